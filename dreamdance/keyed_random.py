@@ -1,0 +1,22 @@
+"""Random numbers that belong to a sample, not to a process.
+
+Window, crop, reference frame, timestep, noise and dropouts of a sample are keyed by (seed, epoch, sample id), so that
+neither the number of ranks nor of data workers, nor a restart, changes what is trained on (contract C8).
+"""
+
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import torch
+
+
+def sample_generator(key: Sequence[int], purpose: str) -> torch.Generator:
+    """Returns a fresh CPU generator for one sample and one purpose.
+
+    Args:
+        key: (seed, epoch, sample id).
+        purpose: what is drawn, e.g. `"noise"`. Different purposes of one sample are independent.
+    """
+    words = [*(str(int(part)) for part in key), purpose]
+    digest = blake2b("/".join(words).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

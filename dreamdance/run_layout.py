@@ -1,0 +1,85 @@
+"""Where things lie in a run folder (contract C7), and the progress log that `--follow` reads. No torch here."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from dreamdance.errors import MissingInputError
+
+RECIPE_FILE = "recipe.yaml"
+PROVENANCE_FILE = "provenance.json"
+COMPLETE_FILE = "COMPLETE"
+FINISHED_FILE = "FINISHED"
+
+
+def step_name(step: int) -> str:
+    """`step_00000500`: names sort as their steps do."""
+    return f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step of a `step_...` folder, or None for any other name."""
+    prefix, _, digits = folder.name.partition("_")
+    return int(digits) if prefix == "step" and digits.isdigit() else None
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / step_name(step)
+
+
+def export_folder(run: Path, step: int) -> Path:
+    return run / "exports" / step_name(step)
+
+
+def step_folders(parent: Path) -> list[Path]:
+    """All `step_...` folders of `parent`, oldest first; empty where there are none."""
+    if not parent.is_dir():
+        return []
+    found = [(step_of(entry), entry) for entry in parent.iterdir() if entry.is_dir()]
+    return [entry for step, entry in sorted((step, entry) for step, entry in found if step is not None)]
+
+
+def newest_export(run: Path) -> Path:
+    """The newest export of a run.
+
+    Raises:
+        MissingInputError: there is no such run, or it has not exported anything yet.
+    """
+    exports = step_folders(run / "exports")
+    if not exports:
+        state = "has no export yet" if run.is_dir() else "does not exist"
+        raise MissingInputError(f"run '{run.name}' {state} (looked in {run / 'exports'}); train it first")
+    return exports[-1]
+
+
+class ProgressLog:
+    """Appends one JSON line per report to `logs/progress.jsonl`; only one process of a run may hold it."""
+
+    def __init__(self, run: Path) -> None:
+        self.path = progress_file(run)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._start = time.monotonic()
+        self._first_done: int | None = None
+
+    def write(self, *, done: int, total: int, unit: str, message: str | None = None, **numbers: Any) -> None:
+        """Reports that `done` of `total` units (steps, clips, images) are finished, with any numbers worth showing."""
+        if self._first_done is None:
+            self._first_done, self._start = done, time.monotonic()
+        elapsed = time.monotonic() - self._start
+        pace = elapsed / (done - self._first_done) if done > self._first_done else None
+        line = {
+            "time": time.time(),
+            "done": done,
+            "total": total,
+            "unit": unit,
+            "eta_seconds": None if pace is None else pace * (total - done),
+            "message": message,
+            **numbers,
+        }
+        with self.path.open("a", encoding="utf-8") as log:
+            log.write(json.dumps({key: value for key, value in line.items() if value is not None}) + "\n")
+
+
+def progress_file(run: Path) -> Path:
+    return run / "logs" / "progress.jsonl"
