@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Format, lint, types and import contracts: exactly what CI runs before the tests.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash tools/setup.sh
+bin=.venv/bin
+"$bin"/ruff format --check .
+"$bin"/ruff check .
+"$bin"/mypy
+"$bin"/lint-imports
