@@ -1,4 +1,7 @@
-"""What a user can mend: every error here is printed as its text alone, without a traceback, and ends the command with a code that is not 0."""
+"""What a user can mend.
+
+Every error here is printed as its text alone, without a traceback, and ends the command with a code that is not 0.
+"""
 
 
 class UserError(ValueError):

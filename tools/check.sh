@@ -8,3 +8,4 @@ bin=.venv/bin
 "$bin"/ruff check .
 "$bin"/mypy
 "$bin"/lint-imports
+"$bin"/python tools/figures.py --check

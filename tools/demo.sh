@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# The whole method on an embedded default: rendered dancers, tiny random models, no GPU, no Slurm, no downloads.
+# Trains stage 1 in its three steps and stage 2, animates held-out dancers, evaluates. At most 20 minutes on two cores after
+# set-up; killed and started again, it goes on where it was.
+#   bash tools/demo.sh [RUNS]     RUNS: where the run folders go (default: runs)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+runs=${1:-runs}
+bash tools/setup.sh
+export TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions" PATH="$PWD/.venv/bin:$PATH"
+started=$SECONDS
+
+step() { # RECIPE BUDGET WHAT...
+    local recipe=$1 budget=$2 begun=$SECONDS
+    shift 2
+    printf '\n== %s (budget %s)\n' "$*" "$budget"
+    .venv/bin/python launchers/slurm.py "recipes/demo/$recipe.yaml" --cluster local --follow --runs "$runs"
+    printf '== %s: %d s, %d s in all\n' "$recipe" $((SECONDS - begun)) $((SECONDS - started))
+}
+
+step prepare 1m "Render dancers into streaming shards"
+step stage1_domains 6m "Stage 1, step 1: one network for rgb, normals and depth"
+step stage1_geometry 2m "Stage 1, step 2: geometry attention"
+step stage1_temporal 3m "Stage 1, step 3: temporal attention"
+step stage2 6m "Stage 2: pose, depth and normals animate the picture"
+step animate 1m "Animate held-out dancers"
+step evaluate 1m "Evaluate against the truth"
+
+first=$(ls -d "$runs"/demo_animate/results/*/ | sort | head -n 1)
+printf '\nThe demo took %d minutes %d seconds. Look at:\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60))
+printf '  a dancer animated   %s\n' "${first}side_by_side.mp4"
+printf '  all of them         %s\n' "$runs/demo_evaluate/overview.png"
+printf '  the table           %s\n' "$runs/demo_evaluate/table.md"
+printf '  the curves          .venv/bin/tensorboard --logdir %s\n' "$runs"

@@ -1,0 +1,46 @@
+"""Prints the size of the code: lines, longest file and function, test-to-library ratio.
+
+`--check` fails above the house's limits.
+"""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 80
+
+
+def python_files() -> list[Path]:
+    root = Path(__file__).resolve().parent.parent
+    listed = subprocess.check_output(["git", "ls-files", "*.py"], cwd=root, text=True)
+    return [root / name for name in listed.split() if (root / name).exists()]
+
+
+def functions(path: Path) -> list[tuple[int, str]]:
+    """(lines, file:name) of every function of a file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [node for node in ast.walk(tree) if isinstance(node, kinds)]
+    return [((node.end_lineno or node.lineno) - node.lineno + 1, f"{path.name}:{node.name}") for node in found]
+
+
+def main() -> int:
+    files = python_files()
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    tests = [path for path in files if "tests" in path.parts]
+    library = [path for path in files if path not in set(tests)]
+    longest_file = max((lines[path], path.name) for path in library)
+    longest_function = max(entry for path in library for entry in functions(path))
+    num_library, num_tests = sum(lines[path] for path in library), sum(lines[path] for path in tests)
+    print(f"library {num_library} lines, tests {num_tests} lines, ratio {num_tests / num_library:.2f}")
+    print(
+        f"longest file {longest_file[0]} ({longest_file[1]}), longest function {longest_function[0]} ({longest_function[1]})"
+    )
+    too_long = longest_file[0] > MAX_FILE_LINES or longest_function[0] > MAX_FUNCTION_LINES
+    return 1 if "--check" in sys.argv[1:] and too_long else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
