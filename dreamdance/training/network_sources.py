@@ -1,0 +1,177 @@
+"""Opens the networks that a recipe names: from a local folder in the diffusers layout, or random from given arguments.
+
+Only safetensors are read, nothing is downloaded, and what is missing is named together with the recipe's key. On the
+meta device a network whose folder is absent takes the shape of the published one.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, ModelMixin
+from safetensors.torch import load_file
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from dreamdance.errors import MissingInputError, RecipeError
+from dreamdance.models import PatchAutoencoder
+from dreamdance.models.image_embedding import ImageEmbeddingStandIn
+from dreamdance.recipe.schema import AutoencoderSource, ImageEncoderSource, NetworkSource
+
+_STABLE_DIFFUSION_VAE: dict[str, Any] = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "scaling_factor": 0.18215,
+}
+_STABLE_VIDEO_DIFFUSION_VAE: dict[str, Any] = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "scaling_factor": 0.18215,
+}
+_CLIP_VIT_LARGE: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+_CLIP_VIT_HUGE: dict[str, Any] = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "projection_dim": 1024,
+    "hidden_act": "gelu",
+}
+
+
+def open_unet(
+    source: NetworkSource, network_class: type[ModelMixin], *, published: dict[str, Any], device: str
+) -> ModelMixin:
+    """The base network of `model.unet`.
+
+    Args:
+        source: a folder, or constructor arguments of a random network.
+        network_class: diffusers' class.
+        published: constructor arguments of the published network, used on the meta device where the folder is absent.
+        device: `"cpu"`, `"cuda"` or `"meta"`.
+
+    Raises:
+        MissingInputError: the folder or its weights are not there.
+        RecipeError: neither a folder nor arguments are given, or the class refuses the arguments.
+    """
+    key = "model.unet"
+    if source.config is None and source.path is None:
+        raise RecipeError(f"{key} names no network; give {key}.path (a folder) or {key}.config (a random network)")
+    if source.path is None:
+        return _build(network_class, source.config or {}, key=f"{key}.config")
+    folder = _folder(source.path, source.subfolder)
+    if device == "meta":
+        return _build(network_class, _shape_of(network_class, folder, published), key=f"{key}.path")
+    _require_weights(folder, key)
+    return network_class.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+
+
+def open_autoencoder(source: AutoencoderSource, *, temporal: bool, device: str) -> nn.Module:
+    """The frozen autoencoder of `model.autoencoder`; `temporal` where it decodes videos, as SVD's does.
+
+    Raises:
+        MissingInputError: the folder or its weights are not there.
+        RecipeError: neither a folder nor a patch size is given.
+    """
+    key = "model.autoencoder"
+    if source.path is None and source.patch_size is None:
+        raise RecipeError(f"{key} names no network; give {key}.path (a folder) or {key}.patch_size (lossless patches)")
+    if source.path is None:
+        return PatchAutoencoder(patch_size=source.patch_size).eval()
+    network_class = AutoencoderKLTemporalDecoder if temporal else AutoencoderKL
+    folder = _folder(source.path, source.subfolder)
+    if device == "meta":
+        published = _STABLE_VIDEO_DIFFUSION_VAE if temporal else _STABLE_DIFFUSION_VAE
+        return _build(network_class, _shape_of(network_class, folder, published), key=f"{key}.path")
+    _require_weights(folder, key)
+    return network_class.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+
+
+def open_image_encoder(source: ImageEncoderSource, *, huge: bool, device: str) -> tuple[nn.Module, int]:
+    """The frozen image encoder of `model.image_encoder`, and the width of its embeddings.
+
+    Args:
+        source: a folder, or the width of the stand-in.
+        huge: whether the published one is ViT-H (stage 2), not ViT-L (stage 1).
+        device: `"cpu"`, `"cuda"` or `"meta"`.
+
+    Raises:
+        MissingInputError: the folder or its weights are not there.
+        RecipeError: neither a folder nor a width is given.
+    """
+    key = "model.image_encoder"
+    if source.path is None and source.stand_in_width is None:
+        raise RecipeError(f"{key} names no network; give {key}.path (a folder) or {key}.stand_in_width")
+    if source.path is None:
+        return ImageEmbeddingStandIn(source.stand_in_width).eval(), source.stand_in_width
+    folder = _folder(source.path, source.subfolder)
+    if device == "meta":
+        published = CLIPVisionConfig(**(_CLIP_VIT_HUGE if huge else _CLIP_VIT_LARGE))
+        config = CLIPVisionConfig.from_pretrained(folder) if (folder / "config.json").is_file() else published
+        encoder = CLIPVisionModelWithProjection(config)
+    else:
+        _require_weights(folder, key)
+        encoder = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    return encoder.eval(), encoder.config.projection_dim
+
+
+def read_weights(folder: Path, *, key: str) -> dict[str, torch.Tensor]:
+    """All tensors of one network's folder, from one safetensors file or several.
+
+    Raises:
+        MissingInputError: there are none; the text names the recipe's `key`.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise MissingInputError(f"{key}: no safetensors in '{folder}'")
+    weights: dict[str, torch.Tensor] = {}
+    for file in files:
+        weights |= load_file(file)
+    return weights
+
+
+def _folder(path: str, subfolder: str | None) -> Path:
+    return Path(path).expanduser() / (subfolder or "")
+
+
+def _require_weights(folder: Path, key: str) -> None:
+    problem = None
+    if not (folder / "config.json").is_file():
+        problem = "there is no config.json"
+    elif not any(folder.glob("*.safetensors")):
+        problem = "there are no safetensors (other formats are not read: they can run code)"
+    if problem:
+        raise MissingInputError(
+            f"{key}.path: no network in '{folder.absolute()}': {problem}; put the published weights there in the "
+            f"diffusers folder layout, or set {key}.path and {key}.subfolder to where they are, or try a recipe of "
+            "recipes/demo, which needs none"
+        )
+
+
+def _shape_of(network_class: type[ModelMixin], folder: Path, published: dict[str, Any]) -> dict[str, Any]:
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        return published
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def _build(network_class: type[ModelMixin], config: dict[str, Any], *, key: str) -> ModelMixin:
+    try:
+        return network_class(**config)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{key} is refused by {network_class.__name__}: {error}") from error

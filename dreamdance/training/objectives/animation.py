@@ -1,0 +1,200 @@
+"""The objective of stage 2: SVD's own denoising objective, with the cross-domain controller's guidance (Eq. 7).
+
+Holds all networks, trained and frozen. Knows nothing of ranks, optimizers or checkpoints; every random draw about a
+clip is keyed by the clip (C8).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from dreamdance.data.collate import ClipBatch
+from dreamdance.data.transforms import pass_through
+from dreamdance.diffusion.condition_dropout import drop_conditions, drop_controls
+from dreamdance.diffusion.noise import (
+    draw_log_normal,
+    draw_noise,
+    edm_preconditioning,
+    edm_weight,
+    make_euler_scheduler,
+)
+from dreamdance.errors import UserError
+from dreamdance.models import CrossDomainControllerModel, SpatioTemporalControlNetModel
+from dreamdance.models.autoencoding import encode_latents
+from dreamdance.models.image_embedding import embed_images
+from dreamdance.models.svd_unet import is_encoder_half_frozen, run_svd_unet
+from dreamdance.pipelines import AnimationPipeline
+from dreamdance.recipe import schema
+from dreamdance.training.objectives.output import ObjectiveOutput, no_grad_if_frozen
+
+
+@dataclass(frozen=True)
+class DenoiserInput:
+    """What SVD's UNet and its ControlNet read, at one noise level per clip.
+
+    Attributes:
+        sample: `b f 2c h w`, preconditioned noisy latents beside the conditioning latents.
+        timestep: `b`, ln(sigma) / 4.
+        embeddings: `b 1 c`, the image embedding of the clean reference.
+        added_time_ids: `b 3`, frames per second - 1, motion bucket, noise augmentation.
+        control_features: `(b f) c h w`.
+    """
+
+    sample: Tensor
+    timestep: Tensor
+    embeddings: Tensor
+    added_time_ids: Tensor
+    control_features: Tensor
+
+
+class AnimationObjective(nn.Module):
+    """Denoising of videos under EDM noise with robust conditioning.
+
+    Args:
+        unet: SVD's denoiser.
+        controlnet: the trainable copy of its encoder half.
+        controller: encodes the control maps.
+        vae: the frozen video autoencoder.
+        image_encoder: the frozen CLIP vision tower, or its stand-in.
+        settings: the recipe's `objective` section.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        controlnet: SpatioTemporalControlNetModel,
+        controller: CrossDomainControllerModel,
+        vae: nn.Module,
+        image_encoder: nn.Module,
+        *,
+        settings: schema.AnimationObjective,
+    ) -> None:
+        super().__init__()
+        self.unet = unet
+        self.controlnet = controlnet
+        self.controller = controller
+        self.vae = vae
+        self.image_encoder = image_encoder
+        self.settings = settings
+
+    def make_pipeline(self) -> AnimationPipeline:
+        """The pipeline that samples from these very networks (shared, not copied)."""
+        return AnimationPipeline(
+            unet=self.unet,
+            controlnet=self.controlnet,
+            controller=self.controller,
+            vae=self.vae,
+            image_encoder=self.image_encoder,
+            scheduler=make_euler_scheduler(),
+        )
+
+    def forward(self, batch: ClipBatch) -> ObjectiveOutput:
+        """The loss of one micro batch; in evaluation mode no condition is dropped.
+
+        Args:
+            batch: clips with the maps that the recipe's controls name; moved to the networks' device.
+
+        Raises:
+            UserError: the clips lack a map that the controls name.
+        """
+        keys = batch.keys.tolist()
+        batch = batch.to(self.unet.device)
+        num_frames = batch.rgb.shape[1]
+
+        # 1. noisy latents at one noise level per clip
+        latents = encode_latents(self.vae, rearrange(batch.rgb, "b f c h w -> (b f) c h w"))
+        latents = rearrange(latents, "(b f) c h w -> b f c h w", f=num_frames).float()
+        sigmas = draw_log_normal(keys, self.settings.sigma_log_mean, self.settings.sigma_log_std, purpose="sigma")
+        sigmas = rearrange(sigmas.to(latents), "b -> b 1 1 1 1")
+        noisy = latents + sigmas * draw_noise(keys, latents.shape[1:]).to(latents)
+
+        # 2. prediction
+        c_skip, c_out, _, _ = edm_preconditioning(sigmas)
+        denoised = c_skip * noisy + c_out * self._run_networks(self._prepare_input(batch, keys, noisy, sigmas)).float()
+
+        # 3. loss
+        losses = (edm_weight(sigmas) * (denoised - latents).square()).mean(dim=(1, 2, 3, 4))
+        counts = torch.tensor([len(keys), 0, 0], device=losses.device)
+        return ObjectiveOutput(
+            loss=losses.mean(),
+            sample_losses=losses.detach(),
+            domain_sums=losses.detach().sum() * (counts > 0),
+            domain_counts=counts,
+        )
+
+    def _run_networks(self, inputs: DenoiserInput) -> Tensor:
+        """SVD's raw output `b f c h w`; its frozen encoder half runs without a graph."""
+        conditions = (inputs.timestep, inputs.embeddings, inputs.added_time_ids)
+        residuals = self.controlnet(inputs.sample, *conditions, inputs.control_features)
+        return run_svd_unet(
+            self.unet,
+            inputs.sample,
+            *conditions,
+            down_residuals=residuals.down,
+            mid_residual=residuals.mid,
+            encoder_without_grad=is_encoder_half_frozen(self.unet),
+        )
+
+    def _prepare_input(self, batch: ClipBatch, keys: list[list[int]], noisy: Tensor, sigmas: Tensor) -> DenoiserInput:
+        """Preconditions `noisy` (`b f c h w`, at `sigmas`: `b 1 1 1 1`) and draws and encodes all conditions."""
+        dtype = self.unet.dtype
+        num_frames = noisy.shape[1]
+        _, _, c_in, timestep = edm_preconditioning(sigmas)
+        conditioning, augmentation = self._encode_reference_pixels(batch.reference, keys)
+        with torch.no_grad():
+            embeddings = embed_images(self.image_encoder, batch.reference)
+        if self.training:
+            latents_dropped, embedding_dropped = drop_conditions(
+                keys,
+                latents=self.settings.latents_dropout,
+                embedding=self.settings.embedding_dropout,
+                both=self.settings.both_dropout,
+            )
+            conditioning = conditioning * rearrange(~latents_dropped, "b -> b 1 1 1").to(conditioning)
+            embeddings = embeddings * rearrange(~embedding_dropped, "b -> b 1 1").to(embeddings)
+        conditioning = repeat(conditioning, "b c h w -> b f c h w", f=num_frames)
+        motion_bucket = torch.full_like(augmentation, self.settings.motion_bucket)
+        with no_grad_if_frozen(self.controller):
+            control_features = self.controller(self._control_maps(batch, keys))
+        return DenoiserInput(
+            sample=torch.cat([c_in * noisy, conditioning], dim=2).to(dtype),
+            timestep=rearrange(timestep, "b 1 1 1 1 -> b"),
+            embeddings=embeddings.to(dtype),
+            added_time_ids=torch.stack([batch.fps - 1, motion_bucket, augmentation], dim=1),
+            control_features=control_features,
+        )
+
+    def _encode_reference_pixels(self, reference: Tensor, keys: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Conditioning latents `b c h w` of the noised reference, not scaled, and the strength `b` of its noise."""
+        mean, std = self.settings.augmentation_log_mean, self.settings.augmentation_log_std
+        strength = draw_log_normal(keys, mean, std, purpose="augmentation").to(reference)
+        noise = draw_noise(keys, reference.shape[1:], purpose="augmentation noise").to(reference)
+        # strengths are in units of pixels in [-1, 1], half of which is one in [0, 1]
+        noised = reference + 0.5 * rearrange(strength, "b -> b 1 1 1") * noise
+        return encode_latents(self.vae, noised, scaled=False).float(), strength
+
+    def _control_maps(self, batch: ClipBatch, keys: list[list[int]]) -> dict[str, Tensor]:
+        """The controller's maps `(b f) 3 H W` in [0,1], normal and depth blurred as stage 1 will deliver them."""
+        maps: dict[str, Tensor] = {}
+        for name in self.controller.config.controls:
+            frames = getattr(batch, name)
+            if frames is None:
+                raise UserError(
+                    f"model.controls names '{name}', but the shards have no {name} maps; leave it out "
+                    "or give data.train a set with these maps"
+                )
+            if name != "pose":
+                size = (self.settings.geometry_height, self.settings.geometry_width)
+                frames = pass_through(frames, *size, normals=name == "normal")
+            maps[name] = frames
+        if self.training:
+            maps = drop_controls(
+                maps,
+                keys,
+                frame_rate=self.settings.frame_control_dropout,
+                modality_rate=self.settings.modality_control_dropout,
+            )
+        dtype = self.unet.dtype
+        return {name: rearrange(frames, "b f c h w -> (b f) c h w").to(dtype) for name, frames in maps.items()}

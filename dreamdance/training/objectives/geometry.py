@@ -1,0 +1,200 @@
+"""The objective of stage 1: denoising rgb, normals and depth of a person together (Eq. 1, 3, 4, 5).
+
+Holds all networks, trained and frozen. Knows nothing of ranks, optimizers or checkpoints; every random draw about a
+clip is keyed by the clip (C8).
+"""
+
+from typing import Literal
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from dreamdance.data.collate import ClipBatch
+from dreamdance.diffusion.condition_dropout import drop_references
+from dreamdance.diffusion.noise import (
+    ddpm_target,
+    draw_noise,
+    draw_timesteps,
+    make_ddim_scheduler,
+    make_ddpm_scheduler,
+    min_snr_weights,
+)
+from dreamdance.errors import UserError
+from dreamdance.keyed_random import sample_generator
+from dreamdance.models import GeometryUNetModel, PoseEncoderModel, ReferenceUNetModel
+from dreamdance.models.autoencoding import encode_latents
+from dreamdance.models.image_embedding import embed_images
+from dreamdance.pipelines import GeometryPipeline
+from dreamdance.recipe import schema
+from dreamdance.training.objectives.output import NUM_DOMAINS, ObjectiveOutput, no_grad_if_frozen
+
+Step = Literal["domains", "geometry", "temporal"]
+
+
+class GeometryObjective(nn.Module):
+    """Noise prediction of the mutually aligned geometry diffusion model, in one of its three training steps.
+
+    Args:
+        reference_unet: gives the features of the reference image (Eq. 4).
+        unet: the denoiser.
+        pose_encoder: encodes the pose drawing, once per frame, shared by the domains.
+        vae: the frozen image autoencoder.
+        image_encoder: the frozen CLIP vision tower, or its stand-in.
+        step: `"domains"` draws one domain per clip; `"geometry"` and `"temporal"` denoise all three together.
+        settings: the recipe's `objective` section.
+
+    Raises:
+        UserError: all weights of a domain section are zero.
+    """
+
+    def __init__(
+        self,
+        reference_unet: ReferenceUNetModel,
+        unet: GeometryUNetModel,
+        pose_encoder: PoseEncoderModel,
+        vae: nn.Module,
+        image_encoder: nn.Module,
+        *,
+        step: Step,
+        settings: schema.GeometryObjective,
+    ) -> None:
+        super().__init__()
+        self.reference_unet = reference_unet
+        self.unet = unet
+        self.pose_encoder = pose_encoder
+        self.vae = vae
+        self.image_encoder = image_encoder
+        self.step = step
+        self.settings = settings
+        self.noise_scheduler = make_ddpm_scheduler(
+            prediction_type=settings.prediction_type,
+            num_train_timesteps=settings.num_train_timesteps,
+            beta_schedule=settings.beta_schedule,
+            beta_start=settings.beta_start,
+            beta_end=settings.beta_end,
+            zero_terminal_snr=settings.zero_terminal_snr,
+        )
+        self._draw_weights = _domain_weights(settings.domain_draw, "objective.domain_draw")
+        self._loss_weights = _domain_weights(settings.domain_loss, "objective.domain_loss")
+
+    def make_pipeline(self) -> GeometryPipeline:
+        """The pipeline that samples from these very networks (shared, not copied)."""
+        return GeometryPipeline(
+            reference_unet=self.reference_unet,
+            unet=self.unet,
+            pose_encoder=self.pose_encoder,
+            vae=self.vae,
+            image_encoder=self.image_encoder,
+            scheduler=make_ddim_scheduler(self.noise_scheduler),
+        )
+
+    def forward(self, batch: ClipBatch) -> ObjectiveOutput:
+        """The loss of one micro batch (Eq. 3); in evaluation mode no condition is dropped.
+
+        Args:
+            batch: clips with `normal` and `depth`, anywhere; moved to the networks' device.
+
+        Raises:
+            UserError: the clips have no normal or depth maps.
+        """
+        keys = batch.keys.tolist()
+        batch = batch.to(self.unet.device)
+        num_frames = batch.rgb.shape[1]
+
+        # 1. clean latents of the drawn domain, or of all three
+        domains = self._choose_domains(keys)
+        num_domains = domains.shape[1]
+        latents = encode_latents(self.vae, _domain_images(batch, domains)).float()
+
+        # 2. noise: one timestep per clip, independent noise for each of its frames and domains
+        shape = (num_frames, num_domains, *latents.shape[1:])
+        noise = draw_noise(keys, shape, offset=self.settings.noise_offset).to(latents.device)
+        noise = rearrange(noise, "b f m c h w -> (b f m) c h w")
+        timesteps = draw_timesteps(keys, self.settings.num_train_timesteps).to(latents.device)
+        latent_timesteps = repeat(timesteps, "b -> (b f m)", f=num_frames, m=num_domains)
+        noisy = self.noise_scheduler.add_noise(latents, noise, latent_timesteps)
+
+        # 3. conditions
+        dtype = self.unet.dtype
+        embeddings, reference_features = self._encode_references(batch.reference, keys)
+        with no_grad_if_frozen(self.pose_encoder):
+            pose_features = self.pose_encoder(rearrange(batch.pose, "b f c h w -> (b f) c h w").to(dtype))
+
+        # 4. prediction and loss
+        prediction = self.unet(
+            noisy.to(dtype),
+            timesteps,
+            embeddings,
+            domains=repeat(domains, "b m -> (b f m)", f=num_frames),
+            num_frames=num_frames,
+            num_domains=num_domains,
+            pose_features=pose_features,
+            reference_features=reference_features,
+        )
+        target = ddpm_target(self.noise_scheduler, latents, noise, latent_timesteps)
+        squared_error = (prediction.float() - target).square()
+        losses = rearrange(squared_error, "(b f m) c h w -> b m (f c h w)", f=num_frames, m=num_domains).mean(dim=-1)
+        return self._weigh(losses, timesteps, domains)
+
+    def _choose_domains(self, keys: list[list[int]]) -> Tensor:
+        """`b m` domain numbers: one drawn per clip in the first step, all three afterwards."""
+        if self.step != "domains":
+            return repeat(torch.arange(NUM_DOMAINS, device=self.unet.device), "m -> b m", b=len(keys))
+        drawn = [torch.multinomial(self._draw_weights, 1, generator=sample_generator(key, "domain")) for key in keys]
+        return torch.stack(drawn).to(self.unet.device)
+
+    def _encode_references(self, reference: Tensor, keys: list[list[int]]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Image embedding `b t c` and reference features; a dropped reference is zeros through the same network."""
+        dtype = self.unet.dtype
+        kept = torch.ones(len(keys), device=reference.device)
+        if self.training:
+            kept -= drop_references(keys, self.settings.reference_dropout).to(kept)
+        with torch.no_grad():
+            latents = encode_latents(self.vae, reference) * rearrange(kept, "b -> b 1 1 1")
+            embeddings = embed_images(self.image_encoder, reference) * rearrange(kept, "b -> b 1 1")
+        embeddings = embeddings.to(dtype)
+        with no_grad_if_frozen(self.reference_unet):
+            features = self.reference_unet(latents.to(dtype), torch.zeros_like(kept), embeddings)
+        return embeddings, features
+
+    def _weigh(self, losses: Tensor, timesteps: Tensor, domains: Tensor) -> ObjectiveOutput:
+        """`b m` losses to one: min-SNR over timesteps, then the domains' weights (which sum to 1)."""
+        if self.settings.min_snr_gamma is not None:
+            weights = min_snr_weights(self.noise_scheduler, timesteps, self.settings.min_snr_gamma)
+            losses = losses * rearrange(weights, "b -> b 1")
+        if self.step == "domains":
+            sample_losses = rearrange(losses, "b 1 -> b")
+        else:
+            sample_losses = losses @ self._loss_weights.to(losses.device)
+        zeros = torch.zeros(NUM_DOMAINS, device=losses.device)
+        index = rearrange(domains, "b m -> (b m)")
+        return ObjectiveOutput(
+            loss=sample_losses.mean(),
+            sample_losses=sample_losses.detach(),
+            domain_sums=zeros.index_add(0, index, rearrange(losses.detach(), "b m -> (b m)")),
+            domain_counts=torch.bincount(index, minlength=NUM_DOMAINS),
+        )
+
+
+def _domain_weights(weights: schema.DomainWeights, key: str) -> Tensor:
+    """`3` numbers that sum to 1, in the order rgb, normal, depth."""
+    values = torch.tensor([weights.rgb, weights.normal, weights.depth])
+    if values.sum() == 0:
+        raise UserError(
+            f"{key} gives every domain the weight 0; give at least one of rgb, normal, depth a positive weight"
+        )
+    return values / values.sum()
+
+
+def _domain_images(batch: ClipBatch, domains: Tensor) -> Tensor:
+    """`(b f m) 3 H W` in [0,1]: the chosen domains (`b m`) of every frame, domains innermost (C1)."""
+    missing = [name for name in ("normal", "depth") if getattr(batch, name) is None]
+    if missing:
+        raise UserError(
+            f"stage 1 learns from normal and depth maps, but the shards have no {' and no '.join(missing)}; "
+            "give data.train a set with these maps"
+        )
+    images = torch.stack([batch.rgb, batch.normal, batch.depth], dim=2)
+    chosen = [clip[:, index] for clip, index in zip(images, domains, strict=True)]
+    return rearrange(torch.stack(chosen), "b f m c h w -> (b f m) c h w")

@@ -1,0 +1,81 @@
+"""Which parameters train in which step (DESIGN 4), by name. Knows nothing of optimizers.
+
+Never among them: the autoencoder, the image encoder, and parameters whose gradient is zero whatever the data, because
+an adaptive optimizer turns the rounding noise of such a gradient into full-sized steps.
+"""
+
+import re
+
+from torch import nn
+
+from dreamdance.models.svd_unet import DECODER_HALF
+from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
+from dreamdance.training.objectives.animation import AnimationObjective
+from dreamdance.training.objectives.geometry import GeometryObjective
+
+Objective = GeometryObjective | AnimationObjective
+
+# Cross-attention reads a single token, the image embedding: its softmax is 1 whatever the query and the key are.
+_BLIND_TO_ONE_TOKEN = re.compile(r"\.(attn2\.to_q|attn2\.to_k|norm2)\.(weight|bias)$")
+_TRANSFORMER_BLOCK = re.compile(r"transformer_blocks\.\d+\.")
+_SVD_TEMPORAL = re.compile(r"temporal_transformer_blocks|temporal_res_block|time_mixer|time_pos_embed")
+
+
+def set_trainable(objective: Objective, recipe: Stage1Recipe | Stage2Recipe) -> list[str]:
+    """Sets `requires_grad` of every parameter as the recipe's step wants it.
+
+    Also sets the modes that go with it: training mode for the networks that train, evaluation mode for the others.
+
+    Returns:
+        The sorted names, within `objective`, of the parameters that train.
+    """
+    if isinstance(recipe, Stage1Recipe):
+        trainable = _geometry_names(objective, recipe.train)
+    else:
+        trainable = _animation_names(objective, recipe.model.unfreeze)
+    for name, parameter in objective.named_parameters():
+        parameter.requires_grad_(name in trainable)
+    set_modes(objective)
+    return sorted(trainable)
+
+
+def set_modes(objective: Objective) -> None:
+    """Training mode, except for the networks that are frozen as a whole."""
+    objective.train()
+    for network in objective.children():
+        network.train(any(parameter.requires_grad for parameter in network.parameters()))
+
+
+def _geometry_names(objective: Objective, step: str) -> set[str]:
+    unet = objective.unet
+    added = {"geometry": {name for name, _ in unet.geometry_parameters()}}
+    added["temporal"] = {name for name, _ in unet.temporal_parameters()}
+    if step != "domains":
+        return {f"unet.{name}" for name in added[step]}
+    return (
+        {f"unet.{name}" for name in _seeing(unet) - added["geometry"] - added["temporal"]}
+        | {f"reference_unet.{name}" for name in _seeing(objective.reference_unet)}
+        | {f"pose_encoder.{name}" for name, _ in objective.pose_encoder.named_parameters()}
+    )
+
+
+def _animation_names(objective: Objective, unfreeze: str) -> set[str]:
+    names = {f"controlnet.{name}" for name in _seeing(objective.controlnet)}
+    names |= {f"controller.{name}" for name, _ in objective.controller.named_parameters()}
+    unet = _seeing(objective.unet)
+    if unfreeze == "temporal":
+        unet = {name for name in unet if _SVD_TEMPORAL.search(name)}
+    elif unfreeze == "decoder":
+        unet = {name for name in unet if name.split(".", 1)[0] in DECODER_HALF}
+    elif unfreeze == "none":
+        unet = set()
+    return names | {f"unet.{name}" for name in unet}
+
+
+def _seeing(network: nn.Module) -> set[str]:
+    """Names of the parameters whose gradient is not zero by construction."""
+    return {
+        name
+        for name, _ in network.named_parameters()
+        if not (_TRANSFORMER_BLOCK.search(name) and _BLIND_TO_ONE_TOKEN.search(name))
+    }
