@@ -1,0 +1,192 @@
+"""Errors of predicted normals and depth against the truth, and whether the two agree with each other.
+
+Normals are unit vectors in camera space, x right, y up, z towards the camera. Depth comes as disparity (near is large),
+known up to scale and shift. All numbers are taken inside a mask, the body.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.floating]
+MaskArray = NDArray[np.bool_]
+
+DELTA_THRESHOLD = 1.25
+
+
+@dataclass(frozen=True)
+class AngularError:
+    """Angles between predicted and true normals, in degrees; NaN where no pixel counts."""
+
+    mean: float
+    median: float
+
+
+@dataclass(frozen=True)
+class DepthError:
+    """Relative depth errors after alignment; NaN where no pixel counts.
+
+    Attributes:
+        abs_rel: mean of |predicted - true| / true depth.
+        delta: share of pixels of which max(predicted / true, true / predicted) < 1.25.
+    """
+
+    abs_rel: float
+    delta: float
+
+
+@dataclass(frozen=True)
+class PinholeCamera:
+    """Intrinsics in pixels of the frame they belong to; the principal point in pixel-centre coordinates."""
+
+    focal_x: float
+    focal_y: float
+    centre_x: float
+    centre_y: float
+
+    def resized(self, from_size: tuple[int, int], to_size: tuple[int, int]) -> "PinholeCamera":
+        """The same camera for frames resized between (height, width) sizes."""
+        down, right = to_size[0] / from_size[0], to_size[1] / from_size[1]
+        return PinholeCamera(
+            self.focal_x * right,
+            self.focal_y * down,
+            (self.centre_x + 0.5) * right - 0.5,
+            (self.centre_y + 0.5) * down - 0.5,
+        )
+
+
+def angles(first: FloatArray, second: FloatArray) -> NDArray[np.float64]:
+    """Degrees between vectors `... 3` of any length; accurate for nearly parallel vectors, where arccos is not."""
+    a, b = np.float64(first), np.float64(second)
+    cross = np.linalg.norm(np.cross(a, b), axis=-1)
+    return np.degrees(np.arctan2(cross, (a * b).sum(axis=-1)))
+
+
+def angular_error(prediction: FloatArray, truth: FloatArray, mask: MaskArray) -> AngularError:
+    """Mean and median angle over all masked pixels of a clip.
+
+    Args:
+        prediction, truth: `f H W 3`.
+        mask: `f H W`.
+    """
+    _check_shapes(prediction, truth, mask, channels=3)
+    if not mask.any():
+        return AngularError(float("nan"), float("nan"))
+    errors = angles(prediction[mask], truth[mask])
+    return AngularError(float(errors.mean()), float(np.median(errors)))
+
+
+def align_disparity(prediction: FloatArray, truth: FloatArray) -> tuple[float, float]:
+    """Scale and shift which bring predicted closest to true disparity, in least squares.
+
+    Args:
+        prediction, truth: flat, the pixels that count. A constant prediction gets scale 0 and the truth's mean.
+    """
+    p, t = np.float64(prediction), np.float64(truth)
+    centred = p - p.mean()
+    variance = (centred**2).mean()
+    if variance <= np.finfo(np.float64).eps * max(1.0, float((p**2).mean())):
+        return 0.0, float(t.mean())
+    scale = float((centred * (t - t.mean())).mean() / variance)
+    return scale, float(t.mean() - scale * p.mean())
+
+
+def depth_error(
+    prediction: FloatArray,
+    truth: FloatArray,
+    mask: MaskArray,
+    *,
+    min_disparity: float,
+    scope: Literal["clip", "frame"] = "clip",
+) -> DepthError:
+    """AbsRel and delta < 1.25 of depth, after predicted disparity was aligned to the true one inside the mask.
+
+    Alignment is in disparity, as the evaluation of MiDaS does it; then depth is its inverse. One scale and shift for
+    the whole clip (`clip`: flicker counts as an error) or for each frame (`frame`).
+
+    Args:
+        prediction: `f H W` disparity up to scale and shift.
+        truth: `f H W` disparity in 1/metre, positive.
+        mask: `f H W`.
+        min_disparity: aligned disparity is clamped from below to this, the scene's farthest point: without it a
+            prediction near zero would be a depth without bounds.
+
+    Raises:
+        ValueError: `min_disparity` or a true disparity inside the mask is not positive.
+    """
+    _check_shapes(prediction, truth, mask)
+    if min_disparity <= 0:
+        raise ValueError(f"min_disparity must be positive, not {min_disparity}")
+    if mask.any() and np.min(truth[mask]) <= 0:
+        raise ValueError("true disparity must be positive inside the mask")
+    parts = [slice(None)] if scope == "clip" else [slice(i, i + 1) for i in range(len(mask))]
+    relative, ratios = [], []
+    for part in parts:
+        inside = mask[part]
+        if not inside.any():
+            continue
+        p, t = np.float64(prediction[part][inside]), np.float64(truth[part][inside])
+        scale, shift = align_disparity(p, t)
+        aligned = np.maximum(scale * p + shift, min_disparity)
+        relative.append(np.abs(t / aligned - 1.0))
+        ratios.append(np.maximum(aligned / t, t / aligned))
+    if not relative:
+        return DepthError(float("nan"), float("nan"))
+    return DepthError(float(np.concatenate(relative).mean()), float((np.concatenate(ratios) < DELTA_THRESHOLD).mean()))
+
+
+def normals_from_depth(depth: FloatArray, camera: PinholeCamera) -> NDArray[np.float64]:
+    """Unit normals of the surface that a depth map describes, by central differences of its points.
+
+    Args:
+        depth: `... H W`, metres along the optical axis.
+        camera: intrinsics of these frames.
+
+    Returns:
+        `... H W 3`, facing the camera; the outermost pixels take one-sided differences.
+    """
+    z = np.float64(depth)
+    height, width = z.shape[-2:]
+    rows, columns = np.mgrid[:height, :width]
+    points = np.stack(
+        [(columns - camera.centre_x) / camera.focal_x * z, -(rows - camera.centre_y) / camera.focal_y * z, -z], axis=-1
+    )
+    rightwards, downwards = np.gradient(points, axis=-2), np.gradient(points, axis=-3)
+    normals = np.cross(downwards, rightwards)
+    return normals / np.maximum(np.linalg.norm(normals, axis=-1, keepdims=True), 1e-12)
+
+
+def consistency_angle(normals: FloatArray, depth: FloatArray, mask: MaskArray, camera: PinholeCamera) -> float:
+    """Mean angle in degrees between predicted normals and the normals which predicted depth implies.
+
+    Only pixels whose eight neighbours lie in the mask count: differences across the body's outline are no surface.
+
+    Args:
+        normals: `f H W 3`.
+        depth: `f H W` metres.
+        mask: `f H W`.
+        camera: intrinsics of these frames.
+    """
+    _check_shapes(normals, normals, mask, channels=3)
+    inside = erode(mask)
+    if not inside.any():
+        return float("nan")
+    return float(angles(normals[inside], normals_from_depth(depth, camera)[inside]).mean())
+
+
+def erode(mask: MaskArray) -> MaskArray:
+    """`f H W` with every pixel dropped that has a neighbour (of eight) outside of the mask or of the frame."""
+    padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
+    height, width = mask.shape[1:]
+    shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    return np.logical_and.reduce(shifted)
+
+
+def _check_shapes(prediction: FloatArray, truth: FloatArray, mask: MaskArray, channels: int | None = None) -> None:
+    expected = mask.shape if channels is None else (*mask.shape, channels)
+    if mask.ndim != 3 or prediction.shape != expected or truth.shape != expected:
+        raise ValueError(
+            f"with a mask f H W of {mask.shape} both maps must be {expected}, not {prediction.shape} and {truth.shape}"
+        )

@@ -1,0 +1,162 @@
+"""Distances between predicted and true frames: L1, PSNR and SSIM, over the whole frame or inside a mask.
+
+The true metrics bear their plain names. The numbers of the TikTok benchmark's line of work come from DisCo's code
+(PAPER.md, "the metric trap"); what repeats that code exactly says `disco` in its name and is no measure of quality.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from einops import rearrange, reduce
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.floating]
+MaskArray = NDArray[np.bool_]
+
+IDENTICAL_FRAMES_PSNR = 100.0
+SSIM_WINDOW = 7
+_SSIM_K1, _SSIM_K2 = 0.01, 0.03
+
+
+def l1(prediction: FloatArray, truth: FloatArray, mask: MaskArray | None = None) -> float:
+    """Mean absolute difference in [0, 1] units, over all pixels (of the mask) of all frames.
+
+    Args:
+        prediction, truth: `f H W c` in [0, 1].
+        mask: `f H W`, True where pixels count. NaN is returned where none does.
+    """
+    _check_frames(prediction, truth, mask)
+    return _mean_inside(np.abs(np.float64(prediction) - np.float64(truth)), mask)
+
+
+def psnr(prediction: FloatArray, truth: FloatArray, mask: MaskArray | None = None) -> float:
+    """Peak signal-to-noise ratio in decibel, in float64: per frame, then averaged over frames.
+
+    Args:
+        prediction, truth: `f H W c` in [0, 1].
+        mask: `f H W`; frames of which no pixel counts are left out, NaN where that leaves none.
+
+    Returns:
+        10 log10(1 / mean squared error); identical frames count `IDENTICAL_FRAMES_PSNR`.
+    """
+    _check_frames(prediction, truth, mask)
+    squares = (np.float64(prediction) - np.float64(truth)) ** 2
+    errors = [_mean_inside(squares[i], None if mask is None else mask[i]) for i in range(len(squares))]
+    values = [_decibel(1.0 / error) if error > 0 else IDENTICAL_FRAMES_PSNR for error in errors if not np.isnan(error)]
+    return float(np.mean(values)) if values else float("nan")
+
+
+def ssim(prediction: FloatArray, truth: FloatArray, mask: MaskArray | None = None) -> float:
+    """Structural similarity as scikit-image computes it (7x7 uniform window, sample covariance), mean of the channels.
+
+    Args:
+        prediction, truth: `f H W c` in [0, 1], at least 7 pixels high and wide.
+        mask: `f H W`: the mean is taken over windows whose centre counts. NaN where none does.
+    """
+    _check_frames(prediction, truth, mask)
+    similarity = _ssim_map(np.float64(prediction), np.float64(truth), data_range=1.0)
+    rim = SSIM_WINDOW // 2
+    return _mean_inside(similarity, None if mask is None else mask[:, rim:-rim, rim:-rim])
+
+
+def l1_disco(prediction: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:
+    """DisCo's "L1": mean absolute difference of 0..255 values divided by the frame's pixels H x W.
+
+    It shrinks as frames grow: compare at equal resolution only.
+
+    Args:
+        prediction, truth: `f H W c` uint8.
+    """
+    _check_bytes(prediction, truth)
+    height, width = truth.shape[1:3]
+    return float(np.abs(np.float64(prediction) - np.float64(truth)).mean() / (height * width))
+
+
+def psnr_disco_overflow(prediction: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:
+    """DisCo's first "PSNR": differences and squares wrap around in uint8, so that unlike frames measure about 30 dB.
+
+    Args:
+        prediction, truth: `f H W c` uint8.
+
+    Returns:
+        Mean over frames, in decibel of nothing in particular; identical frames count 100.
+    """
+    _check_bytes(prediction, truth)
+    wrapped = (prediction - truth) ** 2
+    errors = wrapped.mean(axis=(1, 2, 3), dtype=np.float64)
+    return float(np.mean([_decibel(255.0**2 / error) if error > 0 else IDENTICAL_FRAMES_PSNR for error in errors]))
+
+
+def ssim_disco(prediction: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:
+    """DisCo's SSIM: of the frames in grey, rounded to bytes, with scikit-image's defaults.
+
+    Args:
+        prediction, truth: `f H W 3` uint8 RGB, at least 7 pixels high and wide.
+    """
+    _check_bytes(prediction, truth)
+    grey = [rearrange(_grey_bytes(frames), "f H W -> f H W 1") for frames in (prediction, truth)]
+    return float(_ssim_map(*(np.float64(frames) for frames in grey), data_range=255.0).mean())
+
+
+def mean_colour(frames: FloatArray, mask: MaskArray | None = None) -> NDArray[np.float64]:
+    """Mean colour `c` of `f H W c` frames, inside the mask `f H W` where it has any pixel."""
+    if mask is not None and mask.any():
+        return np.float64(frames)[mask].mean(axis=0)
+    return reduce(np.float64(frames), "f H W c -> c", "mean")
+
+
+def _decibel(ratio: float) -> float:
+    return float(10.0 * np.log10(ratio))
+
+
+def _mean_inside(values: NDArray[np.float64], mask: MaskArray | None) -> float:
+    """Mean of `... H W c` over the mask `... H W` and all channels; NaN for an empty mask."""
+    if mask is None:
+        return float(values.mean())
+    return float(values[mask].mean()) if mask.any() else float("nan")
+
+
+def _grey_bytes(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """BT.601 grey of `f H W 3` RGB in OpenCV's fixed-point arithmetic, which DisCo used."""
+    weights = np.array([9798, 19235, 3735], dtype=np.int64)
+    return ((np.int64(frames) @ weights + (1 << 14)) >> 15).astype(np.uint8)
+
+
+def _ssim_map(prediction: NDArray[np.float64], truth: NDArray[np.float64], *, data_range: float) -> NDArray[np.float64]:
+    """Similarity at each full window, `f H-6 W-6 c`."""
+    height, width = truth.shape[1:3]
+    if min(height, width) < SSIM_WINDOW:
+        raise ValueError(f"SSIM needs frames of at least {SSIM_WINDOW}x{SSIM_WINDOW} pixels, not {width}x{height}")
+
+    def local_mean(frames: torch.Tensor) -> torch.Tensor:
+        return functional.avg_pool2d(frames, SSIM_WINDOW, stride=1)
+
+    x, y = (torch.from_numpy(rearrange(frames, "f H W c -> f c H W")) for frames in (prediction, truth))
+    samples = SSIM_WINDOW**2
+    unbiased = samples / (samples - 1)
+    mean_x, mean_y = local_mean(x), local_mean(y)
+    variance_x = unbiased * (local_mean(x * x) - mean_x * mean_x)
+    variance_y = unbiased * (local_mean(y * y) - mean_y * mean_y)
+    covariance = unbiased * (local_mean(x * y) - mean_x * mean_y)
+    c1, c2 = (_SSIM_K1 * data_range) ** 2, (_SSIM_K2 * data_range) ** 2
+    similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
+        (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
+    )
+    return rearrange(similarity, "f c H W -> f H W c").numpy()
+
+
+def _check_frames(prediction: FloatArray, truth: FloatArray, mask: MaskArray | None) -> None:
+    for name, frames in (("prediction", prediction), ("truth", truth)):
+        if not np.issubdtype(frames.dtype, np.floating):
+            raise ValueError(f"{name} must be floats in [0, 1], not {frames.dtype}: divide bytes by 255 first")
+    if prediction.shape != truth.shape or truth.ndim != 4:
+        raise ValueError(f"prediction and truth must both be f H W c, not {prediction.shape} and {truth.shape}")
+    if mask is not None and mask.shape != truth.shape[:3]:
+        raise ValueError(f"the mask must be f H W = {truth.shape[:3]}, not {mask.shape}")
+
+
+def _check_bytes(prediction: NDArray[np.uint8], truth: NDArray[np.uint8]) -> None:
+    if prediction.dtype != np.uint8 or truth.dtype != np.uint8:
+        raise ValueError(f"DisCo's metrics are defined on uint8 frames, not {prediction.dtype} and {truth.dtype}")
+    if prediction.shape != truth.shape or truth.ndim != 4:
+        raise ValueError(f"prediction and truth must both be f H W c, not {prediction.shape} and {truth.shape}")
