@@ -1,0 +1,26 @@
+"""Typed recipes: one YAML file says everything about a run. No torch here."""
+
+from dreamdance.recipe.parse import LoadedRecipe, dump_recipe, load, load_recipe
+from dreamdance.recipe.schema import (
+    AnimateRecipe,
+    EvaluateRecipe,
+    PrepareRecipe,
+    Recipe,
+    Stage1Recipe,
+    Stage2Recipe,
+    TrainingRecipe,
+)
+
+__all__ = [
+    "AnimateRecipe",
+    "EvaluateRecipe",
+    "LoadedRecipe",
+    "PrepareRecipe",
+    "Recipe",
+    "Stage1Recipe",
+    "Stage2Recipe",
+    "TrainingRecipe",
+    "dump_recipe",
+    "load",
+    "load_recipe",
+]

@@ -98,7 +98,7 @@ class TrainingData(Section):
 
 
 class NetworkSource(Section):
-    """A diffusers network: weights from a folder in diffusers' layout, or a random one of the given constructor arguments."""
+    """A diffusers network: weights from a folder in diffusers' layout, or a random one of given constructor arguments."""
 
     path: str | None = None
     subfolder: str | None = None
@@ -333,7 +333,7 @@ class VideosSource(Section):
 
 
 class PrepareRecipe(Recipe):
-    """Writes streaming shards (C9) under `output`/train and `output`/validation, and a manifest of validation clips for `animate`."""
+    """Writes shards (C9) under `output`/train and `output`/validation, and a manifest of validation clips."""
 
     task: Literal["prepare"]
     output: str

@@ -1,0 +1,286 @@
+"""From a file and `key=value` words to a typed recipe, or to the list of everything that is wrong with them.
+
+Precedence: the schema's defaults < the file < the command line. No includes, no interpolation,
+no environment variables.
+"""
+
+import difflib
+import json
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from dreamdance.errors import RecipeError
+from dreamdance.recipe import rules, schema
+from dreamdance.recipe.schema import Recipe
+from dreamdance.recipe.yaml_text import Document, Path, read_yaml, write_yaml
+
+COMMAND_LINE = "command line"
+TASKS: dict[str, type[Recipe]] = {
+    get_args(recipe_class.model_fields["task"].annotation)[0]: recipe_class
+    for recipe_class in get_args(get_args(schema.AnyRecipe)[0])
+}
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A recipe, the file it came from, and the dotted keys that the command line set."""
+
+    recipe: Recipe
+    file: FilePath
+    overridden: frozenset[str]
+
+
+def load_recipe(path: str | FilePath, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads and checks a recipe.
+
+    Args:
+        path: a YAML file.
+        overrides: `key=value` words, the key dotted (`optimizer.lr=1e-4`), the value read by the same YAML rules.
+
+    Raises:
+        RecipeError: with one line for each problem, `file:line: what is wrong`.
+    """
+    return load(path, overrides).recipe
+
+
+def load(path: str | FilePath, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """As `load_recipe`, and remembers what the command line changed."""
+    file = FilePath(path)
+    document = read_yaml(_read(file))
+    origins = _Origins(str(path), document)
+    recipe, overridden = None, frozenset[str]()
+    if isinstance(document.value, dict):
+        overridden = _apply(overrides, document, origins)
+        recipe = _check(document.value, origins)
+    elif not document.problems:
+        origins.add("a recipe is a mapping: `key: value` lines", ())
+    if recipe is None or origins.found:
+        raise RecipeError("\n".join(origins.texts()))
+    return LoadedRecipe(recipe, file, overridden)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The whole recipe as YAML, defaults written out; `load_recipe` gives an equal recipe back."""
+    return write_yaml(recipe.model_dump(mode="json"))
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` becomes `{"a.b": 1}`; lists and empty mappings stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _read(file: FilePath) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{file}: not a text file (byte {error.start} is not UTF-8)") from None
+    except OSError as error:
+        near = difflib.get_close_matches(file.name, [entry.name for entry in file.parent.glob("*.yaml")], 1)
+        hint = f"; did you mean '{file.with_name(near[0])}'?" if near else ""
+        raise RecipeError(f"{file}: cannot be read: {error.strerror}{hint}") from None
+
+
+class _Origins:
+    """Where each value came from, so that a problem can be shown at its place."""
+
+    def __init__(self, name: str, document: Document) -> None:
+        self.name = name
+        self.document = document
+        self.from_command_line: set[Path] = set()
+        # (after the file's lines?, line, text): sorts into the order in which a reader meets them
+        self.found: list[tuple[bool, int, str]] = []
+        for problem in document.problems:
+            self._add_in_file(problem.line or 0, problem.message)
+
+    def add(self, message: str, path: Path) -> None:
+        """Files a problem at the nearest known place at or above `path`."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.from_command_line:
+                self.add_on_command_line(message)
+                return
+            if path[:length] in self.document.lines:
+                self._add_in_file(self.document.lines[path[:length]], message)
+                return
+        self._add_in_file(0, message)
+
+    def add_on_command_line(self, message: str) -> None:
+        self.found.append((True, 0, f"{COMMAND_LINE}: {message}"))
+
+    def _add_in_file(self, line: int, message: str) -> None:
+        place = f"{self.name}:{line}" if line else self.name
+        self.found.append((False, line, f"{place}: {message}"))
+
+    def texts(self) -> list[str]:
+        """All problems in the order of the file, then those of the command line."""
+        return [text for _, _, text in sorted(self.found, key=lambda entry: entry[:2])]
+
+
+def _apply(overrides: Sequence[str], document: Document, origins: _Origins) -> frozenset[str]:
+    """Lays `key=value` words over the document's values in place; returns the dotted keys that they set."""
+    applied = set()
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        value = read_yaml(text)
+        parts = key.split(".")
+        if not equals or not all(parts):
+            origins.add_on_command_line(f"'{word}' is not key=value")
+            continue
+        if value.problems:
+            origins.add_on_command_line(f"{key}: {value.problems[0].message}")
+            continue
+        section = document.value
+        for part in parts[:-1]:
+            if not isinstance(section.get(part), dict):
+                section[part] = {}
+            section = section[part]
+        section[parts[-1]] = value.value
+        origins.from_command_line.add(tuple(parts))
+        applied.add(key)
+    return frozenset(applied)
+
+
+def _check(values: dict[str, Any], origins: _Origins) -> Recipe | None:
+    """Types first, then relations; as many problems as can be told without guessing are filed in one go."""
+    task = values.get("task")
+    if not isinstance(task, str) or task not in TASKS:
+        given = "missing key 'task'" if "task" not in values else f"unknown task {task!r}"
+        origins.add(
+            f"{given}; a recipe's task is one of {', '.join(TASKS)}{_nearest(str(task), list(TASKS))}", ("task",)
+        )
+        return None
+    recipe_class = TASKS[task]
+    mended = json.loads(json.dumps(values))
+    recipe = _validate(recipe_class, values, origins)
+    if recipe is None:
+        # Relations are still worth telling if the misspelled keys are read as they were probably meant.
+        _mend_unknown_keys(recipe_class, mended)
+        recipe = _validate(recipe_class, mended, None)
+    for problem in rules.problems(recipe, frozenset(known_keys(recipe_class))) if recipe else ():
+        origins.add(problem.message, problem.path)
+    return recipe
+
+
+def _validate(recipe_class: type[Recipe], values: dict[str, Any], origins: _Origins | None) -> Recipe | None:
+    try:
+        # JSON, because strict validation then still takes a list for a tuple.
+        return recipe_class.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        if origins is not None:
+            for detail in error.errors(include_url=False, include_context=True):
+                path = tuple(detail["loc"])
+                origins.add(_message(recipe_class, path, detail), path)
+        return None
+
+
+def _message(recipe_class: type[Recipe], path: Path, detail: Any) -> str:
+    """One pydantic error in a user's words."""
+    dotted = ".".join(map(str, path))
+    given = detail["input"]
+    match detail["type"]:
+        case "extra_forbidden":
+            return f"unknown key '{dotted}'{_suggestion(recipe_class, path)}"
+        case "missing":
+            return f"missing key '{dotted}'"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return f"'{dotted}' is {_shown(given)}, but must be a section of `key: value` lines"
+        case "literal_error":
+            options = str(detail["ctx"]["expected"]).replace(" or ", ", ").replace("'", "").split(", ")
+            near = _nearest(str(given), options)
+            return f"'{dotted}' is {_shown(given)}, but must be one of {', '.join(options)}{near}"
+    expected = {
+        "bool_type": "must be true or false",
+        "int_type": "must be a whole number",
+        "int_from_float": "must be a whole number, written without a point or an exponent",
+        "float_type": "must be a number",
+        "string_type": 'must be text (quote it: "...")',
+        "list_type": "must be a list: [a, b]",
+        "tuple_type": "must be a list: [a, b]",
+        "string_pattern_mismatch": "must be lower-case letters, digits and underscores",
+    }.get(detail["type"], str(detail["msg"]).replace("Input should", "must").replace("String should", "must"))
+    return f"'{dotted}' is {_shown(given)}, but {expected}"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "empty"
+    text = json.dumps(value) if not isinstance(value, str) else f"the text '{value}'"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _suggestion(recipe_class: type[Recipe], path: Path) -> str:
+    """What an unknown key may have meant: a sibling, the same name elsewhere, or a key of another task."""
+    name = str(path[-1])
+    section = section_at(recipe_class, path[:-1])
+    siblings = list(section.model_fields) if section else []
+    if near := difflib.get_close_matches(name, siblings, 1, cutoff=0.75):
+        return f"; did you mean '{near[0]}'?"
+    keys = known_keys(recipe_class)
+    if elsewhere := [key for key in keys if key.rpartition(".")[2] == name]:
+        return f"; did you mean '{elsewhere[0]}'?"
+    tasks = [task for task, other in TASKS.items() if ".".join(map(str, path)) in known_keys(other)]
+    if tasks:
+        return f"; it belongs to task {' and '.join(tasks)}"
+    return _nearest(name, siblings) or _nearest(name, [key.rpartition(".")[2] for key in keys])
+
+
+def _nearest(name: str, options: list[str]) -> str:
+    near = difflib.get_close_matches(name, options, 1)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _mend_unknown_keys(recipe_class: type[Recipe], values: dict[str, Any]) -> None:
+    """Renames misspelled keys to their nearest sibling, and drops the others, in place."""
+    for section_values, section in list(_sections(recipe_class, values)):
+        for name in [name for name in section_values if name not in section.model_fields]:
+            value = section_values.pop(name)
+            near = difflib.get_close_matches(name, list(section.model_fields), 1)
+            if near and near[0] not in section_values:
+                section_values[near[0]] = value
+
+
+def _sections(model: type[BaseModel], values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], type[BaseModel]]]:
+    yield values, model
+    for name, field in model.model_fields.items():
+        inner = _section_class(field.annotation)
+        if inner is not None and isinstance(values.get(name), dict):
+            yield from _sections(inner, values[name])
+
+
+def section_at(model: type[BaseModel], path: Path) -> type[BaseModel] | None:
+    """The section class that lies at `path` of a recipe class, or None where the schema has none."""
+    for part in path:
+        field = model.model_fields.get(str(part))
+        inner = _section_class(field.annotation) if field else None
+        if inner is None:
+            return None
+        model = inner
+    return model
+
+
+def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """All dotted keys of a recipe class, sections included, in the schema's order."""
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        inner = _section_class(field.annotation)
+        if inner is not None:
+            keys.extend(known_keys(inner, f"{prefix}{name}."))
+    return keys
+
+
+def _section_class(annotation: Any) -> type[BaseModel] | None:
+    if get_origin(annotation) in (Union, types.UnionType, Annotated):
+        found = [_section_class(option) for option in get_args(annotation)]
+        return next((option for option in found if option is not None), None)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None

@@ -1,0 +1,235 @@
+"""Relations between a recipe's values, which types alone cannot express. Every rule names the key to change."""
+
+from collections.abc import Callable, Collection, Iterator
+
+from dreamdance.recipe.schema import (
+    AnimateRecipe,
+    AnimationSampling,
+    AutoencoderSource,
+    GeometrySampling,
+    ImageEncoderSource,
+    NetworkSource,
+    PrepareRecipe,
+    Recipe,
+    Stage1Recipe,
+    Stage2Recipe,
+    TrainingRecipe,
+)
+from dreamdance.recipe.yaml_text import Path, Problem
+
+AUTOENCODER_DOWNSCALE = 8
+DEFAULT_UNET_LEVELS = 4
+
+
+def problems(recipe: Recipe, known_keys: Collection[str] = ()) -> list[Problem]:
+    """Everything about the recipe's values that does not fit together; empty if all is well."""
+    checks: list[Callable[[], Iterator[Problem]]] = [lambda: _cluster(recipe)]
+    match recipe:
+        case TrainingRecipe():
+            checks += [lambda: _batch(recipe), lambda: _data(recipe), lambda: _schedule(recipe, known_keys)]
+            checks += [lambda: _networks(recipe), lambda: _sizes(recipe), lambda: _initial_weights(recipe)]
+            if isinstance(recipe, Stage1Recipe):
+                checks += [lambda: _stage1(recipe), lambda: _windows(recipe.sampling, "sampling")]
+            if isinstance(recipe, Stage2Recipe):
+                checks += [lambda: _stage2(recipe), lambda: _windows(recipe.sampling, "sampling")]
+        case PrepareRecipe():
+            checks.append(lambda: _prepare(recipe))
+        case AnimateRecipe():
+            checks += [lambda: _windows(recipe.geometry, "geometry"), lambda: _windows(recipe.animation, "animation")]
+    return [problem for check in checks for problem in check()]
+
+
+def _problem(path: str, message: str) -> Problem:
+    return Problem(message, tuple(path.split(".")))
+
+
+def _cluster(recipe: Recipe) -> Iterator[Problem]:
+    cluster = recipe.cluster
+    if cluster.gpus_per_node not in (0, cluster.tasks_per_node):
+        yield _problem(
+            "cluster.gpus_per_node",
+            f"cluster.gpus_per_node is {cluster.gpus_per_node} but cluster.tasks_per_node is {cluster.tasks_per_node}: "
+            "every process drives one GPU, so make them equal (or gpus_per_node 0 for the CPU)",
+        )
+    for name in cluster.environment:
+        if not name.isidentifier():
+            yield _problem(f"cluster.environment.{name}", f"'{name}' cannot be an environment variable's name")
+
+
+def _batch(recipe: TrainingRecipe) -> Iterator[Problem]:
+    world_size, micro, batch = recipe.cluster.world_size, recipe.micro_batch_size, recipe.batch_size
+    if batch % (micro * world_size) == 0:
+        return
+    if batch % micro:
+        divisors = [str(size) for size in range(1, batch + 1) if batch % size == 0]
+        yield _problem(
+            "micro_batch_size",
+            f"micro_batch_size {micro} does not divide batch_size {batch}; sizes that do: {', '.join(divisors)}",
+        )
+        return
+    steps = batch // micro
+    sizes = [str(size) for size in range(1, steps + 1) if steps % size == 0]
+    yield _problem(
+        "batch_size",
+        f"batch_size {batch} is not micro_batch_size {micro} x accumulation x {world_size} processes "
+        f"({recipe.cluster.nodes} nodes x {recipe.cluster.tasks_per_node}); world sizes that do: {', '.join(sizes)} "
+        "(change cluster.nodes, cluster.tasks_per_node or micro_batch_size)",
+    )
+
+
+def _data(recipe: TrainingRecipe) -> Iterator[Problem]:
+    low, high = recipe.data.stride
+    if low > high:
+        yield _problem("data.stride", f"data.stride [{low}, {high}] is [smallest, largest]; swap the two")
+    if recipe.data.train.local == recipe.data.validation.local:
+        yield _problem("data.validation.local", "data.train.local and data.validation.local are the same folder")
+
+
+def _schedule(recipe: TrainingRecipe, known_keys: Collection[str]) -> Iterator[Problem]:
+    if recipe.optimizer.warmup_steps > recipe.max_steps:
+        yield _problem(
+            "optimizer.warmup_steps",
+            f"optimizer.warmup_steps {recipe.optimizer.warmup_steps} is more than max_steps {recipe.max_steps}",
+        )
+    for beta in recipe.optimizer.betas:
+        if not 0.0 <= beta < 1.0:
+            yield _problem("optimizer.betas", f"optimizer.betas holds {beta}; each must be at least 0 and below 1")
+    every, keep = recipe.checkpoint.every_steps, recipe.checkpoint.keep_every_steps
+    if keep is not None and keep % every:
+        yield _problem(
+            "checkpoint.keep_every_steps",
+            f"checkpoint.keep_every_steps {keep} is no multiple of checkpoint.every_steps {every}, "
+            "so no checkpoint would ever be kept for good",
+        )
+    for key in recipe.checkpoint.allow_changed:
+        if known_keys and key not in known_keys:
+            yield _problem("checkpoint.allow_changed", f"checkpoint.allow_changed names '{key}', which is no key")
+
+
+def _networks(recipe: TrainingRecipe) -> Iterator[Problem]:
+    sources: list[tuple[str, NetworkSource | AutoencoderSource | ImageEncoderSource, str]] = []
+    if isinstance(recipe, Stage1Recipe | Stage2Recipe):
+        sources = [
+            ("model.unet", recipe.model.unet, "config"),
+            ("model.autoencoder", recipe.model.autoencoder, "patch_size"),
+            ("model.image_encoder", recipe.model.image_encoder, "stand_in_width"),
+        ]
+    for name, source, other in sources:
+        alternative = getattr(source, other)
+        if (source.path is None) == (alternative is None):
+            given = "both are given" if source.path is not None else "neither is given"
+            yield _problem(name, f"{name} wants either path or {other}; {given}")
+        if source.subfolder is not None and source.path is None:
+            yield _problem(f"{name}.subfolder", f"{name}.subfolder is a folder under {name}.path, which is not given")
+
+
+def _sizes(recipe: TrainingRecipe) -> Iterator[Problem]:
+    """Width and height must survive the autoencoder and every level of the UNet without a remainder."""
+    if not isinstance(recipe, Stage1Recipe | Stage2Recipe):
+        return
+    unit = (recipe.model.autoencoder.patch_size or AUTOENCODER_DOWNSCALE) * 2 ** (unet_levels(recipe.model.unet) - 1)
+    sides = [("data.width", recipe.data.width), ("data.height", recipe.data.height)]
+    if isinstance(recipe, Stage2Recipe):
+        geometry = recipe.objective
+        pair = [("objective.geometry_width", geometry.geometry_width)]
+        sides_of_maps = [*pair, ("objective.geometry_height", geometry.geometry_height)]
+        for name, size in sides_of_maps:
+            if size % (recipe.model.autoencoder.patch_size or AUTOENCODER_DOWNSCALE):
+                yield _problem(name, f"{name} {size} is no size that stage 1 can produce")
+    for name, size in sides:
+        if size % unit:
+            below = size - size % unit
+            near = [str(option) for option in (below, below + unit) if option > 0]
+            yield _problem(
+                name,
+                f"{name} {size} cannot be divided by {unit} (autoencoder and UNet levels); "
+                f"nearest that can: {' and '.join(near)}",
+            )
+
+
+def unet_levels(source: NetworkSource) -> int:
+    """How many resolutions a UNet has; diffusers' default, and SD's and SVD's, is 4."""
+    channels = (source.config or {}).get("block_out_channels")
+    return len(channels) if isinstance(channels, list) and channels else DEFAULT_UNET_LEVELS
+
+
+def _initial_weights(recipe: TrainingRecipe) -> Iterator[Problem]:
+    if recipe.init_from == recipe.name:
+        yield _problem("init_from", f"init_from names this run itself ('{recipe.name}')")
+    if recipe.init_step is not None and recipe.init_from is None:
+        yield _problem("init_step", "init_step is a step of the run that init_from names, but init_from is not given")
+
+
+def _stage1(recipe: Stage1Recipe) -> Iterator[Problem]:
+    model, objective = recipe.model, recipe.objective
+    wanted = {
+        "domains": {"geometry_attention": False, "temporal_attention": False},
+        "geometry": {"geometry_attention": True, "temporal_attention": False},
+        "temporal": {"temporal_attention": True},
+    }[recipe.train]
+    for name, value in wanted.items():
+        if getattr(model, name) is not value:
+            yield _problem(f"model.{name}", f"train: {recipe.train} wants model.{name}: {str(value).lower()}")
+    if model.temporal_attention:
+        for name, frames in (("data.num_frames", recipe.data.num_frames), *_sampled_frames(recipe)):
+            if frames > model.max_frames:
+                yield _problem(name, f"{name} {frames} is more than model.max_frames {model.max_frames}")
+    if objective.beta_start >= objective.beta_end:
+        yield _problem(
+            "objective.beta_start",
+            f"objective.beta_start {objective.beta_start} must be below objective.beta_end {objective.beta_end}",
+        )
+    if objective.zero_terminal_snr and objective.prediction_type == "epsilon":
+        yield _problem(
+            "objective.prediction_type",
+            "objective.zero_terminal_snr leaves nothing of the image at the last timestep, where epsilon cannot be "
+            "turned into a sample; use prediction_type v_prediction or sample",
+        )
+    for name, weights in (("domain_draw", objective.domain_draw), ("domain_loss", objective.domain_loss)):
+        if weights.rgb + weights.normal + weights.depth == 0.0:
+            yield _problem(f"objective.{name}", f"objective.{name} is zero for all three domains")
+
+
+def _sampled_frames(recipe: Stage1Recipe) -> Iterator[tuple[str, int]]:
+    yield "sampling.window_frames", recipe.sampling.window_frames
+
+
+def _stage2(recipe: Stage2Recipe) -> Iterator[Problem]:
+    controls, objective = recipe.model.controls, recipe.objective
+    if not controls or len(set(controls)) != len(controls):
+        yield _problem("model.controls", f"model.controls {controls} must name one control or more, each once")
+    total = objective.latents_dropout + objective.embedding_dropout + objective.both_dropout
+    if total > 1.0:
+        yield _problem(
+            "objective.both_dropout",
+            f"objective.latents_dropout + embedding_dropout + both_dropout is {total:g}; together they are at most 1",
+        )
+
+
+def _windows(sampling: GeometrySampling | AnimationSampling, name: str) -> Iterator[Problem]:
+    if sampling.window_overlap >= sampling.window_frames:
+        yield _problem(
+            f"{name}.window_overlap",
+            f"{name}.window_overlap {sampling.window_overlap} must be below {name}.window_frames "
+            f"{sampling.window_frames}, or windows never advance",
+        )
+
+
+def _prepare(recipe: PrepareRecipe) -> Iterator[Problem]:
+    if (recipe.dancers is None) == (recipe.videos is None):
+        given = "neither is given" if recipe.dancers is None else "both are given"
+        yield Problem(f"a prepare recipe has either a section dancers or a section videos; {given}", _place(recipe))
+    videos = recipe.videos
+    if videos is None:
+        return
+    if videos.min_clip_frames > videos.clip_frames:
+        yield _problem(
+            "videos.min_clip_frames",
+            f"videos.min_clip_frames {videos.min_clip_frames} is more than videos.clip_frames {videos.clip_frames}",
+        )
+    if (videos.width is None) != (videos.height is None):
+        yield _problem("videos", "videos.width and videos.height are given together or not at all")
+
+
+def _place(recipe: PrepareRecipe) -> Path:
+    return ("dancers",) if recipe.dancers is not None else ("task",)
