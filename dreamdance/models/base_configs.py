@@ -4,7 +4,7 @@ on the meta device to count parameters and plan memory, or smaller by overriding
 
 from typing import Any
 
-# Of stable-diffusion-v1-5, folder `unet`: 859,520,964 parameters. `attention_head_dim` is, in spite of its name, the number of heads.
+# Of stable-diffusion-v1-5, folder `unet`: 859,520,964 parameters.
 STABLE_DIFFUSION_1_5_UNET: dict[str, Any] = {
     "sample_size": 64,
     "in_channels": 4,
@@ -22,7 +22,7 @@ STABLE_DIFFUSION_1_5_UNET: dict[str, Any] = {
     "norm_num_groups": 32,
     "norm_eps": 1e-5,
     "cross_attention_dim": 768,
-    "attention_head_dim": 8,
+    "attention_head_dim": 8,  # in spite of its name the number of heads
 }
 
 # Of stable-video-diffusion-img2vid-xt-1-1, folder `unet`: 1,524,623,082 parameters.

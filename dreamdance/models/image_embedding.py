@@ -1,0 +1,100 @@
+"""The reference picture as one token for cross-attention: CLIP's image embedding, or a small stand-in for it."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+from einops import rearrange
+from torch import Tensor
+from transformers import CLIPVisionModelWithProjection
+
+# what CLIP's pictures were normalised with in its training, rgb
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_GRID = 8
+PROJECTION_SEED = 0
+
+
+@dataclass
+class ImageEmbedding(BaseOutput):
+    """`image_embeds`: `b c`, named as in CLIP's output."""
+
+    image_embeds: Tensor
+
+
+class ImageEmbeddingStandIn(ModelMixin, ConfigMixin):
+    """Mean colours on a coarse grid through a fixed orthogonal projection: deterministic, nothing to train.
+
+    The projection keeps distances: two embeddings are as far apart as the two grids of colours. It is kept with the
+    saved model, so that another machine's linear algebra changes nothing.
+
+    Args:
+        width: width of the embedding, at least 3. The grid is the largest whose colours fit, at most 8x8.
+    """
+
+    @register_to_config
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        if width < 3:
+            raise ValueError(f"width is {width}; it must be 3 or more (model.image_encoder.stand_in_width)")
+        self.grid_size = min(MAX_GRID, math.isqrt(width // 3))
+        self.register_buffer("projection", _orthonormal_rows(3 * self.grid_size**2, width))
+
+    def forward(self, images: Tensor) -> ImageEmbedding:
+        """Embeds pictures.
+
+        Args:
+            images: `b 3 H W` in [0, 1].
+        """
+        colours = F.adaptive_avg_pool2d(images.to(self.projection) * 2 - 1, self.grid_size)
+        return ImageEmbedding(image_embeds=rearrange(colours, "b c h w -> b (c h w)") @ self.projection)
+
+
+def _orthonormal_rows(rows: int, columns: int) -> Tensor:
+    """Returns `rows columns`, seeded; the sign of each row is fixed, since QR leaves it open."""
+    generator = torch.Generator().manual_seed(PROJECTION_SEED)
+    # on the CPU even where the model is built on the meta device
+    square = torch.randn(columns, rows, generator=generator, dtype=torch.float64, device="cpu")
+    q, r = torch.linalg.qr(square)
+    return (q * r.diagonal().sign()).T.float().contiguous()
+
+
+ImageEncoder = CLIPVisionModelWithProjection | ImageEmbeddingStandIn
+
+
+def embedding_width(image_encoder: ImageEncoder) -> int:
+    """Width of the embedding: the UNets' `cross_attention_dim`."""
+    if isinstance(image_encoder, ImageEmbeddingStandIn):
+        return image_encoder.config.width
+    return image_encoder.config.projection_dim
+
+
+@torch.no_grad()
+def embed_images(image_encoder: ImageEncoder, images: Tensor) -> Tensor:
+    """Embeds each picture as one token: CLIP's pooled, projected `image_embeds`, or the stand-in's. Without
+    gradients.
+
+    Args:
+        image_encoder: the frozen encoder.
+        images: `b 3 H W` in [0, 1], clean. The whole picture is seen, squeezed to CLIP's square as SVD does it.
+
+    Returns:
+        `b 1 c`. A dropped embedding is zeros of that shape.
+    """
+    if isinstance(image_encoder, CLIPVisionModelWithProjection):
+        images = _prepare_for_clip(images, image_encoder.config.image_size)
+    images = images.to(device=image_encoder.device, dtype=image_encoder.dtype)
+    return rearrange(image_encoder(images).image_embeds, "b c -> b 1 c")
+
+
+def _prepare_for_clip(images: Tensor, image_size: int) -> Tensor:
+    """Resizes (bicubic, antialiased) and normalises in float32; `b 3 H W` in [0, 1] to `b 3 image_size image_size`."""
+    images = images.float()
+    if images.shape[-2:] != (image_size, image_size):
+        images = F.interpolate(images, size=(image_size, image_size), mode="bicubic", antialias=True).clamp(0, 1)
+    mean, std = (rearrange(images.new_tensor(values), "c -> c 1 1") for values in (CLIP_MEAN, CLIP_STD))
+    return (images - mean) / std

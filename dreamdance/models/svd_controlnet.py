@@ -1,0 +1,122 @@
+"""The SVD ControlNet: a trainable copy of Stable Video Diffusion's encoder half, linked by zero convolutions."""
+
+from functools import wraps
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import UNetSpatioTemporalConditionModel
+from torch import Tensor, nn
+
+from dreamdance.models.svd_unet import run_encoder_half
+
+
+class ControlResiduals(NamedTuple):
+    """What `run_svd_unet` adds.
+
+    Attributes:
+        down: one `(b f) c h w` for each skip connection, from shallow to deep.
+        mid: `(b f) c h w`, for the mid block's output.
+    """
+
+    down: list[Tensor]
+    mid: Tensor
+
+
+class SpatioTemporalControlNetModel(UNetSpatioTemporalConditionModel):
+    """Copy of SVD's `conv_in`, time embeddings, down blocks and mid block; a zero convolution on each output.
+
+    The constructor takes the SVD UNet's own arguments: the config of a UNet is that of its ControlNet. Gradient
+    checkpointing is diffusers' own (`enable_gradient_checkpointing`).
+    """
+
+    # what the SVD UNet has and is not needed here; what is here and the SVD UNet lacks
+    unused_unet_weights = ("up_blocks.", "conv_norm_out.", "conv_out.")
+    added_weights = ("down_zero_convolutions.", "mid_zero_convolution.")
+
+    @wraps(UNetSpatioTemporalConditionModel.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        del self.up_blocks, self.conv_norm_out, self.conv_act, self.conv_out
+        widths = self.config.block_out_channels
+        # the skip connections: conv_in, then every layer and the downsampler of each block
+        skip_widths = [widths[0]]
+        for block, width in zip(self.down_blocks, widths, strict=True):
+            skip_widths += [width] * (len(block.resnets) + (block.downsamplers is not None))
+        self.down_zero_convolutions = nn.ModuleList(_zero_convolution(width) for width in skip_widths)
+        self.mid_zero_convolution = _zero_convolution(widths[-1])
+
+    @classmethod
+    def from_unet(cls, unet: UNetSpatioTemporalConditionModel) -> "SpatioTemporalControlNetModel":
+        """Copies the encoder half of `unet`; the zero convolutions start at zero, so that SVD's output does not
+        change.
+
+        Args:
+            unet: an SVD UNet. It is not altered and shares no weight with the copy; device and type are taken from
+                it.
+
+        Raises:
+            ValueError: Its weights are not those of its config (a key is missing, or there is one too many).
+        """
+        # without values first: the base network's up blocks are never allocated
+        with torch.device("meta"):
+            controlnet = cls.from_config(unet.config)
+        copied = {
+            name: weight.detach().clone()
+            for name, weight in unet.state_dict().items()
+            if not name.startswith(cls.unused_unet_weights)
+        }
+        added = {
+            name: torch.zeros_like(weight, device=unet.device, dtype=unet.dtype)
+            for name, weight in controlnet.state_dict().items()
+            if name.startswith(cls.added_weights)
+        }
+        mismatch = set(copied) ^ (set(controlnet.state_dict()) - set(added))
+        if mismatch:
+            raise ValueError(
+                f"the UNet's weights do not fit its config: {len(mismatch)} missing or unexpected keys, "
+                f"such as {sorted(mismatch)[:3]}"
+            )
+        controlnet.load_state_dict(copied | added, assign=True)
+        # `assign` keeps the flag of the meta parameters it replaces, the mode is the UNet's
+        return controlnet.train(unet.training)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        added_time_ids: Tensor,
+        control_features: Tensor,
+    ) -> ControlResiduals:
+        """Turns the controller's guidance feature into residuals for the SVD UNet.
+
+        Args:
+            sample: `b f c h w`, as given to the SVD UNet.
+            timestep: `b` or a scalar, ln(sigma) / 4.
+            encoder_hidden_states: `b 1 c`, the image embedding.
+            added_time_ids: `b 3`.
+            control_features: `(b f) c h w` of the width of `conv_in`'s output, added there.
+
+        Raises:
+            ValueError: `control_features` do not fit.
+        """
+        batch_size, num_frames, _, height, width = sample.shape
+        expected = (batch_size * num_frames, self.config.block_out_channels[0], height, width)
+        if tuple(control_features.shape) != expected:
+            raise ValueError(
+                f"control_features have the shape {tuple(control_features.shape)}, {expected} are needed: "
+                "the controller's out_channels are block_out_channels[0], its downscale_factor is the autoencoder's"
+            )
+        encoded = run_encoder_half(
+            self, sample, timestep, encoder_hidden_states, added_time_ids, input_features=control_features
+        )
+        down = [convolution(skip) for convolution, skip in zip(self.down_zero_convolutions, encoded.skips, strict=True)]
+        return ControlResiduals(down=down, mid=self.mid_zero_convolution(encoded.mid))
+
+
+def _zero_convolution(channels: int) -> nn.Conv2d:
+    """A 1x1 convolution that begins at zero."""
+    convolution = nn.Conv2d(channels, channels, kernel_size=1)
+    nn.init.zeros_(convolution.weight)
+    nn.init.zeros_(convolution.bias)
+    return convolution
