@@ -1,0 +1,123 @@
+"""Picture transforms on tensors that data, objectives and pipelines share: resizing, normals, flips.
+
+Normals are not colours: when their size changes they are averaged as vectors and brought back to unit length.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from einops import pack, rearrange, unpack
+from torch import Tensor
+from torch.nn import functional as F
+
+from dreamdance.data.keypoints import flip_keypoints
+from dreamdance.data.pose_drawing import draw_poses
+
+_SMALLEST_LENGTH = 1e-6
+
+
+def encode_normals(normals: Tensor) -> Tensor:
+    """Encodes unit normals `(..., 3, H, W)` as pictures in [0,1]: (n+1)/2."""
+    return (normals + 1.0) / 2.0
+
+
+def decode_normals(encoded: Tensor) -> Tensor:
+    """Decodes normal pictures `(..., 3, H, W)` in [0,1] to unit vectors; mid-grey, without direction, faces the camera."""
+    return _to_unit_length(encoded * 2.0 - 1.0)
+
+
+def _to_unit_length(vectors: Tensor) -> Tensor:
+    length = vectors.norm(dim=-3, keepdim=True)
+    towards_camera = rearrange(vectors.new_tensor([0.0, 0.0, 1.0]), "c -> c 1 1").expand_as(vectors)
+    return torch.where(length > _SMALLEST_LENGTH, vectors / length.clamp_min(_SMALLEST_LENGTH), towards_camera)
+
+
+def resize_images(images: Tensor, height: int, width: int) -> Tensor:
+    """Resizes pictures `(..., c, H, W)` to `(..., c, height, width)`, bilinear, antialiased when shrinking."""
+    if images.shape[-2:] == (height, width):
+        return images
+    flat, leading = pack([images], "* c h w")
+    resized = F.interpolate(flat, size=(height, width), mode="bilinear", align_corners=False, antialias=True)
+    (result,) = unpack(resized, leading, "* c h w")
+    return result
+
+
+def resize_normals(encoded: Tensor, height: int, width: int) -> Tensor:
+    """Resizes normal pictures `(..., 3, H, W)` in [0,1] as vectors, renormalises and encodes them again."""
+    if encoded.shape[-2:] == (height, width):
+        return encoded
+    return encode_normals(_to_unit_length(resize_images(decode_normals(encoded), height, width)))
+
+
+def pass_through(images: Tensor, height: int, width: int, *, normals: bool = False) -> Tensor:
+    """Resizes to `height` x `width` and back: what a map looks like after stage 1 has made it at its own, smaller size.
+
+    Args:
+        images: `(..., c, H, W)` in [0,1].
+        height, width: stage 1's size in pixels.
+        normals: whether they are encoded normals, to be renormalised.
+    """
+    resize = resize_normals if normals else resize_images
+    return resize(resize(images, height, width), images.shape[-2], images.shape[-1])
+
+
+def flip_images(images: Tensor) -> Tensor:
+    """Mirrors pictures `(..., W)` from left to right."""
+    return images.flip(-1)
+
+
+def flip_normals(encoded: Tensor) -> Tensor:
+    """Mirrors normal pictures `(..., 3, H, W)` in [0,1]: the x component changes its sign as well."""
+    flipped = encoded.flip(-1).clone()
+    flipped[..., 0, :, :] = 1.0 - flipped[..., 0, :, :]
+    return flipped
+
+
+@dataclass(frozen=True)
+class ClipFrames:
+    """Aligned frames of one clip; what it lacks is None.
+
+    rgb, pose, normal, depth: `(f, 3, H, W)` float32 in [0,1]; mask: `(f, 1, H, W)`; keypoints: `(f, 128, 3)`, see
+    `data.keypoints`.
+    """
+
+    rgb: Tensor
+    pose: Tensor
+    normal: Tensor | None = None
+    depth: Tensor | None = None
+    mask: Tensor | None = None
+    keypoints: Tensor | None = None
+
+
+def flip_clip(clip: ClipFrames) -> ClipFrames:
+    """Mirrors a clip from left to right: pictures, normals' x, left and right key points; the pose is drawn anew.
+
+    Raises:
+        ValueError: the clip has no key points. A drawing cannot be mirrored, because left and right differ in colour.
+    """
+    if clip.keypoints is None:
+        raise ValueError("a clip that has only a pose drawing and no key points cannot be flipped")
+    keypoints = flip_keypoints(clip.keypoints.numpy())
+    height, width = clip.pose.shape[-2:]
+    return replace(
+        clip,
+        rgb=flip_images(clip.rgb),
+        pose=pictures_to_tensor(draw_poses(keypoints, width=width, height=height)),
+        normal=None if clip.normal is None else flip_normals(clip.normal),
+        depth=None if clip.depth is None else flip_images(clip.depth),
+        mask=None if clip.mask is None else flip_images(clip.mask),
+        keypoints=torch.from_numpy(keypoints),
+    )
+
+
+def pictures_to_tensor(pictures: np.ndarray) -> Tensor:
+    """Turns pictures `(..., H, W, c)` uint8 or uint16 into `(..., c, H, W)` float32 in [0,1]."""
+    largest = float(np.iinfo(pictures.dtype).max)
+    return torch.from_numpy(np.moveaxis(pictures, -1, -3).astype(np.float32) / np.float32(largest))
+
+
+def tensor_to_pictures(images: Tensor) -> np.ndarray:
+    """Turns pictures `(..., c, H, W)` in [0,1] into `(..., H, W, c)` uint8, rounded; values beyond are clipped."""
+    scaled = (images.detach().float().cpu().clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
+    return np.ascontiguousarray(np.moveaxis(scaled.numpy(), -3, -1))
