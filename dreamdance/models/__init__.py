@@ -1,0 +1,19 @@
+"""The networks of DreamDance, as diffusers models: a configuration, `from_pretrained`, `save_pretrained`.
+
+Letters of all shapes here and elsewhere: `b` clips or images, `f` frames, `m` domains (always in the order rgb, normal,
+depth), `c` channels, `h w` latent height and width, `H W` pixel height and width, `n` tokens, `t` tokens of the
+conditioning, `heads`, `d` head width. Batches that mix clips, frames and domains are ordered `(b f m)` (contract C1).
+Nothing here knows of data, recipes, ranks or sharding.
+"""
+
+from dreamdance.models.domain_embedding import DOMAINS
+from dreamdance.models.geometry_unet import GeometryUNetModel
+from dreamdance.models.pose_encoder import PoseEncoderModel
+from dreamdance.models.reference_unet import ReferenceUNetModel
+
+__all__ = [
+    "DOMAINS",
+    "GeometryUNetModel",
+    "PoseEncoderModel",
+    "ReferenceUNetModel",
+]

@@ -1,0 +1,64 @@
+"""Backend `sdpa`: torch's own fused attention, on views of the inputs wherever their strides allow one.
+
+Geometry attention copies nothing: with domains innermost (contract C1) merging `(m n)` is a view, of a packed qkv
+projection too. Reference attention copies keys and values once, because torch takes one key tensor: the shared
+reference is read through an expanded view, never repeated on its own. Temporal attention is a view for one clip.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor
+
+MAX_BATCH = 65_535  # CUDA's fused kernels put the batch on a grid axis of this size; temporal attention can exceed it
+
+
+def geometry_attention(query: Tensor, key: Tensor, value: Tensor, *, num_domains: int, num_heads: int) -> Tensor:
+    """Eq. 5 as one self-attention over the merged tokens of all domains. All `((b f m), n, heads*d)`."""
+    query, key, value = (
+        rearrange(x, "(b m) n (heads d) -> b heads (m n) d", m=num_domains, heads=num_heads)
+        for x in (query, key, value)
+    )
+    output = _attend(query, key, value)
+    return rearrange(output, "b heads (m n) d -> (b m) n (heads d)", m=num_domains)
+
+
+def reference_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    reference_key: Tensor | None,
+    reference_value: Tensor | None,
+    *,
+    num_heads: int,
+) -> Tensor:
+    """Eq. 4 with the reference's tokens appended to each sample's own; without a reference, plain self-attention."""
+    if reference_key is not None and reference_value is not None and reference_key.shape[1] > 0:
+        key, value = _append(key, reference_key), _append(value, reference_value)
+    query, key, value = (rearrange(x, "b n (heads d) -> b heads n d", heads=num_heads) for x in (query, key, value))
+    return rearrange(_attend(query, key, value), "b heads n d -> b n (heads d)")
+
+
+def temporal_attention(query: Tensor, key: Tensor, value: Tensor, *, num_frames: int, num_heads: int) -> Tensor:
+    """Attention over the frames, every place n a sequence of its own. All `((b f), n, heads*d)`."""
+    num_tokens = query.shape[1]
+    query, key, value = (
+        rearrange(x, "(b f) n (heads d) -> (b n) heads f d", f=num_frames, heads=num_heads) for x in (query, key, value)
+    )
+    output = _attend(query, key, value)
+    return rearrange(output, "(b n) heads f d -> (b f) n (heads d)", n=num_tokens)
+
+
+def _append(own: Tensor, shared: Tensor) -> Tensor:
+    """`((b r), n, c)` and `(b, n_ref, c)` to `((b r), n + n_ref, c)`: one copy; the expanded reference stays a view."""
+    own = rearrange(own, "(b r) n c -> b r n c", b=shared.shape[0])
+    expanded = repeat(shared, "b n c -> b r n c", r=own.shape[1])
+    return rearrange(torch.cat([own, expanded], dim=2), "b r n c -> (b r) n c")
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Fused attention of `(batch, heads, n, d)`, cut into several calls where the batch is too long for one."""
+    if query.shape[0] <= MAX_BATCH:
+        return F.scaled_dot_product_attention(query, key, value)
+    pieces = zip(*(x.split(MAX_BATCH) for x in (query, key, value)), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*piece) for piece in pieces])
