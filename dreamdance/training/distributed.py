@@ -1,0 +1,92 @@
+"""Processes talking to one another: opening the process group, agreeing on numbers, repeatable arithmetic.
+
+Knows nothing of models, DeepSpeed or what is being agreed upon.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from dreamdance.ranks import Ranks
+
+
+@contextmanager
+def process_group(ranks: Ranks, *, timeout_seconds: int) -> Iterator[None]:
+    """Holds the process group open: NCCL where there are GPUs, gloo otherwise.
+
+    A single process needs no address to meet at. Its group stays open, so that one process can run several recipes in
+    turn (the `debug` cluster); a group of several ends here, after every rank has got this far.
+
+    Args:
+        ranks: this process among all.
+        timeout_seconds: how long a collective may wait for another rank before it raises.
+    """
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
+    if dist.is_initialized():
+        yield
+        return
+    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+    store = dist.HashStore() if ranks.world_size == 1 else None
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+    yield
+    if ranks.world_size > 1:
+        dist.barrier()  # protects slower ranks, still in their last collective, from a peer that has gone
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Returns the sum over all ranks of a small tensor, in float64 so that counts stay exact."""
+    total = values.to(torch.float64)
+    dist.all_reduce(total)
+    return total
+
+
+def gathered(value: Any) -> list[Any]:
+    """Returns every rank's `value` (a small plain object), in the order of ranks, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: Any) -> Any:
+    """Returns the main process's `value` (a small plain object) on every rank."""
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def is_deterministic(setting: bool | None, ranks: Ranks) -> bool:
+    """The recipe's `deterministic`; unset, it is on for the CPU and off for GPUs, where it costs speed."""
+    return ranks.device.type == "cpu" if setting is None else setting
+
+
+@contextmanager
+def repeatable_arithmetic(enabled: bool) -> Iterator[None]:
+    """Within: the same inputs give the same bits, or an operation that cannot promise that raises."""
+    if not enabled:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # Filling every fresh buffer with NaN finds bugs, but DeepSpeed allocates its reduction buckets at each step.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = filled

@@ -1,0 +1,337 @@
+"""The only module that knows DeepSpeed: its config, its steps, its master weights and its files.
+
+It must not know what is trained, where data comes from, or when to save.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # unset, DeepSpeed warns at every start that it saw no GPU
+import deepspeed
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from dreamdance.errors import CheckpointError, RecipeError
+from dreamdance.ranks import Ranks
+from dreamdance.recipe.schema import TrainingRecipe
+
+# What DeepSpeed itself pickles into its files; everything else in them is tensors and plain containers.
+_DEEPSPEED_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
+_TAG = "deepspeed"
+
+# DeepSpeed's only use of its op table is to build a shared-memory operation for *inference*. Left on, every first start
+# on a CPU compiles it for minutes, and a killed compilation leaves a lock behind that blocks all later starts.
+deepspeed.ops.__compatible_ops__ = {}
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+class ObjectiveOutput(Protocol):
+    """What the engine needs of an objective's output."""
+
+    loss: Tensor
+
+
+@dataclass(frozen=True)
+class Update:
+    """What became of one optimizer step: the norm of the whole gradient before clipping, and whether it was applied."""
+
+    gradient_norm: float
+    applied: bool
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A run of `length` elements of the flattened parameter `name`, from `start`, at `offset` of master partition `shard`."""
+
+    name: str
+    shard: int
+    offset: int
+    start: int
+    length: int
+
+
+def accumulation_steps(recipe: TrainingRecipe, world_size: int) -> int:
+    """Micro batches per optimizer step on each rank, so that an optimizer step always sees `batch_size` samples.
+
+    Raises:
+        RecipeError: `batch_size` does not divide; names the world sizes that do (C8).
+    """
+    steps, rest = divmod(recipe.batch_size, recipe.micro_batch_size * world_size)
+    if rest or steps == 0:
+        micro_batches = recipe.batch_size // recipe.micro_batch_size
+        fitting = [
+            size for size in range(1, micro_batches + 1) if recipe.batch_size % (recipe.micro_batch_size * size) == 0
+        ]
+        raise RecipeError(
+            f"batch_size={recipe.batch_size} cannot be made of micro_batch_size={recipe.micro_batch_size} on {world_size} "
+            f"ranks; world sizes that can: {', '.join(map(str, fitting)) or 'none'}. "
+            "Change cluster.nodes, cluster.tasks_per_node or micro_batch_size (batch_size changes the result)"
+        )
+    return steps
+
+
+def deepspeed_config(
+    recipe: TrainingRecipe, *, world_size: int, num_trainable: int, deterministic: bool
+) -> dict[str, Any]:
+    """The DeepSpeed configuration that a recipe means; there is never a second file (C6).
+
+    Args:
+        recipe: a stage 1 or stage 2 recipe.
+        world_size: the number of ranks.
+        num_trainable: the number of trainable elements; no bucket needs to be larger.
+        deterministic: overlapping communication is switched off where bits must repeat.
+    """
+    bucket = min(recipe.sharding.reduce_bucket_elements, num_trainable)
+    bf16 = recipe.precision == "bf16"
+    return {
+        "train_batch_size": recipe.batch_size,
+        "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps(recipe, world_size),
+        # Written even where it is 0: unset means 1.0 since 2026. Unsharded gradients are clipped by `Engine` itself.
+        "gradient_clipping": recipe.optimizer.gradient_clipping if recipe.sharding.zero_stage > 0 else 0.0,
+        "bf16": {"enabled": bf16},
+        # bf16 sums of many micro batches lose the small ones; plain data parallelism allows no other dtype.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {
+            "stage": recipe.sharding.zero_stage,
+            "overlap_comm": recipe.sharding.overlap_communication and not deterministic,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "checkpoint": {"tag_validation": "Fail"},
+        "wall_clock_breakdown": False,
+    }
+
+
+class _LossFirst(nn.Module):
+    """Hands DeepSpeed a tuple: it looks for the loss in tuples, lists and dicts, but not in a dataclass."""
+
+    def __init__(self, objective: nn.Module) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, batch: Any) -> tuple[Tensor, ObjectiveOutput]:
+        output = self.objective(batch)
+        return output.loss, output
+
+
+class Engine:
+    """An objective under DeepSpeed's ZeRO, with torch's AdamW on this rank's share of the fp32 masters."""
+
+    def __init__(self, objective: nn.Module, recipe: TrainingRecipe, ranks: Ranks, *, deterministic: bool) -> None:
+        """Moves the objective to the device and in the recipe's precision, and gives its trainable parameters masters.
+
+        Args:
+            objective: `forward(batch) -> ObjectiveOutput`; `requires_grad` says what trains.
+            recipe: optimizer, precision and sharding.
+            ranks: this process among all; the process group must be open.
+            deterministic: see `deepspeed_config`.
+
+        Raises:
+            RecipeError: nothing trains, the batch does not divide, or plain data parallelism is asked for in bf16.
+        """
+        self.objective = objective
+        self.ranks = ranks
+        self.optimizer_section = recipe.optimizer
+        self.trainable = {name: value for name, value in objective.named_parameters() if value.requires_grad}
+        if not self.trainable:
+            raise RecipeError("nothing to train: no parameter of the recipe's networks requires a gradient")
+        self.sharded = recipe.sharding.zero_stage > 0
+        if not self.sharded and recipe.precision == "bf16":
+            raise RecipeError("sharding.zero_stage=0 keeps no fp32 masters for precision=bf16; use zero_stage 1 or 2")
+        self.accumulation_steps = accumulation_steps(recipe, ranks.world_size)
+        config = deepspeed_config(
+            recipe,
+            world_size=ranks.world_size,
+            num_trainable=sum(parameter.numel() for parameter in self.trainable.values()),
+            deterministic=deterministic,
+        )
+        section = recipe.optimizer
+        adamw = torch.optim.AdamW(
+            list(self.trainable.values()),
+            lr=section.lr,
+            betas=section.betas,
+            eps=section.eps,
+            weight_decay=section.weight_decay,
+        )
+        os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists on the variable
+        self._engine, *_ = deepspeed.initialize(model=_LossFirst(objective), optimizer=adamw, config=config)
+
+    # ---------------------------------------------------------------------------------------------- one step
+
+    def forward(self, batch: Any) -> Any:
+        """Runs the objective on one micro batch and returns its own output."""
+        return self._engine(batch)[1]
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulates the gradient of one micro batch's mean loss.
+
+        A loss that is not finite is made to poison the whole gradient: then its norm, which all ranks share, is not
+        finite either, and every rank skips this update.
+        """
+        poisoned = loss if math.isfinite(loss.item()) else loss * math.nan
+        self._engine.backward(poisoned)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # only counts the micro batch
+
+    def update(self, learning_rate: float) -> Update:
+        """Takes the optimizer step, after `accumulation_steps` calls of `backward`."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.sharded:
+            self._engine.step()
+            norm = float(self._engine.get_global_grad_norm())
+            return Update(norm, applied=self._engine.was_step_applied())
+        return self._update_unsharded()
+
+    def _update_unsharded(self) -> Update:
+        """Measures, clips and, where it must, drops the gradient itself: DeepSpeed does so only where it shards."""
+        trainable = [value for value in self.trainable.values() if value.grad is not None]
+        norm = torch.nn.utils.get_total_norm([value.grad for value in trainable])
+        applied = bool(norm.isfinite())
+        if not applied:
+            self._engine.zero_grad()
+        elif self.optimizer_section.gradient_clipping > 0:
+            torch.nn.utils.clip_grads_with_norm_(trainable, self.optimizer_section.gradient_clipping, norm)
+        self._engine.step()
+        return Update(float(norm), applied=applied)
+
+    # ---------------------------------------------------------------------------------------------- master weights
+
+    @property
+    def _masters_attribute(self) -> str:
+        """DeepSpeed's two sharding optimizers (the second serves bf16 at stage 1) name the same thing differently."""
+        names = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+        return next(name for name in names if hasattr(self._engine.optimizer, name))
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """This rank's fp32 master weights: flat partitions, or every parameter where nothing is sharded."""
+        if not self.sharded:
+            return [parameter.data for parameter in self.trainable.values()]
+        return list(getattr(self._engine.optimizer, self._masters_attribute))
+
+    def fragments(self) -> list[Fragment]:
+        """Where the parameters lie in this rank's partitions; over all ranks each element occurs once."""
+        if not self.sharded:
+            owned = self.trainable.items() if self.ranks.is_main else ()
+            return [Fragment(name, shard, 0, 0, value.numel()) for shard, (name, value) in enumerate(owned)]
+        found = []
+        for name, parameter in self.trainable.items():
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                partition, own = mapping.hp_fragment_address, mapping.lp_fragment_address
+                found.append(Fragment(name, mapping.param_group_index, partition.start, own.start, own.numel))
+        return found
+
+    @contextmanager
+    def weights(self, shards: list[Tensor]) -> Iterator[None]:
+        """Within, the objective's weights are `shards` (as `masters` lie); after, bit for bit what they were.
+
+        Collective. Sharded, the weights return from the masters and cost no memory; else a copy is kept meanwhile.
+        """
+        if self.sharded:
+            optimizer, attribute = self._engine.optimizer, self._masters_attribute
+            masters = getattr(optimizer, attribute)
+            setattr(optimizer, attribute, shards)
+            optimizer.update_lp_params()
+            setattr(optimizer, attribute, masters)
+            try:
+                yield
+            finally:
+                optimizer.update_lp_params()
+            return
+        kept = [master.clone() for master in self.masters]
+        torch._foreach_copy_(self.masters, shards)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self.masters, kept)
+
+    def gathered(self, shards: list[Tensor]) -> dict[str, Tensor]:
+        """Puts whole fp32 parameters together from every rank's `shards`.
+
+        Collective. One parameter at a time travels, so no device holds more than the largest of them.
+
+        Returns:
+            name -> parameter, fp32 on the CPU, on the main process; empty on the others.
+        """
+        own = {fragment.name: fragment for fragment in self.fragments()}
+        whole = {}
+        for name, parameter in self.trainable.items():
+            values = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+            if (fragment := own.get(name)) is not None:
+                piece = shards[fragment.shard].flatten().narrow(0, fragment.offset, fragment.length)
+                values.narrow(0, fragment.start, fragment.length).copy_(piece)
+            dist.reduce(values, dst=0)
+            if self.ranks.is_main:
+                whole[name] = values.reshape(parameter.shape).cpu()
+        return whole
+
+    # ---------------------------------------------------------------------------------------------- files
+
+    def save(self, folder: Path) -> list[Path]:
+        """Writes trainable weights and optimizer state of all ranks under `folder`. Collective.
+
+        Returns:
+            The files that this rank wrote.
+        """
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+        written = [self._engine._get_zero_ckpt_name(str(folder), _TAG)] if self.sharded else []
+        if self.ranks.is_main:
+            written.append(self._engine._get_ckpt_name(str(folder), _TAG))
+            for script in folder.glob("zero_to_*.py"):
+                script.unlink()  # they unpickle anything; our own reader does not
+        return [Path(path) for path in written]
+
+    def load(self, folder: Path) -> None:
+        """Takes back what `save` wrote on the same number of ranks. Collective; unpickles no code.
+
+        Raises:
+            CheckpointError: the checkpoint holds other trainable parameters than this run.
+        """
+        with _weights_only_loading():
+            path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
+        if path is None:
+            raise CheckpointError(f"DeepSpeed found no checkpoint in {folder}")
+        self._restore_hyperparameters()
+
+    def _restore_hyperparameters(self) -> None:
+        """DeepSpeed puts back the saved run's clipping, betas and decay; a recipe that was allowed to change them wins."""
+        optimizer, section = self._engine.optimizer, self.optimizer_section
+        if self.sharded:
+            optimizer.clip_grad = section.gradient_clipping
+        for group in optimizer.param_groups:
+            group.update(betas=tuple(section.betas), eps=section.eps, weight_decay=section.weight_decay)
+
+
+@contextmanager
+def _weights_only_loading() -> Iterator[None]:
+    """DeepSpeed asks torch to unpickle anything; within, torch refuses all but tensors, containers and three classes."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals(_DEEPSPEED_CLASSES):
+            yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
