@@ -6,14 +6,25 @@ conditioning, `heads`, `d` head width. Batches that mix clips, frames and domain
 Nothing here knows of data, recipes, ranks or sharding.
 """
 
+from dreamdance.models.cross_domain_controller import CrossDomainControllerModel
 from dreamdance.models.domain_embedding import DOMAINS
 from dreamdance.models.geometry_unet import GeometryUNetModel
+from dreamdance.models.image_embedding import ImageEmbeddingStandIn
+from dreamdance.models.patch_autoencoder import PatchAutoencoder
 from dreamdance.models.pose_encoder import PoseEncoderModel
 from dreamdance.models.reference_unet import ReferenceUNetModel
+from dreamdance.models.svd_controlnet import ControlResiduals, SpatioTemporalControlNetModel
+from dreamdance.models.svd_unet import run_svd_unet
 
 __all__ = [
     "DOMAINS",
+    "ControlResiduals",
+    "CrossDomainControllerModel",
     "GeometryUNetModel",
+    "ImageEmbeddingStandIn",
+    "PatchAutoencoder",
     "PoseEncoderModel",
     "ReferenceUNetModel",
+    "SpatioTemporalControlNetModel",
+    "run_svd_unet",
 ]

@@ -1,5 +1,7 @@
 """Pictures to latents and back, the same way for Stable Diffusion's autoencoder, SVD's and the patch autoencoder."""
 
+from typing import TypeAlias
+
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from einops import rearrange
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from dreamdance.models.patch_autoencoder import PatchAutoencoder
 
-Autoencoder = AutoencoderKL | AutoencoderKLTemporalDecoder | PatchAutoencoder
+Autoencoder: TypeAlias = AutoencoderKL | AutoencoderKLTemporalDecoder | PatchAutoencoder
 
 
 def downscale_factor(vae: Autoencoder) -> int:

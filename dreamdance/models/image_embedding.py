@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ from diffusers.utils import BaseOutput
 from einops import rearrange
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
+
+from dreamdance.errors import UserError
 
 # what CLIP's pictures were normalised with in its training, rgb
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -40,7 +43,7 @@ class ImageEmbeddingStandIn(ModelMixin, ConfigMixin):
     def __init__(self, width: int) -> None:
         super().__init__()
         if width < 3:
-            raise ValueError(f"width is {width}; it must be 3 or more (model.image_encoder.stand_in_width)")
+            raise UserError(f"width is {width}; it must be 3 or more (model.image_encoder.stand_in_width)")
         self.grid_size = min(MAX_GRID, math.isqrt(width // 3))
         self.register_buffer("projection", _orthonormal_rows(3 * self.grid_size**2, width))
 
@@ -63,7 +66,7 @@ def _orthonormal_rows(rows: int, columns: int) -> Tensor:
     return (q * r.diagonal().sign()).T.float().contiguous()
 
 
-ImageEncoder = CLIPVisionModelWithProjection | ImageEmbeddingStandIn
+ImageEncoder: TypeAlias = CLIPVisionModelWithProjection | ImageEmbeddingStandIn
 
 
 def embedding_width(image_encoder: ImageEncoder) -> int:

@@ -13,6 +13,8 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from einops import rearrange
 from torch import Tensor
 
+from dreamdance.errors import UserError
+
 
 class PatchAutoencoder(ModelMixin, ConfigMixin):
     """Lossless space-to-depth with the interface of `AutoencoderKL` and `AutoencoderKLTemporalDecoder`.
@@ -35,7 +37,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         if patch_size < 1:
-            raise ValueError(f"patch_size is {patch_size}; it must be 1 or more (model.autoencoder.patch_size)")
+            raise UserError(f"patch_size is {patch_size}; it must be 1 or more (model.autoencoder.patch_size)")
         expected_channels = in_channels * patch_size**2
         if latent_channels not in (None, expected_channels):
             raise ValueError(
@@ -63,12 +65,12 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
             The latent distribution over `b c h w`; it has no variance: `sample()` equals `mode()`.
 
         Raises:
-            ValueError: `H` or `W` is not a multiple of the patch size.
+            UserError: `H` or `W` is not a multiple of the patch size.
         """
         patch_size = self.config.patch_size
         height, width = x.shape[-2:]
         if height % patch_size or width % patch_size:
-            raise ValueError(
+            raise UserError(
                 f"pictures of {width}x{height} do not divide into patches of {patch_size}: "
                 "choose data.width and data.height as multiples of model.autoencoder.patch_size"
             )

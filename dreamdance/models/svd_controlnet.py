@@ -33,7 +33,7 @@ class SpatioTemporalControlNetModel(UNetSpatioTemporalConditionModel):
     unused_unet_weights = ("up_blocks.", "conv_norm_out.", "conv_out.")
     added_weights = ("down_zero_convolutions.", "mid_zero_convolution.")
 
-    @wraps(UNetSpatioTemporalConditionModel.__init__)
+    @wraps(UNetSpatioTemporalConditionModel.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         del self.up_blocks, self.conv_norm_out, self.conv_act, self.conv_out
@@ -117,6 +117,6 @@ class SpatioTemporalControlNetModel(UNetSpatioTemporalConditionModel):
 def _zero_convolution(channels: int) -> nn.Conv2d:
     """A 1x1 convolution that begins at zero."""
     convolution = nn.Conv2d(channels, channels, kernel_size=1)
-    nn.init.zeros_(convolution.weight)
-    nn.init.zeros_(convolution.bias)
+    for parameter in convolution.parameters():
+        nn.init.zeros_(parameter)
     return convolution

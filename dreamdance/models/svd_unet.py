@@ -35,14 +35,14 @@ class EncoderHalf(NamedTuple):
     image_only_indicator: Tensor
 
 
-def encoder_half_parameters(unet: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def encoder_half_parameters(unet: UNetSpatioTemporalConditionModel) -> Iterator[tuple[str, nn.Parameter]]:
     """Yields names and parameters up to and including the mid block, the time embeddings among them."""
     for name, parameter in unet.named_parameters():
         if name.split(".", 1)[0] in ENCODER_HALF:
             yield name, parameter
 
 
-def is_encoder_half_frozen(unet: nn.Module) -> bool:
+def is_encoder_half_frozen(unet: UNetSpatioTemporalConditionModel) -> bool:
     """Whether nothing in the encoder half is trainable, so that it may run without gradients."""
     return not any(parameter.requires_grad for _, parameter in encoder_half_parameters(unet))
 
@@ -97,7 +97,7 @@ def run_svd_unet(
 
 
 def run_encoder_half(
-    unet: nn.Module,
+    unet: UNetSpatioTemporalConditionModel,
     sample: Tensor,
     timestep: Tensor | float,
     encoder_hidden_states: Tensor,
@@ -151,7 +151,7 @@ def run_encoder_half(
 
 
 def _embed_time(
-    unet: nn.Module,
+    unet: UNetSpatioTemporalConditionModel,
     timestep: Tensor | float,
     added_time_ids: Tensor,
     *,
