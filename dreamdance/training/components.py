@@ -21,6 +21,7 @@ from dreamdance.models import (
 )
 from dreamdance.models.autoencoding import downscale_factor
 from dreamdance.models.base_configs import STABLE_DIFFUSION_1_5_UNET, STABLE_VIDEO_DIFFUSION_UNET
+from dreamdance.models.image_embedding import embedding_width
 from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe, TrainingData
 from dreamdance.training.network_sources import open_autoencoder, open_image_encoder, open_unet, read_weights
 from dreamdance.training.objectives.animation import AnimationObjective
@@ -99,9 +100,9 @@ def load_networks(objective: Objective, export: Path) -> None:
 def _build_stage1(recipe: Stage1Recipe, device: str) -> GeometryObjective:
     model = recipe.model
     vae = open_autoencoder(model.autoencoder, temporal=False, device=device)
-    image_encoder, embedding_width = open_image_encoder(model.image_encoder, huge=False, device=device)
+    image_encoder = open_image_encoder(model.image_encoder, huge=False, device=device)
     base = open_unet(model.unet, UNet2DConditionModel, published=STABLE_DIFFUSION_1_5_UNET, device=device)
-    _check_fit(base, vae, embedding_width, recipe.data, latent_inputs=1)
+    _check_fit(base, vae, embedding_width(image_encoder), recipe.data, latent_inputs=1)
     unet = GeometryUNetModel.from_unet2d(
         base,
         geometry_attention=model.geometry_attention,
@@ -128,10 +129,10 @@ def _build_stage1(recipe: Stage1Recipe, device: str) -> GeometryObjective:
 def _build_stage2(recipe: Stage2Recipe, device: str) -> AnimationObjective:
     model = recipe.model
     vae = open_autoencoder(model.autoencoder, temporal=True, device=device)
-    image_encoder, embedding_width = open_image_encoder(model.image_encoder, huge=True, device=device)
+    image_encoder = open_image_encoder(model.image_encoder, huge=True, device=device)
     published = STABLE_VIDEO_DIFFUSION_UNET
     unet = open_unet(model.unet, UNetSpatioTemporalConditionModel, published=published, device=device)
-    _check_fit(unet, vae, embedding_width, recipe.data, latent_inputs=2)
+    _check_fit(unet, vae, embedding_width(image_encoder), recipe.data, latent_inputs=2)
     controller = CrossDomainControllerModel(
         controls=model.controls,
         out_channels=unet.config.block_out_channels[0],
@@ -151,16 +152,14 @@ def _build_stage2(recipe: Stage2Recipe, device: str) -> AnimationObjective:
     )
 
 
-def _check_fit(
-    unet: nn.Module, vae: nn.Module, embedding_width: int, data: TrainingData, *, latent_inputs: int
-) -> None:
+def _check_fit(unet: nn.Module, vae: nn.Module, token_width: int, data: TrainingData, *, latent_inputs: int) -> None:
     """Raises where channels, widths and picture sizes of a recipe's networks do not fit together."""
     channels = vae.config.latent_channels
     factor = downscale_factor(vae)
     wanted = {
         "in_channels": channels * latent_inputs,
         "out_channels": channels,
-        "cross_attention_dim": embedding_width,
+        "cross_attention_dim": token_width,
     }
     problems = [
         f"model.unet.config.{key} is {unet.config[key]}, but the autoencoder and the image encoder need {value}"
@@ -180,10 +179,7 @@ def _new_branches(network: nn.Module, present: Collection[str]) -> set[str]:
     """Names of the whole branches of `network` of which `present` has nothing: newly added ones."""
     if not isinstance(network, GeometryUNetModel):
         return set()
-    branches = [
-        {name for name, _ in parameters}
-        for parameters in (network.geometry_parameters(), network.temporal_parameters())
-    ]
+    branches = (network.geometry_parameters().keys(), network.temporal_parameters().keys())
     return {name for branch in branches if branch.isdisjoint(present) for name in branch}
 
 

@@ -101,8 +101,8 @@ def open_autoencoder(source: AutoencoderSource, *, temporal: bool, device: str) 
     return network_class.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
 
 
-def open_image_encoder(source: ImageEncoderSource, *, huge: bool, device: str) -> tuple[nn.Module, int]:
-    """The frozen image encoder of `model.image_encoder`, and the width of its embeddings.
+def open_image_encoder(source: ImageEncoderSource, *, huge: bool, device: str) -> nn.Module:
+    """The frozen image encoder of `model.image_encoder`.
 
     Args:
         source: a folder, or the width of the stand-in.
@@ -117,7 +117,7 @@ def open_image_encoder(source: ImageEncoderSource, *, huge: bool, device: str) -
     if source.path is None and source.stand_in_width is None:
         raise RecipeError(f"{key} names no network; give {key}.path (a folder) or {key}.stand_in_width")
     if source.path is None:
-        return ImageEmbeddingStandIn(source.stand_in_width).eval(), source.stand_in_width
+        return ImageEmbeddingStandIn(source.stand_in_width).eval()
     folder = _folder(source.path, source.subfolder)
     if device == "meta":
         published = CLIPVisionConfig(**(_CLIP_VIT_HUGE if huge else _CLIP_VIT_LARGE))
@@ -126,7 +126,7 @@ def open_image_encoder(source: ImageEncoderSource, *, huge: bool, device: str) -
     else:
         _require_weights(folder, key)
         encoder = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    return encoder.eval(), encoder.config.projection_dim
+    return encoder.eval()
 
 
 def read_weights(folder: Path, *, key: str) -> dict[str, torch.Tensor]:

@@ -48,8 +48,7 @@ def set_modes(objective: Objective) -> None:
 
 def _geometry_names(objective: Objective, step: str) -> set[str]:
     unet = objective.unet
-    added = {"geometry": {name for name, _ in unet.geometry_parameters()}}
-    added["temporal"] = {name for name, _ in unet.temporal_parameters()}
+    added = {"geometry": unet.geometry_parameters().keys(), "temporal": unet.temporal_parameters().keys()}
     if step != "domains":
         return {f"unet.{name}" for name in added[step]}
     return (

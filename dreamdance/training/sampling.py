@@ -1,0 +1,156 @@
+"""Samples an objective's networks by the real pipeline on held-out clips, and lays the result beside the truth."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dreamdance.data.collate import ClipBatch
+from dreamdance.data.transforms import encode_normals, pass_through, tensor_to_pictures
+from dreamdance.keyed_random import sample_generator
+from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
+from dreamdance.training.objectives.animation import AnimationObjective
+from dreamdance.training.objectives.geometry import GeometryObjective
+from dreamdance.training.picture_grid import Row, draw_grid
+from dreamdance.training.trainability import Objective
+
+MAX_COLUMNS = 6
+"""Frames of a clip that are shown, evenly spaced."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a pipeline made of some clips.
+
+    Attributes:
+        grid: `H W 3` uint8, labelled, with the truth under each prediction.
+        predictions: by name, `b f c H W` in [0,1]: normal (encoded), depth and rgb in stage 1, rgb in stage 2.
+    """
+
+    grid: np.ndarray
+    predictions: dict[str, Tensor]
+
+
+def draw_samples(objective: Objective, batch: ClipBatch, recipe: Stage1Recipe | Stage2Recipe) -> Samples:
+    """Runs the pipeline with the recipe's `sampling` section; the same noise for a clip every time.
+
+    Args:
+        objective: its networks are shared with the pipeline, and keep their modes.
+        batch: held-out clips.
+        recipe: the run's own.
+    """
+    if isinstance(objective, GeometryObjective) and isinstance(recipe, Stage1Recipe):
+        predictions = sample_geometry(objective, batch, recipe)
+    elif isinstance(objective, AnimationObjective) and isinstance(recipe, Stage2Recipe):
+        predictions = {"rgb": sample_animation(objective, batch, recipe)}
+    else:
+        raise TypeError(f"a {type(objective).__name__} cannot be sampled by a {type(recipe).__name__}")
+    return Samples(grid=_draw(batch, predictions), predictions=predictions)
+
+
+def sample_geometry(objective: GeometryObjective, batch: ClipBatch, recipe: Stage1Recipe) -> dict[str, Tensor]:
+    """Stage 1 on a batch: encoded normals, depths and low-resolution rgb, each `b f c H W` in [0,1]."""
+    sampling = recipe.sampling
+    pipeline = objective.make_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    scales = sampling.guidance_scales
+    output = pipeline(
+        batch.reference,
+        batch.pose,
+        num_inference_steps=sampling.num_inference_steps,
+        guidance_scales=(scales.rgb, scales.normal, scales.depth),
+        window_frames=sampling.window_frames,
+        window_overlap=sampling.window_overlap,
+        sequential_guidance=sampling.sequential_guidance,
+        decode_chunk_size=sampling.decode_chunk_size,
+        generator=_generators(batch),
+        output_type="pt",
+    )
+    return {"normal": encode_normals(output.normals), "depth": output.depths, "rgb": output.images}
+
+
+def sample_animation(objective: AnimationObjective, batch: ClipBatch, recipe: Stage2Recipe) -> Tensor:
+    """Stage 2 on a batch with the true maps at stage 1's resolution: frames `b f 3 H W` in [0,1]."""
+    sampling, settings = recipe.sampling, recipe.objective
+    size = (settings.geometry_height, settings.geometry_width)
+    pipeline = objective.make_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    clips = []
+    for index, generator in enumerate(_generators(batch)):
+        maps = {
+            name: None if frames is None else pass_through(frames[index : index + 1], *size, normals=name == "normal")
+            for name, frames in (("normal", batch.normal), ("depth", batch.depth))
+        }
+        # one clip at a time, because each has its own frame rate
+        output = pipeline(
+            batch.reference[index : index + 1],
+            batch.pose[index : index + 1],
+            maps["normal"],
+            maps["depth"],
+            fps=float(batch.fps[index]),
+            motion_bucket=sampling.motion_bucket,
+            noise_augmentation=sampling.noise_augmentation,
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale,
+            window_frames=sampling.window_frames,
+            window_overlap=sampling.window_overlap,
+            sequential_guidance=sampling.sequential_guidance,
+            decode_chunk_size=sampling.decode_chunk_size,
+            generator=generator,
+            output_type="pt",
+        )
+        clips.append(output.frames)
+    return torch.cat(clips)
+
+
+def _generators(batch: ClipBatch) -> list[torch.Generator]:
+    """One for each clip, so that a clip's sample does not depend on what else is in the batch."""
+    return [sample_generator(key, "sampling") for key in batch.keys.tolist()]
+
+
+def _draw(batch: ClipBatch, predictions: dict[str, Tensor]) -> np.ndarray:
+    """Single frames: a line per clip. Videos: a block per clip, time to the right, truth under each prediction."""
+    truth = {"normal": batch.normal, "depth": batch.depth, "rgb": batch.rgb}
+    num_clips, num_frames = batch.rgb.shape[:2]
+    if num_frames == 1:
+        titles = ["reference", "pose"]
+        for name in predictions:
+            titles += [name] + ["true " + name] * (truth[name] is not None)
+        rows = [
+            Row(batch.clip_ids[clip], _line(batch, predictions, truth, clip), rule_above=clip > 0)
+            for clip in range(num_clips)
+        ]
+        return draw_grid(rows, titles=titles)
+
+    shown = torch.linspace(0, num_frames - 1, min(num_frames, MAX_COLUMNS)).round().long().tolist()
+    rows = []
+    for clip in range(num_clips):
+        reference = _picture(batch.reference[clip])
+        rows.append(Row(f"pose\n{batch.clip_ids[clip]}", [reference, *_frames(batch.pose, clip, shown)], clip > 0))
+        for name, frames in predictions.items():
+            rows.append(Row(name, [None, *_frames(frames, clip, shown)]))
+            if truth[name] is not None:
+                rows.append(Row(f"true {name}", [None, *_frames(truth[name], clip, shown)]))
+    return draw_grid(rows, titles=["reference", *(f"frame {index}" for index in shown)])
+
+
+def _line(
+    batch: ClipBatch, predictions: dict[str, Tensor], truth: dict[str, Tensor | None], clip: int
+) -> list[np.ndarray]:
+    pictures = [batch.reference[clip], batch.pose[clip, 0]]
+    for name, frames in predictions.items():
+        pictures.append(frames[clip, 0])
+        true_frames = truth[name]
+        if true_frames is not None:
+            pictures.append(true_frames[clip, 0])
+    return [_picture(picture) for picture in pictures]
+
+
+def _frames(frames: Tensor, clip: int, shown: list[int]) -> list[np.ndarray]:
+    return [_picture(frames[clip, index]) for index in shown]
+
+
+def _picture(picture: Tensor) -> np.ndarray:
+    """`c H W` in [0,1], c = 1 or 3, to `H W 3` uint8."""
+    return tensor_to_pictures(picture.expand(3, -1, -1))
