@@ -1,0 +1,118 @@
+"""Which conditions a training sample goes without: the reference, for guidance, and control maps, for robustness.
+
+Every decision is keyed by the sample (C8): it does not depend on the batch, the rank or the device.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from dreamdance.errors import UserError
+from dreamdance.keyed_random import sample_generator
+
+Keys = Sequence[Sequence[int]]
+
+
+class DroppedConditions(NamedTuple):
+    """`b` booleans each: whether the conditioning latents and the image embedding of a sample become zeros."""
+
+    latents: Tensor
+    embedding: Tensor
+
+
+def drop_references(keys: Keys, probability: float) -> Tensor:
+    """Decides whose reference is dropped in stage 1: zero reference latents and a zero image embedding.
+
+    Args:
+        keys: `b` keys (seed, epoch, sample id).
+        probability: of a drop.
+
+    Returns:
+        `b` booleans on the CPU.
+    """
+    return _draw_uniform(keys, "reference dropout") < probability
+
+
+def drop_conditions(keys: Keys, *, latents: float, embedding: float, both: float) -> DroppedConditions:
+    """Decides whose reference is dropped in stage 2: three events of which at most one happens to a sample.
+
+    Args:
+        keys: `b` keys.
+        latents: probability that the conditioning latents alone are dropped.
+        embedding: that the image embedding alone is.
+        both: that both are.
+
+    Returns:
+        `b` booleans for each, on the CPU.
+
+    Raises:
+        UserError: The probabilities add up to more than 1.
+    """
+    if latents + embedding + both > 1:
+        raise UserError(
+            f"objective.latents_dropout, embedding_dropout and both_dropout are {latents}, {embedding} and {both}; "
+            "only one of them happens at a time, so their sum must not exceed 1"
+        )
+    draw = _draw_uniform(keys, "condition dropout")
+    only_latents = draw < latents
+    only_embedding = (draw >= latents) & (draw < latents + embedding)
+    together = (draw >= latents + embedding) & (draw < latents + embedding + both)
+    return DroppedConditions(latents=only_latents | together, embedding=only_embedding | together)
+
+
+def drop_controls(
+    maps: Mapping[str, Tensor], keys: Keys, *, frame_rate: float, modality_rate: float
+) -> dict[str, Tensor]:
+    """Robust conditioning: replaces control maps by zero images, across frames and modalities.
+
+    A modality is dropped for the whole clip with `modality_rate`, and each of its frames besides with `frame_rate`, all
+    independently. A clip never loses everything: such an outcome is drawn again, so that the rest keep their
+    proportions. With a single modality it is therefore never dropped for the whole clip.
+
+    Args:
+        maps: for each modality `b f 3 H W` or `(b f) 3 H W` in [0, 1].
+        keys: `b` keys.
+        frame_rate: below 1.
+        modality_rate: below 1.
+
+    Returns:
+        New maps of the same names and shapes.
+
+    Raises:
+        UserError: A rate is 1 or more: nothing could ever be left.
+    """
+    for name, rate in (("frame_control_dropout", frame_rate), ("modality_control_dropout", modality_rate)):
+        if not 0 <= rate < 1:
+            raise UserError(f"objective.{name} is {rate}; it must be at least 0 and below 1, or no map is left")
+    # an order of our own: that of the recipe's list shall not change who is dropped
+    names = sorted(maps)
+    num_frames = maps[names[0]].shape[:-3].numel() // len(keys)
+    kept = torch.stack([_draw_kept(key, len(names), num_frames, frame_rate, modality_rate) for key in keys], dim=1)
+    return {name: _blank(maps[name], frames) for name, frames in zip(names, kept, strict=True)}
+
+
+def _draw_kept(
+    key: Sequence[int], num_modalities: int, num_frames: int, frame_rate: float, modality_rate: float
+) -> Tensor:
+    """Returns `m f` booleans, at least one of them true."""
+    generator = sample_generator(key, "control dropout")
+    while True:
+        modalities = torch.rand(num_modalities, 1, generator=generator) >= modality_rate
+        frames = torch.rand(num_modalities, num_frames, generator=generator) >= frame_rate
+        kept = modalities & frames
+        if kept.any():
+            return kept
+
+
+def _blank(maps: Tensor, kept: Tensor) -> Tensor:
+    """Zeroes the frames of one modality that are not `kept` (`b f`)."""
+    flags = rearrange(kept, "b f -> (b f)").to(maps.device).reshape(*maps.shape[:-3], 1, 1, 1)
+    return torch.where(flags, maps, torch.zeros_like(maps))
+
+
+def _draw_uniform(keys: Keys, purpose: str) -> Tensor:
+    """Draws one number in [0, 1) per sample."""
+    return torch.stack([torch.rand((), generator=sample_generator(key, purpose)) for key in keys])

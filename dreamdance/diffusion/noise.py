@@ -1,0 +1,197 @@
+"""Noise, targets and weights of both stages: DDPM as Stable Diffusion was trained, EDM as Stable Video Diffusion was.
+
+Every draw about a sample is keyed by the sample and made on the CPU (C8): the same on any device, in any batch, on any
+number of ranks. The schedules themselves are diffusers'.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
+from diffusers.training_utils import compute_snr
+from torch import Tensor
+
+from dreamdance.errors import UserError
+from dreamdance.keyed_random import sample_generator
+
+Keys = Sequence[Sequence[int]]
+
+# ---------------------------------------------------------------------------------------------- draws, one per sample
+
+
+def draw_noise(keys: Keys, shape: Sequence[int], *, offset: float = 0.0, purpose: str = "noise") -> Tensor:
+    """Draws standard normal noise for each sample.
+
+    Args:
+        keys: `b` keys (seed, epoch, sample id).
+        shape: of one sample, ending in `c h w`.
+        offset: strength of noise that is constant over `h w`, added to it (noise offset; 0 is Eq. 3).
+        purpose: what the noise is for; noises of different purposes are independent.
+
+    Returns:
+        `b *shape`, float32 on the CPU.
+    """
+    noise = torch.stack([torch.randn(*shape, generator=sample_generator(key, purpose)) for key in keys])
+    if offset == 0:
+        return noise
+    constant_shape = (*shape[:-2], 1, 1)
+    constant = [torch.randn(*constant_shape, generator=sample_generator(key, f"{purpose} offset")) for key in keys]
+    return noise + offset * torch.stack(constant)
+
+
+def draw_timesteps(keys: Keys, num_train_timesteps: int, *, purpose: str = "timestep") -> Tensor:
+    """Draws one DDPM timestep per sample, uniformly from 0 to `num_train_timesteps` - 1; `b`, int64 on the CPU."""
+    draws = [torch.randint(num_train_timesteps, (), generator=sample_generator(key, purpose)) for key in keys]
+    return torch.stack(draws)
+
+
+def draw_log_normal(keys: Keys, mean: float, std: float, *, purpose: str) -> Tensor:
+    """Draws exp(normal(mean, std)) once per sample: SVD's sigmas, and the strengths of its conditioning noise.
+
+    Args:
+        keys: `b` keys.
+        mean: of the logarithm.
+        std: of the logarithm.
+        purpose: `"sigma"` or `"augmentation"`.
+
+    Returns:
+        `b`, float32 on the CPU.
+    """
+    normal = torch.stack([torch.randn((), generator=sample_generator(key, purpose)) for key in keys])
+    return torch.exp(mean + std * normal)
+
+
+# ---------------------------------------------------------------------------------------------- DDPM, stage 1
+
+
+def make_ddpm_scheduler(
+    *,
+    prediction_type: str = "epsilon",
+    num_train_timesteps: int = 1000,
+    beta_schedule: str = "scaled_linear",
+    beta_start: float = 0.00085,
+    beta_end: float = 0.012,
+    zero_terminal_snr: bool = False,
+) -> DDPMScheduler:
+    """Builds the scheduler of training; the defaults are Stable Diffusion 1.5's.
+
+    Raises:
+        UserError: Noise prediction with a last timestep that is nothing but noise: there is nothing to learn there,
+            and no way back from there.
+    """
+    if zero_terminal_snr and prediction_type == "epsilon":
+        raise UserError(
+            "objective.zero_terminal_snr needs objective.prediction_type: v_prediction or sample, not epsilon, "
+            "which at the last timestep says nothing about the picture"
+        )
+    return DDPMScheduler(
+        num_train_timesteps=num_train_timesteps,
+        beta_start=beta_start,
+        beta_end=beta_end,
+        beta_schedule=beta_schedule,
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr=zero_terminal_snr,
+        clip_sample=False,
+    )
+
+
+def make_ddim_scheduler(ddpm_scheduler: DDPMScheduler) -> DDIMScheduler:
+    """Builds the sampler that belongs to a training scheduler.
+
+    With zero terminal SNR its steps are spaced from the last timestep down ("trailing"), for that is where sampling
+    from pure noise begins, and end at the clean picture. Otherwise they are those of Stable Diffusion 1.5.
+    """
+    if ddpm_scheduler.config.rescale_betas_zero_snr:
+        spacing = {"timestep_spacing": "trailing", "steps_offset": 0, "set_alpha_to_one": True}
+    else:
+        spacing = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
+    return DDIMScheduler.from_config(ddpm_scheduler.config, **spacing)
+
+
+def ddpm_target(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Returns what the network has to predict, by the scheduler's `prediction_type`.
+
+    Args:
+        scheduler: of training.
+        latents: `n c h w`, clean, float32 (diffusers would round its tables to a narrower type).
+        noise: as `latents`.
+        timesteps: `n`.
+    """
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        return scheduler.get_velocity(latents, noise, timesteps)
+    if prediction_type == "sample":
+        return latents
+    raise UserError(f"objective.prediction_type is {prediction_type!r}; epsilon, v_prediction and sample are accepted")
+
+
+def min_snr_weights(scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -> Tensor:
+    """Min-SNR-gamma loss weights: min(SNR, gamma) on the error of the clean picture, whatever is predicted.
+
+    Args:
+        scheduler: of training.
+        timesteps: `n`.
+        gamma: the bound, 5 in the paper that proposed it (arXiv 2303.09556).
+
+    Returns:
+        `n`, float32: that weight divided by SNR for noise, by SNR + 1 for v prediction.
+    """
+    snr = compute_snr(scheduler, timesteps)
+    divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
+    return snr.clamp(max=gamma) / divisor[scheduler.config.prediction_type]
+
+
+# ---------------------------------------------------------------------------------------------- EDM, stage 2
+
+
+class EdmPreconditioning(NamedTuple):
+    """How SVD's network is wrapped: denoised = c_skip * noisy + c_out * network(c_in * noisy, timestep)."""
+
+    c_skip: Tensor
+    c_out: Tensor
+    c_in: Tensor
+    timestep: Tensor
+
+
+def edm_preconditioning(sigmas: Tensor) -> EdmPreconditioning:
+    """SVD's preconditioning (EDM's for v prediction, unit data variance).
+
+    Args:
+        sigmas: positive, of any shape, float32.
+
+    Returns:
+        Tensors of the shape of `sigmas`: 1 / (s^2 + 1), -s / sqrt(s^2 + 1), 1 / sqrt(s^2 + 1) and ln(s) / 4.
+    """
+    variance = sigmas.square() + 1
+    return EdmPreconditioning(
+        c_skip=1 / variance,
+        c_out=-sigmas * variance.rsqrt(),
+        c_in=variance.rsqrt(),
+        timestep=0.25 * sigmas.log(),
+    )
+
+
+def edm_weight(sigmas: Tensor) -> Tensor:
+    """Weight (s^2 + 1) / s^2 of the denoised latents' squared error; that of the network's own output is then 1."""
+    return (sigmas.square() + 1) / sigmas.square()
+
+
+def make_svd_scheduler() -> EulerDiscreteScheduler:
+    """Builds the sampler of Stable Video Diffusion, with its published configuration."""
+    return EulerDiscreteScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        interpolation_type="linear",
+        use_karras_sigmas=True,
+        sigma_min=0.002,
+        sigma_max=700.0,
+        timestep_spacing="leading",
+        timestep_type="continuous",
+        steps_offset=1,
+    )
