@@ -14,7 +14,7 @@ from torch import Tensor
 class ShardedEma:
     """`average <- d * average + (1 - d) * master`, with d = min(decay, (1 + n) / (10 + n)) at the n-th update.
 
-    The rising d is diffusers' own: early averages would otherwise remember the initialisation for 1 / (1 - decay) steps.
+    The rising d is diffusers' own: else the average would remember the initialisation for 1 / (1 - decay) steps.
     """
 
     def __init__(self, masters: list[Tensor], *, decay: float) -> None:

@@ -53,7 +53,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Fragment:
-    """A run of `length` elements of the flattened parameter `name`, from `start`, at `offset` of master partition `shard`."""
+    """`length` elements of the flattened parameter `name`, from `start`; they lie at `offset` of partition `shard`."""
 
     name: str
     shard: int
@@ -75,8 +75,8 @@ def accumulation_steps(recipe: TrainingRecipe, world_size: int) -> int:
             size for size in range(1, micro_batches + 1) if recipe.batch_size % (recipe.micro_batch_size * size) == 0
         ]
         raise RecipeError(
-            f"batch_size={recipe.batch_size} cannot be made of micro_batch_size={recipe.micro_batch_size} on {world_size} "
-            f"ranks; world sizes that can: {', '.join(map(str, fitting)) or 'none'}. "
+            f"batch_size={recipe.batch_size} cannot be made of micro_batch_size={recipe.micro_batch_size} on "
+            f"{world_size} ranks; world sizes that can: {', '.join(map(str, fitting)) or 'none'}. "
             "Change cluster.nodes, cluster.tasks_per_node or micro_batch_size (batch_size changes the result)"
         )
     return steps
@@ -202,8 +202,8 @@ class Engine:
 
     def _update_unsharded(self) -> Update:
         """Measures, clips and, where it must, drops the gradient itself: DeepSpeed does so only where it shards."""
-        trainable = [value for value in self.trainable.values() if value.grad is not None]
-        norm = torch.nn.utils.get_total_norm([value.grad for value in trainable])
+        trainable = list(self.trainable.values())
+        norm = torch.nn.utils.get_total_norm([value.grad for value in trainable if value.grad is not None])
         applied = bool(norm.isfinite())
         if not applied:
             self._engine.zero_grad()
@@ -228,13 +228,13 @@ class Engine:
         return list(getattr(self._engine.optimizer, self._masters_attribute))
 
     def fragments(self) -> list[Fragment]:
-        """Where the parameters lie in this rank's partitions; over all ranks each element occurs once."""
+        """Where the parameters lie in this rank's partitions; over all ranks every element occurs."""
         if not self.sharded:
-            owned = self.trainable.items() if self.ranks.is_main else ()
-            return [Fragment(name, shard, 0, 0, value.numel()) for shard, (name, value) in enumerate(owned)]
+            owned = enumerate(self.trainable.items())
+            return [Fragment(name, shard, 0, 0, value.numel()) for shard, (name, value) in owned]
         found = []
         for name, parameter in self.trainable.items():
-            mapping = parameter._hp_mapping
+            mapping = getattr(parameter, "_hp_mapping", None)
             if mapping is not None:
                 partition, own = mapping.hp_fragment_address, mapping.lp_fragment_address
                 found.append(Fragment(name, mapping.param_group_index, partition.start, own.start, own.numel))
@@ -264,25 +264,22 @@ class Engine:
         finally:
             torch._foreach_copy_(self.masters, kept)
 
-    def gathered(self, shards: list[Tensor]) -> dict[str, Tensor]:
-        """Puts whole fp32 parameters together from every rank's `shards`.
+    def gathered(self, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Puts whole fp32 parameters together from every rank's `shards`, one at a time, so that memory hardly grows.
 
-        Collective. One parameter at a time travels, so no device holds more than the largest of them.
-
-        Returns:
-            name -> parameter, fp32 on the CPU, on the main process; empty on the others.
+        Collective: every rank must run through it, but only the main process is given the true values.
         """
+        if not self.sharded:
+            yield from zip(self.trainable, shards, strict=True)
+            return
         own = {fragment.name: fragment for fragment in self.fragments()}
-        whole = {}
         for name, parameter in self.trainable.items():
             values = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
             if (fragment := own.get(name)) is not None:
-                piece = shards[fragment.shard].flatten().narrow(0, fragment.offset, fragment.length)
+                piece = shards[fragment.shard].narrow(0, fragment.offset, fragment.length)
                 values.narrow(0, fragment.start, fragment.length).copy_(piece)
             dist.reduce(values, dst=0)
-            if self.ranks.is_main:
-                whole[name] = values.reshape(parameter.shape).cpu()
-        return whole
+            yield name, values.reshape(parameter.shape)
 
     # ---------------------------------------------------------------------------------------------- files
 
@@ -294,7 +291,7 @@ class Engine:
         """
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
         written = [self._engine._get_zero_ckpt_name(str(folder), _TAG)] if self.sharded else []
-        if self.ranks.is_main:
+        if self._engine.save_non_zero_checkpoint:
             written.append(self._engine._get_ckpt_name(str(folder), _TAG))
             for script in folder.glob("zero_to_*.py"):
                 script.unlink()  # they unpickle anything; our own reader does not
@@ -313,7 +310,7 @@ class Engine:
         self._restore_hyperparameters()
 
     def _restore_hyperparameters(self) -> None:
-        """DeepSpeed puts back the saved run's clipping, betas and decay; a recipe that was allowed to change them wins."""
+        """DeepSpeed puts back the saved clipping, betas and decay; a recipe that was allowed to change them wins."""
         optimizer, section = self._engine.optimizer, self.optimizer_section
         if self.sharded:
             optimizer.clip_grad = section.gradient_clipping
@@ -323,7 +320,7 @@ class Engine:
 
 @contextmanager
 def _weights_only_loading() -> Iterator[None]:
-    """DeepSpeed asks torch to unpickle anything; within, torch refuses all but tensors, containers and three classes."""
+    """DeepSpeed asks torch to unpickle anything; within, torch refuses all but tensors, containers and our list."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"

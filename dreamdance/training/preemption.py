@@ -39,6 +39,8 @@ class StopRequest:
 
     def hand_over(self) -> None:
         """Calls the handler that was there before ours, now that the run is saved: the launcher's requeues the job."""
-        handler = self._previous.get(self.received) if self.received is not None else None
+        if self.received is None:
+            return
+        handler = self._previous.get(self.received)
         if callable(handler):
             handler(int(self.received), None)

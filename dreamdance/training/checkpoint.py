@@ -1,0 +1,261 @@
+"""Saving and resuming a run (C8): all ranks save, a step counts only once complete, the newest that verifies is resumed.
+
+Knows when a checkpoint counts and what belongs to it; the weights' own format is the engine's.
+"""
+
+import json
+import logging
+import random
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dreamdance.errors import CheckpointError
+from dreamdance.ranks import Ranks
+from dreamdance.recipe.schema import Checkpoint
+from dreamdance.run_layout import COMPLETE_FILE, checkpoint_folder, step_folders, step_of
+from dreamdance.training import manifest as manifests
+from dreamdance.training.distributed import from_main, gathered
+from dreamdance.training.ema import ShardedEma
+from dreamdance.training.engine import Engine
+from dreamdance.training.manifest import FileRecord, Manifest
+
+logger = logging.getLogger(__name__)
+
+_STATE_FILE = "state.json"
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on."""
+
+    folder: Path
+    state: dict[str, Any]
+    num_files: int
+    total_bytes: int
+
+
+class Checkpointer:
+    """Saves, finds and restores the checkpoints of one run. All methods but the constructor are collective."""
+
+    def __init__(
+        self, run: Path, engine: Engine, ema: ShardedEma, ranks: Ranks, section: Checkpoint, *, recipe_digest: str
+    ) -> None:
+        """Hashes the frozen weights once; they are never saved.
+
+        Args:
+            run: the run folder.
+            engine: the trained weights and the optimizer's state.
+            ema: the average, saved by each rank for its own share.
+            ranks: this process among all.
+            section: what to keep.
+            recipe_digest: of the resolved recipe.
+        """
+        self.run, self.engine, self.ema, self.ranks, self.section = run, engine, ema, ranks, section
+        self.recipe_digest = recipe_digest
+        self._frozen_digest = from_main(frozen_digest(engine.objective) if ranks.is_main else None)
+
+    # ---------------------------------------------------------------------------------------------- save
+
+    def save(self, step: int, state: Mapping[str, Any]) -> Path:
+        """Writes the checkpoint of `step`; killed at any instant, either it or the one before it counts.
+
+        Args:
+            step: finished optimizer steps.
+            state: what else must come back; plain JSON values.
+
+        Returns:
+            The complete folder.
+        """
+        folder = checkpoint_folder(self.run, step)
+        self._clear(folder)
+        own = self.engine.save(folder)
+        own.append(self._save_rank_state(folder))
+        if self.ranks.is_main:
+            own.append(self._save_run_state(folder, step, state))
+        # Also protects COMPLETE from being written before the slowest rank's files are on disk.
+        records = [
+            record for part in gathered([manifests.record_file(path, folder) for path in own]) for record in part
+        ]
+        if self.ranks.is_main:
+            files = tuple(sorted(records, key=lambda record: record.path))
+            manifests.complete(folder, Manifest(step, self.ranks.world_size, self.recipe_digest, files))
+            self._delete_old()
+        return folder
+
+    def _clear(self, folder: Path) -> None:
+        """Removes what an earlier save of the same step left: cut short, or found damaged at resume."""
+        if self.ranks.is_main:
+            _delete(folder)
+            folder.mkdir(parents=True)
+        gathered(None)  # protects this save's first files from the main process, which may still be clearing the folder
+
+    def _save_rank_state(self, folder: Path) -> Path:
+        path = folder / _rank_file(self.ranks.rank)
+        fragments = [[part.name, part.shard, part.offset, part.start, part.length] for part in self.engine.fragments()]
+        torch.save({"ema": self.ema.state_dict(), "fragments": fragments, "generators": generator_states()}, path)
+        return path
+
+    def _save_run_state(self, folder: Path, step: int, state: Mapping[str, Any]) -> Path:
+        path = folder / _STATE_FILE
+        shapes = {name: list(parameter.shape) for name, parameter in self.engine.trainable.items()}
+        content = {**state, "step": step, "frozen_digest": self._frozen_digest, "trainable": shapes}
+        path.write_text(json.dumps(content), encoding="utf-8")
+        return path
+
+    def _delete_old(self) -> None:
+        """Keeps the last few complete folders and every n-th step; called only after a newer one is complete."""
+        folders = [folder for folder in step_folders(self.run / "checkpoints") if (folder / COMPLETE_FILE).is_file()]
+        every = self.section.keep_every_steps
+        for folder in folders[: -self.section.keep_last]:
+            step = step_of(folder)
+            if every is None or step is None or step % every:
+                _delete(folder)
+
+    # ---------------------------------------------------------------------------------------------- resume
+
+    def resume(self) -> Resumed | None:
+        """Restores the newest checkpoint that verifies, on all ranks the same; None where there is none to resume.
+
+        Raises:
+            CheckpointError: complete checkpoints exist but all are damaged, or the one found belongs to another number
+                of ranks, to other trainable parameters or to other frozen weights.
+        """
+        folders = from_main([str(folder) for folder in step_folders(self.run / "checkpoints")])
+        damaged = []
+        for folder in map(Path, reversed(folders)):
+            manifest, problem, counts = from_main(_read(folder) if self.ranks.is_main else None)
+            if manifest is not None:
+                share = manifest.files[self.ranks.rank :: self.ranks.world_size]
+                problems = sum(gathered(manifests.damage(folder, share)), [])
+                if not problems:
+                    return self._restore(folder, manifest)
+                problem = "; ".join(problems)
+            if self.ranks.is_main:
+                logger.warning("skipping checkpoint %s: %s", folder.name, problem)
+                if not counts:
+                    _delete(folder)
+            if counts:
+                damaged.append(f"{folder}: {problem}")
+        if damaged:
+            raise CheckpointError(
+                "every checkpoint of this run is damaged: "
+                + "; ".join(damaged)
+                + ". Bring one back, or delete the run's checkpoints folder to start over from step 0"
+            )
+        return None
+
+    def _restore(self, folder: Path, manifest: Manifest) -> Resumed:
+        if manifest.world_size != self.ranks.world_size:
+            raise CheckpointError(
+                f"{folder} was saved by {manifest.world_size} ranks, this run has {self.ranks.world_size}; resume with "
+                f"cluster.nodes x cluster.tasks_per_node = {manifest.world_size}"
+            )
+        state = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
+        self._check_same_networks(folder, state)
+        self.engine.load(folder)
+        own = torch.load(folder / _rank_file(self.ranks.rank), weights_only=True, map_location="cpu")
+        self.ema.load_state_dict(own["ema"])
+        restore_generators(own["generators"])
+        if manifest.recipe_digest != self.recipe_digest and self.ranks.is_main:
+            logger.info("the recipe has changed since %s was saved", folder.name)
+        return Resumed(folder, state, len(manifest.files), manifest.total_bytes)
+
+    def _check_same_networks(self, folder: Path, state: Mapping[str, Any]) -> None:
+        """DeepSpeed would load what fits and leave the rest as it is."""
+        own = {name: list(parameter.shape) for name, parameter in self.engine.trainable.items()}
+        if own != state["trainable"]:
+            names = sorted(
+                name for name in own.keys() | state["trainable"].keys() if own.get(name) != state["trainable"].get(name)
+            )
+            raise CheckpointError(
+                f"{folder} trains other parameters than this recipe; {len(names)} differ, the first is {names[0]}. "
+                "Give `model` and `train` back their values, or start a new run with init_from"
+            )
+        if self._frozen_digest != state["frozen_digest"]:
+            raise CheckpointError(
+                f"the frozen weights are not those {folder} was trained with: the files under model.*.path, or the export "
+                "of the run in init_from, have changed. Bring the old ones back, or start a new run"
+            )
+
+
+def read_average(folder: Path) -> dict[str, Tensor]:
+    """Reads the averaged trainable weights of a complete checkpoint of any number of ranks, in one process.
+
+    Returns:
+        name within the objective -> parameter, fp32 on the CPU.
+
+    Raises:
+        CheckpointError: the folder is incomplete or damaged.
+    """
+    manifest = manifests.read_manifest(folder)
+    if problems := manifests.damage(folder, manifest.files):
+        raise CheckpointError("; ".join(problems))
+    shapes = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))["trainable"]
+    weights = {name: torch.empty(shape, dtype=torch.float32) for name, shape in shapes.items()}
+    for rank in range(manifest.world_size):
+        own = torch.load(folder / _rank_file(rank), weights_only=True, map_location="cpu")
+        for name, shard, offset, start, length in own["fragments"]:
+            piece = own["ema"]["shards"][shard].flatten().narrow(0, offset, length)
+            weights[name].view(-1).narrow(0, start, length).copy_(piece)
+    return weights
+
+
+def frozen_digest(objective: nn.Module) -> str:
+    """A hash over names, types and values of all parameters that do not train."""
+    digest = sha256()
+    for name, parameter in objective.named_parameters():
+        if not parameter.requires_grad:
+            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+            values = parameter.detach().contiguous().flatten().cpu()
+            digest.update(values.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def generator_states() -> dict[str, Any]:
+    """The states of the global generators, as tensors and plain numbers that load without unpickling code."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    version, words, next_gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],
+        "python": [version, list(words), next_gauss],
+    }
+
+
+def restore_generators(states: Mapping[str, Any]) -> None:
+    """Puts the global generators back to `generator_states`."""
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    name, keys, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, words, next_gauss = states["python"]
+    random.setstate((version, tuple(words), next_gauss))
+
+
+def _read(folder: Path) -> tuple[Manifest | None, str, bool]:
+    """The manifest, or why there is none; and whether the folder once counted, so that its loss matters."""
+    counts = (folder / COMPLETE_FILE).is_file()
+    try:
+        return manifests.read_manifest(folder), "", counts
+    except CheckpointError as error:
+        return None, str(error), counts
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank_{rank:05d}.pt"
+
+
+def _delete(folder: Path) -> None:
+    """Deletes a checkpoint so that, cut short, what remains does not count."""
+    (folder / COMPLETE_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)

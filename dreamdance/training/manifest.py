@@ -1,0 +1,116 @@
+"""The COMPLETE file: a folder counts only once this list of its files, with sizes and hashes, is renamed into place.
+
+Pure file work: knows nothing of tensors, ranks or what the files hold.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dreamdance.errors import CheckpointError
+from dreamdance.run_layout import COMPLETE_FILE
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of a complete folder; `path` is relative to the folder, with forward slashes."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a complete checkpoint says of itself."""
+
+    step: int
+    world_size: int
+    recipe_digest: str
+    files: tuple[FileRecord, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(record.bytes for record in self.files)
+
+
+def record_file(path: Path, folder: Path) -> FileRecord:
+    """Brings a written file safely to disk and hashes what lies there."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileRecord(path.relative_to(folder).as_posix(), path.stat().st_size, digest)
+
+
+def complete(folder: Path, manifest: Manifest) -> None:
+    """Makes `folder` count, in one atomic step, after every file in it has come to disk."""
+    for parent in {folder, *((folder / record.path).parent for record in manifest.files)}:
+        sync_folder(parent)
+    write_atomically(folder / COMPLETE_FILE, json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1))
+    sync_folder(folder.parent)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a small text file so that a reader, or a crash, sees all of it or nothing."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable, not only the files' contents."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads `COMPLETE`.
+
+    Raises:
+        CheckpointError: there is none (the save was cut short), or it is damaged.
+    """
+    path = folder / COMPLETE_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{folder.name} has no {COMPLETE_FILE}: its save was cut short")
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if values.pop("format") != FORMAT:
+            raise CheckpointError(f"{folder.name} was written by another version of this software")
+        files = tuple(FileRecord(**record) for record in values.pop("files"))
+        manifest = Manifest(files=files, **values)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder.name}/{COMPLETE_FILE} is damaged: {error}") from error
+    for record in manifest.files:
+        parts = PurePosixPath(record.path).parts
+        if not parts or parts[0] == "/" or ".." in parts:
+            raise CheckpointError(f"{folder.name}/{COMPLETE_FILE} names a file outside of its folder: {record.path}")
+    return manifest
+
+
+def damage(folder: Path, records: Iterable[FileRecord]) -> list[str]:
+    """Says which files are missing, of the wrong size, or different by their hash; empty where all is well."""
+    problems = []
+    for record in records:
+        path = folder / record.path
+        if not path.is_file():
+            problems.append(f"{folder.name}/{record.path} is missing")
+        elif (size := path.stat().st_size) != record.bytes:
+            problems.append(f"{folder.name}/{record.path} has {size:,} bytes instead of {record.bytes:,}")
+        else:
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
+                    problems.append(f"{folder.name}/{record.path} differs from what was saved (sha256)")
+    return problems
