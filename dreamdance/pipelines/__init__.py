@@ -1,0 +1,15 @@
+"""The three pipelines: geometry (stage 1), animation (stage 2), and both in one."""
+
+from dreamdance.pipelines.animation import AnimationPipeline
+from dreamdance.pipelines.dreamdance import DreamDancePipeline
+from dreamdance.pipelines.geometry import GeometryPipeline
+from dreamdance.pipelines.outputs import AnimationOutput, DreamDanceOutput, GeometryOutput
+
+__all__ = [
+    "AnimationOutput",
+    "AnimationPipeline",
+    "DreamDanceOutput",
+    "DreamDancePipeline",
+    "GeometryOutput",
+    "GeometryPipeline",
+]

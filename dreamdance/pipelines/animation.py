@@ -1,0 +1,280 @@
+"""Stage 2: a reference image and the control maps of every frame to high-resolution frames (Eq. 2, second line)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
+from einops import rearrange, repeat
+from torch import Tensor
+
+from dreamdance.data.transforms import resize_images, resize_normals
+from dreamdance.diffusion.guidance import classifier_free_guidance
+from dreamdance.models import CrossDomainControllerModel, SpatioTemporalControlNetModel
+from dreamdance.models.autoencoding import Autoencoder, decode_latents, downscale_factor, encode_latents
+from dreamdance.models.image_embedding import ImageEncoder, embed_images
+from dreamdance.models.svd_unet import run_svd_unet
+from dreamdance.pipelines.outputs import (
+    AnimationOutput,
+    Frames,
+    Picture,
+    Video,
+    check_output_type,
+    clip_tensor,
+    frames_output,
+    image_tensor,
+)
+from dreamdance.pipelines.sampling import (
+    Generators,
+    SamplingPipeline,
+    StepCallback,
+    check_size,
+    checked_latents,
+    draw_initial_noise,
+)
+from dreamdance.pipelines.windows import Window, plan_windows
+
+Maps = Video | Sequence[Video] | Tensor
+
+
+@dataclass(frozen=True)
+class AnimationCondition:
+    """What SVD reads of the reference image, or of its absence.
+
+    Attributes:
+        latents: `b c h w`, of the noised reference, not scaled; zeros for a dropped reference.
+        embedding: `b 1 c`, of the clean reference; zeros for a dropped one.
+        added_time_ids: `b 3`, (fps - 1, motion bucket, noise augmentation).
+    """
+
+    latents: Tensor
+    embedding: Tensor
+    added_time_ids: Tensor
+
+
+class AnimationPipeline(SamplingPipeline):
+    """Stable Video Diffusion, guided by the cross-domain controller through an SVD ControlNet (Eq. 7).
+
+    Args:
+        unet: SVD's denoiser.
+        controlnet: the copy of its encoder half.
+        controller: encodes the control maps; its config says which.
+        vae: the video autoencoder.
+        image_encoder: CLIP's vision tower, or its stand-in.
+        scheduler: SVD's Euler scheduler.
+    """
+
+    model_cpu_offload_seq = "image_encoder->controller->controlnet->unet->vae"
+
+    def __init__(
+        self,
+        unet: UNetSpatioTemporalConditionModel,
+        controlnet: SpatioTemporalControlNetModel,
+        controller: CrossDomainControllerModel,
+        vae: Autoencoder,
+        image_encoder: ImageEncoder,
+        scheduler: EulerDiscreteScheduler,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            unet=unet,
+            controlnet=controlnet,
+            controller=controller,
+            vae=vae,
+            image_encoder=image_encoder,
+            scheduler=scheduler,
+        )
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """The maps that the controller reads: a subset of pose, depth, normal."""
+        return tuple(self.controller.config.controls)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Picture | Video | Tensor,
+        poses: Maps | None = None,
+        normals: Maps | None = None,
+        depths: Maps | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        fps: float = 8.0,
+        motion_bucket: int = 127,
+        noise_augmentation: float = 0.02,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 2.5,
+        window_frames: int = 16,
+        window_overlap: int = 4,
+        sequential_guidance: bool = False,
+        decode_chunk_size: int = 8,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+    ) -> AnimationOutput | tuple[Frames]:
+        """Animates the reference by the control maps.
+
+        Args:
+            image: the reference: a picture, b pictures, or `(b) 3 H W` in [0, 1].
+            poses, normals, depths: the control maps that `controls` names, perhaps of stage 1's smaller size:
+                f pictures, b lists of them, or `(b) f 3 H W` (depths also `(b) f 1 H W`) in [0, 1].
+            height, width: of the frames in pixels; the reference's own by default. Inputs are resized to it.
+            fps, motion_bucket, noise_augmentation: SVD's own conditions; the noise is in units of pixels in [-1, 1].
+            num_inference_steps: Euler steps.
+            guidance_scale: w of `uncond + w (cond - uncond)`, the same for all frames; 1 saves the unconditional pass.
+            window_frames: frames denoised together.
+            window_overlap: frames shared by neighbouring windows.
+            sequential_guidance: run conditional and unconditional predictions one after the other: less memory.
+            decode_chunk_size: frames decoded at once.
+            generator: one, or one for each clip.
+            latents: initial unit noise `b f c h w` instead of drawn one.
+            output_type: `pil`, `np`, `pt` or `latent`.
+            return_dict: False returns (frames,).
+            callback_on_step_end: (pipeline, step, timestep, {"latents": `b f c h w`}) -> changed latents or None.
+
+        Raises:
+            ValueError: inputs, sizes or windows that do not fit together, or a missing control map.
+        """
+        check_output_type(output_type)
+        reference = image_tensor(image)
+        height, width = height or reference.shape[-2], width or reference.shape[-1]
+        maps = self._control_maps({"pose": poses, "normal": normals, "depth": depths}, height, width)
+        self._check_inputs(reference, maps, height, width, guidance_scale)
+        num_frames = next(iter(maps.values())).shape[1]
+        windows = plan_windows(num_frames, window_frames, window_overlap)
+
+        with self._evaluation_mode():
+            # 1. conditions, once for all steps and windows; the pixels' noise is drawn first, as SVD's pipeline does
+            reference = resize_images(reference, height, width)
+            pixel_noise = draw_initial_noise(reference.shape, generator)
+            numbers = torch.tensor([[fps - 1, motion_bucket, noise_augmentation]]).expand(len(reference), -1)
+            conditions = self._encode_conditions(reference, pixel_noise, numbers, with_dropped=guidance_scale > 1)
+            control_features = self._encode_controls(maps, decode_chunk_size)
+
+            # 2. denoising, from noise of the whole sequence
+            factor, channels = downscale_factor(self.vae), self.unet.config.out_channels
+            shape = (len(reference), num_frames, channels, height // factor, width // factor)
+            latents = draw_initial_noise(shape, generator) if latents is None else checked_latents(latents, shape)
+
+            def predict(scaled: Tensor, window: Window, timestep: Tensor) -> Tensor:
+                features = control_features[:, window.frames]
+                return self._predict(scaled, timestep, features, conditions, guidance_scale, sequential_guidance)
+
+            latents = self._denoise_windows(latents, windows, predict, num_inference_steps, callback_on_step_end)
+
+            # 3. frames
+            frames = self._decode(latents, decode_chunk_size, output_type)
+        self.maybe_free_model_hooks()
+        return AnimationOutput(frames=frames) if return_dict else (frames,)
+
+    def _control_maps(self, given: dict[str, Maps | None], height: int, width: int) -> dict[str, Tensor]:
+        """The controller's maps as `b f 3 H W` of the frames' size; maps that it does not read are left alone."""
+        maps = {}
+        for name in self.controls:
+            frames = given[name]
+            if frames is None:
+                raise ValueError(f"this controller reads {', '.join(self.controls)}, but no {name}s were given")
+            resize = resize_normals if name == "normal" else resize_images
+            maps[name] = resize(clip_tensor(frames, f"{name}s"), height, width)
+        return maps
+
+    def _check_inputs(
+        self, reference: Tensor, maps: dict[str, Tensor], height: int, width: int, guidance_scale: float
+    ) -> None:
+        check_size(height, width, downscale_factor(self.vae))
+        lengths = {f"{name}s": tuple(frames.shape[:2]) for name, frames in maps.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"control maps differ in (clips, frames): {lengths}")
+        num_clips = next(iter(lengths.values()))[0]
+        if len(reference) != num_clips:
+            raise ValueError(f"{len(reference)} reference images were given for {num_clips} clips of control maps")
+        if guidance_scale < 1:
+            raise ValueError(f"guidance_scale is {guidance_scale}; 1 is no guidance, and it cannot be less")
+
+    def _encode_conditions(
+        self, reference: Tensor, pixel_noise: Tensor, numbers: Tensor, *, with_dropped: bool
+    ) -> list[AnimationCondition]:
+        """Conditioning latents, embedding and numbers: of the reference, and of zeros for guidance (put first)."""
+        device = self._execution_device
+        noise_augmentation = numbers[0, 2]
+        # strengths are in units of pixels in [-1, 1], half of which is one in [0, 1]
+        noised = reference.to(device) + 0.5 * noise_augmentation.to(device) * pixel_noise.to(device)
+        latents = encode_latents(self.vae, noised, scaled=False).to(device, torch.float32)
+        embedding = embed_images(self.image_encoder, reference).to(device, self.unet.dtype)
+        added_time_ids = numbers.to(device)
+        return [
+            AnimationCondition(kept * latents, kept * embedding, added_time_ids)
+            for kept in ((0.0, 1.0) if with_dropped else (1.0,))
+        ]
+
+    def _encode_controls(self, maps: dict[str, Tensor], chunk_size: int) -> Tensor:
+        """The controller's guidance features `b f c h w`; it sees frames one by one, so chunks change nothing."""
+        num_clips, num_frames = next(iter(maps.values())).shape[:2]
+        device, dtype = self._execution_device, self.controller.dtype
+        frames = {name: rearrange(clips, "b f c H W -> (b f) c H W") for name, clips in maps.items()}
+        features = []
+        for start in range(0, num_clips * num_frames, chunk_size):
+            chunk = slice(start, start + chunk_size)
+            features.append(self.controller({name: clip[chunk].to(device, dtype) for name, clip in frames.items()}))
+        return rearrange(torch.cat(features), "(b f) c h w -> b f c h w", b=num_clips)
+
+    def _predict(
+        self,
+        scaled: Tensor,
+        timestep: Tensor,
+        control_features: Tensor,
+        conditions: list[AnimationCondition],
+        guidance_scale: float,
+        sequential: bool,
+    ) -> Tensor:
+        """Guided prediction for one window: `b f c h w` -> `b f c h w` float32."""
+        if sequential or len(conditions) == 1:
+            predictions = [self._denoise(scaled, timestep, control_features, condition) for condition in conditions]
+        else:
+            merged = AnimationCondition(
+                torch.cat([condition.latents for condition in conditions]),
+                torch.cat([condition.embedding for condition in conditions]),
+                torch.cat([condition.added_time_ids for condition in conditions]),
+            )
+            copies = len(conditions)
+            predictions = self._denoise(
+                repeat(scaled, "b ... -> (g b) ...", g=copies),
+                timestep,
+                repeat(control_features, "b ... -> (g b) ...", g=copies),
+                merged,
+            ).chunk(copies)
+        if len(conditions) == 1:
+            return predictions[0]
+        unconditional, conditional = predictions
+        return classifier_free_guidance(conditional, unconditional, guidance_scale)
+
+    def _denoise(
+        self, scaled: Tensor, timestep: Tensor, control_features: Tensor, condition: AnimationCondition
+    ) -> Tensor:
+        """One pass of ControlNet and SVD: `b f c h w` -> `b f c h w` float32."""
+        dtype = self.unet.dtype
+        conditioning = repeat(condition.latents, "b c h w -> b f c h w", f=scaled.shape[1])
+        sample = torch.cat([scaled, conditioning], dim=2).to(dtype)
+        inputs = (sample, timestep, condition.embedding, condition.added_time_ids)
+        features = rearrange(control_features, "b f c h w -> (b f) c h w").to(dtype)
+        residuals = self.controlnet(*inputs, features)
+        prediction = run_svd_unet(
+            self.unet, *inputs, down_residuals=residuals.down, mid_residual=residuals.mid, encoder_without_grad=False
+        )
+        return prediction.float()
+
+    def _decode(self, latents: Tensor, chunk_size: int, output_type: str) -> Frames:
+        """`b f c h w` latents to frames."""
+        if output_type == "latent":
+            return latents
+        num_clips, num_frames = latents.shape[:2]
+        frames = decode_latents(
+            self.vae,
+            rearrange(latents, "b f c h w -> (b f) c h w"),
+            chunk_size=chunk_size,
+            num_frames=num_frames,
+        )
+        return frames_output(rearrange(frames, "(b f) c H W -> b f c H W", b=num_clips), output_type)

@@ -1,0 +1,188 @@
+"""Both stages in one: a reference image and a pose sequence to frames, normals and depths (Eq. 2)."""
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
+from torch import Tensor
+
+from dreamdance.data.transforms import encode_normals
+from dreamdance.models import (
+    CrossDomainControllerModel,
+    GeometryUNetModel,
+    PoseEncoderModel,
+    ReferenceUNetModel,
+    SpatioTemporalControlNetModel,
+)
+from dreamdance.models.autoencoding import Autoencoder
+from dreamdance.models.image_embedding import ImageEncoder
+from dreamdance.pipelines.animation import AnimationPipeline
+from dreamdance.pipelines.geometry import GeometryPipeline
+from dreamdance.pipelines.outputs import (
+    DreamDanceOutput,
+    Frames,
+    Picture,
+    Video,
+    check_output_type,
+    clip_tensor,
+    frames_output,
+    image_tensor,
+    normals_output,
+)
+from dreamdance.pipelines.sampling import Generators, SamplingPipeline, StepCallback
+
+GEOMETRY_PREFIX = "geometry_"
+
+
+class DreamDancePipeline(SamplingPipeline):
+    """`GeometryPipeline`, its low-resolution rgb dropped, then `AnimationPipeline`.
+
+    The components of stage 2 bear the names they have there; those of stage 1 begin with `geometry_`.
+    """
+
+    model_cpu_offload_seq = (
+        "geometry_image_encoder->geometry_pose_encoder->geometry_reference_unet->geometry_unet->geometry_vae->"
+        "image_encoder->controller->controlnet->unet->vae"
+    )
+
+    def __init__(
+        self,
+        geometry_reference_unet: ReferenceUNetModel,
+        geometry_unet: GeometryUNetModel,
+        geometry_pose_encoder: PoseEncoderModel,
+        geometry_vae: Autoencoder,
+        geometry_image_encoder: ImageEncoder,
+        geometry_scheduler: DDIMScheduler,
+        unet: UNetSpatioTemporalConditionModel,
+        controlnet: SpatioTemporalControlNetModel,
+        controller: CrossDomainControllerModel,
+        vae: Autoencoder,
+        image_encoder: ImageEncoder,
+        scheduler: EulerDiscreteScheduler,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            geometry_reference_unet=geometry_reference_unet,
+            geometry_unet=geometry_unet,
+            geometry_pose_encoder=geometry_pose_encoder,
+            geometry_vae=geometry_vae,
+            geometry_image_encoder=geometry_image_encoder,
+            geometry_scheduler=geometry_scheduler,
+            unet=unet,
+            controlnet=controlnet,
+            controller=controller,
+            vae=vae,
+            image_encoder=image_encoder,
+            scheduler=scheduler,
+        )
+
+    @classmethod
+    def from_stages(cls, geometry: GeometryPipeline, animation: AnimationPipeline) -> Self:
+        """Joins the exports of the two stages; networks are shared, not copied."""
+        prefixed = {GEOMETRY_PREFIX + name: component for name, component in geometry.components.items()}
+        return cls(**prefixed, **animation.components)
+
+    @property
+    def geometry(self) -> GeometryPipeline:
+        """Stage 1 alone, of the same networks."""
+        return GeometryPipeline(
+            **{
+                name.removeprefix(GEOMETRY_PREFIX): component
+                for name, component in self.components.items()
+                if name.startswith(GEOMETRY_PREFIX)
+            }
+        )
+
+    @property
+    def animation(self) -> AnimationPipeline:
+        """Stage 2 alone, of the same networks."""
+        return AnimationPipeline(
+            **{name: component for name, component in self.components.items() if not name.startswith(GEOMETRY_PREFIX)}
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Picture | Video | Tensor,
+        poses: Video | Sequence[Video] | Tensor,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        geometry_height: int = 384,
+        geometry_width: int = 256,
+        fps: float = 8.0,
+        motion_bucket: int = 127,
+        noise_augmentation: float = 0.02,
+        num_inference_steps: int = 25,
+        geometry_num_inference_steps: int | None = None,
+        guidance_scales: Sequence[float] = (2.5, 1.0, 1.5),
+        guidance_scale: float = 2.5,
+        window_frames: int = 16,
+        window_overlap: int = 4,
+        sequential_guidance: bool = False,
+        decode_chunk_size: int = 8,
+        generator: Generators = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+    ) -> DreamDanceOutput | tuple[Frames, Frames, Frames]:
+        """Animates the reference by the poses.
+
+        Args:
+            image, poses: as in `GeometryPipeline`.
+            height, width: of the frames in pixels; the reference's own by default.
+            geometry_height, geometry_width: of stage 1's maps in pixels.
+            fps, motion_bucket, noise_augmentation, guidance_scale: of stage 2; a guidance scale of 1 is none.
+            guidance_scales: of stage 1, for rgb, normal, depth (Eq. 6); 0 is no guidance.
+            num_inference_steps: Euler steps of stage 2.
+            geometry_num_inference_steps: DDIM steps of stage 1; as many as of stage 2 by default.
+            window_frames, window_overlap, sequential_guidance, decode_chunk_size: as in the two stages.
+            generator: one, or one for each clip; stage 1 draws from it first.
+            output_type: `pil`, `np` or `pt`.
+            return_dict: False returns (frames, normals, depths).
+            callback_on_step_end: called in both stages, with that stage's pipeline.
+
+        Raises:
+            ValueError: see the two stages.
+        """
+        check_output_type(output_type, accepted=("pil", "np", "pt"))
+        reference, drawings = image_tensor(image), clip_tensor(poses, "poses")
+        shared = {
+            "window_frames": window_frames,
+            "window_overlap": window_overlap,
+            "sequential_guidance": sequential_guidance,
+            "decode_chunk_size": decode_chunk_size,
+            "generator": generator,
+            "callback_on_step_end": callback_on_step_end,
+            "output_type": "pt",
+        }
+        geometry = self.geometry(
+            reference,
+            drawings,
+            height=geometry_height,
+            width=geometry_width,
+            num_inference_steps=geometry_num_inference_steps or num_inference_steps,
+            guidance_scales=guidance_scales,
+            **shared,
+        )
+        animation = self.animation(
+            reference,
+            drawings,
+            encode_normals(geometry.normals),
+            geometry.depths,
+            height=height,
+            width=width,
+            fps=fps,
+            motion_bucket=motion_bucket,
+            noise_augmentation=noise_augmentation,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            **shared,
+        )
+        output = DreamDanceOutput(
+            frames=frames_output(animation.frames, output_type),
+            normals=normals_output(geometry.normals, output_type),
+            depths=frames_output(geometry.depths, output_type),
+        )
+        return output if return_dict else (output.frames, output.normals, output.depths)

@@ -1,0 +1,273 @@
+"""Stage 1: a reference image and a pose sequence to normals and depths of every frame (Eq. 2, first line)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDIMScheduler
+from einops import rearrange, reduce, repeat
+from torch import Tensor
+
+from dreamdance.data.transforms import decode_normals, resize_images
+from dreamdance.diffusion.guidance import multi_domain_guidance
+from dreamdance.models import GeometryUNetModel, PoseEncoderModel, ReferenceUNetModel
+from dreamdance.models.autoencoding import Autoencoder, decode_latents, downscale_factor, encode_latents
+from dreamdance.models.image_embedding import ImageEncoder, embed_images
+from dreamdance.pipelines.outputs import (
+    Frames,
+    GeometryOutput,
+    Picture,
+    Video,
+    check_output_type,
+    clip_tensor,
+    frames_output,
+    image_tensor,
+    normals_output,
+)
+from dreamdance.pipelines.sampling import (
+    Generators,
+    SamplingPipeline,
+    StepCallback,
+    check_size,
+    checked_latents,
+    draw_initial_noise,
+)
+from dreamdance.pipelines.windows import Window, plan_windows
+
+NUM_DOMAINS = 3
+
+
+@dataclass(frozen=True)
+class ReferenceCondition:
+    """What the denoiser reads of the reference image, or of its absence.
+
+    Attributes:
+        embedding: `b t c`, the image embedding; zeros for a dropped reference.
+        features: block name -> `b n c`, cached over all steps and windows.
+    """
+
+    embedding: Tensor
+    features: dict[str, Tensor]
+
+
+class GeometryPipeline(SamplingPipeline):
+    """Mutually aligned geometry diffusion: rgb, normal and depth of all frames are denoised together (Eq. 3).
+
+    Args:
+        reference_unet: gives the reference's features (Eq. 4).
+        unet: the denoiser.
+        pose_encoder: encodes the pose drawings.
+        vae: the image autoencoder.
+        image_encoder: CLIP's vision tower, or its stand-in.
+        scheduler: DDIM, of the noise the denoiser was trained with.
+    """
+
+    model_cpu_offload_seq = "image_encoder->pose_encoder->reference_unet->unet->vae"
+
+    def __init__(
+        self,
+        reference_unet: ReferenceUNetModel,
+        unet: GeometryUNetModel,
+        pose_encoder: PoseEncoderModel,
+        vae: Autoencoder,
+        image_encoder: ImageEncoder,
+        scheduler: DDIMScheduler,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            reference_unet=reference_unet,
+            unet=unet,
+            pose_encoder=pose_encoder,
+            vae=vae,
+            image_encoder=image_encoder,
+            scheduler=scheduler,
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Picture | Video | Tensor,
+        poses: Video | Sequence[Video] | Tensor,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 25,
+        guidance_scales: Sequence[float] = (2.5, 1.0, 1.5),
+        window_frames: int = 16,
+        window_overlap: int = 4,
+        sequential_guidance: bool = False,
+        decode_chunk_size: int = 8,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+    ) -> GeometryOutput | tuple[Frames, Frames, Frames]:
+        """Predicts the geometry of a person in every pose.
+
+        Args:
+            image: the reference: a picture, b pictures, or `(b) 3 H W` in [0, 1].
+            poses: pose drawings: f pictures, b lists of them, or `(b) f 3 H W` in [0, 1].
+            height, width: size of the maps in pixels; the reference's own by default. Inputs are resized to it.
+            num_inference_steps: DDIM steps.
+            guidance_scales: of rgb, normal, depth (Eq. 6); 0 is no guidance, all 0 saves the unconditional pass.
+            window_frames: frames denoised together.
+            window_overlap: frames shared by neighbouring windows.
+            sequential_guidance: run conditional and unconditional predictions one after the other: less memory.
+            decode_chunk_size: pictures decoded at once.
+            generator: one, or one for each clip.
+            latents: initial noise `b f m c h w` instead of drawn one.
+            output_type: `pil`, `np`, `pt` or `latent`.
+            return_dict: False returns (normals, depths, images).
+            callback_on_step_end: (pipeline, step, timestep, {"latents": `b f m c h w`}) -> changed latents or None.
+
+        Raises:
+            ValueError: inputs, sizes, scales or windows that do not fit together.
+        """
+        check_output_type(output_type)
+        reference, drawings = image_tensor(image), clip_tensor(poses, "poses")
+        height, width = height or reference.shape[-2], width or reference.shape[-1]
+        self._check_inputs(reference, drawings, height, width, guidance_scales, window_frames)
+        windows = plan_windows(drawings.shape[1], window_frames, window_overlap)
+
+        with self._evaluation_mode():
+            # 1. conditions, once for all steps and windows
+            guided = any(scale != 0 for scale in guidance_scales)
+            references = self._encode_reference(resize_images(reference, height, width), with_dropped=guided)
+            pose_features = self._encode_poses(resize_images(drawings, height, width), decode_chunk_size)
+
+            # 2. denoising, from noise of the whole sequence
+            factor, channels = downscale_factor(self.vae), self.unet.config.in_channels
+            shape = (*drawings.shape[:2], NUM_DOMAINS, channels, height // factor, width // factor)
+            latents = draw_initial_noise(shape, generator) if latents is None else checked_latents(latents, shape)
+
+            def predict(noisy: Tensor, window: Window, timestep: Tensor) -> Tensor:
+                features = pose_features[:, window.frames]
+                return self._predict(noisy, timestep, features, references, guidance_scales, sequential_guidance)
+
+            latents = self._denoise_windows(latents, windows, predict, num_inference_steps, callback_on_step_end)
+
+            # 3. maps
+            output = self._decode(latents, decode_chunk_size, output_type)
+        self.maybe_free_model_hooks()
+        return output if return_dict else (output.normals, output.depths, output.images)
+
+    def _check_inputs(
+        self,
+        reference: Tensor,
+        poses: Tensor,
+        height: int,
+        width: int,
+        guidance_scales: Sequence[float],
+        window_frames: int,
+    ) -> None:
+        check_size(height, width, downscale_factor(self.vae))
+        if len(reference) != len(poses):
+            raise ValueError(f"{len(reference)} reference images were given for {len(poses)} pose sequences")
+        if len(guidance_scales) != NUM_DOMAINS:
+            raise ValueError(f"guidance_scales are those of rgb, normal and depth, not {tuple(guidance_scales)}")
+        longest = min(window_frames, poses.shape[1])
+        if self.unet.config.temporal_attention and longest > self.unet.config.max_frames:
+            raise ValueError(
+                f"windows of {longest} frames are longer than the {self.unet.config.max_frames} (model.max_frames) "
+                "that temporal attention knows: lower window_frames"
+            )
+
+    def _encode_reference(self, reference: Tensor, *, with_dropped: bool) -> list[ReferenceCondition]:
+        """Runs the reference UNet at timestep 0: on the reference, and on zeros for guidance (put first)."""
+        latents = encode_latents(self.vae, reference)
+        embedding = embed_images(self.image_encoder, reference)
+        device, dtype = self._execution_device, self.unet.dtype
+        conditions = []
+        for kept in (0.0, 1.0) if with_dropped else (1.0,):
+            tokens = (kept * embedding).to(device, dtype)
+            clean = (kept * latents).to(device, dtype)
+            timestep = torch.zeros(len(reference), device=device)
+            conditions.append(ReferenceCondition(tokens, self.reference_unet(clean, timestep, tokens)))
+        return conditions
+
+    def _encode_poses(self, drawings: Tensor, chunk_size: int) -> Tensor:
+        """`b f 3 H W` -> `b f c h w`, a few frames at a time."""
+        frames = rearrange(drawings, "b f c H W -> (b f) c H W").split(chunk_size)
+        encode_to = {"device": self._execution_device, "dtype": self.pose_encoder.dtype}
+        features = torch.cat([self.pose_encoder(chunk.to(**encode_to)) for chunk in frames])
+        return rearrange(features, "(b f) c h w -> b f c h w", b=len(drawings)).to(self.unet.dtype)
+
+    def _predict(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        pose_features: Tensor,
+        references: list[ReferenceCondition],
+        guidance_scales: Sequence[float],
+        sequential: bool,
+    ) -> Tensor:
+        """Guided prediction for one window: `b f m c h w` -> `b f m c h w` float32 (Eq. 6)."""
+        num_frames, num_domains = latents.shape[1:3]
+        if sequential or len(references) == 1:
+            predictions = [self._denoise(latents, timestep, pose_features, reference) for reference in references]
+        else:
+            # the copies are outermost: guidance cannot tear the domains of one sample apart (C1)
+            merged = ReferenceCondition(
+                torch.cat([reference.embedding for reference in references]),
+                {
+                    name: torch.cat([reference.features[name] for reference in references])
+                    for name in references[0].features
+                },
+            )
+            copies = len(references)
+            predictions = self._denoise(
+                repeat(latents, "b ... -> (g b) ...", g=copies),
+                timestep,
+                repeat(pose_features, "b ... -> (g b) ...", g=copies),
+                merged,
+            ).chunk(copies)
+        if len(references) == 1:
+            guided = predictions[0]
+        else:
+            guided = multi_domain_guidance(predictions[1], predictions[0], guidance_scales)
+        return rearrange(guided, "(b f m) c h w -> b f m c h w", f=num_frames, m=num_domains)
+
+    def _denoise(
+        self, latents: Tensor, timestep: Tensor, pose_features: Tensor, reference: ReferenceCondition
+    ) -> Tensor:
+        """One pass of the denoiser: `b f m c h w` -> `(b f m) c h w` float32."""
+        batch_size, num_frames, num_domains = latents.shape[:3]
+        domains = torch.arange(num_domains, device=latents.device)
+        prediction = self.unet(
+            rearrange(latents, "b f m c h w -> (b f m) c h w").to(self.unet.dtype),
+            timestep,
+            reference.embedding,
+            domains=repeat(domains, "m -> (b f m)", b=batch_size, f=num_frames),
+            num_frames=num_frames,
+            num_domains=num_domains,
+            pose_features=rearrange(pose_features, "b f c h w -> (b f) c h w"),
+            reference_features=reference.features,
+        )
+        return prediction.float()
+
+    def _decode(self, latents: Tensor, chunk_size: int, output_type: str) -> GeometryOutput:
+        """`b f m c h w` latents to maps."""
+        rgb, normal, depth = latents.unbind(dim=2)
+        if output_type == "latent":
+            return GeometryOutput(normals=normal, depths=depth, images=rgb)
+        num_frames = rgb.shape[1]
+        frames = {"b": len(rgb), "f": num_frames}
+        rgb, normal, depth = (
+            rearrange(
+                decode_latents(
+                    self.vae,
+                    rearrange(domain, "b f c h w -> (b f) c h w"),
+                    chunk_size=chunk_size,
+                    num_frames=num_frames,
+                ),
+                "(b f) c H W -> b f c H W",
+                **frames,
+            )
+            for domain in (rgb, normal, depth)
+        )
+        return GeometryOutput(
+            normals=normals_output(decode_normals(normal), output_type),
+            depths=frames_output(reduce(depth, "b f c H W -> b f 1 H W", "mean"), output_type),
+            images=frames_output(rgb, output_type),
+        )

@@ -1,0 +1,126 @@
+"""What the pipelines share: saved under stable names, sampled in evaluation mode, noise drawn for whole sequences."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from dreamdance.pipelines.windows import Window, blend_windows
+
+COMPONENTS_MODULE = "dreamdance.pipelines.components"
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+StepCallback = Callable[[DiffusionPipeline, int, Any, dict[str, Tensor]], dict[str, Tensor] | None]
+
+
+class SamplingPipeline(DiffusionPipeline):
+    """A `DiffusionPipeline` whose components may be this package's own classes, shared with a trainer.
+
+    `save_pretrained` writes the diffusers folder layout; `from_pretrained` of the same class reads it.
+    """
+
+    _callback_tensor_inputs = ["latents"]
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Records components; our own classes under the one module in which diffusers can resolve them."""
+        super().register_to_config(**{name: _public_address(value) for name, value in kwargs.items()})
+
+    def _denoise_windows(
+        self,
+        latents: Tensor,
+        windows: Sequence[Window],
+        predict: Callable[[Tensor, Window, Tensor], Tensor],
+        num_inference_steps: int,
+        callback: StepCallback | None,
+    ) -> Tensor:
+        """Denoises whole sequences; the windows' predictions are averaged at every step.
+
+        Args:
+            latents: `b f ...`, unit noise.
+            windows: over the f frames.
+            predict: (the scheduler's scaled latents of a window, the window, timestep) -> prediction of that window.
+            num_inference_steps: of the scheduler.
+            callback: `callback_on_step_end`, or None.
+
+        Returns:
+            `b f ...` float32, clean latents.
+        """
+        device = self._execution_device
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        latents = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
+        with self.progress_bar(total=num_inference_steps) as progress:
+            for step, timestep in enumerate(self.scheduler.timesteps):
+                scaled = self.scheduler.scale_model_input(latents, timestep)
+
+                def predict_window(window: Window, scaled: Tensor = scaled, at: Tensor = timestep) -> Tensor:
+                    return predict(scaled[:, window.frames], window, at)
+
+                prediction = blend_windows(predict_window, windows)
+                latents = self.scheduler.step(prediction, timestep, latents).prev_sample
+                latents = run_callback(callback, self, step, timestep, latents)
+                progress.update()
+        return latents
+
+    @contextmanager
+    def _evaluation_mode(self) -> Iterator[None]:
+        """All components in evaluation mode; every module's own mode comes back, whatever happens."""
+        networks = [component for component in self.components.values() if isinstance(component, nn.Module)]
+        modes = [(module, module.training) for network in networks for module in network.modules()]
+        try:
+            for network in networks:
+                network.eval()
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def _public_address(value: Any) -> Any:
+    if isinstance(value, tuple) and len(value) == 2 and str(value[0]).startswith("dreamdance."):
+        return (COMPONENTS_MODULE, value[1])
+    return value
+
+
+def draw_initial_noise(shape: Sequence[int], generator: Generators) -> Tensor:
+    """Unit normal noise `b ...` float32 for whole sequences.
+
+    It is drawn on the generator's device (the CPU without one), so that neither windows nor the networks' device change
+    what is drawn. One generator per clip makes a clip's result independent of what else is in the batch.
+
+    Raises:
+        ValueError: the number of generators is not b.
+    """
+    if not isinstance(generator, torch.Generator | None):
+        generator = list(generator)
+        if len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators were given for a batch of {shape[0]}")
+    first = generator[0] if isinstance(generator, list) else generator
+    device = torch.device("cpu") if first is None else first.device
+    return randn_tensor(tuple(shape), generator=generator, device=device, dtype=torch.float32)
+
+
+def run_callback(
+    callback: StepCallback | None, pipeline: DiffusionPipeline, step: int, timestep: Tensor, latents: Tensor
+) -> Tensor:
+    """Calls `callback_on_step_end` as diffusers does; the latents it returns replace the given ones."""
+    if callback is None:
+        return latents
+    returned = callback(pipeline, step, timestep, {"latents": latents})
+    return latents if returned is None else returned.get("latents", latents)
+
+
+def check_size(height: int, width: int, factor: int) -> None:
+    """Raises ValueError where a picture does not divide into latents."""
+    if height % factor or width % factor or height < factor or width < factor:
+        raise ValueError(f"height and width must be multiples of {factor}, the autoencoder's factor: {width}x{height}")
+
+
+def checked_latents(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Given initial noise, or a ValueError where it is not of the shape that is needed."""
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"latents must have the shape {shape}, not {tuple(latents.shape)}")
+    return latents
