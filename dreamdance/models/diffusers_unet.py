@@ -128,7 +128,7 @@ def run_blocks(
     }
     # 1. down
     skips: tuple[Tensor, ...] = (sample,)
-    for block, block_type in zip(unet.down_blocks, unet.config.down_block_types, strict=True):
+    for block, block_type in zip(unet.down_blocks, unet.config["down_block_types"], strict=True):
         arguments = attention_arguments if block_type in _CROSS_ATTENTION_BLOCKS else {}
         sample, block_skips = block(hidden_states=sample, temb=time_embedding, **arguments)
         skips += block_skips
@@ -136,7 +136,7 @@ def run_blocks(
     if unet.mid_block is not None:
         sample = unet.mid_block(sample, time_embedding, **attention_arguments)
     # 3. up
-    for block, block_type in zip(unet.up_blocks, unet.config.up_block_types, strict=False):
+    for block, block_type in zip(unet.up_blocks, unet.config["up_block_types"], strict=False):
         arguments = attention_arguments if block_type in _CROSS_ATTENTION_BLOCKS else {}
         skips, block_skips = skips[: -len(block.resnets)], skips[-len(block.resnets) :]
         sample = block(

@@ -198,7 +198,7 @@ class GeometryUNetModel(UNet2DConditionModel):
         """The parameters of every temporal attention, by name: what step 3 trains."""
         return {name: parameter for name, parameter in self.named_parameters() if ".temporal." in name}
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         sample: Tensor,
         timestep: Tensor | float,
@@ -230,14 +230,14 @@ class GeometryUNetModel(UNet2DConditionModel):
             UserError: more frames than the temporal attention has positions for.
         """
         self._check_inputs(sample, domains, num_frames, num_domains, pose_features, reference_features)
-        context = GeometryContext(num_frames, num_domains, reference_features, self.config.attention_backend)
+        context = GeometryContext(num_frames, num_domains, reference_features, self.config["attention_backend"])
         # 1. time and domain
         embedding = embed_time(self, sample, timestep)
-        if domains is not None:
+        if domains is not None and self.domain_embedder is not None:
             embedding = embedding + self.domain_embedder(domains)
         encoder_hidden_states = expand_to_batch(encoder_hidden_states, sample.shape[0], "encoder_hidden_states")
         # 2. input and pose
-        hidden_states = self.conv_in(2 * sample - 1.0 if self.config.center_input_sample else sample)
+        hidden_states = self.conv_in(2 * sample - 1.0 if self.config["center_input_sample"] else sample)
         if pose_features is not None:
             by_frame = rearrange(hidden_states, "(bf m) c h w -> bf m c h w", m=num_domains)
             hidden_states = rearrange(by_frame + pose_features[:, None], "bf m c h w -> (bf m) c h w")

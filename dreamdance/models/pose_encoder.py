@@ -56,7 +56,7 @@ class PoseEncoderModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: H or W is no multiple of the downscale factor.
         """
-        factor = self.config.downscale_factor
+        factor = self.config["downscale_factor"]
         if pose.shape[-2] % factor or pose.shape[-1] % factor:
             raise ValueError(f"pose of {tuple(pose.shape[-2:])} pixels: both sides must be multiples of {factor}")
         hidden_states = F.silu(self.conv_in(pose))

@@ -102,7 +102,7 @@ class ReferenceUNetModel(UNet2DConditionModel):
         if not last.startswith("up_blocks."):
             raise UserError(
                 "reference UNet: up_block_types needs a 'CrossAttnUpBlock2D', whose attention reads the reference; "
-                f"got {self.config.up_block_types}"
+                f"got {self.config['up_block_types']}"
             )
         _, level, _, attention, *_ = last.split(".")
         removed = [f"{last}.{part}" for part in self.get_submodule(last).stop_after_reading()]
@@ -134,9 +134,7 @@ class ReferenceUNetModel(UNet2DConditionModel):
         load_base_weights(model, unet, added=(), unused=model.removed_modules)
         return model
 
-    def forward(  # type: ignore[override]
-        self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor
-    ) -> dict[str, Tensor]:
+    def forward(self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor) -> dict[str, Tensor]:
         """Read the reference features x_ref of Eq. 4.
 
         Args:
