@@ -10,6 +10,7 @@ from torch import nn
 
 from dreamdance.models.svd_unet import DECODER_HALF
 from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
+from dreamdance.training.lean_convolution import replace_convolutions
 from dreamdance.training.objectives.animation import AnimationObjective
 from dreamdance.training.objectives.geometry import GeometryObjective
 
@@ -24,7 +25,8 @@ _SVD_TEMPORAL = re.compile(r"temporal_transformer_blocks|temporal_res_block|time
 def set_trainable(objective: Objective, recipe: Stage1Recipe | Stage2Recipe) -> list[str]:
     """Sets `requires_grad` of every parameter as the recipe's step wants it.
 
-    Also sets the modes that go with it: training mode for the networks that train, evaluation mode for the others.
+    Also sets the modes that go with it: training mode for the networks that train, evaluation mode for the others; and
+    has the denoiser's frozen convolutions keep no input for a weight gradient.
 
     Returns:
         The sorted names, within `objective`, of the parameters that train.
@@ -35,6 +37,7 @@ def set_trainable(objective: Objective, recipe: Stage1Recipe | Stage2Recipe) -> 
         trainable = _animation_names(objective, recipe.model.unfreeze)
     for name, parameter in objective.named_parameters():
         parameter.requires_grad_(name in trainable)
+    replace_convolutions(objective.unet)
     set_modes(objective)
     return sorted(trainable)
 

@@ -18,7 +18,7 @@ from dreamdance.diffusion.noise import (
     draw_noise,
     edm_preconditioning,
     edm_weight,
-    make_euler_scheduler,
+    make_svd_scheduler,
 )
 from dreamdance.errors import UserError
 from dreamdance.models import CrossDomainControllerModel, SpatioTemporalControlNetModel
@@ -87,7 +87,7 @@ class AnimationObjective(nn.Module):
             controller=self.controller,
             vae=self.vae,
             image_encoder=self.image_encoder,
-            scheduler=make_euler_scheduler(),
+            scheduler=make_svd_scheduler(),
         )
 
     def forward(self, batch: ClipBatch) -> ObjectiveOutput:
