@@ -100,7 +100,7 @@ class AnimationPipeline(SamplingPipeline):
         *,
         height: int | None = None,
         width: int | None = None,
-        fps: float = 8.0,
+        fps: float | Sequence[float] = 8.0,
         motion_bucket: int = 127,
         noise_augmentation: float = 0.02,
         num_inference_steps: int = 25,
@@ -122,7 +122,8 @@ class AnimationPipeline(SamplingPipeline):
             poses, normals, depths: the control maps that `controls` names, perhaps of stage 1's smaller size:
                 f pictures, b lists of them, or `(b) f 3 H W` (depths also `(b) f 1 H W`) in [0, 1].
             height, width: of the frames in pixels; the reference's own by default. Inputs are resized to it.
-            fps, motion_bucket, noise_augmentation: SVD's own conditions; the noise is in units of pixels in [-1, 1].
+            fps: frames per second, of all clips or of each; like the next two, SVD's own condition.
+            motion_bucket, noise_augmentation: SVD's; the noise is in units of pixels in [-1, 1].
             num_inference_steps: Euler steps.
             guidance_scale: w of `uncond + w (cond - uncond)`, the same for all frames; 1 saves the unconditional pass.
             window_frames: frames denoised together.
@@ -150,7 +151,7 @@ class AnimationPipeline(SamplingPipeline):
             # 1. conditions, once for all steps and windows; the pixels' noise is drawn first, as SVD's pipeline does
             reference = resize_images(reference, height, width)
             pixel_noise = draw_initial_noise(reference.shape, generator)
-            numbers = torch.tensor([[fps - 1, motion_bucket, noise_augmentation]]).expand(len(reference), -1)
+            numbers = _added_numbers(fps, motion_bucket, noise_augmentation, len(reference))
             conditions = self._encode_conditions(reference, pixel_noise, numbers, with_dropped=guidance_scale > 1)
             control_features = self._encode_controls(maps, decode_chunk_size)
 
@@ -278,3 +279,13 @@ class AnimationPipeline(SamplingPipeline):
             num_frames=num_frames,
         )
         return frames_output(rearrange(frames, "(b f) c H W -> b f c H W", b=num_clips), output_type)
+
+
+def _added_numbers(
+    fps: float | Sequence[float], motion_bucket: int, noise_augmentation: float, num_clips: int
+) -> Tensor:
+    """`b 3`: what SVD is told about each clip; it was trained on frames per second minus one."""
+    rates = [float(fps)] * num_clips if isinstance(fps, int | float) else [float(rate) for rate in fps]
+    if len(rates) != num_clips:
+        raise ValueError(f"fps has {len(rates)} values for {num_clips} clips")
+    return torch.tensor([[rate - 1.0, motion_bucket, noise_augmentation] for rate in rates])
