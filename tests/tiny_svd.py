@@ -1,0 +1,44 @@
+"""A Stable Video Diffusion UNet small enough for tests: diffusers' real class, random weights, two levels."""
+
+import torch
+from diffusers import UNetSpatioTemporalConditionModel
+from torch import Tensor
+
+EMBEDDING_WIDTH = 16
+LATENT_CHANNELS = 4
+
+
+def tiny_svd_unet(seed: int = 0, latent_channels: int = LATENT_CHANNELS) -> UNetSpatioTemporalConditionModel:
+    """A random SVD UNet (channels 32 and 64, heads of width 16) in evaluation mode."""
+    torch.manual_seed(seed)
+    unet = UNetSpatioTemporalConditionModel(
+        in_channels=2 * latent_channels,
+        out_channels=latent_channels,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        block_out_channels=(32, 64),
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24,
+        layers_per_block=1,
+        cross_attention_dim=EMBEDDING_WIDTH,
+        num_attention_heads=(2, 4),
+        num_frames=3,
+    )
+    return unet.eval()
+
+
+def tiny_svd_inputs(
+    *, batch_size: int = 2, num_frames: int = 3, height: int = 8, width: int = 12, seed: int = 1
+) -> dict[str, Tensor]:
+    """Random inputs of `tiny_svd_unet`, as keyword arguments."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "sample": normal(batch_size, num_frames, 2 * LATENT_CHANNELS, height, width),
+        "timestep": normal(batch_size),
+        "encoder_hidden_states": normal(batch_size, 1, EMBEDDING_WIDTH),
+        "added_time_ids": torch.tensor([[7.0, 127.0, 0.02], [5.0, 64.0, 0.1]]).repeat(batch_size, 1)[:batch_size],
+    }
