@@ -63,6 +63,7 @@ class Logging(Section):
 class Recipe(Section):
     """What every recipe has: a task, a name unique over all recipes, a seed, a place to run."""
 
+    task: str
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")]
     seed: NonNegative = 0
     cluster: Cluster = Cluster()
@@ -98,7 +99,7 @@ class TrainingData(Section):
 
 
 class NetworkSource(Section):
-    """A diffusers network: weights from a folder in diffusers' layout, or a random one of given constructor arguments."""
+    """A diffusers network: weights from a folder in diffusers' layout, or a random one of constructor arguments."""
 
     path: str | None = None
     subfolder: str | None = None

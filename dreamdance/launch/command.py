@@ -1,0 +1,225 @@
+"""The command `launchers/slurm.py` (C5): words speak to the recipe, dashes to the launcher, each outcome has a code."""
+
+import argparse
+import contextlib
+import difflib
+import logging
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from dreamdance.errors import RecipeError, UserError
+from dreamdance.launch import dry_run, preflight, status, submission
+from dreamdance.launch.finished import is_finished
+from dreamdance.launch.follow import explain_failure, follow
+from dreamdance.launch.job import Job
+from dreamdance.launch.run_folder import DifferentRecipeError, lay, locked
+from dreamdance.recipe import LoadedRecipe, Recipe, TrainingRecipe, load
+from dreamdance.run_layout import progress_file
+
+OK, FAILED, BAD_RECIPE, OTHER_RECIPE = 0, 1, 2, 3
+USAGE = """python launchers/slurm.py RECIPE [key=value ...] [options]
+       python launchers/slurm.py status [RUN]
+       python launchers/slurm.py cancel RUN"""
+EPILOG = """Words speak to the recipe (optimizer.lr=1e-4), dashes to the launcher. The same command again goes on where
+the run stopped. Exit codes: 0 done or submitted, 1 the job failed, 2 a bad recipe or something missing, 3 the run
+folder belongs to a different recipe."""
+
+Planner = Callable[[TrainingRecipe, float | None], str]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(f"{message}\nusage: {USAGE}")
+
+
+def main(argv: Sequence[str], plan: Planner) -> int:
+    """Runs the command and returns its exit code.
+
+    Args:
+        argv: the words after the program's name.
+        plan: describes a training recipe's parameters and memory, given the GPU's memory in GiB where it is known.
+            Passed in, because the launcher knows no models.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        options = _options(argv)
+        if options.words and options.words[0] in ("status", "cancel"):
+            return _ask(options)
+        return max(_run(loaded, options, plan, argv) for loaded in _recipes(options))
+    except DifferentRecipeError as error:
+        sys.stderr.write(f"{error}\n")
+        return OTHER_RECIPE
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        return BAD_RECIPE
+
+
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog="slurm.py", usage=USAGE, epilog=EPILOG, allow_abbrev=False)
+    parser.add_argument("words", nargs="*", metavar="RECIPE key=value", help="a recipe's file, and values to change")
+    parser.add_argument(
+        "--cluster",
+        choices=("auto", "slurm", "local", "debug"),
+        default="auto",
+        help="auto (default): Slurm where a cluster answers, else this machine; debug: in this very process",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show recipe, plan and batch script; submit nothing")
+    parser.add_argument("--follow", action="store_true", help="show progress and exit with the job's own status")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs live (default: runs)"
+    )
+    parser.add_argument(
+        "--sweep", action="append", default=[], metavar="key=v1,v2", help="one run for each value; may be repeated"
+    )
+    options, unknown = parser.parse_known_intermixed_args(list(argv))
+    if unknown:
+        known = [name for action in parser._actions for name in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
+        key = unknown[0].lstrip("-").partition("=")[0]
+        hint = f"; did you mean '{near[0]}'?" if near else f"; a recipe's key is given without dashes: {key}=..."
+        raise RecipeError(f"unknown option '{unknown[0]}'{hint}")
+    if not options.words:
+        parser.print_help()
+        raise RecipeError("no recipe given")
+    return options
+
+
+def _ask(options: argparse.Namespace) -> int:
+    verb, *names = options.words
+    if verb == "status":
+        answers = [status.details(status.find_run(name, options.runs)) for name in names]
+        _show("\n\n".join(answers) if names else status.table(options.runs))
+        return OK
+    if len(names) != 1:
+        raise RecipeError(f"cancel wants the name of one run\nusage: {USAGE}")
+    run_folder = status.find_run(names[0], options.runs)
+    job = submission.last_job(run_folder)
+    if job is None:
+        raise UserError(f"run '{run_folder.name}' was never submitted")
+    submission.cancel(job)
+    _show(f"cancelled {job.cluster} job {job.job_id} of run '{run_folder.name}'")
+    return OK
+
+
+def _recipes(options: argparse.Namespace) -> list[LoadedRecipe]:
+    """The recipe as the command line changes it, once for each combination of swept values."""
+    file, *overrides = options.words
+    if "=" in file:
+        raise RecipeError(f"the first word is the recipe's file, not '{file}'\nusage: {USAGE}")
+    if options.cluster == "debug":
+        overrides += ["cluster.nodes=1", "cluster.tasks_per_node=1"]
+    combinations: list[list[str]] = [[]]
+    for sweep in options.sweep:
+        key, equals, values = sweep.partition("=")
+        if not equals or not values:
+            raise RecipeError(f"--sweep wants key=v1,v2 and got '{sweep}'")
+        choices = [f"{key}={value}" for value in re.split(r",(?![^\[{]*[\]}])", values)]
+        combinations = [[*chosen, choice] for chosen in combinations for choice in choices]
+    loaded = [load(file, [*overrides, *chosen]) for chosen in combinations]
+    if options.sweep:
+        loaded = [
+            load(file, [*overrides, *chosen, f"name={_sweep_name(one.recipe.name, chosen)}"])
+            for one, chosen in zip(loaded, combinations, strict=True)
+        ]
+    for one in loaded:
+        # On one GPU a debug run has one process, and the file's number of GPUs would not match it.
+        if options.cluster == "debug" and one.recipe.cluster.gpus_per_node > 1:
+            return [load(file, [*overrides, "cluster.gpus_per_node=1"])]
+    return loaded
+
+
+def _sweep_name(name: str, chosen: Sequence[str]) -> str:
+    for choice in chosen:
+        key, _, value = choice.partition("=")
+        name += f"_{key.rpartition('.')[2]}_{value}"
+    return re.sub(r"[^a-z0-9_]+", "_", name.lower()).strip("_")
+
+
+def _run(loaded: LoadedRecipe, options: argparse.Namespace, plan: Planner, argv: Sequence[str]) -> int:
+    recipe = loaded.recipe
+    run_folder = (options.runs / recipe.name).absolute()
+    cluster = submission.choose_cluster(options.cluster)
+    if cluster == "local" and recipe.cluster.nodes > 1:
+        raise UserError(
+            f"--cluster local is one machine, but cluster.nodes is {recipe.cluster.nodes}; add cluster.nodes=1"
+        )
+    if is_finished(recipe, run_folder) and not options.dry_run:
+        lay(recipe, run_folder, ["slurm.py", *argv])
+        _show(f"{recipe.name} is finished: {run_folder}")
+        return OK
+    missing = preflight.missing(recipe, loaded.file, options.runs, check_gpu=cluster != "slurm")
+    if options.dry_run:
+        _show_plan(loaded, run_folder, cluster, plan)
+        if missing:
+            _show(f"\n# Warnings\n{preflight.report(recipe, loaded.file, missing)}")
+        return OK
+    if missing:
+        raise UserError(preflight.report(recipe, loaded.file, missing))
+    with locked(run_folder):
+        lay(recipe, run_folder, ["slurm.py", *argv])
+        job = submission.last_job(run_folder)
+        running = job is not None and submission.status_of(job, recipe, run_folder).state in ("running", "pending")
+        log = progress_file(run_folder)
+        offset = log.stat().st_size if log.is_file() else 0
+        if job is None or not running:
+            job = submission.submit(recipe, run_folder, cluster)
+    if job.cluster == "debug" and not running:
+        return _run_here(run_folder)
+    _show(
+        f"{recipe.name}: {job.cluster} job {job.job_id}{' is already running' if running else ''}, "
+        f"{job.num_tasks} process{'es' * (job.num_tasks > 1)}, log {job.log_file(run_folder)}"
+    )
+    if options.follow or (options.sweep and cluster == "local"):
+        return _follow(job, recipe, run_folder, offset)
+    _show(f"the same command with --follow shows it; so does: python launchers/slurm.py status {recipe.name}")
+    return OK
+
+
+def _show_plan(loaded: LoadedRecipe, run_folder: Path, cluster: submission.ClusterName, plan: Planner) -> None:
+    _show(f"# Recipe {loaded.file} (run folder {run_folder})\n{dry_run.resolved_recipe(loaded)}")
+    _show(f"\n# Plan\n{dry_run.batch_arithmetic(loaded, cluster)}")
+    if isinstance(loaded.recipe, TrainingRecipe):
+        _show(plan(loaded.recipe, preflight.gpu_memory_gib()))
+    _show(f"\n# Batch script\n{dry_run.script(loaded, run_folder, cluster)}")
+
+
+def _run_here(run_folder: Path) -> int:
+    """The same job in this process: breakpoints work, an unexpected error shows its traceback."""
+    try:
+        Job(run_folder)()
+    except SystemExit as ending:
+        return FAILED if ending.code else OK
+    return OK
+
+
+def _follow(job: submission.SubmittedJob, recipe: Recipe, run_folder: Path, offset: int) -> int:
+    with contextlib.suppress(ValueError):  # signal handlers belong to the main thread
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    started = time.monotonic()
+    try:
+        outcome = follow(job, recipe, run_folder, offset)
+    except KeyboardInterrupt:
+        if job.cluster == "slurm":
+            _show(f"\njob {job.job_id} goes on; end it by: python launchers/slurm.py cancel {recipe.name}")
+        else:
+            submission.cancel(job)
+            _show(f"\nstopped {recipe.name}; the same command goes on from its last checkpoint")
+        return 128 + signal.SIGINT
+    if outcome.state == "failed":
+        sys.stderr.write(f"{explain_failure(job, run_folder, outcome)}\n")
+        return FAILED
+    if is_finished(recipe, run_folder):
+        _show(f"{recipe.name} finished in {time.monotonic() - started:.0f} s: {run_folder}")
+    else:
+        _show(f"{recipe.name} stopped before its end; the same command goes on")
+    return OK
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()

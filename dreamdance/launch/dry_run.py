@@ -1,0 +1,41 @@
+"""What `--dry-run` shows: the resolved recipe with the command line's lines marked, and the batch script."""
+
+from pathlib import Path
+
+from dreamdance.launch.submission import ClusterName, batch_script
+from dreamdance.recipe import LoadedRecipe, TrainingRecipe, dump_recipe
+from dreamdance.recipe.yaml_text import read_yaml
+
+MARK = "  # <- command line"
+
+
+def resolved_recipe(loaded: LoadedRecipe) -> str:
+    """The whole recipe, defaults written out, with a mark on every line that the command line decided."""
+    text = dump_recipe(loaded.recipe)
+    starts = read_yaml(text).lines
+    marked = {line for path, line in starts.items() if path and ".".join(map(str, path)) in loaded.overridden}
+    lines = text.rstrip().splitlines()
+    return "\n".join(line + MARK if number in marked else line for number, line in enumerate(lines, start=1))
+
+
+def batch_arithmetic(loaded: LoadedRecipe, cluster: ClusterName) -> str:
+    """Processes, and how they share a batch."""
+    recipe = loaded.recipe
+    nodes, tasks = recipe.cluster.nodes, recipe.cluster.tasks_per_node
+    lines = [f"processes: {nodes} node{'s' * (nodes > 1)} x {tasks} = {recipe.cluster.world_size}, cluster: {cluster}"]
+    if isinstance(recipe, TrainingRecipe):
+        steps, micro = recipe.accumulation_steps, recipe.micro_batch_size
+        shares = f"{micro} (micro batch) x {steps} (accumulation) x {recipe.cluster.world_size} (processes)"
+        samples = recipe.batch_size * recipe.max_steps
+        lines.append(f"batch: {shares} = {recipe.batch_size} samples per optimizer step")
+        lines.append(
+            f"training: {recipe.max_steps:,} steps = {samples:,} samples of {recipe.data.num_frames} "
+            f"frame{'s' * (recipe.data.num_frames > 1)} at {recipe.data.width}x{recipe.data.height}"
+        )
+    return "\n".join(lines)
+
+
+def script(loaded: LoadedRecipe, run_folder: Path, cluster: ClusterName) -> str:
+    """The batch script, with a word on what runs instead where there is no Slurm."""
+    note = "" if cluster == "slurm" else f"# (cluster {cluster}: this is what Slurm would get)\n"
+    return note + batch_script(loaded.recipe, run_folder.absolute()).rstrip()

@@ -1,0 +1,53 @@
+"""When a run is finished: what it had to make is there, and its inputs are still those that it was made from."""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+from dreamdance.recipe import AnimateRecipe, EvaluateRecipe, PrepareRecipe, Recipe, TrainingRecipe
+from dreamdance.run_layout import FINISHED_FILE, export_folder, step_folders
+
+
+def mark_finished(recipe: Recipe, run_folder: Path) -> bool:
+    """Writes `FINISHED`, unless the entry stopped early (training that was pre-empted returns before its last step)."""
+    if isinstance(recipe, TrainingRecipe) and not export_folder(run_folder, recipe.max_steps).is_dir():
+        return False
+    record = {"time": time.time(), "inputs": _inputs_digest(recipe, run_folder.parent)}
+    partial = run_folder / f"{FINISHED_FILE}.partial"
+    partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    partial.rename(run_folder / FINISHED_FILE)
+    return True
+
+
+def is_finished(recipe: Recipe, run_folder: Path) -> bool:
+    """Whether starting the run again would do nothing: not after `max_steps` was raised, nor after new inputs."""
+    marker = run_folder / FINISHED_FILE
+    if not marker.is_file():
+        return False
+    if isinstance(recipe, TrainingRecipe):
+        return export_folder(run_folder, recipe.max_steps).is_dir()
+    if not Path(getattr(recipe, "output", run_folder)).is_dir():
+        return False
+    return bool(json.loads(marker.read_text(encoding="utf-8"))["inputs"] == _inputs_digest(recipe, run_folder.parent))
+
+
+def _inputs_digest(recipe: Recipe, runs: Path) -> str:
+    """Changes when the files that a run reads change; sizes and times stand for large files."""
+    parts: list[str] = []
+    if isinstance(recipe, AnimateRecipe):
+        manifest = Path(recipe.manifest)
+        parts.append(manifest.read_text(encoding="utf-8") if manifest.is_file() else "")
+        for name in (recipe.geometry_from, recipe.animation_from):
+            parts += [str(folder) for folder in step_folders(runs / name / "exports")[-1:]] if name else []
+    elif isinstance(recipe, EvaluateRecipe):
+        parts += _listing(Path(recipe.results), "*/result.json")
+        parts += _listing(Path(recipe.truth.local), "index.json")
+    elif isinstance(recipe, PrepareRecipe) and recipe.videos is not None:
+        parts += _listing(Path(recipe.videos.folder), "*.mp4")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _listing(folder: Path, pattern: str) -> list[str]:
+    states = [(path, path.stat()) for path in sorted(folder.glob(pattern))]
+    return [f"{path.relative_to(folder)} {state.st_size} {state.st_mtime_ns}" for path, state in states]

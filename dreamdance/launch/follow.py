@@ -1,0 +1,171 @@
+"""Shows a running job: a live line on a terminal, plain lines elsewhere, at the end the failing rank's own words."""
+
+import contextlib
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from dreamdance.launch.job import failure_file
+from dreamdance.launch.submission import JobStatus, SubmittedJob, status_of
+from dreamdance.recipe import Recipe
+from dreamdance.run_layout import progress_file
+
+POLL_SECONDS = {"local": 0.2, "debug": 0.2, "slurm": 5.0}
+PLAIN_LINE_EVERY_SECONDS = 5.0
+TAIL_LINES = 25
+_NOT_SHOWN = ("time", "done", "total", "unit", "message", "eta_seconds", "loss", "samples_per_second")
+
+
+def follow(job: SubmittedJob, recipe: Recipe, run_folder: Path, offset: int, out: TextIO = sys.stdout) -> JobStatus:
+    """Shows the job's progress until it ends.
+
+    Args:
+        job: what `submit` returned.
+        recipe: the run's recipe.
+        run_folder: the run's folder.
+        offset: where in the progress log this job's own lines begin (bytes).
+        out: a terminal gets a line that is drawn anew, anything else plain lines.
+    """
+    screen = _Screen(out)
+    started = time.monotonic()
+    while True:
+        # Asked before reading: what the job wrote before it ended is then read in this round.
+        status = status_of(job, recipe, run_folder)
+        lines, offset = _new_lines(progress_file(run_folder), offset)
+        for line in lines:
+            if message := line.get("message"):
+                screen.message(str(message))
+            screen.progress(progress_line(line))
+        if status.state in ("finished", "failed"):
+            screen.close()
+            return status
+        screen.waiting(f"{recipe.name}: {status.detail}, {duration(time.monotonic() - started)}")
+        time.sleep(POLL_SECONDS[job.cluster])
+
+
+def progress_line(line: dict[str, Any]) -> str:
+    """`step 1200/50000  loss 0.0834  3.2 samples/s  eta 1d 09h`."""
+    parts = [f"{line['unit']} {line['done']}/{line['total']}"]
+    if (loss := line.get("loss")) is not None:
+        parts.append(f"loss {loss:.4f}")
+    if (pace := line.get("samples_per_second")) is not None:
+        parts.append(f"{pace:.1f} samples/s")
+    for name, value in line.items():
+        if name not in _NOT_SHOWN and isinstance(value, int | float) and not isinstance(value, bool):
+            parts.append(f"{name.replace('_', ' ')} {value:.4g}")
+    if (eta := line.get("eta_seconds")) is not None:
+        parts.append(f"eta {duration(eta)}")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """`12s`, `3m 05s`, `4h 07m`, `1d 09h`."""
+    whole = max(0, round(seconds))
+    days, hours, minutes = whole // 86_400, whole % 86_400 // 3600, whole % 3600 // 60
+    if days:
+        return f"{days}d {hours:02d}h"
+    if hours:
+        return f"{hours}h {minutes:02d}m"
+    return f"{minutes}m {whole % 60:02d}s" if minutes else f"{whole}s"
+
+
+def explain_failure(job: SubmittedJob, run_folder: Path, status: JobStatus) -> str:
+    """Why a job failed: the failing rank's error, or the end of its log, and where to read more."""
+    failures = _failures(job, run_folder)
+    own = [failure for failure in failures if failure["rank"] == status.failed_rank]
+    first = own[0] if own else failures[0] if failures and status.failed_rank is None else None
+    rank = first["rank"] if first else status.failed_rank or 0
+    log = job.log_file(run_folder, rank)
+    text = first["text"].rstrip() if first else _tail(log)
+    if first and not first["user_error"]:
+        text = "\n".join(text.splitlines()[-TAIL_LINES:])
+    head = f"{run_folder.name} failed: {status.detail}"
+    return "\n".join(line for line in (head, text, f"log of rank {rank}: {log}") if line)
+
+
+def _failures(job: SubmittedJob, run_folder: Path) -> list[dict[str, Any]]:
+    """What the ranks left behind, the earliest first."""
+    paths = [failure_file(run_folder, job.job_id, rank) for rank in range(job.num_tasks)]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+    recent = [failure for failure in found if failure["time"] >= job.submitted - 1.0]
+    return sorted(recent, key=lambda failure: float(failure["time"]))
+
+
+def _tail(log: Path) -> str:
+    if not log.is_file():
+        return "it left no log"
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(lines[-TAIL_LINES:])
+
+
+def _new_lines(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
+    """Whole lines after `offset` and the offset behind them; a half-written one waits for the next look."""
+    if not path.is_file():
+        return [], offset
+    lines = []
+    with path.open("rb") as log:
+        log.seek(offset)
+        for raw in log:
+            if not raw.endswith(b"\n"):
+                break
+            offset += len(raw)
+            # A killed run may leave half a line, with the next run's first line behind it.
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(raw))
+    return lines, offset
+
+
+class _Screen:
+    """Draws one live line on a terminal; writes plain lines, and fewer of them, anywhere else."""
+
+    def __init__(self, out: TextIO) -> None:
+        self.out = out
+        self.live = out.isatty()
+        self.drawn = ""
+        self.last_plain = 0.0
+        self.unwritten: str | None = None
+        self.has_progress = False
+
+    def message(self, text: str) -> None:
+        self._clear()
+        self.out.write(f"{text}\n")
+        self._draw(self.drawn)
+        self.out.flush()
+
+    def progress(self, text: str) -> None:
+        self.has_progress = True
+        if self.live:
+            self._clear()
+            self._draw(text)
+        elif time.monotonic() - self.last_plain >= PLAIN_LINE_EVERY_SECONDS:
+            self.out.write(f"{text}\n")
+            self.last_plain, self.unwritten = time.monotonic(), None
+        else:
+            self.unwritten = text
+        self.out.flush()
+
+    def waiting(self, text: str) -> None:
+        """Something to look at until the first progress arrives."""
+        if self.live and not self.has_progress:
+            self._clear()
+            self._draw(text)
+            self.out.flush()
+
+    def close(self) -> None:
+        if self.live and self.drawn:
+            self.out.write("\n")
+        elif self.unwritten is not None:
+            self.out.write(f"{self.unwritten}\n")
+        self.out.flush()
+
+    def _clear(self) -> None:
+        if self.live and self.drawn:
+            self.out.write("\r\x1b[2K")
+
+    def _draw(self, text: str) -> None:
+        if self.live and text:
+            self.drawn = text
+            self.out.write(text[: shutil.get_terminal_size().columns - 1])

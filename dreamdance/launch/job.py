@@ -1,0 +1,152 @@
+"""The job that every cluster runs: one picklable object that is handed the run folder and nothing else.
+
+It sets the ranks' environment, resolves the task's entry point by name and calls it. Heavy imports happen only there.
+"""
+
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import pkgutil
+import random
+import signal
+import socket
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dreamdance.errors import UserError
+from dreamdance.launch.finished import mark_finished
+from dreamdance.recipe import Recipe, load_recipe
+from dreamdance.run_layout import RECIPE_FILE
+
+ENTRIES = {
+    "prepare": "dreamdance.data.prepare:prepare",
+    "stage1": "dreamdance.training.run:train",
+    "stage2": "dreamdance.training.run:train",
+    "animate": "dreamdance.inference.batch:animate",
+    "evaluate": "dreamdance.evaluation.report:evaluate",
+}
+FAILED = 1
+PORTS = range(20_000, 32_000)  # below the range from which Linux hands out ports by itself
+_PR_SET_PDEATHSIG = 1
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process of a run. Calling it does the work; called again on the same folder it goes on where it stopped."""
+
+    run_folder: Path
+
+    def __call__(self) -> None:
+        recipe = load_recipe(self.run_folder / RECIPE_FILE)
+        job_id = set_environment(recipe)
+        rank = int(os.environ["RANK"])
+        _log_to_console(rank, int(os.environ["WORLD_SIZE"]))
+        _keep_working_directory_off_the_path()
+        try:
+            entry = pkgutil.resolve_name(ENTRIES[recipe.task])
+            entry(recipe, self.run_folder)
+        except UserError as error:
+            logger.error("%s", error)
+            record_failure(self.run_folder, job_id, rank, str(error), user_error=True)
+            raise SystemExit(FAILED) from None
+        except Exception:
+            record_failure(self.run_folder, job_id, rank, traceback.format_exc(), user_error=False)
+            raise
+        if rank == 0:
+            mark_finished(recipe, self.run_folder)
+
+    def checkpoint(self) -> Any:
+        """What submitit queues again after a time-out or pre-emption: the same job, which resumes by itself."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def set_environment(recipe: Recipe) -> str:
+    """Sets RANK, WORLD_SIZE and their like, and defaults for what the user's environment leaves open.
+
+    Returns:
+        the job's id; `debug` where the job runs in the launcher's own process.
+    """
+    os.environ.update(recipe.cluster.environment)
+    executor = os.environ.get("SUBMITIT_EXECUTOR")
+    job_id = "debug"
+    if executor in ("local", "slurm"):
+        from submitit.core.job_environment import JobEnvironment
+        from submitit.helpers import TorchDistributedEnvironment
+
+        job_id = JobEnvironment().job_id
+        if executor == "slurm":
+            os.environ["MASTER_PORT"] = str(slurm_port(job_id, int(os.environ.get("SLURM_RESTART_COUNT", 0))))
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        if executor == "local":
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
+            _end_with_parent()
+    else:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    defaults = {
+        "OMP_NUM_THREADS": str(recipe.cluster.cpus_per_task),
+        # Two environments that share the default folder rebuild each other's compiled ops.
+        "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+        "PYTHONFAULTHANDLER": "1",
+        # A job must not wait for a network that compute nodes lack: weights are checked before it starts.
+        "HF_HUB_OFFLINE": "1",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    return job_id
+
+
+def slurm_port(job_id: str, restarts: int) -> int:
+    """A port that all ranks agree on without talking, and another one after each requeue."""
+    return random.Random(f"{job_id}/{restarts}").choice(PORTS)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    for port in random.SystemRandom().sample(PORTS, 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise UserError(f"no free TCP port found between {PORTS.start} and {PORTS.stop}")
+
+
+def failure_file(run_folder: Path, job_id: str, rank: int) -> Path:
+    return run_folder / "logs" / "failures" / f"{job_id}_{rank}.json"
+
+
+def record_failure(run_folder: Path, job_id: str, rank: int, text: str, *, user_error: bool) -> None:
+    """Leaves what `--follow` and `status` show: the error's own words, not a log to search."""
+    path = failure_file(run_folder, job_id, rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"time": time.time(), "rank": rank, "user_error": user_error, "text": text}))
+
+
+def _log_to_console(rank: int, world_size: int) -> None:
+    name = f"[rank {rank}] " if world_size > 1 else ""
+    level = logging.INFO if rank == 0 else logging.WARNING
+    logging.basicConfig(
+        level=level, stream=sys.stdout, force=True, format=f"%(asctime)s {name}%(levelname)s %(name)s: %(message)s"
+    )
+
+
+def _keep_working_directory_off_the_path() -> None:
+    """`python -m` puts the working directory first, where a checkout's folder `kernels/` hides Hugging Face's."""
+    here = Path.cwd()
+    sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() != here]
+
+
+def _end_with_parent() -> None:
+    """Has the kernel kill this process when its controller dies, so that even `kill -9` there leaves no orphans."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

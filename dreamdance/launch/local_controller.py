@@ -1,0 +1,124 @@
+"""Watches over the processes of a local job, as `srun --kill-on-bad-exit` does: the first to fail ends the others.
+
+Runs as a process and session of its own, so that a job outlives the launcher and its terminal.
+Usage: python -P -m dreamdance.launch.local_controller RUN_FOLDER (the rest comes in submitit's environment variables).
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE, Controller, LocalJobEnvironment
+
+from dreamdance.launch.job import failure_file, free_port
+
+GRACE_SECONDS = 5.0
+POLL_SECONDS = 0.05
+MAX_REQUEUES_VARIABLE = "DREAMDANCE_MAX_REQUEUES"
+
+
+def status_file(run_folder: Path, job_id: str) -> Path:
+    """Where the controller leaves how the job ended."""
+    return run_folder / "logs" / f"{job_id}_status.json"
+
+
+class LocalController(Controller):
+    """submitit's controller, with an end to a job of which one process died."""
+
+    def __init__(self, run_folder: Path) -> None:
+        super().__init__(run_folder / "logs")
+        self.run_folder = run_folder
+        self.first_failed_rank: int | None = None
+        self.ended_by: str | None = None
+        signal.signal(signal.SIGTERM, self._cancel)
+
+    def _cancel(self, *_: Any) -> None:
+        self.ended_by = "cancelled"
+        raise SystemExit(1)
+
+    def start_tasks(self) -> None:
+        os.environ["MASTER_PORT"] = str(free_port())
+        for rank in range(self.ntasks):
+            failure_file(self.run_folder, self.pid, rank).unlink(missing_ok=True)
+        super().start_tasks()
+
+    def wait(self, freq: int = 24) -> Sequence[int | None]:
+        """Until all processes ended, or one failed and the others had a moment to say why, or time is up."""
+        start = time.monotonic()
+        failed_at: float | None = None
+        warned = False
+        while True:
+            codes = [task.poll() for task in self.tasks]
+            now = time.monotonic()
+            failed = [rank for rank, code in enumerate(codes) if code]
+            if failed and failed_at is None:
+                failed_at = now
+                self.first_failed_rank = failed[0]
+            if all(code is not None for code in codes) or (failed_at is not None and now > failed_at + GRACE_SECONDS):
+                return codes
+            if not warned and now > start + self.timeout_s - self.signal_delay_s:
+                warned = True
+                super()._forward_signal(LocalJobEnvironment._usr_sig())
+            if now > start + self.timeout_s:
+                self.ended_by = "timed out"
+                return codes
+            time.sleep(POLL_SECONDS)
+
+    def run(self, max_retry: int = 20) -> None:
+        """Starts the processes, again after each requeue, and leaves nothing running behind."""
+        codes: Sequence[int | None] = []
+        try:
+            for _ in range(max_retry + 1):
+                self.first_failed_rank = None
+                self.start_tasks()
+                try:
+                    codes = self.wait()
+                finally:
+                    tasks = list(self.tasks)
+                    self.kill_tasks()
+                    _kill_group_members()
+                    codes = [task.wait() for task in tasks]
+                if LOCAL_REQUEUE_RETURN_CODE not in codes or self.ended_by:
+                    break
+        finally:
+            self._write_status(codes)
+
+    def _write_status(self, codes: Sequence[int | None]) -> None:
+        good = bool(codes) and all(code == 0 for code in codes) and self.ended_by is None
+        status = {
+            "exit_code": 0 if good else 1,
+            "first_failed_rank": self.first_failed_rank,
+            "rank_exit_codes": list(codes),
+            "ended_by": self.ended_by,
+            "time": time.time(),
+        }
+        path = status_file(self.run_folder, self.pid)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(status), encoding="utf-8")
+        partial.rename(path)
+
+
+def _kill_group_members() -> None:
+    """Ends what the ranks started themselves (data workers, encoders): all are in this session's process group."""
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, group = int(entry.parent.name), int(entry.read_text().rpartition(")")[2].split()[2])
+            if group == os.getpgrp() and pid != os.getpid():
+                os.kill(pid, signal.SIGKILL)
+        except (OSError, ValueError, IndexError):
+            continue  # it ended while we looked
+
+
+def main() -> int:
+    controller = LocalController(Path(sys.argv[1]))
+    controller.run(int(os.environ[MAX_REQUEUES_VARIABLE]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""What a recipe needs from this machine, looked up before anything is started: weights, data, runs, packages, GPUs."""
+
+import importlib.util
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dreamdance.launch.run_folder import weight_sources
+from dreamdance.recipe import AnimateRecipe, EvaluateRecipe, PrepareRecipe, Recipe, TrainingRecipe
+from dreamdance.recipe.schema import Shards
+from dreamdance.run_layout import FINISHED_FILE, RECIPE_FILE, checkpoint_folder, export_folder, step_folders
+
+DOWNLOADS = {
+    "stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "stable-video-diffusion-img2vid-xt-1-1": "stabilityai/stable-video-diffusion-img2vid-xt-1-1",
+    "clip-vit-large-patch14": "openai/clip-vit-large-patch14",
+}
+EXTRAS = {
+    "stage1": {"deepspeed": "train", "streaming": "train", "tensorboard": "train"},
+    "stage2": {"deepspeed": "train", "streaming": "train", "tensorboard": "train"},
+    "prepare": {"streaming": "train", "av": "video", "cv2": "video"},
+    "animate": {"av": "video", "cv2": "video"},
+    "evaluate": {"streaming": "train", "av": "video"},
+}
+
+
+@dataclass(frozen=True)
+class Missing:
+    """One thing that is not there: what, where it was looked for, and how to get it."""
+
+    what: str
+    looked: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.what}\n    looked for: {self.looked}\n    get it:     {self.remedy}"
+
+
+def missing(recipe: Recipe, recipe_file: Path, runs: Path, *, check_gpu: bool) -> list[Missing]:
+    """Everything that the recipe needs and that is not there; empty when the run can start."""
+    found = [*_weights(recipe), *_data(recipe, recipe_file), *_runs(recipe, recipe_file, runs), *_packages(recipe)]
+    return [*found, *_gpus(recipe)] if check_gpu else found
+
+
+def report(recipe: Recipe, recipe_file: Path, problems: list[Missing]) -> str:
+    """The problems for a person, with the demo recipe of the same task where the recipe has one beside it."""
+    lines = [f"{recipe_file} ({recipe.name}) cannot start here:", *(f"  - {problem}" for problem in problems)]
+    demo = recipe_file.parent / "demo" / recipe_file.name
+    if demo.is_file():
+        lines.append(f"to try the same without any of that: python launchers/slurm.py {demo} --follow")
+    return "\n".join(lines)
+
+
+def _weights(recipe: Recipe) -> Iterator[Missing]:
+    """One entry for each folder of weights, however many networks lie in it."""
+    absent: dict[str, dict[str, Path]] = {}
+    for key, source in weight_sources(recipe).items():
+        folder = Path(source.path) / (source.subfolder or "")
+        if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+            absent.setdefault(source.path, {})[key] = folder
+    for path, folders in absent.items():
+        repository = DOWNLOADS.get(Path(path).name)
+        remedy = f"hf download {repository} --local-dir {path}" if repository else "put the weights there"
+        if repository and "stable-video" in repository:
+            remedy += " (first accept its licence on huggingface.co and run `hf auth login`)"
+        looked = ", ".join(str(folder) for folder in folders.values())
+        yield Missing(f"weights for {', '.join(folders)}", f"{looked} (config.json and *.safetensors)", remedy)
+
+
+def _data(recipe: Recipe, recipe_file: Path) -> Iterator[Missing]:
+    folders: list[tuple[str, Shards]] = []
+    if isinstance(recipe, TrainingRecipe):
+        folders = [("data.train", recipe.data.train), ("data.validation", recipe.data.validation)]
+    elif isinstance(recipe, EvaluateRecipe):
+        folders = [("truth", recipe.truth)]
+        folders += [("training_set", recipe.training_set)] if recipe.training_set else []
+        if not Path(recipe.results).is_dir():
+            yield Missing("results to score", f"{recipe.results}/ (results)", _launch(recipe_file, "animate"))
+    elif isinstance(recipe, PrepareRecipe) and recipe.videos is not None:
+        folder = Path(recipe.videos.folder)
+        if not any(folder.glob("*.rgb.mp4")):
+            remedy = "put pairs <clip>.rgb.mp4 and <clip>.pose.mp4 there, or set videos.folder=..."
+            yield Missing("videos", f"{folder}/*.rgb.mp4 (videos.folder)", remedy)
+    elif isinstance(recipe, AnimateRecipe) and not Path(recipe.manifest).is_file():
+        remedy = f"write one, set manifest=..., or take the validation clips: {_launch(recipe_file, 'prepare')}"
+        yield Missing("manifest", f"{recipe.manifest} (manifest)", remedy)
+    places = {key: shards.remote or shards.local for key, shards in folders}
+    absent = [key for key, place in places.items() if "://" not in place and not (Path(place) / "index.json").is_file()]
+    if absent:
+        looked = ", ".join(f"{places[key]}/index.json" for key in absent)
+        yield Missing(f"shards for {', '.join(absent)}", looked, _launch(recipe_file, "prepare"))
+
+
+def _runs(recipe: Recipe, recipe_file: Path, runs: Path) -> Iterator[Missing]:
+    step = None
+    names: dict[str, str | None] = {}
+    if isinstance(recipe, TrainingRecipe):
+        names, step = {"init_from": recipe.init_from}, recipe.init_step
+    elif isinstance(recipe, AnimateRecipe):
+        names = {"geometry_from": recipe.geometry_from, "animation_from": recipe.animation_from}
+    for key, name in names.items():
+        if name is None:
+            continue
+        run = runs / name
+        if step is not None:
+            places = [export_folder(run, step), checkpoint_folder(run, step)]
+            if not any(place.is_dir() for place in places):
+                have = ", ".join(folder.name for folder in step_folders(run / "checkpoints")) or "none"
+                remedy = f"choose another init_step (checkpoints there: {have})"
+                yield Missing(f"step {step} of run '{name}'", " or ".join(map(str, places)), remedy)
+        elif not (run / FINISHED_FILE).is_file():
+            state = "is not finished" if (run / RECIPE_FILE).is_file() else "does not exist"
+            remedy = _launch(recipe_file, name) + (" (or give init_step)" if key == "init_from" else "")
+            yield Missing(f"run '{name}' {state} ({key})", f"{run / FINISHED_FILE}", remedy)
+
+
+def _launch(recipe_file: Path, name: str) -> str:
+    """The command that makes what is missing: a recipe of that name or file name beside this one, or above it."""
+    for folder in (recipe_file.parent, recipe_file.parent.parent):
+        for candidate in (folder / f"{name}.yaml", folder / f"{name.removeprefix('demo_')}.yaml"):
+            if candidate.is_file():
+                return f"python launchers/slurm.py {candidate}"
+    return f"launch the recipe named '{name}' first"
+
+
+def _packages(recipe: Recipe) -> Iterator[Missing]:
+    for package, extra in EXTRAS[recipe.task].items():
+        if importlib.util.find_spec(package) is None:
+            yield Missing(
+                f"Python package {package}", "this Python's site-packages", f"pip install 'dreamdance[{extra}]'"
+            )
+
+
+def _gpus(recipe: Recipe) -> Iterator[Missing]:
+    wanted, have = recipe.cluster.gpus_per_node, num_gpus()
+    if wanted > have:
+        remedy = "run it on a machine or cluster that has them"
+        if isinstance(recipe, TrainingRecipe) and have > 0:
+            remedy = f"cluster.gpus_per_node={have} cluster.tasks_per_node={have} accumulates over more micro batches"
+        yield Missing(f"{wanted} GPUs (cluster.gpus_per_node)", f"nvidia-smi shows {have}", remedy)
+
+
+def num_gpus() -> int:
+    """How many GPUs this machine shows, without loading torch."""
+    return len(_nvidia_smi("name"))
+
+
+def gpu_memory_gib() -> float | None:
+    """The smallest memory among this machine's GPUs, or None where there is none."""
+    sizes = [float(line) / 1024 for line in _nvidia_smi("memory.total")]
+    return min(sizes) if sizes else None
+
+
+def _nvidia_smi(field: str) -> list[str]:
+    if shutil.which("nvidia-smi") is None:
+        return []
+    words = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+    except subprocess.TimeoutExpired:
+        return []
+    return [line for line in answer.stdout.splitlines() if line.strip()] if answer.returncode == 0 else []

@@ -1,0 +1,188 @@
+"""Lays a run folder (contract C7): the resolved recipe and where it all came from are written before anything runs."""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import platform
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dreamdance.errors import UserError
+from dreamdance.recipe import Recipe, TrainingRecipe, dump_recipe, load_recipe
+from dreamdance.recipe.parse import flatten
+from dreamdance.recipe.yaml_text import read_yaml
+from dreamdance.run_layout import PROVENANCE_FILE, RECIPE_FILE
+
+FOLDERS = ("checkpoints", "exports", "samples", "tensorboard", "logs")
+NO_DIFFERENCE = ("cluster", "logging", "checkpoint.allow_changed")
+ABSENT = "(not set)"
+PACKAGES = (
+    "dreamdance",
+    "torch",
+    "diffusers",
+    "transformers",
+    "deepspeed",
+    "mosaicml-streaming",
+    "submitit",
+    "numpy",
+    "pydantic",
+    "safetensors",
+)
+
+
+class DifferentRecipeError(UserError):
+    """The run folder belongs to a different recipe (exit code 3)."""
+
+
+@contextmanager
+def locked(run_folder: Path) -> Iterator[None]:
+    """Keeps a second launcher from laying or submitting the same run at the same time."""
+    run_folder.mkdir(parents=True, exist_ok=True)
+    with (run_folder / ".launch_lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another launcher is starting {run_folder} at this moment; try again") from None
+        yield
+
+
+def lay(recipe: Recipe, run_folder: Path, argv: Sequence[str]) -> None:
+    """Makes the folder, or makes sure that it is this recipe's, and records this start.
+
+    Raises:
+        DifferentRecipeError: it was laid by another recipe; names the keys that differ, old -> new.
+    """
+    stored = run_folder / RECIPE_FILE
+    if stored.is_file():
+        refuse_different(recipe, run_folder)
+    for name in FOLDERS:
+        (run_folder / name).mkdir(parents=True, exist_ok=True)
+    provenance = run_folder / PROVENANCE_FILE
+    starts = json.loads(provenance.read_text(encoding="utf-8"))["starts"] if provenance.is_file() else []
+    known = starts[-1]["base_weights"] if starts else {}
+    starts.append(_this_start(recipe, argv, known))
+    _write_whole(provenance, json.dumps({"starts": starts}, indent=2) + "\n")
+    _write_whole(stored, dump_recipe(recipe))
+
+
+def refuse_different(recipe: Recipe, run_folder: Path) -> None:
+    """Raises DifferentRecipeError where the folder's recipe and this one would not continue one another."""
+    changes = differences(_stored_values(run_folder / RECIPE_FILE), recipe.model_dump(mode="json"))
+    permitted = recipe.checkpoint.allow_changed if isinstance(recipe, TrainingRecipe) else []
+    refused = {key: change for key, change in changes.items() if not _covered(key, permitted)}
+    if not refused:
+        return
+    lines = [f"{run_folder} belongs to a different recipe:"]
+    lines += [f"  {key}: {old} -> {new}" for key, (old, new) in refused.items()]
+    lines.append("give this run another name (name=...), remove that folder, or go back to its values")
+    if isinstance(recipe, TrainingRecipe):
+        lines[-1] += f"; checkpoint.allow_changed=[{', '.join(refused)}] goes on with the new ones"
+    raise DifferentRecipeError("\n".join(lines))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """The dotted keys that tell two resolved recipes apart, with both values as text.
+
+    `cluster`, `logging` and a raised `max_steps` do not make another run.
+    """
+    before, after = flatten(old), flatten(new)
+    changed = {}
+    for key in [*after, *(key for key in before if key not in after)]:
+        pair = before.get(key, ABSENT), after.get(key, ABSENT)
+        if pair[0] == pair[1] or _covered(key, NO_DIFFERENCE):
+            continue
+        if key == "max_steps" and isinstance(pair[0], int) and isinstance(pair[1], int) and pair[1] > pair[0]:
+            continue
+        changed[key] = _text(pair[0]), _text(pair[1])
+    return changed
+
+
+def _covered(key: str, prefixes: Sequence[str]) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _text(value: Any) -> str:
+    return value if value == ABSENT else json.dumps(value)
+
+
+def _stored_values(path: Path) -> dict[str, Any]:
+    """The folder's recipe with today's defaults for keys that did not exist when it was written, if it still loads."""
+    try:
+        return load_recipe(path).model_dump(mode="json")
+    except UserError:
+        values = read_yaml(path.read_text(encoding="utf-8")).value
+        return values if isinstance(values, dict) else {}
+
+
+def _this_start(recipe: Recipe, argv: Sequence[str], known_weights: dict[str, Any]) -> dict[str, Any]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "argv": list(argv),
+        "git": _git_state(),
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "base_weights": _base_weights(recipe, known_weights),
+    }
+
+
+def _git_state() -> dict[str, Any]:
+    """The checkout's commit and a digest of what differs from it; empty where the package is not in a checkout."""
+    here = Path(__file__).resolve().parents[2]
+    answers = []
+    for words in (["rev-parse", "HEAD"], ["diff", "HEAD"]):
+        try:
+            answer = subprocess.run(["git", "-C", str(here), *words], capture_output=True, timeout=60, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return {}
+        if answer.returncode != 0:
+            return {}
+        answers.append(answer.stdout)
+    commit, diff = answers
+    return {"commit": commit.decode().strip(), "diff_sha256": hashlib.sha256(diff).hexdigest() if diff else None}
+
+
+def _base_weights(recipe: Recipe, known: dict[str, Any]) -> dict[str, Any]:
+    """Hashes of the weight files that the recipe names; a file that has not changed since is not read again."""
+    found = {}
+    for source in weight_sources(recipe).values():
+        folder = Path(source.path) / (source.subfolder or "")
+        for file in sorted(folder.glob("*.safetensors")):
+            state = file.stat()
+            before = known.get(str(file), {})
+            same = before.get("size") == state.st_size and before.get("mtime_ns") == state.st_mtime_ns
+            digest = before["sha256"] if same else _sha256(file)
+            found[str(file)] = {"size": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": digest}
+    return found
+
+
+def weight_sources(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's sections that name a weights folder: dotted key -> section."""
+    model = getattr(recipe, "model", None)
+    sections = {f"model.{name}": getattr(model, name, None) for name in ("unet", "autoencoder", "image_encoder")}
+    return {name: section for name, section in sections.items() if section is not None and section.path is not None}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Never leaves half a file: a launcher may be killed here as well."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(path)
