@@ -1,4 +1,4 @@
-"""Saving and resuming a run (C8): all ranks save, a step counts only once complete, the newest that verifies is resumed.
+"""Saving and resuming a run (C8): all ranks save, a step counts once complete, the newest that verifies is resumed.
 
 Knows when a checkpoint counts and what belongs to it; the weights' own format is the engine's.
 """
@@ -25,7 +25,7 @@ from dreamdance.training import manifest as manifests
 from dreamdance.training.distributed import from_main, gathered
 from dreamdance.training.ema import ShardedEma
 from dreamdance.training.engine import Engine
-from dreamdance.training.manifest import FileRecord, Manifest
+from dreamdance.training.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ class Resumed:
     """Where a run goes on."""
 
     folder: Path
+    step: int
     state: dict[str, Any]
     num_files: int
     total_bytes: int
@@ -134,7 +135,7 @@ class Checkpointer:
             manifest, problem, counts = from_main(_read(folder) if self.ranks.is_main else None)
             if manifest is not None:
                 share = manifest.files[self.ranks.rank :: self.ranks.world_size]
-                problems = sum(gathered(manifests.damage(folder, share)), [])
+                problems = [found for part in gathered(manifests.damage(folder, share)) for found in part]
                 if not problems:
                     return self._restore(folder, manifest)
                 problem = "; ".join(problems)
@@ -166,7 +167,7 @@ class Checkpointer:
         restore_generators(own["generators"])
         if manifest.recipe_digest != self.recipe_digest and self.ranks.is_main:
             logger.info("the recipe has changed since %s was saved", folder.name)
-        return Resumed(folder, state, len(manifest.files), manifest.total_bytes)
+        return Resumed(folder, manifest.step, state, len(manifest.files), manifest.total_bytes)
 
     def _check_same_networks(self, folder: Path, state: Mapping[str, Any]) -> None:
         """DeepSpeed would load what fits and leave the rest as it is."""
@@ -181,8 +182,8 @@ class Checkpointer:
             )
         if self._frozen_digest != state["frozen_digest"]:
             raise CheckpointError(
-                f"the frozen weights are not those {folder} was trained with: the files under model.*.path, or the export "
-                "of the run in init_from, have changed. Bring the old ones back, or start a new run"
+                f"the frozen weights are not those {folder} was trained with: the files under model.*.path, or the "
+                "export of the run in init_from, have changed. Bring the old ones back, or start a new run"
             )
 
 
@@ -215,18 +216,19 @@ def frozen_digest(objective: nn.Module) -> str:
         if not parameter.requires_grad:
             digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
             values = parameter.detach().contiguous().flatten().cpu()
-            digest.update(values.view(torch.uint8).numpy())
+            digest.update(values.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def generator_states() -> dict[str, Any]:
     """The states of the global generators, as tensors and plain numbers that load without unpickling code."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    name, *numbers = np.random.get_state(legacy=True)
+    keys, position, has_gauss, gauss = numbers
     version, words, next_gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
         "python": [version, list(words), next_gauss],
     }
 

@@ -146,7 +146,7 @@ class Engine:
         Raises:
             RecipeError: nothing trains, the batch does not divide, or plain data parallelism is asked for in bf16.
         """
-        self.objective = objective
+        self.objective: Any = objective
         self.ranks = ranks
         self.optimizer_section = recipe.optimizer
         self.trainable = {name: value for name, value in objective.named_parameters() if value.requires_grad}

@@ -1,0 +1,264 @@
+"""What a run tells people: a line of text, TensorBoard, and the progress log that `--follow` reads.
+
+The main process records; on the others every call returns at once. Knows nothing of how training works.
+"""
+
+import io
+import logging
+import math
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from dreamdance.ranks import Ranks
+from dreamdance.run_layout import ProgressLog, step_name
+
+logger = logging.getLogger(__name__)
+
+DOMAINS = ("rgb", "normal", "depth")
+_GIB = 1024**3
+_VIDEO_FRAME_MILLISECONDS = 125
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Sums over samples, so that micro batches, ranks and steps add up to true means."""
+
+    loss_sum: float
+    num_samples: float
+    domain_sums: Sequence[float]
+    domain_counts: Sequence[float]
+
+    @property
+    def mean(self) -> float:
+        return self.loss_sum / self.num_samples if self.num_samples else math.nan
+
+    @property
+    def domain_means(self) -> dict[str, float]:
+        """The mean loss of each domain that was trained on at all."""
+        sums = zip(DOMAINS, self.domain_sums, self.domain_counts, strict=True)
+        return {domain: total / count for domain, total, count in sums if count}
+
+    def __add__(self, other: "Losses") -> "Losses":
+        return Losses(
+            self.loss_sum + other.loss_sum,
+            self.num_samples + other.num_samples,
+            [a + b for a, b in zip(self.domain_sums, other.domain_sums, strict=True)],
+            [a + b for a, b in zip(self.domain_counts, other.domain_counts, strict=True)],
+        )
+
+
+NO_LOSSES = Losses(0.0, 0.0, (0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step, over all ranks; `step` counts from 1."""
+
+    step: int
+    losses: Losses
+    learning_rate: float
+    gradient_norm: float
+    seconds: float
+    data_wait_seconds: float
+
+
+@dataclass
+class _Window:
+    """The steps since the last line."""
+
+    losses: Losses = NO_LOSSES
+    seconds: float = 0.0
+    waited: float = 0.0
+    steps: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, report: StepReport) -> None:
+        if all(map(math.isfinite, (report.losses.mean, *report.losses.domain_means.values()))):
+            self.losses = self.losses + report.losses
+        self.seconds += report.seconds
+        self.waited += report.data_wait_seconds
+        self.steps += 1
+
+
+class Metrics:
+    """Records one run; resumed, TensorBoard forgets the steps that are trained again."""
+
+    def __init__(
+        self, run: Path, ranks: Ranks, *, first_step: int, max_steps: int, every_steps: int, recipe_text: str
+    ) -> None:
+        """Opens TensorBoard's file and the progress log.
+
+        Args:
+            run: the run folder.
+            ranks: this process among all.
+            first_step: the step that the run goes on from; later ones in TensorBoard are purged.
+            max_steps: where the run ends.
+            every_steps: how often a line is printed and scalars are written.
+            recipe_text: the resolved recipe as YAML.
+        """
+        self.run, self.max_steps, self.every_steps = run, max_steps, every_steps
+        self.recording = ranks.is_main
+        self._window = _Window()
+        if not self.recording:
+            return
+        self._progress = ProgressLog(run)
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1, flush_secs=10)
+        self._board.add_text("recipe", f"```yaml\n{recipe_text}\n```", global_step=first_step)
+
+    # ---------------------------------------------------------------------------------------------- what happens
+
+    def message(self, text: str, *, step: int, level: int = logging.INFO) -> None:
+        """Says something once, to the log and to whoever follows."""
+        if self.recording:
+            logger.log(level, text)
+            self._progress.write(done=step, total=self.max_steps, unit="steps", message=text)
+
+    def step(self, report: StepReport) -> None:
+        """Takes note of a step; prints and writes the means since the last line every `every_steps`."""
+        if not self.recording:
+            return
+        self._window.add(report)
+        if report.step % self.every_steps and report.step != self.max_steps:
+            return
+        window, self._window = self._window, _Window()
+        elapsed = time.perf_counter() - window.started
+        samples_per_second = report.losses.num_samples * window.steps / elapsed
+        eta = (self.max_steps - report.step) * elapsed / window.steps
+        logger.info(self._line(report, window, samples_per_second, eta))
+        self._progress.write(
+            done=report.step,
+            total=self.max_steps,
+            unit="steps",
+            loss=window.losses.mean,
+            samples_per_second=samples_per_second,
+        )
+        self._scalar("train/loss", window.losses.mean, report.step)
+        for domain, loss in window.losses.domain_means.items():
+            self._scalar(f"train/loss_{domain}", loss, report.step)
+        self._scalar("optim/lr", report.learning_rate, report.step)
+        self._scalar("optim/grad_norm", report.gradient_norm, report.step)
+        self._scalar("perf/samples_per_second", samples_per_second, report.step)
+        self._scalar("perf/step_seconds", window.seconds / window.steps, report.step)
+        self._scalar("perf/data_wait_share", window.waited / window.seconds, report.step)
+        self._scalar("perf/memory_gib", used_memory_gib(), report.step)
+
+    def validation(self, losses: Losses, *, step: int) -> None:
+        """Writes the loss on the held-out clips."""
+        if not self.recording:
+            return
+        self._scalar("val/loss", losses.mean, step)
+        for domain, loss in losses.domain_means.items():
+            self._scalar(f"val/loss_{domain}", loss, step)
+        logger.info("step %s  held-out loss %.4f%s", _of(step, self.max_steps), losses.mean, _domains(losses))
+
+    def samples(self, grid: np.ndarray, predictions: dict[str, Tensor], *, step: int) -> None:
+        """Shows what the pipeline makes of held-out clips, in TensorBoard and as files in `samples/`.
+
+        Args:
+            grid: `H W 3` uint8.
+            predictions: by name, `b f c H W` in [0,1]; more than one frame also becomes an animated picture.
+            step: finished steps.
+        """
+        if not self.recording:
+            return
+        folder = self.run / "samples"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(grid).save(folder / f"{step_name(step)}.png")
+        self._board.add_image("samples/grid", grid, step, dataformats="HWC")
+        for name, frames in predictions.items():
+            if frames.shape[1] > 1:
+                encoded = animated_picture(frames)
+                (folder / f"{step_name(step)}_{name}.gif").write_bytes(encoded)
+                height, width = frames.shape[-2], frames.shape[-1] * frames.shape[0]
+                picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded)
+                summary = Summary(value=[Summary.Value(tag=f"samples/{name}", image=picture)])
+                self._board._get_file_writer().add_summary(summary, step)
+
+    def flush(self) -> None:
+        """Brings everything to disk: what a checkpoint has passed is never trained, nor written, again."""
+        if self.recording:
+            self._board.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        if self.recording:
+            self._board.close()
+
+    # ---------------------------------------------------------------------------------------------- how it is put
+
+    def _scalar(self, tag: str, value: float, step: int) -> None:
+        self._board.add_scalar(tag, value, step)
+
+    def _line(self, report: StepReport, window: _Window, samples_per_second: float, eta_seconds: float) -> str:
+        steps = window.steps
+        return (
+            f"step {_of(report.step, self.max_steps)}  loss {window.losses.mean:.4f}{_domains(window.losses)}  "
+            f"gnorm {report.gradient_norm:.3g}  lr {report.learning_rate:.1e}  {samples_per_second:.1f} samples/s  "
+            f"step {window.seconds / steps:.2f}s (data {window.waited / steps:.2f})  "
+            f"mem {_memory()}  eta {duration(eta_seconds)}"
+        )
+
+
+def used_memory_gib() -> float:
+    """The most memory that this process has held so far: of its GPU, or of the machine where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / _GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GIB
+
+
+def duration(seconds: float) -> str:
+    """`1d 09h`, `2h 05m`, `3m 20s` or `12s`."""
+    total = round(seconds)
+    days, hours, minutes = total // 86400, total // 3600 % 24, total // 60 % 60
+    if days:
+        return f"{days}d {hours:02d}h"
+    if hours:
+        return f"{hours}h {minutes:02d}m"
+    return f"{minutes}m {total % 60:02d}s" if minutes else f"{total}s"
+
+
+def animated_picture(frames: Tensor) -> bytes:
+    """A GIF of clips side by side.
+
+    Args:
+        frames: `b f c H W` in [0,1], c = 1 or 3.
+    """
+    wide = rearrange(frames.expand(-1, -1, 3, -1, -1), "b f c h w -> f h (b w) c")
+    pictures = [Image.fromarray(frame) for frame in wide.clamp(0, 1).mul(255).round().byte().cpu().numpy()]
+    target = io.BytesIO()
+    pictures[0].save(
+        target,
+        format="GIF",
+        save_all=True,
+        append_images=pictures[1:],
+        duration=_VIDEO_FRAME_MILLISECONDS,
+        loop=0,
+    )
+    return target.getvalue()
+
+
+def _memory() -> str:
+    used = f"{used_memory_gib():.1f}"
+    if not torch.cuda.is_available():
+        return f"{used} GiB"
+    return f"{used}/{torch.cuda.get_device_properties(0).total_memory / _GIB:.0f} GiB"
+
+
+def _domains(losses: Losses) -> str:
+    means = [f"{domain} {loss:.4f}" for domain, loss in losses.domain_means.items()]
+    return f" ({' '.join(means)})" if means else ""
+
+
+def _of(step: int, max_steps: int) -> str:
+    return f"{step}/{max_steps}"

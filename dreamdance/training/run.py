@@ -1,0 +1,158 @@
+"""The entry of both stages' training: puts the parts together, resumes, trains, exports."""
+
+import hashlib
+import logging
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from dreamdance.data.clip_loader import ClipLoader
+from dreamdance.data.clip_order import ClipOrder
+from dreamdance.data.clips import ClipDataset, Map
+from dreamdance.ranks import Ranks
+from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
+from dreamdance.training.checkpoint import Checkpointer, Resumed
+from dreamdance.training.components import build_objective
+from dreamdance.training.distributed import is_deterministic, process_group, repeatable_arithmetic
+from dreamdance.training.ema import ShardedEma
+from dreamdance.training.engine import Engine
+from dreamdance.training.export import export_average
+from dreamdance.training.initial_weights import load_initial_weights
+from dreamdance.training.metrics import Metrics
+from dreamdance.training.preemption import StopRequest
+from dreamdance.training.trainability import set_trainable
+from dreamdance.training.trainer import Trainer
+from dreamdance.training.validation import Validator
+
+logger = logging.getLogger(__name__)
+
+# Where a run is computed, how often it is printed and where it ends do not make it another run (C7).
+_NO_DIFFERENCE = {"cluster", "logging", "max_steps"}
+
+
+def train(recipe: Stage1Recipe | Stage2Recipe, run_folder: Path) -> None:
+    """Trains a run from where it is to `max_steps`, and exports its averaged weights.
+
+    Killed at any instant and called again, it goes on as if nothing had happened (C8). Asked to stop by a signal, it
+    saves and returns early, without an export.
+
+    Args:
+        recipe: stage 1 or stage 2.
+        run_folder: where everything of this run lies; the other runs lie beside it.
+    """
+    ranks = Ranks.from_environment()
+    deterministic = is_deterministic(recipe.deterministic, ranks)
+    timeout = recipe.cluster.collective_timeout_seconds
+    with StopRequest() as stop, process_group(ranks, timeout_seconds=timeout), repeatable_arithmetic(deterministic):
+        trainer = prepare(recipe, run_folder, ranks, stop, deterministic=deterministic)
+        finished = trainer.train()
+        if finished:
+            export = export_average(run_folder, trainer.step, trainer.engine, trainer.ema, ranks)
+            trainer.metrics.message(f"finished at step {trainer.step:,}; exported to {export}", step=trainer.step)
+        trainer.metrics.close()
+    if not finished:
+        stop.hand_over()
+
+
+def prepare(
+    recipe: Stage1Recipe | Stage2Recipe, run_folder: Path, ranks: Ranks, stop: StopRequest, *, deterministic: bool
+) -> Trainer:
+    """Builds all parts of a run and brings them to its newest checkpoint. Collective, within `process_group`."""
+    _seed_global_generators(recipe.seed)
+    objective = build_objective(recipe)
+    load_initial_weights(objective, recipe, run_folder.parent)
+    set_trainable(objective, recipe)
+    engine = Engine(objective, recipe, ranks, deterministic=deterministic)
+    ema = ShardedEma(engine.masters, decay=recipe.optimizer.ema_decay)
+    loader = make_loader(recipe, ranks)
+    checkpointer = Checkpointer(run_folder, engine, ema, ranks, recipe.checkpoint, recipe_digest=recipe_digest(recipe))
+    resumed = checkpointer.resume()
+    step = 0
+    if resumed:
+        step = resumed.step
+        loader.load_state_dict(resumed.state["loader"])
+    metrics = Metrics(
+        run_folder,
+        ranks,
+        first_step=step,
+        max_steps=recipe.max_steps,
+        every_steps=recipe.logging.every_steps,
+        recipe_text=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
+    )
+    metrics.message(describe_start(run_folder, resumed, loader), step=step)
+    validator = Validator(recipe, engine, ema, ranks, metrics)
+    return Trainer(
+        recipe=recipe,
+        engine=engine,
+        ema=ema,
+        loader=loader,
+        checkpointer=checkpointer,
+        metrics=metrics,
+        validation=validator,
+        stop=stop,
+        step=step,
+        nonfinite_steps=resumed.state["nonfinite_steps"] if resumed else 0,
+    )
+
+
+def make_loader(recipe: Stage1Recipe | Stage2Recipe, ranks: Ranks) -> ClipLoader:
+    """The training clips of a recipe, in its order, with the maps that it trains on."""
+    data = recipe.data
+    wanted = ("normal", "depth") if isinstance(recipe, Stage1Recipe) else recipe.model.controls
+    maps: list[Map] = [name for name in ("normal", "depth") if name in wanted]
+    dataset = ClipDataset(
+        data.train,
+        width=data.width,
+        height=data.height,
+        num_frames=data.num_frames,
+        stride=data.stride,
+        flip_probability=data.flip_probability,
+        seed=recipe.seed,
+        maps=maps,
+        verify=data.verify,
+        ranks=ranks,
+    )
+    return ClipLoader(
+        dataset,
+        ClipOrder(dataset.index.samples_per_shard, batch_size=recipe.batch_size, seed=recipe.seed),
+        micro_batch_size=recipe.micro_batch_size,
+        ranks=ranks,
+        num_workers=data.num_workers,
+        timeout_seconds=data.batch_timeout_seconds,
+    )
+
+
+def describe_start(run_folder: Path, resumed: Resumed | None, loader: ClipLoader) -> str:
+    """One line about where the run goes on, and how it was found."""
+    if resumed is None:
+        return f"no checkpoint in {run_folder / 'checkpoints'}; starting at step 0"
+    epoch, batch = loader.order.position(resumed.step)
+    sample, num_samples = batch * loader.order.batch_size, loader.order.num_samples
+    return (
+        f"resuming {run_folder} from step {resumed.step:,} (epoch {epoch}, sample {sample:,} of {num_samples:,}; "
+        f"verified {resumed.num_files} files, {_size(resumed.total_bytes)})"
+    )
+
+
+def recipe_digest(recipe: Stage1Recipe | Stage2Recipe) -> str:
+    """A hash of everything in a recipe that changes the result."""
+    return hashlib.sha256(recipe.model_dump_json(exclude=_NO_DIFFERENCE).encode()).hexdigest()
+
+
+def _seed_global_generators(seed: int) -> None:
+    """Every draw about a sample is keyed by the sample; these serve only what might draw without being asked to."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def _size(num_bytes: int) -> str:
+    size = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
