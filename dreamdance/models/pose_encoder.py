@@ -41,8 +41,8 @@ class PoseEncoderModel(ModelMixin, ConfigMixin):
             self.blocks.append(nn.Conv2d(width, width, kernel_size=3, padding=1))
             self.blocks.append(nn.Conv2d(width, next_width, kernel_size=3, padding=1, stride=stride))
         self.conv_out = nn.Conv2d(channels[-1], out_channels, kernel_size=3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        for parameter in self.conv_out.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, pose: Tensor) -> Tensor:
         """Encode drawn poses.

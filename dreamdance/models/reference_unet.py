@@ -115,7 +115,7 @@ class ReferenceUNetModel(UNet2DConditionModel):
             self.up_blocks[int(level)].upsamplers = None
             removed.append(f"up_blocks.{level}.upsamplers")
         removed += [f"up_blocks.{later}" for later in range(int(level) + 1, len(self.up_blocks))]
-        self.up_blocks = self.up_blocks[: int(level) + 1]
+        del self.up_blocks[int(level) + 1 :]
 
         for name in ("conv_norm_out", "conv_act", "conv_out"):
             delattr(self, name)

@@ -1,13 +1,13 @@
 """Which backend computes an attention: named by the caller or chosen here, never exchanged in silence.
 
 A backend is an object with the three functions of `AttentionBackend`; the modules `reference` and `sdpa` are such
-objects. A further one (Triton, flash-attn) enters by a line in `_load`, with the reason why it cannot run here, if any.
+objects. A further one (Triton, flash-attn) enters by a line in `_BACKENDS`, or with the reason why it cannot run here.
 """
 
 import logging
-from functools import cache
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from dreamdance_kernels import reference, sdpa
@@ -40,13 +40,22 @@ class AttentionBackend(Protocol):
     ) -> Tensor: ...
 
 
+# Each backend, or the reason why it cannot run on this machine.
+_BACKENDS: dict[str, AttentionBackend | str] = {
+    "reference": reference,
+    "sdpa": sdpa,
+    "triton": "its kernels are not part of this version",
+}
+_announced: set[str | None] = set()
+
+
 class UnavailableBackendError(ValueError):
     """An attention backend was asked for that is unknown or cannot run here."""
 
 
 def available_backends() -> dict[str, str | None]:
     """Every backend by name, with None where it can run and the reason where it cannot."""
-    return {name: entry if isinstance(entry, str) else None for name, entry in _load().items()}
+    return {name: entry if isinstance(entry, str) else None for name, entry in _BACKENDS.items()}
 
 
 def choose_backend(name: str | None) -> AttentionBackend:
@@ -55,7 +64,7 @@ def choose_backend(name: str | None) -> AttentionBackend:
     Raises:
         UnavailableBackendError: the name is unknown, or the backend cannot run; the text says why, and what can.
     """
-    backend = _load().get(DEFAULT_BACKEND if name is None else name, "no such backend")
+    backend = _BACKENDS.get(DEFAULT_BACKEND if name is None else name, "no such backend")
     if isinstance(backend, str):
         runnable = ", ".join(repr(other) for other, reason in available_backends().items() if reason is None)
         raise UnavailableBackendError(
@@ -66,19 +75,11 @@ def choose_backend(name: str | None) -> AttentionBackend:
     return backend
 
 
-@cache
-def _load() -> dict[str, AttentionBackend | str]:
-    """Each backend, or the reason why it cannot run on this machine."""
-    return {
-        "reference": reference,
-        "sdpa": sdpa,
-        "triton": "its kernels are not part of this version",
-    }
-
-
-@cache
 def _announce(name: str | None) -> None:
-    """Say once per process and name which backend runs, and why."""
+    """Say once per process and name which backend runs, and why; a graph being compiled has nothing to say."""
+    if name in _announced or torch.compiler.is_compiling():
+        return
+    _announced.add(name)
     if name is None:
         logger.info("attention backend: %s, the default (none was named)", DEFAULT_BACKEND)
     else:

@@ -265,8 +265,8 @@ def test_asking_for_a_backend_that_cannot_run_names_the_reason_and_those_that_ca
         geometry_attention(*qkv(3, 2, 4), num_domains=3, num_heads=2, backend=name)
 
 
-def test_without_a_name_sdpa_runs_and_is_logged_once(caplog):
-    dispatch._announce.cache_clear()
+def test_without_a_name_sdpa_runs_and_is_logged_once(caplog, monkeypatch):
+    monkeypatch.setattr(dispatch, "_announced", set())
     inputs = qkv(3, 2, 4, dtype=torch.float32)
     with caplog.at_level(logging.INFO, logger="dreamdance_kernels"):
         outputs = [geometry_attention(*inputs, num_domains=3, num_heads=2) for _ in range(2)]

@@ -199,11 +199,15 @@ def reversed_frames(x, num_domains):
 
 def test_temporal_attention_knows_the_order_of_frames():
     sample, timesteps, conditioning = make_inputs()
-    for moved, is_order_blind in (([], True), (["temporal"], False)):
+    differences = []
+    for moved in ([], ["temporal"]):
         unet = make_unet(moved=moved, temporal_attention=True)
         output = run(unet, sample, timesteps, conditioning)
         backwards = run(unet, reversed_frames(sample, NUM_DOMAINS), timesteps, conditioning)
-        assert torch.allclose(backwards, reversed_frames(output, NUM_DOMAINS), rtol=1e-3) is is_order_blind
+        differences.append((backwards - reversed_frames(output, NUM_DOMAINS)).norm() / output.norm())
+    untrained, trained = differences
+    assert untrained < 1e-12
+    assert trained > 0.01
 
 
 def test_temporal_attention_mixes_the_frames_of_a_clip_within_each_domain_only():
@@ -286,6 +290,20 @@ def test_the_backends_agree():
         unet = make_unet(moved=["geometry", "temporal"], attention_backend=backend, **branches)
         outputs.append(run(unet, *inputs, reference_features=reference_features(unet)))
     torch.testing.assert_close(*outputs)
+
+
+def test_in_bfloat16_by_autocast_or_by_weights_the_result_is_that_of_float32_to_rounding():
+    branches = {"geometry_attention": True, "temporal_attention": True}
+    unet = make_unet(moved=["geometry", "temporal"], **branches).float()
+    features = {name: feature.float() for name, feature in reference_features(unet).items()}
+    arguments = {"domains": domain_indices(), "reference_features": features}
+    exact = run(unet, *make_inputs(torch.float32), **arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        by_autocast = run(unet, *make_inputs(torch.float32), **arguments)
+    by_weights = run(unet.bfloat16(), *make_inputs(torch.bfloat16), **arguments)
+    for rounded in (by_autocast, by_weights):
+        assert rounded.dtype == torch.bfloat16
+        assert (rounded - exact).norm() < 4 * torch.finfo(torch.bfloat16).eps * exact.norm()
 
 
 def all_gradients(*, checkpointing):
