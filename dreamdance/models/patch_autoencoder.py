@@ -40,7 +40,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
             raise UserError(f"patch_size is {patch_size}; it must be 1 or more (model.autoencoder.patch_size)")
         expected_channels = in_channels * patch_size**2
         if latent_channels not in (None, expected_channels):
-            raise ValueError(
+            raise UserError(
                 f"latent_channels is {latent_channels}, but {in_channels} channels in patches of {patch_size} are "
                 f"{expected_channels}: leave it out"
             )
