@@ -90,8 +90,12 @@ class ClipFrames:
     keypoints: Tensor | None = None
 
 
-def flip_clip(clip: ClipFrames) -> ClipFrames:
+def flip_clip(clip: ClipFrames, *, drawn_pose: Tensor | None = None) -> ClipFrames:
     """Mirrors a clip from left to right: pictures, normals' x, left and right key points; the pose is drawn anew.
+
+    Args:
+        clip: with key points.
+        drawn_pose: `(f, 3, H, W)`, the drawing of the mirrored key points where it is at hand already.
 
     Raises:
         ValueError: the clip has no key points. A drawing cannot be mirrored, because left and right differ in colour.
@@ -99,11 +103,13 @@ def flip_clip(clip: ClipFrames) -> ClipFrames:
     if clip.keypoints is None:
         raise ValueError("a clip that has only a pose drawing and no key points cannot be flipped")
     keypoints = flip_keypoints(clip.keypoints.numpy())
-    height, width = clip.pose.shape[-2:]
+    if drawn_pose is None:
+        height, width = clip.pose.shape[-2:]
+        drawn_pose = pictures_to_tensor(draw_poses(keypoints, width=width, height=height))
     return replace(
         clip,
         rgb=flip_images(clip.rgb),
-        pose=pictures_to_tensor(draw_poses(keypoints, width=width, height=height)),
+        pose=drawn_pose,
         normal=None if clip.normal is None else flip_normals(clip.normal),
         depth=None if clip.depth is None else flip_images(clip.depth),
         mask=None if clip.mask is None else flip_images(clip.mask),

@@ -1,0 +1,183 @@
+"""Brings shards from where they live to where they are read, and gives a file its name only once it is checked.
+
+The library writes downloads straight under their names, where the next reader finds a damaged one, and
+coordinates processes through shared memory, in which one that failed leaves "being prepared" behind for ever. Here
+files are checked under a temporary name and renamed; a lock of the operating system, which dies with its holder, keeps
+two processes from fetching the same shard.
+"""
+
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from dreamdance.data.shard_index import HASH_DIGITS, ShardEntry, ShardFile, ShardIndex, read_index
+from dreamdance.data.streaming_compat import INDEX_FILE, CloudDownloader, decompress, get_hash
+from dreamdance.errors import ShardError
+from dreamdance.recipe.schema import Shards
+
+DOWNLOAD_TIMEOUT_SECONDS = 300.0
+LOCK_TIMEOUT_SECONDS = 600.0
+_ZSTD_MAGIC = 0xFD2FB528
+
+
+def open_index(shards: Shards) -> ShardIndex:
+    """Returns the checked index of `shards`, fetched from its remote folder where there is one.
+
+    Raises:
+        ShardError: no index, a refused one, or a local folder that caches another dataset than the remote one.
+    """
+    folder = Path(shards.local)
+    if shards.remote is None:
+        return read_index(folder / INDEX_FILE)
+    with _writing(folder, INDEX_FILE) as incoming:
+        _download(shards.remote, INDEX_FILE, incoming)
+        read_index(incoming)
+        index = folder / INDEX_FILE
+        if index.exists() and index.read_bytes() != incoming.read_bytes():
+            raise ShardError(
+                f"{folder} caches other shards than {shards.remote} holds now; delete it or give another `local` folder"
+            )
+        os.replace(incoming, index)
+    return read_index(index)
+
+
+def fetch_shard(index: ShardIndex, entry: ShardEntry, remote: str | None) -> None:
+    """Puts a shard's MDS file into the local folder: downloaded if need be, hash-checked, decompressed.
+
+    Raises:
+        ShardError: it is nowhere, damaged, or its folder cannot be written.
+    """
+    target = index.folder / entry.raw.name
+    stored = index.folder / entry.stored.name
+    if remote is None and not stored.is_file():
+        raise ShardError(f"shard {stored} is missing; prepare it again or copy it there")
+    with _writing(index.folder, entry.raw.name) as incoming:
+        if target.is_file():  # another process was faster
+            return
+        if not stored.is_file() and remote is not None:
+            _download(remote, entry.stored.name, incoming)
+            stored = incoming
+        label = f"'{entry.stored.name}' of {remote or index.folder}"
+        data = _read_checked(stored, entry.stored, where=label)
+        if entry.compressed is not None:
+            data = _decompress(entry, data, where=label)
+        check_samples(data, len(data), entry, where=label)
+        incoming.write_bytes(data)
+        os.replace(incoming, target)
+
+
+def check_bytes(data: bytes, file: ShardFile, *, where: str) -> None:
+    """Compares a file's content with the size and the strongest hash of the index.
+
+    Raises:
+        ShardError: it is not the same.
+    """
+    if len(data) != file.num_bytes:
+        raise ShardError(f"shard {where} is damaged: {len(data)} bytes, the index says {file.num_bytes}")
+    algorithm = next(name for name in HASH_DIGITS if name in file.hashes)
+    if get_hash(algorithm, data) != file.hashes[algorithm]:
+        raise ShardError(f"shard {where} is damaged: its {algorithm} is not the one in the index")
+
+
+def check_samples(head: bytes, num_bytes: int, entry: ShardEntry, *, where: str) -> None:
+    """Compares the table of samples at the head of an MDS file with the index.
+
+    Args:
+        head: the file's first bytes, `samples_table_bytes(entry)` of them at least.
+        num_bytes: the size of the whole file.
+
+    Raises:
+        ShardError: another number of samples, or a table that points outside of the file.
+    """
+    found = struct.unpack_from("<I", head)[0] if len(head) >= 4 else 0
+    if found != entry.num_samples or len(head) < samples_table_bytes(entry):
+        raise ShardError(f"shard {where} holds {found} samples, the index says {entry.num_samples}")
+    offsets = np.frombuffer(head, dtype="<u4", count=entry.num_samples + 1, offset=4).astype(np.int64)
+    if offsets[0] < samples_table_bytes(entry) or (np.diff(offsets) <= 0).any() or offsets[-1] != num_bytes:
+        raise ShardError(f"shard {where} is damaged: its table of samples points outside of the file")
+
+
+def samples_table_bytes(entry: ShardEntry) -> int:
+    """Size of the table at the head of an MDS file: the count, and one offset more than there are samples."""
+    return 4 * (entry.num_samples + 2)
+
+
+def _read_checked(path: Path, file: ShardFile, *, where: str) -> bytes:
+    num_bytes = path.stat().st_size
+    if num_bytes != file.num_bytes:
+        raise ShardError(f"shard {where} is damaged: {num_bytes} bytes, the index says {file.num_bytes}")
+    data = path.read_bytes()
+    check_bytes(data, file, where=where)
+    return data
+
+
+def _download(remote: str, name: str, destination: Path) -> None:
+    source = f"{remote.rstrip('/')}/{name}"
+    destination.unlink(missing_ok=True)  # left by a killed process; the library takes what exists for done
+    downloader = CloudDownloader.get(remote)
+    try:
+        downloader.download(source, str(destination), DOWNLOAD_TIMEOUT_SECONDS)
+    except (OSError, ValueError) as error:  # FileNotFoundError, connection and time-out errors are OSErrors
+        raise ShardError(f"{source} cannot be fetched: {error}") from error
+    finally:
+        downloader.clean_up()
+
+
+def _decompress(entry: ShardEntry, data: bytes, *, where: str) -> bytes:
+    """Decompresses one zstd frame whose own header announces no more than the index does."""
+    announced = zstd_content_size(data)
+    if announced != entry.raw.num_bytes:
+        raise ShardError(f"shard {where} would decompress to {announced} bytes, the index says {entry.raw.num_bytes}")
+    raw = decompress("zstd", data)
+    check_bytes(raw, entry.raw, where=f"{where}, decompressed,")
+    return raw
+
+
+def zstd_content_size(data: bytes) -> int | None:
+    """The size that a zstd frame decompresses to, by its header (RFC 8878); None if it has none or more frames follow.
+
+    The library allocates what all frames of a file announce together, before any hash of the result can be compared.
+    """
+    if len(data) < 6 or struct.unpack_from("<I", data)[0] != _ZSTD_MAGIC:
+        return None
+    descriptor = data[4]
+    single_segment, checksum, dictionary = (descriptor >> 5) & 1, (descriptor >> 2) & 1, descriptor & 3
+    size_bytes = (single_segment, 2, 4, 8)[descriptor >> 6]
+    position = 5 + (1 - single_segment) + (0, 1, 2, 4)[dictionary]
+    content_size = int.from_bytes(data[position : position + size_bytes], "little") + (256 if size_bytes == 2 else 0)
+    position += size_bytes
+    while position + 3 <= len(data):
+        block = int.from_bytes(data[position : position + 3], "little")
+        last, kind, block_bytes = block & 1, (block >> 1) & 3, block >> 3
+        position += 3 + (1 if kind == 1 else block_bytes)  # kind 1 repeats a single byte
+        if last:
+            whole = position + 4 * checksum == len(data)
+            return content_size if whole and size_bytes else None
+    return None
+
+
+@contextmanager
+def _writing(folder: Path, name: str) -> Iterator[Path]:
+    """Locks a file of the folder against other processes; yields the temporary name beside it, gone afterwards."""
+    incoming = folder / f".{name}.incoming"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f".{name}.lock", timeout=LOCK_TIMEOUT_SECONDS):
+            try:
+                yield incoming
+            finally:
+                incoming.unlink(missing_ok=True)
+    except Timeout as error:
+        raise ShardError(
+            f"waited {LOCK_TIMEOUT_SECONDS:.0f} s for another process to fetch '{name}' to {folder}"
+        ) from error
+    except PermissionError as error:
+        raise ShardError(
+            f"'{name}' cannot be fetched or unpacked into {folder}: {error}. If that folder is not to be written, "
+            "name it as `remote` and give a `local` folder that is"
+        ) from error

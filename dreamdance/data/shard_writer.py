@@ -1,0 +1,276 @@
+"""Writes a folder of shards in parallel parts: killed at any time and started again, it ends in the same folder.
+
+Each part is written under a temporary name and renamed; what is there is not written again. When all parts are there,
+their shards get their final names and the index is written last, so that a folder with an index is complete.
+"""
+
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import torch
+
+from dreamdance.data.schema import COLUMNS, SCHEMA_VERSION, pack_frames, pack_keypoints
+from dreamdance.data.shard_index import DETAILS_KEY, read_index
+from dreamdance.data.streaming_compat import INDEX_FILE, MDSWriter
+from dreamdance.errors import ShardError
+from dreamdance.ranks import Ranks
+
+logger = logging.getLogger(__name__)
+
+PARTS_FOLDER = ".parts"
+SETTINGS_FILE = "settings.json"
+HASHES = ["sha1", "xxh64"]
+POLL_SECONDS = 0.2
+STALL_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class ClipRecord:
+    """A clip to be stored.
+
+    rgb, pose, normal: `(f, H, W, 3)` uint8; depth `(f, H, W)` uint16; mask `(f, H, W)` uint8, 255 on the body;
+    keypoints `(f, 128, 3)` float32. Encodings are those of `data.schema`.
+    """
+
+    clip_id: str
+    fps: float
+    rgb: np.ndarray
+    pose: np.ndarray | None = None
+    normal: np.ndarray | None = None
+    depth: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    keypoints: np.ndarray | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def to_sample(self) -> dict[str, Any]:
+        """The clip as the columns of a shard."""
+        num_frames, height, width = self.rgb.shape[:3]
+        sample: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "clip_id": self.clip_id,
+            "num_frames": num_frames,
+            "width": width,
+            "height": height,
+            "fps": float(self.fps),
+            "metadata": json.dumps(self.metadata, sort_keys=True),
+            "keypoints": b"" if self.keypoints is None else pack_keypoints(self.keypoints),
+        }
+        for name in ("rgb", "pose", "normal", "depth", "mask"):
+            frames = getattr(self, name)
+            sample[name] = b"" if frames is None else pack_frames(frames)
+        return sample
+
+
+@dataclass(frozen=True)
+class Part:
+    """Clips that one worker writes together: `make` is called there, and must be picklable."""
+
+    name: str
+    make: Callable[[], Iterator[ClipRecord]]
+
+
+@dataclass(frozen=True)
+class ShardFormat:
+    """How the files of a folder are made."""
+
+    shard_size_mib: int = 64
+    compression: Literal["none", "zstd"] = "zstd"
+
+
+def write_shards(
+    folder: Path,
+    parts: Sequence[Part],
+    *,
+    settings: Mapping[str, Any],
+    shard_format: ShardFormat,
+    num_workers: int = 1,
+    ranks: Ranks | None = None,
+    on_part: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes all parts into `folder`; ranks divide them, and the first rank completes the folder when all are there.
+
+    Args:
+        folder: an existing one is continued, or left as it is if complete.
+        parts: the same list on every rank, with different names.
+        settings: all that decides the content (JSON-able); a folder of other settings is refused.
+        shard_format: size and compression of the files.
+        num_workers: processes on this rank; 1 writes in this one.
+        ranks: this process; by default from the environment.
+        on_part: called on the first rank with the number of finished parts, of all ranks, and of all parts.
+
+    Raises:
+        ShardError: the folder was begun with other settings (naming them), there is nothing to write, a worker died,
+            or other ranks stopped making parts.
+    """
+    ranks = ranks or Ranks.from_environment()
+    settings = json.loads(json.dumps({**settings, "compression": shard_format.compression, "hashes": HASHES}))
+    if (folder / INDEX_FILE).exists():
+        _check_settings(folder, read_index(folder / INDEX_FILE).details.get("settings", {}), settings)
+        logger.info("%s is complete already, with the same settings: nothing to write", folder)
+        if ranks.is_main:
+            shutil.rmtree(folder / PARTS_FOLDER, ignore_errors=True)
+        return
+    _begin(folder, settings)
+    own = [part for part in parts[ranks.rank :: ranks.world_size] if not _part_folder(folder, part).exists()]
+
+    def report() -> int:
+        done = sum(_part_folder(folder, part).exists() for part in parts)
+        if on_part is not None and ranks.is_main:
+            on_part(done, len(parts))
+        return done
+
+    report()
+    for _ in _write_parts(folder, own, shard_format, num_workers):
+        report()
+    if ranks.is_main:
+        _wait_for_parts(report, len(parts), folder)
+        _complete(folder, parts, settings)
+
+
+def _begin(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Notes the settings at the first start; at a later one compares them."""
+    noted = folder / PARTS_FOLDER / SETTINGS_FILE
+    if noted.exists():
+        _check_settings(folder, json.loads(noted.read_text(encoding="utf-8")), settings)
+        return
+    noted.parent.mkdir(parents=True, exist_ok=True)
+    incoming = noted.with_name(f".{SETTINGS_FILE}.{os.getpid()}")
+    incoming.write_text(json.dumps(settings, indent=1, sort_keys=True), encoding="utf-8")
+    os.replace(incoming, noted)
+
+
+def _check_settings(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    differing = [
+        f"{name} was {found.get(name)!r}, is {wanted.get(name)!r}"
+        for name in sorted({*found, *wanted})
+        if found.get(name) != wanted.get(name)
+    ]
+    if differing:
+        raise ShardError(
+            f"{folder} was made with other settings: {'; '.join(differing)}. Give another `output`, or delete it"
+        )
+
+
+def _part_folder(folder: Path, part: Part) -> Path:
+    return folder / PARTS_FOLDER / part.name
+
+
+def _write_parts(folder: Path, parts: Sequence[Part], shard_format: ShardFormat, num_workers: int) -> Iterator[None]:
+    """Writes the parts; yields after each."""
+    if num_workers == 1 or len(parts) < 2:
+        for part in parts:
+            write_part(folder, part, shard_format)
+            yield
+        return
+    # A clean server process starts the workers: forking one with the threads of torch or OpenCV in it may hang them.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(min(num_workers, len(parts)), mp_context=context, initializer=_start_worker) as pool:
+        futures = [pool.submit(write_part, folder, part, shard_format) for part in parts]
+        try:
+            for future in as_completed(futures):
+                future.result()
+                yield
+        except BrokenProcessPool as error:
+            raise ShardError(
+                f"a process that wrote parts of {folder} died; out of memory? See `num_workers`"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def write_part(folder: Path, part: Part, shard_format: ShardFormat) -> None:
+    """Writes one part under a temporary name and renames it."""
+    target = _part_folder(folder, part)
+    incoming = target.with_name(f".{part.name}.{os.getpid()}")
+    shutil.rmtree(incoming, ignore_errors=True)
+    writer = MDSWriter(
+        columns=COLUMNS,
+        out=str(incoming),
+        compression=None if shard_format.compression == "none" else shard_format.compression,
+        hashes=HASHES,
+        size_limit=shard_format.shard_size_mib << 20,
+    )
+    for record in part.make():
+        writer.write(record.to_sample())
+    writer.finish()
+    if target.exists():  # by the worker of a killed run that had this part in hand
+        shutil.rmtree(incoming)
+    else:
+        os.replace(incoming, target)
+
+
+def _start_worker() -> None:
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    """Ends this process when the one that started it is gone: a killed parent cannot tell its pool."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _wait_for_parts(count_done: Callable[[], int], total: int, folder: Path) -> None:
+    """Waits for the parts of other ranks."""
+    done, since = count_done(), time.monotonic()
+    while done < total:
+        if time.monotonic() - since > STALL_SECONDS:
+            raise ShardError(
+                f"{total - done} parts of {folder} are still missing and none was made for {STALL_SECONDS:.0f} s"
+            )
+        time.sleep(POLL_SECONDS)
+        now_done = count_done()
+        if now_done != done:
+            done, since = now_done, time.monotonic()
+
+
+def _complete(folder: Path, parts: Sequence[Part], settings: Mapping[str, Any]) -> None:
+    """Gives the parts' shards their final names, writes the index, and lets go of the parts."""
+    shards = []
+    for part in parts:
+        part_folder = _part_folder(folder, part)
+        for shard in json.loads((part_folder / INDEX_FILE).read_text(encoding="utf-8"))["shards"]:
+            stored = shard["zip_data"] or shard["raw_data"]
+            _link(part_folder / stored["basename"], folder / f"{part.name}.{stored['basename']}")
+            for file in (shard["raw_data"], shard["zip_data"]):
+                if file is not None:
+                    file["basename"] = f"{part.name}.{file['basename']}"
+            shards.append(shard)
+    if not shards:
+        raise ShardError(f"there are no clips to write into {folder}")
+    num_samples = sum(shard["samples"] for shard in shards)
+    details = {"schema_version": SCHEMA_VERSION, "num_samples": num_samples, "settings": settings}
+    incoming = folder / f".{INDEX_FILE}.incoming"
+    incoming.write_text(
+        json.dumps({"version": 2, "shards": shards, DETAILS_KEY: details}, sort_keys=True), encoding="utf-8"
+    )
+    read_index(incoming)
+    os.replace(incoming, folder / INDEX_FILE)
+    shutil.rmtree(folder / PARTS_FOLDER)
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file, so that a start after a kill finds its part whole; a copy where links are not possible."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
