@@ -130,18 +130,14 @@ class DreamDancePipeline(SamplingPipeline):
         """Animates the reference by the poses.
 
         Args:
-            image, poses: as in `GeometryPipeline`.
-            height, width: of the frames in pixels; the reference's own by default.
-            geometry_height, geometry_width: of stage 1's maps in pixels.
+            image, poses, height, width, geometry_height, geometry_width: as in the two pipelines.
             fps, motion_bucket, noise_augmentation, guidance_scale: of stage 2; a guidance scale of 1 is none.
             guidance_scales: of stage 1, for rgb, normal, depth (Eq. 6); 0 is no guidance.
-            num_inference_steps: Euler steps of stage 2.
-            geometry_num_inference_steps: DDIM steps of stage 1; as many as of stage 2 by default.
+            num_inference_steps, geometry_num_inference_steps: of stage 2, and of stage 1 where it takes other ones.
             window_frames, window_overlap, sequential_guidance, decode_chunk_size: as in the two stages.
             generator: one, or one for each clip; stage 1 draws from it first.
-            output_type: `pil`, `np` or `pt`.
-            return_dict: False returns (frames, normals, depths).
-            callback_on_step_end: called in both stages, with that stage's pipeline.
+            output_type, return_dict: `pil`, `np` or `pt`; False returns (frames, normals, depths).
+            callback_on_step_end: called in both stages.
 
         Raises:
             ValueError: see the two stages.
