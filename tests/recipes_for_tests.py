@@ -1,10 +1,11 @@
-"""Small recipes of the real schema, and small batches of rendered dancers, for the tests of training and inference."""
+"""Small recipes of the real schema, small batches of rendered dancers, and how to look into a network, for all tests."""
 
 import json
 from typing import Any
 
 import torch
 from einops import rearrange, repeat
+from torch import nn
 
 from dreamdance.data.collate import ClipBatch
 from dreamdance.data.dancers import HELD_OUT_SEEDS, TRAINING_SEEDS, DancerClip, render_clip
@@ -132,6 +133,22 @@ def tiny_clip_batch(
         keys=torch.tensor([[0, 0, index] for index in ids]),
         clip_ids=[f"clip_{index}" for index in ids],
     )
+
+
+def wake(network: nn.Module) -> Any:
+    """Moves every weight a little, so that no zero initialisation hides anything; returns the network."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return network
+
+
+def record_inputs(network: nn.Module) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """A list that grows by the positional and the named arguments of every later call of the network."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    network.register_forward_pre_hook(lambda module, *arguments: calls.append(arguments), with_kwargs=True)
+    return calls
 
 
 def _rgb(clip: DancerClip) -> torch.Tensor:

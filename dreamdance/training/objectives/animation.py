@@ -116,12 +116,12 @@ class AnimationObjective(nn.Module):
 
         # 3. loss
         losses = (edm_weight(sigmas) * (denoised - latents).square()).mean(dim=(1, 2, 3, 4))
-        counts = torch.tensor([len(keys), 0, 0], device=losses.device)
+        only_rgb = torch.tensor([1, 0, 0], device=losses.device)
         return ObjectiveOutput(
             loss=losses.mean(),
             sample_losses=losses.detach(),
-            domain_sums=losses.detach().sum() * (counts > 0),
-            domain_counts=counts,
+            domain_sums=only_rgb * losses.detach().sum(),
+            domain_counts=only_rgb * len(keys),
         )
 
     def _run_networks(self, inputs: DenoiserInput) -> Tensor:
