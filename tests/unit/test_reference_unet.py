@@ -115,7 +115,7 @@ def test_a_saved_model_comes_back_without_the_removed_parts(tmp_path, caplog):
     reference_unet.save_pretrained(tmp_path)
     with caplog.at_level("WARNING"):
         loaded = ReferenceUNetModel.from_pretrained(tmp_path)
-    assert not caplog.records
+    assert "config attributes" not in caplog.text
     assert loaded.state_dict().keys() == reference_unet.state_dict().keys()
     with torch.no_grad():
         features, expected = loaded(*make_inputs()), reference_unet(*make_inputs())
