@@ -67,14 +67,15 @@ class GeometryObjective(nn.Module):
         self.image_encoder = image_encoder
         self.step = step
         self.settings = settings
-        self.noise_scheduler = make_ddpm_scheduler(
-            prediction_type=settings.prediction_type,
-            num_train_timesteps=settings.num_train_timesteps,
-            beta_schedule=settings.beta_schedule,
-            beta_start=settings.beta_start,
-            beta_end=settings.beta_end,
-            zero_terminal_snr=settings.zero_terminal_snr,
-        )
+        with torch.device("cpu"):  # real numbers, even where the networks are built as shapes only
+            self.noise_scheduler = make_ddpm_scheduler(
+                prediction_type=settings.prediction_type,
+                num_train_timesteps=settings.num_train_timesteps,
+                beta_schedule=settings.beta_schedule,
+                beta_start=settings.beta_start,
+                beta_end=settings.beta_end,
+                zero_terminal_snr=settings.zero_terminal_snr,
+            )
         self._draw_weights = _domain_weights(settings.domain_draw, "objective.domain_draw")
         self._loss_weights = _domain_weights(settings.domain_loss, "objective.domain_loss")
 
@@ -179,7 +180,7 @@ class GeometryObjective(nn.Module):
 
 def _domain_weights(weights: schema.DomainWeights, key: str) -> Tensor:
     """`3` numbers that sum to 1, in the order rgb, normal, depth."""
-    values = torch.tensor([weights.rgb, weights.normal, weights.depth])
+    values = torch.tensor([weights.rgb, weights.normal, weights.depth], device="cpu")
     if values.sum() == 0:
         raise UserError(
             f"{key} gives every domain the weight 0; give at least one of rgb, normal, depth a positive weight"
