@@ -1,0 +1,126 @@
+"""Where a dancer's 128 key points lie in space: joints of the body, fingers, and 68 points on the face.
+
+Also the face's and the hands' own measures, which the shapes share, so that points and shapes agree.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dreamdance.data.dancer_motion import Proportions, Skeleton
+
+_Array = np.ndarray
+
+SKULL_RADII = np.array([0.074, 0.100, 0.092])
+JAW_CENTRE = np.array([0.0, -0.052, 0.020])
+JAW_RADII = np.array([0.055, 0.062, 0.066])
+NOSE = (np.array([0.0, 0.000, 0.086]), np.array([0.0, -0.034, 0.1]))
+NOSE_RADII = (0.007, 0.012)
+EAR = np.array([0.076, -0.008, -0.008])
+"""Measures of a head in its own frame (left, up, forward), in metres, for a head factor of 1."""
+
+FINGER_ROOTS = np.array([[0.30, 0.16], [0.24, 0.50], [0.08, 0.52], [-0.08, 0.49], [-0.22, 0.44]])
+"""Where the fingers begin, thumb first: (towards the thumb's side, along the hand), in hand lengths from the wrist."""
+
+_FINGER_SPREAD = np.array([0.75, 0.16, 0.03, -0.09, -0.24])
+_FINGER_BONES = np.array(
+    [[0.20, 0.16, 0.13], [0.22, 0.13, 0.10], [0.24, 0.14, 0.11], [0.22, 0.13, 0.10], [0.17, 0.10, 0.09]]
+)
+FINGER_RADIUS = 0.045
+"""In hand lengths."""
+
+
+@dataclass(frozen=True)
+class Landmarks:
+    """Key points `(f, 128, 3)` in world space, metres, and how deep below the skin each may lie, `(128,)` metres."""
+
+    points: _Array
+    skin_depths: _Array
+
+
+def find_landmarks(skeleton: Skeleton, body: Proportions) -> Landmarks:
+    """Collects the key points in their order (`data.keypoints`)."""
+    face = _face_points() * body.head
+    face = skeleton.head[:, None] + np.einsum("fij,pj->fpi", skeleton.head_frame, face)
+    eyes_and_ears = np.stack(
+        [
+            _on_face(-0.031, 0.004), _on_face(0.031, 0.004),
+            EAR * (-1.0, 1.0, 1.0), EAR,
+        ]
+    ) * body.head  # fmt: skip
+    eyes_and_ears = skeleton.head[:, None] + np.einsum("fij,pj->fpi", skeleton.head_frame, eyes_and_ears)
+    nose = face[:, 30]
+    (left_arm, right_arm), (left_leg, right_leg) = (
+        [np.stack([part[side] for part in parts], axis=1) for side in (0, 1)]
+        for parts in (
+            (skeleton.shoulders, skeleton.elbows, skeleton.wrists),
+            (skeleton.hips, skeleton.knees, skeleton.ankles),
+        )
+    )
+    neck = 0.5 * (skeleton.shoulders[0] + skeleton.shoulders[1])
+    trunk = np.stack([nose, neck], axis=1)
+    hands = [hand_points(skeleton, body, side) for side in (0, 1)]
+    points = np.concatenate([trunk, right_arm, left_arm, right_leg, left_leg, eyes_and_ears, *hands, face], axis=1)
+    arm, leg = [0.10, 0.07, 0.05], [0.16, 0.09, 0.08]
+    depths = [0.016, 0.12, *arm, *arm, *leg, *leg, 0.016, 0.016, 0.03, 0.03, *[0.022] * 42, *[0.016] * 68]
+    scale = np.full(128, body.head)
+    scale[1:14] = body.girth
+    return Landmarks(points, np.array(depths) * scale)
+
+
+def hand_points(skeleton: Skeleton, body: Proportions, side: int) -> _Array:
+    """The 21 points of a hand `(f, 21, 3)`: the wrist, then four of each finger from root to tip, thumb first."""
+    frame, curls = skeleton.hand_frames[side], skeleton.finger_curls[side]
+    points = [np.zeros((len(curls), 3))]
+    for finger in range(5):
+        spread, bones, curl = _FINGER_SPREAD[finger], _FINGER_BONES[finger], curls[:, finger]
+        across, along = np.sin(spread), np.cos(spread)
+        bend = curl * (0.7 if finger == 0 else 1.35)
+        turn = bend + curl * (0.6 if finger == 0 else 1.5)
+        root = np.array([*FINGER_ROOTS[finger], 0.0])
+        first = np.stack([np.cos(bend) * across, np.cos(bend) * along, np.sin(bend)], axis=-1)
+        # The last two bones lie in one line: their shapes are one cone, and its middle point is the joint's.
+        second = np.stack([np.cos(turn) * across, np.cos(turn) * along, np.sin(turn)], axis=-1)
+        joint = root + bones[0] * first
+        points += [np.broadcast_to(root, joint.shape), joint, joint + bones[1] * second]
+        points += [joint + (bones[1] + bones[2]) * second]
+    local = np.stack(points, axis=1) * body.hand
+    return skeleton.wrists[side][:, None] + np.einsum("fij,fpj->fpi", frame, local)
+
+
+def _on_face(x: float, y: float) -> _Array:
+    """The point of the head's front surface (skull or jaw, whichever is in front) at x, y of its own frame."""
+    heights = [0.0]
+    for centre, radii in ((np.zeros(3), SKULL_RADII), (JAW_CENTRE, JAW_RADII)):
+        inside = 1.0 - ((x - centre[0]) / radii[0]) ** 2 - ((y - centre[1]) / radii[1]) ** 2
+        if inside > 0:
+            heights.append(centre[2] + radii[2] * float(np.sqrt(inside)))
+    return np.array([x, y, max(heights)])
+
+
+def _face_points() -> _Array:
+    """The 68 points `(68, 3)` in iBUG order in the head's frame, for a head factor of 1; the first at its right."""
+    angles = np.linspace(0.0, np.pi, 17)
+    jaw = [(-0.0715 * np.cos(a) * (1 - 0.30 * np.sin(a) ** 2), 0.0 - 0.108 * np.sin(a) ** 0.9) for a in angles]
+    brow = [(0.050, 0.021), (0.043, 0.028), (0.034, 0.031), (0.024, 0.029), (0.014, 0.025)]
+    eye = [(0.044, 0.004), (0.036, 0.0095), (0.027, 0.0095), (0.019, 0.003), (0.027, -0.001), (0.036, -0.001)]
+    upper_lip = [(0.024, -0.067), (0.015, -0.062), (0.006, -0.0595), (0.0, -0.061)]
+    lower_lip = [(0.015, -0.073), (0.007, -0.0765), (0.0, -0.0775)]
+    inner_lip = [(0.019, -0.067), (0.007, -0.065), (0.0, -0.0655)]
+
+    def mirrored(half: list[tuple[float, float]]) -> list[tuple[float, float]]:
+        return [(-x, y) for x, y in half]
+
+    mouth = mirrored(upper_lip) + upper_lip[2::-1] + lower_lip + mirrored(lower_lip[1::-1])
+    inner = mirrored(inner_lip) + inner_lip[1::-1] + [(0.007, -0.0695), (0.0, -0.0705), (-0.007, -0.0695)]
+    left_eye = [eye[3], eye[2], eye[1], eye[0], eye[5], eye[4]]
+    flat = jaw + mirrored(brow) + brow[::-1]
+    on_skin = np.stack([_on_face(x, y) for x, y in flat])
+    bridge = [
+        NOSE[0] + (NOSE[1] - NOSE[0]) * part + (0, 0, NOSE_RADII[0] + 0.005 * part) for part in (0, 1 / 3, 2 / 3, 1)
+    ]
+    nostrils = [
+        np.array([x, -0.044 - 0.003 * (x == 0), 0.103 - 1.1 * abs(x)]) for x in (-0.014, -0.007, 0.0, 0.007, 0.014)
+    ]
+    rest = np.stack([_on_face(x, y) for x, y in mirrored(eye) + left_eye + mouth + inner])
+    return np.concatenate([on_skin, np.stack(bridge), np.stack(nostrils), rest])
