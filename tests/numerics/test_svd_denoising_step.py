@@ -1,0 +1,210 @@
+"""Steps of diffusers' own StableVideoDiffusionPipeline, taken again with the parts of which stage 2 is made."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLTemporalDecoder, StableVideoDiffusionPipeline
+from einops import rearrange, repeat
+from tiny_svd import EMBEDDING_WIDTH, tiny_svd_unet
+from torch import Tensor, nn
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from dreamdance.diffusion.guidance import classifier_free_guidance
+from dreamdance.diffusion.noise import edm_preconditioning, edm_weight, make_svd_scheduler
+from dreamdance.models import run_svd_unet
+from dreamdance.models.autoencoding import decode_latents, encode_latents
+from dreamdance.models.image_embedding import embed_images
+
+SIZE, NUM_FRAMES, NUM_STEPS = 32, 3, 4
+FPS, MOTION_BUCKET, NOISE_AUGMENTATION = 8, 100, 0.1
+
+
+class FirstCall:
+    """Keeps what a UNet was first called with, and what it returned."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.inputs: dict[str, Tensor] = {}
+        self.output: Tensor | None = None
+        unet.register_forward_hook(self._keep, with_kwargs=True)
+
+    def _keep(self, _: nn.Module, positional: tuple[Tensor, ...], named: dict[str, Any], output: tuple[Tensor]) -> None:
+        if self.output is None:
+            conditions = {name: value for name, value in named.items() if name != "return_dict"}
+            self.inputs = {"sample": positional[0], "timestep": positional[1], **conditions}
+            self.output = output[0]
+
+
+@pytest.fixture
+def svd() -> StableVideoDiffusionPipeline:
+    """A tiny random Stable Video Diffusion."""
+    unet = tiny_svd_unet()
+    torch.manual_seed(1)
+    vae = AutoencoderKLTemporalDecoder(
+        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4
+    )
+    config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=37,
+        projection_dim=EMBEDDING_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=SIZE,
+        patch_size=8,
+    )
+    pipeline = StableVideoDiffusionPipeline(
+        vae=vae.eval(),
+        image_encoder=CLIPVisionModelWithProjection(config).eval(),
+        unet=unet,
+        scheduler=make_svd_scheduler(),
+        feature_extractor=CLIPImageProcessor(crop_size=SIZE, size=SIZE),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def reference_image() -> Tensor:
+    return torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
+
+
+def initial_noise() -> Tensor:
+    return torch.randn(1, NUM_FRAMES, 4, SIZE // 2, SIZE // 2, generator=torch.Generator().manual_seed(3))
+
+
+def run_diffusers(svd: StableVideoDiffusionPipeline, *, guidance: float, **arguments: Any) -> Tensor:
+    return svd(
+        reference_image(),
+        height=SIZE,
+        width=SIZE,
+        num_frames=NUM_FRAMES,
+        num_inference_steps=NUM_STEPS,
+        min_guidance_scale=guidance,
+        max_guidance_scale=guidance,
+        fps=FPS,
+        motion_bucket_id=MOTION_BUCKET,
+        noise_aug_strength=NOISE_AUGMENTATION,
+        decode_chunk_size=2,
+        generator=torch.Generator().manual_seed(4),
+        latents=initial_noise(),
+        **arguments,
+    ).frames
+
+
+def our_conditions(svd: StableVideoDiffusionPipeline) -> dict[str, Tensor]:
+    """Conditioning latents `b f c h w`, image embedding and added time ids, as stage 2 makes them."""
+    pixel_noise = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(4))
+    # strengths are in units of pixels in [-1, 1], half of which is one in [0, 1]
+    noised = reference_image() + 0.5 * NOISE_AUGMENTATION * pixel_noise
+    latents = encode_latents(svd.vae, noised, scaled=False)
+    return {
+        "latents": repeat(latents, "b c h w -> b f c h w", f=NUM_FRAMES),
+        "embedding": embed_images(svd.image_encoder, reference_image()),
+        "added_time_ids": torch.tensor([[FPS - 1.0, MOTION_BUCKET, NOISE_AUGMENTATION]]),
+    }
+
+
+def assert_close_to_rounding(found: Tensor, expected: Tensor) -> None:
+    """Within 1e-5 of the largest expected value: some 80 units in the last place of float32."""
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_the_unet_is_given_what_svd_s_pipeline_gives_it(svd):
+    call = FirstCall(svd.unet)
+    run_diffusers(svd, guidance=1.0, output_type="latent")
+    sigma = svd.scheduler.sigmas[0]
+    noisy = initial_noise() * svd.scheduler.init_noise_sigma
+    _, _, c_in, timestep = edm_preconditioning(sigma)
+    conditions = our_conditions(svd)
+    assert_close_to_rounding(torch.cat([c_in * noisy, conditions["latents"]], dim=2), call.inputs["sample"])
+    assert_close_to_rounding(timestep, call.inputs["timestep"])
+    assert_close_to_rounding(conditions["embedding"], call.inputs["encoder_hidden_states"])
+    assert torch.equal(conditions["added_time_ids"], call.inputs["added_time_ids"])
+
+
+def test_a_dropped_reference_is_what_svd_s_pipeline_guides_away_from(svd):
+    call = FirstCall(svd.unet)
+    run_diffusers(svd, guidance=2.5, output_type="latent")
+    conditions = our_conditions(svd)
+    conditioning, embedding = call.inputs["sample"][:, :, 4:], call.inputs["encoder_hidden_states"]
+    assert not conditioning[0].any()
+    assert not embedding[0].any()
+    assert_close_to_rounding(conditions["latents"], conditioning[1:])
+    assert_close_to_rounding(conditions["embedding"], embedding[1:])
+
+
+def test_one_denoising_step_is_svd_s(svd):
+    call, after = FirstCall(svd.unet), []
+    run_diffusers(
+        svd,
+        guidance=1.0,
+        output_type="latent",
+        callback_on_step_end=lambda pipeline, step, timestep, values: after.append(values["latents"]) or values,
+    )
+    assert torch.equal(run_svd_unet(svd.unet, **call.inputs), call.output)
+    sigma, next_sigma = svd.scheduler.sigmas[:2]
+    noisy = initial_noise() * svd.scheduler.init_noise_sigma
+    c_skip, c_out, _, _ = edm_preconditioning(sigma)
+    denoised = c_skip * noisy + c_out * call.output
+    assert_close_to_rounding(noisy + (noisy - denoised) / sigma * (next_sigma - sigma), after[0])
+
+
+def test_all_steps_with_guidance_and_decoding_give_svd_s_frames(svd):
+    expected = run_diffusers(svd, guidance=2.5, output_type="pt")
+    conditions, scheduler = our_conditions(svd), make_svd_scheduler()
+    scheduler.set_timesteps(NUM_STEPS)
+    latents = initial_noise() * scheduler.init_noise_sigma
+    with torch.no_grad():
+        for timestep in scheduler.timesteps:
+            scaled = scheduler.scale_model_input(latents, timestep)
+            unconditional, conditional = (
+                run_svd_unet(
+                    svd.unet,
+                    torch.cat([scaled, kept * conditions["latents"]], dim=2),
+                    timestep,
+                    kept * conditions["embedding"],
+                    conditions["added_time_ids"],
+                )
+                for kept in (0.0, 1.0)
+            )
+            prediction = classifier_free_guidance(conditional, unconditional, 2.5)
+            latents = scheduler.step(prediction, timestep, latents).prev_sample
+    frames = decode_latents(
+        svd.vae, rearrange(latents, "b f c h w -> (b f) c h w"), chunk_size=2, num_frames=NUM_FRAMES
+    )
+    torch.testing.assert_close(rearrange(frames, "(b f) c h w -> b f c h w", b=1), expected, rtol=0, atol=1e-4)
+    assert expected.std() > 0.01
+
+
+@pytest.mark.parametrize("num_steps", [1, 25])
+def test_preconditioning_and_timesteps_are_those_of_the_euler_scheduler_at_every_sigma(num_steps):
+    scheduler = make_svd_scheduler()
+    scheduler.set_timesteps(num_steps)
+    generator = torch.Generator().manual_seed(5)
+    clean, noise, output = (torch.randn(2, 3, 4, 4, generator=generator) for _ in range(3))
+    assert scheduler.sigmas[0] == 700
+    assert num_steps == 1 or scheduler.sigmas[-2] == pytest.approx(0.002)
+    for sigma, timestep in zip(scheduler.sigmas[:-1], scheduler.timesteps, strict=True):
+        c_skip, c_out, c_in, our_timestep = edm_preconditioning(sigma)
+        noisy = clean + sigma * noise
+        assert_close_to_rounding(our_timestep, timestep)
+        assert_close_to_rounding(c_in * noisy, scheduler.scale_model_input(noisy, timestep))
+        found = scheduler.step(output, timestep, noisy)
+        assert_close_to_rounding(c_skip * noisy + c_out * output, found.pred_original_sample)
+
+
+def test_a_network_that_meets_the_training_target_denoises_in_one_euler_step():
+    scheduler = make_svd_scheduler()
+    scheduler.set_timesteps(1)
+    generator = torch.Generator().manual_seed(5)
+    clean, noise = (torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    sigma = scheduler.sigmas[0].double()
+    c_skip, c_out, _, _ = edm_preconditioning(sigma)
+    noisy = clean + sigma * noise
+    scheduler.scale_model_input(noisy, scheduler.timesteps[0])
+    target = (clean - c_skip * noisy) / c_out
+    # the weighted error of the denoised latents is the plain error of the network's output
+    error = edm_weight(sigma) * ((c_skip * noisy + c_out * (target + 0.1)) - clean).square()
+    torch.testing.assert_close(error, torch.full_like(error, 0.01))
+    found = scheduler.step(target, scheduler.timesteps[0], noisy).prev_sample
+    torch.testing.assert_close(found.double(), clean, rtol=0, atol=700 * 1e-6)
