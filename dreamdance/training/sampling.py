@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from dreamdance.data.collate import ClipBatch
+from dreamdance.data.picture_grid import Row, draw_grid
 from dreamdance.data.transforms import encode_normals, pass_through, tensor_to_pictures
 from dreamdance.keyed_random import sample_generator
 from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
 from dreamdance.training.objectives.animation import AnimationObjective
 from dreamdance.training.objectives.geometry import GeometryObjective
-from dreamdance.training.picture_grid import Row, draw_grid
 from dreamdance.training.trainability import Objective
 
 MAX_COLUMNS = 6

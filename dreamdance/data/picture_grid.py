@@ -1,4 +1,4 @@
-"""Draws labelled grids of pictures for TensorBoard and the run folder. Knows only arrays and words."""
+"""Draws labelled grids of pictures, for training samples, results and evaluations. Knows only arrays and words."""
 
 import math
 from collections.abc import Sequence
@@ -30,18 +30,19 @@ class Row:
     rule_above: bool = False
 
 
-def draw_grid(rows: Sequence[Row], *, titles: Sequence[str] = ()) -> np.ndarray:
+def draw_grid(rows: Sequence[Row], *, titles: Sequence[str] = (), smallest_width: int = SMALLEST_SIDE) -> np.ndarray:
     """Draws rows of pictures with their labels to the left and titles of the columns above.
 
     Args:
         rows: at least one picture among them.
         titles: one for each column, or none.
+        smallest_width: narrower pictures are enlarged to at least this.
 
     Returns:
         `H W 3` uint8.
     """
     height, width = next(picture.shape[:2] for row in rows for picture in row.pictures if picture is not None)
-    factor = max(1, math.ceil(SMALLEST_SIDE / width))
+    factor = max(1, math.ceil(smallest_width / width))
     height, width = height * factor, width * factor
     font = ImageFont.load_default(size=_TITLE_SIZE)
     left = max(_text_width(font, line) for row in rows for line in row.label.split("\n")) + 3 * _MARGIN
