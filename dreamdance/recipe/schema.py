@@ -142,7 +142,7 @@ class AnimationModel(Section):
     autoencoder: AutoencoderSource
     image_encoder: ImageEncoderSource
     controls: list[Control] = ["pose", "depth", "normal"]
-    controller_channels: list[Positive] = [16, 32, 96, 256]
+    controller_channels: list[Positive] = [16, 32, 96, 320]
     controller_head_width: Positive = 64
     geometry_attention: bool = True
     unfreeze: Literal["none", "temporal", "decoder", "all"] = "none"
