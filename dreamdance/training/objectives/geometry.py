@@ -174,7 +174,7 @@ class GeometryObjective(nn.Module):
             loss=sample_losses.mean(),
             sample_losses=sample_losses.detach(),
             domain_sums=zeros.index_add(0, index, rearrange(losses.detach(), "b m -> (b m)")),
-            domain_counts=torch.bincount(index, minlength=NUM_DOMAINS),
+            domain_counts=torch.zeros_like(zeros, dtype=index.dtype).index_add(0, index, torch.ones_like(index)),
         )
 
 
