@@ -1,4 +1,4 @@
-"""Small recipes of the real schema, small batches of rendered dancers, and how to look into a network, for all tests."""
+"""Small recipes of the real schema, small batches of rendered dancers, and a look into networks, for all tests."""
 
 import json
 from typing import Any

@@ -40,16 +40,18 @@ def build_objective(recipe: Stage1Recipe | Stage2Recipe, *, device: str = "cpu")
 
     Args:
         recipe: of either stage.
-        device: `"meta"` builds shapes only, from the published configurations where weights are absent.
+        device: where the networks come to lie; `"meta"` builds shapes only, from the published configurations where
+            weights are absent.
 
     Raises:
         MissingInputError: a folder or its weights are not there.
         RecipeError: the networks that the recipe names do not fit together.
     """
-    devices = range(torch.cuda.device_count())
-    with torch.random.fork_rng(devices=devices), torch.device(device):
-        torch.manual_seed(recipe.seed)
+    # random weights are drawn on the CPU whatever the device, so that they are the same everywhere
+    with torch.random.fork_rng(devices=()), torch.device("meta" if device == "meta" else "cpu"):
+        torch.default_generator.manual_seed(recipe.seed)
         objective = _build_stage1(recipe, device) if isinstance(recipe, Stage1Recipe) else _build_stage2(recipe, device)
+    objective.to(device)
     if recipe.sharding.gradient_checkpointing:
         for network in exportable(objective).values():
             if network._supports_gradient_checkpointing:
