@@ -38,11 +38,12 @@ def centred_crop(width: int, height: int, *, to_width: int, to_height: int) -> C
     return Crop(left=0, top=(height - kept) // 2, width=width, height=kept)
 
 
-def find_letterbox(frames: np.ndarray) -> Crop:
+def find_letterbox(frames: np.ndarray, *, where: str = "the video") -> Crop:
     """The part of a video that is not black bars.
 
     Args:
         frames: `(n, H, W, 3)` uint8, taken from the whole length of the video: what is dark in all of them is a bar.
+        where: the video's name, for the error's text.
 
     Raises:
         UserError: hardly anything would be left.
@@ -54,7 +55,7 @@ def find_letterbox(frames: np.ndarray) -> Crop:
     crop = Crop(left=left, top=top, width=width - left - right, height=height - top - bottom)
     if crop.width * crop.height < (1 - MAX_BAR_SHARE) * width * height:
         raise UserError(
-            f"finding black bars would leave {max(crop.width, 0)}x{max(crop.height, 0)} of {width}x{height}; "
+            f"{where}: finding black bars would leave {max(crop.width, 0)}x{max(crop.height, 0)} of {width}x{height}; "
             "give `videos.crop`, or set `videos.crop_letterbox` to false"
         )
     return crop

@@ -255,7 +255,7 @@ def _complete(folder: Path, parts: Sequence[Part], settings: Mapping[str, Any]) 
                     file["basename"] = f"{part.name}.{file['basename']}"
             shards.append(shard)
     if not shards:
-        raise ShardError(f"there are no clips to write into {folder}")
+        raise ShardError(f"there are no clips to write into {folder}; are all shorter than `videos.min_clip_frames`?")
     num_samples = sum(shard["samples"] for shard in shards)
     details = {"schema_version": SCHEMA_VERSION, "num_samples": num_samples, "settings": settings}
     incoming = folder / f".{INDEX_FILE}.incoming"
@@ -268,7 +268,7 @@ def _complete(folder: Path, parts: Sequence[Part], settings: Mapping[str, Any]) 
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name for a file, so that a start after a kill finds its part whole; a copy where links are not possible."""
+    """A second name for a file, so that a start after a kill finds its part whole; a copy where that is not possible."""
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)

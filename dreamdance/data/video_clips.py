@@ -1,0 +1,179 @@
+"""Clips from a folder of videos: `<clip>.rgb.mp4` with aligned `<clip>.pose.mp4`, `.normal.mp4` and `.depth.mp4`.
+
+All videos of a clip are cut in the same places, cropped to the same part and brought to the same size.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+import torch
+
+from dreamdance.data.cropping import Crop, centred_crop, find_letterbox
+from dreamdance.data.shard_writer import ClipRecord
+from dreamdance.data.transforms import pictures_to_tensor, resize_normals, tensor_to_pictures
+from dreamdance.data.video_io import VideoError, VideoInfo, iterate_frames, probe_video, read_frames
+from dreamdance.errors import MissingInputError
+from dreamdance.keyed_random import sample_generator
+from dreamdance.recipe.schema import VideosSource
+
+logger = logging.getLogger(__name__)
+
+MODALITIES = ("rgb", "pose", "normal", "depth")
+LETTERBOX_FRAMES = 16
+Split = Literal["train", "validation"]
+
+
+def find_videos(folder: Path | str) -> list[str]:
+    """The names of the clips that have pictures and a pose, in alphabetical order.
+
+    Raises:
+        MissingInputError: there is none.
+    """
+    folder = Path(folder)
+    names = sorted(path.name.removesuffix(".rgb.mp4") for path in folder.glob("*.rgb.mp4"))
+    usable = [name for name in names if (folder / f"{name}.pose.mp4").is_file()]
+    for name in sorted(set(names) - set(usable)):
+        logger.warning("%s is left out: there is no %s.pose.mp4 beside it", folder / f"{name}.rgb.mp4", name)
+    if not usable:
+        raise MissingInputError(
+            f"no videos in {folder.absolute()}: `videos.folder` needs <clip>.rgb.mp4 with <clip>.pose.mp4 beside it"
+        )
+    return usable
+
+
+def describe_files(folder: Path | str) -> str:
+    """A line that changes when videos are added, removed or replaced by others of another size."""
+    files = sorted(path for path in Path(folder).glob("*.mp4") if path.name.split(".")[-2] in MODALITIES)
+    listing = "\n".join(f"{path.name} {path.stat().st_size}" for path in files)
+    return f"{len(files)} videos, listing {sha256(listing.encode()).hexdigest()[:16]}"
+
+
+def choose_validation(names: list[str], *, fraction: float, seed: int) -> set[str]:
+    """Draws whole videos for validation: the fraction's share, one at least, never all.
+
+    Raises:
+        MissingInputError: too few videos to divide.
+    """
+    if fraction == 0:
+        return set()
+    if len(names) < 2:
+        raise MissingInputError(
+            "one video cannot be divided by clip; set `videos.split_by` to time, or `videos.validation_fraction` to 0"
+        )
+    count = min(max(1, round(fraction * len(names))), len(names) - 1)
+    order = torch.randperm(len(names), generator=sample_generator((seed, 0, 0), "validation videos")).tolist()
+    return {names[index] for index in order[:count]}
+
+
+@dataclass(frozen=True)
+class VideoPart:
+    """The clips that one video gives to one split; called in the worker that writes them."""
+
+    source: VideosSource
+    name: str
+    split: Split
+
+    def __call__(self) -> Iterator[ClipRecord]:
+        """Yields the clips.
+
+        Raises:
+            VideoError: a video cannot be decoded, or is not aligned with the pictures.
+        """
+        videos = self._open_videos()
+        rgb = videos["rgb"]
+        frames = rgb.constant_rate_frames()[:: self.source.frame_stride]
+        pieces = split_frames(frames, self.split, self.source)
+        if not pieces:
+            logger.warning(
+                "%s gives no %s clip: a clip has at least %d frames (`videos.min_clip_frames`)",
+                rgb.path,
+                self.split,
+                self.source.min_clip_frames,
+            )
+            return
+        part = self._find_part(rgb)
+        for number, (first, piece) in enumerate(pieces):
+            pictures = {name: self._read(name, video, piece, part) for name, video in videos.items()}
+            yield ClipRecord(
+                clip_id=f"{self.name}.{self.split}.{number:04d}",
+                fps=rgb.fps / self.source.frame_stride,
+                rgb=pictures["rgb"],
+                pose=pictures["pose"],
+                normal=pictures.get("normal"),
+                depth=pictures.get("depth"),
+                metadata={
+                    "source": f"{self.name}.rgb.mp4",
+                    "first_frame": first,
+                    "crop": [part.left, part.top, part.width, part.height],
+                },
+            )
+
+    def _open_videos(self) -> dict[str, VideoInfo]:
+        paths = {name: Path(self.source.folder) / f"{self.name}.{name}.mp4" for name in MODALITIES}
+        videos = {name: probe_video(path) for name, path in paths.items() if path.is_file()}
+        rgb = videos["rgb"]
+        for video in videos.values():
+            if (video.num_frames, video.width, video.height) != (rgb.num_frames, rgb.width, rgb.height):
+                raise VideoError(
+                    f"{video.path} has {video.num_frames} frames of {video.width}x{video.height}, {rgb.path.name} "
+                    f"{rgb.num_frames} of {rgb.width}x{rgb.height}; the videos of a clip must be aligned"
+                )
+        return videos
+
+    def _find_part(self, rgb: VideoInfo) -> Crop:
+        """The part of the frame that is kept: the recipe's or what is no black bar, then centred to the aspect."""
+        part = Crop(left=0, top=0, width=rgb.width, height=rgb.height)
+        if self.source.crop is not None:
+            part = Crop(*self.source.crop)
+            if part.left + part.width > rgb.width or part.top + part.height > rgb.height:
+                raise VideoError(f"`videos.crop` {list(self.source.crop)} leaves {rgb.path} ({rgb.width}x{rgb.height})")
+        elif self.source.crop_letterbox:
+            spread = np.linspace(0, rgb.num_frames - 1, min(LETTERBOX_FRAMES, rgb.num_frames)).round().astype(int)
+            part = find_letterbox(read_frames(rgb, spread.tolist()), where=str(rgb.path))
+        if self.source.width is not None and self.source.height is not None:
+            centred = centred_crop(part.width, part.height, to_width=self.source.width, to_height=self.source.height)
+            part = centred.within(part)
+        return part
+
+    def _read(self, name: str, video: VideoInfo, frames: list[int], part: Crop) -> np.ndarray:
+        """Frames of one modality, in its stored encoding."""
+        width, height = self.source.width or part.width, self.source.height or part.height
+        cuts = (part.cut(frame) for frame in iterate_frames(video, frames))
+        if name == "normal":
+            return np.concatenate(
+                [tensor_to_pictures(resize_normals(pictures_to_tensor(cut[None]), height, width)) for cut in cuts]
+            )
+        pictures = np.stack([resize_picture(cut, width, height) for cut in cuts])
+        if name == "depth":
+            return pictures.mean(axis=-1, dtype=np.float32).round().astype(np.uint16) * 257
+        return pictures
+
+
+def resize_picture(picture: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Resizes `(H, W, 3)` uint8: by areas when shrinking, so that nothing is skipped; cubic when growing."""
+    if picture.shape[:2] == (height, width):
+        return np.ascontiguousarray(picture)
+    shrinks = height * width < picture.shape[0] * picture.shape[1]
+    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+
+
+def split_frames(frames: list[int], split: Split, source: VideosSource) -> list[tuple[int, list[int]]]:
+    """Cuts a video's frames into clips.
+
+    With `split_by: time` the last `validation_fraction` of the frames is for validation, the rest for training; else
+    all frames belong to the split that the video was drawn for. A rest shorter than `min_clip_frames` is left out.
+
+    Returns:
+        (number of the first frame in the video, frame numbers) of each clip.
+    """
+    if source.split_by == "time":
+        boundary = len(frames) - round(source.validation_fraction * len(frames))
+        frames = frames[:boundary] if split == "train" else frames[boundary:]
+    pieces = [frames[start : start + source.clip_frames] for start in range(0, len(frames), source.clip_frames)]
+    return [(piece[0], piece) for piece in pieces if len(piece) >= source.min_clip_frames]
