@@ -57,9 +57,13 @@ class PinholeCamera:
         )
 
 
+def _as_float64(values: FloatArray) -> NDArray[np.float64]:
+    return np.asarray(values, dtype=np.float64)
+
+
 def angles(first: FloatArray, second: FloatArray) -> NDArray[np.float64]:
     """Degrees between vectors `... 3` of any length; accurate for nearly parallel vectors, where arccos is not."""
-    a, b = np.float64(first), np.float64(second)
+    a, b = _as_float64(first), _as_float64(second)
     cross = np.linalg.norm(np.cross(a, b), axis=-1)
     return np.degrees(np.arctan2(cross, (a * b).sum(axis=-1)))
 
@@ -84,7 +88,7 @@ def align_disparity(prediction: FloatArray, truth: FloatArray) -> tuple[float, f
     Args:
         prediction, truth: flat, the pixels that count. A constant prediction gets scale 0 and the truth's mean.
     """
-    p, t = np.float64(prediction), np.float64(truth)
+    p, t = _as_float64(prediction), _as_float64(truth)
     centred = p - p.mean()
     variance = (centred**2).mean()
     if variance <= np.finfo(np.float64).eps * max(1.0, float((p**2).mean())):
@@ -127,7 +131,7 @@ def depth_error(
         inside = mask[part]
         if not inside.any():
             continue
-        p, t = np.float64(prediction[part][inside]), np.float64(truth[part][inside])
+        p, t = _as_float64(prediction[part][inside]), _as_float64(truth[part][inside])
         scale, shift = align_disparity(p, t)
         aligned = np.maximum(scale * p + shift, min_disparity)
         relative.append(np.abs(t / aligned - 1.0))
@@ -147,8 +151,8 @@ def normals_from_depth(depth: FloatArray, camera: PinholeCamera) -> NDArray[np.f
     Returns:
         `... H W 3`, facing the camera; the outermost pixels take one-sided differences.
     """
-    z = np.float64(depth)
-    height, width = z.shape[-2:]
+    z = _as_float64(depth)
+    height, width = z.shape[-2], z.shape[-1]
     rows, columns = np.mgrid[:height, :width]
     points = np.stack(
         [(columns - camera.centre_x) / camera.focal_x * z, -(rows - camera.centre_y) / camera.focal_y * z, -z], axis=-1

@@ -4,6 +4,8 @@ The true metrics bear their plain names. The numbers of the TikTok benchmark's l
 (PAPER.md, "the metric trap"); what repeats that code exactly says `disco` in its name and is no measure of quality.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as functional
@@ -26,7 +28,7 @@ def l1(prediction: FloatArray, truth: FloatArray, mask: MaskArray | None = None)
         mask: `f H W`, True where pixels count. NaN is returned where none does.
     """
     _check_frames(prediction, truth, mask)
-    return _mean_inside(np.abs(np.float64(prediction) - np.float64(truth)), mask)
+    return _mean_inside(np.abs(_as_float64(prediction) - _as_float64(truth)), mask)
 
 
 def psnr(prediction: FloatArray, truth: FloatArray, mask: MaskArray | None = None) -> float:
@@ -40,7 +42,7 @@ def psnr(prediction: FloatArray, truth: FloatArray, mask: MaskArray | None = Non
         10 log10(1 / mean squared error); identical frames count `IDENTICAL_FRAMES_PSNR`.
     """
     _check_frames(prediction, truth, mask)
-    squares = (np.float64(prediction) - np.float64(truth)) ** 2
+    squares = (_as_float64(prediction) - _as_float64(truth)) ** 2
     errors = [_mean_inside(squares[i], None if mask is None else mask[i]) for i in range(len(squares))]
     values = [_decibel(1.0 / error) if error > 0 else IDENTICAL_FRAMES_PSNR for error in errors if not np.isnan(error)]
     return float(np.mean(values)) if values else float("nan")
@@ -54,7 +56,7 @@ def ssim(prediction: FloatArray, truth: FloatArray, mask: MaskArray | None = Non
         mask: `f H W`: the mean is taken over windows whose centre counts. NaN where none does.
     """
     _check_frames(prediction, truth, mask)
-    similarity = _ssim_map(np.float64(prediction), np.float64(truth), data_range=1.0)
+    similarity = _ssim_map(_as_float64(prediction), _as_float64(truth), data_range=1.0)
     rim = SSIM_WINDOW // 2
     return _mean_inside(similarity, None if mask is None else mask[:, rim:-rim, rim:-rim])
 
@@ -69,7 +71,7 @@ def l1_disco(prediction: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:
     """
     _check_bytes(prediction, truth)
     height, width = truth.shape[1:3]
-    return float(np.abs(np.float64(prediction) - np.float64(truth)).mean() / (height * width))
+    return float(np.abs(_as_float64(prediction) - _as_float64(truth)).mean() / (height * width))
 
 
 def psnr_disco_overflow(prediction: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:
@@ -95,14 +97,18 @@ def ssim_disco(prediction: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float
     """
     _check_bytes(prediction, truth)
     grey = [rearrange(_grey_bytes(frames), "f H W -> f H W 1") for frames in (prediction, truth)]
-    return float(_ssim_map(*(np.float64(frames) for frames in grey), data_range=255.0).mean())
+    return float(_ssim_map(*(_as_float64(frames) for frames in grey), data_range=255.0).mean())
 
 
 def mean_colour(frames: FloatArray, mask: MaskArray | None = None) -> NDArray[np.float64]:
     """Mean colour `c` of `f H W c` frames, inside the mask `f H W` where it has any pixel."""
     if mask is not None and mask.any():
-        return np.float64(frames)[mask].mean(axis=0)
-    return reduce(np.float64(frames), "f H W c -> c", "mean")
+        return _as_float64(frames)[mask].mean(axis=0)
+    return reduce(_as_float64(frames), "f H W c -> c", "mean")
+
+
+def _as_float64(values: NDArray[Any]) -> NDArray[np.float64]:
+    return np.asarray(values, dtype=np.float64)
 
 
 def _decibel(ratio: float) -> float:

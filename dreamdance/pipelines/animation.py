@@ -241,12 +241,13 @@ class AnimationPipeline(SamplingPipeline):
                 torch.cat([condition.added_time_ids for condition in conditions]),
             )
             copies = len(conditions)
-            predictions = self._denoise(
+            both = self._denoise(
                 repeat(scaled, "b ... -> (g b) ...", g=copies),
                 timestep,
                 repeat(control_features, "b ... -> (g b) ...", g=copies),
                 merged,
-            ).chunk(copies)
+            )
+            predictions = list(both.chunk(copies))
         if len(conditions) == 1:
             return predictions[0]
         unconditional, conditional = predictions

@@ -1,7 +1,7 @@
 """Both stages in one: a reference image and a pose sequence to frames, normals and depths (Eq. 2)."""
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self, cast
 
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
@@ -25,9 +25,7 @@ from dreamdance.pipelines.outputs import (
     Picture,
     Video,
     check_output_type,
-    clip_tensor,
     frames_output,
-    image_tensor,
     normals_output,
 )
 from dreamdance.pipelines.sampling import Generators, SamplingPipeline, StepCallback
@@ -130,21 +128,19 @@ class DreamDancePipeline(SamplingPipeline):
         """Animates the reference by the poses.
 
         Args:
-            image, poses, height, width, geometry_height, geometry_width: as in the two pipelines.
+            image, poses, sizes, windows, decode_chunk_size, sequential_guidance: as in the two pipelines.
             fps, motion_bucket, noise_augmentation, guidance_scale: of stage 2; a guidance scale of 1 is none.
             guidance_scales: of stage 1, for rgb, normal, depth (Eq. 6); 0 is no guidance.
             num_inference_steps, geometry_num_inference_steps: of stage 2, and of stage 1 where it takes other ones.
-            window_frames, window_overlap, sequential_guidance, decode_chunk_size: as in the two stages.
             generator: one, or one for each clip; stage 1 draws from it first.
-            output_type, return_dict: `pil`, `np` or `pt`; False returns (frames, normals, depths).
-            callback_on_step_end: called in both stages.
+            output_type: `pil`, `np` or `pt`.
+            return_dict: False returns (frames, normals, depths).
 
         Raises:
             ValueError: see the two stages.
         """
         check_output_type(output_type, accepted=("pil", "np", "pt"))
-        reference, drawings = image_tensor(image), clip_tensor(poses, "poses")
-        shared = {
+        shared: dict[str, Any] = {
             "window_frames": window_frames,
             "window_overlap": window_overlap,
             "sequential_guidance": sequential_guidance,
@@ -152,21 +148,23 @@ class DreamDancePipeline(SamplingPipeline):
             "generator": generator,
             "callback_on_step_end": callback_on_step_end,
             "output_type": "pt",
+            "return_dict": False,
         }
-        geometry = self.geometry(
-            reference,
-            drawings,
+        stage1 = self.geometry(
+            image,
+            poses,
             height=geometry_height,
             width=geometry_width,
             num_inference_steps=geometry_num_inference_steps or num_inference_steps,
             guidance_scales=guidance_scales,
             **shared,
         )
-        animation = self.animation(
-            reference,
-            drawings,
-            encode_normals(geometry.normals),
-            geometry.depths,
+        normals, depths, _ = cast(tuple[Tensor, Tensor, Tensor], stage1)
+        stage2 = self.animation(
+            image,
+            poses,
+            encode_normals(normals),
+            depths,
             height=height,
             width=width,
             fps=fps,
@@ -177,8 +175,8 @@ class DreamDancePipeline(SamplingPipeline):
             **shared,
         )
         output = DreamDanceOutput(
-            frames=frames_output(animation.frames, output_type),
-            normals=normals_output(geometry.normals, output_type),
-            depths=frames_output(geometry.depths, output_type),
+            frames=frames_output(cast(Tensor, stage2[0]), output_type),
+            normals=normals_output(normals, output_type),
+            depths=frames_output(depths, output_type),
         )
         return output if return_dict else (output.frames, output.normals, output.depths)

@@ -216,12 +216,13 @@ class GeometryPipeline(SamplingPipeline):
                 },
             )
             copies = len(references)
-            predictions = self._denoise(
+            both = self._denoise(
                 repeat(latents, "b ... -> (g b) ...", g=copies),
                 timestep,
                 repeat(pose_features, "b ... -> (g b) ...", g=copies),
                 merged,
-            ).chunk(copies)
+            )
+            predictions = list(both.chunk(copies))
         if len(references) == 1:
             guided = predictions[0]
         else:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -106,7 +107,7 @@ def clip_tensor(frames: Video | Sequence[Video] | Tensor, name: str) -> Tensor:
     if not isinstance(frames, Tensor):
         if not frames:
             raise ValueError(f"{name} is empty: at least one frame is needed")
-        clips = [frames] if isinstance(frames[0], Image.Image) else frames
+        clips = cast(Sequence[Video], [frames] if isinstance(frames[0], Image.Image) else frames)
         return torch.stack([torch.stack([_picture_tensor(picture) for picture in clip]) for clip in clips])
     if frames.ndim == 4:
         frames = rearrange(frames, "f c H W -> 1 f c H W")

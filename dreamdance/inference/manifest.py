@@ -1,0 +1,172 @@
+"""The manifest of a batch: one JSON object per line, checked as a whole before anything runs.
+
+What is wrong with the manifest itself stops the run, all problems at once. What is wrong with a file that an entry
+names (missing, damaged) is that entry's failure, not the others'.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+from dreamdance.errors import ManifestError
+
+MAX_MANIFEST_BYTES = 1 << 28
+MAX_SEED = (1 << 63) - 1
+ID_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
+
+REQUIRED_FIELDS = ("id", "image")
+PATH_FIELDS = ("image", "pose", "keypoints", "reference_keypoints")
+FIELDS = (*REQUIRED_FIELDS, "pose", "keypoints", "seed", "align", "fps", "reference_keypoints", "reference_frame")
+
+
+@dataclass(frozen=True)
+class ManifestEntry:
+    """One pair of a reference image and a pose sequence.
+
+    Attributes:
+        id: name of the result's folder, unique.
+        image: the reference picture.
+        pose: video of pose drawings, or None.
+        keypoints: key-point file (`data.keypoints`), or None; one of the two is given.
+        seed: of the noise, together with the id.
+        align: rescale the driving skeleton to the reference's body.
+        reference_keypoints: key-point file of the reference picture; its first frame is read.
+        fps: frames per second, if not the sequence's own.
+        reference_frame: number of the reference among the frames of the clip it was taken from, for the evaluation.
+        line: in the manifest, for messages.
+    """
+
+    id: str
+    image: Path
+    pose: Path | None = None
+    keypoints: Path | None = None
+    seed: int = 0
+    align: bool = False
+    reference_keypoints: Path | None = None
+    fps: float | None = None
+    reference_frame: int | None = None
+    line: int = field(default=0, compare=False)
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Every file that the result depends on, by its field."""
+        named = {name: getattr(self, name) for name in PATH_FIELDS}
+        if not self.align:
+            named.pop("reference_keypoints")
+        return {name: path for name, path in named.items() if path is not None}
+
+
+def read_manifest(path: Path, *, default_seed: int = 0) -> list[ManifestEntry]:
+    """Reads and checks a manifest.
+
+    Args:
+        path: JSON lines; empty lines are skipped. Paths in it are relative to its folder.
+        default_seed: for entries that name none.
+
+    Raises:
+        ManifestError: the file cannot be read, or anything in it is wrong; all problems are named with their lines.
+    """
+    entries: list[ManifestEntry] = []
+    problems: list[str] = []
+    first_lines: dict[str, int] = {}
+    for number, text in _lines(path):
+        found, values = _check_line(text)
+        name = values.get("id")
+        if isinstance(name, str) and not found:
+            if name in first_lines:
+                found.append(f"id '{name}' is that of line {first_lines[name]} already; ids must be unique")
+            first_lines.setdefault(name, number)
+        problems += [f"{path}:{number}: {problem}" for problem in found]
+        if not found:
+            entries.append(_make_entry(values, path.parent, number, default_seed))
+    if problems:
+        raise ManifestError("\n".join(problems))
+    if not entries:
+        raise ManifestError(f"{path} has no entries; one JSON object per line is needed, with {_listed(FIELDS)}")
+    return entries
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise ManifestError(f"manifest {path} is larger than {MAX_MANIFEST_BYTES} bytes")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ManifestError(f"manifest {path} cannot be read: {error.strerror} (key: manifest)") from error
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"manifest {path} is not UTF-8 text: {error}") from error
+    return ((number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip())
+
+
+def _check_line(text: str) -> tuple[list[str], dict[str, Any]]:
+    """Problems of one line, and its values."""
+    try:
+        values = json.loads(text, object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError) as error:
+        return [f"not valid JSON: {error}"], {}
+    if not isinstance(values, dict):
+        return [f"must be a JSON object, not {type(values).__name__}"], {}
+    problems = []
+    for name in values:
+        if name not in FIELDS:
+            near = difflib.get_close_matches(name, FIELDS, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known are {_listed(FIELDS)}"
+            problems.append(f"unknown field '{name}'; {hint}")
+    problems += [f"'{name}' is missing" for name in REQUIRED_FIELDS if name not in values]
+    problems += [problem for name, value in values.items() for problem in _check_value(name, value)]
+    if ("pose" in values) == ("keypoints" in values):
+        problems.append("exactly one of 'pose' (a video) and 'keypoints' (a key-point file) must be given")
+    if values.get("align") is True:
+        if "pose" in values:
+            problems.append("'align' needs 'keypoints': a pose video is drawn already and cannot be rescaled")
+        if "reference_keypoints" not in values:
+            problems.append("'align' needs 'reference_keypoints', a key-point file of the reference image")
+    return problems, values
+
+
+def _check_value(name: str, value: Any) -> Iterator[str]:
+    """What is wrong with the value of one known field."""
+    is_integer = type(value) is int
+    match name:
+        case "id" if not isinstance(value, str) or not ID_PATTERN.fullmatch(value):
+            yield f"id {value!r} must be 1 to 200 letters, digits, '.', '_' or '-', and not begin with '.' or '-'"
+        case "seed" if not is_integer or not 0 <= value <= MAX_SEED:
+            yield f"seed {value!r} must be a whole number from 0 to {MAX_SEED}"
+        case "reference_frame" if not is_integer or value < 0:
+            yield f"reference_frame {value!r} must be a whole number from 0"
+        case "align" if type(value) is not bool:
+            yield f"align {value!r} must be true or false"
+        case "fps" if (not is_integer and type(value) is not float) or not 0 < value <= 1000:
+            yield f"fps {value!r} must be a number above 0, at most 1000"
+        case _ if name in PATH_FIELDS:
+            yield from _check_path(name, value)
+
+
+def _check_path(name: str, value: Any) -> Iterator[str]:
+    if not isinstance(value, str) or not value or "\0" in value:
+        yield f"{name} {value!r} must be a path"
+    elif PurePath(value).is_absolute() or ".." in PurePath(value).parts:
+        yield f"{name} '{value}' must lie in the manifest's folder or below: relative, without '..'"
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"field '{repeated}' is given twice")
+    return values
+
+
+def _make_entry(values: dict[str, Any], folder: Path, line: int, default_seed: int) -> ManifestEntry:
+    paths = {name: folder / values[name] for name in PATH_FIELDS if name in values}
+    others = {name: value for name, value in values.items() if name not in PATH_FIELDS}
+    return ManifestEntry(**{"seed": default_seed, **others, **paths}, line=line)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names)

@@ -1,0 +1,200 @@
+"""The manifest is checked as a whole, and names what it refuses; a driving skeleton is fitted to another body."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dreamdance.data.keypoints import NUM_KEYPOINTS, KeypointSequence
+from dreamdance.errors import ManifestError
+from dreamdance.inference.align import AlignmentError, align_keypoints
+from dreamdance.inference.manifest import ManifestEntry, read_manifest
+
+
+def write(tmp_path, *lines):
+    path = tmp_path / "manifest.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return path
+
+
+def entry(**changes):
+    values = {"id": "a", "image": "a.png", "keypoints": "a.json", **changes}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def problems(tmp_path, *lines) -> str:
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(write(tmp_path, *lines))
+    return str(caught.value)
+
+
+def test_an_entry_is_read_with_its_paths_beside_the_manifest(tmp_path):
+    full = entry(
+        id="clip_1.b",
+        align=True,
+        reference_keypoints="r.json",
+        seed=7,
+        fps=25,
+        reference_frame=3,
+        image="examples/clip/reference.png",
+    )
+    (read,) = read_manifest(write(tmp_path, full))
+    assert read == ManifestEntry(
+        id="clip_1.b",
+        image=tmp_path / "examples/clip/reference.png",
+        keypoints=tmp_path / "a.json",
+        seed=7,
+        align=True,
+        reference_keypoints=tmp_path / "r.json",
+        fps=25,
+        reference_frame=3,
+    )
+    assert set(read.files) == {"image", "keypoints", "reference_keypoints"}
+
+
+def test_what_is_left_out_has_defaults_and_blank_lines_are_skipped(tmp_path):
+    path = write(tmp_path, entry(), "", "   ", entry(id="b", keypoints=None, pose="b.mp4"))
+    first, second = read_manifest(path, default_seed=5)
+    assert (first.seed, first.align, first.fps, first.reference_frame) == (5, False, None, None)
+    assert (second.pose, second.keypoints, second.line) == (tmp_path / "b.mp4", None, 4)
+
+
+def test_reference_keypoints_are_no_input_of_an_entry_that_is_not_aligned(tmp_path):
+    (read,) = read_manifest(write(tmp_path, entry(reference_keypoints="r.json")))
+    assert set(read.files) == {"image", "keypoints"}
+
+
+@pytest.mark.parametrize(
+    "bad_id", ["", ".", "..", "a/b", "a\\b", "../a", ".hidden", "-rf", "a b", "a\n", "x" * 201, 7, None]
+)
+def test_ids_that_are_no_plain_folder_names_are_refused(tmp_path, bad_id):
+    line = {"id": bad_id, "image": "a.png", "keypoints": "a.json"}
+    assert "must be 1 to 200 letters" in problems(tmp_path, line)
+
+
+@pytest.mark.parametrize("name", ["image", "keypoints", "reference_keypoints"])
+@pytest.mark.parametrize("path", ["../secret.png", "a/../../b", "/etc/passwd", "", "a\0b", 3])
+def test_paths_that_climb_out_are_refused(tmp_path, name, path):
+    assert name in problems(tmp_path, entry(**{name: path}))
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ({"imgae": "a.png"}, "unknown field 'imgae'; did you mean 'image'?"),
+        ({"prompt": "dance"}, "unknown field 'prompt'; known are id, image"),
+        ({"keypoints": None}, "exactly one of 'pose' (a video) and 'keypoints'"),
+        ({"pose": "a.mp4"}, "exactly one of 'pose' (a video) and 'keypoints'"),
+        ({"image": None}, "'image' is missing"),
+        ({"seed": -1}, "seed -1"),
+        ({"seed": 1.0}, "seed 1.0"),
+        ({"seed": True}, "seed True"),
+        ({"seed": 1 << 63}, "seed 9223372036854775808"),
+        ({"align": 1}, "align 1 must be true or false"),
+        ({"align": True}, "needs 'reference_keypoints'"),
+        ({"align": True, "pose": "a.mp4", "keypoints": None}, "a pose video is drawn already"),
+        ({"fps": 0}, "fps 0"),
+        ({"fps": "8"}, "fps '8'"),
+        ({"reference_frame": -1}, "reference_frame -1"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_accepted(tmp_path, line, named):
+    text = problems(tmp_path, entry(**line))
+    assert named in text
+    assert "manifest.jsonl:1:" in text
+
+
+def test_all_problems_are_reported_at_once_with_their_lines(tmp_path):
+    text = problems(
+        tmp_path,
+        entry(),
+        "{broken",
+        entry(),
+        '["a list"]',
+        entry(id="b", seed="x", fps=-1),
+        '{"id": "c", "id": "d", "image": "a.png", "keypoints": "a.json"}',
+    )
+    found = text.splitlines()
+    assert [line.split(": ")[0].rsplit(":", 1)[1] for line in found] == ["2", "3", "4", "5", "5", "6"]
+    assert "is that of line 1 already" in text
+    assert "field 'id' is given twice" in text
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff\xfe", b"[" * 100_000])
+def test_a_manifest_that_holds_nothing_usable_is_refused(tmp_path, content):
+    path = tmp_path / "manifest.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ManifestError, match="manifest"):
+        read_manifest(path)
+
+
+def test_a_missing_manifest_is_named(tmp_path):
+    with pytest.raises(ManifestError, match=r"nowhere\.jsonl cannot be read"):
+        read_manifest(tmp_path / "nowhere.jsonl")
+
+
+# ------------------------------------------------------------------------------------------- align
+
+
+def person(num_frames: int = 6, seed: int = 0) -> KeypointSequence:
+    """A standing person whose arms move at random, in a frame of 200x300 pixels."""
+    generator = np.random.default_rng(seed)
+    keypoints = np.zeros((num_frames, NUM_KEYPOINTS, 3), dtype=np.float32)
+    heights = [.2, .3, .3, .42, .5, .3, .42, .5, .55, .7, .85, .55, .7, .85, .18, .18, .19, .19]  # fmt: skip
+    columns = [.5, .5, .42, .38, .36, .58, .62, .64, .45, .45, .45, .55, .55, .55, .48, .52, .46, .54]  # fmt: skip
+    keypoints[:, :18, 0], keypoints[:, :18, 1] = columns, heights
+    keypoints[:, 18:, :2] = generator.uniform(0.3, 0.7, (NUM_KEYPOINTS - 18, 2))
+    for joint in (3, 4, 6, 7):
+        keypoints[:, joint, :2] += generator.normal(0, 0.05, (num_frames, 2))
+    keypoints[..., 2] = 1.0
+    return KeypointSequence(keypoints, width=200, height=300, fps=8.0)
+
+
+def moved(
+    sequence: KeypointSequence, scale: float, shift: tuple[float, float], size: tuple[int, int]
+) -> KeypointSequence:
+    """The same person seen at another scale and place in a frame of another size, in pixels."""
+    points = sequence.keypoints.astype(np.float64)
+    points[..., :2] = (points[..., :2] * [sequence.width, sequence.height] * scale + shift) / size
+    return KeypointSequence(points.astype(np.float32), *size, fps=sequence.fps)
+
+
+def test_a_sequence_is_fitted_exactly_to_the_same_body_at_another_scale_and_place():
+    driving = person()
+    reference = moved(driving, 0.6, (35.0, 80.0), (256, 384))
+    np.testing.assert_allclose(align_keypoints(driving, reference), reference.keypoints, atol=1e-6)
+
+
+def test_a_person_that_fits_already_is_left_where_it_is():
+    driving = person()
+    np.testing.assert_allclose(align_keypoints(driving, driving), driving.keypoints, atol=1e-6)
+
+
+def test_movement_survives_and_does_not_shrink_the_scale():
+    driving = person()
+    bouncing = driving.keypoints.copy()
+    bounce = 0.1 * np.sin(np.linspace(0, 2 * np.pi, len(bouncing), endpoint=False)).astype(np.float32)
+    bouncing[..., 1] += bounce[:, None]
+    aligned = align_keypoints(KeypointSequence(bouncing, 200, 300, 8.0), moved(driving, 0.5, (0, 0), (200, 300)))
+    np.testing.assert_allclose(aligned[:, 1, 1] - aligned[:, 1, 1].mean(), 0.5 * bounce, atol=1e-6)
+
+
+def test_points_that_are_not_seen_do_not_count():
+    driving = person()
+    reference = moved(driving, 0.6, (35.0, 80.0), (256, 384))
+    broken = reference.keypoints.copy()
+    broken[:, [9, 10, 12, 13]] = [9.0, -7.0, 0.1]
+    aligned = align_keypoints(driving, KeypointSequence(broken, 256, 384, 8.0))
+    np.testing.assert_allclose(aligned, reference.keypoints, atol=1e-6)
+
+
+def test_a_body_that_cannot_be_compared_is_refused():
+    driving = person()
+    unseen = driving.keypoints.copy()
+    unseen[..., 2] = 0.0
+    with pytest.raises(AlignmentError, match="only 0 body joints"):
+        align_keypoints(driving, KeypointSequence(unseen, 200, 300, 8.0))
+    upside_down = driving.keypoints.copy()
+    upside_down[..., 1] = 1 - upside_down[..., 1]
+    with pytest.raises(AlignmentError, match="scaled by -"):
+        align_keypoints(driving, KeypointSequence(upside_down, 200, 300, 8.0))
