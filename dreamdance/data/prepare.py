@@ -192,6 +192,7 @@ def write_examples(output: Path) -> int:
             "seed": number,
             "align": False,
             "fps": clip.fps,
+            "reference_frame": clip.num_frames - 1,
         }
         lines.append(json.dumps(entry) + "\n")
     incoming = output / f".{MANIFEST_FILE}.incoming"
