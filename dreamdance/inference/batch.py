@@ -1,0 +1,302 @@
+"""The `animate` task: every entry of a manifest, split over the ranks; what is done is skipped, what fails is told.
+
+Ranks share nothing but the manifest and the output folder; the noise of an entry depends on its seed and id alone, so
+that neither the number of ranks nor a restart changes a result.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed import TCPStore
+
+from dreamdance.data.transforms import encode_normals
+from dreamdance.errors import MissingInputError, RecipeError, UserError
+from dreamdance.inference.inputs import EntryInputs, Size, hash_file, hash_files, load_inputs
+from dreamdance.inference.manifest import ManifestEntry, read_manifest
+from dreamdance.inference.results import ClipResult, installed_versions, is_done, write_result
+from dreamdance.keyed_random import sample_generator
+from dreamdance.pipelines import AnimationPipeline, GeometryPipeline
+from dreamdance.ranks import Ranks
+from dreamdance.recipe.schema import AnimateRecipe
+from dreamdance.run_layout import ProgressLog, newest_export
+
+logger = logging.getLogger(__name__)
+
+FAILURES_FILE = "failures.json"
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class AnimateError(UserError):
+    """Some entries of the manifest failed; the text lists them with the reasons."""
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The loaded pipelines, on this rank's device.
+
+    Attributes:
+        geometry: stage 1, or None where the recipe names none.
+        animation: stage 2.
+        weights: stage -> sha256 over the export's files.
+        exports: stage -> its folder.
+    """
+
+    geometry: GeometryPipeline | None
+    animation: AnimationPipeline
+    weights: dict[str, str]
+    exports: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An entry that could not be animated."""
+
+    id: str
+    line: int
+    reason: str
+
+
+def animate(recipe: AnimateRecipe, run_folder: Path) -> None:
+    """Animates all entries of a recipe's manifest.
+
+    Args:
+        recipe: names the manifest, the output folder and the two trained runs.
+        run_folder: for the progress log; trained runs are found beside it.
+
+    Raises:
+        ManifestError: the manifest is wrong; nothing was animated.
+        MissingInputError: a run or its export is not there.
+        AnimateError: on the main rank, when all entries are through, if some failed.
+    """
+    ranks = Ranks.from_environment()
+    entries = read_manifest(Path(recipe.manifest), default_seed=recipe.seed)
+    meeting = open_meeting(ranks, timeout_minutes=recipe.cluster.time_minutes)
+    stages = load_stages(recipe, run_folder, ranks.device)
+    failures = animate_entries(entries[ranks.rank :: ranks.world_size], recipe, stages, run_folder, ranks)
+    failures = gather_failures(failures, meeting, ranks)
+    if ranks.is_main:
+        report_failures(failures, Path(recipe.output), num_entries=len(entries))
+
+
+def animate_entries(
+    entries: Sequence[ManifestEntry], recipe: AnimateRecipe, stages: Stages, run_folder: Path, ranks: Ranks
+) -> list[Failure]:
+    """Animates this rank's share, one entry after the other; a bad one does not stop the others."""
+    progress = ProgressLog(run_folder) if ranks.is_main else None
+    whose = f" of rank 0 of {ranks.world_size}" if ranks.world_size > 1 else ""
+    failures = []
+    for number, entry in enumerate(entries):
+        if progress is not None:
+            progress.write(done=number, total=len(entries), unit="clips", message=f"animating {entry.id}{whose}")
+        try:
+            animate_entry(entry, recipe, stages)
+        except (UserError, torch.OutOfMemoryError) as error:
+            logger.error("entry '%s' (line %d) failed: %s", entry.id, entry.line, error)
+            failures.append(Failure(entry.id, entry.line, str(error)))
+    if progress is not None:
+        progress.write(done=len(entries), total=len(entries), unit="clips", message=f"finished the clips{whose}")
+    return failures
+
+
+def animate_entry(entry: ManifestEntry, recipe: AnimateRecipe, stages: Stages) -> None:
+    """Animates one entry and writes its result, unless exactly this was done before.
+
+    Raises:
+        UserError: its inputs cannot be used.
+    """
+    folder = Path(recipe.output) / entry.id
+    request = describe_request(entry, recipe, stages)
+    if is_done(folder, request):
+        logger.info("skipped '%s': %s holds its result", entry.id, folder)
+        return
+    started = time.monotonic()
+    frame_size = Size(recipe.width, recipe.height)
+    map_size = Size(recipe.geometry_width, recipe.geometry_height)
+    inputs = load_inputs(entry, aspect=frame_size, pose_sizes={frame_size, map_size})
+    result = run_stages(entry, inputs, recipe, stages)
+    details = {
+        "id": entry.id,
+        "files": {name: str(path) for name, path in entry.files.items()},
+        "exports": stages.exports,
+        "reference_frame": entry.reference_frame,
+        "seconds": round(time.monotonic() - started, 3),
+        "device": str(stages.animation.device),
+        "versions": installed_versions(),
+    }
+    write_result(folder, result, request=request, details=details)
+    logger.info("animated '%s': %d frames in %.1f s", entry.id, len(result.frames), details["seconds"])
+
+
+def describe_request(entry: ManifestEntry, recipe: AnimateRecipe, stages: Stages) -> dict[str, Any]:
+    """Everything that a result depends on: two equal requests have equal results."""
+    settings = ("geometry_width", "geometry_height", "width", "height", "precision")
+    return {
+        "inputs": hash_files(entry),
+        "seed": entry.seed,
+        "align": entry.align,
+        "fps": entry.fps,
+        "weights": stages.weights,
+        **{name: getattr(recipe, name) for name in settings},
+        "geometry": recipe.geometry.model_dump(mode="json") if stages.geometry is not None else None,
+        "animation": recipe.animation.model_dump(mode="json"),
+    }
+
+
+def run_stages(entry: ManifestEntry, inputs: EntryInputs, recipe: AnimateRecipe, stages: Stages) -> ClipResult:
+    """Runs both pipelines on one entry; stage 1's noise is drawn first, from the same generator."""
+    generator = sample_generator((entry.seed, 0, _number_of(entry.id)), "animate")
+    poses = inputs.poses[Size(recipe.width, recipe.height)]
+    normals = depths = None
+    if stages.geometry is not None:
+        sampling = recipe.geometry
+        scales = sampling.guidance_scales
+        normals, depths, _ = cast(
+            tuple[Tensor, Tensor, Tensor],
+            stages.geometry(
+                inputs.reference,
+                inputs.poses[Size(recipe.geometry_width, recipe.geometry_height)],
+                height=recipe.geometry_height,
+                width=recipe.geometry_width,
+                guidance_scales=(scales.rgb, scales.normal, scales.depth),
+                **sampling.model_dump(exclude={"guidance_scales"}),
+                generator=generator,
+                output_type="pt",
+                return_dict=False,
+            ),
+        )
+    (frames,) = cast(
+        tuple[Tensor],
+        stages.animation(
+            inputs.reference,
+            poses,
+            None if normals is None else encode_normals(normals),
+            depths,
+            height=recipe.height,
+            width=recipe.width,
+            fps=inputs.fps,
+            **recipe.animation.model_dump(),
+            generator=generator,
+            output_type="pt",
+            return_dict=False,
+        ),
+    )
+    return ClipResult(
+        reference=inputs.reference,
+        poses=poses,
+        frames=frames[0],
+        normals=None if normals is None else normals[0],
+        depths=None if depths is None else depths[0],
+        fps=inputs.fps,
+    )
+
+
+def load_stages(recipe: AnimateRecipe, run_folder: Path, device: torch.device) -> Stages:
+    """Loads the newest exports of the runs that the recipe names, or exports given as folders.
+
+    Raises:
+        MissingInputError: there is no such export.
+        RecipeError: stage 2 reads maps that nobody makes.
+    """
+    dtype = PRECISIONS[recipe.precision]
+    animation_folder = find_export(recipe.animation_from, run_folder, key="animation_from")
+    animation = AnimationPipeline.from_pretrained(animation_folder, torch_dtype=dtype).to(device)
+    exports, pipelines = {"animation": animation_folder}, [animation]
+    geometry = None
+    if recipe.geometry_from is not None:
+        exports["geometry"] = find_export(recipe.geometry_from, run_folder, key="geometry_from")
+        geometry = GeometryPipeline.from_pretrained(exports["geometry"], torch_dtype=dtype).to(device)
+        pipelines.append(geometry)
+    elif set(animation.controls) != {"pose"}:
+        raise RecipeError(
+            f"{animation_folder} was trained to read {', '.join(animation.controls)}: give geometry_from, the run or "
+            "export of stage 1 which makes normal and depth maps"
+        )
+    for pipeline in pipelines:
+        pipeline.set_progress_bar_config(disable=True)
+    weights = {stage: hash_export(folder) for stage, folder in exports.items()}
+    for stage, folder in exports.items():
+        logger.info("%s: %s in %s on %s", stage, folder, recipe.precision, device)
+    return Stages(geometry, animation, weights, {stage: str(folder) for stage, folder in exports.items()})
+
+
+def find_export(name: str, run_folder: Path, *, key: str) -> Path:
+    """The folder of an export: `name` itself if it is one, else the newest of the run of that name.
+
+    Raises:
+        MissingInputError: neither is there.
+    """
+    if (Path(name) / "model_index.json").is_file():
+        return Path(name)
+    try:
+        return newest_export(run_folder.parent / name)
+    except MissingInputError as error:
+        raise MissingInputError(f"{key}: {error}") from error
+
+
+def hash_export(folder: Path) -> str:
+    """One sha256 over the names and contents of an export's files."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listing = [f"{path.relative_to(folder).as_posix()} {hash_file(path)}" for path in files]
+    return hashlib.sha256("\n".join(listing).encode()).hexdigest()
+
+
+def open_meeting(ranks: Ranks, *, timeout_minutes: int) -> TCPStore | None:
+    """Where the ranks tell the main one how they fared; None for a single rank. No collectives: shares are uneven."""
+    if ranks.world_size == 1:
+        return None
+    return TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=ranks.is_main,
+        timeout=timedelta(minutes=timeout_minutes),
+        wait_for_workers=False,
+    )
+
+
+def gather_failures(failures: list[Failure], meeting: TCPStore | None, ranks: Ranks) -> list[Failure]:
+    """On the main rank, the failures of all, after all have finished; on the others their own.
+
+    A rank with failures must not end early and with an error: the launcher would stop those still at work.
+    """
+    if meeting is None:
+        return failures
+    meeting.set(f"failures/{ranks.rank}", json.dumps([asdict(failure) for failure in failures]))
+    if not ranks.is_main:
+        return failures
+    told = [json.loads(meeting.get(f"failures/{rank}")) for rank in range(ranks.world_size)]
+    return sorted((Failure(**failure) for share in told for failure in share), key=lambda failure: failure.line)
+
+
+def report_failures(failures: Sequence[Failure], output: Path, *, num_entries: int) -> None:
+    """Writes `failures.json` (removes an older one where all went well) and raises if there are any.
+
+    Raises:
+        AnimateError: naming each failed entry and the reason.
+    """
+    path = output / FAILURES_FILE
+    if not failures:
+        path.unlink(missing_ok=True)
+        logger.info("all %d entries are in %s", num_entries, output)
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([asdict(failure) for failure in failures], indent=2) + "\n", encoding="utf-8")
+    listed = "\n".join(f"  {failure.id} (line {failure.line}): {failure.reason}" for failure in failures)
+    raise AnimateError(
+        f"{len(failures)} of {num_entries} entries failed, the others are in {output} (see {path}); the same command "
+        f"tries these again:\n{listed}"
+    )
+
+
+def _number_of(entry_id: str) -> int:
+    """A number that belongs to an id, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(entry_id.encode(), digest_size=8).digest(), "little")

@@ -1,0 +1,144 @@
+"""Loads what an entry of a manifest names: the reference picture and the pose drawings, hashed and cut to size."""
+
+import hashlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from dreamdance.data.cropping import centred_crop
+from dreamdance.data.keypoints import KeypointSequence, read_keypoint_file
+from dreamdance.data.pose_drawing import draw_pose
+from dreamdance.data.transforms import pictures_to_tensor, resize_images
+from dreamdance.data.video_io import iterate_frames, probe_video
+from dreamdance.errors import UserError
+from dreamdance.inference.align import align_keypoints
+from dreamdance.inference.manifest import ManifestEntry
+
+MAX_PICTURE_PIXELS = 1 << 26
+MAX_FRAMES = 50_000
+
+
+class EntryError(UserError):
+    """A file that an entry names cannot be used; the other entries are not concerned."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of pictures, in pixels."""
+
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class EntryInputs:
+    """What the pipelines read.
+
+    Attributes:
+        reference: `3 H W` in [0, 1], of the result's aspect, at its own resolution.
+        poses: for each size asked for, `f 3 H W` in [0, 1].
+        fps: frames per second.
+    """
+
+    reference: Tensor
+    poses: dict[Size, Tensor]
+    fps: float
+
+
+def hash_files(entry: ManifestEntry) -> dict[str, str]:
+    """sha256 of every file an entry's result depends on, by its field.
+
+    Raises:
+        EntryError: a file is missing or cannot be read.
+    """
+    return {name: hash_file(path) for name, path in entry.files.items()}
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file.
+
+    Raises:
+        EntryError: it is missing or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise EntryError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def load_inputs(entry: ManifestEntry, *, aspect: Size, pose_sizes: set[Size]) -> EntryInputs:
+    """Loads an entry. Pictures of another aspect lose their margins evenly, as in training.
+
+    Args:
+        entry: of the manifest.
+        aspect: of the result: only the proportion counts.
+        pose_sizes: sizes at which the pose drawings are wanted, each resized from the original.
+
+    Raises:
+        UserError: a file is missing, damaged or too large, or the skeleton cannot be aligned.
+    """
+    reference = _load_picture(entry.image)
+    reference = _cut(reference, aspect)
+    if entry.keypoints is not None:
+        sequence = read_keypoint_file(entry.keypoints)
+        if entry.align and entry.reference_keypoints is not None:
+            body = read_keypoint_file(entry.reference_keypoints)
+            aligned = align_keypoints(sequence, body)
+            sequence = replace(sequence, keypoints=aligned, width=body.width, height=body.height)
+        drawings, fps = _draw(sequence, entry.keypoints), sequence.fps
+    else:
+        drawings, fps = _decode(_given(entry.pose))
+    frames: dict[Size, list[Tensor]] = {size: [] for size in pose_sizes}
+    for drawing in drawings:
+        cut = pictures_to_tensor(_cut(drawing, aspect))
+        for size, resized in frames.items():
+            resized.append(resize_images(cut, size.height, size.width))
+    poses = {size: torch.stack(resized).clamp(0, 1) for size, resized in frames.items()}
+    return EntryInputs(reference=pictures_to_tensor(reference), poses=poses, fps=entry.fps or fps)
+
+
+def _given(path: Path | None) -> Path:
+    assert path is not None, "the manifest's check lets no entry pass without a pose"
+    return path
+
+
+def _load_picture(path: Path) -> np.ndarray:
+    """`H W 3` uint8, upright."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # bounded below, by our own limit
+            with Image.open(path) as picture:
+                if picture.width * picture.height > MAX_PICTURE_PIXELS:
+                    raise EntryError(
+                        f"{path} is {picture.width}x{picture.height}: pictures of up to {MAX_PICTURE_PIXELS} pixels "
+                        "are accepted"
+                    )
+                return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise EntryError(f"{path} is no picture that can be read: {error}") from error
+
+
+def _draw(sequence: KeypointSequence, path: Path) -> Iterator[np.ndarray]:
+    """Drawings of the size at which the key points were taken, as the shards store them."""
+    if sequence.width * sequence.height > MAX_PICTURE_PIXELS:
+        raise EntryError(f"{path}: frames of {sequence.width}x{sequence.height} are larger than {MAX_PICTURE_PIXELS}")
+    return (draw_pose(points, width=sequence.width, height=sequence.height) for points in sequence.keypoints)
+
+
+def _decode(path: Path) -> tuple[Iterator[np.ndarray], float]:
+    video = probe_video(path)
+    if video.num_frames > MAX_FRAMES:
+        raise EntryError(f"{path} has {video.num_frames} frames; up to {MAX_FRAMES} are accepted")
+    return iterate_frames(video, video.constant_rate_frames()), video.fps
+
+
+def _cut(picture: np.ndarray, aspect: Size) -> np.ndarray:
+    height, width = picture.shape[:2]
+    return centred_crop(width, height, to_width=aspect.width, to_height=aspect.height).cut(picture)

@@ -1,0 +1,136 @@
+"""What a result folder holds, when it counts as done, and how it is written: complete or not at all."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from dreamdance.data.picture_grid import Row, draw_grid
+from dreamdance.data.transforms import encode_normals, resize_images, resize_normals, tensor_to_pictures
+from dreamdance.data.video_io import write_video
+
+RESULT_FILE = "result.json"
+ARRAYS_FILE = "arrays.npz"
+VIDEO_FILE = "video.mp4"
+SIDE_BY_SIDE_FILE = "side_by_side.mp4"
+CONTACT_SHEET_FILE = "contact_sheet.png"
+
+SMALLEST_WIDTH = 128
+SHEET_COLUMNS = 6
+_PACKAGES = ("dreamdance", "torch", "diffusers", "transformers", "numpy")
+
+
+@dataclass(frozen=True)
+class ClipResult:
+    """What the pipelines made of one entry.
+
+    Attributes:
+        reference: `3 H W` in [0, 1].
+        poses: `f 3 H W` in [0, 1].
+        frames: `f 3 H W` in [0, 1].
+        normals: `f 3 h w` unit vectors of stage 1's size, or None without stage 1.
+        depths: `f 1 h w` disparity in [0, 1], or None without stage 1.
+        fps: frames per second.
+    """
+
+    reference: Tensor
+    poses: Tensor
+    frames: Tensor
+    normals: Tensor | None
+    depths: Tensor | None
+    fps: float
+
+
+def is_done(folder: Path, request: dict[str, Any]) -> bool:
+    """Whether a folder holds the complete result of exactly this request (inputs, seed, settings, weights)."""
+    try:
+        found = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("request") == json.loads(json.dumps(request))
+
+
+def write_result(folder: Path, result: ClipResult, *, request: dict[str, Any], details: dict[str, Any]) -> None:
+    """Writes a result under a temporary name and moves it into place, over an older one of another request.
+
+    Args:
+        folder: `<output>/<id>`.
+        result: the pictures.
+        request: what determines the result; `is_done` compares it.
+        details: what else is worth knowing.
+    """
+    incoming = folder.with_name(f".{folder.name}.incoming")
+    shutil.rmtree(incoming, ignore_errors=True)
+    incoming.mkdir(parents=True)
+    arrays = {"frames": tensor_to_pictures(result.frames)}
+    if result.normals is not None and result.depths is not None:
+        arrays["normals"] = np.moveaxis(result.normals.numpy(), 1, -1).astype(np.float16)
+        arrays["depths"] = result.depths[:, 0].numpy().astype(np.float16)
+    np.savez_compressed(incoming / ARRAYS_FILE, **arrays)
+    write_video(incoming / VIDEO_FILE, arrays["frames"], fps=result.fps)
+    columns = _columns(result)
+    write_video(incoming / SIDE_BY_SIDE_FILE, _side_by_side(columns), fps=result.fps)
+    Image.fromarray(_contact_sheet(columns)).save(incoming / CONTACT_SHEET_FILE)
+    content = {"request": request, "num_frames": len(result.frames), "fps": result.fps, **details}
+    (incoming / RESULT_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if folder.exists():
+        outgoing = folder.with_name(f".{folder.name}.outgoing")
+        shutil.rmtree(outgoing, ignore_errors=True)
+        os.replace(folder, outgoing)
+        shutil.rmtree(outgoing)
+    os.replace(incoming, folder)
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of this package and those that compute, and the commit of a source checkout."""
+    versions = {name: metadata.version(name) for name in _PACKAGES}
+    found = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {**versions, "commit": found.stdout.strip()} if found.returncode == 0 else versions
+
+
+def _columns(result: ClipResult) -> dict[str, np.ndarray]:
+    """Pictures `f H W 3` uint8 of the result's size, by title."""
+    height, width = result.frames.shape[-2:]
+    reference = resize_images(result.reference, height, width).clamp(0, 1)
+    columns = {
+        "reference": reference.expand(len(result.frames), -1, -1, -1),
+        "pose": resize_images(result.poses, height, width),
+    }
+    if result.normals is not None and result.depths is not None:
+        columns["normal"] = resize_normals(encode_normals(result.normals), height, width)
+        columns["depth"] = resize_images(result.depths.expand(-1, 3, -1, -1), height, width)
+    columns["result"] = result.frames
+    return {title: tensor_to_pictures(frames) for title, frames in columns.items()}
+
+
+def _side_by_side(columns: dict[str, np.ndarray]) -> list[np.ndarray]:
+    titles = list(columns)
+    return [
+        draw_grid([Row("", pictures)], titles=titles, smallest_width=SMALLEST_WIDTH)
+        for pictures in zip(*columns.values(), strict=True)
+    ]
+
+
+def _contact_sheet(columns: dict[str, np.ndarray]) -> np.ndarray:
+    """Time to the right, a line for each kind of picture."""
+    num_frames = len(columns["result"])
+    shown = [int(i) for i in np.linspace(0, num_frames - 1, min(num_frames, SHEET_COLUMNS)).round()]
+    rows = [Row(title, _chosen(frames, shown)) for title, frames in columns.items() if title != "reference"]
+    rows = [Row(row.label, [columns["reference"][0] if i == 0 else None, *row.pictures]) for i, row in enumerate(rows)]
+    titles = ["reference", *(f"frame {i}" for i in shown)]
+    return draw_grid(rows, titles=titles, smallest_width=SMALLEST_WIDTH)
+
+
+def _chosen(frames: np.ndarray, shown: Sequence[int]) -> list[np.ndarray]:
+    return [frames[i] for i in shown]
