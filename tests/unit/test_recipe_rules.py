@@ -1,0 +1,141 @@
+"""Relations between values: each broken one is found, names the key to change, and is shown at that key."""
+
+import pytest
+
+from dreamdance.errors import RecipeError
+from dreamdance.recipe import load_recipe
+
+SHARED = """
+max_steps: 100
+batch_size: 8
+micro_batch_size: 2
+data:
+  train: {local: data/train}
+  validation: {local: data/validation}
+  width: 32
+  height: 48
+  num_frames: 8
+optimizer: {lr: 1e-4}
+"""
+STAGE1 = f"""task: stage1
+name: one
+train: temporal
+model:
+  unet: {{config: {{block_out_channels: [32, 64, 64]}}}}
+  autoencoder: {{patch_size: 2}}
+  image_encoder: {{stand_in_width: 16}}
+  geometry_attention: true
+  temporal_attention: true
+{SHARED}"""
+STAGE2 = f"""task: stage2
+name: two
+model:
+  unet: {{config: {{block_out_channels: [32, 64]}}}}
+  autoencoder: {{patch_size: 2}}
+  image_encoder: {{stand_in_width: 16}}
+objective: {{geometry_width: 32, geometry_height: 48}}
+{SHARED}"""
+PREPARE = "task: prepare\nname: three\noutput: data\n"
+ANIMATE = "task: animate\nname: four\nmanifest: m.jsonl\noutput: out\nanimation_from: two\n"
+DANCERS = "dancers={num_train_clips: 2, num_validation_clips: 1}"
+
+
+def problems(tmp_path, text, *overrides):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    try:
+        load_recipe(path, overrides)
+    except RecipeError as error:
+        return str(error).splitlines()
+    return []
+
+
+@pytest.mark.parametrize(("text", "words"), [(STAGE1, []), (STAGE2, []), (PREPARE, [DANCERS]), (ANIMATE, [])])
+def test_the_recipes_that_the_other_tests_break_are_whole(tmp_path, text, words):
+    assert problems(tmp_path, text, *words) == []
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_world_sizes_that_divide_the_batch_are_taken_and_accumulate(tmp_path, world_size):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(STAGE1, encoding="utf-8")
+    recipe = load_recipe(path, [f"cluster.tasks_per_node={world_size}"])
+    assert recipe.micro_batch_size * recipe.accumulation_steps * world_size == recipe.batch_size
+
+
+def test_a_world_size_that_does_not_divide_names_those_that_do(tmp_path):
+    (problem,) = problems(tmp_path, STAGE1, "cluster.tasks_per_node=3")
+    assert "world sizes that do: 1, 2, 4 " in problem
+    assert "3 processes (1 nodes x 3)" in problem
+
+
+def test_nodes_count_towards_the_world_size(tmp_path):
+    assert "8 processes" in problems(tmp_path, STAGE1, "cluster.nodes=2", "cluster.tasks_per_node=4")[0]
+
+
+def test_a_micro_batch_that_does_not_divide_names_those_that_do(tmp_path):
+    (problem,) = problems(tmp_path, STAGE1, "micro_batch_size=3")
+    assert "sizes that do: 1, 2, 4, 8" in problem
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        (STAGE1, ["cluster.tasks_per_node=2", "cluster.gpus_per_node=1"], "every process drives one GPU"),
+        (STAGE1, ["cluster.environment={A-B: x}"], "'A-B' cannot be an environment variable's name"),
+        (STAGE1, ["data.stride=[4, 2]"], "data.stride [4, 2] is [smallest, largest]"),
+        (STAGE1, ["data.validation.local=data/train"], "are the same folder"),
+        (STAGE1, ["optimizer.warmup_steps=101"], "optimizer.warmup_steps 101 is more than max_steps 100"),
+        (STAGE1, ["optimizer.betas=[0.9, 1.0]"], "optimizer.betas holds 1.0"),
+        (STAGE1, ["checkpoint.keep_every_steps=1500"], "is no multiple of checkpoint.every_steps 1000"),
+        (STAGE1, ["checkpoint.allow_changed=[optimizer.lrr]"], "names 'optimizer.lrr', which is no key"),
+        (STAGE1, ["model.unet.path=weights"], "model.unet wants either path or config; both are given"),
+        (STAGE1, ["model.unet.config=null"], "model.unet wants either path or config; neither is given"),
+        (STAGE1, ["model.autoencoder.path=weights"], "model.autoencoder wants either path or patch_size"),
+        (STAGE1, ["model.image_encoder.stand_in_width=null"], "wants either path or stand_in_width; neither"),
+        (STAGE1, ["model.unet.subfolder=unet"], "model.unet.subfolder is a folder under model.unet.path"),
+        (STAGE1, ["data.width=36"], "data.width 36 cannot be divided by 8 (autoencoder and UNet levels)"),
+        (STAGE1, ["data.height=4"], "nearest that can: 8"),
+        (STAGE1, ["init_from=one"], "init_from names this run itself"),
+        (STAGE1, ["init_step=5"], "init_from is not given"),
+        (STAGE1, ["train=domains"], "train: domains wants model.geometry_attention: false"),
+        (STAGE1, ["train=domains", "model.geometry_attention=false"], "wants model.temporal_attention: false"),
+        (STAGE1, ["train=geometry"], "train: geometry wants model.temporal_attention: false"),
+        (STAGE1, ["model.temporal_attention=false"], "train: temporal wants model.temporal_attention: true"),
+        (STAGE1, ["model.max_frames=16", "data.num_frames=17"], "data.num_frames 17 is more than model.max_frames 16"),
+        (STAGE1, ["model.max_frames=8"], "sampling.window_frames 16 is more than model.max_frames 8"),
+        (STAGE1, ["objective.beta_start=0.5"], "objective.beta_start 0.5 must be below objective.beta_end 0.012"),
+        (STAGE1, ["objective.zero_terminal_snr=true"], "use prediction_type v_prediction or sample"),
+        (STAGE1, ["objective.domain_loss={rgb: 0, normal: 0, depth: 0}"], "objective.domain_loss is zero"),
+        (STAGE1, ["sampling.window_overlap=16"], "sampling.window_overlap 16 must be below"),
+        (STAGE2, ["sampling.window_overlap=20"], "sampling.window_overlap 20 must be below"),
+        (STAGE2, ["model.controls=[]"], "must name one control or more"),
+        (STAGE2, ["model.controls=[pose, pose]"], "must name one control or more, each once"),
+        (STAGE2, ["objective.both_dropout=0.95"], "together they are at most 1"),
+        (STAGE2, ["objective.geometry_width=31"], "objective.geometry_width 31 is no size that stage 1 can produce"),
+        (PREPARE, [], "either a section dancers or a section videos; neither is given"),
+        (PREPARE, [DANCERS, "videos={folder: x}"], "both are given"),
+        (PREPARE, ["videos={folder: x, clip_frames: 8}"], "videos.min_clip_frames 16 is more than"),
+        (PREPARE, ["videos={folder: x, width: 8}"], "given together or not at all"),
+        (ANIMATE, ["geometry.window_overlap=16"], "geometry.window_overlap 16 must be below geometry.window_frames"),
+        (ANIMATE, ["animation.window_overlap=16"], "animation.window_overlap 16 must be below"),
+    ],
+)
+def test_a_broken_relation_is_found_and_names_the_key(tmp_path, text, words, message):
+    found = problems(tmp_path, text, *words)
+    assert any(message in problem for problem in found), found
+
+
+def test_a_broken_relation_is_shown_at_the_line_of_its_key(tmp_path):
+    (problem,) = problems(tmp_path, STAGE1.replace("width: 32", "width: 33"))
+    line = STAGE1.splitlines().index("  width: 32") + 1
+    assert f"recipe.yaml:{line}: data.width 33" in problem
+
+
+def test_all_broken_relations_are_told_at_once(tmp_path):
+    words = ["data.stride=[4, 2]", "optimizer.warmup_steps=101", "data.width=33", "init_step=5"]
+    assert len(problems(tmp_path, STAGE1, *words)) == 4
+
+
+def test_stage_1_without_geometry_attention_is_a_recipe(tmp_path):
+    assert problems(tmp_path, STAGE1, "model.geometry_attention=false") == []
