@@ -268,7 +268,7 @@ def _complete(folder: Path, parts: Sequence[Part], settings: Mapping[str, Any]) 
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name for a file, so that a start after a kill finds its part whole; a copy where that is not possible."""
+    """A second name for a file, so that a start after a kill finds its part whole; else a copy."""
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)

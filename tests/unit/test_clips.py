@@ -1,0 +1,289 @@
+"""Stored clips and training windows: what is read is what was written, cut by the sample's key alone."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from random_shards import HEIGHT, WIDTH, random_clip, write_random_shards
+
+from dreamdance.data.clip_loader import ClipLoader
+from dreamdance.data.clip_order import ClipOrder, SampleKey
+from dreamdance.data.clips import ClipDataset, StoredClips, fixed_clips
+from dreamdance.data.collate import collate_clips
+from dreamdance.data.keypoints import flip_keypoints
+from dreamdance.data.pose_drawing import draw_poses
+from dreamdance.data.stored_clip import StoredClip, draw_window
+from dreamdance.data.streaming_compat import StreamingDataset
+from dreamdance.data.transforms import decode_normals
+from dreamdance.errors import ShardError
+from dreamdance.ranks import Ranks
+
+NUM_FRAMES = 3
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_random_shards(tmp_path_factory.mktemp("clips") / "shards", compression="zstd")
+
+
+def dataset(shards, **changes) -> ClipDataset:
+    settings = {"width": WIDTH, "height": HEIGHT, "num_frames": NUM_FRAMES, "maps": ("normal", "depth", "mask")}
+    return ClipDataset(shards, **{**settings, **changes})
+
+
+def stored(num_frames: int = 6, **options) -> StoredClip:
+    return StoredClip(random_clip(3, num_frames=num_frames, **options).to_sample(), where="sample 3")
+
+
+def frame_numbers(pictures: torch.Tensor) -> list[int]:
+    """`random_clip` writes a frame's number into its top left corner."""
+    return (pictures[..., 0, 0, 0] * 255).round().int().tolist()
+
+
+def test_stored_clips_are_read_as_they_were_written(shards):
+    clips = StoredClips(shards)
+    assert isinstance(clips, StreamingDataset)
+    assert len(clips) == 12
+    for number in (0, 5, 11):
+        clip, written = clips.clip(number), random_clip(number)
+        assert (clip.clip_id, clip.num_frames, clip.fps, clip.metadata) == (written.clip_id, 6, 8.0, {"seed": number})
+        for name in ("rgb", "pose", "normal", "depth", "mask"):
+            np.testing.assert_array_equal(clip.frames(name), getattr(written, name))
+        np.testing.assert_array_equal(clip.keypoints, written.keypoints)
+
+
+def test_iterating_gives_every_stored_sample_once(shards):
+    assert [sample["clip_id"] for sample in StoredClips(shards)] == [f"clip_{number:04d}" for number in range(12)]
+
+
+def test_a_sample_holds_the_frames_of_its_window(shards):
+    clips = dataset(shards)
+    sample = clips.training_sample(SampleKey(epoch=2, sample_id=7))
+    written = random_clip(7)
+    numbers = frame_numbers(sample.rgb)
+    assert numbers == list(range(numbers[0], numbers[0] + NUM_FRAMES))
+    for name in ("rgb", "pose", "normal"):
+        expected = torch.from_numpy(getattr(written, name)[numbers]).movedim(-1, 1) / 255.0
+        torch.testing.assert_close(getattr(sample, name), expected, rtol=0, atol=1e-6)
+    expected_depth = torch.from_numpy(written.depth[numbers].astype(np.float32) / 65535.0)
+    for channel in range(3):
+        torch.testing.assert_close(sample.depth[:, channel], expected_depth, rtol=0, atol=1e-6)
+    assert torch.equal(sample.mask[:, 0], torch.from_numpy((written.mask[numbers] > 0).astype(np.float32)))
+    (reference,) = frame_numbers(sample.reference[None])
+    torch.testing.assert_close(sample.reference, torch.from_numpy(written.rgb[reference]).movedim(-1, 0) / 255.0)
+    assert (sample.key, sample.clip_id, sample.fps) == ((0, 2, 7), "clip_0007", 8.0)
+
+
+def test_a_sample_depends_on_its_key_alone(shards):
+    first, second = dataset(shards, seed=4, flip_probability=0.5), dataset(shards, seed=4, flip_probability=0.5)
+    keys = [SampleKey(epoch, sample) for epoch in range(3) for sample in (1, 8)]
+    forwards = [first.training_sample(key) for key in keys]
+    backwards = [second.training_sample(key) for key in reversed(keys)][::-1]
+    for one, other in zip(forwards, backwards, strict=True):
+        assert torch.equal(one.rgb, other.rgb)
+        assert torch.equal(one.pose, other.pose)
+        assert torch.equal(one.reference, other.reference)
+
+
+def test_decoded_clips_in_memory_change_nothing(shards):
+    cached, read_anew = dataset(shards, flip_probability=0.5), dataset(shards, flip_probability=0.5, cache_bytes=0)
+    for epoch in range(3):
+        for sample in range(12):
+            one, other = (clips.training_sample(SampleKey(epoch, sample)) for clips in (cached, read_anew))
+            for name in ("rgb", "pose", "normal", "depth", "mask", "reference"):
+                assert torch.equal(getattr(one, name), getattr(other, name)), name
+    assert cached.clip(3) is cached.clip(3)
+    assert read_anew.clip(3) is not read_anew.clip(3)
+
+
+def test_memory_for_decoded_clips_is_bounded(shards):
+    one_clip = dataset(shards).clip(0).decoded_bytes
+    clips = dataset(shards, cache_bytes=2 * one_clip)
+    kept = [clips.clip(number) is clips.clip(number) for number in range(12)]
+    assert kept == [True, True, *[False] * 10]
+
+
+def test_windows_and_references_cover_the_whole_clip():
+    windows = [
+        draw_window(stored(), (0, epoch, 3), num_frames=3, stride=(1, 2), flip_probability=0.5) for epoch in range(200)
+    ]
+    assert {tuple(window.frames) for window in windows} == {
+        (0, 1, 2), (1, 2, 3), (2, 3, 4), (3, 4, 5), (0, 2, 4), (1, 3, 5),
+    }  # fmt: skip
+    assert {window.reference for window in windows} == set(range(6))
+    assert 60 < sum(window.flip for window in windows) < 140
+
+
+def test_a_stride_that_does_not_fit_shrinks():
+    windows = [
+        draw_window(stored(5), (0, epoch, 3), num_frames=3, stride=(4, 4), flip_probability=0.0) for epoch in range(9)
+    ]
+    assert {(tuple(window.frames), window.stride) for window in windows} == {((0, 2, 4), 2)}
+
+
+def test_the_rate_is_that_of_the_window(shards):
+    batch = collate_clips([dataset(shards, stride=(2, 2)).training_sample(SampleKey(0, number)) for number in range(3)])
+    assert batch.fps.tolist() == [4.0] * 3
+
+
+def test_a_clip_shorter_than_the_window_is_an_error_that_names_it(shards):
+    with pytest.raises(ShardError, match=r"clip_0002.*6 frames, fewer than the window of 7.*num_frames"):
+        dataset(shards, num_frames=7).training_sample(SampleKey(0, 2))
+
+
+def test_a_mirrored_sample_mirrors_pictures_and_normals_and_draws_the_pose_anew(shards):
+    plain = dataset(shards, flip_probability=0.0).training_sample(SampleKey(0, 4))
+    mirrored = dataset(shards, flip_probability=1.0).training_sample(SampleKey(0, 4))
+    for name in ("rgb", "depth", "mask", "reference"):
+        assert torch.equal(getattr(mirrored, name), getattr(plain, name).flip(-1)), name
+    flipped_normals = decode_normals(plain.normal).flip(-1)
+    flipped_normals[:, 0] *= -1
+    torch.testing.assert_close(decode_normals(mirrored.normal), flipped_normals, rtol=0, atol=1e-5)
+    keypoints = flip_keypoints(random_clip(4).keypoints[frame_numbers(plain.rgb)])
+    drawn = draw_poses(keypoints, width=WIDTH, height=HEIGHT)
+    torch.testing.assert_close(mirrored.pose, torch.from_numpy(drawn).movedim(-1, 1) / 255.0, rtol=0, atol=1e-6)
+
+
+def test_clips_without_key_points_are_never_mirrored():
+    clip = stored(with_keypoints=False)
+    windows = [
+        draw_window(clip, (0, epoch, 3), num_frames=3, stride=(1, 1), flip_probability=1.0) for epoch in range(20)
+    ]
+    assert not any(window.flip for window in windows)
+
+
+def test_frames_come_at_the_size_asked_for_and_normals_at_unit_length(shards):
+    sample = dataset(shards, width=WIDTH // 2, height=HEIGHT // 2).training_sample(SampleKey(0, 1))
+    assert sample.rgb.shape == (NUM_FRAMES, 3, HEIGHT // 2, WIDTH // 2)
+    assert sample.mask.unique().tolist() == [0.0, 1.0]
+    lengths = (sample.normal * 2 - 1).norm(dim=1)
+    torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=1e-5)
+
+
+def test_another_aspect_takes_the_centre(shards):
+    square = dataset(shards, width=WIDTH, height=WIDTH).training_sample(SampleKey(0, 1))
+    whole = dataset(shards).training_sample(SampleKey(0, 1))
+    margin = (HEIGHT - WIDTH) // 2
+    assert torch.equal(square.rgb, whole.rgb[..., margin:-margin, :])
+
+
+def test_maps_that_are_not_asked_for_are_not_read(shards):
+    sample = dataset(shards, maps=()).training_sample(SampleKey(0, 1))
+    assert (sample.normal, sample.depth, sample.mask) == (None, None, None)
+
+
+def test_a_map_that_a_clip_lacks_is_an_error_that_names_both(tmp_path):
+    record = replace(random_clip(0), normal=None)
+    clip = StoredClip(record.to_sample(), where="sample 0 of shard x")
+    with pytest.raises(ShardError, match=r"sample 0 of shard x \(clip 'clip_0000'\) has no normal"):
+        clip.frames("normal", [0])
+
+
+def test_columns_that_contradict_one_another_are_refused():
+    sample = random_clip(0).to_sample()
+    with pytest.raises(ShardError, match=r"rgb has 6 frames of 8x12, the clip 5 of 8x12"):
+        StoredClip({**sample, "num_frames": 5}, where="sample 0")
+    with pytest.raises(ShardError, match="no frames"):
+        StoredClip({**sample, "rgb": b""}, where="sample 0")
+    with pytest.raises(ShardError, match="metadata is no JSON"):
+        StoredClip({**sample, "metadata": "{"}, where="sample 0")
+    with pytest.raises(ShardError, match="schema version 99"):
+        StoredClip({**sample, "schema_version": 99}, where="sample 0")
+
+
+def test_fixed_clips_are_the_first_ones_with_their_last_frame_as_reference(shards):
+    batch = fixed_clips(shards, width=WIDTH, height=HEIGHT, num_frames=4, count=5)
+    assert batch.rgb.shape == (5, 4, 3, HEIGHT, WIDTH)
+    assert batch.clip_ids == [f"clip_{number:04d}" for number in range(5)]
+    assert [frame_numbers(clip) for clip in batch.rgb] == [[0, 1, 2, 3]] * 5
+    assert frame_numbers(batch.reference) == [5] * 5
+    assert batch.keys.tolist() == [[0, 0, number] for number in range(5)]
+    assert batch.normal is not None
+    assert batch.mask is not None
+
+
+def test_fixed_clips_of_a_small_set_are_all_of_it(shards):
+    assert len(fixed_clips(shards, width=WIDTH, height=HEIGHT, num_frames=1, count=99)) == 12
+
+
+def test_a_batch_can_be_divided(shards):
+    batch = fixed_clips(shards, width=WIDTH, height=HEIGHT, num_frames=2, count=5)
+    part = batch.select([3, 1])
+    assert part.clip_ids == ["clip_0003", "clip_0001"]
+    assert torch.equal(part.rgb, batch.rgb[[3, 1]])
+    assert torch.equal(part.keys, batch.keys[[3, 1]])
+    assert batch.to("cpu").clip_ids == batch.clip_ids
+
+
+def test_a_dataset_travels_to_a_worker(shards):
+    clips = dataset(shards)
+    travelled = pickle.loads(pickle.dumps(clips))
+    key = SampleKey(1, 9)
+    assert torch.equal(travelled.training_sample(key).rgb, clips.training_sample(key).rgb)
+
+
+def test_training_and_validation_sets_live_in_one_process_and_several_ranks_on_one_node(shards, tmp_path):
+    other = write_random_shards(tmp_path / "validation", 4)
+    before = set(os.listdir("/dev/shm"))
+    train = [dataset(shards, ranks=Ranks(rank, 2, rank, 2)) for rank in range(2)]
+    validation = [dataset(other, ranks=Ranks(rank, 2, rank, 2)) for rank in range(2)]
+    assert [len(clips) for clips in (*train, *validation)] == [12, 12, 4, 4]
+    assert validation[1].training_sample(SampleKey(0, 0)).clip_id == "clip_0000"
+    assert set(os.listdir("/dev/shm")) <= before  # nothing is shared, so nothing can be left behind
+
+
+HOLD = """
+import sys
+from dreamdance.data.clips import StoredClips
+from dreamdance.recipe.schema import Shards
+clips = StoredClips(Shards(local=sys.argv[1], remote=sys.argv[2]))
+clips.clip(0)
+print("holding", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_killed_process_that_held_a_dataset_does_not_block_the_next_start(shards, tmp_path):
+    local = tmp_path / "cache"
+    arguments = [sys.executable, "-c", HOLD, str(local), shards.local]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "holding\n"
+        holder.send_signal(signal.SIGKILL)
+        assert holder.wait() == -signal.SIGKILL
+    from_remote = shards.model_copy(update={"local": str(local), "remote": shards.local})
+    assert StoredClips(from_remote).clip(11).clip_id == "clip_0011"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_loader_resumes_in_the_middle_of_an_epoch(shards, num_workers):
+    def loader() -> ClipLoader:
+        clips = dataset(shards, flip_probability=0.5)
+        order = ClipOrder(clips.index.samples_per_shard, batch_size=4, seed=1)
+        return ClipLoader(clips, order, micro_batch_size=2, ranks=Ranks(), num_workers=num_workers)
+
+    whole = loader()
+    steps = list(islice(whole, 7))
+    assert whole.step == 7
+    assert whole.wait_seconds > 0
+    resumed = loader()
+    resumed.load_state_dict(whole.order.state_dict(4))
+    for expected, step in zip(steps[4:], islice(resumed, 3), strict=True):
+        for one, other in zip(expected, step, strict=True):
+            assert one.clip_ids == other.clip_ids
+            assert torch.equal(one.rgb, other.rgb)
+            assert torch.equal(one.reference, other.reference)
+    assert [len(micro_batches) for micro_batches in steps] == [2] * 7
+
+
+def test_local_folders_that_cannot_be_read_are_named(tmp_path: Path):
+    missing = write_random_shards(tmp_path / "shards").model_copy(update={"local": str(tmp_path / "nowhere")})
+    with pytest.raises(ShardError, match=r"no shards in .*nowhere"):
+        dataset(missing)

@@ -1,0 +1,307 @@
+"""Damaged, missing, foreign and hostile shards: always an error that names the file, never a short epoch or a hang."""
+
+import json
+import os
+import shutil
+import struct
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import zstd
+from random_shards import HEIGHT, WIDTH, edit_index, flip_byte, random_clip, write_random_shards
+
+from dreamdance.data.clip_loader import ClipLoader
+from dreamdance.data.clip_order import ClipOrder
+from dreamdance.data.clips import ClipDataset, StoredClips
+from dreamdance.data.schema import COLUMNS
+from dreamdance.data.shard_cache import zstd_content_size
+from dreamdance.data.shard_index import read_index
+from dreamdance.data.streaming_compat import MDSWriter
+from dreamdance.data.verify import open_shards, verify_shards
+from dreamdance.errors import ShardError
+from dreamdance.ranks import Ranks
+from dreamdance.recipe.schema import Shards
+
+SECOND = "part_00004.shard.00000.mds"
+
+
+@pytest.fixture(scope="module", params=["none", "zstd"])
+def sound(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sound") / request.param
+    write_random_shards(folder, 12, compression=request.param)
+    return folder
+
+
+@pytest.fixture
+def folder(sound, tmp_path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "shards"))
+
+
+def stored_file(folder: Path) -> Path:
+    (path,) = folder.glob(f"{SECOND}*")
+    return path
+
+
+def read_epochs(shards: Shards, *, num_workers: int, verify: str = "size", num_steps: int = 8) -> int:
+    clips = ClipDataset(shards, width=WIDTH, height=HEIGHT, num_frames=2, verify=verify)
+    order = ClipOrder(clips.index.samples_per_shard, batch_size=4, seed=1)
+    loader = ClipLoader(clips, order, micro_batch_size=4, ranks=Ranks(), num_workers=num_workers, timeout_seconds=60)
+    return sum(len(batch) for step in islice(loader, num_steps) for batch in step)
+
+
+def flip(path: Path) -> None:
+    flip_byte(path, position=path.stat().st_size // 2)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("how", ["size", "hash"])
+def test_sound_shards_pass(folder, how):
+    index = open_shards(Shards(local=str(folder)), how=how)
+    assert index.num_samples == 12
+    assert index.samples_per_shard == [4, 4, 4]
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, remove])
+def test_a_damaged_local_shard_is_named_before_anything_is_read(folder, damage):
+    damage(stored_file(folder))
+    with pytest.raises(ShardError, match=rf"{SECOND}.*(damaged|missing)"):
+        open_shards(Shards(local=str(folder)), how="hash")
+
+
+@pytest.mark.parametrize("damage", [truncate, remove])
+def test_sizes_alone_find_truncated_and_missing_shards(folder, damage):
+    damage(stored_file(folder))
+    with pytest.raises(ShardError, match=SECOND):
+        open_shards(Shards(local=str(folder)), how="size")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("damage", [flip, truncate, remove])
+def test_damage_after_the_check_stops_the_loader_with_the_shards_name(folder, damage, num_workers):
+    clips = ClipDataset(Shards(local=str(folder)), width=WIDTH, height=HEIGHT, num_frames=2)
+    damage(stored_file(folder))
+    order = ClipOrder(clips.index.samples_per_shard, batch_size=4, seed=1)
+    loader = ClipLoader(clips, order, micro_batch_size=4, ranks=Ranks(), num_workers=num_workers, timeout_seconds=60)
+    with pytest.raises(ShardError, match=SECOND):
+        list(islice(loader, 9))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("damage", [flip, truncate, remove])
+def test_a_damaged_remote_shard_is_an_error_that_names_it(folder, tmp_path, damage, num_workers):
+    damage(stored_file(folder))
+    with pytest.raises(ShardError, match=SECOND):
+        read_epochs(Shards(local=str(tmp_path / "cache"), remote=str(folder)), num_workers=num_workers)
+    assert not (tmp_path / "cache" / SECOND).exists()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_remote_shards_are_read_whole(folder, tmp_path, num_workers):
+    cache = tmp_path / "cache"
+    assert read_epochs(Shards(local=str(cache), remote=str(folder)), num_workers=num_workers) == 8 * 4
+    assert {path.name for path in cache.glob("[!.]*")} == {
+        "index.json",
+        *(f"part_0000{n}.shard.00000.mds" for n in (0, 4, 8)),
+    }
+
+
+@pytest.mark.parametrize("damage", [flip, truncate])
+def test_a_damaged_download_is_removed_with_a_warning_and_fetched_again(folder, tmp_path, damage, caplog):
+    shards = Shards(local=str(tmp_path / "cache"), remote=str(folder))
+    list(StoredClips(shards))
+    damage(tmp_path / "cache" / SECOND)
+    clips = StoredClips(shards, verify="hash")
+    assert SECOND in caplog.text
+    assert [clip["clip_id"] for clip in clips] == [f"clip_{number:04d}" for number in range(12)]
+
+
+def test_what_was_unpacked_from_a_sound_shard_is_made_anew_when_damaged(tmp_path):
+    write_random_shards(tmp_path / "shards", compression="zstd")
+    shards = Shards(local=str(tmp_path / "shards"))
+    list(StoredClips(shards))
+    flip(tmp_path / "shards" / SECOND)
+    assert StoredClips(shards, verify="hash").clip(5).frames("rgb").sum() == random_clip(5).rgb.sum()
+
+
+def test_a_cache_of_another_dataset_is_refused(folder, tmp_path):
+    list(StoredClips(Shards(local=str(tmp_path / "cache"), remote=str(folder))))
+    write_random_shards(tmp_path / "other", 8)
+    with pytest.raises(ShardError, match=r"cache caches other shards than .*other holds now"):
+        StoredClips(Shards(local=str(tmp_path / "cache"), remote=str(tmp_path / "other")))
+
+
+def test_only_one_rank_of_a_node_compares_hashes(folder):
+    flip(stored_file(folder))
+    open_shards(Shards(local=str(folder)), how="hash", ranks=Ranks(1, 2, 1, 2))
+    with pytest.raises(ShardError, match=SECOND):
+        open_shards(Shards(local=str(folder)), how="hash", ranks=Ranks(2, 4, 0, 2))
+
+
+def set_name(name: str):
+    def edit(index: dict) -> None:
+        for key in ("raw_data", "zip_data"):
+            if index["shards"][1][key] is not None:
+                index["shards"][1][key]["basename"] = name + (".zstd" if key == "zip_data" else "")
+
+    return edit
+
+
+def set_shard(**fields):
+    return lambda index: index["shards"][1].update(fields)
+
+
+def set_file(**fields):
+    return lambda index: index["shards"][1]["raw_data"].update(fields)
+
+
+def pickled_column(index: dict) -> None:
+    index["shards"][0]["column_encodings"][0] = "pkl"
+
+
+def unknown_column(index: dict) -> None:
+    index["shards"][0]["column_names"][0] = "label"
+
+
+def other_encoding(index: dict) -> None:
+    index["shards"][0]["column_encodings"][0] = "jpeg"
+
+
+def duplicate_name(index: dict) -> None:
+    index["shards"][1] = index["shards"][0]
+
+
+def no_hashes(index: dict) -> None:
+    index["shards"][1]["raw_data"]["hashes"] = {}
+
+
+HOSTILE = [
+    (set_name("../evil.mds"), r"shard 1.*'\.\./evil\.mds.*only plain file names"),
+    (set_name("/tmp/evil.mds"), r"'/tmp/evil\.mds.*only plain file names"),
+    (set_name("sub/evil.mds"), "only plain file names"),
+    (set_name("..\\evil.mds"), "only plain file names"),
+    (set_name("evil\n.mds"), "only plain file names"),
+    (set_name(".hidden.mds"), "only plain file names"),
+    (set_name("index.json"), r"does not end in '\.mds'"),
+    (pickled_column, "column 'clip_id' is pickled"),
+    (unknown_column, "label is unknown"),
+    (other_encoding, "clip_id is jpeg, not str"),
+    (duplicate_name, "given to more than one shard"),
+    (no_hashes, "has no hash"),
+    (set_file(hashes={"sha1": "0" * 39}), "which is none"),
+    (set_file(bytes=1 << 40), "size of .* is 1099511627776"),
+    (set_file(bytes=-1), "size of .* is -1"),
+    (set_file(bytes=True), "size of .* is True"),
+    (set_shard(samples=0), "number of samples is 0"),
+    (set_shard(samples="4"), "number of samples is '4'"),
+    (set_shard(samples=5), "its shards hold 13 samples together, its own total is 12"),
+    (set_shard(compression="gz"), "compression 'gz'"),
+    (set_shard(format="json"), "format 'json'"),
+    (set_shard(column_sizes=[None] * len(COLUMNS)), "of another width"),
+    (set_shard(raw_data=None), "not a JSON object"),
+    (lambda index: index.update(version=1), "version 1"),
+    (lambda index: index.update(shards=[]), "lists no shards"),
+    (lambda index: index["dreamdance"].update(schema_version=0), "schema version 0"),
+]
+
+
+@pytest.mark.parametrize(("edit", "message"), HOSTILE)
+@pytest.mark.parametrize("remote", [False, True])
+def test_an_index_is_not_trusted(folder, tmp_path, edit, message, remote):
+    edit_index(folder, edit)
+    before = {path for path in tmp_path.rglob("*") if "shards" not in path.parts}
+    shards = Shards(local=str(tmp_path / "cache"), remote=str(folder)) if remote else Shards(local=str(folder))
+    with pytest.raises(ShardError, match=message):
+        StoredClips(shards)
+    written = {path for path in tmp_path.rglob("*") if "shards" not in path.parts} - before
+    assert {path.name for path in written} <= {"cache", ".index.json.lock"}  # nothing but the lock, nothing outside
+
+
+@pytest.mark.parametrize("content", ["{", "", "[]", '{"version": 2', "\x00\xff", "[" * 100_000])
+def test_an_index_that_is_no_index_is_named(folder, content):
+    (folder / "index.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ShardError, match=r"index\.json"):
+        read_index(folder / "index.json")
+
+
+def test_a_folder_of_another_project_is_refused(tmp_path):
+    with MDSWriter(
+        columns={"image": "bytes", "label": "int"}, out=str(tmp_path / "foreign"), hashes=["sha1"]
+    ) as writer:
+        writer.write({"image": b"1", "label": 1})
+    with pytest.raises(ShardError, match=r"not shards of this version's schema.*rgb is missing.*label is unknown"):
+        StoredClips(Shards(local=str(tmp_path / "foreign")))
+
+
+def test_shards_of_our_columns_written_by_others_are_read(tmp_path):
+    with MDSWriter(columns=COLUMNS, out=str(tmp_path / "shards"), hashes=["xxh64"]) as writer:
+        writer.write(random_clip(0).to_sample())
+    assert StoredClips(Shards(local=str(tmp_path / "shards"))).clip(0).clip_id == "clip_0000"
+
+
+def test_a_wrong_count_is_found_even_where_the_index_agrees_with_itself(folder):
+    def edit(index: dict) -> None:
+        index["shards"][1]["samples"] = 3
+        index["dreamdance"]["num_samples"] = 11
+
+    edit_index(folder, edit)
+    with pytest.raises(ShardError, match=rf"{SECOND}.*holds 4 samples, the index says 3"):
+        list(StoredClips(Shards(local=str(folder))))
+
+
+def test_a_table_of_samples_that_points_outside_of_its_file_is_refused(tmp_path):
+    write_random_shards(tmp_path / "shards", 4)
+    path = tmp_path / "shards" / "part_00000.shard.00000.mds"
+    content = bytearray(path.read_bytes())
+    content[8:12] = struct.pack("<I", 1 << 30)
+    path.write_bytes(bytes(content))
+    index = read_index(tmp_path / "shards" / "index.json")
+    with pytest.raises(ShardError, match="points outside"):
+        verify_shards(index, how="size")
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path):
+    write_random_shards(tmp_path / "shards", 4, compression="zstd")
+    (path,) = (tmp_path / "shards").glob("*.zstd")
+    for bomb in (zstd.compress(bytes(1 << 24)), path.read_bytes() + zstd.compress(bytes(1 << 24))):
+        path.write_bytes(bomb)
+
+        def describe_bomb(index: dict, size: int = len(bomb), sha1: str = sha1_of(bomb)) -> None:
+            index["shards"][0]["zip_data"].update(bytes=size, hashes={"sha1": sha1})
+
+        edit_index(tmp_path / "shards", describe_bomb)
+        with pytest.raises(ShardError, match=r"would decompress to (16777216|None) bytes"):
+            StoredClips(Shards(local=str(tmp_path / "shards"))).clip(0)
+
+
+def sha1_of(content: bytes) -> str:
+    from hashlib import sha1
+
+    return sha1(content).hexdigest()
+
+
+@pytest.mark.parametrize("size", [0, 1, 255, 256, 257, 65_791, 65_792, 1 << 20])
+@pytest.mark.parametrize("filler", [b"\0", None])
+def test_the_announced_size_of_a_compressed_file_is_read_from_its_header(size, filler):
+    content = filler * size if filler is not None else os.urandom(size)
+    assert zstd_content_size(zstd.compress(content)) == size
+
+
+def test_what_is_no_whole_single_frame_announces_no_size():
+    frame = zstd.compress(os.urandom(1000))
+    assert zstd_content_size(frame + frame) is None
+    assert zstd_content_size(frame[:-1]) is None
+    assert zstd_content_size(b"abc") is None
+    assert zstd_content_size(b"\0" * 100) is None
+
+
+def test_the_index_notes_schema_and_count(sound):
+    details = json.loads((sound / "index.json").read_text())["dreamdance"]
+    assert (details["schema_version"], details["num_samples"]) == (1, 12)
