@@ -10,13 +10,15 @@ from typing import Literal
 import numpy as np
 
 from dreamdance.data.dancer_landmarks import (
+    CHIN,
+    CHIN_RADIUS,
     EAR,
     FINGER_RADIUS,
-    JAW_CENTRE,
-    JAW_RADII,
+    HEAD_STRETCH,
     NOSE,
     NOSE_RADII,
-    SKULL_RADII,
+    SKULL,
+    SKULL_RADIUS,
     hand_points,
 )
 from dreamdance.data.dancer_motion import SIDES, Proportions, Skeleton, draw_proportions
@@ -33,7 +35,7 @@ _HAIR_STYLES: tuple[HairStyle, ...] = ("short", "bob", "long", "ponytail", "bun"
 SKIN, HAIR, TOP, BOTTOM, SHOES, SOCKS = range(6)
 """Materials, by their place in `Identity.materials`."""
 
-_SKIN_TONES = ("f6d7c0", "ecc0a0", "dda883", "c98f66", "ae7549", "8d5a37", "6b4228", "4c2f20")
+_SKIN_TONES = ("f6d7c0", "ecc0a0", "dda883", "c98f66", "ae7549", "8d5a37", "74492d", "5a3926")
 _HAIR_COLOURS = ("15110f", "2c1e16", "4a2e1c", "7a4a28", "a9773f", "d0a864", "8e2f20", "b8b4ae", "3b3f6b", "a8557e")
 
 
@@ -193,8 +195,8 @@ def _add_head(body: Body, identity: Identity, skeleton: Skeleton) -> None:
         return frame * (np.asarray(radii) * size)
 
     head = body.skins.add(centre, frame / size, 0.08, SKIN)
-    body.shapes.add_ellipsoid(head, centre, scaled(SKULL_RADII))
-    body.shapes.add_ellipsoid(head, at(JAW_CENTRE), scaled(JAW_RADII))
+    radii = (SKULL_RADIUS * size, CHIN_RADIUS * size)
+    _add_limb(body, head, at(SKULL * HEAD_STRETCH), at(CHIN * HEAD_STRETCH), radii, stretch=frame * HEAD_STRETCH)
     plain = body.skins.add(centre, frame, 0.08, SKIN)
     _add_limb(body, plain, at(NOSE[0]), at(NOSE[1]), (NOSE_RADII[0] * size, NOSE_RADII[1] * size))
     for side in SIDES:
@@ -217,8 +219,8 @@ def _add_hair(body: Body, identity: Identity, skeleton: Skeleton) -> None:
 
     slant = np.array([0.0, 0.80, -0.60]) if style != "cap" else np.array([0.0, 0.93, -0.37])
     body.shapes.add_ellipsoid(
-        hair, at(0.0, 0.006, -0.007), frame * (np.array([0.0815, 0.1055, 0.0985]) * size),
-        cut_normal=frame @ slant, cut_offset=size * (0.004 if style != "cap" else 0.018),
+        hair, at(0.0, 0.017, -0.004), frame * (np.array([0.0815, 0.0975, 0.0985]) * size),
+        cut_normal=frame @ slant, cut_offset=size * (0.010 if style != "cap" else 0.026),
     )  # fmt: skip
     if style in ("long", "bob"):
         low = -0.21 if style == "long" else -0.10
@@ -230,7 +232,7 @@ def _add_hair(body: Body, identity: Identity, skeleton: Skeleton) -> None:
     elif style == "bun":
         body.shapes.add_sphere(hair, at(0.0, 0.105, -0.06), 0.042 * size)
     elif style == "cap":
-        body.shapes.add_ellipsoid(hair, at(0.0, 0.048, 0.092), frame * (np.array([0.062, 0.007, 0.062]) * size))
+        body.shapes.add_ellipsoid(hair, at(0.0, 0.055, 0.090), frame * (np.array([0.062, 0.007, 0.062]) * size))
 
 
 def _add_trunk(body: Body, identity: Identity, skeleton: Skeleton) -> None:
@@ -244,7 +246,8 @@ def _add_trunk(body: Body, identity: Identity, skeleton: Skeleton) -> None:
     hem = identity.hem * size.spine
     skin = body.skins.add(low, lower, hips * 0.85, BOTTOM, TOP, hem)
     stretch = _stretch(skeleton.pelvis_frame, (1.0, 1.0, depth))
-    _add_limb(body, skin, low, skeleton.waist, (hips, waist), stretch=stretch, closed=(True, True))
+    _add_limb(body, skin, low, skeleton.waist, (hips, waist), stretch=stretch, closed=(False, True))
+    body.shapes.add_ellipsoid(skin, low, skeleton.pelvis_frame * np.array([hips, 0.62 * hips, hips * depth]))
     upper = limb_frame(skeleton.waist, skeleton.neck, skeleton.chest_frame[:, :, 2])
     # The same origin for both halves, so that a pattern goes on over the waist.
     trunk = body.skins.add(
@@ -256,7 +259,7 @@ def _add_trunk(body: Body, identity: Identity, skeleton: Skeleton) -> None:
     for shoulder in skeleton.shoulders:
         inner = skeleton.neck + 0.30 * (shoulder - skeleton.neck)
         _add_limb(body, trunk, inner, shoulder, (yoke * 1.08, yoke), closed=(True, False))
-        _add_limb(body, trunk, skeleton.chest, shoulder, (chest * 0.55, yoke), closed=(False, False))
+        _add_limb(body, trunk, skeleton.chest, shoulder, (chest, yoke), stretch=stretch, closed=(False, True))
 
 
 def _add_arm(body: Body, identity: Identity, skeleton: Skeleton, side: int) -> None:

@@ -11,10 +11,10 @@ from dreamdance.data.dancer_motion import Proportions, Skeleton
 
 _Array = np.ndarray
 
-SKULL_RADII = np.array([0.074, 0.100, 0.092])
-JAW_CENTRE = np.array([0.0, -0.052, 0.020])
-JAW_RADII = np.array([0.055, 0.062, 0.066])
-NOSE = (np.array([0.0, 0.000, 0.086]), np.array([0.0, -0.034, 0.1]))
+SKULL, SKULL_RADIUS = np.array([0.0, 0.022, 0.0]), 0.084
+CHIN, CHIN_RADIUS = np.array([0.0, -0.066, 0.029]), 0.045
+HEAD_STRETCH = np.array([0.89, 1.0, 1.06])
+NOSE = (np.array([0.0, 0.000, 0.080]), np.array([0.0, -0.034, 0.092]))
 NOSE_RADII = (0.007, 0.012)
 EAR = np.array([0.076, -0.008, -0.008])
 """Measures of a head in its own frame (left, up, forward), in metres, for a head factor of 1."""
@@ -89,24 +89,29 @@ def hand_points(skeleton: Skeleton, body: Proportions, side: int) -> _Array:
 
 
 def _on_face(x: float, y: float) -> _Array:
-    """The point of the head's front surface (skull or jaw, whichever is in front) at x, y of its own frame."""
-    heights = [0.0]
-    for centre, radii in ((np.zeros(3), SKULL_RADII), (JAW_CENTRE, JAW_RADII)):
-        inside = 1.0 - ((x - centre[0]) / radii[0]) ** 2 - ((y - centre[1]) / radii[1]) ** 2
-        if inside > 0:
-            heights.append(centre[2] + radii[2] * float(np.sqrt(inside)))
-    return np.array([x, y, max(heights)])
+    """The point of the head's front surface at x, y of its own frame: the head is the hull of skull and chin.
+
+    The hull is the union of all spheres between its two ends; a fine choice of them is closer than a tenth of a
+    millimetre. Beyond the outline it is the outline's own depth.
+    """
+    shares = np.linspace(0.0, 1.0, 257)[:, None]
+    centres = SKULL + (CHIN - SKULL) * shares
+    radii = SKULL_RADIUS + (CHIN_RADIUS - SKULL_RADIUS) * shares[:, 0]
+    inside = radii**2 - (x / HEAD_STRETCH[0] - centres[:, 0]) ** 2 - (y / HEAD_STRETCH[1] - centres[:, 1]) ** 2
+    fronts = centres[:, 2] + np.sqrt(np.maximum(inside, 0.0))
+    front = float(fronts[inside > 0].max()) if (inside > 0).any() else float(fronts[np.argmax(inside)])
+    return np.array([x, y, front * HEAD_STRETCH[2]])
 
 
 def _face_points() -> _Array:
     """The 68 points `(68, 3)` in iBUG order in the head's frame, for a head factor of 1; the first at its right."""
     angles = np.linspace(0.0, np.pi, 17)
-    jaw = [(-0.0715 * np.cos(a) * (1 - 0.30 * np.sin(a) ** 2), 0.0 - 0.108 * np.sin(a) ** 0.9) for a in angles]
-    brow = [(0.050, 0.021), (0.043, 0.028), (0.034, 0.031), (0.024, 0.029), (0.014, 0.025)]
+    jaw = [(-0.0645 * np.cos(a) * (1 - 0.30 * np.sin(a) ** 2), -0.107 * np.sin(a) ** 0.9) for a in angles]
+    brow = [(0.050, 0.023), (0.043, 0.029), (0.034, 0.031), (0.024, 0.030), (0.014, 0.027)]
     eye = [(0.044, 0.004), (0.036, 0.0095), (0.027, 0.0095), (0.019, 0.003), (0.027, -0.001), (0.036, -0.001)]
-    upper_lip = [(0.024, -0.067), (0.015, -0.062), (0.006, -0.0595), (0.0, -0.061)]
+    upper_lip = [(0.024, -0.0645), (0.015, -0.062), (0.006, -0.0595), (0.0, -0.061)]
     lower_lip = [(0.015, -0.073), (0.007, -0.0765), (0.0, -0.0775)]
-    inner_lip = [(0.019, -0.067), (0.007, -0.065), (0.0, -0.0655)]
+    inner_lip = [(0.019, -0.0655), (0.007, -0.065), (0.0, -0.0655)]
 
     def mirrored(half: list[tuple[float, float]]) -> list[tuple[float, float]]:
         return [(-x, y) for x, y in half]
@@ -120,7 +125,7 @@ def _face_points() -> _Array:
         NOSE[0] + (NOSE[1] - NOSE[0]) * part + (0, 0, NOSE_RADII[0] + 0.005 * part) for part in (0, 1 / 3, 2 / 3, 1)
     ]
     nostrils = [
-        np.array([x, -0.044 - 0.003 * (x == 0), 0.103 - 1.1 * abs(x)]) for x in (-0.014, -0.007, 0.0, 0.007, 0.014)
+        np.array([x, -0.044 - 0.003 * (x == 0), 0.100 - 0.9 * abs(x)]) for x in (-0.014, -0.007, 0.0, 0.007, 0.014)
     ]
     rest = np.stack([_on_face(x, y) for x, y in mirrored(eye) + left_eye + mouth + inner])
     return np.concatenate([on_skin, np.stack(bridge), np.stack(nostrils), rest])

@@ -212,9 +212,9 @@ def _arm(
     middle = np.radians(generator.choice([-62.0, -30.0, 5.0, 45.0], p=[0.3, 0.25, 0.2, 0.25]))
     elevation = waves.draw(middle, np.radians(generator.uniform(12, 45)))
     elevation = np.radians(-5.0) + np.radians(72.0) * np.tanh((elevation - np.radians(-5.0)) / np.radians(72.0))
-    azimuth = waves.draw(np.radians(generator.uniform(5, 60)), np.radians(generator.uniform(10, 40)))
+    azimuth = waves.draw(np.radians(generator.uniform(15, 68)), np.radians(generator.uniform(10, 40)))
     azimuth = np.clip(azimuth, np.radians(-25), np.radians(90))
-    flex = np.clip(waves.draw(np.radians(generator.uniform(25, 95)), np.radians(50)), np.radians(4), np.radians(135))
+    flex = np.clip(waves.draw(np.radians(generator.uniform(35, 105)), np.radians(50)), np.radians(4), np.radians(135))
     lean = waves.draw(generator.uniform(0.0, 1.3), 0.6)
     level, out = np.cos(elevation), np.array([side, 1.0, 1.0])
     upper = np.stack([level * np.cos(azimuth), np.sin(elevation), level * np.sin(azimuth)], axis=-1) * out

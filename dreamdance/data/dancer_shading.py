@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dreamdance.data.dancer_body import HEAD, SKIN, Identity, Pattern, Skins
+from dreamdance.data.dancer_body import HAIR, HEAD, SKIN, Identity, Pattern, Skins
 
 _Array = np.ndarray
 
@@ -130,25 +130,24 @@ def surface_colours(
 
 def _paint_face(x: _Array, y: _Array, size: _Array, skin: _Array, identity: Identity) -> _Array:
     """Eyes, brows, cheeks and mouth on the front of the head; x, y and pixel size in its own measures."""
-    colours = np.repeat(skin[:, None], len(x), axis=1)
-    brow_colour = np.array(identity.materials[1].colour, dtype=np.float32) * 0.7
-    mirrored = np.abs(x)
-
-    def paint(colour: _Array | tuple[float, float, float], radius: _Array, soft: _Array, strength: float = 1.0) -> None:
-        share = strength * np.clip((1.0 - radius) / np.maximum(soft, 1e-6) + 0.5, 0.0, 1.0)
-        nonlocal colours
-        colours = colours + (np.asarray(colour, dtype=np.float32)[:, None] - colours) * share
-
-    def ellipse(cx: float, cy: float, rx: float, ry: float, across: _Array) -> tuple[_Array, _Array]:
-        return np.sqrt(((across - cx) / rx) ** 2 + ((y - cy) / ry) ** 2), size / ry
-
-    paint(skin * (1.0, 0.72, 0.70), *ellipse(0.042, -0.032, 0.020, 0.016, mirrored), strength=0.35)
-    paint(_EYE_WHITE, *ellipse(0.0315, 0.004, 0.0145, 0.0075, mirrored))
-    paint(_EYE_DARK, *ellipse(0.0315, 0.0045, 0.0068, 0.0072, mirrored))
-    paint(brow_colour, *ellipse(0.0320, 0.0260, 0.0185, 0.0042, mirrored))
+    brows = np.array(identity.materials[HAIR].colour, dtype=np.float32) * 0.7
     lips = 0.55 * np.array(_LIPS, dtype=np.float32) + 0.45 * skin
-    paint(lips, *ellipse(0.0, -0.0685, 0.0235, 0.0085, x))
-    paint(skin * 0.45, *ellipse(0.0, -0.0675, 0.020, 0.0018, x), strength=0.8)
+    # Colour, strength, then an ellipse, mirrored: its centre, its radii, and how much it bends upwards at the sides.
+    features = (
+        (skin * (1.0, 0.72, 0.70), 0.35, 0.042, -0.032, 0.020, 0.016, 0.0),
+        (_EYE_WHITE, 1.0, 0.0315, 0.004, 0.0145, 0.0075, 0.0),
+        (_EYE_DARK, 1.0, 0.0315, 0.0045, 0.0068, 0.0072, 0.0),
+        (brows, 1.0, 0.0320, 0.0275, 0.0185, 0.0040, 0.0),
+        (lips, 1.0, 0.0, -0.0705, 0.0240, 0.0085, 8.0),
+        (skin * 0.45, 0.8, 0.0, -0.0695, 0.0210, 0.0018, 8.0),
+    )
+    colours = np.repeat(skin[:, None], len(x), axis=1)
+    mirrored = np.abs(x)
+    for colour, strength, centre_x, centre_y, radius_x, radius_y, bend in features:
+        height = y - centre_y - bend * mirrored**2
+        radius = np.sqrt(((mirrored - centre_x) / radius_x) ** 2 + (height / radius_y) ** 2)
+        share = strength * np.clip((1.0 - radius) / np.maximum(size / radius_y, 1e-6) + 0.5, 0.0, 1.0)
+        colours += (np.asarray(colour, dtype=np.float32)[:, None] - colours) * share
     return colours
 
 

@@ -94,7 +94,7 @@ def draw_stage(generator: np.random.Generator, points: _Array) -> Stage:
         planes=(_draw_floor(generator, hue), *walls),
         to_lamp=np.array([np.cos(elevation) * np.sin(azimuth), np.sin(elevation), np.cos(elevation) * np.cos(azimuth)]),
         lamp=strength * np.array([1 + warmth, 1.0, 1 - warmth]),
-        ambient=(1.06 - strength) * np.array([1 - 0.7 * warmth, 1.0, 1 + 0.7 * warmth]),
+        ambient=(1.16 - strength) * np.array([1 - 0.7 * warmth, 1.0, 1 + 0.7 * warmth]),
         eye=np.array([generator.uniform(-0.3, 0.3), generator.uniform(0.75, 1.5), generator.uniform(3.4, 5.2)]),
     )
 
@@ -150,7 +150,7 @@ def aim_camera(eye: _Array, points: _Array) -> Camera:
 
 
 def fit_focal(bounds: _Array, width: int, height: int) -> float:
-    """The focal length in pixels that keeps all ray directions within `bounds` `(..., 4)` (x, x, y, y) in the picture."""
+    """The focal length in pixels that keeps ray directions within `bounds` `(..., 4)` (x, x, y, y) in the picture."""
     largest = np.abs(bounds.reshape(-1, 4)).max(axis=0)
     return 0.5 * _FILL * min(width / max(largest[0], largest[1]), height / max(largest[2], largest[3]))
 

@@ -161,7 +161,7 @@ def _draw_geometry(
 def _draw_colours(
     scene: _Scene, chunk: slice, focal: float, backdrop: Backdrop, shadows: np.ndarray, samples: int
 ) -> np.ndarray:
-    """Colours of a few frames `(f, H, W, 3)` uint8: the body, `samples` x `samples` rays per pixel, over the backdrop."""
+    """Colours of some frames `(f, H, W, 3)` uint8: the body, `samples` x `samples` rays per pixel, on the backdrop."""
     num_frames, height, width = shadows.shape
     fine_width, fine_height, fine_focal = width * samples, height * samples, focal * samples
     quadrics = scene.quadrics.frames(chunk)
