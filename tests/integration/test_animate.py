@@ -1,0 +1,287 @@
+"""Offline batch inference from a manifest to results: split over ranks, skipped when done, one bad entry told."""
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from recipes_for_tests import HEIGHT, WIDTH
+from tiny_pipelines import tiny_animation_pipeline, tiny_geometry_pipeline
+
+from dreamdance.data.dancers import HELD_OUT_SEEDS, render_clip
+from dreamdance.data.keypoints import KeypointSequence, write_keypoint_file
+from dreamdance.data.pose_drawing import draw_poses
+from dreamdance.data.video_io import write_video
+from dreamdance.errors import ManifestError, MissingInputError, RecipeError
+from dreamdance.inference.batch import AnimateError, animate
+from dreamdance.inference.inputs import Size, load_inputs
+from dreamdance.inference.manifest import read_manifest
+from dreamdance.launch.job import free_port
+from dreamdance.recipe.schema import AnimateRecipe
+from dreamdance.run_layout import progress_file
+
+NUM_FRAMES = 5
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A runs folder with the exports of a finished stage 1 and stage 2, as training leaves them."""
+    folder = tmp_path_factory.mktemp("runs")
+    tiny_geometry_pipeline().save_pretrained(folder / "stage1" / "exports" / "step_00000004")
+    tiny_animation_pipeline().save_pretrained(folder / "stage2" / "exports" / "step_00000004")
+    tiny_animation_pipeline(controls=("pose",)).save_pretrained(folder / "pose_only" / "exports" / "step_00000002")
+    return folder
+
+
+@pytest.fixture
+def job(tmp_path, runs):
+    """Writes a manifest of dancers and runs the task on it."""
+    return AnimateJob(tmp_path, runs)
+
+
+class AnimateJob:
+    def __init__(self, folder, runs) -> None:
+        self.folder, self.runs, self.entries = folder, runs, []
+        self.run_folder = runs / folder.name
+
+    def add(self, entry_id: str, seed: int = 0, *, video: bool = False, **changes) -> None:
+        """Adds a held-out dancer: its last frame is the reference, its own motion drives it."""
+        clip = render_clip(HELD_OUT_SEEDS[seed], num_frames=NUM_FRAMES, width=WIDTH * 2, height=HEIGHT * 2)
+        Image.fromarray(clip.rgb[-1]).save(self.folder / f"{entry_id}.png")
+        entry = {"id": entry_id, "image": f"{entry_id}.png", "seed": seed, "reference_frame": NUM_FRAMES - 1}
+        if video:
+            drawings = draw_poses(clip.keypoints, width=WIDTH * 2, height=HEIGHT * 2)
+            write_video(self.folder / f"{entry_id}.mkv", drawings, fps=10.0, lossless=True)
+            entry["pose"] = f"{entry_id}.mkv"
+        else:
+            sequence = KeypointSequence(clip.keypoints, width=WIDTH * 2, height=HEIGHT * 2, fps=8.0)
+            write_keypoint_file(self.folder / f"{entry_id}.json", sequence)
+            entry["keypoints"] = f"{entry_id}.json"
+        self.entries.append({**entry, **changes})
+
+    def recipe(self, **changes) -> AnimateRecipe:
+        values = {
+            "task": "animate",
+            "name": "tiny_animate",
+            "manifest": str(self.folder / "manifest.jsonl"),
+            "output": str(self.folder / "results"),
+            "geometry_from": "stage1",
+            "animation_from": "stage2",
+            "geometry_width": WIDTH,
+            "geometry_height": HEIGHT,
+            "width": WIDTH * 2,
+            "height": HEIGHT * 2,
+            "precision": "fp32",
+            "geometry": {"num_inference_steps": 1, "window_frames": 4, "window_overlap": 1},
+            "animation": {"num_inference_steps": 1, "window_frames": 4, "window_overlap": 1},
+            **changes,
+        }
+        return AnimateRecipe.model_validate_json(json.dumps(values))
+
+    def write_manifest(self) -> None:
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.entries)
+        (self.folder / "manifest.jsonl").write_text(lines)
+
+    def run(self, **changes) -> None:
+        self.write_manifest()
+        animate(self.recipe(**changes), self.run_folder)
+
+    def result(self, entry_id: str) -> dict:
+        return json.loads((self.folder / "results" / entry_id / "result.json").read_text())
+
+    def arrays(self, entry_id: str) -> dict[str, np.ndarray]:
+        with np.load(self.folder / "results" / entry_id / "arrays.npz", allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+
+    def ages(self) -> dict[str, int]:
+        return {p.parent.name: p.stat().st_mtime_ns for p in (self.folder / "results").glob("*/result.json")}
+
+
+def test_a_result_holds_videos_arrays_a_contact_sheet_and_how_it_was_made(job):
+    job.add("dancer", seed=3)
+    job.run()
+    folder = job.folder / "results" / "dancer"
+    assert {path.name for path in folder.iterdir()} == {
+        "video.mp4",
+        "side_by_side.mp4",
+        "contact_sheet.png",
+        "arrays.npz",
+        "result.json",
+    }
+    arrays = job.arrays("dancer")
+    assert (arrays["frames"].shape, arrays["frames"].dtype) == ((NUM_FRAMES, HEIGHT * 2, WIDTH * 2, 3), np.uint8)
+    assert (arrays["normals"].shape, arrays["normals"].dtype) == ((NUM_FRAMES, HEIGHT, WIDTH, 3), np.float16)
+    assert (arrays["depths"].shape, arrays["depths"].dtype) == ((NUM_FRAMES, HEIGHT, WIDTH), np.float16)
+    np.testing.assert_allclose(np.linalg.norm(arrays["normals"].astype(np.float32), axis=-1), 1, atol=2e-3)
+    for name in ("video.mp4", "side_by_side.mp4"):
+        with av.open(str(folder / name)) as video:
+            assert sum(1 for _ in video.decode(video=0)) == NUM_FRAMES
+    sheet = Image.open(folder / "contact_sheet.png")
+    assert sheet.height >= 4 * 192
+    result = job.result("dancer")
+    assert result["request"]["seed"] == 3
+    assert result["request"]["geometry"]["guidance_scales"] == {"rgb": 2.5, "normal": 1.0, "depth": 1.5}
+    assert result["exports"]["animation"].endswith("stage2/exports/step_00000004")
+    assert {"torch", "diffusers", "dreamdance"} <= set(result["versions"])
+    assert (result["fps"], result["reference_frame"], result["num_frames"]) == (8.0, NUM_FRAMES - 1, NUM_FRAMES)
+
+
+def test_what_is_done_is_skipped_and_what_changed_is_done_again(job, runs):
+    job.add("a")
+    job.add("b", seed=1)
+    job.run()
+    first = job.ages()
+    job.run()
+    assert job.ages() == first
+    job.entries[1]["seed"] = 7
+    job.run()
+    second = job.ages()
+    assert second["a"] == first["a"]
+    assert second["b"] > first["b"]
+    Image.new("RGB", (32, 48), "red").save(job.folder / "a.png")
+    job.run()
+    assert job.ages()["a"] > second["a"]
+    job.run(animation={"num_inference_steps": 1, "window_frames": 4, "window_overlap": 1, "guidance_scale": 3.0})
+    assert job.result("b")["request"]["animation"]["guidance_scale"] == 3.0
+    assert not list((job.folder / "results").glob(".*"))
+
+
+def test_other_weights_are_not_taken_for_the_same_result(job, tmp_path):
+    job.add("a")
+    job.run(animation_from="pose_only")
+    before = job.ages()
+    tiny_animation_pipeline(controls=("pose",), seed=5).save_pretrained(tmp_path / "other_export")
+    job.run(animation_from=str(tmp_path / "other_export"))
+    assert job.ages()["a"] > before["a"]
+
+
+def test_one_bad_entry_is_told_and_the_others_are_done(job, caplog):
+    job.add("good")
+    job.add("no_picture", seed=1)
+    job.add("no_such_file", seed=2, image="missing.png")
+    job.add("bad_keypoints", seed=3)
+    job.add("bad_video", seed=4, video=True)
+    job.add("also_good", seed=5, video=True)
+    (job.folder / "no_picture.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    (job.folder / "bad_keypoints.json").write_text('{"frames": 3}')
+    (job.folder / "bad_video.mkv").write_bytes(b"no video at all")
+    with caplog.at_level(logging.ERROR), pytest.raises(AnimateError, match="4 of 6 entries failed") as caught:
+        job.run()
+    failed = {"no_picture", "no_such_file", "bad_keypoints", "bad_video"}
+    told = json.loads((job.folder / "results" / "failures.json").read_text())
+    assert {failure["id"] for failure in told} == failed
+    assert all(name in str(caught.value) and name in caplog.text for name in failed)
+    assert set(job.ages()) == {"good", "also_good"}
+    assert job.result("also_good")["fps"] == pytest.approx(10.0)
+
+    job.entries = [entry for entry in job.entries if entry["id"] not in failed]
+    job.run()
+    assert not (job.folder / "results" / "failures.json").exists()
+
+
+def test_a_wrong_manifest_stops_everything_before_networks_are_loaded(job):
+    job.add("good")
+    job.add("bad", align=True)
+    with pytest.raises(ManifestError, match="reference_keypoints"):
+        job.run(animation_from="never_trained")
+    assert not (job.folder / "results").exists()
+
+
+def test_results_depend_on_seed_and_id_and_not_on_what_else_is_in_the_manifest(job):
+    job.add("a", seed=1)
+    job.add("b", seed=1)
+    job.run()
+    together = {name: job.arrays(name) for name in ("a", "b")}
+    assert not np.array_equal(together["a"]["frames"], together["b"]["frames"])
+    job.entries.pop(0)
+    job.run(output=str(job.folder / "alone"))
+    with np.load(job.folder / "alone" / "b" / "arrays.npz") as alone:
+        assert all(np.array_equal(alone[name], together["b"][name]) for name in alone.files)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_ranks_share_the_entries_and_the_failures_of_all_end_the_command(job):
+    """Two real processes: the one without a failure of its own is the one that reports it, when both are through."""
+    for index in range(3):
+        job.add(f"clip_{index}", seed=index)
+    job.entries[1]["image"] = "missing.png"
+    job.write_manifest()
+    (job.folder / "recipe.json").write_text(job.recipe().model_dump_json())
+    program = (
+        "import sys; from pathlib import Path; from dreamdance.errors import UserError\n"
+        "from dreamdance.inference.batch import animate; from dreamdance.recipe.schema import AnimateRecipe\n"
+        "recipe = AnimateRecipe.model_validate_json(Path(sys.argv[1]).read_text())\n"
+        "try:\n    animate(recipe, Path(sys.argv[2]))\nexcept UserError as error:\n    sys.exit(str(error))"
+    )
+    ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program, str(job.folder / "recipe.json"), str(job.run_folder)]
+    processes = [
+        subprocess.Popen(command, env={**os.environ, **ranks, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 0], errors
+    assert re.search(r"1 of 3 entries failed.*\n.*clip_1 \(line 2\)", errors[0])
+    assert set(job.ages()) == {"clip_0", "clip_2"}
+    reports = [json.loads(line) for line in progress_file(job.run_folder).read_text().splitlines()]
+    assert reports[-1]["done"] == reports[-1]["total"] == 2
+
+
+def test_a_pose_only_controller_runs_without_stage_1(job):
+    job.add("dancer")
+    job.run(geometry_from=None, animation_from="pose_only")
+    assert set(job.arrays("dancer")) == {"frames"}
+    with pytest.raises(RecipeError, match="give geometry_from"):
+        job.run(geometry_from=None)
+
+
+def test_a_run_that_is_not_there_is_named_with_its_key(job):
+    job.add("dancer")
+    with pytest.raises(MissingInputError, match="geometry_from: run 'nowhere' does not exist"):
+        job.run(geometry_from="nowhere")
+
+
+def test_an_aligned_skeleton_is_drawn_at_the_size_of_the_reference(job):
+    job.add("plain")
+    job.add("aligned")
+    body = json.loads((job.folder / "aligned.json").read_text())
+    points = np.array(body["frames"][0]["keypoints"])
+    points[:, :2] = points[:, :2] * 0.5 + 0.25
+    body["frames"] = [{"keypoints": points.tolist()}]
+    (job.folder / "body.json").write_text(json.dumps(body))
+    job.entries[1].update(align=True, reference_keypoints="body.json")
+    job.write_manifest()
+    size = Size(WIDTH * 2, HEIGHT * 2)
+    heights = []
+    for entry in read_manifest(job.folder / "manifest.jsonl"):
+        drawing = load_inputs(entry, aspect=size, pose_sizes={size}).poses[size][0]
+        rows = (drawing.amax(dim=0) > 0.1).any(dim=1).nonzero()
+        heights.append(int(rows.max() - rows.min() + 1))
+    assert heights[1] == pytest.approx(heights[0] / 2, abs=3)
+
+
+def test_pictures_of_another_aspect_lose_their_margins_evenly_and_keypoints_with_them(job):
+    """A wide picture with bars left and right: what is left is the middle, of the drawing too."""
+    job.add("dancer")
+    size = Size(WIDTH * 2, HEIGHT * 2)
+    job.write_manifest()
+    (entry,) = read_manifest(job.folder / "manifest.jsonl")
+    expected = load_inputs(entry, aspect=size, pose_sizes={size})
+    picture = np.asarray(Image.open(entry.image))
+    Image.fromarray(np.pad(picture, [(0, 0), (WIDTH, WIDTH), (0, 0)])).save(entry.image)
+    points = json.loads(entry.keypoints.read_text())
+    points["width"] *= 2
+    for frame in points["frames"]:
+        frame["keypoints"] = [[x / 2 + 0.25, y, confidence] for x, y, confidence in frame["keypoints"]]
+    entry.keypoints.write_text(json.dumps(points))
+    cut = load_inputs(entry, aspect=size, pose_sizes={size})
+    assert torch.equal(cut.reference, expected.reference)
+    assert (cut.poses[size] - expected.poses[size]).abs().mean() < 0.02
