@@ -115,6 +115,7 @@ class ClipLoader:
             num_workers=self.num_workers,
             collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else each start draws the workers' seeds from the global one, which is saved
             **options,
         )
 

@@ -129,29 +129,37 @@ class Checkpointer:
             CheckpointError: complete checkpoints exist but all are damaged, or the one found belongs to another number
                 of ranks, to other trainable parameters or to other frozen weights.
         """
-        folders = from_main([str(folder) for folder in step_folders(self.run / "checkpoints")])
         damaged = []
-        for folder in map(Path, reversed(folders)):
-            manifest, problem, counts = from_main(_read(folder) if self.ranks.is_main else None)
+        for folder in map(Path, from_main(self._candidates())):
+            manifest, problem = from_main(_read(folder) if self.ranks.is_main else None)
             if manifest is not None:
                 share = manifest.files[self.ranks.rank :: self.ranks.world_size]
-                problems = [found for part in gathered(manifests.damage(folder, share)) for found in part]
-                if not problems:
+                found = [text for part in gathered(manifests.damage(folder, share)) for text in part]
+                if not found:
                     return self._restore(folder, manifest)
-                problem = "; ".join(problems)
+                problem = "; ".join(found)
+            damaged.append(f"{folder.name}: {problem}")
             if self.ranks.is_main:
-                logger.warning("skipping checkpoint %s: %s", folder.name, problem)
-                if not counts:
-                    _delete(folder)
-            if counts:
-                damaged.append(f"{folder}: {problem}")
+                logger.warning("skipping checkpoint %s", damaged[-1])
         if damaged:
             raise CheckpointError(
-                "every checkpoint of this run is damaged: "
-                + "; ".join(damaged)
-                + ". Bring one back, or delete the run's checkpoints folder to start over from step 0"
+                f"every checkpoint in {self.run / 'checkpoints'} is damaged: {'; '.join(damaged)}. Bring one back, or "
+                "delete that folder to start over from step 0"
             )
         return None
+
+    def _candidates(self) -> list[str]:
+        """On the main process: all folders that count, newest first, after deleting those cut short in the making."""
+        if not self.ranks.is_main:
+            return []
+        complete = []
+        for folder in reversed(step_folders(self.run / "checkpoints")):
+            if (folder / COMPLETE_FILE).is_file():
+                complete.append(str(folder))
+            else:
+                logger.warning("deleting %s: it was being written or deleted when the run was killed", folder)
+                _delete(folder)
+        return complete
 
     def _restore(self, folder: Path, manifest: Manifest) -> Resumed:
         if manifest.world_size != self.ranks.world_size:
@@ -244,13 +252,12 @@ def restore_generators(states: Mapping[str, Any]) -> None:
     random.setstate((version, tuple(words), next_gauss))
 
 
-def _read(folder: Path) -> tuple[Manifest | None, str, bool]:
-    """The manifest, or why there is none; and whether the folder once counted, so that its loss matters."""
-    counts = (folder / COMPLETE_FILE).is_file()
+def _read(folder: Path) -> tuple[Manifest | None, str]:
+    """The manifest, or why it cannot be used."""
     try:
-        return manifests.read_manifest(folder), "", counts
+        return manifests.read_manifest(folder), ""
     except CheckpointError as error:
-        return None, str(error), counts
+        return None, str(error)
 
 
 def _rank_file(rank: int) -> str:

@@ -1,0 +1,187 @@
+"""C8's promise: killed at any instant and started again, a run is bit-identical to one never interrupted."""
+
+import json
+import random
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dancer_shards import write_dancer_shards
+from rank_processes import StartedRanks, run_ranks
+from recipes_for_tests import tiny_stage1_recipe, tiny_stage2_recipe
+from training_scenarios import Recipe, Strike, run_recorded
+
+from dreamdance.run_layout import checkpoint_folder, export_folder, progress_file, step_folders
+
+pytestmark = pytest.mark.distributed
+
+WORLD_SIZE = 2
+MAX_STEPS = 12
+BATCH_SIZE = 4
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    write_dancer_shards(folder)
+    return folder
+
+
+def settings(shards: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "data.train.local": str(shards / "train"),
+        "data.validation.local": str(shards / "validation"),
+        "data.num_workers": 0,
+        "max_steps": MAX_STEPS,
+        "batch_size": BATCH_SIZE,
+        "micro_batch_size": 1,
+        "cluster.tasks_per_node": WORLD_SIZE,
+        "checkpoint.every_steps": 2,
+        "checkpoint.keep_last": 2,
+        "optimizer.warmup_steps": 3,
+        "optimizer.decay": "cosine",
+        "optimizer.ema_decay": 0.9,
+        "validation.loss_every_steps": 3,
+        "validation.sample_every_steps": 100,
+        "validation.num_sample_clips": 1,
+        "sampling.num_inference_steps": 1,
+        "logging.every_steps": 1,
+        **more,
+    }
+
+
+def start(recipe: Recipe, run: Path, strike: Strike | None = None) -> list[int]:
+    with StartedRanks(run_recorded, WORLD_SIZE, run / "output", recipe=recipe, run=run, strike=strike) as ranks:
+        return ranks.wait()
+
+
+def samples_in_order(run: Path) -> list[list[tuple[int, int, float]]]:
+    """Per rank: (epoch, sample id, loss) as computed, over all starts."""
+    records = [(run / f"record_{rank}.jsonl").read_text().splitlines() for rank in range(WORLD_SIZE)]
+    return [[(line["epoch"], line["sample"], line["loss"]) for line in map(json.loads, record)] for record in records]
+
+
+def without_repeats(samples: list[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
+    """Drops what a start computed after the last checkpoint and the next start computed again; order of first sight."""
+    return list(dict.fromkeys(samples))
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested containers as path -> leaf."""
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        return {prefix: value}
+    return {path: leaf for key, part in items for path, leaf in flatten(part, f"{prefix}/{key}").items()}
+
+
+def assert_same_checkpoint(one: Path, other: Path) -> None:
+    names = sorted(path.relative_to(one).as_posix() for path in one.rglob("*.pt"))
+    assert names == sorted(path.relative_to(other).as_posix() for path in other.rglob("*.pt"))
+    assert len(names) == 1 + 2 * WORLD_SIZE
+    for name in names:
+        # weights_only is off for DeepSpeed's own classes, in files that this very test has written
+        first, second = (flatten(torch.load(folder / name, weights_only=False)) for folder in (one, other))
+        assert first.keys() == second.keys(), name
+        for path, leaf in first.items():
+            if isinstance(leaf, torch.Tensor):
+                assert torch.equal(leaf, second[path]), f"{name}: {path}"
+    states = [json.loads((folder / "state.json").read_text()) for folder in (one, other)]
+    assert states[0] == states[1]
+
+
+def assert_same_export(one: Path, other: Path) -> None:
+    files = sorted(path.relative_to(one) for path in one.rglob("*.safetensors"))
+    assert files
+    for file in files:
+        assert (one / file).read_bytes() == (other / file).read_bytes(), file
+
+
+def messages(run: Path) -> list[str]:
+    lines = [json.loads(line) for line in progress_file(run).read_text().splitlines()]
+    return [line["message"] for line in lines if "message" in line]
+
+
+def in_save(step: int, operation: str, *path_contains: str, rank: int = 0) -> Strike:
+    return Strike(rank, operation=operation, path_contains=(f"step_{step:08d}", *path_contains))
+
+
+def test_killed_again_and_again_stage_1_is_bit_identical_to_an_uninterrupted_run(shards, tmp_path):
+    recipe = tiny_stage1_recipe("temporal", settings(shards))
+    micro_batches = BATCH_SIZE // WORLD_SIZE
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert start(recipe, whole) == [0, 0], (whole / "output" / "output_0.txt").read_text()
+
+    step = random.Random(7).randint(1, 2)
+    codes = start(recipe, broken, Strike(1, forward=step * micro_batches))
+    assert codes[1] == -signal.SIGKILL
+    assert codes[0] not in (0, -signal.SIGKILL), "the surviving rank must fail by itself"
+    strikes = [
+        (in_save(2, "os.mkdir", "deepspeed"), 0),  # nothing written yet
+        (in_save(4, "open", "zero_pp_rank_1", rank=1), 1),  # weights written, rank 1 hashes them
+        (in_save(4, "open", "COMPLETE.partial"), 0),  # every file is there
+        (in_save(6, "os.rename", "COMPLETE"), 0),  # the manifest is there under its temporary name
+        (in_save(4, "shutil.rmtree"), 0),  # complete at step 8, while the one of step 4 is deleted
+    ]
+    for strike, rank in strikes:
+        codes = start(recipe, broken, strike)
+        assert codes[rank] == -signal.SIGKILL, (strike, codes)
+        assert codes[1 - rank] != 0 or strike.operation == "shutil.rmtree", (strike, codes)
+    assert start(recipe, broken, Strike(1, signal.SIGUSR2, forward=micro_batches)) == [0, 0]
+    assert not export_folder(broken, MAX_STEPS).exists(), "asked to stop, it must not have finished"
+    stopped = step_folders(broken / "checkpoints")[-1]
+    damaged = next(stopped.glob("deepspeed/*rank_1_*"))
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    assert start(recipe, broken) == [0, 0], (broken / "output" / "output_0.txt").read_text()
+
+    said = messages(broken)
+    assert said[0].startswith("no checkpoint in")
+    assert any("resuming" in text and "from step 8 (epoch " in text and "verified" in text for text in said)
+    output = (broken / "output" / "output_0.txt").read_text()
+    assert f"skipping checkpoint {stopped.name}: {stopped.name}/deepspeed/{damaged.name} differs" in output
+    assert_same_checkpoint(checkpoint_folder(whole, MAX_STEPS), checkpoint_folder(broken, MAX_STEPS))
+    assert_same_export(export_folder(whole, MAX_STEPS), export_folder(broken, MAX_STEPS))
+    for unbroken, interrupted in zip(samples_in_order(whole), samples_in_order(broken), strict=True):
+        assert len(unbroken) == MAX_STEPS * micro_batches
+        assert without_repeats(interrupted) == unbroken
+    assert [folder.name for folder in step_folders(broken / "checkpoints")] == ["step_00000010", "step_00000012"]
+
+
+def test_killed_stage_2_in_bf16_is_bit_identical_to_an_uninterrupted_run(shards, tmp_path):
+    changes = settings(shards, precision="bf16", max_steps=4, **{"sharding.gradient_checkpointing": True})
+    recipe = tiny_stage2_recipe(changes)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert start(recipe, whole) == [0, 0], (whole / "output" / "output_0.txt").read_text()
+    assert start(recipe, broken, Strike(0, forward=6))[0] == -signal.SIGKILL
+    assert start(recipe, broken, in_save(4, "open", "state.json"))[0] == -signal.SIGKILL
+    assert start(recipe, broken) == [0, 0]
+    assert_same_checkpoint(checkpoint_folder(whole, 4), checkpoint_folder(broken, 4))
+    assert_same_export(export_folder(whole, 4), export_folder(broken, 4))
+    for unbroken, interrupted in zip(samples_in_order(whole), samples_in_order(broken), strict=True):
+        assert without_repeats(interrupted) == unbroken
+
+
+def test_no_sample_is_repeated_or_skipped_within_an_epoch(shards, tmp_path):
+    recipe = tiny_stage1_recipe("domains", settings(shards, max_steps=4, **{"checkpoint.every_steps": 3}))
+    run = tmp_path / "run"
+    assert start(recipe, run, Strike(0, forward=8))[0] == -signal.SIGKILL
+    assert start(recipe, run) == [0, 0]
+    seen = Counter((epoch, sample) for rank in samples_in_order(run) for epoch, sample, _ in without_repeats(rank))
+    assert set(seen.values()) == {1}
+    assert len(seen) == 4 * BATCH_SIZE
+    assert len([sample for epoch, sample in seen if epoch == 0]) == 8, "10 clips make two batches of 4 in an epoch"
+
+
+def test_another_number_of_ranks_is_refused_by_name(shards, tmp_path):
+    recipe = tiny_stage1_recipe("domains", settings(shards, **{"max_steps": 2, "optimizer.warmup_steps": 0}))
+    run = tmp_path / "run"
+    assert start(recipe, run) == [0, 0]
+    with pytest.raises(AssertionError, match=r"was saved by 2 ranks, this run has 1.*cluster\.nodes"):
+        run_ranks(run_recorded, 1, run / "alone", recipe=recipe, run=run)

@@ -1,0 +1,157 @@
+"""What the ranks of the distributed tests do: real runs, recorded, and struck at a chosen instant."""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from dreamdance.data.collate import ClipBatch
+from dreamdance.ranks import Ranks
+from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
+from dreamdance.training.distributed import process_group, repeatable_arithmetic
+from dreamdance.training.objectives.animation import AnimationObjective
+from dreamdance.training.objectives.geometry import GeometryObjective
+from dreamdance.training.objectives.output import ObjectiveOutput
+from dreamdance.training.preemption import StopRequest
+from dreamdance.training.run import prepare, train
+from dreamdance.training.sampling import draw_samples
+from dreamdance.training.trainer import Trainer
+
+Recipe = Stage1Recipe | Stage2Recipe
+
+
+@dataclass(frozen=True)
+class Strike:
+    """A signal that a rank sends itself: in its n-th training forward pass, or at the first matching file operation."""
+
+    rank: int
+    number: signal.Signals = signal.SIGKILL
+    forward: int | None = None
+    operation: str = ""
+    path_contains: tuple[str, ...] = ()
+
+    def prepare(self, ranks: Ranks) -> None:
+        if ranks.rank != self.rank:
+            return
+        if self.forward is not None:
+            count = 0
+
+            def strike_in_forward(module: nn.Module, inputs: Any) -> None:
+                nonlocal count
+                if _is_training(module):
+                    count += 1
+                    if count == self.forward:
+                        os.kill(os.getpid(), self.number)
+
+            register_module_forward_pre_hook(strike_in_forward)
+        else:
+
+            def strike_at_file(event: str, arguments: tuple[Any, ...]) -> None:
+                if event == self.operation and all(part in str(arguments) for part in self.path_contains):
+                    os.kill(os.getpid(), self.number)
+
+            sys.addaudithook(strike_at_file)
+
+
+def run_recorded(
+    ranks: Ranks, *, recipe: Recipe, run: Path, strike: Strike | None = None, poisoned: tuple[int, ...] = ()
+) -> None:
+    """`train`, with every training sample's loss written down as it is computed.
+
+    Args:
+        ranks: this process.
+        recipe: what to train.
+        run: the run folder; `run`/record_<rank>.jsonl grows over restarts.
+        strike: what happens to this start.
+        poisoned: ids of samples whose pictures are NaN.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    record = (run / f"record_{ranks.rank}.jsonl").open("a", encoding="utf-8")
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        if _is_training(module):
+            assert isinstance(output, ObjectiveOutput)
+            for key, loss in zip(inputs[0].keys.tolist(), output.sample_losses.tolist(), strict=True):
+                record.write(json.dumps({"epoch": key[1], "sample": key[2], "loss": loss}) + "\n")
+            record.flush()
+
+    def poison(module: nn.Module, inputs: Any) -> Any:
+        if not _is_training(module):
+            return None
+        batch: ClipBatch = inputs[0]
+        hit = torch.tensor([sample in poisoned for sample in batch.keys[:, 2].tolist()])
+        rgb = batch.rgb.clone()
+        rgb[hit] = torch.nan
+        return (replace(batch, rgb=rgb),)
+
+    register_module_forward_hook(note)
+    if poisoned:
+        register_module_forward_pre_hook(poison)
+    if strike is not None:
+        strike.prepare(ranks)
+    train(recipe, run)
+
+
+def prepare_and_inspect(ranks: Ranks, *, recipe: Recipe, run: Path, steps: int) -> dict[str, Any]:
+    """Takes a few steps and looks into the engine; every value is this rank's own."""
+    with StopRequest() as stop, process_group(ranks, timeout_seconds=60), repeatable_arithmetic(enabled=True):
+        trainer = prepare(recipe, run, ranks, stop, deterministic=True)
+        batches = iter(trainer.loader)
+        objective = trainer.engine.objective
+        first = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
+        for _ in range(steps):
+            trainer._take_step(batches)
+        found = _inspect(trainer, first)
+        with trainer.validation.averaged_weights():
+            found["weights_in_average"] = _trainable(objective)
+            found["is_training_in_average"] = objective.training
+            samples = draw_samples(objective, trainer.validation._sample_clips, recipe)
+            found["predictions"] = samples.predictions
+            found["average_gathered"] = {
+                name: value.clone() for name, value in trainer.engine.gathered(trainer.ema.shards)
+            }
+        found["weights_after"] = _trainable(objective)
+        found["is_training_after"] = objective.unet.training
+        trainer._take_step(batches)
+        found["weights_one_step_later"] = _trainable(objective)
+        trainer.metrics.close()
+    return found
+
+
+def _inspect(trainer: Trainer, first: dict[str, torch.Tensor]) -> dict[str, Any]:
+    engine = trainer.engine
+    state = engine._engine.optimizer.state
+    return {
+        "trainable": sorted(engine.trainable),
+        "frozen_with_gradient": [
+            name
+            for name, value in engine.objective.named_parameters()
+            if not value.requires_grad and value.grad is not None
+        ],
+        "changed": sorted(
+            name
+            for name, value in engine.objective.named_parameters()
+            if not torch.equal(value, first[name].to(value.dtype))
+        ),
+        "num_moments": sum(values["exp_avg"].numel() for values in state.values()),
+        "num_masters": sum(master.numel() for master in engine.masters),
+        "master_dtypes": sorted({str(master.dtype) for master in engine.masters}),
+        "num_average": sum(shard.numel() for shard in trainer.ema.shards),
+        "weights_before": _trainable(engine.objective),
+        "masters_gathered": {name: value.clone() for name, value in engine.gathered(engine.masters)},
+    }
+
+
+def _trainable(objective: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in objective.named_parameters() if value.requires_grad}
+
+
+def _is_training(module: nn.Module) -> bool:
+    return isinstance(module, GeometryObjective | AnimationObjective) and module.training
