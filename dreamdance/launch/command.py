@@ -17,7 +17,7 @@ from dreamdance.launch import dry_run, preflight, status, submission
 from dreamdance.launch.finished import is_finished
 from dreamdance.launch.follow import explain_failure, follow
 from dreamdance.launch.job import Job
-from dreamdance.launch.run_folder import DifferentRecipeError, lay, locked
+from dreamdance.launch.run_folder import DifferentRecipeError, lay, locked, refuse_different
 from dreamdance.recipe import LoadedRecipe, Recipe, TrainingRecipe, load
 from dreamdance.run_layout import progress_file
 
@@ -149,7 +149,7 @@ def _run(loaded: LoadedRecipe, options: argparse.Namespace, plan: Planner, argv:
             f"--cluster local is one machine, but cluster.nodes is {recipe.cluster.nodes}; add cluster.nodes=1"
         )
     if is_finished(recipe, run_folder) and not options.dry_run:
-        lay(recipe, run_folder, ["slurm.py", *argv])
+        refuse_different(recipe, run_folder)
         _show(f"{recipe.name} is finished: {run_folder}")
         return OK
     missing = preflight.missing(recipe, loaded.file, options.runs, check_gpu=cluster != "slurm")

@@ -36,8 +36,7 @@ def follow(job: SubmittedJob, recipe: Recipe, run_folder: Path, offset: int, out
         status = status_of(job, recipe, run_folder)
         lines, offset = _new_lines(progress_file(run_folder), offset)
         for line in lines:
-            if message := line.get("message"):
-                screen.message(str(message))
+            screen.message(line.get("message"))
             screen.progress(progress_line(line))
         if status.state in ("finished", "failed"):
             screen.close()
@@ -48,7 +47,7 @@ def follow(job: SubmittedJob, recipe: Recipe, run_folder: Path, offset: int, out
 
 def progress_line(line: dict[str, Any]) -> str:
     """`step 1200/50000  loss 0.0834  3.2 samples/s  eta 1d 09h`."""
-    parts = [f"{line['unit']} {line['done']}/{line['total']}"]
+    parts = [f"{line['unit'].removesuffix('s')} {line['done']}/{line['total']}"]
     if (loss := line.get("loss")) is not None:
         parts.append(f"loss {loss:.4f}")
     if (pace := line.get("samples_per_second")) is not None:
@@ -128,8 +127,13 @@ class _Screen:
         self.last_plain = 0.0
         self.unwritten: str | None = None
         self.has_progress = False
+        self.last_message: str | None = None
 
-    def message(self, text: str) -> None:
+    def message(self, text: str | None) -> None:
+        """A line that stays. Tasks repeat what they are at with every report; it is shown once."""
+        if text is None or text == self.last_message:
+            return
+        self.last_message = text
         self._clear()
         self.out.write(f"{text}\n")
         self._draw(self.drawn)

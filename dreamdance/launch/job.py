@@ -135,6 +135,7 @@ def record_failure(run_folder: Path, job_id: str, rank: int, text: str, *, user_
 def _log_to_console(rank: int, world_size: int) -> None:
     name = f"[rank {rank}] " if world_size > 1 else ""
     level = logging.INFO if rank == 0 else logging.WARNING
+    logging.getLogger("submitit").propagate = False  # it has a handler of its own
     logging.basicConfig(
         level=level, stream=sys.stdout, force=True, format=f"%(asctime)s {name}%(levelname)s %(name)s: %(message)s"
     )
