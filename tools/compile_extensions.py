@@ -1,6 +1,7 @@
 """Compiles DeepSpeed's shared-memory operation ahead of the first run, into TORCH_EXTENSIONS_DIR.
 
-A build that was killed leaves a `lock` file beside which every later start waits for ever, so a stale one is removed first.
+A build that was killed leaves a `lock` file beside which every later start waits for ever: a stale one is removed
+first.
 """
 
 import logging

@@ -36,7 +36,8 @@ def main() -> int:
     num_library, num_tests = sum(lines[path] for path in library), sum(lines[path] for path in tests)
     print(f"library {num_library} lines, tests {num_tests} lines, ratio {num_tests / num_library:.2f}")
     print(
-        f"longest file {longest_file[0]} ({longest_file[1]}), longest function {longest_function[0]} ({longest_function[1]})"
+        f"longest file {longest_file[0]} ({longest_file[1]}), "
+        f"longest function {longest_function[0]} ({longest_function[1]})"
     )
     too_long = longest_file[0] > MAX_FILE_LINES or longest_function[0] > MAX_FUNCTION_LINES
     return 1 if "--check" in sys.argv[1:] and too_long else 0
