@@ -8,6 +8,7 @@ from typing import Any
 import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from dreamdance.data.clip_order import ClipOrder, SampleKey
 from dreamdance.data.clips import ClipDataset
@@ -68,12 +69,17 @@ class ClipLoader:
             ShardError: a bad shard, by name; workers that died, or gave nothing within the time.
         """
         batches = iter(self._make_loader())
-        while True:
-            start = time.monotonic()
-            micro_batches = [self._next(batches) for _ in range(self.accumulation_steps)]
-            self.wait_seconds = time.monotonic() - start
-            self.step += 1
-            yield micro_batches
+        try:
+            while True:
+                start = time.monotonic()
+                micro_batches = [self._next(batches) for _ in range(self.accumulation_steps)]
+                self.wait_seconds = time.monotonic() - start
+                self.step += 1
+                yield micro_batches
+        finally:
+            # torch ends its workers when it is freed, which the traceback of an error puts off.
+            if isinstance(batches, _MultiProcessingDataLoaderIter):
+                batches._shutdown_workers()
 
     def micro_batch_keys(self, step: int) -> list[list[SampleKey]]:
         """This rank's share of a step: a contiguous part of the batch, cut into micro batches."""
