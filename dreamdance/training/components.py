@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel, UNetSpatioTemporalConditionModel
+from diffusers import ModelMixin, UNet2DConditionModel, UNetSpatioTemporalConditionModel
 from torch import nn
 
 from dreamdance.errors import CheckpointError, RecipeError
@@ -19,7 +19,7 @@ from dreamdance.models import (
     ReferenceUNetModel,
     SpatioTemporalControlNetModel,
 )
-from dreamdance.models.autoencoding import downscale_factor
+from dreamdance.models.autoencoding import Autoencoder, downscale_factor
 from dreamdance.models.base_configs import STABLE_DIFFUSION_1_5_UNET, STABLE_VIDEO_DIFFUSION_UNET
 from dreamdance.models.image_embedding import embedding_width
 from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe, TrainingData
@@ -59,9 +59,13 @@ def build_objective(recipe: Stage1Recipe | Stage2Recipe, *, device: str = "cpu")
     return objective
 
 
-def exportable(objective: Objective) -> dict[str, nn.Module]:
+def exportable(objective: Objective) -> dict[str, ModelMixin]:
     """The networks that training may change, by the name which they have in the pipeline and its export."""
-    return {name: network for name, network in objective.named_children() if name not in _FROZEN_COMPONENTS}
+    return {
+        name: network
+        for name, network in objective.named_children()
+        if isinstance(network, ModelMixin) and name not in _FROZEN_COMPONENTS
+    }
 
 
 def load_networks(objective: Objective, export: Path) -> None:
@@ -154,7 +158,7 @@ def _build_stage2(recipe: Stage2Recipe, device: str) -> AnimationObjective:
     )
 
 
-def _check_fit(unet: nn.Module, vae: nn.Module, token_width: int, data: TrainingData, *, latent_inputs: int) -> None:
+def _check_fit(unet: ModelMixin, vae: Autoencoder, token_width: int, data: TrainingData, *, latent_inputs: int) -> None:
     """Raises where channels, widths and picture sizes of a recipe's networks do not fit together."""
     channels = vae.config.latent_channels
     factor = downscale_factor(vae)

@@ -14,18 +14,24 @@ from torch.nn.grad import conv2d_input, conv3d_input
 
 def replace_convolutions(network: nn.Module) -> None:
     """Puts lean convolutions in the place of plain ones, on the same parameters, under the same names."""
-    lean = {nn.Conv2d: LeanConv2d, nn.Conv3d: LeanConv3d}
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) in lean and child.padding_mode == "zeros" and not isinstance(child.padding, str):
-                setattr(parent, name, lean[type(child)].sharing(child))
+            if isinstance(child, nn.Conv2d | nn.Conv3d) and _can_be_lean(child):
+                lean_class = LeanConv2d if isinstance(child, nn.Conv2d) else LeanConv3d
+                setattr(parent, name, lean_class.sharing(child))
+
+
+def _can_be_lean(convolution: nn.Conv2d | nn.Conv3d) -> bool:
+    """Whether it is exactly what a lean convolution computes: no subclass, no padding but with a number of zeros."""
+    plain = type(convolution) in (nn.Conv2d, nn.Conv3d)
+    return plain and convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
 
 
 class LeanConv2d(nn.Conv2d):
     """`nn.Conv2d`; while weight and bias are frozen it keeps its weight alone for the backward pass."""
 
     @classmethod
-    def sharing(cls, convolution: nn.Conv2d) -> "LeanConv2d":
+    def sharing(cls, convolution: nn.Module) -> "LeanConv2d":
         """The lean form of a convolution, on its very parameters."""
         return _share(convolution, cls)
 
@@ -38,7 +44,7 @@ class LeanConv3d(nn.Conv3d):
     """`nn.Conv3d`; while weight and bias are frozen it keeps its weight alone for the backward pass."""
 
     @classmethod
-    def sharing(cls, convolution: nn.Conv3d) -> "LeanConv3d":
+    def sharing(cls, convolution: nn.Module) -> "LeanConv3d":
         """The lean form of a convolution, on its very parameters."""
         return _share(convolution, cls)
 
@@ -69,7 +75,7 @@ class _FrozenConvolution(torch.autograd.Function):
     """A convolution with a gradient for its input only, for which its weight and its input's shape are enough."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         inputs: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple, padding: tuple, dilation: tuple, groups: int
     ) -> Tensor:
         convolve = nn.functional.conv2d if weight.ndim == 4 else nn.functional.conv3d
@@ -83,7 +89,7 @@ class _FrozenConvolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         input_gradient = conv2d_input if weight.ndim == 4 else conv3d_input
         return input_gradient(ctx.shape, weight, gradient, *ctx.settings), *(None,) * 6

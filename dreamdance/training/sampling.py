@@ -1,6 +1,7 @@
 """Samples an objective's networks by the real pipeline on held-out clips, and lays the result beside the truth."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ def sample_geometry(objective: GeometryObjective, batch: ClipBatch, recipe: Stag
     pipeline = objective.make_pipeline()
     pipeline.set_progress_bar_config(disable=True)
     scales = sampling.guidance_scales
-    output = pipeline(
+    normals, depths, images = pipeline(
         batch.reference,
         batch.pose,
         num_inference_steps=sampling.num_inference_steps,
@@ -66,8 +67,10 @@ def sample_geometry(objective: GeometryObjective, batch: ClipBatch, recipe: Stag
         decode_chunk_size=sampling.decode_chunk_size,
         generator=_generators(batch),
         output_type="pt",
+        return_dict=False,
     )
-    return {"normal": encode_normals(output.normals), "depth": output.depths, "rgb": output.images}
+    maps = {"normal": encode_normals(cast(Tensor, normals)), "depth": depths, "rgb": images}
+    return cast(dict[str, Tensor], maps)
 
 
 def sample_animation(objective: AnimationObjective, batch: ClipBatch, recipe: Stage2Recipe) -> Tensor:
@@ -79,11 +82,11 @@ def sample_animation(objective: AnimationObjective, batch: ClipBatch, recipe: St
     clips = []
     for index, generator in enumerate(_generators(batch)):
         maps = {
-            name: None if frames is None else pass_through(frames[index : index + 1], *size, normals=name == "normal")
-            for name, frames in (("normal", batch.normal), ("depth", batch.depth))
+            name: None if given is None else pass_through(given[index : index + 1], *size, normals=name == "normal")
+            for name, given in (("normal", batch.normal), ("depth", batch.depth))
         }
         # one clip at a time, because each has its own frame rate
-        output = pipeline(
+        (frames,) = pipeline(
             batch.reference[index : index + 1],
             batch.pose[index : index + 1],
             maps["normal"],
@@ -99,8 +102,9 @@ def sample_animation(objective: AnimationObjective, batch: ClipBatch, recipe: St
             decode_chunk_size=sampling.decode_chunk_size,
             generator=generator,
             output_type="pt",
+            return_dict=False,
         )
-        clips.append(output.frames)
+        clips.append(cast(Tensor, frames))
     return torch.cat(clips)
 
 
@@ -130,8 +134,9 @@ def _draw(batch: ClipBatch, predictions: dict[str, Tensor]) -> np.ndarray:
         rows.append(Row(f"pose\n{batch.clip_ids[clip]}", [reference, *_frames(batch.pose, clip, shown)], clip > 0))
         for name, frames in predictions.items():
             rows.append(Row(name, [None, *_frames(frames, clip, shown)]))
-            if truth[name] is not None:
-                rows.append(Row(f"true {name}", [None, *_frames(truth[name], clip, shown)]))
+            true_frames = truth[name]
+            if true_frames is not None:
+                rows.append(Row(f"true {name}", [None, *_frames(true_frames, clip, shown)]))
     return draw_grid(rows, titles=["reference", *(f"frame {index}" for index in shown)])
 
 

@@ -31,10 +31,12 @@ def set_trainable(objective: Objective, recipe: Stage1Recipe | Stage2Recipe) -> 
     Returns:
         The sorted names, within `objective`, of the parameters that train.
     """
-    if isinstance(recipe, Stage1Recipe):
+    if isinstance(objective, GeometryObjective) and isinstance(recipe, Stage1Recipe):
         trainable = _geometry_names(objective, recipe.train)
-    else:
+    elif isinstance(objective, AnimationObjective) and isinstance(recipe, Stage2Recipe):
         trainable = _animation_names(objective, recipe.model.unfreeze)
+    else:
+        raise TypeError(f"a {type(objective).__name__} cannot train by a {type(recipe).__name__}")
     for name, parameter in objective.named_parameters():
         parameter.requires_grad_(name in trainable)
     replace_convolutions(objective.unet)
@@ -49,7 +51,7 @@ def set_modes(objective: Objective) -> None:
         network.train(any(parameter.requires_grad for parameter in network.parameters()))
 
 
-def _geometry_names(objective: Objective, step: str) -> set[str]:
+def _geometry_names(objective: GeometryObjective, step: str) -> set[str]:
     unet = objective.unet
     added = {"geometry": unet.geometry_parameters().keys(), "temporal": unet.temporal_parameters().keys()}
     if step != "domains":
@@ -61,7 +63,7 @@ def _geometry_names(objective: Objective, step: str) -> set[str]:
     )
 
 
-def _animation_names(objective: Objective, unfreeze: str) -> set[str]:
+def _animation_names(objective: AnimationObjective, unfreeze: str) -> set[str]:
     names = {f"controlnet.{name}" for name in _seeing(objective.controlnet)}
     names |= {f"controller.{name}" for name, _ in objective.controller.named_parameters()}
     unet = _seeing(objective.unet)

@@ -7,6 +7,7 @@ clip is keyed by the clip (C8).
 from dataclasses import dataclass
 
 import torch
+from diffusers import UNetSpatioTemporalConditionModel
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
@@ -22,8 +23,8 @@ from dreamdance.diffusion.noise import (
 )
 from dreamdance.errors import UserError
 from dreamdance.models import CrossDomainControllerModel, SpatioTemporalControlNetModel
-from dreamdance.models.autoencoding import encode_latents
-from dreamdance.models.image_embedding import embed_images
+from dreamdance.models.autoencoding import Autoencoder, encode_latents
+from dreamdance.models.image_embedding import ImageEncoder, embed_images
 from dreamdance.models.svd_unet import is_encoder_half_frozen, run_svd_unet
 from dreamdance.pipelines import AnimationPipeline
 from dreamdance.recipe import schema
@@ -61,13 +62,19 @@ class AnimationObjective(nn.Module):
         settings: the recipe's `objective` section.
     """
 
+    unet: UNetSpatioTemporalConditionModel
+    controlnet: SpatioTemporalControlNetModel
+    controller: CrossDomainControllerModel
+    vae: Autoencoder
+    image_encoder: ImageEncoder
+
     def __init__(
         self,
-        unet: nn.Module,
+        unet: UNetSpatioTemporalConditionModel,
         controlnet: SpatioTemporalControlNetModel,
         controller: CrossDomainControllerModel,
-        vae: nn.Module,
-        image_encoder: nn.Module,
+        vae: Autoencoder,
+        image_encoder: ImageEncoder,
         *,
         settings: schema.AnimationObjective,
     ) -> None:

@@ -23,8 +23,8 @@ from dreamdance.diffusion.noise import (
 from dreamdance.errors import UserError
 from dreamdance.keyed_random import sample_generator
 from dreamdance.models import GeometryUNetModel, PoseEncoderModel, ReferenceUNetModel
-from dreamdance.models.autoencoding import encode_latents
-from dreamdance.models.image_embedding import embed_images
+from dreamdance.models.autoencoding import Autoencoder, encode_latents
+from dreamdance.models.image_embedding import ImageEncoder, embed_images
 from dreamdance.pipelines import GeometryPipeline
 from dreamdance.recipe import schema
 from dreamdance.training.objectives.output import NUM_DOMAINS, ObjectiveOutput, no_grad_if_frozen
@@ -48,13 +48,19 @@ class GeometryObjective(nn.Module):
         UserError: all weights of a domain section are zero.
     """
 
+    reference_unet: ReferenceUNetModel
+    unet: GeometryUNetModel
+    pose_encoder: PoseEncoderModel
+    vae: Autoencoder
+    image_encoder: ImageEncoder
+
     def __init__(
         self,
         reference_unet: ReferenceUNetModel,
         unet: GeometryUNetModel,
         pose_encoder: PoseEncoderModel,
-        vae: nn.Module,
-        image_encoder: nn.Module,
+        vae: Autoencoder,
+        image_encoder: ImageEncoder,
         *,
         step: Step,
         settings: schema.GeometryObjective,
@@ -190,8 +196,8 @@ def _domain_weights(weights: schema.DomainWeights, key: str) -> Tensor:
 
 def _domain_images(batch: ClipBatch, domains: Tensor) -> Tensor:
     """`(b f m) 3 H W` in [0,1]: the chosen domains (`b m`) of every frame, domains innermost (C1)."""
-    missing = [name for name in ("normal", "depth") if getattr(batch, name) is None]
-    if missing:
+    if batch.normal is None or batch.depth is None:
+        missing = [name for name in ("normal", "depth") if getattr(batch, name) is None]
         raise UserError(
             f"stage 1 learns from normal and depth maps, but the shards have no {' and no '.join(missing)}; "
             "give data.train a set with these maps"

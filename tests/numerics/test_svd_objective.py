@@ -1,0 +1,164 @@
+"""Stage 2's objective, as it runs, against one step of diffusers' SVD pipeline and Euler scheduler."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLTemporalDecoder, StableVideoDiffusionPipeline
+from einops import rearrange
+from tiny_svd import EMBEDDING_WIDTH, tiny_svd_unet
+from torch import Tensor
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from dreamdance.data.collate import ClipBatch
+from dreamdance.diffusion.noise import draw_noise, make_svd_scheduler
+from dreamdance.keyed_random import sample_generator
+from dreamdance.models import CrossDomainControllerModel, SpatioTemporalControlNetModel
+from dreamdance.models.autoencoding import encode_latents
+from dreamdance.recipe.schema import AnimationObjective as Settings
+from dreamdance.training.objectives.animation import AnimationObjective
+
+SIZE, NUM_FRAMES = 32, 3
+FPS, MOTION_BUCKET, NOISE_AUGMENTATION = 8.0, 100, 0.1
+KEY = [7, 1, 42]
+# a draw's logarithm varies by this only, so that sigma and the augmentation's strength are what a test wants
+NEARLY_FIXED = 1e-9
+
+
+@pytest.fixture(scope="module")
+def svd() -> StableVideoDiffusionPipeline:
+    """A tiny random Stable Video Diffusion."""
+    unet = tiny_svd_unet()
+    torch.manual_seed(1)
+    vae = AutoencoderKLTemporalDecoder(
+        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4
+    )
+    config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=37,
+        projection_dim=EMBEDDING_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=SIZE,
+        patch_size=8,
+    )
+    pipeline = StableVideoDiffusionPipeline(
+        vae=vae.eval(),
+        image_encoder=CLIPVisionModelWithProjection(config).eval(),
+        unet=unet,
+        scheduler=make_svd_scheduler(),
+        feature_extractor=CLIPImageProcessor(crop_size=SIZE, size=SIZE),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def make_objective(svd: StableVideoDiffusionPipeline, sigma: float) -> AnimationObjective:
+    settings = Settings(
+        sigma_log_mean=math.log(sigma),
+        sigma_log_std=NEARLY_FIXED,
+        augmentation_log_mean=math.log(NOISE_AUGMENTATION),
+        augmentation_log_std=NEARLY_FIXED,
+        motion_bucket=MOTION_BUCKET,
+        geometry_width=SIZE,
+        geometry_height=SIZE,
+    )
+    controller = CrossDomainControllerModel(["pose"], svd.unet.config.block_out_channels[0], (8, 16), 8, 2)
+    controlnet = SpatioTemporalControlNetModel.from_unet(svd.unet)
+    return AnimationObjective(svd.unet, controlnet, controller, svd.vae, svd.image_encoder, settings=settings).eval()
+
+
+def make_batch() -> ClipBatch:
+    generator = torch.Generator().manual_seed(2)
+    frames = torch.rand(1, NUM_FRAMES, 3, SIZE, SIZE, generator=generator)
+    return ClipBatch(
+        rgb=frames,
+        pose=frames.flip(-1),
+        normal=None,
+        depth=None,
+        mask=None,
+        reference=torch.rand(1, 3, SIZE, SIZE, generator=generator),
+        fps=torch.tensor([FPS]),
+        keys=torch.tensor([KEY]),
+        clip_ids=["random"],
+    )
+
+
+def noisy_latents(svd: StableVideoDiffusionPipeline, batch: ClipBatch, sigma: float) -> tuple[Tensor, Tensor]:
+    """Clean target latents and what the objective makes of them at `sigma`."""
+    latents = encode_latents(svd.vae, rearrange(batch.rgb, "b f c h w -> (b f) c h w"))
+    latents = rearrange(latents, "(b f) c h w -> b f c h w", b=1)
+    return latents, latents + sigma * draw_noise([KEY], latents.shape[1:])
+
+
+def run_diffusers_once(
+    svd: StableVideoDiffusionPipeline, batch: ClipBatch, noisy: Tensor, sigma: float
+) -> dict[str, Any]:
+    """What diffusers gives its UNet at `sigma`, and the denoised latents it makes of the output."""
+    record: dict[str, Any] = {}
+
+    def keep(_: Any, positional: tuple[Tensor, ...], named: dict[str, Any], output: tuple[Tensor]) -> None:
+        record.update(sample=positional[0], timestep=positional[1], **named)
+        # the step that follows, taken here because the pipeline hands on the next latents alone
+        scheduler = make_svd_scheduler()
+        scheduler.set_timesteps(sigmas=[sigma, 0.0])
+        scheduler.scale_model_input(noisy, scheduler.timesteps[0])
+        record["denoised"] = scheduler.step(output[0], scheduler.timesteps[0], noisy).pred_original_sample
+
+    handle = svd.unet.register_forward_hook(keep, with_kwargs=True)
+    svd.scheduler.set_timesteps(sigmas=[sigma, 0.0])
+    svd(
+        batch.reference,
+        height=SIZE,
+        width=SIZE,
+        num_frames=NUM_FRAMES,
+        sigmas=[sigma, 0.0],
+        min_guidance_scale=1.0,
+        max_guidance_scale=1.0,
+        fps=int(FPS),
+        motion_bucket_id=MOTION_BUCKET,
+        noise_aug_strength=NOISE_AUGMENTATION,
+        generator=sample_generator(KEY, "augmentation noise"),
+        # the pipeline multiplies them by this number
+        latents=noisy / svd.scheduler.init_noise_sigma,
+        output_type="latent",
+    )
+    handle.remove()
+    return record
+
+
+def assert_close_to_rounding(found: Tensor, expected: Tensor) -> None:
+    """Within 1e-5 of the largest expected value: some 80 units in the last place of float32."""
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("sigma", [0.05, 1.0, 20.0])
+def test_objective_gives_its_networks_what_diffusers_gives_svd(svd, sigma):
+    batch = make_batch()
+    _, noisy = noisy_latents(svd, batch, sigma)
+    expected = run_diffusers_once(svd, batch, noisy, sigma)
+    objective = make_objective(svd, sigma)
+    calls: list[tuple[Any, ...]] = []
+    objective.controlnet.register_forward_pre_hook(lambda network, arguments: calls.append(arguments))
+    with torch.no_grad():
+        objective(batch)
+    sample, timestep, embeddings, added_time_ids, _ = calls[0]
+    assert_close_to_rounding(sample, expected["sample"])
+    assert_close_to_rounding(embeddings, expected["encoder_hidden_states"])
+    torch.testing.assert_close(added_time_ids, expected["added_time_ids"], rtol=1e-6, atol=0)
+    # ln(1) / 4 is 0 but for rounding
+    torch.testing.assert_close(timestep[0], expected["timestep"], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 1.0, 20.0])
+def test_objective_s_loss_is_the_weighted_error_of_diffusers_denoised_latents(svd, sigma):
+    batch = make_batch()
+    latents, noisy = noisy_latents(svd, batch, sigma)
+    denoised = run_diffusers_once(svd, batch, noisy, sigma)["denoised"]
+    expected = (sigma**2 + 1) / sigma**2 * (denoised - latents).square().mean()
+    with torch.no_grad():
+        loss = make_objective(svd, sigma)(batch).loss
+    # at small sigma the error is a small difference of large numbers
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
