@@ -248,6 +248,8 @@ def _complete(folder: Path, parts: Sequence[Part], settings: Mapping[str, Any]) 
     for part in parts:
         part_folder = _part_folder(folder, part)
         for shard in json.loads((part_folder / INDEX_FILE).read_text(encoding="utf-8"))["shards"]:
+            if not shard["samples"]:  # the library begins with an empty one where the first clip exceeds the size
+                continue
             stored = shard["zip_data"] or shard["raw_data"]
             _link(part_folder / stored["basename"], folder / f"{part.name}.{stored['basename']}")
             for file in (shard["raw_data"], shard["zip_data"]):
