@@ -1,0 +1,227 @@
+"""What is compared: results as `animate` left them, and the true clips of the same ids, brought to their sizes."""
+
+import json
+import logging
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dreamdance.data.clips import StoredClips
+from dreamdance.data.cropping import centred_crop
+from dreamdance.data.stored_clip import StoredClip
+from dreamdance.data.transforms import decode_normals, pictures_to_tensor, resize_images, resize_normals
+from dreamdance.errors import MissingInputError, UserError
+from dreamdance.evaluation.geometry_metrics import PinholeCamera
+from dreamdance.ranks import Ranks
+from dreamdance.recipe.schema import Shards
+
+logger = logging.getLogger(__name__)
+
+RESULT_FILE = "result.json"
+ARRAYS_FILE = "arrays.npz"
+
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+
+
+class ResultError(UserError):
+    """A result folder is damaged or does not fit the truth."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Frames and maps of a clip, of a result or of a trivial answer.
+
+    Attributes:
+        frames: `f H W 3` float32 in [0, 1], or None.
+        normals: `f h w 3` unit vectors, or None.
+        disparity: `f h w`, up to scale and shift, or None.
+    """
+
+    frames: NDArray[np.float32] | None = None
+    normals: NDArray[np.float32] | None = None
+    disparity: NDArray[np.float32] | None = None
+
+    def at(self, indices: list[int]) -> "Prediction":
+        """The chosen frames."""
+        parts = (self.frames, self.normals, self.disparity)
+        return Prediction(*(None if part is None else part[indices] for part in parts))
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A true clip at the sizes of a result; what the shards lack is None.
+
+    Attributes:
+        pictures: frames, normals and disparity, the latter normalised over the clip to [0, 1].
+        frame_mask: `f H W`, the body, at the frames' size.
+        map_mask: `f h w`, the body, at the maps' size.
+        depth_range: smallest and largest disparity of the clip in 1/metre.
+        camera: intrinsics at the maps' size.
+    """
+
+    pictures: Prediction
+    frame_mask: NDArray[np.bool_] | None
+    map_mask: NDArray[np.bool_] | None
+    depth_range: tuple[float, float] | None
+    camera: PinholeCamera | None
+
+    @property
+    def metric_disparity(self) -> NDArray[np.float64] | None:
+        """`f h w` in 1/metre."""
+        if self.pictures.disparity is None or self.depth_range is None:
+            return None
+        low, high = self.depth_range
+        return low + (high - low) * self.pictures.disparity.astype(np.float64)
+
+    def at(self, indices: list[int]) -> "Truth":
+        """The chosen frames."""
+        return replace(
+            self,
+            pictures=self.pictures.at(indices),
+            frame_mask=None if self.frame_mask is None else self.frame_mask[indices],
+            map_mask=None if self.map_mask is None else self.map_mask[indices],
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """One folder of an `animate` run.
+
+    Attributes:
+        id: of the clip.
+        prediction: frames and maps.
+        reference_frame: number of the reference among the clip's frames, where the manifest said so.
+    """
+
+    id: str
+    prediction: Prediction
+    reference_frame: int | None
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.frames)
+
+    @property
+    def frames(self) -> NDArray[np.float32]:
+        assert self.prediction.frames is not None, "read_result gives every result its frames"
+        return self.prediction.frames
+
+    @property
+    def frame_size(self) -> Size:
+        return self.frames.shape[1], self.frames.shape[2]
+
+    @property
+    def map_size(self) -> Size:
+        """Of the maps; without maps that of the frames."""
+        maps = self.prediction.normals
+        return self.frame_size if maps is None else (maps.shape[1], maps.shape[2])
+
+
+def find_results(folder: Path) -> list[Path]:
+    """Complete result folders, by name.
+
+    Raises:
+        MissingInputError: there are none.
+    """
+    found = sorted(path.parent for path in folder.glob(f"*/{RESULT_FILE}") if not path.parent.name.startswith("."))
+    if not found:
+        raise MissingInputError(f"{folder} holds no results (key: results); run the animate recipe first")
+    return found
+
+
+def read_result(folder: Path) -> Result:
+    """Reads one result.
+
+    Raises:
+        ResultError: it is damaged.
+    """
+    try:
+        details = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+        with np.load(folder / ARRAYS_FILE, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        frames = arrays["frames"].astype(np.float32) / 255.0
+        maps = {name: arrays[name].astype(np.float32) for name in ("normals", "depths") if name in arrays}
+        reference_frame = details.get("reference_frame")
+    except (OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+        raise ResultError(f"result {folder} is damaged ({error}); delete it and run animate again") from error
+    return Result(folder.name, Prediction(frames, maps.get("normals"), maps.get("depths")), reference_frame)
+
+
+def open_clips(shards: Shards) -> StoredClips:
+    """The stored clips of a set; this process alone reads them."""
+    return StoredClips(shards, ranks=Ranks())
+
+
+def iterate_clips(clips: StoredClips) -> Iterator[StoredClip]:
+    """All clips of a set, one at a time in memory."""
+    return (clips.clip(number) for number in range(len(clips)))
+
+
+def read_truth(clip: StoredClip, *, frame_size: Size, map_size: Size, frames: list[int] | None = None) -> Truth:
+    """A stored clip, cropped to the result's aspect and resized as in training.
+
+    Args:
+        clip: of the truth shards.
+        frame_size: of the result's frames.
+        map_size: of the result's maps.
+        frames: which frames; all by default.
+    """
+    rgb = _read(clip, "rgb", frame_size, frames)
+    normals = _read(clip, "normal", map_size, frames, normals=True) if clip.has("normal") else None
+    disparity = _read(clip, "depth", map_size, frames) if clip.has("depth") else None
+    depth_range = clip.metadata.get("depth_range")
+    return Truth(
+        pictures=Prediction(
+            frames=_as_array(rgb),
+            normals=None if normals is None else _as_array(decode_normals(normals)),
+            disparity=None if disparity is None else _as_array(disparity)[..., 0],
+        ),
+        frame_mask=_read_mask(clip, frame_size, frames),
+        map_mask=_read_mask(clip, map_size, frames),
+        depth_range=None if depth_range is None else (float(depth_range[0]), float(depth_range[1])),
+        camera=_read_camera(clip, map_size),
+    )
+
+
+def _read(clip: StoredClip, column: str, size: Size, frames: list[int] | None, *, normals: bool = False) -> Tensor:
+    """`f c H W` in [0, 1]."""
+    pictures = clip.frames(column, frames)
+    if pictures.ndim == 3:
+        pictures = pictures[..., None]
+    crop = centred_crop(clip.width, clip.height, to_width=size[1], to_height=size[0])
+    resize = resize_normals if normals else resize_images
+    return resize(pictures_to_tensor(crop.cut(pictures)), *size)
+
+
+def _read_mask(clip: StoredClip, size: Size, frames: list[int] | None) -> NDArray[np.bool_] | None:
+    if not clip.has("mask"):
+        return None
+    return (_read(clip, "mask", size, frames)[:, 0] > 0.5).numpy()
+
+
+def _read_camera(clip: StoredClip, size: Size) -> PinholeCamera | None:
+    """Intrinsics at `size`; stored ones put pixel centres at halves, ours at whole numbers."""
+    matrix: Any = clip.metadata.get("intrinsics")
+    if matrix is None:
+        return None
+    crop = centred_crop(clip.width, clip.height, to_width=size[1], to_height=size[0])
+    camera = PinholeCamera(
+        focal_x=float(matrix[0][0]),
+        focal_y=float(matrix[1][1]),
+        centre_x=float(matrix[0][2]) - 0.5 - crop.left,
+        centre_y=float(matrix[1][2]) - 0.5 - crop.top,
+    )
+    return camera.resized((crop.height, crop.width), size)
+
+
+def _as_array(pictures: Tensor) -> NDArray[np.float32]:
+    """`f c H W` to `f H W c`."""
+    return torch.movedim(pictures, 1, -1).contiguous().numpy()

@@ -1,0 +1,201 @@
+"""The `evaluate` task: results of an `animate` run against the truth of held-out clips, beside the trivial answers."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dreamdance.data.picture_grid import Row, draw_grid
+from dreamdance.data.stored_clip import StoredClip
+from dreamdance.errors import MissingInputError
+from dreamdance.evaluation.clips import (
+    Prediction,
+    Result,
+    ResultError,
+    Truth,
+    find_results,
+    iterate_clips,
+    open_clips,
+    read_result,
+    read_truth,
+)
+from dreamdance.evaluation.scores import Scores, as_bytes, mean_scores, score
+from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table
+from dreamdance.evaluation.trivial import FRAMES_PER_TRAINING_CLIP, TrainingMean, average_training_set, trivial_answers
+from dreamdance.ranks import Ranks
+from dreamdance.recipe.schema import EvaluateRecipe
+from dreamdance.run_layout import ProgressLog
+
+logger = logging.getLogger(__name__)
+
+TABLE_JSON, TABLE_MARKDOWN, OVERVIEW_FILE = "table.json", "table.md", "overview.png"
+OVERVIEW_CLIPS = 12
+SMALLEST_WIDTH = 128
+
+
+@dataclass(frozen=True)
+class EvaluatedClip:
+    """What became of one clip: scores by row, and its line of the overview."""
+
+    scores: dict[str, Scores]
+    row: Row
+    num_frames: int
+
+
+def evaluate(recipe: EvaluateRecipe, run_folder: Path) -> None:
+    """Measures all results that have a true clip of the same id; writes and logs the table.
+
+    Args:
+        recipe: names the results, the truth shards, and perhaps the training set.
+        run_folder: takes `table.json`, `table.md` and `overview.png`.
+
+    Raises:
+        MissingInputError: no results, or none that has its truth.
+        ResultError: a result is damaged or does not fit the others or the truth.
+    """
+    if not Ranks.from_environment().is_main:
+        return
+    folders = {path.name: path for path in find_results(Path(recipe.results))}
+    first = read_result(next(iter(folders.values())))
+    progress = ProgressLog(run_folder)
+    training_mean = None
+    if recipe.training_set is not None:
+        progress.write(done=0, total=len(folders), unit="clips", message="averaging the training set")
+        training_mean = average_training_set(recipe.training_set, frame_size=first.frame_size, map_size=first.map_size)
+    evaluated: dict[str, EvaluatedClip] = {}
+    for clip in iterate_clips(open_clips(recipe.truth)):
+        if clip.clip_id not in folders:
+            continue
+        result = read_result(folders[clip.clip_id])
+        _check_sizes(result, first)
+        evaluated[clip.clip_id] = evaluate_clip(result, clip, training_mean)
+        progress.write(done=len(evaluated), total=len(folders), unit="clips", message=f"measured {clip.clip_id}")
+    if not evaluated:
+        raise MissingInputError(
+            f"none of the {len(folders)} results in {recipe.results} has a clip of its id in {recipe.truth.local} "
+            f"(results begin with '{next(iter(folders))}')"
+        )
+    for missing in sorted(set(folders) - set(evaluated)):
+        logger.warning("result '%s' has no clip of its id in %s: left out", missing, recipe.truth.local)
+    table = Table(
+        rows=_mean_rows(evaluated),
+        clips={name: clip.scores for name, clip in evaluated.items()},
+        protocol=describe_protocol(recipe, first, evaluated, training_mean),
+    )
+    write_report(table, evaluated, run_folder)
+    progress.write(done=len(evaluated), total=len(evaluated), unit="clips", message=f"wrote {run_folder / TABLE_JSON}")
+    logger.info("%s\n\n%s", run_folder / TABLE_MARKDOWN, table.as_markdown())
+
+
+def evaluate_clip(result: Result, clip: StoredClip, training_mean: TrainingMean | None) -> EvaluatedClip:
+    """Scores the result, the trivial answers and the truth itself, on all frames but the reference.
+
+    Raises:
+        ResultError: the result has no frame that could be compared.
+    """
+    reference_frame = clip.num_frames - 1 if result.reference_frame is None else result.reference_frame
+    if result.reference_frame is None:
+        logger.warning("result '%s' does not say which frame was the reference: the last is assumed", result.id)
+    compared = [i for i in range(min(result.num_frames, clip.num_frames)) if i != reference_frame]
+    if not compared or reference_frame >= clip.num_frames:
+        raise ResultError(
+            f"result '{result.id}' has {result.num_frames} frames and frame {reference_frame} as its reference; its "
+            f"clip has {clip.num_frames} frames: nothing is left to compare"
+        )
+    sizes = {"frame_size": result.frame_size, "map_size": result.map_size}
+    truth = read_truth(clip, frames=compared, **sizes)
+    reference = read_truth(clip, frames=[reference_frame], **sizes)
+    prediction = result.prediction.at(compared)
+    answers = {
+        RESULT_ROW: prediction,
+        **trivial_answers(reference, len(compared), training_mean),
+        TRUTH_ROW: Prediction(normals=truth.pictures.normals, disparity=truth.pictures.disparity),
+    }
+    scores = {name: score(answer, truth) for name, answer in answers.items()}
+    # of the truth, only what sampling at this size leaves of perfect consistency says anything
+    scores[TRUTH_ROW] = {key: value for key, value in scores[TRUTH_ROW].items() if key == "consistency_angle"}
+    return EvaluatedClip(scores, _overview_row(result.id, prediction, truth, reference), len(compared))
+
+
+def describe_protocol(
+    recipe: EvaluateRecipe, first: Result, evaluated: dict[str, EvaluatedClip], training_mean: TrainingMean | None
+) -> dict[str, Any]:
+    """What was measured and how; printed with every table."""
+    (height, width), (map_height, map_width) = first.frame_size, first.map_size
+    protocol = {
+        "results": recipe.results,
+        "truth": recipe.truth.local,
+        "clips": f"{len(evaluated)}, mean over clips; {sum(clip.num_frames for clip in evaluated.values())} frames",
+        "frames": f"{width}x{height} pixels, the reference frame left out; truth resized with antialiasing",
+        "L1, PSNR, SSIM": "of values in [0, 1]; PSNR is the mean over frames; SSIM as scikit-image's default",
+        "body": "inside the true body mask; SSIM there is the mean over windows centred in it",
+    }
+    if first.prediction.normals is not None:
+        protocol |= {
+            "maps": f"{map_width}x{map_height} pixels, stage 1's size",
+            "depth": "disparity aligned to the truth by one scale and shift per clip, fitted inside the body, "
+            "then clamped to the clip's farthest point and inverted",
+            "normals to depth": "angle between predicted normals and those of predicted depth, by the true camera and "
+            "the true range of disparity; one pixel inside the outline",
+        }
+    if training_mean is not None:
+        protocol["training set's mean"] = (
+            f"of {training_mean.num_clips} clips, up to {FRAMES_PER_TRAINING_CLIP} frames each"
+        )
+    protocol["not measured"] = "LPIPS, FID-VID, FVD: they need the weights of feature networks"
+    return protocol
+
+
+def write_report(table: Table, evaluated: dict[str, EvaluatedClip], run_folder: Path) -> None:
+    """Writes the table in both forms and the overview."""
+    run_folder.mkdir(parents=True, exist_ok=True)
+    (run_folder / TABLE_JSON).write_text(json.dumps(table.as_json(), indent=2) + "\n", encoding="utf-8")
+    (run_folder / TABLE_MARKDOWN).write_text(table.as_markdown(), encoding="utf-8")
+    clips = list(evaluated.values())[:OVERVIEW_CLIPS]
+    num_pictures = len(clips[0].row.pictures)
+    titles = ["reference", "true frame", "frame", "true normal", "normal", "true depth", "depth"][:num_pictures]
+    grid = draw_grid([clip.row for clip in clips], titles=titles, smallest_width=SMALLEST_WIDTH)
+    Image.fromarray(grid).save(run_folder / OVERVIEW_FILE)
+
+
+def _mean_rows(evaluated: dict[str, EvaluatedClip]) -> dict[str, Scores]:
+    names = next(iter(evaluated.values())).scores
+    rows = {name: mean_scores([clip.scores[name] for clip in evaluated.values()]) for name in names}
+    return {name: scores for name, scores in rows.items() if scores}
+
+
+def _check_sizes(result: Result, first: Result) -> None:
+    if (result.frame_size, result.map_size) != (first.frame_size, first.map_size):
+        raise ResultError(
+            f"result '{result.id}' is of another size than '{first.id}' ({result.frame_size} and {first.frame_size}, "
+            "rows x columns): results of one animate run are needed"
+        )
+
+
+def _overview_row(name: str, prediction: Prediction, truth: Truth, reference: Truth) -> Row:
+    """The middle frame: truth and prediction of each kind, beside the reference."""
+    middle = len(_given(truth.pictures.frames)) // 2
+    pictures = [_given(reference.pictures.frames)[0]]
+    pictures += [_given(truth.pictures.frames)[middle], _given(prediction.frames)[middle]]
+    if prediction.normals is not None and truth.pictures.normals is not None:
+        pictures += [(maps[middle] + 1) / 2 for maps in (truth.pictures.normals, prediction.normals)]
+    if prediction.disparity is not None and truth.pictures.disparity is not None:
+        maps = (truth.pictures.disparity, prediction.disparity)
+        pictures += [np.repeat(disparity[middle][..., None], 3, axis=-1) for disparity in maps]
+    height, width = pictures[0].shape[:2]
+    return Row(name, [_enlarged(as_bytes(picture), height, width) for picture in pictures])
+
+
+def _enlarged(picture: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """A map at the frames' size, every pixel visible."""
+    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST))
+
+
+def _given(part: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    assert part is not None, "results and stored clips always have frames"
+    return part

@@ -1,0 +1,149 @@
+"""The table: rows of mean scores, improvements over the best trivial answer, as JSON and as Markdown."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dreamdance.evaluation.scores import (
+    BODY_METRICS,
+    FRAME_METRICS,
+    GEOMETRY_METRICS,
+    IMPROVEMENT_KEYS,
+    METRICS,
+    Metric,
+    Scores,
+)
+
+RESULT_ROW = "this run"
+TRUTH_ROW = "truth itself"
+NOT_MEASURED = "-"
+
+
+@dataclass(frozen=True)
+class Improvement:
+    """One number of the result beside the best trivial answer's.
+
+    Attributes:
+        value: the result's.
+        trivial: the best trivial answer's.
+        answer: its name.
+        relative: share by which the result is better (negative: worse); decibels are compared by difference.
+    """
+
+    value: float
+    trivial: float
+    answer: str
+    relative: float
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rows, first the result's.
+
+    Attributes:
+        rows: row name -> mean scores.
+        clips: clip id -> row name -> scores.
+        protocol: what was measured and how, in sentences and numbers.
+    """
+
+    rows: Mapping[str, Scores]
+    clips: Mapping[str, Mapping[str, Scores]] = field(default_factory=dict)
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+
+    def improvements(self) -> dict[str, Improvement]:
+        """For the numbers that matter, how much better than the best trivial answer the result is."""
+        trivial = {name: scores for name, scores in self.rows.items() if name not in (RESULT_ROW, TRUTH_ROW)}
+        metrics = {metric.key: metric for metric in METRICS}
+        found = {}
+        for key in IMPROVEMENT_KEYS:
+            rivals = {name: scores[key] for name, scores in trivial.items() if key in scores}
+            value = self.rows[RESULT_ROW].get(key)
+            if value is None or not rivals:
+                continue
+            higher_is_better = metrics[key].higher_is_better
+            answer = (max if higher_is_better else min)(rivals, key=lambda name: rivals[name])
+            best = rivals[answer]
+            gain = value - best if higher_is_better else best - value
+            found[key] = Improvement(value, best, answer, gain / best if best else float("nan"))
+        return found
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; a number that could not be measured is absent."""
+        improvements = {
+            key: {
+                "value": entry.value,
+                "best_trivial": entry.trivial,
+                "best_trivial_answer": entry.answer,
+                "relative_improvement": entry.relative,
+            }
+            for key, entry in self.improvements().items()
+        }
+        return {
+            "protocol": dict(self.protocol),
+            "rows": {name: _without_nan(scores) for name, scores in self.rows.items()},
+            "improvements": improvements,
+            "clips": {
+                clip: {name: _without_nan(scores) for name, scores in rows.items()} for clip, rows in self.clips.items()
+            },
+        }
+
+    def as_markdown(self) -> str:
+        """Three tables (geometry, frames inside the body, whole frames), the improvements, and the protocol."""
+        parts = []
+        for title, metrics in (
+            ("Geometry inside the body", GEOMETRY_METRICS),
+            ("Frames inside the body", BODY_METRICS),
+            ("Whole frames", FRAME_METRICS),
+        ):
+            shown = [metric for metric in metrics if any(metric.key in scores for scores in self.rows.values())]
+            if shown:
+                parts.append(f"## {title}\n\n{self._rows_as_markdown(shown)}")
+        improvements = self.improvements()
+        if improvements:
+            parts.append(f"## Against the best trivial answer\n\n{_improvements_as_markdown(improvements)}")
+        notes = "\n".join(f"* {name}: {_plain(value)}" for name, value in self.protocol.items())
+        return "\n\n".join([*parts, f"## How it was measured\n\n{notes}"]) + "\n"
+
+    def _rows_as_markdown(self, metrics: list[Metric]) -> str:
+        lines = [[name, *(_formatted(scores.get(metric.key), metric) for metric in metrics)] for name, scores in
+                 self.rows.items() if any(metric.key in scores for metric in metrics)]  # fmt: skip
+        return _markdown(["", *(_arrowed(metric) for metric in metrics)], lines)
+
+
+def _improvements_as_markdown(improvements: Mapping[str, Improvement]) -> str:
+    metrics = {metric.key: metric for metric in METRICS}
+    lines = []
+    for key, entry in improvements.items():
+        metric = metrics[key]
+        gain = f"{entry.value - entry.trivial:+.2f} dB" if "psnr" in key else f"{100 * entry.relative:+.1f} %"
+        lines.append(
+            [key, _formatted(entry.value, metric), _formatted(entry.trivial, metric), entry.answer, f"{gain} better"]
+        )
+    return _markdown(["", RESULT_ROW, "best trivial answer", "which", "difference"], lines)
+
+
+def _markdown(header: list[str], lines: Iterable[list[str]]) -> str:
+    """A Markdown table whose columns line up as text too."""
+    cells = [header, *lines]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
+    padded = [[text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in cells]
+    padded.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+def _arrowed(metric: Metric) -> str:
+    return f"{metric.title} {'↑' if metric.higher_is_better else '↓'}"
+
+
+def _formatted(value: float | None, metric: Metric) -> str:
+    if value is None or value != value:
+        return NOT_MEASURED
+    return f"{value:.{metric.digits}{'e' if metric.scientific else 'f'}}"
+
+
+def _without_nan(scores: Mapping[str, float]) -> dict[str, float]:
+    return {key: value for key, value in scores.items() if value == value}
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(str(part) for part in value) if isinstance(value, list | tuple) else str(value)

@@ -1,0 +1,90 @@
+"""Answers that need no model: what a result must beat before it means anything."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from einops import repeat
+from numpy.typing import NDArray
+
+from dreamdance.evaluation.clips import Prediction, Size, Truth, iterate_clips, open_clips, read_truth
+from dreamdance.evaluation.image_metrics import mean_colour
+from dreamdance.recipe.schema import Shards
+
+REPEATED_REFERENCE = "reference repeated"
+MEAN_COLOUR = "reference's mean body colour"
+MEAN_OF_TRAINING = "training set's mean"
+
+MAX_TRAINING_CLIPS = 256
+FRAMES_PER_TRAINING_CLIP = 8
+
+
+@dataclass(frozen=True)
+class TrainingMean:
+    """Mean pictures of a training set.
+
+    Attributes:
+        pictures: one frame of each kind; normals averaged as vectors and brought to unit length.
+        num_clips: how many clips were averaged.
+    """
+
+    pictures: Prediction
+    num_clips: int
+
+
+def trivial_answers(reference: Truth, num_frames: int, training_mean: TrainingMean | None) -> dict[str, Prediction]:
+    """Predictions of a clip that look at nothing but its reference, or not even at that.
+
+    Args:
+        reference: the clip's reference frame with its true maps, a `Truth` of one frame.
+        num_frames: of the clip.
+        training_mean: None where the recipe names no training set.
+    """
+    answers = {
+        REPEATED_REFERENCE: _repeated(reference.pictures, num_frames),
+        MEAN_COLOUR: Prediction(frames=_colour_frames(reference, num_frames)),
+    }
+    if training_mean is not None:
+        answers[MEAN_OF_TRAINING] = _repeated(training_mean.pictures, num_frames)
+    return answers
+
+
+def average_training_set(shards: Shards, *, frame_size: Size, map_size: Size) -> TrainingMean:
+    """Averages evenly spaced frames of evenly spaced clips of a training set.
+
+    Raises:
+        ShardError: the shards cannot be read.
+    """
+    clips = open_clips(shards)
+    stride = max(1, len(clips) // MAX_TRAINING_CLIPS)
+    sums: dict[str, NDArray[np.float64]] = {}
+    counts: dict[str, int] = {}
+    used = 0
+    for number, clip in enumerate(iterate_clips(clips)):
+        if number % stride:
+            continue
+        used += 1
+        count = min(FRAMES_PER_TRAINING_CLIP, clip.num_frames)
+        chosen = np.linspace(0, clip.num_frames - 1, count).round().astype(int).tolist()
+        truth = read_truth(clip, frame_size=frame_size, map_size=map_size, frames=chosen)
+        for name in ("frames", "normals", "disparity"):
+            part = getattr(truth.pictures, name)
+            if part is not None:
+                sums[name] = sums.get(name, 0.0) + part.sum(axis=0, dtype=np.float64)
+                counts[name] = counts.get(name, 0) + len(part)
+    means = {name: (total / counts[name]).astype(np.float32)[None] for name, total in sums.items()}
+    if "normals" in means:
+        means["normals"] /= np.maximum(np.linalg.norm(means["normals"], axis=-1, keepdims=True), 1e-6)
+    return TrainingMean(Prediction(**means), used)
+
+
+def _repeated(one: Prediction, num_frames: int) -> Prediction:
+    parts = (one.frames, one.normals, one.disparity)
+    return Prediction(*(None if part is None else repeat(part, "1 ... -> f ...", f=num_frames) for part in parts))
+
+
+def _colour_frames(reference: Truth, num_frames: int) -> NDArray[np.float32]:
+    """Frames of one colour: the mean of the reference's body, of the whole picture where there is no mask."""
+    frames = reference.pictures.frames
+    assert frames is not None, "every stored clip has rgb"
+    colour = mean_colour(frames, reference.frame_mask).astype(np.float32)
+    return repeat(colour, "c -> f h w c", f=num_frames, h=frames.shape[1], w=frames.shape[2])

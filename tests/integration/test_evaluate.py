@@ -1,0 +1,215 @@
+"""The evaluation of results against rendered truth: perfect answers score perfectly, trivial ones as their own rows."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dreamdance.data.prepare import prepare
+from dreamdance.errors import MissingInputError
+from dreamdance.evaluation.clips import ResultError, open_clips, read_truth
+from dreamdance.evaluation.report import evaluate
+from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table
+from dreamdance.evaluation.trivial import MEAN_COLOUR, MEAN_OF_TRAINING, REPEATED_REFERENCE, average_training_set
+from dreamdance.recipe.schema import EvaluateRecipe, PrepareRecipe, Shards
+
+NUM_FRAMES, HEIGHT, WIDTH = 5, 48, 32
+MAP_SIZE = (24, 16)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Shards of rendered dancers, written by the real task: four for training, three held out."""
+    folder = tmp_path_factory.mktemp("data")
+    recipe = PrepareRecipe.model_validate_json(
+        json.dumps(
+            {
+                "task": "prepare",
+                "name": "tiny_prepare",
+                "output": str(folder),
+                "num_workers": 1,
+                "dancers": {
+                    "num_train_clips": 4,
+                    "num_validation_clips": 3,
+                    "num_frames": NUM_FRAMES,
+                    "width": WIDTH,
+                    "height": HEIGHT,
+                },
+            }
+        )
+    )
+    prepare(recipe, folder / "run")
+    return folder
+
+
+@pytest.fixture
+def truths(data):
+    clips = open_clips(Shards(local=str(data / "validation")))
+    return {
+        clip.clip_id: read_truth(clip, frame_size=(HEIGHT, WIDTH), map_size=MAP_SIZE)
+        for clip in (clips.clip(number) for number in range(len(clips)))
+    }
+
+
+def write_result(folder, name: str, frames, normals=None, depths=None, reference_frame: int | None = NUM_FRAMES - 1):
+    """A result as `animate` leaves it."""
+    (folder / name).mkdir(parents=True)
+    arrays = {"frames": np.rint(np.asarray(frames) * 255).astype(np.uint8)}
+    if normals is not None:
+        arrays |= {"normals": normals.astype(np.float16), "depths": depths.astype(np.float16)}
+    np.savez_compressed(folder / name / "arrays.npz", **arrays)
+    (folder / name / "result.json").write_text(json.dumps({"reference_frame": reference_frame}))
+
+
+def run(tmp_path, data, *, training_set: bool = False) -> dict:
+    values = {
+        "task": "evaluate",
+        "name": "tiny_evaluate",
+        "results": str(tmp_path / "results"),
+        "truth": {"local": str(data / "validation")},
+        "training_set": {"local": str(data / "train")} if training_set else None,
+    }
+    evaluate(EvaluateRecipe.model_validate_json(json.dumps(values)), tmp_path / "run")
+    return json.loads((tmp_path / "run" / "table.json").read_text())
+
+
+def test_a_perfect_result_has_no_error_beyond_its_half_precision(tmp_path, data, truths):
+    for name, truth in truths.items():
+        pictures = truth.pictures
+        write_result(tmp_path / "results", name, pictures.frames, pictures.normals, 0.5 * pictures.disparity + 0.2)
+    row = run(tmp_path, data)["rows"][RESULT_ROW]
+    assert row["angular_error_mean"] < 0.05
+    assert row["abs_rel"] < 1e-3
+    assert row["abs_rel_aligned_per_frame"] < 1e-3
+    assert row["delta_1.25"] == 1.0
+    assert row["l1_body"] < 1e-6
+    assert row["psnr_body"] > 60
+    assert row["ssim"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_repeating_the_reference_scores_as_that_trivial_answer_and_improves_on_nothing(tmp_path, data, truths):
+    for name, truth in truths.items():
+        last = truth.at([NUM_FRAMES - 1] * NUM_FRAMES).pictures
+        write_result(tmp_path / "results", name, last.frames, last.normals, last.disparity)
+    table = run(tmp_path, data)
+    result, trivial = table["rows"][RESULT_ROW], table["rows"][REPEATED_REFERENCE]
+    assert set(result) == set(trivial)
+    for key, value in trivial.items():
+        assert result[key] == pytest.approx(value, rel=2e-2, abs=2e-3), key
+    assert abs(table["improvements"]["angular_error_mean"]["relative_improvement"]) < 0.01
+
+
+def test_the_reference_frame_itself_is_left_out(tmp_path, data, truths):
+    """Only the reference frame is right: nothing of that may show."""
+    for name, truth in truths.items():
+        frames = np.zeros_like(truth.pictures.frames)
+        frames[-1] = truth.pictures.frames[-1]
+        write_result(tmp_path / "results", name, frames)
+    row = run(tmp_path, data)["rows"][RESULT_ROW]
+    expected = np.mean([np.abs(truth.pictures.frames[:-1]).mean(dtype=np.float64) for truth in truths.values()])
+    assert row["l1"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_all_rows_are_there_and_the_best_trivial_answer_is_chosen(tmp_path, data, truths):
+    for name, truth in truths.items():
+        pictures = truth.pictures
+        write_result(tmp_path / "results", name, pictures.frames, pictures.normals, pictures.disparity)
+    table = run(tmp_path, data, training_set=True)
+    rows = table["rows"]
+    assert list(rows) == [RESULT_ROW, REPEATED_REFERENCE, MEAN_COLOUR, MEAN_OF_TRAINING, TRUTH_ROW]
+    assert set(rows[TRUTH_ROW]) == {"consistency_angle"}
+    assert rows[TRUTH_ROW]["consistency_angle"] == pytest.approx(rows[RESULT_ROW]["consistency_angle"], abs=0.5)
+    assert "angular_error_mean" not in rows[MEAN_COLOUR]
+    improvement = table["improvements"]["angular_error_mean"]
+    assert improvement["best_trivial"] == min(
+        rows[name]["angular_error_mean"] for name in (REPEATED_REFERENCE, MEAN_OF_TRAINING)
+    )
+    assert improvement["relative_improvement"] > 0.99
+    assert table["improvements"]["psnr_body"]["best_trivial"] == max(
+        rows[name]["psnr_body"] for name in (REPEATED_REFERENCE, MEAN_COLOUR, MEAN_OF_TRAINING)
+    )
+    assert set(table["clips"]) == set(truths)
+
+
+def test_the_table_is_logged_and_saved_and_the_overview_is_large_enough_to_look_at(tmp_path, data, truths, caplog):
+    for name, truth in truths.items():
+        pictures = truth.pictures
+        write_result(tmp_path / "results", name, pictures.frames, pictures.normals, pictures.disparity)
+    with caplog.at_level(logging.INFO):
+        run(tmp_path, data)
+    markdown = (tmp_path / "run" / "table.md").read_text()
+    assert markdown in caplog.text
+    for expected in ("depth: AbsRel ↓", "PSNR (DisCo, overflow) ↑", "one scale and shift per clip", "FID-VID, FVD"):
+        assert expected in markdown
+    overview = Image.open(tmp_path / "run" / "overview.png")
+    assert overview.height >= 3 * 192
+    assert overview.width >= 7 * 128
+
+
+def test_frames_without_maps_are_measured_as_frames(tmp_path, data, truths):
+    for name, truth in truths.items():
+        write_result(tmp_path / "results", name, truth.pictures.frames)
+    table = run(tmp_path, data)
+    assert "abs_rel" not in table["rows"][RESULT_ROW]
+    assert "psnr_body" in table["rows"][RESULT_ROW]
+    assert "angular_error_mean" not in table["improvements"]
+
+
+def test_results_of_a_shorter_or_smaller_kind_are_compared_at_their_own_size(tmp_path, data, truths):
+    for name, truth in truths.items():
+        small = truth.pictures.frames[:3].reshape(3, HEIGHT // 2, 2, WIDTH // 2, 2, 3).mean(axis=(2, 4))
+        write_result(tmp_path / "results", name, small)
+    row = run(tmp_path, data)["rows"][RESULT_ROW]
+    assert row["l1"] < 0.02
+
+
+def test_results_without_truth_are_told_and_left_out(tmp_path, data, truths, caplog):
+    name, truth = next(iter(truths.items()))
+    write_result(tmp_path / "results", name, truth.pictures.frames, reference_frame=None)
+    write_result(tmp_path / "results", "somebody_else", truth.pictures.frames)
+    table = run(tmp_path, data)
+    assert set(table["clips"]) == {name}
+    assert "'somebody_else' has no clip of its id" in caplog.text
+    assert "the last is assumed" in caplog.text
+
+
+def test_unusable_results_are_named(tmp_path, data, truths):
+    with pytest.raises(MissingInputError, match="holds no results"):
+        run(tmp_path, data)
+    (name, truth), (other, _), *_ = truths.items()
+    write_result(tmp_path / "results", "somebody_else", truth.pictures.frames)
+    with pytest.raises(MissingInputError, match="none of the 1 results"):
+        run(tmp_path, data)
+    write_result(tmp_path / "results", name, truth.pictures.frames)
+    write_result(tmp_path / "results", other, truth.pictures.frames[:, ::2, ::2])
+    with pytest.raises(ResultError, match="of another size"):
+        run(tmp_path, data)
+    (tmp_path / "results" / name / "arrays.npz").write_bytes(b"PK\x03\x04 broken")
+    with pytest.raises(ResultError, match="is damaged"):
+        run(tmp_path, data)
+
+
+def test_the_training_sets_mean_has_unit_normals_and_the_mean_of_the_frames(data):
+    mean = average_training_set(Shards(local=str(data / "train")), frame_size=(HEIGHT, WIDTH), map_size=MAP_SIZE)
+    assert mean.num_clips == 4
+    np.testing.assert_allclose(np.linalg.norm(mean.pictures.normals, axis=-1), 1, atol=1e-5)
+    clips = open_clips(Shards(local=str(data / "train")))
+    frames = np.concatenate([clips.clip(number).frames("rgb") for number in range(4)])
+    np.testing.assert_allclose(mean.pictures.frames[0], frames.mean(axis=0) / 255, atol=1e-5)
+
+
+def test_an_improvement_is_a_share_of_the_best_trivial_answer_in_the_metrics_own_direction():
+    rows = {
+        RESULT_ROW: {"abs_rel": 0.06, "psnr": 22.0},
+        "a": {"abs_rel": 0.1, "psnr": 20.0},
+        "b": {"abs_rel": 0.08, "psnr": 10.0},
+        TRUTH_ROW: {"consistency_angle": 1.0},
+    }
+    found = Table(rows).improvements()
+    assert (found["abs_rel"].answer, found["abs_rel"].relative) == ("b", pytest.approx(0.25))
+    assert (found["psnr"].answer, found["psnr"].relative) == ("a", pytest.approx(0.1))
+    markdown = Table(rows).as_markdown()
+    assert "+25.0 % better" in markdown
+    assert "+2.00 dB better" in markdown
