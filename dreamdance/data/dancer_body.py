@@ -220,7 +220,7 @@ def _add_hair(body: Body, identity: Identity, skeleton: Skeleton) -> None:
     slant = np.array([0.0, 0.80, -0.60]) if style != "cap" else np.array([0.0, 0.93, -0.37])
     body.shapes.add_ellipsoid(
         hair, at(0.0, 0.017, -0.004), frame * (np.array([0.0815, 0.0975, 0.0985]) * size),
-        cut_normal=frame @ slant, cut_offset=size * (0.010 if style != "cap" else 0.026),
+        cut_normal=frame @ slant, cut_offset=size * (-0.002 if style != "cap" else 0.026),
     )  # fmt: skip
     if style in ("long", "bob"):
         low = -0.21 if style == "long" else -0.10

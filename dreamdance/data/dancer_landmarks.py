@@ -4,6 +4,7 @@ Also the face's and the hands' own measures, which the shapes share, so that poi
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -103,6 +104,7 @@ def _on_face(x: float, y: float) -> _Array:
     return np.array([x, y, front * HEAD_STRETCH[2]])
 
 
+@cache
 def _face_points() -> _Array:
     """The 68 points `(68, 3)` in iBUG order in the head's frame, for a head factor of 1; the first at its right."""
     angles = np.linspace(0.0, np.pi, 17)

@@ -96,12 +96,13 @@ def to_camera(shapes: ShapeList, position: _Array, rotation: _Array) -> Quadrics
         position: `(3,)` of the camera.
         rotation: `(3, 3)`, from world to camera axes (x right, y up, z towards the camera).
     """
-    ellipsoids = _ellipsoid_quadrics(shapes, position, rotation)
-    if not shapes.starts:
-        return ellipsoids
-    cones = _cone_quadrics(shapes, position, rotation)
+    parts = []
+    if shapes.centres:
+        parts.append(_ellipsoid_quadrics(shapes, position, rotation))
+    if shapes.starts:
+        parts.append(_cone_quadrics(shapes, position, rotation))
     joined = (
-        np.concatenate([getattr(ellipsoids, name), getattr(cones, name)], axis=0 if name == "skins" else 1)
+        np.concatenate([getattr(part, name) for part in parts], axis=0 if name == "skins" else 1)
         for name in Quadrics.__dataclass_fields__
     )
     return Quadrics(*joined)
@@ -203,7 +204,7 @@ def cast(quadrics: Quadrics, *, focal: float, width: int, height: int) -> Hits:
     root = np.sqrt(np.maximum(discriminant, 0.0))
     depths = spread(rows.constant) / (root - (spread(rows.k0) + spread(rows.k1) * offset))
     along = depths * (spread(rows.n0) + spread(rows.n1) * offset) + spread(rows.cut)
-    valid = np.flatnonzero((np.abs(along - 0.5) <= 0.5) & (depths > 0.0))
+    valid = np.flatnonzero((discriminant > 0.0) & (np.abs(along - 0.5) <= 0.5) & (depths > 0.0))
     pixels, depths = pixels[valid], depths[valid]
     nearest = np.full(len(quadrics.centres) * height * width, np.inf, dtype=np.float32)
     np.minimum.at(nearest, pixels, depths)
@@ -340,9 +341,9 @@ def depth_along(quadrics: Quadrics, directions: _Array) -> _Array:
     flat = _flatten(quadrics)
 
     def split(values: _Array) -> _Array:
-        return values.reshape(num_frames, 1, -1, *values.shape[1:])
+        return values.reshape(num_frames, 1, -1, *values.shape[1:]).astype(np.float32)
 
-    offset = directions[:, :, None, :] - split(flat.origin)
+    offset = directions[:, :, None, :].astype(np.float32) - split(flat.origin)
     x, y = offset[..., 0], offset[..., 1]
     conic, linear, normal = split(flat.conic), split(flat.linear), split(flat.cut_normal)
     discriminant = (

@@ -38,7 +38,7 @@ HIDDEN_JOINT_CONFIDENCE = 0.5
 HIDDEN_DETAIL_CONFIDENCE = 0.1
 """Of hidden points of head and hands: estimators do not find them, and below the drawing's threshold they vanish."""
 
-_PIXELS_PER_CHUNK = 1 << 17  # of samples cast at once: the arrays of one chunk stay in the cache
+_PIXELS_PER_CHUNK = 1 << 18  # of samples cast at once: the arrays of one chunk stay in the cache
 _HEAD_POINTS = np.array([0, 14, 15, 16, 17])
 _SHADOW_STRENGTH = 0.8
 
