@@ -5,7 +5,6 @@ known up to scale and shift. All numbers are taken inside a mask, the body.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,19 +102,21 @@ def depth_error(
     mask: MaskArray,
     *,
     min_disparity: float,
-    scope: Literal["clip", "frame"] = "clip",
+    fit_mask: MaskArray | None = None,
 ) -> DepthError:
-    """AbsRel and delta < 1.25 of depth, after predicted disparity was aligned to the true one inside the mask.
+    """AbsRel and delta < 1.25 of depth inside the mask, after predicted disparity was aligned to the true one.
 
-    Alignment is in disparity, as the evaluation of MiDaS does it; then depth is its inverse. One scale and shift for
-    the whole clip (`clip`: flicker counts as an error) or for each frame (`frame`).
+    Alignment is in disparity, as the evaluation of MiDaS does it, by one scale and shift for the whole clip, so that
+    flicker counts as an error; then depth is its inverse. Fitted to the whole frame, the error tells whether the body
+    stands at the right distance from what surrounds it; fitted inside the mask, its relief alone.
 
     Args:
         prediction: `f H W` disparity up to scale and shift.
         truth: `f H W` disparity in 1/metre, positive.
-        mask: `f H W`.
+        mask: `f H W`, where errors count.
         min_disparity: aligned disparity is clamped from below to this, the scene's farthest point: without it a
             prediction near zero would be a depth without bounds.
+        fit_mask: `f H W`, where scale and shift are fitted; the whole frame by default.
 
     Raises:
         ValueError: `min_disparity` or a true disparity inside the mask is not positive.
@@ -123,22 +124,16 @@ def depth_error(
     _check_shapes(prediction, truth, mask)
     if min_disparity <= 0:
         raise ValueError(f"min_disparity must be positive, not {min_disparity}")
-    if mask.any() and np.min(truth[mask]) <= 0:
-        raise ValueError("true disparity must be positive inside the mask")
-    parts = [slice(None)] if scope == "clip" else [slice(i, i + 1) for i in range(len(mask))]
-    relative, ratios = [], []
-    for part in parts:
-        inside = mask[part]
-        if not inside.any():
-            continue
-        p, t = _as_float64(prediction[part][inside]), _as_float64(truth[part][inside])
-        scale, shift = align_disparity(p, t)
-        aligned = np.maximum(scale * p + shift, min_disparity)
-        relative.append(np.abs(t / aligned - 1.0))
-        ratios.append(np.maximum(aligned / t, t / aligned))
-    if not relative:
+    if not mask.any():
         return DepthError(float("nan"), float("nan"))
-    return DepthError(float(np.concatenate(relative).mean()), float((np.concatenate(ratios) < DELTA_THRESHOLD).mean()))
+    if np.min(truth[mask]) <= 0:
+        raise ValueError("true disparity must be positive inside the mask")
+    fitted = np.ones_like(mask) if fit_mask is None else fit_mask
+    scale, shift = align_disparity(prediction[fitted], truth[fitted])
+    aligned = np.maximum(scale * _as_float64(prediction[mask]) + shift, min_disparity)
+    true = _as_float64(truth[mask])
+    ratio = np.maximum(aligned / true, true / aligned)
+    return DepthError(float(np.abs(true / aligned - 1.0).mean()), float((ratio < DELTA_THRESHOLD).mean()))
 
 
 def normals_from_depth(depth: FloatArray, camera: PinholeCamera) -> NDArray[np.float64]:

@@ -138,8 +138,8 @@ def describe_protocol(
     if first.prediction.normals is not None:
         protocol |= {
             "maps": f"{map_width}x{map_height} pixels, stage 1's size",
-            "depth": "disparity aligned to the truth by one scale and shift per clip, fitted inside the body, "
-            "then clamped to the clip's farthest point and inverted",
+            "depth": "disparity aligned to the truth by one scale and shift per clip, fitted to whole frames, clamped "
+            "to the clip's farthest point, inverted, measured inside the body; for the body's relief fitted inside it",
             "normals to depth": "angle between predicted normals and those of predicted depth, by the true camera and "
             "the true range of disparity; one pixel inside the outline",
         }

@@ -34,7 +34,7 @@ GEOMETRY_METRICS = (
     Metric("angular_error_median", "median angle (deg)", 2),
     Metric("abs_rel", "depth: AbsRel", 4),
     Metric("delta_1.25", "delta < 1.25", 4, higher_is_better=True),
-    Metric("abs_rel_aligned_per_frame", "AbsRel, aligned per frame", 4),
+    Metric("abs_rel_aligned_in_body", "AbsRel of the body's relief", 4),
     Metric("consistency_angle", "normals to depth (deg)", 2),
 )
 BODY_METRICS = (
@@ -52,7 +52,7 @@ FRAME_METRICS = (
 )
 METRICS = GEOMETRY_METRICS + BODY_METRICS + FRAME_METRICS
 
-IMPROVEMENT_KEYS = ("angular_error_mean", "abs_rel", "l1_body", "psnr_body", "l1", "psnr")
+IMPROVEMENT_KEYS = ("angular_error_mean", "abs_rel", "abs_rel_aligned_in_body", "l1_body", "psnr_body", "l1", "psnr")
 """Numbers that are set against the best trivial answer."""
 
 Scores = dict[str, float]
@@ -94,19 +94,15 @@ def _score_maps(prediction: Prediction, truth: Truth) -> Scores:
     if mask is None:
         return scores
     if prediction.normals is not None and truth.pictures.normals is not None:
-        error = angular_error(prediction.normals, truth.pictures.normals, mask)
-        scores |= {"angular_error_mean": error.mean, "angular_error_median": error.median}
+        angle = angular_error(prediction.normals, truth.pictures.normals, mask)
+        scores |= {"angular_error_mean": angle.mean, "angular_error_median": angle.median}
     true_disparity, disparity = truth.metric_disparity, prediction.disparity
     if disparity is None or true_disparity is None or truth.depth_range is None:
         return scores
     low, high = truth.depth_range
-    by_clip = depth_error(disparity, true_disparity, mask, min_disparity=low, scope="clip")
-    by_frame = depth_error(disparity, true_disparity, mask, min_disparity=low, scope="frame")
-    scores |= {
-        "abs_rel": by_clip.abs_rel,
-        "delta_1.25": by_clip.delta,
-        "abs_rel_aligned_per_frame": by_frame.abs_rel,
-    }
+    error = depth_error(disparity, true_disparity, mask, min_disparity=low)
+    relief = depth_error(disparity, true_disparity, mask, min_disparity=low, fit_mask=mask)
+    scores |= {"abs_rel": error.abs_rel, "delta_1.25": error.delta, "abs_rel_aligned_in_body": relief.abs_rel}
     if prediction.normals is not None and truth.camera is not None:
         depth = 1.0 / (low + (high - low) * disparity.astype(np.float64).clip(0, 1))
         scores["consistency_angle"] = consistency_angle(prediction.normals, depth, mask, truth.camera)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ def write_result(folder: Path, result: ClipResult, *, request: dict[str, Any], d
     os.replace(incoming, folder)
 
 
+@cache
 def installed_versions() -> dict[str, str]:
     """Versions of this package and those that compute, and the commit of a source checkout."""
     versions = {name: metadata.version(name) for name in _PACKAGES}

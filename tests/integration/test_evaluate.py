@@ -8,9 +8,11 @@ import pytest
 from PIL import Image
 
 from dreamdance.data.prepare import prepare
+from dreamdance.data.schema import pack_frames
+from dreamdance.data.stored_clip import StoredClip
 from dreamdance.errors import MissingInputError
-from dreamdance.evaluation.clips import ResultError, open_clips, read_truth
-from dreamdance.evaluation.report import evaluate
+from dreamdance.evaluation.clips import Prediction, Result, ResultError, open_clips, read_truth
+from dreamdance.evaluation.report import evaluate, evaluate_clip
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table
 from dreamdance.evaluation.trivial import MEAN_COLOUR, MEAN_OF_TRAINING, REPEATED_REFERENCE, average_training_set
 from dreamdance.recipe.schema import EvaluateRecipe, PrepareRecipe, Shards
@@ -82,7 +84,7 @@ def test_a_perfect_result_has_no_error_beyond_its_half_precision(tmp_path, data,
     row = run(tmp_path, data)["rows"][RESULT_ROW]
     assert row["angular_error_mean"] < 0.05
     assert row["abs_rel"] < 1e-3
-    assert row["abs_rel_aligned_per_frame"] < 1e-3
+    assert row["abs_rel_aligned_in_body"] < 1e-3
     assert row["delta_1.25"] == 1.0
     assert row["l1_body"] < 1e-6
     assert row["psnr_body"] > 60
@@ -155,6 +157,21 @@ def test_frames_without_maps_are_measured_as_frames(tmp_path, data, truths):
     assert "abs_rel" not in table["rows"][RESULT_ROW]
     assert "psnr_body" in table["rows"][RESULT_ROW]
     assert "angular_error_mean" not in table["improvements"]
+
+
+def test_footage_without_mask_or_maps_is_measured_over_whole_frames():
+    """What `prepare` writes from plain videos: rgb and pose alone."""
+    frames = np.random.default_rng(0).integers(0, 256, (NUM_FRAMES, HEIGHT, WIDTH, 3), dtype=np.uint8)
+    columns = {name: b"" for name in ("pose", "normal", "depth", "mask", "keypoints")}
+    numbers = {"schema_version": 1, "num_frames": NUM_FRAMES, "width": WIDTH, "height": HEIGHT, "fps": 8.0}
+    clip = StoredClip(
+        {**columns, **numbers, "clip_id": "video", "metadata": "{}", "rgb": pack_frames(frames)}, where="a test"
+    )
+    result = Result("video", Prediction(frames=frames.astype(np.float32) / 255), reference_frame=0)
+    scores = evaluate_clip(result, clip, None).scores
+    assert scores[RESULT_ROW]["psnr"] == 100
+    assert set(scores[RESULT_ROW]) == {"l1", "psnr", "ssim", "l1_disco", "psnr_disco_overflow", "ssim_disco"}
+    assert scores[MEAN_COLOUR]["l1"] < scores[REPEATED_REFERENCE]["l1"]
 
 
 def test_results_of_a_shorter_or_smaller_kind_are_compared_at_their_own_size(tmp_path, data, truths):

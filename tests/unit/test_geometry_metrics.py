@@ -88,21 +88,32 @@ def test_angles_of_nearly_parallel_float32_normals_are_not_lost_to_arccos():
     assert angles(np.float32(vectors), np.array([0.0, 0.0, 1.0], np.float32)) == pytest.approx(1e-3, rel=1e-4)
 
 
-@pytest.mark.parametrize("scope", ["clip", "frame"])
-def test_scale_and_shift_of_disparity_do_not_count(scope):
+def test_scale_and_shift_of_disparity_do_not_count():
     truth = np.random.default_rng(0).uniform(0.2, 0.5, (3, 8, 6))
     mask = np.ones(truth.shape, dtype=bool)
-    error = depth_error(7.0 * truth - 1.3, truth, mask, min_disparity=0.1, scope=scope)
+    error = depth_error(7.0 * truth - 1.3, truth, mask, min_disparity=0.1)
     assert error.abs_rel < 1e-12
     assert error.delta == 1.0
 
 
-def test_alignment_to_the_clip_counts_flicker_and_alignment_to_the_frame_does_not():
+def test_flicker_counts_since_one_alignment_serves_the_whole_clip():
     truth = np.random.default_rng(0).uniform(0.2, 0.5, (2, 8, 6))
     flickering = truth * np.array([1.0, 1.4]).reshape(2, 1, 1)
     mask = np.ones(truth.shape, dtype=bool)
-    assert depth_error(flickering, truth, mask, min_disparity=0.1, scope="frame").abs_rel < 1e-12
-    assert depth_error(flickering, truth, mask, min_disparity=0.1, scope="clip").abs_rel > 0.05
+    for frame in range(2):
+        one = slice(frame, frame + 1)
+        assert depth_error(flickering[one], truth[one], mask[one], min_disparity=0.1).abs_rel < 1e-12
+    assert depth_error(flickering, truth, mask, min_disparity=0.1).abs_rel > 0.05
+
+
+def test_fitted_to_whole_frames_a_body_at_the_wrong_distance_counts_and_fitted_to_the_body_it_does_not():
+    truth = np.random.default_rng(0).uniform(0.2, 0.3, (1, 20, 20))
+    mask = np.zeros(truth.shape, dtype=bool)
+    mask[:, 5:9, 5:9] = True
+    truth[mask] += 0.4
+    prediction = np.where(mask, truth - 0.2, truth)
+    assert depth_error(prediction, truth, mask, min_disparity=0.1).abs_rel > 0.1
+    assert depth_error(prediction, truth, mask, min_disparity=0.1, fit_mask=mask).abs_rel < 1e-12
 
 
 def test_abs_rel_and_delta_have_their_textbook_values():
@@ -125,12 +136,12 @@ def test_a_prediction_that_aligns_below_zero_is_clamped_to_the_farthest_point():
     assert np.isfinite(error.abs_rel)
 
 
-def test_depth_outside_the_body_changes_nothing():
+def test_depth_outside_the_body_changes_nothing_where_it_is_not_fitted():
     truth = np.random.default_rng(0).uniform(0.2, 0.5, (1, 8, 6))
     mask = np.zeros(truth.shape, dtype=bool)
     mask[:, 2:6, 1:5] = True
     prediction = np.where(mask, 2 * truth + 1, -1e6)
-    assert depth_error(prediction, truth, mask, min_disparity=0.1).abs_rel < 1e-12
+    assert depth_error(prediction, truth, mask, min_disparity=0.1, fit_mask=mask).abs_rel < 1e-12
 
 
 def test_alignment_is_numpys_least_squares():
