@@ -203,21 +203,28 @@ def build_backdrop(stage: Stage, camera: Camera, *, focal: float, width: int, he
 
 
 def _plane_colours(stage: Stage, camera: Camera, rays: _Array) -> _Array:
+    """Lit colours along rays `(H, W, 3)`: `(H, W, 3)` float32. The light is a spot that fades towards the edges."""
     depths, which = see_planes(stage, camera, rays)
-    world = (rays * depths[..., None]) @ camera.rotation + camera.position
-    colours = np.zeros(rays.shape, dtype=np.float32)
+    world = ((rays * depths[..., None]) @ camera.rotation + camera.position).astype(np.float32)
+    distance = np.linalg.norm(world - np.array([0.0, 0.8, 0.0], dtype=np.float32), axis=-1)
+    spot = 0.72 + 0.42 / (1.0 + (distance / 2.2) ** 4)
+    height = world[..., 1]
+    skirting = np.clip((_SKIRTING_HEIGHT - height) / np.maximum(_step(height), 1e-6) + 0.5, 0.0, 1.0)
+    colours = np.empty(rays.shape, dtype=np.float32)
     for number, plane in enumerate(stage.planes):
-        u, v = world @ plane.across * plane.repeats[0], world @ plane.along * plane.repeats[1]
-        share = pattern_share(plane.pattern, u, v, _step(u), _step(v))
-        colour = plane.colour + (plane.second - plane.colour) * share[..., None]
-        if plane.skirting is not None:
-            low = np.clip((_SKIRTING_HEIGHT - world[..., 1]) / np.maximum(_step(world[..., 1]), 1e-6) + 0.5, 0, 1)
-            colour = colour + (plane.skirting - colour) * low[..., None]
+        here = which == number
+        u, v = (
+            world @ (axis * repeats).astype(np.float32)
+            for axis, repeats in zip((plane.across, plane.along), plane.repeats, strict=True)
+        )
+        share = pattern_share(plane.pattern, u[here], v[here], _step(u)[here], _step(v)[here])
         lit = stage.ambient + stage.lamp * max(float(plane.normal @ stage.to_lamp), 0.0) * 1.15
-        spot = np.linalg.norm(world - (0.0, 0.8, 0.0), axis=-1)
-        lit = lit * (0.72 + 0.42 / (1.0 + (spot / 2.2) ** 4))[..., None]
-        colours = np.where((which == number)[..., None], colour * lit, colours)
-    return colours.astype(np.float32)
+        colour, second = (tone.astype(np.float32) for tone in (plane.colour, plane.second))
+        shown = colour + (second - colour) * share[:, None]
+        if plane.skirting is not None:
+            shown += (plane.skirting.astype(np.float32) - shown) * skirting[here][:, None]
+        colours[here] = shown * spot[here][:, None] * lit.astype(np.float32)
+    return colours
 
 
 def _step(values: _Array) -> _Array:
