@@ -112,7 +112,8 @@ def _recipes(options: argparse.Namespace) -> list[LoadedRecipe]:
     if "=" in file:
         raise RecipeError(f"the first word is the recipe's file, not '{file}'\nusage: {USAGE}")
     if options.cluster == "debug":
-        overrides += ["cluster.nodes=1", "cluster.tasks_per_node=1"]
+        gpus = min(1, load(file, overrides).recipe.cluster.gpus_per_node)
+        overrides += ["cluster.nodes=1", "cluster.tasks_per_node=1", f"cluster.gpus_per_node={gpus}"]
     combinations: list[list[str]] = [[]]
     for sweep in options.sweep:
         key, equals, values = sweep.partition("=")
@@ -126,10 +127,6 @@ def _recipes(options: argparse.Namespace) -> list[LoadedRecipe]:
             load(file, [*overrides, *chosen, f"name={_sweep_name(one.recipe.name, chosen)}"])
             for one, chosen in zip(loaded, combinations, strict=True)
         ]
-    for one in loaded:
-        # On one GPU a debug run has one process, and the file's number of GPUs would not match it.
-        if options.cluster == "debug" and one.recipe.cluster.gpus_per_node > 1:
-            return [load(file, [*overrides, "cluster.gpus_per_node=1"])]
     return loaded
 
 
@@ -137,7 +134,7 @@ def _sweep_name(name: str, chosen: Sequence[str]) -> str:
     for choice in chosen:
         key, _, value = choice.partition("=")
         name += f"_{key.rpartition('.')[2]}_{value}"
-    return re.sub(r"[^a-z0-9_]+", "_", name.lower()).strip("_")
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 def _run(loaded: LoadedRecipe, options: argparse.Namespace, plan: Planner, argv: Sequence[str]) -> int:
@@ -210,6 +207,9 @@ def _follow(job: submission.SubmittedJob, recipe: Recipe, run_folder: Path, offs
             submission.cancel(job)
             _show(f"\nstopped {recipe.name}; the same command goes on from its last checkpoint")
         return 128 + signal.SIGINT
+    if outcome.state == "cancelled":
+        _show(f"{recipe.name} was cancelled; the same command goes on from its last checkpoint")
+        return FAILED
     if outcome.state == "failed":
         sys.stderr.write(f"{explain_failure(job, run_folder, outcome)}\n")
         return FAILED

@@ -38,7 +38,7 @@ def follow(job: SubmittedJob, recipe: Recipe, run_folder: Path, offset: int, out
         for line in lines:
             screen.message(line.get("message"))
             screen.progress(progress_line(line))
-        if status.state in ("finished", "failed"):
+        if status.state in ("finished", "failed", "cancelled"):
             screen.close()
             return status
         screen.waiting(f"{recipe.name}: {status.detail}, {duration(time.monotonic() - started)}")

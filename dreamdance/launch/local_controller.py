@@ -19,6 +19,7 @@ from dreamdance.launch.job import failure_file, free_port
 
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.05
+CANCELLED, TIMED_OUT = "cancelled", "timed out"
 MAX_REQUEUES_VARIABLE = "DREAMDANCE_MAX_REQUEUES"
 
 
@@ -38,7 +39,7 @@ class LocalController(Controller):
         signal.signal(signal.SIGTERM, self._cancel)
 
     def _cancel(self, *_: Any) -> None:
-        self.ended_by = "cancelled"
+        self.ended_by = CANCELLED
         raise SystemExit(1)
 
     def start_tasks(self) -> None:
@@ -65,7 +66,7 @@ class LocalController(Controller):
                 warned = True
                 super()._forward_signal(LocalJobEnvironment._usr_sig())
             if now > start + self.timeout_s:
-                self.ended_by = "timed out"
+                self.ended_by = TIMED_OUT
                 return codes
             time.sleep(POLL_SECONDS)
 

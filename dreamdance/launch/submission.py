@@ -19,11 +19,11 @@ from submitit.slurm.slurm import SlurmExecutor
 from dreamdance.errors import UserError
 from dreamdance.launch.finished import is_finished
 from dreamdance.launch.job import Job
-from dreamdance.launch.local_controller import MAX_REQUEUES_VARIABLE, status_file
+from dreamdance.launch.local_controller import CANCELLED, MAX_REQUEUES_VARIABLE, status_file
 from dreamdance.recipe import Recipe
 
 ClusterName = Literal["slurm", "local", "debug"]
-State = Literal["pending", "running", "finished", "failed"]
+State = Literal["pending", "running", "finished", "failed", "cancelled"]
 SIGNAL_DELAY_SECONDS = 120
 CANCEL_TIMEOUT_SECONDS = 20.0
 # Without -P, `python -m` would put the working directory on sys.path, where a checkout has a folder `kernels/`.
@@ -156,7 +156,7 @@ class _LocalExecutor(LocalExecutor):
     """submitit's local executor under our own controller, in a session of its own."""
 
     def __init__(self, run_folder: Path, recipe: Recipe) -> None:
-        super().__init__(run_folder / "logs", python=PYTHON)
+        super().__init__(run_folder / "logs", max_num_timeout=recipe.cluster.max_requeues, python=PYTHON)
         self.run_folder = run_folder
         self.recipe = recipe
 
@@ -217,12 +217,16 @@ def _local_ending(status: dict[str, Any]) -> JobStatus:
     if status["exit_code"] == 0:
         return JobStatus("finished", "exit code 0")
     rank, codes = status["first_failed_rank"], status["rank_exit_codes"]
+    if status["ended_by"] == CANCELLED:
+        return JobStatus("cancelled", "by a signal to its controller")
     if status["ended_by"]:
         return JobStatus("failed", str(status["ended_by"]), rank)
     if rank is None or not codes:
         return JobStatus("failed", "it could not start")
     code = codes[rank]
-    name = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    name = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    if code == -signal.SIGKILL:
+        name += " (out of memory? `dmesg` knows)"
     return JobStatus("failed", f"rank {rank} {name}", rank)
 
 
@@ -240,6 +244,8 @@ def _slurm_status(job: SubmittedJob, recipe: Recipe, run_folder: Path) -> JobSta
         return JobStatus("running", "squeue does not answer")
     if word == "COMPLETED" or (word == "" and is_finished(recipe, run_folder)):
         return JobStatus("finished", "completed")
+    if word == "CANCELLED":
+        return JobStatus("cancelled", "by scancel")
     return JobStatus("failed", word.lower() or "gone from the queue without finishing")
 
 

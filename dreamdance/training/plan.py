@@ -62,10 +62,15 @@ def make_plan(recipe: Stage1Recipe | Stage2Recipe) -> TrainingPlan:
     """
     objective = build_objective(recipe, device="meta")
     set_trainable(objective, recipe)
-    networks = [_size(name, network) for name, network in objective.named_children()]
+    networks = network_sizes(objective)
     trainable = sum(network.trainable for network in networks)
     total = trainable + sum(network.frozen for network in networks)
-    return TrainingPlan(networks, [*_state_memory(recipe, trainable, total), _activations(objective, recipe)])
+    return TrainingPlan(networks, [*state_memory(recipe, trainable, total), _activations(objective, recipe)])
+
+
+def network_sizes(objective: nn.Module) -> list[NetworkSize]:
+    """Counts the parameters of an objective's networks by whether they train."""
+    return [_size(name, network) for name, network in objective.named_children()]
 
 
 def describe(recipe: TrainingRecipe, *, gpu_memory_gib: float | None = None) -> str:
@@ -85,11 +90,12 @@ def describe(recipe: TrainingRecipe, *, gpu_memory_gib: float | None = None) -> 
         lines.append(f"  {part.name:<24}{part.num_bytes / GIB:>9.2f} GiB  {part.reason}")
     lines.append(f"  {'together':<24}{plan.total_bytes / GIB:>9.2f} GiB")
     if recipe.cluster.gpus_per_node:
-        lines.append(f"  {_verdict(plan.total_bytes / GIB + GPU_RESERVE_GIB, gpu_memory_gib)}")
+        lines.append(f"  {verdict(plan.total_bytes / GIB + GPU_RESERVE_GIB, gpu_memory_gib)}")
     return "\n".join(lines)
 
 
-def _verdict(wanted_gib: float, gpu_memory_gib: float | None) -> str:
+def verdict(wanted_gib: float, gpu_memory_gib: float | None) -> str:
+    """Whether a GPU holds so much, and what to change where it does not."""
     wanted = f"with {GPU_RESERVE_GIB:g} GiB for CUDA, NCCL and fragmentation: {wanted_gib:.1f} GiB of GPU memory"
     if gpu_memory_gib is None:
         return f"{wanted} (no GPU here to compare with)"
@@ -104,8 +110,8 @@ def _size(name: str, network: nn.Module) -> NetworkSize:
     return NetworkSize(name, trainable, sum(parameter.numel() for parameter in network.parameters()) - trainable)
 
 
-def _state_memory(recipe: TrainingRecipe, trainable: int, total: int) -> list[MemoryPart]:
-    """Weights and everything that ZeRO keeps of them on one process."""
+def state_memory(recipe: TrainingRecipe, trainable: int, total: int) -> list[MemoryPart]:
+    """Weights and everything that ZeRO keeps of them on one process, for so many parameters."""
     stage, world_size = recipe.sharding.zero_stage, recipe.cluster.world_size
     weight_bytes = BF16_BYTES if recipe.precision == "bf16" else FP32_BYTES
     share = -(-trainable // world_size)

@@ -1,0 +1,139 @@
+"""The command: words to the recipe, dashes to the launcher, and an exit code for each outcome."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dreamdance.launch.command import main
+
+ROOT = Path(__file__).parents[2]
+PREPARE, STAGE1 = "recipes/demo/prepare.yaml", "recipes/demo/stage1_domains.yaml"
+
+
+@pytest.fixture(autouse=True)
+def checkout(tmp_path, monkeypatch):
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def command(capsys):
+    def run(*words):
+        code = main(words, lambda recipe, gpu_memory_gib: f"plan of {recipe.name}")
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([STAGE1, "--folow"], "unknown option '--folow'; did you mean '--follow'?"),
+        ([STAGE1, "--dryrun"], "unknown option '--dryrun'; did you mean '--dry-run'?"),
+        (
+            [STAGE1, "--max_steps=3"],
+            "unknown option '--max_steps=3'; a recipe's key is given without dashes: max_steps=",
+        ),
+        ([STAGE1, "--cluster", "pbs"], "invalid choice: 'pbs'"),
+        ([STAGE1, "--dry"], "unknown option '--dry'"),
+        ([], "no recipe given"),
+        (["max_steps=3"], "the first word is the recipe's file"),
+        (["recipes/demo/stage1_domain.yaml"], "did you mean 'recipes/demo/stage1_domains.yaml'?"),
+        ([STAGE1, "max_step=3"], "command line: unknown key 'max_step'; did you mean 'max_steps'?"),
+        ([STAGE1, "--sweep", "optimizer.lr"], "--sweep wants key=v1,v2"),
+        ([STAGE1, "--cluster", "local", "cluster.nodes=2", "cluster.tasks_per_node=1"], "add cluster.nodes=1"),
+        ([STAGE1], "shards for data.train, data.validation"),
+        (["status", "nothing"], "no run 'nothing'"),
+        (["cancel"], "cancel wants the name of one run"),
+        (["cancel", "nothing"], "no run 'nothing'"),
+    ],
+)
+def test_what_the_user_got_wrong_ends_with_2_and_its_reason_without_a_traceback(command, words, message):
+    code, _, errors = command(*words)
+    assert code == 2
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_words_and_dashes_may_be_mixed(command):
+    code, output, _ = command("--dry-run", STAGE1, "seed=1", "--runs", "elsewhere", "max_steps=300")
+    assert code == 0
+    assert "seed: 1  # <- command line" in output
+    assert "max_steps: 300  # <- command line" in output
+    assert "elsewhere/demo_stage1_domains" in output
+
+
+def test_a_dry_run_shows_recipe_plan_and_batch_script_with_warnings_and_makes_nothing(command, checkout):
+    code, output, _ = command(STAGE1, "--dry-run", "batch_size=32", "micro_batch_size=4", "cluster.tasks_per_node=2")
+    assert code == 0
+    assert "batch: 4 (micro batch) x 4 (accumulation) x 2 (processes) = 32 samples" in output
+    assert "plan of demo_stage1_domains" in output
+    assert "#SBATCH --ntasks-per-node=2" in output
+    assert "shards for data.train" in output
+    assert output.count("# <- command line") == 3
+    assert not (checkout / "runs").exists()
+
+
+def test_a_dry_run_of_a_task_that_trains_nothing_has_no_plan_of_networks(command):
+    code, output, _ = command(PREPARE, "--dry-run")
+    assert code == 0
+    assert "plan of" not in output
+
+
+def test_a_sweep_is_one_run_for_each_combination_with_names_of_their_own(command):
+    words = ["--sweep", "optimizer.lr=1e-4,3e-4", "--sweep", "model.pose_channels=[8,16],[16,32]"]
+    _, output, _ = command(STAGE1, "--dry-run", *words)
+    names = [line.removeprefix("name: ").split()[0] for line in output.splitlines() if line.startswith("name: ")]
+    assert names == [
+        "demo_stage1_domains_lr_1e_4_pose_channels_8_16",
+        "demo_stage1_domains_lr_1e_4_pose_channels_16_32",
+        "demo_stage1_domains_lr_3e_4_pose_channels_8_16",
+        "demo_stage1_domains_lr_3e_4_pose_channels_16_32",
+    ]
+
+
+def test_a_debug_run_has_one_process_whatever_the_file_says(command):
+    _, output, _ = command("recipes/stage2.yaml", "--dry-run", "--cluster", "debug")
+    assert "processes: 1 node x 1 = 1, cluster: debug" in output
+    assert "1 (micro batch) x 8 (accumulation) x 1 (processes) = 8 samples" in output
+
+
+def test_status_without_runs_says_so(command):
+    assert command("status") == (0, "no runs in runs\n", "")
+
+
+SMALL = ("dancers.num_train_clips=2", "dancers.num_validation_clips=1", "dancers.num_frames=2", "num_workers=1")
+
+
+def test_a_debug_run_finishes_then_says_so_and_refuses_a_different_recipe(command, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # the job sets them; monkeypatch restores them
+    monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
+    words = (PREPARE, *SMALL, "--cluster", "debug")
+    assert command(*words)[0] == 0
+    code, output, _ = command(*words)
+    assert code == 0
+    assert output.startswith("demo_prepare is finished: ")
+    assert output.count("\n") == 1
+    code, _, errors = command(*words, "seed=1")
+    assert code == 3
+    assert "seed: 0 -> 1" in errors
+    assert "prepare  finished" in command("status")[1]
+    assert "demo_prepare (prepare): finished" in command("status", "demo_prepare")[1]
+
+
+def test_a_debug_run_that_fails_for_the_users_reason_ends_with_1(command, tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.rgb.mp4").write_bytes(b"this is no video")
+    (tmp_path / "videos" / "a.pose.mp4").write_bytes(b"nor this")
+    words = ("recipes/prepare.yaml", "videos.folder=videos", "num_workers=1", "output=out")
+    code, _, _ = command(*words, "--cluster", "debug")
+    assert code == 1
+    (failure,) = (tmp_path / "runs" / "prepare" / "logs" / "failures").iterdir()
+    assert "videos.split_by" in json.loads(failure.read_text())["text"]

@@ -1,0 +1,77 @@
+"""A run is finished when what it had to make is there and its inputs have not changed since."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dreamdance.launch.finished import is_finished, mark_finished
+from dreamdance.recipe import load_recipe
+from dreamdance.run_layout import export_folder
+
+DEMO = Path(__file__).parents[2] / "recipes" / "demo"
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    folder = tmp_path / "runs" / "run"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_training_that_was_stopped_early_is_not_marked(run_folder):
+    recipe = load_recipe(DEMO / "stage2.yaml")
+    assert not mark_finished(recipe, run_folder)
+    export_folder(run_folder, recipe.max_steps - 1).mkdir(parents=True)
+    assert not mark_finished(recipe, run_folder)
+    assert not is_finished(recipe, run_folder)
+
+
+def test_training_is_finished_with_the_export_of_its_last_step(run_folder):
+    recipe = load_recipe(DEMO / "stage2.yaml")
+    export_folder(run_folder, recipe.max_steps).mkdir(parents=True)
+    assert not is_finished(recipe, run_folder), "a run killed between export and marker runs its end again"
+    assert mark_finished(recipe, run_folder)
+    assert is_finished(recipe, run_folder)
+
+
+def test_a_raised_max_steps_makes_a_finished_run_unfinished(run_folder):
+    recipe = load_recipe(DEMO / "stage2.yaml")
+    export_folder(run_folder, recipe.max_steps).mkdir(parents=True)
+    mark_finished(recipe, run_folder)
+    assert not is_finished(load_recipe(DEMO / "stage2.yaml", [f"max_steps={recipe.max_steps + 1}"]), run_folder)
+
+
+def test_animate_runs_again_when_its_manifest_or_a_run_that_it_uses_has_changed(run_folder, tmp_path):
+    manifest, output = tmp_path / "manifest.jsonl", tmp_path / "out"
+    manifest.write_text(json.dumps({"id": "a"}) + "\n")
+    output.mkdir()
+    recipe = load_recipe(DEMO / "animate.yaml", [f"manifest={manifest}", f"output={output}"])
+    mark_finished(recipe, run_folder)
+    assert is_finished(recipe, run_folder)
+    with manifest.open("a") as lines:
+        lines.write(json.dumps({"id": "b"}) + "\n")
+    assert not is_finished(recipe, run_folder)
+    mark_finished(recipe, run_folder)
+    export_folder(run_folder.parent / recipe.animation_from, 7).mkdir(parents=True)
+    assert not is_finished(recipe, run_folder)
+
+
+def test_evaluate_runs_again_when_a_result_has_changed(run_folder, tmp_path):
+    result = tmp_path / "results" / "a" / "result.json"
+    result.parent.mkdir(parents=True)
+    result.write_text("{}")
+    recipe = load_recipe(DEMO / "evaluate.yaml", [f"results={tmp_path / 'results'}"])
+    mark_finished(recipe, run_folder)
+    assert is_finished(recipe, run_folder)
+    result.write_text('{"seed": 1}')
+    assert not is_finished(recipe, run_folder)
+
+
+def test_prepare_whose_output_was_removed_is_not_finished(run_folder, tmp_path):
+    recipe = load_recipe(DEMO / "prepare.yaml", [f"output={tmp_path / 'data'}"])
+    (tmp_path / "data").mkdir()
+    mark_finished(recipe, run_folder)
+    assert is_finished(recipe, run_folder)
+    (tmp_path / "data").rmdir()
+    assert not is_finished(recipe, run_folder)

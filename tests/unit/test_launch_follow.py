@@ -1,0 +1,120 @@
+"""What `--follow` shows: a live line on a terminal, fewer plain lines elsewhere, and the failing rank's own words."""
+
+import io
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from dreamdance.launch.follow import duration, explain_failure, follow, progress_line
+from dreamdance.launch.job import record_failure
+from dreamdance.launch.local_controller import status_file
+from dreamdance.launch.submission import JobStatus, SubmittedJob
+from dreamdance.recipe import load_recipe
+from dreamdance.run_layout import ProgressLog, progress_file
+
+RECIPE = load_recipe(Path(__file__).parents[2] / "recipes" / "demo" / "prepare.yaml")
+JOB = SubmittedJob("local", "4194300", 2, "host", time.time(), 1, "1")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    (tmp_path / "logs").mkdir()
+    return tmp_path
+
+
+def end(run_folder, **status):
+    defaults = {"exit_code": 0, "first_failed_rank": None, "rank_exit_codes": [0, 0], "ended_by": None}
+    status_file(run_folder, JOB.job_id).write_text(json.dumps(defaults | status))
+
+
+def test_the_progress_line_reads_as_the_contract_says():
+    line = {"time": 1.0, "unit": "steps", "done": 1200, "total": 50000, "loss": 0.08341, "samples_per_second": 3.21}
+    line |= {"eta_seconds": 118_800, "message": "hello", "validation_loss": 0.1}
+    assert progress_line(line) == ("step 1200/50000  loss 0.0834  3.2 samples/s  validation loss 0.1  eta 1d 09h")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0s"), (59.4, "59s"), (65, "1m 05s"), (3600, "1h 00m"), (90_000, "1d 01h"), (-3, "0s")]
+)
+def test_durations_are_short(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_plain_output_holds_messages_and_the_last_line_and_ends_with_the_job(run_folder):
+    log = ProgressLog(run_folder)
+    log.write(done=0, total=3, unit="parts", message="resuming from part 0")
+    for done in (1, 2, 3):
+        log.write(done=done, total=3, unit="parts", message="writing" if done < 3 else None)
+    end(run_folder)
+    out = io.StringIO()
+    assert follow(JOB, RECIPE, run_folder, 0, out).state == "finished"
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "resuming from part 0"
+    assert lines.count("writing") == 1, "a repeated message is shown once"
+    assert lines[-1].startswith("part 3/3")
+
+
+def test_a_terminal_gets_one_line_drawn_anew_with_messages_above_it(run_folder):
+    log = ProgressLog(run_folder)
+    log.write(done=1, total=3, unit="steps")
+    log.write(done=2, total=3, unit="steps", message="saved step_00000002")
+    end(run_folder)
+    out = Terminal()
+    follow(JOB, RECIPE, run_folder, 0, out)
+    text = out.getvalue()
+    assert text.count("\n") == 2
+    assert "\r\x1b[2Ksaved step_00000002\n" in text
+    assert text.rstrip("\n").rpartition("\x1b[2K")[2].startswith("step 2/3")
+
+
+def test_lines_of_an_earlier_job_and_half_lines_are_not_shown(run_folder):
+    log = ProgressLog(run_folder)
+    log.write(done=7, total=9, unit="steps")
+    offset = progress_file(run_folder).stat().st_size
+    with progress_file(run_folder).open("a") as raw:
+        raw.write('{"time": 1, "done": 8, "to\n{"half')
+    end(run_folder)
+    out = io.StringIO()
+    follow(JOB, RECIPE, run_folder, offset, out)
+    assert out.getvalue() == ""
+
+
+def test_a_user_error_is_shown_whole_without_a_traceback(run_folder):
+    record_failure(run_folder, JOB.job_id, 1, "shard 3 of data/train is damaged", user_error=True)
+    status = JobStatus("failed", "rank 1 ended with exit code 1", 1)
+    text = explain_failure(JOB, run_folder, status)
+    assert "shard 3 of data/train is damaged" in text
+    assert "Traceback" not in text
+    assert text.endswith(f"log of rank 1: {run_folder / 'logs' / '4194300_1_log.out'}")
+
+
+def test_the_rank_that_failed_first_is_shown_not_those_that_it_took_along(run_folder):
+    record_failure(run_folder, JOB.job_id, 0, "Connection closed by peer", user_error=False)
+    (run_folder / "logs" / "4194300_1_log.out").write_text("step 3\nlast words\n")
+    text = explain_failure(JOB, run_folder, JobStatus("failed", "rank 1 was killed by SIGKILL", 1))
+    assert "last words" in text
+    assert "Connection closed" not in text
+
+
+def test_a_long_traceback_is_cut_to_its_end(run_folder):
+    record_failure(run_folder, JOB.job_id, 0, "\n".join(f"line {i}" for i in range(99)), user_error=False)
+    text = explain_failure(JOB, run_folder, JobStatus("failed", "rank 0 ended with exit code 1", 0))
+    assert "line 98" in text
+    assert "line 50" not in text
+
+
+def test_a_failure_of_an_earlier_start_is_not_blamed(run_folder):
+    record_failure(run_folder, JOB.job_id, 0, "old news", user_error=True)
+    later = SubmittedJob("local", JOB.job_id, 2, "host", time.time() + 60, 1, "1")
+    assert "old news" not in explain_failure(later, run_folder, JobStatus("failed", "gone"))
+
+
+def test_without_any_log_the_answer_says_so(run_folder):
+    assert "it left no log" in explain_failure(JOB, run_folder, JobStatus("failed", "it could not start"))

@@ -1,0 +1,110 @@
+"""A run that cannot start says at once everything that is missing, where it was looked for, and how to get it."""
+
+from pathlib import Path
+
+import pytest
+
+from dreamdance.launch import preflight
+from dreamdance.recipe import load_recipe
+from dreamdance.run_layout import checkpoint_folder
+
+RECIPES = Path("recipes")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def empty_machine(tmp_path, monkeypatch):
+    """A checkout's recipes with nothing beside them, and no GPU."""
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def found(name, *overrides, check_gpu=True):
+    recipe = load_recipe(RECIPES / name, overrides)
+    return recipe, preflight.missing(recipe, RECIPES / name, Path("runs"), check_gpu=check_gpu)
+
+
+def make(*files):
+    for file in map(Path, files):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+
+
+def test_stage_2_names_weights_data_and_gpus_with_the_way_to_each_and_the_demo():
+    recipe, problems = found("stage2.yaml")
+    report = preflight.report(recipe, RECIPES / "stage2.yaml", problems)
+    folder = "weights/stable-video-diffusion-img2vid-xt-1-1"
+    assert f"hf download stabilityai/stable-video-diffusion-img2vid-xt-1-1 --local-dir {folder}" in report
+    assert f"{folder}/unet, {folder}/vae, {folder}/image_encoder" in report
+    assert "data/dance/train/index.json" in report
+    assert "python launchers/slurm.py recipes/prepare.yaml" in report
+    assert "8 GPUs" in report
+    assert report.endswith("python launchers/slurm.py recipes/demo/stage2.yaml --follow")
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("prepare.yaml", "videos"),
+        ("stage1_domains.yaml", "weights for model.image_encoder"),
+        ("stage1_geometry.yaml", "run 'stage1_domains' does not exist (init_from)"),
+        ("animate.yaml", "run 'stage1_temporal' does not exist (geometry_from)"),
+        ("evaluate.yaml", "results to score"),
+    ],
+)
+def test_every_full_recipe_says_what_it_misses_on_an_empty_machine(name, what):
+    _, problems = found(name)
+    assert what in [problem.what for problem in problems]
+
+
+def test_a_missing_run_names_the_recipe_that_makes_it():
+    remedies = [problem.remedy for problem in found("demo/stage1_geometry.yaml")[1]]
+    assert "python launchers/slurm.py recipes/demo/stage1_domains.yaml (or give init_step)" in remedies
+    remedies = [problem.remedy for problem in found("ablations/stage1_temporal_without_geometry.yaml")[1]]
+    assert "python launchers/slurm.py recipes/stage1_domains.yaml (or give init_step)" in remedies
+
+
+def test_the_demo_needs_nothing_but_its_data():
+    assert found("demo/prepare.yaml")[1] == []
+    make("data/demo/train/index.json", "data/demo/validation/index.json")
+    assert found("demo/stage1_domains.yaml")[1] == []
+    assert found("demo/stage2.yaml")[1] == []
+
+
+def test_weights_count_only_with_their_config_and_safetensors():
+    make("weights/clip-vit-large-patch14/config.json", "weights/clip-vit-large-patch14/pytorch_model.bin")
+    assert "weights for model.image_encoder" in [problem.what for problem in found("stage1_domains.yaml")[1]]
+    make("weights/clip-vit-large-patch14/model.safetensors")
+    assert "weights for model.image_encoder" not in [problem.what for problem in found("stage1_domains.yaml")[1]]
+
+
+def test_an_unfinished_run_is_refused_unless_a_step_of_it_is_named():
+    make("data/demo/train/index.json", "data/demo/validation/index.json", "runs/demo_stage1_domains/recipe.yaml")
+    assert found("demo/stage1_geometry.yaml")[1][0].what == "run 'demo_stage1_domains' is not finished (init_from)"
+    (problem,) = found("demo/stage1_geometry.yaml", "init_step=500")[1]
+    assert problem.what == "step 500 of run 'demo_stage1_domains'"
+    checkpoint_folder(Path("runs/demo_stage1_domains"), 500).mkdir(parents=True)
+    assert found("demo/stage1_geometry.yaml", "init_step=500")[1] == []
+    assert "step_00000500" in found("demo/stage1_geometry.yaml", "init_step=501")[1][0].remedy
+
+
+def test_shards_in_a_bucket_are_not_looked_for_on_this_machine():
+    words = ["data.train.remote=s3://bucket/train", "data.validation.remote=s3://bucket/validation"]
+    assert found("demo/stage1_domains.yaml", *words)[1] == []
+
+
+def test_a_slurm_submission_does_not_look_for_gpus_on_the_login_node():
+    whats = [problem.what for problem in found("stage2.yaml", check_gpu=False)[1]]
+    assert not any("GPU" in what for what in whats)
+    assert len(whats) == 2
+
+
+def test_fewer_gpus_than_wanted_are_met_by_accumulation(tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 81559\necho 81559\n")
+    tool.chmod(0o755)
+    remedies = [problem.remedy for problem in found("stage2.yaml")[1]]
+    assert any("cluster.gpus_per_node=2 cluster.tasks_per_node=2" in remedy for remedy in remedies)
+    assert preflight.num_gpus() == 2
+    assert preflight.gpu_memory_gib() == pytest.approx(79.65, abs=0.01)

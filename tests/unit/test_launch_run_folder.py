@@ -1,0 +1,143 @@
+"""A run folder belongs to one recipe, and remembers where everything came from."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from dreamdance.errors import UserError
+from dreamdance.launch.run_folder import DifferentRecipeError, differences, lay, locked
+from dreamdance.recipe import load_recipe
+
+DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "stage1_domains.yaml"
+
+
+# The demo may be tuned; what these tests look at is pinned.
+PINNED = ("max_steps=2000", "optimizer.lr=1.5e-3", "batch_size=16", "micro_batch_size=8", "data.stride=[1, 1]")
+
+
+def recipe(*overrides):
+    return load_recipe(DEMO, [*PINNED, *overrides])
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    return tmp_path / "runs" / "demo"
+
+
+def test_the_folder_holds_the_resolved_recipe_and_its_provenance_before_anything_runs(run_folder):
+    lay(recipe("seed=3"), run_folder, ["slurm.py", "demo.yaml", "seed=3"])
+    assert load_recipe(run_folder / "recipe.yaml") == recipe("seed=3")
+    (start,) = json.loads((run_folder / "provenance.json").read_text())["starts"]
+    assert start["argv"] == ["slurm.py", "demo.yaml", "seed=3"]
+    assert len(start["git"]["commit"]) == 40
+    assert {"torch", "diffusers", "deepspeed", "submitit"} <= start["versions"].keys()
+    assert start["host"]
+    assert {entry.name for entry in run_folder.iterdir()} == {
+        *("recipe.yaml", "provenance.json"),
+        *("checkpoints", "exports", "samples", "tensorboard", "logs"),
+    }
+
+
+def test_the_same_recipe_again_goes_on_and_adds_its_start(run_folder):
+    lay(recipe(), run_folder, ["first"])
+    lay(recipe(), run_folder, ["second"])
+    starts = json.loads((run_folder / "provenance.json").read_text())["starts"]
+    assert [start["argv"] for start in starts] == [["first"], ["second"]]
+
+
+def test_a_different_recipe_is_refused_naming_every_key_with_old_and_new_value(run_folder):
+    lay(recipe(), run_folder, [])
+    before = (run_folder / "recipe.yaml").read_text()
+    with pytest.raises(DifferentRecipeError) as caught:
+        lay(recipe("optimizer.lr=2e-3", "data.stride=[1, 2]"), run_folder, [])
+    text = str(caught.value)
+    assert "optimizer.lr: 0.0015 -> 0.002" in text
+    assert "data.stride: [1, 1] -> [1, 2]" in text
+    assert "checkpoint.allow_changed=[data.stride, optimizer.lr]" in text
+    assert (run_folder / "recipe.yaml").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["cluster.tasks_per_node=1"],
+        ["cluster.environment={A: b}"],
+        ["logging.every_steps=1"],
+        ["max_steps=9999"],
+        ["optimizer.lr=2e-3", "checkpoint.allow_changed=[optimizer.lr]"],
+        ["optimizer.lr=2e-3", "optimizer.eps=1e-6", "checkpoint.allow_changed=[optimizer]"],
+    ],
+)
+def test_what_is_no_difference_or_permitted_goes_on_and_is_written_down(run_folder, words):
+    lay(recipe(), run_folder, [])
+    lay(recipe(*words), run_folder, [])
+    assert load_recipe(run_folder / "recipe.yaml") == recipe(*words)
+
+
+def test_a_lowered_max_steps_is_a_difference(run_folder):
+    lay(recipe(), run_folder, [])
+    with pytest.raises(DifferentRecipeError, match="max_steps: 2000 -> 1999"):
+        lay(recipe("max_steps=1999"), run_folder, [])
+
+
+def test_permission_for_one_key_does_not_cover_another_that_begins_alike(run_folder):
+    lay(recipe(), run_folder, [])
+    with pytest.raises(DifferentRecipeError, match=r"model\.pose_channels"):
+        lay(recipe("model.pose_channels=[8, 16]", "checkpoint.allow_changed=[model.unet]"), run_folder, [])
+
+
+def test_a_key_that_the_stored_recipe_does_not_know_yet_has_its_default(run_folder):
+    lay(recipe(), run_folder, [])
+    stored = run_folder / "recipe.yaml"
+    stored.write_text(stored.read_text().replace("max_nonfinite_steps: 3\n", ""))
+    lay(recipe(), run_folder, [])
+    with pytest.raises(DifferentRecipeError, match="max_nonfinite_steps: 3 -> 5"):
+        lay(recipe("max_nonfinite_steps=5"), run_folder, [])
+
+
+def test_a_stored_recipe_that_no_longer_loads_is_compared_by_its_values(run_folder):
+    lay(recipe(), run_folder, [])
+    stored = run_folder / "recipe.yaml"
+    stored.write_text(stored.read_text() + "forgotten_key: 1\n")
+    with pytest.raises(DifferentRecipeError, match=r"forgotten_key: 1 -> \(not set\)"):
+        lay(recipe(), run_folder, [])
+
+
+def test_recipes_of_another_task_differ(run_folder):
+    other = load_recipe(DEMO.with_name("prepare.yaml"))
+    changed = differences(recipe().model_dump(mode="json"), other.model_dump(mode="json"))
+    assert changed["task"] == ('"stage1"', '"prepare"')
+    assert changed["max_steps"] == ("2000", "(not set)")
+
+
+def test_base_weights_are_hashed_once_and_again_only_when_they_change(run_folder, tmp_path):
+    weights = tmp_path / "weights" / "unet"
+    weights.mkdir(parents=True)
+    file = weights / "model.safetensors"
+    file.write_bytes(b"first")
+    words = ["model.unet.config=null", f"model.unet.path={weights.parent}", "model.unet.subfolder=unet"]
+    words += ["data.height=64"]
+
+    def digest():
+        lay(recipe(*words), run_folder, [])
+        return json.loads((run_folder / "provenance.json").read_text())["starts"][-1]["base_weights"][str(file)][
+            "sha256"
+        ]
+
+    assert digest() == hashlib.sha256(b"first").hexdigest()
+    stamp = file.stat().st_mtime_ns
+    file.write_bytes(b"other")
+    os.utime(file, ns=(stamp, stamp))
+    assert digest() == hashlib.sha256(b"first").hexdigest(), "same size and time: not read again"
+    os.utime(file, ns=(stamp + 1, stamp + 1))
+    assert digest() == hashlib.sha256(b"other").hexdigest()
+
+
+def test_two_launchers_cannot_start_one_run_at_the_same_moment(run_folder):
+    with locked(run_folder), pytest.raises(UserError, match="another launcher"), locked(run_folder):
+        pass
+    with locked(run_folder):
+        pass

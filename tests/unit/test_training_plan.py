@@ -1,0 +1,131 @@
+"""The plan: counts are those of the real networks, memory follows sharding, the rehearsal equals a real step."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dreamdance.data.collate import ClipBatch
+from dreamdance.recipe import load_recipe
+from dreamdance.training.activation_memory import _drop_gradient, _LiveBytes, peak_activation_bytes
+from dreamdance.training.components import build_objective
+from dreamdance.training.plan import describe, network_sizes, state_memory, verdict
+from dreamdance.training.trainability import set_trainable
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+DEMOS = ["stage1_domains", "stage1_geometry", "stage1_temporal", "stage2"]
+SMALL = ("batch_size=2", "micro_batch_size=1")
+
+
+def demo(name, *overrides):
+    return load_recipe(RECIPES / "demo" / f"{name}.yaml", [*SMALL, *overrides])
+
+
+def built(recipe, device):
+    objective = build_objective(recipe, device=device)
+    set_trainable(objective, recipe)
+    return objective
+
+
+def activations(recipe):
+    return peak_activation_bytes(built(recipe, "meta"), recipe)
+
+
+def states(recipe, trainable=1_000_000, total=3_000_000):
+    return {part.name: part.num_bytes for part in state_memory(recipe, trainable, total)}
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_planned_parameters_are_those_of_the_networks_that_will_train(name):
+    recipe = demo(name)
+    planned, objective = network_sizes(built(recipe, "meta")), built(recipe, "cpu")
+    real = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    assert sum(network.trainable for network in planned) == sum(parameter.numel() for parameter in real)
+    everything = sum(network.trainable + network.frozen for network in planned)
+    assert everything == sum(parameter.numel() for parameter in objective.parameters())
+
+
+def test_without_weights_the_full_size_is_counted_from_the_published_configurations(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    networks = {network.name: network for network in network_sizes(built(load_recipe(RECIPES / "stage2.yaml"), "meta"))}
+    assert networks["unet"].frozen == 1_524_623_082
+    assert networks["unet"].trainable == 0
+    assert networks["controlnet"].trainable > 600_000_000
+
+
+@pytest.mark.slow
+def test_a_rehearsed_step_takes_the_memory_of_a_real_one():
+    recipe = demo("stage1_geometry")
+    objective = built(recipe, "cpu")
+    objective.training = False
+    for parameter in objective.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
+    maps = {
+        name: torch.rand(1, 1, 3, recipe.data.height, recipe.data.width) for name in ("rgb", "pose", "normal", "depth")
+    }
+    reference = torch.rand(1, 3, recipe.data.height, recipe.data.width)
+    keys = torch.zeros(1, 3, dtype=torch.int64)
+    batch = ClipBatch(**maps, mask=None, reference=reference, fps=torch.ones(1), keys=keys, clip_ids=["a"])
+    with _LiveBytes() as live:
+        objective(batch).loss.backward()
+    rehearsed = peak_activation_bytes(built(recipe, "meta"), recipe)
+    assert rehearsed == pytest.approx(live.peak, rel=0.02)
+
+
+@pytest.mark.slow
+def test_a_larger_micro_batch_takes_more_and_checkpointing_less():
+    small = activations(demo("stage2"))
+    assert activations(demo("stage2", "batch_size=4", "micro_batch_size=2")) > 1.7 * small
+    assert activations(demo("stage2", "sharding.gradient_checkpointing=true")) < small
+
+
+@pytest.mark.slow
+def test_a_frozen_base_keeps_fewer_activations_than_a_trained_one():
+    assert activations(demo("stage2", "model.unfreeze=none")) < activations(demo("stage2", "model.unfreeze=all"))
+
+
+@pytest.mark.slow
+def test_half_precision_takes_less_activations():
+    assert activations(demo("stage1_domains", "precision=bf16")) < 0.7 * activations(demo("stage1_domains"))
+
+
+def test_sharding_divides_what_it_says_by_the_number_of_processes():
+    one, two = (states(demo("stage1_domains", f"cluster.tasks_per_node={size}")) for size in (1, 2))
+    for name in ("gradients", "fp32 masters and Adam", "moving average"):
+        assert two[name] == one[name] / 2
+    assert two["weights"] == one["weights"]
+
+
+def test_zero_1_keeps_whole_gradients_and_zero_0_whole_states_without_masters():
+    zero2, zero1, zero0 = (states(demo("stage1_domains", f"sharding.zero_stage={stage}")) for stage in (2, 1, 0))
+    assert zero1["gradients"] == 2 * zero2["gradients"] == zero0["gradients"]
+    assert zero1["fp32 masters and Adam"] == zero2["fp32 masters and Adam"] == 1_000_000 * 12 // 2
+    assert zero0["fp32 masters and Adam"] == 1_000_000 * 8
+    assert zero0["communication buckets"] == 0
+
+
+def test_half_precision_halves_the_weights_but_not_the_optimizer():
+    full, half = states(demo("stage1_domains")), states(demo("stage1_domains", "precision=bf16"))
+    assert full["weights"] == 3_000_000 * 4
+    assert half["weights"] == full["weights"] // 2
+    assert half["fp32 masters and Adam"] == full["fp32 masters and Adam"]
+
+
+@pytest.mark.slow
+def test_the_description_adds_up_and_compares_with_the_gpu(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["model.unet.config=null", "model.unet.path=weights/unet", "model.autoencoder.patch_size=null"]
+    words += ["model.autoencoder.path=weights/vae", "model.image_encoder.stand_in_width=768"]
+    words += ["data.width=64", "data.height=64", "cluster.gpus_per_node=1", "cluster.tasks_per_node=1"]
+    text = describe(demo("stage1_domains", *words), gpu_memory_gib=80.0)
+    numbers = [float(line.split(" GiB")[0].split()[-1]) for line in text.splitlines() if " GiB  " in line]
+    together = next(line for line in text.splitlines() if line.strip().startswith("together"))
+    assert float(together.split()[1]) == pytest.approx(sum(numbers), abs=0.05)
+    assert "published configurations stand in for weights/unet, weights/vae, which are not here" in text
+    assert "fits in the 80 GiB of the GPUs here" in text
+
+
+def test_the_verdict_names_what_to_change_where_the_memory_is_too_small():
+    assert "MORE than the 24 GiB of the GPUs here; lower micro_batch_size" in verdict(25.0, 24.0)
+    assert "no GPU here to compare with" in verdict(25.0, None)
