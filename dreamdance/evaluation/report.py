@@ -88,8 +88,10 @@ def evaluate(recipe: EvaluateRecipe, run_folder: Path) -> None:
         protocol=describe_protocol(recipe, first, evaluated, training_mean),
     )
     write_report(table, evaluated, run_folder)
-    progress.write(done=len(evaluated), total=len(evaluated), unit="clips", message=f"wrote {run_folder / TABLE_JSON}")
-    logger.info("%s\n\n%s", run_folder / TABLE_MARKDOWN, table.as_markdown())
+    text = table.as_markdown()
+    logger.info("%s\n\n%s", run_folder / TABLE_MARKDOWN, text)
+    # `--follow` shows messages, and so the table
+    progress.write(done=len(evaluated), total=len(evaluated), unit="clips", message=f"{run_folder}:\n\n{text}")
 
 
 def evaluate_clip(result: Result, clip: StoredClip, training_mean: TrainingMean | None) -> EvaluatedClip:

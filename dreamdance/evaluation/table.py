@@ -115,10 +115,11 @@ def _improvements_as_markdown(improvements: Mapping[str, Improvement]) -> str:
     lines = []
     for key, entry in improvements.items():
         metric = metrics[key]
-        gain = f"{entry.value - entry.trivial:+.2f} dB" if "psnr" in key else f"{100 * entry.relative:+.1f} %"
-        lines.append(
-            [key, _formatted(entry.value, metric), _formatted(entry.trivial, metric), entry.answer, f"{gain} better"]
-        )
+        gain = abs(entry.value - entry.trivial) if "psnr" in key else abs(100 * entry.relative)
+        difference = f"{gain:.{2 if 'psnr' in key else 1}f} {'dB' if 'psnr' in key else '%'}"
+        direction = "better" if entry.relative >= 0 else "worse"
+        numbers = [_formatted(number, metric) for number in (entry.value, entry.trivial)]
+        lines.append([key, *numbers, entry.answer, f"{difference} {direction}"])
     return _markdown(["", RESULT_ROW, "best trivial answer", "which", "difference"], lines)
 
 

@@ -153,6 +153,17 @@ def test_what_is_done_is_skipped_and_what_changed_is_done_again(job, runs):
     assert not list((job.folder / "results").glob(".*"))
 
 
+def test_what_a_killed_run_left_half_written_is_made_anew(job):
+    job.add("a")
+    (job.folder / "results" / ".a.incoming").mkdir(parents=True)
+    (job.folder / "results" / ".a.incoming" / "arrays.npz").write_bytes(b"half")
+    (job.folder / "results" / "a").mkdir()
+    (job.folder / "results" / "a" / "result.json").write_text('{"request": {"see')
+    job.run()
+    assert job.arrays("a")["frames"].shape[0] == NUM_FRAMES
+    assert [path.name for path in (job.folder / "results").iterdir()] == ["a"]
+
+
 def test_other_weights_are_not_taken_for_the_same_result(job, tmp_path):
     job.add("a")
     job.run(animation_from="pose_only")

@@ -5,6 +5,7 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dreamdance.data.prepare import prepare
@@ -15,6 +16,8 @@ from dreamdance.evaluation.clips import Prediction, Result, ResultError, open_cl
 from dreamdance.evaluation.report import evaluate, evaluate_clip
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table
 from dreamdance.evaluation.trivial import MEAN_COLOUR, MEAN_OF_TRAINING, REPEATED_REFERENCE, average_training_set
+from dreamdance.inference.results import ClipResult
+from dreamdance.inference.results import write_result as write_clip_result
 from dreamdance.recipe.schema import EvaluateRecipe, PrepareRecipe, Shards
 
 NUM_FRAMES, HEIGHT, WIDTH = 5, 48, 32
@@ -91,6 +94,21 @@ def test_a_perfect_result_has_no_error_beyond_its_half_precision(tmp_path, data,
     assert row["ssim"] == pytest.approx(1.0, abs=1e-6)
 
 
+def test_results_are_read_as_the_animate_task_writes_them(tmp_path, data, truths):
+    name, truth = next(iter(truths.items()))
+    frames, normals = (
+        torch.from_numpy(part).movedim(-1, 1) for part in (truth.pictures.frames, truth.pictures.normals)
+    )
+    depths = torch.from_numpy(truth.pictures.disparity)[:, None]
+    result = ClipResult(frames[-1], poses=frames, frames=frames, normals=normals, depths=depths, fps=8.0)
+    write_clip_result(
+        tmp_path / "results" / name, result, request={"seed": 0}, details={"reference_frame": NUM_FRAMES - 1}
+    )
+    row = run(tmp_path, data)["rows"][RESULT_ROW]
+    assert row["angular_error_mean"] < 0.05
+    assert row["psnr"] > 60
+
+
 def test_repeating_the_reference_scores_as_that_trivial_answer_and_improves_on_nothing(tmp_path, data, truths):
     for name, truth in truths.items():
         last = truth.at([NUM_FRAMES - 1] * NUM_FRAMES).pictures
@@ -162,7 +180,7 @@ def test_frames_without_maps_are_measured_as_frames(tmp_path, data, truths):
 def test_footage_without_mask_or_maps_is_measured_over_whole_frames():
     """What `prepare` writes from plain videos: rgb and pose alone."""
     frames = np.random.default_rng(0).integers(0, 256, (NUM_FRAMES, HEIGHT, WIDTH, 3), dtype=np.uint8)
-    columns = {name: b"" for name in ("pose", "normal", "depth", "mask", "keypoints")}
+    columns = dict.fromkeys(("pose", "normal", "depth", "mask", "keypoints"), b"")
     numbers = {"schema_version": 1, "num_frames": NUM_FRAMES, "width": WIDTH, "height": HEIGHT, "fps": 8.0}
     clip = StoredClip(
         {**columns, **numbers, "clip_id": "video", "metadata": "{}", "rgb": pack_frames(frames)}, where="a test"
@@ -228,5 +246,6 @@ def test_an_improvement_is_a_share_of_the_best_trivial_answer_in_the_metrics_own
     assert (found["abs_rel"].answer, found["abs_rel"].relative) == ("b", pytest.approx(0.25))
     assert (found["psnr"].answer, found["psnr"].relative) == ("a", pytest.approx(0.1))
     markdown = Table(rows).as_markdown()
-    assert "+25.0 % better" in markdown
-    assert "+2.00 dB better" in markdown
+    assert "25.0 % better" in markdown
+    assert "2.00 dB better" in markdown
+    assert "2.00 dB worse" in Table({**rows, RESULT_ROW: {"psnr": 18.0}}).as_markdown()

@@ -406,3 +406,19 @@ def test_bfloat16_networks_sample_finite_float32_maps_near_those_of_float32():
 def test_inputs_that_do_not_fit_are_refused_by_name(arguments, named):
     with pytest.raises(ValueError, match=named):
         tiny_geometry_pipeline()(**{"image": IMAGE, "poses": poses(2), "num_inference_steps": 1, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"fps": [8.0, 9.0]}, "fps has 2 values for 1 clips"),
+        ({"guidance_scale": 0.5}, "1 is no guidance"),
+        ({"depths": maps(3)[2]}, "control maps differ"),
+        ({"normals": maps(2)[1] * 2 - 1}, r"normals must lie in \[0, 1\]"),
+    ],
+)
+def test_what_stage_2_cannot_use_is_refused_by_name(arguments, named):
+    drawings, normals, depths = maps(2)
+    given = {"image": IMAGE, "poses": drawings, "normals": normals, "depths": depths, "num_inference_steps": 1}
+    with pytest.raises(ValueError, match=named):
+        tiny_animation_pipeline()(**{**given, **arguments})
