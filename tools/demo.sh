@@ -7,7 +7,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 runs=${1:-runs}
 bash tools/setup.sh
-export TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions" PATH="$PWD/.venv/bin:$PATH"
 started=$SECONDS
 
 step() { # RECIPE BUDGET WHAT...
