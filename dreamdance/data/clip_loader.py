@@ -16,6 +16,8 @@ from dreamdance.data.collate import ClipBatch, collate_clips
 from dreamdance.errors import ShardError
 from dreamdance.ranks import Ranks
 
+WORKER_CHECK_SECONDS = 5.0  # torch looks whether its workers live only when a wait of this length is over
+
 
 class ClipLoader:
     """Brings each optimizer step's micro batches to one rank.
@@ -110,7 +112,7 @@ class ClipLoader:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__])
             options = {
-                "timeout": self.timeout_seconds,
+                "timeout": min(self.timeout_seconds, WORKER_CHECK_SECONDS),
                 "multiprocessing_context": context,
                 "worker_init_fn": _start_worker,
                 "prefetch_factor": max(2, self.accumulation_steps),
@@ -126,22 +128,33 @@ class ClipLoader:
         )
 
     def _next(self, batches: Iterator[ClipBatch | ShardError]) -> ClipBatch:
-        try:
-            batch = next(batches)
-        except RuntimeError as error:
-            if "DataLoader timed out" in str(error):
-                keys = [key for micro_batch in self.micro_batch_keys(self.step) for key in micro_batch]
-                raise ShardError(
-                    f"no batch for {self.timeout_seconds:.0f} s while waiting for step {self.step} "
-                    f"({self.dataset.describe(keys[0].sample_id)} and others): the storage hangs or is too slow; "
-                    "see `data.batch_timeout_seconds`, `data.num_workers`"
-                ) from error
-            if "DataLoader worker" in str(error):
-                raise ShardError(f"a process that reads data died at step {self.step}: {error}") from error
-            raise
+        deadline = time.monotonic() + self.timeout_seconds
+        while True:
+            try:
+                batch = next(batches)
+                break
+            except (RuntimeError, EOFError, OSError) as error:
+                if "DataLoader timed out" in str(error):
+                    if time.monotonic() < deadline:
+                        continue
+                    raise ShardError(self._describe_wait()) from error
+                # A worker that dies while it hands over a batch shows as a lost connection.
+                if "DataLoader worker" in str(error) or (self.num_workers and not isinstance(error, RuntimeError)):
+                    raise ShardError(
+                        f"a process that reads data died at step {self.step}, out of memory? {error!r}"
+                    ) from error
+                raise
         if isinstance(batch, ShardError):
             raise batch
         return batch
+
+    def _describe_wait(self) -> str:
+        first = self.micro_batch_keys(self.step)[0][0]
+        return (
+            f"no batch for {self.timeout_seconds:.0f} s while waiting for step {self.step} "
+            f"({self.dataset.describe(first.sample_id)} and others): the storage hangs or is too slow; "
+            "see `data.batch_timeout_seconds`, `data.num_workers`"
+        )
 
 
 class _KeyedReader(Dataset):

@@ -1,0 +1,141 @@
+"""The loader in several real processes: the same batches on any number of ranks and workers, and kills in between."""
+
+import multiprocessing
+import os
+import signal
+import time
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from random_shards import HEIGHT, WIDTH, write_random_shards
+from rank_processes import StartedRanks, run_ranks
+
+from dreamdance.data.clip_loader import ClipLoader
+from dreamdance.data.clip_order import ClipOrder
+from dreamdance.data.clips import ClipDataset
+from dreamdance.errors import ShardError
+from dreamdance.ranks import Ranks
+from dreamdance.recipe.schema import Shards
+
+pytestmark = pytest.mark.distributed
+NUM_STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def remote(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("remote") / "shards"
+    write_random_shards(folder, 30, clips_per_part=3, compression="zstd")
+    return str(folder)
+
+
+def open_loader(ranks: Ranks, shards: dict, *, num_workers: int, timeout_seconds: float = 60) -> ClipLoader:
+    clips = ClipDataset(
+        Shards(**shards), width=WIDTH, height=HEIGHT, num_frames=2, flip_probability=0.5, seed=3, ranks=ranks
+    )
+    order = ClipOrder(clips.index.samples_per_shard, batch_size=8, seed=3)
+    return ClipLoader(
+        clips, order, micro_batch_size=2, ranks=ranks, num_workers=num_workers, timeout_seconds=timeout_seconds
+    )
+
+
+def read_steps(ranks: Ranks, *, shards: dict, num_workers: int, first: int = 0, steps: int = NUM_STEPS) -> list:
+    """Sample ids, and a sum over each sample's pictures, of every step."""
+    loader = open_loader(ranks, shards, num_workers=num_workers)
+    loader.load_state_dict(loader.order.state_dict(first))
+    result = []
+    for micro_batches in islice(loader, steps):
+        keys = torch.cat([batch.keys for batch in micro_batches])
+        sums = torch.cat([(batch.rgb.sum((1, 2, 3, 4)) + batch.reference.sum((1, 2, 3))) for batch in micro_batches])
+        result.append((keys.tolist(), sums.tolist()))
+    return result
+
+
+def join_ranks(results: list) -> list:
+    """Puts the ranks' shares of every step together again."""
+    steps = zip(*results, strict=True)
+    return [tuple([entry for share in shares for entry in share[part]] for part in (0, 1)) for shares in steps]
+
+
+def read_until_killed(ranks: Ranks, *, shards: dict, log: str) -> None:
+    loader = open_loader(ranks, shards, num_workers=2)
+    for step, micro_batches in enumerate(loader):
+        with Path(f"{log}.{ranks.rank}").open("a") as lines:
+            lines.write(f"{step} {[batch.keys.tolist() for batch in micro_batches]}\n")
+        time.sleep(0.05)
+
+
+def read_beside_a_killed_worker(ranks: Ranks, *, shards: dict) -> str:
+    loader = open_loader(ranks, shards, num_workers=1)
+    steps = iter(loader)
+    next(steps)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    try:
+        for _ in range(100):
+            next(steps)
+    except ShardError as error:
+        return str(error)
+    return "nothing was noticed"
+
+
+@pytest.fixture(scope="module")
+def expected(remote) -> list:
+    return join_ranks([read_steps(Ranks(), shards={"local": remote}, num_workers=0)])
+
+
+@pytest.mark.parametrize(("world_size", "num_workers"), [(2, 1), (4, 0)])
+def test_ranks_and_workers_change_nothing(remote, tmp_path, expected, world_size, num_workers):
+    shards = {"local": str(tmp_path / "cache"), "remote": remote}
+    results = run_ranks(read_steps, world_size, tmp_path / "ranks", shards=shards, num_workers=num_workers)
+    assert join_ranks(results) == expected
+
+
+def test_another_number_of_ranks_resumes_at_the_same_sample(remote, tmp_path, expected):
+    shards = {"local": str(tmp_path / "cache"), "remote": remote}
+    arguments = {"shards": shards, "num_workers": 0}
+    first = run_ranks(read_steps, 2, tmp_path / "first", steps=5, **arguments)
+    then = run_ranks(read_steps, 4, tmp_path / "then", first=5, steps=NUM_STEPS - 5, **arguments)
+    assert join_ranks(first) + join_ranks(then) == expected
+
+
+def test_ranks_that_were_killed_leave_nothing_that_blocks_the_next_start(remote, tmp_path, expected):
+    shards = {"local": str(tmp_path / "cache"), "remote": remote}
+    shared_before = set(os.listdir("/dev/shm"))
+    log = tmp_path / "log"
+    with StartedRanks(read_until_killed, 2, tmp_path / "killed", shards=shards, log=str(log)) as started:
+        deadline = time.monotonic() + 60
+        while not all(Path(f"{log}.{rank}").exists() for rank in range(2)):
+            assert time.monotonic() < deadline, started.output()
+            time.sleep(0.05)
+        for rank in range(2):
+            started.signal(rank, signal.SIGKILL)
+        assert started.wait() == [-signal.SIGKILL, -signal.SIGKILL]
+    results = run_ranks(read_steps, 2, tmp_path / "again", shards=shards, num_workers=1)
+    assert join_ranks(results) == expected
+    left = {name for name in set(os.listdir("/dev/shm")) - shared_before if "locals" in name or "shard_states" in name}
+    assert left == set()
+
+
+def test_a_killed_worker_is_an_error_and_no_hang(remote, tmp_path):
+    (message,) = run_ranks(read_beside_a_killed_worker, 1, tmp_path / "ranks", shards={"local": remote})
+    assert "a process that reads data died at step" in message
+
+
+class _Stalled:
+    """A dataset whose storage hangs."""
+
+    def __init__(self, clips: ClipDataset) -> None:
+        self.clips = clips
+        self.describe = clips.describe
+
+    def training_sample(self, key: object) -> None:
+        time.sleep(600)
+
+
+def test_storage_that_hangs_is_an_error_that_names_the_wait(remote):
+    loader = open_loader(Ranks(), {"local": remote}, num_workers=1, timeout_seconds=3)
+    loader.dataset = _Stalled(loader.dataset)
+    with pytest.raises(ShardError, match=r"no batch for 3 s while waiting for step 0 \(sample .*batch_timeout_seconds"):
+        next(iter(loader))

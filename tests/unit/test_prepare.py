@@ -1,0 +1,334 @@
+"""The prepare task: dancers and videos become shards, a manifest and examples."""
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dreamdance.data.annotate import annotate_clip, load_annotator
+from dreamdance.data.clips import StoredClips, fixed_clips
+from dreamdance.data.cropping import Crop, centred_crop, find_letterbox
+from dreamdance.data.dancers import HELD_OUT_SEEDS, TRAINING_SEEDS, render_clip
+from dreamdance.data.keypoints import read_keypoint_file
+from dreamdance.data.pose_drawing import draw_poses
+from dreamdance.data.prepare import prepare
+from dreamdance.data.schema import decode_disparity, decode_normal
+from dreamdance.data.shard_writer import ClipRecord
+from dreamdance.data.video_clips import choose_validation, split_frames
+from dreamdance.data.video_io import VideoError, read_frames, write_video
+from dreamdance.errors import MissingInputError, ShardError, UserError
+from dreamdance.recipe.schema import DancersSource, PrepareRecipe, Shards, VideosSource
+
+WIDTH, HEIGHT = 32, 48
+
+
+def dancers_recipe(output: Path, **changes) -> PrepareRecipe:
+    source = DancersSource(num_train_clips=3, num_validation_clips=2, num_frames=4, width=WIDTH, height=HEIGHT)
+    settings = {"name": "p", "task": "prepare", "output": str(output), "dancers": source, "num_workers": 1}
+    return PrepareRecipe(**{**settings, "clips_per_part": 2, **changes})
+
+
+def videos_recipe(output: Path, folder: Path, **changes) -> PrepareRecipe:
+    source = VideosSource(**{"folder": str(folder), "clip_frames": 8, "min_clip_frames": 4, **changes})
+    return PrepareRecipe(name="p", task="prepare", output=str(output), videos=source, num_workers=1)
+
+
+def stored(output: Path, split: str) -> list:
+    clips = StoredClips(Shards(local=str(output / split)))
+    return [clips.clip(number) for number in range(len(clips))]
+
+
+def write_videos(folder: Path, name: str, *, num_frames: int = 20, with_maps: bool = False, seed: int = 0) -> None:
+    """A letterboxed video and its maps: bars of 16 pixels above and below, 8 on the left, moving blocks between."""
+    generator = np.random.default_rng(seed)
+    for modality in ("rgb", "pose", *(("normal", "depth") if with_maps else ())):
+        blocks = generator.integers(60, 256, (num_frames, 8, 7, 3), dtype=np.uint8)
+        frames = np.zeros((num_frames, 96, 64, 3), np.uint8)
+        frames[:, 16:80, 8:] = blocks.repeat(8, axis=1).repeat(8, axis=2)
+        write_video(folder / f"{name}.{modality}.mp4", frames, fps=8)
+
+
+@pytest.fixture(scope="module")
+def dancers(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("dancers") / "data"
+    prepare(dancers_recipe(output), output.parent / "run")
+    return output
+
+
+def test_dancers_are_stored_as_they_are_rendered(dancers):
+    for split, seeds in (("train", TRAINING_SEEDS[:3]), ("validation", HELD_OUT_SEEDS[:2])):
+        clips = stored(dancers, split)
+        assert [clip.metadata["seed"] for clip in clips] == list(seeds)
+        rendered, clip = render_clip(seeds[1], num_frames=4, width=WIDTH, height=HEIGHT, fps=8.0), clips[1]
+        np.testing.assert_array_equal(clip.frames("rgb"), rendered.rgb)
+        np.testing.assert_array_equal(clip.frames("mask") > 0, rendered.mask)
+        np.testing.assert_array_equal(clip.keypoints, rendered.keypoints)
+        np.testing.assert_array_equal(clip.frames("pose"), draw_poses(rendered.keypoints, width=WIDTH, height=HEIGHT))
+        cosine = (decode_normal(clip.frames("normal")) * rendered.normal).sum(axis=-1)
+        assert np.degrees(np.arccos(cosine.clip(-1, 1))).max() < 0.5
+        depth = decode_disparity(clip.frames("depth"), clip.metadata["depth_range"])
+        np.testing.assert_allclose(depth, rendered.depth, rtol=1e-3)
+
+
+def test_the_manifest_lists_what_animate_needs_of_each_validation_clip(dancers):
+    entries = [json.loads(line) for line in (dancers / "manifest.jsonl").read_text().splitlines()]
+    clips = stored(dancers, "validation")
+    assert [entry["id"] for entry in entries] == [clip.clip_id for clip in clips]
+    for number, (entry, clip) in enumerate(zip(entries, clips, strict=True)):
+        assert (entry["seed"], entry["align"], entry["fps"]) == (number, False, 8.0)
+        reference = np.asarray(Image.open(dancers / entry["image"]))
+        np.testing.assert_array_equal(reference, clip.frames("rgb", [3])[0])
+        sequence = read_keypoint_file(dancers / entry["keypoints"])
+        assert (sequence.width, sequence.height, sequence.fps) == (WIDTH, HEIGHT, 8.0)
+        np.testing.assert_allclose(sequence.keypoints, clip.keypoints, rtol=0, atol=1e-6)
+
+
+def test_examples_show_the_reference_that_validation_uses(dancers):
+    batch = fixed_clips(Shards(local=str(dancers / "validation")), width=WIDTH, height=HEIGHT, num_frames=2, count=2)
+    for clip_id, reference in zip(batch.clip_ids, batch.reference, strict=True):
+        picture = np.asarray(Image.open(dancers / "examples" / clip_id / "reference.png"))
+        np.testing.assert_array_equal((reference.movedim(0, -1).numpy() * 255).round().astype(np.uint8), picture)
+
+
+def test_prepared_again_nothing_is_written(dancers, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    before = {path: path.stat().st_mtime_ns for path in dancers.rglob("*") if path.is_file()}
+    prepare(dancers_recipe(dancers), tmp_path / "run")
+    assert {path: path.stat().st_mtime_ns for path in dancers.rglob("*") if path.is_file()} == before
+    assert caplog.text.count("is complete already") == 2
+
+
+def test_another_recipe_for_the_same_output_is_refused_by_name(dancers, tmp_path):
+    source = DancersSource(num_train_clips=3, num_validation_clips=2, num_frames=5, width=WIDTH, height=HEIGHT)
+    with pytest.raises(ShardError, match=r"num_frames was 4, is 5.*`output`"):
+        prepare(dancers_recipe(dancers, dancers=source), tmp_path / "run")
+
+
+def test_workers_and_where_it_runs_are_no_other_settings(dancers, tmp_path):
+    index = (dancers / "train" / "index.json").read_bytes()
+    prepare(dancers_recipe(dancers, num_workers=2), tmp_path / "run")
+    assert (dancers / "train" / "index.json").read_bytes() == index
+
+
+def test_progress_is_told(dancers):
+    lines = [json.loads(line) for line in (dancers.parent / "run/logs/progress.jsonl").read_text().splitlines()]
+    assert [line["done"] for line in lines] == sorted(line["done"] for line in lines)
+    assert (lines[-1]["done"], lines[-1]["total"], lines[-1]["unit"]) == (3, 3, "parts")
+
+
+def test_ranks_share_the_work(dancers, tmp_path, monkeypatch):
+    for rank in (1, 0):
+        monkeypatch.setitem(os.environ, "RANK", str(rank))
+        monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+        prepare(dancers_recipe(tmp_path / "data"), tmp_path / "run")
+    for name in ("train/index.json", "validation/index.json", "manifest.jsonl"):
+        assert (tmp_path / "data" / name).read_bytes() == (dancers / name).read_bytes()
+
+
+def test_videos_are_cut_alike_in_all_modalities(tmp_path):
+    write_videos(tmp_path / "videos", "a", with_maps=True)
+    write_videos(tmp_path / "videos", "b", seed=1)
+    output = tmp_path / "data"
+    prepare(videos_recipe(output, tmp_path / "videos", validation_fraction=0.5), tmp_path / "run")
+    clips = [*stored(output, "train"), *stored(output, "validation")]
+    assert sorted((clip.clip_id.split(".")[0], clip.num_frames) for clip in clips) == [
+        ("a", 4), ("a", 8), ("a", 8), ("b", 4), ("b", 8), ("b", 8),
+    ]  # fmt: skip
+    for clip in clips:
+        assert (clip.width, clip.height, clip.fps) == (56, 64, 8.0)
+        assert clip.metadata["crop"] == [8, 16, 56, 64]
+        name, first = clip.clip_id.split(".")[0], clip.metadata["first_frame"]
+        frames = list(range(first, first + clip.num_frames))
+        for modality in ("rgb", "pose"):
+            original = read_frames(tmp_path / "videos" / f"{name}.{modality}.mp4", frames)
+            np.testing.assert_array_equal(clip.frames(modality), original[:, 16:80, 8:])
+        assert clip.has("normal") == clip.has("depth") == (name == "a")
+        if name == "a":
+            original = read_frames(tmp_path / "videos" / "a.depth.mp4", frames)[:, 16:80, 8:]
+            np.testing.assert_allclose(clip.frames("depth") / 257.0, original.mean(axis=-1), rtol=0, atol=0.51)
+
+
+def test_clips_without_key_points_get_a_lossless_video_of_their_poses(tmp_path):
+    write_videos(tmp_path / "videos", "a")
+    output = tmp_path / "data"
+    recipe = videos_recipe(output, tmp_path / "videos", split_by="time", validation_fraction=0.4)
+    prepare(recipe, tmp_path / "run")
+    (entry,) = [json.loads(line) for line in (output / "manifest.jsonl").read_text().splitlines()]
+    (clip,) = stored(output, "validation")
+    assert clip.metadata["first_frame"] == 12
+    assert [clip.metadata["first_frame"] for clip in stored(output, "train")] == [0, 8]
+    np.testing.assert_array_equal(read_frames(output / entry["pose"]), clip.frames("pose"))
+
+
+def test_size_and_stride_are_those_asked_for(tmp_path):
+    write_videos(tmp_path / "videos", "a", with_maps=True)
+    recipe = videos_recipe(
+        tmp_path / "data", tmp_path / "videos", width=16, height=24, frame_stride=2, validation_fraction=0.0
+    )
+    prepare(recipe, tmp_path / "run")
+    (clip,) = stored(tmp_path / "data", "train")
+    assert (clip.num_frames, clip.width, clip.height, clip.fps) == (8, 16, 24, 4.0)
+    assert clip.metadata["crop"] == [14, 16, 43, 64]  # the centre of what the bars leave, 2 : 3
+    lengths = np.linalg.norm(clip.frames("normal") / 127.5 - 1.0, axis=-1)
+    np.testing.assert_allclose(lengths, 1.0, atol=0.01)
+    assert not (tmp_path / "data" / "manifest.jsonl").exists()
+
+
+def test_maps_that_are_not_aligned_are_refused_by_name(tmp_path):
+    write_videos(tmp_path / "videos", "a")
+    frames = read_frames(tmp_path / "videos" / "a.pose.mp4")
+    recipe = videos_recipe(tmp_path / "data", tmp_path / "videos", validation_fraction=0.0)
+    write_video(tmp_path / "videos" / "a.pose.mp4", frames[:-1], fps=8)
+    with pytest.raises(VideoError, match=r"a\.pose\.mp4 has 19 frames of 64x96, a\.rgb\.mp4 20 of 64x96"):
+        prepare(recipe, tmp_path / "run")
+    write_video(tmp_path / "videos" / "a.pose.mp4", frames[:, :48], fps=8)
+    with pytest.raises(VideoError, match=r"a\.pose\.mp4 has 20 frames of 64x48"):
+        prepare(videos_recipe(tmp_path / "data2", tmp_path / "videos", validation_fraction=0.0), tmp_path / "run")
+
+
+def test_a_crop_outside_of_the_picture_is_refused(tmp_path):
+    write_videos(tmp_path / "videos", "a")
+    recipe = videos_recipe(tmp_path / "data", tmp_path / "videos", crop=(0, 0, 65, 96), validation_fraction=0.0)
+    with pytest.raises(VideoError, match=r"`videos\.crop` \[0, 0, 65, 96\] leaves .*64x96"):
+        prepare(recipe, tmp_path / "run")
+
+
+def test_videos_without_poses_are_left_out_with_a_line(tmp_path, caplog):
+    write_videos(tmp_path / "videos", "a")
+    write_videos(tmp_path / "videos", "b")
+    (tmp_path / "videos" / "b.pose.mp4").unlink()
+    prepare(videos_recipe(tmp_path / "data", tmp_path / "videos", validation_fraction=0.0), tmp_path / "run")
+    assert "b.rgb.mp4 is left out: there is no b.pose.mp4" in caplog.text
+    assert {clip.clip_id.split(".")[0] for clip in stored(tmp_path / "data", "train")} == {"a"}
+
+
+def test_a_folder_without_videos_says_what_it_needs(tmp_path):
+    with pytest.raises(MissingInputError, match=r"`videos\.folder` needs <clip>\.rgb\.mp4 with <clip>\.pose\.mp4"):
+        prepare(videos_recipe(tmp_path / "data", tmp_path), tmp_path / "run")
+
+
+def test_added_videos_are_other_settings(tmp_path):
+    write_videos(tmp_path / "videos", "a")
+    recipe = videos_recipe(tmp_path / "data", tmp_path / "videos", validation_fraction=0.0)
+    prepare(recipe, tmp_path / "run")
+    write_videos(tmp_path / "videos", "b")
+    with pytest.raises(ShardError, match="files was '2 videos"):
+        prepare(recipe, tmp_path / "run")
+
+
+def test_whole_videos_are_drawn_for_validation():
+    names = [f"video_{number}" for number in range(20)]
+    chosen = choose_validation(names, fraction=0.1, seed=3)
+    assert len(chosen) == 2
+    assert chosen == choose_validation(names, fraction=0.1, seed=3)
+    assert choose_validation(names, fraction=0.0, seed=3) == set()
+    assert len(choose_validation(names[:2], fraction=0.01, seed=3)) == 1
+    with pytest.raises(MissingInputError, match=r"`videos\.split_by` to time"):
+        choose_validation(names[:1], fraction=0.1, seed=3)
+
+
+def test_a_rest_that_is_too_short_is_left_out():
+    source = VideosSource(folder="x", clip_frames=8, min_clip_frames=4, validation_fraction=0.0)
+    assert [(first, len(piece)) for first, piece in split_frames(list(range(19)), "train", source)] == [(0, 8), (8, 8)]
+    assert [(first, len(piece)) for first, piece in split_frames(list(range(20)), "train", source)] == [
+        (0, 8), (8, 8), (16, 4),
+    ]  # fmt: skip
+
+
+def test_letterboxes_are_found_and_dark_scenes_are_not_cut():
+    frames = np.zeros((5, 40, 30, 3), np.uint8)
+    frames[:, 10:35, 4:] = 200
+    frames[:, :10] += np.random.default_rng(0).integers(0, 12, (5, 10, 30, 3), dtype=np.uint8)  # compression's noise
+    assert find_letterbox(frames) == Crop(left=4, top=10, width=26, height=25)
+    bright_once = np.zeros((5, 40, 30, 3), np.uint8)
+    bright_once[3] = 90
+    assert find_letterbox(bright_once) == Crop(left=0, top=0, width=30, height=40)
+    with pytest.raises(UserError, match=r"`videos\.crop_letterbox`"):
+        find_letterbox(np.zeros((5, 40, 30, 3), np.uint8))
+
+
+def test_centred_crops_have_the_aspect_asked_for():
+    assert centred_crop(100, 90, to_width=2, to_height=3) == Crop(left=20, top=0, width=60, height=90)
+    assert centred_crop(60, 100, to_width=2, to_height=3) == Crop(left=0, top=5, width=60, height=90)
+    assert centred_crop(512, 768, to_width=256, to_height=384) == Crop(left=0, top=0, width=512, height=768)
+
+
+class FlatWorld:
+    """An annotator of a wall two metres away, and a person in its middle."""
+
+    def annotate_pose(self, rgb: np.ndarray) -> np.ndarray:
+        return np.full((len(rgb), 128, 3), 0.5, np.float32)
+
+    def annotate_normal(self, rgb: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(np.float32([0, 0, 1]), rgb.shape)
+
+    def annotate_depth(self, rgb: np.ndarray) -> np.ndarray:
+        return np.linspace(2.0, 4.0, rgb[..., 0].size, dtype=np.float32).reshape(rgb.shape[:3])
+
+
+def test_an_annotator_adds_its_maps_in_the_encodings_of_the_shards():
+    record = ClipRecord(clip_id="a", fps=8.0, rgb=np.zeros((2, 12, 8, 3), np.uint8))
+    annotated = annotate_clip(record, FlatWorld())
+    np.testing.assert_array_equal(annotated.normal, np.broadcast_to(np.uint8([128, 128, 255]), (2, 12, 8, 3)))
+    assert annotated.metadata["depth_range"] == [0.25, 0.5]
+    assert annotated.depth[0, 0, 0] == 65535  # near is bright
+    np.testing.assert_array_equal(annotated.pose, draw_poses(annotated.keypoints, width=8, height=12))
+
+
+class OnlyDepth:
+    def annotate_depth(self, rgb: np.ndarray) -> np.ndarray:
+        return np.ones((1, 1, 1), np.float32)
+
+
+def test_an_annotator_that_returns_another_shape_is_named():
+    record = ClipRecord(clip_id="a", fps=8.0, rgb=np.zeros((2, 12, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"OnlyDepth returned \(1, 1, 1\) where \(2, 12, 8\)"):
+        annotate_clip(record, OnlyDepth())
+
+
+@pytest.mark.parametrize(
+    "name", ["nowhere:Thing", "dreamdance.data.annotate:nothing", "no colon", "dreamdance.ranks:Ranks"]
+)
+def test_annotators_that_cannot_be_made_are_named(name):
+    with pytest.raises(MissingInputError, match=name):
+        load_annotator(name)
+
+
+def test_an_annotator_is_made_by_its_name_with_its_options():
+    assert load_annotator("types:SimpleNamespace", annotate_depth=OnlyDepth().annotate_depth).annotate_depth is not None
+
+
+CLIPS = Path(os.environ.get("DREAMDANCE_CLIPS", Path(__file__).parents[2].parent / "shared" / "clips"))
+
+
+@pytest.mark.clips
+@pytest.mark.slow
+@pytest.mark.skipif(not CLIPS.is_dir(), reason=f"no folder of real clips at {CLIPS}; name one by DREAMDANCE_CLIPS")
+def test_real_dance_videos_are_cropped_and_their_poses_stay_aligned(tmp_path):
+    for path in CLIPS.glob("dance_01.*.mp4"):
+        (tmp_path / path.name).symlink_to(path)
+    recipe = videos_recipe(
+        tmp_path / "data", tmp_path, width=64, height=96, frame_stride=4, split_by="time", validation_fraction=0.2
+    )
+    prepare(recipe, tmp_path / "run")
+    train, validation = stored(tmp_path / "data", "train"), stored(tmp_path / "data", "validation")
+    assert max(clip.metadata["first_frame"] for clip in train) < min(
+        clip.metadata["first_frame"] for clip in validation
+    )
+    assert {clip.fps for clip in train} == {2.0}
+    left, top, width, height = train[0].metadata["crop"]
+    assert (left, left + width) == (0, 408)  # the bars: 104 columns on the right, some 150 rows above
+    assert top > 150
+    assert width * 3 == pytest.approx(height * 2, abs=3)
+    for clip in (train[0], validation[0]):
+        drawn = clip.frames("pose").max(axis=-1) > 60
+        changing = clip.frames("rgb").astype(np.int16).max(axis=-1)
+        columns = np.array([np.flatnonzero(frame.any(axis=0)).mean() for frame in drawn])
+        assert ((columns > 10) & (columns < 54)).all()
+        # The trousers are black: along the drawn legs the picture is darker than around them.
+        legs = drawn[:, 55:85]
+        assert changing[:, 55:85][legs].mean() < 0.75 * changing[:, 55:85][~legs].mean()
