@@ -128,15 +128,13 @@ def _sizes(recipe: TrainingRecipe) -> Iterator[Problem]:
     if not isinstance(recipe, Stage1Recipe | Stage2Recipe):
         return
     unit = (recipe.model.autoencoder.patch_size or AUTOENCODER_DOWNSCALE) * 2 ** (unet_levels(recipe.model.unet) - 1)
-    sides = [("data.width", recipe.data.width), ("data.height", recipe.data.height)]
     if isinstance(recipe, Stage2Recipe):
-        geometry = recipe.objective
-        pair = [("objective.geometry_width", geometry.geometry_width)]
-        sides_of_maps = [*pair, ("objective.geometry_height", geometry.geometry_height)]
-        for name, size in sides_of_maps:
+        maps = recipe.objective
+        pairs = {"objective.geometry_width": maps.geometry_width, "objective.geometry_height": maps.geometry_height}
+        for name, size in pairs.items():
             if size % (recipe.model.autoencoder.patch_size or AUTOENCODER_DOWNSCALE):
                 yield _problem(name, f"{name} {size} is no size that stage 1 can produce")
-    for name, size in sides:
+    for name, size in {"data.width": recipe.data.width, "data.height": recipe.data.height}.items():
         if size % unit:
             below = size - size % unit
             near = [str(option) for option in (below, below + unit) if option > 0]
@@ -171,9 +169,17 @@ def _stage1(recipe: Stage1Recipe) -> Iterator[Problem]:
         if getattr(model, name) is not value:
             yield _problem(f"model.{name}", f"train: {recipe.train} wants model.{name}: {str(value).lower()}")
     if model.temporal_attention:
-        for name, frames in (("data.num_frames", recipe.data.num_frames), *_sampled_frames(recipe)):
+        frames_of = {"data.num_frames": recipe.data.num_frames, "sampling.window_frames": recipe.sampling.window_frames}
+        for name, frames in frames_of.items():
             if frames > model.max_frames:
                 yield _problem(name, f"{name} {frames} is more than model.max_frames {model.max_frames}")
+    halvings = (model.autoencoder.patch_size or AUTOENCODER_DOWNSCALE).bit_length() - 1
+    if len(model.pose_channels) <= halvings:
+        yield _problem(
+            "model.pose_channels",
+            f"model.pose_channels has {len(model.pose_channels)} widths; to reach the latents' size it needs at least "
+            f"{halvings + 1}, one before and one after each of {halvings} halvings",
+        )
     if objective.beta_start >= objective.beta_end:
         yield _problem(
             "objective.beta_start",
@@ -190,14 +196,17 @@ def _stage1(recipe: Stage1Recipe) -> Iterator[Problem]:
             yield _problem(f"objective.{name}", f"objective.{name} is zero for all three domains")
 
 
-def _sampled_frames(recipe: Stage1Recipe) -> Iterator[tuple[str, int]]:
-    yield "sampling.window_frames", recipe.sampling.window_frames
-
-
 def _stage2(recipe: Stage2Recipe) -> Iterator[Problem]:
     controls, objective = recipe.model.controls, recipe.objective
     if not controls or len(set(controls)) != len(controls):
         yield _problem("model.controls", f"model.controls {controls} must name one control or more, each once")
+    width, head_width = recipe.model.controller_channels[-1:], recipe.model.controller_head_width
+    if not width or (recipe.model.geometry_attention and width[0] % head_width):
+        yield _problem(
+            "model.controller_channels",
+            f"model.controller_channels {recipe.model.controller_channels} must end with a multiple of "
+            f"model.controller_head_width {head_width}, for the heads of its geometry attention",
+        )
     total = objective.latents_dropout + objective.embedding_dropout + objective.both_dropout
     if total > 1.0:
         yield _problem(

@@ -104,6 +104,8 @@ def test_a_micro_batch_that_does_not_divide_names_those_that_do(tmp_path):
         (STAGE1, ["model.temporal_attention=false"], "train: temporal wants model.temporal_attention: true"),
         (STAGE1, ["model.max_frames=16", "data.num_frames=17"], "data.num_frames 17 is more than model.max_frames 16"),
         (STAGE1, ["model.max_frames=8"], "sampling.window_frames 16 is more than model.max_frames 8"),
+        (STAGE1, ["model.pose_channels=[16]"], "model.pose_channels has 1 widths; to reach the latents' size it needs"),
+        (STAGE2, ["model.controller_channels=[16, 33]"], "must end with a multiple of model.controller_head_width 64"),
         (STAGE1, ["objective.beta_start=0.5"], "objective.beta_start 0.5 must be below objective.beta_end 0.012"),
         (STAGE1, ["objective.zero_terminal_snr=true"], "use prediction_type v_prediction or sample"),
         (STAGE1, ["objective.domain_loss={rgb: 0, normal: 0, depth: 0}"], "objective.domain_loss is zero"),

@@ -117,6 +117,7 @@ def test_the_description_adds_up_and_compares_with_the_gpu(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     words = ["model.unet.config=null", "model.unet.path=weights/unet", "model.autoencoder.patch_size=null"]
     words += ["model.autoencoder.path=weights/vae", "model.image_encoder.stand_in_width=768"]
+    words += ["model.pose_channels=[8, 8, 16, 16]"]
     words += ["data.width=64", "data.height=64", "cluster.gpus_per_node=1", "cluster.tasks_per_node=1"]
     text = describe(demo("stage1_domains", *words), gpu_memory_gib=80.0)
     numbers = [float(line.split(" GiB")[0].split()[-1]) for line in text.splitlines() if " GiB  " in line]
