@@ -41,13 +41,16 @@ def draw_samples(objective: Objective, batch: ClipBatch, recipe: Stage1Recipe | 
         batch: held-out clips.
         recipe: the run's own.
     """
+    given = {"pose": batch.pose}
     if isinstance(objective, GeometryObjective) and isinstance(recipe, Stage1Recipe):
         predictions = sample_geometry(objective, batch, recipe)
     elif isinstance(objective, AnimationObjective) and isinstance(recipe, Stage2Recipe):
-        predictions = {"rgb": sample_animation(objective, batch, recipe)}
+        maps = passed_maps(batch, recipe)
+        predictions = {"rgb": sample_animation(objective, batch, maps, recipe)}
+        given |= {name: maps[name] for name in recipe.model.controls if name in maps}
     else:
         raise TypeError(f"a {type(objective).__name__} cannot be sampled by a {type(recipe).__name__}")
-    return Samples(grid=_draw(batch, predictions), predictions=predictions)
+    return Samples(grid=_draw(batch, given, predictions), predictions=predictions)
 
 
 def sample_geometry(objective: GeometryObjective, batch: ClipBatch, recipe: Stage1Recipe) -> dict[str, Tensor]:
@@ -73,24 +76,33 @@ def sample_geometry(objective: GeometryObjective, batch: ClipBatch, recipe: Stag
     return cast(dict[str, Tensor], maps)
 
 
-def sample_animation(objective: AnimationObjective, batch: ClipBatch, recipe: Stage2Recipe) -> Tensor:
-    """Stage 2 on a batch with the true maps at stage 1's resolution: frames `b f 3 H W` in [0,1]."""
-    sampling, settings = recipe.sampling, recipe.objective
-    size = (settings.geometry_height, settings.geometry_width)
+def passed_maps(batch: ClipBatch, recipe: Stage2Recipe) -> dict[str, Tensor]:
+    """The true normals and depths that the clips have, as blurred as stage 1 would deliver them."""
+    size = (recipe.objective.geometry_height, recipe.objective.geometry_width)
+    maps = {}
+    if batch.normal is not None:
+        maps["normal"] = pass_through(batch.normal, *size, normals=True)
+    if batch.depth is not None:
+        maps["depth"] = pass_through(batch.depth, *size)
+    return maps
+
+
+def sample_animation(
+    objective: AnimationObjective, batch: ClipBatch, maps: dict[str, Tensor], recipe: Stage2Recipe
+) -> Tensor:
+    """Stage 2 on a batch and its `maps` (normal and depth): frames `b f 3 H W` in [0,1]."""
+    sampling = recipe.sampling
     pipeline = objective.make_pipeline()
     pipeline.set_progress_bar_config(disable=True)
     clips = []
     for index, generator in enumerate(_generators(batch)):
-        maps = {
-            name: None if given is None else pass_through(given[index : index + 1], *size, normals=name == "normal")
-            for name, given in (("normal", batch.normal), ("depth", batch.depth))
-        }
         # one clip at a time, because each has its own frame rate
+        chosen = slice(index, index + 1)
         (frames,) = pipeline(
-            batch.reference[index : index + 1],
-            batch.pose[index : index + 1],
-            maps["normal"],
-            maps["depth"],
+            batch.reference[chosen],
+            batch.pose[chosen],
+            normals=maps["normal"][chosen] if "normal" in maps else None,
+            depths=maps["depth"][chosen] if "depth" in maps else None,
             fps=float(batch.fps[index]),
             motion_bucket=sampling.motion_bucket,
             noise_augmentation=sampling.noise_augmentation,
@@ -113,47 +125,40 @@ def _generators(batch: ClipBatch) -> list[torch.Generator]:
     return [sample_generator(key, "sampling") for key in batch.keys.tolist()]
 
 
-def _draw(batch: ClipBatch, predictions: dict[str, Tensor]) -> np.ndarray:
-    """Single frames: a line per clip. Videos: a block per clip, time to the right, truth under each prediction."""
+def _draw(batch: ClipBatch, given: dict[str, Tensor], predictions: dict[str, Tensor]) -> np.ndarray:
+    """Single frames: a line per clip. Videos: a block per clip, time to the right, truth under each prediction.
+
+    Args:
+        batch: the truth.
+        given: what the pipeline was given beside the reference, by name, `b f 3 H W`.
+        predictions: what it made, by name.
+    """
+    shown = dict(given)
     truth = {"normal": batch.normal, "depth": batch.depth, "rgb": batch.rgb}
-    num_clips, num_frames = batch.rgb.shape[:2]
-    if num_frames == 1:
-        titles = ["reference", "pose"]
-        for name in predictions:
-            titles += [name] + ["true " + name] * (truth[name] is not None)
-        rows = [
-            Row(batch.clip_ids[clip], _line(batch, predictions, truth, clip), rule_above=clip > 0)
-            for clip in range(num_clips)
-        ]
-        return draw_grid(rows, titles=titles)
-
-    shown = torch.linspace(0, num_frames - 1, min(num_frames, MAX_COLUMNS)).round().long().tolist()
-    rows = []
-    for clip in range(num_clips):
-        reference = _picture(batch.reference[clip])
-        rows.append(Row(f"pose\n{batch.clip_ids[clip]}", [reference, *_frames(batch.pose, clip, shown)], clip > 0))
-        for name, frames in predictions.items():
-            rows.append(Row(name, [None, *_frames(frames, clip, shown)]))
-            true_frames = truth[name]
-            if true_frames is not None:
-                rows.append(Row(f"true {name}", [None, *_frames(true_frames, clip, shown)]))
-    return draw_grid(rows, titles=["reference", *(f"frame {index}" for index in shown)])
-
-
-def _line(
-    batch: ClipBatch, predictions: dict[str, Tensor], truth: dict[str, Tensor | None], clip: int
-) -> list[np.ndarray]:
-    pictures = [batch.reference[clip], batch.pose[clip, 0]]
     for name, frames in predictions.items():
-        pictures.append(frames[clip, 0])
+        shown[f"predicted {name}"] = frames
         true_frames = truth[name]
         if true_frames is not None:
-            pictures.append(true_frames[clip, 0])
-    return [_picture(picture) for picture in pictures]
+            shown[f"true {name}"] = true_frames
 
+    num_clips, num_frames = batch.rgb.shape[:2]
+    if num_frames == 1:
+        lines = []
+        for clip, name in enumerate(batch.clip_ids):
+            pictures = [batch.reference[clip], *(frames[clip, 0] for frames in shown.values())]
+            lines.append(Row(name, [_picture(picture) for picture in pictures]))
+        return draw_grid(lines, titles=["reference", *shown])
 
-def _frames(frames: Tensor, clip: int, shown: list[int]) -> list[np.ndarray]:
-    return [_picture(frames[clip, index]) for index in shown]
+    times = torch.linspace(0, num_frames - 1, min(num_frames, MAX_COLUMNS)).round().long().tolist()
+    rows = []
+    for clip in range(num_clips):
+        for index, (name, frames) in enumerate(shown.items()):
+            first = index == 0
+            label = f"{name}\n{batch.clip_ids[clip]}" if first else name
+            reference = _picture(batch.reference[clip]) if first else None
+            moments = [_picture(frames[clip, time]) for time in times]
+            rows.append(Row(label, [reference, *moments], rule_above=first and clip > 0))
+    return draw_grid(rows, titles=["reference", *(f"frame {time}" for time in times)])
 
 
 def _picture(picture: Tensor) -> np.ndarray:
