@@ -1,4 +1,4 @@
-"""Reads recipe YAML into plain values with line numbers and without YAML 1.1's traps; writes values so that they read back.
+"""Reads recipe YAML into plain values with line numbers and without YAML 1.1's traps; what it writes reads back.
 
 Only `true` and `false` are booleans, `1e-5` is a float, everything else that is no number is text. A key given twice,
 tags, anchors, aliases, several documents, deep nesting and large files are problems, not surprises.
