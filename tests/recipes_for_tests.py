@@ -9,8 +9,9 @@ from torch import nn
 
 from dreamdance.data.collate import ClipBatch
 from dreamdance.data.dancers import HELD_OUT_SEEDS, TRAINING_SEEDS, DancerClip, render_clip
-from dreamdance.data.pose_drawing import draw_pose
-from dreamdance.data.transforms import encode_normals
+from dreamdance.data.pose_drawing import draw_poses
+from dreamdance.data.schema import encode_disparity
+from dreamdance.data.transforms import encode_normals, pictures_to_tensor
 from dreamdance.recipe import rules
 from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
 
@@ -121,7 +122,7 @@ def tiny_clip_batch(
     seeds = HELD_OUT_SEEDS if held_out else TRAINING_SEEDS
     ids = range(first_id, first_id + num_clips)
     clips = [render_clip(seeds[index], num_frames=num_frames, width=width, height=height) for index in ids]
-    rgb = torch.stack([_rgb(clip) for clip in clips])
+    rgb = torch.stack([pictures_to_tensor(clip.rgb) for clip in clips])
     return ClipBatch(
         rgb=rgb,
         pose=torch.stack([_pose(clip, width, height) for clip in clips]),
@@ -151,23 +152,17 @@ def record_inputs(network: nn.Module) -> list[tuple[tuple[Any, ...], dict[str, A
     return calls
 
 
-def _rgb(clip: DancerClip) -> torch.Tensor:
-    return rearrange(torch.from_numpy(clip.rgb).float() / 255, "f h w c -> f c h w")
-
-
 def _pose(clip: DancerClip, width: int, height: int) -> torch.Tensor:
-    drawings = [torch.from_numpy(draw_pose(points, width=width, height=height)) for points in clip.keypoints]
-    return rearrange(torch.stack(drawings).float() / 255, "f h w c -> f c h w")
+    return pictures_to_tensor(draw_poses(clip.keypoints, width=width, height=height))
 
 
 def _normal(clip: DancerClip) -> torch.Tensor:
-    return encode_normals(rearrange(torch.from_numpy(clip.normal).float(), "f h w c -> f c h w"))
+    return encode_normals(rearrange(torch.from_numpy(clip.normal), "f h w c -> f c h w"))
 
 
 def _disparity(clip: DancerClip) -> torch.Tensor:
-    disparity = 1 / torch.from_numpy(clip.depth).float()
-    disparity = (disparity - disparity.min()) / (disparity.max() - disparity.min())
-    return repeat(disparity, "f h w -> f c h w", c=3)
+    disparity, _ = encode_disparity(clip.depth)
+    return repeat(pictures_to_tensor(disparity[..., None]), "f 1 h w -> f c h w", c=3)
 
 
 def _shared(*, num_frames: int) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from dreamdance.models.image_embedding import ImageEncoder, embed_images
 from dreamdance.models.svd_unet import is_encoder_half_frozen, run_svd_unet
 from dreamdance.pipelines import AnimationPipeline
 from dreamdance.recipe import schema
-from dreamdance.training.objectives.output import ObjectiveOutput, no_grad_if_frozen
+from dreamdance.training.objectives.output import ENCODE_CHUNK_SIZE, ObjectiveOutput, no_grad_if_frozen
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,8 @@ class AnimationObjective(nn.Module):
         num_frames = batch.rgb.shape[1]
 
         # 1. noisy latents at one noise level per clip
-        latents = encode_latents(self.vae, rearrange(batch.rgb, "b f c h w -> (b f) c h w"))
+        frames = rearrange(batch.rgb, "b f c h w -> (b f) c h w")
+        latents = encode_latents(self.vae, frames, chunk_size=ENCODE_CHUNK_SIZE)
         latents = rearrange(latents, "(b f) c h w -> b f c h w", f=num_frames).float()
         sigmas = draw_log_normal(keys, self.settings.sigma_log_mean, self.settings.sigma_log_std, purpose="sigma")
         sigmas = rearrange(sigmas.to(latents), "b -> b 1 1 1 1")

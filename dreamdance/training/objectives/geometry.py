@@ -27,7 +27,7 @@ from dreamdance.models.autoencoding import Autoencoder, encode_latents
 from dreamdance.models.image_embedding import ImageEncoder, embed_images
 from dreamdance.pipelines import GeometryPipeline
 from dreamdance.recipe import schema
-from dreamdance.training.objectives.output import NUM_DOMAINS, ObjectiveOutput, no_grad_if_frozen
+from dreamdance.training.objectives.output import ENCODE_CHUNK_SIZE, NUM_DOMAINS, ObjectiveOutput, no_grad_if_frozen
 
 Step = Literal["domains", "geometry", "temporal"]
 
@@ -112,7 +112,7 @@ class GeometryObjective(nn.Module):
         # 1. clean latents of the drawn domain, or of all three
         domains = self._choose_domains(keys)
         num_domains = domains.shape[1]
-        latents = encode_latents(self.vae, _domain_images(batch, domains)).float()
+        latents = encode_latents(self.vae, _domain_images(batch, domains), chunk_size=ENCODE_CHUNK_SIZE).float()
 
         # 2. noise: one timestep per clip, independent noise for each of its frames and domains
         shape = (num_frames, num_domains, *latents.shape[1:])

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 NUM_DOMAINS = 3
+ENCODE_CHUNK_SIZE = 8
+"""Pictures that the frozen autoencoder encodes at once: its activations at full size are larger than the UNet's."""
 
 
 @dataclass(frozen=True)
