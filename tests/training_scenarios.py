@@ -70,7 +70,7 @@ def run_recorded(
         recipe: what to train.
         run: the run folder; `run`/record_<rank>.jsonl grows over restarts.
         strike: what happens to this start.
-        poisoned: ids of samples whose pictures are NaN.
+        poisoned: ids of samples whose pose drawings are NaN.
     """
     run.mkdir(parents=True, exist_ok=True)
     record = (run / f"record_{ranks.rank}.jsonl").open("a", encoding="utf-8")
@@ -87,9 +87,9 @@ def run_recorded(
             return None
         batch: ClipBatch = inputs[0]
         hit = torch.tensor([sample in poisoned for sample in batch.keys[:, 2].tolist()])
-        rgb = batch.rgb.clone()
-        rgb[hit] = torch.nan
-        return (replace(batch, rgb=rgb),)
+        pose = batch.pose.clone()
+        pose[hit] = torch.nan
+        return (replace(batch, pose=pose),)
 
     register_module_forward_hook(note)
     if poisoned:

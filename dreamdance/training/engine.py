@@ -170,8 +170,14 @@ class Engine:
             eps=section.eps,
             weight_decay=section.weight_decay,
         )
+        exact: dict[str, Tensor] = {}
+        if recipe.precision == "bf16":
+            exact = {name: parameter.detach().clone() for name, parameter in self.trainable.items()}
+            objective.to(torch.bfloat16)  # DeepSpeed would leave buffers in fp32, from_pretrained does not
         os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists on the variable
         self._engine, *_ = deepspeed.initialize(model=_LossFirst(objective), optimizer=adamw, config=config)
+        if exact:
+            self._set_masters(exact)
 
     # ---------------------------------------------------------------------------------------------- one step
 
@@ -226,6 +232,13 @@ class Engine:
         if not self.sharded:
             return [parameter.data for parameter in self.trainable.values()]
         return list(getattr(self._engine.optimizer, self._masters_attribute))
+
+    @torch.no_grad()
+    def _set_masters(self, parameters: dict[str, Tensor]) -> None:
+        """Gives the masters the precision of the weights that were read: DeepSpeed makes them from the bf16 ones."""
+        for fragment in self.fragments():
+            values = parameters[fragment.name].flatten().narrow(0, fragment.start, fragment.length)
+            self.masters[fragment.shard].flatten().narrow(0, fragment.offset, fragment.length).copy_(values)
 
     def fragments(self) -> list[Fragment]:
         """Where the parameters lie in this rank's partitions; over all ranks every element occurs."""

@@ -1,0 +1,282 @@
+"""ZeRO on real ranks is plain training: same losses on any number of ranks, nothing frozen sharded, NaN survived."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from dancer_shards import write_dancer_shards
+from rank_processes import StartedRanks, run_ranks
+from recipes_for_tests import tiny_stage1_recipe, tiny_stage2_recipe
+from training_scenarios import Recipe, prepare_and_inspect, run_recorded
+
+from dreamdance.data.clips import fixed_clips
+from dreamdance.pipelines import AnimationPipeline, GeometryPipeline
+from dreamdance.ranks import Ranks
+from dreamdance.run_layout import checkpoint_folder, export_folder, newest_export, progress_file
+from dreamdance.training.checkpoint import read_average
+from dreamdance.training.components import build_objective
+from dreamdance.training.ema import ShardedEma
+from dreamdance.training.run import make_loader
+from dreamdance.training.sampling import sample_animation, sample_geometry
+from dreamdance.training.schedule import learning_rate
+from dreamdance.training.trainability import set_trainable
+
+pytestmark = pytest.mark.distributed
+
+BATCH_SIZE = 4
+ROUNDING = 2e-6
+"""How much a sample's loss may differ, relative: 17 units of fp32's last place, after 20 steps."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the rank processes; more threads would only wait for one another here."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    write_dancer_shards(folder)
+    return folder
+
+
+def settings(shards: Path, *, world_size: int, **more: Any) -> dict[str, Any]:
+    return {
+        "data.train.local": str(shards / "train"),
+        "data.validation.local": str(shards / "validation"),
+        "data.num_workers": 0,
+        "max_steps": 20,
+        "batch_size": BATCH_SIZE,
+        "micro_batch_size": 1,
+        "cluster.tasks_per_node": world_size,
+        "checkpoint.every_steps": 100,
+        "optimizer.warmup_steps": 3,
+        "optimizer.decay": "linear",
+        "optimizer.ema_decay": 0.9,
+        "optimizer.gradient_clipping": 0.5,
+        "validation.num_loss_clips": 3,
+        "validation.num_sample_clips": 2,
+        "validation.num_frames": 1,
+        "logging.every_steps": 1,
+        **more,
+    }
+
+
+def make_recipe(stage: str, shards: Path, *, world_size: int, **more: Any) -> Recipe:
+    changes = settings(shards, world_size=world_size, **more)
+    if stage == "stage2":
+        return tiny_stage2_recipe({"validation.num_frames": 4, **changes})
+    return tiny_stage1_recipe(stage, changes)
+
+
+def losses_of(run: Path, world_size: int) -> list[dict[tuple[int, int], float]]:
+    """Step by step: (epoch, sample id) -> loss."""
+    steps: list[dict[tuple[int, int], float]] = []
+    for rank in range(world_size):
+        records = [json.loads(line) for line in (run / f"record_{rank}.jsonl").read_text().splitlines()]
+        share = BATCH_SIZE // world_size
+        for index, record in enumerate(records):
+            step = index // share
+            steps += [{} for _ in range(step + 1 - len(steps))]
+            steps[step][record["epoch"], record["sample"]] = record["loss"]
+    return steps
+
+
+def train_plainly(
+    recipe: Recipe, *, micro_batch_size: int
+) -> tuple[list[dict[tuple[int, int], float]], dict[str, Any]]:
+    """The same training in a few lines of torch, one process, no DeepSpeed; returns losses and the averaged weights."""
+    recipe = recipe.model_copy(update={"micro_batch_size": micro_batch_size})
+    objective = build_objective(recipe)
+    names = set_trainable(objective, recipe)
+    parameters = {name: value for name, value in objective.named_parameters() if name in set(names)}
+    section = recipe.optimizer
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=section.lr, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay
+    )
+    ema = ShardedEma([value.data for value in parameters.values()], decay=section.ema_decay)
+    losses: list[dict[tuple[int, int], float]] = []
+    batches = iter(make_loader(recipe, Ranks()))
+    for step in range(recipe.max_steps):
+        losses.append({})
+        micro_batches = next(batches)
+        for batch in micro_batches:
+            output = objective(batch)
+            (output.loss / len(micro_batches)).backward()
+            keys = [(epoch, sample) for _, epoch, sample in batch.keys.tolist()]
+            losses[-1].update(zip(keys, output.sample_losses.tolist(), strict=True))
+        torch.nn.utils.clip_grad_norm_(parameters.values(), section.gradient_clipping)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(section, step, max_steps=recipe.max_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update([value.data for value in parameters.values()])
+    return losses, dict(zip(parameters, ema.shards, strict=True))
+
+
+def largest_difference(some: list[dict[Any, float]], others: list[dict[Any, float]]) -> float:
+    """Of all samples of all steps, relative."""
+    assert [step.keys() for step in some] == [step.keys() for step in others]
+    pairs = [(loss, other[key]) for step, other in zip(some, others, strict=True) for key, loss in step.items()]
+    return max(abs(loss - other) / abs(other) for loss, other in pairs)
+
+
+def distance(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
+    """Of all weights together, Euclidean."""
+    assert some.keys() == others.keys()
+    return math.sqrt(sum(float((some[name] - others[name]).double().square().sum()) for name in some))
+
+
+@pytest.mark.parametrize(("stage", "world_sizes"), [("domains", (1, 2, 4)), ("temporal", (2,)), ("stage2", (1, 2, 4))])
+def test_losses_on_any_number_of_ranks_equal_a_plain_loop_in_one_process(stage, world_sizes, shards, tmp_path):
+    frames = {"data.num_frames": 2, "validation.num_frames": 2} if stage == "stage2" else {}
+    alone = make_recipe(stage, shards, world_size=1, **frames)
+    plain, average = train_plainly(alone, micro_batch_size=BATCH_SIZE)
+    split, split_average = train_plainly(alone, micro_batch_size=1)
+    assert largest_difference(split, plain) < ROUNDING, "the plain loop itself, with its sums in another order"
+    for world_size in world_sizes:
+        recipe = make_recipe(stage, shards, world_size=world_size, **frames)
+        run = tmp_path / f"ranks_{world_size}"
+        run_ranks(run_recorded, world_size, run / "output", recipe=recipe, run=run)
+        assert largest_difference(losses_of(run, world_size), plain) < ROUNDING
+        saved = read_average(checkpoint_folder(run, recipe.max_steps))
+        assert distance(saved, average) < 3 * distance(split_average, average)
+
+
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [
+        ("geometry", {}),
+        ("geometry", {"precision": "bf16"}),
+        ("temporal", {"sharding.zero_stage": 1, "precision": "bf16"}),
+        ("temporal", {"sharding.zero_stage": 0}),
+        ("stage2", {"model.unfreeze": "none", "sharding.gradient_checkpointing": True}),
+    ],
+)
+def test_only_what_trains_has_masters_moments_and_averages(stage, more, shards, tmp_path):
+    recipe = make_recipe(stage, shards, world_size=2, **more)
+    names = set_trainable(objective := build_objective(recipe), recipe)
+    num_trainable = sum(dict(objective.named_parameters())[name].numel() for name in names)
+    arguments = {"recipe": recipe, "run": tmp_path / "run", "steps": 2}
+    found = run_ranks(prepare_and_inspect, 2, tmp_path / "output", **arguments)
+
+    copies = 2 if recipe.sharding.zero_stage == 0 else 1
+    for count in ("num_masters", "num_moments", "num_average"):
+        total = sum(rank[count] for rank in found)
+        # sharding rounds each rank's partition up to a few elements
+        assert copies * num_trainable <= total <= copies * num_trainable + 64, count
+    for rank in found:
+        assert rank["trainable"] == names
+        assert rank["frozen_with_gradient"] == []
+        assert set(rank["changed"]) <= set(names)
+        assert rank["master_dtypes"] == ["torch.float32"]
+    first, second = found
+    for name in names:
+        assert torch.equal(first["weights_before"][name], second["weights_before"][name]), "ranks agree"
+        weights, masters = first["weights_before"][name], first["masters_gathered"][name]
+        assert torch.equal(masters.to(weights.dtype), weights), "the weights are the masters, rounded"
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"precision": "bf16"}, {"sharding.zero_stage": 1, "precision": "bf16"}, {"sharding.zero_stage": 0}]
+)
+def test_the_average_moves_in_and_the_weights_come_back_bit_for_bit(more, shards, tmp_path):
+    recipe = make_recipe("domains", shards, world_size=2, **more)
+    arguments = {"recipe": recipe, "run": tmp_path / "run", "steps": 3}
+    for rank in run_ranks(prepare_and_inspect, 2, tmp_path / "output", **arguments):
+        assert not rank["is_training_in_average"]
+        assert rank["is_training_after"]
+        for name, weights in rank["weights_before"].items():
+            assert torch.equal(rank["weights_after"][name], weights)
+        changed = [
+            name
+            for name, weights in rank["weights_before"].items()
+            if not torch.equal(rank["weights_in_average"][name], weights)
+        ]
+        assert changed, "the average is not the weights"
+        moved = [
+            name
+            for name, weights in rank["weights_after"].items()
+            if not torch.equal(rank["weights_one_step_later"][name], weights)
+        ]
+        assert moved, "training goes on from the weights"
+
+
+def test_a_nan_on_one_rank_skips_the_update_on_all_and_names_the_sample(shards, tmp_path):
+    recipe = make_recipe("domains", shards, world_size=2, max_steps=4, max_nonfinite_steps=4)
+    first_steps = [key for keys in list(samples_in_order(recipe)) for key in keys]
+    bad = first_steps[-1]
+    run = tmp_path / "run"
+    run_ranks(run_recorded, 2, run / "output", recipe=recipe, run=run, poisoned=(bad[1],))
+    said = [text for text in messages(run) if "not finite" in text]
+    assert any(f"sample {bad[1]} of epoch {bad[0]} (clip dancer_{bad[1]})" in text for text in said), said
+    assert all("update skipped on all ranks" in text for text in said)
+    state = json.loads((checkpoint_folder(run, 4) / "state.json").read_text())
+    assert state["nonfinite_steps"] == len(said) > 0
+    assert all(bool(value.isfinite().all()) for value in read_average(checkpoint_folder(run, 4)).values())
+    assert export_folder(run, 4).is_dir()
+
+
+def test_too_many_nan_steps_end_the_run_with_the_samples_and_the_key_to_change(shards, tmp_path):
+    recipe = make_recipe("domains", shards, world_size=2, max_steps=4, max_nonfinite_steps=1)
+    run = tmp_path / "run"
+    everything = tuple(range(10))
+    with StartedRanks(run_recorded, 2, run / "output", recipe=recipe, run=run, poisoned=everything) as ranks:
+        assert 0 not in ranks.wait()
+        output = ranks.output()
+    assert "UserError: step 2: not finite, update skipped on all ranks (2 so far): sample" in output
+    assert "More than max_nonfinite_steps=1" in output
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"), [("temporal", "fp32"), ("domains", "bf16"), ("stage2", "fp32"), ("stage2", "bf16")]
+)
+def test_from_pretrained_reproduces_the_runs_own_samples_bit_for_bit(stage, precision, shards, tmp_path):
+    recipe = make_recipe(stage, shards, world_size=2, precision=precision, max_steps=3)
+    run = tmp_path / "run"
+    run_ranks(run_recorded, 2, run / "output", recipe=recipe, run=run)
+    # A run that is at its end only draws, from its last checkpoint.
+    arguments = {"recipe": recipe, "run": run, "steps": 0}
+    own = run_ranks(prepare_and_inspect, 2, tmp_path / "output", **arguments)[0]["predictions"]
+
+    kind = AnimationPipeline if stage == "stage2" else GeometryPipeline
+    dtype = {"torch_dtype": torch.bfloat16} if precision == "bf16" else {}
+    pipeline = kind.from_pretrained(newest_export(run), **dtype)
+    clips = fixed_clips(
+        recipe.data.validation,
+        width=recipe.data.width,
+        height=recipe.data.height,
+        num_frames=recipe.validation.num_frames,
+        count=recipe.validation.num_sample_clips,
+    )
+    sharing = SimpleNamespace(make_pipeline=lambda: pipeline)
+    with torch.no_grad():
+        if stage == "stage2":
+            theirs = {"rgb": sample_animation(sharing, clips, recipe)}
+        else:
+            theirs = sample_geometry(sharing, clips, recipe)
+    assert own.keys() == theirs.keys()
+    for name, frames in own.items():
+        assert torch.equal(frames, theirs[name]), name
+    assert (run / "samples" / "step_00000003.png").is_file()
+
+
+def samples_in_order(recipe: Recipe) -> Iterator[list[tuple[int, int]]]:
+    """(epoch, sample id) of each step."""
+    loader = make_loader(recipe.model_copy(update={"micro_batch_size": BATCH_SIZE}), Ranks())
+    for step in range(recipe.max_steps):
+        yield [(key.epoch, key.sample_id) for key in loader.order.batch(step)]
+
+
+def messages(run: Path) -> list[str]:
+    lines = [json.loads(line) for line in progress_file(run).read_text().splitlines()]
+    return [line["message"] for line in lines if "message" in line]
