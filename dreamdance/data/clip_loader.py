@@ -1,11 +1,9 @@
 """The loader: brings each optimizer step's micro batches to a rank, in the run's order, from any step on."""
 
-import multiprocessing
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -13,6 +11,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from dreamdance.data.clip_order import ClipOrder, SampleKey
 from dreamdance.data.clips import ClipDataset
 from dreamdance.data.collate import ClipBatch, collate_clips
+from dreamdance.data.worker_processes import start_worker, worker_context
 from dreamdance.errors import ShardError
 from dreamdance.ranks import Ranks
 
@@ -102,19 +101,13 @@ class ClipLoader:
         self.step = self.order.resume(state)
 
     def _make_loader(self) -> DataLoader:
-        """A loader of this rank's micro batches from `step` on.
-
-        Workers come from a server process that was started clean: forking this one, with the threads of DeepSpeed, gloo
-        or CUDA in it, can leave a worker waiting for a lock that nobody holds.
-        """
+        """A loader of this rank's micro batches from `step` on."""
         options: dict[str, Any] = {}
         if self.num_workers:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([__name__])
             options = {
                 "timeout": min(self.timeout_seconds, WORKER_CHECK_SECONDS),
-                "multiprocessing_context": context,
-                "worker_init_fn": _start_worker,
+                "multiprocessing_context": worker_context(__name__),
+                "worker_init_fn": start_worker,
                 "prefetch_factor": max(2, self.accumulation_steps),
             }
         return DataLoader(
@@ -188,7 +181,3 @@ class _MicroBatches:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def _start_worker(worker_id: int) -> None:
-    cv2.setNumThreads(0)  # torch has set its own to one

@@ -6,26 +6,22 @@ their shards get their final names and the index is written last, so that a fold
 
 import json
 import logging
-import multiprocessing
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Literal
 
-import cv2
 import numpy as np
-import torch
 
 from dreamdance.data.schema import COLUMNS, SCHEMA_VERSION, pack_frames, pack_keypoints
 from dreamdance.data.shard_index import DETAILS_KEY, read_index
 from dreamdance.data.streaming_compat import INDEX_FILE, MDSWriter
+from dreamdance.data.worker_processes import start_worker, worker_context
 from dreamdance.errors import ShardError
 from dreamdance.ranks import Ranks
 
@@ -176,10 +172,8 @@ def _write_parts(folder: Path, parts: Sequence[Part], shard_format: ShardFormat,
             write_part(folder, part, shard_format)
             yield
         return
-    # A clean server process starts the workers: forking one with the threads of torch or OpenCV in it may hang them.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(min(num_workers, len(parts)), mp_context=context, initializer=_start_worker) as pool:
+    context = worker_context(__name__)
+    with ProcessPoolExecutor(min(num_workers, len(parts)), mp_context=context, initializer=start_worker) as pool:
         futures = [pool.submit(write_part, folder, part, shard_format) for part in parts]
         try:
             for future in as_completed(futures):
@@ -212,20 +206,6 @@ def write_part(folder: Path, part: Part, shard_format: ShardFormat) -> None:
         shutil.rmtree(incoming)
     else:
         os.replace(incoming, target)
-
-
-def _start_worker() -> None:
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-
-
-def _leave_with_parent() -> None:
-    """Ends this process when the one that started it is gone: a killed parent cannot tell its pool."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
 
 
 def _wait_for_parts(count_done: Callable[[], int], total: int, folder: Path) -> None:

@@ -19,7 +19,7 @@ from dreamdance.errors import ShardError
 from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import Shards
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 NUM_STEPS = 8
 
 
@@ -61,9 +61,18 @@ def join_ranks(results: list) -> list:
 def read_until_killed(ranks: Ranks, *, shards: dict, log: str) -> None:
     loader = open_loader(ranks, shards, num_workers=2)
     for step, micro_batches in enumerate(loader):
-        with Path(f"{log}.{ranks.rank}").open("a") as lines:
-            lines.write(f"{step} {[batch.keys.tolist() for batch in micro_batches]}\n")
+        assert len(micro_batches) == loader.accumulation_steps
+        if step == 3:
+            pids = [str(worker.pid) for worker in multiprocessing.active_children()]
+            Path(f"{log}.{ranks.rank}").write_text(" ".join(pids) + "\n")
         time.sleep(0.05)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def read_beside_a_killed_worker(ranks: Ranks, *, shards: dict) -> str:
@@ -106,12 +115,19 @@ def test_ranks_that_were_killed_leave_nothing_that_blocks_the_next_start(remote,
     log = tmp_path / "log"
     with StartedRanks(read_until_killed, 2, tmp_path / "killed", shards=shards, log=str(log)) as started:
         deadline = time.monotonic() + 60
-        while not all(Path(f"{log}.{rank}").exists() for rank in range(2)):
+        logs = [Path(f"{log}.{rank}") for rank in range(2)]
+        while not all(path.exists() and path.read_text().endswith("\n") for path in logs):
             assert time.monotonic() < deadline, started.output()
             time.sleep(0.05)
+        workers = [int(pid) for path in logs for pid in path.read_text().split()]
+        assert len(workers) == 4
         for rank in range(2):
             started.signal(rank, signal.SIGKILL)
         assert started.wait() == [-signal.SIGKILL, -signal.SIGKILL]
+    deadline = time.monotonic() + 10
+    while any(_is_running(pid) for pid in workers):
+        assert time.monotonic() < deadline, "workers outlive the ranks that they read for"
+        time.sleep(0.05)
     results = run_ranks(read_steps, 2, tmp_path / "again", shards=shards, num_workers=1)
     assert join_ranks(results) == expected
     left = {name for name in set(os.listdir("/dev/shm")) - shared_before if "locals" in name or "shard_states" in name}

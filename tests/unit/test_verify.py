@@ -4,6 +4,9 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
+from hashlib import sha1
 from itertools import islice
 from pathlib import Path
 
@@ -39,6 +42,7 @@ def folder(sound, tmp_path) -> Path:
 
 
 def stored_file(folder: Path) -> Path:
+    """The second shard, in the form in which the folder holds it."""
     (path,) = folder.glob(f"{SECOND}*")
     return path
 
@@ -273,18 +277,12 @@ def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path):
     for bomb in (zstd.compress(bytes(1 << 24)), path.read_bytes() + zstd.compress(bytes(1 << 24))):
         path.write_bytes(bomb)
 
-        def describe_bomb(index: dict, size: int = len(bomb), sha1: str = sha1_of(bomb)) -> None:
-            index["shards"][0]["zip_data"].update(bytes=size, hashes={"sha1": sha1})
+        def describe_bomb(index: dict, size: int = len(bomb), digest: str = sha1(bomb).hexdigest()) -> None:
+            index["shards"][0]["zip_data"].update(bytes=size, hashes={"sha1": digest})
 
         edit_index(tmp_path / "shards", describe_bomb)
         with pytest.raises(ShardError, match=r"would decompress to (16777216|None) bytes"):
             StoredClips(Shards(local=str(tmp_path / "shards"))).clip(0)
-
-
-def sha1_of(content: bytes) -> str:
-    from hashlib import sha1
-
-    return sha1(content).hexdigest()
 
 
 @pytest.mark.parametrize("size", [0, 1, 255, 256, 257, 65_791, 65_792, 1 << 20])
@@ -305,3 +303,19 @@ def test_what_is_no_whole_single_frame_announces_no_size():
 def test_the_index_notes_schema_and_count(sound):
     details = json.loads((sound / "index.json").read_text())["dreamdance"]
     assert (details["schema_version"], details["num_samples"]) == (1, 12)
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    tool = Path(__file__).parents[2] / "tools" / "verify_shards.py"
+    return subprocess.run([sys.executable, str(tool), *arguments], capture_output=True, text=True, check=False)
+
+
+def test_the_command_says_what_a_folder_holds_or_which_file_is_bad(folder):
+    good = run_command(str(folder), "--decode")
+    assert (good.returncode, good.stdout) == (0, f"{folder}: 12 clips in 3 shards are sound, 72 frames decoded\n")
+    for path in folder.glob(f"{SECOND}*"):
+        flip(path)
+    bad = run_command(str(folder))
+    assert bad.returncode == 1
+    assert SECOND in bad.stderr
+    assert "Traceback" not in bad.stderr
