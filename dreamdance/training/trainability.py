@@ -1,7 +1,8 @@
 """Which parameters train in which step (DESIGN 4), by name. Knows nothing of optimizers.
 
-Never among them: the autoencoder, the image encoder, and parameters whose gradient is zero whatever the data, because
-an adaptive optimizer turns the rounding noise of such a gradient into full-sized steps.
+Never among them: the autoencoder and the image encoder.
+Paper: both UNets train in the first step; here: all but what precedes the softmax of cross-attention, because over the
+single token of the image embedding that softmax is 1 and its gradient rounding noise, which Adam would turn into steps.
 """
 
 import re
