@@ -113,10 +113,13 @@ def test_a_finished_run_says_so_in_one_line_and_a_changed_one_is_refused(folder)
 
 
 def test_a_users_error_in_the_job_is_shown_in_its_own_words_and_ends_with_1(folder):
-    words = ["name=few_clips", "batch_size=64", "micro_batch_size=2", "--follow", "--cluster", "local"]
-    done = launch(folder, DEMO / "stage1_domains.yaml", *words)
+    (folder / "videos").mkdir()
+    for name in ("a.rgb.mp4", "a.pose.mp4"):
+        (folder / "videos" / name).write_bytes(b"no video")
+    words = ["videos.folder=videos", "output=data/videos", "num_workers=1", "--follow", "--cluster", "local"]
+    done = launch(folder, ROOT / "recipes" / "prepare.yaml", *words)
     assert done.returncode == 1
-    assert "6 training clips are fewer than one batch of 64" in done.stderr
+    assert "set `videos.split_by` to time" in done.stderr
     assert "Traceback" not in done.stderr
     assert "_log.out" in done.stderr
 
