@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ from dreamdance.training.checkpoint import read_average
 from dreamdance.training.components import build_objective
 from dreamdance.training.ema import ShardedEma
 from dreamdance.training.run import make_loader
-from dreamdance.training.sampling import sample_animation, sample_geometry
+from dreamdance.training.sampling import draw_samples
 from dreamdance.training.schedule import learning_rate
 from dreamdance.training.trainability import set_trainable
 
@@ -258,12 +257,9 @@ def test_from_pretrained_reproduces_the_runs_own_samples_bit_for_bit(stage, prec
         num_frames=recipe.validation.num_frames,
         count=recipe.validation.num_sample_clips,
     )
-    sharing = SimpleNamespace(make_pipeline=lambda: pipeline)
-    with torch.no_grad():
-        if stage == "stage2":
-            theirs = {"rgb": sample_animation(sharing, clips, recipe)}
-        else:
-            theirs = sample_geometry(sharing, clips, recipe)
+    objective = build_objective(recipe)
+    objective.make_pipeline = lambda: pipeline
+    theirs = draw_samples(objective, clips, recipe).predictions
     assert own.keys() == theirs.keys()
     for name, frames in own.items():
         assert torch.equal(frames, theirs[name]), name

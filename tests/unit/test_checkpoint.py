@@ -1,0 +1,263 @@
+"""A checkpoint counts only when complete and undamaged, comes back bit for bit, and never runs code."""
+
+import json
+import logging
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from dancer_shards import write_dancer_shards
+from recipes_for_tests import tiny_stage1_recipe
+
+from dreamdance.errors import CheckpointError
+from dreamdance.ranks import Ranks
+from dreamdance.recipe.schema import Stage1Recipe
+from dreamdance.run_layout import COMPLETE_FILE, checkpoint_folder, step_folders
+from dreamdance.training import manifest as manifests
+from dreamdance.training.checkpoint import frozen_digest, generator_states, read_average, restore_generators
+from dreamdance.training.distributed import process_group, repeatable_arithmetic
+from dreamdance.training.manifest import FileRecord, Manifest
+from dreamdance.training.preemption import StopRequest
+from dreamdance.training.run import prepare, train
+from dreamdance.training.trainer import Trainer
+
+MODEL_FILE = "deepspeed/mp_rank_00_model_states.pt"
+OPTIMIZER_FILE = "deepspeed/zero_pp_rank_0_mp_rank_00_optim_states.pt"
+FILES = [MODEL_FILE, OPTIMIZER_FILE, "rank_00000.pt", "state.json"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    write_dancer_shards(folder)
+    return folder
+
+
+def make_recipe(shards: Path, **changes: object) -> Stage1Recipe:
+    return tiny_stage1_recipe(
+        str(changes.pop("train", "domains")),
+        {
+            "data.train.local": str(shards / "train"),
+            "data.validation.local": str(shards / "validation"),
+            "data.num_workers": 0,
+            "max_steps": 4,
+            "checkpoint.every_steps": 2,
+            "checkpoint.keep_last": 2,
+            "optimizer.ema_decay": 0.5,
+            "validation.num_sample_clips": 1,
+            "sampling.num_inference_steps": 1,
+            **changes,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(shards, tmp_path_factory) -> Path:
+    """A run of 4 steps with checkpoints of steps 2 and 4."""
+    run = tmp_path_factory.mktemp("runs") / "trained"
+    train(make_recipe(shards), run)
+    return run
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def resume(run: Path, recipe: Stage1Recipe) -> Trainer:
+    ranks = Ranks()
+    with StopRequest() as stop, process_group(ranks, timeout_seconds=60), repeatable_arithmetic(enabled=True):
+        trainer = prepare(recipe, run, ranks, stop, deterministic=True)
+        trainer.metrics.close()
+    return trainer
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [(truncate, "bytes instead of"), (flip_a_bit, "differs from what was saved (sha256)"), (delete, "is missing")],
+)
+def test_a_damaged_file_is_found_and_named(run, file, damage: Callable[[Path], None], reason):
+    folder = checkpoint_folder(run, 4)
+    manifest = manifests.read_manifest(folder)
+    assert sorted(record.path for record in manifest.files) == sorted(FILES)
+    assert manifests.damage(folder, manifest.files) == []
+    damage(folder / file)
+    (problem,) = manifests.damage(folder, manifest.files)
+    assert problem.startswith(f"step_00000004/{file} ")
+    assert reason in problem
+
+
+@pytest.mark.parametrize("file", [OPTIMIZER_FILE, COMPLETE_FILE])
+def test_resume_skips_a_damaged_checkpoint_says_why_and_takes_the_one_before(run, shards, caplog, file):
+    flip = (checkpoint_folder(run, 4) / file).write_text if file == COMPLETE_FILE else None
+    if flip:
+        flip("{")
+    else:
+        flip_a_bit(checkpoint_folder(run, 4) / file)
+    with caplog.at_level(logging.INFO):
+        trainer = resume(run, make_recipe(shards))
+    assert trainer.step == trainer.loader.step == 2
+    assert any(text.startswith("skipping checkpoint step_00000004: step_00000004/") for text in caplog.messages)
+    assert any("from step 2 (epoch 0, sample 4 of 10; verified 4 files" in text for text in caplog.messages)
+
+
+def test_a_folder_without_complete_does_not_count_and_is_cleaned_away(run, shards, caplog):
+    (checkpoint_folder(run, 4) / COMPLETE_FILE).unlink()
+    with caplog.at_level(logging.WARNING):
+        trainer = resume(run, make_recipe(shards))
+    assert trainer.step == 2
+    assert not checkpoint_folder(run, 4).exists()
+    assert any("deleting" in text and "step_00000004" in text for text in caplog.messages)
+
+
+def test_a_wrong_latest_file_is_not_even_looked_at(run, shards):
+    for text in ("step_00000002", "../../etc", ""):
+        (run / "checkpoints" / "latest").write_text(text)
+        assert resume(run, make_recipe(shards)).step == 4
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(run, shards):
+    for folder in step_folders(run / "checkpoints"):
+        flip_a_bit(folder / MODEL_FILE)
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged: step_00000004: .*; step_00000002"):
+        resume(run, make_recipe(shards))
+
+
+def test_resumed_state_is_bit_for_bit_what_was_saved(run, trained, shards):
+    trainer = resume(run, make_recipe(shards))
+    saved = torch.load(checkpoint_folder(trained, 4) / "rank_00000.pt", weights_only=True)
+    assert trainer.step == 4
+    assert trainer.ema.num_updates == 4
+    for shard, value in zip(trainer.ema.shards, saved["ema"]["shards"], strict=True):
+        assert torch.equal(shard, value)
+    average = read_average(checkpoint_folder(trained, 4))
+    gathered = dict(trainer.engine.gathered(trainer.ema.shards))
+    assert average.keys() == trainer.engine.trainable.keys()
+    assert all(torch.equal(average[name], gathered[name]) for name in average)
+
+
+def test_a_checkpoint_of_other_trainable_parameters_is_refused(run, shards):
+    with pytest.raises(CheckpointError, match=r"trains other parameters than this recipe; \d+ differ"):
+        resume(run, make_recipe(shards, **{"model.pose_channels": [8, 24]}))
+
+
+def test_changed_frozen_weights_are_refused(shards, tmp_path):
+    run = tmp_path / "run"
+    train(make_recipe(shards, train="temporal", max_steps=2), run)
+    other = make_recipe(shards, train="temporal", max_steps=2, seed=1)
+    with pytest.raises(CheckpointError, match="the frozen weights are not those"):
+        resume(run, other)
+
+
+def test_the_frozen_digest_sees_every_value_and_nothing_that_trains():
+    network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    network[0].requires_grad_(False)
+    before = frozen_digest(network)
+    with torch.no_grad():
+        network[1].weight += 1
+    assert frozen_digest(network) == before
+    with torch.no_grad():
+        network[0].bias[1] += 1e-6
+    assert frozen_digest(network) != before
+    network.to(torch.bfloat16)
+    assert frozen_digest(network), "any type can be hashed"
+
+
+class Hostile:
+    """Unpickling this would run a command."""
+
+    def __reduce__(self):
+        return (os.system, ("echo never",))
+
+
+@pytest.mark.parametrize("file", [MODEL_FILE, OPTIMIZER_FILE, "rank_00000.pt"])
+def test_nothing_in_a_checkpoint_is_unpickled_into_code(run, shards, file):
+    folder = checkpoint_folder(run, 4)
+    content = torch.load(folder / file, weights_only=False)  # written by this test
+    torch.save({**content, "extra": Hostile()}, folder / file)
+    manifest = manifests.read_manifest(folder)
+    files = tuple(manifests.record_file(folder / record.path, folder) for record in manifest.files)
+    manifests.complete(folder, Manifest(manifest.step, manifest.world_size, manifest.recipe_digest, files))
+    with pytest.raises(Exception, match="Weights only load failed"):
+        resume(run, make_recipe(shards))
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ, "the user's own loads are left alone"
+
+
+def test_a_manifest_that_points_outside_of_its_folder_is_refused(tmp_path):
+    folder = tmp_path / "step_00000001"
+    folder.mkdir()
+    for path in ("../secret", "/etc/passwd", ""):
+        record = {"path": path, "bytes": 1, "sha256": ""}
+        content = {"format": 1, "step": 1, "world_size": 1, "recipe_digest": "", "files": [record]}
+        (folder / COMPLETE_FILE).write_text(json.dumps(content))
+        with pytest.raises(CheckpointError, match="outside of its folder"):
+            manifests.read_manifest(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}', '{"format": 2}', "\x00"])
+def test_a_damaged_manifest_is_a_checkpoint_error(tmp_path, text):
+    (tmp_path / COMPLETE_FILE).write_text(text)
+    with pytest.raises(CheckpointError, match=r"damaged|another version"):
+        manifests.read_manifest(tmp_path)
+
+
+def test_complete_appears_last_and_at_once(tmp_path):
+    folder = tmp_path / "step_00000001"
+    folder.mkdir()
+    (folder / "weights").write_bytes(b"abc")
+    record = manifests.record_file(folder / "weights", folder)
+    assert record == FileRecord("weights", 3, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
+    manifests.complete(folder, Manifest(1, 1, "digest", (record,)))
+    assert manifests.read_manifest(folder) == Manifest(1, 1, "digest", (record,))
+    assert sorted(path.name for path in folder.iterdir()) == ["COMPLETE", "weights"]
+
+
+def test_the_last_few_and_every_nth_checkpoint_are_kept(shards, tmp_path):
+    changes = {"max_steps": 7, "checkpoint.every_steps": 1, "checkpoint.keep_every_steps": 3}
+    train(make_recipe(shards, **changes), tmp_path / "run")
+    kept = [int(folder.name.removeprefix("step_")) for folder in step_folders(tmp_path / "run" / "checkpoints")]
+    assert kept == [3, 6, 7]
+
+
+def test_global_generators_continue_where_they_were():
+    states = generator_states()
+    drawn = (torch.rand(3), np.random.normal(size=3), random.gauss(0, 1))
+    restore_generators(states)
+    again = (torch.rand(3), np.random.normal(size=3), random.gauss(0, 1))
+    assert torch.equal(drawn[0], again[0])
+    assert np.array_equal(drawn[1], again[1])
+    assert drawn[2] == again[2]
+
+
+def test_a_raised_max_steps_goes_on_from_the_last_checkpoint(run, shards):
+    train(make_recipe(shards, max_steps=5), run)
+    assert step_folders(run / "checkpoints")[-1] == checkpoint_folder(run, 5)
+    assert [folder.name for folder in step_folders(run / "exports")] == ["step_00000004", "step_00000005"]
