@@ -27,6 +27,9 @@ VAE_CONFIG: dict[str, Any] = {
     "norm_num_groups": 4,
 }
 
+# widths that would do for the published autoencoder, which the recipe's rules take a folder to hold
+DEEP_ENOUGH = {"model.pose_channels": [8, 8, 8, 16]}
+
 
 def equal_weights(first: nn.Module, second: nn.Module) -> bool:
     one, two = first.state_dict(), second.state_dict()
@@ -89,7 +92,7 @@ def test_reference_and_denoising_unet_begin_as_the_same_base():
 
 def test_stage_1_reads_its_base_from_a_folder(tmp_path):
     unet, vae, clip = save_base_networks(tmp_path, temporal=False)
-    objective = build_objective(tiny_stage1_recipe("domains", from_folder(tmp_path)))
+    objective = build_objective(tiny_stage1_recipe("domains", {**from_folder(tmp_path), **DEEP_ENOUGH}))
     loaded = objective.unet.state_dict()
     assert all(torch.equal(loaded[name], weight) for name, weight in unet.state_dict().items())
     assert equal_weights(objective.vae, vae)
@@ -114,7 +117,7 @@ def test_a_missing_folder_is_named_with_the_recipes_key(tmp_path, missing, key):
     save_base_networks(tmp_path, temporal=False)
     (tmp_path / missing).rename(tmp_path / "elsewhere")
     with pytest.raises(MissingInputError, match=rf"{key}\.path.*{missing}.*recipes/demo"):
-        build_objective(tiny_stage1_recipe("domains", from_folder(tmp_path)))
+        build_objective(tiny_stage1_recipe("domains", {**from_folder(tmp_path), **DEEP_ENOUGH}))
 
 
 def test_pickled_weights_are_not_read(tmp_path):
@@ -122,7 +125,7 @@ def test_pickled_weights_are_not_read(tmp_path):
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     torch.save(unet.state_dict(), tmp_path / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(MissingInputError, match=r"model\.unet\.path.*no safetensors"):
-        build_objective(tiny_stage1_recipe("domains", from_folder(tmp_path)))
+        build_objective(tiny_stage1_recipe("domains", {**from_folder(tmp_path), **DEEP_ENOUGH}))
 
 
 def test_unknown_constructor_arguments_are_refused_by_key():
