@@ -119,13 +119,10 @@ def _read_checked(path: Path, file: ShardFile, *, where: str) -> bytes:
 def _download(remote: str, name: str, destination: Path) -> None:
     source = f"{remote.rstrip('/')}/{name}"
     destination.unlink(missing_ok=True)  # left by a killed process; the library takes what exists for done
-    downloader = CloudDownloader.get(remote)
     try:
-        downloader.download(source, str(destination), DOWNLOAD_TIMEOUT_SECONDS)
-    except (OSError, ValueError) as error:  # FileNotFoundError, connection and time-out errors are OSErrors
+        CloudDownloader.direct_download(source, str(destination), DOWNLOAD_TIMEOUT_SECONDS)
+    except (OSError, ValueError, ImportError) as error:  # connection and time-out errors are OSErrors
         raise ShardError(f"{source} cannot be fetched: {error}") from error
-    finally:
-        downloader.clean_up()
 
 
 def _decompress(entry: ShardEntry, data: bytes, *, where: str) -> bytes:

@@ -321,3 +321,9 @@ def test_the_command_says_what_a_folder_holds_or_which_file_is_bad(folder, capsy
         flip(path)
     assert command.main([str(folder)]) == 1
     assert SECOND in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("remote", ["/nowhere/at/all", "ftp://example/shards"])
+def test_a_remote_folder_that_cannot_be_reached_is_named(tmp_path, remote):
+    with pytest.raises(ShardError, match=rf"{remote}/index\.json cannot be fetched"):
+        StoredClips(Shards(local=str(tmp_path / "cache"), remote=remote))
