@@ -19,7 +19,7 @@ from dreamdance.launch.follow import explain_failure, follow
 from dreamdance.launch.job import Job
 from dreamdance.launch.run_folder import DifferentRecipeError, lay, locked, refuse_different
 from dreamdance.recipe import LoadedRecipe, Recipe, TrainingRecipe, load
-from dreamdance.run_layout import progress_file
+from dreamdance.run_layout import RECIPE_FILE, progress_file
 
 OK, FAILED, BAD_RECIPE, OTHER_RECIPE = 0, 1, 2, 3
 USAGE = """python launchers/slurm.py RECIPE [key=value ...] [options]
@@ -101,6 +101,10 @@ def _ask(options: argparse.Namespace) -> int:
     job = submission.last_job(run_folder)
     if job is None:
         raise UserError(f"run '{run_folder.name}' was never submitted")
+    standing = submission.status_of(job, load(run_folder / RECIPE_FILE).recipe, run_folder)
+    if standing.state not in ("running", "pending"):
+        _show(f"nothing to cancel: the job of run '{run_folder.name}' is over ({standing.state}, {standing.detail})")
+        return OK
     submission.cancel(job)
     _show(f"cancelled {job.cluster} job {job.job_id} of run '{run_folder.name}'")
     return OK

@@ -82,7 +82,8 @@ def explain_failure(job: SubmittedJob, run_folder: Path, status: JobStatus) -> s
     if first and not first["user_error"]:
         text = "\n".join(text.splitlines()[-TAIL_LINES:])
     head = f"{run_folder.name} failed: {status.detail}"
-    return "\n".join(line for line in (head, text, f"log of rank {rank}: {log}") if line)
+    silent = _silent_ranks(job, run_folder) if status.failed_rank is None and failures else ""
+    return "\n".join(line for line in (head, text, f"log of rank {rank}: {log}", silent) if line)
 
 
 def _failures(job: SubmittedJob, run_folder: Path) -> list[dict[str, Any]]:
@@ -91,6 +92,13 @@ def _failures(job: SubmittedJob, run_folder: Path) -> list[dict[str, Any]]:
     found = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
     recent = [failure for failure in found if failure["time"] >= job.submitted - 1.0]
     return sorted(recent, key=lambda failure: float(failure["time"]))
+
+
+def _silent_ranks(job: SubmittedJob, run_folder: Path) -> str:
+    """Ranks that ended without an error of their own: probably killed, and the others' errors only follow from that."""
+    left = [failure_file(run_folder, job.job_id, rank).is_file() for rank in range(job.num_tasks)]
+    silent = [str(rank) for rank, spoke in enumerate(left) if not spoke]
+    return f"ended without an error of their own (killed?): ranks {', '.join(silent)}" if silent else ""
 
 
 def _tail(log: Path) -> str:

@@ -15,7 +15,7 @@ from dreamdance.run_layout import progress_file
 ROOT = Path(__file__).parents[2]
 LAUNCHER = [sys.executable, str(ROOT / "launchers" / "slurm.py")]
 DEMO = ROOT / "recipes" / "demo"
-FEW = ["dancers.num_train_clips=6", "dancers.num_validation_clips=2", "dancers.num_frames=4", "clips_per_part=4"]
+FEW = ["dancers.num_train_clips=6", "dancers.num_validation_clips=2", "clips_per_part=4"]
 # Long enough to be killed in the middle, whatever the demo's own numbers are.
 ENDLESS = [
     "max_steps=100000",

@@ -116,5 +116,11 @@ def test_a_failure_of_an_earlier_start_is_not_blamed(run_folder):
     assert "old news" not in explain_failure(later, run_folder, JobStatus("failed", "gone"))
 
 
+def test_ranks_that_left_no_error_are_named_where_the_cluster_does_not_say_which_failed(run_folder):
+    record_failure(run_folder, JOB.job_id, 0, "Connection reset by peer", user_error=False)
+    text = explain_failure(JOB, run_folder, JobStatus("failed", "failed"))
+    assert text.endswith("ended without an error of their own (killed?): ranks 1")
+
+
 def test_without_any_log_the_answer_says_so(run_folder):
     assert "it left no log" in explain_failure(JOB, run_folder, JobStatus("failed", "it could not start"))
