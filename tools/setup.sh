@@ -19,7 +19,7 @@ if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
 
 started=$SECONDS
 say() { echo "setup: $* ($((SECONDS - started)) s)"; }
-pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
+pip() { PYTHONWARNINGS=ignore .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
 rm -f "$stamp"
 [ -x .venv/bin/python ] || { say "making .venv"; "$python" -m venv .venv; }
 if [ "$pins" = none ]; then
