@@ -5,7 +5,6 @@ Knows when a checkpoint counts and what belongs to it; the weights' own format i
 
 import json
 import logging
-import random
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +24,14 @@ from dreamdance.training.distributed import from_main, gathered
 from dreamdance.training.ema import ShardedEma
 from dreamdance.training.engine import Engine
 from dreamdance.training.manifest import Manifest
+from dreamdance.training.rank_state import (
+    RankState,
+    generator_states,
+    read_rank_state,
+    restore_generators,
+    write_rank_state,
+)
+from dreamdance.training.resharding import load_divided_anew
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +40,11 @@ _STATE_FILE = "state.json"
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where a run goes on."""
+    """Where a run goes on, and what had been saved beside the weights."""
 
     folder: Path
-    step: int
+    manifest: Manifest
     state: dict[str, Any]
-    num_files: int
-    total_bytes: int
 
 
 class Checkpointer:
@@ -78,7 +82,8 @@ class Checkpointer:
         folder = checkpoint_folder(self.run, step)
         self._clear(folder)
         own = self.engine.save(folder)
-        own.append(self._save_rank_state(folder))
+        rank_state = RankState(self.ema.state_dict(), self.engine.fragments(), generator_states())
+        own.append(write_rank_state(folder, self.ranks.rank, rank_state))
         if self.ranks.is_main:
             own.append(self._save_run_state(folder, step, state))
         # Also protects COMPLETE from being written before the slowest rank's files are on disk.
@@ -97,12 +102,6 @@ class Checkpointer:
             _delete(folder)
             folder.mkdir(parents=True)
         gathered(None)  # protects this save's first files from the main process, which may still be clearing the folder
-
-    def _save_rank_state(self, folder: Path) -> Path:
-        path = folder / _rank_file(self.ranks.rank)
-        fragments = [[part.name, part.shard, part.offset, part.start, part.length] for part in self.engine.fragments()]
-        torch.save({"ema": self.ema.state_dict(), "fragments": fragments, "generators": generator_states()}, path)
-        return path
 
     def _save_run_state(self, folder: Path, step: int, state: Mapping[str, Any]) -> Path:
         path = folder / _STATE_FILE
@@ -126,8 +125,8 @@ class Checkpointer:
         """Restores the newest checkpoint that verifies, on all ranks the same; None where there is none to resume.
 
         Raises:
-            CheckpointError: complete checkpoints exist but all are damaged, or the one found belongs to another number
-                of ranks, to other trainable parameters or to other frozen weights.
+            CheckpointError: complete checkpoints exist but all are damaged, or the one found belongs to other trainable
+                parameters or to other frozen weights.
         """
         damaged = []
         for folder in map(Path, from_main(self._candidates())):
@@ -162,20 +161,18 @@ class Checkpointer:
         return complete
 
     def _restore(self, folder: Path, manifest: Manifest) -> Resumed:
-        if manifest.world_size != self.ranks.world_size:
-            raise CheckpointError(
-                f"{folder} was saved by {manifest.world_size} ranks, this run has {self.ranks.world_size}; resume with "
-                f"cluster.nodes x cluster.tasks_per_node = {manifest.world_size}"
-            )
         state = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
         self._check_same_networks(folder, state)
-        self.engine.load(folder)
-        own = torch.load(folder / _rank_file(self.ranks.rank), weights_only=True, map_location="cpu")
-        self.ema.load_state_dict(own["ema"])
-        restore_generators(own["generators"])
+        own = read_rank_state(folder, min(self.ranks.rank, manifest.world_size - 1))
+        if manifest.world_size == self.ranks.world_size:
+            self.engine.load(folder)
+            self.ema.load_state_dict(own.ema)
+        else:
+            load_divided_anew(self.engine, self.ema, folder, saved_world_size=manifest.world_size)
+        restore_generators(own.generators)
         if manifest.recipe_digest != self.recipe_digest and self.ranks.is_main:
             logger.info("the recipe has changed since %s was saved", folder.name)
-        return Resumed(folder, manifest.step, state, len(manifest.files), manifest.total_bytes)
+        return Resumed(folder, manifest, state)
 
     def _check_same_networks(self, folder: Path, state: Mapping[str, Any]) -> None:
         """DeepSpeed would load what fits and leave the rest as it is."""
@@ -210,10 +207,10 @@ def read_average(folder: Path) -> dict[str, Tensor]:
     shapes = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))["trainable"]
     weights = {name: torch.empty(shape, dtype=torch.float32) for name, shape in shapes.items()}
     for rank in range(manifest.world_size):
-        own = torch.load(folder / _rank_file(rank), weights_only=True, map_location="cpu")
-        for name, shard, offset, start, length in own["fragments"]:
-            piece = own["ema"]["shards"][shard].flatten().narrow(0, offset, length)
-            weights[name].view(-1).narrow(0, start, length).copy_(piece)
+        saved = read_rank_state(folder, rank)
+        for part in saved.fragments:
+            piece = saved.ema["shards"][part.shard].flatten().narrow(0, part.offset, part.length)
+            weights[part.name].view(-1).narrow(0, part.start, part.length).copy_(piece)
     return weights
 
 
@@ -228,40 +225,12 @@ def frozen_digest(objective: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def generator_states() -> dict[str, Any]:
-    """The states of the global generators, as tensors and plain numbers that load without unpickling code."""
-    name, *numbers = np.random.get_state(legacy=True)
-    keys, position, has_gauss, gauss = numbers
-    version, words, next_gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
-        "python": [version, list(words), next_gauss],
-    }
-
-
-def restore_generators(states: Mapping[str, Any]) -> None:
-    """Puts the global generators back to `generator_states`."""
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-    name, keys, position, has_gauss, gauss = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    version, words, next_gauss = states["python"]
-    random.setstate((version, tuple(words), next_gauss))
-
-
 def _read(folder: Path) -> tuple[Manifest | None, str]:
     """The manifest, or why it cannot be used."""
     try:
         return manifests.read_manifest(folder), ""
     except CheckpointError as error:
         return None, str(error)
-
-
-def _rank_file(rank: int) -> str:
-    return f"rank_{rank:05d}.pt"
 
 
 def _delete(folder: Path) -> None:

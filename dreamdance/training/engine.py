@@ -52,6 +52,15 @@ class Update:
 
 
 @dataclass(frozen=True)
+class SavedOptimizer:
+    """One rank's part of a checkpoint: flat partitions as `Engine.masters`, and AdamW's state of each."""
+
+    masters: list[Tensor]
+    moments: list[list[Tensor]]
+    step: float
+
+
+@dataclass(frozen=True)
 class Fragment:
     """`length` elements of the flattened parameter `name`, from `start`; they lie at `offset` of partition `shard`."""
 
@@ -133,6 +142,8 @@ class _LossFirst(nn.Module):
 
 class Engine:
     """An objective under DeepSpeed's ZeRO, with torch's AdamW on this rank's share of the fp32 masters."""
+
+    MOMENTS = ("exp_avg", "exp_avg_sq")
 
     def __init__(self, objective: nn.Module, recipe: TrainingRecipe, ranks: Ranks, *, deterministic: bool) -> None:
         """Moves the objective to the device and in the recipe's precision, and gives its trainable parameters masters.
@@ -321,6 +332,24 @@ class Engine:
         if path is None:
             raise CheckpointError(f"DeepSpeed found no checkpoint in {folder}")
         self._restore_hyperparameters()
+
+    def read_optimizer(self, folder: Path, rank: int) -> SavedOptimizer:
+        """Reads what any rank, of however many, saved under ZeRO; unpickles no code."""
+        path = self._engine._get_rank_zero_ckpt_name(str(folder), _TAG, 0, rank, self._engine.bfloat16_enabled())
+        with _weights_only_loading():
+            saved = torch.load(path, map_location="cpu", mmap=True)["optimizer_state_dict"]
+        states = list(saved["base_optimizer_state"]["state"].values())
+        moments = [[state[name] for state in states] for name in self.MOMENTS] if states else []
+        step = float(states[0]["step"]) if states else 0.0
+        return SavedOptimizer(list(saved["single_partition_of_fp32_groups"]), moments, step)
+
+    def set_optimizer(self, moments: list[list[Tensor]], *, step: float) -> None:
+        """Sets AdamW's state and makes the weights anew from the masters, which were set before. Collective."""
+        adamw = self._engine.optimizer.optimizer
+        if step:
+            for master, *values in zip(self.masters, *moments, strict=True):
+                adamw.state[master] = {"step": torch.tensor(step), **dict(zip(self.MOMENTS, values, strict=True))}
+        self._engine.optimizer.update_lp_params()
 
     def _restore_hyperparameters(self) -> None:
         """DeepSpeed puts back the saved clipping, betas and decay; a recipe that was allowed to change them wins."""

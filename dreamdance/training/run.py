@@ -72,7 +72,7 @@ def prepare(
     resumed = checkpointer.resume()
     step = 0
     if resumed:
-        step = resumed.step
+        step = resumed.manifest.step
         loader.load_state_dict(resumed.state["loader"])
     metrics = Metrics(
         run_folder,
@@ -82,7 +82,7 @@ def prepare(
         every_steps=recipe.logging.every_steps,
         recipe_text=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
     )
-    metrics.message(describe_start(run_folder, resumed, loader), step=step)
+    metrics.message(describe_start(run_folder, resumed, loader, world_size=ranks.world_size), step=step)
     validator = Validator(recipe, engine, ema, ranks, metrics)
     return Trainer(
         recipe=recipe,
@@ -125,15 +125,17 @@ def make_loader(recipe: Stage1Recipe | Stage2Recipe, ranks: Ranks) -> ClipLoader
     )
 
 
-def describe_start(run_folder: Path, resumed: Resumed | None, loader: ClipLoader) -> str:
+def describe_start(run_folder: Path, resumed: Resumed | None, loader: ClipLoader, *, world_size: int) -> str:
     """One line about where the run goes on, and how it was found."""
     if resumed is None:
         return f"no checkpoint in {run_folder / 'checkpoints'}; starting at step 0"
-    epoch, batch = loader.order.position(resumed.step)
-    sample, num_samples = batch * loader.order.batch_size, loader.order.num_samples
+    manifest, order = resumed.manifest, loader.order
+    epoch, batch = order.position(manifest.step)
+    moved = f", saved by {manifest.world_size} ranks and divided anew among {world_size}"
     return (
-        f"resuming {run_folder} from step {resumed.step:,} (epoch {epoch}, sample {sample:,} of {num_samples:,}; "
-        f"verified {resumed.num_files} files, {_size(resumed.total_bytes)})"
+        f"resuming {run_folder} from step {manifest.step:,} (epoch {epoch}, sample {batch * order.batch_size:,} of "
+        f"{order.num_samples:,}; verified {len(manifest.files)} files, {_size(manifest.total_bytes)}"
+        f"{moved if manifest.world_size != world_size else ''})"
     )
 
 

@@ -1,6 +1,7 @@
 """C8's promise: killed at any instant and started again, a run is bit-identical to one never interrupted."""
 
 import json
+import math
 import random
 import signal
 from collections import Counter
@@ -12,9 +13,10 @@ import torch
 from dancer_shards import write_dancer_shards
 from rank_processes import StartedRanks, run_ranks
 from recipes_for_tests import tiny_stage1_recipe, tiny_stage2_recipe
-from training_scenarios import Recipe, Strike, run_recorded
+from training_scenarios import Recipe, Strike, prepare_and_inspect, run_recorded
 
 from dreamdance.run_layout import checkpoint_folder, export_folder, progress_file, step_folders
+from dreamdance.training.checkpoint import read_average
 
 pytestmark = pytest.mark.distributed
 
@@ -179,9 +181,29 @@ def test_no_sample_is_repeated_or_skipped_within_an_epoch(shards, tmp_path):
     assert len([sample for epoch, sample in seen if epoch == 0]) == 8, "10 clips make two batches of 4 in an epoch"
 
 
-def test_another_number_of_ranks_is_refused_by_name(shards, tmp_path):
-    recipe = tiny_stage1_recipe("domains", settings(shards, **{"max_steps": 2, "optimizer.warmup_steps": 0}))
+@pytest.mark.parametrize(
+    ("precision", "zero_stage", "world_sizes"),
+    [("fp32", 2, (1, 4)), ("bf16", 2, (4,)), ("bf16", 1, (1,)), ("fp32", 0, (1,))],
+)
+def test_another_number_of_ranks_resumes_the_same_values(precision, zero_stage, world_sizes, shards, tmp_path):
+    def on(world_size: int, max_steps: int) -> Recipe:
+        more = {"sharding.zero_stage": zero_stage, "cluster.tasks_per_node": world_size, "optimizer.decay": "constant"}
+        return tiny_stage1_recipe("domains", settings(shards, max_steps=max_steps, precision=precision, **more))
+
     run = tmp_path / "run"
-    assert start(recipe, run) == [0, 0]
-    with pytest.raises(AssertionError, match=r"was saved by 2 ranks, this run has 1.*cluster\.nodes"):
-        run_ranks(run_recorded, 1, run / "alone", recipe=recipe, run=run)
+    run_ranks(run_recorded, 2, run / "output", recipe=on(2, 4), run=run)
+    folder = checkpoint_folder(run, 4)
+    average = read_average(folder)
+    kept = [run_ranks(prepare_and_inspect, 2, run / "kept", recipe=on(2, 6), run=run, steps=0)[0]]
+    for world_size in world_sizes:
+        found = run_ranks(prepare_and_inspect, world_size, run / "divided", recipe=on(world_size, 6), run=run, steps=0)
+        assert all(torch.equal(found[0]["average_gathered"][name], value) for name, value in average.items())
+        for name, master in kept[0]["masters_gathered"].items():
+            assert torch.equal(found[0]["masters_gathered"][name], master), name
+            for rank in found:
+                assert torch.equal(rank["weights_before"][name], kept[0]["weights_before"][name]), name
+        later, expected = found[0]["weights_one_step_later"], kept[0]["weights_one_step_later"]
+        step = max(float((expected[name] - kept[0]["weights_after"][name]).abs().max()) for name in expected)
+        moved = math.sqrt(sum(float((later[name] - expected[name]).double().square().sum()) for name in expected))
+        assert moved < step, "one step later, all weights together differ by less than one of them has moved"
+        assert f"saved by 2 ranks and divided anew among {world_size}" in messages(run)[-1]

@@ -19,10 +19,11 @@ from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import Stage1Recipe
 from dreamdance.run_layout import COMPLETE_FILE, checkpoint_folder, step_folders
 from dreamdance.training import manifest as manifests
-from dreamdance.training.checkpoint import frozen_digest, generator_states, read_average, restore_generators
+from dreamdance.training.checkpoint import frozen_digest, read_average
 from dreamdance.training.distributed import process_group, repeatable_arithmetic
 from dreamdance.training.manifest import FileRecord, Manifest
 from dreamdance.training.preemption import StopRequest
+from dreamdance.training.rank_state import generator_states, restore_generators
 from dreamdance.training.run import prepare, train
 from dreamdance.training.trainer import Trainer
 

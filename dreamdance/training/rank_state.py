@@ -1,0 +1,70 @@
+"""What each rank saves of its own beside DeepSpeed's files: its share of the average, and the global generators."""
+
+import random
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dreamdance.training.engine import Fragment
+
+
+@dataclass(frozen=True)
+class RankState:
+    """One rank's file: tensors and plain containers only, so that it loads without unpickling code.
+
+    Attributes:
+        ema: `ShardedEma.state_dict`.
+        fragments: which part of which parameter lies where in the average, and in the optimizer's partitions.
+        generators: `generator_states`.
+    """
+
+    ema: dict[str, Any]
+    fragments: list[Fragment]
+    generators: dict[str, Any]
+
+
+def write_rank_state(folder: Path, rank: int, state: RankState) -> Path:
+    """Writes one rank's file into a checkpoint, and returns where it is."""
+    path = _rank_file(folder, rank)
+    fragments = [list(astuple(fragment)) for fragment in state.fragments]
+    torch.save({"ema": state.ema, "fragments": fragments, "generators": state.generators}, path)
+    return path
+
+
+def read_rank_state(folder: Path, rank: int) -> RankState:
+    """Reads one rank's file of a complete checkpoint."""
+    content = torch.load(_rank_file(folder, rank), weights_only=True, map_location="cpu")
+    fragments = [Fragment(*values) for values in content["fragments"]]
+    return RankState(ema=content["ema"], fragments=fragments, generators=content["generators"])
+
+
+def generator_states() -> dict[str, Any]:
+    """The states of the global generators, as tensors and plain numbers that load without unpickling code."""
+    name, *numbers = np.random.get_state(legacy=True)
+    keys, position, has_gauss, gauss = numbers
+    version, words, next_gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
+        "python": [version, list(words), next_gauss],
+    }
+
+
+def restore_generators(states: Mapping[str, Any]) -> None:
+    """Puts the global generators back to `generator_states`."""
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    name, keys, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, words, next_gauss = states["python"]
+    random.setstate((version, tuple(words), next_gauss))
+
+
+def _rank_file(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank:05d}.pt"
