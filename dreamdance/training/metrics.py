@@ -140,7 +140,7 @@ class Metrics:
             done=report.step,
             total=self.max_steps,
             unit="steps",
-            loss=window.losses.mean,
+            loss=window.losses.mean if window.losses.num_samples else None,
             samples_per_second=samples_per_second,
         )
         self._scalar("train/loss", window.losses.mean, report.step)

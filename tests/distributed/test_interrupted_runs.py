@@ -163,6 +163,9 @@ def test_killed_stage_2_in_bf16_is_bit_identical_to_an_uninterrupted_run(shards,
     assert start(recipe, whole) == [0, 0], (whole / "output" / "output_0.txt").read_text()
     assert start(recipe, broken, Strike(0, forward=6))[0] == -signal.SIGKILL
     assert start(recipe, broken, in_save(4, "open", "state.json"))[0] == -signal.SIGKILL
+    exporting = Strike(0, operation="os.rename", path_contains=("exports",))
+    assert start(recipe, broken, exporting)[0] == -signal.SIGKILL
+    assert step_folders(broken / "exports") == [], "written, but not yet under its name"
     assert start(recipe, broken) == [0, 0]
     assert_same_checkpoint(checkpoint_folder(whole, 4), checkpoint_folder(broken, 4))
     assert_same_export(export_folder(whole, 4), export_folder(broken, 4))
