@@ -135,8 +135,16 @@ def describe_protocol(
         "clips": f"{len(evaluated)}, mean over clips; {sum(clip.num_frames for clip in evaluated.values())} frames",
         "frames": f"{width}x{height} pixels, the reference frame left out; truth resized with antialiasing",
         "L1, PSNR, SSIM": "of values in [0, 1]; PSNR is the mean over frames; SSIM as scikit-image's default",
-        "body": "inside the true body mask; SSIM there is the mean over windows centred in it",
     }
+    names = {name for clip in evaluated.values() for name in clip.scores[RESULT_ROW]}
+    if "l1_body" in names:
+        protocol["body"] = "inside the true body mask; SSIM there is the mean over windows centred in it"
+    else:
+        protocol["body"] = (
+            "not measured: the clips have no body mask; in whole frames a still background counts as well"
+        )
+    if "angular_error_mean" not in names:
+        protocol["geometry"] = "not measured: it needs results, and true clips, with normals, depth and a body mask"
     if first.prediction.normals is not None:
         protocol |= {
             "maps": f"{map_width}x{map_height} pixels, stage 1's size",
@@ -166,8 +174,8 @@ def write_report(table: Table, evaluated: dict[str, EvaluatedClip], run_folder: 
 
 
 def _mean_rows(evaluated: dict[str, EvaluatedClip]) -> dict[str, Scores]:
-    names = next(iter(evaluated.values())).scores
-    rows = {name: mean_scores([clip.scores[name] for clip in evaluated.values()]) for name in names}
+    names = dict.fromkeys(name for clip in evaluated.values() for name in clip.scores)
+    rows = {name: mean_scores([clip.scores.get(name, {}) for clip in evaluated.values()]) for name in names}
     return {name: scores for name, scores in rows.items() if scores}
 
 

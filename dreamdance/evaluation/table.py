@@ -17,6 +17,7 @@ from dreamdance.evaluation.scores import (
 RESULT_ROW = "this run"
 TRUTH_ROW = "truth itself"
 NOT_MEASURED = "-"
+MAX_CLIPS_SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -52,20 +53,7 @@ class Table:
 
     def improvements(self) -> dict[str, Improvement]:
         """For the numbers that matter, how much better than the best trivial answer the result is."""
-        trivial = {name: scores for name, scores in self.rows.items() if name not in (RESULT_ROW, TRUTH_ROW)}
-        metrics = {metric.key: metric for metric in METRICS}
-        found = {}
-        for key in IMPROVEMENT_KEYS:
-            rivals = {name: scores[key] for name, scores in trivial.items() if key in scores}
-            value = self.rows[RESULT_ROW].get(key)
-            if value is None or not rivals:
-                continue
-            higher_is_better = metrics[key].higher_is_better
-            answer = (max if higher_is_better else min)(rivals, key=lambda name: rivals[name])
-            best = rivals[answer]
-            gain = value - best if higher_is_better else best - value
-            found[key] = Improvement(value, best, answer, gain / best if best else float("nan"))
-        return found
+        return compare_with_trivial(self.rows)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; a number that could not be measured is absent."""
@@ -88,7 +76,7 @@ class Table:
         }
 
     def as_markdown(self) -> str:
-        """Three tables (geometry, frames inside the body, whole frames), the improvements, and the protocol."""
+        """Tables (geometry, frames inside the body, whole frames), improvements, single clips, and the protocol."""
         parts = []
         for title, metrics in (
             ("Geometry inside the body", GEOMETRY_METRICS),
@@ -101,6 +89,8 @@ class Table:
         improvements = self.improvements()
         if improvements:
             parts.append(f"## Against the best trivial answer\n\n{_improvements_as_markdown(improvements)}")
+        if 1 < len(self.clips) <= MAX_CLIPS_SHOWN:
+            parts.append(f"## Clip by clip\n\n{self._clips_as_markdown()}")
         notes = "\n".join(f"* {name}: {_plain(value)}" for name, value in self.protocol.items())
         return "\n\n".join([*parts, f"## How it was measured\n\n{notes}"]) + "\n"
 
@@ -108,6 +98,44 @@ class Table:
         lines = [[name, *(_formatted(scores.get(metric.key), metric) for metric in metrics)] for name, scores in
                  self.rows.items() if any(metric.key in scores for metric in metrics)]  # fmt: skip
         return _markdown(["", *(_arrowed(metric) for metric in metrics)], lines)
+
+    def _clips_as_markdown(self) -> str:
+        """Each clip's L1 and PSNR beside its own best trivial answer; inside the body where there are masks."""
+        keys = ("l1_body", "psnr_body") if "l1_body" in self.rows[RESULT_ROW] else ("l1", "psnr")
+        metrics = [metric for metric in METRICS if metric.key in keys]
+        header, lines = [""], []
+        for metric in metrics:
+            header += [_arrowed(metric), "best trivial answer"]
+        for clip, rows in self.clips.items():
+            found, line = compare_with_trivial(rows), [clip]
+            for metric in metrics:
+                entry = found.get(metric.key)
+                line.append(_formatted(entry.value if entry else None, metric))
+                line.append(f"{_formatted(entry.trivial, metric)} ({entry.answer})" if entry else NOT_MEASURED)
+            lines.append(line)
+        return _markdown(header, lines)
+
+
+def compare_with_trivial(rows: Mapping[str, Scores]) -> dict[str, Improvement]:
+    """For the numbers that matter, the result beside the best trivial answer.
+
+    Args:
+        rows: row name -> scores, of one clip or means over clips.
+    """
+    trivial = {name: scores for name, scores in rows.items() if name not in (RESULT_ROW, TRUTH_ROW)}
+    metrics = {metric.key: metric for metric in METRICS}
+    found = {}
+    for key in IMPROVEMENT_KEYS:
+        rivals = {name: scores[key] for name, scores in trivial.items() if key in scores}
+        value = rows[RESULT_ROW].get(key)
+        if value is None or not rivals:
+            continue
+        higher_is_better = metrics[key].higher_is_better
+        answer = (max if higher_is_better else min)(rivals, key=lambda name: rivals[name])
+        best = rivals[answer]
+        gain = value - best if higher_is_better else best - value
+        found[key] = Improvement(value, best, answer, gain / best if best else float("nan"))
+    return found
 
 
 def _improvements_as_markdown(improvements: Mapping[str, Improvement]) -> str:

@@ -12,6 +12,7 @@ from dreamdance.recipe.schema import Shards
 
 REPEATED_REFERENCE = "reference repeated"
 MEAN_COLOUR = "reference's mean body colour"
+MEAN_COLOUR_OF_FRAME = "reference's mean colour"
 MEAN_OF_TRAINING = "training set's mean"
 
 MAX_TRAINING_CLIPS = 256
@@ -39,9 +40,10 @@ def trivial_answers(reference: Truth, num_frames: int, training_mean: TrainingMe
         num_frames: of the clip.
         training_mean: None where the recipe names no training set.
     """
+    colour_name = MEAN_COLOUR_OF_FRAME if reference.frame_mask is None else MEAN_COLOUR
     answers = {
         REPEATED_REFERENCE: _repeated(reference.pictures, num_frames),
-        MEAN_COLOUR: Prediction(frames=_colour_frames(reference, num_frames)),
+        colour_name: Prediction(frames=_colour_frames(reference, num_frames)),
     }
     if training_mean is not None:
         answers[MEAN_OF_TRAINING] = _repeated(training_mean.pictures, num_frames)

@@ -15,7 +15,13 @@ from dreamdance.errors import MissingInputError
 from dreamdance.evaluation.clips import Prediction, Result, ResultError, open_clips, read_truth
 from dreamdance.evaluation.report import evaluate, evaluate_clip
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table
-from dreamdance.evaluation.trivial import MEAN_COLOUR, MEAN_OF_TRAINING, REPEATED_REFERENCE, average_training_set
+from dreamdance.evaluation.trivial import (
+    MEAN_COLOUR,
+    MEAN_COLOUR_OF_FRAME,
+    MEAN_OF_TRAINING,
+    REPEATED_REFERENCE,
+    average_training_set,
+)
 from dreamdance.inference.results import ClipResult
 from dreamdance.inference.results import write_result as write_clip_result
 from dreamdance.recipe.schema import EvaluateRecipe, PrepareRecipe, Shards
@@ -175,6 +181,8 @@ def test_frames_without_maps_are_measured_as_frames(tmp_path, data, truths):
     assert "abs_rel" not in table["rows"][RESULT_ROW]
     assert "psnr_body" in table["rows"][RESULT_ROW]
     assert "angular_error_mean" not in table["improvements"]
+    assert "inside the true body mask" in table["protocol"]["body"]
+    assert table["protocol"]["geometry"].startswith("not measured")
 
 
 def test_footage_without_mask_or_maps_is_measured_over_whole_frames():
@@ -189,7 +197,8 @@ def test_footage_without_mask_or_maps_is_measured_over_whole_frames():
     scores = evaluate_clip(result, clip, None).scores
     assert scores[RESULT_ROW]["psnr"] == 100
     assert set(scores[RESULT_ROW]) == {"l1", "psnr", "ssim", "l1_disco", "psnr_disco_overflow", "ssim_disco"}
-    assert scores[MEAN_COLOUR]["l1"] < scores[REPEATED_REFERENCE]["l1"]
+    assert list(scores) == [RESULT_ROW, REPEATED_REFERENCE, MEAN_COLOUR_OF_FRAME, TRUTH_ROW]
+    assert scores[MEAN_COLOUR_OF_FRAME]["l1"] < scores[REPEATED_REFERENCE]["l1"]
 
 
 def test_results_of_a_shorter_or_smaller_kind_are_compared_at_their_own_size(tmp_path, data, truths):
@@ -249,3 +258,23 @@ def test_an_improvement_is_a_share_of_the_best_trivial_answer_in_the_metrics_own
     assert "25.0 % better" in markdown
     assert "2.00 dB better" in markdown
     assert "2.00 dB worse" in Table({**rows, RESULT_ROW: {"psnr": 18.0}}).as_markdown()
+
+
+def test_few_clips_are_listed_one_by_one_each_beside_its_own_best_trivial_answer():
+    good = {RESULT_ROW: {"l1": 0.01, "psnr": 30.0}, "a": {"l1": 0.02, "psnr": 25.0}, "b": {"l1": 0.03, "psnr": 26.0}}
+    bad = {RESULT_ROW: {"l1": 0.09, "psnr": 10.0}, "a": {"l1": 0.02, "psnr": 25.0}, "b": {"l1": 0.01, "psnr": 27.0}}
+    markdown = Table(good, clips={"good": good, "bad": bad}).as_markdown()
+    lines = {
+        line.split("|")[1].strip(): line for line in markdown.split("## Clip by clip")[1].splitlines() if "|" in line
+    }
+    assert [cell.strip() for cell in lines["good"].split("|")[2:-1]] == ["0.0100", "0.0200 (a)", "30.00", "26.00 (b)"]
+    assert [cell.strip() for cell in lines["bad"].split("|")[2:-1]] == ["0.0900", "0.0100 (b)", "10.00", "27.00 (b)"]
+    many = {f"clip {number}": good for number in range(100)}
+    assert "Clip by clip" not in Table(good, clips=many).as_markdown()
+
+
+def test_where_there_are_masks_single_clips_are_compared_inside_the_body():
+    rows = {RESULT_ROW: {"l1": 0.5, "l1_body": 0.01, "psnr_body": 30.0}, "a": {"l1": 0.5, "l1_body": 0.02}}
+    lines = Table(rows, clips={"one": rows, "two": rows}).as_markdown().split("## Clip by clip")[1].splitlines()
+    (one,) = [line for line in lines if "| one" in line]
+    assert [cell.strip() for cell in one.split("|")[2:-1]] == ["0.0100", "0.0200 (a)", "-", "-"]
