@@ -32,7 +32,7 @@ PATTERNS: tuple[Pattern, ...] = ("plain", "rings", "stripes", "checks", "gingham
 HairStyle = Literal["short", "bob", "long", "ponytail", "bun", "cap"]
 _HAIR_STYLES: tuple[HairStyle, ...] = ("short", "bob", "long", "ponytail", "bun", "cap")
 
-SKIN, HAIR, TOP, BOTTOM, SHOES, SOCKS = range(6)
+SKIN, HAIR, TOP, BOTTOM, SHOES = range(5)
 """Materials, by their place in `Identity.materials`."""
 
 _SKIN_TONES = ("f6d7c0", "ecc0a0", "dda883", "c98f66", "ae7549", "8d5a37", "74492d", "5a3926")
@@ -84,7 +84,6 @@ def draw_identity(generator: np.random.Generator) -> Identity:
             top,
             bottom,
             Material("plain", shoes.colour, shoes.colour, gloss=0.3),
-            Material("plain", (0.92, 0.92, 0.90), (0.92, 0.92, 0.90)),
         ),
         hair_style=_HAIR_STYLES[generator.integers(len(_HAIR_STYLES))],
         sleeves=float(sleeves),

@@ -14,7 +14,6 @@ from dreamdance.data.dancer_body import (
     PATTERNS,
     SHOES,
     SKIN,
-    SOCKS,
     TOP,
     Identity,
     Material,
@@ -26,7 +25,7 @@ from dreamdance.data.dancer_motion import Skeleton, dance
 from dreamdance.data.dancer_shading import surface_colours, tabulate_skins
 
 TIMES = np.arange(4) / 8.0
-COLOURS = {number: (number / 10, 0.5, 1 - number / 10) for number in (SKIN, HAIR, TOP, BOTTOM, SHOES, SOCKS)}
+COLOURS = {number: (number / 10, 0.5, 1 - number / 10) for number in (SKIN, HAIR, TOP, BOTTOM, SHOES)}
 
 
 @pytest.fixture(scope="module")

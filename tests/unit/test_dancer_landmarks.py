@@ -152,15 +152,17 @@ def test_finger_bones_keep_their_lengths_however_they_curl() -> None:
 def test_stretched_fingers_lie_flat_and_curled_ones_close_towards_the_palm() -> None:
     body, skeleton = draw(5)
 
-    def fingertips(curl: float) -> np.ndarray:
+    def fingers(curl: float) -> np.ndarray:
+        """`(f, 5, 4, 3)`: four points of each finger in the hand's own frame and measure."""
         curled = replace(skeleton, finger_curls=(np.full((len(TIMES), 5), curl),) * 2)
         hand = hand_points(curled, body, 0)
-        return np.einsum("fji,fnj->fni", skeleton.hand_frames[0], hand - hand[:, :1])[:, 4::4] / body.hand
+        local = np.einsum("fji,fnj->fni", skeleton.hand_frames[0], hand - hand[:, :1]) / body.hand
+        return local[:, 1:].reshape(len(TIMES), 5, 4, 3)
 
-    np.testing.assert_allclose(fingertips(0.0)[..., 2], 0.0, rtol=0, atol=1e-12)
-    half, full = fingertips(0.5), fingertips(1.0)
-    assert (half[..., 2] > 0.05).all()  # the palm's side is +z
-    lengths = [np.linalg.norm(tips[:, 1:], axis=-1).mean() for tips in (fingertips(0.0), half, full)]
+    straight, half, full = fingers(0.0), fingers(0.5), fingers(1.0)
+    np.testing.assert_allclose(straight[..., 2], 0.0, rtol=0, atol=1e-12)
+    assert (np.diff(half[..., 2], axis=2) > 0.03).all()  # every bone of them bends to +z, the palm's side
+    lengths = [np.linalg.norm(points[:, 1:, 3], axis=-1).mean() for points in (straight, half, full)]
     assert lengths[0] > lengths[1] > lengths[2]
     assert lengths[0] == pytest.approx(0.97, abs=0.06)  # a hand's length from the wrist to the middle fingers' tips
 
