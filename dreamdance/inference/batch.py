@@ -20,41 +20,23 @@ from torch import Tensor
 from torch.distributed import TCPStore
 
 from dreamdance.data.transforms import encode_normals
-from dreamdance.errors import MissingInputError, RecipeError, UserError
-from dreamdance.inference.inputs import EntryInputs, Size, hash_file, hash_files, load_inputs
+from dreamdance.errors import UserError
+from dreamdance.inference.inputs import EntryInputs, Size, hash_files, load_inputs
 from dreamdance.inference.manifest import ManifestEntry, read_manifest
 from dreamdance.inference.results import ClipResult, installed_versions, is_done, write_result
+from dreamdance.inference.stages import Stages, load_stages
 from dreamdance.keyed_random import sample_generator
-from dreamdance.pipelines import AnimationPipeline, GeometryPipeline
 from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import AnimateRecipe
-from dreamdance.run_layout import ProgressLog, newest_export
+from dreamdance.run_layout import ProgressLog
 
 logger = logging.getLogger(__name__)
 
 FAILURES_FILE = "failures.json"
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class AnimateError(UserError):
     """Some entries of the manifest failed; the text lists them with the reasons."""
-
-
-@dataclass(frozen=True)
-class Stages:
-    """The loaded pipelines, on this rank's device.
-
-    Attributes:
-        geometry: stage 1, or None where the recipe names none.
-        animation: stage 2.
-        weights: stage -> sha256 over the export's files.
-        exports: stage -> its folder.
-    """
-
-    geometry: GeometryPipeline | None
-    animation: AnimationPipeline
-    weights: dict[str, str]
-    exports: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -198,56 +180,6 @@ def run_stages(entry: ManifestEntry, inputs: EntryInputs, recipe: AnimateRecipe,
         depths=None if depths is None else depths[0],
         fps=inputs.fps,
     )
-
-
-def load_stages(recipe: AnimateRecipe, run_folder: Path, device: torch.device) -> Stages:
-    """Loads the newest exports of the runs that the recipe names, or exports given as folders.
-
-    Raises:
-        MissingInputError: there is no such export.
-        RecipeError: stage 2 reads maps that nobody makes.
-    """
-    dtype = PRECISIONS[recipe.precision]
-    animation_folder = find_export(recipe.animation_from, run_folder, key="animation_from")
-    animation = AnimationPipeline.from_pretrained(animation_folder, torch_dtype=dtype).to(device)
-    exports, pipelines = {"animation": animation_folder}, [animation]
-    geometry = None
-    if recipe.geometry_from is not None:
-        exports["geometry"] = find_export(recipe.geometry_from, run_folder, key="geometry_from")
-        geometry = GeometryPipeline.from_pretrained(exports["geometry"], torch_dtype=dtype).to(device)
-        pipelines.append(geometry)
-    elif set(animation.controls) != {"pose"}:
-        raise RecipeError(
-            f"{animation_folder} was trained to read {', '.join(animation.controls)}: give geometry_from, the run or "
-            "export of stage 1 which makes normal and depth maps"
-        )
-    for pipeline in pipelines:
-        pipeline.set_progress_bar_config(disable=True)
-    weights = {stage: hash_export(folder) for stage, folder in exports.items()}
-    for stage, folder in exports.items():
-        logger.info("%s: %s in %s on %s", stage, folder, recipe.precision, device)
-    return Stages(geometry, animation, weights, {stage: str(folder) for stage, folder in exports.items()})
-
-
-def find_export(name: str, run_folder: Path, *, key: str) -> Path:
-    """The folder of an export: `name` itself if it is one, else the newest of the run of that name.
-
-    Raises:
-        MissingInputError: neither is there.
-    """
-    if (Path(name) / "model_index.json").is_file():
-        return Path(name)
-    try:
-        return newest_export(run_folder.parent / name)
-    except MissingInputError as error:
-        raise MissingInputError(f"{key}: {error}") from error
-
-
-def hash_export(folder: Path) -> str:
-    """One sha256 over the names and contents of an export's files."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listing = [f"{path.relative_to(folder).as_posix()} {hash_file(path)}" for path in files]
-    return hashlib.sha256("\n".join(listing).encode()).hexdigest()
 
 
 def open_meeting(ranks: Ranks, *, timeout_minutes: int) -> TCPStore | None:

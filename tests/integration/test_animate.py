@@ -19,7 +19,7 @@ from dreamdance.data.dancers import HELD_OUT_SEEDS, render_clip
 from dreamdance.data.keypoints import KeypointSequence, write_keypoint_file
 from dreamdance.data.pose_drawing import draw_poses
 from dreamdance.data.video_io import write_video
-from dreamdance.errors import ManifestError, MissingInputError, RecipeError
+from dreamdance.errors import CheckpointError, ManifestError, MissingInputError, RecipeError
 from dreamdance.inference.batch import AnimateError, animate
 from dreamdance.inference.inputs import Size, load_inputs
 from dreamdance.inference.manifest import read_manifest
@@ -258,6 +258,30 @@ def test_a_run_that_is_not_there_is_named_with_its_key(job):
     job.add("dancer")
     with pytest.raises(MissingInputError, match="geometry_from: run 'nowhere' does not exist"):
         job.run(geometry_from="nowhere")
+
+
+def test_an_export_of_the_other_stage_is_refused_with_its_key(job, runs):
+    job.add("dancer")
+    with pytest.raises(RecipeError, match=r"geometry_from: .* is an export of AnimationPipeline, but GeometryPipeline"):
+        job.run(geometry_from="stage2")
+    with pytest.raises(RecipeError, match=r"animation_from: .* is an export of GeometryPipeline"):
+        job.run(animation_from="stage1")
+    damaged = runs / "damaged" / "exports" / "step_00000001"
+    damaged.mkdir(parents=True)
+    (damaged / "model_index.json").write_text("[")
+    with pytest.raises(CheckpointError, match=r"animation_from: .* is damaged"):
+        job.run(animation_from="damaged")
+
+
+def test_sizes_and_windows_that_the_networks_cannot_do_are_refused_together_before_anything_runs(job):
+    job.add("dancer")
+    geometry = {"num_inference_steps": 1, "window_frames": 20, "window_overlap": 1}
+    with pytest.raises(RecipeError) as refused:
+        job.run(width=WIDTH * 2 + 1, geometry_height=HEIGHT + 1, geometry=geometry)
+    said = str(refused.value).splitlines()
+    assert [line.split()[0] for line in said] == ["width", "geometry_height", "geometry.window_frames"]
+    assert "more than the 16 frames" in said[2]
+    assert not (job.folder / "results").exists()
 
 
 def test_an_aligned_skeleton_is_drawn_at_the_size_of_the_reference(job):

@@ -1,0 +1,121 @@
+"""Opens the trained stages that an `animate` recipe names, and refuses settings that they cannot run before they do."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dreamdance.errors import CheckpointError, MissingInputError, RecipeError
+from dreamdance.inference.inputs import hash_file
+from dreamdance.models.autoencoding import downscale_factor
+from dreamdance.pipelines import AnimationPipeline, GeometryPipeline
+from dreamdance.recipe.schema import AnimateRecipe
+from dreamdance.run_layout import newest_export
+
+logger = logging.getLogger(__name__)
+
+INDEX_FILE = "model_index.json"
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The loaded pipelines, on this rank's device.
+
+    Attributes:
+        geometry: stage 1, or None where the recipe names none.
+        animation: stage 2.
+        weights: stage -> sha256 over the export's files.
+        exports: stage -> its folder.
+    """
+
+    geometry: GeometryPipeline | None
+    animation: AnimationPipeline
+    weights: dict[str, str]
+    exports: dict[str, str]
+
+
+def load_stages(recipe: AnimateRecipe, run_folder: Path, device: torch.device) -> Stages:
+    """Loads the newest exports of the runs that the recipe names, or exports given as folders.
+
+    Raises:
+        MissingInputError: there is no such export.
+        RecipeError: an export is of the other stage, stage 2 reads maps that nobody makes, or sizes or windows do not
+            fit the networks.
+    """
+    dtype = PRECISIONS[recipe.precision]
+    exports = {"animation": find_export(recipe.animation_from, run_folder, AnimationPipeline, key="animation_from")}
+    if recipe.geometry_from is not None:
+        exports["geometry"] = find_export(recipe.geometry_from, run_folder, GeometryPipeline, key="geometry_from")
+    animation = AnimationPipeline.from_pretrained(exports["animation"], torch_dtype=dtype).to(device)
+    animation.set_progress_bar_config(disable=True)
+    geometry = None
+    if recipe.geometry_from is not None:
+        geometry = GeometryPipeline.from_pretrained(exports["geometry"], torch_dtype=dtype).to(device)
+        geometry.set_progress_bar_config(disable=True)
+    if problems := list(_misfits(recipe, animation, geometry)):
+        raise RecipeError("\n".join(problems))
+    weights = {stage: hash_export(folder) for stage, folder in exports.items()}
+    for stage, folder in exports.items():
+        logger.info("%s: %s in %s on %s", stage, folder, recipe.precision, device)
+    return Stages(geometry, animation, weights, {stage: str(folder) for stage, folder in exports.items()})
+
+
+def find_export(
+    name: str, run_folder: Path, pipeline_class: type[AnimationPipeline | GeometryPipeline], *, key: str
+) -> Path:
+    """The folder of an export: `name` itself if it is one, else the newest of the run of that name.
+
+    Raises:
+        MissingInputError: neither is there.
+        CheckpointError: the export's index is damaged.
+        RecipeError: it is the export of another stage.
+    """
+    folder = Path(name)
+    if not (folder / INDEX_FILE).is_file():
+        try:
+            folder = newest_export(run_folder.parent / name)
+        except MissingInputError as error:
+            raise MissingInputError(f"{key}: {error}") from error
+    try:
+        found = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{key}: {folder / INDEX_FILE} is damaged ({error!r}); export that run again") from error
+    if found != pipeline_class.__name__:
+        raise RecipeError(f"{key}: {folder} is an export of {found}, but {pipeline_class.__name__} is wanted here")
+    return folder
+
+
+def hash_export(folder: Path) -> str:
+    """One sha256 over the names and contents of an export's files."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listing = [f"{path.relative_to(folder).as_posix()} {hash_file(path)}" for path in files]
+    return hashlib.sha256("\n".join(listing).encode()).hexdigest()
+
+
+def _misfits(recipe: AnimateRecipe, animation: AnimationPipeline, geometry: GeometryPipeline | None) -> Iterator[str]:
+    """What the recipe asks of the networks and they cannot do, each with the key to change."""
+    sides = {"width": animation, "height": animation, "geometry_width": geometry, "geometry_height": geometry}
+    for key, pipeline in sides.items():
+        if pipeline is None:
+            continue
+        factor, size = downscale_factor(pipeline.vae), getattr(recipe, key)
+        if size % factor:
+            yield f"{key} {size} must be a multiple of {factor}, the autoencoder's factor"
+    if geometry is None:
+        if set(animation.controls) != {"pose"}:
+            yield (
+                f"animation_from {recipe.animation_from} was trained to read {', '.join(animation.controls)}: give "
+                "geometry_from, the run or export of stage 1 which makes normal and depth maps"
+            )
+        return
+    network = geometry.unet.config
+    if network.temporal_attention and recipe.geometry.window_frames > network.max_frames:
+        yield (
+            f"geometry.window_frames {recipe.geometry.window_frames} is more than the {network.max_frames} frames "
+            "(model.max_frames of its recipe) that stage 1's temporal attention knows"
+        )
