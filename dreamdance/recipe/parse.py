@@ -86,8 +86,9 @@ def _read(file: FilePath) -> str:
     except UnicodeDecodeError as error:
         raise RecipeError(f"{file}: not a text file (byte {error.start} is not UTF-8)") from None
     except OSError as error:
-        near = difflib.get_close_matches(file.name, [entry.name for entry in file.parent.glob("*.yaml")], 1)
-        hint = f"; did you mean '{file.with_name(near[0])}'?" if near else ""
+        # Without their endings: these alone make any two file names alike.
+        near = difflib.get_close_matches(file.stem, [entry.stem for entry in file.parent.glob("*.yaml")], 1)
+        hint = f"; did you mean '{file.with_name(near[0])}.yaml'?" if near else ""
         raise RecipeError(f"{file}: cannot be read: {error.strerror}{hint}") from None
 
 

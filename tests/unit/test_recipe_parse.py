@@ -155,6 +155,10 @@ def test_a_file_that_is_not_there_suggests_one_that_is(write):
         RecipeError, match=r"recipes\.yaml: cannot be read: No such file.*did you mean '.*recipe\.yaml'"
     ):
         load_recipe(path.with_name("recipes.yaml"))
+    with pytest.raises(RecipeError, match=r"did you mean '.*recipe\.yaml'"):
+        load_recipe(path.with_name("recipe.yml"))
+    with pytest.raises(RecipeError, match=r"No such file or directory$"):
+        load_recipe(path.with_name("stage9.yaml"))
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path):
