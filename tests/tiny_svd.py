@@ -1,8 +1,11 @@
-"""A Stable Video Diffusion UNet small enough for tests: diffusers' real class, random weights, two levels."""
+"""Stable Video Diffusion small enough for tests: diffusers' real classes, random weights, two levels."""
 
 import torch
-from diffusers import UNetSpatioTemporalConditionModel
+from diffusers import AutoencoderKLTemporalDecoder, StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
 from torch import Tensor
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from dreamdance.diffusion.noise import make_svd_scheduler
 
 EMBEDDING_WIDTH = 16
 LATENT_CHANNELS = 4
@@ -42,3 +45,36 @@ def tiny_svd_inputs(
         "encoder_hidden_states": normal(batch_size, 1, EMBEDDING_WIDTH),
         "added_time_ids": torch.tensor([[7.0, 127.0, 0.02], [5.0, 64.0, 0.1]]).repeat(batch_size, 1)[:batch_size],
     }
+
+
+def tiny_svd_pipeline(size: int) -> StableVideoDiffusionPipeline:
+    """diffusers' pipeline of `tiny_svd_unet`, as small an autoencoder (factor 2), and a CLIP that sees `size` pixels."""
+    unet = tiny_svd_unet()
+    torch.manual_seed(1)
+    vae = AutoencoderKLTemporalDecoder(
+        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=LATENT_CHANNELS
+    )
+    config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=37,
+        projection_dim=EMBEDDING_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=size,
+        patch_size=8,
+    )
+    pipeline = StableVideoDiffusionPipeline(
+        vae=vae.eval(),
+        image_encoder=CLIPVisionModelWithProjection(config).eval(),
+        unet=unet,
+        scheduler=make_svd_scheduler(),
+        feature_extractor=CLIPImageProcessor(crop_size=size, size=size),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def assert_close_to_rounding(found: Tensor, expected: Tensor) -> None:
+    """Within 1e-5 of the largest expected value: some 80 units in the last place of float32."""
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -4,11 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLTemporalDecoder, StableVideoDiffusionPipeline
+from diffusers import StableVideoDiffusionPipeline
 from einops import rearrange, repeat
-from tiny_svd import EMBEDDING_WIDTH, tiny_svd_unet
+from tiny_svd import assert_close_to_rounding, tiny_svd_pipeline
 from torch import Tensor, nn
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from dreamdance.diffusion.guidance import classifier_free_guidance
 from dreamdance.diffusion.noise import edm_preconditioning, edm_weight, make_svd_scheduler
@@ -38,29 +37,7 @@ class FirstCall:
 @pytest.fixture
 def svd() -> StableVideoDiffusionPipeline:
     """A tiny random Stable Video Diffusion."""
-    unet = tiny_svd_unet()
-    torch.manual_seed(1)
-    vae = AutoencoderKLTemporalDecoder(
-        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4
-    )
-    config = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=37,
-        projection_dim=EMBEDDING_WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=SIZE,
-        patch_size=8,
-    )
-    pipeline = StableVideoDiffusionPipeline(
-        vae=vae.eval(),
-        image_encoder=CLIPVisionModelWithProjection(config).eval(),
-        unet=unet,
-        scheduler=make_svd_scheduler(),
-        feature_extractor=CLIPImageProcessor(crop_size=SIZE, size=SIZE),
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return tiny_svd_pipeline(SIZE)
 
 
 def reference_image() -> Tensor:
@@ -101,12 +78,6 @@ def our_conditions(svd: StableVideoDiffusionPipeline) -> dict[str, Tensor]:
         "embedding": embed_images(svd.image_encoder, reference_image()),
         "added_time_ids": torch.tensor([[FPS - 1.0, MOTION_BUCKET, NOISE_AUGMENTATION]]),
     }
-
-
-def assert_close_to_rounding(found: Tensor, expected: Tensor) -> None:
-    """Within 1e-5 of the largest expected value: some 80 units in the last place of float32."""
-    assert found.shape == expected.shape
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_the_unet_is_given_what_svd_s_pipeline_gives_it(svd):
