@@ -48,7 +48,7 @@ def tiny_svd_inputs(
 
 
 def tiny_svd_pipeline(size: int) -> StableVideoDiffusionPipeline:
-    """diffusers' pipeline of `tiny_svd_unet`, as small an autoencoder (factor 2), and a CLIP that sees `size` pixels."""
+    """diffusers' pipeline of `tiny_svd_unet`, as small an autoencoder (factor 2) and a CLIP that sees `size` pixels."""
     unet = tiny_svd_unet()
     torch.manual_seed(1)
     vae = AutoencoderKLTemporalDecoder(
