@@ -1,0 +1,165 @@
+"""Rules that hold for the whole repository, read from its source: what no single test of a part would notice."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LIBRARY = sorted([*(ROOT / "dreamdance").rglob("*.py"), *(ROOT / "kernels" / "dreamdance_kernels").rglob("*.py")])
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
+ENTRIES = sorted([*(ROOT / "launchers").glob("*.py"), *(ROOT / "tools").glob("*.py")])
+FAIL_BY_RAISING = {
+    "test_a_free_port_is_one_that_can_be_bound",
+    "test_without_a_handler_of_before_handing_over_does_nothing",
+}
+"""Tests whose whole point is that a call does not raise."""
+NAMELESS = {"utils", "util", "helpers", "common", "misc", "base"}
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def place(path: Path, node: ast.AST) -> str:
+    return f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
+
+
+def public_functions(tree: ast.Module) -> Iterator[Function]:
+    """Functions of the module and methods of its public classes, whose names have no underscore in front."""
+    scopes: list[ast.Module | ast.ClassDef] = [tree]
+    while scopes:
+        for node in scopes.pop().body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                scopes.append(node)
+            elif isinstance(node, Function) and (not node.name.startswith("_") or node.name == "__call__"):
+                yield node
+
+
+def calls(tree: ast.AST, name: str) -> Iterator[ast.Call]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name:
+            yield node
+
+
+def imported_modules(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(LIBRARY) > 80
+    assert len(TESTS) > 50
+    assert ROOT / "dreamdance" / "training" / "trainer.py" in LIBRARY
+
+
+def test_the_library_never_prints() -> None:
+    assert [place(path, call) for path in LIBRARY for call in calls(parse(path), "print")] == []
+
+
+def test_every_public_argument_and_result_is_annotated() -> None:
+    found = []
+    for path in [*LIBRARY, *ENTRIES]:
+        for function in public_functions(parse(path)):
+            signature = function.args
+            arguments = [*signature.posonlyargs, *signature.args, *signature.kwonlyargs]
+            arguments += [extra for extra in (signature.vararg, signature.kwarg) if extra]
+            bare = [entry.arg for entry in arguments if entry.annotation is None and entry.arg not in ("self", "cls")]
+            bare += ["return"] if function.returns is None else []
+            found += [f"{place(path, function)} {function.name}: {', '.join(bare)}"] if bare else []
+    assert found == []
+
+
+def test_every_module_opens_by_saying_what_it_is_for() -> None:
+    without = [path.relative_to(ROOT) for path in [*LIBRARY, *ENTRIES, *TESTS]
+               if path.stat().st_size and not ast.get_docstring(parse(path))]  # fmt: skip
+    assert without == []
+
+
+def test_every_public_class_of_the_library_says_what_it_is() -> None:
+    found = []
+    for path in LIBRARY:
+        for node in parse(path).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and not ast.get_docstring(node):
+                found.append(f"{place(path, node)} {node.name}")
+    assert found == []
+
+
+def test_no_module_is_called_by_a_name_that_says_nothing() -> None:
+    assert [path.relative_to(ROOT) for path in [*LIBRARY, *TESTS] if path.stem.removeprefix("test_") in NAMELESS] == []
+
+
+def test_nothing_is_caught_without_saying_what_except_where_a_rank_leaves_its_last_words() -> None:
+    """`launch.job` hands any error to whoever follows, and raises it again."""
+    found = []
+    for path in LIBRARY:
+        for handler in (node for node in ast.walk(parse(path)) if isinstance(node, ast.ExceptHandler)):
+            kind = handler.type
+            broad = kind is None or (isinstance(kind, ast.Name) and kind.id in ("Exception", "BaseException"))
+            raises_again = any(isinstance(node, ast.Raise) and node.exc is None for node in handler.body)
+            if broad and not raises_again:
+                found.append(place(path, handler))
+    assert found == []
+
+
+def test_nothing_is_drawn_from_the_generators_that_all_share() -> None:
+    """Every draw has its own seed; the global states are only seeded, saved and put back for the sake of others."""
+    pattern = re.compile(
+        r"\bnp\.random\.(?!default_rng|Generator|SeedSequence|get_state|set_state|seed)|"
+        r"(?<![\w.])random\.(random|randint|uniform|choice|choices|sample|shuffle|gauss)\("
+    )
+    found = [f"{path.relative_to(ROOT)}: {line.strip()}" for path in LIBRARY
+             for line in path.read_text(encoding="utf-8").splitlines() if pattern.search(line)]  # fmt: skip
+    assert found == []
+
+
+def test_no_work_is_left_as_a_note() -> None:
+    words = re.compile(r"#.*\b(TODO|FIXME|XXX|HACK)\b")
+    found = [f"{path.relative_to(ROOT)}: {line.strip()}" for path in [*LIBRARY, *ENTRIES]
+             for line in path.read_text(encoding="utf-8").splitlines() if words.search(line)]  # fmt: skip
+    assert found == []
+
+
+# ------------------------------------------------------------------------------------------- of the tests themselves
+
+
+def test_no_two_tests_of_a_file_have_one_name() -> None:
+    """The first would never run."""
+    for path in TESTS:
+        names = [node.name for node in parse(path).body if isinstance(node, Function)]
+        assert len(names) == len(set(names)), path.relative_to(ROOT)
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
+def test_every_test_can_fail(path: Path) -> None:
+    """It asserts something itself, or calls a function of its file that does."""
+    tree = parse(path)
+    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, Function)}
+
+    def checks(function: Function, seen: frozenset[str] = frozenset()) -> bool:
+        for node in ast.walk(function):
+            if isinstance(node, ast.Assert):
+                return True
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                if re.search(r"assert_|raises$|gradcheck|opcheck|\bfail$|\bcheck", name):
+                    return True
+                called = functions.get(name)
+                if called is not None and name not in seen and checks(called, seen | {name}):
+                    return True
+        return False
+
+    idle = [name for name, node in functions.items() if name.startswith("test_") and not checks(node)]
+    assert set(idle) <= FAIL_BY_RAISING
+
+
+def test_tests_use_real_parts() -> None:
+    found = [file.relative_to(ROOT) for file in TESTS
+             if any(name.startswith(("unittest.mock", "mock")) for name in imported_modules(parse(file)))]  # fmt: skip
+    assert found == []
