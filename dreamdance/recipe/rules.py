@@ -19,6 +19,7 @@ from dreamdance.recipe.yaml_text import Path, Problem
 
 AUTOENCODER_DOWNSCALE = 8
 DEFAULT_UNET_LEVELS = 4
+ASPECT_TOLERANCE = 0.03  # sizes are multiples of the autoencoder's factor, so that aspects agree only nearly
 
 
 def problems(recipe: Recipe, known_keys: Collection[str] = ()) -> list[Problem]:
@@ -36,6 +37,7 @@ def problems(recipe: Recipe, known_keys: Collection[str] = ()) -> list[Problem]:
             checks.append(lambda: _prepare(recipe))
         case AnimateRecipe():
             checks += [lambda: _windows(recipe.geometry, "geometry"), lambda: _windows(recipe.animation, "animation")]
+            checks.append(lambda: _aspects(recipe))
     return [problem for check in checks for problem in check()]
 
 
@@ -200,13 +202,21 @@ def _stage2(recipe: Stage2Recipe) -> Iterator[Problem]:
     controls, objective = recipe.model.controls, recipe.objective
     if not controls or len(set(controls)) != len(controls):
         yield _problem("model.controls", f"model.controls {controls} must name one control or more, each once")
-    width, head_width = recipe.model.controller_channels[-1:], recipe.model.controller_head_width
-    if not width or (recipe.model.geometry_attention and width[0] % head_width):
+    channels, head_width = recipe.model.controller_channels, recipe.model.controller_head_width
+    if len(channels) < 2:
         yield _problem(
             "model.controller_channels",
-            f"model.controller_channels {recipe.model.controller_channels} must end with a multiple of "
+            f"model.controller_channels {channels} must hold two widths or more, for a step down to the latents' size",
+        )
+    elif recipe.model.geometry_attention and channels[-1] % head_width:
+        yield _problem(
+            "model.controller_channels",
+            f"model.controller_channels {channels} must end with a multiple of "
             f"model.controller_head_width {head_width}, for the heads of its geometry attention",
         )
+    for name in ("frame_control_dropout", "modality_control_dropout"):
+        if getattr(objective, name) == 1.0:
+            yield _problem(f"objective.{name}", f"objective.{name} is 1, but must be below: no map would ever be left")
     total = objective.latents_dropout + objective.embedding_dropout + objective.both_dropout
     if total > 1.0:
         yield _problem(
@@ -221,6 +231,19 @@ def _windows(sampling: GeometrySampling | AnimationSampling, name: str) -> Itera
             f"{name}.window_overlap",
             f"{name}.window_overlap {sampling.window_overlap} must be below {name}.window_frames "
             f"{sampling.window_frames}, or windows never advance",
+        )
+
+
+def _aspects(recipe: AnimateRecipe) -> Iterator[Problem]:
+    """Both stages see the same cut of the pictures, so their sizes must have one aspect, or the person is squeezed."""
+    if recipe.geometry_from is None:
+        return
+    ratio = (recipe.geometry_width * recipe.height) / (recipe.geometry_height * recipe.width)
+    if abs(ratio - 1.0) > ASPECT_TOLERANCE:
+        yield _problem(
+            "geometry_width",
+            f"geometry_width x geometry_height {recipe.geometry_width}x{recipe.geometry_height} has another aspect "
+            f"than width x height {recipe.width}x{recipe.height}: stage 1 would see a squeezed person",
         )
 
 

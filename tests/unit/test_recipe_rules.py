@@ -113,6 +113,8 @@ def test_a_micro_batch_that_does_not_divide_names_those_that_do(tmp_path):
         (STAGE2, ["sampling.window_overlap=20"], "sampling.window_overlap 20 must be below"),
         (STAGE2, ["model.controls=[]"], "must name one control or more"),
         (STAGE2, ["model.controls=[pose, pose]"], "must name one control or more, each once"),
+        (STAGE2, ["model.controller_channels=[64]"], "must hold two widths or more"),
+        (STAGE2, ["objective.frame_control_dropout=1.0"], "objective.frame_control_dropout is 1, but must be below"),
         (STAGE2, ["objective.both_dropout=0.95"], "together they are at most 1"),
         (STAGE2, ["objective.geometry_width=31"], "objective.geometry_width 31 is no size that stage 1 can produce"),
         (PREPARE, [], "either a section dancers or a section videos; neither is given"),
@@ -121,6 +123,11 @@ def test_a_micro_batch_that_does_not_divide_names_those_that_do(tmp_path):
         (PREPARE, ["videos={folder: x, width: 8}"], "given together or not at all"),
         (ANIMATE, ["geometry.window_overlap=16"], "geometry.window_overlap 16 must be below geometry.window_frames"),
         (ANIMATE, ["animation.window_overlap=16"], "animation.window_overlap 16 must be below"),
+        (
+            ANIMATE,
+            ["geometry_from=one", "geometry_width=384"],
+            "geometry_width x geometry_height 384x384 has another aspect than",
+        ),
     ],
 )
 def test_a_broken_relation_is_found_and_names_the_key(tmp_path, text, words, message):
