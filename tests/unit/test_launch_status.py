@@ -1,0 +1,192 @@
+"""`status`: which runs there are, how far each is, and what became of its job."""
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from dreamdance.errors import UserError
+from dreamdance.launch.finished import mark_finished
+from dreamdance.launch.job import record_failure
+from dreamdance.launch.local_controller import status_file
+from dreamdance.launch.status import details, find_run, last_progress, table
+from dreamdance.recipe import dump_recipe, load_recipe
+from dreamdance.run_layout import RECIPE_FILE, ProgressLog, checkpoint_folder, export_folder, progress_file
+
+DEMO = Path(__file__).parents[2] / "recipes" / "demo"
+JOB_ID = "4194300"
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    return tmp_path / "runs"
+
+
+def make_run(runs: Path, recipe: str, name: str | None = None) -> Path:
+    """A run folder with its resolved recipe, as the launcher makes it."""
+    loaded = load_recipe(DEMO / f"{recipe}.yaml")
+    folder = runs / (name or loaded.name)
+    (folder / "logs").mkdir(parents=True)
+    (folder / RECIPE_FILE).write_text(dump_recipe(loaded))
+    return folder
+
+
+def submit(run: Path, **changes: object) -> None:
+    """Leaves what a submission to this machine leaves."""
+    job = {
+        "cluster": "local", "job_id": JOB_ID, "num_tasks": 2, "host": socket.gethostname(),
+        "submitted": time.time(), "launcher_pid": os.getpid(), "process_start": "1",
+    }  # fmt: skip
+    (run / "logs" / "job.json").write_text(json.dumps(job | changes))
+
+
+def end(run: Path, **changes: object) -> None:
+    """Leaves what the controller of a job leaves when it ends."""
+    ending = {"exit_code": 0, "first_failed_rank": None, "rank_exit_codes": [0, 0], "ended_by": None}
+    status_file(run, JOB_ID).write_text(json.dumps(ending | changes))
+
+
+def states(runs: Path) -> dict[str, str]:
+    """By run, what the table says behind its name."""
+    header, *lines = table(runs).splitlines()
+    assert header.split() == ["run", "task", "state", "progress"]
+    return {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
+
+
+# ------------------------------------------------------------------------------------------- finding runs
+
+
+def test_a_run_is_found_by_its_name_or_its_path(runs: Path, tmp_path: Path) -> None:
+    here, elsewhere = make_run(runs, "stage2"), make_run(tmp_path / "other", "prepare")
+    assert find_run("demo_stage2", runs) == here
+    assert find_run(str(elsewhere), runs) == elsewhere
+
+
+def test_a_run_that_is_not_there_is_named_with_those_that_are(runs: Path) -> None:
+    with pytest.raises(UserError, match=r"no run 'x' .*runs in .*: none$"):
+        find_run("x", runs)
+    make_run(runs, "stage2")
+    make_run(runs, "prepare")
+    (runs / "no_run").mkdir()
+    with pytest.raises(UserError, match=r"no run 'no_run' \(looked for .*recipe.yaml\).*: demo_prepare, demo_stage2$"):
+        find_run("no_run", runs)
+
+
+def test_without_runs_the_table_says_so(runs: Path) -> None:
+    assert table(runs) == f"no runs in {runs}"
+
+
+# ------------------------------------------------------------------------------------------- the table
+
+
+def test_every_state_of_a_run_has_its_word(runs: Path) -> None:
+    make_run(runs, "prepare", "fresh")
+    for name, ending in {
+        "crashed": {"exit_code": 1, "first_failed_rank": 1, "rank_exit_codes": [-15, 3]},
+        "ended": {},
+        "cancelled": {"exit_code": 1, "ended_by": "cancelled"},
+    }.items():
+        run = make_run(runs, "stage2", name)
+        submit(run)
+        end(run, **ending)
+    submit(make_run(runs, "stage2", "lost"))
+    submit(make_run(runs, "stage2", "away"), host="another")
+    found = states(runs)
+    assert found["fresh"] == "prepare not started"
+    assert found["crashed"] == "stage2 failed (local job 4194300: rank 1 ended with exit code 3)"
+    assert found["ended"] == "stage2 stopped", "a job that ended well before the last step has not finished the run"
+    assert found["cancelled"].startswith("stage2 cancelled (local job 4194300")
+    assert found["lost"].startswith("stage2 failed (local job 4194300: its process is gone")
+    assert found["away"].startswith("stage2 running (local job 4194300: on another")
+
+
+def test_a_finished_run_stays_finished_whatever_its_last_job_says(runs: Path) -> None:
+    run = make_run(runs, "stage2")
+    recipe = load_recipe(run / RECIPE_FILE)
+    export_folder(run, recipe.max_steps).mkdir(parents=True)
+    assert mark_finished(recipe, run)
+    submit(run)
+    end(run, exit_code=1, first_failed_rank=0, rank_exit_codes=[1, -15])
+    assert states(runs)["demo_stage2"] == "stage2 finished"
+
+
+def test_a_run_in_the_launchers_own_process_is_told_from_jobs(runs: Path) -> None:
+    run = make_run(runs, "prepare")
+    submit(run, cluster="debug", job_id="debug")
+    assert "prepare failed (in the launcher: its process is gone" in states(runs)["demo_prepare"]
+
+
+def test_a_run_of_another_version_spoils_neither_the_table_nor_the_others(runs: Path) -> None:
+    broken = make_run(runs, "stage2", "ancient")
+    (broken / RECIPE_FILE).write_text("task: stage2\nname: ancient\nlayers: 3\n")
+    make_run(runs, "prepare")
+    found = states(runs)
+    assert found["ancient"] == "? its recipe.yaml is not of this version"
+    assert found["demo_prepare"] == "prepare not started"
+
+
+def test_the_table_lines_up_and_shows_the_newest_progress(runs: Path) -> None:
+    log = ProgressLog(make_run(runs, "stage2", "a_run_with_a_long_name"))
+    log.write(done=1, total=9, unit="steps", loss=0.5)
+    log.write(done=4, total=9, unit="steps", loss=0.25, samples_per_second=2.0)
+    make_run(runs, "prepare")
+    header, first, second = table(runs).splitlines()
+    assert first.endswith("step 4/9  loss 0.2500  2.0 samples/s  eta 0s")
+    starts = [line.rindex(word) for line, word in ((header, "task"), (first, "stage2"), (second, "prepare"))]
+    assert len(set(starts)) == 1
+    assert not any(line.endswith(" ") for line in (header, first, second))
+
+
+# ------------------------------------------------------------------------------------------- progress
+
+
+def test_half_a_line_and_noise_are_skipped_for_the_newest_whole_one(runs: Path) -> None:
+    run = make_run(runs, "stage2")
+    assert last_progress(run) is None
+    ProgressLog(run).write(done=3, total=9, unit="steps")
+    with progress_file(run).open("a") as log:
+        log.write('[1, 2]\n"text"\n{"done": 4, "tot')
+    progress = last_progress(run)
+    assert progress is not None
+    assert progress["done"] == 3
+
+
+def test_only_the_end_of_a_long_log_is_read(runs: Path) -> None:
+    run = make_run(runs, "stage2")
+    with progress_file(run).open("wb") as log:
+        log.write(b'{"done": 1, "note": "' + b"x" * 300_000 + b'"}\n')
+        log.write(b'{"done": 2}\n')
+    assert last_progress(run) == {"done": 2}
+    progress_file(run).write_bytes(b"\xff" * 100_000)
+    assert last_progress(run) is None
+
+
+# ------------------------------------------------------------------------------------------- one run
+
+
+def test_details_name_the_newest_checkpoints_and_exports(runs: Path) -> None:
+    run = make_run(runs, "stage2")
+    assert details(run).splitlines()[0] == f"{run} (stage2): not started"
+    assert "checkpoints" not in details(run)
+    for step in range(100, 800, 100):
+        checkpoint_folder(run, step).mkdir(parents=True)
+    export_folder(run, 700).mkdir(parents=True)
+    lines = {line.split()[0]: line for line in details(run).splitlines()[1:]}
+    assert "step_00000200" not in lines["checkpoints"]
+    assert lines["checkpoints"].endswith("step_00000300, step_00000400, step_00000500, step_00000600, step_00000700")
+    assert lines["exports"].split() == ["exports", "step_00000700"]
+
+
+def test_details_of_a_failed_run_show_the_failing_ranks_own_words_and_its_log(runs: Path) -> None:
+    run = make_run(runs, "stage2")
+    submit(run)
+    record_failure(run, JOB_ID, 1, "shard 3 is damaged", user_error=True)
+    end(run, exit_code=1, first_failed_rank=1, rank_exit_codes=[-15, 1])
+    text = details(run)
+    assert "shard 3 is damaged" in text
+    assert f"log of rank 1: {run / 'logs' / '4194300_1_log.out'}" in text
+    end(run)
+    assert "damaged" not in details(run), "a job that ended well has nothing to explain"
