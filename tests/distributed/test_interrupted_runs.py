@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from dancer_shards import write_dancer_shards
 from rank_processes import StartedRanks, run_ranks
 from recipes_for_tests import tiny_stage1_recipe, tiny_stage2_recipe
 from training_scenarios import Recipe, Strike, prepare_and_inspect, run_recorded
@@ -23,13 +22,6 @@ pytestmark = pytest.mark.distributed
 WORLD_SIZE = 2
 MAX_STEPS = 12
 BATCH_SIZE = 4
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    write_dancer_shards(folder)
-    return folder
 
 
 def settings(shards: Path, **more: Any) -> dict[str, Any]:

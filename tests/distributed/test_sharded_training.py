@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from dancer_shards import write_dancer_shards
 from rank_processes import StartedRanks, run_ranks
 from recipes_for_tests import tiny_stage1_recipe, tiny_stage2_recipe
 from training_scenarios import Recipe, prepare_and_inspect, run_recorded
@@ -25,27 +24,11 @@ from dreamdance.training.sampling import draw_samples
 from dreamdance.training.schedule import learning_rate
 from dreamdance.training.trainability import set_trainable
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("one_thread")]
 
 BATCH_SIZE = 4
 ROUNDING = 2e-6
 """How much a sample's loss may differ, relative: 17 units of fp32's last place, after 20 steps."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in the rank processes; more threads would only wait for one another here."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    write_dancer_shards(folder)
-    return folder
 
 
 def settings(shards: Path, *, world_size: int, **more: Any) -> dict[str, Any]:

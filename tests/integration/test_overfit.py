@@ -15,16 +15,7 @@ from dreamdance.training.components import build_objective
 from dreamdance.training.sampling import draw_samples
 from dreamdance.training.trainability import Objective, set_modes, set_trainable
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The steps are small: more threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def one_clip(frames: list[int]) -> ClipBatch:

@@ -6,6 +6,8 @@ from diffusers import UNet2DConditionModel
 
 from dreamdance.models import GeometryUNetModel, PoseEncoderModel, ReferenceUNetModel
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BASE = {
     "sample_size": 8,
     "block_out_channels": (32, 64),
@@ -38,15 +40,6 @@ CONFIGS = {
 NUM_CLIPS, NUM_FRAMES, NUM_DOMAINS = 2, 2, 3
 BATCH = NUM_CLIPS * NUM_FRAMES * NUM_DOMAINS
 COUNTS = {"num_frames": NUM_FRAMES, "num_domains": NUM_DOMAINS}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Bit-identity holds for one order of summation."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_base(**overrides):

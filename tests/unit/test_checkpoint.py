@@ -5,13 +5,12 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from dancer_shards import write_dancer_shards
 from recipes_for_tests import tiny_stage1_recipe
 
 from dreamdance.errors import CheckpointError
@@ -27,24 +26,11 @@ from dreamdance.training.rank_state import generator_states, restore_generators
 from dreamdance.training.run import prepare, train
 from dreamdance.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODEL_FILE = "deepspeed/mp_rank_00_model_states.pt"
 OPTIMIZER_FILE = "deepspeed/zero_pp_rank_0_mp_rank_00_optim_states.pt"
 FILES = [MODEL_FILE, OPTIMIZER_FILE, "rank_00000.pt", "state.json"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    write_dancer_shards(folder)
-    return folder
 
 
 def make_recipe(shards: Path, **changes: object) -> Stage1Recipe:

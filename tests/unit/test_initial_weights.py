@@ -1,6 +1,5 @@
 """`init_from`: the averaged weights of another run, from its export or, by step, from its checkpoint."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,13 +17,7 @@ from dreamdance.training.initial_weights import load_initial_weights
 from dreamdance.training.run import train
 from dreamdance.training.trainability import Objective
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_recipe(shards: Path, train_what: str, **changes: object) -> Stage1Recipe:
