@@ -28,7 +28,8 @@ class Improvement:
         value: the result's.
         trivial: the best trivial answer's.
         answer: its name.
-        relative: share by which the result is better (negative: worse); decibels are compared by difference.
+        relative: share by which the result is better (negative: worse), NaN beside a perfect answer; decibels are
+            compared by difference.
     """
 
     value: float
@@ -62,7 +63,7 @@ class Table:
                 "value": entry.value,
                 "best_trivial": entry.trivial,
                 "best_trivial_answer": entry.answer,
-                "relative_improvement": entry.relative,
+                **_without_nan({"relative_improvement": entry.relative}),
             }
             for key, entry in self.improvements().items()
         }
@@ -146,8 +147,9 @@ def _improvements_as_markdown(improvements: Mapping[str, Improvement]) -> str:
         gain = abs(entry.value - entry.trivial) if "psnr" in key else abs(100 * entry.relative)
         difference = f"{gain:.{2 if 'psnr' in key else 1}f} {'dB' if 'psnr' in key else '%'}"
         direction = "better" if entry.relative >= 0 else "worse"
+        shown = NOT_MEASURED if gain != gain else f"{difference} {direction}"
         numbers = [_formatted(number, metric) for number in (entry.value, entry.trivial)]
-        lines.append([key, *numbers, entry.answer, f"{difference} {direction}"])
+        lines.append([key, *numbers, entry.answer, shown])
     return _markdown(["", RESULT_ROW, "best trivial answer", "which", "difference"], lines)
 
 

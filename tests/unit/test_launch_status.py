@@ -59,10 +59,12 @@ def states(runs: Path) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------- finding runs
 
 
-def test_a_run_is_found_by_its_name_or_its_path(runs: Path, tmp_path: Path) -> None:
+def test_a_run_is_found_by_its_name_or_its_path(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here, elsewhere = make_run(runs, "stage2"), make_run(tmp_path / "other", "prepare")
     assert find_run("demo_stage2", runs) == here
     assert find_run(str(elsewhere), runs) == elsewhere
+    monkeypatch.chdir(tmp_path)
+    assert find_run("other/demo_prepare", runs) == Path("other/demo_prepare")
 
 
 def test_a_run_that_is_not_there_is_named_with_those_that_are(runs: Path) -> None:
