@@ -25,9 +25,10 @@ step stage2 6m "Stage 2: pose, depth and normals animate the picture"
 step animate 1m "Animate held-out dancers"
 step evaluate 1m "Evaluate against the truth"
 
-first=$(ls -d "$runs"/demo_animate/results/*/ | sort | head -n 1)
+results=(results/demo/*/)
 printf '\nThe demo took %d minutes %d seconds. Look at:\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60))
-printf '  a dancer animated   %s\n' "${first}side_by_side.mp4"
+printf '  a dancer animated   %s\n' "${results[0]}side_by_side.mp4"
+printf '  its contact sheet   %s\n' "${results[0]}contact_sheet.png"
 printf '  all of them         %s\n' "$runs/demo_evaluate/overview.png"
 printf '  the table           %s\n' "$runs/demo_evaluate/table.md"
 printf '  the curves          .venv/bin/tensorboard --logdir %s\n' "$runs"

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
-pins=${PINS:-tools/pins.txt}
+pins=${PINS:-$(cat .venv/pins 2>/dev/null || echo tools/pins.txt)}  # the choice is remembered in .venv
 fail() { echo "setup: $*" >&2; exit 1; }
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "Python 3.11 or newer is needed, $("$python" --version) is here; name another one with PYTHON=..."
@@ -32,5 +32,6 @@ else
     pip install --no-deps -r "$pins"
     pip install --no-deps --no-build-isolation -e .
 fi
+echo "$pins" > .venv/pins
 echo "$wanted" > "$stamp"
 say "done"
