@@ -1,0 +1,124 @@
+"""What a short real run leaves behind for people: every promised number in TensorBoard, pictures, progress, recipe."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from rank_processes import run_ranks
+from recipes_for_tests import tiny_stage1_recipe, tiny_stage2_recipe
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training_scenarios import Recipe, run_recorded
+
+from dreamdance.recipe.schema import Stage1Recipe
+from dreamdance.run_layout import export_folder, newest_export, progress_file, step_name
+from dreamdance.training.schedule import learning_rate
+
+pytestmark = pytest.mark.distributed
+
+MAX_STEPS = 3
+SCALARS = {
+    "train/loss", "optim/lr", "optim/grad_norm", "perf/samples_per_second", "perf/step_seconds",
+    "perf/data_wait_share", "perf/memory_gib", "val/loss",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["stage1", "stage2"])
+def finished(request: pytest.FixtureRequest, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    """(recipe, run folder, TensorBoard) of a run of three steps in one process."""
+    changes = {
+        "data.train.local": str(shards / "train"),
+        "data.validation.local": str(shards / "validation"),
+        "data.num_workers": 0,
+        "max_steps": MAX_STEPS,
+        "batch_size": 2,
+        "micro_batch_size": 1,
+        "optimizer.warmup_steps": 2,
+        "validation.loss_every_steps": 2,
+        "validation.sample_every_steps": 2,
+        "validation.num_sample_clips": 1,
+        "validation.num_frames": 4,
+        "sampling.num_inference_steps": 1,
+        "logging.every_steps": 1,
+    }
+    recipe = tiny_stage1_recipe("temporal", changes) if request.param == "stage1" else tiny_stage2_recipe(changes)
+    run = tmp_path_factory.mktemp("runs") / request.param
+    run_ranks(run_recorded, 1, run / "output", recipe=recipe, run=run)
+    board = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0, "scalars": 0, "tensors": 0})
+    board.Reload()
+    return recipe, run, board
+
+
+def scalars(board: EventAccumulator, tag: str) -> dict[int, float]:
+    events = board.Scalars(tag)
+    assert len({event.step for event in events}) == len(events), f"{tag} has a step twice"
+    return {event.step: event.value for event in events}
+
+
+def test_every_promised_number_is_there_for_every_step(finished: tuple[Recipe, Path, EventAccumulator]) -> None:
+    recipe, _, board = finished
+    domains = ("rgb", "normal", "depth") if isinstance(recipe, Stage1Recipe) else ("rgb",)
+    of_domains = {f"{part}/loss_{domain}" for part in ("train", "val") for domain in domains}
+    assert set(board.Tags()["scalars"]) == SCALARS | of_domains
+    for tag in board.Tags()["scalars"]:
+        found = scalars(board, tag)
+        # Held-out losses every second step, and at the last one.
+        assert list(found) == ([2, 3] if tag.startswith("val/") else [1, 2, 3]), tag
+        assert all(math.isfinite(value) for value in found.values()), tag
+
+
+def test_numbers_mean_what_their_tags_say(finished: tuple[Recipe, Path, EventAccumulator]) -> None:
+    recipe, run, board = finished
+    rates = [learning_rate(recipe.optimizer, step, max_steps=MAX_STEPS) for step in range(MAX_STEPS)]
+    assert list(scalars(board, "optim/lr").values()) == pytest.approx(rates, rel=1e-6)
+    assert min(scalars(board, "optim/grad_norm").values()) > 0
+    assert all(0 <= share <= 1 for share in scalars(board, "perf/data_wait_share").values())
+    assert all(0.05 < memory < 64 for memory in scalars(board, "perf/memory_gib").values())
+    lines = [json.loads(line) for line in (run / "record_0.jsonl").read_text().splitlines()]
+    batches = [lines[start : start + recipe.batch_size] for start in range(0, len(lines), recipe.batch_size)]
+    means = [sum(line["loss"] for line in batch) / len(batch) for batch in batches]
+    assert list(scalars(board, "train/loss").values()) == pytest.approx(means, rel=1e-5)
+    if isinstance(recipe, Stage1Recipe):
+        for step, loss in scalars(board, "train/loss").items():
+            domains = [scalars(board, f"train/loss_{domain}")[step] for domain in ("rgb", "normal", "depth")]
+            assert min(domains) <= loss <= max(domains)
+
+
+def test_the_recipe_in_tensorboard_is_the_whole_recipe(finished: tuple[Recipe, Path, EventAccumulator]) -> None:
+    recipe, _, board = finished
+    (event,) = board.Tensors("recipe/text_summary")
+    text = event.tensor_proto.string_val[0].decode()
+    content = yaml.safe_load(text.removeprefix("```yaml\n").removesuffix("\n```"))
+    assert type(recipe).model_validate_json(json.dumps(content)) == recipe
+
+
+def test_samples_are_grids_and_videos_in_tensorboard_and_as_files(
+    finished: tuple[Recipe, Path, EventAccumulator],
+) -> None:
+    recipe, run, board = finished
+    names = ("normal", "depth", "rgb") if isinstance(recipe, Stage1Recipe) else ("rgb",)
+    assert set(board.Tags()["images"]) == {"samples/grid", *(f"samples/{name}" for name in names)}
+    for step in (2, 3):
+        with Image.open(run / "samples" / f"{step_name(step)}.png") as grid:
+            assert grid.width > 300
+        for name in names:
+            with Image.open(run / "samples" / f"{step_name(step)}_{name}.gif") as video:
+                assert video.is_animated
+                assert video.size == (recipe.data.width, recipe.data.height)
+    assert [event.step for event in board.Images("samples/grid")] == [2, 3]
+
+
+def test_progress_ends_at_the_last_step_with_the_name_of_the_export(
+    finished: tuple[Recipe, Path, EventAccumulator],
+) -> None:
+    _, run, _ = finished
+    lines = [json.loads(line) for line in progress_file(run).read_text().splitlines()]
+    assert [line["done"] for line in lines if "loss" in line] == [1, 2, 3]
+    assert all(line["total"] == MAX_STEPS and line["unit"] == "steps" for line in lines)
+    messages = [line["message"] for line in lines if "message" in line]
+    assert "starting at step 0" in messages[0]
+    assert messages[-1] == f"finished at step 3; exported to {export_folder(run, MAX_STEPS)}"
+    assert newest_export(run) == export_folder(run, MAX_STEPS)
+    assert (newest_export(run) / "model_index.json").is_file()
