@@ -1,6 +1,5 @@
 """Loads what an entry of a manifest names: the reference picture and the pose drawings, hashed and cut to size."""
 
-import hashlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from dreamdance.atomic_files import hash_file
 from dreamdance.data.cropping import centred_crop
 from dreamdance.data.keypoints import KeypointSequence, read_keypoint_file
 from dreamdance.data.pose_drawing import draw_pose
@@ -57,20 +57,10 @@ def hash_files(entry: ManifestEntry) -> dict[str, str]:
     Raises:
         EntryError: a file is missing or cannot be read.
     """
-    return {name: hash_file(path) for name, path in entry.files.items()}
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file.
-
-    Raises:
-        EntryError: it is missing or cannot be read.
-    """
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return {name: hash_file(path) for name, path in entry.files.items()}
     except OSError as error:
-        raise EntryError(f"{path} cannot be read: {error.strerror}") from error
+        raise EntryError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
 def load_inputs(entry: ManifestEntry, *, aspect: Size, pose_sizes: set[Size]) -> EntryInputs:

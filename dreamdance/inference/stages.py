@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from dreamdance.atomic_files import hash_file
 from dreamdance.errors import CheckpointError, MissingInputError, RecipeError
-from dreamdance.inference.inputs import hash_file
 from dreamdance.models.autoencoding import downscale_factor
 from dreamdance.pipelines import AnimationPipeline, GeometryPipeline
 from dreamdance.recipe.schema import AnimateRecipe

@@ -5,6 +5,7 @@ import json
 import time
 from pathlib import Path
 
+from dreamdance.atomic_files import write_atomically
 from dreamdance.recipe import AnimateRecipe, EvaluateRecipe, PrepareRecipe, Recipe, TrainingRecipe
 from dreamdance.run_layout import FINISHED_FILE, export_folder, step_folders
 
@@ -14,9 +15,7 @@ def mark_finished(recipe: Recipe, run_folder: Path) -> bool:
     if isinstance(recipe, TrainingRecipe) and not export_folder(run_folder, recipe.max_steps).is_dir():
         return False
     record = {"time": time.time(), "inputs": _inputs_digest(recipe, run_folder.parent)}
-    partial = run_folder / f"{FINISHED_FILE}.partial"
-    partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    partial.rename(run_folder / FINISHED_FILE)
+    write_atomically(run_folder / FINISHED_FILE, json.dumps(record) + "\n")
     return True
 
 

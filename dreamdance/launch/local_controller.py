@@ -15,6 +15,7 @@ from typing import Any
 
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE, Controller, LocalJobEnvironment
 
+from dreamdance.atomic_files import write_atomically
 from dreamdance.launch.job import failure_file, free_port
 
 GRACE_SECONDS = 5.0
@@ -98,10 +99,7 @@ class LocalController(Controller):
             "ended_by": self.ended_by,
             "time": time.time(),
         }
-        path = status_file(self.run_folder, self.pid)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(status), encoding="utf-8")
-        partial.rename(path)
+        write_atomically(status_file(self.run_folder, self.pid), json.dumps(status))
 
 
 def _kill_group_members() -> None:

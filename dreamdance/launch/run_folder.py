@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dreamdance.atomic_files import hash_file, write_atomically
 from dreamdance.errors import UserError
 from dreamdance.recipe import Recipe, TrainingRecipe, dump_recipe, load_recipe
 from dreamdance.recipe.parse import flatten
@@ -67,8 +68,8 @@ def lay(recipe: Recipe, run_folder: Path, argv: Sequence[str]) -> None:
     starts = json.loads(provenance.read_text(encoding="utf-8"))["starts"] if provenance.is_file() else []
     known = starts[-1]["base_weights"] if starts else {}
     starts.append(_this_start(recipe, argv, known))
-    _write_whole(provenance, json.dumps({"starts": starts}, indent=2) + "\n")
-    _write_whole(stored, dump_recipe(recipe))
+    write_atomically(provenance, json.dumps({"starts": starts}, indent=2) + "\n")
+    write_atomically(stored, dump_recipe(recipe))
 
 
 def refuse_different(recipe: Recipe, run_folder: Path) -> None:
@@ -164,7 +165,7 @@ def _base_weights(recipe: Recipe, known: dict[str, Any]) -> dict[str, Any]:
             state = file.stat()
             before = known.get(str(file), {})
             same = before.get("size") == state.st_size and before.get("mtime_ns") == state.st_mtime_ns
-            digest = before["sha256"] if same else _sha256(file)
+            digest = before["sha256"] if same else hash_file(file)
             found[str(file)] = {"size": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": digest}
     return found
 
@@ -174,15 +175,3 @@ def weight_sources(recipe: Recipe) -> dict[str, Any]:
     model = getattr(recipe, "model", None)
     sections = {f"model.{name}": getattr(model, name, None) for name in ("unet", "autoencoder", "image_encoder")}
     return {name: section for name, section in sections.items() if section is not None and section.path is not None}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Never leaves half a file: a launcher may be killed here as well."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)

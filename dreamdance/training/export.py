@@ -9,12 +9,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from dreamdance.atomic_files import sync_folder
 from dreamdance.ranks import Ranks
 from dreamdance.run_layout import export_folder
 from dreamdance.training.distributed import from_main
 from dreamdance.training.ema import ShardedEma
 from dreamdance.training.engine import Engine
-from dreamdance.training.manifest import sync_folder
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,6 @@
 Pure file work: knows nothing of tensors, ranks or what the files hold.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -11,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from dreamdance.atomic_files import hash_file, sync_folder, write_atomically
 from dreamdance.errors import CheckpointError
 from dreamdance.run_layout import COMPLETE_FILE
 
@@ -44,8 +44,7 @@ def record_file(path: Path, folder: Path) -> FileRecord:
     """Brings a written file safely to disk and hashes what lies there."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileRecord(path.relative_to(folder).as_posix(), path.stat().st_size, digest)
+    return FileRecord(path.relative_to(folder).as_posix(), path.stat().st_size, hash_file(path))
 
 
 def complete(folder: Path, manifest: Manifest) -> None:
@@ -54,26 +53,6 @@ def complete(folder: Path, manifest: Manifest) -> None:
         sync_folder(parent)
     write_atomically(folder / COMPLETE_FILE, json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1))
     sync_folder(folder.parent)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a small text file so that a reader, or a crash, sees all of it or nothing."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable, not only the files' contents."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -109,8 +88,6 @@ def damage(folder: Path, records: Iterable[FileRecord]) -> list[str]:
             problems.append(f"{folder.name}/{record.path} is missing")
         elif (size := path.stat().st_size) != record.bytes:
             problems.append(f"{folder.name}/{record.path} has {size:,} bytes instead of {record.bytes:,}")
-        else:
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
-                    problems.append(f"{folder.name}/{record.path} differs from what was saved (sha256)")
+        elif hash_file(path) != record.sha256:
+            problems.append(f"{folder.name}/{record.path} differs from what was saved (sha256)")
     return problems

@@ -1,0 +1,35 @@
+"""Files appear whole or not at all, and are told apart by what lies in them."""
+
+import hashlib
+
+import pytest
+
+from dreamdance.atomic_files import hash_file, write_atomically
+
+
+def test_a_file_is_replaced_by_all_of_the_new_text_and_nothing_is_left_beside_it(tmp_path):
+    path = tmp_path / "record.json"
+    write_atomically(path, "old and longer\n")
+    write_atomically(path, "new ä\n")
+    assert path.read_text(encoding="utf-8") == "new ä\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "record.json"
+    write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "half of it, then what no file can hold: \ud800")
+    assert path.read_text(encoding="utf-8") == "old"
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 18) + 1])
+def test_the_hash_is_that_of_the_whole_content(tmp_path, size):
+    content = bytes(number % 251 for number in range(size))
+    (tmp_path / "data").write_bytes(content)
+    assert hash_file(tmp_path / "data") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_file_that_is_not_there_is_not_hashed(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        hash_file(tmp_path / "nothing")
