@@ -1,0 +1,160 @@
+"""What an entry of a manifest becomes: upright, cut to the result's aspect, drawn and resized from the original."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dreamdance.data.keypoints import NUM_KEYPOINTS, KeypointSequence, write_keypoint_file
+from dreamdance.data.pose_drawing import draw_pose
+from dreamdance.data.video_io import write_video
+from dreamdance.inference import inputs
+from dreamdance.inference.inputs import EntryError, Size, hash_files, load_inputs
+from dreamdance.inference.manifest import ManifestEntry
+
+SQUARE = Size(16, 16)
+ORIENTATION = 0x0112
+
+
+def sequence(num_frames: int = 3, *, width: int = 40, height: int = 60, fps: float = 7.5) -> KeypointSequence:
+    points = np.random.default_rng(0).uniform(0.2, 0.8, (num_frames, NUM_KEYPOINTS, 3)).astype(np.float32)
+    points[..., 2] = 1.0
+    return KeypointSequence(points.round(6), width, height, fps)
+
+
+@pytest.fixture
+def entry(tmp_path: Path) -> ManifestEntry:
+    """A reference of 40x60 pixels, upper half red, and key points of three frames of that size."""
+    picture = np.zeros((60, 40, 3), dtype=np.uint8)
+    picture[:30, :, 0] = 255
+    Image.fromarray(picture).save(tmp_path / "reference.png")
+    write_keypoint_file(tmp_path / "keypoints.json", sequence())
+    return ManifestEntry(id="a", image=tmp_path / "reference.png", keypoints=tmp_path / "keypoints.json")
+
+
+def changed(entry: ManifestEntry, **changes: object) -> ManifestEntry:
+    return ManifestEntry(**{**entry.__dict__, **changes})
+
+
+# ------------------------------------------------------------------------------------------- pictures
+
+
+def test_margins_go_evenly_and_only_the_proportion_of_the_aspect_counts(entry: ManifestEntry) -> None:
+    for aspect in (SQUARE, Size(1000, 1000)):
+        loaded = load_inputs(entry, aspect=aspect, pose_sizes=set())
+        assert loaded.reference.shape == (3, 40, 40)
+        assert (loaded.reference[0, :20] == 1).all()  # ten rows went above, ten below
+        assert (loaded.reference[0, 20:] == 0).all()
+    assert load_inputs(entry, aspect=Size(2, 3), pose_sizes=set()).reference.shape == (3, 60, 40)
+    assert load_inputs(entry, aspect=Size(1, 3), pose_sizes=set()).reference.shape == (3, 60, 20)
+
+
+def test_a_photograph_that_was_taken_sideways_stands_upright(entry: ManifestEntry, tmp_path: Path) -> None:
+    with Image.open(entry.image) as upright:
+        tags = Image.Exif()
+        tags[ORIENTATION] = 6  # to be turned by 90 degrees clockwise to be seen
+        upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "sideways.png", exif=tags)
+    straight = load_inputs(entry, aspect=Size(2, 3), pose_sizes=set()).reference
+    turned = load_inputs(changed(entry, image=tmp_path / "sideways.png"), aspect=Size(2, 3), pose_sizes=set()).reference
+    assert torch.equal(turned, straight)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_references_of_any_mode_have_three_channels(entry: ManifestEntry, tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("other.jpg" if mode == "CMYK" else "other.png")
+    Image.new("RGB", (40, 60), (255, 255, 255)).convert(mode).save(path)
+    reference = load_inputs(changed(entry, image=path), aspect=Size(2, 3), pose_sizes=set()).reference
+    assert reference.shape == (3, 60, 40)
+    assert reference.min() > 0.98
+
+
+def test_pictures_that_cannot_be_read_or_are_too_large_are_named(
+    entry: ManifestEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.png"
+    text.write_text("no picture")
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(entry.image.read_bytes()[:-30])
+    for path in (text, cut, tmp_path / "nothing.png"):
+        with pytest.raises(EntryError, match=rf"{path.name} is no picture that can be read"):
+            load_inputs(changed(entry, image=path), aspect=SQUARE, pose_sizes=set())
+    monkeypatch.setattr(inputs, "MAX_PICTURE_PIXELS", 2399)
+    with pytest.raises(EntryError, match=r"reference\.png is 40x60: pictures of up to 2399 pixels are accepted"):
+        load_inputs(entry, aspect=SQUARE, pose_sizes=set())
+
+
+# ------------------------------------------------------------------------------------------- poses
+
+
+def test_key_points_are_drawn_at_their_own_size_then_cut_and_resized_for_each_stage(entry: ManifestEntry) -> None:
+    whole, half = Size(40, 60), Size(20, 30)
+    loaded = load_inputs(entry, aspect=whole, pose_sizes={whole, half})
+    assert loaded.fps == 7.5
+    assert set(loaded.poses) == {whole, half}
+    assert loaded.poses[half].shape == (3, 3, 30, 20)
+    for frame, points in zip(loaded.poses[whole], sequence().keypoints, strict=True):
+        drawing = torch.from_numpy(draw_pose(points, width=40, height=60)).permute(2, 0, 1) / 255
+        torch.testing.assert_close(frame, drawing, rtol=0, atol=1e-6)
+    # Halved with antialiasing: about the mean of each block of four pixels.
+    blocks = loaded.poses[whole].unfold(2, 2, 2).unfold(3, 2, 2).mean(dim=(-1, -2))
+    assert (loaded.poses[half] - blocks).abs().mean() < 0.02
+    square = load_inputs(entry, aspect=SQUARE, pose_sizes={Size(40, 40)}).poses[Size(40, 40)]
+    torch.testing.assert_close(square, loaded.poses[whole][:, :, 10:50], rtol=0, atol=1e-6)
+
+
+def test_an_entrys_own_frame_rate_beats_the_sequences(entry: ManifestEntry) -> None:
+    assert load_inputs(changed(entry, fps=30.0), aspect=SQUARE, pose_sizes={SQUARE}).fps == 30.0
+
+
+def test_a_pose_video_gives_its_frames_and_its_rate(entry: ManifestEntry, tmp_path: Path) -> None:
+    shades = [40, 120, 200]
+    write_video(tmp_path / "pose.mp4", [np.full((64, 64, 3), shade, np.uint8) for shade in shades], fps=10.0)
+    loaded = load_inputs(changed(entry, keypoints=None, pose=tmp_path / "pose.mp4"), aspect=SQUARE, pose_sizes={SQUARE})
+    assert loaded.fps == pytest.approx(10.0)
+    means = loaded.poses[SQUARE].mean(dim=(1, 2, 3)) * 255
+    assert means.tolist() == pytest.approx(shades, abs=6)  # what the codec changes
+
+
+def test_too_long_videos_and_too_large_drawings_are_refused_before_they_fill_the_memory(
+    entry: ManifestEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_video(tmp_path / "pose.mp4", [np.zeros((64, 64, 3), np.uint8)] * 3, fps=10.0)
+    monkeypatch.setattr(inputs, "MAX_FRAMES", 2)
+    with pytest.raises(EntryError, match=r"pose\.mp4 has 3 frames; up to 2 are accepted"):
+        load_inputs(changed(entry, keypoints=None, pose=tmp_path / "pose.mp4"), aspect=SQUARE, pose_sizes={SQUARE})
+    monkeypatch.setattr(inputs, "MAX_PICTURE_PIXELS", 2400)
+    write_keypoint_file(tmp_path / "large.json", sequence(width=41))
+    with pytest.raises(EntryError, match=r"large\.json: frames of 41x60 are larger than 2400"):
+        load_inputs(changed(entry, keypoints=tmp_path / "large.json"), aspect=SQUARE, pose_sizes={SQUARE})
+
+
+def test_aligned_key_points_are_drawn_in_the_references_frame(entry: ManifestEntry, tmp_path: Path) -> None:
+    """The same person twice as large in a frame twice as large: aligned, the drawings are the reference's own."""
+    body, size = sequence(num_frames=1), Size(80, 120)
+    doubled = KeypointSequence(body.keypoints, size.width, size.height, body.fps)
+    write_keypoint_file(tmp_path / "body.json", doubled)
+    write_keypoint_file(tmp_path / "keypoints.json", body)
+    asked = changed(entry, align=True, reference_keypoints=tmp_path / "body.json")
+    aligned = load_inputs(asked, aspect=size, pose_sizes={size}).poses[size]
+    drawing = torch.from_numpy(draw_pose(body.keypoints[0], width=80, height=120)).permute(2, 0, 1) / 255
+    assert (aligned[0] - drawing).abs().mean() < 2e-3
+    unasked = load_inputs(changed(asked, align=False), aspect=size, pose_sizes={size}).poses[size]
+    assert (unasked[0] - drawing).abs().mean() > 1e-2, "enlarged lines, not lines drawn at the larger size"
+
+
+# ------------------------------------------------------------------------------------------- hashes
+
+
+def test_hashes_name_every_file_that_counts_and_change_with_its_content(entry: ManifestEntry, tmp_path: Path) -> None:
+    first = hash_files(entry)
+    assert set(first) == {"image", "keypoints"}
+    assert len(first["image"]) == 64
+    entry.image.write_bytes(entry.image.read_bytes() + b"\0")
+    second = hash_files(entry)
+    assert second["image"] != first["image"]
+    assert second["keypoints"] == first["keypoints"]
+    missing = changed(entry, image=tmp_path / "nothing")
+    with pytest.raises(EntryError, match="nothing cannot be read: No such file or directory"):
+        hash_files(missing)

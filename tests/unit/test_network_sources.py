@@ -1,0 +1,124 @@
+"""Where networks come from: one source or a refusal that names the recipe's key, safetensors only, shapes on meta."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, UNet2DConditionModel
+from recipes_for_tests import tiny_unet_config
+from safetensors.torch import save_file
+
+from dreamdance.errors import MissingInputError, RecipeError
+from dreamdance.models import PatchAutoencoder
+from dreamdance.models.base_configs import STABLE_DIFFUSION_1_5_UNET
+from dreamdance.models.image_embedding import ImageEmbeddingStandIn
+from dreamdance.recipe.schema import AutoencoderSource, ImageEncoderSource, NetworkSource
+from dreamdance.training.network_sources import open_autoencoder, open_image_encoder, open_unet, read_weights
+
+
+def open_tiny(source: NetworkSource, *, device: str = "cpu") -> UNet2DConditionModel:
+    return open_unet(source, UNet2DConditionModel, published=STABLE_DIFFUSION_1_5_UNET, device=device)
+
+
+def test_a_source_that_names_nothing_is_refused_with_both_ways_to_name_something() -> None:
+    with pytest.raises(RecipeError, match=r"model.unet names no network; give model.unet.path .* or model.unet.config"):
+        open_tiny(NetworkSource())
+    with pytest.raises(RecipeError, match=r"model.autoencoder names no network; .* model.autoencoder.patch_size"):
+        open_autoencoder(AutoencoderSource(), temporal=False, device="cpu")
+    with pytest.raises(RecipeError, match=r"model.image_encoder names no network; .*stand_in_width"):
+        open_image_encoder(ImageEncoderSource(), huge=False, device="cpu")
+
+
+def test_small_networks_come_from_a_few_numbers() -> None:
+    assert open_tiny(NetworkSource(config=tiny_unet_config())).config.in_channels == tiny_unet_config()["in_channels"]
+    autoencoder = open_autoencoder(AutoencoderSource(patch_size=4), temporal=True, device="cpu")
+    encoder = open_image_encoder(ImageEncoderSource(stand_in_width=12), huge=True, device="cpu")
+    assert isinstance(autoencoder, PatchAutoencoder)
+    assert isinstance(encoder, ImageEmbeddingStandIn)
+    assert not autoencoder.training
+    assert not encoder.training
+
+
+def test_a_saved_network_comes_back_with_its_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    saved = UNet2DConditionModel(**tiny_unet_config())
+    saved.save_pretrained(tmp_path / "model" / "unet")
+    loaded = open_tiny(NetworkSource(path=str(tmp_path / "model"), subfolder="unet"))
+    weights = loaded.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in saved.state_dict().items())
+
+
+def test_a_home_folder_may_be_written_as_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    UNet2DConditionModel(**tiny_unet_config()).save_pretrained(tmp_path / "unet")
+    assert open_tiny(NetworkSource(path="~/unet")).config.in_channels == tiny_unet_config()["in_channels"]
+
+
+@pytest.mark.parametrize("left", ["nothing", "config", "weights", "pickle"])
+def test_an_incomplete_folder_says_what_it_lacks_where_and_what_to_do(tmp_path: Path, left: str) -> None:
+    folder = tmp_path / "unet"
+    folder.mkdir()
+    if left != "nothing":
+        UNet2DConditionModel(**tiny_unet_config()).save_pretrained(folder, safe_serialization=left != "pickle")
+    if left == "config":
+        (folder / "diffusion_pytorch_model.safetensors").unlink()
+    if left == "weights":
+        (folder / "config.json").unlink()
+    lacks = "there is no config.json" if left in ("nothing", "weights") else "there are no safetensors"
+    with pytest.raises(MissingInputError, match=rf"model.unet.path: no network in '{folder}': {lacks}") as refused:
+        open_tiny(NetworkSource(path=str(folder)))
+    assert "set model.unet.path and model.unet.subfolder" in str(refused.value)
+    assert "recipes/demo, which needs none" in str(refused.value)
+
+
+def test_on_meta_the_folders_own_shape_beats_the_published_one(tmp_path: Path) -> None:
+    folder = tmp_path / "unet"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel", **tiny_unet_config()}))
+    with torch.device("meta"):
+        own = open_tiny(NetworkSource(path=str(folder)), device="meta")
+        published = open_tiny(NetworkSource(path=str(tmp_path / "absent")), device="meta")
+    assert own.config.block_out_channels == tiny_unet_config()["block_out_channels"]
+    assert sum(parameter.numel() for parameter in published.parameters()) == pytest.approx(859.5e6, rel=1e-3)
+    assert {parameter.device.type for parameter in published.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("huge", "width", "millions"), [(False, 768, 304.0), (True, 1024, 632.1)]
+)  # ViT-L/14 and ViT-H/14, vision towers with their projections
+def test_absent_image_encoders_have_the_published_ones_size(
+    tmp_path: Path, huge: bool, width: int, millions: float
+) -> None:
+    with torch.device("meta"):
+        encoder = open_image_encoder(ImageEncoderSource(path=str(tmp_path)), huge=huge, device="meta")
+    assert encoder.config.projection_dim == width
+    assert sum(parameter.numel() for parameter in encoder.parameters()) / 1e6 == pytest.approx(millions, rel=2e-3)
+
+
+def test_absent_autoencoders_are_of_the_stages_own_kind(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        image, video = (
+            open_autoencoder(AutoencoderSource(path=str(tmp_path)), temporal=temporal, device="meta")
+            for temporal in (False, True)
+        )
+    assert type(image) is AutoencoderKL
+    assert type(video) is AutoencoderKLTemporalDecoder
+    for autoencoder, millions in ((image, 83.65), (video, 97.7)):
+        assert autoencoder.config.scaling_factor == 0.18215
+        count = sum(parameter.numel() for parameter in autoencoder.parameters()) / 1e6
+        assert count == pytest.approx(millions, rel=5e-3)
+
+
+def test_weights_may_lie_in_several_files(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"b": torch.ones(3)}, tmp_path / "model-00002-of-00002.safetensors")
+    weights = read_weights(tmp_path, key="init_from")
+    assert {name: len(value) for name, value in weights.items()} == {"a": 2, "b": 3}
+    with pytest.raises(MissingInputError, match=r"^init_from: no safetensors in '.*absent'$"):
+        read_weights(tmp_path / "absent", key="init_from")
+
+
+def test_arguments_that_a_network_refuses_are_the_recipes_problem() -> None:
+    with pytest.raises(RecipeError, match=r"model.unet.config is refused by UNet2DConditionModel: .*down_block_types"):
+        open_tiny(NetworkSource(config={**tiny_unet_config(), "down_block_types": ["DownBlock2D"]}))
