@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from dreamdance.errors import MissingInputError
+from dreamdance.recipe.yaml_text import read_yaml
 
 RECIPE_FILE = "recipe.yaml"
 PROVENANCE_FILE = "provenance.json"
 COMPLETE_FILE = "COMPLETE"
 FINISHED_FILE = "FINISHED"
+EXPORT_INDEX_FILE = "model_index.json"
 
 
 def step_name(step: int) -> str:
@@ -51,6 +53,24 @@ def newest_export(run: Path) -> Path:
         state = "has no export yet" if run.is_dir() else "does not exist"
         raise MissingInputError(f"run '{run.name}' {state} (looked in {run / 'exports'}); train it first")
     return exports[-1]
+
+
+def final_export(run: Path) -> Path | None:
+    """The export of the last step that a run's own recipe asks for; None while the run is unfinished.
+
+    A run that finished once and was started again with a raised `max_steps` still has its marker and its older export.
+    """
+    if not (run / FINISHED_FILE).is_file() or not (run / RECIPE_FILE).is_file():
+        return None
+    values = read_yaml((run / RECIPE_FILE).read_text(encoding="utf-8")).value
+    max_steps = values.get("max_steps") if isinstance(values, dict) else None
+    export = export_folder(run, max_steps) if isinstance(max_steps, int) else None
+    return export if export is not None and export.is_dir() else None
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is itself an export, and not a run that has some."""
+    return (folder / EXPORT_INDEX_FILE).is_file()
 
 
 class ProgressLog:

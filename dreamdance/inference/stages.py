@@ -14,11 +14,10 @@ from dreamdance.errors import CheckpointError, MissingInputError, RecipeError
 from dreamdance.models.autoencoding import downscale_factor
 from dreamdance.pipelines import AnimationPipeline, GeometryPipeline
 from dreamdance.recipe.schema import AnimateRecipe
-from dreamdance.run_layout import newest_export
+from dreamdance.run_layout import EXPORT_INDEX_FILE, is_export, newest_export
 
 logger = logging.getLogger(__name__)
 
-INDEX_FILE = "model_index.json"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -76,15 +75,17 @@ def find_export(
         RecipeError: it is the export of another stage.
     """
     folder = Path(name)
-    if not (folder / INDEX_FILE).is_file():
+    if not is_export(folder):
         try:
             folder = newest_export(run_folder.parent / name)
         except MissingInputError as error:
             raise MissingInputError(f"{key}: {error}") from error
     try:
-        found = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["_class_name"]
+        found = json.loads((folder / EXPORT_INDEX_FILE).read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{key}: {folder / INDEX_FILE} is damaged ({error!r}); export that run again") from error
+        raise CheckpointError(
+            f"{key}: {folder / EXPORT_INDEX_FILE} is damaged ({error!r}); export that run again"
+        ) from error
     if found != pipeline_class.__name__:
         raise RecipeError(f"{key}: {folder} is an export of {found}, but {pipeline_class.__name__} is wanted here")
     return folder

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dreamdance.atomic_files import write_atomically
 from dreamdance.recipe import AnimateRecipe, EvaluateRecipe, PrepareRecipe, Recipe, TrainingRecipe
-from dreamdance.run_layout import FINISHED_FILE, export_folder, step_folders
+from dreamdance.run_layout import EXPORT_INDEX_FILE, FINISHED_FILE, export_folder, is_export, step_folders
 
 
 def mark_finished(recipe: Recipe, run_folder: Path) -> bool:
@@ -38,13 +38,20 @@ def _inputs_digest(recipe: Recipe, runs: Path) -> str:
         manifest = Path(recipe.manifest)
         parts.append(manifest.read_text(encoding="utf-8") if manifest.is_file() else "")
         for name in (recipe.geometry_from, recipe.animation_from):
-            parts += [str(folder) for folder in step_folders(runs / name / "exports")[-1:]] if name else []
+            parts += _weights(name, runs) if name else []
     elif isinstance(recipe, EvaluateRecipe):
         parts += _listing(Path(recipe.results), "*/result.json")
         parts += _listing(Path(recipe.truth.local), "index.json")
     elif isinstance(recipe, PrepareRecipe) and recipe.videos is not None:
         parts += _listing(Path(recipe.videos.folder), "*.mp4")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _weights(name: str, runs: Path) -> list[str]:
+    """Of a trained stage: a run's newest export is told by its name, an export given as a folder by its index file."""
+    if is_export(Path(name)):
+        return [name, *_listing(Path(name), EXPORT_INDEX_FILE)]
+    return [str(folder) for folder in step_folders(runs / name / "exports")[-1:]]
 
 
 def _listing(folder: Path, pattern: str) -> list[str]:

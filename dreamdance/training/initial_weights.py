@@ -8,7 +8,7 @@ import torch
 from dreamdance.errors import MissingInputError, RecipeError
 from dreamdance.recipe import load_recipe
 from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
-from dreamdance.run_layout import FINISHED_FILE, RECIPE_FILE, checkpoint_folder, export_folder, newest_export
+from dreamdance.run_layout import RECIPE_FILE, checkpoint_folder, export_folder, final_export
 from dreamdance.training.checkpoint import read_average
 from dreamdance.training.components import load_networks
 from dreamdance.training.trainability import Objective
@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 def load_initial_weights(objective: Objective, recipe: Stage1Recipe | Stage2Recipe, runs: Path) -> None:
     """Loads the averaged weights that `recipe.init_from` names; does nothing where it names none.
 
-    A finished run's come from its newest export. With `init_step`, that step's export, else its checkpoint: there only
-    trained weights lie, so those that were frozen then are fetched from where that run had them.
+    A finished run's come from the export of its last step. With `init_step`, that step's export, else its checkpoint:
+    there only trained weights lie, so those that were frozen then are fetched from where that run had them.
 
     Args:
         objective: changed in place; module weights only, no optimizer state.
@@ -35,13 +35,14 @@ def load_initial_weights(objective: Objective, recipe: Stage1Recipe | Stage2Reci
         return
     run = runs / recipe.init_from
     if recipe.init_step is None:
-        export = newest_export(run)
-        if not (run / FINISHED_FILE).is_file():
+        final = final_export(run)
+        if final is None:
+            state = "is not finished" if run.is_dir() else f"does not exist (looked in {run})"
             raise MissingInputError(
-                f"init_from: run '{run.name}' is not finished; wait for it, or give init_step to start from one of its "
+                f"init_from: run '{run.name}' {state}; train it to the end, or give init_step to start from one of its "
                 f"checkpoints (in {run / 'checkpoints'})"
             )
-        load_networks(objective, export)
+        load_networks(objective, final)
         return
     export = export_folder(run, recipe.init_step)
     if export.is_dir():

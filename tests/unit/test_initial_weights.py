@@ -88,6 +88,18 @@ def test_an_unfinished_run_is_refused_unless_a_step_is_named(runs):
         marker.write_text("{}")
 
 
+def test_a_run_that_goes_on_to_more_steps_than_it_had_finished_is_refused(runs):
+    stored = runs / "first" / RECIPE_FILE
+    before = stored.read_text()
+    stored.write_text(before.replace("max_steps: 2\n", "max_steps: 3\n"))
+    try:
+        recipe = make_recipe(runs / "shards", "geometry", init_from="first")
+        with pytest.raises(MissingInputError, match="'first' is not finished"):
+            initialised(recipe, runs)
+    finally:
+        stored.write_text(before)
+
+
 def test_a_named_step_takes_its_checkpoint_and_what_was_frozen_then_from_the_run_before(runs):
     recipe = make_recipe(runs / "shards", "temporal", init_from="second", init_step=1)
     parameters = dict(initialised(recipe, runs).named_parameters())

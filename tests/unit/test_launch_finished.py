@@ -57,6 +57,19 @@ def test_animate_runs_again_when_its_manifest_or_a_run_that_it_uses_has_changed(
     assert not is_finished(recipe, run_folder)
 
 
+def test_animate_runs_again_when_an_export_that_it_is_given_as_a_folder_has_changed(run_folder, tmp_path):
+    index, output = tmp_path / "stage2" / "model_index.json", tmp_path / "out"
+    for folder in (index.parent, output):
+        folder.mkdir()
+    index.write_text("{}")
+    words = [f"manifest={tmp_path / 'none'}", f"output={output}", f"animation_from={index.parent}"]
+    recipe = load_recipe(DEMO / "animate.yaml", words)
+    mark_finished(recipe, run_folder)
+    assert is_finished(recipe, run_folder)
+    index.write_text('{"_class_name": "AnimationPipeline"}')
+    assert not is_finished(recipe, run_folder)
+
+
 def test_evaluate_runs_again_when_a_result_has_changed(run_folder, tmp_path):
     result = tmp_path / "results" / "a" / "result.json"
     result.parent.mkdir(parents=True)
