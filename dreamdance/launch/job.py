@@ -21,6 +21,7 @@ from typing import Any
 
 from dreamdance.errors import UserError
 from dreamdance.launch.finished import mark_finished
+from dreamdance.launch.run_folder import record_job
 from dreamdance.recipe import Recipe, load_recipe
 from dreamdance.run_layout import RECIPE_FILE
 
@@ -51,6 +52,8 @@ class Job:
         _log_to_console(rank, int(os.environ["WORLD_SIZE"]))
         _keep_working_directory_off_the_path()
         try:
+            if rank == 0:
+                record_job(self.run_folder, job_id, job_hosts())
             entry = pkgutil.resolve_name(ENTRIES[recipe.task])
             entry(recipe, self.run_folder)
         except UserError as error:
@@ -93,6 +96,8 @@ def set_environment(recipe: Recipe) -> str:
     else:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    if recipe.cluster.gpus_per_node == 0:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: what runs on the CPU here runs there everywhere
     defaults = {
         "OMP_NUM_THREADS": str(recipe.cluster.cpus_per_task),
         # Two environments that share the default folder rebuild each other's compiled ops.
@@ -105,6 +110,15 @@ def set_environment(recipe: Recipe) -> str:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     return job_id
+
+
+def job_hosts() -> list[str]:
+    """The machines of this job, the main process's first."""
+    if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
+        return [socket.gethostname()]
+    from submitit.core.job_environment import JobEnvironment
+
+    return list(JobEnvironment().hostnames)
 
 
 def slurm_port(job_id: str, restarts: int) -> int:

@@ -23,6 +23,7 @@ from dreamdance.run_layout import PROVENANCE_FILE, RECIPE_FILE
 FOLDERS = ("checkpoints", "exports", "samples", "tensorboard", "logs")
 NO_DIFFERENCE = ("cluster", "logging", "checkpoint.allow_changed")
 ABSENT = "(not set)"
+_TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 PACKAGES = (
     "dreamdance",
     "torch",
@@ -42,12 +43,16 @@ class DifferentRecipeError(UserError):
 
 
 @contextmanager
-def locked(run_folder: Path) -> Iterator[None]:
-    """Keeps a second launcher from laying or submitting the same run at the same time."""
+def locked(run_folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Keeps a second launcher from laying or submitting the same run at the same time.
+
+    Raises:
+        UserError: another process holds the lock, and `wait` is False.
+    """
     run_folder.mkdir(parents=True, exist_ok=True)
     with (run_folder / ".launch_lock").open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             raise UserError(f"another launcher is starting {run_folder} at this moment; try again") from None
         yield
@@ -70,6 +75,16 @@ def lay(recipe: Recipe, run_folder: Path, argv: Sequence[str]) -> None:
     starts.append(_this_start(recipe, argv, known))
     write_atomically(provenance, json.dumps({"starts": starts}, indent=2) + "\n")
     write_atomically(stored, dump_recipe(recipe))
+
+
+def record_job(run_folder: Path, job_id: str, hosts: Sequence[str]) -> None:
+    """Notes with the run's last start, on which machines its job began to run; once more after each requeue."""
+    provenance = run_folder / PROVENANCE_FILE
+    with locked(run_folder, wait=True):
+        content = json.loads(provenance.read_text(encoding="utf-8"))
+        begun = content["starts"][-1].setdefault("jobs", [])
+        begun.append({"time": time.strftime(_TIME_FORMAT), "job_id": job_id, "hosts": list(hosts)})
+        write_atomically(provenance, json.dumps(content, indent=2) + "\n")
 
 
 def refuse_different(recipe: Recipe, run_folder: Path) -> None:
@@ -129,7 +144,7 @@ def _this_start(recipe: Recipe, argv: Sequence[str], known_weights: dict[str, An
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
     return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "time": time.strftime(_TIME_FORMAT),
         "argv": list(argv),
         "git": _git_state(),
         "host": socket.gethostname(),

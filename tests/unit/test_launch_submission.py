@@ -149,6 +149,7 @@ def test_a_debug_run_is_one_rank_with_defaults_that_the_user_can_overrule(monkey
     monkeypatch.setenv("PYTHONFAULTHANDLER", "0")
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setenv("EXTRA", "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     words = ["cluster.environment={EXTRA: from the recipe}"]
     assert set_environment(load_recipe(RECIPES / "demo" / "prepare.yaml", words)) == "debug"
     assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")] == [
@@ -161,6 +162,20 @@ def test_a_debug_run_is_one_rank_with_defaults_that_the_user_can_overrule(monkey
     assert os.environ["PYTHONFAULTHANDLER"] == "0"
     assert os.environ["EXTRA"] == "from the recipe"
     assert Path(os.environ["TORCH_EXTENSIONS_DIR"]).name == "torch_extensions"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "", "its recipe wants no GPU"
+
+
+def test_a_job_sees_the_gpus_of_its_machine_unless_its_recipe_wants_none(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "unset")
+    monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    words = ["cluster.gpus_per_node=1", "cluster.tasks_per_node=1"]
+    set_environment(load_recipe(RECIPES / "demo" / "prepare.yaml", words))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2"
+    words = ["cluster.gpus_per_node=0", "cluster.environment={CUDA_VISIBLE_DEVICES: '1'}"]
+    set_environment(load_recipe(RECIPES / "demo" / "prepare.yaml", words))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_a_requeued_job_is_the_same_job(tmp_path):
