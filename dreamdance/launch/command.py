@@ -18,10 +18,11 @@ from dreamdance.launch.finished import is_finished
 from dreamdance.launch.follow import explain_failure, follow
 from dreamdance.launch.job import Job
 from dreamdance.launch.run_folder import DifferentRecipeError, lay, locked, refuse_different
-from dreamdance.recipe import LoadedRecipe, Recipe, TrainingRecipe, load
+from dreamdance.recipe import LoadedRecipe, Recipe, TrainingRecipe, given_value, load
 from dreamdance.run_layout import RECIPE_FILE, progress_file
 
 OK, FAILED, BAD_RECIPE, OTHER_RECIPE = 0, 1, 2, 3
+INTERRUPTED = 128 + signal.SIGINT
 USAGE = """python launchers/slurm.py RECIPE [key=value ...] [options]
        python launchers/slurm.py status [RUN]
        python launchers/slurm.py cancel RUN"""
@@ -50,7 +51,7 @@ def main(argv: Sequence[str], plan: Planner) -> int:
         options = _options(argv)
         if options.words and options.words[0] in ("status", "cancel"):
             return _ask(options)
-        return max(_run(loaded, options, plan, argv) for loaded in _recipes(options))
+        return _run_all(_recipes(options), options, plan, argv)
     except DifferentRecipeError as error:
         sys.stderr.write(f"{error}\n")
         return OTHER_RECIPE
@@ -71,7 +72,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="show recipe, plan and batch script; submit nothing")
     parser.add_argument("--follow", action="store_true", help="show progress and exit with the job's own status")
     parser.add_argument(
-        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs live (default: runs)"
+        "--runs", type=Path, default=preflight.DEFAULT_RUNS, metavar="DIR", help="where runs live (default: runs)"
     )
     parser.add_argument(
         "--sweep", action="append", default=[], metavar="key=v1,v2", help="one run for each value; may be repeated"
@@ -115,9 +116,10 @@ def _recipes(options: argparse.Namespace) -> list[LoadedRecipe]:
     file, *overrides = options.words
     if "=" in file:
         raise RecipeError(f"the first word is the recipe's file, not '{file}'\nusage: {USAGE}")
-    if options.cluster == "debug":
-        gpus = min(1, load(file, overrides).recipe.cluster.gpus_per_node)
-        overrides += ["cluster.nodes=1", "cluster.tasks_per_node=1", f"cluster.gpus_per_node={gpus}"]
+    if options.cluster == "debug":  # one process, on a GPU where the recipe wants any
+        gpus = given_value(file, overrides, "cluster.gpus_per_node")
+        overrides += ["cluster.nodes=1", "cluster.tasks_per_node=1"]
+        overrides += ["cluster.gpus_per_node=1"] if isinstance(gpus, int) and gpus > 1 else []
     combinations: list[list[str]] = [[]]
     for sweep in options.sweep:
         key, equals, values = sweep.partition("=")
@@ -126,19 +128,35 @@ def _recipes(options: argparse.Namespace) -> list[LoadedRecipe]:
         choices = [f"{key}={value}" for value in re.split(r",(?![^\[{]*[\]}])", values)]
         combinations = [[*chosen, choice] for chosen in combinations for choice in choices]
     loaded = [load(file, [*overrides, *chosen]) for chosen in combinations]
-    if options.sweep:
-        loaded = [
-            load(file, [*overrides, *chosen, f"name={_sweep_name(one.recipe.name, chosen)}"])
-            for one, chosen in zip(loaded, combinations, strict=True)
-        ]
-    return loaded
+    if not options.sweep:
+        return loaded
+    names = [_sweep_name(one.recipe.name, chosen) for one, chosen in zip(loaded, combinations, strict=True)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        alike = [" ".join(chosen) for name, chosen in zip(names, combinations, strict=True) if name == twice]
+        raise RecipeError(
+            f"--sweep: {' and '.join(alike)} would share the name '{twice}'; sweep them apart, with name="
+        )
+    return [load(file, [*overrides, *chosen, f"name={name}"]) for name, chosen in zip(names, combinations, strict=True)]
 
 
 def _sweep_name(name: str, chosen: Sequence[str]) -> str:
+    """The recipe's name with what was chosen; `1e-4` gives `1e_4`, `-1` gives `minus_1`."""
     for choice in chosen:
         key, _, value = choice.partition("=")
+        value = re.sub(r"(?<![a-z0-9.])-(?=[0-9.])", "minus_", value.lower())
         name += f"_{key.rpartition('.')[2]}_{value}"
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def _run_all(recipes: Sequence[LoadedRecipe], options: argparse.Namespace, plan: Planner, argv: Sequence[str]) -> int:
+    """One run after the other; the worst code of all, or the one of Ctrl-C, after which nothing more is started."""
+    worst = OK
+    for loaded in recipes:
+        code = _run(loaded, options, plan, argv)
+        worst = max(worst, code)
+        if code == INTERRUPTED:
+            break
+    return worst
 
 
 def _run(loaded: LoadedRecipe, options: argparse.Namespace, plan: Planner, argv: Sequence[str]) -> int:
@@ -157,10 +175,10 @@ def _run(loaded: LoadedRecipe, options: argparse.Namespace, plan: Planner, argv:
     if options.dry_run:
         _show_plan(loaded, run_folder, cluster, plan)
         if missing:
-            _show(f"\n# Warnings\n{preflight.report(recipe, loaded.file, missing)}")
+            _show(f"\n# Warnings\n{preflight.report(recipe, loaded.file, options.runs, missing)}")
         return OK
     if missing:
-        raise UserError(preflight.report(recipe, loaded.file, missing))
+        raise UserError(preflight.report(recipe, loaded.file, options.runs, missing))
     with locked(run_folder):
         lay(recipe, run_folder, ["slurm.py", *argv])
         job = submission.last_job(run_folder)
@@ -176,8 +194,9 @@ def _run(loaded: LoadedRecipe, options: argparse.Namespace, plan: Planner, argv:
         f"{job.num_tasks} process{'es' * (job.num_tasks > 1)}, log {job.log_file(run_folder)}"
     )
     if options.follow or (options.sweep and cluster == "local"):
-        return _follow(job, recipe, run_folder, offset)
-    _show(f"the same command with --follow shows it; so does: python launchers/slurm.py status {recipe.name}")
+        return _follow(job, recipe, run_folder, offset, options.runs)
+    asking = preflight.launcher_command(f"status {recipe.name}", options.runs)
+    _show(f"the same command with --follow shows it; so does: {asking}")
     return OK
 
 
@@ -198,7 +217,7 @@ def _run_here(run_folder: Path) -> int:
     return OK
 
 
-def _follow(job: submission.SubmittedJob, recipe: Recipe, run_folder: Path, offset: int) -> int:
+def _follow(job: submission.SubmittedJob, recipe: Recipe, run_folder: Path, offset: int, runs: Path) -> int:
     with contextlib.suppress(ValueError):  # signal handlers belong to the main thread
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     started = time.monotonic()
@@ -206,11 +225,12 @@ def _follow(job: submission.SubmittedJob, recipe: Recipe, run_folder: Path, offs
         outcome = follow(job, recipe, run_folder, offset)
     except KeyboardInterrupt:
         if job.cluster == "slurm":
-            _show(f"\njob {job.job_id} goes on; end it by: python launchers/slurm.py cancel {recipe.name}")
+            ending = preflight.launcher_command(f"cancel {recipe.name}", runs)
+            _show(f"\njob {job.job_id} goes on; end it by: {ending}")
         else:
             submission.cancel(job)
             _show(f"\nstopped {recipe.name}; the same command goes on from its last checkpoint")
-        return 128 + signal.SIGINT
+        return INTERRUPTED
     if outcome.state == "cancelled":
         _show(f"{recipe.name} was cancelled; the same command goes on from its last checkpoint")
         return FAILED

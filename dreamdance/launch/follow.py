@@ -83,7 +83,8 @@ def explain_failure(job: SubmittedJob, run_folder: Path, status: JobStatus) -> s
         text = "\n".join(text.splitlines()[-TAIL_LINES:])
     head = f"{run_folder.name} failed: {status.detail}"
     silent = _silent_ranks(job, run_folder) if status.failed_rank is None and failures else ""
-    return "\n".join(line for line in (head, text, f"log of rank {rank}: {log}", silent) if line)
+    where = f"log of rank {rank}: {log}" if job.cluster != "debug" else ""  # that one spoke on the launcher's screen
+    return "\n".join(line for line in (head, text, where, silent) if line)
 
 
 def _failures(job: SubmittedJob, run_folder: Path) -> list[dict[str, Any]]:

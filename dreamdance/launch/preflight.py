@@ -1,6 +1,7 @@
 """What a recipe needs from this machine, looked up before anything is started: weights, data, runs, packages, GPUs."""
 
 import importlib.util
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -10,20 +11,30 @@ from pathlib import Path
 from dreamdance.launch.run_folder import weight_sources
 from dreamdance.recipe import AnimateRecipe, EvaluateRecipe, PrepareRecipe, Recipe, TrainingRecipe
 from dreamdance.recipe.schema import Shards
-from dreamdance.run_layout import FINISHED_FILE, RECIPE_FILE, checkpoint_folder, export_folder, step_folders
+from dreamdance.run_layout import (
+    FINISHED_FILE,
+    RECIPE_FILE,
+    checkpoint_folder,
+    export_folder,
+    final_export,
+    is_export,
+    step_folders,
+)
 
 DOWNLOADS = {
     "stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "stable-video-diffusion-img2vid-xt-1-1": "stabilityai/stable-video-diffusion-img2vid-xt-1-1",
     "clip-vit-large-patch14": "openai/clip-vit-large-patch14",
 }
+DEFAULT_RUNS = Path("runs")
 EXTRAS = {
-    "stage1": {"deepspeed": "train", "streaming": "train", "tensorboard": "train"},
-    "stage2": {"deepspeed": "train", "streaming": "train", "tensorboard": "train"},
+    "stage1": {"deepspeed": "train", "streaming": "train", "tensorboard": "train", "cv2": "video"},
+    "stage2": {"deepspeed": "train", "streaming": "train", "tensorboard": "train", "cv2": "video"},
     "prepare": {"streaming": "train", "av": "video", "cv2": "video"},
     "animate": {"av": "video", "cv2": "video"},
-    "evaluate": {"streaming": "train", "av": "video"},
+    "evaluate": {"streaming": "train", "cv2": "video"},
 }
+"""By task: each optional package that its modules import -> the extra of ours that installs it."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +51,27 @@ class Missing:
 
 def missing(recipe: Recipe, recipe_file: Path, runs: Path, *, check_gpu: bool) -> list[Missing]:
     """Everything that the recipe needs and that is not there; empty when the run can start."""
-    found = [*_weights(recipe), *_data(recipe, recipe_file), *_runs(recipe, recipe_file, runs), *_packages(recipe)]
+    found = [
+        *_weights(recipe),
+        *_data(recipe, recipe_file, runs),
+        *_runs(recipe, recipe_file, runs),
+        *_packages(recipe),
+    ]
     return [*found, *_gpus(recipe)] if check_gpu else found
 
 
-def report(recipe: Recipe, recipe_file: Path, problems: list[Missing]) -> str:
+def launcher_command(words: str | Path, runs: Path) -> str:
+    """A command to copy, for the same folder of runs as the one that was asked for."""
+    elsewhere = "" if runs == DEFAULT_RUNS else f" --runs {shlex.quote(str(runs))}"
+    return f"python launchers/slurm.py {words}{elsewhere}"
+
+
+def report(recipe: Recipe, recipe_file: Path, runs: Path, problems: list[Missing]) -> str:
     """The problems for a person, with the demo recipe of the same task where the recipe has one beside it."""
     lines = [f"{recipe_file} ({recipe.name}) cannot start here:", *(f"  - {problem}" for problem in problems)]
     demo = recipe_file.parent / "demo" / recipe_file.name
     if demo.is_file():
-        lines.append(f"to try the same without any of that: python launchers/slurm.py {demo} --follow")
+        lines.append(f"to try the same without any of that: {launcher_command(demo, runs)} --follow")
     return "\n".join(lines)
 
 
@@ -69,7 +91,7 @@ def _weights(recipe: Recipe) -> Iterator[Missing]:
         yield Missing(f"weights for {', '.join(folders)}", f"{looked} (config.json and *.safetensors)", remedy)
 
 
-def _data(recipe: Recipe, recipe_file: Path) -> Iterator[Missing]:
+def _data(recipe: Recipe, recipe_file: Path, runs: Path) -> Iterator[Missing]:
     folders: list[tuple[str, Shards]] = []
     if isinstance(recipe, TrainingRecipe):
         folders = [("data.train", recipe.data.train), ("data.validation", recipe.data.validation)]
@@ -77,20 +99,20 @@ def _data(recipe: Recipe, recipe_file: Path) -> Iterator[Missing]:
         folders = [("truth", recipe.truth)]
         folders += [("training_set", recipe.training_set)] if recipe.training_set else []
         if not Path(recipe.results).is_dir():
-            yield Missing("results to score", f"{recipe.results}/ (results)", _launch(recipe_file, "animate"))
+            yield Missing("results to score", f"{recipe.results}/ (results)", _launch(recipe_file, "animate", runs))
     elif isinstance(recipe, PrepareRecipe) and recipe.videos is not None:
         folder = Path(recipe.videos.folder)
         if not any(folder.glob("*.rgb.mp4")):
             remedy = "put pairs <clip>.rgb.mp4 and <clip>.pose.mp4 there, or set videos.folder=..."
             yield Missing("videos", f"{folder}/*.rgb.mp4 (videos.folder)", remedy)
     elif isinstance(recipe, AnimateRecipe) and not Path(recipe.manifest).is_file():
-        remedy = f"write one, set manifest=..., or take the validation clips: {_launch(recipe_file, 'prepare')}"
+        remedy = f"write one, set manifest=..., or take the validation clips: {_launch(recipe_file, 'prepare', runs)}"
         yield Missing("manifest", f"{recipe.manifest} (manifest)", remedy)
     places = {key: shards.remote or shards.local for key, shards in folders}
     absent = [key for key, place in places.items() if "://" not in place and not (Path(place) / "index.json").is_file()]
     if absent:
         looked = ", ".join(f"{places[key]}/index.json" for key in absent)
-        yield Missing(f"shards for {', '.join(absent)}", looked, _launch(recipe_file, "prepare"))
+        yield Missing(f"shards for {', '.join(absent)}", looked, _launch(recipe_file, "prepare", runs))
 
 
 def _runs(recipe: Recipe, recipe_file: Path, runs: Path) -> Iterator[Missing]:
@@ -101,7 +123,7 @@ def _runs(recipe: Recipe, recipe_file: Path, runs: Path) -> Iterator[Missing]:
     elif isinstance(recipe, AnimateRecipe):
         names = {"geometry_from": recipe.geometry_from, "animation_from": recipe.animation_from}
     for key, name in names.items():
-        if name is None:
+        if name is None or (isinstance(recipe, AnimateRecipe) and is_export(Path(name))):
             continue
         run = runs / name
         if step is not None:
@@ -110,18 +132,21 @@ def _runs(recipe: Recipe, recipe_file: Path, runs: Path) -> Iterator[Missing]:
                 have = ", ".join(folder.name for folder in step_folders(run / "checkpoints")) or "none"
                 remedy = f"choose another init_step (checkpoints there: {have})"
                 yield Missing(f"step {step} of run '{name}'", " or ".join(map(str, places)), remedy)
-        elif not (run / FINISHED_FILE).is_file():
+        elif final_export(run) is None:
             state = "is not finished" if (run / RECIPE_FILE).is_file() else "does not exist"
-            remedy = _launch(recipe_file, name) + (" (or give init_step)" if key == "init_from" else "")
-            yield Missing(f"run '{name}' {state} ({key})", f"{run / FINISHED_FILE}", remedy)
+            remedy = _launch(recipe_file, name, runs) + (" (or give init_step)" if key == "init_from" else "")
+            yield Missing(
+                f"run '{name}' {state} ({key})", f"{run / FINISHED_FILE} and the export of its max_steps", remedy
+            )
 
 
-def _launch(recipe_file: Path, name: str) -> str:
+def _launch(recipe_file: Path, name: str, runs: Path) -> str:
     """The command that makes what is missing: a recipe of that name or file name beside this one, or above it."""
+    short_name = name.removeprefix(f"{recipe_file.parent.name}_")  # recipes/demo/stage2.yaml is named demo_stage2
     for folder in (recipe_file.parent, recipe_file.parent.parent):
-        for candidate in (folder / f"{name}.yaml", folder / f"{name.removeprefix('demo_')}.yaml"):
+        for candidate in (folder / f"{name}.yaml", folder / f"{short_name}.yaml"):
             if candidate.is_file():
-                return f"python launchers/slurm.py {candidate}"
+                return launcher_command(candidate, runs)
     return f"launch the recipe named '{name}' first"
 
 

@@ -49,7 +49,8 @@ def details(run_folder: Path) -> str:
             lines.append(f"  {name:<12} {', '.join(steps[-5:])}")
     job = last_job(run_folder)
     if job is not None:
-        lines.append(f"  log          {job.log_file(run_folder)}")
+        if job.cluster != "debug":
+            lines.append(f"  log          {job.log_file(run_folder)}")
         status = status_of(job, load_recipe(run_folder / RECIPE_FILE), run_folder)
         if status.state == "failed":
             lines.append(explain_failure(job, run_folder, status))

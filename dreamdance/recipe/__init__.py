@@ -1,6 +1,6 @@
 """Typed recipes: one YAML file says everything about a run. No torch here."""
 
-from dreamdance.recipe.parse import LoadedRecipe, dump_recipe, load, load_recipe
+from dreamdance.recipe.parse import LoadedRecipe, dump_recipe, given_value, load, load_recipe
 from dreamdance.recipe.schema import (
     AnimateRecipe,
     EvaluateRecipe,
@@ -21,6 +21,7 @@ __all__ = [
     "Stage2Recipe",
     "TrainingRecipe",
     "dump_recipe",
+    "given_value",
     "load",
     "load_recipe",
 ]

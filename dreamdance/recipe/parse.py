@@ -64,6 +64,15 @@ def load(path: str | FilePath, overrides: Sequence[str] = ()) -> LoadedRecipe:
     return LoadedRecipe(recipe, file, overridden)
 
 
+def given_value(path: str | FilePath, overrides: Sequence[str], key: str) -> Any:
+    """What the file and the command line say of a dotted key, unchecked; None where neither says anything."""
+    document = read_yaml(_read(FilePath(path)))
+    if not isinstance(document.value, dict):
+        return None
+    _apply(overrides, document, _Origins(str(path), document))
+    return flatten(document.value).get(key)
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The whole recipe as YAML, defaults written out; `load_recipe` gives an equal recipe back."""
     return write_yaml(recipe.model_dump(mode="json"))

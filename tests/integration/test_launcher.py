@@ -150,6 +150,24 @@ def test_a_killed_rank_ends_the_others_within_seconds_and_the_same_command_goes_
     assert follower.returncode == 130
 
 
+def test_an_interrupted_sweep_starts_none_of_its_other_runs(folder):
+    words = ["name=swept", "output=data/swept", "dancers.num_train_clips=500", "--sweep", "seed=1,2"]
+    sweep = subprocess.Popen(
+        [*LAUNCHER, str(DEMO / "prepare.yaml"), *words, "--cluster", "local"],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(progress_file(folder / "runs" / "swept_seed_1").is_file, 60, "the first run's progress")
+    sweep.send_signal(signal.SIGINT)
+    _, errors = sweep.communicate(timeout=30)
+    assert sweep.returncode == 130
+    assert "Traceback" not in errors
+    assert not (folder / "runs" / "swept_seed_2").exists()
+
+
 def test_a_killed_controller_takes_its_ranks_along_and_cancel_ends_a_job(folder):
     run_folder = start_training(folder, "cancelled")
     os.kill(last_job(run_folder).pid, signal.SIGKILL)

@@ -1,6 +1,7 @@
 """The command: words to the recipe, dashes to the launcher, and an exit code for each outcome."""
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,15 @@ def command(capsys):
     return run
 
 
+@pytest.fixture
+def job_environment(monkeypatch):
+    """A job in this process sets these; monkeypatch restores them."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in (*names, "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -45,7 +55,9 @@ def command(capsys):
         ([STAGE1, "max_step=3"], "command line: unknown key 'max_step'; did you mean 'max_steps'?"),
         ([STAGE1, "--sweep", "optimizer.lr"], "--sweep wants key=v1,v2"),
         ([STAGE1, "--cluster", "local", "cluster.nodes=2", "cluster.tasks_per_node=1"], "add cluster.nodes=1"),
+        ([STAGE1, "--sweep", "seed=1,1"], "seed=1 and seed=1 would share the name 'demo_stage1_domains_seed_1'"),
         ([STAGE1], "shards for data.train, data.validation"),
+        ([STAGE1, "--runs", "my runs"], "python launchers/slurm.py recipes/demo/prepare.yaml --runs 'my runs'"),
         (["status", "nothing"], "no run 'nothing'"),
         (["cancel"], "cancel wants the name of one run"),
         (["cancel", "nothing"], "no run 'nothing'"),
@@ -95,10 +107,29 @@ def test_a_sweep_is_one_run_for_each_combination_with_names_of_their_own(command
     ]
 
 
+def test_values_that_differ_by_their_sign_alone_make_two_runs(command):
+    _, output, _ = command(
+        "recipes/demo/stage2.yaml", "--dry-run", "--sweep", "objective.sigma_log_mean=-1,1,-0.5,1e-4"
+    )
+    names = [line.removeprefix("name: ").split()[0] for line in output.splitlines() if line.startswith("name: ")]
+    shared = "demo_stage2_sigma_log_mean"
+    assert names == [f"{shared}_minus_1", f"{shared}_1", f"{shared}_minus_0_5", f"{shared}_1e_4"]
+
+
 def test_a_debug_run_has_one_process_whatever_the_file_says(command):
     _, output, _ = command("recipes/stage2.yaml", "--dry-run", "--cluster", "debug")
     assert "processes: 1 node x 1 = 1, cluster: debug" in output
     assert "1 (micro batch) x 8 (accumulation) x 1 (processes) = 8 samples" in output
+
+
+def test_a_debug_run_is_judged_by_the_one_process_that_it_has(command):
+    """The file's eight processes could not share four samples."""
+    words = ["recipes/stage2.yaml", "--dry-run", "batch_size=4", "micro_batch_size=1"]
+    assert command(*words)[0] == 2
+    code, output, _ = command(*words, "--cluster", "debug")
+    assert code == 0
+    assert "1 (micro batch) x 4 (accumulation) x 1 (processes) = 4 samples" in output
+    assert "  gpus_per_node: 1  # <- command line" in output
 
 
 def test_status_without_runs_says_so(command):
@@ -108,10 +139,8 @@ def test_status_without_runs_says_so(command):
 SMALL = ("dancers.num_train_clips=2", "dancers.num_validation_clips=1", "dancers.num_frames=2", "num_workers=1")
 
 
-def test_a_debug_run_finishes_then_says_so_and_refuses_a_different_recipe(command, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # the job sets them; monkeypatch restores them
-    monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
+@pytest.mark.usefixtures("job_environment")
+def test_a_debug_run_finishes_then_says_so_and_refuses_a_different_recipe(command, tmp_path):
     words = (PREPARE, *SMALL, "--cluster", "debug")
     assert command(*words)[0] == 0
     code, output, _ = command(*words)
@@ -122,13 +151,15 @@ def test_a_debug_run_finishes_then_says_so_and_refuses_a_different_recipe(comman
     assert code == 3
     assert "seed: 0 -> 1" in errors
     assert "prepare  finished" in command("status")[1]
-    assert "demo_prepare (prepare): finished" in command("status", "demo_prepare")[1]
+    details = command("status", "demo_prepare")[1]
+    assert "demo_prepare (prepare): finished" in details
+    assert "log" not in details, "it went to the launcher's own screen"
+    (start,) = json.loads((tmp_path / "runs" / "demo_prepare" / "provenance.json").read_text())["starts"]
+    assert [(job["job_id"], job["hosts"]) for job in start["jobs"]] == [("debug", [socket.gethostname()])]
 
 
-def test_a_debug_run_that_fails_for_the_users_reason_ends_with_1(command, tmp_path, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")
-    monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
+@pytest.mark.usefixtures("job_environment")
+def test_a_debug_run_that_fails_for_the_users_reason_ends_with_1(command, tmp_path):
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "a.rgb.mp4").write_bytes(b"this is no video")
     (tmp_path / "videos" / "a.pose.mp4").write_bytes(b"nor this")

@@ -1,12 +1,14 @@
 """A run that cannot start says at once everything that is missing, where it was looked for, and how to get it."""
 
+import ast
 from pathlib import Path
 
 import pytest
 
 from dreamdance.launch import preflight
+from dreamdance.launch.job import ENTRIES
 from dreamdance.recipe import load_recipe
-from dreamdance.run_layout import checkpoint_folder
+from dreamdance.run_layout import checkpoint_folder, export_folder
 
 RECIPES = Path("recipes")
 ROOT = Path(__file__).parents[2]
@@ -33,7 +35,7 @@ def make(*files):
 
 def test_stage_2_names_weights_data_and_gpus_with_the_way_to_each_and_the_demo():
     recipe, problems = found("stage2.yaml")
-    report = preflight.report(recipe, RECIPES / "stage2.yaml", problems)
+    report = preflight.report(recipe, RECIPES / "stage2.yaml", Path("runs"), problems)
     folder = "weights/stable-video-diffusion-img2vid-xt-1-1"
     assert f"hf download stabilityai/stable-video-diffusion-img2vid-xt-1-1 --local-dir {folder}" in report
     assert f"{folder}/unet, {folder}/vae, {folder}/image_encoder" in report
@@ -87,6 +89,66 @@ def test_an_unfinished_run_is_refused_unless_a_step_of_it_is_named():
     checkpoint_folder(Path("runs/demo_stage1_domains"), 500).mkdir(parents=True)
     assert found("demo/stage1_geometry.yaml", "init_step=500")[1] == []
     assert "step_00000500" in found("demo/stage1_geometry.yaml", "init_step=501")[1][0].remedy
+
+
+def test_a_run_that_was_started_again_for_more_steps_is_unfinished_until_it_has_their_export():
+    run = Path("runs/demo_stage1_domains")
+    make("data/demo/train/index.json", "data/demo/validation/index.json", run / "FINISHED")
+    export_folder(run, 100).mkdir(parents=True)
+    (run / "recipe.yaml").write_text("max_steps: 100\n")
+    assert found("demo/stage1_geometry.yaml")[1] == []
+    (run / "recipe.yaml").write_text("max_steps: 200\n")
+    assert found("demo/stage1_geometry.yaml")[1][0].what == "run 'demo_stage1_domains' is not finished (init_from)"
+    export_folder(run, 200).mkdir()
+    assert found("demo/stage1_geometry.yaml")[1] == []
+
+
+def test_exports_given_as_folders_need_no_run():
+    make("manifest.jsonl", "weights/geometry/model_index.json", "weights/animation/model_index.json")
+    words = ["manifest=manifest.jsonl", "geometry_from=weights/geometry", "animation_from=weights/animation"]
+    assert found("demo/animate.yaml", *words)[1] == []
+    whats = [problem.what for problem in found("demo/animate.yaml", *words[:2], "animation_from=weights")[1]]
+    assert whats == ["run 'weights' does not exist (animation_from)"]
+
+
+def test_commands_to_get_what_is_missing_keep_the_folder_of_runs():
+    recipe = load_recipe(RECIPES / "stage1_geometry.yaml")
+    problems = preflight.missing(recipe, RECIPES / "stage1_geometry.yaml", Path("/my runs"), check_gpu=False)
+    report = preflight.report(recipe, RECIPES / "stage1_geometry.yaml", Path("/my runs"), problems)
+    commands = [line for line in report.splitlines() if "python launchers/slurm.py" in line]
+    assert len(commands) == 3
+    assert all("--runs '/my runs'" in command for command in commands)
+
+
+def imported_modules(file):
+    """All that a file imports, within functions too; `from a import b` counts as `a` and `a.b`."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_packages(module):
+    """Packages that a module of ours imports, itself or through others of ours."""
+    packages, known, left = set(), set(), [module]
+    while left:
+        path = ROOT / left.pop().replace(".", "/")
+        file = next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+        if file is not None and file not in known:
+            known.add(file)
+            names = list(imported_modules(file))
+            packages |= {name.partition(".")[0] for name in names}
+            left += [name for name in names if name.startswith("dreamdance.")]
+    return packages
+
+
+@pytest.mark.parametrize("task", ENTRIES)
+def test_every_optional_package_that_a_task_imports_is_looked_for_and_no_other(task):
+    optional = {"deepspeed", "streaming", "tensorboard", "av", "cv2"}
+    needed = imported_packages(ENTRIES[task].partition(":")[0]) & optional
+    assert needed == preflight.EXTRAS[task].keys()
 
 
 def test_shards_in_a_bucket_are_not_looked_for_on_this_machine():
