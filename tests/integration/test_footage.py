@@ -1,0 +1,168 @@
+"""Real dance videos, the whole way by the command: shards, stage 2 guided by the pose alone, held-out parts, the table.
+
+A short run of recipes/footage, small enough for a test; those recipes say what a longer one reaches. No frame of the
+videos is kept: everything is written to the test's own folder.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dreamdance.data.clips import StoredClips
+from dreamdance.data.video_io import probe_video
+from dreamdance.evaluation.table import RESULT_ROW
+from dreamdance.evaluation.trivial import MEAN_COLOUR_OF_FRAME, MEAN_OF_TRAINING, REPEATED_REFERENCE
+from dreamdance.recipe.schema import Shards
+from dreamdance.run_layout import newest_export, progress_file
+
+ROOT = Path(__file__).parents[2]
+LAUNCHER = (sys.executable, ROOT / "launchers" / "slurm.py")
+RECIPES = ROOT / "recipes" / "footage"
+CLIPS = Path(os.environ.get("DREAMDANCE_CLIPS", ROOT.parent / "shared" / "clips"))
+NAMES = ("dance_01", "dance_02")
+WIDTH, HEIGHT, CLIP_FRAMES = 24, 40, 40
+STEPS = 60
+
+pytestmark = [
+    pytest.mark.clips,
+    pytest.mark.slow,
+    pytest.mark.distributed,
+    pytest.mark.skipif(
+        not all((CLIPS / f"{name}.{kind}.mp4").is_file() for name in NAMES for kind in ("rgb", "pose")),
+        reason=f"no dance_01 and dance_02 with their poses in {CLIPS}; name their folder by DREAMDANCE_CLIPS",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working folder in which the four recipes of recipes/footage have run, with the sizes of a test."""
+    folder = tmp_path_factory.mktemp("footage")
+    (folder / "videos").mkdir()
+    for name in NAMES:
+        for kind in ("rgb", "pose"):
+            (folder / "videos" / f"{name}.{kind}.mp4").symlink_to(CLIPS / f"{name}.{kind}.mp4")
+    size = [f"width={WIDTH}", f"height={HEIGHT}"]
+    launch(folder, "prepare", "videos.folder=videos", *(f"videos.{word}" for word in size))
+    launch(
+        folder,
+        "stage2",
+        *(f"data.{word}" for word in size),
+        "data.num_frames=4",
+        f"max_steps={STEPS}",
+        "optimizer.warmup_steps=5",
+        "optimizer.ema_decay=0.9",
+        "logging.every_steps=1",
+        "checkpoint.every_steps=1000",
+        f"validation.loss_every_steps={STEPS // 2}",
+        "validation.sample_every_steps=1000",
+    )
+    launch(folder, "animate", *size)
+    launch(folder, "evaluate")
+    return folder
+
+
+def launch(folder, name, *words):
+    surrounding = ("SUBMITIT", "SLURM", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(surrounding)}
+    done = subprocess.run(
+        [*LAUNCHER, RECIPES / f"{name}.yaml", *words, "--cluster", "local", "--follow"],
+        cwd=folder,
+        env=kept | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def stored(folder, split):
+    clips = StoredClips(Shards(local=str(folder / "data" / "footage" / split)))
+    return [clips.clip(number) for number in range(len(clips))]
+
+
+def results(folder):
+    return sorted((folder / "results" / "footage").iterdir())
+
+
+def table(folder):
+    return json.loads((folder / "runs" / "footage_evaluate" / "table.json").read_text())
+
+
+def test_the_first_four_fifths_train_and_the_rest_is_held_out(folder):
+    for name in NAMES:
+        num_frames = probe_video(CLIPS / f"{name}.rgb.mp4").num_frames
+        boundary = num_frames - round(0.2 * num_frames)
+        spans = {
+            split: [
+                (clip.metadata["first_frame"], clip.metadata["first_frame"] + clip.num_frames)
+                for clip in stored(folder, split)
+                if clip.clip_id.startswith(name)
+            ]
+            for split in ("train", "validation")
+        }
+        assert [first for first, _ in spans["train"]] == list(range(0, boundary - 15, CLIP_FRAMES))
+        assert spans["train"][-1][1] == boundary
+        assert spans["validation"][0][0] == boundary
+        assert spans["validation"][-1][1] == num_frames
+
+
+def test_black_bars_are_gone_and_hardly_anything_else(folder):
+    for clip in (*stored(folder, "train"), *stored(folder, "validation")):
+        assert (clip.width, clip.height, clip.fps) == (WIDTH, HEIGHT, 8.0)
+        brightest = clip.frames("rgb").max(axis=(0, 3))
+        assert min(brightest[0].max(), brightest[-1].max(), brightest[:, 0].max(), brightest[:, -1].max()) > 100
+        _, _, width, height = clip.metadata["crop"]
+        assert width * height > 0.9 * (408 * 743 if clip.clip_id.startswith("dance_01") else 451 * 799)
+
+
+def test_the_loss_falls(folder):
+    lines = [json.loads(line) for line in progress_file(folder / "runs" / "footage_stage2").read_text().splitlines()]
+    losses = {line["done"]: line["loss"] for line in lines if line.get("loss") is not None}
+    assert max(losses) == STEPS
+    first, last = (
+        [losses[step] for step in losses if low < step <= high] for low, high in ((0, 10), (STEPS - 20, STEPS))
+    )
+    assert np.mean(last) < 0.6 * np.mean(first)
+    assert newest_export(folder / "runs" / "footage_stage2").name == f"step_{STEPS:08d}"
+
+
+def test_every_held_out_clip_is_animated_by_its_pose_alone(folder):
+    clips = {clip.clip_id: clip for clip in stored(folder, "validation")}
+    assert [result.name for result in results(folder)] == sorted(clips)
+    for result in results(folder):
+        clip = clips[result.name]
+        with np.load(result / "arrays.npz", allow_pickle=False) as arrays:
+            assert set(arrays) == {"frames"}
+            assert arrays["frames"].shape == (clip.num_frames, HEIGHT, WIDTH, 3)
+        for name in ("video.mp4", "side_by_side.mp4"):
+            video = probe_video(result / name)
+            assert (video.num_frames, video.fps) == (clip.num_frames, 8.0)
+        assert Image.open(result / "contact_sheet.png").width > 4 * 128
+        assert json.loads((result / "result.json").read_text())["reference_frame"] == clip.num_frames - 1
+
+
+def test_the_table_measures_whole_frames_and_says_what_it_cannot_measure(folder):
+    found = table(folder)
+    assert list(found["rows"]) == [RESULT_ROW, REPEATED_REFERENCE, MEAN_COLOUR_OF_FRAME, MEAN_OF_TRAINING]
+    whole = {"l1", "psnr", "ssim", "l1_disco", "psnr_disco_overflow", "ssim_disco"}
+    assert all(set(scores) == whole for scores in found["rows"].values())
+    assert set(found["clips"]) == {result.name for result in results(folder)}
+    text = (folder / "runs" / "footage_evaluate" / "table.md").read_text()
+    assert "body: not measured" in text
+    assert "## Whole frames" in text
+    assert "body (" not in text
+
+
+def test_even_a_minutes_training_beats_answers_that_do_not_look_at_the_scene(folder):
+    """A repeated reference has the still background for free: what it takes to beat it is in the recipe's header."""
+    rows = table(folder)["rows"]
+    for trivial in (MEAN_COLOUR_OF_FRAME, MEAN_OF_TRAINING):
+        assert rows[RESULT_ROW]["l1"] < rows[trivial]["l1"]
