@@ -1,6 +1,7 @@
 """What a stored clip is: shard columns, packed frames, encodings of normals and depth, key points and their file.
 
-The one place that knows bytes and layouts (contract C9). Whatever it is given may be damaged or hostile: sizes are checked before memory is taken, and nothing is ever unpickled.
+The one place that knows bytes and layouts (contract C9). Whatever it is given may be damaged or hostile: sizes are
+checked before memory is taken, and nothing is ever unpickled.
 """
 
 import io
@@ -36,7 +37,7 @@ COLUMNS: dict[str, str] = {
 """Column name -> MDS encoding. Empty `bytes` mean that the clip has no such modality; rgb is always there."""
 
 FRAME_COLUMNS = ("rgb", "pose", "normal", "depth", "mask")
-"""Columns of packed frames: rgb, pose, normal `(H, W, 3)` uint8; depth `(H, W)` uint16; mask `(H, W)` uint8, 0 or 255."""
+"""Columns of packed frames: rgb, pose, normal `(H, W, 3)` uint8; depth `(H, W)` uint16; mask `(H, W)` uint8, 0/255."""
 
 RESERVED_COLUMNS = ("latents", "embeddings")
 """Names kept for precomputed VAE latents and image embeddings; this version neither writes nor reads them."""

@@ -23,7 +23,7 @@ def encode_normals(normals: Tensor) -> Tensor:
 
 
 def decode_normals(encoded: Tensor) -> Tensor:
-    """Decodes normal pictures `(..., 3, H, W)` in [0,1] to unit vectors; mid-grey, without direction, faces the camera."""
+    """Decodes normal pictures `(..., 3, H, W)` in [0,1] to unit vectors; mid-grey has none and faces the camera."""
     return _to_unit_length(encoded * 2.0 - 1.0)
 
 
