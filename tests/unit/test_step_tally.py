@@ -1,0 +1,113 @@
+"""What a step adds up before it is reported: sums over micro batches, flags that any rank may raise, named samples."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from recipes_for_tests import tiny_clip_batch
+from torch import distributed as dist
+
+from dreamdance.data.collate import ClipBatch
+from dreamdance.ranks import Ranks
+from dreamdance.training.distributed import from_main, gathered, process_group, sum_over_ranks
+from dreamdance.training.objectives.output import ObjectiveOutput
+from dreamdance.training.trainer import Tally, name_nonfinite
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """The process group of a single process, and none after the test."""
+    with process_group(Ranks(), timeout_seconds=60):
+        yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def batch() -> ClipBatch:
+    return tiny_clip_batch(num_clips=2, num_frames=1)
+
+
+def output(losses: list[float], sums: tuple[float, float, float] = (0.0, 0.0, 0.0),
+           counts: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> ObjectiveOutput:  # fmt: skip
+    values = torch.tensor(losses)
+    return ObjectiveOutput(values.mean(), values, torch.tensor(sums), torch.tensor(counts))
+
+
+@pytest.mark.usefixtures("group")
+def test_the_loss_of_a_step_is_the_mean_over_its_samples_not_over_its_micro_batches(batch: ClipBatch) -> None:
+    tally = Tally(should_stop=False)
+    tally.add(batch, output([1.0, 3.0], (4.0, 0.0, 2.0), (2.0, 0.0, 1.0)))
+    tally.add(batch.select([0]), output([8.0], (8.0, 0.0, 0.0), (1.0, 0.0, 0.0)))
+    tally.agree(applied=True)
+    assert tally.losses.num_samples == 3
+    assert tally.losses.mean == pytest.approx(4.0)
+    assert tally.losses.domain_means == {"rgb": 4.0, "depth": 2.0}
+    assert not tally.should_stop
+    assert not tally.is_nonfinite
+
+
+@pytest.mark.usefixtures("group")
+def test_sums_over_micro_batches_are_exact_where_float32_would_round(batch: ClipBatch) -> None:
+    tally = Tally(should_stop=False)
+    for loss in (2.0**24, 1.0, 1.0, 1.0):
+        tally.add(batch.select([0]), output([loss]))
+    tally.agree(applied=True)
+    assert tally.losses.loss_sum == 2.0**24 + 3
+
+
+@pytest.mark.usefixtures("group")
+def test_a_wish_to_stop_survives_the_agreement(batch: ClipBatch) -> None:
+    tally = Tally(should_stop=True)
+    tally.add(batch, output([1.0, 1.0]))
+    tally.agree(applied=True)
+    assert tally.should_stop
+    assert not tally.is_nonfinite
+
+
+@pytest.mark.usefixtures("group")
+def test_a_step_that_was_not_applied_is_not_finite_even_where_every_loss_is(batch: ClipBatch) -> None:
+    tally = Tally(should_stop=False)
+    tally.add(batch, output([1.0, 1.0]))
+    tally.agree(applied=False)
+    assert tally.is_nonfinite
+    assert tally.nonfinite_samples == []
+
+
+@pytest.mark.usefixtures("group")
+def test_samples_whose_loss_is_not_finite_are_remembered_over_micro_batches(batch: ClipBatch) -> None:
+    tally = Tally(should_stop=False)
+    tally.add(batch, output([math.nan, 1.0]))
+    tally.add(batch, output([1.0, math.inf]))
+    tally.agree(applied=True)
+    assert tally.is_nonfinite
+    assert [name.split(" (")[0] for name in tally.nonfinite_samples] == [
+        f"sample {key[2]} of epoch {key[1]}" for key in batch.keys.tolist()
+    ]
+
+
+def test_a_bad_sample_is_named_by_its_number_epoch_and_clip(batch: ClipBatch) -> None:
+    (_, epoch, number), second = batch.keys.tolist()
+    assert name_nonfinite(batch, [math.inf, 0.5]) == [
+        f"sample {number} of epoch {epoch} (clip {batch.clip_ids[0]}): inf"
+    ]
+    assert name_nonfinite(batch, [0.5, -math.inf]) == [
+        f"sample {second[2]} of epoch {second[1]} (clip {batch.clip_ids[1]}): -inf"
+    ]
+    assert name_nonfinite(batch, [0.5, 0.25]) == []
+    with pytest.raises(ValueError, match="zip"):
+        name_nonfinite(batch, [math.nan])
+
+
+def test_a_single_processs_group_stays_open_for_the_next_recipe() -> None:
+    try:
+        with process_group(Ranks(), timeout_seconds=60):
+            pass
+        assert dist.is_initialized()
+        with process_group(Ranks(), timeout_seconds=60):
+            assert sum_over_ranks(torch.tensor([1, 2])).tolist() == [1.0, 2.0]
+            assert sum_over_ranks(torch.ones(1)).dtype == torch.float64
+            assert gathered({"rank": 0}) == [{"rank": 0}]
+            assert from_main(("any", 1)) == ("any", 1)
+    finally:
+        dist.destroy_process_group()
