@@ -112,8 +112,9 @@ def prepare_and_inspect(ranks: Ranks, *, recipe: Recipe, run: Path, steps: int) 
         with trainer.validation.averaged_weights():
             found["weights_in_average"] = _trainable(objective)
             found["is_training_in_average"] = objective.training
-            samples = draw_samples(objective, trainer.validation._sample_clips, recipe)
-            found["predictions"] = samples.predictions
+            found["clips"] = [sample.clip_id for sample in trainer.validation.loss_clips]
+            if trainer.validation.sample_clips is not None:
+                found["predictions"] = draw_samples(objective, trainer.validation.sample_clips, recipe).predictions
             found["average_gathered"] = {
                 name: value.clone() for name, value in trainer.engine.gathered(trainer.ema.shards)
             }

@@ -12,7 +12,7 @@ from einops import repeat
 from torch import Tensor
 
 from dreamdance.data.clip_order import SampleKey
-from dreamdance.data.collate import ClipBatch, ClipSample, collate_clips
+from dreamdance.data.collate import ClipSample
 from dreamdance.data.cropping import centred_crop
 from dreamdance.data.shard_cache import fetch_shard
 from dreamdance.data.stored_clip import StoredClip, Window, draw_window, first_window
@@ -231,7 +231,8 @@ def fixed_clips(
     stride: int = 1,
     maps: Sequence[Map] | None = None,
     verify: Literal["size", "hash"] = "hash",
-) -> ClipBatch:
+    share_of: Ranks | None = None,
+) -> list[ClipSample]:
     """The first clips of a set, always the same: for validation and samples.
 
     Args:
@@ -239,6 +240,7 @@ def fixed_clips(
         count: how many clips; all of them where the set has fewer.
         stride: distance between the frames of the window.
         maps: None reads those that all of these clips have.
+        share_of: cuts only every n-th clip, from the rank's own number on, where there are n ranks; that may be none.
 
     Returns:
         Each clip's first window; the reference is the clip's last frame; keys are (0, 0, number of the clip).
@@ -252,6 +254,7 @@ def fixed_clips(
     clips = [dataset.clip(number) for number in range(min(count, len(dataset)))]
     if maps is None:
         dataset.maps = tuple(name for name in MAPS if all(clip.has(name) for clip in clips))
-    windows = [first_window(clip, num_frames=num_frames, stride=stride) for clip in clips]
-    pairs = zip(clips, windows, strict=True)
-    return collate_clips([dataset.cut(clip, window, (0, 0, number)) for number, (clip, window) in enumerate(pairs)])
+    windows = [first_window(clip, num_frames=num_frames, stride=stride) for clip in clips]  # all ranks refuse alike
+    ranks = share_of or Ranks()
+    share = range(ranks.rank, len(clips), ranks.world_size)
+    return [dataset.cut(clips[number], windows[number], (0, 0, number)) for number in share]

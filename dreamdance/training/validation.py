@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from dreamdance.data.clips import fixed_clips
-from dreamdance.data.collate import ClipBatch
+from dreamdance.data.collate import ClipBatch, collate_clips
 from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
 from dreamdance.training.distributed import sum_over_ranks
@@ -27,14 +27,19 @@ class Validator:
     ) -> None:
         """Reads the clips: the same ones, windows, noise and timesteps each time and on any number of ranks.
 
+        A rank holds no more than its share of those for the loss; the main process, those that samples are drawn of.
+
         Raises:
             ShardError: the validation shards are missing or damaged, or their clips too short.
         """
         self.recipe, self.engine, self.ema, self.ranks, self.metrics = recipe, engine, ema, ranks, metrics
         data, section = recipe.data, recipe.validation
         held_out = partial(fixed_clips, data.validation, width=data.width, height=data.height, verify=data.verify)
-        self._loss_clips = held_out(num_frames=data.num_frames, count=section.num_loss_clips)
-        self._sample_clips = held_out(num_frames=section.num_frames, count=section.num_sample_clips)
+        self.loss_clips = held_out(num_frames=data.num_frames, count=section.num_loss_clips, share_of=ranks)
+        self.sample_clips: ClipBatch | None = None
+        if metrics.recording:
+            samples = held_out(num_frames=section.num_frames, count=section.num_sample_clips)
+            self.sample_clips = collate_clips(samples)
 
     def after_step(self, step: int) -> None:
         """Does what the recipe wants after this step. Collective."""
@@ -47,8 +52,8 @@ class Validator:
         with self.averaged_weights():
             if wants_loss:
                 self.metrics.validation(self._losses(), step=step)
-            if wants_samples and self.metrics.recording:  # the others wait where the weights are put back
-                samples = draw_samples(self.engine.objective, self._sample_clips, self.recipe)
+            if wants_samples and self.sample_clips is not None:  # the others wait where the weights are put back
+                samples = draw_samples(self.engine.objective, self.sample_clips, self.recipe)
                 self.metrics.samples(samples.grid, samples.predictions, step=step)
 
     @contextmanager
@@ -64,17 +69,13 @@ class Validator:
     @torch.no_grad()
     def _losses(self) -> Losses:
         """The mean over all clips, each rank taking its share of them; every number is keyed by the clip."""
-        objective = self.engine.objective
+        objective, size = self.engine.objective, self.recipe.micro_batch_size
         totals = torch.zeros(2 + 2 * NUM_DOMAINS, dtype=torch.float64)
-        share = range(self.ranks.rank, len(self._loss_clips), self.ranks.world_size)
-        for batch in _micro_batches(self._loss_clips, list(share), self.recipe.micro_batch_size):
+        for start in range(0, len(self.loss_clips), size):
+            batch = collate_clips(self.loss_clips[start : start + size])
             output = objective(batch)
             totals[0] += output.sample_losses.sum().cpu()
             totals[1] += len(batch)
             totals[2:] += torch.cat([output.domain_sums, output.domain_counts]).cpu()
         loss_sum, num_samples, *domains = sum_over_ranks(totals.to(self.ranks.device)).tolist()
         return Losses(loss_sum, num_samples, domains[:NUM_DOMAINS], domains[NUM_DOMAINS:])
-
-
-def _micro_batches(clips: ClipBatch, indices: list[int], size: int) -> list[ClipBatch]:
-    return [clips.select(indices[start : start + size]) for start in range(0, len(indices), size)]

@@ -10,9 +10,11 @@ import pytest
 import torch
 from rank_processes import StartedRanks, run_ranks
 from recipes_for_tests import tiny_stage1_recipe, tiny_stage2_recipe
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_scenarios import Recipe, prepare_and_inspect, run_recorded
 
 from dreamdance.data.clips import fixed_clips
+from dreamdance.data.collate import collate_clips
 from dreamdance.pipelines import AnimationPipeline, GeometryPipeline
 from dreamdance.ranks import Ranks
 from dreamdance.run_layout import checkpoint_folder, export_folder, newest_export, progress_file
@@ -112,6 +114,13 @@ def largest_difference(some: list[dict[Any, float]], others: list[dict[Any, floa
     return max(abs(loss - other) / abs(other) for loss, other in pairs)
 
 
+def held_out_loss(run: Path) -> float:
+    """At the last step."""
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    return board.Scalars("val/loss")[-1].value
+
+
 def distance(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
     """Of all weights together, Euclidean."""
     assert some.keys() == others.keys()
@@ -125,6 +134,7 @@ def test_losses_on_any_number_of_ranks_equal_a_plain_loop_in_one_process(stage, 
     plain, average = train_plainly(alone, micro_batch_size=BATCH_SIZE)
     split, split_average = train_plainly(alone, micro_batch_size=1)
     assert largest_difference(split, plain) < ROUNDING, "the plain loop itself, with its sums in another order"
+    held_out = []
     for world_size in world_sizes:
         recipe = make_recipe(stage, shards, world_size=world_size, **frames)
         run = tmp_path / f"ranks_{world_size}"
@@ -132,6 +142,8 @@ def test_losses_on_any_number_of_ranks_equal_a_plain_loop_in_one_process(stage, 
         assert largest_difference(losses_of(run, world_size), plain) < ROUNDING
         saved = read_average(checkpoint_folder(run, recipe.max_steps))
         assert distance(saved, average) < 3 * distance(split_average, average)
+        held_out.append(held_out_loss(run))
+    assert held_out == pytest.approx([held_out[0]] * len(held_out), rel=ROUNDING), "of 3 clips: 4 ranks leave one idle"
 
 
 @pytest.mark.parametrize(
@@ -228,7 +240,10 @@ def test_from_pretrained_reproduces_the_runs_own_samples_bit_for_bit(stage, prec
     run_ranks(run_recorded, 2, run / "output", recipe=recipe, run=run)
     # A run that is at its end only draws, from its last checkpoint.
     arguments = {"recipe": recipe, "run": run, "steps": 0}
-    own = run_ranks(prepare_and_inspect, 2, tmp_path / "output", **arguments)[0]["predictions"]
+    found = run_ranks(prepare_and_inspect, 2, tmp_path / "output", **arguments)
+    own = found[0]["predictions"]
+    assert "predictions" not in found[1], "the other rank holds no clips to draw"
+    assert not set(found[0]["clips"]) & set(found[1]["clips"]), "each clip's loss is computed once"
 
     kind = AnimationPipeline if stage == "stage2" else GeometryPipeline
     dtype = {"torch_dtype": torch.bfloat16} if precision == "bf16" else {}
@@ -242,7 +257,7 @@ def test_from_pretrained_reproduces_the_runs_own_samples_bit_for_bit(stage, prec
     )
     objective = build_objective(recipe)
     objective.make_pipeline = lambda: pipeline
-    theirs = draw_samples(objective, clips, recipe).predictions
+    theirs = draw_samples(objective, collate_clips(clips), recipe).predictions
     assert own.keys() == theirs.keys()
     for name, frames in own.items():
         assert torch.equal(frames, theirs[name]), name

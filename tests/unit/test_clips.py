@@ -200,7 +200,7 @@ def test_columns_that_contradict_one_another_are_refused():
 
 
 def test_fixed_clips_are_the_first_ones_with_their_last_frame_as_reference(shards):
-    batch = fixed_clips(shards, width=WIDTH, height=HEIGHT, num_frames=4, count=5)
+    batch = collate_clips(fixed_clips(shards, width=WIDTH, height=HEIGHT, num_frames=4, count=5))
     assert batch.rgb.shape == (5, 4, 3, HEIGHT, WIDTH)
     assert batch.clip_ids == [f"clip_{number:04d}" for number in range(5)]
     assert [frame_numbers(clip) for clip in batch.rgb] == [[0, 1, 2, 3]] * 5
@@ -214,8 +214,19 @@ def test_fixed_clips_of_a_small_set_are_all_of_it(shards):
     assert len(fixed_clips(shards, width=WIDTH, height=HEIGHT, num_frames=1, count=99)) == 12
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_the_shares_of_all_ranks_are_the_fixed_clips_each_of_them_once(shards, world_size):
+    settings = {"width": WIDTH, "height": HEIGHT, "num_frames": 2, "count": 5}
+    whole = fixed_clips(shards, **settings)
+    shares = [fixed_clips(shards, **settings, share_of=Ranks(rank, world_size)) for rank in range(world_size)]
+    assert max(map(len, shares)) == -(-5 // world_size)
+    found = sorted((sample for share in shares for sample in share), key=lambda sample: sample.key)
+    assert [sample.key for sample in found] == [sample.key for sample in whole]
+    assert all(torch.equal(mine.rgb, all_of_it.rgb) for mine, all_of_it in zip(found, whole, strict=True))
+
+
 def test_a_batch_can_be_divided(shards):
-    batch = fixed_clips(shards, width=WIDTH, height=HEIGHT, num_frames=2, count=5)
+    batch = collate_clips(fixed_clips(shards, width=WIDTH, height=HEIGHT, num_frames=2, count=5))
     part = batch.select([3, 1])
     assert part.clip_ids == ["clip_0003", "clip_0001"]
     assert torch.equal(part.rgb, batch.rgb[[3, 1]])

@@ -88,10 +88,10 @@ def test_the_manifest_lists_what_animate_needs_of_each_validation_clip(dancers):
 
 
 def test_examples_show_the_reference_that_validation_uses(dancers):
-    batch = fixed_clips(Shards(local=str(dancers / "validation")), width=WIDTH, height=HEIGHT, num_frames=2, count=2)
-    for clip_id, reference in zip(batch.clip_ids, batch.reference, strict=True):
-        picture = np.asarray(Image.open(dancers / "examples" / clip_id / "reference.png"))
-        np.testing.assert_array_equal((reference.movedim(0, -1).numpy() * 255).round().astype(np.uint8), picture)
+    shards = Shards(local=str(dancers / "validation"))
+    for sample in fixed_clips(shards, width=WIDTH, height=HEIGHT, num_frames=2, count=2):
+        picture = np.asarray(Image.open(dancers / "examples" / sample.clip_id / "reference.png"))
+        np.testing.assert_array_equal((sample.reference.movedim(0, -1).numpy() * 255).round().astype(np.uint8), picture)
 
 
 def test_prepared_again_nothing_is_written(dancers, tmp_path, caplog):
