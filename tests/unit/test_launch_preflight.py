@@ -65,6 +65,8 @@ def test_a_missing_run_names_the_recipe_that_makes_it():
     assert "python launchers/slurm.py recipes/demo/stage1_domains.yaml (or give init_step)" in remedies
     remedies = [problem.remedy for problem in found("ablations/stage1_temporal_without_geometry.yaml")[1]]
     assert "python launchers/slurm.py recipes/stage1_domains.yaml (or give init_step)" in remedies
+    remedies = [problem.remedy for problem in found("footage/animate.yaml")[1]]
+    assert "python launchers/slurm.py recipes/footage/stage2.yaml" in remedies
 
 
 def test_the_demo_needs_nothing_but_its_data():
