@@ -1,4 +1,4 @@
-"""Where things lie in a run folder (contract C7), and the progress log that `--follow` reads. No torch here."""
+"""Where things lie in a run folder (contract C7) and in a result, and the log that `--follow` reads. No torch here."""
 
 import json
 import time
@@ -13,6 +13,9 @@ PROVENANCE_FILE = "provenance.json"
 COMPLETE_FILE = "COMPLETE"
 FINISHED_FILE = "FINISHED"
 EXPORT_INDEX_FILE = "model_index.json"
+# Of a clip's result, which `animate` writes and `evaluate` reads.
+RESULT_FILE = "result.json"
+ARRAYS_FILE = "arrays.npz"
 
 
 def step_name(step: int) -> str:

@@ -18,9 +18,8 @@ from torch import Tensor
 from dreamdance.data.picture_grid import Row, draw_grid
 from dreamdance.data.transforms import encode_normals, resize_images, resize_normals, tensor_to_pictures
 from dreamdance.data.video_io import write_video
+from dreamdance.run_layout import ARRAYS_FILE, RESULT_FILE
 
-RESULT_FILE = "result.json"
-ARRAYS_FILE = "arrays.npz"
 VIDEO_FILE = "video.mp4"
 SIDE_BY_SIDE_FILE = "side_by_side.mp4"
 CONTACT_SHEET_FILE = "contact_sheet.png"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dreamdance.atomic_files import write_atomically
 from dreamdance.recipe import AnimateRecipe, EvaluateRecipe, PrepareRecipe, Recipe, TrainingRecipe
-from dreamdance.run_layout import EXPORT_INDEX_FILE, FINISHED_FILE, export_folder, is_export, step_folders
+from dreamdance.run_layout import EXPORT_INDEX_FILE, FINISHED_FILE, RESULT_FILE, export_folder, is_export, step_folders
 
 
 def mark_finished(recipe: Recipe, run_folder: Path) -> bool:
@@ -40,7 +40,7 @@ def _inputs_digest(recipe: Recipe, runs: Path) -> str:
         for name in (recipe.geometry_from, recipe.animation_from):
             parts += _weights(name, runs) if name else []
     elif isinstance(recipe, EvaluateRecipe):
-        parts += _listing(Path(recipe.results), "*/result.json")
+        parts += _listing(Path(recipe.results), f"*/{RESULT_FILE}")
         parts += _listing(Path(recipe.truth.local), "index.json")
     elif isinstance(recipe, PrepareRecipe) and recipe.videos is not None:
         parts += _listing(Path(recipe.videos.folder), "*.mp4")

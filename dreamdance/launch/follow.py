@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+from dreamdance.durations import duration
 from dreamdance.launch.job import failure_file
 from dreamdance.launch.submission import JobStatus, SubmittedJob, status_of
 from dreamdance.recipe import Recipe
@@ -58,17 +59,6 @@ def progress_line(line: dict[str, Any]) -> str:
     if (eta := line.get("eta_seconds")) is not None:
         parts.append(f"eta {duration(eta)}")
     return "  ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """`12s`, `3m 05s`, `4h 07m`, `1d 09h`."""
-    whole = max(0, round(seconds))
-    days, hours, minutes = whole // 86_400, whole % 86_400 // 3600, whole % 3600 // 60
-    if days:
-        return f"{days}d {hours:02d}h"
-    if hours:
-        return f"{hours}h {minutes:02d}m"
-    return f"{minutes}m {whole % 60:02d}s" if minutes else f"{whole}s"
 
 
 def explain_failure(job: SubmittedJob, run_folder: Path, status: JobStatus) -> str:

@@ -20,6 +20,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from dreamdance.durations import duration
 from dreamdance.ranks import Ranks
 from dreamdance.run_layout import ProgressLog, step_name
 
@@ -215,17 +216,6 @@ def used_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / _GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GIB
-
-
-def duration(seconds: float) -> str:
-    """`1d 09h`, `2h 05m`, `3m 20s` or `12s`."""
-    total = round(seconds)
-    days, hours, minutes = total // 86400, total // 3600 % 24, total // 60 % 60
-    if days:
-        return f"{days}d {hours:02d}h"
-    if hours:
-        return f"{hours}h {minutes:02d}m"
-    return f"{minutes}m {total % 60:02d}s" if minutes else f"{total}s"
 
 
 def animated_picture(frames: Tensor) -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dreamdance.launch.follow import duration, explain_failure, follow, progress_line
+from dreamdance.launch.follow import explain_failure, follow, progress_line
 from dreamdance.launch.job import record_failure
 from dreamdance.launch.local_controller import status_file
 from dreamdance.launch.submission import JobStatus, SubmittedJob
@@ -38,13 +38,6 @@ def test_the_progress_line_reads_as_the_contract_says():
     line = {"time": 1.0, "unit": "steps", "done": 1200, "total": 50000, "loss": 0.08341, "samples_per_second": 3.21}
     line |= {"eta_seconds": 118_800, "message": "hello", "validation_loss": 0.1}
     assert progress_line(line) == ("step 1200/50000  loss 0.0834  3.2 samples/s  validation loss 0.1  eta 1d 09h")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0s"), (59.4, "59s"), (65, "1m 05s"), (3600, "1h 00m"), (90_000, "1d 01h"), (-3, "0s")]
-)
-def test_durations_are_short(seconds, text):
-    assert duration(seconds) == text
 
 
 def test_plain_output_holds_messages_and_the_last_line_and_ends_with_the_job(run_folder):

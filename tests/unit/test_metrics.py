@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dreamdance.ranks import Ranks
 from dreamdance.run_layout import progress_file
-from dreamdance.training.metrics import Losses, Metrics, StepReport, animated_picture, duration
+from dreamdance.training.metrics import Losses, Metrics, StepReport, animated_picture
 
 
 def make_metrics(run: Path, *, first_step: int = 0, every_steps: int = 1, ranks: Ranks | None = None) -> Metrics:
@@ -141,10 +141,3 @@ def test_animated_picture_shows_clips_side_by_side_in_time():
     last = np.asarray(picture.convert("RGB"))
     assert last[:, :4].max() == 0
     assert last[:, 4:].min() == 255
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(7, "7s"), (200, "3m 20s"), (7500, "2h 05m"), (33 * 3600, "1d 09h"), (59.6, "1m 00s")]
-)
-def test_durations_read_well(seconds, text):
-    assert duration(seconds) == text
