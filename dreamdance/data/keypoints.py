@@ -74,21 +74,6 @@ def flip_keypoints(keypoints: np.ndarray) -> np.ndarray:
     return flipped
 
 
-def crop_keypoints(keypoints: np.ndarray, *, left: float, top: float, width: float, height: float) -> np.ndarray:
-    """Moves key points `(..., 128, 3)` to a crop of the frame; points that fall outside get confidence 0.
-
-    Args:
-        keypoints: x and y in [0,1] of the frame.
-        left, top, width, height: the crop, in [0,1] of the frame.
-    """
-    cropped = keypoints.copy()
-    cropped[..., 0] = (keypoints[..., 0] - left) / width
-    cropped[..., 1] = (keypoints[..., 1] - top) / height
-    outside = ((cropped[..., :2] < 0.0) | (cropped[..., :2] > 1.0)).any(axis=-1)
-    cropped[..., 2] = np.where(outside, 0.0, cropped[..., 2])
-    return cropped
-
-
 def write_keypoint_file(path: Path | str, sequence: KeypointSequence) -> None:
     """Writes a key-point file; coordinates are rounded to a millionth of the frame.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from dreamdance.data.keypoints import NUM_KEYPOINTS
 from dreamdance.errors import ShardError
@@ -219,12 +220,6 @@ def encode_normal(normal: np.ndarray) -> np.ndarray:
     return np.floor((np.asarray(normal, dtype=np.float32) + 1.0) * 127.5 + 0.5).clip(0, 255).astype(np.uint8)
 
 
-def decode_normal(encoded: np.ndarray) -> np.ndarray:
-    """Decodes uint8 normals `(..., 3)` to unit vectors, float32."""
-    normal = encoded.astype(np.float32) * (2.0 / 255.0) - 1.0
-    return normal / np.linalg.norm(normal, axis=-1, keepdims=True)
-
-
 def encode_disparity(depth: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
     """Encodes a clip's depth as 16-bit disparity, near bright, normalised over the whole clip.
 
@@ -246,10 +241,15 @@ def encode_disparity(depth: np.ndarray) -> tuple[np.ndarray, tuple[float, float]
     return np.rint((disparity - low) * scale).astype(np.uint16), (low, high)
 
 
-def decode_disparity(encoded: np.ndarray, depth_range: tuple[float, float]) -> np.ndarray:
-    """Returns depth in metres, float32, from what `encode_disparity` returned."""
+def metric_disparity(disparity: np.ndarray, depth_range: tuple[float, float]) -> NDArray[np.float64]:
+    """Returns disparity in 1/metre, whose inverse is depth.
+
+    Args:
+        disparity: in [0,1], of a clip as `encode_disparity` stores it, or predicted for it.
+        depth_range: of the clip, as `encode_disparity` returned it.
+    """
     low, high = depth_range
-    return (1.0 / (low + encoded.astype(np.float64) * ((high - low) / 65535.0))).astype(np.float32)
+    return low + (high - low) * disparity.astype(np.float64)
 
 
 def check_columns(encodings: Mapping[str, str], *, where: str) -> None:

@@ -15,17 +15,16 @@ from torch import Tensor
 
 from dreamdance.data.clips import StoredClips
 from dreamdance.data.cropping import centred_crop
+from dreamdance.data.schema import metric_disparity
 from dreamdance.data.stored_clip import StoredClip
 from dreamdance.data.transforms import decode_normals, pictures_to_tensor, resize_images, resize_normals
 from dreamdance.errors import MissingInputError, UserError
 from dreamdance.evaluation.geometry_metrics import PinholeCamera
 from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import Shards
+from dreamdance.run_layout import ARRAYS_FILE, RESULT_FILE
 
 logger = logging.getLogger(__name__)
-
-RESULT_FILE = "result.json"
-ARRAYS_FILE = "arrays.npz"
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
@@ -78,8 +77,7 @@ class Truth:
         """`f h w` in 1/metre."""
         if self.pictures.disparity is None or self.depth_range is None:
             return None
-        low, high = self.depth_range
-        return low + (high - low) * self.pictures.disparity.astype(np.float64)
+        return metric_disparity(self.pictures.disparity, self.depth_range)
 
     def at(self, indices: list[int]) -> "Truth":
         """The chosen frames."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dreamdance.data.schema import metric_disparity
 from dreamdance.evaluation import image_metrics
 from dreamdance.evaluation.clips import Prediction, Truth
 from dreamdance.evaluation.geometry_metrics import angular_error, consistency_angle, depth_error
@@ -99,12 +100,12 @@ def _score_maps(prediction: Prediction, truth: Truth) -> Scores:
     true_disparity, disparity = truth.metric_disparity, prediction.disparity
     if disparity is None or true_disparity is None or truth.depth_range is None:
         return scores
-    low, high = truth.depth_range
+    low, _ = truth.depth_range
     error = depth_error(disparity, true_disparity, mask, min_disparity=low)
     relief = depth_error(disparity, true_disparity, mask, min_disparity=low, fit_mask=mask)
     scores |= {"abs_rel": error.abs_rel, "delta_1.25": error.delta, "abs_rel_aligned_in_body": relief.abs_rel}
     if prediction.normals is not None and truth.camera is not None:
-        depth = 1.0 / (low + (high - low) * disparity.astype(np.float64).clip(0, 1))
+        depth = 1.0 / metric_disparity(disparity.clip(0, 1), truth.depth_range)
         scores["consistency_angle"] = consistency_angle(prediction.normals, depth, mask, truth.camera)
     return scores
 

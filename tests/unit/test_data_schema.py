@@ -15,16 +15,16 @@ from dreamdance.data.schema import (
     SCHEMA_VERSION,
     check_columns,
     check_schema_version,
-    decode_disparity,
-    decode_normal,
     encode_disparity,
     encode_normal,
+    metric_disparity,
     pack_frames,
     pack_keypoints,
     read_frame_format,
     unpack_frames,
     unpack_keypoints,
 )
+from dreamdance.data.transforms import decode_normals, pictures_to_tensor
 from dreamdance.errors import ShardError
 
 HEADER_SIZE, ENTRY_SIZE = 20, 8
@@ -171,7 +171,8 @@ def test_a_wall_facing_the_camera_is_the_colour_128_128_255() -> None:
 def test_normals_survive_eight_bits_to_half_a_degree() -> None:
     normals = np.random.default_rng(0).normal(size=(5000, 3))
     normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
-    decoded = decode_normal(encode_normal(normals))
+    pictures = pictures_to_tensor(encode_normal(normals)[:, None, None, :])
+    decoded = decode_normals(pictures)[..., 0, 0].numpy()
     np.testing.assert_allclose(np.linalg.norm(decoded, axis=-1), 1.0, rtol=1e-6)
     assert np.degrees(np.arccos((decoded * normals).sum(-1).clip(-1, 1))).max() < 0.5
 
@@ -186,7 +187,7 @@ def test_disparity_is_bright_where_it_is_near_and_uses_all_sixteen_bits() -> Non
     assert high == pytest.approx(1 / depth.min(), rel=1e-6)
     # Half a step of disparity is the largest error, which is most metres where it is far.
     step = (high - low) / 65535
-    np.testing.assert_allclose(1 / decode_disparity(encoded, (low, high)), 1 / depth, rtol=0, atol=0.51 * step)
+    np.testing.assert_allclose(metric_disparity(encoded / 65535, (low, high)), 1 / depth, rtol=0, atol=0.51 * step)
 
 
 def test_disparity_is_normalised_over_the_clip_not_over_each_frame() -> None:
@@ -197,7 +198,7 @@ def test_disparity_is_normalised_over_the_clip_not_over_each_frame() -> None:
 
 def test_a_flat_depth_encodes_to_one_value() -> None:
     encoded, depth_range = encode_disparity(np.full((1, 2, 2), 4.0, np.float32))
-    assert np.array_equal(decode_disparity(encoded, depth_range), np.full((1, 2, 2), 4.0, np.float32))
+    assert np.array_equal(metric_disparity(encoded / 65535, depth_range), np.full((1, 2, 2), 0.25))
 
 
 @pytest.mark.parametrize("hole", [0.0, -1.0, np.nan, np.inf])

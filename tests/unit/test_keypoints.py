@@ -18,7 +18,6 @@ from dreamdance.data.keypoints import (
     RIGHT_HAND,
     KeypointFileError,
     KeypointSequence,
-    crop_keypoints,
     flip_keypoints,
     read_keypoint_file,
     write_keypoint_file,
@@ -75,14 +74,6 @@ def test_flipping_a_face_that_looks_straight_ahead_leaves_it_in_place() -> None:
     middle = (face + partner) / 2 @ normal
     np.testing.assert_allclose(middle, middle[0], rtol=0, atol=1e-6)
     np.testing.assert_allclose(across, (across @ normal)[:, None] * normal, rtol=0, atol=1e-6)
-
-
-def test_cropping_moves_points_and_drops_those_outside() -> None:
-    points = np.full((1, 128, 3), 0.9, dtype=np.float32)
-    points[0, 0] = (0.5, 0.5, 0.8)
-    cropped = crop_keypoints(points, left=0.25, top=0.0, width=0.5, height=0.75)
-    np.testing.assert_allclose(cropped[0, 0], (0.5, 2 / 3, 0.8), rtol=1e-6)
-    assert (cropped[0, 1:, 2] == 0).all()
 
 
 def test_a_written_file_reads_back(sequence: KeypointSequence, tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from dreamdance.data.dancers import HELD_OUT_SEEDS, TRAINING_SEEDS, render_clip
 from dreamdance.data.keypoints import read_keypoint_file
 from dreamdance.data.pose_drawing import draw_poses
 from dreamdance.data.prepare import prepare
-from dreamdance.data.schema import decode_disparity, decode_normal
+from dreamdance.data.schema import metric_disparity
 from dreamdance.data.shard_writer import ClipRecord
+from dreamdance.data.transforms import decode_normals, pictures_to_tensor
 from dreamdance.data.video_clips import choose_validation, split_frames
 from dreamdance.data.video_io import VideoError, read_frames, write_video
 from dreamdance.errors import MissingInputError, ShardError, UserError
@@ -68,10 +69,11 @@ def test_dancers_are_stored_as_they_are_rendered(dancers):
         np.testing.assert_array_equal(clip.frames("mask") > 0, rendered.mask)
         np.testing.assert_array_equal(clip.keypoints, rendered.keypoints)
         np.testing.assert_array_equal(clip.frames("pose"), draw_poses(rendered.keypoints, width=WIDTH, height=HEIGHT))
-        cosine = (decode_normal(clip.frames("normal")) * rendered.normal).sum(axis=-1)
+        normals = decode_normals(pictures_to_tensor(clip.frames("normal"))).movedim(1, -1).numpy()
+        cosine = (normals * rendered.normal).sum(axis=-1)
         assert np.degrees(np.arccos(cosine.clip(-1, 1))).max() < 0.5
-        depth = decode_disparity(clip.frames("depth"), clip.metadata["depth_range"])
-        np.testing.assert_allclose(depth, rendered.depth, rtol=1e-3)
+        disparity = metric_disparity(clip.frames("depth") / 65535, clip.metadata["depth_range"])
+        np.testing.assert_allclose(1 / disparity, rendered.depth, rtol=1e-3)
 
 
 def test_the_manifest_lists_what_animate_needs_of_each_validation_clip(dancers):
