@@ -1,9 +1,11 @@
-"""Which process of how many this is, as the launcher's environment says. Opens no process group."""
+"""Which process of how many this is, as the launcher's environment says. Opens no process group, loads no torch."""
 
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Ranks:
         return self.rank == 0
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> "torch.device":
         """The local rank's GPU, or the CPU where there is none."""
+        import torch  # whoever wants a device has it loaded; the launcher has not
+
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamdance.errors import MissingInputError
+from dreamdance.ranks import Ranks
 from dreamdance.recipe.yaml_text import read_yaml
 
 RECIPE_FILE = "recipe.yaml"
@@ -77,9 +78,16 @@ def is_export(folder: Path) -> bool:
 
 
 class ProgressLog:
-    """Appends one JSON line per report to `logs/progress.jsonl`; only one process of a run may hold it."""
+    """Appends one JSON line per report to `logs/progress.jsonl`: the main process does, the others keep silent."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, ranks: Ranks | None = None) -> None:
+        """Makes the folder.
+
+        Args:
+            run: the run folder.
+            ranks: this process; by default the only one.
+        """
+        self.silent = ranks is not None and not ranks.is_main
         self.path = progress_file(run)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._start = time.monotonic()
@@ -87,6 +95,8 @@ class ProgressLog:
 
     def write(self, *, done: int, total: int, unit: str, message: str | None = None, **numbers: Any) -> None:
         """Reports that `done` of `total` units (steps, clips, images) are finished, with any numbers worth showing."""
+        if self.silent:
+            return
         if self._first_done is None:
             self._first_done, self._start = done, time.monotonic()
         elapsed = time.monotonic() - self._start

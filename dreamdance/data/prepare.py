@@ -46,7 +46,7 @@ def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
         UserError: no or unusable videos, or an output folder of other settings.
     """
     ranks = Ranks.from_environment()
-    progress = ProgressLog(run_folder) if ranks.is_main else None
+    progress = ProgressLog(run_folder, ranks)
     output = Path(recipe.output)
     shard_format = ShardFormat(shard_size_mib=recipe.shard_size_mib, compression=recipe.compression)
     parts = plan_parts(recipe)
@@ -54,8 +54,7 @@ def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
     done_before = 0
 
     def report(split: Split, done: int, _: int) -> None:
-        if progress is not None:
-            progress.write(done=done_before + done, total=total, unit="parts", message=f"writing {output / split}")
+        progress.write(done=done_before + done, total=total, unit="parts", message=f"writing {output / split}")
 
     for split, planned in parts.items():
         write_shards(
@@ -71,8 +70,7 @@ def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
     if ranks.is_main and "validation" in parts:
         count = write_examples(output)
         logger.info("%s lists %d validation clips for `animate`", output / MANIFEST_FILE, count)
-    if progress is not None:
-        progress.write(done=total, total=total, unit="parts", message=f"{output} is complete")
+    progress.write(done=total, total=total, unit="parts", message=f"{output} is complete")
 
 
 def describe_source(recipe: PrepareRecipe) -> dict[str, Any]:

@@ -74,19 +74,17 @@ def animate_entries(
     entries: Sequence[ManifestEntry], recipe: AnimateRecipe, stages: Stages, run_folder: Path, ranks: Ranks
 ) -> list[Failure]:
     """Animates this rank's share, one entry after the other; a bad one does not stop the others."""
-    progress = ProgressLog(run_folder) if ranks.is_main else None
+    progress = ProgressLog(run_folder, ranks)
     whose = f" of rank 0 of {ranks.world_size}" if ranks.world_size > 1 else ""
     failures = []
     for number, entry in enumerate(entries):
-        if progress is not None:
-            progress.write(done=number, total=len(entries), unit="clips", message=f"animating {entry.id}{whose}")
+        progress.write(done=number, total=len(entries), unit="clips", message=f"animating {entry.id}{whose}")
         try:
             animate_entry(entry, recipe, stages)
         except (UserError, torch.OutOfMemoryError) as error:
             logger.error("entry '%s' (line %d) failed: %s", entry.id, entry.line, error)
             failures.append(Failure(entry.id, entry.line, str(error)))
-    if progress is not None:
-        progress.write(done=len(entries), total=len(entries), unit="clips", message=f"finished the clips{whose}")
+    progress.write(done=len(entries), total=len(entries), unit="clips", message=f"finished the clips{whose}")
     return failures
 
 

@@ -40,6 +40,13 @@ def test_progress_lines_carry_the_pace_of_this_process_not_of_what_was_resumed(t
     assert second["loss"] == 0.5
 
 
+def test_only_the_main_process_of_a_run_reports_progress(tmp_path):
+    for rank in (1, 0, 2):
+        run_layout.ProgressLog(tmp_path, Ranks(rank, 3)).write(done=rank, total=3, unit="clips")
+    (line,) = run_layout.progress_file(tmp_path).read_text().splitlines()
+    assert json.loads(line)["done"] == 0
+
+
 def test_ranks_come_from_the_environment_and_default_to_one_process(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
