@@ -8,6 +8,7 @@ import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import Checkpoint
 from dreamdance.run_layout import COMPLETE_FILE, checkpoint_folder, step_folders, step_of
 from dreamdance.training import manifest as manifests
-from dreamdance.training.distributed import from_main, gathered
+from dreamdance.training.distributed import gathered, on_main
 from dreamdance.training.ema import ShardedEma
 from dreamdance.training.engine import Engine
-from dreamdance.training.manifest import Manifest
+from dreamdance.training.manifest import FileRecord, Manifest
 from dreamdance.training.rank_state import (
     RankState,
     generator_states,
@@ -65,7 +66,7 @@ class Checkpointer:
         """
         self.run, self.engine, self.ema, self.ranks, self.section = run, engine, ema, ranks, section
         self.recipe_digest = recipe_digest
-        self._frozen_digest = from_main(frozen_digest(engine.objective) if ranks.is_main else None)
+        self._frozen_digest = on_main(partial(frozen_digest, engine.objective))
 
     # ---------------------------------------------------------------------------------------------- save
 
@@ -80,28 +81,23 @@ class Checkpointer:
             The complete folder.
         """
         folder = checkpoint_folder(self.run, step)
-        self._clear(folder)
+        on_main(partial(_clear, folder))  # protects the first files from a main process that is still clearing
         own = self.engine.save(folder)
         rank_state = RankState(self.ema.state_dict(), self.engine.fragments(), generator_states())
         own.append(write_rank_state(folder, self.ranks.rank, rank_state))
-        if self.ranks.is_main:
-            own.append(self._save_run_state(folder, step, state))
         # Also protects COMPLETE from being written before the slowest rank's files are on disk.
         records = [
             record for part in gathered([manifests.record_file(path, folder) for path in own]) for record in part
         ]
-        if self.ranks.is_main:
-            files = tuple(sorted(records, key=lambda record: record.path))
-            manifests.complete(folder, Manifest(step, self.ranks.world_size, self.recipe_digest, files))
-            self._delete_old()
+        on_main(partial(self._complete, folder, step, state, records))
         return folder
 
-    def _clear(self, folder: Path) -> None:
-        """Removes what an earlier save of the same step left: cut short, or found damaged at resume."""
-        if self.ranks.is_main:
-            _delete(folder)
-            folder.mkdir(parents=True)
-        gathered(None)  # protects this save's first files from the main process, which may still be clearing the folder
+    def _complete(self, folder: Path, step: int, state: Mapping[str, Any], records: list[FileRecord]) -> None:
+        """On the main process, when all ranks' files are on disk: adds the run's own, makes the folder count."""
+        own = manifests.record_file(self._save_run_state(folder, step, state), folder)
+        files = tuple(sorted([*records, own], key=lambda record: record.path))
+        manifests.complete(folder, Manifest(step, self.ranks.world_size, self.recipe_digest, files))
+        self._delete_old()
 
     def _save_run_state(self, folder: Path, step: int, state: Mapping[str, Any]) -> Path:
         path = folder / _STATE_FILE
@@ -129,8 +125,8 @@ class Checkpointer:
                 parameters or to other frozen weights.
         """
         damaged = []
-        for folder in map(Path, from_main(self._candidates())):
-            manifest, problem = from_main(_read(folder) if self.ranks.is_main else None)
+        for folder in on_main(self._candidates):
+            manifest, problem = on_main(partial(_read, folder))
             if manifest is not None:
                 share = manifest.files[self.ranks.rank :: self.ranks.world_size]
                 found = [text for part in gathered(manifests.damage(folder, share)) for text in part]
@@ -138,8 +134,7 @@ class Checkpointer:
                     return self._restore(folder, manifest)
                 problem = "; ".join(found)
             damaged.append(f"{folder.name}: {problem}")
-            if self.ranks.is_main:
-                logger.warning("skipping checkpoint %s", damaged[-1])
+            on_main(partial(logger.warning, "skipping checkpoint %s", damaged[-1]))
         if damaged:
             raise CheckpointError(
                 f"every checkpoint in {self.run / 'checkpoints'} is damaged: {'; '.join(damaged)}. Bring one back, or "
@@ -147,14 +142,12 @@ class Checkpointer:
             )
         return None
 
-    def _candidates(self) -> list[str]:
+    def _candidates(self) -> list[Path]:
         """On the main process: all folders that count, newest first, after deleting those cut short in the making."""
-        if not self.ranks.is_main:
-            return []
         complete = []
         for folder in reversed(step_folders(self.run / "checkpoints")):
             if (folder / COMPLETE_FILE).is_file():
-                complete.append(str(folder))
+                complete.append(folder)
             else:
                 logger.warning("deleting %s: it was being written or deleted when the run was killed", folder)
                 _delete(folder)
@@ -170,7 +163,7 @@ class Checkpointer:
         else:
             load_divided_anew(self.engine, self.ema, folder, saved_world_size=manifest.world_size)
         restore_generators(own.generators)
-        if manifest.recipe_digest != self.recipe_digest and self.ranks.is_main:
+        if manifest.recipe_digest != self.recipe_digest:
             logger.info("the recipe has changed since %s was saved", folder.name)
         return Resumed(folder, manifest, state)
 
@@ -231,6 +224,12 @@ def _read(folder: Path) -> tuple[Manifest | None, str]:
         return manifests.read_manifest(folder), ""
     except CheckpointError as error:
         return None, str(error)
+
+
+def _clear(folder: Path) -> None:
+    """Removes what an earlier save of the same step left: cut short, or found damaged at resume."""
+    _delete(folder)
+    folder.mkdir(parents=True)
 
 
 def _delete(folder: Path) -> None:

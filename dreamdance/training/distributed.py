@@ -4,16 +4,18 @@ Knows nothing of models, DeepSpeed or what is being agreed upon.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from dreamdance.ranks import Ranks
+
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -66,6 +68,15 @@ def from_main(value: Any) -> Any:
     holder = [value]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]
+
+
+def on_main(function: Callable[[], Result]) -> Result:
+    """Calls `function` on the main process alone and returns its value (a small plain object) on every rank.
+
+    Collective: no rank goes on before the call is through.
+    """
+    value: Result = from_main(function() if dist.get_rank() == 0 else None)
+    return value
 
 
 def is_deterministic(setting: bool | None, ranks: Ranks) -> bool:

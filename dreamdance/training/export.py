@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from dreamdance.atomic_files import sync_folder
 from dreamdance.ranks import Ranks
 from dreamdance.run_layout import export_folder
-from dreamdance.training.distributed import from_main
+from dreamdance.training.distributed import on_main
 from dreamdance.training.ema import ShardedEma
 from dreamdance.training.engine import Engine
+from dreamdance.training.trainability import Objective
 
 logger = logging.getLogger(__name__)
 
@@ -29,23 +31,27 @@ def export_average(run: Path, step: int, engine: Engine, ema: ShardedEma, ranks:
         The export's folder.
     """
     folder = export_folder(run, step)
-    if from_main(folder.is_dir()):
+    if on_main(folder.is_dir):
         return folder
     weights = {}
     for name, parameter in engine.gathered(ema.shards):
         if ranks.is_main:
             weights[name] = parameter.cpu()
-    if ranks.is_main:
-        partial = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        with _replaced(engine.objective, weights):
-            engine.objective.make_pipeline().save_pretrained(partial, safe_serialization=True)
-        _sync_tree(partial)
-        partial.rename(folder)
-        sync_folder(folder.parent)
-        logger.info("exported the averaged weights to %s", folder)
-    from_main(None)  # protects other ranks from ending the job while the main process is still writing
+    # Also protects other ranks from ending the job while the main process is still writing.
+    on_main(partial(_write, folder, engine.objective, weights))
     return folder
+
+
+def _write(folder: Path, objective: Objective, weights: Mapping[str, Tensor]) -> None:
+    """Under a temporary name first, so that what bears the export's name is all of it."""
+    incoming = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(incoming, ignore_errors=True)
+    with _replaced(objective, weights):
+        objective.make_pipeline().save_pretrained(incoming, safe_serialization=True)
+    _sync_tree(incoming)
+    incoming.rename(folder)
+    sync_folder(folder.parent)
+    logger.info("exported the averaged weights to %s", folder)
 
 
 @contextmanager
