@@ -8,7 +8,7 @@ from dreamdance.errors import UserError
 from dreamdance.launch.finished import is_finished
 from dreamdance.launch.follow import explain_failure, progress_line
 from dreamdance.launch.submission import last_job, status_of
-from dreamdance.recipe import load_recipe
+from dreamdance.recipe import Recipe, load_recipe
 from dreamdance.run_layout import RECIPE_FILE, progress_file, step_folders
 
 _LAST_BYTES = 65_536
@@ -47,20 +47,19 @@ def details(run_folder: Path) -> str:
         steps = [folder.name for folder in step_folders(run_folder / name)]
         if steps:
             lines.append(f"  {name:<12} {', '.join(steps[-5:])}")
-    job = last_job(run_folder)
-    if job is not None:
-        if job.cluster != "debug":
-            lines.append(f"  log          {job.log_file(run_folder)}")
-        status = status_of(job, load_recipe(run_folder / RECIPE_FILE), run_folder)
+    job, recipe = last_job(run_folder), _recipe_of(run_folder)
+    if job is not None and job.cluster != "debug":
+        lines.append(f"  log          {job.log_file(run_folder)}")
+    if job is not None and recipe is not None:
+        status = status_of(job, recipe, run_folder)
         if status.state == "failed":
             lines.append(explain_failure(job, run_folder, status))
     return "\n".join(lines)
 
 
 def _row(run_folder: Path) -> tuple[str, str, str]:
-    try:
-        recipe = load_recipe(run_folder / RECIPE_FILE)
-    except UserError:
+    recipe = _recipe_of(run_folder)
+    if recipe is None:
         return "?", "its recipe.yaml is not of this version", ""
     line = last_progress(run_folder)
     progress = progress_line(line) if line else ""
@@ -96,3 +95,11 @@ def last_progress(run_folder: Path) -> dict[str, Any] | None:
 
 def _run_folders(runs: Path) -> list[Path]:
     return sorted(path.parent for path in runs.glob(f"*/{RECIPE_FILE}"))
+
+
+def _recipe_of(run_folder: Path) -> Recipe | None:
+    """The recipe of a run, or None where another version of the project wrote it."""
+    try:
+        return load_recipe(run_folder / RECIPE_FILE)
+    except UserError:
+        return None

@@ -182,6 +182,15 @@ def test_details_name_the_newest_checkpoints_and_exports(runs: Path) -> None:
     assert lines["exports"].split() == ["exports", "step_00000700"]
 
 
+def test_details_of_a_run_of_another_version_still_tell_where_its_job_logged(runs: Path) -> None:
+    run = make_run(runs, "stage2")
+    submit(run)
+    (run / RECIPE_FILE).write_text("task: stage2\nname: of_another_version\n")
+    text = details(run)
+    assert "its recipe.yaml is not of this version" in text
+    assert f"{JOB_ID}_0_log.out" in text
+
+
 def test_details_of_a_failed_run_show_the_failing_ranks_own_words_and_its_log(runs: Path) -> None:
     run = make_run(runs, "stage2")
     submit(run)
