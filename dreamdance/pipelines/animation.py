@@ -31,6 +31,7 @@ from dreamdance.pipelines.sampling import (
     check_size,
     checked_latents,
     draw_initial_noise,
+    predict_under_each,
 )
 from dreamdance.pipelines.windows import Window, plan_windows
 
@@ -50,6 +51,15 @@ class AnimationCondition:
     latents: Tensor
     embedding: Tensor
     added_time_ids: Tensor
+
+    @classmethod
+    def merged(cls, conditions: "Sequence[AnimationCondition]") -> "AnimationCondition":
+        """All of them as one, `b` outermost."""
+        return cls(
+            torch.cat([condition.latents for condition in conditions]),
+            torch.cat([condition.embedding for condition in conditions]),
+            torch.cat([condition.added_time_ids for condition in conditions]),
+        )
 
 
 class AnimationPipeline(SamplingPipeline):
@@ -232,23 +242,15 @@ class AnimationPipeline(SamplingPipeline):
         sequential: bool,
     ) -> Tensor:
         """Guided prediction for one window: `b f c h w` -> `b f c h w` float32."""
-        if sequential or len(conditions) == 1:
-            predictions = [self._denoise(scaled, timestep, control_features, condition) for condition in conditions]
-        else:
-            merged = AnimationCondition(
-                torch.cat([condition.latents for condition in conditions]),
-                torch.cat([condition.embedding for condition in conditions]),
-                torch.cat([condition.added_time_ids for condition in conditions]),
-            )
-            copies = len(conditions)
-            both = self._denoise(
-                repeat(scaled, "b ... -> (g b) ...", g=copies),
-                timestep,
-                repeat(control_features, "b ... -> (g b) ...", g=copies),
-                merged,
-            )
-            predictions = list(both.chunk(copies))
-        if len(conditions) == 1:
+        predictions = predict_under_each(
+            conditions,
+            lambda noisy, features, condition: self._denoise(noisy, timestep, features, condition),
+            scaled,
+            control_features,
+            merge=AnimationCondition.merged,
+            sequential=sequential,
+        )
+        if len(predictions) == 1:
             return predictions[0]
         unconditional, conditional = predictions
         return classifier_free_guidance(conditional, unconditional, guidance_scale)

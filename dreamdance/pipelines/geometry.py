@@ -31,6 +31,7 @@ from dreamdance.pipelines.sampling import (
     check_size,
     checked_latents,
     draw_initial_noise,
+    predict_under_each,
 )
 from dreamdance.pipelines.windows import Window, plan_windows
 
@@ -48,6 +49,14 @@ class ReferenceCondition:
 
     embedding: Tensor
     features: dict[str, Tensor]
+
+    @classmethod
+    def merged(cls, conditions: "Sequence[ReferenceCondition]") -> "ReferenceCondition":
+        """All of them as one, `b` outermost."""
+        return cls(
+            torch.cat([condition.embedding for condition in conditions]),
+            {name: torch.cat([other.features[name] for other in conditions]) for name in conditions[0].features},
+        )
 
 
 class GeometryPipeline(SamplingPipeline):
@@ -204,29 +213,19 @@ class GeometryPipeline(SamplingPipeline):
     ) -> Tensor:
         """Guided prediction for one window: `b f m c h w` -> `b f m c h w` float32 (Eq. 6)."""
         num_frames, num_domains = latents.shape[1:3]
-        if sequential or len(references) == 1:
-            predictions = [self._denoise(latents, timestep, pose_features, reference) for reference in references]
-        else:
-            # the copies are outermost: guidance cannot tear the domains of one sample apart (C1)
-            merged = ReferenceCondition(
-                torch.cat([reference.embedding for reference in references]),
-                {
-                    name: torch.cat([reference.features[name] for reference in references])
-                    for name in references[0].features
-                },
-            )
-            copies = len(references)
-            both = self._denoise(
-                repeat(latents, "b ... -> (g b) ...", g=copies),
-                timestep,
-                repeat(pose_features, "b ... -> (g b) ...", g=copies),
-                merged,
-            )
-            predictions = list(both.chunk(copies))
-        if len(references) == 1:
+        predictions = predict_under_each(
+            references,
+            lambda noisy, features, reference: self._denoise(noisy, timestep, features, reference),
+            latents,
+            pose_features,
+            merge=ReferenceCondition.merged,
+            sequential=sequential,
+        )
+        if len(predictions) == 1:
             guided = predictions[0]
         else:
-            guided = multi_domain_guidance(predictions[1], predictions[0], guidance_scales)
+            unconditional, conditional = predictions
+            guided = multi_domain_guidance(conditional, unconditional, guidance_scales)
         return rearrange(guided, "(b f m) c h w -> b f m c h w", f=num_frames, m=num_domains)
 
     def _denoise(

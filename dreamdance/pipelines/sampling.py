@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
+from einops import repeat
 from torch import Tensor, nn
 
 from dreamdance.pipelines.windows import Window, blend_windows
@@ -14,6 +15,7 @@ from dreamdance.pipelines.windows import Window, blend_windows
 COMPONENTS_MODULE = "dreamdance.pipelines.components"
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
+Condition = TypeVar("Condition")
 StepCallback = Callable[[DiffusionPipeline, int, Any, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
@@ -101,6 +103,32 @@ def draw_initial_noise(shape: Sequence[int], generator: Generators) -> Tensor:
     first = generator[0] if isinstance(generator, list) else generator
     device = torch.device("cpu") if first is None else first.device
     return randn_tensor(tuple(shape), generator=generator, device=device, dtype=torch.float32)
+
+
+def predict_under_each(
+    conditions: Sequence[Condition],
+    denoise: Callable[[Tensor, Tensor, Condition], Tensor],
+    latents: Tensor,
+    features: Tensor,
+    *,
+    merge: Callable[[Sequence[Condition]], Condition],
+    sequential: bool,
+) -> list[Tensor]:
+    """One prediction for each condition, in one batch or, with less memory, one after the other.
+
+    Args:
+        conditions: what guidance compares.
+        denoise: (latents, features, condition) -> prediction, all with the batch outermost.
+        latents, features: `b ...`, the same under every condition.
+        merge: puts conditions one behind the other along the batch.
+        sequential: one after the other.
+    """
+    if sequential or len(conditions) == 1:
+        return [denoise(latents, features, condition) for condition in conditions]
+    # the copies are outermost: guidance cannot tear the domains of one sample apart (C1)
+    copies = len(conditions)
+    latents, features = (repeat(values, "b ... -> (g b) ...", g=copies) for values in (latents, features))
+    return list(denoise(latents, features, merge(conditions)).chunk(copies))
 
 
 def run_callback(
