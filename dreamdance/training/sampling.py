@@ -62,12 +62,8 @@ def sample_geometry(objective: GeometryObjective, batch: ClipBatch, recipe: Stag
     normals, depths, images = pipeline(
         batch.reference,
         batch.pose,
-        num_inference_steps=sampling.num_inference_steps,
         guidance_scales=(scales.rgb, scales.normal, scales.depth),
-        window_frames=sampling.window_frames,
-        window_overlap=sampling.window_overlap,
-        sequential_guidance=sampling.sequential_guidance,
-        decode_chunk_size=sampling.decode_chunk_size,
+        **sampling.model_dump(exclude={"guidance_scales"}),
         generator=_generators(batch),
         output_type="pt",
         return_dict=False,
@@ -91,7 +87,6 @@ def sample_animation(
     objective: AnimationObjective, batch: ClipBatch, maps: dict[str, Tensor], recipe: Stage2Recipe
 ) -> Tensor:
     """Stage 2 on a batch and its `maps` (normal and depth): frames `b f 3 H W` in [0,1]."""
-    sampling = recipe.sampling
     pipeline = objective.make_pipeline()
     pipeline.set_progress_bar_config(disable=True)
     clips = []
@@ -104,14 +99,7 @@ def sample_animation(
             normals=maps["normal"][chosen] if "normal" in maps else None,
             depths=maps["depth"][chosen] if "depth" in maps else None,
             fps=float(batch.fps[index]),
-            motion_bucket=sampling.motion_bucket,
-            noise_augmentation=sampling.noise_augmentation,
-            num_inference_steps=sampling.num_inference_steps,
-            guidance_scale=sampling.guidance_scale,
-            window_frames=sampling.window_frames,
-            window_overlap=sampling.window_overlap,
-            sequential_guidance=sampling.sequential_guidance,
-            decode_chunk_size=sampling.decode_chunk_size,
+            **recipe.sampling.model_dump(),
             generator=generator,
             output_type="pt",
             return_dict=False,
