@@ -202,8 +202,8 @@ class Engine:
         A loss that is not finite is made to poison the whole gradient: then its norm, which all ranks share, is not
         finite either, and every rank skips this update.
         """
-        poisoned = loss if math.isfinite(loss.item()) else loss * math.nan
-        self._engine.backward(poisoned)
+        # chosen on the device: asking for the number here would hold up the queue of the backward pass
+        self._engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts the micro batch
 
