@@ -137,8 +137,10 @@ def test_ranks_of_a_slurm_job_agree_on_a_port_that_changes_with_every_restart():
 
 
 def test_a_free_port_is_one_that_can_be_bound():
+    port = free_port()
     with socket.socket() as server:
-        server.bind(("", free_port()))
+        server.bind(("", port))
+        assert server.getsockname()[1] == port
 
 
 def test_a_debug_run_is_one_rank_with_defaults_that_the_user_can_overrule(monkeypatch):

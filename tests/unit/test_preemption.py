@@ -42,3 +42,4 @@ def test_without_a_handler_of_before_handing_over_does_nothing():
         os.kill(os.getpid(), signal.SIGTERM)
     stop.hand_over()
     StopRequest().hand_over()
+    assert stop, "the request itself is remembered"
