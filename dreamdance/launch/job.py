@@ -60,7 +60,7 @@ class Job:
             logger.error("%s", error)
             record_failure(self.run_folder, job_id, rank, str(error), user_error=True)
             raise SystemExit(FAILED) from None
-        except Exception:
+        except Exception:  # outermost: the launcher must be able to show whatever it was; raised again as it is
             record_failure(self.run_folder, job_id, rank, traceback.format_exc(), user_error=False)
             raise
         if rank == 0:
