@@ -1,11 +1,24 @@
 """Fixtures that several parts' tests share."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from dancer_shards import write_dancer_shards
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """A job that runs in a test's own process sets up its process's log; the next test must not inherit that."""
+    root, submitit = logging.getLogger(), logging.getLogger("submitit")
+    handlers, level, propagate = root.handlers[:], root.level, submitit.propagate
+    yield
+    for handler in set(root.handlers) - set(handlers):
+        root.removeHandler(handler)
+    root.setLevel(level)
+    submitit.propagate = propagate
 
 
 @pytest.fixture(scope="module")
