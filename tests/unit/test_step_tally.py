@@ -18,10 +18,9 @@ from dreamdance.training.trainer import Tally, name_nonfinite
 
 @pytest.fixture
 def group() -> Iterator[None]:
-    """The process group of a single process, and none after the test."""
+    """The process group of a single process; it stays open, because DeepSpeed holds on to the first one it sees."""
     with process_group(Ranks(), timeout_seconds=60):
         yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +95,11 @@ def test_a_bad_sample_is_named_by_its_number_epoch_and_clip(batch: ClipBatch) ->
 
 
 def test_a_single_processs_group_stays_open_for_the_next_recipe() -> None:
-    try:
-        with process_group(Ranks(), timeout_seconds=60):
-            pass
-        assert dist.is_initialized()
-        with process_group(Ranks(), timeout_seconds=60):
-            assert sum_over_ranks(torch.tensor([1, 2])).tolist() == [1.0, 2.0]
-            assert sum_over_ranks(torch.ones(1)).dtype == torch.float64
-            assert gathered({"rank": 0}) == [{"rank": 0}]
-            assert from_main(("any", 1)) == ("any", 1)
-    finally:
-        dist.destroy_process_group()
+    with process_group(Ranks(), timeout_seconds=60):
+        pass
+    assert dist.is_initialized()
+    with process_group(Ranks(), timeout_seconds=60):
+        assert sum_over_ranks(torch.tensor([1, 2])).tolist() == [1.0, 2.0]
+        assert sum_over_ranks(torch.ones(1)).dtype == torch.float64
+        assert gathered({"rank": 0}) == [{"rank": 0}]
+        assert from_main(("any", 1)) == ("any", 1)
