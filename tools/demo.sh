@@ -2,10 +2,12 @@
 # The whole method on an embedded default: rendered dancers, tiny random models, no GPU, no Slurm, no downloads.
 # Trains stage 1 in its three steps and stage 2, animates held-out dancers, evaluates. At most 20 minutes on two cores after
 # set-up; killed and started again, it goes on where it was.
-#   bash tools/demo.sh [RUNS]     RUNS: where the run folders go (default: runs)
+#   bash tools/demo.sh [RUNS [KEY=VALUE...]]     RUNS: where the run folders go (default: runs); the rest, such as seed=1,
+#                                                is set in every recipe
 set -euo pipefail
 cd "$(dirname "$0")/.."
 runs=${1:-runs}
+overrides=("${@:2}")
 bash tools/setup.sh
 started=$SECONDS
 
@@ -13,7 +15,7 @@ step() { # RECIPE BUDGET WHAT...
     local recipe=$1 budget=$2 begun=$SECONDS
     shift 2
     printf '\n== %s (budget %s)\n' "$*" "$budget"
-    .venv/bin/python launchers/slurm.py "recipes/demo/$recipe.yaml" --cluster local --follow --runs "$runs"
+    .venv/bin/python launchers/slurm.py "recipes/demo/$recipe.yaml" --cluster local --follow --runs "$runs" "${overrides[@]}"
     printf '== %s: %d s, %d s in all\n' "$recipe" $((SECONDS - begun)) $((SECONDS - started))
 }
 
