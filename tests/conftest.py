@@ -1,12 +1,16 @@
 """Fixtures that several parts' tests share."""
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from dancer_shards import write_dancer_shards
+
+# Triton's kernels run in its interpreter here; it reads this when a kernel's module is imported, so before any is.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
