@@ -1,0 +1,216 @@
+"""Path L, forward: attention over own keys and then, in the same softmax, over a segment that samples share.
+
+One program holds a block of queries of one head and passes once over all keys (online softmax). It knows strides, not
+layouts: packed projections and permuted views are read and written in place.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dreamdance_kernels.triton_kernels.builds import KernelBuild
+from dreamdance_kernels.triton_kernels.long_launch import (
+    FLOAT32_TILE,
+    check_operands,
+    launch,
+    lengths_of,
+    model_builds,
+    tensor_arguments,
+    tile_from,
+)
+from dreamdance_kernels.triton_kernels.split_width import load_part, store_part
+from dreamdance_kernels.triton_kernels.tiles import Tile, architecture_of
+
+# By architecture and by the width that the parts of a head fill together.
+TILES = {
+    (8, 0): {
+        48: Tile(block_queries=128, block_keys=64, num_warps=4, num_stages=2),
+        64: Tile(block_queries=128, block_keys=64, num_warps=4, num_stages=2),
+        80: Tile(block_queries=128, block_keys=64, num_warps=8, num_stages=2),
+        160: Tile(block_queries=128, block_keys=32, num_warps=8, num_stages=2),
+        256: Tile(block_queries=64, block_keys=32, num_warps=8, num_stages=2),
+    },
+    (9, 0): {
+        48: Tile(block_queries=128, block_keys=128, num_warps=8, num_stages=2),
+        64: Tile(block_queries=128, block_keys=128, num_warps=8, num_stages=2),
+        80: Tile(block_queries=128, block_keys=64, num_warps=8, num_stages=2),
+        160: Tile(block_queries=128, block_keys=64, num_warps=8, num_stages=2),
+        256: Tile(block_queries=128, block_keys=32, num_warps=8, num_stages=2),
+    },
+}
+_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+_LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@dataclass(frozen=True)
+class LongForward:
+    """What the forward computes and the backward needs again."""
+
+    output: Tensor
+    log_sum_exp: Tensor
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shared_key: Tensor | None,
+    shared_value: Tensor | None,
+    *,
+    num_heads: int,
+    tile: Tile | None = None,
+) -> LongForward:
+    """Every sample (b, i) attends to its own k keys and to the s keys of its b, in one softmax.
+
+    Args:
+        query: `(b, i, l, heads*d)`, float16, bfloat16 or float32, any strides but for a last one of 1.
+        key: `(b, i, k, heads*d)`, likewise.
+        value: as `key`.
+        shared_key: `(b, s, heads*d)`, likewise, or None for no shared segment.
+        shared_value: as `shared_key`.
+        num_heads: heads; d at most 256.
+        tile: another cut than the table's.
+
+    Returns:
+        Output of query's shape and order of dimensions, dense; natural log of the softmax's denominator
+        `(b, i, heads, l)` in float32.
+
+    Raises:
+        ValueError: a dtype, a stride or a head width that the kernel does not take; no keys.
+    """
+    num_outer, num_inner, _, width = query.shape
+    head_width = width // num_heads
+    if shared_key is None or shared_value is None:
+        shared_key = shared_value = query.new_empty((num_outer, 0, width))
+    lengths = lengths_of(query, key, shared_key)
+    check_operands(lengths, query=query, key=key, value=value, shared_key=shared_key, shared_value=shared_value)
+    if tile is None:
+        tile = tile_for(head_width, architecture_of(query.device), dtype=query.dtype)
+    output = torch.empty_like(query)
+    log_sum_exp = query.new_empty((num_outer, num_inner, num_heads, lengths.queries), dtype=torch.float32)
+    arguments = tensor_arguments(
+        query=query, key=key, value=value, shared_key=shared_key, shared_value=shared_value, output=output
+    ) | {
+        "log_sum_exp": log_sum_exp,
+        "num_inner": num_inner,
+        "num_heads": num_heads,
+        "num_queries": lengths.queries,
+        "num_keys": lengths.keys,
+        "num_shared": lengths.shared,
+    }
+    num_programs = num_outer * num_inner * num_heads * triton.cdiv(lengths.queries, tile.block_queries)
+    launch(long_forward, arguments, lengths=lengths, num_programs=num_programs, head_width=head_width, tile=tile)
+    return LongForward(output, log_sum_exp)
+
+
+def tile_for(head_width: int, architecture: tuple[int, int], *, dtype: torch.dtype = torch.bfloat16) -> Tile:
+    """How the forward cuts its work on a machine."""
+    return FLOAT32_TILE if dtype == torch.float32 else tile_from(TILES, head_width, architecture)
+
+
+def builds(architecture: tuple[int, int]) -> list[KernelBuild]:
+    """Every variant that the models launch."""
+    float32 = frozenset({"log_sum_exp"})
+    return model_builds(long_forward, architecture, name="long_forward", tiles=TILES, float32=float32)
+
+
+@triton.jit(do_not_specialize=["num_inner", "num_heads", "num_queries", "num_keys", "num_shared"])
+def long_forward(
+    query: tl.tensor, query_outer: tl.tensor, query_inner: tl.tensor, query_row: tl.tensor,
+    key: tl.tensor, key_outer: tl.tensor, key_inner: tl.tensor, key_row: tl.tensor,
+    value: tl.tensor, value_outer: tl.tensor, value_inner: tl.tensor, value_row: tl.tensor,
+    shared_key: tl.tensor, shared_key_outer: tl.tensor, shared_key_row: tl.tensor,
+    shared_value: tl.tensor, shared_value_outer: tl.tensor, shared_value_row: tl.tensor,
+    output: tl.tensor, output_outer: tl.tensor, output_inner: tl.tensor, output_row: tl.tensor,
+    log_sum_exp: tl.tensor,
+    num_inner: tl.tensor, num_heads: tl.tensor, num_queries: tl.tensor, num_keys: tl.tensor, num_shared: tl.tensor,
+    scale: tl.constexpr, head_width: tl.constexpr, first_width: tl.constexpr, second_width: tl.constexpr,
+    block_queries: tl.constexpr, block_keys: tl.constexpr, two_segments: tl.constexpr,
+    mask_queries: tl.constexpr, mask_keys: tl.constexpr, mask_shared: tl.constexpr, wide_rows: tl.constexpr,
+) -> None:  # fmt: skip
+    """A block of queries of one head against all keys; programs that share keys are neighbours in the grid."""
+    num_blocks = tl.cdiv(num_queries, block_queries)
+    start = (tl.program_id(0) % num_blocks) * block_queries
+    head = tl.program_id(0) // num_blocks % num_heads
+    sample = tl.program_id(0) // num_blocks // num_heads
+    outer, inner, column = (sample // num_inner).to(tl.int64), (sample % num_inner).to(tl.int64), head * head_width
+    query += outer * query_outer + inner * query_inner + start.to(tl.int64) * query_row + column
+    key += outer * key_outer + inner * key_inner + column
+    value += outer * value_outer + inner * value_inner + column
+    output += outer * output_outer + inner * output_inner + start.to(tl.int64) * output_row + column
+    first_query = load_part(
+        query, query_row, num_queries - start, block_queries, 0, first_width, head_width, mask_queries, wide_rows
+    )
+    second_query = first_query  # not read where there is no second part
+    if second_width:
+        second_query = load_part(
+            query, query_row, num_queries - start, block_queries, first_width, second_width, head_width,
+            mask_queries, wide_rows,
+        )  # fmt: skip
+    first = tl.zeros([block_queries, first_width], tl.float32)
+    second = tl.zeros([block_queries, second_width if second_width else 1], tl.float32)
+    row_max = tl.full([block_queries], float("-inf"), tl.float32)
+    row_sum = tl.zeros([block_queries], tl.float32)
+    first, second, row_max, row_sum = _attend_segment(
+        first, second, row_max, row_sum, first_query, second_query, key, key_row, value, value_row, num_keys,
+        scale, head_width, first_width, second_width, block_keys, mask_keys, wide_rows,
+    )  # fmt: skip
+    if two_segments:
+        first, second, row_max, row_sum = _attend_segment(
+            first, second, row_max, row_sum, first_query, second_query,
+            shared_key + outer * shared_key_outer + column, shared_key_row,
+            shared_value + outer * shared_value_outer + column, shared_value_row, num_shared,
+            scale, head_width, first_width, second_width, block_keys, mask_shared, wide_rows,
+        )  # fmt: skip
+    first, second = first / row_sum[:, None], second / row_sum[:, None]
+    store_part(output, first, output_row, num_queries - start, block_queries, 0, first_width, head_width)
+    if second_width:
+        store_part(
+            output, second, output_row, num_queries - start, block_queries, first_width, second_width, head_width
+        )
+    rows = start + tl.arange(0, block_queries)
+    log_sum_exp += (sample * num_heads + head).to(tl.int64) * num_queries
+    tl.store(log_sum_exp + rows, (row_max + tl.log2(row_sum)) * _LN_2, rows < num_queries)
+
+
+@triton.jit
+def _attend_segment(
+    first: tl.tensor, second: tl.tensor, row_max: tl.tensor, row_sum: tl.tensor,
+    first_query: tl.tensor, second_query: tl.tensor,
+    key: tl.tensor, key_row: tl.tensor, value: tl.tensor, value_row: tl.tensor, num_keys: tl.tensor,
+    scale: tl.constexpr, head_width: tl.constexpr, first_width: tl.constexpr, second_width: tl.constexpr,
+    block_keys: tl.constexpr, mask_keys: tl.constexpr, wide_rows: tl.constexpr,
+) -> tl.tuple:  # fmt: skip
+    """Add a segment's keys to the running sums, maxima (in base 2) and denominators of a block of queries."""
+    for start in range(0, num_keys, block_keys):
+        left = num_keys - start
+        key_block = key + tl.cast(start, tl.int64) * key_row
+        value_block = value + tl.cast(start, tl.int64) * value_row
+        first_key = load_part(key_block, key_row, left, block_keys, 0, first_width, head_width, mask_keys, wide_rows)
+        scores = tl.dot(first_query, tl.trans(first_key), input_precision="ieee")
+        if second_width:
+            second_key = load_part(
+                key_block, key_row, left, block_keys, first_width, second_width, head_width, mask_keys, wide_rows
+            )
+            scores = tl.dot(second_query, tl.trans(second_key), scores, input_precision="ieee")
+        if mask_keys:
+            scores = tl.where(tl.arange(0, block_keys)[None, :] < left, scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * (scale * _LOG2_E))
+        weights = tl.exp2(scores * (scale * _LOG2_E) - new_max[:, None])
+        correction = tl.exp2(row_max - new_max)
+        row_sum = row_sum * correction + tl.sum(weights, 1)
+        row_max = new_max
+        weights = weights.to(value.dtype.element_ty)
+        first_value = load_part(
+            value_block, value_row, left, block_keys, 0, first_width, head_width, mask_keys, wide_rows
+        )
+        first = tl.dot(weights, first_value, first * correction[:, None], input_precision="ieee")
+        if second_width:
+            second_value = load_part(
+                value_block, value_row, left, block_keys, first_width, second_width, head_width, mask_keys, wide_rows
+            )
+            second = tl.dot(weights, second_value, second * correction[:, None], input_precision="ieee")
+    return first, second, row_max, row_sum

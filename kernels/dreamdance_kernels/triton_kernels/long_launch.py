@@ -1,0 +1,157 @@
+"""What the launchers of path L share: checks, arguments by the kernels' names, tiles by head width, builds.
+
+Kernels name a tensor's strides after it: `query`, `query_outer` (b), `query_inner` (i), `query_row` (l).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreamdance_kernels.triton_kernels.builds import KernelBuild
+from dreamdance_kernels.triton_kernels.split_width import split_width
+from dreamdance_kernels.triton_kernels.tiles import Tile
+
+# Token counts at which the models attend with each head width: one domain's tokens, and three domains' merged.
+MODEL_LENGTHS = {40: (1536, 4608), 64: (6144, 18432, 1536, 384, 96), 80: (384, 1152), 160: (96, 288, 24, 72)}
+# Full float32 products run on no matrix unit and hold twice the bytes: they are for checking, not for speed.
+FLOAT32_TILE = Tile(block_queries=32, block_keys=32, num_warps=4, num_stages=1)
+FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+_AXES = {4: ("outer", "inner", "row"), 3: ("outer", "row")}
+
+TileTable = Mapping[tuple[int, int], Mapping[int, Tile]]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Rows of one sample: its queries, its own keys, and the keys that it shares (0: no shared segment)."""
+
+    queries: int
+    keys: int
+    shared: int = 0
+
+
+def lengths_of(query: Tensor, key: Tensor, shared_key: Tensor) -> Lengths:
+    """Lengths of `(b, i, l, c)` queries, `(b, i, k, c)` keys and `(b, s, c)` shared keys."""
+    return Lengths(query.shape[2], key.shape[2], shared_key.shape[1])
+
+
+def tile_from(table: TileTable, head_width: int, architecture: tuple[int, int]) -> Tile:
+    """The table's tile for the narrowest entry that holds this head; newer machines take the newest entry."""
+    split = split_width(head_width)
+    entries = table[max((known for known in table if known <= architecture), default=min(table))]
+    return entries[min(width for width in entries if width >= split.first + split.second)]
+
+
+def check_operands(lengths: Lengths, **operands: Tensor) -> None:
+    """Refuse what the kernels would misread.
+
+    Raises:
+        ValueError: a tensor's dtype or its last stride, or there is nothing to attend to.
+    """
+    for name, tensor in operands.items():
+        if tensor.dtype not in FLOAT_TYPES:
+            raise ValueError(f"{name} is {tensor.dtype}; the kernels take {', '.join(str(x) for x in FLOAT_TYPES)}")
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{name} has strides {tensor.stride()}; the last must be 1 (contiguous() makes it so)")
+    if lengths.queries and not lengths.keys + lengths.shared:
+        raise ValueError(f"{lengths.queries} queries and no key to attend to")
+
+
+def tensor_arguments(**tensors: Tensor) -> dict[str, Any]:
+    """Every tensor and, but for the last, its strides, under the names that the kernels give them."""
+    arguments: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        arguments[name] = tensor
+        strides = zip(_AXES[tensor.dim()], tensor.stride(), strict=False)
+        arguments |= {f"{name}_{axis}": stride for axis, stride in strides}
+    return arguments
+
+
+def constants_of(kernel: Any, lengths: Lengths, *, head_width: int, tile: Tile, row_stride: int = 0) -> dict[str, Any]:
+    """Value of every compile-time argument that the kernel has; `row_stride` is the longest step between two rows."""
+    split = split_width(head_width)
+    constants = {
+        "scale": head_width**-0.5,
+        "head_width": head_width,
+        "first_width": split.first,
+        "second_width": split.second,
+        "block_queries": tile.block_queries,
+        "block_keys": tile.block_keys,
+        "two_segments": lengths.shared > 0,
+        "mask_queries": lengths.queries % tile.block_queries > 0,
+        "mask_keys": lengths.keys % tile.block_keys > 0,
+        "mask_shared": lengths.shared % tile.block_keys > 0,
+        "wide_rows": max(tile.block_queries, tile.block_keys) * row_stride >= 2**31,
+    }
+    return {name: value for name, value in constants.items() if name in kernel.arg_names}
+
+
+def launch(
+    kernel: Any,
+    arguments: Mapping[str, Any],
+    *,
+    lengths: Lengths,
+    num_programs: int,
+    head_width: int,
+    tile: Tile,
+    **constants: bool,
+) -> None:
+    """Run `num_programs` programs, all on the first axis of the grid: the other two end at 65,535."""
+    if num_programs == 0:
+        return
+    row_stride = max(value for name, value in arguments.items() if name.endswith("_row"))
+    constants |= constants_of(kernel, lengths, head_width=head_width, tile=tile, row_stride=row_stride)
+    with torch.cuda.device_of(next(iter(arguments.values()))):
+        kernel[(num_programs,)](**arguments, **constants, num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+
+def model_builds(
+    kernel: Any,
+    architecture: tuple[int, int],
+    *,
+    name: str,
+    tiles: TileTable,
+    float32: frozenset[str],
+    **constants: bool,
+) -> list[KernelBuild]:
+    """Every variant of a kernel that the models launch in bfloat16, once; `float32` names its float32 tensors."""
+    builds: dict[str, KernelBuild] = {}
+    for head_width, choices in MODEL_LENGTHS.items():
+        tile = tile_from(tiles, head_width, architecture)
+        for num_tokens, num_shared in ((count, shared) for count in choices for shared in (0, count)):
+            lengths = Lengths(num_tokens, num_tokens, num_shared)
+            values = constants | constants_of(kernel, lengths, head_width=head_width, tile=tile)
+            build = _build(kernel, architecture, f"{name}_d{head_width}", values, tile=tile, float32=float32)
+            builds.setdefault(build.name, build)
+    return list(builds.values())
+
+
+def _build(
+    kernel: Any,
+    architecture: tuple[int, int],
+    name: str,
+    constants: Mapping[str, Any],
+    *,
+    tile: Tile,
+    float32: frozenset[str],
+) -> KernelBuild:
+    if "two_segments" in constants:
+        name += "_two_segments" if constants["two_segments"] else "_one_segment"
+    masks = [key.removeprefix("mask_") for key, value in constants.items() if key.startswith("mask_") and value]
+    run_time = [argument for argument in kernel.arg_names if argument not in constants]
+    strides = {argument for argument in run_time if argument.rsplit("_", 1)[-1] in _AXES[4]}
+    pointers = {argument for argument in run_time if argument not in strides and not argument.startswith("num_")}
+    types = {argument: "*fp32" if argument in float32 else "*bf16" for argument in pointers}
+    return KernelBuild(
+        name="_".join([name, "ragged", *masks]) if masks else name,
+        function=kernel,
+        architecture=architecture,
+        signature={argument: types.get(argument, "i32") for argument in run_time},
+        constants=constants,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        divisible_by_16=frozenset(pointers | strides),
+    )
