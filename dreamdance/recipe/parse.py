@@ -205,7 +205,8 @@ def _message(recipe_class: type[Recipe], path: Path, detail: Any) -> str:
         case "model_type" | "model_attributes_type" | "dict_type":
             return f"'{dotted}' is {_shown(given)}, but must be a section of `key: value` lines"
         case "literal_error":
-            options = str(detail["ctx"]["expected"]).replace(" or ", ", ").replace("'", "").split(", ")
+            expected = str(detail["ctx"]["expected"]).replace(" or ", ", ").replace("'", "")
+            options = [{"True": "true", "False": "false"}.get(option, option) for option in expected.split(", ")]
             near = _nearest(str(given), options)
             return f"'{dotted}' is {_shown(given)}, but must be one of {', '.join(options)}{near}"
     expected = {

@@ -34,6 +34,7 @@ class Cluster(Section):
     cpus_per_task: Positive = 1
     memory_gib: Positive | None = None
     time_minutes: Positive = 1440
+    stop_seconds: Positive = 120
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -210,10 +211,10 @@ class Optimizer(Section):
 
 
 class Sharding(Section):
-    """How DeepSpeed divides the work."""
+    """How DeepSpeed divides the work, and what is computed twice to save memory."""
 
     zero_stage: Literal[0, 1, 2] = 2
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: Literal[True, False, "keep_attention"] = True
     overlap_communication: bool = True
     reduce_bucket_elements: Positive = 100_000_000
 

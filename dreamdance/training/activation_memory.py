@@ -35,7 +35,7 @@ def peak_activation_bytes(objective: nn.Module, recipe: Stage1Recipe | Stage2Rec
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
         batch = _empty_batch(recipe)
-        with _LiveBytes() as live:
+        with LiveBytes() as live:
             objective(batch).loss.backward()
     return live.peak
 
@@ -75,7 +75,7 @@ class _RehearsalKeys:
         return self
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts the storages that operations make and the interpreter lets go of."""
 
     def __init__(self) -> None:

@@ -27,6 +27,7 @@ from dreamdance.training.network_sources import open_autoencoder, open_image_enc
 from dreamdance.training.objectives.animation import AnimationObjective
 from dreamdance.training.objectives.geometry import GeometryObjective
 from dreamdance.training.trainability import Objective
+from dreamdance_kernels import checkpoint_keeping_attention
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,11 @@ def build_objective(recipe: Stage1Recipe | Stage2Recipe, *, device: str = "cpu")
     if recipe.sharding.gradient_checkpointing:
         for network in exportable(objective).values():
             if network._supports_gradient_checkpointing:
-                network.enable_gradient_checkpointing()
+                network.enable_gradient_checkpointing(
+                    checkpoint_keeping_attention
+                    if recipe.sharding.gradient_checkpointing == "keep_attention"
+                    else None  # diffusers' own: everything inside a block is computed twice
+                )
     return objective
 
 

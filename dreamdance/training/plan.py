@@ -145,7 +145,8 @@ def _activations(objective: nn.Module, recipe: Stage1Recipe | Stage2Recipe) -> M
     data, clips = recipe.data, recipe.micro_batch_size
     frames = f"{clips} x {data.num_frames} frame{'s' * (data.num_frames > 1)} at {data.width}x{data.height}"
     checkpointing = "with" if recipe.sharding.gradient_checkpointing else "without"
-    reason = f"peak of one rehearsed step, {frames}, {checkpointing} gradient checkpointing"
+    kept = " that keeps attention" if recipe.sharding.gradient_checkpointing == "keep_attention" else ""
+    reason = f"peak of one rehearsed step, {frames}, {checkpointing} gradient checkpointing{kept}"
     return MemoryPart("activations", peak_activation_bytes(objective, recipe), reason)
 
 

@@ -1,12 +1,16 @@
 """The attention functions of DreamDance behind one signature each, whatever computes them (contract C2)."""
 
+from dreamdance_kernels.attention_operator import segmented_attention
+from dreamdance_kernels.checkpointing import checkpoint_keeping_attention
 from dreamdance_kernels.dispatch import UnavailableBackendError, available_backends
 from dreamdance_kernels.functions import geometry_attention, reference_attention, temporal_attention
 
 __all__ = [
     "UnavailableBackendError",
     "available_backends",
+    "checkpoint_keeping_attention",
     "geometry_attention",
     "reference_attention",
+    "segmented_attention",
     "temporal_attention",
 ]

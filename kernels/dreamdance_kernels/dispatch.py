@@ -1,20 +1,21 @@
 """Which backend computes an attention: named by the caller or chosen here, never exchanged in silence.
 
-A backend is an object with the three functions of `AttentionBackend`; the modules `reference` and `sdpa` are such
-objects. A further one (Triton, flash-attn) enters by a line in `_BACKENDS`, or with the reason why it cannot run here.
+A backend is an object with the three functions of `AttentionBackend`; the modules `reference`, `sdpa`,
+`triton_attention` and `flash` are such objects. A further one enters by a line in `_CANDIDATES`.
 """
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dreamdance_kernels import reference, sdpa
+from dreamdance_kernels import dispatch_table, flash, reference, sdpa, triton_attention
+from dreamdance_kernels.dispatch_table import Choice
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_BACKEND = "sdpa"
 
 
 class AttentionBackend(Protocol):
@@ -40,13 +41,48 @@ class AttentionBackend(Protocol):
     ) -> Tensor: ...
 
 
-# Each backend, or the reason why it cannot run on this machine.
-_BACKENDS: dict[str, AttentionBackend | str] = {
-    "reference": reference,
-    "sdpa": sdpa,
-    "triton": "its kernels are not part of this version",
+@dataclass(frozen=True)
+class AttentionCall:
+    """What the choice of a backend may depend on: lengths are those of one softmax."""
+
+    function: str
+    head_width: int
+    num_queries: int
+    num_keys: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A backend, why it cannot run on this machine (None: it can), and what inputs it takes."""
+
+    backend: AttentionBackend
+    why_unavailable: Callable[[], str | None] = lambda: None
+    dtypes: tuple[torch.dtype, ...] | None = None
+    runs_on_cpu: Callable[[], bool] = lambda: True
+
+    def why_not_for(self, dtype: torch.dtype, device_type: str) -> str | None:
+        if self.dtypes is not None and dtype not in self.dtypes:
+            accepted = ", ".join(str(accepted).removeprefix("torch.") for accepted in self.dtypes)
+            return f"it computes in {accepted}; these inputs are {str(dtype).removeprefix('torch.')}"
+        if device_type != "cuda" and not self.runs_on_cpu():
+            return f"it needs its inputs on an NVIDIA GPU; these are on {device_type}"
+        return self.why_unavailable()
+
+
+_CANDIDATES: dict[str, _Candidate] = {
+    "reference": _Candidate(reference),
+    "sdpa": _Candidate(sdpa),
+    "triton": _Candidate(
+        triton_attention,
+        triton_attention.why_unavailable,
+        dtypes=triton_attention.DTYPES,
+        runs_on_cpu=triton_attention.is_interpreted,
+    ),
+    "flash": _Candidate(flash, flash.why_unavailable, dtypes=flash.DTYPES, runs_on_cpu=lambda: False),
 }
-_announced: set[str | None] = set()
+_announced: set[Choice] = set()
 
 
 class UnavailableBackendError(ValueError):
@@ -55,32 +91,54 @@ class UnavailableBackendError(ValueError):
 
 def available_backends() -> dict[str, str | None]:
     """Every backend by name, with None where it can run and the reason where it cannot."""
-    return {name: entry if isinstance(entry, str) else None for name, entry in _BACKENDS.items()}
+    return {name: candidate.why_unavailable() for name, candidate in _CANDIDATES.items()}
 
 
-def choose_backend(name: str | None) -> AttentionBackend:
-    """The backend of that name; `None` is torch's fused attention, which is always there.
+def choose_backend(name: str | None, call: AttentionCall) -> AttentionBackend:
+    """The backend of that name; with `None` the fastest one measured for such a call, or else torch's fused attention.
 
     Raises:
         UnavailableBackendError: the name is unknown, or the backend cannot run; the text says why, and what can.
     """
-    backend = _BACKENDS.get(DEFAULT_BACKEND if name is None else name, "no such backend")
-    if isinstance(backend, str):
-        runnable = ", ".join(repr(other) for other, reason in available_backends().items() if reason is None)
-        raise UnavailableBackendError(
-            f"attention backend {name!r} cannot run: {backend}. Available here: {runnable}, or null to let the "
-            "library choose (model.attention_backend)."
-        )
-    _announce(name)
-    return backend
-
-
-def _announce(name: str | None) -> None:
-    """Say once per process and name which backend runs, and why; a graph being compiled has nothing to say."""
-    if name in _announced or torch.compiler.is_compiling():
-        return
-    _announced.add(name)
     if name is None:
-        logger.info("attention backend: %s, the default (none was named)", DEFAULT_BACKEND)
+        choice = default_choice(
+            call.function, call.head_width, int(call.num_queries), int(call.num_keys), call.dtype, call.device
+        )
     else:
-        logger.info("attention backend: %s, as asked for", name)
+        choice = Choice(name, "as asked for")
+        if (reason := _why_not(name, call.dtype, call.device.type)) is not None:
+            runnable = ", ".join(repr(other) for other, why in available_backends().items() if why is None)
+            raise UnavailableBackendError(
+                f"attention backend {name!r} cannot run: {reason}. Available here: {runnable}, or null to let the "
+                "library choose (model.attention_backend)."
+            )
+    _announce(choice)
+    return _CANDIDATES[choice.backend].backend
+
+
+@torch.compiler.assume_constant_result
+def default_choice(
+    function: str, head_width: int, num_queries: int, num_keys: int, dtype: torch.dtype, device: torch.device
+) -> Choice:
+    """What runs when no backend is named, and why: on CPU torch's own attention, on a GPU what the table measured."""
+    if device.type != "cuda":
+        return Choice("sdpa", f"torch's own, on {device.type}")
+    architecture = torch.cuda.get_device_capability(device)
+    choice = dispatch_table.fastest(function, head_width, num_queries, num_keys, architecture)
+    if (reason := _why_not(choice.backend, dtype, device.type)) is not None:
+        return Choice("sdpa", f"torch's own, because {choice.backend} cannot run: {reason}")
+    return choice
+
+
+@torch.compiler.assume_constant_result
+def _why_not(name: str, dtype: torch.dtype, device_type: str) -> str | None:
+    candidate = _CANDIDATES.get(name)
+    return "no such backend" if candidate is None else candidate.why_not_for(dtype, device_type)
+
+
+def _announce(choice: Choice) -> None:
+    """Say once per process which backend runs, and why; a graph being compiled has nothing to say."""
+    if torch.compiler.is_compiling() or choice in _announced:
+        return
+    _announced.add(choice)
+    logger.info("attention backend: %s, %s", choice.backend, choice.reason)

@@ -6,7 +6,7 @@ width. Queries, keys and values may be strided views, such as a packed qkv proje
 
 from torch import Tensor
 
-from dreamdance_kernels.dispatch import choose_backend
+from dreamdance_kernels.dispatch import AttentionCall, choose_backend
 
 
 def geometry_attention(
@@ -32,7 +32,10 @@ def geometry_attention(
     _check_same_shape(query, key, value)
     _check_heads(query, num_heads)
     _check_divides(query, num_domains, "num_domains")
-    return choose_backend(backend).geometry_attention(query, key, value, num_domains=num_domains, num_heads=num_heads)
+    call = _describe("geometry", query, num_heads, length=num_domains * query.shape[1])
+    return choose_backend(backend, call).geometry_attention(
+        query, key, value, num_domains=num_domains, num_heads=num_heads
+    )
 
 
 def reference_attention(
@@ -69,7 +72,9 @@ def reference_attention(
         raise ValueError("reference_key and reference_value: give both, or None for both")
     if reference_key is not None and reference_value is not None:
         _check_reference(query, reference_key, reference_value)
-    return choose_backend(backend).reference_attention(
+    num_reference_tokens = 0 if reference_key is None else reference_key.shape[1]
+    call = _describe("reference", query, num_heads, length=query.shape[1], num_extra_keys=num_reference_tokens)
+    return choose_backend(backend, call).reference_attention(
         query, key, value, reference_key, reference_value, num_heads=num_heads
     )
 
@@ -97,7 +102,15 @@ def temporal_attention(
     _check_same_shape(query, key, value)
     _check_heads(query, num_heads)
     _check_divides(query, num_frames, "num_frames")
-    return choose_backend(backend).temporal_attention(query, key, value, num_frames=num_frames, num_heads=num_heads)
+    call = _describe("temporal", query, num_heads, length=num_frames)
+    return choose_backend(backend, call).temporal_attention(
+        query, key, value, num_frames=num_frames, num_heads=num_heads
+    )
+
+
+def _describe(function: str, query: Tensor, num_heads: int, *, length: int, num_extra_keys: int = 0) -> AttentionCall:
+    head_width = query.shape[-1] // num_heads
+    return AttentionCall(function, head_width, length, length + num_extra_keys, query.dtype, query.device)
 
 
 def _check_same_shape(query: Tensor, key: Tensor, value: Tensor) -> None:

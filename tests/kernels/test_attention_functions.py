@@ -1,6 +1,8 @@
 """The three attention functions (C2): the paper's identities, agreement of the backends, gradients, refusals."""
 
 import logging
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,11 +14,15 @@ from dreamdance_kernels import (
     UnavailableBackendError,
     available_backends,
     dispatch,
+    dispatch_table,
+    flash,
     geometry_attention,
     reference_attention,
     sdpa,
     temporal_attention,
 )
+from dreamdance_kernels.dispatch import default_choice
+from dreamdance_kernels.dispatch_table import Choice, MeasuredCase
 
 BACKENDS = ("reference", "sdpa")
 HEAD_WIDTHS = (5, 40, 64)
@@ -252,17 +258,40 @@ def test_sdpa_cuts_a_batch_that_is_too_long_for_one_call_and_changes_nothing(mon
 # ----------------------------------------------------------------------------------------------------------- choosing
 
 
-def test_the_backends_that_cannot_run_say_why():
+@pytest.fixture
+def no_interpreter(monkeypatch):
+    """As on a user's machine: Triton compiles its kernels, which takes a GPU."""
+    monkeypatch.delenv("TRITON_INTERPRET")
+
+
+def test_the_backends_that_cannot_run_say_why(no_interpreter, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     backends = available_backends()
     assert backends["reference"] is None
     assert backends["sdpa"] is None
-    assert "not part of this version" in backends["triton"]
+    assert backends["triton"] == "it needs an NVIDIA GPU"
+    assert "flash-attn is not installed" in backends["flash"]
 
 
-@pytest.mark.parametrize(("name", "reason"), [("triton", "not part of this version"), ("flsh", "no such backend")])
-def test_asking_for_a_backend_that_cannot_run_names_the_reason_and_those_that_can(name, reason):
+def test_a_gpu_that_is_too_old_for_the_kernels_is_named_with_its_capability(no_interpreter, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    assert available_backends()["triton"] == "it needs compute capability 8.0 or higher, this GPU has 7.5"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "reason"),
+    [
+        ("triton", torch.float32, "needs its inputs on an NVIDIA GPU; these are on cpu"),
+        ("triton", torch.float64, "computes in float16, bfloat16, float32; these inputs are float64"),
+        ("flash", torch.float32, "computes in float16, bfloat16; these inputs are float32"),
+        ("flash", torch.float16, "needs its inputs on an NVIDIA GPU; these are on cpu"),
+        ("flsh", torch.float32, "no such backend"),
+    ],
+)
+def test_asking_for_a_backend_that_cannot_run_names_the_reason_and_those_that_can(no_interpreter, name, dtype, reason):
     with pytest.raises(UnavailableBackendError, match=rf"'{name}' cannot run: .*{reason}.*'reference', 'sdpa'"):
-        geometry_attention(*qkv(3, 2, 4), num_domains=3, num_heads=2, backend=name)
+        geometry_attention(*qkv(3, 2, 4, dtype=dtype), num_domains=3, num_heads=2, backend=name)
 
 
 def test_without_a_name_sdpa_runs_and_is_logged_once(caplog, monkeypatch):
@@ -270,10 +299,55 @@ def test_without_a_name_sdpa_runs_and_is_logged_once(caplog, monkeypatch):
     inputs = qkv(3, 2, 4, dtype=torch.float32)
     with caplog.at_level(logging.INFO, logger="dreamdance_kernels"):
         outputs = [geometry_attention(*inputs, num_domains=3, num_heads=2) for _ in range(2)]
-    assert [record.getMessage() for record in caplog.records] == [
-        "attention backend: sdpa, the default (none was named)"
-    ]
+    assert [record.getMessage() for record in caplog.records] == ["attention backend: sdpa, torch's own, on cpu"]
     assert torch.equal(outputs[0], geometry_attention(*inputs, num_domains=3, num_heads=2, backend="sdpa"))
+
+
+GPU, H200 = torch.device("cuda"), (9, 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The choice for a GPU asks for its capability alone; nothing is computed there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: H200)
+
+
+def test_a_gpu_runs_what_was_measured_to_be_the_fastest_and_torchs_own_where_nothing_was(gpu, monkeypatch):
+    case = MeasuredCase("temporal", 40, 16, 16, "sm_90", "triton", "0.10 ms against sdpa's 0.30 ms")
+    monkeypatch.setattr(dispatch_table, "PACKAGED", (case,))
+    measured = default_choice("temporal", 40, 24, 24, torch.bfloat16, GPU)
+    assert measured == Choice("triton", case.reason)
+    other = default_choice("geometry", 40, 4608, 4608, torch.bfloat16, GPU)
+    assert other.backend == "sdpa"
+    assert "not measured on sm_90" in other.reason
+
+
+def test_a_winner_that_cannot_take_the_inputs_leaves_them_to_torchs_own_and_says_so(gpu, monkeypatch):
+    case = MeasuredCase("temporal", 40, 16, 16, "sm_90", "triton", "0.10 ms against sdpa's 0.30 ms")
+    monkeypatch.setattr(dispatch_table, "PACKAGED", (case,))
+    choice = default_choice("temporal", 40, 16, 16, torch.float64, GPU)
+    assert choice.backend == "sdpa"
+    assert "triton cannot run: it computes in float16, bfloat16, float32; these inputs are float64" in choice.reason
+
+
+class FlashAttention(ModuleType):
+    """The one function of flash-attn that is used, with its documented layout: `(batch, n, heads, d)`."""
+
+    @staticmethod
+    def flash_attn_func(query, key, value):
+        heads_first = (x.transpose(1, 2) for x in (query, key, value))
+        return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+
+
+@pytest.mark.parametrize("name", ["geometry", "reference", "temporal"])
+def test_flash_attention_is_given_its_own_layout(name, monkeypatch):
+    """The package itself needs a GPU; what stands in for it here is its interface, computed by torch."""
+    monkeypatch.setitem(sys.modules, "flash_attn", FlashAttention("flash_attn"))
+    inputs = inputs_for(name, num_tokens=5, width=10)
+    monkeypatch.setitem(dispatch._CANDIDATES, "flash", dispatch._Candidate(flash))
+    expected = call(name, inputs, num_heads=2, backend="reference")
+    torch.testing.assert_close(call(name, inputs, num_heads=2, backend="flash"), expected)
 
 
 def test_the_package_exports_the_contract():

@@ -7,7 +7,7 @@ import torch
 
 from dreamdance.data.collate import ClipBatch
 from dreamdance.recipe import load_recipe
-from dreamdance.training.activation_memory import _drop_gradient, _LiveBytes, peak_activation_bytes
+from dreamdance.training.activation_memory import LiveBytes, _drop_gradient, peak_activation_bytes
 from dreamdance.training.components import build_objective
 from dreamdance.training.plan import describe, network_sizes, state_memory, verdict
 from dreamdance.training.trainability import set_trainable
@@ -67,7 +67,7 @@ def test_a_rehearsed_step_takes_the_memory_of_a_real_one():
     reference = torch.rand(1, 3, recipe.data.height, recipe.data.width)
     keys = torch.zeros(1, 3, dtype=torch.int64)
     batch = ClipBatch(**maps, mask=None, reference=reference, fps=torch.ones(1), keys=keys, clip_ids=["a"])
-    with _LiveBytes() as live:
+    with LiveBytes() as live:
         objective(batch).loss.backward()
     rehearsed = peak_activation_bytes(built(recipe, "meta"), recipe)
     assert rehearsed == pytest.approx(live.peak, rel=0.02)

@@ -1,0 +1,251 @@
+"""The one operator behind the attention functions: strided, with up to two segments of keys, the second shared.
+
+Letters: `b` outer batch, `i` inner batch, `l` queries, `k` own keys, `s` shared keys, `c = heads*d`. To torch it is a
+single opaque node with a fake, a backward of its own, and a count of operations: a compiler cannot look inside,
+activation checkpointing can be told to keep its result, and DeepSpeed's hooks see one module output. Two
+implementations answer to it: Triton's kernels, and torch's own fused attention on CPU. Who runs is the caller's choice.
+"""
+
+from typing import Any, Literal
+
+import torch
+from einops import rearrange, reduce, repeat
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+Implementation = Literal["triton", "torch"]
+
+MAX_SHORT_LENGTH = 32  # the longest sequence that the kernel for many short ones takes
+
+
+def segmented_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shared_key: Tensor | None = None,
+    shared_value: Tensor | None = None,
+    *,
+    num_heads: int,
+    deterministic: bool | None = None,
+    implementation: Implementation | None = None,
+) -> Tensor:
+    """Softmax attention of each (b, i) sample over its own keys and over those that all samples of its b share.
+
+    Scores are scaled by d**-0.5. Under autocast the inputs take autocast's dtype, as torch's own attention does.
+
+    Args:
+        query: `b i l c`, any strides with a unit last one, such as a permuted view or a third of a packed projection.
+        key: `b i k c`.
+        value: as `key`.
+        shared_key: `b s c`, or None for no second segment, as s = 0 is.
+        shared_value: as `shared_key`.
+        num_heads: heads, side by side in c.
+        deterministic: whether the backward must give the same bits each time (no atomics, one more pass); None is
+            torch's own switch, `torch.are_deterministic_algorithms_enabled()`.
+        implementation: "triton", or "torch", which is for CPU; None takes what the device has.
+
+    Returns:
+        `b i l c`, dense, with its dimensions in memory in the order of the query's.
+    """
+    if shared_key is None or shared_value is None or shared_key.shape[1] == 0:
+        shared_key = shared_value = None
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    if implementation is None:
+        implementation = "torch" if query.device.type == "cpu" else "triton"
+    inputs = [_as_under_autocast(x) for x in (query, key, value, shared_key, shared_value)]
+    return _attention(*inputs, num_heads, deterministic, implementation)[0]
+
+
+def _as_under_autocast(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None or not torch.is_autocast_enabled(tensor.device.type) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+@torch.library.custom_op("dreamdance::segmented_attention", mutates_args=())
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shared_key: Tensor | None,
+    shared_value: Tensor | None,
+    num_heads: int,
+    deterministic: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    """The output, and the log-sum-exp `b i heads l` that the backward needs (empty where it recomputes it)."""
+    if implementation == "torch":
+        return _torch_forward(query, key, value, shared_key, shared_value, num_heads)
+    if _is_short(query, key, shared_key):
+        from dreamdance_kernels.triton_kernels import short
+
+        return short.forward(query, key, value, num_heads=num_heads), query.new_empty(0, dtype=torch.float32)
+    from dreamdance_kernels.triton_kernels import long_forward
+
+    return long_forward.forward(query, key, value, shared_key, shared_value, num_heads=num_heads)
+
+
+@torch.library.custom_op("dreamdance::segmented_attention_backward", mutates_args=())
+def _attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shared_key: Tensor | None,
+    shared_value: Tensor | None,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    num_heads: int,
+    deterministic: bool,
+    implementation: str,
+) -> list[Tensor]:
+    """Gradients of query, key and value, and of the shared two where they were given."""
+    inputs = (query, key, value, shared_key, shared_value)
+    if implementation == "torch":
+        return _torch_backward(grad_output, *inputs, output, log_sum_exp, num_heads)
+    if _is_short(query, key, shared_key):
+        from dreamdance_kernels.triton_kernels import short
+
+        gradients = short.backward(grad_output, query, key, value, num_heads=num_heads)
+    else:
+        from dreamdance_kernels.triton_kernels import long_backward
+
+        gradients = long_backward.backward(
+            grad_output, *inputs, output, log_sum_exp, num_heads=num_heads, deterministic=deterministic
+        )
+    found = (gradients.query, gradients.key, gradients.value, gradients.shared_key, gradients.shared_value)
+    return [gradient for gradient in found if gradient is not None]
+
+
+def _is_short(query: Tensor, key: Tensor, shared_key: Tensor | None) -> bool:
+    """Whether the kernel for many short sequences takes it: a property of the shapes alone, the same in forward,
+    backward and fake."""
+    return shared_key is None and query.shape[1] > 1 and query.shape[2] == key.shape[2] <= MAX_SHORT_LENGTH
+
+
+# ----------------------------------------------------------------------------------------------------- what torch sees
+
+
+@_attention.register_fake
+def _fake_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shared_key: Tensor | None,
+    shared_value: Tensor | None,
+    num_heads: int,
+    deterministic: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    if implementation == "triton" and _is_short(query, key, shared_key):
+        return torch.empty_like(query), query.new_empty(0, dtype=torch.float32)
+    b, i, queries = query.shape[:3]
+    return torch.empty_like(query), query.new_empty((b, i, num_heads, queries), dtype=_statistics_dtype(query))
+
+
+@_attention_backward.register_fake
+def _fake_attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shared_key: Tensor | None,
+    shared_value: Tensor | None,
+    *_: Any,
+) -> list[Tensor]:
+    return [torch.empty_like(x) for x in (query, key, value, shared_key, shared_value) if x is not None]
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.num_heads, ctx.deterministic, ctx.implementation = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_output is None:
+        return (None,) * 8
+    if grad_output.stride(-1) != 1:
+        grad_output = grad_output.contiguous()
+    gradients = _attention_backward(
+        grad_output, *ctx.saved_tensors, ctx.num_heads, ctx.deterministic, ctx.implementation
+    )
+    return (*gradients, *(None,) * (8 - len(gradients)))
+
+
+_attention.register_autograd(_differentiate, setup_context=_remember)
+
+OPERATOR = torch.ops.dreamdance.segmented_attention.default
+"""The operator as torch names it, for policies that speak of operators."""
+
+
+@register_flop_formula(torch.ops.dreamdance.segmented_attention)
+def _count_forward(query: Any, key: Any, value: Any, shared_key: Any, *_: Any, out_shape: Any = None) -> int:
+    """Two products of 2*d operations for each pair of a query and a key, in every head."""
+    b, i, queries, width = query
+    keys = key[2] + (0 if shared_key is None else shared_key[1])
+    return 4 * b * i * queries * keys * width
+
+
+@register_flop_formula(torch.ops.dreamdance.segmented_attention_backward)
+def _count_backward(
+    grad_output: Any, query: Any, key: Any, value: Any, shared_key: Any, *_: Any, out_shape: Any = None
+) -> int:
+    """Five products: the scores again, dP, dV, dQ and dK."""
+    return _count_forward(query, key, value, shared_key) * 5 // 2
+
+
+# --------------------------------------------------------------------------------------------------------- torch's CPU
+
+
+def _torch_forward(
+    query: Tensor, key: Tensor, value: Tensor, shared_key: Tensor | None, shared_value: Tensor | None, num_heads: int
+) -> tuple[Tensor, Tensor]:
+    heads = [_split_heads(x, num_heads) for x in (query, _append(key, shared_key), _append(value, shared_value))]
+    output, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads)
+    result = torch.empty_like(query).copy_(_merge_heads(output, query))
+    return result, rearrange(log_sum_exp, "(b i) heads l -> b i heads l", b=query.shape[0]).contiguous()
+
+
+def _torch_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shared_key: Tensor | None,
+    shared_value: Tensor | None,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    num_heads: int,
+) -> list[Tensor]:
+    """From the saved log-sum-exp, without the forward; the shared segment's gradient is summed over i."""
+    keys, values = _append(key, shared_key), _append(value, shared_value)
+    heads = [_split_heads(x, num_heads) for x in (grad_output, query, keys, values, output)]
+    statistics = rearrange(log_sum_exp, "b i heads l -> (b i) heads l")
+    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads, statistics, 0.0, False)
+    grad_query, grad_keys, grad_values = (_merge_heads(x, query) for x in found)
+    own, inputs = key.shape[2], [query, key, value]
+    gradients = [grad_query, grad_keys[:, :, :own], grad_values[:, :, :own]]
+    if shared_key is not None and shared_value is not None:
+        inputs += [shared_key, shared_value]
+        gradients += [reduce(x[:, :, own:], "b i s c -> b s c", "sum") for x in (grad_keys, grad_values)]
+    return [torch.empty_like(x).copy_(gradient) for x, gradient in zip(inputs, gradients, strict=True)]
+
+
+def _append(own: Tensor, shared: Tensor | None) -> Tensor:
+    if shared is None:
+        return own
+    return torch.cat([own, repeat(shared, "b s c -> b i s c", i=own.shape[1])], dim=2)
+
+
+def _split_heads(tensor: Tensor, num_heads: int) -> Tensor:
+    return rearrange(tensor, "b i n (heads d) -> (b i) heads n d", heads=num_heads)
+
+
+def _merge_heads(tensor: Tensor, query: Tensor) -> Tensor:
+    return rearrange(tensor, "(b i) heads n d -> b i n (heads d)", b=query.shape[0])
+
+
+def _statistics_dtype(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32

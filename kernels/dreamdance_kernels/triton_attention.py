@@ -1,0 +1,71 @@
+"""Backend `triton`: the three attentions as views of the one operator, computed by this package's own kernels.
+
+Nothing is copied on the way in: geometry attention merges `(m n)`, reference attention names the frames and domains
+that share a reference, temporal attention turns frames and places round, all as views of a packed projection.
+"""
+
+import importlib.util
+import os
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from dreamdance_kernels.attention_operator import segmented_attention
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+OLDEST_ARCHITECTURE = (8, 0)  # matrix instructions in bfloat16, asynchronous copies
+
+
+def is_interpreted() -> bool:
+    """Whether Triton interprets its kernels, on CPU and slowly, as the tests do."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_unavailable() -> str | None:
+    """Why the kernels cannot run on this machine, or None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if is_interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "it needs an NVIDIA GPU"
+    if (found := torch.cuda.get_device_capability()) < OLDEST_ARCHITECTURE:
+        return f"it needs compute capability {_dotted(OLDEST_ARCHITECTURE)} or higher, this GPU has {_dotted(found)}"
+    return None
+
+
+def geometry_attention(query: Tensor, key: Tensor, value: Tensor, *, num_domains: int, num_heads: int) -> Tensor:
+    """Eq. 5 as one self-attention over the merged tokens of all domains. All `((b f m), n, heads*d)`."""
+    query, key, value = (rearrange(x, "(b m) n c -> b 1 (m n) c", m=num_domains) for x in (query, key, value))
+    output = segmented_attention(query, key, value, num_heads=num_heads, implementation="triton")
+    return rearrange(output, "b 1 (m n) c -> (b m) n c", m=num_domains)
+
+
+def reference_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    reference_key: Tensor | None,
+    reference_value: Tensor | None,
+    *,
+    num_heads: int,
+) -> Tensor:
+    """Eq. 4 with the reference as the shared segment: never repeated, never appended."""
+    num_references = 1 if reference_key is None else reference_key.shape[0]
+    query, key, value = (rearrange(x, "(b r) n c -> b r n c", b=num_references) for x in (query, key, value))
+    output = segmented_attention(
+        query, key, value, reference_key, reference_value, num_heads=num_heads, implementation="triton"
+    )
+    return rearrange(output, "b r n c -> (b r) n c")
+
+
+def temporal_attention(query: Tensor, key: Tensor, value: Tensor, *, num_frames: int, num_heads: int) -> Tensor:
+    """Attention over the frames, in place on `((b f), n, heads*d)`."""
+    query, key, value = (rearrange(x, "(b f) n c -> b n f c", f=num_frames) for x in (query, key, value))
+    output = segmented_attention(query, key, value, num_heads=num_heads, implementation="triton")
+    return rearrange(output, "b n f c -> (b f) n c")
+
+
+def _dotted(architecture: tuple[int, int]) -> str:
+    return ".".join(map(str, architecture))

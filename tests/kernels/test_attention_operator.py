@@ -1,0 +1,301 @@
+"""The one operator as torch sees it: opaque, differentiable, counted, kept by checkpointing, small in memory.
+
+Its results are those of torch's CPU kernels here; what Triton computes has test files of its own.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+from einops import rearrange, repeat
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from dreamdance.models.geometry_attention import GeometryAttention
+from dreamdance.models.temporal_attention import TemporalAttention
+from dreamdance.training.activation_memory import LiveBytes
+from dreamdance_kernels import attention_operator, checkpoint_keeping_attention, sdpa, segmented_attention
+
+FORWARD = torch.ops.dreamdance.segmented_attention.default
+BACKWARD = torch.ops.dreamdance.segmented_attention_backward.default
+
+
+def random(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def packed(*shape, dtype=torch.float64):
+    """Query, key and value as thirds of one projection `... 3*c`."""
+    return random(*shape[:-1], 3 * shape[-1], dtype=dtype).requires_grad_().chunk(3, dim=-1)
+
+
+def shared(b, s, c, dtype=torch.float64):
+    """Key and value that the samples of each of b share, as halves of one projection."""
+    return random(b, s, 2 * c, dtype=dtype, seed=1).requires_grad_().chunk(2, dim=-1)
+
+
+def permuted(*shape, dtype=torch.float64):
+    """As temporal attention gives them: `(b f) n c` in memory, `b n f c` in shape."""
+    b, n, f, c = shape
+    return [rearrange(x, "(b f) n c -> b n f c", b=b) for x in packed(b * f, n, c, dtype=dtype)]
+
+
+LAYOUTS = {
+    "packed": lambda dtype: [*packed(2, 3, 5, 12, dtype=dtype), None, None],
+    "packed with a shared segment": lambda dtype: [*packed(2, 3, 5, 12, dtype=dtype), *shared(2, 4, 12, dtype)],
+    "permuted": lambda dtype: [*permuted(2, 3, 5, 12, dtype=dtype), None, None],
+}
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def as_leaves(inputs):
+    return [None if x is None else x.detach().requires_grad_() for x in inputs]
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators that reach the kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function] += 1
+        return function(*args, **(kwargs or {}))
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+@layouts
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_cpu_path_is_torchs_own_attention_to_the_bit_where_the_layout_is_the_same(layout, dtype):
+    inputs = LAYOUTS[layout](dtype)
+    cotangent = random(2, 3, 5, 12, dtype=dtype, seed=2)
+
+    def run(attend):
+        leaves = as_leaves(inputs)
+        output = attend(leaves)
+        return [output, *torch.autograd.grad(output, [x for x in leaves if x is not None], cotangent)]
+
+    def with_torch(leaves):
+        query, key, value = (rearrange(x, "b i l c -> (b i) l c") for x in leaves[:3])
+        return rearrange(
+            sdpa.reference_attention(query, key, value, *leaves[3:], num_heads=2), "(b i) l c -> b i l c", b=2
+        )
+
+    ours, theirs = run(lambda leaves: segmented_attention(*leaves, num_heads=2)), run(with_torch)
+    torch.testing.assert_close(ours, theirs)
+    if layout != "permuted":  # there the matrices lie otherwise in memory; and a shared gradient is summed otherwise
+        assert all(torch.equal(mine, other) for mine, other in zip(ours[:4], theirs[:4], strict=True))
+
+
+def test_gradients_of_a_packed_projection_and_of_a_shared_reference_are_those_of_finite_differences():
+    qkv = random(4, 3, 18).requires_grad_()
+    kv = random(2, 2, 12, seed=1).requires_grad_()
+
+    def attend(qkv, kv):
+        own = (rearrange(x, "(b i) n c -> b i n c", b=2) for x in qkv.chunk(3, dim=-1))
+        return segmented_attention(*own, *kv.chunk(2, dim=-1), num_heads=2)
+
+    assert gradcheck(attend, (qkv, kv))
+
+
+def test_the_gradient_of_a_shared_segment_is_the_sum_over_the_samples_that_read_it():
+    inputs = as_leaves(LAYOUTS["packed with a shared segment"](torch.float64))
+    together = torch.autograd.grad(segmented_attention(*inputs, num_heads=2).sum(), inputs[3:])
+    apart = [torch.zeros_like(x) for x in inputs[3:]]
+    for sample in range(3):
+        output = segmented_attention(*(x[:, sample : sample + 1] for x in inputs[:3]), *inputs[3:], num_heads=2)
+        for total, gradient in zip(apart, torch.autograd.grad(output.sum(), inputs[3:]), strict=True):
+            total += gradient
+    torch.testing.assert_close(together, tuple(apart))
+
+
+def test_an_empty_shared_segment_is_none_at_all():
+    query, key, value = packed(2, 3, 5, 12)
+    none = segmented_attention(query, key, value, num_heads=2)
+    empty = segmented_attention(query, key, value, key[:, 0, :0], value[:, 0, :0], num_heads=2)
+    assert torch.equal(none, empty)
+
+
+def test_the_result_lies_in_memory_as_the_query_does():
+    """So temporal attention's result is contiguous as `(b f) n c`, and nobody copies it."""
+    query, key, value = permuted(2, 3, 5, 12)
+    output = segmented_attention(query, key, value, num_heads=2)
+    assert rearrange(output, "b n f c -> (b f) n c").is_contiguous()
+
+
+# ------------------------------------------------------------------------------------------------------- registrations
+
+
+@layouts
+def test_the_forward_is_registered_as_torch_wants_it(layout):
+    inputs = as_leaves(LAYOUTS[layout](torch.float32))
+    torch.library.opcheck(attention_operator._attention, (*inputs, 2, False, "torch"))
+
+
+@layouts
+def test_the_backward_is_registered_as_torch_wants_it(layout):
+    inputs = [None if x is None else x.detach() for x in LAYOUTS[layout](torch.float32)]
+    output, log_sum_exp = attention_operator._attention(*inputs, 2, False, "torch")
+    arguments = (torch.ones_like(output), *inputs, output, log_sum_exp, 2, False, "torch")
+    torch.library.opcheck(attention_operator._attention_backward, arguments)
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@layouts
+def test_the_fake_has_the_shapes_and_strides_of_the_real_one(layout, implementation):
+    inputs = [None if x is None else x.detach() for x in LAYOUTS[layout](torch.float32)]
+
+    def run(tensors):
+        output, log_sum_exp = attention_operator._attention(*tensors, 2, False, implementation)
+        arguments = (torch.ones_like(output), *tensors, output, log_sum_exp, 2, False, implementation)
+        return [output, log_sum_exp, *attention_operator._attention_backward(*arguments)]
+
+    with FakeTensorMode() as mode:
+        fakes = run([None if x is None else mode.from_tensor(x) for x in inputs])
+    for fake, real in zip(fakes, run(inputs), strict=True):
+        assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+@layouts
+def test_the_backward_does_not_run_the_forward_again(layout):
+    inputs = as_leaves(LAYOUTS[layout](torch.float32))
+    output = segmented_attention(*inputs, num_heads=2)
+    with Calls() as calls:
+        output.sum().backward()
+    assert calls.counts[BACKWARD] == 1
+    assert calls.counts[FORWARD] == 0
+
+
+def test_operations_are_counted_by_torchs_own_formulas():
+    query, key, value = (x.detach().requires_grad_() for x in packed(2, 1, 5, 12, dtype=torch.float32))
+    with FlopCounterMode(display=False) as counter:
+        segmented_attention(query, key, value, num_heads=2).sum().backward()
+    shapes = [torch.Size((2, 2, 5, 6))] * 3  # batch, heads, tokens, head width
+    counts = counter.get_flop_counts()["Global"]
+    assert counts[FORWARD.overloadpacket] == sdpa_flop_count(*shapes) == 4 * 2 * 5 * 5 * 12
+    assert counts[BACKWARD.overloadpacket] == sdpa_backward_flop_count(shapes[0], *shapes)
+
+
+def test_a_shared_segment_is_counted_once_for_every_sample_that_reads_it():
+    inputs = LAYOUTS["packed with a shared segment"](torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        segmented_attention(*inputs, num_heads=2)
+    assert counter.get_total_flops() == 4 * 2 * 3 * 5 * (5 + 4) * 12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_its_own_dtype_and_returns_it(dtype):
+    inputs = LAYOUTS["packed with a shared segment"](torch.float32)
+    with torch.autocast("cpu", dtype=dtype):
+        output = segmented_attention(*inputs, num_heads=2)
+    by_hand = segmented_attention(*(x.to(dtype) for x in inputs), num_heads=2)
+    assert output.dtype == dtype
+    assert torch.equal(output, by_hand)
+
+
+class Block(nn.Module):
+    """Geometry attention and temporal attention one after the other, as in a transformer block."""
+
+    def __init__(self, backend):
+        super().__init__()
+        self.geometry, self.temporal = GeometryAttention(32, 2), TemporalAttention(32, 2, max_frames=4)
+        self.backend = backend
+        for branch in (self.geometry, self.temporal):
+            nn.init.normal_(branch.to_out.weight, std=0.2)
+
+    def forward(self, hidden_states):
+        hidden_states = hidden_states + self.geometry(hidden_states, num_domains=3, backend=self.backend)
+        return hidden_states + self.temporal(hidden_states, num_frames=4, num_domains=3, backend=self.backend)
+
+
+@pytest.mark.parametrize("backend", [None, "sdpa", "triton"])
+def test_a_block_compiles_into_one_graph_with_the_same_outputs_and_gradients(backend):
+    """Captured and differentiated ahead of time; code is not generated, which would need a C++ compiler."""
+    torch.manual_seed(0)
+    block, inputs = Block(backend), random(12, 5, 32, dtype=torch.float32).requires_grad_()
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (block, compiled):
+        output = function(inputs)
+        results.append([output, *torch.autograd.grad(output.sum(), [inputs, *block.parameters()])])
+    torch.testing.assert_close(results[1], results[0])
+
+
+# ------------------------------------------------------------------------------------------------------- checkpointing
+
+
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+def test_checkpointing_can_keep_what_attention_computed(backend):
+    torch.manual_seed(0)
+    block, inputs = Block(backend), random(12, 5, 32, dtype=torch.float32).requires_grad_()
+
+    def run(keep):
+        with Calls() as calls:
+            output = keep(block, inputs)
+            gradients = torch.autograd.grad(output.sum(), [inputs, *block.parameters()])
+        forwards = sum(count for function, count in calls.counts.items() if function in FORWARDS)
+        return [output, *gradients], forwards
+
+    plain, _ = run(lambda function, x: function(x))
+    recomputed, twice = run(lambda function, x: checkpoint(function, x, use_reentrant=False))
+    kept, once = run(checkpoint_keeping_attention)
+    assert (twice, once) == (4, 2)  # two attentions
+    for results in (recomputed, kept):
+        assert all(torch.equal(first, second) for first, second in zip(plain, results, strict=True))
+
+
+FORWARDS = {FORWARD, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def as_one_operator(query, key, value, *, num_domains, num_heads):
+    """Geometry attention as the backend `triton` runs it."""
+    merged = (rearrange(x, "(b m) n c -> b 1 (m n) c", m=num_domains) for x in (query, key, value))
+    return segmented_attention(*merged, num_heads=num_heads, implementation="triton")
+
+
+def by_concatenating_and_repeating(query, key, value, *, num_domains, num_heads):
+    """Geometry attention as Wonder3D has it: the keys of all domains side by side, once more for every domain."""
+    joined = [rearrange(x, "(b m) n c -> b (m n) c", m=num_domains) for x in (key, value)]
+    key, value = (repeat(x, "b n c -> (b m) n c", m=num_domains).contiguous() for x in joined)
+    heads = (rearrange(x, "b n (heads d) -> b heads n d", heads=num_heads).contiguous() for x in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(*heads)
+
+
+def bytes_saved_and_peak(attend):
+    """What the backward keeps, and the most that is alive at once, for the widest geometry attention of 8 frames.
+
+    On fake tensors, so at its true size: 24 samples of 1536 tokens, 8 heads of 40, bfloat16. Scratch memory inside a
+    kernel is not seen.
+    """
+    with FakeTensorMode():
+        projection = torch.empty(24, 1536, 960, dtype=torch.bfloat16, requires_grad=True)
+        saved = {}
+
+        def remember(tensor):
+            saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with LiveBytes() as live:
+            with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+                output = attend(*projection.chunk(3, dim=-1), num_domains=3, num_heads=8)
+            output.backward(torch.empty_like(output))
+    return sum(saved.values()), live.peak
+
+
+def test_memory_of_our_form_beside_that_of_concatenating_and_repeating():
+    samples, statistics = 24 * 1536 * 320 * 2, 24 * 1536 * 8 * 4  # bytes of one of q, k, v, o; of the log-sum-exp
+    ours, our_peak = bytes_saved_and_peak(as_one_operator)
+    theirs, their_peak = bytes_saved_and_peak(by_concatenating_and_repeating)
+    assert ours == 4 * samples + statistics  # the projection itself (q, k, v), the output, the log-sum-exp
+    assert theirs == (1 + 3 + 3 + 1) * samples + statistics  # keys and values three times
+    assert our_peak < 0.6 * their_peak
