@@ -4,8 +4,6 @@ One program holds a block of queries of one head and passes once over all keys (
 layouts: packed projections and permuted views are read and written in place.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -45,14 +43,6 @@ _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
-@dataclass(frozen=True)
-class LongForward:
-    """What the forward computes and the backward needs again."""
-
-    output: Tensor
-    log_sum_exp: Tensor
-
-
 def forward(
     query: Tensor,
     key: Tensor,
@@ -62,7 +52,7 @@ def forward(
     *,
     num_heads: int,
     tile: Tile | None = None,
-) -> LongForward:
+) -> tuple[Tensor, Tensor]:
     """Every sample (b, i) attends to its own k keys and to the s keys of its b, in one softmax.
 
     Args:
@@ -75,8 +65,8 @@ def forward(
         tile: another cut than the table's.
 
     Returns:
-        Output of query's shape and order of dimensions, dense; natural log of the softmax's denominator
-        `(b, i, heads, l)` in float32.
+        Output, of query's shape and order of dimensions, dense, and the natural log of the softmax's denominator,
+        `(b, i, heads, l)` in float32, which the backward needs.
 
     Raises:
         ValueError: a dtype, a stride or a head width that the kernel does not take; no keys.
@@ -103,7 +93,7 @@ def forward(
     }
     num_programs = num_outer * num_inner * num_heads * triton.cdiv(lengths.queries, tile.block_queries)
     launch(long_forward, arguments, lengths=lengths, num_programs=num_programs, head_width=head_width, tile=tile)
-    return LongForward(output, log_sum_exp)
+    return output, log_sum_exp
 
 
 def tile_for(head_width: int, architecture: tuple[int, int], *, dtype: torch.dtype = torch.bfloat16) -> Tile:
