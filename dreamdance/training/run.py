@@ -52,6 +52,7 @@ def train(recipe: Stage1Recipe | Stage2Recipe, run_folder: Path) -> None:
         if finished:
             export = export_average(run_folder, trainer.step, trainer.engine, trainer.ema, ranks)
             trainer.metrics.message(f"finished at step {trainer.step:,}; exported to {export}", step=trainer.step)
+        trainer.checkpointer.close()
         trainer.metrics.close()
     if not finished:
         stop.hand_over()
