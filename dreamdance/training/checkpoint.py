@@ -1,12 +1,17 @@
 """Saving and resuming a run (C8): all ranks save, a step counts once complete, the newest that verifies is resumed.
 
-Knows when a checkpoint counts and what belongs to it; the weights' own format is the engine's.
+Training waits only while each rank copies its state in memory; a thread writes, hashes and reads back the files while
+training goes on. Knows when a checkpoint counts and what belongs to it; the weights' own format is the engine's.
 """
 
 import json
 import logging
+import pickle
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -28,15 +33,46 @@ from dreamdance.training.manifest import FileRecord, Manifest
 from dreamdance.training.rank_state import (
     RankState,
     generator_states,
+    rank_content,
+    rank_file,
     read_rank_state,
     restore_generators,
-    write_rank_state,
 )
 from dreamdance.training.resharding import load_divided_anew
+from dreamdance.training.snapshot import HostMemory
+from dreamdance.training.state_files import write_files
 
 logger = logging.getLogger(__name__)
 
 _STATE_FILE = "state.json"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A complete checkpoint, and what it cost.
+
+    Attributes:
+        folder: where it lies.
+        step: finished optimizer steps.
+        waited_seconds: how long training waited for it, on this rank.
+        seconds: from the start of the save until it counted.
+    """
+
+    folder: Path
+    step: int
+    waited_seconds: float
+    seconds: float
+
+
+@dataclass
+class _Save:
+    """A save in the making, on this rank."""
+
+    folder: Path
+    step: int
+    written: Future[list[FileRecord]]
+    started: float
+    waited_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -67,44 +103,107 @@ class Checkpointer:
         self.run, self.engine, self.ema, self.ranks, self.section = run, engine, ema, ranks, section
         self.recipe_digest = recipe_digest
         self._frozen_digest = on_main(partial(frozen_digest, engine.objective))
+        on_main(partial(_check_writable, run / "checkpoints"))
+        self._memory = HostMemory()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._reserved: Future[None] | None = None
+        self._save: _Save | None = None
 
     # ---------------------------------------------------------------------------------------------- save
 
-    def save(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Writes the checkpoint of `step`; killed at any instant, either it or the one before it counts.
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save has begun that does not count yet; the same on all ranks."""
+        return self._save is not None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank's files of that save are still being written."""
+        return self._save is not None and not self._save.written.done()
+
+    def reserve(self) -> None:
+        """Has the memory for a save made ready in the background, so that not even the first one waits for it.
+
+        To be called when the optimizer has its state, which is after the first step.
+        """
+        files = _by_name(self._content(self.run, {}))
+        self._reserved = self._thread.submit(self._memory.reserve, files)
+
+    def begin(self, step: int, state: Mapping[str, Any]) -> None:
+        """Copies the state of `step`, and has it written while training goes on; `finish` makes it count.
+
+        Killed at any instant, either this checkpoint or the one before it counts.
 
         Args:
             step: finished optimizer steps.
             state: what else must come back; plain JSON values.
-
-        Returns:
-            The complete folder.
         """
+        if self.is_saving:
+            raise RuntimeError("the save before must be finished first")
+        started = time.perf_counter()
         folder = checkpoint_folder(self.run, step)
         on_main(partial(_clear, folder))  # protects the first files from a main process that is still clearing
-        own = self.engine.save(folder)
+        files = self._content(folder, {**state, "step": step})
+        names = dict(zip(_by_name(files), files, strict=True))
+        if self._reserved is not None:
+            self._reserved.result()
+        copies = self._memory.copy(_by_name(files))
+        written = self._thread.submit(write_files, folder, {names[name]: copy for name, copy in copies.items()})
+        self._save = _Save(folder, step, written, started, time.perf_counter() - started)
+
+    def finish(self) -> Saved:
+        """Waits until every rank's files are on disk, and makes the checkpoint count. Collective.
+
+        Raises:
+            CheckpointError: some rank could not write its files, though it tried again; on all ranks.
+        """
+        if self._save is None:
+            raise RuntimeError("no save has begun")
+        save, self._save = self._save, None
+        waiting = time.perf_counter()
+        if error := save.written.exception():
+            logger.error("saving %s failed", save.folder.name, exc_info=error)
+        # Protects COMPLETE from being written before the slowest rank's files are on disk.
+        parts = gathered(str(error) if error else save.written.result())
+        failures = [f"rank {rank}: {part}" for rank, part in enumerate(parts) if isinstance(part, str)]
+        if failures:
+            raise CheckpointError(
+                f"{save.folder.name} could not be saved: {'; '.join(failures)}. The run ends here rather than train on "
+                f"unsaved; started again, it goes on from {self._newest_complete()}. Make room on that disk, or keep "
+                "fewer by checkpoint.keep_last"
+            )
+        records = [record for part in parts for record in part]
+        on_main(partial(self._complete, save, records))
+        now = time.perf_counter()
+        return Saved(save.folder, save.step, save.waited_seconds + now - waiting, now - save.started)
+
+    def close(self) -> None:
+        """Waits until old checkpoints are deleted; nothing can be saved any more."""
+        self._thread.shutdown()
+
+    def _content(self, folder: Path, state: Mapping[str, Any]) -> dict[Path, Any]:
+        """This rank's files under `folder`, and what belongs into them: live tensors, and JSON as text. Collective."""
+        files = self.engine.files_to_save(folder)
         rank_state = RankState(self.ema.state_dict(), self.engine.fragments(), generator_states())
-        own.append(write_rank_state(folder, self.ranks.rank, rank_state))
-        # Also protects COMPLETE from being written before the slowest rank's files are on disk.
-        records = [
-            record for part in gathered([manifests.record_file(path, folder) for path in own]) for record in part
-        ]
-        on_main(partial(self._complete, folder, step, state, records))
-        return folder
+        files[rank_file(folder, self.ranks.rank)] = rank_content(rank_state)
+        if self.ranks.is_main:
+            shapes = {name: list(parameter.shape) for name, parameter in self.engine.trainable.items()}
+            content = {**state, "frozen_digest": self._frozen_digest, "trainable": shapes}
+            files[folder / _STATE_FILE] = json.dumps(content)
+        return files
 
-    def _complete(self, folder: Path, step: int, state: Mapping[str, Any], records: list[FileRecord]) -> None:
-        """On the main process, when all ranks' files are on disk: adds the run's own, makes the folder count."""
-        own = manifests.record_file(self._save_run_state(folder, step, state), folder)
-        files = tuple(sorted([*records, own], key=lambda record: record.path))
-        manifests.complete(folder, Manifest(step, self.ranks.world_size, self.recipe_digest, files))
-        self._delete_old()
+    def _complete(self, save: _Save, records: list[FileRecord]) -> None:
+        """On the main process, when all ranks' files are on disk: makes the folder count, and older ones go."""
+        files = tuple(sorted(records, key=lambda record: record.path))
+        try:
+            manifests.complete(save.folder, Manifest(save.step, self.ranks.world_size, self.recipe_digest, files))
+        except OSError as error:
+            raise CheckpointError(f"{save.folder.name} could not be completed: {error}") from error
+        self._thread.submit(self._delete_old)
 
-    def _save_run_state(self, folder: Path, step: int, state: Mapping[str, Any]) -> Path:
-        path = folder / _STATE_FILE
-        shapes = {name: list(parameter.shape) for name, parameter in self.engine.trainable.items()}
-        content = {**state, "step": step, "frozen_digest": self._frozen_digest, "trainable": shapes}
-        path.write_text(json.dumps(content), encoding="utf-8")
-        return path
+    def _newest_complete(self) -> str:
+        folders = [folder for folder in step_folders(self.run / "checkpoints") if (folder / COMPLETE_FILE).is_file()]
+        return folders[-1].name if folders else "step 0"
 
     def _delete_old(self) -> None:
         """Keeps the last few complete folders and every n-th step; called only after a newer one is complete."""
@@ -156,12 +255,13 @@ class Checkpointer:
     def _restore(self, folder: Path, manifest: Manifest) -> Resumed:
         state = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
         self._check_same_networks(folder, state)
-        own = read_rank_state(folder, min(self.ranks.rank, manifest.world_size - 1))
-        if manifest.world_size == self.ranks.world_size:
-            self.engine.load(folder)
-            self.ema.load_state_dict(own.ema)
-        else:
-            load_divided_anew(self.engine, self.ema, folder, saved_world_size=manifest.world_size)
+        with _refusing_code(folder):
+            own = read_rank_state(folder, min(self.ranks.rank, manifest.world_size - 1))
+            if manifest.world_size == self.ranks.world_size:
+                self.engine.load(folder)
+                self.ema.load_state_dict(own.ema)
+            else:
+                load_divided_anew(self.engine, self.ema, folder, saved_world_size=manifest.world_size)
         restore_generators(own.generators)
         if manifest.recipe_digest != self.recipe_digest:
             logger.info("the recipe has changed since %s was saved", folder.name)
@@ -200,7 +300,8 @@ def read_average(folder: Path) -> dict[str, Tensor]:
     shapes = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))["trainable"]
     weights = {name: torch.empty(shape, dtype=torch.float32) for name, shape in shapes.items()}
     for rank in range(manifest.world_size):
-        saved = read_rank_state(folder, rank)
+        with _refusing_code(folder):
+            saved = read_rank_state(folder, rank)
         for part in saved.fragments:
             piece = saved.ema["shards"][part.shard].flatten().narrow(0, part.offset, part.length)
             weights[part.name].view(-1).narrow(0, part.start, part.length).copy_(piece)
@@ -224,6 +325,36 @@ def _read(folder: Path) -> tuple[Manifest | None, str]:
         return manifests.read_manifest(folder), ""
     except CheckpointError as error:
         return None, str(error)
+
+
+@contextmanager
+def _refusing_code(folder: Path) -> Iterator[None]:
+    """Says in our own words what torch's loader of weights found; nothing of it has run."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"a file of {folder} holds more than numbers: loading it could run foreign code, so nothing of it was "
+            f"loaded. If you do not know where this checkpoint comes from, delete it. {error}"
+        ) from error
+
+
+def _by_name(files: Mapping[Path, Any]) -> dict[str, Any]:
+    """The files by their names alone, which stay the same from save to save."""
+    return {path.name: content for path, content in files.items()}
+
+
+def _check_writable(folder: Path) -> None:
+    """Finds out before the first step, not at the first save."""
+    probe = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoints cannot be saved: {error}. Make {folder} writable, or give another --runs"
+        ) from error
 
 
 def _clear(folder: Path) -> None:

@@ -6,6 +6,7 @@ Knows nothing of models, DeepSpeed or what is being agreed upon.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from dreamdance.errors import UserError
 from dreamdance.ranks import Ranks
 
 Result = TypeVar("Result")
@@ -70,12 +72,38 @@ def from_main(value: Any) -> Any:
     return holder[0]
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """What became of a call: its value, or the error's text, and whether a user can mend it."""
+
+    value: Any = None
+    error: str | None = None
+    is_user_error: bool = False
+
+
 def on_main(function: Callable[[], Result]) -> Result:
     """Calls `function` on the main process alone and returns its value (a small plain object) on every rank.
 
-    Collective: no rank goes on before the call is through.
+    Collective: no rank goes on before the call is through. Where it raises, every rank does: else the others would wait
+    for the main process until the time-out.
+
+    Raises:
+        UserError: the main process met one; there it is the error itself.
+        RuntimeError: the same for any other error.
     """
-    value: Result = from_main(function() if dist.get_rank() == 0 else None)
+    if dist.get_rank() == 0:
+        try:
+            outcome = _Outcome(function())
+        except Exception as error:
+            from_main(_Outcome(error=f"{type(error).__name__}: {error}", is_user_error=isinstance(error, UserError)))
+            raise
+        from_main(outcome)
+    else:
+        outcome = from_main(None)
+        if outcome.error is not None:
+            kind = UserError if outcome.is_user_error else RuntimeError
+            raise kind(f"the main process failed: {outcome.error}")
+    value: Result = outcome.value
     return value
 
 

@@ -19,6 +19,7 @@ from torch import distributed as dist
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # unset, DeepSpeed warns at every start that it saw no GPU
 import deepspeed
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
@@ -140,6 +141,20 @@ class _LossFirst(nn.Module):
         return output.loss, output
 
 
+class _FilesToSave(TorchCheckpointEngine):
+    """Learns from DeepSpeed's save what would be written where, and writes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[Path, Any] = {}
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        pass
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.files[Path(path)] = state_dict
+
+
 class Engine:
     """An objective under DeepSpeed's ZeRO, with torch's AdamW on this rank's share of the fp32 masters."""
 
@@ -187,6 +202,8 @@ class Engine:
             objective.to(torch.bfloat16)  # DeepSpeed would leave buffers in fp32, from_pretrained does not
         os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists on the variable
         self._engine, *_ = deepspeed.initialize(model=_LossFirst(objective), optimizer=adamw, config=config)
+        # Beside its files it would leave scripts that unpickle anything; our own reader does not.
+        self._engine._copy_recovery_script = lambda folder: None
         if exact:
             self._set_masters(exact)
 
@@ -307,19 +324,19 @@ class Engine:
 
     # ---------------------------------------------------------------------------------------------- files
 
-    def save(self, folder: Path) -> list[Path]:
-        """Writes trainable weights and optimizer state of all ranks under `folder`. Collective.
+    def files_to_save(self, folder: Path) -> dict[Path, Any]:
+        """Trainable weights and optimizer state as DeepSpeed would write them under `folder`. Collective.
 
         Returns:
-            The files that this rank wrote.
+            This rank's files and what belongs into them: the engine's own tensors, valid until the next step.
         """
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
-        written = [self._engine._get_zero_ckpt_name(str(folder), _TAG)] if self.sharded else []
-        if self._engine.save_non_zero_checkpoint:
-            written.append(self._engine._get_ckpt_name(str(folder), _TAG))
-            for script in folder.glob("zero_to_*.py"):
-                script.unlink()  # they unpickle anything; our own reader does not
-        return [Path(path) for path in written]
+        writer = self._engine.checkpoint_engine
+        self._engine.checkpoint_engine = collected = _FilesToSave()
+        try:
+            self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+        finally:
+            self._engine.checkpoint_engine = writer
+        return collected.files
 
     def load(self, folder: Path) -> None:
         """Takes back what `save` wrote on the same number of ranks. Collective; unpickles no code.

@@ -5,10 +5,11 @@ Pure file work: knows nothing of tensors, ranks or what the files hold.
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from dreamdance.atomic_files import hash_file, sync_folder, write_atomically
 from dreamdance.errors import CheckpointError
@@ -40,11 +41,60 @@ class Manifest:
         return sum(record.bytes for record in self.files)
 
 
-def record_file(path: Path, folder: Path) -> FileRecord:
-    """Brings a written file safely to disk and hashes what lies there."""
-    with path.open("rb") as file:
+class HashedFile:
+    """What is written goes to a file and into a hash at once; as much of a file as `torch.save` wants.
+
+    Attributes:
+        bytes: written so far.
+        error: why the last write failed; `torch.save` hides it behind one of its own.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.bytes = 0
+        self.error: OSError | None = None
+        self._file, self._hash = file, sha256()
+
+    def write(self, data: Any) -> int:
+        """Writes bytes, or a flat view of memory."""
+        self._hash.update(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.bytes += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+
+def write_file(path: Path, folder: Path, write: Callable[[HashedFile], None]) -> FileRecord:
+    """Writes a file of `folder`, hashing on the way, and makes sure that the same lies on the disk.
+
+    Args:
+        path: in `folder`, or deeper.
+        folder: of the checkpoint.
+        write: is given the open file.
+
+    Raises:
+        OSError: it cannot be written, or what is read back is not what was written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        hashed = HashedFile(file)
+        write(hashed)
+        file.flush()
         os.fsync(file.fileno())
-    return FileRecord(path.relative_to(folder).as_posix(), path.stat().st_size, hash_file(path))
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read back from the disk, not from memory
+    record = FileRecord(path.relative_to(folder).as_posix(), hashed.bytes, hashed.sha256)
+    if problems := damage(folder, [record]):
+        raise OSError(f"what was written did not come to disk: {problems[0]}")
+    return record
 
 
 def complete(folder: Path, manifest: Manifest) -> None:
@@ -84,10 +134,13 @@ def damage(folder: Path, records: Iterable[FileRecord]) -> list[str]:
     problems = []
     for record in records:
         path = folder / record.path
-        if not path.is_file():
-            problems.append(f"{folder.name}/{record.path} is missing")
-        elif (size := path.stat().st_size) != record.bytes:
-            problems.append(f"{folder.name}/{record.path} has {size:,} bytes instead of {record.bytes:,}")
-        elif hash_file(path) != record.sha256:
-            problems.append(f"{folder.name}/{record.path} differs from what was saved (sha256)")
+        try:
+            if not path.is_file():
+                problems.append(f"{folder.name}/{record.path} is missing")
+            elif (size := path.stat().st_size) != record.bytes:
+                problems.append(f"{folder.name}/{record.path} has {size:,} bytes instead of {record.bytes:,}")
+            elif hash_file(path) != record.sha256:
+                problems.append(f"{folder.name}/{record.path} differs from what was saved (sha256)")
+        except OSError as error:
+            problems.append(f"{folder.name}/{record.path} cannot be read: {error}")
     return problems

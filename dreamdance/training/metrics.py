@@ -154,6 +154,14 @@ class Metrics:
         self._scalar("perf/data_wait_share", window.waited / window.seconds, report.step)
         self._scalar("perf/memory_gib", used_memory_gib(), report.step)
 
+    def saved(self, step: int, *, seconds: float, waited_seconds: float) -> None:
+        """Tells of a complete checkpoint: how long it took, and how much of that training waited."""
+        name = step_name(step)
+        self.message(f"saved {name} in {seconds:.1f} s; training waited {waited_seconds:.2f} s", step=step)
+        if self.recording:
+            self._scalar("perf/checkpoint_seconds", seconds, step)
+            self._scalar("perf/checkpoint_wait_seconds", waited_seconds, step)
+
     def validation(self, losses: Losses, *, step: int) -> None:
         """Writes the loss on the held-out clips."""
         if not self.recording:

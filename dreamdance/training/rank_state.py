@@ -27,17 +27,20 @@ class RankState:
     generators: dict[str, Any]
 
 
-def write_rank_state(folder: Path, rank: int, state: RankState) -> Path:
-    """Writes one rank's file into a checkpoint, and returns where it is."""
-    path = _rank_file(folder, rank)
+def rank_file(folder: Path, rank: int) -> Path:
+    """Where one rank's file lies in a checkpoint."""
+    return folder / f"rank_{rank:05d}.pt"
+
+
+def rank_content(state: RankState) -> dict[str, Any]:
+    """What one rank's file holds; it refers to the tensors of `state`."""
     fragments = [list(astuple(fragment)) for fragment in state.fragments]
-    torch.save({"ema": state.ema, "fragments": fragments, "generators": state.generators}, path)
-    return path
+    return {"ema": state.ema, "fragments": fragments, "generators": state.generators}
 
 
 def read_rank_state(folder: Path, rank: int) -> RankState:
     """Reads one rank's file of a complete checkpoint."""
-    content = torch.load(_rank_file(folder, rank), weights_only=True, map_location="cpu")
+    content = torch.load(rank_file(folder, rank), weights_only=True, map_location="cpu")
     fragments = [Fragment(*values) for values in content["fragments"]]
     return RankState(ema=content["ema"], fragments=fragments, generators=content["generators"])
 
@@ -64,7 +67,3 @@ def restore_generators(states: Mapping[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     version, words, next_gauss = states["python"]
     random.setstate((version, tuple(words), next_gauss))
-
-
-def _rank_file(folder: Path, rank: int) -> Path:
-    return folder / f"rank_{rank:05d}.pt"

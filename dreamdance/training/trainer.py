@@ -52,23 +52,31 @@ class Trainer:
     def train(self) -> bool:
         """Trains to `max_steps`, or until all ranks agree to stop early; returns whether it got to the end."""
         steps = iter(self.loader)
+        first_step = self.step
         while self.step < self.recipe.max_steps:
             tally = self._take_step(steps)
+            if self.step == first_step + 1:
+                self.checkpointer.reserve()
+            if self.checkpointer.is_saving and not tally.is_writing:
+                self._finish_save()
             if tally.is_nonfinite:
                 self._count_nonfinite(tally)
             if tally.should_stop:
-                self._save()
+                self._begin_save()
+                self._finish_save()
                 return False
             self.validation.after_step(self.step)
             if self.step % self.recipe.checkpoint.every_steps == 0 or self.step == self.recipe.max_steps:
-                self._save()
+                self._begin_save()
+        if self.checkpointer.is_saving:
+            self._finish_save()
         return True
 
     def _take_step(self, steps: Iterator[list[ClipBatch]]) -> "Tally":
         started = time.perf_counter()
         micro_batches = next(steps)
         waited = time.perf_counter() - started
-        tally = Tally(should_stop=bool(self.stop))
+        tally = Tally(should_stop=bool(self.stop), is_writing=self.checkpointer.is_writing)
         for batch in micro_batches:
             output = self.engine.forward(batch)
             self.engine.backward(output.loss)
@@ -96,12 +104,17 @@ class Trainer:
                 "lower optimizer.lr, or tolerate more"
             )
 
-    def _save(self) -> None:
+    def _begin_save(self) -> None:
+        """Returns as soon as the state is copied; the save before must have come to its end."""
+        if self.checkpointer.is_saving:
+            self._finish_save()
         self.metrics.flush()  # steps that a checkpoint has passed are not written again
-        started = time.perf_counter()
         state = {"nonfinite_steps": self.nonfinite_steps, "loader": self.loader.state_dict()}
-        folder = self.checkpointer.save(self.step, state)
-        self.metrics.message(f"saved {folder.name} in {time.perf_counter() - started:.1f} s", step=self.step)
+        self.checkpointer.begin(self.step, state)
+
+    def _finish_save(self) -> None:
+        saved = self.checkpointer.finish()
+        self.metrics.saved(saved.step, seconds=saved.seconds, waited_seconds=saved.waited_seconds)
 
 
 class Tally:
@@ -109,6 +122,7 @@ class Tally:
 
     Attributes:
         should_stop: whether this rank, and after `agree` any rank, was asked to stop.
+        is_writing: whether this rank, and after `agree` any rank, is still writing a checkpoint.
         is_nonfinite: whether the step was skipped; true after `agree` on all ranks or on none.
         nonfinite_samples: this rank's samples whose loss is not finite, in words.
         losses: after `agree`, over all ranks.
@@ -116,8 +130,8 @@ class Tally:
 
     losses: Losses
 
-    def __init__(self, *, should_stop: bool) -> None:
-        self.should_stop = should_stop
+    def __init__(self, *, should_stop: bool, is_writing: bool = False) -> None:
+        self.should_stop, self.is_writing = should_stop, is_writing
         self.is_nonfinite = False
         self.nonfinite_samples: list[str] = []
         self._sums: list[Tensor] = []
@@ -133,10 +147,10 @@ class Tally:
     def agree(self, *, applied: bool) -> None:
         """Sums over all ranks: losses, and whether any rank wants to stop or met a number that is not finite."""
         sums = torch.stack(self._sums).sum(dim=0)
-        flags = sums.new_tensor([self.should_stop, bool(self.nonfinite_samples) or not applied])
-        loss_sum, num_samples, *domains, stop, nonfinite = sum_over_ranks(torch.cat([sums, flags])).tolist()
+        flags = sums.new_tensor([self.should_stop, self.is_writing, bool(self.nonfinite_samples) or not applied])
+        loss_sum, num_samples, *domains, stop, writing, nonfinite = sum_over_ranks(torch.cat([sums, flags])).tolist()
         self.losses = Losses(loss_sum, num_samples, domains[:NUM_DOMAINS], domains[NUM_DOMAINS:])
-        self.should_stop, self.is_nonfinite = stop > 0, nonfinite > 0
+        self.should_stop, self.is_writing, self.is_nonfinite = stop > 0, writing > 0, nonfinite > 0
 
 
 def name_nonfinite(batch: ClipBatch, losses: Sequence[float]) -> list[str]:

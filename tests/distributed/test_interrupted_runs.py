@@ -117,7 +117,7 @@ def test_killed_again_and_again_stage_1_is_bit_identical_to_an_uninterrupted_run
     assert codes[0] not in (0, -signal.SIGKILL), "the surviving rank must fail by itself"
     strikes = [
         (in_save(2, "os.mkdir", "deepspeed"), 0),  # nothing written yet
-        (in_save(4, "open", "zero_pp_rank_1", rank=1), 1),  # weights written, rank 1 hashes them
+        (in_save(4, "open", "zero_pp_rank_1", "'r'", rank=1), 1),  # weights written, rank 1 reads them back
         (in_save(4, "open", "COMPLETE.partial"), 0),  # every file is there
         (in_save(6, "os.rename", "COMPLETE"), 0),  # the manifest is there under its temporary name
         (in_save(4, "shutil.rmtree"), 0),  # complete at step 8, while the one of step 4 is deleted
