@@ -81,6 +81,9 @@ class ClipLoader:
             # torch ends its workers when it is freed, which the traceback of an error puts off.
             if isinstance(batches, _MultiProcessingDataLoaderIter):
                 batches._shutdown_workers()
+                for worker in batches._workers:
+                    if worker.is_alive():  # stopped, or waiting for its storage: the end of this process would wait too
+                        worker.kill()
 
     def micro_batch_keys(self, step: int) -> list[list[SampleKey]]:
         """This rank's share of a step: a contiguous part of the batch, cut into micro batches."""

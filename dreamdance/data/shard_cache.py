@@ -3,11 +3,13 @@
 The library writes downloads straight under their names, where the next reader finds a damaged one, and
 coordinates processes through shared memory, in which one that failed leaves "being prepared" behind for ever. Here
 files are checked under a temporary name and renamed; a lock of the operating system, which dies with its holder, keeps
-two processes from fetching the same shard.
+two processes from fetching the same shard. What fails now and then is tried again, a few times.
 """
 
+import logging
 import os
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +22,12 @@ from dreamdance.data.streaming_compat import INDEX_FILE, CloudDownloader, decomp
 from dreamdance.errors import ShardError
 from dreamdance.recipe.schema import Shards
 
+logger = logging.getLogger(__name__)
+
 DOWNLOAD_TIMEOUT_SECONDS = 300.0
 LOCK_TIMEOUT_SECONDS = 600.0
+RETRY_PAUSES_SECONDS = (1.0, 2.0, 4.0)  # one attempt more than there are pauses
+DAMAGED_DOWNLOADS = 2  # one may be torn on its way; two alike are damaged where they come from
 _ZSTD_MAGIC = 0xFD2FB528
 
 
@@ -59,14 +65,15 @@ def fetch_shard(index: ShardIndex, entry: ShardEntry, remote: str | None) -> Non
     with _writing(index.folder, entry.raw.name) as incoming:
         if target.is_file():  # another process was faster
             return
-        if not stored.is_file() and remote is not None:
-            _download(remote, entry.stored.name, incoming)
-            stored = incoming
         label = f"'{entry.stored.name}' of {remote or index.folder}"
-        data = _read_checked(stored, entry.stored, where=label)
+        if not stored.is_file() and remote is not None:
+            data = _download_checked(remote, entry.stored, incoming, where=label)
+        else:
+            data = _read_checked(stored, entry.stored, where=label)
         if entry.compressed is not None:
             data = _decompress(entry, data, where=label)
         check_samples(data, len(data), entry, where=label)
+        incoming.unlink(missing_ok=True)  # a download may have the remote file's mode, and be read-only
         incoming.write_bytes(data)
         os.replace(incoming, target)
 
@@ -116,13 +123,37 @@ def _read_checked(path: Path, file: ShardFile, *, where: str) -> bytes:
     return data
 
 
+def _download_checked(remote: str, file: ShardFile, destination: Path, *, where: str) -> bytes:
+    """Downloads a file and compares it with the index; one that came damaged is fetched again."""
+    for _ in range(DAMAGED_DOWNLOADS - 1):
+        _download(remote, file.name, destination)
+        try:
+            return _read_checked(destination, file, where=where)
+        except ShardError as error:
+            logger.warning("%s; fetched again", error)
+    _download(remote, file.name, destination)
+    return _read_checked(destination, file, where=f"{where}, fetched {DAMAGED_DOWNLOADS} times,")
+
+
 def _download(remote: str, name: str, destination: Path) -> None:
+    """Downloads a file; tries again where connection or storage fail, but not where there is no such file."""
     source = f"{remote.rstrip('/')}/{name}"
-    destination.unlink(missing_ok=True)  # left by a killed process; the library takes what exists for done
-    try:
-        CloudDownloader.direct_download(source, str(destination), DOWNLOAD_TIMEOUT_SECONDS)
-    except (OSError, ValueError, ImportError) as error:  # connection and time-out errors are OSErrors
-        raise ShardError(f"{source} cannot be fetched: {error}") from error
+    for pause in (*RETRY_PAUSES_SECONDS, None):
+        _remove_incoming(destination)  # the library takes what exists for done
+        try:
+            CloudDownloader.direct_download(source, str(destination), DOWNLOAD_TIMEOUT_SECONDS)
+            return
+        except (FileNotFoundError, PermissionError, ValueError, ImportError) as error:
+            raise ShardError(f"{source} cannot be fetched: {error}; see `remote`") from error
+        except OSError as error:  # connection and time-out errors are OSErrors
+            if pause is None:
+                attempts = len(RETRY_PAUSES_SECONDS) + 1
+                raise ShardError(f"{source} cannot be fetched, {attempts} attempts failed: {error}") from error
+            logger.warning("%s cannot be fetched: %s; trying again in %.0f s", source, error, pause)
+            time.sleep(pause)
+        except Exception as error:  # every cloud's library has errors of its own, and has tried again by itself
+            error.add_note(f"while {source} was fetched")
+            raise
 
 
 def _decompress(entry: ShardEntry, data: bytes, *, where: str) -> bytes:
@@ -165,16 +196,23 @@ def _writing(folder: Path, name: str) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{name}.lock", timeout=LOCK_TIMEOUT_SECONDS):
+            _remove_incoming(incoming)  # left by a killed process
             try:
                 yield incoming
             finally:
-                incoming.unlink(missing_ok=True)
+                _remove_incoming(incoming)
     except Timeout as error:
         raise ShardError(
-            f"waited {LOCK_TIMEOUT_SECONDS:.0f} s for another process to fetch '{name}' to {folder}"
+            f"waited {LOCK_TIMEOUT_SECONDS:.0f} s for another process to fetch '{name}' to {folder}; is one stopped? "
+            f"`fuser {folder / f'.{name}.lock'}` names it; or give another `local` folder"
         ) from error
-    except PermissionError as error:
+    except OSError as error:
         raise ShardError(
-            f"'{name}' cannot be fetched or unpacked into {folder}: {error}. If that folder is not to be written, "
-            "name it as `remote` and give a `local` folder that is"
+            f"'{name}' cannot be fetched or unpacked into {folder}: {error}. Is the disk full? If that folder is not "
+            "to be written, name it as `remote` and give a `local` folder that is"
         ) from error
+
+
+def _remove_incoming(incoming: Path) -> None:
+    for path in (incoming, incoming.with_name(f"{incoming.name}.tmp")):  # the library writes to the second
+        path.unlink(missing_ok=True)

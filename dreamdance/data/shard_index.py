@@ -85,7 +85,7 @@ def read_index(path: Path) -> ShardIndex:
         raise ShardError(f"{path} is larger than {MAX_INDEX_BYTES} bytes: that is no index of shards")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueErrors also of text and of numbers
         raise ShardError(f"{path} is damaged: it is not valid JSON ({error})") from error
     top = _mapping(content, f"{path}: the index")
     if top.get("version") != 2:

@@ -71,7 +71,7 @@ class StoredClip:
     def _parse_metadata(self, text: str) -> dict[str, Any]:
         try:
             metadata = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ShardError(f"{self.where}: its metadata is no JSON ({error})") from error
         if not isinstance(metadata, dict):
             raise ShardError(f"{self.where}: its metadata is no JSON object")

@@ -61,15 +61,17 @@ def verify_shards(index: ShardIndex, *, how: Literal["size", "hash"] = "hash", r
 def _check_file(folder: Path, entry: ShardEntry, file: ShardFile, *, how: str, replaceable: bool) -> bool:
     """Whether the file is there and sound; a damaged one is removed if it is replaceable, else an error."""
     path = folder / file.name
-    if not path.is_file():
-        return False
     try:
+        if not path.is_file():
+            return False
         _compare(path, entry, file, how=how)
+    except FileNotFoundError:  # another process that shares the folder has just removed it
+        return False
     except ShardError as error:
         if not replaceable:
             raise
         logger.warning("%s; removed, it will be made anew", error)
-        path.unlink()
+        path.unlink(missing_ok=True)
         return False
     return True
 

@@ -1,0 +1,216 @@
+"""Readers of shards that are killed, stopped or slow: the same order goes on, or a clear error, never a hang."""
+
+import multiprocessing
+import os
+import signal
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fault_log import record_fault
+from filelock import FileLock
+from random_shards import HEIGHT, WIDTH, flip_byte, write_random_shards
+from rank_processes import StartedRanks
+
+from dreamdance.data import clip_loader, shard_cache
+from dreamdance.data.clip_loader import ClipLoader
+from dreamdance.data.clip_order import ClipOrder, SampleKey
+from dreamdance.data.clips import ClipDataset, StoredClips
+from dreamdance.data.collate import ClipSample
+from dreamdance.data.verify import verify_shards
+from dreamdance.errors import ShardError
+from dreamdance.ranks import Ranks
+from dreamdance.recipe.schema import Shards
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+SHARD = "part_00003.shard.00000.mds"
+NUM_CLIPS = 15
+ALL_CLIPS = [f"clip_{number:04d}" for number in range(NUM_CLIPS)]
+
+
+@pytest.fixture(scope="module")
+def remote(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("remote") / "shards"
+    write_random_shards(folder, NUM_CLIPS, clips_per_part=3, compression="zstd")
+    return str(folder)
+
+
+def clip_ids(shards: dict[str, Any]) -> list[str]:
+    return [clip["clip_id"] for clip in StoredClips(Shards(**shards), ranks=Ranks())]
+
+
+# ------------------------------------------------------------------------------------------- one cache, many processes
+
+
+class _StopsHalfWay:
+    """The library's downloader on a line that goes dead when half of the file is through."""
+
+    @staticmethod
+    def direct_download(source: str, destination: str, timeout: float) -> None:
+        content = Path(source).read_bytes()
+        Path(f"{destination}.tmp").write_bytes(content[: len(content) // 2])
+        time.sleep(600)
+
+
+def fetch_half(ranks: Ranks, *, shards: dict[str, Any]) -> None:
+    clips = StoredClips(Shards(**shards), ranks=ranks)
+    shard_cache.CloudDownloader = _StopsHalfWay
+    clips.clip(3)
+
+
+def test_a_run_that_was_killed_in_the_middle_of_a_download_blocks_nobody(remote, tmp_path):
+    """The killed process holds the shard's lock, and half of the shard lies in the cache."""
+    cache = tmp_path / "cache"
+    shards = {"local": str(cache), "remote": remote}
+    half = cache / f".{SHARD}.incoming.tmp"
+    with StartedRanks(fetch_half, 1, tmp_path / "ranks", shards=shards) as started:
+        deadline = time.monotonic() + 60
+        while not half.exists():
+            assert time.monotonic() < deadline, started.output()
+            time.sleep(0.02)
+        with pytest.raises(TimeoutError), FileLock(cache / f".{SHARD}.lock", timeout=0):
+            pytest.fail("the download does not hold its lock")
+        started.signal(0, signal.SIGKILL)
+        assert started.wait() == [-signal.SIGKILL]
+    assert half.exists()
+    start = time.monotonic()
+    assert clip_ids(shards) == ALL_CLIPS
+    resumed = time.monotonic() - start
+    assert not list(cache.glob(".*incoming*"))
+    record_fault(
+        "stale lock and half-downloaded shard of a killed run",
+        how="SIGKILL while the download is half through and its lock held",
+        promised="the next start reads the same clips and leaves no half file",
+        happened="all clips in order, the half file is gone",
+        resumed_seconds=resumed,
+        steps_lost=0,
+    )
+
+
+def read_when_all_are_there(ranks: Ranks, *, shards: dict[str, Any], meeting: str) -> list[str]:
+    """Two runs of one process each: neither knows of the other, and both check and fill the cache."""
+    Path(meeting, str(ranks.rank)).touch()
+    while len(list(Path(meeting).iterdir())) < ranks.world_size:
+        time.sleep(0.001)
+    return clip_ids(shards)
+
+
+def test_two_processes_may_fill_one_cache_at_once(remote, tmp_path):
+    """Shards are missing, and one is damaged: each process may remove and fetch it beside the other."""
+    cache, meeting = tmp_path / "cache", tmp_path / "meeting"
+    meeting.mkdir()
+    shards = {"local": str(cache), "remote": remote}
+    assert clip_ids(shards) == ALL_CLIPS
+    for first in (0, 6, 9):
+        (cache / f"part_{first:05d}.shard.00000.mds").unlink()
+    flip_byte(cache / SHARD)
+    with StartedRanks(read_when_all_are_there, 3, tmp_path / "ranks", shards=shards, meeting=str(meeting)) as started:
+        assert started.results() == [ALL_CLIPS] * 3
+    index = StoredClips(Shards(local=str(cache), remote=remote), verify="size", ranks=Ranks()).index
+    assert all((cache / entry.raw.name).is_file() for entry in index.shards)
+    before = {path.name: path.stat().st_mtime_ns for path in cache.glob("*.mds")}
+    verify_shards(index, how="hash", remote=remote)
+    assert {path.name: path.stat().st_mtime_ns for path in cache.glob("*.mds")} == before  # none was found damaged
+    assert not list(cache.glob(".*incoming*"))
+    record_fault(
+        "processes fill one shard cache at once",
+        how="three start together on a cache with missing and damaged shards",
+        promised="all read all clips; every file in the cache is whole",
+        happened="all read all clips in order, all hashes right",
+        steps_lost=0,
+    )
+
+
+# ------------------------------------------------------------------------------------------- workers
+
+
+class SlowClips(ClipDataset):
+    """Storage that is slow for one clip in five."""
+
+    def training_sample(self, key: SampleKey) -> ClipSample:
+        if key.sample_id % 5 == 0:
+            time.sleep(0.4)
+        return super().training_sample(key)
+
+
+def open_loader(shards: dict[str, Any], *, num_workers: int, kind: type = ClipDataset, **options: Any) -> ClipLoader:
+    clips = kind(Shards(**shards), width=WIDTH, height=HEIGHT, num_frames=2, seed=3, ranks=Ranks())
+    order = ClipOrder(clips.index.samples_per_shard, batch_size=4, seed=3)
+    return ClipLoader(clips, order, micro_batch_size=2, ranks=Ranks(), num_workers=num_workers, **options)
+
+
+def read_steps(loader: ClipLoader, count: int) -> list[Any]:
+    return [
+        [(batch.keys.tolist(), batch.rgb.sum((1, 2, 3, 4)).tolist()) for batch in micro_batches]
+        for micro_batches in islice(loader, count)
+    ]
+
+
+def test_slow_workers_change_neither_order_nor_content(remote, monkeypatch):
+    """Slower than the wait after which the workers are looked at, faster than the time-out."""
+    monkeypatch.setattr(clip_loader, "WORKER_CHECK_SECONDS", 0.1)
+    expected = read_steps(open_loader({"local": remote}, num_workers=0), 8)
+    slow = open_loader({"local": remote}, num_workers=2, kind=SlowClips, timeout_seconds=60)
+    start = time.monotonic()
+    assert read_steps(slow, 8) == expected
+    assert time.monotonic() - start > 0.8
+    record_fault(
+        "slow data worker",
+        how="one clip in five takes 0.4 s, four times as long as workers are waited for between looks",
+        promised="training waits and goes on in the same order",
+        happened="8 steps bit-identical to those of fast storage",
+        steps_lost=0,
+    )
+
+
+def stop_worker(ranks: Ranks, *, shards: dict[str, Any], log: str) -> None:
+    """Ends as a training does whose data fails: the error leaves the loop, and Python waits for its children."""
+    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # torch's own patience with workers that do not end
+    loader = open_loader(shards, num_workers=2, timeout_seconds=2)
+    steps = iter(loader)
+    next(steps)
+    workers = multiprocessing.active_children()
+    os.kill(workers[0].pid, signal.SIGSTOP)
+    stopped = time.monotonic()
+    try:
+        for _ in range(100):
+            next(steps)
+    except ShardError as error:
+        Path(log).write_text(
+            f"{time.monotonic() - stopped}\n{' '.join(str(worker.pid) for worker in workers)}\n{error}"
+        )
+        raise
+
+
+def _exists(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_stopped_worker_is_an_error_within_the_time_out_and_does_not_outlive_it(remote, tmp_path):
+    log = tmp_path / "log"
+    with StartedRanks(stop_worker, 1, tmp_path / "ranks", shards={"local": remote}, log=str(log)) as started:
+        assert started.wait() == [1], started.output()
+    seconds, pids, message = log.read_text().split("\n", 2)
+    workers = [int(pid) for pid in pids.split()]
+    assert len(workers) == 2
+    assert "no batch for 2 s" in message
+    assert "data.batch_timeout_seconds" in message
+    assert float(seconds) < 40
+    deadline = time.monotonic() + 10
+    while any(_exists(pid) for pid in workers):
+        assert time.monotonic() < deadline, "a stopped worker outlives the process that it read for"
+        time.sleep(0.05)
+    record_fault(
+        "data worker hangs",
+        how="SIGSTOP of one of two workers; time-out 2 s",
+        promised="an error that names the step and the key, the process ends, no worker stays",
+        happened=message,
+        detected_seconds=float(seconds),
+    )
