@@ -17,6 +17,7 @@ EXPORT_INDEX_FILE = "model_index.json"
 # Of a clip's result, which `animate` writes and `evaluate` reads.
 RESULT_FILE = "result.json"
 ARRAYS_FILE = "arrays.npz"
+_LAST_BYTES = 65_536
 
 
 def step_name(step: int) -> str:
@@ -44,6 +45,12 @@ def step_folders(parent: Path) -> list[Path]:
         return []
     found = [(step_of(entry), entry) for entry in parent.iterdir() if entry.is_dir()]
     return [entry for step, entry in sorted((step, entry) for step, entry in found if step is not None)]
+
+
+def complete_steps(run: Path) -> list[int]:
+    """The steps of a run's complete checkpoints, in order; whether their files are sound, resuming will find out."""
+    folders = step_folders(run / "checkpoints")
+    return [step for folder in folders if (folder / COMPLETE_FILE).is_file() and (step := step_of(folder)) is not None]
 
 
 def newest_export(run: Path) -> Path:
@@ -116,3 +123,21 @@ class ProgressLog:
 
 def progress_file(run: Path) -> Path:
     return run / "logs" / "progress.jsonl"
+
+
+def last_progress(run: Path) -> dict[str, Any] | None:
+    """The newest whole line of the progress log."""
+    path = progress_file(run)
+    if not path.is_file():
+        return None
+    with path.open("rb") as log:
+        log.seek(max(0, path.stat().st_size - _LAST_BYTES))
+        lines = log.read().split(b"\n")
+    for raw in reversed(lines):
+        try:
+            line = json.loads(raw)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            return line
+    return None

@@ -8,7 +8,8 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -103,7 +104,7 @@ def _ask(options: argparse.Namespace) -> int:
     if job is None:
         raise UserError(f"run '{run_folder.name}' was never submitted")
     standing = submission.status_of(job, load(run_folder / RECIPE_FILE).recipe, run_folder)
-    if standing.state not in ("running", "pending"):
+    if not standing.is_active:
         _show(f"nothing to cancel: the job of run '{run_folder.name}' is over ({standing.state}, {standing.detail})")
         return OK
     submission.cancel(job)
@@ -149,63 +150,156 @@ def _sweep_name(name: str, chosen: Sequence[str]) -> str:
 
 
 def _run_all(recipes: Sequence[LoadedRecipe], options: argparse.Namespace, plan: Planner, argv: Sequence[str]) -> int:
-    """One run after the other; the worst code of all, or the one of Ctrl-C, after which nothing more is started."""
+    """All runs: on Slurm at once, else one after the other; the worst code, or the one of Ctrl-C, which ends it."""
+    cluster = submission.choose_cluster(options.cluster)
     worst = OK
-    for loaded in recipes:
-        code = _run(loaded, options, plan, argv)
-        worst = max(worst, code)
-        if code == INTERRUPTED:
-            break
+    for group in _groups(recipes, cluster):
+        if options.dry_run:
+            for loaded in group:
+                _show_plan(loaded, options.runs, cluster, plan)
+            continue
+        for code in _run(group, cluster, options, argv):
+            worst = max(worst, code)
+            if code == INTERRUPTED:
+                return worst
     return worst
 
 
-def _run(loaded: LoadedRecipe, options: argparse.Namespace, plan: Planner, argv: Sequence[str]) -> int:
+def _groups(recipes: Sequence[LoadedRecipe], cluster: submission.ClusterName) -> list[list[LoadedRecipe]]:
+    """What is submitted together: to Slurm all runs that ask for the same, as one array; elsewhere each run alone."""
+    if cluster != "slurm":
+        return [[loaded] for loaded in recipes]
+    groups: dict[str, list[LoadedRecipe]] = {}
+    for loaded in recipes:
+        groups.setdefault(loaded.recipe.cluster.model_dump_json(), []).append(loaded)
+    return list(groups.values())
+
+
+@dataclass(frozen=True)
+class _Started:
+    """A run whose job was submitted, now or before.
+
+    Attributes:
+        offset: where in the progress log this command's own part begins.
+        state: of a job that was there before; None for the one that this command submitted.
+    """
+
+    job: submission.SubmittedJob
+    recipe: Recipe
+    run_folder: Path
+    offset: int
+    state: submission.State | None
+
+    @property
+    def is_new(self) -> bool:
+        return self.state is None
+
+
+def _run(
+    group: Sequence[LoadedRecipe], cluster: submission.ClusterName, options: argparse.Namespace, argv: Sequence[str]
+) -> Iterator[int]:
+    """Submits the runs of a group that are neither finished nor on their way; yields each one's code."""
+    started = _start(group, cluster, options.runs, argv)
+    for one in started:
+        job, name = one.job, one.recipe.name
+        if job.cluster == "debug" and one.is_new:
+            yield _run_here(one.run_folder)
+            return
+        what = f"{job.cluster} job {job.job_id}"
+        what = what if one.is_new else f"not submitted again, {what} is already {one.state}"
+        _show(
+            f"{name}: {what}, {job.num_tasks} process{'es' * (job.num_tasks > 1)}, log {job.log_file(one.run_folder)}"
+        )
+    if options.follow or (options.sweep and cluster == "local"):
+        for one in started:
+            yield _follow(one, options.runs)
+    elif started:
+        asking = preflight.launcher_command(f"status {started[0].recipe.name}", options.runs)
+        _show(f"the same command with --follow shows it; so does: {asking}")
+
+
+def _start(
+    group: Sequence[LoadedRecipe], cluster: submission.ClusterName, runs: Path, argv: Sequence[str]
+) -> list[_Started]:
+    """Lays and submits what needs it. A run that has a job is left as it is: the job may read its recipe again."""
+    unfinished = [loaded for loaded in group if not _say_finished(loaded.recipe, _run_folder(loaded, runs))]
+    for loaded in unfinished:
+        _check(loaded, cluster, runs)
+    with contextlib.ExitStack() as locks:
+        jobs: dict[str, submission.SubmittedJob] = {}
+        states: dict[str, submission.State] = {}
+        waiting: list[LoadedRecipe] = []
+        for loaded in unfinished:
+            recipe, run_folder = loaded.recipe, _run_folder(loaded, runs)
+            locks.enter_context(locked(run_folder))
+            job = submission.last_job(run_folder)
+            status = submission.status_of(job, recipe, run_folder) if job is not None else None
+            if job is not None and status is not None and status.is_active:
+                refuse_different(recipe, run_folder)
+                jobs[recipe.name], states[recipe.name] = job, status.state
+            else:
+                lay(recipe, run_folder, ["slurm.py", *argv])
+                waiting.append(loaded)
+        offsets = {loaded.recipe.name: _size(progress_file(_run_folder(loaded, runs))) for loaded in unfinished}
+        if waiting:
+            folders = [_run_folder(loaded, runs) for loaded in waiting]
+            new = submission.submit([loaded.recipe for loaded in waiting], folders, cluster)
+            jobs |= {loaded.recipe.name: job for loaded, job in zip(waiting, new, strict=True)}
+    return [
+        _Started(
+            job=jobs[loaded.recipe.name],
+            recipe=loaded.recipe,
+            run_folder=_run_folder(loaded, runs),
+            offset=offsets[loaded.recipe.name],
+            state=states.get(loaded.recipe.name),
+        )
+        for loaded in unfinished
+    ]
+
+
+def _run_folder(loaded: LoadedRecipe, runs: Path) -> Path:
+    return (runs / loaded.recipe.name).absolute()
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _say_finished(recipe: Recipe, run_folder: Path) -> bool:
+    if not is_finished(recipe, run_folder):
+        return False
+    refuse_different(recipe, run_folder)
+    _show(f"{recipe.name} is finished: {run_folder}")
+    return True
+
+
+def _check(loaded: LoadedRecipe, cluster: submission.ClusterName, runs: Path) -> None:
+    """Raises UserError if the run cannot start."""
     recipe = loaded.recipe
-    run_folder = (options.runs / recipe.name).absolute()
-    cluster = submission.choose_cluster(options.cluster)
+    _refuse_nodes_on_one_machine(recipe, cluster)
+    missing = preflight.missing(recipe, loaded.file, runs, check_gpu=cluster != "slurm")
+    if missing:
+        raise UserError(preflight.report(recipe, loaded.file, runs, missing))
+
+
+def _refuse_nodes_on_one_machine(recipe: Recipe, cluster: submission.ClusterName) -> None:
     if cluster == "local" and recipe.cluster.nodes > 1:
         raise UserError(
             f"--cluster local is one machine, but cluster.nodes is {recipe.cluster.nodes}; add cluster.nodes=1"
         )
-    if is_finished(recipe, run_folder) and not options.dry_run:
-        refuse_different(recipe, run_folder)
-        _show(f"{recipe.name} is finished: {run_folder}")
-        return OK
-    missing = preflight.missing(recipe, loaded.file, options.runs, check_gpu=cluster != "slurm")
-    if options.dry_run:
-        _show_plan(loaded, run_folder, cluster, plan)
-        if missing:
-            _show(f"\n# Warnings\n{preflight.report(recipe, loaded.file, options.runs, missing)}")
-        return OK
-    if missing:
-        raise UserError(preflight.report(recipe, loaded.file, options.runs, missing))
-    with locked(run_folder):
-        lay(recipe, run_folder, ["slurm.py", *argv])
-        job = submission.last_job(run_folder)
-        running = job is not None and submission.status_of(job, recipe, run_folder).state in ("running", "pending")
-        log = progress_file(run_folder)
-        offset = log.stat().st_size if log.is_file() else 0
-        if job is None or not running:
-            job = submission.submit(recipe, run_folder, cluster)
-    if job.cluster == "debug" and not running:
-        return _run_here(run_folder)
-    _show(
-        f"{recipe.name}: {job.cluster} job {job.job_id}{' is already running' if running else ''}, "
-        f"{job.num_tasks} process{'es' * (job.num_tasks > 1)}, log {job.log_file(run_folder)}"
-    )
-    if options.follow or (options.sweep and cluster == "local"):
-        return _follow(job, recipe, run_folder, offset, options.runs)
-    asking = preflight.launcher_command(f"status {recipe.name}", options.runs)
-    _show(f"the same command with --follow shows it; so does: {asking}")
-    return OK
 
 
-def _show_plan(loaded: LoadedRecipe, run_folder: Path, cluster: submission.ClusterName, plan: Planner) -> None:
+def _show_plan(loaded: LoadedRecipe, runs: Path, cluster: submission.ClusterName, plan: Planner) -> None:
+    recipe, run_folder = loaded.recipe, _run_folder(loaded, runs)
+    _refuse_nodes_on_one_machine(recipe, cluster)
+    missing = preflight.missing(recipe, loaded.file, runs, check_gpu=cluster != "slurm")
     _show(f"# Recipe {loaded.file} (run folder {run_folder})\n{dry_run.resolved_recipe(loaded)}")
     _show(f"\n# Plan\n{dry_run.batch_arithmetic(loaded, cluster)}")
-    if isinstance(loaded.recipe, TrainingRecipe):
-        _show(plan(loaded.recipe, preflight.gpu_memory_gib()))
+    if isinstance(recipe, TrainingRecipe):
+        _show(plan(recipe, preflight.gpu_memory_gib()))
     _show(f"\n# Batch script\n{dry_run.script(loaded, run_folder, cluster)}")
+    if missing:
+        _show(f"\n# Warnings\n{preflight.report(recipe, loaded.file, runs, missing)}")
 
 
 def _run_here(run_folder: Path) -> int:
@@ -217,12 +311,13 @@ def _run_here(run_folder: Path) -> int:
     return OK
 
 
-def _follow(job: submission.SubmittedJob, recipe: Recipe, run_folder: Path, offset: int, runs: Path) -> int:
+def _follow(started: _Started, runs: Path) -> int:
+    job, recipe, run_folder = started.job, started.recipe, started.run_folder
     with contextlib.suppress(ValueError):  # signal handlers belong to the main thread
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    started = time.monotonic()
+    since = time.monotonic()
     try:
-        outcome = follow(job, recipe, run_folder, offset)
+        outcome = follow(job, recipe, run_folder, started.offset, is_new=started.is_new)
     except KeyboardInterrupt:
         if job.cluster == "slurm":
             ending = preflight.launcher_command(f"cancel {recipe.name}", runs)
@@ -238,10 +333,10 @@ def _follow(job: submission.SubmittedJob, recipe: Recipe, run_folder: Path, offs
         sys.stderr.write(f"{explain_failure(job, run_folder, outcome)}\n")
         return FAILED
     if is_finished(recipe, run_folder):
-        _show(f"{recipe.name} finished in {time.monotonic() - started:.0f} s: {run_folder}")
-    else:
-        _show(f"{recipe.name} stopped before its end; the same command goes on")
-    return OK
+        _show(f"{recipe.name} finished in {time.monotonic() - since:.0f} s: {run_folder}")
+        return OK
+    _show(f"{recipe.name} stopped before its end; the same command goes on")
+    return FAILED
 
 
 def _show(text: str) -> None:

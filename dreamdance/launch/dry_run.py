@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from dreamdance.launch.submission import ClusterName, batch_script
+from dreamdance.launch.slurm_cluster import batch_script
+from dreamdance.launch.submission import ClusterName
 from dreamdance.recipe import LoadedRecipe, TrainingRecipe, dump_recipe
 from dreamdance.recipe.yaml_text import read_yaml
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import sys
 import time
@@ -10,6 +11,7 @@ from typing import Any, TextIO
 
 from dreamdance.durations import duration
 from dreamdance.launch.job import failure_file
+from dreamdance.launch.requeue import read_failures
 from dreamdance.launch.submission import JobStatus, SubmittedJob, status_of
 from dreamdance.recipe import Recipe
 from dreamdance.run_layout import progress_file
@@ -17,11 +19,21 @@ from dreamdance.run_layout import progress_file
 POLL_SECONDS = {"local": 0.2, "debug": 0.2, "slurm": 5.0}
 PLAIN_LINE_EVERY_SECONDS = 5.0
 TAIL_LINES = 25
+_TROUBLE = re.compile(r"[-\d]+ [:,\d]+ (\[rank \d+\] )?(WARNING|ERROR|CRITICAL) |(srun|slurmstepd): ")
+"""A rank's own line, as `job` has it written, or Slurm's about it."""
 _NOT_SHOWN = ("time", "done", "total", "unit", "message", "eta_seconds", "loss", "samples_per_second")
 
 
-def follow(job: SubmittedJob, recipe: Recipe, run_folder: Path, offset: int, out: TextIO = sys.stdout) -> JobStatus:
-    """Shows the job's progress until it ends.
+def follow(
+    job: SubmittedJob,
+    recipe: Recipe,
+    run_folder: Path,
+    offset: int,
+    out: TextIO = sys.stdout,
+    *,
+    is_new: bool = True,
+) -> JobStatus:
+    """Shows the job's progress, and every rank's warnings and errors, until it ends.
 
     Args:
         job: what `submit` returned.
@@ -29,12 +41,16 @@ def follow(job: SubmittedJob, recipe: Recipe, run_folder: Path, offset: int, out
         run_folder: the run's folder.
         offset: where in the progress log this job's own lines begin (bytes).
         out: a terminal gets a line that is drawn anew, anything else plain lines.
+        is_new: whether its logs are shown from their beginning; else from now on.
     """
     screen = _Screen(out)
+    logs = _Logs(job, run_folder, from_now=not is_new)
     started = time.monotonic()
     while True:
         # Asked before reading: what the job wrote before it ended is then read in this round.
         status = status_of(job, recipe, run_folder)
+        for trouble in logs.new_trouble():
+            screen.message(trouble)
         lines, offset = _new_lines(progress_file(run_folder), offset)
         for line in lines:
             screen.message(line.get("message"))
@@ -63,7 +79,7 @@ def progress_line(line: dict[str, Any]) -> str:
 
 def explain_failure(job: SubmittedJob, run_folder: Path, status: JobStatus) -> str:
     """Why a job failed: the failing rank's error, or the end of its log, and where to read more."""
-    failures = _failures(job, run_folder)
+    failures = read_failures(run_folder)
     own = [failure for failure in failures if failure["rank"] == status.failed_rank]
     first = own[0] if own else failures[0] if failures and status.failed_rank is None else None
     rank = first["rank"] if first else status.failed_rank or 0
@@ -75,14 +91,6 @@ def explain_failure(job: SubmittedJob, run_folder: Path, status: JobStatus) -> s
     silent = _silent_ranks(job, run_folder) if status.failed_rank is None and failures else ""
     where = f"log of rank {rank}: {log}" if job.cluster != "debug" else ""  # that one spoke on the launcher's screen
     return "\n".join(line for line in (head, text, where, silent) if line)
-
-
-def _failures(job: SubmittedJob, run_folder: Path) -> list[dict[str, Any]]:
-    """What the ranks left behind, the earliest first."""
-    paths = [failure_file(run_folder, job.job_id, rank) for rank in range(job.num_tasks)]
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
-    recent = [failure for failure in found if failure["time"] >= job.submitted - 1.0]
-    return sorted(recent, key=lambda failure: float(failure["time"]))
 
 
 def _silent_ranks(job: SubmittedJob, run_folder: Path) -> str:
@@ -114,6 +122,27 @@ def _new_lines(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
             with contextlib.suppress(ValueError):
                 lines.append(json.loads(raw))
     return lines, offset
+
+
+class _Logs:
+    """The logs of all ranks, of which lines that tell of trouble are shown."""
+
+    def __init__(self, job: SubmittedJob, run_folder: Path, *, from_now: bool) -> None:
+        paths = [job.log_file(run_folder, rank) for rank in range(job.num_tasks)]
+        self.offsets = {path: path.stat().st_size if from_now and path.is_file() else 0 for path in paths}
+
+    def new_trouble(self) -> list[str]:
+        found = []
+        for path, offset in self.offsets.items():
+            if not path.is_file():
+                continue
+            with path.open("rb") as log:
+                log.seek(offset)
+                raw = log.read()
+            whole = raw[: raw.rfind(b"\n") + 1]
+            self.offsets[path] = offset + len(whole)
+            found += [line for line in whole.decode(errors="replace").splitlines() if _TROUBLE.match(line)]
+        return found
 
 
 class _Screen:

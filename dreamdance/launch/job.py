@@ -17,13 +17,13 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dreamdance.errors import UserError
 from dreamdance.launch.finished import mark_finished
 from dreamdance.launch.run_folder import record_job
 from dreamdance.recipe import Recipe, load_recipe
 from dreamdance.run_layout import RECIPE_FILE
+from dreamdance.signal_listener import SignalListener
 
 ENTRIES = {
     "prepare": "dreamdance.data.prepare:prepare",
@@ -33,6 +33,7 @@ ENTRIES = {
     "evaluate": "dreamdance.evaluation.report:evaluate",
 }
 FAILED = 1
+DEBUG_JOB = "debug"
 PORTS = range(20_000, 32_000)  # below the range from which Linux hands out ports by itself
 _PR_SET_PDEATHSIG = 1
 
@@ -54,8 +55,10 @@ class Job:
         try:
             if rank == 0:
                 record_job(self.run_folder, job_id, job_hosts())
-            entry = pkgutil.resolve_name(ENTRIES[recipe.task])
-            entry(recipe, self.run_folder)
+            # Training listens itself and saves first; all else, and training that has not begun, can end at once.
+            with contextlib.nullcontext() if job_id == DEBUG_JOB else SignalListener(_end_at_once):
+                entry = pkgutil.resolve_name(ENTRIES[recipe.task])
+                entry(recipe, self.run_folder)
         except UserError as error:
             logger.error("%s", error)
             record_failure(self.run_folder, job_id, rank, str(error), user_error=True)
@@ -66,12 +69,6 @@ class Job:
         if rank == 0:
             mark_finished(recipe, self.run_folder)
 
-    def checkpoint(self) -> Any:
-        """What submitit queues again after a time-out or pre-emption: the same job, which resumes by itself."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
-
 
 def set_environment(recipe: Recipe) -> str:
     """Sets RANK, WORLD_SIZE and their like, and defaults for what the user's environment leaves open.
@@ -81,7 +78,7 @@ def set_environment(recipe: Recipe) -> str:
     """
     os.environ.update(recipe.cluster.environment)
     executor = os.environ.get("SUBMITIT_EXECUTOR")
-    job_id = "debug"
+    job_id = DEBUG_JOB
     if executor in ("local", "slurm"):
         from submitit.core.job_environment import JobEnvironment
         from submitit.helpers import TorchDistributedEnvironment
@@ -135,8 +132,13 @@ def free_port() -> int:
     raise UserError(f"no free TCP port found between {PORTS.start} and {PORTS.stop}")
 
 
+def failures_folder(run_folder: Path) -> Path:
+    """Where the ranks of the present start say why they failed."""
+    return run_folder / "logs" / "failures"
+
+
 def failure_file(run_folder: Path, job_id: str, rank: int) -> Path:
-    return run_folder / "logs" / "failures" / f"{job_id}_{rank}.json"
+    return failures_folder(run_folder) / f"{job_id}_{rank}.json"
 
 
 def record_failure(run_folder: Path, job_id: str, rank: int, text: str, *, user_error: bool) -> None:
@@ -144,6 +146,13 @@ def record_failure(run_folder: Path, job_id: str, rank: int, text: str, *, user_
     path = failure_file(run_folder, job_id, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"time": time.time(), "rank": rank, "user_error": user_error, "text": text}))
+
+
+def _end_at_once(number: signal.Signals) -> None:
+    """Ends this process well: what is done is on the disk, and whether the job goes on is decided when it is over."""
+    logger.warning("%s: ending; the next start goes on from what is done", number.name)
+    logging.shutdown()
+    os._exit(0)
 
 
 def _log_to_console(rank: int, world_size: int) -> None:

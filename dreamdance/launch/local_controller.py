@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE, Controller, LocalJobEnvironment
+from submitit.local.local import Controller
 
 from dreamdance.atomic_files import write_atomically
 from dreamdance.launch.job import failure_file, free_port
+from dreamdance.launch.requeue import decide
 
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.05
 CANCELLED, TIMED_OUT = "cancelled", "timed out"
-MAX_REQUEUES_VARIABLE = "DREAMDANCE_MAX_REQUEUES"
 
 
 def status_file(run_folder: Path, job_id: str) -> Path:
@@ -37,6 +37,7 @@ class LocalController(Controller):
         self.run_folder = run_folder
         self.first_failed_rank: int | None = None
         self.ended_by: str | None = None
+        self.warned = False
         signal.signal(signal.SIGTERM, self._cancel)
 
     def _cancel(self, *_: Any) -> None:
@@ -53,7 +54,7 @@ class LocalController(Controller):
         """Until all processes ended, or one failed and the others had a moment to say why, or time is up."""
         start = time.monotonic()
         failed_at: float | None = None
-        warned = False
+        self.warned = False
         while True:
             codes = [task.poll() for task in self.tasks]
             now = time.monotonic()
@@ -63,19 +64,19 @@ class LocalController(Controller):
                 self.first_failed_rank = failed[0]
             if all(code is not None for code in codes) or (failed_at is not None and now > failed_at + GRACE_SECONDS):
                 return codes
-            if not warned and now > start + self.timeout_s - self.signal_delay_s:
-                warned = True
-                super()._forward_signal(LocalJobEnvironment._usr_sig())
+            if not self.warned and now > start + self.timeout_s - self.signal_delay_s:
+                self.warned = True
+                super()._forward_signal(signal.SIGUSR2)
             if now > start + self.timeout_s:
                 self.ended_by = TIMED_OUT
                 return codes
             time.sleep(POLL_SECONDS)
 
-    def run(self, max_retry: int = 20) -> None:
-        """Starts the processes, again after each requeue, and leaves nothing running behind."""
+    def run(self, max_retry: int = 0) -> None:
+        """Starts the processes, again after each time-out that they heeded, and leaves nothing running behind."""
         codes: Sequence[int | None] = []
         try:
-            for _ in range(max_retry + 1):
+            while True:
                 self.first_failed_rank = None
                 self.start_tasks()
                 try:
@@ -85,7 +86,7 @@ class LocalController(Controller):
                     self.kill_tasks()
                     _kill_group_members()
                     codes = [task.wait() for task in tasks]
-                if LOCAL_REQUEUE_RETURN_CODE not in codes or self.ended_by:
+                if self.ended_by or not self.warned or not decide(self.run_folder, _worst(codes)).again:
                     break
         finally:
             self._write_status(codes)
@@ -102,6 +103,11 @@ class LocalController(Controller):
         write_atomically(status_file(self.run_folder, self.pid), json.dumps(status))
 
 
+def _worst(codes: Sequence[int | None]) -> int:
+    """One code for all, as `srun` gives it: 0 only where every rank ended well."""
+    return max((128 - code if code is not None and code < 0 else code or 0 for code in codes), default=0)
+
+
 def _kill_group_members() -> None:
     """Ends what the ranks started themselves (data workers, encoders): all are in this session's process group."""
     for entry in Path("/proc").glob("[0-9]*/stat"):
@@ -115,7 +121,7 @@ def _kill_group_members() -> None:
 
 def main() -> int:
     controller = LocalController(Path(sys.argv[1]))
-    controller.run(int(os.environ[MAX_REQUEUES_VARIABLE]))
+    controller.run()
     return 0
 
 

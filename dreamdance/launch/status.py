@@ -1,17 +1,26 @@
 """`slurm.py status`: which runs there are, how far they are, and how their jobs stand."""
 
 import json
+import time
 from pathlib import Path
-from typing import Any
 
+from dreamdance.durations import duration
 from dreamdance.errors import UserError
 from dreamdance.launch.finished import is_finished
 from dreamdance.launch.follow import explain_failure, progress_line
+from dreamdance.launch.requeue import read_requeues
 from dreamdance.launch.submission import last_job, status_of
 from dreamdance.recipe import Recipe, load_recipe
-from dreamdance.run_layout import RECIPE_FILE, progress_file, step_folders
-
-_LAST_BYTES = 65_536
+from dreamdance.run_layout import (
+    COMPLETE_FILE,
+    PROVENANCE_FILE,
+    RECIPE_FILE,
+    checkpoint_folder,
+    complete_steps,
+    last_progress,
+    step_folders,
+    step_name,
+)
 
 
 def find_run(name: str, runs: Path) -> Path:
@@ -43,10 +52,14 @@ def details(run_folder: Path) -> str:
     """Everything that a person asks about one run."""
     task, state, progress = _row(run_folder)
     lines = [f"{run_folder} ({task}): {state}", f"  progress     {progress}"]
+    lines += _places(run_folder)
+    if steps := complete_steps(run_folder):
+        written = (checkpoint_folder(run_folder, steps[-1]) / COMPLETE_FILE).stat().st_mtime
+        lines.append(f"  checkpoint   {step_name(steps[-1])}, complete since {duration(time.time() - written)}")
     for name in ("checkpoints", "exports"):
-        steps = [folder.name for folder in step_folders(run_folder / name)]
-        if steps:
-            lines.append(f"  {name:<12} {', '.join(steps[-5:])}")
+        folders = [folder.name for folder in step_folders(run_folder / name)]
+        if folders:
+            lines.append(f"  {name:<12} {', '.join(folders[-5:])}")
     job, recipe = last_job(run_folder), _recipe_of(run_folder)
     if job is not None and job.cluster != "debug":
         lines.append(f"  log          {job.log_file(run_folder)}")
@@ -55,6 +68,18 @@ def details(run_folder: Path) -> str:
         if status.state == "failed":
             lines.append(explain_failure(job, run_folder, status))
     return "\n".join(lines)
+
+
+def _places(run_folder: Path) -> list[str]:
+    """Where the run's last job runs or ran, how often it began anew, and why."""
+    provenance = run_folder / PROVENANCE_FILE
+    starts = json.loads(provenance.read_text(encoding="utf-8"))["starts"] if provenance.is_file() else []
+    begun = starts[-1].get("jobs", []) if starts else []
+    if not begun:
+        return []
+    why = [requeue.reason for requeue in read_requeues(run_folder)]
+    restarts = f"  restarts     {len(begun) - 1}"
+    return [f"  nodes        {', '.join(begun[-1]['hosts'])}", f"{restarts} ({why[-1]})" if why else restarts]
 
 
 def _row(run_folder: Path) -> tuple[str, str, str]:
@@ -73,24 +98,6 @@ def _row(run_folder: Path) -> tuple[str, str, str]:
     # The marker above has the last word on finished: a job that ended well may have stopped before the last step.
     state = "stopped" if status.state == "finished" else f"{status.state} ({place}: {status.detail})"
     return recipe.task, state, progress
-
-
-def last_progress(run_folder: Path) -> dict[str, Any] | None:
-    """The newest whole line of the progress log."""
-    path = progress_file(run_folder)
-    if not path.is_file():
-        return None
-    with path.open("rb") as log:
-        log.seek(max(0, path.stat().st_size - _LAST_BYTES))
-        lines = log.read().split(b"\n")
-    for raw in reversed(lines):
-        try:
-            line = json.loads(raw)
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            return line
-    return None
 
 
 def _run_folders(runs: Path) -> list[Path]:

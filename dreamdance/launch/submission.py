@@ -1,33 +1,30 @@
-"""Hands a run folder's job to this machine or to Slurm through submitit, and tells how a submitted job is doing."""
+"""Hands run folders' jobs to this machine or to Slurm, and tells how a submitted job is doing."""
 
 import json
 import os
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from submitit.local.local import LocalExecutor, LocalJob
-from submitit.slurm.slurm import SlurmExecutor
-
+from dreamdance.atomic_files import write_atomically
 from dreamdance.errors import UserError
+from dreamdance.launch import slurm_cluster
 from dreamdance.launch.finished import is_finished
-from dreamdance.launch.job import Job
-from dreamdance.launch.local_controller import CANCELLED, MAX_REQUEUES_VARIABLE, status_file
+from dreamdance.launch.job import DEBUG_JOB, failures_folder
+from dreamdance.launch.local_controller import CANCELLED, status_file
+from dreamdance.launch.requeue import requeues_file
 from dreamdance.recipe import Recipe
 
 ClusterName = Literal["slurm", "local", "debug"]
 State = Literal["pending", "running", "finished", "failed", "cancelled"]
-SIGNAL_DELAY_SECONDS = 120
 CANCEL_TIMEOUT_SECONDS = 20.0
-# Without -P, `python -m` would put the working directory on sys.path, where a checkout has a folder `kernels/`.
-PYTHON = f"{shlex.quote(sys.executable)} -P"
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,7 @@ class SubmittedJob:
     submitted: float
     launcher_pid: int
     process_start: str | None  # tells a local job from a later process of the same number
+    script: str | None = None  # tells a Slurm job from one of the same number after the cluster was set up anew
 
     @property
     def pid(self) -> int:
@@ -59,43 +57,81 @@ class JobStatus:
     detail: str
     failed_rank: int | None = None
 
+    @property
+    def is_active(self) -> bool:
+        """Whether it runs, or will."""
+        return self.state in ("running", "pending")
+
 
 def choose_cluster(wanted: str) -> ClusterName:
     """`auto` takes Slurm where a cluster answers, else this machine."""
     if wanted == "auto":
-        return "slurm" if _slurm_answers() else "local"
-    if wanted == "slurm" and not _slurm_answers():
+        return "slurm" if slurm_cluster.answers() else "local"
+    if wanted == "slurm" and not slurm_cluster.answers():
         raise UserError("no Slurm cluster answers here (`sinfo` failed or is missing); use --cluster local")
     return wanted  # type: ignore[return-value]  # argparse has checked the choice
-
-
-def _slurm_answers() -> bool:
-    if shutil.which("sinfo") is None or shutil.which("sbatch") is None:
-        return False
-    try:
-        answer = subprocess.run(["sinfo", "--noheader"], capture_output=True, timeout=15, check=False)
-    except subprocess.TimeoutExpired:
-        return False
-    return answer.returncode == 0 and bool(answer.stdout.strip())
 
 
 # ------------------------------------------------------------------------------------------ submitting
 
 
-def submit(recipe: Recipe, run_folder: Path, cluster: ClusterName) -> SubmittedJob:
-    """Submits the run's job and remembers it in the run folder; `debug` is only remembered, the caller runs it."""
-    start: str | None = None
-    if cluster == "debug":
-        job_id, start = "debug", _process_start(os.getpid())
-    elif cluster == "slurm":
-        job_id = slurm_executor(recipe, run_folder).submit(Job(run_folder)).job_id
+def submit(recipes: Sequence[Recipe], run_folders: Sequence[Path], cluster: ClusterName) -> list[SubmittedJob]:
+    """Submits the runs' jobs, several to Slurm as one array, and remembers each in its run folder.
+
+    `debug` is only remembered, the caller runs it. The runs are the caller's alone (`run_folder.locked`), none of them
+    has a job, and all ask for the same.
+    """
+    for run_folder in run_folders:
+        _put_away_leftovers(run_folder)
+    if cluster == "slurm":
+        if len(recipes) == 1:
+            parts = [slurm_cluster.submit(recipes[0], run_folders[0])]
+        else:
+            parts = slurm_cluster.submit_array(recipes, run_folders)
+        known = [_remembered("slurm", part.job_id, recipes[0], script=str(part.script)) for part in parts]
+    elif cluster == "debug":
+        known = [
+            _remembered("debug", DEBUG_JOB, recipe, process_start=_process_start(os.getpid())) for recipe in recipes
+        ]
     else:
-        job_id = _local_executor(recipe, run_folder).submit(Job(run_folder)).job_id
-        start = _process_start(int(job_id))
-    tasks = recipe.cluster.world_size
-    job = SubmittedJob(cluster, job_id, tasks, socket.gethostname(), time.time(), os.getpid(), start)
-    (run_folder / "logs" / "job.json").write_text(json.dumps(asdict(job)), encoding="utf-8")
-    return job
+        pids = [_start_controller(*pair) for pair in zip(recipes, run_folders, strict=True)]
+        known = [
+            _remembered("local", str(pid), recipe, process_start=_process_start(pid))
+            for pid, recipe in zip(pids, recipes, strict=True)
+        ]
+    for job, run_folder in zip(known, run_folders, strict=True):
+        write_atomically(run_folder / "logs" / "job.json", json.dumps(asdict(job)))
+    return known
+
+
+def _remembered(
+    cluster: ClusterName, job_id: str, recipe: Recipe, *, process_start: str | None = None, script: str | None = None
+) -> SubmittedJob:
+    return SubmittedJob(
+        cluster=cluster,
+        job_id=job_id,
+        num_tasks=recipe.cluster.world_size,
+        host=socket.gethostname(),
+        submitted=time.time(),
+        launcher_pid=os.getpid(),
+        process_start=process_start,
+        script=script,
+    )
+
+
+def _put_away_leftovers(run_folder: Path) -> None:
+    """Moves what earlier jobs left into `logs/earlier`: ids and process numbers come again, and would be believed."""
+    logs = run_folder / "logs"
+    left = [path for pattern in ("*_log.out", "*_status.json", "*_submission.sh") for path in logs.glob(pattern)]
+    left += [path for path in (failures_folder(run_folder), requeues_file(run_folder)) if path.exists()]
+    if not left:
+        return
+    earlier = logs / "earlier" / f"{len(list((logs / 'earlier').glob('*'))):04d}"
+    earlier.mkdir(parents=True)
+    for path in left:
+        path.rename(earlier / path.name)
+    for link in logs.glob(".submission_file_*.sh"):
+        link.unlink()
 
 
 def last_job(run_folder: Path) -> SubmittedJob | None:
@@ -104,92 +140,29 @@ def last_job(run_folder: Path) -> SubmittedJob | None:
     return SubmittedJob(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
-class _SlurmExecutor(SlurmExecutor):
-    """Renders batch scripts on machines without Slurm too; `choose_cluster` guards submission."""
-
-    @classmethod
-    def affinity(cls) -> int:
-        return 2
-
-
-def slurm_executor(recipe: Recipe, run_folder: Path) -> SlurmExecutor:
-    """submitit's executor with everything that the recipe's `cluster` section asks for."""
-    cluster = recipe.cluster
-    executor = _SlurmExecutor(run_folder / "logs", max_num_timeout=cluster.max_requeues, python=PYTHON)
-    srun = ["--kill-on-bad-exit=1", "--wait=60", f"--cpus-per-task={cluster.cpus_per_task}", *cluster.srun_arguments]
-    if cluster.container_image:
-        srun.append(f"--container-image={cluster.container_image}")
-    environment = {"PYTHONSAFEPATH": "1", **cluster.environment}
-    optional = {
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "constraint": cluster.constraint,
-        "mail_user": cluster.mail_user,
-        "mem": None if cluster.memory_gib is None else f"{cluster.memory_gib}G",
-        "gpus_per_node": cluster.gpus_per_node or None,
+def _start_controller(recipe: Recipe, run_folder: Path) -> int:
+    """Starts submitit's local controller, as we changed it, in a session of its own; returns its process number."""
+    cluster, logs = recipe.cluster, run_folder / "logs"
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SUBMITIT_"))}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(cluster.gpus_per_node))))
+    environment = inherited | {
+        "SUBMITIT_EXECUTOR": "local",
+        "SUBMITIT_LOCAL_NTASKS": str(cluster.tasks_per_node),
+        "SUBMITIT_LOCAL_COMMAND": shlex.join([*slurm_cluster.PYTHON, "-m", "dreamdance.launch.rank", str(logs)]),
+        "SUBMITIT_LOCAL_TIMEOUT_S": str(60 * cluster.time_minutes),
+        "SUBMITIT_LOCAL_SIGNAL_DELAY_S": str(cluster.stop_seconds),
+        "SUBMITIT_LOCAL_NODEID": "0",
+        "SUBMITIT_LOCAL_JOB_NUM_NODES": "1",
+        "SUBMITIT_LOCAL_WITH_SHELL": "",
+        "SUBMITIT_STDERR_TO_STDOUT": "1",
+        "CUDA_VISIBLE_DEVICES": visible if cluster.gpus_per_node else "",
     }
-    reservation = {"reservation": cluster.reservation} if cluster.reservation else {}
-    executor.update_parameters(
-        job_name=recipe.name,
-        nodes=cluster.nodes,
-        ntasks_per_node=cluster.tasks_per_node,
-        cpus_per_task=cluster.cpus_per_task,
-        time=cluster.time_minutes,
-        signal_delay_s=SIGNAL_DELAY_SECONDS,
-        stderr_to_stdout=True,
-        srun_args=srun,
-        setup=[*(f"export {name}={shlex.quote(value)}" for name, value in environment.items()), *cluster.setup],
-        additional_parameters={**reservation, **cluster.sbatch_arguments},
-        **{name: value for name, value in optional.items() if value is not None},
-    )
-    return executor
-
-
-def batch_script(recipe: Recipe, run_folder: Path) -> str:
-    """The text that `sbatch` would be given."""
-    executor = slurm_executor(recipe, run_folder)
-    return executor._make_submission_file_text(executor._submitit_command_str, "")
-
-
-class _LocalExecutor(LocalExecutor):
-    """submitit's local executor under our own controller, in a session of its own."""
-
-    def __init__(self, run_folder: Path, recipe: Recipe) -> None:
-        super().__init__(run_folder / "logs", max_num_timeout=recipe.cluster.max_requeues, python=PYTHON)
-        self.run_folder = run_folder
-        self.recipe = recipe
-
-    def _submit_command(self, command: str) -> LocalJob[Any]:
-        cluster = self.recipe.cluster
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SUBMITIT_"))}
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(cluster.gpus_per_node))))
-        environment = inherited | {
-            "SUBMITIT_EXECUTOR": "local",
-            "SUBMITIT_LOCAL_NTASKS": str(cluster.tasks_per_node),
-            "SUBMITIT_LOCAL_COMMAND": command,
-            "SUBMITIT_LOCAL_TIMEOUT_S": str(60 * cluster.time_minutes),
-            "SUBMITIT_LOCAL_SIGNAL_DELAY_S": str(SIGNAL_DELAY_SECONDS),
-            "SUBMITIT_LOCAL_NODEID": "0",
-            "SUBMITIT_LOCAL_JOB_NUM_NODES": "1",
-            "SUBMITIT_LOCAL_WITH_SHELL": "",
-            "SUBMITIT_STDERR_TO_STDOUT": "1",
-            "CUDA_VISIBLE_DEVICES": visible if cluster.gpus_per_node else "",
-            MAX_REQUEUES_VARIABLE: str(cluster.max_requeues),
-        }
-        words = [sys.executable, "-P", "-m", "dreamdance.launch.local_controller", str(self.run_folder)]
-        with (self.run_folder / "logs" / "controller.log").open("ab") as log:
-            process = subprocess.Popen(
-                words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
-        tasks = list(range(cluster.tasks_per_node))
-        return LocalJob(folder=self.folder, job_id=str(process.pid), process=process, tasks=tasks)
-
-
-def _local_executor(recipe: Recipe, run_folder: Path) -> LocalExecutor:
-    executor = _LocalExecutor(run_folder, recipe)
-    executor.update_parameters(timeout_min=recipe.cluster.time_minutes)
-    return executor
+    words = [sys.executable, "-P", "-m", "dreamdance.launch.local_controller", str(run_folder)]
+    with (logs / "controller.log").open("ab") as log:
+        process = subprocess.Popen(
+            words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    return process.pid
 
 
 # ------------------------------------------------------------------------------------------ watching and ending
@@ -231,28 +204,32 @@ def _local_ending(status: dict[str, Any]) -> JobStatus:
 
 
 def _slurm_status(job: SubmittedJob, recipe: Recipe, run_folder: Path) -> JobStatus:
-    """Asks squeue, which needs no accounting; a job that it has forgotten is judged by what it left behind."""
-    words = ["squeue", "--noheader", "--states=all", f"--jobs={job.job_id}", "--format=%T"]
-    answer = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
-    lines = answer.stdout.split()
-    word = lines[0] if answer.returncode == 0 and lines else ""
-    if word in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED"):
-        return JobStatus("pending", word.lower())
-    if word in ("RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "STOPPED", "RESIZING"):
-        return JobStatus("running", word.lower())
-    if word == "" and answer.returncode != 0 and "Invalid job id" not in answer.stderr:
-        return JobStatus("running", "squeue does not answer")
-    if word == "COMPLETED" or (word == "" and is_finished(recipe, run_folder)):
-        return JobStatus("finished", "completed")
-    if word == "CANCELLED":
+    """Asks Slurm, without accounting; a job that it has forgotten is judged by what it left behind."""
+    try:
+        record = slurm_cluster.ask(job.job_id, job.script)
+    except slurm_cluster.SlurmSilentError:
+        return JobStatus("running", "Slurm does not answer")
+    if record is None:
+        if is_finished(recipe, run_folder):
+            return JobStatus("finished", "completed")
+        return JobStatus("failed", "gone from the queue without finishing")
+    detail = record.state.lower()
+    if record.state in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED"):
+        why = "" if record.reason in ("", "None") else f": {record.reason}"
+        return JobStatus("pending", detail + why)
+    if record.state in ("RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "STOPPED", "RESIZING"):
+        return JobStatus("running", f"{detail} on {record.nodes}" if record.nodes else detail)
+    if record.state == "COMPLETED":
+        return JobStatus("finished", detail)
+    if record.state == "CANCELLED":
         return JobStatus("cancelled", "by scancel")
-    return JobStatus("failed", word.lower() or "gone from the queue without finishing")
+    return JobStatus("failed", detail)
 
 
 def cancel(job: SubmittedJob) -> None:
     """Ends a job; a local one with everything that it started, before this returns."""
     if job.cluster == "slurm":
-        subprocess.run(["scancel", job.job_id], check=True, timeout=60)
+        slurm_cluster.cancel(job.job_id, job.script)
         return
     if job.cluster == "debug" or job.host != socket.gethostname():
         raise UserError(f"a {job.cluster} job on {job.host} cannot be cancelled from here")

@@ -53,6 +53,12 @@ def _cluster(recipe: Recipe) -> Iterator[Problem]:
             f"cluster.gpus_per_node is {cluster.gpus_per_node} but cluster.tasks_per_node is {cluster.tasks_per_node}: "
             "every process drives one GPU, so make them equal (or gpus_per_node 0 for the CPU)",
         )
+    if cluster.stop_seconds >= 60 * cluster.time_minutes:
+        yield _problem(
+            "cluster.stop_seconds",
+            f"cluster.stop_seconds {cluster.stop_seconds} is the warning before cluster.time_minutes "
+            f"{cluster.time_minutes} are over, and must be shorter",
+        )
     for name in cluster.environment:
         if not name.isidentifier():
             yield _problem(f"cluster.environment.{name}", f"'{name}' cannot be an environment variable's name")

@@ -1,46 +1,68 @@
-"""The wish to stop: set by a signal, read once per step, acted upon where all ranks agree.
+"""The wish to stop: heard at any moment, read once per step, acted upon where all ranks agree.
 
-The handler itself does nothing but remember, because a save is a collective and a signal arrives anywhere.
+What hears it does nothing but remember, because a save is a collective and a signal arrives anywhere. Only when the
+step's end is not reached in time, because some rank hangs, does it end the process, so that the job can start again.
 """
 
+import faulthandler
 import logging
+import os
 import signal
-from collections.abc import Callable
-from types import FrameType
+import threading
+
+from dreamdance.signal_listener import SignalListener
 
 logger = logging.getLogger(__name__)
 
-# SIGUSR2 is what Slurm sends before a time limit (NCCL catches SIGUSR1); SIGTERM is what everyone else sends.
-STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+UNSAVED_EXIT_CODE = 75  # sysexits.h: a temporary failure, try again
 
 
 class StopRequest:
-    """Remembers that this process was asked to stop; a context manager around the training loop."""
+    """Remembers that this process was asked to stop; a context manager around the training loop.
 
-    def __init__(self) -> None:
+    Attributes:
+        received: the first signal that asked.
+    """
+
+    def __init__(self, *, patience_seconds: float | None = None) -> None:
+        """Prepares, but does not listen yet.
+
+        Args:
+            patience_seconds: how long after the first signal this process ends itself, with all its stacks on stderr,
+                if the run has not been saved by then; None waits for ever.
+        """
         self.received: signal.Signals | None = None
-        self._previous: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
+        self._patience_seconds = patience_seconds
+        self._listener = SignalListener(self._remember)
+        self._timer: threading.Timer | None = None
 
     def __enter__(self) -> "StopRequest":
-        for number in STOP_SIGNALS:
-            self._previous[number] = signal.signal(number, self._remember)
+        self._listener.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._listener.__exit__(*exception)
+        if self._timer is not None:
+            self._timer.cancel()
 
     def __bool__(self) -> bool:
         return self.received is not None
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        logger.warning("%s: saving and stopping after this step", self.received.name)
-
-    def hand_over(self) -> None:
-        """Calls the handler that was there before ours, now that the run is saved: the launcher's requeues the job."""
-        if self.received is None:
+    def _remember(self, number: signal.Signals) -> None:
+        if self.received is not None:
             return
-        handler = self._previous.get(self.received)
-        if callable(handler):
-            handler(int(self.received), None)
+        self.received = number
+        logger.warning("%s: saving and stopping after this step", number.name)
+        if self._patience_seconds is not None:
+            self._timer = threading.Timer(self._patience_seconds, self._give_up)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _give_up(self) -> None:
+        logger.error(
+            "not saved %.0f s after %s: ending now, to go on from the newest checkpoint; every thread's stack follows",
+            self._patience_seconds,
+            self.received.name if self.received else "a signal",
+        )
+        faulthandler.dump_traceback(all_threads=True)
+        os._exit(UNSAVED_EXIT_CODE)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dreamdance.launch.submission import last_job
-from dreamdance.run_layout import progress_file
+from dreamdance.run_layout import complete_steps, progress_file
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = [sys.executable, str(ROOT / "launchers" / "slurm.py")]
@@ -77,7 +77,7 @@ def processes_of(run_folder):
 
 
 def ranks_of(run_folder):
-    return [pid for pid, words in processes_of(run_folder) if "submitit.core._submit" in words]
+    return [pid for pid, words in processes_of(run_folder) if "dreamdance.launch.rank" in words]
 
 
 def wait_until(condition, seconds, what):
@@ -93,12 +93,13 @@ def steps_shown(run_folder):
 
 
 def start_training(folder, name):
-    """Starts an endless training and returns once it takes steps."""
+    """Starts an endless training and returns once it has taken steps and has a checkpoint."""
     run_folder = folder / "runs" / name
     before = steps_shown(run_folder)
     started = launch(folder, DEMO / "stage1_domains.yaml", f"name={name}", *ENDLESS, "--cluster", "local")
     assert started.returncode == 0, started.stdout + started.stderr
     wait_until(lambda: steps_shown(run_folder) > before + 6, 120, "steps of the training")
+    wait_until(lambda: complete_steps(run_folder), 60, "a checkpoint")  # it is finished in the background
     return run_folder
 
 

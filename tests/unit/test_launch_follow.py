@@ -103,10 +103,21 @@ def test_a_long_traceback_is_cut_to_its_end(run_folder):
     assert "line 50" not in text
 
 
-def test_a_failure_of_an_earlier_start_is_not_blamed(run_folder):
-    record_failure(run_folder, JOB.job_id, 0, "old news", user_error=True)
-    later = SubmittedJob("local", JOB.job_id, 2, "host", time.time() + 60, 1, "1")
-    assert "old news" not in explain_failure(later, run_folder, JobStatus("failed", "gone"))
+def test_every_ranks_trouble_is_shown_and_nothing_else_of_its_log(run_folder):
+    log = run_folder / "logs" / "4194300_1_log.out"
+    lines = [
+        "2026-11-22 17:00:00,123 [rank 1] INFO a: fine",
+        "2026-11-22 17:00:01,123 [rank 1] WARNING a: skipping shard 3",
+    ]
+    cancelled = "slurmstepd: error: *** JOB 3 ON node1 CANCELLED ***"
+    log.write_text("\n".join([*lines, "Traceback of something", f"{cancelled}\n"]))
+    end(run_folder)
+    out = io.StringIO()
+    follow(JOB, RECIPE, run_folder, 0, out)
+    assert out.getvalue().splitlines() == [lines[1], cancelled]
+    out = io.StringIO()
+    follow(JOB, RECIPE, run_folder, 0, out, is_new=False)
+    assert out.getvalue() == "", "who joins later is shown what happens from then on"
 
 
 def test_ranks_that_left_no_error_are_named_where_the_cluster_does_not_say_which_failed(run_folder):

@@ -12,9 +12,16 @@ from dreamdance.errors import UserError
 from dreamdance.launch.finished import mark_finished
 from dreamdance.launch.job import record_failure
 from dreamdance.launch.local_controller import status_file
-from dreamdance.launch.status import details, find_run, last_progress, table
+from dreamdance.launch.status import details, find_run, table
 from dreamdance.recipe import dump_recipe, load_recipe
-from dreamdance.run_layout import RECIPE_FILE, ProgressLog, checkpoint_folder, export_folder, progress_file
+from dreamdance.run_layout import (
+    RECIPE_FILE,
+    ProgressLog,
+    checkpoint_folder,
+    export_folder,
+    last_progress,
+    progress_file,
+)
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo"
 JOB_ID = "4194300"

@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 
 from dreamdance.errors import UserError
-from dreamdance.launch.job import PORTS, Job, free_port, set_environment, slurm_port
+from dreamdance.launch.job import PORTS, free_port, record_failure, set_environment, slurm_port
 from dreamdance.launch.local_controller import status_file
-from dreamdance.launch.submission import SubmittedJob, batch_script, cancel, choose_cluster, last_job, status_of, submit
+from dreamdance.launch.requeue import read_failures
+from dreamdance.launch.slurm_cluster import ask, batch_script
+from dreamdance.launch.submission import SubmittedJob, cancel, choose_cluster, last_job, status_of, submit
 from dreamdance.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PREPARE = load_recipe(RECIPES / "demo" / "prepare.yaml")
+SLURM_JOB = SubmittedJob("slurm", "12", 8, "login", time.time(), 1, None, "/s.sh")
 
 
 @pytest.fixture
@@ -34,24 +37,37 @@ def fake_tool(folder, name, script):
 def test_the_batch_script_asks_for_what_the_cluster_section_says(tmp_path):
     words = ["cluster.nodes=2", "cluster.partition=gpu", "cluster.account=lab", "cluster.qos=high"]
     words += ["cluster.constraint=a100", "cluster.reservation=week", "cluster.setup=[module load cuda]"]
-    words += ["cluster.environment={NCCL_DEBUG: 'WARN it'}", "cluster.sbatch_arguments={exclusive: user}"]
+    words += ["cluster.environment={NCCL_DEBUG: 'WARN it'}"]
+    words += ["cluster.sbatch_arguments={exclusive: user, mail-type: END, overcommit: ''}", "cluster.mail_user=me@lab"]
     words += ["cluster.srun_arguments=[--cpu-bind=cores]", "cluster.container_image=image.sqsh", "batch_size=16"]
     script = batch_script(load_recipe(RECIPES / "stage2.yaml", words), tmp_path)
     options = [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")]
     assert {
         *("--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=12", "--mem=720G", "--time=1440"),
         *("--partition=gpu", "--account=lab", "--qos=high", "--constraint=a100", "--reservation=week"),
-        *("--job-name=stage2", "--exclusive=user", "--signal=USR2@120", "--open-mode=append"),
+        *("--job-name=stage2", "--exclusive=user", "--signal=USR2@120", "--open-mode=append", "--requeue"),
+        *("--mail-user=me@lab", "--mail-type=END", "--overcommit"),
     } <= set(options)
+    assert len([option for option in options if option.startswith("--mail-type")]) == 1, "the recipe's own has its way"
     lines = script.splitlines()
     assert "module load cuda" in lines
     assert "export NCCL_DEBUG='WARN it'" in lines
     (srun,) = [shlex.split(line) for line in lines if line.startswith("srun")]
-    assert {"--kill-on-bad-exit=1", "--cpus-per-task=12", "--cpu-bind=cores", "--container-image=image.sqsh"} <= set(
-        srun
-    )
-    assert srun[-5:-1] == ["-P", "-u", "-m", "submitit.core._submit"]
-    assert srun[-1] == str(tmp_path / "logs")
+    wanted = {"--kill-on-bad-exit=1", "--wait=60", "--cpus-per-task=12", "--cpu-bind=cores"}
+    assert wanted | {"--container-image=image.sqsh"} <= set(srun)
+    assert srun[-5:] == ["-P", "-u", "-m", "dreamdance.launch.rank", str(tmp_path / "logs")]
+    (asking,) = [shlex.split(line.partition("&&")[2]) for line in lines if "launch.requeue" in line]
+    assert asking[0] == "srun", "where the project is in a container, so is what decides"
+    assert {"--container-image=image.sqsh", "--overlap", "--ntasks=1"} <= set(asking)
+
+
+def test_ranks_that_share_work_may_end_at_different_times(tmp_path):
+    assert "--wait=0" in batch_script(PREPARE, tmp_path)
+
+
+def test_where_no_container_is_asked_for_the_batch_script_decides_by_itself(tmp_path):
+    (asking,) = [line for line in batch_script(PREPARE, tmp_path).splitlines() if "launch.requeue" in line]
+    assert "srun" not in asking
 
 
 def test_a_job_without_gpus_asks_for_none(tmp_path):
@@ -70,24 +86,71 @@ def test_auto_takes_slurm_only_where_a_cluster_answers(tmp_path, monkeypatch):
     assert choose_cluster("debug") == "debug"
 
 
+SHOWN = "JobId=12 JobName=x y UserId=a(1) JobState={state} Reason={reason} Restarts=3 NodeList={nodes} Command={script}"
+
+
+@pytest.mark.parametrize(
+    ("answer", "state", "detail"),
+    [
+        (SHOWN.format(state="PENDING", reason="Priority", nodes="(null)", script="/s.sh"), "pending", "priority"),
+        (SHOWN.format(state="RUNNING", reason="None", nodes="a[1-8]", script="/s.sh"), "running", "running on a[1-8]"),
+        (SHOWN.format(state="COMPLETED", reason="None", nodes="a", script="/s.sh"), "finished", "completed"),
+        (SHOWN.format(state="FAILED", reason="NonZeroExitCode", nodes="a", script="/s.sh"), "failed", "failed"),
+        (SHOWN.format(state="NODE_FAIL", reason="None", nodes="a", script="/s.sh"), "failed", "node_fail"),
+        (SHOWN.format(state="CANCELLED", reason="None", nodes="a", script="/s.sh"), "cancelled", "scancel"),
+        (SHOWN.format(state="RUNNING", reason="None", nodes="a", script="/another.sh"), "failed", "gone"),
+    ],
+)
+def test_a_slurm_job_is_judged_without_accounting(tmp_path, run_folder, monkeypatch, answer, state, detail):
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    fake_tool(tmp_path, "scontrol", f"echo '{answer}'")
+    found = status_of(SLURM_JOB, PREPARE, run_folder)
+    assert found.state == state
+    assert detail in found.detail.lower()
+
+
 @pytest.mark.parametrize(
     ("answer", "state"),
     [
-        ("echo PENDING", "pending"),
-        ("echo RUNNING", "running"),
-        ("echo COMPLETED", "finished"),
-        ("echo FAILED", "failed"),
-        ("echo NODE_FAIL", "failed"),
-        ("echo CANCELLED", "cancelled"),
         ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", "failed"),
         ("echo 'Unable to contact slurm controller' >&2; exit 1", "running"),
     ],
 )
-def test_a_slurm_job_is_judged_by_squeue_without_accounting(tmp_path, run_folder, monkeypatch, answer, state):
+def test_a_job_that_slurm_has_forgotten_is_told_from_a_slurm_that_is_silent(
+    tmp_path, run_folder, monkeypatch, answer, state
+):
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    fake_tool(tmp_path, "squeue", answer)
-    job = SubmittedJob("slurm", "12", 8, "login", time.time(), 1, None)
-    assert status_of(job, PREPARE, run_folder).state == state
+    fake_tool(tmp_path, "scontrol", answer)
+    assert status_of(SLURM_JOB, PREPARE, run_folder).state == state
+
+
+def test_restarts_are_read_though_values_hold_spaces(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    answer = SHOWN.format(state="RUNNING", reason="None", nodes="n1", script="/a folder/s.sh")
+    fake_tool(tmp_path, "scontrol", f"echo '{answer}'")
+    record = ask("12", "/a folder/s.sh")
+    assert record is not None
+    assert (record.restarts, record.nodes) == (3, "n1")
+
+
+def test_sbatch_refuses_in_its_own_words(tmp_path, run_folder, monkeypatch):
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    fake_tool(tmp_path, "sbatch", "echo 'sbatch: error: invalid partition specified: gpuu' >&2; exit 1")
+    with pytest.raises(UserError, match="invalid partition specified: gpuu"):
+        submit([PREPARE], [run_folder], "slurm")
+
+
+def test_what_another_job_of_the_same_number_left_is_put_away(run_folder):
+    logs = run_folder / "logs"
+    record_failure(run_folder, "12", 0, "old news", user_error=True)
+    for name in ("12_0_log.out", "12_status.json", "requeues.jsonl", "12_submission.sh"):
+        (logs / name).write_text("old")
+    (logs / "progress.jsonl").write_text("kept")
+    submit([PREPARE], [run_folder], "debug")
+    submit([PREPARE], [run_folder], "debug")
+    assert sorted(path.name for path in logs.iterdir()) == ["earlier", "job.json", "progress.jsonl"]
+    assert len(list((logs / "earlier" / "0000").rglob("*"))) == 6
+    assert read_failures(run_folder) == []
 
 
 @pytest.mark.parametrize(
@@ -123,7 +186,7 @@ def test_a_job_on_another_machine_is_neither_declared_dead_nor_cancelled(run_fol
 
 
 def test_a_debug_job_is_remembered_as_this_process(run_folder):
-    job = submit(PREPARE, run_folder, "debug")
+    (job,) = submit([PREPARE], [run_folder], "debug")
     assert last_job(run_folder) == job
     assert job.pid == os.getpid()
     assert status_of(job, PREPARE, run_folder).state == "running"
@@ -178,8 +241,3 @@ def test_a_job_sees_the_gpus_of_its_machine_unless_its_recipe_wants_none(monkeyp
     words = ["cluster.gpus_per_node=0", "cluster.environment={CUDA_VISIBLE_DEVICES: '1'}"]
     set_environment(load_recipe(RECIPES / "demo" / "prepare.yaml", words))
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
-
-
-def test_a_requeued_job_is_the_same_job(tmp_path):
-    job = Job(tmp_path)
-    assert job.checkpoint().function == job

@@ -1,45 +1,62 @@
-"""A request to stop is remembered, never acted upon in the handler, and handed on after the save."""
+"""A request to stop is remembered, never acted upon where it arrives; only a run that hangs is ended."""
 
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
-from dreamdance.training.preemption import STOP_SIGNALS, StopRequest
+from dreamdance.signal_listener import STOP_SIGNALS
+from dreamdance.training.preemption import UNSAVED_EXIT_CODE, StopRequest
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_is_remembered_and_nothing_else_happens(number):
-    with StopRequest() as stop:
+    with StopRequest(patience_seconds=60) as stop:
         assert not stop
         os.kill(os.getpid(), number)
-        assert stop
+        deadline = time.monotonic() + 5
+        while not stop and time.monotonic() < deadline:
+            time.sleep(0.001)
         assert stop.received is number
-
-
-def test_the_handlers_of_before_come_back():
-    before = [signal.getsignal(number) for number in STOP_SIGNALS]
-    with StopRequest():
-        assert signal.getsignal(signal.SIGTERM) not in before
-    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
-
-
-def test_the_launchers_handler_is_called_once_the_run_is_saved():
-    called = []
-    previous = signal.signal(signal.SIGUSR2, lambda number, frame: called.append(number))
-    try:
-        with StopRequest() as stop:
-            os.kill(os.getpid(), signal.SIGUSR2)
-            assert called == [], "not while the run is unsaved"
-        stop.hand_over()
-        assert called == [signal.SIGUSR2]
-    finally:
-        signal.signal(signal.SIGUSR2, previous)
-
-
-def test_without_a_handler_of_before_handing_over_does_nothing():
-    with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-    stop.hand_over()
-    StopRequest().hand_over()
     assert stop, "the request itself is remembered"
+
+
+def test_a_step_that_does_not_end_is_ended_with_every_threads_stack():
+    program = """
+import threading
+from dreamdance.training.preemption import StopRequest
+
+def the_step_that_hangs():
+    print("ready", flush=True)
+    threading.Lock().acquire() and threading.Event().wait()
+
+with StopRequest(patience_seconds=0.3):
+    the_step_that_hangs()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGUSR2)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == UNSAVED_EXIT_CODE
+    assert "the_step_that_hangs" in errors
+    assert "not saved 0 s after SIGUSR2" in errors
+
+
+def test_a_run_that_is_saved_in_time_is_not_ended():
+    program = """
+import os, signal, time
+from dreamdance.training.preemption import StopRequest
+
+with StopRequest(patience_seconds=0.3) as stop:
+    os.kill(os.getpid(), signal.SIGTERM)
+    while not stop:
+        time.sleep(0.001)
+time.sleep(0.6)
+"""
+    assert subprocess.run([sys.executable, "-P", "-c", program], check=False, timeout=20).returncode == 0

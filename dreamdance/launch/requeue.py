@@ -1,0 +1,121 @@
+"""Whether a job that ended goes back into the queue, and why. Decided once for all ranks, after all of them are gone.
+
+The batch script asks when its `srun` has ended (python -P -m dreamdance.launch.requeue LOGS CODE, exit code 0 is yes)
+and requeues the job itself: where ranks run in a container, there is no `scontrol` inside.
+"""
+
+import json
+import logging
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dreamdance.launch.finished import is_finished
+from dreamdance.launch.job import failures_folder
+from dreamdance.recipe import Recipe, TrainingRecipe, load_recipe
+from dreamdance.run_layout import RECIPE_FILE, complete_steps, last_progress
+
+logger = logging.getLogger("dreamdance.launch.requeue")  # it is run as `__main__`
+
+
+@dataclass(frozen=True)
+class Requeue:
+    """One return to the queue.
+
+    Attributes:
+        time: seconds since 1970.
+        reason: in words.
+        failed: whether the job had failed, and was not asked to stop.
+        progress: how far the run had got: its newest complete checkpoint, or the parts that were done.
+    """
+
+    time: float
+    reason: str
+    failed: bool
+    progress: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a job starts again."""
+
+    again: bool
+    reason: str
+
+
+def requeues_file(run_folder: Path) -> Path:
+    """One line for each time that the present submission went back into the queue."""
+    return run_folder / "logs" / "requeues.jsonl"
+
+
+def read_requeues(run_folder: Path) -> list[Requeue]:
+    """How often, when and why the present submission went back into the queue."""
+    path = requeues_file(run_folder)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [Requeue(**json.loads(line)) for line in lines]
+
+
+def decide(run_folder: Path, exit_code: int) -> Verdict:
+    """Judges a job whose ranks have all ended; a yes is noted in `requeues.jsonl`.
+
+    A job that was asked to stop goes on; so does one that failed, since most failures on many machines are the
+    machines'. Not if the reason is the user's to remove, nor if it fails twice without getting any further.
+
+    Args:
+        run_folder: the run's folder.
+        exit_code: of `srun`: 0 where every rank ended well.
+    """
+    recipe = load_recipe(run_folder / RECIPE_FILE)
+    if exit_code == 0 and is_finished(recipe, run_folder):
+        return Verdict(again=False, reason="finished")
+    failures = read_failures(run_folder)
+    if told := next((failure for failure in failures if failure["user_error"]), None):
+        return Verdict(again=False, reason=f"rank {told['rank']} says what to change")
+    earlier, progress = read_requeues(run_folder), _progress(recipe, run_folder)
+    if len(earlier) >= recipe.cluster.max_requeues:
+        return Verdict(again=False, reason=f"requeued {len(earlier)} times already, see cluster.max_requeues")
+    failed = exit_code != 0
+    if failed and earlier and earlier[-1].failed and earlier[-1].progress == progress:
+        return Verdict(again=False, reason="it failed twice without getting any further")
+    reason = f"it failed (exit code {exit_code})" if failed else "it was asked to stop"
+    _note(run_folder, Requeue(time.time(), reason, failed, progress))
+    return Verdict(again=True, reason=reason)
+
+
+def read_failures(run_folder: Path) -> list[dict[str, Any]]:
+    """What the ranks of the present start left behind, the earliest first."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in failures_folder(run_folder).glob("*.json")]
+    return sorted(found, key=lambda failure: float(failure["time"]))
+
+
+def _note(run_folder: Path, requeue: Requeue) -> None:
+    with requeues_file(run_folder).open("a", encoding="utf-8") as log:
+        log.write(json.dumps(asdict(requeue)) + "\n")
+    shutil.rmtree(failures_folder(run_folder), ignore_errors=True)  # the next start is judged by its own
+
+
+def _progress(recipe: Recipe, run_folder: Path) -> int:
+    if isinstance(recipe, TrainingRecipe):
+        return max(complete_steps(run_folder), default=0)
+    line = last_progress(run_folder)
+    return int(line["done"]) if line else 0
+
+
+def main() -> int:
+    """Answers the batch script."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    verdict = decide(Path(sys.argv[1]).resolve().parent, int(sys.argv[2]))
+    logger.log(
+        logging.WARNING if verdict.again else logging.INFO,
+        "%s: %s",
+        "back into the queue" if verdict.again else "the job is over",
+        verdict.reason,
+    )
+    return 0 if verdict.again else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+"""What is said to Slurm and asked of it: the batch script, one job or an array, its state. No accounting is needed."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from submitit.core.utils import FailedJobError
+from submitit.slurm.slurm import SlurmExecutor
+
+from dreamdance.errors import UserError
+from dreamdance.recipe import Recipe, TrainingRecipe
+
+ASK_TIMEOUT_SECONDS = 60
+# Without -P, `python -m` would put the working directory on sys.path, where a checkout has a folder `kernels/`.
+PYTHON = (sys.executable, "-P", "-u")
+
+
+@dataclass(frozen=True)
+class SlurmRecord:
+    """What Slurm knows of a job; `state` in its own words, `nodes` as it abbreviates them, empty before it runs."""
+
+    state: str
+    reason: str
+    nodes: str
+    restarts: int
+
+
+class SlurmSilentError(Exception):
+    """The controller did not answer; whatever was asked may be true or not."""
+
+
+def answers() -> bool:
+    """Whether there is a cluster to submit to."""
+    if shutil.which("sinfo") is None or shutil.which("sbatch") is None:
+        return False
+    try:
+        answer = subprocess.run(["sinfo", "--noheader"], capture_output=True, timeout=15, check=False)
+    except subprocess.TimeoutExpired:
+        return False
+    return answer.returncode == 0 and bool(answer.stdout.strip())
+
+
+# ------------------------------------------------------------------------------------------ submitting
+
+
+class _Executor(SlurmExecutor):
+    """Renders and submits the batch script of one run, or of an array of runs.
+
+    The ranks are handed the run folder and nothing else, so no pickles are written, and no result of another job that
+    had the same id can be read.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, *, num_runs: int | None) -> None:
+        """Prepares.
+
+        Args:
+            folder: the run's `logs`; of an array, a folder with a link 0, 1, ... to each run's.
+            recipe: whose `cluster` section is asked for; that of any run of an array.
+            num_runs: how many runs the array has, None for a single job.
+        """
+        super().__init__(folder)
+        self.script: Path | None = None
+        self._num_runs = num_runs
+        self._logs = shlex.quote(str(self.folder)) + ("" if num_runs is None else '/"$SLURM_ARRAY_TASK_ID"')
+        self.update_parameters(**_parameters(recipe), teardown=self._ending(recipe))
+        if num_runs is not None:
+            self.parameters["map_count"] = num_runs
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2  # renders on machines without Slurm too; `choose_cluster` guards submission
+
+    @property
+    def _submitit_command_str(self) -> str:
+        return f"{shlex.join([*PYTHON, '-m', 'dreamdance.launch.rank'])} {self._logs}"
+
+    def _ending(self, recipe: Recipe) -> list[str]:
+        """Puts the job back into the queue, unless it was cancelled, or somebody else has put it back already."""
+        cluster = recipe.cluster
+        words = [*PYTHON, "-m", "dreamdance.launch.requeue"]
+        if cluster.container_image:
+            inside = ["--nodes=1", "--ntasks=1", "--overlap", *cluster.srun_arguments]
+            words = ["srun", *inside, f"--container-image={cluster.container_image}", *words]
+        return [
+            "code=$?",
+            'is_running() { [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; }',
+            f'if is_running && {shlex.join(words)} {self._logs} "$code" && is_running; then',
+            '    scontrol requeue "$SLURM_JOB_ID"',
+            "fi",
+            'exit "$code"',
+        ]
+
+    def text(self) -> str:
+        """The batch script."""
+        text: str = super()._make_submission_file_text(self._submitit_command_str, "")
+        # An array's runs keep their logs apart, as they would alone.
+        return text if self._num_runs is None else text.replace(f"{self.folder}/%A_", f"{self.folder}/%a/%A_")
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        return self.text()
+
+    def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+        self.script = submission_file_path
+        # A job may submit another one; its own place in Slurm is not the other's.
+        inherited = [name for name in os.environ if name.startswith(("SLURM_", "SUBMITIT_")) and name != "SLURM_CONF"]
+        return ["env", *(f"--unset={name}" for name in inherited), "sbatch", str(submission_file_path)]
+
+    def submit_script(self) -> str:
+        """Submits, and returns the job's id.
+
+        Raises:
+            UserError: Slurm refuses, in its own words.
+        """
+        try:
+            return str(self._submit_command(self._submitit_command_str).job_id)
+        except FailedJobError as error:
+            raise UserError(f"sbatch refuses the job: {str(error).strip()}") from None
+
+
+def _parameters(recipe: Recipe) -> dict[str, object]:
+    """What the recipe's `cluster` section asks for, in submitit's names."""
+    cluster = recipe.cluster
+    # Ranks that train end together; of those that share work, one may have much more left than another.
+    wait = 60 if isinstance(recipe, TrainingRecipe) else 0
+    srun = ["--kill-on-bad-exit=1", f"--wait={wait}", f"--cpus-per-task={cluster.cpus_per_task}"]
+    srun += cluster.srun_arguments
+    if cluster.container_image:
+        srun.append(f"--container-image={cluster.container_image}")
+    environment = {"PYTHONSAFEPATH": "1", **cluster.environment}
+    optional = {
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "mem": None if cluster.memory_gib is None else f"{cluster.memory_gib}G",
+        "gpus_per_node": cluster.gpus_per_node or None,
+        "mail_user": cluster.mail_user,
+        "mail_type": cluster.mail_user and "END,FAIL,REQUEUE,TIME_LIMIT",
+    }
+    more: dict[str, object] = {"requeue": True}
+    if cluster.reservation:
+        more["reservation"] = cluster.reservation
+    more |= {name.replace("-", "_"): value or True for name, value in cluster.sbatch_arguments.items()}
+    return {
+        "job_name": recipe.name,
+        "nodes": cluster.nodes,
+        "ntasks_per_node": cluster.tasks_per_node,
+        "cpus_per_task": cluster.cpus_per_task,
+        "time": cluster.time_minutes,
+        "signal_delay_s": cluster.stop_seconds,
+        "stderr_to_stdout": True,
+        "srun_args": srun,
+        "setup": [*(f"export {name}={shlex.quote(value)}" for name, value in environment.items()), *cluster.setup],
+        "additional_parameters": more,
+        **{name: value for name, value in optional.items() if value is not None},
+    }
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job's id, and the script by which it is told from another job of that id in a cluster that was set up anew."""
+
+    job_id: str
+    script: Path
+
+
+def batch_script(recipe: Recipe, run_folder: Path) -> str:
+    """The text that `sbatch` would be given."""
+    return _Executor(run_folder / "logs", recipe, num_runs=None).text()
+
+
+def submit(recipe: Recipe, run_folder: Path) -> Submission:
+    """Submits one run."""
+    return _submitted(_Executor(run_folder / "logs", recipe, num_runs=None))
+
+
+def submit_array(recipes: Sequence[Recipe], run_folders: Sequence[Path]) -> list[Submission]:
+    """Submits several runs that ask for the same as one array; returns each one's part of it."""
+    folder = run_folders[0].parent / ".arrays" / uuid.uuid4().hex
+    folder.mkdir(parents=True)
+    for number, run_folder in enumerate(run_folders):
+        (folder / str(number)).symlink_to(os.path.relpath(run_folder / "logs", folder))
+    whole = _submitted(_Executor(folder, recipes[0], num_runs=len(recipes)))
+    return [Submission(f"{whole.job_id}_{number}", whole.script) for number in range(len(recipes))]
+
+
+def _submitted(executor: _Executor) -> Submission:
+    job_id = executor.submit_script()
+    assert executor.script is not None  # set on the way to sbatch
+    return Submission(job_id, executor.script)
+
+
+# ------------------------------------------------------------------------------------------ asking and ending
+
+
+def ask(job_id: str, script: str | None) -> SlurmRecord | None:
+    """What Slurm knows of a job; None if it knows none of that id, or only one that was made of another script.
+
+    Raises:
+        SlurmSilentError: it does not answer.
+    """
+    words = ["scontrol", "--oneliner", "show", "job", job_id]
+    try:
+        answer = subprocess.run(words, capture_output=True, text=True, timeout=ASK_TIMEOUT_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise SlurmSilentError from None
+    if answer.returncode != 0:
+        if "Invalid job id" in answer.stderr:
+            return None
+        raise SlurmSilentError
+    fields = _fields(answer.stdout.partition("\n")[0])
+    if script is not None and fields.get("Command") != script:
+        return None
+    nodes = fields.get("NodeList", "")
+    return SlurmRecord(
+        state=fields["JobState"],
+        reason=fields.get("Reason", ""),
+        nodes="" if nodes == "(null)" else nodes,
+        restarts=int(fields.get("Restarts", 0)),
+    )
+
+
+def _fields(line: str) -> dict[str, str]:
+    """`JobId=1 JobName=a b JobState=RUNNING`, where values may hold spaces."""
+    return dict(re.findall(r"(?:^|\s)([A-Z][\w/:]*)=(.*?)(?=\s[A-Z][\w/:]*=|\s*$)", line))
+
+
+def cancel(job_id: str, script: str | None) -> None:
+    """Ends a job, unless the id is another job's by now.
+
+    Raises:
+        UserError: Slurm does not answer.
+    """
+    try:
+        if ask(job_id, script) is None:
+            return
+        subprocess.run(["scancel", job_id], check=True, timeout=ASK_TIMEOUT_SECONDS)
+    except (SlurmSilentError, subprocess.SubprocessError):
+        raise UserError(f"Slurm does not answer, so that job {job_id} could not be cancelled; try again") from None

@@ -1,0 +1,58 @@
+"""Hears signals in a thread, because Python's own handlers wait for the main thread, and that may sit in a collective.
+
+Python runs a handler between two instructions of the main thread: never, as long as that thread waits inside gloo, NCCL
+or a socket. What C code does at once is write a byte into the "wakeup" file; a thread that reads it needs nobody.
+"""
+
+import signal
+import socket
+import threading
+from collections.abc import Callable, Collection
+from types import FrameType
+from typing import Any
+
+# SIGUSR2 is what Slurm sends before a time limit (NCCL catches SIGUSR1); SIGTERM is what everyone else sends.
+STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+_NO_SIGNAL = b"\0"
+
+
+class SignalListener:
+    """Calls a function, in a thread of its own, for every signal of some kinds; a context manager of the main thread.
+
+    Processes that are started within have these signals blocked: Slurm sends them to everything that belongs to a job,
+    and a data worker must not die of the warning that is meant for the rank. They leave when their rank does.
+    """
+
+    def __init__(
+        self, on_signal: Callable[[signal.Signals], None], numbers: Collection[signal.Signals] = STOP_SIGNALS
+    ) -> None:
+        self._on_signal = on_signal
+        self._numbers = frozenset(numbers)
+        self._previous: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
+
+    def __enter__(self) -> "SignalListener":
+        self._receiving, self._sending = socket.socketpair()
+        self._sending.setblocking(False)
+        self._thread = threading.Thread(target=self._listen, name="signal listener", daemon=True)
+        # A handler must exist, or the signal would end the process; it is the wakeup file that matters.
+        self._previous = {number: signal.signal(number, lambda *_: None) for number in self._numbers}
+        self._previous_file = signal.set_wakeup_fd(self._sending.fileno(), warn_on_full_buffer=False)
+        self._previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        signal.set_wakeup_fd(self._previous_file, warn_on_full_buffer=False)
+        self._sending.send(_NO_SIGNAL)
+        self._thread.join()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._previous_mask)
+        self._receiving.close()
+        self._sending.close()
+
+    def _listen(self) -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._numbers)
+        while (heard := self._receiving.recv(1)) not in (_NO_SIGNAL, b""):
+            if heard[0] in self._numbers:  # any signal that Python handles comes along here, an interrupt too
+                self._on_signal(signal.Signals(heard[0]))

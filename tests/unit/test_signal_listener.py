@@ -1,0 +1,84 @@
+"""Signals are heard while the main thread can run no handler, and not by what was started meanwhile."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+from dreamdance.signal_listener import STOP_SIGNALS, SignalListener
+
+
+def test_a_signal_is_heard_while_the_main_thread_waits_in_c_code(tmp_path):
+    program = f"""
+import ctypes, os
+from pathlib import Path
+from dreamdance.signal_listener import SignalListener
+
+def heard(number):
+    Path({str(tmp_path / "heard")!r}).write_text(number.name)
+    os._exit(7)
+
+with SignalListener(heard):
+    print("ready", flush=True)
+    while True:
+        ctypes.CDLL(None).sleep(1000)  # as inside a collective: Python runs no handler before it returns
+"""
+    process = subprocess.Popen([sys.executable, "-P", "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait(timeout=20) == 7
+    assert (tmp_path / "heard").read_text() == "SIGUSR2"
+
+
+def test_every_signal_is_told_in_order_and_others_are_not():
+    told, done = [], threading.Event()
+
+    def remember(number):
+        told.append(number)
+        if len(told) == 3:
+            done.set()
+
+    with SignalListener(remember):
+        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM):
+            before = len(told)
+            os.kill(os.getpid(), number)
+            while len(told) == before:
+                time.sleep(0.001)
+        assert done.wait(5)
+    assert told == [signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM]
+
+
+def test_handlers_and_mask_of_before_come_back():
+    before = [signal.getsignal(number) for number in STOP_SIGNALS], signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with SignalListener(lambda number: None):
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, []) >= set(STOP_SIGNALS)
+    assert (
+        [signal.getsignal(number) for number in STOP_SIGNALS],
+        signal.pthread_sigmask(signal.SIG_BLOCK, []),
+    ) == before
+
+
+def test_one_listener_within_another_hears_and_then_gives_way():
+    outer, inner = [], []
+    with SignalListener(outer.append):
+        with SignalListener(inner.append):
+            os.kill(os.getpid(), signal.SIGUSR2)
+            while not inner:
+                time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        while not outer:
+            time.sleep(0.001)
+    assert (outer, inner) == ([signal.SIGUSR2], [signal.SIGUSR2])
+
+
+def test_a_process_that_is_started_meanwhile_does_not_die_of_the_warning():
+    with SignalListener(lambda number: None):
+        child = subprocess.Popen([sys.executable, "-c", "print('up', flush=True); input()"], stdin=-1, stdout=-1)
+    assert child.stdout is not None
+    child.stdout.readline()
+    child.send_signal(signal.SIGUSR2)
+    child.communicate(b"\n", timeout=10)
+    assert child.returncode == 0
