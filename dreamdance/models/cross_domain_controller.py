@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dreamdance.errors import UserError
+from dreamdance.models.fused_group_norm import FusedGroupNorm
 from dreamdance.models.geometry_attention import GeometryAttention
 
 NORM_GROUPS = 8
@@ -123,19 +124,22 @@ class _MapEncoder(nn.Module):
 
 
 class _ResidualBlock(nn.Module):
-    """Two convolutions beside an identity path, which keeps absolute levels such as nearness in a depth map."""
+    """Two convolutions beside an identity path, which keeps absolute levels such as nearness in a depth map.
+
+    The normalisations end in SiLU.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         groups = math.gcd(NORM_GROUPS, channels)
-        self.norm1 = nn.GroupNorm(groups, channels)
+        self.norm1 = FusedGroupNorm(groups, channels)
         self.conv1 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, channels)
+        self.norm2 = FusedGroupNorm(groups, channels)
         self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        residual = self.conv1(nn.functional.silu(self.norm1(hidden_states)))
-        residual = self.conv2(nn.functional.silu(self.norm2(residual)))
+        residual = self.conv1(self.norm1(hidden_states))
+        residual = self.conv2(self.norm2(residual))
         return hidden_states + residual
 
 
