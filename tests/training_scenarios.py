@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,18 @@ Recipe = Stage1Recipe | Stage2Recipe
 
 @dataclass(frozen=True)
 class Strike:
-    """A signal that a rank sends itself: in its n-th training forward pass, or at the first matching file operation."""
+    """What a rank does to itself in its n-th training forward pass, or at the first matching file operation.
+
+    Attributes:
+        rank: which.
+        number: the signal that it sends itself; None for one that hangs instead, for ever.
+        forward: n.
+        operation: an audit event's name.
+        path_contains: all of this must occur in the event's arguments.
+    """
 
     rank: int
-    number: signal.Signals = signal.SIGKILL
+    number: signal.Signals | None = signal.SIGKILL
     forward: int | None = None
     operation: str = ""
     path_contains: tuple[str, ...] = ()
@@ -48,20 +57,40 @@ class Strike:
                 if _is_training(module):
                     count += 1
                     if count == self.forward:
-                        os.kill(os.getpid(), self.number)
+                        self._strike()
 
             register_module_forward_pre_hook(strike_in_forward)
         else:
 
             def strike_at_file(event: str, arguments: tuple[Any, ...]) -> None:
                 if event == self.operation and all(part in str(arguments) for part in self.path_contains):
-                    os.kill(os.getpid(), self.number)
+                    self._strike()
 
             sys.addaudithook(strike_at_file)
 
+    def _strike(self) -> None:
+        if self.number is None:
+            threading.Event().wait()
+        else:
+            os.kill(os.getpid(), self.number)
+
+
+@dataclass(frozen=True)
+class Spoiled:
+    """Samples, by (epoch, sample id), whose pictures are multiplied by a number: a large one makes the loss leap."""
+
+    keys: frozenset[tuple[int, int]]
+    factor: float
+
 
 def run_recorded(
-    ranks: Ranks, *, recipe: Recipe, run: Path, strike: Strike | None = None, poisoned: tuple[int, ...] = ()
+    ranks: Ranks,
+    *,
+    recipe: Recipe,
+    run: Path,
+    strike: Strike | None = None,
+    poisoned: tuple[int, ...] = (),
+    spoiled: Spoiled | None = None,
 ) -> None:
     """`train`, with every training sample's loss written down as it is computed.
 
@@ -71,6 +100,7 @@ def run_recorded(
         run: the run folder; `run`/record_<rank>.jsonl grows over restarts.
         strike: what happens to this start.
         poisoned: ids of samples whose pose drawings are NaN.
+        spoiled: samples whose pictures are something else.
     """
     run.mkdir(parents=True, exist_ok=True)
     record = (run / f"record_{ranks.rank}.jsonl").open("a", encoding="utf-8")
@@ -91,7 +121,19 @@ def run_recorded(
         pose[hit] = torch.nan
         return (replace(batch, pose=pose),)
 
+    def spoil(module: nn.Module, inputs: Any) -> Any:
+        if not _is_training(module):
+            return None
+        batch: ClipBatch = inputs[0]
+        assert spoiled is not None
+        hit = torch.tensor([(epoch, sample) in spoiled.keys for _, epoch, sample in batch.keys.tolist()])
+        rgb = batch.rgb.clone()
+        rgb[hit] *= spoiled.factor
+        return (replace(batch, rgb=rgb),)
+
     register_module_forward_hook(note)
+    if spoiled is not None:
+        register_module_forward_pre_hook(spoil)
     if poisoned:
         register_module_forward_pre_hook(poison)
     if strike is not None:

@@ -48,6 +48,7 @@ class Cluster(Section):
     srun_arguments: list[str] = []
     container_image: str | None = None
     collective_timeout_seconds: Positive = 1800
+    step_timeout_seconds: NonNegative = 600
 
     @property
     def world_size(self) -> int:
@@ -228,6 +229,15 @@ class Checkpoint(Section):
     allow_changed: list[str] = []
 
 
+class Recovery(Section):
+    """When a loss leaps, or too many steps are skipped. A roll-back goes on with the next data, not with the same."""
+
+    spike_factor: Annotated[float, Field(gt=1.0)] | None = None
+    spike_window_steps: Annotated[int, Field(ge=10)] = 100
+    max_spikes: NonNegative = 3
+    max_roll_backs: NonNegative = 0
+
+
 class Validation(Section):
     """Held-out loss and pictures made by the real pipeline."""
 
@@ -277,6 +287,7 @@ class TrainingRecipe(Recipe):
     optimizer: Optimizer
     sharding: Sharding = Sharding()
     checkpoint: Checkpoint = Checkpoint()
+    recovery: Recovery = Recovery()
     validation: Validation = Validation()
 
     @property

@@ -14,12 +14,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dreamdance.errors import CheckpointError
 from dreamdance.ranks import Ranks
@@ -29,6 +28,7 @@ from dreamdance.training import manifest as manifests
 from dreamdance.training.distributed import gathered, on_main
 from dreamdance.training.ema import ShardedEma
 from dreamdance.training.engine import Engine
+from dreamdance.training.identity import WeightsDigests
 from dreamdance.training.manifest import FileRecord, Manifest
 from dreamdance.training.rank_state import (
     RankState,
@@ -88,9 +88,17 @@ class Checkpointer:
     """Saves, finds and restores the checkpoints of one run. All methods but the constructor are collective."""
 
     def __init__(
-        self, run: Path, engine: Engine, ema: ShardedEma, ranks: Ranks, section: Checkpoint, *, recipe_digest: str
+        self,
+        run: Path,
+        engine: Engine,
+        ema: ShardedEma,
+        ranks: Ranks,
+        section: Checkpoint,
+        *,
+        recipe_digest: str,
+        weights: WeightsDigests,
     ) -> None:
-        """Hashes the frozen weights once; they are never saved.
+        """Makes sure that there is a place to save to.
 
         Args:
             run: the run folder.
@@ -99,10 +107,13 @@ class Checkpointer:
             ranks: this process among all.
             section: what to keep.
             recipe_digest: of the resolved recipe.
+            weights: what the networks hold before any checkpoint; frozen ones are never saved.
+
+        Raises:
+            CheckpointError: nothing can be written there.
         """
         self.run, self.engine, self.ema, self.ranks, self.section = run, engine, ema, ranks, section
-        self.recipe_digest = recipe_digest
-        self._frozen_digest = on_main(partial(frozen_digest, engine.objective))
+        self.recipe_digest, self._weights = recipe_digest, weights
         on_main(partial(_check_writable, run / "checkpoints"))
         self._memory = HostMemory()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -188,8 +199,8 @@ class Checkpointer:
         files[rank_file(folder, self.ranks.rank)] = rank_content(rank_state)
         if self.ranks.is_main:
             shapes = {name: list(parameter.shape) for name, parameter in self.engine.trainable.items()}
-            content = {**state, "frozen_digest": self._frozen_digest, "trainable": shapes}
-            files[folder / _STATE_FILE] = json.dumps(content)
+            digests = {"frozen_digest": self._weights.frozen, "initial_digest": self._weights.trainable}
+            files[folder / _STATE_FILE] = json.dumps({**state, **digests, "trainable": shapes})
         return files
 
     def _complete(self, save: _Save, records: list[FileRecord]) -> None:
@@ -278,10 +289,16 @@ class Checkpointer:
                 f"{folder} trains other parameters than this recipe; {len(names)} differ, the first is {names[0]}. "
                 "Give `model` and `train` back their values, or start a new run with init_from"
             )
-        if self._frozen_digest != state["frozen_digest"]:
+        if self._weights.frozen != state["frozen_digest"]:
             raise CheckpointError(
                 f"the frozen weights are not those {folder} was trained with: the files under model.*.path, or the "
                 "export of the run in init_from, have changed. Bring the old ones back, or start a new run"
+            )
+        if self._weights.trainable != state["initial_digest"] and self.ranks.is_main:
+            logger.warning(
+                "the weights that this run once began with have changed (the files under model.*.path, or the export "
+                "of the run in init_from); it goes on with its own, from %s",
+                folder.name,
             )
 
 
@@ -306,17 +323,6 @@ def read_average(folder: Path) -> dict[str, Tensor]:
             piece = saved.ema["shards"][part.shard].flatten().narrow(0, part.offset, part.length)
             weights[part.name].view(-1).narrow(0, part.start, part.length).copy_(piece)
     return weights
-
-
-def frozen_digest(objective: nn.Module) -> str:
-    """A hash over names, types and values of all parameters that do not train."""
-    digest = sha256()
-    for name, parameter in objective.named_parameters():
-        if not parameter.requires_grad:
-            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-            values = parameter.detach().contiguous().flatten().cpu()
-            digest.update(values.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _read(folder: Path) -> tuple[Manifest | None, str]:

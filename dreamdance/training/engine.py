@@ -213,14 +213,15 @@ class Engine:
         """Runs the objective on one micro batch and returns its own output."""
         return self._engine(batch)[1]
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, drop: bool = False) -> None:
         """Accumulates the gradient of one micro batch's mean loss.
 
-        A loss that is not finite is made to poison the whole gradient: then its norm, which all ranks share, is not
-        finite either, and every rank skips this update.
+        A loss that is not finite, or is to be dropped, is made to poison the whole gradient: then its norm, which all
+        ranks share, is not finite either, and every rank skips this update.
         """
         # chosen on the device: asking for the number here would hold up the queue of the backward pass
-        self._engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
+        usual = math.nan if drop else 1.0
+        self._engine.backward(loss * torch.where(loss.detach().isfinite(), usual, math.nan))
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts the micro batch
 

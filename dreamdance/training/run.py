@@ -20,12 +20,15 @@ from dreamdance.training.distributed import is_deterministic, process_group, rep
 from dreamdance.training.ema import ShardedEma
 from dreamdance.training.engine import Engine
 from dreamdance.training.export import export_average
+from dreamdance.training.guard import StepGuard
+from dreamdance.training.identity import require_same, require_same_start, weights_digests
 from dreamdance.training.initial_weights import load_initial_weights
 from dreamdance.training.metrics import Metrics
 from dreamdance.training.preemption import StopRequest
 from dreamdance.training.trainability import set_trainable
 from dreamdance.training.trainer import Trainer
 from dreamdance.training.validation import Validator
+from dreamdance.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -46,35 +49,43 @@ def train(recipe: Stage1Recipe | Stage2Recipe, run_folder: Path) -> None:
     ranks = Ranks.from_environment()
     deterministic = is_deterministic(recipe.deterministic, ranks)
     timeout = recipe.cluster.collective_timeout_seconds
-    # A fifth of the warning's time is left to end the job and to put it back into the queue.
-    stopping = StopRequest(patience_seconds=0.8 * recipe.cluster.stop_seconds)
-    with stopping as stop, process_group(ranks, timeout_seconds=timeout), repeatable_arithmetic(deterministic):
+    with StopRequest() as stop, process_group(ranks, timeout_seconds=timeout), repeatable_arithmetic(deterministic):
         trainer = prepare(recipe, run_folder, ranks, stop, deterministic=deterministic)
-        finished = trainer.train()
-        if finished:
-            export = export_average(run_folder, trainer.step, trainer.engine, trainer.ema, ranks)
-            trainer.metrics.message(f"finished at step {trainer.step:,}; exported to {export}", step=trainer.step)
+        with trainer.watchdog as watchdog:
+            finished = trainer.train()
+            if finished:
+                watchdog.enter("exporting", f"step {trainer.step}")
+                export = export_average(run_folder, trainer.step, trainer.engine, trainer.ema, ranks)
+                trainer.metrics.message(f"finished at step {trainer.step:,}; exported to {export}", step=trainer.step)
         trainer.checkpointer.close()
         trainer.metrics.close()
+    if not finished:
+        stop.hand_over()
 
 
 def prepare(
     recipe: Stage1Recipe | Stage2Recipe, run_folder: Path, ranks: Ranks, stop: StopRequest, *, deterministic: bool
 ) -> Trainer:
     """Builds all parts of a run and brings them to its newest checkpoint. Collective, within `process_group`."""
+    require_same_start(recipe)
     _seed_global_generators(recipe.seed)
     objective = build_objective(recipe)
     load_initial_weights(objective, recipe, run_folder.parent)
     set_trainable(objective, recipe)
+    weights = weights_digests(objective)
+    require_same({"frozen weights": weights.frozen, "weights to train": weights.trainable})
     engine = Engine(objective, recipe, ranks, deterministic=deterministic)
     ema = ShardedEma(engine.masters, decay=recipe.optimizer.ema_decay)
     loader = make_loader(recipe, ranks)
-    checkpointer = Checkpointer(run_folder, engine, ema, ranks, recipe.checkpoint, recipe_digest=recipe_digest(recipe))
+    checkpointer = Checkpointer(
+        run_folder, engine, ema, ranks, recipe.checkpoint, recipe_digest=recipe_digest(recipe), weights=weights
+    )
     resumed = checkpointer.resume()
-    step = 0
+    guard, step = StepGuard(recipe), 0
     if resumed:
         step = resumed.manifest.step
         loader.load_state_dict(resumed.state["loader"])
+        guard.load_state_dict(resumed.state["guard"])
     metrics = Metrics(
         run_folder,
         ranks,
@@ -94,8 +105,12 @@ def prepare(
         metrics=metrics,
         validation=validator,
         stop=stop,
+        guard=guard,
+        watchdog=Watchdog(
+            least_seconds=recipe.cluster.step_timeout_seconds,
+            unmeasured_seconds=recipe.cluster.collective_timeout_seconds,
+        ),
         step=step,
-        nonfinite_steps=resumed.state["nonfinite_steps"] if resumed else 0,
     )
 
 

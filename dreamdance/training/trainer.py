@@ -1,9 +1,11 @@
 """The training loop. It knows the order of things within a step and between steps, and nothing of how any is done."""
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Protocol
 
 import torch
@@ -17,10 +19,12 @@ from dreamdance.training.checkpoint import Checkpointer
 from dreamdance.training.distributed import gathered, sum_over_ranks
 from dreamdance.training.ema import ShardedEma
 from dreamdance.training.engine import Engine
+from dreamdance.training.guard import StepGuard
 from dreamdance.training.metrics import Losses, Metrics, StepReport
 from dreamdance.training.objectives.output import NUM_DOMAINS, ObjectiveOutput
 from dreamdance.training.preemption import StopRequest
 from dreamdance.training.schedule import learning_rate
+from dreamdance.training.watchdog import Watchdog
 
 
 class Validation(Protocol):
@@ -35,7 +39,6 @@ class Trainer:
 
     Attributes:
         step: finished optimizer steps.
-        nonfinite_steps: how many of them were skipped because a loss or the gradient was not finite.
     """
 
     recipe: TrainingRecipe
@@ -46,8 +49,9 @@ class Trainer:
     metrics: Metrics
     validation: Validation
     stop: StopRequest
+    guard: StepGuard
+    watchdog: Watchdog
     step: int = 0
-    nonfinite_steps: int = 0
 
     def train(self) -> bool:
         """Trains to `max_steps`, or until all ranks agree to stop early; returns whether it got to the end."""
@@ -59,12 +63,13 @@ class Trainer:
                 self.checkpointer.reserve()
             if self.checkpointer.is_saving and not tally.is_writing:
                 self._finish_save()
-            if tally.is_nonfinite:
-                self._count_nonfinite(tally)
+            if tally.is_skipped:
+                self._after_skipped_step(tally)
             if tally.should_stop:
                 self._begin_save()
                 self._finish_save()
                 return False
+            self.watchdog.enter("validating", f"step {self.step}")
             self.validation.after_step(self.step)
             if self.step % self.recipe.checkpoint.every_steps == 0 or self.step == self.recipe.max_steps:
                 self._begin_save()
@@ -73,13 +78,16 @@ class Trainer:
         return True
 
     def _take_step(self, steps: Iterator[list[ClipBatch]]) -> "Tally":
+        self.watchdog.enter("training a step", f"step {self.step + 1}", is_measured=True)
         started = time.perf_counter()
         micro_batches = next(steps)
         waited = time.perf_counter() - started
         tally = Tally(should_stop=bool(self.stop), is_writing=self.checkpointer.is_writing)
         for batch in micro_batches:
             output = self.engine.forward(batch)
-            self.engine.backward(output.loss)
+            if self.guard.looks_for_spikes and batch is micro_batches[-1]:
+                tally.is_spike = self.guard.is_spike(tally.agreed_loss(output))
+            self.engine.backward(output.loss, drop=tally.is_spike)
             tally.add(batch, output)
         rate = learning_rate(self.recipe.optimizer, self.step, max_steps=self.recipe.max_steps)
         update = self.engine.update(rate)
@@ -87,32 +95,70 @@ class Trainer:
             self.ema.update(self.engine.masters)
         self.step += 1
         tally.agree(applied=update.applied)
+        if not tally.is_skipped:
+            self.guard.note_applied(tally.losses.mean)
         seconds = time.perf_counter() - started
         self.metrics.step(StepReport(self.step, tally.losses, rate, update.gradient_norm, seconds, waited))
         return tally
 
-    def _count_nonfinite(self, tally: "Tally") -> None:
-        """Reports a skipped step with its samples, and ends the run at one more than the recipe tolerates."""
-        self.nonfinite_steps += 1
-        found = [sample for samples in gathered(tally.nonfinite_samples) for sample in samples]
-        where = "; ".join(found) or "no sample's loss, only the gradient"
-        text = f"step {self.step}: not finite, update skipped on all ranks ({self.nonfinite_steps} so far): {where}"
-        self.metrics.message(text, step=self.step)
-        if self.nonfinite_steps > self.recipe.max_nonfinite_steps:
-            raise UserError(
-                f"{text}. More than max_nonfinite_steps={self.recipe.max_nonfinite_steps}: look at these samples, "
-                "lower optimizer.lr, or tolerate more"
+    def _after_skipped_step(self, tally: "Tally") -> None:
+        """Reports it; at one more than the recipe tolerates, goes back to a checkpoint or ends the run."""
+        section = self.recipe.recovery
+        if tally.is_spike:
+            verdict, count = self.guard.note_spike(self.step), len(self.guard.spike_steps)
+            worst = max(gathered(tally.worst_sample()), key=itemgetter(0))[1]
+            reason = (
+                f"loss {tally.losses.mean:.4g} leapt over {section.spike_factor:g} x {self.guard.usual_loss:.4g}, "
+                f"most of all {worst}"
             )
+            bound = f"recovery.max_spikes={section.max_spikes}"
+        else:
+            verdict, count = self.guard.note_nonfinite(), self.guard.nonfinite_steps
+            found = [sample for samples in gathered(tally.nonfinite_samples) for sample in samples]
+            reason = f"not finite: {'; '.join(found) or 'no loss of any sample, only the gradient'}"
+            bound = f"max_nonfinite_steps={self.recipe.max_nonfinite_steps}"
+        text = f"step {self.step}: update skipped on all ranks ({count} so far), {reason}"
+        self.metrics.message(text, step=self.step, level=logging.WARNING)
+        if verdict == "go on":
+            return
+        if self.checkpointer.is_saving:
+            self._finish_save()
+        if verdict == "roll back":
+            self._roll_back(bound)
+        else:
+            raise UserError(
+                f"{text}. More than {bound}: look at these samples, lower optimizer.lr, tolerate more, or have the run "
+                "go back by recovery.max_roll_backs"
+            )
+
+    def _roll_back(self, bound: str) -> None:
+        """Takes weights, moments and average from the newest checkpoint, and goes on here with the next data.
+
+        Going back in the data as well would meet the same samples and, being deterministic, the same end.
+        """
+        resumed = self.checkpointer.resume()
+        if resumed is None:
+            raise UserError(f"more than {bound} before the first checkpoint: there is nothing to go back to")
+        self.guard.roll_back(resumed.state["guard"])
+        self.metrics.message(
+            f"step {self.step}: more than {bound}; back to the weights of step {resumed.manifest.step}, on with the "
+            f"next data (roll-back {self.guard.roll_backs}, recovery.max_roll_backs="
+            f"{self.recipe.recovery.max_roll_backs})",
+            step=self.step,
+            level=logging.WARNING,
+        )
 
     def _begin_save(self) -> None:
         """Returns as soon as the state is copied; the save before must have come to its end."""
+        self.watchdog.enter("saving", f"step {self.step}")
         if self.checkpointer.is_saving:
             self._finish_save()
         self.metrics.flush()  # steps that a checkpoint has passed are not written again
-        state = {"nonfinite_steps": self.nonfinite_steps, "loader": self.loader.state_dict()}
+        state = {"guard": self.guard.state_dict(), "loader": self.loader.state_dict()}
         self.checkpointer.begin(self.step, state)
 
     def _finish_save(self) -> None:
+        self.watchdog.enter("saving", f"step {self.step}")
         saved = self.checkpointer.finish()
         self.metrics.saved(saved.step, seconds=saved.seconds, waited_seconds=saved.waited_seconds)
 
@@ -123,7 +169,8 @@ class Tally:
     Attributes:
         should_stop: whether this rank, and after `agree` any rank, was asked to stop.
         is_writing: whether this rank, and after `agree` any rank, is still writing a checkpoint.
-        is_nonfinite: whether the step was skipped; true after `agree` on all ranks or on none.
+        is_spike: whether the step's update was dropped because of its loss; the same on all ranks.
+        is_skipped: after `agree`, whether it was dropped for whatever reason; the same on all ranks.
         nonfinite_samples: this rank's samples whose loss is not finite, in words.
         losses: after `agree`, over all ranks.
     """
@@ -132,32 +179,51 @@ class Tally:
 
     def __init__(self, *, should_stop: bool, is_writing: bool = False) -> None:
         self.should_stop, self.is_writing = should_stop, is_writing
-        self.is_nonfinite = False
+        self.is_spike = self.is_skipped = False
         self.nonfinite_samples: list[str] = []
         self._sums: list[Tensor] = []
+        self._added: list[tuple[ClipBatch, Tensor]] = []
 
     def add(self, batch: ClipBatch, output: ObjectiveOutput) -> None:
         """Adds a micro batch, and remembers the samples whose loss is not finite."""
-        losses = output.sample_losses
+        losses = output.sample_losses.detach()
+        self._added.append((batch, losses))
         parts = (losses.sum().reshape(1), losses.new_tensor([len(losses)]), output.domain_sums, output.domain_counts)
         self._sums.append(torch.cat([part.to(torch.float64) for part in parts]))
         if not math.isfinite(output.loss.item()):
             self.nonfinite_samples += name_nonfinite(batch, losses.tolist())
 
+    def worst_sample(self) -> tuple[float, str]:
+        """This rank's largest loss, and whose it is."""
+        named = [
+            pair for batch, losses in self._added for pair in zip(losses.tolist(), name_samples(batch), strict=True)
+        ]
+        loss, name = max(named)
+        return loss, f"{name}: {loss:.4g}"
+
+    def agreed_loss(self, output: ObjectiveOutput) -> float:
+        """The mean loss over all ranks of what was added and this last micro batch. Collective."""
+        losses = output.sample_losses.detach().to(torch.float64)
+        sums = torch.stack([losses.sum(), losses.new_tensor(len(losses))])
+        total, count = sum_over_ranks(sum((part[:2] for part in self._sums), sums)).tolist()
+        return total / count
+
     def agree(self, *, applied: bool) -> None:
         """Sums over all ranks: losses, and whether any rank wants to stop or met a number that is not finite."""
         sums = torch.stack(self._sums).sum(dim=0)
         flags = sums.new_tensor([self.should_stop, self.is_writing, bool(self.nonfinite_samples) or not applied])
-        loss_sum, num_samples, *domains, stop, writing, nonfinite = sum_over_ranks(torch.cat([sums, flags])).tolist()
+        loss_sum, num_samples, *domains, stop, writing, skipped = sum_over_ranks(torch.cat([sums, flags])).tolist()
         self.losses = Losses(loss_sum, num_samples, domains[:NUM_DOMAINS], domains[NUM_DOMAINS:])
-        self.should_stop, self.is_writing, self.is_nonfinite = stop > 0, writing > 0, nonfinite > 0
+        self.should_stop, self.is_writing, self.is_skipped = stop > 0, writing > 0, skipped > 0
 
 
 def name_nonfinite(batch: ClipBatch, losses: Sequence[float]) -> list[str]:
     """Which samples of a batch have a loss that is not finite: `sample 12 of epoch 0 (clip dancer_3): nan`."""
-    named = zip(losses, batch.keys.tolist(), batch.clip_ids, strict=True)
-    return [
-        f"sample {sample_id} of epoch {epoch} (clip {clip_id}): {loss}"
-        for loss, (_, epoch, sample_id), clip_id in named
-        if not math.isfinite(loss)
-    ]
+    named = zip(losses, name_samples(batch), strict=True)
+    return [f"{name}: {loss}" for loss, name in named if not math.isfinite(loss)]
+
+
+def name_samples(batch: ClipBatch) -> list[str]:
+    """`sample 12 of epoch 0 (clip dancer_3)` and so on."""
+    keys = zip(batch.keys.tolist(), batch.clip_ids, strict=True)
+    return [f"sample {sample_id} of epoch {epoch} (clip {clip_id})" for (_, epoch, sample_id), clip_id in keys]

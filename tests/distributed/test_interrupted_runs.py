@@ -1,104 +1,32 @@
 """C8's promise: killed at any instant and started again, a run is bit-identical to one never interrupted."""
 
-import json
 import math
 import random
 import signal
 from collections import Counter
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from rank_processes import StartedRanks, run_ranks
+from interruptions import (
+    BATCH_SIZE,
+    MAX_STEPS,
+    WORLD_SIZE,
+    assert_same_checkpoint,
+    assert_same_export,
+    messages,
+    samples_in_order,
+    settings,
+    start,
+    without_repeats,
+)
+from rank_processes import run_ranks
 from recipes_for_tests import tiny_stage1_recipe, tiny_stage2_recipe
 from training_scenarios import Recipe, Strike, prepare_and_inspect, run_recorded
 
-from dreamdance.run_layout import checkpoint_folder, export_folder, progress_file, step_folders
+from dreamdance.run_layout import checkpoint_folder, export_folder, step_folders
 from dreamdance.training.checkpoint import read_average
 
 pytestmark = pytest.mark.distributed
-
-WORLD_SIZE = 2
-MAX_STEPS = 12
-BATCH_SIZE = 4
-
-
-def settings(shards: Path, **more: Any) -> dict[str, Any]:
-    return {
-        "data.train.local": str(shards / "train"),
-        "data.validation.local": str(shards / "validation"),
-        "data.num_workers": 0,
-        "max_steps": MAX_STEPS,
-        "batch_size": BATCH_SIZE,
-        "micro_batch_size": 1,
-        "cluster.tasks_per_node": WORLD_SIZE,
-        "checkpoint.every_steps": 2,
-        "checkpoint.keep_last": 2,
-        "optimizer.warmup_steps": 3,
-        "optimizer.decay": "cosine",
-        "optimizer.ema_decay": 0.9,
-        "validation.loss_every_steps": 3,
-        "validation.sample_every_steps": 100,
-        "validation.num_sample_clips": 1,
-        "sampling.num_inference_steps": 1,
-        "logging.every_steps": 1,
-        **more,
-    }
-
-
-def start(recipe: Recipe, run: Path, strike: Strike | None = None) -> list[int]:
-    with StartedRanks(run_recorded, WORLD_SIZE, run / "output", recipe=recipe, run=run, strike=strike) as ranks:
-        return ranks.wait()
-
-
-def samples_in_order(run: Path) -> list[list[tuple[int, int, float]]]:
-    """Per rank: (epoch, sample id, loss) as computed, over all starts."""
-    records = [(run / f"record_{rank}.jsonl").read_text().splitlines() for rank in range(WORLD_SIZE)]
-    return [[(line["epoch"], line["sample"], line["loss"]) for line in map(json.loads, record)] for record in records]
-
-
-def without_repeats(samples: list[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
-    """Drops what a start computed after the last checkpoint and the next start computed again; order of first sight."""
-    return list(dict.fromkeys(samples))
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested containers as path -> leaf."""
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list | tuple):
-        items = enumerate(value)
-    else:
-        return {prefix: value}
-    return {path: leaf for key, part in items for path, leaf in flatten(part, f"{prefix}/{key}").items()}
-
-
-def assert_same_checkpoint(one: Path, other: Path) -> None:
-    names = sorted(path.relative_to(one).as_posix() for path in one.rglob("*.pt"))
-    assert names == sorted(path.relative_to(other).as_posix() for path in other.rglob("*.pt"))
-    assert len(names) == 1 + 2 * WORLD_SIZE
-    for name in names:
-        # weights_only is off for DeepSpeed's own classes, in files that this very test has written
-        first, second = (flatten(torch.load(folder / name, weights_only=False)) for folder in (one, other))
-        assert first.keys() == second.keys(), name
-        for path, leaf in first.items():
-            if isinstance(leaf, torch.Tensor):
-                assert torch.equal(leaf, second[path]), f"{name}: {path}"
-    states = [json.loads((folder / "state.json").read_text()) for folder in (one, other)]
-    assert states[0] == states[1]
-
-
-def assert_same_export(one: Path, other: Path) -> None:
-    files = sorted(path.relative_to(one) for path in one.rglob("*.safetensors"))
-    assert files
-    for file in files:
-        assert (one / file).read_bytes() == (other / file).read_bytes(), file
-
-
-def messages(run: Path) -> list[str]:
-    lines = [json.loads(line) for line in progress_file(run).read_text().splitlines()]
-    return [line["message"] for line in lines if "message" in line]
 
 
 def in_save(step: int, operation: str, *path_contains: str, rank: int = 0) -> Strike:

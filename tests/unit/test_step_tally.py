@@ -45,7 +45,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_samples_not_over_its_micro_batc
     assert tally.losses.mean == pytest.approx(4.0)
     assert tally.losses.domain_means == {"rgb": 4.0, "depth": 2.0}
     assert not tally.should_stop
-    assert not tally.is_nonfinite
+    assert not tally.is_skipped
 
 
 @pytest.mark.usefixtures("group")
@@ -63,15 +63,15 @@ def test_a_wish_to_stop_survives_the_agreement(batch: ClipBatch) -> None:
     tally.add(batch, output([1.0, 1.0]))
     tally.agree(applied=True)
     assert tally.should_stop
-    assert not tally.is_nonfinite
+    assert not tally.is_skipped
 
 
 @pytest.mark.usefixtures("group")
-def test_a_step_that_was_not_applied_is_not_finite_even_where_every_loss_is(batch: ClipBatch) -> None:
+def test_a_step_that_was_not_applied_is_skipped_even_where_every_loss_is_finite(batch: ClipBatch) -> None:
     tally = Tally(should_stop=False)
     tally.add(batch, output([1.0, 1.0]))
     tally.agree(applied=False)
-    assert tally.is_nonfinite
+    assert tally.is_skipped
     assert tally.nonfinite_samples == []
 
 
@@ -81,7 +81,7 @@ def test_samples_whose_loss_is_not_finite_are_remembered_over_micro_batches(batc
     tally.add(batch, output([math.nan, 1.0]))
     tally.add(batch, output([1.0, math.inf]))
     tally.agree(applied=True)
-    assert tally.is_nonfinite
+    assert tally.is_skipped
     assert [name.split(" (")[0] for name in tally.nonfinite_samples] == ["sample 11 of epoch 3", "sample 12 of epoch 4"]
 
 

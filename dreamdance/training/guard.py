@@ -1,0 +1,90 @@
+"""What to do about steps that go wrong: they are skipped; too many end the run, or have it go back to a checkpoint.
+
+Pure bookkeeping, the same on every rank: it sees only what all ranks have agreed upon.
+"""
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from dreamdance.recipe.schema import TrainingRecipe
+
+FEWEST_LOSSES = 10
+"""Before so many steps, no loss counts as a leap."""
+
+Verdict = Literal["go on", "roll back", "stop"]
+
+
+class StepGuard:
+    """Counts skipped steps, and knows what a usual loss is; saved in every checkpoint: a resumed run decides alike.
+
+    Attributes:
+        nonfinite_steps: skipped because a loss or the gradient was not finite, since the start or the last roll-back.
+        spike_steps: the recent steps that were skipped because their loss leapt.
+        roll_backs: how often the run has gone back.
+    """
+
+    def __init__(self, recipe: TrainingRecipe) -> None:
+        """Starts with a clean record; `recipe.recovery` and `recipe.max_nonfinite_steps` say what is tolerated."""
+        self.section, self.max_nonfinite_steps = recipe.recovery, recipe.max_nonfinite_steps
+        self.nonfinite_steps = 0
+        self.spike_steps: list[int] = []
+        self.roll_backs = 0
+        self._losses: deque[float] = deque(maxlen=self.section.spike_window_steps)
+
+    @property
+    def looks_for_spikes(self) -> bool:
+        return self.section.spike_factor is not None
+
+    @property
+    def usual_loss(self) -> float:
+        """The median over the recent steps that were applied; not a number while there are too few."""
+        return statistics.median(self._losses) if len(self._losses) >= FEWEST_LOSSES else math.nan
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether a step's mean loss is so far above the usual one that its update had better be skipped."""
+        factor = self.section.spike_factor
+        return factor is not None and math.isfinite(loss) and loss > factor * self.usual_loss
+
+    def note_applied(self, loss: float) -> None:
+        """Takes note of the loss of a step that was applied."""
+        if math.isfinite(loss):
+            self._losses.append(loss)
+
+    def note_spike(self, step: int) -> Verdict:
+        """Takes note of a step that was skipped for its loss, and says what follows."""
+        self.spike_steps = [*(old for old in self.spike_steps if old > step - self.section.spike_window_steps), step]
+        return self._verdict(len(self.spike_steps) > self.section.max_spikes)
+
+    def note_nonfinite(self) -> Verdict:
+        """Takes note of a step that was skipped because something was not finite, and says what follows."""
+        self.nonfinite_steps += 1
+        return self._verdict(self.nonfinite_steps > self.max_nonfinite_steps)
+
+    def _verdict(self, too_many: bool) -> Verdict:
+        if not too_many:
+            return "go on"
+        return "roll back" if self.roll_backs < self.section.max_roll_backs else "stop"
+
+    def roll_back(self, state: Mapping[str, Any]) -> None:
+        """Takes back the record of a checkpoint that the run has gone back to, with clean counts."""
+        roll_backs = self.roll_backs + 1
+        self.load_state_dict(state)
+        self.nonfinite_steps, self.spike_steps, self.roll_backs = 0, [], roll_backs
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "nonfinite_steps": self.nonfinite_steps,
+            "spike_steps": self.spike_steps,
+            "roll_backs": self.roll_backs,
+            "recent_losses": list(self._losses) if self.looks_for_spikes else [],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        self.nonfinite_steps, self.roll_backs = state["nonfinite_steps"], state["roll_backs"]
+        self.spike_steps = list(state["spike_steps"])
+        self._losses = deque(state["recent_losses"], maxlen=self.section.spike_window_steps)

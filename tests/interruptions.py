@@ -1,0 +1,108 @@
+"""Runs that are struck and started again, and the proof that nothing of it shows in the end."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rank_processes import StartedRanks
+from training_scenarios import Recipe, Strike, run_recorded
+
+from dreamdance.run_layout import progress_file
+
+WORLD_SIZE = 2
+MAX_STEPS = 12
+BATCH_SIZE = 4
+
+
+def settings(shards: Path, **more: Any) -> dict[str, Any]:
+    """Changes to a tiny recipe: 12 steps of 4 samples on two ranks, saved every second step, told of every step."""
+    return {
+        "data.train.local": str(shards / "train"),
+        "data.validation.local": str(shards / "validation"),
+        "data.num_workers": 0,
+        "max_steps": MAX_STEPS,
+        "batch_size": BATCH_SIZE,
+        "micro_batch_size": 1,
+        "cluster.tasks_per_node": WORLD_SIZE,
+        "checkpoint.every_steps": 2,
+        "checkpoint.keep_last": 2,
+        "optimizer.warmup_steps": 3,
+        "optimizer.decay": "cosine",
+        "optimizer.ema_decay": 0.9,
+        "validation.loss_every_steps": 3,
+        "validation.sample_every_steps": 100,
+        "validation.num_sample_clips": 1,
+        "sampling.num_inference_steps": 1,
+        "logging.every_steps": 1,
+        **more,
+    }
+
+
+def start(recipe: Recipe, run: Path, strike: Strike | None = None) -> list[int]:
+    """Starts a run on two ranks and returns how they ended."""
+    with StartedRanks(run_recorded, WORLD_SIZE, run / "output", recipe=recipe, run=run, strike=strike) as ranks:
+        return ranks.wait()
+
+
+def samples_in_order(run: Path) -> list[list[tuple[int, int, float]]]:
+    """Per rank: (epoch, sample id, loss) as computed, over all starts."""
+    records = [(run / f"record_{rank}.jsonl").read_text().splitlines() for rank in range(WORLD_SIZE)]
+    return [[(line["epoch"], line["sample"], line["loss"]) for line in map(json.loads, record)] for record in records]
+
+
+def without_repeats(samples: list[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
+    """Drops what a start computed after the last checkpoint and the next start computed again; order of first sight."""
+    return list(dict.fromkeys(samples))
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested containers as path -> leaf."""
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        return {prefix: value}
+    return {path: leaf for key, part in items for path, leaf in flatten(part, f"{prefix}/{key}").items()}
+
+
+def assert_same_checkpoint(one: Path, other: Path) -> None:
+    """Every tensor and every number, bit for bit."""
+    names = sorted(path.relative_to(one).as_posix() for path in one.rglob("*.pt"))
+    assert names == sorted(path.relative_to(other).as_posix() for path in other.rglob("*.pt"))
+    assert len(names) == 1 + 2 * WORLD_SIZE
+    for name in names:
+        # weights_only is off for DeepSpeed's own classes, in files that this very test has written
+        first, second = (flatten(torch.load(folder / name, weights_only=False)) for folder in (one, other))
+        assert first.keys() == second.keys(), name
+        for path, leaf in first.items():
+            if isinstance(leaf, torch.Tensor):
+                assert torch.equal(leaf, second[path]), f"{name}: {path}"
+    states = [json.loads((folder / "state.json").read_text()) for folder in (one, other)]
+    assert states[0] == states[1]
+
+
+def assert_same_export(one: Path, other: Path) -> None:
+    """Byte for byte."""
+    files = sorted(path.relative_to(one) for path in one.rglob("*.safetensors"))
+    assert files
+    for file in files:
+        assert (one / file).read_bytes() == (other / file).read_bytes(), file
+
+
+def messages(run: Path) -> list[str]:
+    """What the run has told whoever follows, over all starts."""
+    lines = [json.loads(line) for line in progress_file(run).read_text().splitlines()]
+    return [line["message"] for line in lines if "message" in line]
+
+
+def struck_at(run: Path, rank: int) -> float:
+    """When a rank that was struck in a forward pass had last written a loss down; seconds since 1970."""
+    return (run / f"record_{rank}.jsonl").stat().st_mtime
+
+
+def first_step_after(run: Path, moment: float) -> float:
+    """Seconds from a moment to the first step that the run told of after it."""
+    lines = [json.loads(line) for line in progress_file(run).read_text().splitlines()]
+    return min(line["time"] for line in lines if "loss" in line and line["time"] > moment) - moment

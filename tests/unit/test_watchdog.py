@@ -1,0 +1,79 @@
+"""A process that comes to a stop ends itself and says where; a slow one, or one that was suspended, does not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dreamdance.training.watchdog import HUNG_EXIT_CODE, TOLERANCE, Watchdog
+
+SCRIPT = """
+import sys, time
+from dreamdance.training.watchdog import Watchdog
+
+def sit_and_wait(seconds):
+    time.sleep(seconds)
+
+with Watchdog(least_seconds=float(sys.argv[1]), unmeasured_seconds=float(sys.argv[2])) as watchdog:
+    for step, seconds in enumerate(map(float, sys.argv[3:])):
+        watchdog.enter("training a step", f"step {step}", is_measured=True)
+        print("begun", flush=True)
+        sit_and_wait(seconds)
+print("through", flush=True)
+"""
+
+
+def started(*seconds: float) -> subprocess.Popen:
+    arguments = [sys.executable, "-c", SCRIPT, *map(str, seconds)]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_step_that_hangs_ends_the_process_with_the_stack_of_where_it_hangs():
+    started_at = time.monotonic()
+    process = started(1, 60, 0.1, 0.1, 600)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == HUNG_EXIT_CODE
+    assert "through" not in said
+    assert "training a step (step 2) has taken over 1 s" in errors
+    assert "in sit_and_wait" in errors
+    assert time.monotonic() - started_at < 30
+
+
+def test_a_slow_first_step_and_slow_steps_like_those_before_do_not_end_it():
+    said, errors = started(0.2, 60, 2.0, 2.0, 1.0).communicate(timeout=60)
+    assert said.count("begun") == 3
+    assert "through" in said, errors
+
+
+def test_a_process_that_was_suspended_as_a_whole_goes_on():
+    process = started(4, 4, 1.5)
+    assert process.stdout is not None
+    process.stdout.readline()
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(6)
+    os.kill(process.pid, signal.SIGCONT)
+    said, errors = process.communicate(timeout=60)
+    assert "through" in said, errors
+
+
+def test_zero_switches_it_off():
+    said, _ = started(0, 0, 1.5).communicate(timeout=60)
+    assert "through" in said
+
+
+def test_the_limit_follows_what_an_activity_usually_takes(monkeypatch):
+    clock = iter([0.0, 100.0, 140.0, 180.0, 190.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    watchdog = Watchdog(least_seconds=30, unmeasured_seconds=1000)
+    assert watchdog.limit_seconds("step") == 1000
+    for activity in ("step", "step", "step", "save", "step"):
+        watchdog.enter(activity, "", is_measured=True)
+    assert watchdog.limit_seconds("step") == TOLERANCE * 40, "the median of 100, 40 and 40"
+    assert watchdog.limit_seconds("save") == TOLERANCE * 10
+
+
+def test_the_unmeasured_are_never_given_less_than_the_measured():
+    assert Watchdog(least_seconds=50, unmeasured_seconds=10).limit_seconds("save") == pytest.approx(50)
