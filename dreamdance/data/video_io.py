@@ -1,6 +1,7 @@
 """Reads videos frame by frame, by their time stamps, and writes them: H.264 for looking at, FFV1 without loss.
 
-Frames are uint8 arrays `(H, W, 3)`, red, green, blue, upright.
+Frames are uint8 arrays `(H, W, 3)`, red, green, blue, upright. A file may be hostile: only plain video files are opened
+(FFmpeg also runs lists that name other files, or addresses), and what they claim is bounded before memory is taken.
 """
 
 import os
@@ -8,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -18,6 +20,10 @@ from av.video.stream import VideoStream
 from dreamdance.errors import UserError
 
 LOSSLESS_SUFFIX = ".mkv"
+MAX_FRAME_PIXELS = 1 << 26
+MAX_VIDEO_FRAMES = 1_000_000
+MAX_FRAME_RATE = 1000.0
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
 
 
 class VideoError(UserError):
@@ -67,13 +73,21 @@ def probe_video(path: Path | str) -> VideoInfo:
     path = Path(path)
     with _opened(path) as (container, stream):
         packets = (packet for packet in container.demux(stream) if not packet.is_discard)
-        stamps = sorted(packet.pts for packet in packets if packet.pts is not None)
+        found = (packet.pts for packet in packets if packet.pts is not None)
+        stamps = sorted(islice(found, MAX_VIDEO_FRAMES + 1))
+        if len(stamps) > MAX_VIDEO_FRAMES:
+            raise VideoError(f"{path} has more than {MAX_VIDEO_FRAMES} frames; cut it into shorter videos")
         if not stamps or stream.time_base is None:
             raise VideoError(f"{path} holds no frames with time stamps")
         container.seek(0, stream=stream)
-        height, width = _upright(next(container.decode(stream))).shape[:2]
+        first = next(container.decode(stream), None)
+        if first is None:
+            raise VideoError(f"{path} holds no frame that can be decoded")
+        height, width = _upright(first).shape[:2]
         duration = float((stamps[-1] - stamps[0]) * stream.time_base)
         rate = (len(stamps) - 1) / duration if duration > 0 else float(stream.average_rate or 1)
+        if not 0.0 < rate <= MAX_FRAME_RATE:
+            raise VideoError(f"{path} has {rate:g} frames per second; above 0 up to {MAX_FRAME_RATE:g} are accepted")
         return VideoInfo(path, width, height, rate, tuple(stamps), stream.time_base)
 
 
@@ -176,13 +190,26 @@ def _check_frame(frame: np.ndarray, shape: tuple[int, ...], *, where: str) -> np
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    limits = {"max_pixels": str(MAX_FRAME_PIXELS)}
     try:
-        with av.open(str(path)) as container:
+        with av.open(
+            str(path), options={"format_whitelist": FORMATS, "protocol_whitelist": "file", **limits}
+        ) as container:
             if not container.streams.video:
                 raise VideoError(f"{path} holds no video")
-            yield container, container.streams.video[0]
+            stream = container.streams.video[0]
+            size = stream.codec_context
+            if size.width * size.height > MAX_FRAME_PIXELS:
+                raise VideoError(
+                    f"{path} claims frames of {size.width}x{size.height}; up to {MAX_FRAME_PIXELS} pixels are accepted"
+                )
+            size.options = limits  # a later frame may be larger than the first
+            yield container, stream
     except av.FFmpegError as error:
-        raise VideoError(f"{path} cannot be read: {error.strerror}") from error
+        raise VideoError(
+            f"{path} cannot be read: {error.strerror} (mp4, mov, mkv, webm and avi with frames of up to "
+            f"{MAX_FRAME_PIXELS} pixels are)"
+        ) from error
 
 
 def _upright(frame: av.VideoFrame) -> np.ndarray:

@@ -21,6 +21,7 @@ from dreamdance.inference.align import align_keypoints
 from dreamdance.inference.manifest import ManifestEntry
 
 MAX_PICTURE_PIXELS = 1 << 26
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # others run programs (EPS) or are read by code nobody reads
 MAX_FRAMES = 50_000
 
 
@@ -104,7 +105,7 @@ def _load_picture(path: Path) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # bounded below, by our own limit
-            with Image.open(path) as picture:
+            with Image.open(path, formats=PICTURE_FORMATS) as picture:
                 if picture.width * picture.height > MAX_PICTURE_PIXELS:
                     raise EntryError(
                         f"{path} is {picture.width}x{picture.height}: pictures of up to {MAX_PICTURE_PIXELS} pixels "
@@ -112,7 +113,9 @@ def _load_picture(path: Path) -> np.ndarray:
                     )
                 return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise EntryError(f"{path} is no picture that can be read: {error}") from error
+        raise EntryError(
+            f"{path} is no picture that can be read ({', '.join(PICTURE_FORMATS)} are): {error}"
+        ) from error
 
 
 def _draw(sequence: KeypointSequence, path: Path) -> Iterator[np.ndarray]:

@@ -1,10 +1,13 @@
 """What an entry of a manifest becomes: upright, cut to the result's aspect, drawn and resized from the original."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fault_log import record_fault
 from PIL import Image
 
 from dreamdance.data.keypoints import NUM_KEYPOINTS, KeypointSequence, write_keypoint_file
@@ -78,11 +81,55 @@ def test_pictures_that_cannot_be_read_or_are_too_large_are_named(
     cut = tmp_path / "cut.png"
     cut.write_bytes(entry.image.read_bytes()[:-30])
     for path in (text, cut, tmp_path / "nothing.png"):
-        with pytest.raises(EntryError, match=rf"{path.name} is no picture that can be read"):
+        with pytest.raises(
+            EntryError, match=rf"{path.name} is no picture that can be read \(PNG, JPEG, WEBP, BMP, TIFF are\)"
+        ):
             load_inputs(changed(entry, image=path), aspect=SQUARE, pose_sizes=set())
     monkeypatch.setattr(inputs, "MAX_PICTURE_PIXELS", 2399)
     with pytest.raises(EntryError, match=r"reference\.png is 40x60: pictures of up to 2399 pixels are accepted"):
         load_inputs(entry, aspect=SQUARE, pose_sizes=set())
+
+
+def claim_size(path: Path, side: int) -> None:
+    """Writes a width and height into the header of a PNG or JPEG."""
+    content = bytearray(path.read_bytes())
+    if path.suffix == ".png":
+        content[16:24] = struct.pack(">II", side, side)
+        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    else:
+        start = content.index(b"\xff\xc0") + 5
+        content[start : start + 4] = struct.pack(">HH", min(side, 65_500), min(side, 65_500))
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+@pytest.mark.parametrize("side", [9_000, 100_000])
+def test_a_decompression_bomb_is_refused_by_its_header(
+    entry: ManifestEntry, tmp_path: Path, suffix: str, side: int
+) -> None:
+    path = tmp_path / f"bomb{suffix}"
+    Image.new("RGB", (40, 60)).save(path)
+    claim_size(path, side)
+    with pytest.raises(
+        EntryError, match=rf"bomb\{suffix}.*(pictures of up to 67108864 pixels|pixels\) exceeds)"
+    ) as told:
+        load_inputs(changed(entry, image=path), aspect=SQUARE, pose_sizes=set())
+    record_fault(
+        "reference picture is a decompression bomb",
+        how=f"the header of a small {suffix[1:]} claims {side}x{side}",
+        promised="refused by the header alone; the other entries go on",
+        happened=str(told.value),
+    )
+
+
+def test_a_picture_that_is_a_program_is_not_run(entry: ManifestEntry, tmp_path: Path) -> None:
+    """EPS is a programming language; Pillow would hand it to Ghostscript."""
+    path = tmp_path / "program.png"
+    Image.new("RGB", (40, 60)).save(path, format="EPS")
+    with Image.open(path) as picture:
+        assert picture.format == "EPS"
+    with pytest.raises(EntryError, match=r"program\.png is no picture that can be read \(PNG, JPEG"):
+        load_inputs(changed(entry, image=path), aspect=SQUARE, pose_sizes=set())
 
 
 # ------------------------------------------------------------------------------------------- poses

@@ -1,13 +1,16 @@
 """Videos: frame-exact reading by time stamps, writing with and without loss, and files that are no videos."""
 
 import struct
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from fault_log import record_fault
 
+from dreamdance.data import video_io
 from dreamdance.data.video_io import VideoError, iterate_frames, probe_video, read_frames, write_video
 
 
@@ -166,3 +169,89 @@ def test_names_and_contents_that_do_not_fit_are_refused(tmp_path):
         write_video(tmp_path / "clip.mp4", [], fps=8)
     with pytest.raises(VideoError, match="expected \\(H, W, 3\\) uint8"):
         write_video(tmp_path / "clip.mp4", numbered_frames(2).astype(np.float32), fps=8)
+
+
+# ------------------------------------------------------------------------------------------- hostile files
+
+
+def png_bomb(side: int) -> bytes:
+    """A real grey picture of side x side zeros in a few hundred kilobytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packer = zlib.compressobj(1)
+    rows = b"".join(packer.compress(bytes((side + 1) * 100)) for _ in range(side // 100)) + packer.flush()
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def write_packets(path: Path, packets: list[bytes]) -> None:
+    """A film of PNGs, as they are given; its header says 64x64."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("png", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 64, 64, "gray"
+        stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64), np.uint8), format="gray"))
+        for number, content in enumerate(packets):
+            packet = av.Packet(content)
+            packet.stream, packet.time_base, packet.is_keyframe = stream, Fraction(1, 8), True
+            packet.pts = packet.dts = number
+            container.mux(packet)
+
+
+@pytest.mark.parametrize("first", [100, 9000])
+def test_a_film_of_decompression_bombs_is_refused_whichever_frame_is_one(tmp_path, first):
+    path = tmp_path / "bomb.mov"
+    write_packets(path, [png_bomb(first), png_bomb(9000)])
+    with pytest.raises(VideoError, match=r"bomb\.mov (cannot be read|claims).*up to 67108864 pixels") as told:
+        read_frames(path)
+    record_fault(
+        "video whose frames are decompression bombs",
+        how=f"frames of {first}x{first} and 9000x9000 under a header that says 64x64",
+        promised="refused before the picture is unpacked",
+        happened=str(told.value),
+    )
+
+
+def test_a_header_that_claims_an_absurd_size_is_refused_before_a_frame_is_decoded(video):
+    content = bytearray(video.read_bytes())
+    start = content.index(b"avc1", content.index(b"stsd")) + 4 + 24
+    assert struct.unpack_from(">HH", content, start) == (48, 32)
+    struct.pack_into(">HH", content, start, 65_000, 65_000)
+    sequence = content.index(b"avcC") + 4
+    content[sequence + 8 : sequence + 12] = b"\0\0\0\0"  # the encoder's own idea of the size is unreadable
+    video.write_bytes(bytes(content))
+    with pytest.raises(VideoError, match=r"clip\.mp4 (claims frames of 65000x65000|cannot be read).*67108864 pixels"):
+        probe_video(video)
+
+
+def test_a_list_of_other_files_is_no_video(tmp_path, video):
+    """FFmpeg would open what the list names, wherever that lies."""
+    for name, text in {
+        "list.mp4": f"ffconcat version 1.0\nfile {video.name}\n",
+        "playlist.mp4": f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{video.name}\n#EXT-X-ENDLIST\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(VideoError, match=rf"{name} cannot be read"):
+            probe_video(tmp_path / name)
+
+
+def test_more_frames_than_anybody_films_are_refused_before_they_are_listed(video, monkeypatch):
+    monkeypatch.setattr(video_io, "MAX_VIDEO_FRAMES", 39)
+    with pytest.raises(VideoError, match=r"clip\.mp4 has more than 39 frames; cut it into shorter videos"):
+        probe_video(video)
+
+
+def test_an_absurd_frame_rate_is_refused(tmp_path):
+    write_with_stamps(tmp_path / "clip.mp4", numbered_frames(3), [0, 1, 2])
+    assert probe_video(tmp_path / "clip.mp4").fps == pytest.approx(1000.0)
+    path = tmp_path / "fast.mkv"
+    write_video(path, numbered_frames(3), fps=1e-3, lossless=True)
+    assert probe_video(path).fps == pytest.approx(1e-3)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=20_000)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "bgr0"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(numbered_frames(1)[0], format="rgb24")))
+        container.mux(stream.encode(None))
+    with pytest.raises(VideoError, match=r"fast\.mkv has .* frames per second; above 0 up to 1000"):
+        probe_video(path)
