@@ -23,6 +23,7 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 TABLE = Path(__file__).with_name("resources.csv")
 ARCHITECTURES = ((8, 0), (9, 0))
@@ -163,7 +164,10 @@ def _instruction(ptx: str, log: str) -> str:
 
 def read_table(path: Path) -> list[Resources]:
     with path.open(newline="", encoding="utf-8") as file:
-        return [Resources(**{**row, **{name: int(row[name]) for name in NUMBERS}}) for row in csv.DictReader(file)]
+        rows: list[dict[str, Any]] = [
+            {**row, **{name: int(row[name]) for name in NUMBERS}} for row in csv.DictReader(file)
+        ]
+    return [Resources(**row) for row in rows]
 
 
 def write_table(rows: Sequence[Resources], path: Path) -> None:
