@@ -24,7 +24,8 @@ from dreamdance_kernels import (
 from dreamdance_kernels.dispatch import default_choice
 from dreamdance_kernels.dispatch_table import Choice, MeasuredCase
 
-BACKENDS = ("reference", "sdpa")
+BACKENDS = ("reference", "sdpa", "triton")  # triton's kernels run in its interpreter here
+DTYPES = {"reference": torch.float64, "sdpa": torch.float64, "triton": torch.float32}
 HEAD_WIDTHS = (5, 40, 64)
 
 
@@ -63,7 +64,7 @@ def inputs_for(name, *, num_tokens, width, dtype=torch.float64):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_geometry_attention_lets_every_domain_see_the_tokens_of_all_domains_of_its_frame_only(backend):
-    query, key, value = qkv(6, 3, 10)  # 2 frames x 3 domains, 2 heads of width 5
+    query, key, value = qkv(6, 3, 10, dtype=DTYPES[backend])  # 2 frames x 3 domains, 2 heads of width 5
     output = geometry_attention(query, key, value, num_domains=3, num_heads=2, backend=backend)
     for sample in range(6):
         frame = slice(sample // 3 * 3, sample // 3 * 3 + 3)
@@ -76,8 +77,8 @@ def test_geometry_attention_lets_every_domain_see_the_tokens_of_all_domains_of_i
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_reference_attention_appends_the_reference_of_the_own_clip_to_keys_and_values(backend):
-    query, key, value = qkv(6, 3, 10)  # 2 references with 3 samples each
-    reference_key, reference_value = tokens(2, 2, 4, 10, seed=1).unbind(0)
+    query, key, value = qkv(6, 3, 10, dtype=DTYPES[backend])  # 2 references with 3 samples each
+    reference_key, reference_value = tokens(2, 2, 4, 10, seed=1, dtype=DTYPES[backend]).unbind(0)
     output = reference_attention(query, key, value, reference_key, reference_value, num_heads=2, backend=backend)
     for sample in range(6):
         for head in (slice(0, 5), slice(5, 10)):
@@ -90,7 +91,7 @@ def test_reference_attention_appends_the_reference_of_the_own_clip_to_keys_and_v
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_temporal_attention_sees_its_own_place_in_all_frames_of_its_clip_only(backend):
-    query, key, value = qkv(6, 3, 10)  # 2 clips of 3 frames
+    query, key, value = qkv(6, 3, 10, dtype=DTYPES[backend])  # 2 clips of 3 frames
     output = temporal_attention(query, key, value, num_frames=3, num_heads=2, backend=backend)
     for sample in range(6):
         clip = slice(sample // 3 * 3, sample // 3 * 3 + 3)
@@ -108,7 +109,7 @@ def test_temporal_attention_sees_its_own_place_in_all_frames_of_its_clip_only(ba
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("head_width", HEAD_WIDTHS)
 def test_geometry_attention_with_one_domain_is_self_attention(backend, head_width):
-    query, key, value = qkv(4, 7, 2 * head_width)
+    query, key, value = qkv(4, 7, 2 * head_width, dtype=DTYPES[backend])
     output = geometry_attention(query, key, value, num_domains=1, num_heads=2, backend=backend)
     plain = reference_attention(query, key, value, None, None, num_heads=2, backend=backend)
     torch.testing.assert_close(output, plain)
@@ -116,7 +117,7 @@ def test_geometry_attention_with_one_domain_is_self_attention(backend, head_widt
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_permuting_the_domains_permutes_the_outputs_of_geometry_attention(backend):
-    inputs = qkv(6, 7, 10)
+    inputs = qkv(6, 7, 10, dtype=DTYPES[backend])
     order = torch.tensor([2, 0, 1, 5, 3, 4])  # the same permutation in both frames
     output = geometry_attention(*inputs, num_domains=3, num_heads=2, backend=backend)
     permuted = geometry_attention(*(x[order] for x in inputs), num_domains=3, num_heads=2, backend=backend)
@@ -134,7 +135,7 @@ def test_no_reference_and_an_empty_reference_are_bit_for_bit_the_same(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_reference_equal_to_the_sample_itself_changes_nothing(backend):
     """Every key twice halves every weight twice over."""
-    query, key, value = qkv(4, 7, 10)
+    query, key, value = qkv(4, 7, 10, dtype=DTYPES[backend])
     doubled = reference_attention(query, key, value, key, value, num_heads=2, backend=backend)
     plain = reference_attention(query, key, value, None, None, num_heads=2, backend=backend)
     torch.testing.assert_close(doubled, plain)
@@ -142,7 +143,7 @@ def test_a_reference_equal_to_the_sample_itself_changes_nothing(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_shared_reference_is_the_same_as_one_repeated_for_every_sample(backend):
-    *inputs, reference_key, reference_value = inputs_for("reference", num_tokens=5, width=10)
+    *inputs, reference_key, reference_value = inputs_for("reference", num_tokens=5, width=10, dtype=DTYPES[backend])
     shared = reference_attention(*inputs, reference_key, reference_value, num_heads=2, backend=backend)
     repeated = reference_attention(
         *inputs,
@@ -156,7 +157,7 @@ def test_a_shared_reference_is_the_same_as_one_repeated_for_every_sample(backend
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_temporal_attention_over_one_frame_returns_the_values(backend):
-    query, key, value = qkv(4, 7, 10)
+    query, key, value = qkv(4, 7, 10, dtype=DTYPES[backend])
     output = temporal_attention(query, key, value, num_frames=1, num_heads=2, backend=backend)
     torch.testing.assert_close(output, value)
 
@@ -164,7 +165,7 @@ def test_temporal_attention_over_one_frame_returns_the_values(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["geometry", "reference", "temporal"])
 def test_doubling_the_clips_for_guidance_leaves_each_half_as_it_was(name, backend):
-    inputs = inputs_for(name, num_tokens=5, width=10)
+    inputs = inputs_for(name, num_tokens=5, width=10, dtype=DTYPES[backend])
     once = call(name, inputs, num_heads=2, backend=backend)
     twice = call(name, [torch.cat([x, x.flip(1)]) for x in inputs], num_heads=2, backend=backend)
     torch.testing.assert_close(twice[:6], once)
@@ -181,22 +182,32 @@ def outputs_and_gradients(name, inputs, *, num_heads, backend):
     return [output.detach(), *torch.autograd.grad(output, leaves, cotangent)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("sdpa", torch.float32),
+        ("sdpa", torch.bfloat16),
+        ("triton", torch.float32),
+        ("triton", torch.float16),  # bfloat16 products are wrong in Triton's interpreter
+    ],
+)
 @pytest.mark.parametrize(("head_width", "num_tokens"), [(5, 13), (40, 24), (64, 1)])
 @pytest.mark.parametrize("name", ["geometry", "reference", "temporal"])
-def test_sdpa_errs_no_more_than_plain_torch_in_the_same_precision(name, head_width, num_tokens, dtype):
+def test_a_fused_backend_errs_no_more_than_plain_torch_in_the_same_precision(
+    name, head_width, num_tokens, backend, dtype
+):
     """Outputs and every gradient, each against float64; the factor covers another order of summation."""
     inputs = inputs_for(name, num_tokens=num_tokens, width=2 * head_width, dtype=dtype)
     truth = outputs_and_gradients(name, [x.double() for x in inputs], num_heads=2, backend="reference")
     plain = outputs_and_gradients(name, inputs, num_heads=2, backend="reference")
-    fused = outputs_and_gradients(name, inputs, num_heads=2, backend="sdpa")
+    fused = outputs_and_gradients(name, inputs, num_heads=2, backend=backend)
     for exact, ours, theirs in zip(truth, fused, plain, strict=True):
         rounding = torch.finfo(dtype).eps * exact.abs().max()
         assert ours.dtype == dtype
         assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max() + 2 * rounding
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
 @pytest.mark.parametrize("name", ["geometry", "reference", "temporal"])
 def test_gradients_are_those_of_finite_differences(name, backend):
     inputs = [x.requires_grad_() for x in inputs_for(name, num_tokens=2, width=6)]
@@ -209,8 +220,8 @@ def test_gradients_are_those_of_finite_differences(name, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["geometry", "reference", "temporal"])
 def test_a_packed_projection_split_in_three_gives_what_contiguous_inputs_give(name, backend):
-    packed = tokens(6, 5, 30).requires_grad_()
-    reference = tokens(2, 4, 20, seed=1)
+    packed = tokens(6, 5, 30, dtype=DTYPES[backend]).requires_grad_()
+    reference = tokens(2, 4, 20, seed=1, dtype=DTYPES[backend])
     views = [*packed.chunk(3, dim=-1), *(reference.chunk(2, dim=-1) if name == "reference" else ())]
     contiguous = [x.detach().contiguous().requires_grad_() for x in views]
 
