@@ -235,10 +235,10 @@ def _statistics_dtype(hidden_states: Tensor) -> torch.dtype:
 def _normalise_again(
     hidden_states: Tensor, mean: Tensor, reciprocal_deviation: Tensor, weight: Tensor, bias: Tensor
 ) -> Tensor:
-    """What SiLU was applied to, in the dtype of the statistics, which are not taken again."""
+    """What SiLU was applied to: torch's own formula on the same statistics, in their dtype."""
     group_size, behind = hidden_states.shape[1] // mean.shape[1], (1,) * (hidden_states.dim() - 2)
-    shift, scale = (
-        x.repeat_interleave(group_size, dim=1).unflatten(1, (-1, *behind)) for x in (mean, reciprocal_deviation)
-    )
-    factor, offset = (x.to(mean.dtype).unflatten(0, (-1, *behind)) for x in (weight, bias))
-    return (hidden_states - shift) * scale * factor + offset
+    mean, scale = (x.repeat_interleave(group_size, dim=1) for x in (mean, reciprocal_deviation))
+    scale = scale * weight.to(scale.dtype)
+    offset = bias.to(scale.dtype) - mean * scale
+    scale, offset = (x.unflatten(1, (-1, *behind)) for x in (scale, offset))
+    return torch.addcmul(offset, hidden_states.to(scale.dtype), scale)
