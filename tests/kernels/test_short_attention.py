@@ -222,12 +222,13 @@ def test_a_place_does_not_depend_on_those_that_share_its_tile():
 # -------------------------------------------------------------------------------------------------------- many, and far
 
 
+@pytest.mark.slow
 def test_more_places_than_a_second_grid_axis_has_are_all_computed(monkeypatch):
     """66,000 places of two frames in one launch, in a tile that lets the interpreter do so in seconds.
 
     With equal keys a place's weights are 1/2 and 1/2, which makes its result known without another attention.
     """
-    monkeypatch.setattr(short, "FLOAT32_TILE", Tile(256, 256, 4, 1))
+    monkeypatch.setattr(short, "FLOAT32_TILE", Tile(128, 128, 4, 1))
     value = (torch.arange(66_000 * 2) % 1024).float().reshape(1, 66_000, 2, 1)
     ones = torch.ones_like(value)
     output = short.forward(ones, ones, value, num_heads=1)
