@@ -119,6 +119,7 @@ def forward_kernel(
     length: tl.constexpr,
     block_rows: tl.constexpr,
 ) -> None:
+    """Output of the places of one tile."""
     clip, place, frame, exists = _tile(num_places, length, block_rows)
     query = _row_pointers(query, clip, place, frame, query_outer, query_inner, query_row)
     key = _row_pointers(key, clip, place, frame, key_outer, key_inner, key_row)
@@ -184,6 +185,7 @@ def backward_kernel(
     length: tl.constexpr,
     block_rows: tl.constexpr,
 ) -> None:
+    """Gradients of the places of one tile, from the inputs alone."""
     clip, place, frame, exists = _tile(num_places, length, block_rows)
     grad_output = _row_pointers(grad_output, clip, place, frame, grad_output_outer, grad_output_inner, grad_output_row)
     query = _row_pointers(query, clip, place, frame, query_outer, query_inner, query_row)
