@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from dreamdance.data.stored_clip import StoredClip
 from dreamdance.data.streaming_compat import INDEX_FILE
 from dreamdance.data.video_clips import Split, VideoPart, choose_validation, describe_files, find_videos
 from dreamdance.data.video_io import write_video
+from dreamdance.folder_claim import claim_folder
 from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import DancersSource, PrepareRecipe, Shards, VideosSource
 from dreamdance.run_layout import ProgressLog
@@ -56,20 +58,21 @@ def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
     def report(split: Split, done: int, _: int) -> None:
         progress.write(done=done_before + done, total=total, unit="parts", message=f"writing {output / split}")
 
-    for split, planned in parts.items():
-        write_shards(
-            output / split,
-            planned,
-            settings={**describe_source(recipe), "split": split, "shard_size_mib": recipe.shard_size_mib},
-            shard_format=shard_format,
-            num_workers=recipe.num_workers,
-            ranks=ranks,
-            on_part=partial(report, split),
-        )
-        done_before += len(planned)
-    if ranks.is_main and "validation" in parts:
-        count = write_examples(output)
-        logger.info("%s lists %d validation clips for `animate`", output / MANIFEST_FILE, count)
+    with claim_folder(output, key="output") if ranks.is_main else nullcontext():
+        for split, planned in parts.items():
+            write_shards(
+                output / split,
+                planned,
+                settings={**describe_source(recipe), "split": split, "shard_size_mib": recipe.shard_size_mib},
+                shard_format=shard_format,
+                num_workers=recipe.num_workers,
+                ranks=ranks,
+                on_part=partial(report, split),
+            )
+            done_before += len(planned)
+        if ranks.is_main and "validation" in parts:
+            count = write_examples(output)
+            logger.info("%s lists %d validation clips for `animate`", output / MANIFEST_FILE, count)
     progress.write(done=total, total=total, unit="parts", message=f"{output} is complete")
 
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,7 +120,7 @@ def write_shards(
         if ranks.is_main:
             shutil.rmtree(folder / PARTS_FOLDER, ignore_errors=True)
         return
-    _begin(folder, settings)
+    _begin(folder, settings, ranks)
     own = [part for part in parts[ranks.rank :: ranks.world_size] if not _part_folder(folder, part).exists()]
 
     def report() -> int:
@@ -137,16 +137,27 @@ def write_shards(
         _complete(folder, parts, settings)
 
 
-def _begin(folder: Path, settings: Mapping[str, Any]) -> None:
+def _begin(folder: Path, settings: Mapping[str, Any], ranks: Ranks) -> None:
     """Notes the settings at the first start; at a later one compares them."""
     noted = folder / PARTS_FOLDER / SETTINGS_FILE
     if noted.exists():
-        _check_settings(folder, json.loads(noted.read_text(encoding="utf-8")), settings)
+        _check_settings(folder, _read_object(noted), settings)
         return
     noted.parent.mkdir(parents=True, exist_ok=True)
-    incoming = noted.with_name(f".{SETTINGS_FILE}.{os.getpid()}")
+    # Ranks in containers of their own may all have the same process id.
+    incoming = noted.with_name(f".{SETTINGS_FILE}.{ranks.rank}.{os.getpid()}")
     incoming.write_text(json.dumps(settings, indent=1, sort_keys=True), encoding="utf-8")
     os.replace(incoming, noted)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ShardError(f"{path} is damaged ({error}); delete {path.parent}, what it holds is made anew") from error
+    if not isinstance(content, dict):
+        raise ShardError(f"{path} is damaged: no JSON object; delete {path.parent}, what it holds is made anew")
+    return content
 
 
 def _check_settings(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -174,11 +185,20 @@ def _write_parts(folder: Path, parts: Sequence[Part], shard_format: ShardFormat,
         return
     context = worker_context(__name__)
     with ProcessPoolExecutor(min(num_workers, len(parts)), mp_context=context, initializer=start_worker) as pool:
-        futures = [pool.submit(write_part, folder, part, shard_format) for part in parts]
+        waiting = {pool.submit(write_part, folder, part, shard_format) for part in parts}
         try:
-            for future in as_completed(futures):
-                future.result()
-                yield
+            while waiting:
+                done, waiting = wait(waiting, timeout=STALL_SECONDS, return_when=FIRST_COMPLETED)
+                if not done:
+                    for process in pool._processes.values():  # else the pool would wait for them
+                        process.kill()
+                    raise ShardError(
+                        f"{len(waiting)} parts of {folder} are missing and none was made for {STALL_SECONDS:.0f} s: "
+                        "the storage hangs, or a part is too large (`clips_per_part`)"
+                    )
+                for future in done:
+                    future.result()
+                    yield
         except BrokenProcessPool as error:
             raise ShardError(
                 f"a process that wrote parts of {folder} died; out of memory? See `num_workers`"
@@ -227,7 +247,7 @@ def _complete(folder: Path, parts: Sequence[Part], settings: Mapping[str, Any]) 
     shards = []
     for part in parts:
         part_folder = _part_folder(folder, part)
-        for shard in json.loads((part_folder / INDEX_FILE).read_text(encoding="utf-8"))["shards"]:
+        for shard in _read_object(part_folder / INDEX_FILE)["shards"]:
             if not shard["samples"]:  # the library begins with an empty one where the first clip exceeds the size
                 continue
             stored = shard["zip_data"] or shard["raw_data"]

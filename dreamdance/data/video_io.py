@@ -151,7 +151,7 @@ def write_video(
         crf: H.264's quality, smaller is better; 18 looks like the original.
 
     Raises:
-        VideoError: no frames, of mixed or other shapes, or a name that does not end as it should.
+        VideoError: no frames, of mixed or other shapes, a name that does not end as it should, or a full disk.
     """
     path = Path(path)
     suffix = LOSSLESS_SUFFIX if lossless else ".mp4"
@@ -178,6 +178,8 @@ def write_video(
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             container.mux(stream.encode(None))
         os.replace(incoming, path)
+    except av.FFmpegError as error:
+        raise VideoError(f"{path} cannot be written: {error.strerror}") from error
     finally:
         incoming.unlink(missing_ok=True)
 

@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.distributed import TCPStore
 
 from dreamdance.data.transforms import encode_normals
 from dreamdance.errors import UserError
+from dreamdance.folder_claim import OutputError, claim_folder
 from dreamdance.inference.inputs import EntryInputs, Size, hash_files, load_inputs
 from dreamdance.inference.manifest import ManifestEntry, read_manifest
 from dreamdance.inference.results import ClipResult, installed_versions, is_done, write_result
@@ -58,22 +60,29 @@ def animate(recipe: AnimateRecipe, run_folder: Path) -> None:
     Raises:
         ManifestError: the manifest is wrong; nothing was animated.
         MissingInputError: a run or its export is not there.
+        OutputError: the output folder cannot be written, or another run is writing into it.
         AnimateError: on the main rank, when all entries are through, if some failed.
     """
     ranks = Ranks.from_environment()
     entries = read_manifest(Path(recipe.manifest), default_seed=recipe.seed)
-    meeting = open_meeting(ranks, timeout_minutes=recipe.cluster.time_minutes)
-    stages = load_stages(recipe, run_folder, ranks.device)
-    failures = animate_entries(entries[ranks.rank :: ranks.world_size], recipe, stages, run_folder, ranks)
-    failures = gather_failures(failures, meeting, ranks)
-    if ranks.is_main:
-        report_failures(failures, Path(recipe.output), num_entries=len(entries))
+    # The main rank claims the folder for all: until it has, and opens the meeting, the others wait there.
+    with claim_folder(Path(recipe.output), key="output") if ranks.is_main else nullcontext():
+        meeting = open_meeting(ranks, timeout_minutes=recipe.cluster.time_minutes)
+        stages = load_stages(recipe, run_folder, ranks.device)
+        failures = animate_entries(entries[ranks.rank :: ranks.world_size], recipe, stages, run_folder, ranks)
+        failures = gather_failures(failures, meeting, ranks)
+        if ranks.is_main:
+            report_failures(failures, Path(recipe.output), num_entries=len(entries))
 
 
 def animate_entries(
     entries: Sequence[ManifestEntry], recipe: AnimateRecipe, stages: Stages, run_folder: Path, ranks: Ranks
 ) -> list[Failure]:
-    """Animates this rank's share, one entry after the other; a bad one does not stop the others."""
+    """Animates this rank's share, one entry after the other; a bad one does not stop the others.
+
+    Raises:
+        OutputError: results cannot be written; further entries would fare no better.
+    """
     progress = ProgressLog(run_folder, ranks)
     whose = f" of rank 0 of {ranks.world_size}" if ranks.world_size > 1 else ""
     failures = []
@@ -81,6 +90,8 @@ def animate_entries(
         progress.write(done=number, total=len(entries), unit="clips", message=f"animating {entry.id}{whose}")
         try:
             animate_entry(entry, recipe, stages)
+        except OutputError:
+            raise
         except (UserError, torch.OutOfMemoryError) as error:
             logger.error("entry '%s' (line %d) failed: %s", entry.id, entry.line, error)
             failures.append(Failure(entry.id, entry.line, str(error)))

@@ -15,9 +15,11 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from dreamdance.atomic_files import sync_folder
 from dreamdance.data.picture_grid import Row, draw_grid
 from dreamdance.data.transforms import encode_normals, resize_images, resize_normals, tensor_to_pictures
-from dreamdance.data.video_io import write_video
+from dreamdance.data.video_io import VideoError, write_video
+from dreamdance.folder_claim import OutputError
 from dreamdance.run_layout import ARRAYS_FILE, RESULT_FILE
 
 VIDEO_FILE = "video.mp4"
@@ -54,9 +56,11 @@ def is_done(folder: Path, request: dict[str, Any]) -> bool:
     """Whether a folder holds the complete result of exactly this request (inputs, seed, settings, weights)."""
     try:
         found = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if not isinstance(found, dict) or found.get("request") != json.loads(json.dumps(request)):
+            return False
+        return bool(found["sizes"]) and found["sizes"] == _sizes(folder)
+    except (OSError, ValueError, KeyError, RecursionError):
         return False
-    return isinstance(found, dict) and found.get("request") == json.loads(json.dumps(request))
 
 
 def write_result(folder: Path, result: ClipResult, *, request: dict[str, Any], details: dict[str, Any]) -> None:
@@ -67,27 +71,59 @@ def write_result(folder: Path, result: ClipResult, *, request: dict[str, Any], d
         result: the pictures.
         request: what determines the result; `is_done` compares it.
         details: what else is worth knowing.
+
+    Raises:
+        OutputError: the disk is full, or the folder cannot be written.
     """
     incoming = folder.with_name(f".{folder.name}.incoming")
-    shutil.rmtree(incoming, ignore_errors=True)
-    incoming.mkdir(parents=True)
+    try:
+        _remove(incoming)
+        incoming.mkdir(parents=True)
+        _write_files(incoming, result, request=request, details=details)
+        if folder.exists() or folder.is_symlink():
+            outgoing = folder.with_name(f".{folder.name}.outgoing")
+            _remove(outgoing)
+            os.replace(folder, outgoing)
+            _remove(outgoing)
+        os.replace(incoming, folder)
+        sync_folder(folder.parent)
+    except (OSError, VideoError) as error:
+        raise OutputError(
+            f"the result of '{folder.name}' cannot be written: {error}; free the disk or give another `output`, "
+            "the same command then goes on"
+        ) from error
+
+
+def _write_files(folder: Path, result: ClipResult, *, request: dict[str, Any], details: dict[str, Any]) -> None:
     arrays = {"frames": tensor_to_pictures(result.frames)}
     if result.normals is not None and result.depths is not None:
         arrays["normals"] = np.moveaxis(result.normals.numpy(), 1, -1).astype(np.float16)
         arrays["depths"] = result.depths[:, 0].numpy().astype(np.float16)
-    np.savez_compressed(incoming / ARRAYS_FILE, **arrays)
-    write_video(incoming / VIDEO_FILE, arrays["frames"], fps=result.fps)
+    np.savez_compressed(folder / ARRAYS_FILE, **arrays)
+    write_video(folder / VIDEO_FILE, arrays["frames"], fps=result.fps)
     columns = _columns(result)
-    write_video(incoming / SIDE_BY_SIDE_FILE, _side_by_side(columns), fps=result.fps)
-    Image.fromarray(_contact_sheet(columns)).save(incoming / CONTACT_SHEET_FILE)
+    write_video(folder / SIDE_BY_SIDE_FILE, _side_by_side(columns), fps=result.fps)
+    Image.fromarray(_contact_sheet(columns)).save(folder / CONTACT_SHEET_FILE)
     content = {"request": request, "num_frames": len(result.frames), "fps": result.fps, **details}
-    (incoming / RESULT_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    if folder.exists():
-        outgoing = folder.with_name(f".{folder.name}.outgoing")
-        shutil.rmtree(outgoing, ignore_errors=True)
-        os.replace(folder, outgoing)
-        shutil.rmtree(outgoing)
-    os.replace(incoming, folder)
+    content["sizes"] = _sizes(folder)
+    (folder / RESULT_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for path in folder.iterdir():  # the name must not become durable before what it stands for
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Of the files beside the result's own description, in bytes."""
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != RESULT_FILE}
+
+
+def _remove(path: Path) -> None:
+    """Whatever it is; of a link the link alone."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 @cache

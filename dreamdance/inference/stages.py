@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,12 +14,16 @@ from dreamdance.atomic_files import hash_file
 from dreamdance.errors import CheckpointError, MissingInputError, RecipeError
 from dreamdance.models.autoencoding import downscale_factor
 from dreamdance.pipelines import AnimationPipeline, GeometryPipeline
+from dreamdance.pipelines.sampling import COMPONENTS_MODULE
 from dreamdance.recipe.schema import AnimateRecipe
 from dreamdance.run_layout import EXPORT_INDEX_FILE, is_export, newest_export
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CODE_SUFFIXES = (".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".ckpt", ".pkl")
+COMPONENT_LIBRARIES = ("diffusers", "transformers", COMPONENTS_MODULE)
+SAFELY = {"local_files_only": True, "use_safetensors": True}  # a pickled file of weights could run any code
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,11 @@ def load_stages(recipe: AnimateRecipe, run_folder: Path, device: torch.device) -
     exports = {"animation": find_export(recipe.animation_from, run_folder, AnimationPipeline, key="animation_from")}
     if recipe.geometry_from is not None:
         exports["geometry"] = find_export(recipe.geometry_from, run_folder, GeometryPipeline, key="geometry_from")
-    animation = AnimationPipeline.from_pretrained(exports["animation"], torch_dtype=dtype).to(device)
+    animation = AnimationPipeline.from_pretrained(exports["animation"], torch_dtype=dtype, **SAFELY).to(device)
     animation.set_progress_bar_config(disable=True)
     geometry = None
     if recipe.geometry_from is not None:
-        geometry = GeometryPipeline.from_pretrained(exports["geometry"], torch_dtype=dtype).to(device)
+        geometry = GeometryPipeline.from_pretrained(exports["geometry"], torch_dtype=dtype, **SAFELY).to(device)
         geometry.set_progress_bar_config(disable=True)
     if problems := list(_misfits(recipe, animation, geometry)):
         raise RecipeError("\n".join(problems))
@@ -71,7 +76,7 @@ def find_export(
 
     Raises:
         MissingInputError: neither is there.
-        CheckpointError: the export's index is damaged.
+        CheckpointError: the export is damaged, or names code or pickled weights of its own.
         RecipeError: it is the export of another stage.
     """
     folder = Path(name)
@@ -81,14 +86,37 @@ def find_export(
         except MissingInputError as error:
             raise MissingInputError(f"{key}: {error}") from error
     try:
-        found = json.loads((folder / EXPORT_INDEX_FILE).read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        index = json.loads((folder / EXPORT_INDEX_FILE).read_text(encoding="utf-8"))
+        found = index["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{key}: {folder / EXPORT_INDEX_FILE} is damaged ({error!r}); export that run again"
         ) from error
     if found != pipeline_class.__name__:
         raise RecipeError(f"{key}: {folder} is an export of {found}, but {pipeline_class.__name__} is wanted here")
+    check_components(folder, index, key=key)
     return folder
+
+
+def check_components(folder: Path, index: dict[str, Any], *, key: str) -> None:
+    """Refuses an export that brings code: diffusers imports whatever module its index names for a component.
+
+    Raises:
+        CheckpointError: naming the component, or the file.
+    """
+    for component, named in index.items():
+        if component.startswith("_") or named == [None, None]:
+            continue
+        if not isinstance(named, list) or len(named) != 2 or named[0] not in COMPONENT_LIBRARIES:
+            raise CheckpointError(
+                f"{key}: {folder / EXPORT_INDEX_FILE} takes '{component}' from {named!r}; only components of "
+                f"{', '.join(COMPONENT_LIBRARIES)} are loaded"
+            )
+    foreign = sorted(path for path in folder.rglob("*") if path.suffix in CODE_SUFFIXES)
+    if foreign:
+        raise CheckpointError(
+            f"{key}: {foreign[0]} could run any code; an export holds .json and .safetensors files alone, remove it"
+        )
 
 
 def hash_export(folder: Path) -> str:

@@ -1,0 +1,43 @@
+"""Keeps two runs from writing into one folder at once. No torch here."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from dreamdance.errors import UserError
+
+CLAIM_FILE = ".claimed"
+
+
+class OutputError(UserError):
+    """A folder for results cannot be written."""
+
+
+@contextmanager
+def claim_folder(folder: Path, *, key: str) -> Iterator[None]:
+    """Makes a folder and holds it until the block is left; a claim dies with the process that holds it.
+
+    Args:
+        folder: where results go.
+        key: of the recipe, which names the folder.
+
+    Raises:
+        OutputError: another run holds it, or it cannot be made or written.
+    """
+    lock = FileLock(folder / CLAIM_FILE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise OutputError(
+            f"another run is writing into {folder} at this moment; wait for it, cancel it, or give another `{key}`"
+        ) from error
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written: {error}; give another `{key}`") from error
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # still held: who opened it before finds that its name is gone
+        lock.release()

@@ -1,0 +1,56 @@
+"""A folder for results belongs to one run at a time, and to nobody when that run is gone."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from fault_log import record_fault
+
+from dreamdance.folder_claim import CLAIM_FILE, OutputError, claim_folder
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from dreamdance.folder_claim import claim_folder
+with claim_folder(Path(sys.argv[1]), key="output"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_folder_is_made_and_nothing_stays_in_it(tmp_path):
+    with claim_folder(tmp_path / "a" / "b", key="output"):
+        assert (tmp_path / "a" / "b").is_dir()
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_a_second_run_is_refused_until_the_first_is_gone_even_killed(tmp_path):
+    folder = tmp_path / "results"
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        start = time.monotonic()
+        with pytest.raises(OutputError, match=r"another run is writing into .*results.*give another `output`") as told:
+            claim_folder(folder, key="output").__enter__()
+        detected = time.monotonic() - start
+        holder.send_signal(signal.SIGKILL)
+        assert holder.wait() == -signal.SIGKILL
+    assert (folder / CLAIM_FILE).exists()
+    with claim_folder(folder, key="output"):
+        assert (folder / CLAIM_FILE).exists()
+    assert not (folder / CLAIM_FILE).exists()
+    record_fault(
+        "two runs write into one output folder",
+        how="a second run starts beside the first; then the first is killed",
+        promised="the second is refused by name; after the kill the folder is free",
+        happened=str(told.value),
+        detected_seconds=detected,
+    )
+
+
+@pytest.mark.parametrize("place", ["/proc/results", "file/results"])
+def test_a_folder_that_cannot_be_made_is_named_with_its_key(tmp_path, place):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OutputError, match=r"results cannot be written: .*give another `output`"):
+        claim_folder(tmp_path / place, key="output").__enter__()
