@@ -1,12 +1,13 @@
 """Runs that are struck and started again, and the proof that nothing of it shows in the end."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from rank_processes import StartedRanks
-from training_scenarios import Recipe, Strike, run_recorded
+from training_scenarios import Recipe, run_recorded
 
 from dreamdance.run_layout import progress_file
 
@@ -39,10 +40,16 @@ def settings(shards: Path, **more: Any) -> dict[str, Any]:
     }
 
 
-def start(recipe: Recipe, run: Path, strike: Strike | None = None) -> list[int]:
-    """Starts a run on two ranks and returns how they ended."""
-    with StartedRanks(run_recorded, WORLD_SIZE, run / "output", recipe=recipe, run=run, strike=strike) as ranks:
+def start(recipe: Recipe, run: Path, strike: Any = None, **arguments: Any) -> list[int]:
+    """Starts a run on as many ranks as it wants and returns how they ended."""
+    started = {"recipe": recipe, "run": run, "strike": strike, **arguments}
+    with StartedRanks(run_recorded, recipe.cluster.world_size, run / "output", **started) as ranks:
         return ranks.wait()
+
+
+def output(run: Path, rank: int = 0) -> str:
+    """What a rank wrote in the last start."""
+    return (run / "output" / f"output_{rank}.txt").read_text(errors="replace")
 
 
 def samples_in_order(run: Path) -> list[list[tuple[int, int, float]]]:
@@ -106,3 +113,9 @@ def first_step_after(run: Path, moment: float) -> float:
     """Seconds from a moment to the first step that the run told of after it."""
     lines = [json.loads(line) for line in progress_file(run).read_text().splitlines()]
     return min(line["time"] for line in lines if "loss" in line and line["time"] > moment) - moment
+
+
+def resumed_step(run: Path) -> int:
+    """The step that the last start went on from; 0 where it began anew."""
+    found = [re.search(r" from step ([\d,]+) ", text) for text in messages(run) if text.startswith("resuming")]
+    return int(found[-1][1].replace(",", "")) if found and found[-1] else 0

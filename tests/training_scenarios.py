@@ -1,7 +1,9 @@
 """What the ranks of the distributed tests do: real runs, recorded, and struck at a chosen instant."""
 
+import ctypes
 import json
 import os
+import resource
 import signal
 import sys
 import threading
@@ -76,6 +78,69 @@ class Strike:
 
 
 @dataclass(frozen=True)
+class SmallDisk:
+    """A rank whose files may not grow any more, from the first time on that it opens a certain one to write.
+
+    Attributes:
+        rank: which.
+        path_contains: all of this must occur in the file's path.
+        times: how often that file meets the limit before there is room again.
+    """
+
+    rank: int
+    path_contains: tuple[str, ...]
+    times: int
+    LARGEST_BYTES = 4096
+
+    def prepare(self, ranks: Ranks) -> None:
+        if ranks.rank != self.rank:
+            return
+        opened = 0
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+        def limit_at_open(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal opened
+            if event == "open" and arguments[1] == "w" and all(part in str(arguments) for part in self.path_contains):
+                opened += 1
+                limit = self.LARGEST_BYTES if opened <= self.times else before[0]
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+
+        sys.addaudithook(limit_at_open)
+
+
+@dataclass(frozen=True)
+class ReadOnlyFolder:
+    """No rank may write into a folder any more, from a training forward pass on; 0 is from the beginning."""
+
+    folder: Path
+    forward: int
+
+    def prepare(self, ranks: Ranks) -> None:
+        _drop_all_rights()
+        count = 0
+
+        def forbid(module: nn.Module, inputs: Any) -> None:
+            nonlocal count
+            if _is_training(module):
+                count += 1
+                if count == self.forward:
+                    self.folder.chmod(0o555)
+
+        if self.forward:
+            register_module_forward_pre_hook(forbid)
+        else:
+            self.folder.chmod(0o555)
+
+
+def _drop_all_rights() -> None:
+    """Of root, whom permissions would not stop: `capset` with nothing effective and nothing permitted."""
+    version_3, this_process = 0x20080522, 0
+    header = (ctypes.c_uint32 * 2)(version_3, this_process)
+    if ctypes.CDLL(None, use_errno=True).capset(header, (ctypes.c_uint32 * 6)()):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
+@dataclass(frozen=True)
 class Spoiled:
     """Samples, by (epoch, sample id), whose pictures are multiplied by a number: a large one makes the loss leap."""
 
@@ -88,7 +153,7 @@ def run_recorded(
     *,
     recipe: Recipe,
     run: Path,
-    strike: Strike | None = None,
+    strike: Strike | SmallDisk | ReadOnlyFolder | None = None,
     poisoned: tuple[int, ...] = (),
     spoiled: Spoiled | None = None,
 ) -> None:
@@ -127,9 +192,9 @@ def run_recorded(
         batch: ClipBatch = inputs[0]
         assert spoiled is not None
         hit = torch.tensor([(epoch, sample) in spoiled.keys for _, epoch, sample in batch.keys.tolist()])
-        rgb = batch.rgb.clone()
-        rgb[hit] *= spoiled.factor
-        return (replace(batch, rgb=rgb),)
+        factors = torch.where(hit, spoiled.factor, 1.0).reshape(-1, 1, 1, 1, 1)
+        maps = {name: getattr(batch, name) * factors for name in ("rgb", "normal", "depth")}
+        return (replace(batch, **maps),)
 
     register_module_forward_hook(note)
     if spoiled is not None:
@@ -189,6 +254,18 @@ def _inspect(trainer: Trainer, first: dict[str, torch.Tensor]) -> dict[str, Any]
         "num_average": sum(shard.numel() for shard in trainer.ema.shards),
         "weights_before": _trainable(engine.objective),
         "masters_gathered": {name: value.clone() for name, value in engine.gathered(engine.masters)},
+        "moments_gathered": _moments(trainer),
+    }
+
+
+def _moments(trainer: Trainer) -> dict[str, dict[str, torch.Tensor]]:
+    """The optimizer's moments as whole parameters; empty before the first step that was applied."""
+    engine = trainer.engine
+    states = list(engine._engine.optimizer.state.values())
+    return {
+        moment: {name: value.clone() for name, value in engine.gathered([state[moment] for state in states])}
+        for moment in engine.MOMENTS
+        if states
     }
 
 

@@ -353,20 +353,27 @@ def _by_name(files: Mapping[Path, Any]) -> dict[str, Any]:
 def _check_writable(folder: Path) -> None:
     """Finds out before the first step, not at the first save."""
     probe = folder / ".writable"
-    try:
+    with _naming_what_fails():
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise CheckpointError(
-            f"checkpoints cannot be saved: {error}. Make {folder} writable, or give another --runs"
-        ) from error
 
 
 def _clear(folder: Path) -> None:
     """Removes what an earlier save of the same step left: cut short, or found damaged at resume."""
-    _delete(folder)
-    folder.mkdir(parents=True)
+    with _naming_what_fails():
+        _delete(folder)
+        folder.mkdir(parents=True)
+
+
+@contextmanager
+def _naming_what_fails() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoints cannot be saved: {error}. Make that folder writable, or give another --runs"
+        ) from error
 
 
 def _delete(folder: Path) -> None:

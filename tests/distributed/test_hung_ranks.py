@@ -1,0 +1,74 @@
+"""A rank that stops without dying: every rank's watchdog ends its process soon, and the next start loses nothing."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from fault_log import record_fault
+from interruptions import (
+    WORLD_SIZE,
+    assert_same_checkpoint,
+    first_step_after,
+    output,
+    resumed_step,
+    settings,
+    start,
+    struck_at,
+)
+from rank_processes import StartedRanks
+from recipes_for_tests import tiny_stage1_recipe
+from training_scenarios import Recipe, Strike, run_recorded
+
+from dreamdance.run_layout import checkpoint_folder
+from dreamdance.training.watchdog import HUNG_EXIT_CODE
+
+pytestmark = pytest.mark.distributed
+
+MAX_STEPS = 8
+LEAST_SECONDS = 3
+STRUCK_STEP = 5
+MICRO_BATCHES = 2
+
+
+def make_recipe(shards: Path, **changes: object) -> Recipe:
+    return tiny_stage1_recipe("domains", settings(shards, max_steps=MAX_STEPS, **changes))
+
+
+@pytest.fixture(scope="module")
+def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run without any fault."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    assert start(make_recipe(shards), run) == [0, 0], output(run)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("number", "fault"), [(signal.SIGSTOP, "rank stopped (SIGSTOP)"), (None, "rank hangs in a step")]
+)
+def test_a_rank_that_stops_is_noticed_by_all_who_can_and_the_run_goes_on_bit_for_bit(
+    number, fault, whole, shards, tmp_path
+):
+    run = tmp_path / "run"
+    strike = Strike(1, number, forward=STRUCK_STEP * MICRO_BATCHES)
+    watched = make_recipe(shards, **{"cluster.step_timeout_seconds": LEAST_SECONDS})
+    with StartedRanks(run_recorded, WORLD_SIZE, run / "output", recipe=watched, run=run, strike=strike) as ranks:
+        others = [0] if number else [0, 1]  # what is stopped can do nothing; srun ends it with the others
+        for rank in others:
+            ranks.processes[rank].join(90)
+            assert ranks.processes[rank].exitcode == HUNG_EXIT_CODE, ranks.output()
+            assert f"training a step (step {STRUCK_STEP}) has taken over" in output(run, rank)
+            assert "in _take_step" in output(run, rank), "the stack of where it waits"
+        ended = time.time()
+    detected = ended - struck_at(run, 1)
+    assert start(make_recipe(shards), run) == [0, 0], output(run)
+    assert_same_checkpoint(checkpoint_folder(whole, MAX_STEPS), checkpoint_folder(run, MAX_STEPS))
+    record_fault(
+        fault,
+        how=f"in the forward pass of step {STRUCK_STEP} on rank 1 of 2; cluster.step_timeout_seconds={LEAST_SECONDS}",
+        promised="every rank that can notices within the time, shows all stacks and ends with code 75",
+        happened=f"so it did; started again from step {resumed_step(run)}, weights bit-identical",
+        detected_seconds=detected,
+        resumed_seconds=first_step_after(run, ended),
+        steps_lost=STRUCK_STEP - 1 - resumed_step(run),
+    )

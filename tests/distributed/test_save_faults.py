@@ -1,0 +1,159 @@
+"""A save that fails: tried again, or the run ends with the reason and loses nothing; hostile files are not loaded."""
+
+import os
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from fault_log import record_fault
+from interruptions import (
+    WORLD_SIZE,
+    assert_same_checkpoint,
+    first_step_after,
+    messages,
+    output,
+    resumed_step,
+    settings,
+    start,
+)
+from recipes_for_tests import tiny_stage1_recipe
+from training_scenarios import ReadOnlyFolder, Recipe, SmallDisk
+
+from dreamdance.atomic_files import hash_file
+from dreamdance.errors import CheckpointError
+from dreamdance.run_layout import checkpoint_folder, progress_file, step_folders
+from dreamdance.training import manifest as manifests
+from dreamdance.training.checkpoint import read_average
+from dreamdance.training.manifest import FileRecord
+
+pytestmark = pytest.mark.distributed
+
+MAX_STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def recipe(shards: Path) -> Recipe:
+    return tiny_stage1_recipe("domains", settings(shards, max_steps=MAX_STEPS))
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run without any fault."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    assert start(recipe, run) == [0, 0], output(run)
+    return run
+
+
+def test_a_disk_that_is_full_for_a_moment_costs_nothing_but_a_warning(recipe, whole, tmp_path):
+    run = tmp_path / "run"
+    disk = SmallDisk(rank=1, path_contains=("step_00000004", "zero_pp_rank_1"), times=1)
+    assert start(recipe, run, disk) == [0, 0], output(run, 1)
+    assert "zero_pp_rank_1_mp_rank_00_optim_states.pt failed, trying again in 1 s" in output(run, 1)
+    assert any(text.startswith("saved step_00000004") for text in messages(run))
+    assert_same_checkpoint(checkpoint_folder(whole, MAX_STEPS), checkpoint_folder(run, MAX_STEPS))
+    record_fault(
+        "disk full for a moment",
+        how="RLIMIT_FSIZE on rank 1 while it writes its part of step 4",
+        promised="the part is written again, the run goes on",
+        happened="warned, written again after 1 s, weights bit-identical",
+        steps_lost=0,
+    )
+
+
+def test_a_disk_that_stays_full_ends_the_run_on_all_ranks_and_the_next_start_loses_one_save(recipe, whole, tmp_path):
+    run = tmp_path / "run"
+    disk = SmallDisk(rank=1, path_contains=("step_00000004", "zero_pp_rank_1"), times=99)
+    assert start(recipe, run, disk) == [1, 1]
+    struck = (checkpoint_folder(run, 4) / "rank_00000.pt").stat().st_mtime
+    for rank in range(WORLD_SIZE):
+        assert "CheckpointError: step_00000004 could not be saved: rank 1: " in output(run, rank)
+        assert "File too large" in output(run, rank)
+        assert "started again, it goes on from step_00000002" in output(run, rank)
+    detected = (run / "output" / "output_0.txt").stat().st_mtime - struck
+    restarted = time.time()
+    assert start(recipe, run) == [0, 0], output(run)
+    assert "from step 2 " in next(text for text in messages(run) if text.startswith("resuming"))
+    assert_same_checkpoint(checkpoint_folder(whole, MAX_STEPS), checkpoint_folder(run, MAX_STEPS))
+    record_fault(
+        "disk full",
+        how="RLIMIT_FSIZE on rank 1 from its part of step 4 on",
+        promised="the run ends on all ranks with the reason; older checkpoints intact; started again, nothing is lost",
+        happened="three attempts, then a CheckpointError that names rank and reason; weights bit-identical in the end",
+        detected_seconds=detected,
+        resumed_seconds=first_step_after(run, restarted),
+        steps_lost=4 - resumed_step(run),
+    )
+
+
+@pytest.mark.parametrize("forward", [0, 8])
+def test_a_folder_that_cannot_be_written_ends_the_run_on_all_ranks_with_its_name(forward, recipe, tmp_path):
+    run = tmp_path / "run"
+    checkpoints = run / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    began = time.time()
+    try:
+        assert start(recipe, run, ReadOnlyFolder(checkpoints, forward)) == [1, 1]
+        complete = [folder.name for folder in step_folders(checkpoints)]
+    finally:
+        checkpoints.chmod(0o755)
+    for rank in range(WORLD_SIZE):
+        assert "checkpoints cannot be saved: [Errno 13] Permission denied" in output(run, rank)
+        assert str(checkpoints) in output(run, rank)
+    assert complete == ([] if forward == 0 else ["step_00000002"])
+    assert forward or not progress_file(run).exists(), "not a single step was taken in vain"
+    record_fault(
+        "read-only checkpoint folder" + (" at the start" if forward == 0 else " in the middle"),
+        how="mode 0555, and root without its rights",
+        promised="refused by name before the first step; in the middle, at the next save; older checkpoints intact",
+        happened="CheckpointError on all ranks",
+        detected_seconds=time.time() - began if forward == 0 else None,
+        steps_lost=None if forward == 0 else 2,
+    )
+
+
+class Hostile:
+    """Unpickling this makes a file."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.trace}",))
+
+
+def poison(folder: Path, name: str, trace: Path) -> None:
+    """Adds code to a file of a checkpoint and makes the manifest agree with it."""
+    path = folder / name
+    content = torch.load(path, weights_only=False)  # written by this very test
+    torch.save({**content, "extra": Hostile(trace)}, path)
+    manifest = manifests.read_manifest(folder)
+    files = [record for record in manifest.files if record.path != name]
+    record = FileRecord(name, path.stat().st_size, hash_file(path))
+    manifests.complete(folder, replace(manifest, files=(*files, record)))
+
+
+@pytest.mark.parametrize("world_size", [2, 1])
+@pytest.mark.parametrize("name", ["deepspeed/zero_pp_rank_1_mp_rank_00_optim_states.pt", "rank_00001.pt"])
+def test_code_in_one_ranks_file_is_refused_in_resume_and_in_conversion(name, world_size, recipe, whole, tmp_path):
+    run = tmp_path / "run"
+    folder = checkpoint_folder(run, MAX_STEPS)
+    shutil.copytree(checkpoint_folder(whole, MAX_STEPS), folder)
+    trace = tmp_path / "trace"
+    poison(folder, name, trace)
+    cluster = recipe.cluster.model_copy(update={"tasks_per_node": world_size})
+    codes = start(recipe.model_copy(update={"max_steps": MAX_STEPS + 1, "cluster": cluster}), run)
+    assert 0 not in codes
+    assert f"CheckpointError: a file of {folder} holds more than numbers" in output(run, world_size - 1)
+    if name.startswith("rank"):
+        with pytest.raises(CheckpointError, match="holds more than numbers"):
+            read_average(folder)
+    assert not trace.exists(), "nothing of it has run"
+    record_fault(
+        f"hostile pickle in {name} ({'resume' if world_size == 2 else 'conversion to 1 rank'})",
+        how="an object that calls os.system, with a manifest that agrees",
+        promised="refused with a clear error, nothing of it runs",
+        happened="CheckpointError naming the folder",
+    )

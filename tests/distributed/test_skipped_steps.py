@@ -1,0 +1,108 @@
+"""A leap of the loss is skipped on all ranks; too many end the run, or have it go back to its last good weights."""
+
+import math
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from fault_log import record_fault
+from interruptions import assert_same_checkpoint, messages, output, settings, start
+from recipes_for_tests import tiny_stage1_recipe
+from training_scenarios import Recipe, Spoiled, Strike
+
+from dreamdance.ranks import Ranks
+from dreamdance.run_layout import checkpoint_folder
+from dreamdance.training.run import make_loader
+
+pytestmark = pytest.mark.distributed
+
+MICRO_BATCHES = 2
+FIRST_SPOILED = 13
+"""Ten steps make a usual loss; that of step 12 is saved, that of step 13 leaps."""
+
+
+def make_recipe(shards: Path, **changes: object) -> Recipe:
+    more = {
+        "max_steps": 16,
+        "checkpoint.every_steps": 4,
+        "recovery.spike_factor": 10.0,
+        "optimizer.lr": 1e-4,
+        **changes,
+    }
+    return tiny_stage1_recipe("domains", settings(shards, **more))
+
+
+def spoiled(recipe: Recipe, *steps: int, factor: float = 100.0) -> Spoiled:
+    """One sample of each of these steps, counted from 1, times `factor`."""
+    order = make_loader(recipe, Ranks()).order
+    keys = [order.batch(step - 1)[-1] for step in steps]
+    return Spoiled(frozenset((key.epoch, key.sample_id) for key in keys), factor)
+
+
+def updates(run: Path, step: int) -> int:
+    """How many updates the average has seen at a checkpoint."""
+    return torch.load(checkpoint_folder(run, step) / "rank_00000.pt", weights_only=True)["ema"]["num_updates"]
+
+
+def test_a_leap_of_the_loss_on_one_rank_is_skipped_on_all_and_named(shards, tmp_path):
+    recipe, run = make_recipe(shards), tmp_path / "run"
+    assert start(recipe, run, spoiled=spoiled(recipe, FIRST_SPOILED)) == [0, 0], output(run)
+    (said,) = [text for text in messages(run) if "skipped" in text]
+    key = make_loader(recipe, Ranks()).order.batch(FIRST_SPOILED - 1)[-1]
+    assert said.startswith(f"step {FIRST_SPOILED}: update skipped on all ranks (1 so far), loss ")
+    assert f"most of all sample {key.sample_id} of epoch {key.epoch} (clip dancer_{key.sample_id})" in said
+    assert updates(run, 16) == 15, "all but one"
+    record_fault(
+        "loss spike",
+        how="the pictures of one sample times 100, on one of two ranks; recovery.spike_factor=10",
+        promised="the update is skipped on all ranks, reported with the sample; the run goes on",
+        happened="15 of 16 updates applied, the sample named",
+        steps_lost=1,
+    )
+
+
+def test_without_the_key_no_update_is_skipped(shards, tmp_path):
+    recipe, run = make_recipe(shards, **{"recovery.spike_factor": None}), tmp_path / "run"
+    assert start(recipe, run, spoiled=spoiled(make_recipe(shards), FIRST_SPOILED)) == [0, 0], output(run)
+    assert updates(run, 16) == 16
+
+
+def test_more_leaps_than_the_recipe_tolerates_end_the_run_with_the_keys_to_change(shards, tmp_path):
+    recipe, run = make_recipe(shards, **{"recovery.max_spikes": 1}), tmp_path / "run"
+    assert start(recipe, run, spoiled=spoiled(recipe, 13, 15)) == [1, 1]
+    for rank in (0, 1):
+        assert "More than recovery.max_spikes=1: look at these samples" in output(run, rank)
+    assert (checkpoint_folder(run, 12) / "COMPLETE").is_file()
+    record_fault(
+        "loss spikes again and again",
+        how="steps 13 and 15 spoiled; recovery.max_spikes=1",
+        promised="the run ends on all ranks at one more than tolerated, with the keys to change",
+        happened="UserError on both ranks",
+    )
+
+
+@pytest.mark.parametrize("factor", [100.0, math.nan])
+def test_a_roll_back_takes_the_last_good_weights_and_the_next_data_and_survives_a_kill(factor, shards, tmp_path):
+    """Steps 14 and 15 are too many: back to the weights of step 12, without the update of step 13."""
+    bounds = {"recovery.max_spikes": 1, "max_nonfinite_steps": 1, "recovery.max_roll_backs": 1}
+    recipe = make_recipe(shards, **bounds)
+    spoil = spoiled(recipe, 14, 15, factor=factor)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert start(recipe, whole, spoiled=spoil) == [0, 0], output(whole)
+    (said,) = [text for text in messages(whole) if "back to the weights" in text]
+    assert said.startswith("step 15: more than ")
+    assert "back to the weights of step 12, on with the next data (roll-back 1," in said
+    assert updates(whole, 16) == 12 + 1, "those of steps 1 to 12, and of step 16"
+
+    killed = Strike(0, forward=16 * MICRO_BATCHES)
+    assert start(recipe, broken, killed, spoiled=spoil)[0] == -signal.SIGKILL
+    assert start(recipe, broken, spoiled=spoil) == [0, 0], output(broken)
+    assert_same_checkpoint(checkpoint_folder(whole, 16), checkpoint_folder(broken, 16))
+    record_fault(
+        "loss spikes" if math.isfinite(factor) else "non-finite losses",
+        how="steps 14 and 15 spoiled, one tolerated; recovery.max_roll_backs=1; killed in step 16 as well",
+        promised="back to the newest checkpoint, on with the next data; the same after a kill",
+        happened="weights of step 12, then step 16; killed and started again, bit-identical",
+        steps_lost=3,
+    )
