@@ -2,7 +2,9 @@
 
 import json
 import logging
+import math
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
+
+MAX_ARRAY_BYTES = 1 << 33
+_ARRAYS = {"frames": (np.dtype(np.uint8), 4), "normals": (np.dtype(np.float16), 4), "depths": (np.dtype(np.float16), 3)}
 
 
 class ResultError(UserError):
@@ -139,18 +144,48 @@ def read_result(folder: Path) -> Result:
     """Reads one result.
 
     Raises:
-        ResultError: it is damaged.
+        ResultError: it is damaged, or no result of ours.
     """
     try:
         details = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-        with np.load(folder / ARRAYS_FILE, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
+        arrays = _read_arrays(folder / ARRAYS_FILE)
         frames = arrays["frames"].astype(np.float32) / 255.0
         maps = {name: arrays[name].astype(np.float32) for name in ("normals", "depths") if name in arrays}
         reference_frame = details.get("reference_frame")
-    except (OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+        if reference_frame is not None and (type(reference_frame) is not int or reference_frame < 0):
+            raise ValueError(f"reference_frame {reference_frame!r} is no number of a frame")
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError, zipfile.BadZipFile, zlib.error) as error:
         raise ResultError(f"result {folder} is damaged ({error}); delete it and run animate again") from error
     return Result(folder.name, Prediction(frames, maps.get("normals"), maps.get("depths")), reference_frame)
+
+
+def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of a result; their headers are compared with what they are to hold before memory is taken.
+
+    Raises:
+        ValueError: another kind or shape, more than `MAX_ARRAY_BYTES`, or fewer bytes than the shape says.
+    """
+    arrays = {}
+    with zipfile.ZipFile(path) as archive:
+        for name, (kind, dimensions) in _ARRAYS.items():
+            if f"{name}.npy" not in archive.namelist():
+                continue
+            with archive.open(f"{name}.npy") as stored:
+                if np.lib.format.read_magic(stored) != (1, 0):
+                    raise ValueError(f"'{name}' is of another npy format")
+                shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stored)
+                num_bytes = math.prod(shape) * dtype.itemsize
+                if dtype != kind or len(shape) != dimensions:
+                    raise ValueError(f"'{name}' is {dtype} {shape}; {kind} of {dimensions} dimensions is wanted")
+                if num_bytes > MAX_ARRAY_BYTES:
+                    raise ValueError(f"'{name}' would take {num_bytes} bytes; up to {MAX_ARRAY_BYTES} are read")
+                held = archive.getinfo(f"{name}.npy").file_size - stored.tell()
+                if held != num_bytes:
+                    raise ValueError(f"'{name}' holds {held} bytes where its shape {shape} wants {num_bytes}")
+                arrays[name] = np.frombuffer(stored.read(num_bytes), dtype).reshape(
+                    shape, order="F" if fortran_order else "C"
+                )
+    return arrays
 
 
 def open_clips(shards: Shards) -> StoredClips:

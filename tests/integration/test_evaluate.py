@@ -2,17 +2,20 @@
 
 import json
 import logging
+import os
+import zipfile
 
 import numpy as np
 import pytest
 import torch
+from fault_log import record_fault
 from PIL import Image
 
 from dreamdance.data.prepare import prepare
 from dreamdance.data.schema import pack_frames
 from dreamdance.data.stored_clip import StoredClip
 from dreamdance.errors import MissingInputError
-from dreamdance.evaluation.clips import Prediction, Result, ResultError, open_clips, read_truth
+from dreamdance.evaluation.clips import Prediction, Result, ResultError, open_clips, read_result, read_truth
 from dreamdance.evaluation.report import evaluate, evaluate_clip
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table
 from dreamdance.evaluation.trivial import (
@@ -233,6 +236,76 @@ def test_unusable_results_are_named(tmp_path, data, truths):
     (tmp_path / "results" / name / "arrays.npz").write_bytes(b"PK\x03\x04 broken")
     with pytest.raises(ResultError, match="is damaged"):
         run(tmp_path, data)
+
+
+class _Runs:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple:
+        return (os.mkdir, (self.path,))
+
+
+def hostile_arrays(path, kind: str, ran) -> None:
+    """An archive of arrays as no `animate` writes it."""
+    frames = np.zeros((2, 4, 4, 3), np.uint8)
+    match kind:
+        case "pickle":
+            np.savez(path, frames=np.array([_Runs(ran)], dtype=object))
+            np.load(path, allow_pickle=True)["frames"]
+            assert ran.is_dir(), "the pickle does run code where it is opened"
+            ran.rmdir()
+            return
+        case "other type":
+            np.savez(path, frames=frames.astype(np.float64))
+            return
+        case "bomb":  # 64 MiB of zeros in 64 KiB, and a header that claims 3 TB of them
+            shape, filler = (1_000_000, 1000, 1000, 3), bytes(1 << 26)
+        case "claims more than it holds":
+            shape, filler = (10, 1000, 1000, 3), b"few"
+        case "holds more than it claims":
+            shape, filler = (1, 1, 1, 3), bytes(1 << 26)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("frames.npy", "w") as stored:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(stored, header)
+        stored.write(filler)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("pickle", "'frames' is object .* uint8 of 4 dimensions is wanted"),
+        ("other type", "'frames' is float64"),
+        ("bomb", "'frames' would take 3000000000000 bytes; up to 8589934592 are read"),
+        ("claims more than it holds", "'frames' holds 3 bytes where its shape .* wants 30000000"),
+        ("holds more than it claims", "'frames' holds 67108864 bytes where its shape .* wants 3"),
+    ],
+)
+def test_hostile_arrays_are_refused_before_they_run_or_fill_the_memory(tmp_path, kind, said):
+    folder, ran = tmp_path / "results" / "clip", tmp_path / "ran"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text("{}")
+    hostile_arrays(folder / "arrays.npz", kind, ran)
+    with pytest.raises(ResultError, match=rf"result .*clip is damaged \({said}.*run animate again") as told:
+        read_result(folder)
+    assert not ran.exists()
+    record_fault(
+        "hostile arrays in a result",
+        how=kind,
+        promised="refused by the header, nothing unpickled or unpacked",
+        happened=str(told.value),
+    )
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", '{"reference_frame": "1"}', '{"reference_frame": -1}', "\0"])
+def test_a_description_that_is_none_is_named(tmp_path, text):
+    write_result(tmp_path, "clip", np.zeros((2, 4, 4, 3)))
+    assert read_result(tmp_path / "clip").reference_frame == NUM_FRAMES - 1
+    (tmp_path / "clip" / "result.json").write_text(text)
+    with pytest.raises(ResultError, match="clip is damaged"):
+        read_result(tmp_path / "clip")
 
 
 def test_the_training_sets_mean_has_unit_normals_and_the_mean_of_the_frames(data):

@@ -1,0 +1,132 @@
+"""Writers of shards that die, hang, meet at one file or find it damaged: a clear error, and the same folder later."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from fault_log import record_fault
+from random_shards import random_clips, random_parts
+
+from dreamdance.data import shard_writer
+from dreamdance.data.prepare import prepare
+from dreamdance.data.shard_writer import ClipRecord, Part, ShardFormat, write_shards
+from dreamdance.errors import ShardError
+from dreamdance.folder_claim import OutputError, claim_folder
+from dreamdance.ranks import Ranks
+from dreamdance.recipe.schema import PrepareRecipe
+
+SMALL = ShardFormat(shard_size_mib=1, compression="zstd")
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {path.name: sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+
+
+def write(folder: Path, parts: list[Part], **options) -> None:
+    write_shards(folder, parts, **{"settings": {"clips": 12}, "shard_format": SMALL, "ranks": Ranks(), **options})
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("expected") / "shards"
+    write(folder, random_parts(12))
+    return content(folder)
+
+
+@dataclass(frozen=True)
+class Disturbed:
+    """Clips in whose middle the process that makes them is hit by a signal, once; it notes its number before."""
+
+    flag: Path
+    signal: signal.Signals
+
+    def __call__(self) -> Iterator[ClipRecord]:
+        yield from random_clips(range(4, 6))
+        if not self.flag.exists():
+            self.flag.write_text(str(os.getpid()))
+            os.kill(os.getpid(), self.signal)
+        yield from random_clips(range(6, 8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [(signal.SIGKILL, "a process that wrote parts of .* died"), (signal.SIGSTOP, "none was made for 3 s: the storage")],
+)
+def test_a_writer_that_dies_or_hangs_is_an_error_and_the_next_start_completes(
+    tmp_path, expected, monkeypatch, number, message
+):
+    monkeypatch.setattr(shard_writer, "STALL_SECONDS", 3.0)
+    folder, flag, parts = tmp_path / "shards", tmp_path / "flag", random_parts(12)
+    disturbed = [parts[0], Part(parts[1].name, Disturbed(flag, number)), parts[2]]
+    start = time.monotonic()
+    with pytest.raises(ShardError, match=message) as told:
+        write(folder, disturbed, num_workers=2)
+    detected = time.monotonic() - start
+    assert not Path(f"/proc/{flag.read_text()}").exists()
+    assert not (folder / "index.json").exists()
+    write(folder, disturbed)
+    assert content(folder) == expected
+    record_fault(
+        f"process of prepare {'killed' if number == signal.SIGKILL else 'hangs'}",
+        how=f"{number.name} of one of two in the middle of a part; time-out 3 s",
+        promised="an error, no process stays; the next start ends in the same folder",
+        happened=str(told.value),
+        detected_seconds=detected,
+    )
+
+
+def test_ranks_with_one_process_id_begin_one_folder_together(tmp_path, expected, monkeypatch):
+    """As in containers, where every rank is process 7: the second comes while the first notes the settings."""
+    folder, replace, met = tmp_path / "shards", os.replace, []
+
+    def meet(source: Path, target: Path) -> None:
+        if target.name == shard_writer.SETTINGS_FILE and not met:
+            met.append(target)
+            write(folder, random_parts(12), ranks=Ranks(1, 2, 1, 2))
+        replace(source, target)
+
+    monkeypatch.setattr(shard_writer.os, "replace", meet)
+    write(folder, random_parts(12), ranks=Ranks(0, 2, 0, 2))
+    assert met
+    assert content(folder) == expected
+
+
+@pytest.mark.parametrize("text", ["", '{"clips": 1', "[]", "[" * 100_000])
+@pytest.mark.parametrize("damaged", ["settings.json", "part_00004/index.json"])
+def test_notes_that_a_crash_of_the_machine_left_damaged_are_named_with_what_to_do(tmp_path, text, damaged):
+    folder = tmp_path / "shards"
+    write(folder, random_parts(12), ranks=Ranks(1, 2, 1, 2))
+    assert (folder / ".parts" / damaged).is_file()
+    (folder / ".parts" / damaged).write_text(text)
+    with pytest.raises(ShardError, match=rf"{damaged} is damaged.*; delete .*, what it holds is made anew"):
+        write(folder, random_parts(12), ranks=Ranks(0, 2, 0, 2))
+    assert not (folder / "index.json").exists()
+
+
+def test_an_output_that_another_run_prepares_is_refused(tmp_path):
+    values = {
+        "task": "prepare",
+        "name": "tiny_prepare",
+        "output": str(tmp_path / "data"),
+        "dancers": {"num_train_clips": 1, "num_validation_clips": 1, "num_frames": 2, "width": 16, "height": 24},
+    }
+    recipe = PrepareRecipe.model_validate_json(json.dumps(values))
+    with (
+        claim_folder(tmp_path / "data", key="output"),
+        pytest.raises(OutputError, match=r"another run is writing into .*data at this moment.*another `output`"),
+    ):
+        prepare(recipe, tmp_path / "run")
+    prepare(recipe, tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [
+        "examples",
+        "manifest.jsonl",
+        "train",
+        "validation",
+    ]
