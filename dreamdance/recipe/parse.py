@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from dreamdance.errors import RecipeError
 from dreamdance.recipe import rules, schema
 from dreamdance.recipe.schema import Recipe
-from dreamdance.recipe.yaml_text import Document, Path, read_yaml, write_yaml
+from dreamdance.recipe.yaml_text import MAX_CHARACTERS, MAX_DEPTH, Document, Path, read_yaml, write_yaml
 
 COMMAND_LINE = "command line"
 TASKS: dict[str, type[Recipe]] = {
@@ -91,7 +91,8 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read(file: FilePath) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        with file.open(encoding="utf-8") as opened:
+            return opened.read(MAX_CHARACTERS + 1)  # `read_yaml` refuses so many; a device would never end
     except UnicodeDecodeError as error:
         raise RecipeError(f"{file}: not a text file (byte {error.start} is not UTF-8)") from None
     except OSError as error:
@@ -145,6 +146,9 @@ def _apply(overrides: Sequence[str], document: Document, origins: _Origins) -> f
         parts = key.split(".")
         if not equals or not all(parts):
             origins.add_on_command_line(f"'{word}' is not key=value")
+            continue
+        if len(parts) > MAX_DEPTH:
+            origins.add_on_command_line(f"'{key[:80]}...' has {len(parts)} parts; at most {MAX_DEPTH} are read")
             continue
         if value.problems:
             origins.add_on_command_line(f"{key}: {value.problems[0].message}")

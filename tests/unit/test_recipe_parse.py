@@ -1,6 +1,8 @@
 """A recipe is defaults < file < command line, and everything wrong with it is told at once, with its place."""
 
 import pytest
+import yaml
+from fault_log import record_fault
 
 from dreamdance.errors import RecipeError
 from dreamdance.recipe import Stage1Recipe, dump_recipe, load, load_recipe
@@ -166,6 +168,46 @@ def test_a_file_that_is_no_text_is_refused(tmp_path):
     path.write_bytes(b"task: \xff\xfe")
     with pytest.raises(RecipeError, match="byte 6 is not UTF-8"):
         load_recipe(path)
+
+
+HOSTILE = "!!python/object/apply:os.mkdir ['{ran}']"
+
+
+@pytest.mark.parametrize("where", ["in the file", "on the command line"])
+def test_a_tag_that_would_run_code_is_refused_and_runs_nothing(write, tmp_path, where):
+    ran = tmp_path / "ran"
+    tagged = HOSTILE.format(ran=ran)
+    yaml.unsafe_load(tagged)
+    assert ran.is_dir(), "the tag does run code where YAML is loaded without care"
+    ran.rmdir()
+    if where == "in the file":
+        (problem,) = problems_of(write(STAGE1 + f"seed: {tagged}\n"))
+    else:
+        (problem,) = problems_of(write(STAGE1), f"seed={tagged}")
+    assert "tag 'tag:yaml.org,2002:python/object/apply:os.mkdir' is not allowed" in problem
+    assert not ran.exists()
+    record_fault(
+        "YAML tag that runs code",
+        how=f"{HOSTILE.format(ran='...')} {where}",
+        promised="refused with its place, nothing built",
+        happened=problem,
+    )
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/x", "a/b", "..", ".hidden", "a\\b", "-rf", "A"])
+def test_a_name_that_climbs_out_of_the_runs_folder_is_refused(write, name):
+    (problem,) = problems_of(write(STAGE1.replace("name: tiny", f"name: {name}")))
+    assert problem == f":2: 'name' is the text '{name}', but must be lower-case letters, digits and underscores"
+
+
+def test_keys_nested_without_end_on_the_command_line_are_refused(write):
+    (problem,) = problems_of(write(STAGE1), "a." * 3000 + "b=1")
+    assert problem.endswith("...' has 3001 parts; at most 20 are read")
+
+
+def test_a_recipe_without_end_is_not_read_to_its_end():
+    with pytest.raises(RecipeError, match=r"/dev/zero: the file has 1,000,001 characters; at most 1,000,000 are read"):
+        load_recipe("/dev/zero")
 
 
 def test_the_environment_is_never_read(write, monkeypatch):
