@@ -16,6 +16,10 @@ class ShardError(UserError):
     """A shard or its index is damaged, missing, foreign or hostile."""
 
 
+class LostWorkerError(ShardError):
+    """A process that reads or writes shards died or hangs; another start, perhaps elsewhere, may fare better."""
+
+
 class CheckpointError(UserError):
     """A checkpoint or an export cannot be used."""
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Collection
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any
 
@@ -38,6 +39,9 @@ class SignalListener:
         self._previous = {number: signal.signal(number, lambda *_: None) for number in self._numbers}
         self._previous_file = signal.set_wakeup_fd(self._sending.fileno(), warn_on_full_buffer=False)
         self._previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
+        # The first worker starts it otherwise; it inherits what is blocked, but starting it unblocks SIGTERM.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
         self._thread.start()
         return self
 

@@ -12,7 +12,7 @@ from dreamdance.data.clip_order import ClipOrder, SampleKey
 from dreamdance.data.clips import ClipDataset
 from dreamdance.data.collate import ClipBatch, collate_clips
 from dreamdance.data.worker_processes import start_worker, worker_context
-from dreamdance.errors import ShardError
+from dreamdance.errors import LostWorkerError, ShardError
 from dreamdance.ranks import Ranks
 
 WORKER_CHECK_SECONDS = 5.0  # torch looks whether its workers live only when a wait of this length is over
@@ -133,10 +133,10 @@ class ClipLoader:
                 if "DataLoader timed out" in str(error):
                     if time.monotonic() < deadline:
                         continue
-                    raise ShardError(self._describe_wait()) from error
+                    raise LostWorkerError(self._describe_wait()) from error
                 # A worker that dies while it hands over a batch shows as a lost connection.
                 if "DataLoader worker" in str(error) or (self.num_workers and not isinstance(error, RuntimeError)):
-                    raise ShardError(
+                    raise LostWorkerError(
                         f"a process that reads data died at step {self.step}, out of memory? {error!r}"
                     ) from error
                 raise

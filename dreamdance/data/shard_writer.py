@@ -22,7 +22,7 @@ from dreamdance.data.schema import COLUMNS, SCHEMA_VERSION, pack_frames, pack_ke
 from dreamdance.data.shard_index import DETAILS_KEY, read_index
 from dreamdance.data.streaming_compat import INDEX_FILE, MDSWriter
 from dreamdance.data.worker_processes import start_worker, worker_context
-from dreamdance.errors import ShardError
+from dreamdance.errors import LostWorkerError, ShardError
 from dreamdance.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -200,7 +200,7 @@ def _write_parts(folder: Path, parts: Sequence[Part], shard_format: ShardFormat,
                     future.result()
                     yield
         except BrokenProcessPool as error:
-            raise ShardError(
+            raise LostWorkerError(
                 f"a process that wrote parts of {folder} died; out of memory? See `num_workers`"
             ) from error
         finally:
@@ -233,7 +233,7 @@ def _wait_for_parts(count_done: Callable[[], int], total: int, folder: Path) -> 
     done, since = count_done(), time.monotonic()
     while done < total:
         if time.monotonic() - since > STALL_SECONDS:
-            raise ShardError(
+            raise LostWorkerError(
                 f"{total - done} parts of {folder} are still missing and none was made for {STALL_SECONDS:.0f} s"
             )
         time.sleep(POLL_SECONDS)

@@ -18,7 +18,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreamdance.errors import UserError
+from dreamdance.errors import LostWorkerError, UserError
 from dreamdance.launch.finished import mark_finished
 from dreamdance.launch.run_folder import record_job
 from dreamdance.recipe import Recipe, load_recipe
@@ -61,7 +61,8 @@ class Job:
                 entry(recipe, self.run_folder)
         except UserError as error:
             logger.error("%s", error)
-            record_failure(self.run_folder, job_id, rank, str(error), user_error=True)
+            lost = isinstance(error, LostWorkerError)  # nothing that the user could mend: the job may try again
+            record_failure(self.run_folder, job_id, rank, str(error), user_error=not lost)
             raise SystemExit(FAILED) from None
         except Exception:  # outermost: the launcher must be able to show whatever it was; raised again as it is
             record_failure(self.run_folder, job_id, rank, traceback.format_exc(), user_error=False)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -82,3 +83,35 @@ def test_a_process_that_is_started_meanwhile_does_not_die_of_the_warning():
     child.send_signal(signal.SIGUSR2)
     child.communicate(b"\n", timeout=10)
     assert child.returncode == 0
+
+
+def test_workers_and_the_server_that_forks_them_outlive_what_is_sent_to_the_whole_job():
+    program = """
+import multiprocessing, os, signal, sys
+from multiprocessing import forkserver
+from dreamdance.signal_listener import SignalListener
+
+def work(pipe):
+    pipe.send("up")
+    pipe.send(pipe.recv())
+
+if __name__ == "__main__":
+    with SignalListener(lambda number: None):
+        context = multiprocessing.get_context("forkserver")
+        here, there = context.Pipe()
+        worker = context.Process(target=work, args=(there,))
+        worker.start()
+        assert here.recv() == "up"
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            os.kill(worker.pid, number)
+            os.kill(forkserver._forkserver._forkserver_pid, number)
+        here.send("done")
+        assert here.recv() == "done"
+        worker.join()
+        sys.exit(worker.exitcode)
+"""
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:  # the worker imports it
+        file.write(program)
+        file.flush()
+        done = subprocess.run([sys.executable, file.name], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
