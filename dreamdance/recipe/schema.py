@@ -134,6 +134,7 @@ class GeometryModel(Section):
     temporal_attention: bool = False
     max_frames: Positive = 32
     attention_backend: str | None = None
+    channels_last: bool = False
 
 
 class AnimationModel(Section):
@@ -148,6 +149,7 @@ class AnimationModel(Section):
     geometry_attention: bool = True
     unfreeze: Literal["none", "temporal", "decoder", "all"] = "none"
     attention_backend: str | None = None
+    channels_last: bool = False
 
 
 # ------------------------------------------------------------------------------------------ objectives

@@ -21,6 +21,7 @@ from dreamdance.models import (
 )
 from dreamdance.models.autoencoding import Autoencoder, downscale_factor
 from dreamdance.models.base_configs import STABLE_DIFFUSION_1_5_UNET, STABLE_VIDEO_DIFFUSION_UNET
+from dreamdance.models.channels_last import use_channels_last
 from dreamdance.models.image_embedding import embedding_width
 from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe, TrainingData
 from dreamdance.training.network_sources import open_autoencoder, open_image_encoder, open_unet, read_weights
@@ -53,6 +54,9 @@ def build_objective(recipe: Stage1Recipe | Stage2Recipe, *, device: str = "cpu")
         torch.default_generator.manual_seed(recipe.seed)
         objective = _build_stage1(recipe, device) if isinstance(recipe, Stage1Recipe) else _build_stage2(recipe, device)
     objective.to(device)
+    if recipe.model.channels_last:
+        for network in exportable(objective).values():
+            use_channels_last(network)
     if recipe.sharding.gradient_checkpointing:
         for network in exportable(objective).values():
             if network._supports_gradient_checkpointing:
