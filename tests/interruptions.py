@@ -2,6 +2,9 @@
 
 import json
 import re
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +103,7 @@ def assert_same_export(one: Path, other: Path) -> None:
 
 def messages(run: Path) -> list[str]:
     """What the run has told whoever follows, over all starts."""
-    lines = [json.loads(line) for line in progress_file(run).read_text().splitlines()]
-    return [line["message"] for line in lines if "message" in line]
+    return [line["message"] for line in progress(run) if "message" in line]
 
 
 def struck_at(run: Path, rank: int) -> float:
@@ -109,10 +111,47 @@ def struck_at(run: Path, rank: int) -> float:
     return (run / f"record_{rank}.jsonl").stat().st_mtime
 
 
+@dataclass(frozen=True)
+class Struck:
+    """How a start ended in which a rank was struck.
+
+    Attributes:
+        codes: of all ranks.
+        ended: when the last of them was gone; seconds since 1970.
+        detected_seconds: from the end of the first to the end of the last.
+    """
+
+    codes: list[int]
+    ended: float
+    detected_seconds: float
+
+
+def strike_down(recipe: Recipe, run: Path, strike: Any) -> Struck:
+    """Starts a run that is struck, and measures how long the other ranks outlive the one that is hit."""
+    started = {"recipe": recipe, "run": run, "strike": strike}
+    with StartedRanks(run_recorded, recipe.cluster.world_size, run / "output", **started) as ranks:
+        wait([process.sentinel for process in ranks.processes], timeout=240)
+        first = time.time()
+        codes = ranks.wait()
+        ended = time.time()
+    return Struck(codes, ended, ended - first)
+
+
+def progress(run: Path) -> list[dict[str, Any]]:
+    """Everything that the run has told whoever follows, over all starts."""
+    return [json.loads(line) for line in progress_file(run).read_text().splitlines()]
+
+
 def first_step_after(run: Path, moment: float) -> float:
     """Seconds from a moment to the first step that the run told of after it."""
-    lines = [json.loads(line) for line in progress_file(run).read_text().splitlines()]
-    return min(line["time"] for line in lines if "loss" in line and line["time"] > moment) - moment
+    return min(line["time"] for line in progress(run) if "loss" in line and line["time"] > moment) - moment
+
+
+def steps_lost(run: Path, moment: float) -> int:
+    """How many steps were done before a moment that the start after it did again."""
+    done = [line["done"] for line in progress(run) if "loss" in line and line["time"] <= moment]
+    again = next(line["done"] for line in progress(run) if "message" in line and line["time"] > moment)
+    return max(0, (done[-1] if done else 0) - again)
 
 
 def resumed_step(run: Path) -> int:

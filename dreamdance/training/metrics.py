@@ -114,8 +114,11 @@ class Metrics:
         if not self.recording:
             return
         self._progress = ProgressLog(run)
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1, flush_secs=10)
-        self._board.add_text("recipe", f"```yaml\n{recipe_text}\n```", global_step=first_step)
+        folder = run / "tensorboard"
+        num_starts = len(list(folder.glob("events.*")))
+        self._board = SummaryWriter(str(folder), purge_step=first_step + 1, flush_secs=10)
+        # TensorBoard never purges texts: numbered by the starts of the run, none is there twice.
+        self._board.add_text("recipe", f"```yaml\n{recipe_text}\n```", global_step=num_starts)
 
     # ---------------------------------------------------------------------------------------------- what happens
 

@@ -4,23 +4,29 @@ import math
 import random
 import signal
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from fault_log import record_fault
 from interruptions import (
     BATCH_SIZE,
     MAX_STEPS,
     WORLD_SIZE,
     assert_same_checkpoint,
     assert_same_export,
+    first_step_after,
     messages,
     samples_in_order,
     settings,
     start,
+    steps_lost,
+    strike_down,
     without_repeats,
 )
 from rank_processes import run_ranks
 from recipes_for_tests import tiny_stage1_recipe, tiny_stage2_recipe
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_scenarios import Recipe, Strike, prepare_and_inspect, run_recorded
 
 from dreamdance.run_layout import checkpoint_folder, export_folder, step_folders
@@ -33,6 +39,15 @@ def in_save(step: int, operation: str, *path_contains: str, rank: int = 0) -> St
     return Strike(rank, operation=operation, path_contains=(f"step_{step:08d}", *path_contains))
 
 
+SAVE_PHASES = {
+    "nothing written yet": in_save(2, "os.mkdir", "deepspeed"),
+    "a rank's files written, not yet read back": in_save(4, "open", "zero_pp_rank_1", "'r'", rank=1),
+    "every file there, no manifest": in_save(4, "open", "COMPLETE.partial"),
+    "the manifest there under its temporary name": in_save(6, "os.rename", "COMPLETE"),
+    "complete, an older one half deleted": in_save(4, "shutil.rmtree"),  # by the save of step 8
+}
+
+
 def test_killed_again_and_again_stage_1_is_bit_identical_to_an_uninterrupted_run(shards, tmp_path):
     recipe = tiny_stage1_recipe("temporal", settings(shards))
     micro_batches = BATCH_SIZE // WORLD_SIZE
@@ -43,17 +58,12 @@ def test_killed_again_and_again_stage_1_is_bit_identical_to_an_uninterrupted_run
     codes = start(recipe, broken, Strike(1, forward=step * micro_batches))
     assert codes[1] == -signal.SIGKILL
     assert codes[0] not in (0, -signal.SIGKILL), "the surviving rank must fail by itself"
-    strikes = [
-        (in_save(2, "os.mkdir", "deepspeed"), 0),  # nothing written yet
-        (in_save(4, "open", "zero_pp_rank_1", "'r'", rank=1), 1),  # weights written, rank 1 reads them back
-        (in_save(4, "open", "COMPLETE.partial"), 0),  # every file is there
-        (in_save(6, "os.rename", "COMPLETE"), 0),  # the manifest is there under its temporary name
-        (in_save(4, "shutil.rmtree"), 0),  # complete at step 8, while the one of step 4 is deleted
-    ]
-    for strike, rank in strikes:
-        codes = start(recipe, broken, strike)
-        assert codes[rank] == -signal.SIGKILL, (strike, codes)
-        assert codes[1 - rank] != 0 or strike.operation == "shutil.rmtree", (strike, codes)
+    struck = {}
+    for phase, strike in SAVE_PHASES.items():
+        struck[phase] = strike_down(recipe, broken, strike)
+        codes = struck[phase].codes
+        assert codes[strike.rank] == -signal.SIGKILL, (strike, codes)
+        assert codes[1 - strike.rank] != 0 or strike.operation == "shutil.rmtree", (strike, codes)
     assert start(recipe, broken, Strike(1, signal.SIGUSR2, forward=micro_batches)) == [0, 0]
     assert not export_folder(broken, MAX_STEPS).exists(), "asked to stop, it must not have finished"
     stopped = step_folders(broken / "checkpoints")[-1]
@@ -74,6 +84,43 @@ def test_killed_again_and_again_stage_1_is_bit_identical_to_an_uninterrupted_run
         assert len(unbroken) == MAX_STEPS * micro_batches
         assert without_repeats(interrupted) == unbroken
     assert [folder.name for folder in step_folders(broken / "checkpoints")] == ["step_00000010", "step_00000012"]
+    assert_tensorboard_as_if_nothing_had_happened(whole, broken)
+    for phase, ending in struck.items():
+        record_fault(
+            f"killed during a save: {phase}",
+            how=f"SIGKILL of rank {SAVE_PHASES[phase].rank} of 2 in that very operation",
+            promised="the checkpoint before counts, or this one; started again, bit-identical to an uninterrupted run",
+            happened="the other rank ended by itself; weights, losses and samples bit-identical in the end",
+            detected_seconds=ending.detected_seconds,
+            resumed_seconds=first_step_after(broken, ending.ended),
+            steps_lost=steps_lost(broken, ending.ended),
+        )
+
+
+def assert_tensorboard_as_if_nothing_had_happened(whole: Path, broken: Path) -> None:
+    """Every step once, with the value of the uninterrupted run; only times and what was saved when may differ."""
+    boards = [EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}) for run in (whole, broken)]
+    for board in boards:
+        board.Reload()
+    tags = boards[0].Tags()["scalars"]
+    assert tags == boards[1].Tags()["scalars"]
+    for tag in tags:
+        one, other = ([(event.step, event.value) for event in board.Scalars(tag)] for board in boards)
+        steps = [step for step, _ in other]
+        assert len(set(steps)) == len(steps), f"{tag} has a step twice"
+        if tag.startswith(("train/", "val/", "optim/")):
+            assert one == other, tag
+        elif not tag.startswith("perf/checkpoint"):
+            assert [step for step, _ in one] == steps, tag
+    starts = [event.step for event in boards[1].Tensors("recipe/text_summary")]
+    assert len(set(starts)) == len(starts)
+    assert len(list((broken / "tensorboard").iterdir())) > 5, "one file for each start"
+    record_fault(
+        "TensorBoard after crashes",
+        how="a run killed six times, stopped once, one checkpoint damaged",
+        promised="steps beyond the resume point are purged, none is there twice",
+        happened="every tag has the steps and values of the uninterrupted run",
+    )
 
 
 def test_killed_stage_2_in_bf16_is_bit_identical_to_an_uninterrupted_run(shards, tmp_path):

@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from recipes_for_tests import tiny_stage1_recipe
+from diffusers import UNet2DConditionModel
+from fault_log import record_fault
+from recipes_for_tests import tiny_stage1_recipe, tiny_unet_config
 
 from dreamdance.atomic_files import hash_file
 from dreamdance.errors import CheckpointError
@@ -122,6 +124,37 @@ def test_resume_skips_a_damaged_checkpoint_says_why_and_takes_the_one_before(run
     assert trainer.step == trainer.loader.step == 2
     assert any(text.startswith("skipping checkpoint step_00000004: step_00000004/") for text in caplog.messages)
     assert any("from step 2 (epoch 0, sample 4 of 10; verified 4 files" in text for text in caplog.messages)
+    record_fault(
+        f"{file.rsplit('/', maxsplit=1)[-1]} of the newest checkpoint damaged",
+        how="cut off after one byte" if flip else "one bit flipped",
+        promised="the next start says what it skips and why, and takes the newest that verifies",
+        happened="went on from the one before, 2 steps older",
+        steps_lost=2,
+    )
+
+
+@pytest.mark.parametrize("missing", [[OPTIMIZER_FILE], FILES])
+def test_complete_without_its_files_is_skipped_naming_them(run, shards, caplog, missing):
+    for file in missing:
+        (checkpoint_folder(run, 4) / file).unlink()
+    assert resume(run, make_recipe(shards)).step == 2
+    (said,) = [text for text in caplog.messages if text.startswith("skipping checkpoint step_00000004: ")]
+    assert all(f"{file} is missing" in said for file in missing)
+    record_fault(
+        "shard file missing" if len(missing) == 1 else "COMPLETE without any of its files",
+        how=f"{len(missing)} files of the newest checkpoint deleted",
+        promised="the next start names them and takes the newest that verifies",
+        happened="went on from the one before, 2 steps older",
+        steps_lost=2,
+    )
+
+
+def test_a_file_that_cannot_be_read_counts_as_damaged(run, shards, caplog):
+    path = checkpoint_folder(run, 4) / OPTIMIZER_FILE
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # a regular file to look at, an I/O error to read
+    assert resume(run, make_recipe(shards)).step == 2
+    assert any("skipping checkpoint step_00000004" in text for text in caplog.messages)
 
 
 def test_a_folder_without_complete_does_not_count_and_is_cleaned_away(run, shards, caplog):
@@ -137,6 +170,13 @@ def test_a_wrong_latest_file_is_not_even_looked_at(run, shards):
     for text in ("step_00000002", "../../etc", ""):
         (run / "checkpoints" / "latest").write_text(text)
         assert resume(run, make_recipe(shards)).step == 4
+    record_fault(
+        "`latest` pointing to an older step, out of the folder, nowhere",
+        how="a file of that name beside the checkpoints",
+        promised="the newest checkpoint that verifies is taken",
+        happened="step 4 in all cases",
+        steps_lost=0,
+    )
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(run, shards):
@@ -170,6 +210,39 @@ def test_changed_frozen_weights_are_refused(shards, tmp_path):
     other = make_recipe(shards, train="temporal", max_steps=2, seed=1)
     with pytest.raises(CheckpointError, match="the frozen weights are not those"):
         resume(run, other)
+
+
+@pytest.mark.parametrize("trained_step", ["temporal", "domains"])
+def test_a_base_models_file_that_changed_between_runs_is_refused_where_it_is_frozen_and_said_where_not(
+    trained_step, shards, tmp_path, caplog
+):
+    def download(version: int) -> None:
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(**tiny_unet_config())
+        with torch.no_grad():
+            unet.conv_in.weight[0, 0, 0, 0] += version
+        unet.save_pretrained(tmp_path / "base")
+
+    run = tmp_path / "run"
+    changes = {"train": trained_step, "max_steps": 2, "model.unet": {"path": str(tmp_path / "base")}, "data.height": 32}
+    download(1)
+    train(make_recipe(shards, **changes), run)
+    caplog.clear()
+    assert resume(run, make_recipe(shards, **changes)).step == 2
+    assert "have changed" not in caplog.text
+    download(2)
+    if trained_step == "temporal":
+        with pytest.raises(CheckpointError, match=r"frozen weights are not those .* files under model\.\*\.path"):
+            resume(run, make_recipe(shards, **changes))
+    else:
+        assert resume(run, make_recipe(shards, **changes)).step == 2
+        assert "the weights that this run once began with have changed" in caplog.text
+    record_fault(
+        f"base model's file changed between runs ({'frozen' if trained_step == 'temporal' else 'trained'})",
+        how="one weight of the UNet in that folder changed",
+        promised="refused where it is frozen; said where all of it comes from the checkpoint anyway",
+        happened="CheckpointError naming the key" if trained_step == "temporal" else "warned, went on from step 2",
+    )
 
 
 class Hostile:
