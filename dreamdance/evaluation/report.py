@@ -2,7 +2,6 @@
 
 import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from dreamdance.evaluation.clips import (
     read_result,
     read_truth,
 )
+from dreamdance.evaluation.measured import EvaluatedClip, MeasuredClips
 from dreamdance.evaluation.scores import Scores, as_bytes, mean_scores, score
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table
 from dreamdance.evaluation.trivial import FRAMES_PER_TRAINING_CLIP, TrainingMean, average_training_set, trivial_answers
@@ -34,52 +34,51 @@ from dreamdance.run_layout import ProgressLog
 logger = logging.getLogger(__name__)
 
 TABLE_JSON, TABLE_MARKDOWN, OVERVIEW_FILE = "table.json", "table.md", "overview.png"
+MEASURED_FOLDER = "measured"
 OVERVIEW_CLIPS = 12
 SMALLEST_WIDTH = 128
 
 
-@dataclass(frozen=True)
-class EvaluatedClip:
-    """What became of one clip: scores by row, and its line of the overview."""
-
-    scores: dict[str, Scores]
-    row: Row
-    num_frames: int
-
-
 def evaluate(recipe: EvaluateRecipe, run_folder: Path) -> None:
-    """Measures all results that have a true clip of the same id; writes and logs the table.
+    """Measures all results that have a true clip of the same id, each rank its share; the main one writes the table.
 
     Args:
         recipe: names the results, the truth shards, and perhaps the training set.
-        run_folder: takes `table.json`, `table.md` and `overview.png`.
+        run_folder: takes `table.json`, `table.md` and `overview.png`, and until then what was measured.
 
     Raises:
         MissingInputError: no results, or none that has its truth.
         ResultError: a result is damaged or does not fit the others or the truth.
     """
-    if not Ranks.from_environment().is_main:
-        return
+    ranks = Ranks.from_environment()
     folders = {path.name: path for path in find_results(Path(recipe.results))}
     first = read_result(next(iter(folders.values())))
-    progress = ProgressLog(run_folder)
+    progress = ProgressLog(run_folder, ranks)
     training_mean = None
     if recipe.training_set is not None:
         progress.write(done=0, total=len(folders), unit="clips", message="averaging the training set")
         training_mean = average_training_set(recipe.training_set, frame_size=first.frame_size, map_size=first.map_size)
-    evaluated: dict[str, EvaluatedClip] = {}
+    measured = MeasuredClips(run_folder / MEASURED_FOLDER, recipe)
+    found: list[Path] = []
     for clip in iterate_clips(open_clips(recipe.truth)):
         if clip.clip_id not in folders:
             continue
-        result = read_result(folders[clip.clip_id])
+        found.append(folders[clip.clip_id])
+        if len(found) % ranks.world_size != ranks.rank or measured.path(found[-1]).is_file():
+            continue
+        result = read_result(found[-1])
         _check_sizes(result, first)
-        evaluated[clip.clip_id] = evaluate_clip(result, clip, training_mean)
-        progress.write(done=len(evaluated), total=len(folders), unit="clips", message=f"measured {clip.clip_id}")
-    if not evaluated:
+        measured.write(found[-1], evaluate_clip(result, clip, training_mean))
+        progress.write(done=len(found), total=len(folders), unit="clips", message=f"measured {clip.clip_id}")
+    if not ranks.is_main:
+        return
+    if not found:
         raise MissingInputError(
             f"none of the {len(folders)} results in {recipe.results} has a clip of its id in {recipe.truth.local} "
             f"(results begin with '{next(iter(folders))}')"
         )
+    measured.wait_for(found, lambda done: progress.write(done=done, total=len(found), unit="clips"))
+    evaluated = {folder.name: measured.read(folder) for folder in found}
     for missing in sorted(set(folders) - set(evaluated)):
         logger.warning("result '%s' has no clip of its id in %s: left out", missing, recipe.truth.local)
     table = Table(
@@ -88,6 +87,7 @@ def evaluate(recipe: EvaluateRecipe, run_folder: Path) -> None:
         protocol=describe_protocol(recipe, first, evaluated, training_mean),
     )
     write_report(table, evaluated, run_folder)
+    measured.close()
     text = table.as_markdown()
     logger.info("%s\n\n%s", run_folder / TABLE_MARKDOWN, text)
     # `--follow` shows messages, and so the table

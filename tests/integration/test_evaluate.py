@@ -14,7 +14,8 @@ from PIL import Image
 from dreamdance.data.prepare import prepare
 from dreamdance.data.schema import pack_frames
 from dreamdance.data.stored_clip import StoredClip
-from dreamdance.errors import MissingInputError
+from dreamdance.errors import LostWorkerError, MissingInputError
+from dreamdance.evaluation import report
 from dreamdance.evaluation.clips import Prediction, Result, ResultError, open_clips, read_result, read_truth
 from dreamdance.evaluation.report import evaluate, evaluate_clip
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table
@@ -351,3 +352,28 @@ def test_where_there_are_masks_single_clips_are_compared_inside_the_body():
     lines = Table(rows, clips={"one": rows, "two": rows}).as_markdown().split("## Clip by clip")[1].splitlines()
     (one,) = [line for line in lines if "| one" in line]
     assert [cell.strip() for cell in one.split("|")[2:-1]] == ["0.0100", "0.0200 (a)", "-", "-"]
+
+
+def test_ranks_measure_their_shares_and_a_lost_share_is_measured_by_the_next_start(tmp_path, data, truths, monkeypatch):
+    for name, truth in truths.items():
+        last = truth.at([NUM_FRAMES - 1] * NUM_FRAMES).pictures
+        write_result(tmp_path / "results", name, last.frames, last.normals, last.disparity)
+    alone = run(tmp_path, data)
+    assert not (tmp_path / "run" / "measured").exists()
+
+    measured = []
+    monkeypatch.setattr(report, "evaluate_clip", lambda *given: measured.append(given[0].id) or evaluate_clip(*given))
+    monkeypatch.setattr("dreamdance.evaluation.measured.STALL_SECONDS", 0.5)
+    (tmp_path / "run" / "table.json").unlink()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(LostWorkerError, match="other ranks have yet to measure"):
+        run(tmp_path, data)
+    of_main = set(measured)
+    assert of_main < set(truths)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(FileNotFoundError):  # it writes no table
+        run(tmp_path, data)
+    monkeypatch.setenv("RANK", "0")
+    assert run(tmp_path, data) == alone
+    assert sorted(measured) == sorted(truths), "none twice"
