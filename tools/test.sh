@@ -6,11 +6,24 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tools/setup.sh
+
+# The tests of tests/slurm start a cluster of their own; without Slurm, or without root, they are skipped and say so.
+install_slurm() {
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0
+    command -v slurmctld >/dev/null || {
+        echo "test: installing slurm-wlm and munge"
+        export DEBIAN_FRONTEND=noninteractive
+        apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge util-linux >/dev/null
+    } || { echo "test: Slurm could not be installed, its tests will be skipped" >&2; return 0; }
+    export DREAMDANCE_SLURM_REQUIRED=1  # from here on, a cluster that does not start is a failure
+}
+
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 python=.venv/bin/python
 
 case "${1:-all}" in
 all)
+    install_slurm
     bash tools/check.sh
     # First what runs alone in its process, on both cores; then what starts processes of its own, one test after the other.
     "$python" -m pytest -n 2 --dist loadfile -m "not distributed"

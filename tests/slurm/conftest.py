@@ -1,0 +1,59 @@
+"""One real Slurm for all tests of this folder; where it cannot be had, they are skipped and say why."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from slurm_runs import Cluster
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "unshare", "nsenter")
+REQUIRED = "DREAMDANCE_SLURM_REQUIRED"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """They start processes, so they run with the distributed tests, one after the other."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            for name in ("slurm", "distributed", "slow"):
+                item.add_marker(name)
+
+
+def unavailable() -> str | None:
+    """Why there can be no cluster here."""
+    missing = [program for program in PROGRAMS if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin") is None]
+    if missing:
+        return f"no Slurm here: {', '.join(missing)} missing (Debian: apt-get install slurm-wlm munge)"
+    return None if os.geteuid() == 0 else "starting nodes of a Slurm cluster takes root"
+
+
+def start(cluster: Cluster) -> None:
+    """Starts a cluster, or skips the test that wants it; where it is required, it fails."""
+    reason = unavailable()
+    if reason is None:
+        done = cluster.control("start", cluster.nodes, check=False)
+        reason = done.stdout if done.returncode else None
+    if reason is not None:
+        cluster.control("stop", check=False)
+        if os.environ.get(REQUIRED):
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Four nodes of four processors."""
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    start(cluster)
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture
+def small_cluster(tmp_path: Path) -> Iterator[Cluster]:
+    """A node of a test's own, that it may wipe."""
+    cluster = Cluster(tmp_path / "slurm", nodes=1)
+    start(cluster)
+    yield cluster
+    cluster.stop()

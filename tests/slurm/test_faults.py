@@ -1,0 +1,198 @@
+"""A training on two nodes is struck again and again, goes on by itself each time, and computes what it would have."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from fault_log import record_fault
+from recipes_for_tests import tiny_stage1_recipe
+from slurm_runs import Cluster, Recovery, Run, measure_recovery, wait_until
+
+from dreamdance.recipe import dump_recipe
+
+EVERY_STEPS = 10
+STOP_SECONDS = 30
+STEP_TIMEOUT_SECONDS = 8
+
+
+@pytest.fixture(scope="module")
+def run(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, shards: Path):
+    """An endless training that takes steps."""
+    folder = tmp_path_factory.mktemp("work")
+    recipe = tiny_stage1_recipe(
+        "domains",
+        {
+            "data.train.local": str(shards / "train"),
+            "data.validation.local": str(shards / "validation"),
+            "data.num_workers": 1,
+            "max_steps": 100_000,
+            "batch_size": 2,
+            "micro_batch_size": 1,
+            "checkpoint.every_steps": EVERY_STEPS,
+            "validation.loss_every_steps": 100_000,
+            "validation.sample_every_steps": 100_000,
+            "logging.every_steps": 1,
+            "cluster.nodes": 2,
+            "cluster.time_minutes": 60,
+            "cluster.stop_seconds": STOP_SECONDS,
+            "cluster.step_timeout_seconds": STEP_TIMEOUT_SECONDS,
+            "cluster.partition": "low",
+        },
+    )
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    run = Run(cluster, folder, folder / "recipe.yaml", "struck")
+    submitted = run.launch()
+    assert submitted.returncode == 0, submitted.stderr
+    yield run
+    cluster.slurm("scancel", run.job.job_id)
+    wait_until(lambda: not run.rank_pids(), "the cancelled job's end", 30)
+
+
+@pytest.fixture(autouse=True)
+def running(run: Run) -> None:
+    """Each test finds it in full swing, with a checkpoint, and a few steps past it."""
+    run.wait_for_steps(EVERY_STEPS // 2)
+    wait_until(lambda: run.steps()[-1].number > run.complete_steps()[-1], "a step past the checkpoint")
+
+
+def assert_resumed_without_a_difference(run: Run, recovery: Recovery) -> None:
+    """Nothing but the steps since the newest checkpoint is done again, and those give the same losses."""
+    assert recovery.first_step - 1 in (*run.complete_steps(), 0)
+    losses: dict[int, set[float]] = {}
+    for step in run.steps():
+        losses.setdefault(step.number, set()).add(step.loss)
+    assert sorted(losses) == list(range(1, max(losses) + 1)), "no step is left out"
+    assert [number for number, found in losses.items() if len(found) > 1] == []
+
+
+def record(fault: str, how: str, promised: str, recovery: Recovery) -> None:
+    record_fault(
+        fault,
+        how=how,
+        promised=promised,
+        happened="the job went back into the queue by itself and on with the same losses",
+        detected_seconds=recovery.detected_seconds,
+        resumed_seconds=recovery.resumed_seconds,
+        steps_lost=recovery.steps_lost,
+    )
+
+
+def test_a_time_limit_that_comes_while_a_rank_waits_in_a_collective_costs_no_step(run, cluster):
+    """Rank 1 is held up, so that rank 0 sits in a collective when Slurm's warning arrives; then rank 1 goes on."""
+    job_id = run.job.job_id
+    held = run.rank_pids()[1]
+
+    def reach_the_limit() -> None:
+        minutes = int(_run_seconds(cluster, job_id) // 60) + 1
+        cluster.slurm("scontrol", "update", f"JobId={job_id}", f"TimeLimit={minutes}")
+        wait_until(lambda: "SIGUSR2" in run.log(0), "the warning", 70)
+
+    # Rank 0's wait for rank 1 is short enough for its watchdog, and there when the signal arrives.
+    def warn() -> None:
+        os.kill(held, signal.SIGSTOP)
+        try:
+            time.sleep(1.0)
+            cluster.slurm("scancel", "--signal=USR2", job_id)
+            wait_until(lambda: "SIGUSR2: saving" in run.log(0), "rank 0's word on the warning", 5)
+        finally:
+            os.kill(held, signal.SIGCONT)
+
+    recovery = measure_recovery(run, warn)
+    assert recovery.steps_lost == 0
+    assert_resumed_without_a_difference(run, recovery)
+    record(
+        "the warning before the time limit, in a collective",
+        "USR2 to the job while rank 0 waits for rank 1",
+        "all ranks save at a step's end, the job goes on",
+        recovery,
+    )
+
+    recovery = measure_recovery(run, reach_the_limit)
+    assert recovery.steps_lost == 0
+    record("time limit", "TimeLimit of the running job lowered", "as above", recovery)
+    cluster.slurm("scontrol", "update", f"JobId={job_id}", "TimeLimit=120")
+
+
+def _run_seconds(cluster: Cluster, job_id: str) -> int:
+    hours, minutes, seconds = cluster.show(job_id)["RunTime"].split(":")
+    return 3600 * int(hours) + 60 * int(minutes) + int(seconds)
+
+
+def test_a_warning_to_a_rank_that_hangs_ends_it_in_time_and_the_job_goes_on(run, cluster):
+    held = run.rank_pids()[1]
+
+    def hang() -> None:
+        os.kill(held, signal.SIGSTOP)
+
+    recovery = measure_recovery(run, hang)
+    assert recovery.detected_seconds < STEP_TIMEOUT_SECONDS + 20
+    assert recovery.steps_lost <= EVERY_STEPS + 3
+    assert_resumed_without_a_difference(run, recovery)
+    assert "hangs" in run.log(0)
+    record("rank stopped", "SIGSTOP to one rank", "the watchdog ends the job", recovery)
+
+
+def test_a_killed_rank_ends_the_others_and_the_job_goes_on(run):
+    recovery = measure_recovery(run, lambda: run.strike_rank(1, signal.SIGKILL))
+    assert recovery.detected_seconds < 20
+    assert_resumed_without_a_difference(run, recovery)
+    record("rank killed", "SIGKILL to one rank", "the others end, the job goes on", recovery)
+
+
+def test_a_requeue_without_warning_resumes_from_the_newest_checkpoint(run, cluster):
+    recovery = measure_recovery(run, lambda: cluster.slurm("scontrol", "requeue", run.job.job_id))
+    assert_resumed_without_a_difference(run, recovery)
+    record("requeued by somebody", "scontrol requeue", "goes on from the newest checkpoint", recovery)
+
+
+def test_a_job_of_a_higher_partition_may_take_the_nodes_for_a_while(run, cluster):
+    def take_all_nodes() -> None:
+        cluster.slurm(
+            "sbatch", "--partition=high", "--nodes=4", "--exclusive", "--time=1", "--output=/dev/null", "--wrap=sleep 3"
+        )
+
+    recovery = measure_recovery(run, take_all_nodes)
+    assert recovery.steps_lost == 0, "it was warned, so it saved"
+    assert_resumed_without_a_difference(run, recovery)
+    record("pre-emption", "a job of a higher partition wants all nodes", "saves, gives way, goes on", recovery)
+
+
+def test_a_lost_node_is_replaced_by_another(run, cluster):
+    lost = cluster.show(run.job.job_id)["BatchHost"]
+    recovery = measure_recovery(run, lambda: cluster.control("kill-node", lost.removeprefix("node")))
+    assert lost not in run.say("status").partition("nodes")[2].splitlines()[0]
+    assert_resumed_without_a_difference(run, recovery)
+    record("node lost", "all processes of the batch host's node killed", "requeued on other nodes", recovery)
+    cluster.control("start-node", lost.removeprefix("node"))
+    wait_until(lambda: cluster.node_states()[lost] != "down", "the node's return", 30)
+
+
+def test_a_lost_daemon_is_as_a_lost_node(run, cluster):
+    lost = cluster.show(run.job.job_id)["BatchHost"]
+    recovery = measure_recovery(run, lambda: cluster.control("kill-daemon", lost.removeprefix("node")))
+    assert_resumed_without_a_difference(run, recovery)
+    record("slurmd lost", "SIGKILL to the slurmd of the batch host", "requeued", recovery)
+    cluster.control("start-node", lost.removeprefix("node"))
+
+
+def test_a_cancelled_job_saves_and_does_not_come_back(run, cluster):
+    before = run.restarts()
+    cancelled = time.time()
+    assert "cancelled slurm job" in run.say("cancel")
+    wait_until(lambda: not run.rank_pids(), "the ranks' end", 30)
+    ended = time.time() - cancelled
+    time.sleep(3)
+    assert run.state() == "CANCELLED"
+    assert run.restarts() == before
+    assert "cancelled" in run.say("status")
+    assert run.complete_steps()[-1] == run.steps()[-1].number, "it was given time to save"
+    record_fault(
+        "scancel",
+        how="launchers/slurm.py cancel RUN",
+        promised="saves where Slurm leaves the time, and stays away",
+        happened="saved, not requeued",
+        detected_seconds=ended,
+        steps_lost=0,
+    )

@@ -1,0 +1,221 @@
+"""The command on a real cluster: a job on four nodes, an array, shares of work, and what is not submitted twice."""
+
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from fault_log import record_fault
+from recipes_for_tests import tiny_stage1_recipe
+from slurm_runs import ROOT, Cluster, Run, wait_until
+
+from dreamdance.recipe import dump_recipe
+
+PREPARE = ROOT / "recipes" / "demo" / "prepare.yaml"
+SMALL = ("dancers.num_validation_clips=4", "clips_per_part=2", "num_workers=1", "cluster.cpus_per_task=1")
+NEVER = "cluster.sbatch_arguments={begin: now+1hour}"
+
+
+@pytest.fixture
+def short_training(cluster: Cluster, tmp_path: Path, shards: Path):
+    """A training of a few steps, as many ranks as samples in a batch."""
+    recipe = tiny_stage1_recipe(
+        "domains",
+        {
+            "data.train.local": str(shards / "train"),
+            "data.validation.local": str(shards / "validation"),
+            "data.num_workers": 0,
+            "max_steps": 6,
+            "batch_size": 4,
+            "micro_batch_size": 1,
+            "validation.sample_every_steps": 100,
+            "logging.every_steps": 1,
+        },
+    )
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    return Run(cluster, tmp_path, tmp_path / "recipe.yaml", "short")
+
+
+def test_a_training_on_four_nodes_is_followed_to_its_end_without_accounting(short_training, capsys):
+    run = short_training
+    run.words = ("cluster.nodes=4",)
+    done = run.launch("--follow")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"short: slurm job {run.job.job_id}, 4 processes, log ")
+    assert any(line.startswith("step 6/6  loss ") for line in lines)
+    assert lines[-1].startswith("short finished in ")
+    assert [step.number for step in run.steps()] == [1, 2, 3, 4, 5, 6]
+    with capsys.disabled():  # for whoever reads CI's output
+        sys.stdout.write(f"\n{done.stdout}\nlog of rank 0 of 4:\n{run.log()}\n")
+    again = run.launch()
+    assert (again.returncode, again.stdout.count("\n")) == (0, 1)
+    shown = run.say("status")
+    assert "(stage1): finished" in shown
+    assert "nodes        node1, node2, node3, node4" in shown
+    assert "restarts     0" in shown
+    assert "checkpoint   step_00000006, complete since " in shown
+
+
+def test_a_sweep_is_one_array_with_a_run_folder_each_even_on_one_node(short_training):
+    run = short_training
+    run.words = ("cluster.tasks_per_node=2", "cluster.sbatch_arguments={nodelist: node1}")
+    done = run.launch("--sweep", "optimizer.lr=1e-3,2e-3", "--follow")
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = [Run(run.cluster, run.folder, run.recipe, f"short_lr_{value}") for value in ("1e_3", "2e_3")]
+    ids = [one.job.job_id for one in runs]
+    assert [part.partition("_")[2] for part in ids] == ["0", "1"]
+    assert len({part.partition("_")[0] for part in ids}) == 1, "one array"
+    for one in runs:
+        assert f"{one.name} finished in " in done.stdout
+        assert one.steps()[-1].number == 6
+        assert "step 6/6" in one.log(), "its log lies in its own folder"
+        assert run.cluster.show(one.job.job_id)["NodeList"] == "node1"
+    shared = [run.cluster.show(one.job.job_id) for one in runs]
+    assert min(job["EndTime"] for job in shared) > max(job["StartTime"] for job in shared), "at the same time"
+    assert runs[0].steps()[-1].loss != runs[1].steps()[-1].loss
+    record_fault(
+        "two jobs on one node",
+        how="an array of two runs of two ranks on one node, at the same time",
+        promised="neither disturbs the other",
+        happened="both finished",
+    )
+
+
+def test_a_lost_ranks_share_of_the_clips_is_made_by_the_next_attempt(cluster, tmp_path):
+    words = ("dancers.num_train_clips=60", *SMALL, "cluster.nodes=4", "cluster.partition=low")
+    run = Run(cluster, tmp_path, PREPARE, "shares", *words)
+    assert run.launch().returncode == 0
+    parts = tmp_path / "data" / "demo" / "train" / "parts"
+    wait_until(lambda: len(list(parts.glob("part_*"))) >= 4, "the first parts")
+    struck = time.time()
+    pids = set(run.rank_pids().values())
+    run.strike_rank(2, signal.SIGKILL)
+    wait_until(lambda: not pids & set(run.rank_pids().values()), "the others' end")
+    detected = time.time() - struck
+    done = run.launch("--follow")
+    assert "not submitted again, slurm job" in done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr + run.logs()
+    assert run.restarts() == 1
+    assert len((tmp_path / "data" / "demo" / "manifest.jsonl").read_text().splitlines()) == 4
+    record_fault(
+        "rank killed that makes shards",
+        how="SIGKILL to one of four ranks",
+        promised="the job is requeued, what is made stays made",
+        happened="all shards made by the second attempt",
+        detected_seconds=detected,
+    )
+
+
+def test_what_only_the_user_can_mend_is_told_and_not_tried_again(cluster, tmp_path):
+    (tmp_path / "videos").mkdir()
+    for name in ("a.rgb.mp4", "a.pose.mp4"):
+        (tmp_path / "videos" / name).write_bytes(b"no video")
+    words = ("videos.folder=videos", "output=data/videos", "num_workers=1", "cluster.nodes=2")
+    run = Run(cluster, tmp_path, ROOT / "recipes" / "prepare.yaml", "hopeless", *words, "cluster.cpus_per_task=1")
+    done = run.launch("--follow")
+    assert done.returncode == 1
+    assert "set `videos.split_by` to time" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert run.restarts() == 0
+    assert "says what to change" in run.log()
+
+
+def test_a_queued_run_is_not_submitted_again_and_can_be_cancelled(cluster, tmp_path):
+    run = Run(cluster, tmp_path, PREPARE, "queued", NEVER)
+    assert run.launch().returncode == 0
+    job_id = run.job.job_id
+    again = run.launch()
+    assert f"queued: not submitted again, slurm job {job_id} is already pending" in again.stdout
+    assert "pending: BeginTime" in run.say("status")
+    changed = Run(cluster, tmp_path, PREPARE, "queued", NEVER, "seed=1").launch()
+    assert changed.returncode == 3
+    assert "seed: 0 -> 1" in changed.stderr
+    assert len(cluster.slurm("squeue", "--noheader", "--name=queued").splitlines()) == 1
+    assert f"cancelled slurm job {job_id}" in run.say("cancel")
+    assert run.state() == "CANCELLED"
+    assert "nothing to cancel" in run.say("cancel")
+
+
+def test_two_launchers_at_once_submit_one_job(cluster, tmp_path):
+    run = Run(cluster, tmp_path, PREPARE, "twice", NEVER)
+    with ThreadPoolExecutor(4) as pool:
+        done = list(pool.map(lambda _: run.launch(), range(4)))
+    assert len(cluster.slurm("squeue", "--noheader", "--name=twice").splitlines()) == 1
+    for one in done:
+        told = one.stdout + one.stderr
+        assert any(word in told for word in ("twice: slurm job", "not submitted again", "another launcher")), told
+    run.say("cancel")
+    record_fault(
+        "two runs of one name",
+        how="four launchers of one run at once",
+        promised="one job; another recipe of that name is refused",
+        happened="one job, the others said so",
+    )
+
+
+def test_a_job_of_the_same_number_in_a_wiped_cluster_is_not_the_runs(small_cluster, tmp_path):
+    run = Run(small_cluster, tmp_path, PREPARE, "wiped", NEVER)
+    assert run.launch().returncode == 0
+    assert run.job.job_id == "1"
+    small_cluster.stop()
+    assert "Slurm does not answer" in run.say("status")
+    small_cluster.start()
+    small_cluster.slurm("sbatch", "--begin=now+1hour", "--output=/dev/null", "--wrap=true")
+    assert small_cluster.show("1")["JobState"] == "PENDING", "the same number, somebody else's job"
+    assert "gone from the queue without finishing" in run.say("status")
+    assert "nothing to cancel" in run.say("cancel")
+    assert small_cluster.show("1")["JobState"] == "PENDING"
+    # What a job of that number left is not believed of the next one either.
+    small_cluster.stop()
+    logs = run.run_folder / "logs"
+    (logs / "1_0_log.out").write_text("2026-11-22 17:00:00,123 WARNING old: old news\n")
+    (logs / "requeues.jsonl").write_text("old news\n")
+    small_cluster.start()
+    assert run.launch().returncode == 0
+    assert run.job.job_id == "1"
+    assert "old news" not in run.log() + run.say("status")
+    assert "old news" in (logs / "earlier" / "0000" / "1_0_log.out").read_text()
+    record_fault(
+        "job ids reused by a wiped cluster",
+        how="the controller's state deleted, another job given the number",
+        promised="neither the other job nor old files are taken for the run's",
+        happened="told apart by the script, old files put away",
+    )
+
+
+def test_slurms_own_refusal_is_shown(cluster, tmp_path):
+    done = Run(cluster, tmp_path, PREPARE, "refused", "cluster.partition=nowhere").launch()
+    assert done.returncode == 2
+    assert "invalid partition specified: nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_a_site_wants_is_accepted_by_sbatch(cluster, tmp_path):
+    words = ["account=lab", "memory_gib=2", "mail_user=me@lab", "setup=[true]", "environment={A: 'b c'}", "nodes=2"]
+    words += ["time_minutes=30", "stop_seconds=60", "partition=high", "srun_arguments=[--cpu-bind=none]"]
+    words += ["sbatch_arguments={comment: 'a word', exclusive: '', begin: now+1hour}"]
+    run = Run(cluster, tmp_path, PREPARE, "wanted", *(f"cluster.{word}" for word in words))
+    done = run.launch()
+    assert done.returncode == 0, done.stderr
+    job = cluster.show(run.job.job_id)
+    assert (job["Account"], job["Partition"], job["TimeLimit"]) == ("lab", "high", "00:30:00")
+    assert job["NumNodes"].startswith("2")
+    assert job["MinMemoryNode"] == "2G"
+    assert job["MailUser"] == "me@lab"
+    assert job["Requeue"] == "1"
+    run.say("cancel")
+
+
+def test_a_cluster_can_be_started_and_stopped_again_in_seconds(small_cluster):
+    small_cluster.stop()
+    started = time.monotonic()
+    small_cluster.start()
+    assert time.monotonic() - started < 10
+    assert small_cluster.slurm("srun", "hostname") == "node1"
+    small_cluster.stop()
+    left = subprocess.run(["pgrep", "-f", str(small_cluster.folder)], capture_output=True, text=True, check=False)
+    assert left.stdout == ""
