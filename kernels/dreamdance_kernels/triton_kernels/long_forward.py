@@ -19,7 +19,7 @@ from dreamdance_kernels.triton_kernels.long_launch import (
     tensor_arguments,
     tile_from,
 )
-from dreamdance_kernels.triton_kernels.split_width import load_part, store_part
+from dreamdance_kernels.triton_kernels.split_width import add_weighted, dot_heads, load_head, store_head, zero_head
 from dreamdance_kernels.triton_kernels.tiles import Tile, architecture_of
 
 # By architecture and by the width that the parts of a head fill together.
@@ -131,17 +131,11 @@ def long_forward(
     key += outer * key_outer + inner * key_inner + column
     value += outer * value_outer + inner * value_inner + column
     output += outer * output_outer + inner * output_inner + start.to(tl.int64) * output_row + column
-    first_query = load_part(
-        query, query_row, num_queries - start, block_queries, 0, first_width, head_width, mask_queries, wide_rows
-    )
-    second_query = first_query  # not read where there is no second part
-    if second_width:
-        second_query = load_part(
-            query, query_row, num_queries - start, block_queries, first_width, second_width, head_width,
-            mask_queries, wide_rows,
-        )  # fmt: skip
-    first = tl.zeros([block_queries, first_width], tl.float32)
-    second = tl.zeros([block_queries, second_width if second_width else 1], tl.float32)
+    first_query, second_query = load_head(
+        query, query_row, num_queries - start, block_queries, first_width, second_width, head_width,
+        mask_queries, wide_rows,
+    )  # fmt: skip
+    first, second = zero_head(block_queries, first_width, second_width)
     row_max = tl.full([block_queries], float("-inf"), tl.float32)
     row_sum = tl.zeros([block_queries], tl.float32)
     first, second, row_max, row_sum = _attend_segment(
@@ -156,14 +150,12 @@ def long_forward(
             scale, head_width, first_width, second_width, block_keys, mask_shared, wide_rows,
         )  # fmt: skip
     first, second = first / row_sum[:, None], second / row_sum[:, None]
-    store_part(output, first, output_row, num_queries - start, block_queries, 0, first_width, head_width)
-    if second_width:
-        store_part(
-            output, second, output_row, num_queries - start, block_queries, first_width, second_width, head_width
-        )
+    store_head(
+        output, first, second, output_row, num_queries - start, block_queries, first_width, second_width, head_width
+    )
     rows = start + tl.arange(0, block_queries)
     log_sum_exp += (sample * num_heads + head).to(tl.int64) * num_queries
-    tl.store(log_sum_exp + rows, (row_max + tl.log2(row_sum)) * _LN_2, rows < num_queries)
+    tl.store(log_sum_exp + rows, row_max * _LN_2 + tl.log(row_sum), rows < num_queries)
 
 
 @triton.jit
@@ -176,16 +168,16 @@ def _attend_segment(
 ) -> tl.tuple:  # fmt: skip
     """Add a segment's keys to the running sums, maxima (in base 2) and denominators of a block of queries."""
     for start in range(0, num_keys, block_keys):
-        left = num_keys - start
-        key_block = key + tl.cast(start, tl.int64) * key_row
-        value_block = value + tl.cast(start, tl.int64) * value_row
-        first_key = load_part(key_block, key_row, left, block_keys, 0, first_width, head_width, mask_keys, wide_rows)
-        scores = tl.dot(first_query, tl.trans(first_key), input_precision="ieee")
-        if second_width:
-            second_key = load_part(
-                key_block, key_row, left, block_keys, first_width, second_width, head_width, mask_keys, wide_rows
-            )
-            scores = tl.dot(second_query, tl.trans(second_key), scores, input_precision="ieee")
+        left, start = num_keys - start, tl.cast(start, tl.int64)
+        first_key, second_key = load_head(
+            key + start * key_row, key_row, left, block_keys, first_width, second_width, head_width,
+            mask_keys, wide_rows,
+        )  # fmt: skip
+        first_value, second_value = load_head(
+            value + start * value_row, value_row, left, block_keys, first_width, second_width, head_width,
+            mask_keys, wide_rows,
+        )  # fmt: skip
+        scores = dot_heads(first_query, second_query, first_key, second_key, second_width)
         if mask_keys:
             scores = tl.where(tl.arange(0, block_keys)[None, :] < left, scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1) * (scale * _LOG2_E))
@@ -193,14 +185,7 @@ def _attend_segment(
         correction = tl.exp2(row_max - new_max)
         row_sum = row_sum * correction + tl.sum(weights, 1)
         row_max = new_max
-        weights = weights.to(value.dtype.element_ty)
-        first_value = load_part(
-            value_block, value_row, left, block_keys, 0, first_width, head_width, mask_keys, wide_rows
+        first, second = add_weighted(
+            weights, first_value, second_value, first * correction[:, None], second * correction[:, None], second_width
         )
-        first = tl.dot(weights, first_value, first * correction[:, None], input_precision="ieee")
-        if second_width:
-            second_value = load_part(
-                value_block, value_row, left, block_keys, first_width, second_width, head_width, mask_keys, wide_rows
-            )
-            second = tl.dot(weights, second_value, second * correction[:, None], input_precision="ieee")
     return first, second, row_max, row_sum

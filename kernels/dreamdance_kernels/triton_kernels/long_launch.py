@@ -89,6 +89,48 @@ def constants_of(kernel: Any, lengths: Lengths, *, head_width: int, tile: Tile, 
     return {name: value for name, value in constants.items() if name in kernel.arg_names}
 
 
+@dataclass(frozen=True)
+class BackwardProblem:
+    """What the passes of the backward read: the forward's inputs (an empty shared segment for none), its log-sum-exp,
+    and delta, the sum over d of its output times its gradient, `(b, i, heads, l)` in float32 both."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    shared_key: Tensor
+    shared_value: Tensor
+    grad_output: Tensor
+    log_sum_exp: Tensor
+    delta: Tensor
+    num_heads: int
+
+    @property
+    def head_width(self) -> int:
+        return self.query.shape[-1] // self.num_heads
+
+    @property
+    def lengths(self) -> Lengths:
+        return lengths_of(self.query, self.key, self.shared_key)
+
+    def operands(self) -> dict[str, Tensor]:
+        """Tensors in the dtype of the model."""
+        names = ("query", "key", "value", "shared_key", "shared_value", "grad_output")
+        return {name: getattr(self, name) for name in names}
+
+    def arguments(self) -> dict[str, Any]:
+        """What both passes have in common."""
+        return tensor_arguments(**self.operands()) | {
+            "log_sum_exp": self.log_sum_exp,
+            "delta": self.delta,
+            "num_outer": self.query.shape[0],
+            "num_inner": self.query.shape[1],
+            "num_heads": self.num_heads,
+            "num_queries": self.lengths.queries,
+            "num_keys": self.lengths.keys,
+            "num_shared": self.lengths.shared,
+        }
+
+
 def launch(
     kernel: Any,
     arguments: Mapping[str, Any],

@@ -40,21 +40,31 @@ def split_width(head_width: int) -> SplitWidth:
 
 
 @triton.jit
-def load_part(
-    pointer: tl.tensor,
-    row_stride: tl.tensor,
-    num_rows: tl.tensor,
-    block_rows: tl.constexpr,
-    first_column: tl.constexpr,
-    width: tl.constexpr,
-    head_width: tl.constexpr,
-    mask_rows: tl.constexpr,
-    wide_rows: tl.constexpr,
-) -> tl.tensor:
-    """`(block_rows, width)` of one head from the row that `pointer` stands at; zero beyond `num_rows` and the head.
+def load_head(
+    pointer: tl.tensor, row_stride: tl.tensor, num_rows: tl.tensor, block_rows: tl.constexpr,
+    first_width: tl.constexpr, second_width: tl.constexpr, head_width: tl.constexpr,
+    mask_rows: tl.constexpr, wide_rows: tl.constexpr,
+) -> tl.tuple:  # fmt: skip
+    """Both parts of `block_rows` rows of a head, from the row that `pointer` stands at; zero beyond `num_rows`.
 
     Offsets are taken from the block's first row, so that 32 bits hold them; `wide_rows` where even these pass 2^31.
+    Where there is no second part the first stands in for it, and is not used.
     """
+    first = _load_part(pointer, row_stride, num_rows, block_rows, 0, first_width, head_width, mask_rows, wide_rows)
+    second = first
+    if second_width:
+        second = _load_part(
+            pointer, row_stride, num_rows, block_rows, first_width, second_width, head_width, mask_rows, wide_rows
+        )
+    return first, second
+
+
+@triton.jit
+def _load_part(
+    pointer: tl.tensor, row_stride: tl.tensor, num_rows: tl.tensor, block_rows: tl.constexpr,
+    first_column: tl.constexpr, width: tl.constexpr, head_width: tl.constexpr,
+    mask_rows: tl.constexpr, wide_rows: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     rows = tl.arange(0, block_rows)
     columns = first_column + tl.arange(0, width)
     offsets = (rows.to(tl.int64) if wide_rows else rows)[:, None] * row_stride + columns[None, :]
@@ -71,19 +81,86 @@ def load_part(
 
 
 @triton.jit
-def store_part(
-    pointer: tl.tensor,
-    part: tl.tensor,
-    row_stride: tl.tensor,
-    num_rows: tl.tensor,
-    block_rows: tl.constexpr,
-    first_column: tl.constexpr,
-    width: tl.constexpr,
-    head_width: tl.constexpr,
-) -> None:
-    """Write what `load_part` reads, in the pointer's dtype, and nothing beyond `num_rows` and the head."""
+def zero_head(block_rows: tl.constexpr, first_width: tl.constexpr, second_width: tl.constexpr) -> tl.tuple:
+    """Both parts of float32 sums."""
+    first = tl.zeros([block_rows, first_width], tl.float32)
+    second = tl.zeros([block_rows, second_width if second_width else 1], tl.float32)
+    return first, second
+
+
+@triton.jit
+def dot_heads(
+    first: tl.tensor, second: tl.tensor, other_first: tl.tensor, other_second: tl.tensor, second_width: tl.constexpr
+) -> tl.tensor:
+    """Products of all rows of one head block with all rows of another, `(rows, other rows)` in float32."""
+    products = tl.dot(first, tl.trans(other_first), input_precision="ieee")
+    if second_width:
+        products = tl.dot(second, tl.trans(other_second), products, input_precision="ieee")
+    return products
+
+
+@triton.jit
+def add_weighted(
+    weights: tl.tensor,
+    first: tl.tensor,
+    second: tl.tensor,
+    first_sum: tl.tensor,
+    second_sum: tl.tensor,
+    second_width: tl.constexpr,
+) -> tl.tuple:
+    """Sums to which `weights` `(sum rows, rows)` times the rows of a head block were added."""
+    weights = weights.to(first.dtype)
+    first_sum = tl.dot(weights, first, first_sum, input_precision="ieee")
+    if second_width:
+        second_sum = tl.dot(weights, second, second_sum, input_precision="ieee")
+    return first_sum, second_sum
+
+
+@triton.jit
+def store_head(
+    pointer: tl.tensor, first: tl.tensor, second: tl.tensor, row_stride: tl.tensor, num_rows: tl.tensor,
+    block_rows: tl.constexpr, first_width: tl.constexpr, second_width: tl.constexpr, head_width: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write both parts in the pointer's dtype, and nothing beyond `num_rows` and the head."""
+    rows = tl.arange(0, block_rows)
+    pointers = pointer + rows.to(tl.int64)[:, None] * row_stride
+    columns = tl.arange(0, first_width)[None, :]
+    mask = (rows < num_rows)[:, None]
+    tl.store(pointers + columns, first.to(pointer.dtype.element_ty), mask & (columns < head_width))
+    if second_width:
+        columns = first_width + tl.arange(0, second_width)[None, :]
+        tl.store(pointers + columns, second.to(pointer.dtype.element_ty), mask & (columns < head_width))
+
+
+@triton.jit
+def atomic_add_head(
+    pointer: tl.tensor, first: tl.tensor, second: tl.tensor, row_stride: tl.tensor, num_rows: tl.tensor,
+    block_rows: tl.constexpr, first_width: tl.constexpr, second_width: tl.constexpr, head_width: tl.constexpr,
+    mask_rows: tl.constexpr, wide_rows: tl.constexpr,
+) -> None:  # fmt: skip
+    """Add both parts to float32 sums that other programs add to as well."""
+    _atomic_add_part(pointer, first, row_stride, num_rows, block_rows, 0, first_width, head_width, mask_rows, wide_rows)
+    if second_width:
+        _atomic_add_part(
+            pointer, second, row_stride, num_rows, block_rows, first_width, second_width, head_width,
+            mask_rows, wide_rows,
+        )  # fmt: skip
+
+
+@triton.jit
+def _atomic_add_part(
+    pointer: tl.tensor, part: tl.tensor, row_stride: tl.tensor, num_rows: tl.tensor, block_rows: tl.constexpr,
+    first_column: tl.constexpr, width: tl.constexpr, head_width: tl.constexpr,
+    mask_rows: tl.constexpr, wide_rows: tl.constexpr,
+) -> None:  # fmt: skip
     rows = tl.arange(0, block_rows)
     columns = first_column + tl.arange(0, width)
-    offsets = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
-    mask = (rows < num_rows)[:, None] & (columns < head_width)[None, :]
-    tl.store(pointer + offsets, part.to(pointer.dtype.element_ty), mask)
+    offsets = (rows.to(tl.int64) if wide_rows else rows)[:, None] * row_stride + columns[None, :]
+    if mask_rows:
+        tl.atomic_add(
+            pointer + offsets, part, (rows < num_rows)[:, None] & (columns < head_width)[None, :], sem="relaxed"
+        )
+    elif first_column + width > head_width:
+        tl.atomic_add(pointer + offsets, part, (columns < head_width)[None, :], sem="relaxed")
+    else:
+        tl.atomic_add(pointer + offsets, part, sem="relaxed")

@@ -1,0 +1,178 @@
+"""Path L, backward: gradients of own and of shared keys in one pass over the keys, each block of them one program.
+
+Fast form: the same pass adds every block's part of the query gradient to float32 sums, in the order in which the
+programs happen to run. Deterministic form: `long_backward_deterministic` computes it in a pass of its own. The
+gradient of keys that samples share is summed inside its program, sample after sample, in both.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from dreamdance_kernels.triton_kernels import long_backward_deterministic
+from dreamdance_kernels.triton_kernels.builds import KernelBuild
+from dreamdance_kernels.triton_kernels.gradients import Gradients
+from dreamdance_kernels.triton_kernels.long_backward_kernels import long_backward, output_dot_gradient
+from dreamdance_kernels.triton_kernels.long_launch import (
+    FLOAT32_TILE,
+    BackwardProblem,
+    Lengths,
+    check_operands,
+    launch,
+    lengths_of,
+    model_builds,
+    tensor_arguments,
+    tile_from,
+)
+from dreamdance_kernels.triton_kernels.tiles import Tile, architecture_of
+
+# By architecture and by the width that the parts of a head fill together.
+TILES = {
+    (8, 0): {
+        48: Tile(block_queries=32, block_keys=128, num_warps=8, num_stages=2),
+        64: Tile(block_queries=32, block_keys=128, num_warps=8, num_stages=2),
+        80: Tile(block_queries=64, block_keys=128, num_warps=8, num_stages=3),
+        160: Tile(block_queries=16, block_keys=64, num_warps=8, num_stages=2),
+        256: Tile(block_queries=16, block_keys=64, num_warps=8, num_stages=1),
+    },
+    (9, 0): {
+        48: Tile(block_queries=64, block_keys=128, num_warps=8, num_stages=2),
+        64: Tile(block_queries=64, block_keys=128, num_warps=8, num_stages=2),
+        80: Tile(block_queries=64, block_keys=128, num_warps=8, num_stages=2),
+        160: Tile(block_queries=64, block_keys=64, num_warps=8, num_stages=2),
+        256: Tile(block_queries=32, block_keys=64, num_warps=8, num_stages=1),
+    },
+}
+_ROWS_TILE = Tile(block_queries=64, block_keys=1, num_warps=4, num_stages=1)
+_ROWS_TILES = {architecture: dict.fromkeys(tiles, _ROWS_TILE) for architecture, tiles in TILES.items()}
+
+
+def backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shared_key: Tensor | None,
+    shared_value: Tensor | None,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    *,
+    num_heads: int,
+    deterministic: bool,
+    tile: Tile | None = None,
+) -> Gradients:
+    """Gradients of every input of the forward.
+
+    Args:
+        grad_output: `(b, i, l, heads*d)`, gradient of the forward's output; any strides but for a last one of 1.
+        query: as in the forward, as are key, value, shared_key and shared_value.
+        key: see query.
+        value: see query.
+        shared_key: see query.
+        shared_value: see query.
+        output: of the forward.
+        log_sum_exp: of the forward.
+        num_heads: as in the forward.
+        deterministic: bit-identical on repetition, for seven matrix products where the fast form takes five.
+        tile: another cut than the table's, for both passes.
+
+    Returns:
+        Every gradient in its input's dtype, shape and order of dimensions, dense; None for a segment not given.
+
+    Raises:
+        ValueError: as in the forward.
+    """
+    has_shared = shared_key is not None
+    if shared_key is None or shared_value is None:
+        shared_key = shared_value = query.new_empty((query.shape[0], 0, query.shape[-1]))
+    lengths = lengths_of(query, key, shared_key)
+    check_operands(lengths, query=query, key=key, value=value, grad_output=grad_output, output=output)
+    check_operands(lengths, shared_key=shared_key, shared_value=shared_value)
+    delta = _output_dot_gradient(output, grad_output, num_heads=num_heads)
+    problem = BackwardProblem(query, key, value, shared_key, shared_value, grad_output, log_sum_exp, delta, num_heads)
+    if deterministic:
+        grads = _key_gradients(problem, query_sums=None, tile=tile)
+        grad_query = long_backward_deterministic.query_gradient(problem, tile=tile)
+    else:
+        query_sums = torch.zeros_like(query, dtype=torch.float32)
+        grads = _key_gradients(problem, query_sums=query_sums, tile=tile)
+        grad_query = torch.mul(query_sums, problem.head_width**-0.5, out=torch.empty_like(query))
+    return Gradients(
+        query=grad_query,
+        key=grads["grad_key"],
+        value=grads["grad_value"],
+        shared_key=grads["grad_shared_key"] if has_shared else None,
+        shared_value=grads["grad_shared_value"] if has_shared else None,
+    )
+
+
+def tile_for(head_width: int, architecture: tuple[int, int], *, dtype: torch.dtype = torch.bfloat16) -> Tile:
+    """How the pass over the keys cuts its work on a machine."""
+    return FLOAT32_TILE if dtype == torch.float32 else tile_from(TILES, head_width, architecture)
+
+
+def builds(architecture: tuple[int, int]) -> list[KernelBuild]:
+    """Every variant that the models launch, of the deterministic form's first pass and of what precedes both too."""
+    statistics = frozenset({"log_sum_exp", "delta", "query_sums"})
+    forms = {"long_backward": True, "long_backward_deterministic_keys": False}
+    found = model_builds(
+        output_dot_gradient, architecture, name="output_dot_gradient", tiles=_ROWS_TILES, float32=statistics
+    )
+    for name, add_query_gradient in forms.items():
+        found += model_builds(
+            long_backward,
+            architecture,
+            name=name,
+            tiles=TILES,
+            float32=statistics,
+            add_query_gradient=add_query_gradient,
+        )
+    return found
+
+
+def _output_dot_gradient(output: Tensor, grad_output: Tensor, *, num_heads: int) -> Tensor:
+    """Sum over d of the output times its gradient, `(b, i, heads, l)` in float32: what softmax's backward subtracts."""
+    num_outer, num_inner, num_rows, width = output.shape
+    delta = output.new_empty((num_outer, num_inner, num_heads, num_rows), dtype=torch.float32)
+    arguments = tensor_arguments(output=output, grad_output=grad_output) | {
+        "delta": delta,
+        "num_inner": num_inner,
+        "num_heads": num_heads,
+        "num_queries": num_rows,
+    }
+    num_programs = num_outer * num_inner * num_heads * triton.cdiv(num_rows, _ROWS_TILE.block_queries)
+    launch(
+        output_dot_gradient,
+        arguments,
+        lengths=Lengths(num_rows, 0),
+        num_programs=num_programs,
+        head_width=width // num_heads,
+        tile=_ROWS_TILE,
+    )
+    return delta
+
+
+def _key_gradients(problem: BackwardProblem, *, query_sums: Tensor | None, tile: Tile | None) -> dict[str, Tensor]:
+    """Gradients of own and shared keys and values; adds the query's, without the scale, to `query_sums` if given."""
+    tile = tile or tile_for(problem.head_width, architecture_of(problem.query.device), dtype=problem.query.dtype)
+    grads = {
+        "grad_key": torch.empty_like(problem.key),
+        "grad_value": torch.empty_like(problem.value),
+        "grad_shared_key": torch.empty_like(problem.shared_key),
+        "grad_shared_value": torch.empty_like(problem.shared_value),
+    }
+    not_written = problem.query
+    arguments = tensor_arguments(query_sums=not_written if query_sums is None else query_sums, **grads)
+    num_outer, num_inner = problem.query.shape[:2]
+    num_own_blocks = num_inner * triton.cdiv(problem.lengths.keys, tile.block_keys)
+    num_shared_blocks = triton.cdiv(problem.lengths.shared, tile.block_keys)
+    launch(
+        long_backward,
+        problem.arguments() | arguments,
+        lengths=problem.lengths,
+        num_programs=num_outer * problem.num_heads * (num_own_blocks + num_shared_blocks),
+        head_width=problem.head_width,
+        tile=tile,
+        add_query_gradient=query_sums is not None,
+    )
+    return grads
