@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,23 @@ import pytest
 import torch
 from fault_log import record_fault
 from filelock import FileLock
+from interruptions import (
+    assert_same_export,
+    first_step_after,
+    output,
+    samples_in_order,
+    settings,
+    start,
+    steps_lost,
+    strike_down,
+    struck_at,
+    without_repeats,
+)
 from random_shards import HEIGHT, WIDTH, flip_byte, write_random_shards
 from rank_processes import StartedRanks
+from recipes_for_tests import tiny_stage1_recipe
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dreamdance.data import clip_loader, shard_cache
 from dreamdance.data.clip_loader import ClipLoader
@@ -24,6 +40,8 @@ from dreamdance.data.verify import verify_shards
 from dreamdance.errors import ShardError
 from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import Shards
+from dreamdance.run_layout import export_folder
+from dreamdance.training.objectives.geometry import GeometryObjective
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -213,4 +231,53 @@ def test_a_stopped_worker_is_an_error_within_the_time_out_and_does_not_outlive_i
         promised="an error that names the step and the key, the process ends, no worker stays",
         happened=message,
         detected_seconds=float(seconds),
+    )
+
+
+# ------------------------------------------------------------------------------------------- a whole training
+
+
+@dataclass(frozen=True)
+class KilledWorker:
+    """One rank loses the process that reads its data, in its n-th training forward pass."""
+
+    rank: int
+    forward: int
+
+    def prepare(self, ranks: Ranks) -> None:
+        if ranks.rank != self.rank:
+            return
+        count = 0
+
+        def kill_in_forward(module: nn.Module, inputs: Any) -> None:
+            nonlocal count
+            if isinstance(module, GeometryObjective) and module.training:
+                count += 1
+                if count == self.forward:
+                    (worker,) = multiprocessing.active_children()
+                    os.kill(worker.pid, signal.SIGKILL)
+
+        register_module_forward_pre_hook(kill_in_forward)
+
+
+def test_a_training_whose_data_worker_dies_ends_on_all_ranks_and_resumes_as_if_it_had_not(shards, tmp_path):
+    changes = {"data.num_workers": 1, "max_steps": 6, "checkpoint.every_steps": 2}
+    recipe = tiny_stage1_recipe("domains", settings(shards, **changes))
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert start(recipe, whole) == [0, 0], output(whole)
+    struck = strike_down(recipe, broken, KilledWorker(rank=1, forward=7))  # of 2 a step: in step 4
+    assert all(code == 1 for code in struck.codes), struck.codes
+    assert "a process that reads data died at step" in output(broken, rank=1)
+    assert start(recipe, broken) == [0, 0], output(broken)
+    for unbroken, interrupted in zip(samples_in_order(whole), samples_in_order(broken), strict=True):
+        assert without_repeats(interrupted) == unbroken
+    assert_same_export(export_folder(whole, 6), export_folder(broken, 6))
+    record_fault(
+        "data worker of one rank killed in a training",
+        how="SIGKILL in step 4 of 6, 2 ranks",
+        promised="all ranks end with an error; started again, bit-identical to an uninterrupted run",
+        happened="both ranks ended with 1; same losses, samples and weights in the end",
+        detected_seconds=struck.ended - struck_at(broken, 1),
+        resumed_seconds=first_step_after(broken, struck.ended),
+        steps_lost=steps_lost(broken, struck.ended),
     )

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import struct
+import time
 from hashlib import sha1
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import ModuleType
 
 import pytest
 import zstd
+from fault_log import record_fault
 from random_shards import HEIGHT, WIDTH, edit_index, flip_byte, random_clip, write_random_shards
 
 from dreamdance.data.clip_loader import ClipLoader
@@ -94,17 +96,33 @@ def test_damage_after_the_check_stops_the_loader_with_the_shards_name(folder, da
     damage(stored_file(folder))
     order = ClipOrder(clips.index.samples_per_shard, batch_size=4, seed=1)
     loader = ClipLoader(clips, order, micro_batch_size=4, ranks=Ranks(), num_workers=num_workers, timeout_seconds=60)
-    with pytest.raises(ShardError, match=SECOND):
+    start = time.monotonic()
+    with pytest.raises(ShardError, match=SECOND) as told:
         list(islice(loader, 9))
+    record_fault(
+        f"shard damaged while it is trained on: {damage.__name__}",
+        how=f"after the check at the start, with {num_workers} workers",
+        promised="an error that names the shard, no hang and no short epoch",
+        happened=str(told.value),
+        detected_seconds=time.monotonic() - start,
+    )
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("damage", [flip, truncate, remove])
 def test_a_damaged_remote_shard_is_an_error_that_names_it(folder, tmp_path, damage, num_workers):
     damage(stored_file(folder))
-    with pytest.raises(ShardError, match=SECOND):
+    start = time.monotonic()
+    with pytest.raises(ShardError, match=SECOND) as told:
         read_epochs(Shards(local=str(tmp_path / "cache"), remote=str(folder)), num_workers=num_workers)
     assert not (tmp_path / "cache" / SECOND).exists()
+    record_fault(
+        f"remote shard damaged: {damage.__name__}",
+        how=f"before it is fetched, with {num_workers} workers",
+        promised="an error that names the shard; it does not enter the cache",
+        happened=str(told.value),
+        detected_seconds=time.monotonic() - start,
+    )
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -222,10 +240,16 @@ def test_an_index_is_not_trusted(folder, tmp_path, edit, message, remote):
     edit_index(folder, edit)
     before = {path for path in tmp_path.rglob("*") if "shards" not in path.parts}
     shards = Shards(local=str(tmp_path / "cache"), remote=str(folder)) if remote else Shards(local=str(folder))
-    with pytest.raises(ShardError, match=message):
+    with pytest.raises(ShardError, match=message) as told:
         StoredClips(shards)
     written = {path for path in tmp_path.rglob("*") if "shards" not in path.parts} - before
     assert {path.name for path in written} <= {"cache", ".index.json.lock"}  # nothing but the lock, nothing outside
+    record_fault(
+        "hostile index of shards",
+        how="of a remote folder" if remote else "of a local folder",
+        promised="refused before anything is written outside the local folder",
+        happened=str(told.value).replace(str(tmp_path), "..."),
+    )
 
 
 @pytest.mark.parametrize("content", ["{", "", "[]", '{"version": 2', "\x00\xff", "[" * 100_000])
