@@ -200,12 +200,7 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             if not container.streams.video:
                 raise VideoError(f"{path} holds no video")
             stream = container.streams.video[0]
-            size = stream.codec_context
-            if size.width * size.height > MAX_FRAME_PIXELS:
-                raise VideoError(
-                    f"{path} claims frames of {size.width}x{size.height}; up to {MAX_FRAME_PIXELS} pixels are accepted"
-                )
-            size.options = limits  # a later frame may be larger than the first
+            stream.codec_context.options = limits  # a later frame may be larger than the first
             yield container, stream
     except av.FFmpegError as error:
         raise VideoError(

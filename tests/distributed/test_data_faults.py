@@ -266,6 +266,7 @@ def test_a_training_whose_data_worker_dies_ends_on_all_ranks_and_resumes_as_if_i
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert start(recipe, whole) == [0, 0], output(whole)
     struck = strike_down(recipe, broken, KilledWorker(rank=1, forward=7))  # of 2 a step: in step 4
+    detected = struck.ended - struck_at(broken, 1)
     assert all(code == 1 for code in struck.codes), struck.codes
     assert "a process that reads data died at step" in output(broken, rank=1)
     assert start(recipe, broken) == [0, 0], output(broken)
@@ -277,7 +278,7 @@ def test_a_training_whose_data_worker_dies_ends_on_all_ranks_and_resumes_as_if_i
         how="SIGKILL in step 4 of 6, 2 ranks",
         promised="all ranks end with an error; started again, bit-identical to an uninterrupted run",
         happened="both ranks ended with 1; same losses, samples and weights in the end",
-        detected_seconds=struck.ended - struck_at(broken, 1),
+        detected_seconds=detected,
         resumed_seconds=first_step_after(broken, struck.ended),
         steps_lost=steps_lost(broken, struck.ended),
     )

@@ -203,7 +203,7 @@ def write_packets(path: Path, packets: list[bytes]) -> None:
 def test_a_film_of_decompression_bombs_is_refused_whichever_frame_is_one(tmp_path, first):
     path = tmp_path / "bomb.mov"
     write_packets(path, [png_bomb(first), png_bomb(9000)])
-    with pytest.raises(VideoError, match=r"bomb\.mov (cannot be read|claims).*up to 67108864 pixels") as told:
+    with pytest.raises(VideoError, match=r"bomb\.mov cannot be read.*up to 67108864 pixels") as told:
         read_frames(path)
     record_fault(
         "video whose frames are decompression bombs",
@@ -211,18 +211,6 @@ def test_a_film_of_decompression_bombs_is_refused_whichever_frame_is_one(tmp_pat
         promised="refused before the picture is unpacked",
         happened=str(told.value),
     )
-
-
-def test_a_header_that_claims_an_absurd_size_is_refused_before_a_frame_is_decoded(video):
-    content = bytearray(video.read_bytes())
-    start = content.index(b"avc1", content.index(b"stsd")) + 4 + 24
-    assert struct.unpack_from(">HH", content, start) == (48, 32)
-    struct.pack_into(">HH", content, start, 65_000, 65_000)
-    sequence = content.index(b"avcC") + 4
-    content[sequence + 8 : sequence + 12] = b"\0\0\0\0"  # the encoder's own idea of the size is unreadable
-    video.write_bytes(bytes(content))
-    with pytest.raises(VideoError, match=r"clip\.mp4 (claims frames of 65000x65000|cannot be read).*67108864 pixels"):
-        probe_video(video)
 
 
 def test_a_list_of_other_files_is_no_video(tmp_path, video):
