@@ -1,4 +1,4 @@
-"""The attention functions of DreamDance behind one signature each, whatever computes them (contract C2)."""
+"""DreamDance's attentions behind one signature each, whatever computes them (contract C2), and fused group norms."""
 
 from dreamdance_kernels.attention_operator import segmented_attention
 from dreamdance_kernels.checkpointing import checkpoint_keeping_attention

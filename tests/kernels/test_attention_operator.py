@@ -57,14 +57,15 @@ def as_leaves(inputs):
 
 
 class Calls(TorchDispatchMode):
-    """Counts the operators that reach the kernels."""
+    """Counts the operators that reach the kernels, and remembers the last arguments of each."""
 
     def __init__(self):
         super().__init__()
-        self.counts = Counter()
+        self.counts, self.arguments = Counter(), {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.counts[function] += 1
+        self.arguments[function] = args
         return function(*args, **(kwargs or {}))
 
 
@@ -171,6 +172,20 @@ def test_the_backward_does_not_run_the_forward_again(layout):
         output.sum().backward()
     assert calls.counts[BACKWARD] == 1
     assert calls.counts[FORWARD] == 0
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_torchs_switch_for_determinism_reaches_the_backward(wanted):
+    inputs = as_leaves(LAYOUTS["packed"](torch.float32))
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        output = segmented_attention(*inputs, num_heads=2)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    with Calls() as calls:
+        output.sum().backward()
+    assert calls.arguments[BACKWARD][-2] is wanted
 
 
 def test_operations_are_counted_by_torchs_own_formulas():
