@@ -109,6 +109,32 @@ class SmallDisk:
 
 
 @dataclass(frozen=True)
+class SlowDisk:
+    """A file of rank 0 that cannot be opened to write before a training forward pass has begun: at most a minute."""
+
+    path_contains: tuple[str, ...]
+    forward: int
+
+    def prepare(self, ranks: Ranks) -> None:
+        if ranks.rank:
+            return
+        count, begun = 0, threading.Event()
+
+        def notice(module: nn.Module, inputs: Any) -> None:
+            nonlocal count
+            count += _is_training(module)
+            if count == self.forward:
+                begun.set()
+
+        def wait_at_open(event: str, arguments: tuple[Any, ...]) -> None:
+            if event == "open" and arguments[1] == "w" and all(part in str(arguments) for part in self.path_contains):
+                assert begun.wait(60), "training waits for the disk"
+
+        register_module_forward_pre_hook(notice)
+        sys.addaudithook(wait_at_open)
+
+
+@dataclass(frozen=True)
 class ReadOnlyFolder:
     """No rank may write into a folder any more, from a training forward pass on; 0 is from the beginning."""
 
@@ -153,7 +179,7 @@ def run_recorded(
     *,
     recipe: Recipe,
     run: Path,
-    strike: Strike | SmallDisk | ReadOnlyFolder | None = None,
+    strike: Strike | SmallDisk | SlowDisk | ReadOnlyFolder | None = None,
     poisoned: tuple[int, ...] = (),
     spoiled: Spoiled | None = None,
 ) -> None:

@@ -15,12 +15,13 @@ from interruptions import (
     first_step_after,
     messages,
     output,
+    progress,
     resumed_step,
     settings,
     start,
 )
 from recipes_for_tests import tiny_stage1_recipe
-from training_scenarios import ReadOnlyFolder, Recipe, SmallDisk
+from training_scenarios import ReadOnlyFolder, Recipe, SlowDisk, SmallDisk
 
 from dreamdance.atomic_files import hash_file
 from dreamdance.errors import CheckpointError
@@ -32,6 +33,7 @@ from dreamdance.training.manifest import FileRecord
 pytestmark = pytest.mark.distributed
 
 MAX_STEPS = 6
+MICRO_BATCHES = 2
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +88,16 @@ def test_a_disk_that_stays_full_ends_the_run_on_all_ranks_and_the_next_start_los
         resumed_seconds=first_step_after(run, restarted),
         steps_lost=4 - resumed_step(run),
     )
+
+
+def test_training_goes_on_while_a_slow_disk_takes_a_checkpoint_and_the_next_save_waits_for_it(recipe, whole, tmp_path):
+    run = tmp_path / "run"
+    fourth_step = SlowDisk(path_contains=("step_00000002", "rank_00000"), forward=4 * MICRO_BATCHES)
+    assert start(recipe, run, fourth_step) == [0, 0], output(run)
+    told = [line["done"] if "loss" in line else line["message"] for line in progress(run)]
+    first_saves = [index for index, text in enumerate(told) if str(text).startswith("saved step_0000000")]
+    assert told.index(3) < first_saves[0] < first_saves[1], "step 3 was trained before the save of step 2 was through"
+    assert_same_checkpoint(checkpoint_folder(whole, MAX_STEPS), checkpoint_folder(run, MAX_STEPS))
 
 
 @pytest.mark.parametrize("forward", [0, 8])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fault_log import record_fault
 from rank_processes import StartedRanks, run_ranks
 from recipes_for_tests import tiny_stage1_recipe, tiny_stage2_recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -218,6 +219,13 @@ def test_a_nan_on_one_rank_skips_the_update_on_all_and_names_the_sample(shards, 
     assert state["guard"]["nonfinite_steps"] == len(said) > 0
     assert all(bool(value.isfinite().all()) for value in read_average(checkpoint_folder(run, 4)).values())
     assert export_folder(run, 4).is_dir()
+    record_fault(
+        "non-finite loss",
+        how="the pose of one sample is NaN, on one of two ranks",
+        promised="the update is skipped on all ranks, reported with the sample; the run goes on",
+        happened=f"{len(said)} of 4 updates skipped, the sample named, all weights finite",
+        steps_lost=len(said),
+    )
 
 
 def test_too_many_nan_steps_end_the_run_with_the_samples_and_the_key_to_change(shards, tmp_path):
@@ -229,6 +237,12 @@ def test_too_many_nan_steps_end_the_run_with_the_samples_and_the_key_to_change(s
         output = ranks.output()
     assert "UserError: step 2: update skipped on all ranks (2 so far), not finite: sample" in output
     assert "More than max_nonfinite_steps=1" in output
+    record_fault(
+        "non-finite losses again and again",
+        how="every sample's pose is NaN; max_nonfinite_steps=1",
+        promised="the run ends on all ranks at one more than tolerated, with samples and the key to change",
+        happened="UserError on both ranks at the second",
+    )
 
 
 @pytest.mark.parametrize(

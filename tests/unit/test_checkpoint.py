@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import random
 import shutil
@@ -242,6 +243,31 @@ def test_a_base_models_file_that_changed_between_runs_is_refused_where_it_is_fro
         how="one weight of the UNet in that folder changed",
         promised="refused where it is frozen; said where all of it comes from the checkpoint anyway",
         happened="CheckpointError naming the key" if trained_step == "temporal" else "warned, went on from step 2",
+    )
+
+
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_skips_the_update(run, shards):
+    ranks, recipe = Ranks(), make_recipe(shards, max_steps=6)
+    with StopRequest() as stop, process_group(ranks, timeout_seconds=60), repeatable_arithmetic(enabled=True):
+        trainer = prepare(recipe, run, ranks, stop, deterministic=True)
+        parameter = next(iter(trainer.engine.trainable.values()))
+        before = {name: value.detach().clone() for name, value in trainer.engine.trainable.items()}
+        hook = parameter.register_hook(lambda gradient: gradient * math.inf)
+        steps = iter(trainer.loader)
+        tally = trainer._take_step(steps)
+        hook.remove()
+        assert tally.is_skipped
+        assert math.isfinite(tally.losses.mean)
+        assert tally.nonfinite_samples == []
+        assert all(torch.equal(value, before[name]) for name, value in trainer.engine.trainable.items())
+        assert not trainer._take_step(steps).is_skipped
+        trainer.metrics.close()
+    record_fault(
+        "non-finite gradient",
+        how="one parameter's gradient times infinity, the loss finite",
+        promised="the update is skipped, no weight changes, the next step is as usual",
+        happened="so it was",
+        steps_lost=1,
     )
 
 

@@ -1,0 +1,237 @@
+"""How long training waits for a checkpoint: ours, written in the background, beside DeepSpeed's own save, in one run.
+
+    python tools/compare_saving.py [--parameters 50] [--ranks 2] [--rounds 5] [--csv tools/compare_saving.csv]
+
+Both save the same engine on the same ranks to the same disk, in turn, at step boundaries of a real run of DeepSpeed
+under ZeRO-2. DeepSpeed's `engine.save_checkpoint` neither hashes, nor brings to disk, nor reads back what it wrote, and
+does not save our average of the weights; ours does all of it. Beside the wait stands the time of the steps meanwhile,
+because what is written in the background takes its share of the machine.
+"""
+
+import argparse
+import csv
+import json
+import multiprocessing
+import os
+import shutil
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """Medians over the rounds, of the slowest rank each time; seconds."""
+
+    method: str
+    million_parameters: float
+    ranks: int
+    rounds: int
+    megabytes: float
+    wait_seconds: float
+    first_wait_seconds: float
+    total_seconds: float
+    step_seconds: float
+    step_while_writing_seconds: float
+
+
+def main() -> None:
+    """Runs both on fresh processes and prints the table; with --csv, writes it as well."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parameters", type=float, nargs="+", default=[0.1, 50], help="millions, one or several sizes")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--csv", type=Path)
+    arguments = parser.parse_args()
+    rows: list[Row] = []
+    for millions in arguments.parameters:
+        with tempfile.TemporaryDirectory(prefix="compare_saving_") as folder:
+            rows += measure(Path(folder), millions, arguments.ranks, arguments.rounds)
+    print(table(rows))
+    if arguments.csv:
+        with arguments.csv.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in rows)
+
+
+def measure(folder: Path, millions: float, num_ranks: int, rounds: int) -> list[Row]:
+    """Both methods on the same ranks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=run_rank, args=(rank, num_ranks, port, folder, millions, rounds))
+        for rank in range(num_ranks)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        sys.exit(f"a rank failed: exit codes {[process.exitcode for process in processes]}")
+    return [Row(**row) for row in json.loads((folder / "rows.json").read_text())]
+
+
+def run_rank(rank: int, num_ranks: int, port: int, folder: Path, millions: float, rounds: int) -> None:
+    """One rank of the measurement; the first writes the result down."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(num_ranks))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    import torch
+
+    from dreamdance.ranks import Ranks
+    from dreamdance.training.distributed import gathered, process_group
+
+    torch.set_num_threads(1)
+    ranks = Ranks.from_environment()
+    with process_group(ranks, timeout_seconds=600):
+        contest = Contest(folder, millions, ranks)
+        ours, theirs = [], []
+        for number in range(rounds + 1):  # the first round is the first save of a run, and told apart
+            theirs.append(gathered(contest.save_as_deepspeed(number)))
+            ours.append(gathered(contest.save_in_background(number)))
+        contest.checkpointer.close()
+        if ranks.is_main:
+            rows = [contest.row(name, found) for name, found in (("DeepSpeed", theirs), ("DreamDance", ours))]
+            (folder / "rows.json").write_text(json.dumps([asdict(row) for row in rows]))
+
+
+class Contest:
+    """An engine with a stack of linear layers, and two ways to save it."""
+
+    def __init__(self, folder: Path, millions: float, ranks: Any) -> None:
+        import torch
+
+        from dreamdance.recipe.schema import Checkpoint
+        from dreamdance.training.checkpoint import Checkpointer
+        from dreamdance.training.ema import ShardedEma
+        from dreamdance.training.engine import Engine
+        from dreamdance.training.identity import weights_digests
+
+        torch.manual_seed(0)
+        self.folder, self.ranks = folder, ranks
+        width = max(16, round((millions * 1e6 / 8) ** 0.5))
+        self.objective = make_objective(width)
+        weights = weights_digests(self.objective)
+        self.engine = Engine(self.objective, _recipe(ranks.world_size), ranks, deterministic=True)
+        self.ema = ShardedEma(self.engine.masters, decay=0.9)
+        section = Checkpoint(every_steps=1, keep_last=2)
+        self.checkpointer = Checkpointer(
+            folder / "run", self.engine, self.ema, ranks, section, recipe_digest="", weights=weights
+        )
+        self.parameters = sum(parameter.numel() for parameter in self.objective.parameters())
+        self.batch = torch.randn(4, width)
+        self.step()
+        self.checkpointer.reserve()
+        self.usual_step = statistics.median(self.step() for _ in range(10))
+
+    def step(self) -> float:
+        """One optimizer step; seconds."""
+        from torch import distributed as dist
+
+        dist.barrier()
+        started = time.perf_counter()
+        self.engine.backward(self.engine.forward(self.batch).loss)
+        self.engine.update(1e-4)
+        self.ema.update(self.engine.masters)
+        return time.perf_counter() - started
+
+    def save_as_deepspeed(self, number: int) -> dict[str, float]:
+        """`engine.save_checkpoint`, which returns when all is written."""
+        folder = self.folder / "deepspeed"
+        if self.ranks.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.step()
+        started = time.perf_counter()
+        self.engine._engine.save_checkpoint(str(folder), tag=f"step_{number}")
+        seconds = time.perf_counter() - started
+        return {"wait": seconds, "total": seconds, "step": self.step(), "bytes": _size(folder)}
+
+    def save_in_background(self, number: int) -> dict[str, float]:
+        """Our own, with steps until all is on disk and counts."""
+        from dreamdance.training.distributed import gathered
+
+        self.step()
+        self.checkpointer.begin(number + 1, {})
+        meanwhile = [self.step()]
+        while any(gathered(self.checkpointer.is_writing)):
+            meanwhile.append(self.step())
+        saved = self.checkpointer.finish()
+        times = {"wait": saved.waited_seconds, "total": saved.seconds, "step": statistics.median(meanwhile)}
+        return {**times, "bytes": _size(saved.folder)}
+
+    def row(self, method: str, found: list[list[dict[str, float]]]) -> Row:
+        """Medians over all rounds but the first."""
+        slowest = [{name: max(rank[name] for rank in ranks) for name in ranks[0]} for ranks in found]
+        first, later = slowest[0], slowest[1:]
+        median = {name: statistics.median(one[name] for one in later) for name in first}
+        return Row(
+            method=method,
+            million_parameters=round(self.parameters / 1e6, 2),
+            ranks=self.ranks.world_size,
+            rounds=len(later),
+            megabytes=round(median["bytes"] / 1e6, 1),
+            wait_seconds=round(median["wait"], 4),
+            first_wait_seconds=round(first["wait"], 4),
+            total_seconds=round(median["total"], 4),
+            step_seconds=round(self.usual_step, 4),
+            step_while_writing_seconds=round(median["step"], 4),
+        )
+
+
+def _recipe(world_size: int) -> Any:
+    from dreamdance.recipe import load_recipe
+
+    path = Path(__file__).resolve().parents[1] / "recipes" / "demo" / "stage1_domains.yaml"
+    words = [f"batch_size={world_size}", "micro_batch_size=1", f"cluster.tasks_per_node={world_size}", "precision=fp32"]
+    return load_recipe(path, words)
+
+
+class _Output:
+    def __init__(self, loss: Any) -> None:
+        self.loss = loss
+
+
+def make_objective(width: int) -> Any:
+    import torch
+
+    class Objective(torch.nn.Module):
+        """Eight square layers; the loss is the mean square of what comes out."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(8)))
+
+        def forward(self, batch: torch.Tensor) -> _Output:
+            return _Output(self.layers(batch).square().mean())
+
+    return Objective()
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def table(rows: list[Row]) -> str:
+    """One line for each size and method."""
+    lines = [
+        f"{'':<12}{'parameters':>12}{'on disk':>12}{'wait':>10}{'first wait':>12}{'total':>10}{'step':>10}"
+        f"{'step meanwhile':>16}"
+    ]
+    for row in rows:
+        lines.append(
+            f"{row.method:<12}{row.million_parameters:>10.2f} M{row.megabytes:>9.1f} MB{row.wait_seconds:>8.3f} s"
+            f"{row.first_wait_seconds:>10.3f} s{row.total_seconds:>8.2f} s{row.step_seconds:>8.3f} s"
+            f"{row.step_while_writing_seconds:>14.3f} s"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
