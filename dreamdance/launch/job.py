@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dreamdance.errors import LostWorkerError, UserError
+from dreamdance.launch.fence import Fence
 from dreamdance.launch.finished import mark_finished
 from dreamdance.launch.run_folder import record_job
 from dreamdance.recipe import Recipe, load_recipe
@@ -56,7 +57,11 @@ class Job:
             if rank == 0:
                 record_job(self.run_folder, job_id, job_hosts())
             # Training listens itself and saves first; all else, and training that has not begun, can end at once.
-            with contextlib.nullcontext() if job_id == DEBUG_JOB else SignalListener(_end_at_once):
+            with contextlib.ExitStack() as watching:
+                if job_id != DEBUG_JOB:
+                    watching.enter_context(SignalListener(_end_at_once))
+                if rank == 0:
+                    watching.enter_context(Fence(self.run_folder))
                 entry = pkgutil.resolve_name(ENTRIES[recipe.task])
                 entry(recipe, self.run_folder)
         except UserError as error:

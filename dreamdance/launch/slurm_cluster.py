@@ -82,7 +82,10 @@ class _Executor(SlurmExecutor):
         return f"{shlex.join([*PYTHON, '-m', 'dreamdance.launch.rank'])} {self._logs}"
 
     def _ending(self, recipe: Recipe) -> list[str]:
-        """Puts the job back into the queue, unless it was cancelled, or somebody else has put it back already."""
+        """Puts the job back into the queue, unless it was cancelled, or somebody else has put it back already.
+
+        The latter may be on another node by now, if Slurm lost sight of this one: hence the number of restarts.
+        """
         cluster = recipe.cluster
         words = [*PYTHON, "-m", "dreamdance.launch.requeue"]
         if cluster.container_image:
@@ -90,7 +93,8 @@ class _Executor(SlurmExecutor):
             words = ["srun", *inside, f"--container-image={cluster.container_image}", *words]
         return [
             "code=$?",
-            'is_running() { [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; }',
+            "state() { echo $(squeue --noheader --jobs=$SLURM_JOB_ID --Format=State:20,RestartCnt:20); }",
+            'is_running() { [ "$(state)" = "RUNNING ${SLURM_RESTART_COUNT:-0}" ]; }',
             f'if is_running && {shlex.join(words)} {self._logs} "$code" && is_running; then',
             '    scontrol requeue "$SLURM_JOB_ID"',
             "fi",

@@ -46,7 +46,7 @@ def test_a_training_on_four_nodes_is_followed_to_its_end_without_accounting(shor
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"short: slurm job {run.job.job_id}, 4 processes, log ")
-    assert any(line.startswith("step 6/6  loss ") for line in lines)
+    assert any(line.startswith("step 6/6 ") for line in lines)
     assert lines[-1].startswith("short finished in ")
     assert [step.number for step in run.steps()] == [1, 2, 3, 4, 5, 6]
     with capsys.disabled():  # for whoever reads CI's output
@@ -85,6 +85,37 @@ def test_a_sweep_is_one_array_with_a_run_folder_each_even_on_one_node(short_trai
     )
 
 
+def test_a_rank_that_slurm_lost_sight_of_gives_way_to_its_successor(short_training, cluster):
+    """Nothing else would end it: there is no other rank that could miss it, and no slurmd that could be told."""
+    run = short_training
+    run.words = ("max_steps=100000", "checkpoint.every_steps=20", "cluster.partition=low")
+    assert run.launch().returncode == 0
+    run.wait_for_steps(3)
+    lost, struck = cluster.show(run.job.job_id)["BatchHost"], time.time()
+    (orphan,) = run.rank_pids().values()
+    cluster.control("kill-daemon", lost.removeprefix("node"))
+    wait_until(lambda: cluster.show(run.job.job_id).get("BatchHost") not in (lost, None), "another node")
+    assert Path(f"/proc/{orphan}").exists(), "Slurm did not end it"
+    wait_until(lambda: not Path(f"/proc/{orphan}").exists(), "the orphan's end")
+    ended = time.time()
+    assert "this run goes on elsewhere" in run.log()
+    before = len(run.steps())
+    wait_until(lambda: len(run.steps()) > before + 3, "the successor's steps")
+    assert run.restarts() == 1, "the orphan's batch script must not requeue its successor"
+    assert "resuming" in run.log()
+    record_fault(
+        "slurmd lost under a job of one node",
+        how="SIGKILL to the slurmd; its rank goes on unseen",
+        promised="the rank ends when its successor has begun",
+        happened="ended by itself, without saving",
+        detected_seconds=ended - struck,
+        resumed_seconds=run.steps()[before].time - struck,
+    )
+    run.say("cancel")
+    cluster.control("start-node", lost.removeprefix("node"))
+    wait_until(lambda: cluster.node_states()[lost] == "idle", "the node's return", 60)
+
+
 def test_a_lost_ranks_share_of_the_clips_is_made_by_the_next_attempt(cluster, tmp_path):
     words = ("dancers.num_train_clips=60", *SMALL, "cluster.nodes=4", "cluster.partition=low")
     run = Run(cluster, tmp_path, PREPARE, "shares", *words)
@@ -114,7 +145,7 @@ def test_what_only_the_user_can_mend_is_told_and_not_tried_again(cluster, tmp_pa
     (tmp_path / "videos").mkdir()
     for name in ("a.rgb.mp4", "a.pose.mp4"):
         (tmp_path / "videos" / name).write_bytes(b"no video")
-    words = ("videos.folder=videos", "output=data/videos", "num_workers=1", "cluster.nodes=2")
+    words = ("videos.folder=videos", "output=data/videos", "num_workers=1", "cluster.nodes=2", "cluster.memory_gib=1")
     run = Run(cluster, tmp_path, ROOT / "recipes" / "prepare.yaml", "hopeless", *words, "cluster.cpus_per_task=1")
     done = run.launch("--follow")
     assert done.returncode == 1
@@ -195,7 +226,14 @@ def test_slurms_own_refusal_is_shown(cluster, tmp_path):
 
 
 def test_what_a_site_wants_is_accepted_by_sbatch(cluster, tmp_path):
-    words = ["account=lab", "memory_gib=2", "mail_user=me@lab", "setup=[true]", "environment={A: 'b c'}", "nodes=2"]
+    words = [
+        "account=lab",
+        "memory_gib=2",
+        "mail_user=me@lab",
+        "setup=['ulimit -c 0']",
+        "environment={A: 'b c'}",
+        "nodes=2",
+    ]
     words += ["time_minutes=30", "stop_seconds=60", "partition=high", "srun_arguments=[--cpu-bind=none]"]
     words += ["sbatch_arguments={comment: 'a word', exclusive: '', begin: now+1hour}"]
     run = Run(cluster, tmp_path, PREPARE, "wanted", *(f"cluster.{word}" for word in words))

@@ -1,0 +1,50 @@
+"""Keeps two starts of one run apart: a rank that Slurm lost sight of must not write beside the one that replaced it.
+
+When a node's slurmd dies, Slurm gives the node up and starts the job elsewhere; the ranks on that node know nothing of
+it and go on. The last to begin has the run folder; a start that finds itself replaced ends at once.
+"""
+
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+
+from dreamdance.atomic_files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+REPLACED_EXIT_CODE = 76
+LOOK_EVERY_SECONDS = 2.0
+
+
+class Fence:
+    """Claims a run folder for this start, and ends the process when another one claims it; a context manager."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self._file = run_folder / "logs" / "owner.txt"
+        self._own = f"{socket.gethostname()} process {os.getpid()} since {time.time():.3f} {uuid.uuid4().hex}\n"
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="fence", daemon=True)
+
+    def __enter__(self) -> "Fence":
+        write_atomically(self._file, self._own)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(LOOK_EVERY_SECONDS):
+            try:
+                owner = self._file.read_text(encoding="utf-8")
+            except OSError:
+                continue  # a file system that stumbles says nothing about who owns the run
+            if owner != self._own:
+                logger.critical("this run goes on elsewhere (%s): ending here, without saving", owner.strip())
+                logging.shutdown()
+                os._exit(REPLACED_EXIT_CODE)
