@@ -116,7 +116,8 @@ def compile_job(job: Job) -> Resources:
         build.function,
         {name: build.signature.get(name, "constexpr") for name in names},
         dict(build.constants),
-        {(names.index(name),): [["tt.divisibility", 16]] for name in build.divisible_by_16},
+        # In the order of the arguments: the cache's key depends on it, and a set's order changes from run to run.
+        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in build.divisible_by_16},
     )
     target = GPUTarget("cuda", job.architecture[0] * 10 + job.architecture[1], 32)
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
