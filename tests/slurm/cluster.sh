@@ -77,6 +77,7 @@ AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 FirstJobId=${FIRST_JOB_ID:-1}
 MinJobAge=3600
+MessageTimeout=5
 KillWait=5
 SlurmdTimeout=10
 # 2: a node that was killed serves again as soon as its slurmd is back

@@ -12,6 +12,7 @@ from fault_log import record_fault
 from recipes_for_tests import tiny_stage1_recipe
 from slurm_runs import ROOT, Cluster, Run, wait_until
 
+from dreamdance.data.shard_writer import PARTS_FOLDER
 from dreamdance.recipe import dump_recipe
 
 PREPARE = ROOT / "recipes" / "demo" / "prepare.yaml"
@@ -120,7 +121,7 @@ def test_a_lost_ranks_share_of_the_clips_is_made_by_the_next_attempt(cluster, tm
     words = ("dancers.num_train_clips=60", *SMALL, "cluster.nodes=4", "cluster.partition=low")
     run = Run(cluster, tmp_path, PREPARE, "shares", *words)
     assert run.launch().returncode == 0
-    parts = tmp_path / "data" / "demo" / "train" / "parts"
+    parts = tmp_path / "data" / "demo" / "train" / PARTS_FOLDER
     wait_until(lambda: len(list(parts.glob("part_*"))) >= 4, "the first parts")
     struck = time.time()
     pids = set(run.rank_pids().values())
