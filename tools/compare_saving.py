@@ -10,6 +10,7 @@ because what is written in the background takes its share of the machine.
 
 import argparse
 import csv
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -26,7 +27,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """Medians over the rounds, of the slowest rank each time; seconds."""
+    """Medians over the rounds, of the slowest rank each time; `load` is the machine's over the last minute."""
 
     method: str
     million_parameters: float
@@ -38,6 +39,11 @@ class Row:
     total_seconds: float
     step_seconds: float
     step_while_writing_seconds: float
+    cores: int
+    load: float
+    torch: str
+    deepspeed: str
+    date: str
 
 
 def main() -> None:
@@ -182,6 +188,11 @@ class Contest:
             total_seconds=round(median["total"], 4),
             step_seconds=round(self.usual_step, 4),
             step_while_writing_seconds=round(median["step"], 4),
+            cores=os.cpu_count() or 0,
+            load=round(os.getloadavg()[0], 1),
+            torch=importlib.metadata.version("torch"),
+            deepspeed=importlib.metadata.version("deepspeed"),
+            date=time.strftime("%Y-%m-%d"),
         )
 
 
