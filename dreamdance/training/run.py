@@ -49,7 +49,9 @@ def train(recipe: Stage1Recipe | Stage2Recipe, run_folder: Path) -> None:
     ranks = Ranks.from_environment()
     deterministic = is_deterministic(recipe.deterministic, ranks)
     timeout = recipe.cluster.collective_timeout_seconds
-    with StopRequest() as stop, process_group(ranks, timeout_seconds=timeout), repeatable_arithmetic(deterministic):
+    # A fifth of the warning's time is left to end the job and to put it back into the queue.
+    stopping = StopRequest(patience_seconds=0.8 * recipe.cluster.stop_seconds)
+    with stopping as stop, process_group(ranks, timeout_seconds=timeout), repeatable_arithmetic(deterministic):
         trainer = prepare(recipe, run_folder, ranks, stop, deterministic=deterministic)
         with trainer.watchdog as watchdog:
             finished = trainer.train()
@@ -59,8 +61,6 @@ def train(recipe: Stage1Recipe | Stage2Recipe, run_folder: Path) -> None:
                 trainer.metrics.message(f"finished at step {trainer.step:,}; exported to {export}", step=trainer.step)
         trainer.checkpointer.close()
         trainer.metrics.close()
-    if not finished:
-        stop.hand_over()
 
 
 def prepare(
