@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from dreamdance.durations import duration
@@ -9,7 +10,7 @@ from dreamdance.errors import UserError
 from dreamdance.launch.finished import is_finished
 from dreamdance.launch.follow import explain_failure, progress_line
 from dreamdance.launch.requeue import read_requeues
-from dreamdance.launch.submission import last_job, status_of
+from dreamdance.launch.submission import JobStatus, SubmittedJob, last_job, status_of
 from dreamdance.recipe import Recipe, load_recipe
 from dreamdance.run_layout import (
     COMPLETE_FILE,
@@ -40,7 +41,7 @@ def table(runs: Path) -> str:
     """One line for each run: name, task, state, progress."""
     rows = [("run", "task", "state", "progress")]
     for folder in _run_folders(runs):
-        rows.append((folder.name, *_row(folder)))
+        rows.append((folder.name, *_row(folder, _look_at(folder))))
     if len(rows) == 1:
         return f"no runs in {runs}"
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -50,7 +51,8 @@ def table(runs: Path) -> str:
 
 def details(run_folder: Path) -> str:
     """Everything that a person asks about one run."""
-    task, state, progress = _row(run_folder)
+    look = _look_at(run_folder)
+    task, state, progress = _row(run_folder, look)
     lines = [f"{run_folder} ({task}): {state}", f"  progress     {progress}"]
     lines += _places(run_folder)
     if steps := complete_steps(run_folder):
@@ -60,14 +62,32 @@ def details(run_folder: Path) -> str:
         folders = [folder.name for folder in step_folders(run_folder / name)]
         if folders:
             lines.append(f"  {name:<12} {', '.join(folders[-5:])}")
-    job, recipe = last_job(run_folder), _recipe_of(run_folder)
-    if job is not None and job.cluster != "debug":
-        lines.append(f"  log          {job.log_file(run_folder)}")
-    if job is not None and recipe is not None:
-        status = status_of(job, recipe, run_folder)
-        if status.state == "failed":
-            lines.append(explain_failure(job, run_folder, status))
+    if look.job is not None and look.job.cluster != "debug":
+        lines.append(f"  log          {look.job.log_file(run_folder)}")
+    if look.job is not None and look.status is not None and look.status.state == "failed":
+        lines.append(explain_failure(look.job, run_folder, look.status))
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """A run as it stands: its recipe if this version can read it, its last job, and how that does.
+
+    The cluster is asked once, and not about a run that is finished.
+    """
+
+    recipe: Recipe | None
+    is_finished: bool
+    job: SubmittedJob | None
+    status: JobStatus | None
+
+
+def _look_at(run_folder: Path) -> _Look:
+    recipe, job = _recipe_of(run_folder), last_job(run_folder)
+    finished = recipe is not None and is_finished(recipe, run_folder)
+    if recipe is None or job is None or finished:
+        return _Look(recipe, finished, job, None)
+    return _Look(recipe, finished, job, status_of(job, recipe, run_folder))
 
 
 def _places(run_folder: Path) -> list[str]:
@@ -82,22 +102,20 @@ def _places(run_folder: Path) -> list[str]:
     return [f"  nodes        {', '.join(begun[-1]['hosts'])}", f"{restarts} ({why[-1]})" if why else restarts]
 
 
-def _row(run_folder: Path) -> tuple[str, str, str]:
-    recipe = _recipe_of(run_folder)
-    if recipe is None:
+def _row(run_folder: Path, look: _Look) -> tuple[str, str, str]:
+    if look.recipe is None:
         return "?", "its recipe.yaml is not of this version", ""
     line = last_progress(run_folder)
     progress = progress_line(line) if line else ""
-    if is_finished(recipe, run_folder):
-        return recipe.task, "finished", progress
-    job = last_job(run_folder)
-    if job is None:
-        return recipe.task, "not started", progress
-    status = status_of(job, recipe, run_folder)
+    task, job, status = look.recipe.task, look.job, look.status
+    if look.is_finished:
+        return task, "finished", progress
+    if job is None or status is None:
+        return task, "not started", progress
     place = f"{job.cluster} job {job.job_id}" if job.cluster != "debug" else "in the launcher"
     # The marker above has the last word on finished: a job that ended well may have stopped before the last step.
     state = "stopped" if status.state == "finished" else f"{status.state} ({place}: {status.detail})"
-    return recipe.task, state, progress
+    return task, state, progress
 
 
 def _run_folders(runs: Path) -> list[Path]:

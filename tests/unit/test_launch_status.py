@@ -12,6 +12,7 @@ from dreamdance.errors import UserError
 from dreamdance.launch.finished import mark_finished
 from dreamdance.launch.job import record_failure
 from dreamdance.launch.local_controller import status_file
+from dreamdance.launch.requeue import decide
 from dreamdance.launch.status import details, find_run, table
 from dreamdance.recipe import dump_recipe, load_recipe
 from dreamdance.run_layout import (
@@ -208,3 +209,19 @@ def test_details_of_a_failed_run_show_the_failing_ranks_own_words_and_its_log(ru
     assert f"log of rank 1: {run / 'logs' / '4194300_1_log.out'}" in text
     end(run)
     assert "damaged" not in details(run), "a job that ended well has nothing to explain"
+
+
+def test_details_say_where_a_run_is_how_often_it_began_anew_and_what_it_could_go_on_from(runs: Path) -> None:
+    run = make_run(runs, "stage2")
+    submit(run)
+    begun = [{"time": "t", "job_id": JOB_ID, "hosts": hosts} for hosts in (["a1", "a2"], ["a1", "a3"])]
+    (run / "provenance.json").write_text(json.dumps({"starts": [{"jobs": []}, {"jobs": begun}]}))
+    for step in (10, 20):
+        checkpoint_folder(run, step).mkdir(parents=True)
+    (checkpoint_folder(run, 10) / "COMPLETE").touch()
+    assert decide(run, 137).again
+    lines = [line.strip() for line in details(run).splitlines()]
+    assert "nodes        a1, a3" in lines
+    assert "restarts     1 (it failed (exit code 137))" in lines
+    (checkpoint,) = [line for line in lines if line.startswith("checkpoint ")]
+    assert checkpoint.startswith("checkpoint   step_00000010, complete since "), "the newer one is not complete"

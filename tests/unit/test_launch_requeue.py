@@ -1,0 +1,96 @@
+"""A job goes back into the queue when it was asked to stop or failed, but not for ever and not in vain."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dreamdance.launch.finished import mark_finished
+from dreamdance.launch.job import record_failure
+from dreamdance.launch.requeue import decide, read_failures, read_requeues
+from dreamdance.recipe import dump_recipe, load_recipe
+from dreamdance.run_layout import COMPLETE_FILE, RECIPE_FILE, ProgressLog, checkpoint_folder, export_folder
+
+DEMO = Path(__file__).parents[2] / "recipes" / "demo"
+
+
+def make_run(folder: Path, recipe: str = "stage2", *words: str) -> Path:
+    (folder / "logs").mkdir()
+    (folder / RECIPE_FILE).write_text(dump_recipe(load_recipe(DEMO / f"{recipe}.yaml", words)))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path)
+
+
+def save(run: Path, step: int) -> None:
+    """Leaves what says that a checkpoint is complete."""
+    folder = checkpoint_folder(run, step)
+    folder.mkdir(parents=True)
+    (folder / COMPLETE_FILE).touch()
+
+
+def test_a_training_that_was_asked_to_stop_goes_on_as_often_as_the_recipe_says(tmp_path):
+    run = make_run(tmp_path, "stage2", "cluster.max_requeues=2")
+    assert decide(run, 0).again
+    assert decide(run, 0).again, "no progress is needed: it may have been stopped while it started"
+    verdict = decide(run, 0)
+    assert not verdict.again
+    assert "cluster.max_requeues" in verdict.reason
+    assert [requeue.failed for requeue in read_requeues(run)] == [False, False]
+
+
+def test_a_finished_training_does_not_start_again(run):
+    recipe = load_recipe(run / RECIPE_FILE)
+    export_folder(run, recipe.max_steps).mkdir(parents=True)
+    assert mark_finished(recipe, run)
+    assert not decide(run, 0).again
+
+
+def test_a_job_that_fails_is_tried_again_as_long_as_it_gets_further(run):
+    for step in (0, 10, 20):
+        if step:
+            save(run, step)
+        assert decide(run, 137).again
+    assert [requeue.progress for requeue in read_requeues(run)] == [0, 10, 20]
+    (checkpoint_folder(run, 30)).mkdir()  # begun, never completed
+    verdict = decide(run, 137)
+    assert not verdict.again
+    assert "twice without getting any further" in verdict.reason
+
+
+def test_a_stop_in_between_is_no_failure(run):
+    assert decide(run, 1).again
+    assert decide(run, 0).again
+    assert decide(run, 1).again
+    assert not decide(run, 1).again
+
+
+def test_what_the_user_must_change_ends_it_and_what_follows_from_a_lost_rank_does_not(run):
+    record_failure(run, "7", 0, "Connection closed by peer", user_error=False)
+    assert decide(run, 1).again
+    assert read_failures(run) == [], "the next start is judged by its own"
+    record_failure(run, "7", 1, "shard 3 is damaged", user_error=True)
+    verdict = decide(run, 1)
+    assert not verdict.again
+    assert verdict.reason == "rank 1 says what to change"
+
+
+def test_shares_of_work_get_further_by_what_is_done(tmp_path):
+    run = make_run(tmp_path, "prepare")
+    log = ProgressLog(run)
+    for done in (1, 2):
+        log.write(done=done, total=9, unit="parts")
+        assert decide(run, 1).again
+    assert not decide(run, 1).again
+
+
+def test_the_batch_script_learns_it_by_the_exit_code(run):
+    words = [sys.executable, "-P", "-m", "dreamdance.launch.requeue", str(run / "logs")]
+    done = [subprocess.run([*words, "9"], capture_output=True, text=True, check=False) for _ in range(2)]
+    assert [one.returncode for one in done] == [0, 1]
+    assert "WARNING dreamdance.launch.requeue: back into the queue: it failed (exit code 9)" in done[0].stdout
+    assert "the job is over: it failed twice" in done[1].stdout
