@@ -273,6 +273,42 @@ def test_the_table_s_tiles_span_several_blocks_too(head_width):
             assert_as_exact_as(plain_one, ours=one, exact=exact_one)
 
 
+def test_rows_that_lie_two_gibi_elements_apart_are_reached(tmp_path):
+    width, row = HEADS * 24, 2**31 // 31 + 1  # one block of 32 rows passes 2^31; of the sparse file only the rows exist
+    storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=32 * row + 3 * width, dtype=torch.float16)
+    far = Operands(*(storage.as_strided((1, 1, 33, width), (1, 1, row, 1), part * width) for part in range(3)))
+    near = random_operands(Sizes(1, 1, 33, 33, None, head_width=24), torch.float16)
+    for one, other in zip(far[:3], near[:3], strict=True):
+        one.copy_(other)
+    grad_output = random_gradient(near)
+    ours = long_forward.forward(*far, num_heads=HEADS, tile=SMALL_TILE)[0]
+    assert torch.equal(ours, long_forward.forward(*near, num_heads=HEADS, tile=SMALL_TILE)[0])
+    for deterministic in (False, True):
+        ours = our_gradients(far, grad_output, deterministic=deterministic)
+        expected = our_gradients(near, grad_output, deterministic=deterministic)
+        assert all(torch.equal(one, other) for one, other in zip(ours, expected, strict=True))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_padded_keys_leave_no_trace_where_every_score_is_far_below_zero(deterministic):
+    operands = random_operands(Sizes(1, 2, 17, 17, 3, head_width=24), torch.float16)
+    keys = [None if x is None else x * 0 + 16 for x in (operands.key, operands.shared_key)]
+    operands = operands._replace(query=operands.query * 0 - 16, key=keys[0], shared_key=keys[1])
+    scores = -16 * 16 * 24**0.5  # a padded key's score is 0: exp(0 - log_sum_exp) overflows
+    assert torch.exp(torch.tensor(-scores)).isinf()
+    ours = our_gradients(operands, random_gradient(operands), deterministic=deterministic)
+    assert all(one.isfinite().all() for one in ours)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # by a number of samples that is not used then
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_without_queries_or_samples_there_is_no_gradient(deterministic):
+    for sizes in (Sizes(1, 2, 0, 5, 3, 40), Sizes(0, 2, 5, 5, 3, 40), Sizes(1, 0, 5, 5, 3, 40)):
+        operands = random_operands(sizes, torch.float32)
+        ours = our_gradients(operands, random_gradient(operands), deterministic=deterministic)
+        assert all(torch.equal(one, torch.zeros_like(operand)) for one, operand in zip(ours, operands, strict=True))
+
+
 def test_heads_are_split_into_powers_of_two():
     widths = {
         40: (32, 16),

@@ -17,7 +17,7 @@ from dreamdance_kernels.triton_kernels.tiles import Tile
 # Token counts at which the models attend with each head width: one domain's tokens, and three domains' merged.
 MODEL_LENGTHS = {40: (1536, 4608), 64: (6144, 18432, 1536, 384, 96), 80: (384, 1152), 160: (96, 288, 24, 72)}
 # Full float32 products run on no matrix unit and hold twice the bytes: they are for checking, not for speed.
-FLOAT32_TILE = Tile(block_queries=32, block_keys=32, num_warps=4, num_stages=1)
+FLOAT32_TILE = Tile(block_queries=16, block_keys=32, num_warps=8, num_stages=1)
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _AXES = {4: ("outer", "inner", "row"), 3: ("outer", "row")}
 
