@@ -155,7 +155,7 @@ def backward(
             group_size=group_size, activation=activation,
             block_positions=BLOCK_POSITIONS, block_channels=grid.block_channels, num_warps=NUM_WARPS,
         )  # fmt: skip
-    grad_bias, grad_weight = channel_sums.sum(dim=1)
+    grad_bias, grad_weight = (sums.sum(dim=0) for sums in channel_sums)  # apart: results must not share their memory
     return NormGradients(grad_hidden_states, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype))
 
 
