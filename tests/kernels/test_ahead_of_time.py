@@ -8,6 +8,9 @@ from pathlib import Path
 
 import ahead_of_time
 import pytest
+import torch
+
+from dreamdance_kernels.triton_kernels.tiles import architecture_of
 
 MATRIX_PRODUCT = """
 import triton
@@ -133,6 +136,20 @@ def test_less_of_everything_is_no_violation():
     known = ahead_of_time.Resources("tile", "sm_90", 64, 8, 8, 16, 1024, "wgmma (serialized)", 4, 2, "3.7.1")
     better = replace(known, registers=60, spill_stores_bytes=0, spill_loads_bytes=0, stack_bytes=0, instruction="wgmma")
     assert ahead_of_time.violations([better], [known]) == []
+
+
+@pytest.mark.parametrize(
+    ("capability", "tiles"), [((8, 0), (8, 0)), ((8, 9), (8, 9)), ((9, 0), (9, 0)), ((12, 0), (8, 0))]
+)
+def test_workstation_blackwell_takes_the_tiles_of_an_a100(capability, tiles, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert architecture_of(torch.device("cuda")) == tiles
+
+
+def test_the_tiles_of_an_a100_fit_the_smaller_gpus_that_take_them_too():
+    """8.6, 8.9 and 12.x: 99 KB for a program."""
+    table = ahead_of_time.read_table(Path(ahead_of_time.__file__).with_name("resources.csv"))
+    assert all(row.shared_bytes <= 99 * 1024 for row in table if row.architecture == "sm_80")
 
 
 def test_the_committed_table_states_the_compiler_it_was_made_with():

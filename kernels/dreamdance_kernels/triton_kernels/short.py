@@ -15,7 +15,6 @@ from torch import Tensor
 from dreamdance_kernels.triton_kernels.builds import KernelBuild
 from dreamdance_kernels.triton_kernels.gradients import Gradients
 from dreamdance_kernels.triton_kernels.long_launch import (
-    FLOAT32_TILE,
     Lengths,
     TileTable,
     check_operands,
@@ -39,6 +38,8 @@ _BACKWARD_TILES = {
     (8, 0): {80: Tile(32, 32, 2, 2), 192: Tile(32, 32, 4, 1), 256: Tile(32, 32, 8, 1)},
     (9, 0): {96: Tile(64, 64, 4, 2), 192: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
 }
+# Full float32 products run on no matrix unit: for checking, not for speed. A tile must hold the longest sequence.
+FLOAT32_TILE = Tile(block_queries=MAX_LENGTH, block_keys=MAX_LENGTH, num_warps=8, num_stages=1)
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, *, num_heads: int) -> Tensor:

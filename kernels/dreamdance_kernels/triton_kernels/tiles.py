@@ -18,5 +18,12 @@ class Tile:
 
 
 def architecture_of(device: torch.device) -> tuple[int, int]:
-    """(major, minor) compute capability, such as (9, 0) on H100 and H200."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else INTERPRETED_ARCHITECTURE
+    """(major, minor) compute capability whose tiles a device takes, such as (9, 0) on H100 and H200.
+
+    12.x, Blackwell in workstations, takes those of 8.0: it has 99 KB of shared memory for a program, as 8.6 and 8.9
+    have, and the same matrix instruction.
+    """
+    if device.type != "cuda":
+        return INTERPRETED_ARCHITECTURE
+    found = torch.cuda.get_device_capability(device)
+    return (8, 0) if found[0] == 12 else found
