@@ -6,7 +6,7 @@ activation checkpointing can be told to keep its result, and DeepSpeed's hooks s
 implementations answer to it: Triton's kernels, and torch's own fused attention on CPU. Who runs is the caller's choice.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from einops import rearrange, reduce, repeat
@@ -46,15 +46,53 @@ def segmented_attention(
 
     Returns:
         `b i l c`, dense, with its dimensions in memory in the order of the query's.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or heads do not fit together, or the implementation is unknown.
     """
-    if shared_key is None or shared_value is None or shared_key.shape[1] == 0:
-        shared_key = shared_value = None
+    if (shared_key is None) != (shared_value is None):
+        raise ValueError("shared_key and shared_value: give both, or None for both")
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     if implementation is None:
         implementation = "torch" if query.device.type == "cpu" else "triton"
+    elif implementation not in get_args(Implementation):
+        raise ValueError(f"implementation={implementation!r} is none of {', '.join(get_args(Implementation))}")
     inputs = [_as_under_autocast(x) for x in (query, key, value, shared_key, shared_value)]
+    _check_fit(*inputs, num_heads=num_heads)
+    if shared_key is not None and shared_key.shape[1] == 0:
+        inputs[3:] = None, None
     return _attention(*inputs, num_heads, deterministic, implementation)[0]
+
+
+def _check_fit(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shared_key: Tensor | None,
+    shared_value: Tensor | None,
+    *,
+    num_heads: int,
+) -> None:
+    """Refuse what a kernel would read beyond, as it knows strides and one set of lengths only."""
+    if query.dim() != 4:
+        raise ValueError(f"query must be (b, i, l, heads*d); got {tuple(query.shape)}")
+    b, i, _, width = query.shape
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"num_heads={num_heads} does not divide the width {width}")
+    if key.shape != value.shape or key.dim() != 4 or (*key.shape[:2], key.shape[3]) != (b, i, width):
+        shapes = f"{tuple(key.shape)} and {tuple(value.shape)}"
+        raise ValueError(f"key and value must share one shape ({b}, {i}, k, {width}); got {shapes}")
+    tensors = [query, key, value]
+    if shared_key is not None and shared_value is not None:
+        shape = shared_key.shape
+        if shape != shared_value.shape or len(shape) != 3 or (shape[0], shape[2]) != (b, width):
+            shapes = f"{tuple(shape)} and {tuple(shared_value.shape)}"
+            raise ValueError(f"shared_key and shared_value must share one shape ({b}, s, {width}); got {shapes}")
+        tensors += [shared_key, shared_value]
+    if len({(x.dtype, x.device) for x in tensors}) > 1:
+        found = ", ".join(f"{x.dtype} on {x.device}" for x in tensors)
+        raise ValueError(f"queries, keys and values must share one dtype and one device; got {found}")
 
 
 def _as_under_autocast(tensor: Tensor | None) -> Tensor | None:

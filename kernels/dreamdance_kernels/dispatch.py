@@ -5,6 +5,7 @@ A backend is an object with the three functions of `AttentionBackend`; the modul
 """
 
 import logging
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -101,9 +102,9 @@ def choose_backend(name: str | None, call: AttentionCall) -> AttentionBackend:
         UnavailableBackendError: the name is unknown, or the backend cannot run; the text says why, and what can.
     """
     if name is None:
-        choice = default_choice(
-            call.function, call.head_width, int(call.num_queries), int(call.num_keys), call.dtype, call.device
-        )
+        # the very numbers, also in a graph of dynamic shapes: the choice is made when it is compiled
+        lengths = operator.index(call.num_queries), operator.index(call.num_keys)
+        choice = default_choice(call.function, operator.index(call.head_width), *lengths, call.dtype, call.device)
     else:
         choice = Choice(name, "as asked for")
         if (reason := _why_not(name, call.dtype, call.device.type)) is not None:

@@ -18,7 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from dreamdance.models.geometry_attention import GeometryAttention
 from dreamdance.models.temporal_attention import TemporalAttention
 from dreamdance.training.activation_memory import LiveBytes
-from dreamdance_kernels import attention_operator, checkpoint_keeping_attention, sdpa, segmented_attention
+from dreamdance_kernels import (
+    attention_operator,
+    checkpoint_keeping_attention,
+    geometry_attention,
+    sdpa,
+    segmented_attention,
+)
 
 FORWARD = torch.ops.dreamdance.segmented_attention.default
 BACKWARD = torch.ops.dreamdance.segmented_attention_backward.default
@@ -131,6 +137,25 @@ def test_the_result_lies_in_memory_as_the_query_does():
     assert rearrange(output, "b n f c -> (b f) n c").is_contiguous()
 
 
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_what_does_not_fit_together_is_refused_before_a_kernel_reads_beyond_it(implementation):
+    query, key, value, *common = LAYOUTS["packed with a shared segment"](torch.float32)
+
+    def refused(text, *inputs, num_heads=2):
+        with pytest.raises(ValueError, match=text):
+            segmented_attention(*inputs, num_heads=num_heads, implementation=implementation)
+
+    refused("num_heads=5 does not divide the width 12", query, key, value, num_heads=5)
+    refused(r"query must be \(b, i, l, heads\*d\); got \(2, 5, 12\)", query[:, 0], key, value)
+    refused(r"one shape \(2, 3, k, 12\); got .*\(2, 3, 4, 12\)", query, key, value[:, :, 1:])
+    refused(r"one shape \(2, 3, k, 12\); got \(2, 1, 5, 12\)", query, key[:, :1], value[:, :1])
+    refused(r"one shape \(2, s, 12\); got \(1, 4, 12\)", query, key, value, *(x[:1] for x in common))
+    refused("give both, or None for both", query, key, value, common[0])
+    refused("one dtype and one device; got .*float16", query, key.half(), value)
+    with pytest.raises(ValueError, match="implementation='cuda' is none of triton, torch"):
+        segmented_attention(query, key, value, num_heads=2, implementation="cuda")
+
+
 # ------------------------------------------------------------------------------------------------------- registrations
 
 
@@ -241,6 +266,19 @@ def test_a_block_compiles_into_one_graph_with_the_same_outputs_and_gradients(bac
         output = function(inputs)
         results.append([output, *torch.autograd.grad(output.sum(), [inputs, *block.parameters()])])
     torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("backend", [None, "triton"])
+def test_a_graph_compiled_for_one_length_takes_others(backend):
+    """torch makes a symbol of a length that changes, and the choice of a backend looks lengths up."""
+
+    def attend(query, key, value):
+        return geometry_attention(query, key, value, num_domains=3, num_heads=2, backend=backend)
+
+    compiled = torch.compile(attend, backend="eager", fullgraph=True)
+    for num_tokens in (2, 5, 7):
+        inputs = packed(3, num_tokens, 4, dtype=torch.float32)
+        torch.testing.assert_close(compiled(*inputs), attend(*inputs))
 
 
 # ------------------------------------------------------------------------------------------------------- checkpointing
