@@ -15,6 +15,7 @@ from dreamdance_kernels.attention_operator import segmented_attention
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST_ARCHITECTURE = (8, 0)  # matrix instructions in bfloat16, asynchronous copies
+UNFIT_GENERATIONS = (10, 11)  # products there go through a memory of their own, which the tiles of Hopper overfill
 
 
 def is_interpreted() -> bool:
@@ -32,6 +33,8 @@ def why_unavailable() -> str | None:
         return "it needs an NVIDIA GPU"
     if (found := torch.cuda.get_device_capability()) < OLDEST_ARCHITECTURE:
         return f"it needs compute capability {_dotted(OLDEST_ARCHITECTURE)} or higher, this GPU has {_dotted(found)}"
+    if found[0] in UNFIT_GENERATIONS:
+        return f"its tiles are cut for compute capability 8.x, 9.x and 12.x, this GPU has {_dotted(found)}"
     return None
 
 

@@ -284,10 +284,11 @@ def test_the_backends_that_cannot_run_say_why(no_interpreter, monkeypatch):
     assert "flash-attn is not installed" in backends["flash"]
 
 
-def test_a_gpu_that_is_too_old_for_the_kernels_is_named_with_its_capability(no_interpreter, monkeypatch):
+def test_a_gpu_that_the_kernels_do_not_suit_is_named_with_its_capability(no_interpreter, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    assert available_backends()["triton"] == "it needs compute capability 8.0 or higher, this GPU has 7.5"
+    for capability, reason in (((7, 5), "8.0 or higher, this GPU has 7.5"), ((10, 0), "12.x, this GPU has 10.0")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, found=capability: found)
+        assert reason in available_backends()["triton"]
 
 
 @pytest.mark.parametrize(
