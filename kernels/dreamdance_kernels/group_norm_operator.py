@@ -5,7 +5,6 @@ backward. Here two Triton passes read and write the layout that convolutions wor
 normalised values again from the input and its statistics. On CPU the operator calls torch's own kernels.
 """
 
-import importlib.util
 import logging
 from typing import Any
 
@@ -13,6 +12,8 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.nn import functional as F
+
+from dreamdance_kernels import triton_package
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +77,8 @@ def _why_not_triton(hidden_states: Tensor) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _why_not_on(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
+    if (reason := triton_package.why_unusable()) is not None:
+        return reason
     found = torch.cuda.get_device_capability(device)
     return None if found >= KERNEL_CAPABILITY else f"the GPU's compute capability is {found}, below {KERNEL_CAPABILITY}"
 

@@ -4,13 +4,13 @@ Nothing is copied on the way in: geometry attention merges `(m n)`, reference at
 that share a reference, temporal attention turns frames and places round, all as views of a packed projection.
 """
 
-import importlib.util
 import os
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from dreamdance_kernels import triton_package
 from dreamdance_kernels.attention_operator import segmented_attention
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -25,8 +25,8 @@ def is_interpreted() -> bool:
 
 def why_unavailable() -> str | None:
     """Why the kernels cannot run on this machine, or None where they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
+    if (reason := triton_package.why_unusable()) is not None:
+        return reason
     if is_interpreted():
         return None
     if not torch.cuda.is_available():

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+import triton
 from einops import rearrange, repeat
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,10 +21,12 @@ from dreamdance.models.temporal_attention import TemporalAttention
 from dreamdance.training.activation_memory import LiveBytes
 from dreamdance_kernels import (
     attention_operator,
+    available_backends,
     checkpoint_keeping_attention,
     geometry_attention,
     sdpa,
     segmented_attention,
+    triton_package,
 )
 
 FORWARD = torch.ops.dreamdance.segmented_attention.default
@@ -73,6 +76,12 @@ class Calls(TorchDispatchMode):
         self.counts[function] += 1
         self.arguments[function] = args
         return function(*args, **(kwargs or {}))
+
+
+def test_a_triton_that_is_older_than_any_the_kernels_were_compiled_with_is_named(monkeypatch):
+    assert triton_package.why_unusable() is None
+    monkeypatch.setattr(triton, "__version__", "3.2.0")
+    assert available_backends()["triton"] == "it needs triton 3.6 or newer (it comes with torch); found 3.2.0"
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
