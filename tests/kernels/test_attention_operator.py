@@ -168,17 +168,19 @@ def test_what_does_not_fit_together_is_refused_before_a_kernel_reads_beyond_it(i
 # ------------------------------------------------------------------------------------------------------- registrations
 
 
+@pytest.mark.parametrize("implementation", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 @layouts
-def test_the_forward_is_registered_as_torch_wants_it(layout):
+def test_the_forward_is_registered_as_torch_wants_it(layout, implementation):
     inputs = as_leaves(LAYOUTS[layout](torch.float32))
-    torch.library.opcheck(attention_operator._attention, (*inputs, 2, False, "torch"))
+    torch.library.opcheck(attention_operator._attention, (*inputs, 2, False, implementation))
 
 
+@pytest.mark.parametrize("implementation", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 @layouts
-def test_the_backward_is_registered_as_torch_wants_it(layout):
+def test_the_backward_is_registered_as_torch_wants_it(layout, implementation):
     inputs = [None if x is None else x.detach() for x in LAYOUTS[layout](torch.float32)]
-    output, log_sum_exp = attention_operator._attention(*inputs, 2, False, "torch")
-    arguments = (torch.ones_like(output), *inputs, output, log_sum_exp, 2, False, "torch")
+    output, log_sum_exp = attention_operator._attention(*inputs, 2, False, implementation)
+    arguments = (torch.ones_like(output), *inputs, output, log_sum_exp, 2, False, implementation)
     torch.library.opcheck(attention_operator._attention_backward, arguments)
 
 
