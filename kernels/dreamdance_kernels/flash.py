@@ -18,7 +18,7 @@ def why_unavailable() -> str | None:
     """Why flash-attn cannot run on this machine, or None where it can."""
     if importlib.util.find_spec("flash_attn") is None:
         return "the package flash-attn is not installed (pip install flash-attn --no-build-isolation)"
-    return None if torch.cuda.is_available() else "it needs an NVIDIA GPU"
+    return None if torch.cuda.is_available() and torch.version.hip is None else "it needs an NVIDIA GPU"
 
 
 def attend_with_flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def why_unavailable() -> str | None:
         return reason
     if is_interpreted():
         return None
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or torch.version.hip is not None:
         return "it needs an NVIDIA GPU"
     if (found := torch.cuda.get_device_capability()) < OLDEST_ARCHITECTURE:
         return f"it needs compute capability {_dotted(OLDEST_ARCHITECTURE)} or higher, this GPU has {_dotted(found)}"
