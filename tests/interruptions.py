@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rank_processes import StartedRanks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_scenarios import Recipe, run_recorded
 
 from dreamdance.run_layout import progress_file
@@ -77,11 +78,11 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return {path: leaf for key, part in items for path, leaf in flatten(part, f"{prefix}/{key}").items()}
 
 
-def assert_same_checkpoint(one: Path, other: Path) -> None:
+def assert_same_checkpoint(one: Path, other: Path, *, world_size: int = WORLD_SIZE) -> None:
     """Every tensor and every number, bit for bit."""
     names = sorted(path.relative_to(one).as_posix() for path in one.rglob("*.pt"))
     assert names == sorted(path.relative_to(other).as_posix() for path in other.rglob("*.pt"))
-    assert len(names) == 1 + 2 * WORLD_SIZE
+    assert len(names) == 1 + 2 * world_size
     for name in names:
         # weights_only is off for DeepSpeed's own classes, in files that this very test has written
         first, second = (flatten(torch.load(folder / name, weights_only=False)) for folder in (one, other))
@@ -99,6 +100,25 @@ def assert_same_export(one: Path, other: Path) -> None:
     assert files
     for file in files:
         assert (one / file).read_bytes() == (other / file).read_bytes(), file
+
+
+def assert_same_tensorboard(whole: Path, broken: Path) -> None:
+    """Every step once, with the value of the uninterrupted run; only times and what was saved when may differ."""
+    boards = [EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}) for run in (whole, broken)]
+    for board in boards:
+        board.Reload()
+    tags = boards[0].Tags()["scalars"]
+    assert tags == boards[1].Tags()["scalars"]
+    for tag in tags:
+        one, other = ([(event.step, event.value) for event in board.Scalars(tag)] for board in boards)
+        steps = [step for step, _ in other]
+        assert len(set(steps)) == len(steps), f"{tag} has a step twice"
+        if tag.startswith(("train/", "val/", "optim/")):
+            assert one == other, tag
+        elif not tag.startswith("perf/checkpoint"):
+            assert [step for step, _ in one] == steps, tag
+    starts = [event.step for event in boards[1].Tensors("recipe/text_summary")]
+    assert len(set(starts)) == len(starts)
 
 
 def messages(run: Path) -> list[str]:

@@ -4,7 +4,6 @@ import math
 import random
 import signal
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from interruptions import (
     WORLD_SIZE,
     assert_same_checkpoint,
     assert_same_export,
+    assert_same_tensorboard,
     first_step_after,
     messages,
     samples_in_order,
@@ -26,7 +26,6 @@ from interruptions import (
 )
 from rank_processes import run_ranks
 from recipes_for_tests import tiny_stage1_recipe, tiny_stage2_recipe
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_scenarios import Recipe, Strike, prepare_and_inspect, run_recorded
 
 from dreamdance.run_layout import checkpoint_folder, export_folder, step_folders
@@ -84,7 +83,14 @@ def test_killed_again_and_again_stage_1_is_bit_identical_to_an_uninterrupted_run
         assert len(unbroken) == MAX_STEPS * micro_batches
         assert without_repeats(interrupted) == unbroken
     assert [folder.name for folder in step_folders(broken / "checkpoints")] == ["step_00000010", "step_00000012"]
-    assert_tensorboard_as_if_nothing_had_happened(whole, broken)
+    assert_same_tensorboard(whole, broken)
+    assert len(list((broken / "tensorboard").iterdir())) > 5, "one file for each start"
+    record_fault(
+        "TensorBoard after crashes",
+        how="a run killed six times, stopped once, one checkpoint damaged",
+        promised="steps beyond the resume point are purged, none is there twice",
+        happened="every tag has the steps and values of the uninterrupted run",
+    )
     for phase, ending in struck.items():
         record_fault(
             f"killed during a save: {phase}",
@@ -95,32 +101,6 @@ def test_killed_again_and_again_stage_1_is_bit_identical_to_an_uninterrupted_run
             resumed_seconds=first_step_after(broken, ending.ended),
             steps_lost=steps_lost(broken, ending.ended),
         )
-
-
-def assert_tensorboard_as_if_nothing_had_happened(whole: Path, broken: Path) -> None:
-    """Every step once, with the value of the uninterrupted run; only times and what was saved when may differ."""
-    boards = [EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}) for run in (whole, broken)]
-    for board in boards:
-        board.Reload()
-    tags = boards[0].Tags()["scalars"]
-    assert tags == boards[1].Tags()["scalars"]
-    for tag in tags:
-        one, other = ([(event.step, event.value) for event in board.Scalars(tag)] for board in boards)
-        steps = [step for step, _ in other]
-        assert len(set(steps)) == len(steps), f"{tag} has a step twice"
-        if tag.startswith(("train/", "val/", "optim/")):
-            assert one == other, tag
-        elif not tag.startswith("perf/checkpoint"):
-            assert [step for step, _ in one] == steps, tag
-    starts = [event.step for event in boards[1].Tensors("recipe/text_summary")]
-    assert len(set(starts)) == len(starts)
-    assert len(list((broken / "tensorboard").iterdir())) > 5, "one file for each start"
-    record_fault(
-        "TensorBoard after crashes",
-        how="a run killed six times, stopped once, one checkpoint damaged",
-        promised="steps beyond the resume point are purged, none is there twice",
-        happened="every tag has the steps and values of the uninterrupted run",
-    )
 
 
 def test_killed_stage_2_in_bf16_is_bit_identical_to_an_uninterrupted_run(shards, tmp_path):

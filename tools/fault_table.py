@@ -1,0 +1,167 @@
+"""Prints the table of faults, in Markdown, from what the fault tests have written down; `tools/faults.sh` calls it.
+
+    python tools/fault_table.py FAULTS.jsonl RESULTS.xml...
+
+FAULTS.jsonl is the file named by DREAMDANCE_FAULT_LOG; each RESULTS.xml is pytest's `--junitxml` of one part.
+Ends non-zero if a test failed, or if nothing was written down.
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+LONGEST_CELL = 160
+NOT_MEASURED = "-"
+# The temporary folders of tests: what of their paths means something begins after them.
+TEMPORARY = re.compile(r"/\S*?/(?:test_\w+|pytest-\d+)/")
+
+
+@dataclass
+class Row:
+    """All that was written down of one fault."""
+
+    fault: str
+    how: list[str] = field(default_factory=list)
+    promised: list[str] = field(default_factory=list)
+    happened: list[str] = field(default_factory=list)
+    detected_seconds: list[float] = field(default_factory=list)
+    resumed_seconds: list[float] = field(default_factory=list)
+    steps_lost: list[int] = field(default_factory=list)
+    times: int = 0
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Takes a line; of words those that are new, of numbers all that mean something."""
+        self.times += 1
+        for name in ("how", "promised", "happened"):
+            text = TEMPORARY.sub(".../", " ".join(str(line[name]).split()))
+            if text not in getattr(self, name):
+                getattr(self, name).append(text)
+        for name in ("detected_seconds", "resumed_seconds", "steps_lost"):
+            if line[name] is not None:
+                getattr(self, name).append(line[name])
+
+    def cells(self) -> list[str]:
+        """The row, each number the worst of its kind."""
+        fault = f"{self.fault} (x{self.times})" if self.times > 1 else self.fault
+        texts = [_cell(texts) for texts in (self.how, self.promised, self.happened)]
+        return [_shortened(fault), *texts, _worst(self.detected_seconds, ".1f"), _worst(self.resumed_seconds, ".1f"),
+                _worst(self.steps_lost, "d")]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How the tests ended.
+
+    Attributes:
+        passed: how many.
+        seconds: all together.
+        failed: the names of those that did not pass.
+        skipped: why some were left out, each reason once.
+    """
+
+    passed: int
+    seconds: float
+    failed: list[str]
+    skipped: list[str]
+
+
+def read_rows(log: Path) -> list[Row]:
+    """One row for each fault, in the order in which they were first written down."""
+    rows: dict[str, Row] = {}
+    for text in log.read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        rows.setdefault(line["fault"], Row(line["fault"])).add(line)
+    return list(rows.values())
+
+
+def read_results(files: list[Path]) -> Tally:
+    """Adds up what pytest wrote; a part that left no results has failed."""
+    passed, seconds, failed, skipped = 0, 0.0, [], {}
+    for file in files:
+        if not file.is_file():
+            failed.append(f"{file.stem} (no results)")
+            continue
+        for case in ElementTree.parse(file).getroot().iter("testcase"):
+            seconds += float(case.get("time", "0"))
+            reason = case.find("skipped")
+            if case.find("failure") is not None or case.find("error") is not None:
+                failed.append(f"{case.get('classname')}::{case.get('name')}")
+            elif reason is not None:
+                skipped[reason.get("message", "")] = None
+            else:
+                passed += 1
+    return Tally(passed, seconds, failed, list(skipped))
+
+
+def describe_machine() -> str:
+    """When and where: date, commit, machine, its load and the versions that matter."""
+    commit = subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], text=True).strip()
+    changed = subprocess.check_output(["git", "status", "--porcelain", "--untracked-files=no"], text=True).split("\n")
+    # What this command itself writes is no change of what it ran.
+    state = " with uncommitted changes" if [line for line in changed if line and not line.endswith("faults.md")] else ""
+    versions = " ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "mosaicml-streaming"))
+    load = os.environ.get("DREAMDANCE_LOAD_BEFORE", "unknown")
+    return (
+        f"{time.strftime('%Y-%m-%d')}, commit {commit}{state}, {os.cpu_count()} cores, no GPU used, "
+        f"Python {platform.python_version()}, {versions}; the machine's load before: {load}, at the end: "
+        f"{' '.join(f'{load:.1f}' for load in os.getloadavg())} (means over 1, 5 and 15 minutes)"
+    )
+
+
+def main() -> int:
+    """Prints it all and returns 1 if anything failed."""
+    log, results = Path(sys.argv[1]), [Path(word) for word in sys.argv[2:]]
+    rows = read_rows(log) if log.is_file() else []
+    tally = read_results(results)
+    print("# Faults: what was done, what was promised, what happened\n")
+    print(f"Written by `bash tools/faults.sh`: {describe_machine()}.\n")
+    verdict = f"{len(tally.failed)} FAILED" if tally.failed else "none failed"
+    injected = sum(row.times for row in rows)
+    minutes = tally.seconds / 60
+    print(
+        f"{len(rows)} faults, injected {injected} times; "
+        f"{tally.passed} tests passed, {verdict}; {minutes:.0f} minutes. "
+        "A line is written after the test's assertions about it have held. Where a fault was injected several "
+        "times, (xN), the numbers are the worst of them. Seconds count from the fault: until it was reported or all "
+        "ranks had ended, and until the first step after it. Lost steps are done again, to the same result. "
+        f"'{NOT_MEASURED}': a number would mean nothing there.\n"
+    )
+    for name in tally.failed:
+        print(f"* FAILED: {name}")
+    for reason in tally.skipped:
+        print(f"* left out: {reason}")
+    if tally.failed or tally.skipped:
+        print()
+    print("| fault | injected | promised | happened | detected, s | resumed, s | steps lost |")
+    print("|---|---|---|---|--:|--:|--:|")
+    for row in rows:
+        print(f"| {' | '.join(row.cells())} |")
+    return 1 if tally.failed or not rows else 0
+
+
+def _cell(texts: list[str]) -> str:
+    """The first text, and how many others there are."""
+    more = f" (and {len(texts) - 1} other{'s' * (len(texts) > 2)})" if len(texts) > 1 else ""
+    return _shortened(texts[0]) + more
+
+
+def _shortened(text: str) -> str:
+    text = text.replace("|", "\\|").replace("<", "&lt;")
+    return text if len(text) <= LONGEST_CELL else f"{text[: LONGEST_CELL - 4].rstrip()} ..."
+
+
+def _worst(values: list[Any], form: str) -> str:
+    return format(max(values), form) if values else NOT_MEASURED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
