@@ -55,7 +55,9 @@ def reference_attention(
     num_heads: int,
 ) -> Tensor:
     """Eq. 4 with the reference as the shared segment: never repeated, never appended."""
-    num_references = 1 if reference_key is None or reference_key.shape[1] == 0 else reference_key.shape[0]
+    if reference_key is not None and reference_key.shape[1] == 0:
+        reference_key = reference_value = None
+    num_references = 1 if reference_key is None else reference_key.shape[0]
     query, key, value = (rearrange(x, "(b r) n c -> b r n c", b=num_references) for x in (query, key, value))
     output = segmented_attention(
         query, key, value, reference_key, reference_value, num_heads=num_heads, implementation="triton"
