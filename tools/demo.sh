@@ -3,7 +3,7 @@
 # Trains stage 1 in its three steps and stage 2, animates held-out dancers, evaluates. At most 20 minutes on two cores after
 # set-up; killed and started again, it goes on where it was.
 #   bash tools/demo.sh [RUNS [KEY=VALUE...]]     RUNS: where the run folders go (default: runs); the rest, such as seed=1,
-#                                                is set in every recipe
+#                                                is set in every recipe. Results go to results/demo in any case.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 runs=${1:-runs}
@@ -20,10 +20,10 @@ step() { # RECIPE BUDGET WHAT...
 }
 
 step prepare 1m "Render dancers into streaming shards"
-step stage1_domains 6m "Stage 1, step 1: one network for rgb, normals and depth"
-step stage1_geometry 2m "Stage 1, step 2: geometry attention"
-step stage1_temporal 3m "Stage 1, step 3: temporal attention"
-step stage2 6m "Stage 2: pose, depth and normals animate the picture"
+step stage1_domains 7m "Stage 1, step 1: one network for rgb, normals and depth"
+step stage1_geometry 1m "Stage 1, step 2: geometry attention"
+step stage1_temporal 1m "Stage 1, step 3: temporal attention"
+step stage2 8m "Stage 2: pose, depth and normals animate the picture"
 step animate 1m "Animate held-out dancers"
 step evaluate 1m "Evaluate against the truth"
 
