@@ -26,7 +26,11 @@ class Section(BaseModel):
 
 
 class Cluster(Section):
-    """Where the job runs: processes per node, and what Slurm is asked for."""
+    """Where the job runs: processes per node, and what Slurm is asked for.
+
+    `stop_seconds` before its end the job is warned, and has so long to save. A rank that hangs in a step is ended after
+    `step_timeout_seconds` (0: never), or 10 times the median step if that is longer.
+    """
 
     nodes: Positive = 1
     tasks_per_node: Positive = 1
