@@ -16,11 +16,13 @@ export DREAMDANCE_FAULT_LOG=$folder/faults.jsonl
 DREAMDANCE_LOAD_BEFORE=$(cut -d' ' -f1-3 /proc/loadavg)
 export DREAMDANCE_LOAD_BEFORE
 
-part() { # NAME MINUTES FILES...: what runs longer leaves no results, which counts as a failure
-    local name=$1 minutes=$2
+part() { # NAME MINUTES FILES...: a part that runs longer, or breaks off, leaves no results, which counts as a failure
+    local name=$1 minutes=$2 code=0
     shift 2
     printf '\n== %s: %d files, at most %d minutes\n' "$name" $# "$minutes" >&2
-    timeout --kill-after=60 "${minutes}m" "$python" -m pytest "$@" --junitxml="$folder/$name.xml" --basetemp="$folder/$name" >&2 || true
+    timeout --signal=INT --kill-after=60 "${minutes}m" "$python" -m pytest "$@" \
+        --junitxml="$folder/$name.xml" --basetemp="$folder/$name" >&2 || code=$?
+    [ "$code" -le 1 ] || rm -f "$folder/$name.xml"
 }
 
 chaos=tests/distributed/test_chaos.py

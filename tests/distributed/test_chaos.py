@@ -76,8 +76,11 @@ def test_a_run_struck_again_and_again_at_random_is_bit_identical_to_an_undisturb
     recipe = make_recipe(shards)
     whole, broken = tmp_path / "whole" / recipe.name, tmp_path / "broken" / recipe.name
     undisturbed = starter(recipe, whole)()
-    while not undisturbed.is_over():
-        time.sleep(0.1)
+    try:
+        while not undisturbed.is_over():
+            time.sleep(0.1)
+    finally:
+        undisturbed.end()
     assert export_folder(whole, recipe.max_steps).is_dir(), undisturbed.log()
 
     with Struck(broken, starter(recipe, broken), seed=SEED) as struck:
