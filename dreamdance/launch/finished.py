@@ -51,7 +51,7 @@ def _weights(name: str, runs: Path) -> list[str]:
     """Of a trained stage: a run's newest export is told by its name, an export given as a folder by its index file."""
     if is_export(Path(name)):
         return [name, *_listing(Path(name), EXPORT_INDEX_FILE)]
-    return [str(folder) for folder in step_folders(runs / name / "exports")[-1:]]
+    return [f"{name} {folder.name}" for folder in step_folders(runs / name / "exports")[-1:]]
 
 
 def _listing(folder: Path, pattern: str) -> list[str]:

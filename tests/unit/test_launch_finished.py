@@ -57,6 +57,18 @@ def test_animate_runs_again_when_its_manifest_or_a_run_that_it_uses_has_changed(
     assert not is_finished(recipe, run_folder)
 
 
+def test_animate_is_finished_wherever_it_is_asked_from(run_folder, tmp_path, monkeypatch):
+    """`status` names runs from the working directory, the job by their full path."""
+    manifest, output = tmp_path / "manifest.jsonl", tmp_path / "results"
+    manifest.write_text('{"id": "a"}\n')
+    output.mkdir()
+    recipe = load_recipe(DEMO / "animate.yaml", [f"manifest={manifest}", f"output={output}"])
+    (run_folder.parent / recipe.geometry_from / "exports" / "step_00000200").mkdir(parents=True)
+    assert mark_finished(recipe, run_folder)
+    monkeypatch.chdir(run_folder.parent.parent)
+    assert is_finished(recipe, run_folder.relative_to(run_folder.parent.parent))
+
+
 def test_animate_runs_again_when_an_export_that_it_is_given_as_a_folder_has_changed(run_folder, tmp_path):
     index, output = tmp_path / "stage2" / "model_index.json", tmp_path / "out"
     for folder in (index.parent, output):
