@@ -69,6 +69,8 @@ class _Executor(SlurmExecutor):
         self.script: Path | None = None
         self._num_runs = num_runs
         self._logs = shlex.quote(str(self.folder)) + ("" if num_runs is None else '/"$SLURM_ARRAY_TASK_ID"')
+        # The id of an array's last task is the array's own, and would stand for all of its tasks.
+        self._job = "$SLURM_JOB_ID" if num_runs is None else "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
         self.update_parameters(**_parameters(recipe), teardown=self._ending(recipe))
         if num_runs is not None:
             self.parameters["map_count"] = num_runs
@@ -93,10 +95,10 @@ class _Executor(SlurmExecutor):
             words = ["srun", *inside, f"--container-image={cluster.container_image}", *words]
         return [
             "code=$?",
-            "state() { echo $(squeue --noheader --jobs=$SLURM_JOB_ID --Format=State:20,RestartCnt:20); }",
+            f'state() {{ echo $(squeue --noheader --jobs="{self._job}" --Format=State:20,RestartCnt:20); }}',
             'is_running() { [ "$(state)" = "RUNNING ${SLURM_RESTART_COUNT:-0}" ]; }',
             f'if is_running && {shlex.join(words)} {self._logs} "$code" && is_running; then',
-            '    scontrol requeue "$SLURM_JOB_ID"',
+            f'    scontrol requeue "{self._job}"',
             "fi",
             'exit "$code"',
         ]

@@ -1,0 +1,70 @@
+"""What the batch script does when its ranks have ended, run by bash with programs in Slurm's place."""
+
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from dreamdance.launch.slurm_cluster import batch_script, submit_array
+from dreamdance.recipe import dump_recipe, load_recipe
+from dreamdance.run_layout import RECIPE_FILE
+
+RECIPE = load_recipe(Path(__file__).parents[2] / "recipes" / "demo" / "stage2.yaml")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A machine with programs named as Slurm's, each of which notes its words in `called`."""
+
+    folder: Path
+
+    def tool(self, name: str, script: str) -> None:
+        path = self.folder / "bin" / name
+        path.write_text(f'#!/bin/sh\necho "{name} $*" >> {self.folder}/called\n{script}\n')
+        path.chmod(0o755)
+
+    def run(self, script: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+        """Runs a batch script as Slurm would."""
+        (self.folder / "called").unlink(missing_ok=True)
+        variables = {"PATH": f"{self.folder}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "42", **environment}
+        return subprocess.run(["bash", "-c", script], env=variables, capture_output=True, text=True, check=False)
+
+    def called(self, name: str) -> list[str]:
+        lines = (self.folder / "called").read_text().splitlines()
+        return [line for line in lines if line.startswith(f"{name} ")]
+
+
+@pytest.fixture
+def site(tmp_path):
+    (tmp_path / "bin").mkdir()
+    site = Site(tmp_path)
+    site.tool("srun", "exit 1")
+    site.tool("squeue", "echo 'RUNNING             0                   '")
+    site.tool("scontrol", "")
+    site.tool("sleep", "")
+    return site
+
+
+def make_run(folder: Path) -> Path:
+    (folder / "logs").mkdir(parents=True)
+    (folder / RECIPE_FILE).write_text(dump_recipe(RECIPE))
+    return folder
+
+
+def test_a_job_whose_ranks_failed_goes_back_into_the_queue(site):
+    done = site.run(batch_script(RECIPE, make_run(site.folder / "run")))
+    assert done.returncode == 1
+    assert site.called("scontrol") == ["scontrol requeue 42"]
+
+
+def test_the_task_of_an_array_asks_for_itself_alone_and_puts_itself_alone_back(site, monkeypatch):
+    runs = [make_run(site.folder / name) for name in ("one", "two")]
+    site.tool("sbatch", "echo 'Submitted batch job 42'")
+    monkeypatch.setenv("PATH", f"{site.folder}/bin:{os.environ['PATH']}")
+    script = submit_array([RECIPE, RECIPE], runs)[0].script.read_text()
+    # As Slurm has it for the last task.
+    site.run(script, SLURM_JOB_ID="42", SLURM_ARRAY_JOB_ID="42", SLURM_ARRAY_TASK_ID="1")
+    assert {call.split()[2] for call in site.called("squeue")} == {"--jobs=42_1"}
+    assert site.called("scontrol") == ["scontrol requeue 42_1"]
