@@ -18,6 +18,7 @@ from dreamdance.errors import UserError
 from dreamdance.recipe import Recipe, TrainingRecipe
 
 ASK_TIMEOUT_SECONDS = 60
+INSIST_TIMES, INSIST_EVERY_SECONDS = 12, 5
 # Without -P, `python -m` would put the working directory on sys.path, where a checkout has a folder `kernels/`.
 PYTHON = (sys.executable, "-P", "-u")
 
@@ -86,7 +87,8 @@ class _Executor(SlurmExecutor):
     def _ending(self, recipe: Recipe) -> list[str]:
         """Puts the job back into the queue, unless it was cancelled, or somebody else has put it back already.
 
-        The latter may be on another node by now, if Slurm lost sight of this one: hence the number of restarts.
+        The latter may be on another node by now, if Slurm lost sight of this one: hence the number of restarts. A
+        controller that is just being restarted says nothing, which is neither of both: it is asked again for a minute.
         """
         cluster = recipe.cluster
         words = [*PYTHON, "-m", "dreamdance.launch.requeue"]
@@ -95,10 +97,16 @@ class _Executor(SlurmExecutor):
             words = ["srun", *inside, f"--container-image={cluster.container_image}", *words]
         return [
             "code=$?",
-            f'state() {{ echo $(squeue --noheader --jobs="{self._job}" --Format=State:20,RestartCnt:20); }}',
-            'is_running() { [ "$(state)" = "RUNNING ${SLURM_RESTART_COUNT:-0}" ]; }',
-            f'if is_running && {shlex.join(words)} {self._logs} "$code" && is_running; then',
-            f'    scontrol requeue "{self._job}"',
+            f'answers() {{ state=$(echo $(squeue --noheader --jobs="{self._job}" --Format=State:20,RestartCnt:20)); '
+            '[ -n "$state" ]; }',
+            'is_running() { [ "$state" = "RUNNING ${SLURM_RESTART_COUNT:-0}" ]; }',
+            # A request may have been heard though its answer was lost: hence the look before each.
+            f'put_back() {{ answers && {{ ! is_running || scontrol requeue "{self._job}"; }}; }}',
+            f'insist() {{ for attempt in {{1..{INSIST_TIMES}}}; do "$@" && return; sleep {INSIST_EVERY_SECONDS}; done; '
+            'echo "Slurm does not answer or refuses: gave up after a minute; is this job back in the queue?" >&2; '
+            "return 1; }",
+            f'if insist answers && is_running && {shlex.join(words)} {self._logs} "$code"; then',
+            "    insist put_back",
             "fi",
             'exit "$code"',
         ]

@@ -68,3 +68,42 @@ def test_the_task_of_an_array_asks_for_itself_alone_and_puts_itself_alone_back(s
     site.run(script, SLURM_JOB_ID="42", SLURM_ARRAY_JOB_ID="42", SLURM_ARRAY_TASK_ID="1")
     assert {call.split()[2] for call in site.called("squeue")} == {"--jobs=42_1"}
     assert site.called("scontrol") == ["scontrol requeue 42_1"]
+
+
+def fails_at_first(site: Site, name: str, times: int, answer: str) -> None:
+    """A program of Slurm that does not get through to the controller for a while."""
+    count = f"[ $(grep -c '^{name} ' {site.folder}/called) -le {times} ]"
+    site.tool(name, f"{count} && echo 'Unable to contact slurm controller' >&2 && exit 1\n{answer}")
+
+
+@pytest.mark.parametrize(("name", "answer"), [("squeue", "echo 'RUNNING 0'"), ("scontrol", "exit 0")])
+def test_a_controller_that_is_silent_for_a_while_is_asked_again(site, name, answer):
+    fails_at_first(site, name, 4, answer)
+    site.run(batch_script(RECIPE, make_run(site.folder / "run")))
+    assert site.called("sleep") == ["sleep 5"] * 4
+    assert site.called("scontrol")[-1] == "scontrol requeue 42"
+
+
+@pytest.mark.parametrize("name", ["squeue", "scontrol"])
+def test_a_controller_that_stays_silent_ends_the_job_and_the_log_says_so(site, name):
+    site.tool(name, "exit 1")
+    done = site.run(batch_script(RECIPE, make_run(site.folder / "run")))
+    assert done.returncode == 1
+    assert len(site.called(name)) == 12
+    assert "gave up after a minute" in done.stderr
+
+
+@pytest.mark.parametrize("answer", ["COMPLETING 0", "RUNNING 1", "PENDING 1"])
+def test_a_job_that_was_cancelled_or_started_elsewhere_is_left_alone(site, answer):
+    site.tool("squeue", f"echo '{answer}'")
+    done = site.run(batch_script(RECIPE, make_run(site.folder / "run")))
+    assert "scontrol" not in (site.folder / "called").read_text()
+    assert "sleep" not in (site.folder / "called").read_text()
+    assert done.returncode == 1
+
+
+def test_a_request_that_was_heard_though_no_answer_came_is_not_made_twice(site):
+    site.tool("scontrol", f"touch {site.folder}/heard; exit 1")
+    site.tool("squeue", f"[ -e {site.folder}/heard ] && echo 'PENDING 1' || echo 'RUNNING 0'")
+    site.run(batch_script(RECIPE, make_run(site.folder / "run")))
+    assert len(site.called("scontrol")) == 1

@@ -56,7 +56,7 @@ def test_the_batch_script_asks_for_what_the_cluster_section_says(tmp_path):
     wanted = {"--kill-on-bad-exit=1", "--wait=60", "--cpus-per-task=12", "--cpu-bind=cores"}
     assert wanted | {"--container-image=image.sqsh"} <= set(srun)
     assert srun[-5:] == ["-P", "-u", "-m", "dreamdance.launch.rank", str(tmp_path / "logs")]
-    (asking,) = [shlex.split(line.partition("&&")[2]) for line in lines if "launch.requeue" in line]
+    (asking,) = [shlex.split(line.rpartition("&&")[2]) for line in lines if "launch.requeue" in line]
     assert asking[0] == "srun", "where the project is in a container, so is what decides"
     assert {"--container-image=image.sqsh", "--overlap", "--ntasks=1"} <= set(asking)
 
