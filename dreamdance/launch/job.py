@@ -18,6 +18,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+from dreamdance.atomic_files import write_atomically
 from dreamdance.errors import LostWorkerError, UserError
 from dreamdance.launch.fence import Fence
 from dreamdance.launch.finished import mark_finished
@@ -151,7 +152,8 @@ def record_failure(run_folder: Path, job_id: str, rank: int, text: str, *, user_
     """Leaves what `--follow` and `status` show: the error's own words, not a log to search."""
     path = failure_file(run_folder, job_id, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"time": time.time(), "rank": rank, "user_error": user_error, "text": text}))
+    # Whole or not at all: the first rank to fail has the others killed, while they may be at this.
+    write_atomically(path, json.dumps({"time": time.time(), "rank": rank, "user_error": user_error, "text": text}))
 
 
 def _end_at_once(number: signal.Signals) -> None:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dreamdance.atomic_files import write_atomically
 from dreamdance.launch.finished import is_finished
 from dreamdance.launch.job import failures_folder
 from dreamdance.recipe import Recipe, TrainingRecipe, load_recipe
@@ -52,10 +53,16 @@ def requeues_file(run_folder: Path) -> Path:
 
 
 def read_requeues(run_folder: Path) -> list[Requeue]:
-    """How often, when and why the present submission went back into the queue."""
+    """How often, when and why the present submission went back into the queue; torn lines are passed over."""
     path = requeues_file(run_folder)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [Requeue(**json.loads(line)) for line in lines]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    found = []
+    for line in lines:
+        try:
+            found.append(Requeue(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            logger.warning("%s: a line that cannot be read is passed over (%s)", path, error)
+    return found
 
 
 def decide(run_folder: Path, exit_code: int) -> Verdict:
@@ -86,14 +93,20 @@ def decide(run_folder: Path, exit_code: int) -> Verdict:
 
 
 def read_failures(run_folder: Path) -> list[dict[str, Any]]:
-    """What the ranks of the present start left behind, the earliest first."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in failures_folder(run_folder).glob("*.json")]
+    """What the ranks of the present start left behind, the earliest first; torn files are passed over."""
+    found = []
+    for path in failures_folder(run_folder).glob("*.json"):
+        try:
+            failure = json.loads(path.read_text(encoding="utf-8"))
+            found.append({key: failure[key] for key in ("time", "rank", "user_error", "text")})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            logger.warning("%s cannot be read and is passed over (%s)", path, error)
     return sorted(found, key=lambda failure: float(failure["time"]))
 
 
 def _note(run_folder: Path, requeue: Requeue) -> None:
-    with requeues_file(run_folder).open("a", encoding="utf-8") as log:
-        log.write(json.dumps(asdict(requeue)) + "\n")
+    lines = [json.dumps(asdict(one)) + "\n" for one in (*read_requeues(run_folder), requeue)]
+    write_atomically(requeues_file(run_folder), "".join(lines))
     shutil.rmtree(failures_folder(run_folder), ignore_errors=True)  # the next start is judged by its own
 
 

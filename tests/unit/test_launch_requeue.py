@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dreamdance.launch.finished import mark_finished
-from dreamdance.launch.job import record_failure
-from dreamdance.launch.requeue import decide, read_failures, read_requeues
+from dreamdance.launch.job import failures_folder, record_failure
+from dreamdance.launch.requeue import decide, read_failures, read_requeues, requeues_file
 from dreamdance.recipe import dump_recipe, load_recipe
 from dreamdance.run_layout import COMPLETE_FILE, RECIPE_FILE, ProgressLog, checkpoint_folder, export_folder
 
@@ -77,6 +77,34 @@ def test_what_the_user_must_change_ends_it_and_what_follows_from_a_lost_rank_doe
     verdict = decide(run, 1)
     assert not verdict.again
     assert verdict.reason == "rank 1 says what to change"
+
+
+@pytest.mark.parametrize("torn", ["", '{"time": 1.0, "ra', "[]", '{"time": 1.0}'])
+def test_what_a_killed_rank_or_decision_left_half_written_is_passed_over(run, caplog, torn):
+    record_failure(run, "7", 0, "Connection closed by peer", user_error=False)
+    (failures_folder(run) / "7_1.json").write_text(torn)
+    assert [failure["rank"] for failure in read_failures(run)] == [0]
+    assert "7_1.json" in caplog.text
+    assert decide(run, 1).again
+    with requeues_file(run).open("a") as log:
+        log.write(torn or "{")
+    assert [requeue.failed for requeue in read_requeues(run)] == [True]
+    assert "requeues.jsonl" in caplog.text
+    assert decide(run, 0).again
+    assert [requeue.failed for requeue in read_requeues(run)] == [True, False], "the torn line takes no other along"
+
+
+def test_a_rank_that_is_killed_while_it_says_why_leaves_nothing_or_all(run, monkeypatch):
+    class KilledError(Exception):
+        pass
+
+    def kill(handle: int) -> None:
+        raise KilledError
+
+    monkeypatch.setattr("os.fsync", kill)
+    with pytest.raises(KilledError):
+        record_failure(run, "7", 0, "Connection closed by peer", user_error=False)
+    assert list(failures_folder(run).glob("*.json")) == []
 
 
 def test_shares_of_work_get_further_by_what_is_done(tmp_path):
