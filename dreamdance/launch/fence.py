@@ -16,7 +16,8 @@ from dreamdance.atomic_files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-REPLACED_EXIT_CODE = 76
+# Of all ranks' codes `srun` reports the highest; a rank that is killed along with this one has up to 128 + 64.
+REPLACED_EXIT_CODE = 200
 LOOK_EVERY_SECONDS = 2.0
 
 

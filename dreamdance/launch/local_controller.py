@@ -86,7 +86,7 @@ class LocalController(Controller):
                     self.kill_tasks()
                     _kill_group_members()
                     codes = [task.wait() for task in tasks]
-                if self.ended_by or not self.warned or not decide(self.run_folder, _worst(codes)).again:
+                if self.ended_by or not self.warned or not decide(self.run_folder, worst_code(codes)).again:
                     break
         finally:
             self._write_status(codes)
@@ -103,7 +103,7 @@ class LocalController(Controller):
         write_atomically(status_file(self.run_folder, self.pid), json.dumps(status))
 
 
-def _worst(codes: Sequence[int | None]) -> int:
+def worst_code(codes: Sequence[int | None]) -> int:
     """One code for all, as `srun` gives it: 0 only where every rank ended well."""
     return max((128 - code if code is not None and code < 0 else code or 0 for code in codes), default=0)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamdance.atomic_files import write_atomically
+from dreamdance.launch.fence import REPLACED_EXIT_CODE
 from dreamdance.launch.finished import is_finished
 from dreamdance.launch.job import failures_folder
 from dreamdance.recipe import Recipe, TrainingRecipe, load_recipe
@@ -69,12 +70,15 @@ def decide(run_folder: Path, exit_code: int) -> Verdict:
     """Judges a job whose ranks have all ended; a yes is noted in `requeues.jsonl`.
 
     A job that was asked to stop goes on; so does one that failed, since most failures on many machines are the
-    machines'. Not if the reason is the user's to remove, nor if it fails twice without getting any further.
+    machines'. Not if the reason is the user's to remove, nor if it fails twice without getting any further, nor if
+    another start has the run by now.
 
     Args:
         run_folder: the run's folder.
         exit_code: of `srun`: 0 where every rank ended well.
     """
+    if exit_code == REPLACED_EXIT_CODE:  # the run folder is the other's: nothing is noted or removed there
+        return Verdict(again=False, reason="another start of this run has replaced it")
     recipe = load_recipe(run_folder / RECIPE_FILE)
     if exit_code == 0 and is_finished(recipe, run_folder):
         return Verdict(again=False, reason="finished")

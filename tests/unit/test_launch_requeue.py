@@ -1,13 +1,16 @@
 """A job goes back into the queue when it was asked to stop or failed, but not for ever and not in vain."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from dreamdance.launch.fence import REPLACED_EXIT_CODE
 from dreamdance.launch.finished import mark_finished
 from dreamdance.launch.job import failures_folder, record_failure
+from dreamdance.launch.local_controller import worst_code
 from dreamdance.launch.requeue import decide, read_failures, read_requeues, requeues_file
 from dreamdance.recipe import dump_recipe, load_recipe
 from dreamdance.run_layout import COMPLETE_FILE, RECIPE_FILE, ProgressLog, checkpoint_folder, export_folder
@@ -105,6 +108,20 @@ def test_a_rank_that_is_killed_while_it_says_why_leaves_nothing_or_all(run, monk
     with pytest.raises(KilledError):
         record_failure(run, "7", 0, "Connection closed by peer", user_error=False)
     assert list(failures_folder(run).glob("*.json")) == []
+
+
+def test_a_start_that_was_replaced_is_over_and_touches_nothing_of_its_successor(run):
+    record_failure(run, "8", 1, "Connection closed by peer", user_error=False)
+    verdict = decide(run, REPLACED_EXIT_CODE)
+    assert not verdict.again
+    assert "another start" in verdict.reason
+    assert read_requeues(run) == []
+    assert len(read_failures(run)) == 1
+
+
+def test_of_a_start_that_was_replaced_srun_and_the_controller_report_just_that():
+    killed_along = [-number for number in signal.valid_signals()]
+    assert worst_code([REPLACED_EXIT_CODE, 1, 0, None, *killed_along]) == REPLACED_EXIT_CODE, "the highest is reported"
 
 
 def test_shares_of_work_get_further_by_what_is_done(tmp_path):
