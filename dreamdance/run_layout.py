@@ -13,6 +13,7 @@ RECIPE_FILE = "recipe.yaml"
 PROVENANCE_FILE = "provenance.json"
 COMPLETE_FILE = "COMPLETE"
 FINISHED_FILE = "FINISHED"
+FAILURES_FOLDER = "failures"
 EXPORT_INDEX_FILE = "model_index.json"
 # Of a clip's result, which `animate` writes and `evaluate` reads.
 RESULT_FILE = "result.json"
@@ -119,6 +120,11 @@ class ProgressLog:
         }
         with self.path.open("a", encoding="utf-8") as log:
             log.write(json.dumps({key: value for key, value in line.items() if value is not None}) + "\n")
+
+
+def failures_folder(run: Path) -> Path:
+    """Where the ranks of the present start say why they failed; whatever starts them has removed it before."""
+    return run / "logs" / FAILURES_FOLDER
 
 
 def progress_file(run: Path) -> Path:

@@ -24,7 +24,7 @@ from dreamdance.launch.fence import Fence
 from dreamdance.launch.finished import mark_finished
 from dreamdance.launch.run_folder import record_job
 from dreamdance.recipe import Recipe, load_recipe
-from dreamdance.run_layout import RECIPE_FILE
+from dreamdance.run_layout import RECIPE_FILE, failures_folder
 from dreamdance.signal_listener import SignalListener
 
 ENTRIES = {
@@ -137,11 +137,6 @@ def free_port() -> int:
             probe.bind(("", port))
             return port
     raise UserError(f"no free TCP port found between {PORTS.start} and {PORTS.stop}")
-
-
-def failures_folder(run_folder: Path) -> Path:
-    """Where the ranks of the present start say why they failed."""
-    return run_folder / "logs" / "failures"
 
 
 def failure_file(run_folder: Path, job_id: str, rank: int) -> Path:

@@ -6,6 +6,7 @@ Usage: python -P -m dreamdance.launch.local_controller RUN_FOLDER (the rest come
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -16,8 +17,9 @@ from typing import Any
 from submitit.local.local import Controller
 
 from dreamdance.atomic_files import write_atomically
-from dreamdance.launch.job import failure_file, free_port
+from dreamdance.launch.job import free_port
 from dreamdance.launch.requeue import decide
+from dreamdance.run_layout import failures_folder
 
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.05
@@ -46,8 +48,7 @@ class LocalController(Controller):
 
     def start_tasks(self) -> None:
         os.environ["MASTER_PORT"] = str(free_port())
-        for rank in range(self.ntasks):
-            failure_file(self.run_folder, self.pid, rank).unlink(missing_ok=True)
+        shutil.rmtree(failures_folder(self.run_folder), ignore_errors=True)  # a start is judged by its own words
         super().start_tasks()
 
     def wait(self, freq: int = 24) -> Sequence[int | None]:

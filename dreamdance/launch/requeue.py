@@ -16,9 +16,8 @@ from typing import Any
 from dreamdance.atomic_files import write_atomically
 from dreamdance.launch.fence import REPLACED_EXIT_CODE
 from dreamdance.launch.finished import is_finished
-from dreamdance.launch.job import failures_folder
 from dreamdance.recipe import Recipe, TrainingRecipe, load_recipe
-from dreamdance.run_layout import RECIPE_FILE, complete_steps, last_progress
+from dreamdance.run_layout import RECIPE_FILE, complete_steps, failures_folder, last_progress
 
 logger = logging.getLogger("dreamdance.launch.requeue")  # it is run as `__main__`
 

@@ -10,12 +10,14 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import SlurmExecutor
 
 from dreamdance.errors import UserError
 from dreamdance.recipe import Recipe, TrainingRecipe
+from dreamdance.run_layout import FAILURES_FOLDER
 
 ASK_TIMEOUT_SECONDS = 60
 INSIST_TIMES, INSIST_EVERY_SECONDS = 12, 5
@@ -72,7 +74,10 @@ class _Executor(SlurmExecutor):
         self._logs = shlex.quote(str(self.folder)) + ("" if num_runs is None else '/"$SLURM_ARRAY_TASK_ID"')
         # The id of an array's last task is the array's own, and would stand for all of its tasks.
         self._job = "$SLURM_JOB_ID" if num_runs is None else "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
-        self.update_parameters(**_parameters(recipe), teardown=self._ending(recipe))
+        asked = _parameters(recipe)
+        # Before any rank can speak: a start is judged by its own words, though it was put back into the queue by hand.
+        setup = [f"rm -rf {self._logs}/{FAILURES_FOLDER}", *asked.pop("setup")]
+        self.update_parameters(**asked, setup=setup, teardown=self._ending(recipe))
         if num_runs is not None:
             self.parameters["map_count"] = num_runs
 
@@ -138,7 +143,7 @@ class _Executor(SlurmExecutor):
             raise UserError(f"sbatch refuses the job: {str(error).strip()}") from None
 
 
-def _parameters(recipe: Recipe) -> dict[str, object]:
+def _parameters(recipe: Recipe) -> dict[str, Any]:
     """What the recipe's `cluster` section asks for, in submitit's names."""
     cluster = recipe.cluster
     # Ranks that train end together; of those that share work, one may have much more left than another.

@@ -17,10 +17,11 @@ from dreamdance.atomic_files import write_atomically
 from dreamdance.errors import UserError
 from dreamdance.launch import slurm_cluster
 from dreamdance.launch.finished import is_finished
-from dreamdance.launch.job import DEBUG_JOB, failures_folder
+from dreamdance.launch.job import DEBUG_JOB
 from dreamdance.launch.local_controller import CANCELLED, status_file
 from dreamdance.launch.requeue import requeues_file
 from dreamdance.recipe import Recipe
+from dreamdance.run_layout import failures_folder
 
 ClusterName = Literal["slurm", "local", "debug"]
 State = Literal["pending", "running", "finished", "failed", "cancelled"]

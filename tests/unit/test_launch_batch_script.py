@@ -1,5 +1,6 @@
 """What the batch script does when its ranks have ended, run by bash with programs in Slurm's place."""
 
+import json
 import os
 import subprocess
 from dataclasses import dataclass
@@ -7,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from dreamdance.launch.job import record_failure
+from dreamdance.launch.requeue import read_failures
 from dreamdance.launch.slurm_cluster import batch_script, submit_array
 from dreamdance.recipe import dump_recipe, load_recipe
-from dreamdance.run_layout import RECIPE_FILE
+from dreamdance.run_layout import RECIPE_FILE, failures_folder
 
 RECIPE = load_recipe(Path(__file__).parents[2] / "recipes" / "demo" / "stage2.yaml")
 
@@ -107,3 +110,28 @@ def test_a_request_that_was_heard_though_no_answer_came_is_not_made_twice(site):
     site.tool("squeue", f"[ -e {site.folder}/heard ] && echo 'PENDING 1' || echo 'RUNNING 0'")
     site.run(batch_script(RECIPE, make_run(site.folder / "run")))
     assert len(site.called("scontrol")) == 1
+
+
+def test_a_new_start_is_not_judged_by_what_an_earlier_one_said(site):
+    """A person mends what a rank asked for, and puts the job back by hand."""
+    run = make_run(site.folder / "a run")
+    script = batch_script(RECIPE, run)
+    record_failure(run, "42", 1, "shard 3 is damaged", user_error=True)
+    site.run(script)
+    assert site.called("scontrol") == ["scontrol requeue 42"]
+    said = json.dumps({"time": 1.0, "rank": 0, "user_error": True, "text": "shard 4 is damaged"})
+    site.tool("srun", f"mkdir -p '{failures_folder(run)}'; echo '{said}' > '{failures_folder(run)}/42_0.json'; exit 1")
+    site.run(script)
+    assert "scontrol" not in (site.folder / "called").read_text(), "this start's own word counts"
+
+
+def test_a_new_start_of_an_arrays_task_removes_what_its_own_run_was_told(site, monkeypatch):
+    runs = [make_run(site.folder / name) for name in ("one", "two")]
+    site.tool("sbatch", "echo 'Submitted batch job 42'")
+    monkeypatch.setenv("PATH", f"{site.folder}/bin:{os.environ['PATH']}")
+    script = submit_array([RECIPE, RECIPE], runs)[0].script.read_text()
+    for run in runs:
+        record_failure(run, "42", 0, "shard 3 is damaged", user_error=True)
+    site.tool("squeue", "echo 'COMPLETING 0'")
+    site.run(script, SLURM_JOB_ID="42", SLURM_ARRAY_JOB_ID="42", SLURM_ARRAY_TASK_ID="1")
+    assert [len(read_failures(run)) for run in runs] == [1, 0]

@@ -9,11 +9,18 @@ import pytest
 
 from dreamdance.launch.fence import REPLACED_EXIT_CODE
 from dreamdance.launch.finished import mark_finished
-from dreamdance.launch.job import failures_folder, record_failure
+from dreamdance.launch.job import record_failure
 from dreamdance.launch.local_controller import worst_code
 from dreamdance.launch.requeue import decide, read_failures, read_requeues, requeues_file
 from dreamdance.recipe import dump_recipe, load_recipe
-from dreamdance.run_layout import COMPLETE_FILE, RECIPE_FILE, ProgressLog, checkpoint_folder, export_folder
+from dreamdance.run_layout import (
+    COMPLETE_FILE,
+    RECIPE_FILE,
+    ProgressLog,
+    checkpoint_folder,
+    export_folder,
+    failures_folder,
+)
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo"
 
