@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from fault_log import record_fault
 from filelock import FileLock
 from interruptions import (
@@ -37,7 +36,6 @@ from dreamdance.data.clip_order import ClipOrder, SampleKey
 from dreamdance.data.clips import ClipDataset, StoredClips
 from dreamdance.data.collate import ClipSample
 from dreamdance.data.verify import verify_shards
-from dreamdance.errors import ShardError
 from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import Shards
 from dreamdance.run_layout import export_folder
@@ -182,55 +180,6 @@ def test_slow_workers_change_neither_order_nor_content(remote, monkeypatch):
         promised="training waits and goes on in the same order",
         happened="8 steps bit-identical to those of fast storage",
         steps_lost=0,
-    )
-
-
-def stop_worker(ranks: Ranks, *, shards: dict[str, Any], log: str) -> None:
-    """Ends as a training does whose data fails: the error leaves the loop, and Python waits for its children."""
-    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # torch's own patience with workers that do not end
-    loader = open_loader(shards, num_workers=2, timeout_seconds=2)
-    steps = iter(loader)
-    next(steps)
-    workers = multiprocessing.active_children()
-    os.kill(workers[0].pid, signal.SIGSTOP)
-    stopped = time.monotonic()
-    try:
-        for _ in range(100):
-            next(steps)
-    except ShardError as error:
-        Path(log).write_text(
-            f"{time.monotonic() - stopped}\n{' '.join(str(worker.pid) for worker in workers)}\n{error}"
-        )
-        raise
-
-
-def _exists(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def test_a_stopped_worker_is_an_error_within_the_time_out_and_does_not_outlive_it(remote, tmp_path):
-    log = tmp_path / "log"
-    with StartedRanks(stop_worker, 1, tmp_path / "ranks", shards={"local": remote}, log=str(log)) as started:
-        assert started.wait() == [1], started.output()
-    seconds, pids, message = log.read_text().split("\n", 2)
-    workers = [int(pid) for pid in pids.split()]
-    assert len(workers) == 2
-    assert "no batch for 2 s" in message
-    assert "data.batch_timeout_seconds" in message
-    assert float(seconds) < 40
-    deadline = time.monotonic() + 10
-    while any(_exists(pid) for pid in workers):
-        assert time.monotonic() < deadline, "a stopped worker outlives the process that it read for"
-        time.sleep(0.05)
-    record_fault(
-        "data worker hangs",
-        how="SIGSTOP of one of two workers; time-out 2 s",
-        promised="an error that names the step and the key, the process ends, no worker stays",
-        happened=message,
-        detected_seconds=float(seconds),
     )
 
 
