@@ -28,7 +28,7 @@ from dreamdance.training.preemption import StopRequest
 from dreamdance.training.trainability import set_trainable
 from dreamdance.training.trainer import Trainer
 from dreamdance.training.validation import Validator
-from dreamdance.training.watchdog import Watchdog
+from dreamdance.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 

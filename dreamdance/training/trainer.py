@@ -24,7 +24,7 @@ from dreamdance.training.metrics import Losses, Metrics, StepReport
 from dreamdance.training.objectives.output import NUM_DOMAINS, ObjectiveOutput
 from dreamdance.training.preemption import StopRequest
 from dreamdance.training.schedule import learning_rate
-from dreamdance.training.watchdog import Watchdog
+from dreamdance.watchdog import Watchdog
 
 
 class Validation(Protocol):

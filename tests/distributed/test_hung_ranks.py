@@ -21,7 +21,7 @@ from recipes_for_tests import tiny_stage1_recipe
 from training_scenarios import Recipe, Strike, run_recorded
 
 from dreamdance.run_layout import checkpoint_folder
-from dreamdance.training.watchdog import HUNG_EXIT_CODE
+from dreamdance.watchdog import HUNG_EXIT_CODE
 
 pytestmark = pytest.mark.distributed
 

@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from dreamdance.training.watchdog import HUNG_EXIT_CODE, TOLERANCE, Watchdog
+from dreamdance.watchdog import HUNG_EXIT_CODE, TOLERANCE, Watchdog
 
 SCRIPT = """
 import sys, time
-from dreamdance.training.watchdog import Watchdog
+from dreamdance.watchdog import Watchdog
 
 def sit_and_wait(seconds):
     time.sleep(seconds)
