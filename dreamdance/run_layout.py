@@ -1,6 +1,7 @@
 """Where things lie in a run folder (contract C7) and in a result, and the log that `--follow` reads. No torch here."""
 
 import json
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ PROVENANCE_FILE = "provenance.json"
 COMPLETE_FILE = "COMPLETE"
 FINISHED_FILE = "FINISHED"
 FAILURES_FOLDER = "failures"
+WARNED_FILE = "warned_of_the_time_limit"
 EXPORT_INDEX_FILE = "model_index.json"
 # Of a clip's result, which `animate` writes and `evaluate` reads.
 RESULT_FILE = "result.json"
@@ -123,8 +125,24 @@ class ProgressLog:
 
 
 def failures_folder(run: Path) -> Path:
-    """Where the ranks of the present start say why they failed; whatever starts them has removed it before."""
+    """Where the ranks of the present start say why they ended; whatever starts them has removed it before."""
     return run / "logs" / FAILURES_FOLDER
+
+
+def note_signal(run: Path, number: signal.Signals) -> None:
+    """Remembers Slurm's warning that the time is up, whatever the end of the present start then looks like.
+
+    No other signal: SIGTERM is also what `srun` sends to the ranks that are left when one has failed, and a failure
+    must count as one.
+    """
+    if number == signal.SIGUSR2:
+        failures_folder(run).mkdir(parents=True, exist_ok=True)
+        (failures_folder(run) / WARNED_FILE).touch()
+
+
+def was_warned(run: Path) -> bool:
+    """Whether the present start was told by Slurm that its time is up."""
+    return (failures_folder(run) / WARNED_FILE).is_file()
 
 
 def progress_file(run: Path) -> Path:

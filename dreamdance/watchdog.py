@@ -5,18 +5,16 @@ from a thread; of a peer that cannot (stopped, or swapped out) the others' watch
 It must not know what the activities are.
 """
 
-import faulthandler
 import logging
-import os
 import statistics
-import sys
 import threading
 import time
 from collections import defaultdict, deque
 
+from dreamdance.forced_exit import TRY_AGAIN_EXIT_CODE, end_now
+
 logger = logging.getLogger(__name__)
 
-HUNG_EXIT_CODE = 75  # sysexits.h: a temporary failure, try again
 LOOK_EVERY_SECONDS = 0.5
 TOLERANCE = 10
 """An activity may take so many times what it usually does."""
@@ -90,13 +88,13 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        logger.critical(
+        end_now(
+            logger,
             "%s (%s) has taken over %.0f s: this process, or one it waits for, hangs. Ending, to go on from the newest "
             "checkpoint; see cluster.step_timeout_seconds. Every thread's stack follows",
             self._activity,
             self._where,
             self._limit,
+            exit_code=TRY_AGAIN_EXIT_CODE,
+            with_stacks=True,
         )
-        logging.shutdown()
-        faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
-        os._exit(HUNG_EXIT_CODE)

@@ -107,8 +107,8 @@ def assert_same_tensorboard(whole: Path, broken: Path) -> None:
     boards = [EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}) for run in (whole, broken)]
     for board in boards:
         board.Reload()
-    tags = boards[0].Tags()["scalars"]
-    assert tags == boards[1].Tags()["scalars"]
+    tags = sorted(boards[0].Tags()["scalars"])
+    assert tags == sorted(boards[1].Tags()["scalars"])
     for tag in tags:
         one, other = ([(event.step, event.value) for event in board.Scalars(tag)] for board in boards)
         steps = [step for step, _ in other]

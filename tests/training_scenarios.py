@@ -23,7 +23,7 @@ from dreamdance.training.objectives.animation import AnimationObjective
 from dreamdance.training.objectives.geometry import GeometryObjective
 from dreamdance.training.objectives.output import ObjectiveOutput
 from dreamdance.training.preemption import StopRequest
-from dreamdance.training.run import prepare, train
+from dreamdance.training.run import make_watchdog, prepare, train
 from dreamdance.training.sampling import draw_samples
 from dreamdance.training.trainer import Trainer
 
@@ -32,12 +32,13 @@ Recipe = Stage1Recipe | Stage2Recipe
 
 @dataclass(frozen=True)
 class Strike:
-    """What a rank does to itself in its n-th training forward pass, or at the first matching file operation.
+    """What a rank does to itself in its n-th forward pass, or at the first matching file operation.
 
     Attributes:
         rank: which.
         number: the signal that it sends itself; None for one that hangs instead, for ever.
-        forward: n.
+        forward: n, counted from 1.
+        in_validation: whether forward passes on held-out clips are counted, and not those of training.
         operation: an audit event's name.
         path_contains: all of this must occur in the event's arguments.
     """
@@ -45,6 +46,7 @@ class Strike:
     rank: int
     number: signal.Signals | None = signal.SIGKILL
     forward: int | None = None
+    in_validation: bool = False
     operation: str = ""
     path_contains: tuple[str, ...] = ()
 
@@ -56,7 +58,7 @@ class Strike:
 
             def strike_in_forward(module: nn.Module, inputs: Any) -> None:
                 nonlocal count
-                if _is_training(module):
+                if _is_validating(module) if self.in_validation else _is_training(module):
                     count += 1
                     if count == self.forward:
                         self._strike()
@@ -235,7 +237,7 @@ def run_recorded(
 def prepare_and_inspect(ranks: Ranks, *, recipe: Recipe, run: Path, steps: int) -> dict[str, Any]:
     """Takes a few steps and looks into the engine; every value is this rank's own."""
     with StopRequest() as stop, process_group(ranks, timeout_seconds=60), repeatable_arithmetic(enabled=True):
-        trainer = prepare(recipe, run, ranks, stop, deterministic=True)
+        trainer = prepare(recipe, run, ranks, stop, make_watchdog(recipe), deterministic=True)
         batches = iter(trainer.loader)
         objective = trainer.engine.objective
         first = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
@@ -301,3 +303,7 @@ def _trainable(objective: nn.Module) -> dict[str, torch.Tensor]:
 
 def _is_training(module: nn.Module) -> bool:
     return isinstance(module, GeometryObjective | AnimationObjective) and module.training
+
+
+def _is_validating(module: nn.Module) -> bool:
+    return isinstance(module, GeometryObjective | AnimationObjective) and not module.training

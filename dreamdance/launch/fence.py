@@ -13,6 +13,7 @@ import uuid
 from pathlib import Path
 
 from dreamdance.atomic_files import write_atomically
+from dreamdance.forced_exit import end_now
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,5 @@ class Fence:
             except OSError:
                 continue  # a file system that stumbles says nothing about who owns the run
             if owner != self._own:
-                logger.critical("this run goes on elsewhere (%s): ending here, without saving", owner.strip())
-                logging.shutdown()
-                os._exit(REPLACED_EXIT_CODE)
+                text = "this run goes on elsewhere (%s): ending here, without saving"
+                end_now(logger, text, owner.strip(), exit_code=REPLACED_EXIT_CODE)

@@ -16,15 +16,17 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dreamdance.atomic_files import write_atomically
-from dreamdance.errors import LostWorkerError, UserError
+from dreamdance.errors import UserError, may_pass
+from dreamdance.forced_exit import end_now
 from dreamdance.launch.fence import Fence
 from dreamdance.launch.finished import mark_finished
-from dreamdance.launch.run_folder import record_job
-from dreamdance.recipe import Recipe, load_recipe
-from dreamdance.run_layout import RECIPE_FILE, failures_folder
+from dreamdance.launch.run_folder import record_job, stored_recipe
+from dreamdance.recipe import Recipe
+from dreamdance.run_layout import failures_folder, note_signal
 from dreamdance.signal_listener import SignalListener
 
 ENTRIES = {
@@ -49,7 +51,7 @@ class Job:
     run_folder: Path
 
     def __call__(self) -> None:
-        recipe = load_recipe(self.run_folder / RECIPE_FILE)
+        recipe = stored_recipe(self.run_folder)
         job_id = set_environment(recipe)
         rank = int(os.environ["RANK"])
         _log_to_console(rank, int(os.environ["WORLD_SIZE"]))
@@ -60,15 +62,14 @@ class Job:
             # Training listens itself and saves first; all else, and training that has not begun, can end at once.
             with contextlib.ExitStack() as watching:
                 if job_id != DEBUG_JOB:
-                    watching.enter_context(SignalListener(_end_at_once))
+                    watching.enter_context(SignalListener(partial(_end_at_once, self.run_folder)))
                 if rank == 0:
                     watching.enter_context(Fence(self.run_folder))
                 entry = pkgutil.resolve_name(ENTRIES[recipe.task])
                 entry(recipe, self.run_folder)
         except UserError as error:
             logger.error("%s", error)
-            lost = isinstance(error, LostWorkerError)  # nothing that the user could mend: the job may try again
-            record_failure(self.run_folder, job_id, rank, str(error), user_error=not lost)
+            record_failure(self.run_folder, job_id, rank, str(error), user_error=not may_pass(error))
             raise SystemExit(FAILED) from None
         except Exception:  # outermost: the launcher must be able to show whatever it was; raised again as it is
             record_failure(self.run_folder, job_id, rank, traceback.format_exc(), user_error=False)
@@ -146,16 +147,21 @@ def failure_file(run_folder: Path, job_id: str, rank: int) -> Path:
 def record_failure(run_folder: Path, job_id: str, rank: int, text: str, *, user_error: bool) -> None:
     """Leaves what `--follow` and `status` show: the error's own words, not a log to search."""
     path = failure_file(run_folder, job_id, rank)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Whole or not at all: the first rank to fail has the others killed, while they may be at this.
-    write_atomically(path, json.dumps({"time": time.time(), "rank": rank, "user_error": user_error, "text": text}))
+    content = json.dumps({"time": time.time(), "rank": rank, "user_error": user_error, "text": text})
+    try:
+        path.parent.mkdir(exist_ok=True)  # without its parents: a run folder that was removed does not come back
+        # Whole or not at all: the first rank to fail has the others killed, while they may be at this.
+        write_atomically(path, content)
+    except OSError as error:  # the failure itself is what must be told
+        logger.error("the failure cannot be noted in %s, which was removed or cannot be reached: %s", run_folder, error)
 
 
-def _end_at_once(number: signal.Signals) -> None:
+def _end_at_once(run_folder: Path, number: signal.Signals) -> None:
     """Ends this process well: what is done is on the disk, and whether the job goes on is decided when it is over."""
-    logger.warning("%s: ending; the next start goes on from what is done", number.name)
-    logging.shutdown()
-    os._exit(0)
+    note_signal(run_folder, number)
+    end_now(
+        logger, "%s: ending; the next start goes on from what is done", number.name, exit_code=0, level=logging.WARNING
+    )
 
 
 def _log_to_console(rank: int, world_size: int) -> None:

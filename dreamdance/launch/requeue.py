@@ -16,8 +16,9 @@ from typing import Any
 from dreamdance.atomic_files import write_atomically
 from dreamdance.launch.fence import REPLACED_EXIT_CODE
 from dreamdance.launch.finished import is_finished
-from dreamdance.recipe import Recipe, TrainingRecipe, load_recipe
-from dreamdance.run_layout import RECIPE_FILE, complete_steps, failures_folder, last_progress
+from dreamdance.launch.run_folder import stored_recipe
+from dreamdance.recipe import Recipe, TrainingRecipe
+from dreamdance.run_layout import complete_steps, failures_folder, last_progress, was_warned
 
 logger = logging.getLogger("dreamdance.launch.requeue")  # it is run as `__main__`
 
@@ -68,9 +69,9 @@ def read_requeues(run_folder: Path) -> list[Requeue]:
 def decide(run_folder: Path, exit_code: int) -> Verdict:
     """Judges a job whose ranks have all ended; a yes is noted in `requeues.jsonl`.
 
-    A job that was asked to stop goes on; so does one that failed, since most failures on many machines are the
-    machines'. Not if the reason is the user's to remove, nor if it fails twice without getting any further, nor if
-    another start has the run by now.
+    A job that was asked to stop goes on, even if it could not save, e.g. because it had only just begun; so does one
+    that failed, since most failures on many machines are the machines'. Not if the reason is the user's to remove, nor
+    if it fails twice without getting any further, nor if another start has the run by now.
 
     Args:
         run_folder: the run's folder.
@@ -78,7 +79,7 @@ def decide(run_folder: Path, exit_code: int) -> Verdict:
     """
     if exit_code == REPLACED_EXIT_CODE:  # the run folder is the other's: nothing is noted or removed there
         return Verdict(again=False, reason="another start of this run has replaced it")
-    recipe = load_recipe(run_folder / RECIPE_FILE)
+    recipe = stored_recipe(run_folder)
     if exit_code == 0 and is_finished(recipe, run_folder):
         return Verdict(again=False, reason="finished")
     failures = read_failures(run_folder)
@@ -87,7 +88,7 @@ def decide(run_folder: Path, exit_code: int) -> Verdict:
     earlier, progress = read_requeues(run_folder), _progress(recipe, run_folder)
     if len(earlier) >= recipe.cluster.max_requeues:
         return Verdict(again=False, reason=f"requeued {len(earlier)} times already, see cluster.max_requeues")
-    failed = exit_code != 0
+    failed = exit_code != 0 and not was_warned(run_folder)
     if failed and earlier and earlier[-1].failed and earlier[-1].progress == progress:
         return Verdict(again=False, reason="it failed twice without getting any further")
     reason = f"it failed (exit code {exit_code})" if failed else "it was asked to stop"

@@ -20,6 +20,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from dreamdance.atomic_files import write_atomically
 from dreamdance.durations import duration
 from dreamdance.ranks import Ranks
 from dreamdance.run_layout import ProgressLog, step_name
@@ -113,6 +114,9 @@ class Metrics:
         self._window = _Window()
         if not self.recording:
             return
+        self._owed_file = run / "logs" / "owed_validation_of_step.txt"
+        if not self.has_owed_validation(first_step):
+            self._owed_file.unlink(missing_ok=True)  # of a start from elsewhere; that step's record is purged now
         self._progress = ProgressLog(run)
         folder = run / "tensorboard"
         num_starts = len(list(folder.glob("events.*")))
@@ -201,6 +205,16 @@ class Metrics:
         """Brings everything to disk: what a checkpoint has passed is never trained, nor written, again."""
         if self.recording:
             self._board.flush()
+
+    def note_owed_validation(self, step: int) -> None:
+        """Remembers that a validation which a stop had broken off was made up for."""
+        if self.recording:
+            self.flush()  # first: a step that a start goes on from is not purged, and must not be there twice
+            write_atomically(self._owed_file, f"{step}\n")
+
+    def has_owed_validation(self, step: int) -> bool:
+        """Whether an earlier start that went on from `step` has made up for its validation. Of the main process."""
+        return self._owed_file.is_file() and self._owed_file.read_text(encoding="utf-8") == f"{step}\n"
 
     def close(self) -> None:
         """Flushes and closes the files."""

@@ -4,17 +4,15 @@ What hears it does nothing but remember, because a save is a collective and a si
 step's end is not reached in time, because some rank hangs, does it end the process, so that the job can start again.
 """
 
-import faulthandler
 import logging
-import os
 import signal
 import threading
+from collections.abc import Callable
 
+from dreamdance.forced_exit import LAST_WORDS_SECONDS, TRY_AGAIN_EXIT_CODE, end_now
 from dreamdance.signal_listener import SignalListener
 
 logger = logging.getLogger(__name__)
-
-UNSAVED_EXIT_CODE = 75  # sysexits.h: a temporary failure, try again
 
 
 class StopRequest:
@@ -24,15 +22,22 @@ class StopRequest:
         received: the first signal that asked.
     """
 
-    def __init__(self, *, patience_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        patience_seconds: float | None = None,
+        on_signal: Callable[[signal.Signals], None] | None = None,
+    ) -> None:
         """Prepares, but does not listen yet.
 
         Args:
             patience_seconds: how long after the first signal this process ends itself, with all its stacks on stderr,
                 if the run has not been saved by then; None waits for ever.
+            on_signal: also called for the first signal, in the listener's thread.
         """
         self.received: signal.Signals | None = None
         self._patience_seconds = patience_seconds
+        self._on_signal = on_signal
         self._listener = SignalListener(self._remember)
         self._timer: threading.Timer | None = None
 
@@ -44,6 +49,7 @@ class StopRequest:
         self._listener.__exit__(*exception)
         if self._timer is not None:
             self._timer.cancel()
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def __bool__(self) -> bool:
         return self.received is not None
@@ -52,17 +58,23 @@ class StopRequest:
         if self.received is not None:
             return
         self.received = number
-        logger.warning("%s: saving and stopping after this step", number.name)
+        # The timers first: what follows writes to disks, and one that hangs may be why the run is not saved in time.
         if self._patience_seconds is not None:
+            # The kernel's own, for the case that not even another thread of this process gets to run.
+            signal.setitimer(signal.ITIMER_REAL, self._patience_seconds + LAST_WORDS_SECONDS)
             self._timer = threading.Timer(self._patience_seconds, self._give_up)
             self._timer.daemon = True
             self._timer.start()
+        logger.warning("%s: saving and stopping after this step", number.name)
+        if self._on_signal is not None:
+            self._on_signal(number)
 
     def _give_up(self) -> None:
-        logger.error(
+        end_now(
+            logger,
             "not saved %.0f s after %s: ending now, to go on from the newest checkpoint; every thread's stack follows",
             self._patience_seconds,
             self.received.name if self.received else "a signal",
+            exit_code=TRY_AGAIN_EXIT_CODE,
+            with_stacks=True,
         )
-        faulthandler.dump_traceback(all_threads=True)
-        os._exit(UNSAVED_EXIT_CODE)

@@ -1,8 +1,10 @@
 """The entry of both stages' training: puts the parts together, resumes, trains, exports."""
 
+import contextlib
 import hashlib
 import logging
 import random
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,10 @@ from dreamdance.data.clip_order import ClipOrder
 from dreamdance.data.clips import ClipDataset, Map
 from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
+from dreamdance.run_layout import note_signal
 from dreamdance.training.checkpoint import Checkpointer, Resumed
 from dreamdance.training.components import build_objective
-from dreamdance.training.distributed import is_deterministic, process_group, repeatable_arithmetic
+from dreamdance.training.distributed import is_deterministic, on_main, process_group, repeatable_arithmetic
 from dreamdance.training.ema import ShardedEma
 from dreamdance.training.engine import Engine
 from dreamdance.training.export import export_average
@@ -50,21 +53,42 @@ def train(recipe: Stage1Recipe | Stage2Recipe, run_folder: Path) -> None:
     deterministic = is_deterministic(recipe.deterministic, ranks)
     timeout = recipe.cluster.collective_timeout_seconds
     # A fifth of the warning's time is left to end the job and to put it back into the queue.
-    stopping = StopRequest(patience_seconds=0.8 * recipe.cluster.stop_seconds)
-    with stopping as stop, process_group(ranks, timeout_seconds=timeout), repeatable_arithmetic(deterministic):
-        trainer = prepare(recipe, run_folder, ranks, stop, deterministic=deterministic)
-        with trainer.watchdog as watchdog:
-            finished = trainer.train()
-            if finished:
-                watchdog.enter("exporting", f"step {trainer.step}")
-                export = export_average(run_folder, trainer.step, trainer.engine, trainer.ema, ranks)
-                trainer.metrics.message(f"finished at step {trainer.step:,}; exported to {export}", step=trainer.step)
+    stopping = StopRequest(
+        patience_seconds=0.8 * recipe.cluster.stop_seconds, on_signal=partial(note_signal, run_folder)
+    )
+    with contextlib.ExitStack() as held:
+        stop, watchdog = held.enter_context(stopping), held.enter_context(make_watchdog(recipe))
+        # Within what is watched, for it is left when all ranks are there.
+        watchdog.enter("starting", f"rank {ranks.rank}")
+        held.enter_context(process_group(ranks, timeout_seconds=timeout))
+        held.enter_context(repeatable_arithmetic(deterministic))
+        trainer = prepare(recipe, run_folder, ranks, stop, watchdog, deterministic=deterministic)
+        finished = trainer.train()
+        if finished:
+            watchdog.enter("exporting", f"step {trainer.step}")
+            export = export_average(run_folder, trainer.step, trainer.engine, trainer.ema, ranks)
+            trainer.metrics.message(f"finished at step {trainer.step:,}; exported to {export}", step=trainer.step)
+        watchdog.enter("closing", f"step {trainer.step}")
         trainer.checkpointer.close()
         trainer.metrics.close()
 
 
+def make_watchdog(recipe: Stage1Recipe | Stage2Recipe) -> Watchdog:
+    """Watches for as long as the recipe's `cluster` section says."""
+    return Watchdog(
+        least_seconds=recipe.cluster.step_timeout_seconds,
+        unmeasured_seconds=recipe.cluster.collective_timeout_seconds,
+    )
+
+
 def prepare(
-    recipe: Stage1Recipe | Stage2Recipe, run_folder: Path, ranks: Ranks, stop: StopRequest, *, deterministic: bool
+    recipe: Stage1Recipe | Stage2Recipe,
+    run_folder: Path,
+    ranks: Ranks,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    *,
+    deterministic: bool,
 ) -> Trainer:
     """Builds all parts of a run and brings them to its newest checkpoint. Collective, within `process_group`."""
     require_same_start(recipe)
@@ -81,9 +105,10 @@ def prepare(
         run_folder, engine, ema, ranks, recipe.checkpoint, recipe_digest=recipe_digest(recipe), weights=weights
     )
     resumed = checkpointer.resume()
-    guard, step = StepGuard(recipe), 0
+    guard, step, owes_validation = StepGuard(recipe), 0, False
     if resumed:
         step = resumed.manifest.step
+        owes_validation = bool(resumed.state.get("owes_validation"))
         loader.load_state_dict(resumed.state["loader"])
         guard.load_state_dict(resumed.state["guard"])
     metrics = Metrics(
@@ -95,7 +120,9 @@ def prepare(
         recipe_text=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
     )
     metrics.message(describe_start(run_folder, resumed, loader, world_size=ranks.world_size), step=step)
-    validator = Validator(recipe, engine, ema, ranks, metrics)
+    validator = Validator(recipe, engine, ema, ranks, metrics, stop=stop)
+    if owes_validation:
+        owes_validation = not on_main(partial(metrics.has_owed_validation, step))
     return Trainer(
         recipe=recipe,
         engine=engine,
@@ -106,11 +133,9 @@ def prepare(
         validation=validator,
         stop=stop,
         guard=guard,
-        watchdog=Watchdog(
-            least_seconds=recipe.cluster.step_timeout_seconds,
-            unmeasured_seconds=recipe.cluster.collective_timeout_seconds,
-        ),
+        watchdog=watchdog,
         step=step,
+        owes_validation=owes_validation,
     )
 
 

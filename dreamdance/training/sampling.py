@@ -11,6 +11,7 @@ from dreamdance.data.collate import ClipBatch
 from dreamdance.data.picture_grid import Row, draw_grid
 from dreamdance.data.transforms import encode_normals, pass_through, tensor_to_pictures
 from dreamdance.keyed_random import sample_generator
+from dreamdance.pipelines.sampling import StepCallback
 from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
 from dreamdance.training.objectives.animation import AnimationObjective
 from dreamdance.training.objectives.geometry import GeometryObjective
@@ -33,27 +34,36 @@ class Samples:
     predictions: dict[str, Tensor]
 
 
-def draw_samples(objective: Objective, batch: ClipBatch, recipe: Stage1Recipe | Stage2Recipe) -> Samples:
+def draw_samples(
+    objective: Objective,
+    batch: ClipBatch,
+    recipe: Stage1Recipe | Stage2Recipe,
+    *,
+    on_step: StepCallback | None = None,
+) -> Samples:
     """Runs the pipeline with the recipe's `sampling` section; the same noise for a clip every time.
 
     Args:
         objective: its networks are shared with the pipeline, and keep their modes.
         batch: held-out clips.
         recipe: the run's own.
+        on_step: called after each denoising step, as diffusers calls `callback_on_step_end`.
     """
     given = {"pose": batch.pose}
     if isinstance(objective, GeometryObjective) and isinstance(recipe, Stage1Recipe):
-        predictions = sample_geometry(objective, batch, recipe)
+        predictions = sample_geometry(objective, batch, recipe, on_step)
     elif isinstance(objective, AnimationObjective) and isinstance(recipe, Stage2Recipe):
         maps = passed_maps(batch, recipe)
-        predictions = {"rgb": sample_animation(objective, batch, maps, recipe)}
+        predictions = {"rgb": sample_animation(objective, batch, maps, recipe, on_step)}
         given |= {name: maps[name] for name in recipe.model.controls if name in maps}
     else:
         raise TypeError(f"a {type(objective).__name__} cannot be sampled by a {type(recipe).__name__}")
     return Samples(grid=_draw(batch, given, predictions), predictions=predictions)
 
 
-def sample_geometry(objective: GeometryObjective, batch: ClipBatch, recipe: Stage1Recipe) -> dict[str, Tensor]:
+def sample_geometry(
+    objective: GeometryObjective, batch: ClipBatch, recipe: Stage1Recipe, on_step: StepCallback | None = None
+) -> dict[str, Tensor]:
     """Stage 1 on a batch: encoded normals, depths and low-resolution rgb, each `b f c H W` in [0,1]."""
     sampling = recipe.sampling
     pipeline = objective.make_pipeline()
@@ -65,6 +75,7 @@ def sample_geometry(objective: GeometryObjective, batch: ClipBatch, recipe: Stag
         guidance_scales=(scales.rgb, scales.normal, scales.depth),
         **sampling.model_dump(exclude={"guidance_scales"}),
         generator=_generators(batch),
+        callback_on_step_end=on_step,
         output_type="pt",
         return_dict=False,
     )
@@ -84,7 +95,11 @@ def passed_maps(batch: ClipBatch, recipe: Stage2Recipe) -> dict[str, Tensor]:
 
 
 def sample_animation(
-    objective: AnimationObjective, batch: ClipBatch, maps: dict[str, Tensor], recipe: Stage2Recipe
+    objective: AnimationObjective,
+    batch: ClipBatch,
+    maps: dict[str, Tensor],
+    recipe: Stage2Recipe,
+    on_step: StepCallback | None = None,
 ) -> Tensor:
     """Stage 2 on a batch and its `maps` (normal and depth): frames `b f 3 H W` in [0,1]."""
     pipeline = objective.make_pipeline()
@@ -101,6 +116,7 @@ def sample_animation(
             fps=float(batch.fps[index]),
             **recipe.sampling.model_dump(),
             generator=generator,
+            callback_on_step_end=on_step,
             output_type="pt",
             return_dict=False,
         )

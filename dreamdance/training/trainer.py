@@ -28,9 +28,12 @@ from dreamdance.watchdog import Watchdog
 
 
 class Validation(Protocol):
-    """What is done with the averaged weights every now and then; all ranks call it."""
+    """What is done with the averaged weights every now and then; all ranks call it.
 
-    def after_step(self, step: int) -> None: ...
+    Whether it got through: it breaks off where any rank is asked to stop.
+    """
+
+    def after_step(self, step: int) -> bool: ...
 
 
 @dataclass
@@ -39,6 +42,7 @@ class Trainer:
 
     Attributes:
         step: finished optimizer steps.
+        owes_validation: whether the run was stopped after its last step and before that step's validation was through.
     """
 
     recipe: TrainingRecipe
@@ -52,9 +56,14 @@ class Trainer:
     guard: StepGuard
     watchdog: Watchdog
     step: int = 0
+    owes_validation: bool = False
 
     def train(self) -> bool:
         """Trains to `max_steps`, or until all ranks agree to stop early; returns whether it got to the end."""
+        if self.owes_validation:
+            if not self._validate():
+                return False  # the checkpoint that it came from says the same
+            self.metrics.note_owed_validation(self.step)
         steps = iter(self.loader)
         first_step = self.step
         while self.step < self.recipe.max_steps:
@@ -65,24 +74,28 @@ class Trainer:
                 self._finish_save()
             if tally.is_skipped:
                 self._after_skipped_step(tally)
-            if tally.should_stop:
+            self.owes_validation = True
+            if tally.should_stop or not self._validate():
                 self._begin_save()
                 self._finish_save()
                 return False
-            self.watchdog.enter("validating", f"step {self.step}")
-            self.validation.after_step(self.step)
             if self.step % self.recipe.checkpoint.every_steps == 0 or self.step == self.recipe.max_steps:
                 self._begin_save()
         if self.checkpointer.is_saving:
             self._finish_save()
         return True
 
+    def _validate(self) -> bool:
+        self.watchdog.enter("validating", f"step {self.step}")
+        self.owes_validation = not self.validation.after_step(self.step)
+        return not self.owes_validation
+
     def _take_step(self, steps: Iterator[list[ClipBatch]]) -> "Tally":
         self.watchdog.enter("training a step", f"step {self.step + 1}", is_measured=True)
         started = time.perf_counter()
         micro_batches = next(steps)
         waited = time.perf_counter() - started
-        tally = Tally(should_stop=bool(self.stop), is_writing=self.checkpointer.is_writing)
+        tally = Tally()
         for batch in micro_batches:
             output = self.engine.forward(batch)
             if self.guard.looks_for_spikes and batch is micro_batches[-1]:
@@ -94,7 +107,8 @@ class Trainer:
         if update.applied:
             self.ema.update(self.engine.masters)
         self.step += 1
-        tally.agree(applied=update.applied)
+        # Asked as late as can be: what is heard after it has to wait for one more step.
+        tally.agree(applied=update.applied, should_stop=bool(self.stop), is_writing=self.checkpointer.is_writing)
         if not tally.is_skipped:
             self.guard.note_applied(tally.losses.mean)
         seconds = time.perf_counter() - started
@@ -154,7 +168,11 @@ class Trainer:
         if self.checkpointer.is_saving:
             self._finish_save()
         self.metrics.flush()  # steps that a checkpoint has passed are not written again
-        state = {"guard": self.guard.state_dict(), "loader": self.loader.state_dict()}
+        state = {
+            "guard": self.guard.state_dict(),
+            "loader": self.loader.state_dict(),
+            "owes_validation": self.owes_validation,
+        }
         self.checkpointer.begin(self.step, state)
 
     def _finish_save(self) -> None:
@@ -167,19 +185,18 @@ class Tally:
     """What one step adds up: over micro batches, then over ranks in a single exchange.
 
     Attributes:
-        should_stop: whether this rank, and after `agree` any rank, was asked to stop.
-        is_writing: whether this rank, and after `agree` any rank, is still writing a checkpoint.
         is_spike: whether the step's update was dropped because of its loss; the same on all ranks.
-        is_skipped: after `agree`, whether it was dropped for whatever reason; the same on all ranks.
         nonfinite_samples: this rank's samples whose loss is not finite, in words.
         losses: after `agree`, over all ranks.
+        is_skipped: after `agree`, whether the update was dropped for whatever reason, on all ranks.
+        should_stop: after `agree`, whether any rank was asked to stop.
+        is_writing: after `agree`, whether any rank is still writing a checkpoint.
     """
 
     losses: Losses
 
-    def __init__(self, *, should_stop: bool, is_writing: bool = False) -> None:
-        self.should_stop, self.is_writing = should_stop, is_writing
-        self.is_spike = self.is_skipped = False
+    def __init__(self) -> None:
+        self.is_spike = self.is_skipped = self.should_stop = self.is_writing = False
         self.nonfinite_samples: list[str] = []
         self._sums: list[Tensor] = []
         self._added: list[tuple[ClipBatch, Tensor]] = []
@@ -208,10 +225,10 @@ class Tally:
         total, count = sum_over_ranks(sum((part[:2] for part in self._sums), sums)).tolist()
         return total / count
 
-    def agree(self, *, applied: bool) -> None:
+    def agree(self, *, applied: bool, should_stop: bool = False, is_writing: bool = False) -> None:
         """Sums over all ranks: losses, and whether any rank wants to stop or met a number that is not finite."""
         sums = torch.stack(self._sums).sum(dim=0)
-        flags = sums.new_tensor([self.should_stop, self.is_writing, bool(self.nonfinite_samples) or not applied])
+        flags = sums.new_tensor([should_stop, is_writing, bool(self.nonfinite_samples) or not applied])
         loss_sum, num_samples, *domains, stop, writing, skipped = sum_over_ranks(torch.cat([sums, flags])).tolist()
         self.losses = Losses(loss_sum, num_samples, domains[:NUM_DOMAINS], domains[NUM_DOMAINS:])
         self.should_stop, self.is_writing, self.is_skipped = stop > 0, writing > 0, skipped > 0

@@ -1,10 +1,12 @@
 """Now and then, with the averaged weights: the loss on fixed held-out clips, and pictures made by the real pipeline."""
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from dreamdance.data.clips import fixed_clips
 from dreamdance.data.collate import ClipBatch, collate_clips
@@ -15,15 +17,25 @@ from dreamdance.training.ema import ShardedEma
 from dreamdance.training.engine import Engine
 from dreamdance.training.metrics import Losses, Metrics
 from dreamdance.training.objectives.output import NUM_DOMAINS
-from dreamdance.training.sampling import draw_samples
+from dreamdance.training.preemption import StopRequest
+from dreamdance.training.sampling import Samples, draw_samples
 from dreamdance.training.trainability import set_modes
+
+_NUM_SUMS = 2 + 2 * NUM_DOMAINS
 
 
 class Validator:
     """Watches the average of the weights on clips that are never trained on."""
 
     def __init__(
-        self, recipe: Stage1Recipe | Stage2Recipe, engine: Engine, ema: ShardedEma, ranks: Ranks, metrics: Metrics
+        self,
+        recipe: Stage1Recipe | Stage2Recipe,
+        engine: Engine,
+        ema: ShardedEma,
+        ranks: Ranks,
+        metrics: Metrics,
+        *,
+        stop: StopRequest,
     ) -> None:
         """Reads the clips: the same ones, windows, noise and timesteps each time and on any number of ranks.
 
@@ -33,6 +45,7 @@ class Validator:
             ShardError: the validation shards are missing or damaged, or their clips too short.
         """
         self.recipe, self.engine, self.ema, self.ranks, self.metrics = recipe, engine, ema, ranks, metrics
+        self.stop = stop
         data, section = recipe.data, recipe.validation
         held_out = partial(fixed_clips, data.validation, width=data.width, height=data.height, verify=data.verify)
         self.loss_clips = held_out(num_frames=data.num_frames, count=section.num_loss_clips, share_of=ranks)
@@ -41,20 +54,35 @@ class Validator:
             samples = held_out(num_frames=section.num_frames, count=section.num_sample_clips)
             self.sample_clips = collate_clips(samples)
 
-    def after_step(self, step: int) -> None:
-        """Does what the recipe wants after this step. Collective."""
+    def after_step(self, step: int) -> bool:
+        """Does what the recipe wants after this step, or breaks off where a rank is asked to stop. Collective.
+
+        Returns:
+            whether it got through, on all ranks alike; if not, nothing of it is recorded.
+        """
         section = self.recipe.validation
         last = step == self.recipe.max_steps
         wants_loss = last or step % section.loss_every_steps == 0
         wants_samples = last or step % section.sample_every_steps == 0
         if not (wants_loss or wants_samples):
-            return
+            return True
+        sums, samples = torch.zeros(_NUM_SUMS, dtype=torch.float64), None
         with self.averaged_weights():
             if wants_loss:
-                self.metrics.validation(self._losses(), step=step)
-            if wants_samples and self.sample_clips is not None:  # the others wait where the weights are put back
-                samples = draw_samples(self.engine.objective, self.sample_clips, self.recipe)
-                self.metrics.samples(samples.grid, samples.predictions, step=step)
+                sums = self._loss_sums()
+            if wants_samples:  # of the main process; the others wait where the weights are put back
+                samples = self._samples()
+        asked = sums.new_tensor([bool(self.stop)])
+        stopped, *totals = sum_over_ranks(torch.cat([asked, sums]).to(self.ranks.device)).tolist()
+        if stopped:
+            return False
+        if wants_loss:
+            loss_sum, num_samples, *domains = totals
+            losses = Losses(loss_sum, num_samples, domains[:NUM_DOMAINS], domains[NUM_DOMAINS:])
+            self.metrics.validation(losses, step=step)
+        if samples is not None:
+            self.metrics.samples(samples.grid, samples.predictions, step=step)
+        return True
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -67,15 +95,32 @@ class Validator:
                 set_modes(self.engine.objective)
 
     @torch.no_grad()
-    def _losses(self) -> Losses:
-        """The mean over all clips, each rank taking its share of them; every number is keyed by the clip."""
+    def _loss_sums(self) -> Tensor:
+        """Over this rank's share of the clips: loss, samples, and both by domain; every number is keyed by the clip."""
         objective, size = self.engine.objective, self.recipe.micro_batch_size
-        totals = torch.zeros(2 + 2 * NUM_DOMAINS, dtype=torch.float64)
+        sums = torch.zeros(_NUM_SUMS, dtype=torch.float64)
         for start in range(0, len(self.loss_clips), size):
+            if self.stop:
+                break
             batch = collate_clips(self.loss_clips[start : start + size])
             output = objective(batch)
-            totals[0] += output.sample_losses.sum().cpu()
-            totals[1] += len(batch)
-            totals[2:] += torch.cat([output.domain_sums, output.domain_counts]).cpu()
-        loss_sum, num_samples, *domains = sum_over_ranks(totals.to(self.ranks.device)).tolist()
-        return Losses(loss_sum, num_samples, domains[:NUM_DOMAINS], domains[NUM_DOMAINS:])
+            sums[0] += output.sample_losses.sum().cpu()
+            sums[1] += len(batch)
+            sums[2:] += torch.cat([output.domain_sums, output.domain_counts]).cpu()
+        return sums
+
+    def _samples(self) -> Samples | None:
+        if self.sample_clips is None:
+            return None
+        with contextlib.suppress(_StoppedError):
+            self._break_off()
+            return draw_samples(self.engine.objective, self.sample_clips, self.recipe, on_step=self._break_off)
+        return None
+
+    def _break_off(self, *step: object) -> None:
+        if self.stop:
+            raise _StoppedError
+
+
+class _StoppedError(Exception):
+    """Leaves a pipeline that is at work."""

@@ -20,8 +20,8 @@ from rank_processes import StartedRanks
 from recipes_for_tests import tiny_stage1_recipe
 from training_scenarios import Recipe, Strike, run_recorded
 
+from dreamdance.forced_exit import TRY_AGAIN_EXIT_CODE
 from dreamdance.run_layout import checkpoint_folder
-from dreamdance.watchdog import HUNG_EXIT_CODE
 
 pytestmark = pytest.mark.distributed
 
@@ -56,7 +56,7 @@ def test_a_rank_that_stops_is_noticed_by_all_who_can_and_the_run_goes_on_bit_for
         others = [0] if number else [0, 1]  # what is stopped can do nothing; srun ends it with the others
         for rank in others:
             ranks.processes[rank].join(90)
-            assert ranks.processes[rank].exitcode == HUNG_EXIT_CODE, ranks.output()
+            assert ranks.processes[rank].exitcode == TRY_AGAIN_EXIT_CODE, ranks.output()
             assert f"training a step (step {STRUCK_STEP}) has taken over" in output(run, rank)
             assert "in _take_step" in output(run, rank), "the stack of where it waits"
         ended = time.time()

@@ -28,7 +28,7 @@ from dreamdance.training.distributed import process_group, repeatable_arithmetic
 from dreamdance.training.manifest import FileRecord, Manifest
 from dreamdance.training.preemption import StopRequest
 from dreamdance.training.rank_state import generator_states, restore_generators
-from dreamdance.training.run import prepare, train
+from dreamdance.training.run import make_watchdog, prepare, train
 from dreamdance.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,7 +72,7 @@ def run(trained, tmp_path) -> Path:
 def resume(run: Path, recipe: Stage1Recipe) -> Trainer:
     ranks = Ranks()
     with StopRequest() as stop, process_group(ranks, timeout_seconds=60), repeatable_arithmetic(enabled=True):
-        trainer = prepare(recipe, run, ranks, stop, deterministic=True)
+        trainer = prepare(recipe, run, ranks, stop, make_watchdog(recipe), deterministic=True)
         trainer.metrics.close()
     return trainer
 
@@ -249,7 +249,7 @@ def test_a_base_models_file_that_changed_between_runs_is_refused_where_it_is_fro
 def test_a_gradient_that_is_not_finite_under_a_finite_loss_skips_the_update(run, shards):
     ranks, recipe = Ranks(), make_recipe(shards, max_steps=6)
     with StopRequest() as stop, process_group(ranks, timeout_seconds=60), repeatable_arithmetic(enabled=True):
-        trainer = prepare(recipe, run, ranks, stop, deterministic=True)
+        trainer = prepare(recipe, run, ranks, stop, make_watchdog(recipe), deterministic=True)
         parameter = next(iter(trainer.engine.trainable.values()))
         before = {name: value.detach().clone() for name, value in trainer.engine.trainable.items()}
         hook = parameter.register_hook(lambda gradient: gradient * math.inf)

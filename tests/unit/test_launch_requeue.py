@@ -20,6 +20,8 @@ from dreamdance.run_layout import (
     checkpoint_folder,
     export_folder,
     failures_folder,
+    note_signal,
+    was_warned,
 )
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo"
@@ -77,6 +79,20 @@ def test_a_stop_in_between_is_no_failure(run):
     assert decide(run, 0).again
     assert decide(run, 1).again
     assert not decide(run, 1).again
+
+
+def test_a_start_that_its_time_limit_met_before_it_could_save_is_no_failure(run):
+    for _ in range(3):
+        note_signal(run, signal.SIGUSR2)
+        assert decide(run, 75).again
+        assert not was_warned(run), "the next start is judged by its own"
+    assert {requeue.failed for requeue in read_requeues(run)} == {False}
+
+
+def test_ranks_that_srun_ends_because_one_failed_were_not_warned(run):
+    for again in (True, False):
+        note_signal(run, signal.SIGTERM)
+        assert decide(run, 137).again is again
 
 
 def test_what_the_user_must_change_ends_it_and_what_follows_from_a_lost_rank_does_not(run):

@@ -8,8 +8,9 @@ import time
 
 import pytest
 
+from dreamdance.forced_exit import TRY_AGAIN_EXIT_CODE
 from dreamdance.signal_listener import STOP_SIGNALS
-from dreamdance.training.preemption import UNSAVED_EXIT_CODE, StopRequest
+from dreamdance.training.preemption import StopRequest
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -43,7 +44,7 @@ with StopRequest(patience_seconds=0.3):
     process.stdout.readline()
     process.send_signal(signal.SIGUSR2)
     _, errors = process.communicate(timeout=20)
-    assert process.returncode == UNSAVED_EXIT_CODE
+    assert process.returncode == TRY_AGAIN_EXIT_CODE
     assert "the_step_that_hangs" in errors
     assert "not saved 0 s after SIGUSR2" in errors
 

@@ -48,6 +48,24 @@ def test_stage_1_samples_are_the_pipelines_with_the_recipes_settings(batch):
     torch.testing.assert_close(decode_normals(samples.predictions["normal"]), expected.normals)
 
 
+@pytest.mark.parametrize("recipe", [tiny_stage1_recipe("temporal", QUICK), tiny_stage2_recipe(QUICK)])
+def test_sampling_can_be_left_after_any_step(batch, recipe):
+    class LeftError(Exception):
+        pass
+
+    def leave(*step: object) -> None:
+        seen.append(step[1])
+        if len(seen) == 2:
+            raise LeftError
+
+    objective, seen = make(recipe), []
+    modes = [module.training for module in objective.modules()]
+    with pytest.raises(LeftError):
+        draw_samples(objective, batch, recipe, on_step=leave)
+    assert seen == [0, 1]
+    assert [module.training for module in objective.modules()] == modes
+
+
 def test_stage_2_samples_are_the_pipelines_on_maps_of_stage_1_s_size(batch):
     recipe = tiny_stage2_recipe(QUICK)
     objective = make(recipe)

@@ -37,7 +37,7 @@ def output(losses: list[float], sums: tuple[float, float, float] = (0.0, 0.0, 0.
 
 @pytest.mark.usefixtures("group")
 def test_the_loss_of_a_step_is_the_mean_over_its_samples_not_over_its_micro_batches(batch: ClipBatch) -> None:
-    tally = Tally(should_stop=False)
+    tally = Tally()
     tally.add(batch, output([1.0, 3.0], (4.0, 0.0, 2.0), (2.0, 0.0, 1.0)))
     tally.add(batch.select([0]), output([8.0], (8.0, 0.0, 0.0), (1.0, 0.0, 0.0)))
     tally.agree(applied=True)
@@ -50,7 +50,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_samples_not_over_its_micro_batc
 
 @pytest.mark.usefixtures("group")
 def test_sums_over_micro_batches_are_exact_where_float32_would_round(batch: ClipBatch) -> None:
-    tally = Tally(should_stop=False)
+    tally = Tally()
     for loss in (2.0**24, 1.0, 1.0, 1.0):
         tally.add(batch.select([0]), output([loss]))
     tally.agree(applied=True)
@@ -59,16 +59,16 @@ def test_sums_over_micro_batches_are_exact_where_float32_would_round(batch: Clip
 
 @pytest.mark.usefixtures("group")
 def test_a_wish_to_stop_survives_the_agreement(batch: ClipBatch) -> None:
-    tally = Tally(should_stop=True)
+    tally = Tally()
     tally.add(batch, output([1.0, 1.0]))
-    tally.agree(applied=True)
+    tally.agree(applied=True, should_stop=True)
     assert tally.should_stop
     assert not tally.is_skipped
 
 
 @pytest.mark.usefixtures("group")
 def test_a_step_that_was_not_applied_is_skipped_even_where_every_loss_is_finite(batch: ClipBatch) -> None:
-    tally = Tally(should_stop=False)
+    tally = Tally()
     tally.add(batch, output([1.0, 1.0]))
     tally.agree(applied=False)
     assert tally.is_skipped
@@ -77,7 +77,7 @@ def test_a_step_that_was_not_applied_is_skipped_even_where_every_loss_is_finite(
 
 @pytest.mark.usefixtures("group")
 def test_samples_whose_loss_is_not_finite_are_remembered_over_micro_batches(batch: ClipBatch) -> None:
-    tally = Tally(should_stop=False)
+    tally = Tally()
     tally.add(batch, output([math.nan, 1.0]))
     tally.add(batch, output([1.0, math.inf]))
     tally.agree(applied=True)

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from dreamdance.watchdog import HUNG_EXIT_CODE, TOLERANCE, Watchdog
+from dreamdance.forced_exit import TRY_AGAIN_EXIT_CODE
+from dreamdance.watchdog import TOLERANCE, Watchdog
 
 SCRIPT = """
 import sys, time
@@ -35,7 +36,7 @@ def test_a_step_that_hangs_ends_the_process_with_the_stack_of_where_it_hangs():
     started_at = time.monotonic()
     process = started(1, 60, 0.1, 0.1, 600)
     said, errors = process.communicate(timeout=60)
-    assert process.returncode == HUNG_EXIT_CODE
+    assert process.returncode == TRY_AGAIN_EXIT_CODE
     assert "through" not in said
     assert "training a step (step 2) has taken over 1 s" in errors
     assert "in sit_and_wait" in errors

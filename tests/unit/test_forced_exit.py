@@ -1,0 +1,40 @@
+"""A process can always be ended, even while a thread of it holds the log's lock for ever."""
+
+import signal
+import subprocess
+import sys
+
+PROGRAM = """
+import logging, sys, threading
+from dreamdance import forced_exit
+
+logging.basicConfig(stream=sys.stderr)
+forced_exit.LAST_WORDS_SECONDS = 1.0
+
+def the_thread_that_hangs(handler):
+    handler.acquire()
+    held.set()
+    threading.Event().wait()
+
+held = threading.Event()
+if sys.argv[1] == "held":
+    threading.Thread(target=the_thread_that_hangs, args=(logging.root.handlers[0],), daemon=True).start()
+    held.wait()
+forced_exit.end_now(logging.getLogger("test"), "because of %s", "a test", exit_code=75, with_stacks=True)
+"""
+
+
+def ended(how: str) -> subprocess.CompletedProcess:
+    words = [sys.executable, "-P", "-c", PROGRAM, how]
+    return subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+
+
+def test_the_last_words_and_the_code_are_as_asked():
+    process = ended("free")
+    assert process.returncode == 75
+    assert "CRITICAL:test:because of a test" in process.stderr
+    assert "end_now" in process.stderr, "the stacks"
+
+
+def test_a_log_that_cannot_be_written_does_not_keep_the_process():
+    assert ended("held").returncode == -signal.SIGALRM
