@@ -7,6 +7,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,21 @@ class Strike:
             threading.Event().wait()
         else:
             os.kill(os.getpid(), self.number)
+
+
+@dataclass(frozen=True)
+class SlowRank:
+    """A rank whose training forward passes take longer."""
+
+    rank: int
+    seconds: float
+
+    def prepare(self, ranks: Ranks) -> None:
+        def wait(module: nn.Module, inputs: Any) -> None:
+            if ranks.rank == self.rank and _is_training(module):
+                time.sleep(self.seconds)
+
+        register_module_forward_pre_hook(wait)
 
 
 @dataclass(frozen=True)
@@ -181,7 +197,7 @@ def run_recorded(
     *,
     recipe: Recipe,
     run: Path,
-    strike: Strike | SmallDisk | SlowDisk | ReadOnlyFolder | None = None,
+    strike: Strike | SlowRank | SmallDisk | SlowDisk | ReadOnlyFolder | None = None,
     poisoned: tuple[int, ...] = (),
     spoiled: Spoiled | None = None,
 ) -> None:

@@ -24,6 +24,7 @@ from dreamdance.atomic_files import write_atomically
 from dreamdance.durations import duration
 from dreamdance.ranks import Ranks
 from dreamdance.run_layout import ProgressLog, step_name
+from dreamdance.training.stragglers import NOT_TIMED, OwnSeconds, StragglerReport
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class StepReport:
     gradient_norm: float
     seconds: float
     data_wait_seconds: float
+    own_seconds: OwnSeconds = NOT_TIMED
 
 
 @dataclass
@@ -111,7 +113,7 @@ class Metrics:
         """
         self.run, self.max_steps, self.every_steps = run, max_steps, every_steps
         self.recording = ranks.is_main
-        self._window = _Window()
+        self._window, self._stragglers = _Window(), StragglerReport()
         if not self.recording:
             return
         self._owed_file = run / "logs" / "owed_validation_of_step.txt"
@@ -137,6 +139,7 @@ class Metrics:
         if not self.recording:
             return
         self._window.add(report)
+        self._stragglers.add(report.own_seconds, report.seconds)
         if report.step % self.every_steps and report.step != self.max_steps:
             return
         window, self._window = self._window, _Window()
@@ -151,6 +154,8 @@ class Metrics:
             loss=window.losses.mean if window.losses.num_samples else None,
             samples_per_second=samples_per_second,
         )
+        if (straggler := self._stragglers.take()) is not None:
+            self.message(straggler, step=report.step, level=logging.WARNING)
         self._scalar("train/loss", window.losses.mean, report.step)
         for domain, loss in window.losses.domain_means.items():
             self._scalar(f"train/loss_{domain}", loss, report.step)

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from dreamdance.data.clip_loader import ClipLoader
 from dreamdance.data.collate import ClipBatch
@@ -24,6 +25,7 @@ from dreamdance.training.metrics import Losses, Metrics, StepReport
 from dreamdance.training.objectives.output import NUM_DOMAINS, ObjectiveOutput
 from dreamdance.training.preemption import StopRequest
 from dreamdance.training.schedule import learning_rate
+from dreamdance.training.stragglers import OwnSeconds, Stopwatch
 from dreamdance.watchdog import Watchdog
 
 
@@ -95,9 +97,10 @@ class Trainer:
         started = time.perf_counter()
         micro_batches = next(steps)
         waited = time.perf_counter() - started
-        tally = Tally()
+        tally, forward = Tally(), Stopwatch(self.engine.ranks.device)
         for batch in micro_batches:
-            output = self.engine.forward(batch)
+            with forward.running():
+                output = self.engine.forward(batch)
             if self.guard.looks_for_spikes and batch is micro_batches[-1]:
                 tally.is_spike = self.guard.is_spike(tally.agreed_loss(output))
             self.engine.backward(output.loss, drop=tally.is_spike)
@@ -107,12 +110,16 @@ class Trainer:
         if update.applied:
             self.ema.update(self.engine.masters)
         self.step += 1
+        own = (waited, forward.seconds())
         # Asked as late as can be: what is heard after it has to wait for one more step.
-        tally.agree(applied=update.applied, should_stop=bool(self.stop), is_writing=self.checkpointer.is_writing)
+        tally.agree(
+            applied=update.applied, should_stop=bool(self.stop), is_writing=self.checkpointer.is_writing, own=own
+        )
         if not tally.is_skipped:
             self.guard.note_applied(tally.losses.mean)
         seconds = time.perf_counter() - started
-        self.metrics.step(StepReport(self.step, tally.losses, rate, update.gradient_norm, seconds, waited))
+        report = StepReport(self.step, tally.losses, rate, update.gradient_norm, seconds, waited, tally.own_seconds)
+        self.metrics.step(report)
         return tally
 
     def _after_skipped_step(self, tally: "Tally") -> None:
@@ -191,9 +198,11 @@ class Tally:
         is_skipped: after `agree`, whether the update was dropped for whatever reason, on all ranks.
         should_stop: after `agree`, whether any rank was asked to stop.
         is_writing: after `agree`, whether any rank is still writing a checkpoint.
+        own_seconds: after `agree`, of all ranks.
     """
 
     losses: Losses
+    own_seconds: OwnSeconds
 
     def __init__(self) -> None:
         self.is_spike = self.is_skipped = self.should_stop = self.is_writing = False
@@ -225,13 +234,32 @@ class Tally:
         total, count = sum_over_ranks(sum((part[:2] for part in self._sums), sums)).tolist()
         return total / count
 
-    def agree(self, *, applied: bool, should_stop: bool = False, is_writing: bool = False) -> None:
-        """Sums over all ranks: losses, and whether any rank wants to stop or met a number that is not finite."""
+    def agree(
+        self,
+        *,
+        applied: bool,
+        should_stop: bool = False,
+        is_writing: bool = False,
+        own: tuple[float, float] = (0.0, 0.0),
+    ) -> None:
+        """Brings together what all ranks have. Collective.
+
+        Args:
+            applied: whether this rank's update was.
+            should_stop: whether this rank was asked to.
+            is_writing: whether this rank is, at a checkpoint.
+            own: seconds that this rank waited for its data and was in the forward pass.
+        """
         sums = torch.stack(self._sums).sum(dim=0)
         flags = sums.new_tensor([should_stop, is_writing, bool(self.nonfinite_samples) or not applied])
-        loss_sum, num_samples, *domains, stop, writing, skipped = sum_over_ranks(torch.cat([sums, flags])).tolist()
+        seconds = sums.new_zeros(len(own), dist.get_world_size())
+        seconds[:, dist.get_rank()] = sums.new_tensor(own)
+        total = sum_over_ranks(torch.cat([sums, flags, seconds.flatten()]))
+        loss_sum, num_samples, *domains = total[: len(sums)].tolist()
+        stop, writing, skipped = total[len(sums) : len(sums) + len(flags)].tolist()
         self.losses = Losses(loss_sum, num_samples, domains[:NUM_DOMAINS], domains[NUM_DOMAINS:])
         self.should_stop, self.is_writing, self.is_skipped = stop > 0, writing > 0, skipped > 0
+        self.own_seconds = OwnSeconds(*total[len(sums) + len(flags) :].reshape(seconds.shape).tolist())
 
 
 def name_nonfinite(batch: ClipBatch, losses: Sequence[float]) -> list[str]:

@@ -1,4 +1,4 @@
-"""A rank that stops without dying: every rank's watchdog ends its process soon, and the next start loses nothing."""
+"""A rank that stops without dying is ended by every rank's watchdog, and nothing is lost; one that is slow is named."""
 
 import signal
 import time
@@ -10,6 +10,7 @@ from interruptions import (
     WORLD_SIZE,
     assert_same_checkpoint,
     first_step_after,
+    messages,
     output,
     resumed_step,
     settings,
@@ -18,7 +19,7 @@ from interruptions import (
 )
 from rank_processes import StartedRanks
 from recipes_for_tests import tiny_stage1_recipe
-from training_scenarios import Recipe, Strike, run_recorded
+from training_scenarios import Recipe, SlowRank, Strike, run_recorded
 
 from dreamdance.forced_exit import TRY_AGAIN_EXIT_CODE
 from dreamdance.run_layout import checkpoint_folder
@@ -53,12 +54,17 @@ def test_a_rank_that_stops_is_noticed_by_all_who_can_and_the_run_goes_on_bit_for
     strike = Strike(1, number, forward=STRUCK_STEP * MICRO_BATCHES)
     watched = make_recipe(shards, **{"cluster.step_timeout_seconds": LEAST_SECONDS})
     with StartedRanks(run_recorded, WORLD_SIZE, run / "output", recipe=watched, run=run, strike=strike) as ranks:
-        others = [0] if number else [0, 1]  # what is stopped can do nothing; srun ends it with the others
-        for rank in others:
-            ranks.processes[rank].join(90)
-            assert ranks.processes[rank].exitcode == TRY_AGAIN_EXIT_CODE, ranks.output()
-            assert f"training a step (step {STRUCK_STEP}) has taken over" in output(run, rank)
-            assert "in _take_step" in output(run, rank), "the stack of where it waits"
+        # What is stopped can do nothing, srun ends it with the others. Of two that can, the first to end is seen by the
+        # other as a connection that broke.
+        watching = ranks.processes[: 1 if number else 2]
+        for process in watching:
+            process.join(90)
+        codes = [process.exitcode for process in watching]
+        assert TRY_AGAIN_EXIT_CODE in codes, ranks.output()
+        assert all(codes), codes
+        told = output(run, codes.index(TRY_AGAIN_EXIT_CODE))
+        assert f"training a step (step {STRUCK_STEP}) has taken over" in told
+        assert "in _take_step" in told, "the stack of where it waits"
         ended = time.time()
     detected = ended - struck_at(run, 1)
     assert start(make_recipe(shards), run) == [0, 0], output(run)
@@ -66,9 +72,27 @@ def test_a_rank_that_stops_is_noticed_by_all_who_can_and_the_run_goes_on_bit_for
     record_fault(
         fault,
         how=f"in the forward pass of step {STRUCK_STEP} on rank 1 of 2; cluster.step_timeout_seconds={LEAST_SECONDS}",
-        promised="every rank that can notices within the time, shows all stacks and ends with code 75",
+        promised="a rank that can notices within the time, shows all stacks, ends with code 75, and the others with it",
         happened=f"so it did; started again from step {resumed_step(run)}, weights bit-identical",
         detected_seconds=detected,
         resumed_seconds=first_step_after(run, ended),
         steps_lost=STRUCK_STEP - 1 - resumed_step(run),
+    )
+
+
+def test_a_slow_rank_is_named_with_what_it_is_slow_in_and_ended_by_nobody(shards, tmp_path):
+    run = tmp_path / "run"
+    changes = {"logging.every_steps": 5, "max_steps": 10, "cluster.step_timeout_seconds": LEAST_SECONDS}
+    recipe = tiny_stage1_recipe("domains", settings(shards, **changes))
+    assert start(recipe, run, SlowRank(1, 0.3)) == [0, 0], output(run)
+    told = [text for text in messages(run) if "holds the others up" in text]
+    assert len(told) == 1, "said once, not at every line"
+    assert told[0].startswith("rank 1 holds the others up: 0.6")
+    assert "s of each step in the forward pass" in told[0]
+    record_fault(
+        "slow rank",
+        how="0.3 s of sleep in each forward pass of rank 1 of 2",
+        promised="a report names the rank and what it is slow in; nothing is ended",
+        happened=told[0],
+        steps_lost=0,
     )

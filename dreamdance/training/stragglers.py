@@ -1,0 +1,100 @@
+"""Finds the rank that all others wait for.
+
+A step takes equally long on all ranks, because they exchange gradients; what tells them apart is the time in which a
+rank waits for no other: for its data, and in the forward pass.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+LEAST_STEPS = 5
+"""Fewer say nothing: any rank is slow once."""
+NOTABLE_FACTOR = 2.0
+"""So many times what half of the ranks need at most makes a straggler,"""
+NOTABLE_SHARE = 0.1
+"""if it costs at least this share of the step."""
+
+
+class Stopwatch:
+    """Adds up how long a device works on something, without waiting for it meanwhile."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._seconds = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Counts what is begun within."""
+        if self._on_gpu:
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            events[0].record()
+            yield
+            events[1].record()
+            self._events.append(events)
+        else:
+            started = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - started
+
+    def seconds(self) -> float:
+        """All together; waits for the device to have done it."""
+        for _, end in self._events:
+            end.synchronize()
+        return self._seconds + sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
+
+
+@dataclass(frozen=True)
+class OwnSeconds:
+    """A step of every rank, in the order of ranks: the time in which it waited for no other."""
+
+    data: Sequence[float]
+    forward: Sequence[float]
+
+
+NOT_TIMED = OwnSeconds((), ())
+
+
+class StragglerReport:
+    """Adds up steps, and says which rank holds the others up and in what; each once, until another does or none."""
+
+    def __init__(self) -> None:
+        self._told: tuple[int, str] | None = None
+        self._reset()
+
+    def add(self, own: OwnSeconds, step_seconds: float) -> None:
+        """Takes note of a step."""
+        self._steps += 1
+        self._step_seconds += step_seconds
+        phases = (("waiting for its data", own.data), ("in the forward pass", own.forward))
+        for phase, seconds in phases if own.data else ():
+            before = self._sums.get(phase, [0.0] * len(seconds))
+            self._sums[phase] = [sum(pair) for pair in zip(before, seconds, strict=True)]
+
+    def take(self) -> str | None:
+        """What there is to say of the steps since the last time, if they are enough to judge by."""
+        if self._steps < LEAST_STEPS:
+            return None
+        steps, step_seconds, sums = self._steps, self._step_seconds / self._steps, self._sums
+        self._reset()
+        found = None
+        for phase, seconds in sums.items():
+            slowest, usual = max(seconds) / steps, statistics.median_low(seconds) / steps
+            excess = slowest - usual
+            if slowest >= NOTABLE_FACTOR * usual and excess >= NOTABLE_SHARE * step_seconds:
+                text = (
+                    f"rank {seconds.index(max(seconds))} holds the others up: {slowest:.3g} s of each step {phase}, "
+                    f"where half of the ranks need at most {usual:.3g} s (a step takes {step_seconds:.3g} s)"
+                )
+                found = max(found or (0.0, "", (0, "")), (excess, text, (seconds.index(max(seconds)), phase)))
+        told, self._told = self._told, found[2] if found else None
+        return found[1] if found and found[2] != told else None
+
+    def _reset(self) -> None:
+        self._steps, self._step_seconds = 0, 0.0
+        self._sums: dict[str, list[float]] = {}
