@@ -1,18 +1,31 @@
 """Small files that are there whole or not at all, and what lies in files of any size. No torch here."""
 
+import contextlib
 import hashlib
 import os
+import uuid
 from pathlib import Path
+
+PARTIAL_FILES = "*.partial-*"
+"""What writers that were killed leave behind: nobody reads it."""
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a small text file so that a reader, or a crash, sees all of it or nothing (of it, the old file)."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    """Writes a small text file so that a reader, or a crash, sees all of it or nothing (of it, the old file).
+
+    Of several writers at once, on one machine or on many, the last to finish has it.
+    """
+    partial = path.with_name(f"{path.name}.partial-{uuid.uuid4().hex}")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # what went wrong is worth more than what is left
+            partial.unlink()
+        raise
     sync_folder(path.parent)
 
 

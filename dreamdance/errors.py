@@ -3,6 +3,19 @@
 Every error here is printed as its text alone, without a traceback, and ends the command with a code that is not 0.
 """
 
+import errno
+
+USERS_ERRNOS = frozenset(
+    {
+        *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP),
+        *(errno.EACCES, errno.EPERM, errno.EROFS),
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+        *(errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP),
+    }
+)
+"""What the system says where a path, a right, room or a file system is the user's to mend. Whatever else it says (EIO,
+ESTALE, ETIMEDOUT, ENOTCONN, ...) tells of a machine or of storage that stumbles."""
+
 
 class UserError(ValueError):
     """Something that the user gave is wrong: the text names the value, what is accepted and the key to change."""
@@ -30,3 +43,18 @@ class ManifestError(UserError):
 
 class MissingInputError(UserError):
     """Weights, data, a run or a device that the recipe names is not there."""
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether another start may fare better though nobody changes anything: a machine failed, or its storage.
+
+    A `UserError` often says in the project's words what a file operation met, so what it follows from is judged too.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, LostWorkerError):
+            return True
+        if isinstance(seen, OSError):
+            return seen.errno is not None and seen.errno not in USERS_ERRNOS
+        seen = seen.__cause__ or seen.__context__
+    return False

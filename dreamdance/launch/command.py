@@ -17,19 +17,21 @@ from dreamdance.errors import RecipeError, UserError
 from dreamdance.launch import dry_run, preflight, status, submission
 from dreamdance.launch.finished import is_finished
 from dreamdance.launch.follow import explain_failure, follow
+from dreamdance.launch.heartbeat import Heartbeat
 from dreamdance.launch.job import Job
 from dreamdance.launch.run_folder import DifferentRecipeError, lay, locked, refuse_different
 from dreamdance.recipe import LoadedRecipe, Recipe, TrainingRecipe, given_value, load
 from dreamdance.run_layout import RECIPE_FILE, progress_file
 
-OK, FAILED, BAD_RECIPE, OTHER_RECIPE = 0, 1, 2, 3
+OK, FAILED, BAD_RECIPE, OTHER_RECIPE, HAS_JOB = 0, 1, 2, 3, 4
 INTERRUPTED = 128 + signal.SIGINT
 USAGE = """python launchers/slurm.py RECIPE [key=value ...] [options]
        python launchers/slurm.py status [RUN]
        python launchers/slurm.py cancel RUN"""
 EPILOG = """Words speak to the recipe (optimizer.lr=1e-4), dashes to the launcher. The same command again goes on where
 the run stopped. Exit codes: 0 done or submitted, 1 the job failed, 2 a bad recipe or something missing, 3 the run
-folder belongs to a different recipe."""
+folder belongs to a different recipe, 4 the run is queued or running already and was not submitted again (with --follow,
+that job is shown, and the code is its own)."""
 
 Planner = Callable[[TrainingRecipe, float | None], str]
 
@@ -216,6 +218,7 @@ def _run(
     elif started:
         asking = preflight.launcher_command(f"status {started[0].recipe.name}", options.runs)
         _show(f"the same command with --follow shows it; so does: {asking}")
+        yield OK if all(one.is_new for one in started) else HAS_JOB
 
 
 def _start(
@@ -225,13 +228,16 @@ def _start(
     unfinished = [loaded for loaded in group if not _say_finished(loaded.recipe, _run_folder(loaded, runs))]
     for loaded in unfinished:
         _check(loaded, cluster, runs)
-    with contextlib.ExitStack() as locks:
+    with _naming_what_fails(), contextlib.ExitStack() as locks:
         jobs: dict[str, submission.SubmittedJob] = {}
         states: dict[str, submission.State] = {}
         waiting: list[LoadedRecipe] = []
         for loaded in unfinished:
             recipe, run_folder = loaded.recipe, _run_folder(loaded, runs)
+            run_folder.mkdir(parents=True, exist_ok=True)
             locks.enter_context(locked(run_folder))
+            if _say_finished(recipe, run_folder):  # by now: another launcher's job was waited for
+                continue
             job = submission.last_job(run_folder)
             status = submission.status_of(job, recipe, run_folder) if job is not None else None
             if job is not None and status is not None and status.is_active:
@@ -254,7 +260,18 @@ def _start(
             state=states.get(loaded.recipe.name),
         )
         for loaded in unfinished
+        if loaded.recipe.name in jobs
     ]
+
+
+@contextlib.contextmanager
+def _naming_what_fails() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the run cannot be started: {error}; make that place writable, make room there, or give another --runs"
+        ) from error
 
 
 def _run_folder(loaded: LoadedRecipe, runs: Path) -> Path:
@@ -305,7 +322,8 @@ def _show_plan(loaded: LoadedRecipe, runs: Path, cluster: submission.ClusterName
 def _run_here(run_folder: Path) -> int:
     """The same job in this process: breakpoints work, an unexpected error shows its traceback."""
     try:
-        Job(run_folder)()
+        with Heartbeat(run_folder):
+            Job(run_folder)()
     except SystemExit as ending:
         return FAILED if ending.code else OK
     return OK

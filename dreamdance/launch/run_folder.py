@@ -1,9 +1,11 @@
 """Lays a run folder (contract C7): the resolved recipe and where it all came from are written before anything runs."""
 
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import socket
 import subprocess
@@ -14,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from dreamdance.atomic_files import hash_file, write_atomically
-from dreamdance.errors import UserError
+from dreamdance.errors import RecipeError, UserError
 from dreamdance.recipe import Recipe, TrainingRecipe, dump_recipe, load_recipe
 from dreamdance.recipe.parse import flatten
 from dreamdance.recipe.yaml_text import read_yaml
 from dreamdance.run_layout import PROVENANCE_FILE, RECIPE_FILE
 
+LOCK_FILE = ".launch_lock"
+LOCK_SECONDS, LOCK_POLL_SECONDS = 60.0, 0.1
+STORAGE_SECONDS, STORAGE_POLL_SECONDS = 60.0, 1.0
 FOLDERS = ("checkpoints", "exports", "samples", "tensorboard", "logs")
 NO_DIFFERENCE = ("cluster", "logging", "checkpoint.allow_changed")
 ABSENT = "(not set)"
@@ -43,18 +48,30 @@ class DifferentRecipeError(UserError):
 
 
 @contextmanager
-def locked(run_folder: Path, *, wait: bool = False) -> Iterator[None]:
+def locked(run_folder: Path, *, wait_seconds: float = LOCK_SECONDS) -> Iterator[None]:
     """Keeps a second launcher from laying or submitting the same run at the same time.
 
+    Args:
+        run_folder: of the run; it must be there.
+        wait_seconds: how long another process, which has it now, is waited for.
+
     Raises:
-        UserError: another process holds the lock, and `wait` is False.
+        UserError: that one kept it for longer.
+        OSError: the file system does not let files be made or locked.
     """
-    run_folder.mkdir(parents=True, exist_ok=True)
-    with (run_folder / ".launch_lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            raise UserError(f"another launcher is starting {run_folder} at this moment; try again") from None
+    with (run_folder / LOCK_FILE).open("w") as lock:
+        give_up = time.monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= give_up:
+                    raise UserError(
+                        f"another launcher has been starting {run_folder} for over {wait_seconds:.0f} s; try again, or "
+                        f"end it if it hangs (`fuser {lock.name}` tells its process on its machine)"
+                    ) from error
+            time.sleep(LOCK_POLL_SECONDS)
         yield
 
 
@@ -63,12 +80,15 @@ def lay(recipe: Recipe, run_folder: Path, argv: Sequence[str]) -> None:
 
     Raises:
         DifferentRecipeError: it was laid by another recipe; names the keys that differ, old -> new.
+        OSError: it cannot be written; better now than at the first save.
     """
     stored = run_folder / RECIPE_FILE
     if stored.is_file():
         refuse_different(recipe, run_folder)
     for name in FOLDERS:
         (run_folder / name).mkdir(parents=True, exist_ok=True)
+        if not os.access(run_folder / name, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "nothing can be written there", str(run_folder / name))
     provenance = run_folder / PROVENANCE_FILE
     starts = json.loads(provenance.read_text(encoding="utf-8"))["starts"] if provenance.is_file() else []
     known = starts[-1]["base_weights"] if starts else {}
@@ -77,10 +97,35 @@ def lay(recipe: Recipe, run_folder: Path, argv: Sequence[str]) -> None:
     write_atomically(stored, dump_recipe(recipe))
 
 
+def stored_recipe(run_folder: Path) -> Recipe:
+    """The recipe of a run that was submitted. It was there then: storage from which it cannot be read is waited for.
+
+    Raises:
+        OSError: it could not be read for a minute.
+        RecipeError: this version of the software does not understand it.
+    """
+    give_up = time.monotonic() + STORAGE_SECONDS
+    while True:
+        try:
+            return load_recipe(run_folder / RECIPE_FILE)
+        except RecipeError as error:
+            reason = error.__cause__
+            if not isinstance(reason, OSError):
+                raise
+            if time.monotonic() >= give_up:
+                raise OSError(
+                    reason.errno,
+                    f"not readable for {STORAGE_SECONDS:.0f} s (its storage is away, or the run folder was removed): "
+                    f"{reason.strerror}",
+                    str(run_folder / RECIPE_FILE),
+                ) from error
+        time.sleep(STORAGE_POLL_SECONDS)
+
+
 def record_job(run_folder: Path, job_id: str, hosts: Sequence[str]) -> None:
     """Notes with the run's last start, on which machines its job began to run; once more after each requeue."""
     provenance = run_folder / PROVENANCE_FILE
-    with locked(run_folder, wait=True):
+    with locked(run_folder):
         content = json.loads(provenance.read_text(encoding="utf-8"))
         begun = content["starts"][-1].setdefault("jobs", [])
         begun.append({"time": time.strftime(_TIME_FORMAT), "job_id": job_id, "hosts": list(hosts)})

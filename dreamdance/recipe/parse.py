@@ -99,7 +99,7 @@ def _read(file: FilePath) -> str:
         # Without their endings: these alone make any two file names alike.
         near = difflib.get_close_matches(file.stem, [entry.stem for entry in file.parent.glob("*.yaml")], 1)
         hint = f"; did you mean '{file.with_name(near[0])}.yaml'?" if near else ""
-        raise RecipeError(f"{file}: cannot be read: {error.strerror}{hint}") from None
+        raise RecipeError(f"{file}: cannot be read: {error.strerror}{hint}") from error
 
 
 class _Origins:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamdance.errors import CheckpointError
+from dreamdance.errors import CheckpointError, may_pass
 from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import Checkpoint
 from dreamdance.run_layout import COMPLETE_FILE, checkpoint_folder, step_folders, step_of
@@ -175,14 +175,17 @@ class Checkpointer:
         if error := save.written.exception():
             logger.error("saving %s failed", save.folder.name, exc_info=error)
         # Protects COMPLETE from being written before the slowest rank's files are on disk.
-        parts = gathered(str(error) if error else save.written.result())
-        failures = [f"rank {rank}: {part}" for rank, part in enumerate(parts) if isinstance(part, str)]
+        parts = gathered(_plain(error) if error else save.written.result())
+        failures = {rank: part for rank, part in enumerate(parts) if isinstance(part, OSError)}
         if failures:
+            told = "; ".join(f"rank {rank}: {failure}" for rank, failure in failures.items())
+            # All ranks judge alike: by a disk that stumbled, if one did, since the others may only have followed.
+            reason = next(filter(may_pass, failures.values()), next(iter(failures.values())))
             raise CheckpointError(
-                f"{save.folder.name} could not be saved: {'; '.join(failures)}. The run ends here rather than train on "
+                f"{save.folder.name} could not be saved: {told}. The run ends here rather than train on "
                 f"unsaved; started again, it goes on from {self._newest_complete()}. Make room on that disk, or keep "
                 "fewer by checkpoint.keep_last"
-            )
+            ) from reason
         records = [record for part in parts for record in part]
         on_main(partial(self._complete, save, records))
         now = time.perf_counter()
@@ -350,6 +353,13 @@ def _by_name(files: Mapping[Path, Any]) -> dict[str, Any]:
     return {path.name: content for path, content in files.items()}
 
 
+def _plain(error: BaseException) -> OSError:
+    """An error as it can be told to the other ranks, who judge it by its number."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return OSError(error.errno, error.strerror, str(error.filename) if error.filename else None)
+    return OSError(str(error))
+
+
 def _check_writable(folder: Path) -> None:
     """Finds out before the first step, not at the first save."""
     probe = folder / ".writable"
@@ -363,7 +373,7 @@ def _clear(folder: Path) -> None:
     """Removes what an earlier save of the same step left: cut short, or found damaged at resume."""
     with _naming_what_fails():
         _delete(folder)
-        folder.mkdir(parents=True)
+        folder.mkdir()  # without its parents: a run folder that was removed does not come back
 
 
 @contextmanager

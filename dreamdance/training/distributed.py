@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from dreamdance.errors import UserError
+from dreamdance.errors import UserError, may_pass
 from dreamdance.ranks import Ranks
 
 Result = TypeVar("Result")
@@ -95,7 +95,8 @@ def on_main(function: Callable[[], Result]) -> Result:
         try:
             outcome = _Outcome(function())
         except Exception as error:
-            from_main(_Outcome(error=f"{type(error).__name__}: {error}", is_user_error=isinstance(error, UserError)))
+            is_users = isinstance(error, UserError) and not may_pass(error)
+            from_main(_Outcome(error=f"{type(error).__name__}: {error}", is_user_error=is_users))
             raise
         from_main(outcome)
     else:

@@ -3,6 +3,7 @@
 Pure file work: knows nothing of tensors, ranks or what the files hold.
 """
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -77,14 +78,14 @@ def write_file(path: Path, folder: Path, write: Callable[[HashedFile], None]) ->
     """Writes a file of `folder`, hashing on the way, and makes sure that the same lies on the disk.
 
     Args:
-        path: in `folder`, or deeper.
-        folder: of the checkpoint.
+        path: in `folder`, or in a folder there.
+        folder: of the checkpoint, which is there.
         write: is given the open file.
 
     Raises:
         OSError: it cannot be written, or what is read back is not what was written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)  # without its parents: a run folder that was removed does not come back
     with path.open("wb") as file:
         hashed = HashedFile(file)
         write(hashed)
@@ -93,7 +94,7 @@ def write_file(path: Path, folder: Path, write: Callable[[HashedFile], None]) ->
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read back from the disk, not from memory
     record = FileRecord(path.relative_to(folder).as_posix(), hashed.bytes, hashed.sha256)
     if problems := damage(folder, [record]):
-        raise OSError(f"what was written did not come to disk: {problems[0]}")
+        raise OSError(errno.EIO, f"what was written did not come to disk: {problems[0]}")
     return record
 
 

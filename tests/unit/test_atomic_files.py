@@ -1,6 +1,7 @@
 """Files appear whole or not at all, and are told apart by what lies in them."""
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -21,6 +22,16 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         write_atomically(path, "half of it, then what no file can hold: \ud800")
     assert path.read_text(encoding="utf-8") == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_writers_at_the_same_time_do_not_mix(tmp_path):
+    path = tmp_path / "record.json"
+    texts = [letter * 10_000 for letter in "abcd"]
+    with ThreadPoolExecutor(len(texts)) as pool:
+        for _ in pool.map(lambda text: write_atomically(path, text), 20 * texts):
+            assert path.read_text() in texts
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("size", [0, 1, (1 << 18) + 1])

@@ -3,12 +3,21 @@
 import hashlib
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from dreamdance.errors import UserError
-from dreamdance.launch.run_folder import DifferentRecipeError, differences, lay, locked
+from dreamdance.errors import RecipeError, UserError, may_pass
+from dreamdance.launch.run_folder import (
+    DifferentRecipeError,
+    differences,
+    lay,
+    locked,
+    record_job,
+    stored_recipe,
+)
 from dreamdance.recipe import load_recipe
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "stage1_domains.yaml"
@@ -137,7 +146,61 @@ def test_base_weights_are_hashed_once_and_again_only_when_they_change(run_folder
 
 
 def test_two_launchers_cannot_start_one_run_at_the_same_moment(run_folder):
-    with locked(run_folder), pytest.raises(UserError, match="another launcher"), locked(run_folder):
-        pass
+    run_folder.mkdir(parents=True)
+    start = time.monotonic()
+    with (
+        locked(run_folder),
+        pytest.raises(UserError, match=r"another launcher has been starting .* for over 0 s") as told,
+    ):
+        locked(run_folder, wait_seconds=0.2).__enter__()
+    assert 0.2 <= time.monotonic() - start < 10
+    assert may_pass(told.value), "a job that waited for it in vain may start again"
     with locked(run_folder):
         pass
+
+
+def test_who_waits_for_the_lock_has_it_when_the_other_is_through(run_folder):
+    run_folder.mkdir(parents=True)
+    order = []
+
+    def second():
+        with locked(run_folder, wait_seconds=60):
+            order.append("second")
+
+    with ThreadPoolExecutor() as pool, locked(run_folder):
+        waiting = pool.submit(second)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.3)
+        order.append("first")
+    assert order == ["first", "second"]
+
+
+def test_a_job_does_not_bring_a_removed_run_folder_back(run_folder):
+    with pytest.raises(FileNotFoundError):
+        record_job(run_folder, "7", ["a"])
+    assert not run_folder.exists()
+
+
+# ------------------------------------------------------------------------------------------- storage that stumbles
+
+
+def test_the_recipe_of_a_submitted_run_is_waited_for(run_folder):
+    lay(recipe(), run_folder, [])
+    hidden = run_folder.with_name("hidden")
+    run_folder.rename(hidden)
+    with ThreadPoolExecutor() as pool:
+        reading = pool.submit(stored_recipe, run_folder)
+        with pytest.raises(TimeoutError):
+            reading.result(0.3)
+        hidden.rename(run_folder)
+        assert reading.result(20) == recipe()
+
+
+def test_a_recipe_that_stays_away_is_nobodys_mistake_and_one_that_is_wrong_is(run_folder, monkeypatch):
+    monkeypatch.setattr("dreamdance.launch.run_folder.STORAGE_SECONDS", 0.0)
+    with pytest.raises(OSError, match=r"its storage is away, or the run folder was removed.*demo/recipe\.yaml"):
+        stored_recipe(run_folder)
+    lay(recipe(), run_folder, [])
+    (run_folder / "recipe.yaml").write_text("task: nothing\n")
+    with pytest.raises(RecipeError, match="unknown task 'nothing'"):
+        stored_recipe(run_folder)
