@@ -17,6 +17,7 @@ from dreamdance.recipe import Recipe
 from dreamdance.run_layout import progress_file
 
 POLL_SECONDS = {"local": 0.2, "debug": 0.2, "slurm": 5.0}
+DISTANT_POLL_SECONDS = 5.0
 PLAIN_LINE_EVERY_SECONDS = 5.0
 TAIL_LINES = 25
 _TROUBLE = re.compile(r"[-\d]+ [:,\d]+ (\[rank \d+\] )?(WARNING|ERROR|CRITICAL) |(srun|slurmstepd): ")
@@ -59,7 +60,7 @@ def follow(
             screen.close()
             return status
         screen.waiting(f"{recipe.name}: {status.detail}, {duration(time.monotonic() - started)}")
-        time.sleep(POLL_SECONDS[job.cluster])
+        time.sleep(DISTANT_POLL_SECONDS if job.is_elsewhere else POLL_SECONDS[job.cluster])
 
 
 def progress_line(line: dict[str, Any]) -> str:
@@ -88,6 +89,8 @@ def explain_failure(job: SubmittedJob, run_folder: Path, status: JobStatus) -> s
     if first and not first["user_error"]:
         text = "\n".join(text.splitlines()[-TAIL_LINES:])
     head = f"{run_folder.name} failed: {status.detail}"
+    if not run_folder.is_dir():
+        return f"{head}\n{run_folder} is gone: it was removed while the job ran, or its storage is away"
     silent = _silent_ranks(job, run_folder) if status.failed_rank is None and failures else ""
     where = f"log of rank {rank}: {log}" if job.cluster != "debug" else ""  # that one spoke on the launcher's screen
     return "\n".join(line for line in (head, text, where, silent) if line)

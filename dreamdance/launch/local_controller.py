@@ -17,13 +17,15 @@ from typing import Any
 from submitit.local.local import Controller
 
 from dreamdance.atomic_files import write_atomically
+from dreamdance.launch.fence import REPLACED_EXIT_CODE
+from dreamdance.launch.heartbeat import Heartbeat
 from dreamdance.launch.job import free_port
 from dreamdance.launch.requeue import decide
 from dreamdance.run_layout import failures_folder
 
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.05
-CANCELLED, TIMED_OUT = "cancelled", "timed out"
+CANCELLED, TIMED_OUT, REPLACED = "cancelled", "timed out", "replaced by another start"
 
 
 def status_file(run_folder: Path, job_id: str) -> Path:
@@ -60,6 +62,9 @@ class LocalController(Controller):
             codes = [task.poll() for task in self.tasks]
             now = time.monotonic()
             failed = [rank for rank, code in enumerate(codes) if code]
+            if REPLACED_EXIT_CODE in codes:  # the others have nothing to say, and must not write any more
+                self.ended_by = REPLACED
+                return codes
             if failed and failed_at is None:
                 failed_at = now
                 self.first_failed_rank = failed[0]
@@ -93,6 +98,8 @@ class LocalController(Controller):
             self._write_status(codes)
 
     def _write_status(self, codes: Sequence[int | None]) -> None:
+        if self.ended_by == REPLACED:  # the folder is the other's, whose process number may be the same over there
+            return
         good = bool(codes) and all(code == 0 for code in codes) and self.ended_by is None
         status = {
             "exit_code": 0 if good else 1,
@@ -121,8 +128,9 @@ def _kill_group_members() -> None:
 
 
 def main() -> int:
-    controller = LocalController(Path(sys.argv[1]))
-    controller.run()
+    run_folder = Path(sys.argv[1])
+    with Heartbeat(run_folder):
+        LocalController(run_folder).run()
     return 0
 
 

@@ -13,10 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dreamdance.atomic_files import write_atomically
+from dreamdance.atomic_files import PARTIAL_FILES, write_atomically
+from dreamdance.durations import duration
 from dreamdance.errors import UserError
 from dreamdance.launch import slurm_cluster
 from dreamdance.launch.finished import is_finished
+from dreamdance.launch.heartbeat import SILENT_SECONDS, job_file, silent_seconds
 from dreamdance.launch.job import DEBUG_JOB
 from dreamdance.launch.local_controller import CANCELLED, status_file
 from dreamdance.launch.requeue import requeues_file
@@ -45,6 +47,11 @@ class SubmittedJob:
     def pid(self) -> int:
         """The process that stands for the job on its host: the controller, or the launcher itself."""
         return self.launcher_pid if self.cluster == "debug" else int(self.job_id)
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether it runs in processes of another machine than this."""
+        return self.cluster != "slurm" and self.host != socket.gethostname()
 
     def log_file(self, run_folder: Path, rank: int = 0) -> Path:
         return run_folder / "logs" / f"{self.job_id}_{rank}_log.out"
@@ -101,7 +108,7 @@ def submit(recipes: Sequence[Recipe], run_folders: Sequence[Path], cluster: Clus
             for pid, recipe in zip(pids, recipes, strict=True)
         ]
     for job, run_folder in zip(known, run_folders, strict=True):
-        write_atomically(run_folder / "logs" / "job.json", json.dumps(asdict(job)))
+        write_atomically(job_file(run_folder), json.dumps(asdict(job)))
     return known
 
 
@@ -123,6 +130,8 @@ def _remembered(
 def _put_away_leftovers(run_folder: Path) -> None:
     """Moves what earlier jobs left into `logs/earlier`: ids and process numbers come again, and would be believed."""
     logs = run_folder / "logs"
+    for path in (*run_folder.glob(PARTIAL_FILES), *logs.glob(PARTIAL_FILES)):
+        path.unlink(missing_ok=True)
     left = [path for pattern in ("*_log.out", "*_status.json", "*_submission.sh") for path in logs.glob(pattern)]
     left += [path for path in (failures_folder(run_folder), requeues_file(run_folder)) if path.exists()]
     if not left:
@@ -137,7 +146,7 @@ def _put_away_leftovers(run_folder: Path) -> None:
 
 def last_job(run_folder: Path) -> SubmittedJob | None:
     """The job that was submitted last for this run."""
-    path = run_folder / "logs" / "job.json"
+    path = job_file(run_folder)
     return SubmittedJob(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
@@ -176,8 +185,8 @@ def status_of(job: SubmittedJob, recipe: Recipe, run_folder: Path) -> JobStatus:
     ending = status_file(run_folder, job.job_id)
     if ending.is_file():
         return _local_ending(json.loads(ending.read_text(encoding="utf-8")))
-    if job.host != socket.gethostname():
-        return JobStatus("running", f"on {job.host}, which cannot be asked from here")
+    if job.is_elsewhere:
+        return _distant_status(job, run_folder)
     if job.process_start is not None and _process_start(job.pid) == job.process_start:
         return JobStatus("running", f"process {job.pid}")
     if ending.is_file():  # it ended between the two looks
@@ -185,6 +194,18 @@ def status_of(job: SubmittedJob, recipe: Recipe, run_folder: Path) -> JobStatus:
     if is_finished(recipe, run_folder):
         return JobStatus("finished", "exit code 0")
     return JobStatus("failed", "its process is gone (killed, or the machine was restarted)")
+
+
+def _distant_status(job: SubmittedJob, run_folder: Path) -> JobStatus:
+    """Of a local job on another machine, which may not exist any more: by what is heard of it."""
+    try:
+        silent = silent_seconds(run_folder)
+    except OSError as error:
+        return JobStatus("running", f"on {job.host}; whether it lives cannot be told: {error}")
+    if silent <= SILENT_SECONDS:
+        return JobStatus("running", f"on {job.host}, heard of {duration(silent)} ago")
+    ago = "" if silent == float("inf") else f" for {duration(silent)}"
+    return JobStatus("failed", f"nothing was heard of it{ago}: {job.host}, or the job there, is gone")
 
 
 def _local_ending(status: dict[str, Any]) -> JobStatus:
@@ -232,8 +253,13 @@ def cancel(job: SubmittedJob) -> None:
     if job.cluster == "slurm":
         slurm_cluster.cancel(job.job_id, job.script)
         return
-    if job.cluster == "debug" or job.host != socket.gethostname():
-        raise UserError(f"a {job.cluster} job on {job.host} cannot be cancelled from here")
+    if job.is_elsewhere:
+        raise UserError(
+            f"a {job.cluster} job on {job.host} cannot be cancelled from here: do it there. If that machine is gone, "
+            f"the run can be started again once nothing was heard of it for {SILENT_SECONDS:.0f} s"
+        )
+    if job.cluster == "debug":
+        raise UserError(f"a debug job runs in its launcher, process {job.pid}: end that")
     pid = job.pid
     if _process_start(pid) != job.process_start:
         return

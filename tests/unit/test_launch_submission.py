@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dreamdance.errors import UserError
+from dreamdance.launch.heartbeat import SILENT_SECONDS, Heartbeat, heartbeat_file, job_file
 from dreamdance.launch.job import PORTS, free_port, record_failure, set_environment, slurm_port
 from dreamdance.launch.local_controller import status_file
 from dreamdance.launch.requeue import read_failures
@@ -26,6 +27,19 @@ SLURM_JOB = SubmittedJob("slurm", "12", 8, "login", time.time(), 1, None, "/s.sh
 def run_folder(tmp_path):
     (tmp_path / "logs").mkdir()
     return tmp_path
+
+
+def wait_for(path):
+    give_up = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+
+
+def age(path, seconds):
+    """As if a file had been written so long ago."""
+    state = path.stat()
+    os.utime(path, ns=(state.st_atime_ns, time.time_ns() - int(seconds * 1e9)))
 
 
 def fake_tool(folder, name, script):
@@ -178,11 +192,53 @@ def test_a_job_whose_process_number_now_belongs_to_another_process_is_gone(run_f
     cancel(job)  # and is not the one that a cancel would hit
 
 
-def test_a_job_on_another_machine_is_neither_declared_dead_nor_cancelled(run_folder):
-    job = SubmittedJob("local", "1", 1, "another-host", time.time(), 1, "1")
-    assert status_of(job, PREPARE, run_folder).state == "running"
-    with pytest.raises(UserError, match="another-host"):
+@pytest.mark.parametrize("cluster", ["local", "debug"])
+def test_a_job_on_another_machine_is_neither_declared_dead_nor_cancelled(run_folder, cluster):
+    job = SubmittedJob(cluster, "1", 1, "another-host", time.time(), 1, "1")
+    with Heartbeat(run_folder):
+        wait_for(heartbeat_file(run_folder))
+        found = status_of(job, PREPARE, run_folder)
+        assert (found.state, found.detail) == ("running", "on another-host, heard of 0s ago")
+    with pytest.raises(UserError, match=r"a .* job on another-host cannot be cancelled from here"):
         cancel(job)
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_job_of_a_machine_that_is_gone_counts_as_lost_by_the_file_systems_own_clock(run_folder, hours):
+    """A heartbeat from the future is one from before that clock was set back."""
+    job = SubmittedJob("local", "1", 1, "gone-host", time.time() - 3600 * hours, 1, "1")
+    for path in (heartbeat_file(run_folder), job_file(run_folder)):
+        path.touch()
+        age(path, 3600 * hours)
+    found = status_of(job, PREPARE, run_folder)
+    assert found.state == "failed"
+    assert found.detail == "nothing was heard of it for 1h 00m: gone-host, or the job there, is gone"
+    age(job_file(run_folder), SILENT_SECONDS - 5)
+    assert status_of(job, PREPARE, run_folder).is_active, "it was submitted so shortly ago that it may not have begun"
+    job_file(run_folder).unlink()
+    heartbeat_file(run_folder).unlink()
+    assert status_of(job, PREPARE, run_folder).state == "failed"
+
+
+def test_whether_a_distant_job_lives_is_not_decided_where_nothing_can_be_written(run_folder):
+    job = SubmittedJob("local", "1", 1, "another-host", time.time(), 1, "1")
+    found = status_of(job, PREPARE, run_folder / "nowhere")
+    assert found.state == "running"
+    assert "cannot be told" in found.detail
+
+
+def test_a_heartbeat_outlives_storage_that_stumbles_and_brings_no_removed_folder_back(run_folder, monkeypatch):
+    monkeypatch.setattr("dreamdance.launch.heartbeat.BEAT_SECONDS", 0.01)
+    file = heartbeat_file(run_folder)
+    with Heartbeat(run_folder) as heart:
+        wait_for(file)
+        file.unlink()
+        file.parent.rename(run_folder / "away")
+        time.sleep(0.1)
+        assert not file.parent.exists()
+        assert heart._thread.is_alive()
+        (run_folder / "away").rename(file.parent)
+        wait_for(file)
 
 
 def test_a_debug_job_is_remembered_as_this_process(run_folder):
