@@ -7,9 +7,8 @@ training goes on. Knows when a checkpoint counts and what belongs to it; the wei
 import json
 import logging
 import pickle
-import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +22,9 @@ from torch import Tensor
 from dreamdance.errors import CheckpointError, may_pass
 from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import Checkpoint
-from dreamdance.run_layout import COMPLETE_FILE, checkpoint_folder, step_folders, step_of
+from dreamdance.run_layout import checkpoint_folder
 from dreamdance.training import manifest as manifests
+from dreamdance.training.checkpoint_folders import CheckpointFolders
 from dreamdance.training.distributed import gathered, on_main
 from dreamdance.training.ema import ShardedEma
 from dreamdance.training.engine import Engine
@@ -45,6 +45,7 @@ from dreamdance.training.state_files import write_files
 logger = logging.getLogger(__name__)
 
 _STATE_FILE = "state.json"
+_STATE_KEYS = ("step", "loader", "guard", "trainable", "frozen_digest", "initial_digest")
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,10 @@ class Checkpointer:
         Raises:
             CheckpointError: nothing can be written there.
         """
-        self.run, self.engine, self.ema, self.ranks, self.section = run, engine, ema, ranks, section
+        self.run, self.engine, self.ema, self.ranks = run, engine, ema, ranks
         self.recipe_digest, self._weights = recipe_digest, weights
-        on_main(partial(_check_writable, run / "checkpoints"))
+        self._folders = CheckpointFolders(run, section)
+        on_main(self._folders.check_writable)
         self._memory = HostMemory()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._reserved: Future[None] | None = None
@@ -147,13 +149,15 @@ class Checkpointer:
 
         Args:
             step: finished optimizer steps.
-            state: what else must come back; plain JSON values.
+            state: what else must come back, the loader's and the guard's; plain JSON values.
         """
         if self.is_saving:
             raise RuntimeError("the save before must be finished first")
         started = time.perf_counter()
         folder = checkpoint_folder(self.run, step)
-        on_main(partial(_clear, folder))  # protects the first files from a main process that is still clearing
+        on_main(
+            partial(self._folders.make, step)
+        )  # protects the first files from a main process that is still clearing
         files = self._content(folder, {**state, "step": step})
         names = dict(zip(_by_name(files), files, strict=True))
         if self._reserved is not None:
@@ -183,7 +187,7 @@ class Checkpointer:
             reason = next(filter(may_pass, failures.values()), next(iter(failures.values())))
             raise CheckpointError(
                 f"{save.folder.name} could not be saved: {told}. The run ends here rather than train on "
-                f"unsaved; started again, it goes on from {self._newest_complete()}. Make room on that disk, or keep "
+                f"unsaved; started again, it goes on from {self._folders.newest()}. Make room on that disk, or keep "
                 "fewer by checkpoint.keep_last"
             ) from reason
         records = [record for part in parts for record in part]
@@ -213,20 +217,7 @@ class Checkpointer:
             manifests.complete(save.folder, Manifest(save.step, self.ranks.world_size, self.recipe_digest, files))
         except OSError as error:
             raise CheckpointError(f"{save.folder.name} could not be completed: {error}") from error
-        self._thread.submit(self._delete_old)
-
-    def _newest_complete(self) -> str:
-        folders = [folder for folder in step_folders(self.run / "checkpoints") if (folder / COMPLETE_FILE).is_file()]
-        return folders[-1].name if folders else "step 0"
-
-    def _delete_old(self) -> None:
-        """Keeps the last few complete folders and every n-th step; called only after a newer one is complete."""
-        folders = [folder for folder in step_folders(self.run / "checkpoints") if (folder / COMPLETE_FILE).is_file()]
-        every = self.section.keep_every_steps
-        for folder in folders[: -self.section.keep_last]:
-            step = step_of(folder)
-            if every is None or step is None or step % every:
-                _delete(folder)
+        self._thread.submit(self._folders.delete_old)
 
     # ---------------------------------------------------------------------------------------------- resume
 
@@ -234,11 +225,11 @@ class Checkpointer:
         """Restores the newest checkpoint that verifies, on all ranks the same; None where there is none to resume.
 
         Raises:
-            CheckpointError: complete checkpoints exist but all are damaged, or the one found belongs to other trainable
-                parameters or to other frozen weights.
+            CheckpointError: checkpoints exist but none can be used, or the one found belongs to another version of this
+                software, to other trainable parameters or to other frozen weights.
         """
         damaged = []
-        for folder in on_main(self._candidates):
+        for folder in on_main(self._folders.candidates):
             manifest, problem = on_main(partial(_read, folder))
             if manifest is not None:
                 share = manifest.files[self.ranks.rank :: self.ranks.world_size]
@@ -246,6 +237,7 @@ class Checkpointer:
                 if not found:
                     return self._restore(folder, manifest)
                 problem = "; ".join(found)
+            self._folders.damaged.add(folder.name)
             damaged.append(f"{folder.name}: {problem}")
             on_main(partial(logger.warning, "skipping checkpoint %s", damaged[-1]))
         if damaged:
@@ -255,19 +247,8 @@ class Checkpointer:
             )
         return None
 
-    def _candidates(self) -> list[Path]:
-        """On the main process: all folders that count, newest first, after deleting those cut short in the making."""
-        complete = []
-        for folder in reversed(step_folders(self.run / "checkpoints")):
-            if (folder / COMPLETE_FILE).is_file():
-                complete.append(folder)
-            else:
-                logger.warning("deleting %s: it was being written or deleted when the run was killed", folder)
-                _delete(folder)
-        return complete
-
     def _restore(self, folder: Path, manifest: Manifest) -> Resumed:
-        state = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
+        state = _read_state(folder, _STATE_KEYS)
         self._check_same_networks(folder, state)
         with _refusing_code(folder):
             own = read_rank_state(folder, min(self.ranks.rank, manifest.world_size - 1))
@@ -277,6 +258,7 @@ class Checkpointer:
             else:
                 load_divided_anew(self.engine, self.ema, folder, saved_world_size=manifest.world_size)
         restore_generators(own.generators)
+        self._folders.resumed = folder.name
         if manifest.recipe_digest != self.recipe_digest:
             logger.info("the recipe has changed since %s was saved", folder.name)
         return Resumed(folder, manifest, state)
@@ -317,7 +299,7 @@ def read_average(folder: Path) -> dict[str, Tensor]:
     manifest = manifests.read_manifest(folder)
     if problems := manifests.damage(folder, manifest.files):
         raise CheckpointError("; ".join(problems))
-    shapes = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))["trainable"]
+    shapes = _read_state(folder, ["trainable"])["trainable"]
     weights = {name: torch.empty(shape, dtype=torch.float32) for name, shape in shapes.items()}
     for rank in range(manifest.world_size):
         with _refusing_code(folder):
@@ -329,11 +311,21 @@ def read_average(folder: Path) -> dict[str, Tensor]:
 
 
 def _read(folder: Path) -> tuple[Manifest | None, str]:
-    """The manifest, or why it cannot be used."""
+    """The manifest, or in what it is damaged; a sound one of another version is an error, not passed over."""
     try:
         return manifests.read_manifest(folder), ""
+    except manifests.FormatError:
+        raise
     except CheckpointError as error:
         return None, str(error)
+
+
+def _read_state(folder: Path, keys: Collection[str]) -> dict[str, Any]:
+    """What was saved beside the weights, with all that is wanted of it."""
+    state: dict[str, Any] = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
+    if lacking := [key for key in keys if key not in state]:
+        raise manifests.FormatError(folder, f"its {_STATE_FILE} has no {', '.join(lacking)}")
+    return state
 
 
 @contextmanager
@@ -358,35 +350,3 @@ def _plain(error: BaseException) -> OSError:
     if isinstance(error, OSError) and error.errno is not None:
         return OSError(error.errno, error.strerror, str(error.filename) if error.filename else None)
     return OSError(str(error))
-
-
-def _check_writable(folder: Path) -> None:
-    """Finds out before the first step, not at the first save."""
-    probe = folder / ".writable"
-    with _naming_what_fails():
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-
-
-def _clear(folder: Path) -> None:
-    """Removes what an earlier save of the same step left: cut short, or found damaged at resume."""
-    with _naming_what_fails():
-        _delete(folder)
-        folder.mkdir()  # without its parents: a run folder that was removed does not come back
-
-
-@contextmanager
-def _naming_what_fails() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"checkpoints cannot be saved: {error}. Make that folder writable, or give another --runs"
-        ) from error
-
-
-def _delete(folder: Path) -> None:
-    """Deletes a checkpoint so that, cut short, what remains does not count."""
-    (folder / COMPLETE_FILE).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)

@@ -6,7 +6,7 @@ Pure file work: knows nothing of tensors, ranks or what the files hold.
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -14,9 +14,21 @@ from typing import IO, Any
 
 from dreamdance.atomic_files import hash_file, sync_folder, write_atomically
 from dreamdance.errors import CheckpointError
-from dreamdance.run_layout import COMPLETE_FILE
+from dreamdance.run_layout import COMPLETE_FILE, step_of
 
-FORMAT = 1
+FORMAT = 2
+"""Raised whenever a run that resumes asks for more than older checkpoints hold; 2 has a hash of the manifest itself."""
+_READABLE_FORMATS = (1, 2)  # the later ones of format 1 hold all that is asked for; the earlier ones are found by it
+
+
+class FormatError(CheckpointError):
+    """A checkpoint that is sound, but of another version of this software: passing over it would lose its steps."""
+
+    def __init__(self, folder: Path, difference: str) -> None:
+        super().__init__(
+            f"{folder} was saved by another version of this software: {difference}. Go on with the version that saved "
+            "it (provenance.json in the run folder names its commit), or start a new run with init_from"
+        )
 
 
 @dataclass(frozen=True)
@@ -102,7 +114,8 @@ def complete(folder: Path, manifest: Manifest) -> None:
     """Makes `folder` count, in one atomic step, after every file in it has come to disk."""
     for parent in {folder, *((folder / record.path).parent for record in manifest.files)}:
         sync_folder(parent)
-    write_atomically(folder / COMPLETE_FILE, json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1))
+    values = {"format": FORMAT, **asdict(manifest)}
+    write_atomically(folder / COMPLETE_FILE, json.dumps({**values, "sha256": _digest(values)}, indent=1))
     sync_folder(folder.parent)
 
 
@@ -110,18 +123,17 @@ def read_manifest(folder: Path) -> Manifest:
     """Reads `COMPLETE`.
 
     Raises:
+        FormatError: it is of another version of this software.
         CheckpointError: there is none (the save was cut short), or it is damaged.
     """
     path = folder / COMPLETE_FILE
     if not path.is_file():
         raise CheckpointError(f"{folder.name} has no {COMPLETE_FILE}: its save was cut short")
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if values.pop("format") != FORMAT:
-            raise CheckpointError(f"{folder.name} was written by another version of this software")
-        files = tuple(FileRecord(**record) for record in values.pop("files"))
-        manifest = Manifest(files=files, **values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        manifest = _parse(folder, path.read_text(encoding="utf-8"))
+    except FormatError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder.name}/{COMPLETE_FILE} is damaged: {error}") from error
     for record in manifest.files:
         parts = PurePosixPath(record.path).parts
@@ -130,8 +142,33 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def damage(folder: Path, records: Iterable[FileRecord]) -> list[str]:
-    """Says which files are missing, of the wrong size, or different by their hash; empty where all is well."""
+def _parse(folder: Path, text: str) -> Manifest:
+    values: dict[str, Any] = json.loads(text)
+    digest = values.pop("sha256", None)
+    if digest != (None if values["format"] == 1 else _digest(values)):
+        raise ValueError("it differs from what was saved (sha256)")
+    if (found := values.pop("format")) not in _READABLE_FORMATS:
+        raise FormatError(folder, f"its format is {found}, and {FORMAT} or older is read")
+    files = tuple(FileRecord(str(record.pop("path")), **record) for record in values.pop("files"))
+    manifest = Manifest(files=files, **values)
+    if step_of(folder) not in (None, manifest.step):
+        raise ValueError(f"it is of step {manifest.step}")
+    return manifest
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    """A hash of everything else in a manifest, however it is laid out; the same in all formats from 2 on."""
+    return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def damage(folder: Path, records: Iterable[FileRecord], *, by_size_alone: bool = False) -> list[str]:
+    """Says which files are missing, of the wrong size, or different by their hash; empty where all is well.
+
+    Args:
+        folder: the checkpoint's.
+        records: what should lie there.
+        by_size_alone: does not read the files, which may take minutes.
+    """
     problems = []
     for record in records:
         path = folder / record.path
@@ -140,7 +177,7 @@ def damage(folder: Path, records: Iterable[FileRecord]) -> list[str]:
                 problems.append(f"{folder.name}/{record.path} is missing")
             elif (size := path.stat().st_size) != record.bytes:
                 problems.append(f"{folder.name}/{record.path} has {size:,} bytes instead of {record.bytes:,}")
-            elif hash_file(path) != record.sha256:
+            elif not by_size_alone and hash_file(path) != record.sha256:
                 problems.append(f"{folder.name}/{record.path} differs from what was saved (sha256)")
         except OSError as error:
             problems.append(f"{folder.name}/{record.path} cannot be read: {error}")

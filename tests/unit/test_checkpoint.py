@@ -7,7 +7,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from dreamdance.run_layout import COMPLETE_FILE, checkpoint_folder, step_folders
 from dreamdance.training import manifest as manifests
 from dreamdance.training.checkpoint import read_average
 from dreamdance.training.distributed import process_group, repeatable_arithmetic
-from dreamdance.training.manifest import FileRecord, Manifest
+from dreamdance.training.manifest import FileRecord
 from dreamdance.training.preemption import StopRequest
 from dreamdance.training.rank_state import generator_states, restore_generators
 from dreamdance.training.run import make_watchdog, prepare, train
@@ -35,7 +35,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 MODEL_FILE = "deepspeed/mp_rank_00_model_states.pt"
 OPTIMIZER_FILE = "deepspeed/zero_pp_rank_0_mp_rank_00_optim_states.pt"
-FILES = [MODEL_FILE, OPTIMIZER_FILE, "rank_00000.pt", "state.json"]
+RANK_FILE = "rank_00000.pt"  # the average and the generators
+STATE_FILE = "state.json"  # where the data stands, and the guard
+FILES = [MODEL_FILE, OPTIMIZER_FILE, RANK_FILE, STATE_FILE]
 
 
 def make_recipe(shards: Path, **changes: object) -> Stage1Recipe:
@@ -93,6 +95,10 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+def zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
 def delete(path: Path) -> None:
     path.unlink()
 
@@ -100,7 +106,12 @@ def delete(path: Path) -> None:
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize(
     ("damage", "reason"),
-    [(truncate, "bytes instead of"), (flip_a_bit, "differs from what was saved (sha256)"), (delete, "is missing")],
+    [
+        (truncate, "bytes instead of"),
+        (zero, "differs from what was saved (sha256)"),
+        (flip_a_bit, "differs from what was saved (sha256)"),
+        (delete, "is missing"),
+    ],
 )
 def test_a_damaged_file_is_found_and_named(run, file, damage: Callable[[Path], None], reason):
     folder = checkpoint_folder(run, 4)
@@ -113,25 +124,64 @@ def test_a_damaged_file_is_found_and_named(run, file, damage: Callable[[Path], N
     assert reason in problem
 
 
-@pytest.mark.parametrize("file", [OPTIMIZER_FILE, COMPLETE_FILE])
-def test_resume_skips_a_damaged_checkpoint_says_why_and_takes_the_one_before(run, shards, caplog, file):
-    flip = (checkpoint_folder(run, 4) / file).write_text if file == COMPLETE_FILE else None
-    if flip:
-        flip("{")
-    else:
-        flip_a_bit(checkpoint_folder(run, 4) / file)
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        (MODEL_FILE, truncate),
+        (OPTIMIZER_FILE, flip_a_bit),
+        (RANK_FILE, zero),
+        (STATE_FILE, flip_a_bit),
+        (COMPLETE_FILE, truncate),
+        (COMPLETE_FILE, zero),
+        (COMPLETE_FILE, flip_a_bit),
+    ],
+)
+def test_resume_skips_a_damaged_checkpoint_says_why_and_takes_the_one_before(run, shards, caplog, file, damage):
+    damage(checkpoint_folder(run, 4) / file)
     with caplog.at_level(logging.INFO):
         trainer = resume(run, make_recipe(shards))
     assert trainer.step == trainer.loader.step == 2
-    assert any(text.startswith("skipping checkpoint step_00000004: step_00000004/") for text in caplog.messages)
+    assert any(text.startswith(f"skipping checkpoint step_00000004: step_00000004/{file} ") for text in caplog.messages)
     assert any("from step 2 (epoch 0, sample 4 of 10; verified 4 files" in text for text in caplog.messages)
     record_fault(
-        f"{file.rsplit('/', maxsplit=1)[-1]} of the newest checkpoint damaged",
-        how="cut off after one byte" if flip else "one bit flipped",
+        f"{file.rsplit('/', maxsplit=1)[-1]} of the newest checkpoint damaged ({damage.__name__.replace('_', ' ')})",
+        how="one byte cut off, all bytes zero, or one bit flipped",
         promised="the next start says what it skips and why, and takes the newest that verifies",
         happened="went on from the one before, 2 steps older",
         steps_lost=2,
     )
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_and_not_passed_over(run, shards, monkeypatch):
+    folder = checkpoint_folder(run, 4)
+    with monkeypatch.context() as newer:
+        newer.setattr(manifests, "FORMAT", manifests.FORMAT + 1)
+        manifests.complete(folder, manifests.read_manifest(folder))
+    with pytest.raises(CheckpointError, match=r"step_00000004 was saved by another version .* format is 3, and 2 or"):
+        resume(run, make_recipe(shards))
+    assert folder.is_dir()
+
+
+def test_an_older_checkpoint_is_read_where_it_holds_all_that_is_asked_for_and_else_refused_by_what_it_lacks(
+    run, shards
+):
+    def save_as_format_1(state: dict[str, object]) -> None:
+        (folder / STATE_FILE).write_text(json.dumps(state))
+        files = [asdict(recorded(folder, name)) for name in FILES]
+        values = {"step": 4, "world_size": 1, "recipe_digest": "", "files": files}
+        (folder / COMPLETE_FILE).write_text(json.dumps({"format": 1, **values}))
+
+    folder = checkpoint_folder(run, 4)
+    state = json.loads((folder / STATE_FILE).read_text())
+    save_as_format_1(state)
+    assert resume(run, make_recipe(shards)).step == 4
+    del state["guard"], state["initial_digest"]
+    save_as_format_1(state)
+    with pytest.raises(
+        CheckpointError,
+        match=r"step_00000004 was saved by another version .* state\.json has no guard, initial_digest.* init_from",
+    ):
+        resume(run, make_recipe(shards))
 
 
 @pytest.mark.parametrize("missing", [[OPTIMIZER_FILE], FILES])
@@ -168,23 +218,47 @@ def test_a_folder_without_complete_does_not_count_and_is_cleaned_away(run, shard
 
 
 def test_a_wrong_latest_file_is_not_even_looked_at(run, shards):
+    latest = run / "checkpoints" / "latest"
+    assert not latest.exists(), "we write none"
     for text in ("step_00000002", "../../etc", ""):
-        (run / "checkpoints" / "latest").write_text(text)
+        latest.write_text(text)
+        assert resume(run, make_recipe(shards)).step == 4
+    for target in ("step_00000009", "step_00000002"):
+        latest.unlink()
+        latest.symlink_to(target)
         assert resume(run, make_recipe(shards)).step == 4
     record_fault(
-        "`latest` pointing to an older step, out of the folder, nowhere",
-        how="a file of that name beside the checkpoints",
+        "`latest` missing, empty, dangling, pointing to an older step or out of the folder",
+        how="a file or a link of that name beside the checkpoints",
         promised="the newest checkpoint that verifies is taken",
         happened="step 4 in all cases",
         steps_lost=0,
     )
 
 
+def test_a_run_whose_checkpoints_lost_their_manifests_is_not_started_over(run, shards):
+    for folder in step_folders(run / "checkpoints"):
+        (folder / COMPLETE_FILE).unlink()
+    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints .* or delete that folder to start over"):
+        resume(run, make_recipe(shards))
+    assert len(step_folders(run / "checkpoints")) == 2, "nothing is deleted"
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(run, shards):
     for folder in step_folders(run / "checkpoints"):
         flip_a_bit(folder / MODEL_FILE)
-    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged: step_00000004: .*; step_00000002"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"every checkpoint in .* is damaged: step_00000004: .*; step_00000002.* delete that folder to start over",
+    ):
         resume(run, make_recipe(shards))
+    assert len(step_folders(run / "checkpoints")) == 2, "nothing is deleted"
+    record_fault(
+        "every checkpoint damaged",
+        how="one bit flipped in each",
+        promised="the run is refused with what is wrong and how to start over, never started over silently",
+        happened="CheckpointError naming both, both left alone",
+    )
 
 
 def test_resumed_state_is_bit_for_bit_what_was_saved(run, trained, shards):
@@ -292,35 +366,6 @@ def test_nothing_in_a_checkpoint_is_unpickled_into_code(run, shards, file):
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ, "the user's own loads are left alone"
 
 
-def test_a_manifest_that_points_outside_of_its_folder_is_refused(tmp_path):
-    folder = tmp_path / "step_00000001"
-    folder.mkdir()
-    for path in ("../secret", "/etc/passwd", ""):
-        record = {"path": path, "bytes": 1, "sha256": ""}
-        content = {"format": 1, "step": 1, "world_size": 1, "recipe_digest": "", "files": [record]}
-        (folder / COMPLETE_FILE).write_text(json.dumps(content))
-        with pytest.raises(CheckpointError, match="outside of its folder"):
-            manifests.read_manifest(folder)
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}', '{"format": 2}', "\x00"])
-def test_a_damaged_manifest_is_a_checkpoint_error(tmp_path, text):
-    (tmp_path / COMPLETE_FILE).write_text(text)
-    with pytest.raises(CheckpointError, match=r"damaged|another version"):
-        manifests.read_manifest(tmp_path)
-
-
-def test_complete_appears_last_and_at_once(tmp_path):
-    folder = tmp_path / "step_00000001"
-    folder.mkdir()
-    (folder / "weights").write_bytes(b"abc")
-    record = recorded(folder, "weights")
-    assert record == FileRecord("weights", 3, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
-    manifests.complete(folder, Manifest(1, 1, "digest", (record,)))
-    assert manifests.read_manifest(folder) == Manifest(1, 1, "digest", (record,))
-    assert sorted(path.name for path in folder.iterdir()) == ["COMPLETE", "weights"]
-
-
 def test_the_last_few_and_every_nth_checkpoint_are_kept(shards, tmp_path):
     changes = {"max_steps": 7, "checkpoint.every_steps": 1, "checkpoint.keep_every_steps": 3}
     train(make_recipe(shards, **changes), tmp_path / "run")
@@ -336,6 +381,17 @@ def test_global_generators_continue_where_they_were():
     assert torch.equal(drawn[0], again[0])
     assert np.array_equal(drawn[1], again[1])
     assert drawn[2] == again[2]
+
+
+def test_the_sound_checkpoint_that_a_start_went_on_from_outlives_newer_damaged_ones(run, shards):
+    """The newest, found damaged, is not among the last two; nor is the one before, damaged later, unseen by resume."""
+    flip_a_bit(checkpoint_folder(run, 4) / OPTIMIZER_FILE)
+    changes = {"max_steps": 3, "checkpoint.every_steps": 3}
+    train(make_recipe(shards, **changes), run)
+    kept = [folder.name for folder in step_folders(run / "checkpoints")]
+    assert kept == ["step_00000002", "step_00000003", "step_00000004"]
+    flip_a_bit(checkpoint_folder(run, 3) / OPTIMIZER_FILE)
+    assert resume(run, make_recipe(shards, **changes)).step == 2
 
 
 def test_a_raised_max_steps_goes_on_from_the_last_checkpoint(run, shards):

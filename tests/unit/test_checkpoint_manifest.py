@@ -1,0 +1,74 @@
+"""The COMPLETE file: it appears last and at once, and is believed only as it was written; runs: test_checkpoint."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dreamdance.atomic_files import hash_file
+from dreamdance.errors import CheckpointError
+from dreamdance.run_layout import COMPLETE_FILE
+from dreamdance.training import manifest as manifests
+from dreamdance.training.manifest import FileRecord, Manifest
+
+
+def save(folder: Path) -> Manifest:
+    """A checkpoint of step 1 with one small file."""
+    folder.mkdir()
+    (folder / "weights").write_bytes(b"abc")
+    manifest = Manifest(1, 1, "digest", (FileRecord("weights", 3, hash_file(folder / "weights")),))
+    manifests.complete(folder, manifest)
+    return manifest
+
+
+def test_complete_appears_last_and_at_once(tmp_path):
+    folder = tmp_path / "step_00000001"
+    manifest = save(folder)
+    assert manifest.files[0].sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert manifests.read_manifest(folder) == manifest
+    assert sorted(path.name for path in folder.iterdir()) == ["COMPLETE", "weights"]
+
+
+def test_no_flipped_bit_of_a_manifest_passes_for_another_manifest(tmp_path):
+    folder = tmp_path / "step_00000001"
+    sound = save(folder)
+    content = (folder / COMPLETE_FILE).read_bytes()
+    found = 0
+    for position in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[position // 8] ^= 1 << position % 8
+        (folder / COMPLETE_FILE).write_bytes(flipped)
+        try:
+            assert manifests.read_manifest(folder) == sound, position
+        except manifests.FormatError:
+            pytest.fail(f"bit {position}: taken for another version's")
+        except CheckpointError:
+            found += 1
+    assert found > 7 * len(content), "nearly all; between the values, some give other white space"
+
+
+def test_a_checkpoint_that_lies_under_another_steps_name_is_damaged(tmp_path):
+    save(tmp_path / "step_00000001")
+    renamed = (tmp_path / "step_00000001").rename(tmp_path / "step_00000006")
+    with pytest.raises(CheckpointError, match="step_00000006/COMPLETE is damaged: it is of step 1"):
+        manifests.read_manifest(renamed)
+
+
+def test_a_manifest_that_points_outside_of_its_folder_is_refused(tmp_path):
+    folder = tmp_path / "step_00000001"
+    folder.mkdir()
+    for path in ("../secret", "/etc/passwd", ""):
+        record = {"path": path, "bytes": 1, "sha256": ""}
+        content = {"format": 1, "step": 1, "world_size": 1, "recipe_digest": "", "files": [record]}
+        (folder / COMPLETE_FILE).write_text(json.dumps(content))
+        with pytest.raises(CheckpointError, match="outside of its folder"):
+            manifests.read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"format": 1}', '{"format": 2}', '{"format": 3}', "\x00", "[" * 100_000]
+)
+def test_a_damaged_manifest_is_a_checkpoint_error(tmp_path, text):
+    (tmp_path / COMPLETE_FILE).write_text(text)
+    with pytest.raises(CheckpointError, match="COMPLETE is damaged: "):
+        manifests.read_manifest(tmp_path)
