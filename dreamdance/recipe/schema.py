@@ -236,7 +236,10 @@ class Checkpoint(Section):
 
 
 class Recovery(Section):
-    """When a loss leaps, or too many steps are skipped. A roll-back goes on with the next data, not with the same."""
+    """When a loss leaps, or too many steps are skipped: those within `spike_window_steps` count together.
+
+    A roll-back goes on with the next data, not with the same.
+    """
 
     spike_factor: Annotated[float, Field(gt=1.0)] | None = None
     spike_window_steps: Annotated[int, Field(ge=10)] = 100

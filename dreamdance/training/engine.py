@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ import deepspeed
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils import groups
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from dreamdance.errors import CheckpointError, RecipeError
@@ -201,6 +203,9 @@ class Engine:
             exact = {name: parameter.detach().clone() for name, parameter in self.trainable.items()}
             objective.to(torch.bfloat16)  # DeepSpeed would leave buffers in fp32, from_pretrained does not
         os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists on the variable
+        if groups._WORLD_GROUP is None:  # it would make its own, which waits as long as the backend's default
+            timeout = timedelta(seconds=recipe.cluster.collective_timeout_seconds)
+            groups._WORLD_GROUP = dist.new_group(timeout=timeout)
         self._engine, *_ = deepspeed.initialize(model=_LossFirst(objective), optimizer=adamw, config=config)
         # Beside its files it would leave scripts that unpickle anything; our own reader does not.
         self._engine._copy_recovery_script = lambda folder: None

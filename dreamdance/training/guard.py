@@ -21,7 +21,7 @@ class StepGuard:
     """Counts skipped steps, and knows what a usual loss is; saved in every checkpoint: a resumed run decides alike.
 
     Attributes:
-        nonfinite_steps: skipped because a loss or the gradient was not finite, since the start or the last roll-back.
+        nonfinite_steps: the recent steps that were skipped because a loss or the gradient was not finite.
         spike_steps: the recent steps that were skipped because their loss leapt.
         roll_backs: how often the run has gone back.
     """
@@ -29,7 +29,7 @@ class StepGuard:
     def __init__(self, recipe: TrainingRecipe) -> None:
         """Starts with a clean record; `recipe.recovery` and `recipe.max_nonfinite_steps` say what is tolerated."""
         self.section, self.max_nonfinite_steps = recipe.recovery, recipe.max_nonfinite_steps
-        self.nonfinite_steps = 0
+        self.nonfinite_steps: list[int] = []
         self.spike_steps: list[int] = []
         self.roll_backs = 0
         self._losses: deque[float] = deque(maxlen=self.section.spike_window_steps)
@@ -55,13 +55,17 @@ class StepGuard:
 
     def note_spike(self, step: int) -> Verdict:
         """Takes note of a step that was skipped for its loss, and says what follows."""
-        self.spike_steps = [*(old for old in self.spike_steps if old > step - self.section.spike_window_steps), step]
+        self.spike_steps = [*self._recent(self.spike_steps, step), step]
         return self._verdict(len(self.spike_steps) > self.section.max_spikes)
 
-    def note_nonfinite(self) -> Verdict:
+    def note_nonfinite(self, step: int) -> Verdict:
         """Takes note of a step that was skipped because something was not finite, and says what follows."""
-        self.nonfinite_steps += 1
-        return self._verdict(self.nonfinite_steps > self.max_nonfinite_steps)
+        self.nonfinite_steps = [*self._recent(self.nonfinite_steps, step), step]
+        return self._verdict(len(self.nonfinite_steps) > self.max_nonfinite_steps)
+
+    def _recent(self, steps: list[int], step: int) -> list[int]:
+        """In weeks of training something odd happens now and then; what counts is that it happens often."""
+        return [old for old in steps if old > step - self.section.spike_window_steps]
 
     def _verdict(self, too_many: bool) -> Verdict:
         if not too_many:
@@ -72,7 +76,7 @@ class StepGuard:
         """Takes back the record of a checkpoint that the run has gone back to, with clean counts."""
         roll_backs = self.roll_backs + 1
         self.load_state_dict(state)
-        self.nonfinite_steps, self.spike_steps, self.roll_backs = 0, [], roll_backs
+        self.nonfinite_steps, self.spike_steps, self.roll_backs = [], [], roll_backs
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -85,6 +89,6 @@ class StepGuard:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
-        self.nonfinite_steps, self.roll_backs = state["nonfinite_steps"], state["roll_backs"]
+        self.nonfinite_steps, self.roll_backs = list(state["nonfinite_steps"]), state["roll_backs"]
         self.spike_steps = list(state["spike_steps"])
         self._losses = deque(state["recent_losses"], maxlen=self.section.spike_window_steps)

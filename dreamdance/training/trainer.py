@@ -134,11 +134,11 @@ class Trainer:
             )
             bound = f"recovery.max_spikes={section.max_spikes}"
         else:
-            verdict, count = self.guard.note_nonfinite(), self.guard.nonfinite_steps
+            verdict, count = self.guard.note_nonfinite(self.step), len(self.guard.nonfinite_steps)
             found = [sample for samples in gathered(tally.nonfinite_samples) for sample in samples]
             reason = f"not finite: {'; '.join(found) or 'no loss of any sample, only the gradient'}"
             bound = f"max_nonfinite_steps={self.recipe.max_nonfinite_steps}"
-        text = f"step {self.step}: update skipped on all ranks ({count} so far), {reason}"
+        text = f"step {self.step}: update skipped on all ranks ({count} within {section.spike_window_steps} steps), {reason}"
         self.metrics.message(text, step=self.step, level=logging.WARNING)
         if verdict == "go on":
             return

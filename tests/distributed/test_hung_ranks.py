@@ -80,6 +80,19 @@ def test_a_rank_that_stops_is_noticed_by_all_who_can_and_the_run_goes_on_bit_for
     )
 
 
+def test_a_collective_that_another_rank_does_not_join_ends_within_the_recipes_time_even_unwatched(shards, tmp_path):
+    """In the groups that DeepSpeed makes for itself as well."""
+    run = tmp_path / "run"
+    timeouts = {"cluster.step_timeout_seconds": 0, "cluster.collective_timeout_seconds": 12}
+    recipe = tiny_stage1_recipe("domains", settings(shards, max_steps=MAX_STEPS, **timeouts))
+    strike = Strike(1, signal.SIGSTOP, forward=STRUCK_STEP * MICRO_BATCHES)
+    with StartedRanks(run_recorded, WORLD_SIZE, run / "output", recipe=recipe, run=run, strike=strike) as ranks:
+        ranks.processes[0].join(90)
+        assert ranks.processes[0].exitcode == 1, ranks.output()
+        assert time.time() - struck_at(run, 1) < 60
+    assert "12000ms" in output(run), "the time-out, in gloo's words"
+
+
 def test_a_slow_rank_is_named_with_what_it_is_slow_in_and_ended_by_nobody(shards, tmp_path):
     run = tmp_path / "run"
     changes = {"logging.every_steps": 5, "max_steps": 10, "cluster.step_timeout_seconds": LEAST_SECONDS}

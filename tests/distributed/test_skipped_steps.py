@@ -50,7 +50,7 @@ def test_a_leap_of_the_loss_on_one_rank_is_skipped_on_all_and_named(shards, tmp_
     assert start(recipe, run, spoiled=spoiled(recipe, FIRST_SPOILED)) == [0, 0], output(run)
     (said,) = [text for text in messages(run) if "skipped" in text]
     key = make_loader(recipe, Ranks()).order.batch(FIRST_SPOILED - 1)[-1]
-    assert said.startswith(f"step {FIRST_SPOILED}: update skipped on all ranks (1 so far), loss ")
+    assert said.startswith(f"step {FIRST_SPOILED}: update skipped on all ranks (1 within 100 steps), loss ")
     assert f"most of all sample {key.sample_id} of epoch {key.epoch} (clip dancer_{key.sample_id})" in said
     assert updates(run, 16) == 15, "all but one"
     record_fault(
