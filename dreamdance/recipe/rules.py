@@ -6,6 +6,7 @@ from dreamdance.recipe.schema import (
     AnimateRecipe,
     AnimationSampling,
     AutoencoderSource,
+    Cluster,
     GeometrySampling,
     ImageEncoderSource,
     NetworkSource,
@@ -20,6 +21,32 @@ from dreamdance.recipe.yaml_text import Path, Problem
 AUTOENCODER_DOWNSCALE = 8
 DEFAULT_UNET_LEVELS = 4
 ASPECT_TOLERANCE = 0.03  # sizes are multiples of the autoencoder's factor, so that aspects agree only nearly
+
+_OWN_GPU = "leave it out and set cluster.gpus_per_node: a process finds its GPU among all of its node's"
+# Options of sbatch and srun that would silently contradict the rest of the recipe or the launcher: what to do instead.
+ASKED_ELSEWHERE = {
+    **{name: f"set cluster.{name}" for name in ("nodes", "partition", "account", "qos", "constraint", "reservation")},
+    "ntasks": "set cluster.nodes and cluster.tasks_per_node",
+    "ntasks-per-node": "set cluster.tasks_per_node",
+    "cpus-per-task": "set cluster.cpus_per_task",
+    **dict.fromkeys(("gpus", "gpus-per-node"), "set cluster.gpus_per_node; their kind is for cluster.constraint"),
+    **dict.fromkeys(("gpus-per-task", "ntasks-per-gpu", "gpu-bind", "tres-bind"), _OWN_GPU),
+    "time": "set cluster.time_minutes",
+    "signal": "set cluster.stop_seconds: ranks save when they hear SIGUSR2",
+    "no-requeue": "set cluster.max_requeues to 0",
+    "mail-user": "set cluster.mail_user",
+    "job-name": "set name",
+    "array": "use --sweep",
+    "container-image": "set cluster.container_image",
+    "open-mode": "leave it out: a start adds to the log of the one before",
+    **dict.fromkeys(("output", "error"), "leave it out: a run's logs are in its folder"),
+    "kill-on-bad-exit": "leave it out: a job ends with its first process that fails",
+}
+SHORT_OPTIONS = {
+    "-N": "nodes", "-n": "ntasks", "-c": "cpus-per-task", "-G": "gpus", "-t": "time", "-p": "partition",
+    "-A": "account", "-q": "qos", "-C": "constraint", "-J": "job-name", "-a": "array", "-o": "output",
+    "-e": "error", "-K": "kill-on-bad-exit",
+}  # fmt: skip
 
 
 def problems(recipe: Recipe, known_keys: Collection[str] = ()) -> list[Problem]:
@@ -62,6 +89,23 @@ def _cluster(recipe: Recipe) -> Iterator[Problem]:
     for name in cluster.environment:
         if not name.isidentifier():
             yield _problem(f"cluster.environment.{name}", f"'{name}' cannot be an environment variable's name")
+    yield from _slurm_arguments(cluster)
+
+
+def _slurm_arguments(cluster: Cluster) -> Iterator[Problem]:
+    """What the recipe or the launcher says already must not be said otherwise, word by word, to Slurm."""
+    given = [("sbatch_arguments", name.replace("_", "-"), value) for name, value in cluster.sbatch_arguments.items()]
+    for word in cluster.srun_arguments:
+        name, _, value = word.partition("=")
+        name = name.removeprefix("--") if word.startswith("--") else SHORT_OPTIONS.get(word[:2], word)
+        given.append(("srun_arguments", name, value if word.startswith("--") else word[2:]))
+    for place, name, value in given:
+        advice = ASKED_ELSEWHERE.get(name)
+        if (place, name) == ("sbatch_arguments", "mem") and cluster.memory_gib is not None:
+            advice = "set cluster.memory_gib, or leave that one out"
+        if advice is not None:
+            asked = f"{name} {value}".rstrip()
+            yield _problem(f"cluster.{place}", f"cluster.{place}: '{asked}' is not taken here; {advice}")
 
 
 def _batch(recipe: TrainingRecipe) -> Iterator[Problem]:

@@ -135,6 +135,46 @@ def test_a_broken_relation_is_found_and_names_the_key(tmp_path, text, words, mes
     assert any(message in problem for problem in found), found
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("sbatch_arguments={nodes: '4'}", "'nodes 4' is not taken here; set cluster.nodes"),
+        ("sbatch_arguments={ntasks: '8'}", "set cluster.nodes and cluster.tasks_per_node"),
+        ("sbatch_arguments={ntasks_per_node: '8'}", "'ntasks-per-node 8' is not taken here; set cluster.tasks"),
+        ("sbatch_arguments={cpus-per-task: '8'}", "set cluster.cpus_per_task"),
+        ("sbatch_arguments={gpus-per-node: '8'}", "set cluster.gpus_per_node"),
+        (
+            "sbatch_arguments={gpus-per-task: '1'}",
+            "leave it out and set cluster.gpus_per_node: a process finds its GPU",
+        ),
+        ("sbatch_arguments={gpu-bind: closest}", "leave it out and set cluster.gpus_per_node: a process finds its GPU"),
+        ("sbatch_arguments={time: '60'}", "set cluster.time_minutes"),
+        ("sbatch_arguments={signal: TERM@60}", "set cluster.stop_seconds"),
+        ("sbatch_arguments={no-requeue: ''}", "'no-requeue' is not taken here; set cluster.max_requeues to 0"),
+        ("sbatch_arguments={open-mode: truncate}", "a start adds to the log of the one before"),
+        ("sbatch_arguments={array: 0-3}", "use --sweep"),
+        ("sbatch_arguments={mem: '0'}", "set cluster.memory_gib, or leave that one out"),
+        (
+            "srun_arguments=[--nodes=4]",
+            "cluster.srun_arguments: 'nodes 4' is not taken here; set cluster.nodes",
+        ),
+        ("srun_arguments=[-n4]", "'ntasks 4' is not taken here; set cluster.nodes and cluster.tasks_per_node"),
+        ("srun_arguments=[-c, '8']", "'cpus-per-task' is not taken here; set cluster.cpus_per_task"),
+        ("srun_arguments=[--gpus-per-task=1]", "leave it out and set cluster.gpus_per_node"),
+        ("srun_arguments=[--kill-on-bad-exit=0]", "a job ends with its first process that fails"),
+    ],
+)
+def test_words_for_slurm_that_contradict_the_recipe_are_refused_with_the_key_to_use(tmp_path, words, message):
+    (found,) = problems(tmp_path, STAGE1, "cluster.memory_gib=64", f"cluster.{words}")
+    assert message in found
+
+
+def test_words_for_slurm_that_no_key_stands_for_are_taken(tmp_path):
+    words = ["cluster.sbatch_arguments={mem: '0', exclusive: '', mail-type: END, gres: 'nvme:1', nodelist: a}"]
+    words.append("cluster.srun_arguments=[--cpu-bind=none, -l, --mpi=none]")
+    assert problems(tmp_path, STAGE1, *words) == []
+
+
 def test_a_broken_relation_is_shown_at_the_line_of_its_key(tmp_path):
     (problem,) = problems(tmp_path, STAGE1.replace("width: 32", "width: 33"))
     line = STAGE1.splitlines().index("  width: 32") + 1
