@@ -33,6 +33,10 @@ class LostWorkerError(ShardError):
     """A process that reads or writes shards died or hangs; another start, perhaps elsewhere, may fare better."""
 
 
+class LostDeviceError(UserError):
+    """A GPU that the job asked for is not there; another start, perhaps elsewhere, may fare better."""
+
+
 class CheckpointError(UserError):
     """A checkpoint or an export cannot be used."""
 
@@ -52,7 +56,7 @@ def may_pass(error: BaseException) -> bool:
     """
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, LostWorkerError):
+        if isinstance(seen, LostWorkerError | LostDeviceError):
             return True
         if isinstance(seen, OSError):
             return seen.errno is not None and seen.errno not in USERS_ERRNOS

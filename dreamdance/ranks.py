@@ -1,8 +1,11 @@
 """Which process of how many this is, as the launcher's environment says. Opens no process group, loads no torch."""
 
 import os
+import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from dreamdance.errors import LostDeviceError
 
 if TYPE_CHECKING:
     import torch
@@ -37,3 +40,19 @@ class Ranks:
         import torch  # whoever wants a device has it loaded; the launcher has not
 
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+    def require_gpu(self) -> None:
+        """Refuses to compute on the CPU in silence what was meant for a GPU.
+
+        Raises:
+            LostDeviceError: this rank has none.
+        """
+        import torch
+
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if self.local_rank >= count:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
+            raise LostDeviceError(
+                f"rank {self.rank} on {socket.gethostname()} wants GPU {self.local_rank} and torch finds {count} "
+                f"(CUDA_VISIBLE_DEVICES '{visible}'): look at the node's driver, or use CPUs by cluster.gpus_per_node=0"
+            )

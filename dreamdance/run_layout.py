@@ -15,6 +15,7 @@ PROVENANCE_FILE = "provenance.json"
 COMPLETE_FILE = "COMPLETE"
 FINISHED_FILE = "FINISHED"
 FAILURES_FOLDER = "failures"
+DONE_FOLDER = "done"
 WARNED_FILE = "warned_of_the_time_limit"
 EXPORT_INDEX_FILE = "model_index.json"
 # Of a clip's result, which `animate` writes and `evaluate` reads.
@@ -135,7 +136,7 @@ def note_signal(run: Path, number: signal.Signals) -> None:
     No other signal: SIGTERM is also what `srun` sends to the ranks that are left when one has failed, and a failure
     must count as one.
     """
-    if number == signal.SIGUSR2:
+    if number == signal.SIGUSR2 and run.is_dir():
         failures_folder(run).mkdir(parents=True, exist_ok=True)
         (failures_folder(run) / WARNED_FILE).touch()
 
@@ -149,19 +150,37 @@ def progress_file(run: Path) -> Path:
     return run / "logs" / "progress.jsonl"
 
 
+def note_done(run: Path, rank: int, name: str) -> None:
+    """Notes a piece of work as done that ranks share, when it is on the disk; each rank has a file of its own."""
+    path = run / "logs" / DONE_FOLDER / f"rank_{rank}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as notes:
+        notes.write(f"{name}\n")
+
+
+def read_done(run: Path) -> list[str]:
+    """What all ranks have done, over all starts, by name."""
+    notes = sorted((run / "logs" / DONE_FOLDER).glob("rank_*.txt"))
+    return [name for path in notes for name in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+
+
 def last_progress(run: Path) -> dict[str, Any] | None:
-    """The newest whole line of the progress log."""
+    """The newest whole line of the progress log, with the last loss of all lines: one that tells of a save has none."""
     path = progress_file(run)
     if not path.is_file():
         return None
     with path.open("rb") as log:
         log.seek(max(0, path.stat().st_size - _LAST_BYTES))
         lines = log.read().split(b"\n")
+    newest: dict[str, Any] | None = None
     for raw in reversed(lines):
         try:
             line = json.loads(raw)
         except ValueError:
             continue
-        if isinstance(line, dict):
-            return line
-    return None
+        if not isinstance(line, dict):
+            continue
+        newest = newest or line
+        if "loss" in line:
+            return {"loss": line["loss"], **newest}
+    return newest

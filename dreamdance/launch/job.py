@@ -25,6 +25,7 @@ from dreamdance.forced_exit import end_now
 from dreamdance.launch.fence import Fence
 from dreamdance.launch.finished import mark_finished
 from dreamdance.launch.run_folder import record_job, stored_recipe
+from dreamdance.ranks import Ranks
 from dreamdance.recipe import Recipe
 from dreamdance.run_layout import failures_folder, note_signal
 from dreamdance.signal_listener import SignalListener
@@ -66,6 +67,8 @@ class Job:
                 if rank == 0:
                     watching.enter_context(Fence(self.run_folder))
                 entry = pkgutil.resolve_name(ENTRIES[recipe.task])
+                if recipe.cluster.gpus_per_node > 0:
+                    Ranks.from_environment().require_gpu()
                 entry(recipe, self.run_folder)
         except UserError as error:
             logger.error("%s", error)

@@ -138,7 +138,8 @@ class Trainer:
             found = [sample for samples in gathered(tally.nonfinite_samples) for sample in samples]
             reason = f"not finite: {'; '.join(found) or 'no loss of any sample, only the gradient'}"
             bound = f"max_nonfinite_steps={self.recipe.max_nonfinite_steps}"
-        text = f"step {self.step}: update skipped on all ranks ({count} within {section.spike_window_steps} steps), {reason}"
+        count_in = f"{count} within {section.spike_window_steps} steps"
+        text = f"step {self.step}: update skipped on all ranks ({count_in}), {reason}"
         self.metrics.message(text, step=self.step, level=logging.WARNING)
         if verdict == "go on":
             return

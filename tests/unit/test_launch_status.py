@@ -225,3 +225,39 @@ def test_details_say_where_a_run_is_how_often_it_began_anew_and_what_it_could_go
     assert "restarts     1 (it failed (exit code 137))" in lines
     (checkpoint,) = [line for line in lines if line.startswith("checkpoint ")]
     assert checkpoint.startswith("checkpoint   step_00000010, complete since "), "the newer one is not complete"
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_clock_that_is_an_hour_off_gives_no_nonsense(runs: Path, hours: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever wrote the run's files had another clock than the one who asks."""
+    run = make_run(runs, "stage2")
+    off = time.time() + 3600 * hours
+    with monkeypatch.context() as clock:
+        clock.setattr("time.time", lambda: off)
+        submit(run)
+        progress = ProgressLog(run)
+        progress.write(done=1, total=9, unit="steps", loss=0.5)
+        progress.write(done=2, total=9, unit="steps", loss=0.25)
+        record_failure(run, JOB_ID, 1, "lost its peer", user_error=False)
+        assert decide(run, 1).again
+        record_failure(run, JOB_ID, 1, "lost its peer again", user_error=False)
+        end(run, exit_code=1, first_failed_rank=1, rank_exit_codes=[-15, 1])
+    complete = checkpoint_folder(run, 2) / "COMPLETE"
+    complete.parent.mkdir(parents=True)
+    complete.touch()
+    os.utime(complete, (off, off))
+    text = details(run)
+    assert "complete since 0s" in text if hours > 0 else "complete since 1h 00m" in text
+    assert "step 2/9  loss 0.2500  eta 0s" in text
+    assert "lost its peer again" in text
+    assert "demo_stage2" in states(runs)
+    assert decide(run, 1).again, "it got further, whenever that was"
+
+
+def test_the_last_loss_is_shown_whatever_was_told_after_it(runs):
+    run = make_run(runs, "stage2")
+    progress = ProgressLog(run)
+    progress.write(done=3, total=9, unit="steps", loss=0.25)
+    progress.write(done=4, total=9, unit="steps", message="saved step_00000004 in 0.1 s")
+    assert "step 4/9  loss 0.2500" in table(runs)
+    assert "step 4/9  loss 0.2500" in details(run)

@@ -1,0 +1,24 @@
+"""Which process this is, and that a GPU which is not there is not replaced by the CPU in silence."""
+
+import pytest
+import torch
+
+from dreamdance.errors import LostDeviceError, may_pass
+from dreamdance.ranks import Ranks
+
+
+def test_a_process_without_a_launcher_is_alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert Ranks.from_environment() == Ranks(0, 1, 0, 1)
+    assert Ranks().is_main
+
+
+def test_a_rank_without_the_gpu_that_it_wants_says_where_and_what_it_sees(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    local_rank = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    with pytest.raises(LostDeviceError, match=r"CUDA_VISIBLE_DEVICES '0,1'.*cluster\.gpus_per_node=0") as told:
+        Ranks(rank=9, world_size=16, local_rank=local_rank, local_world_size=8).require_gpu()
+    assert "rank 9 on " in str(told.value)
+    assert f"wants GPU {local_rank} and torch finds {local_rank}" in str(told.value)
+    assert may_pass(told.value), "another node may have it"
