@@ -9,6 +9,8 @@ from filelock import FileLock, Timeout
 from dreamdance.errors import UserError
 
 CLAIM_FILE = ".claimed"
+WAIT_SECONDS = 10.0
+"""A start that another one has replaced ends within seconds (`launch.fence`); until then it holds its claims."""
 
 
 class OutputError(UserError):
@@ -18,6 +20,8 @@ class OutputError(UserError):
 @contextmanager
 def claim_folder(folder: Path, *, key: str) -> Iterator[None]:
     """Makes a folder and holds it until the block is left; a claim dies with the process that holds it.
+
+    Another process's claim is waited for, but not for long.
 
     Args:
         folder: where results go.
@@ -29,7 +33,7 @@ def claim_folder(folder: Path, *, key: str) -> Iterator[None]:
     lock = FileLock(folder / CLAIM_FILE)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=WAIT_SECONDS)
     except Timeout as error:
         raise OutputError(
             f"another run is writing into {folder} at this moment; wait for it, cancel it, or give another `{key}`"

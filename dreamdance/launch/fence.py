@@ -13,20 +13,22 @@ import uuid
 from pathlib import Path
 
 from dreamdance.atomic_files import write_atomically
-from dreamdance.forced_exit import end_now
+from dreamdance.forced_exit import TRY_AGAIN_EXIT_CODE, end_now
 
 logger = logging.getLogger(__name__)
 
 # Of all ranks' codes `srun` reports the highest; a rank that is killed along with this one has up to 128 + 64.
 REPLACED_EXIT_CODE = 200
 LOOK_EVERY_SECONDS = 2.0
+GONE_LOOKS = 3
+"""A run folder that is not there for so many looks was removed, or its storage was: nothing can be saved any more."""
 
 
 class Fence:
     """Claims a run folder for this start, and ends the process when another one claims it; a context manager."""
 
     def __init__(self, run_folder: Path) -> None:
-        self._file = run_folder / "logs" / "owner.txt"
+        self._run_folder, self._file = run_folder, run_folder / "logs" / "owner.txt"
         self._own = f"{socket.gethostname()} process {os.getpid()} since {time.time():.3f} {uuid.uuid4().hex}\n"
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="fence", daemon=True)
@@ -41,11 +43,26 @@ class Fence:
         self._thread.join()
 
     def _watch(self) -> None:
+        looks_left = GONE_LOOKS
         while not self._over.wait(LOOK_EVERY_SECONDS):
             try:
                 owner = self._file.read_text(encoding="utf-8")
-            except OSError:
-                continue  # a file system that stumbles says nothing about who owns the run
+            except OSError:  # a file system that stumbles says nothing about who owns the run
+                looks_left = looks_left - 1 if _is_gone(self._run_folder) else GONE_LOOKS
+                if not looks_left:
+                    text = "the run folder %s is gone (removed, or its storage is away): ending here"
+                    end_now(logger, text, self._run_folder, exit_code=TRY_AGAIN_EXIT_CODE)
+                continue
+            looks_left = GONE_LOOKS
             if owner != self._own:
                 text = "this run goes on elsewhere (%s): ending here, without saving"
                 end_now(logger, text, owner.strip(), exit_code=REPLACED_EXIT_CODE)
+
+
+def _is_gone(folder: Path) -> bool:
+    """Whether the file system says that there is no such folder, and not that it cannot tell."""
+    try:
+        folder.stat()
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
+    return False

@@ -102,10 +102,12 @@ def read_failures(run_folder: Path) -> list[dict[str, Any]]:
     for path in failures_folder(run_folder).glob("*.json"):
         try:
             failure = json.loads(path.read_text(encoding="utf-8"))
-            found.append({key: failure[key] for key in ("time", "rank", "user_error", "text")})
+            # By the file system's clock first: two machines' own may be hours apart.
+            order = path.stat().st_mtime_ns, float(failure["time"])
+            found.append((order, {key: failure[key] for key in ("time", "rank", "user_error", "text")}))
         except (OSError, ValueError, TypeError, KeyError) as error:
             logger.warning("%s cannot be read and is passed over (%s)", path, error)
-    return sorted(found, key=lambda failure: float(failure["time"]))
+    return [failure for _, failure in sorted(found, key=lambda entry: entry[0])]
 
 
 def _note(run_folder: Path, requeue: Requeue) -> None:

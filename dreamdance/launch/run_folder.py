@@ -85,10 +85,10 @@ def lay(recipe: Recipe, run_folder: Path, argv: Sequence[str]) -> None:
     stored = run_folder / RECIPE_FILE
     if stored.is_file():
         refuse_different(recipe, run_folder)
-    for name in FOLDERS:
-        (run_folder / name).mkdir(parents=True, exist_ok=True)
-        if not os.access(run_folder / name, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, "nothing can be written there", str(run_folder / name))
+    for folder in (run_folder, *(run_folder / name for name in FOLDERS)):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "nothing can be written there", str(folder))
     provenance = run_folder / PROVENANCE_FILE
     starts = json.loads(provenance.read_text(encoding="utf-8"))["starts"] if provenance.is_file() else []
     known = starts[-1]["base_weights"] if starts else {}

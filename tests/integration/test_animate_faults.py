@@ -151,7 +151,8 @@ def test_a_full_disk_ends_the_batch_at_once_and_the_same_command_goes_on(recipe,
     )
 
 
-def test_another_run_that_writes_there_and_a_place_that_takes_nothing_are_refused(recipe, tmp_path):
+def test_another_run_that_writes_there_and_a_place_that_takes_nothing_are_refused(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("dreamdance.folder_claim.WAIT_SECONDS", 0.1)
     with (
         claim_folder(Path(recipe.output), key="output"),
         pytest.raises(OutputError, match="another run is writing into"),

@@ -1,13 +1,18 @@
 """The command as a user runs it: real processes, from another folder, killed and interrupted."""
 
+import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from fault_log import record_fault
 
 from dreamdance.launch.submission import last_job
 from dreamdance.run_layout import complete_steps, progress_file
@@ -76,6 +81,14 @@ def processes_of(run_folder):
     return sorted(found)
 
 
+def processes_state(pid):
+    """As the kernel writes it: T is stopped, Z is a process that has ended; None where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return None
+
+
 def ranks_of(run_folder):
     return [pid for pid, words in processes_of(run_folder) if "dreamdance.launch.rank" in words]
 
@@ -129,8 +142,9 @@ def test_a_killed_rank_ends_the_others_within_seconds_and_the_same_command_goes_
     run_folder = start_training(folder, "killed")  # its launcher has ended: the job outlived it
     assert len(ranks_of(run_folder)) == 2
     again = launch(folder, DEMO / "stage1_domains.yaml", "name=killed", *ENDLESS, "--cluster", "local")
-    assert again.returncode == 0
-    assert "already running" in again.stdout
+    assert again.returncode == 4
+    job = last_job(run_folder)
+    assert f"killed: not submitted again, local job {job.job_id} is already running" in again.stdout
     os.kill(ranks_of(run_folder)[1], signal.SIGKILL)
     wait_until(lambda: processes_of(run_folder) == [], 15, "the other rank's end")
     shown = launch(folder, "status", "killed").stdout
@@ -179,6 +193,110 @@ def test_a_killed_controller_takes_its_ranks_along_and_cancel_ends_a_job(folder)
     assert launch(folder, "cancel", "cancelled").returncode == 0
     assert processes_of(run_folder) == []
     assert "cancelled (local job" in launch(folder, "status").stdout
+
+
+def test_a_run_whose_folder_is_removed_ends_with_a_word_about_it_and_does_not_come_back(folder):
+    run_folder = start_training(folder, "removed")
+    command = [*LAUNCHER, str(DEMO / "stage1_domains.yaml"), "name=removed", *ENDLESS, "--cluster", "local", "--follow"]
+    follower = subprocess.Popen(
+        command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert follower.stdout is not None
+    assert "not submitted again" in follower.stdout.readline()
+    before = steps_shown(run_folder)
+    wait_until(lambda: steps_shown(run_folder) > before + 1, 60, "steps while it is followed")
+    removed = time.monotonic()
+    while run_folder.exists():  # a checkpoint may be written at this very moment
+        shutil.rmtree(run_folder, ignore_errors=True)
+    wait_until(lambda: processes_of(run_folder) == [], 30, "the end of the job")
+    detected = time.monotonic() - removed
+    _, errors = follower.communicate(timeout=30)
+    assert follower.returncode == 1
+    assert f"{run_folder} is gone: it was removed while the job ran" in errors
+    assert "Traceback" not in errors
+    assert not run_folder.exists(), sorted(run_folder.rglob("*"))
+    record_fault(
+        "run folder removed while the job runs",
+        how="rm -rf of the folder of a training on two ranks, which is followed",
+        promised="the job ends within seconds, not with 0; the folder is named; nothing of it comes back",
+        happened=errors.strip().replace(str(folder), ""),
+        detected_seconds=detected,
+    )
+
+
+MANY = ["dancers.num_train_clips=500", "cluster.tasks_per_node=2", "--cluster", "local"]
+
+
+def test_a_run_of_a_machine_that_is_gone_is_taken_over_and_only_one_start_goes_on(folder):
+    """The machine is not gone, only out of sight: the worst case, since what runs there still writes."""
+    run_folder = folder / "runs" / "distant"
+    words = [DEMO / "prepare.yaml", "name=distant", "output=data/distant", *MANY]
+    assert launch(folder, *words).returncode == 0
+    wait_until(progress_file(run_folder).is_file, 60, "the first start's progress")
+    lost = last_job(run_folder)
+    old = processes_of(run_folder)
+    record = run_folder / "logs" / "job.json"
+    record.write_text(json.dumps(asdict(lost) | {"host": "gone-host"}))
+    again = launch(folder, *words)
+    assert again.returncode == 4
+    assert f"not submitted again, local job {lost.job_id} is already running" in again.stdout
+    assert "running (local job" in launch(folder, "status", "distant").stdout
+    refused = launch(folder, "cancel", "distant")
+    assert refused.returncode == 2
+    assert "on gone-host cannot be cancelled from here" in refused.stderr
+
+    os.kill(lost.pid, signal.SIGSTOP)  # its heart beats no more, and its ranks go on
+    past = time.time() - 61
+    wait_until(lambda: processes_state(lost.pid) == "T", 10, "the stop")
+    for path in (record, run_folder / "logs" / "heartbeat"):
+        os.utime(path, (past, past))
+    assert "nothing was heard of it for 1m 0" in launch(folder, "status", "distant").stdout
+    assert "nothing to cancel" in launch(folder, "cancel", "distant").stdout
+    struck = time.monotonic()
+    taken = launch(folder, *words)
+    assert taken.returncode == 0, taken.stdout + taken.stderr
+    # Of the old start, the rank that has the run ends by itself, and its controller, seen again, ends the other.
+    ranks = [pid for pid, line in old if "dreamdance.launch.rank" in line]
+    wait_until(lambda: any(processes_state(pid) in (None, "Z") for pid in ranks), 60, "the old main rank's end")
+    detected = time.monotonic() - struck
+    os.kill(lost.pid, signal.SIGCONT)
+    wait_until(lambda: all(processes_state(pid) in (None, "Z") for pid, _ in old), 30, "the old start's end")
+    new = last_job(run_folder)
+    assert new.host == socket.gethostname()
+    assert "already running" in launch(folder, *words).stdout, "the old one's end is not the new one's"
+    assert not (run_folder / "logs" / f"{lost.job_id}_status.json").exists()
+    assert launch(folder, "cancel", "distant").returncode == 0
+    assert processes_of(run_folder) == []
+    record_fault(
+        "machine of a local job gone, or only out of sight",
+        how="another host's name in the job's record, its controller stopped, its heartbeat 61 s old; its ranks live",
+        promised="the run can be started again after 60 s of silence; the older start ends itself",
+        happened="taken over; the older start ended by itself and left no word in the newer one's folder",
+        detected_seconds=detected,
+    )
+
+
+def test_launchers_of_one_run_at_once_start_one_job_and_the_others_are_told_its_id(folder):
+    words = [*LAUNCHER, str(DEMO / "prepare.yaml"), "name=twice", "output=data/twice", *MANY]
+    started = [
+        subprocess.Popen(
+            words, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
+    told = [process.communicate(timeout=120) for process in started]
+    job_id = last_job(folder / "runs" / "twice").job_id
+    assert sorted(process.returncode for process in started) == [0, 4, 4], told
+    for process, (output, _) in zip(started, told, strict=True):
+        refusal = f"twice: not submitted again, local job {job_id} is already running"
+        assert (f"twice: local job {job_id}, 2 processes" if process.returncode == 0 else refusal) in output
+    assert launch(folder, "cancel", "twice").returncode == 0
+    record_fault(
+        "two runs of one name, on one machine",
+        how="three launchers of one run at once, on this machine",
+        promised="one job; the others are refused with its id",
+        happened="one job; the others ended with code 4 and its id",
+    )
 
 
 def test_the_launcher_loads_no_torch_and_keeps_its_own_folder_off_the_path(folder):

@@ -1,8 +1,10 @@
 """Of two starts of one run, the later has it."""
 
+import shutil
 import subprocess
 import sys
 
+from dreamdance.forced_exit import TRY_AGAIN_EXIT_CODE
 from dreamdance.launch.fence import REPLACED_EXIT_CODE, Fence
 
 PROGRAM = """
@@ -36,3 +38,17 @@ def test_a_start_that_is_alone_goes_on_though_its_file_cannot_be_read(tmp_path, 
         (tmp_path / "logs" / "owner.txt").unlink()
         fence._thread.join(0.1)
         assert fence._thread.is_alive()
+
+
+def test_a_start_whose_run_folder_was_removed_ends_naming_it_and_does_not_bring_it_back(tmp_path):
+    run_folder = tmp_path / "run"
+    (run_folder / "logs").mkdir(parents=True)
+    words = [sys.executable, "-P", "-c", PROGRAM, str(run_folder)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as start:
+        assert start.stdout is not None
+        assert start.stdout.readline() == "mine\n"
+        shutil.rmtree(run_folder)
+        _, errors = start.communicate(timeout=20)
+    assert start.returncode == TRY_AGAIN_EXIT_CODE
+    assert f"the run folder {run_folder} is gone" in errors
+    assert not run_folder.exists()

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -26,7 +27,8 @@ def test_a_folder_is_made_and_nothing_stays_in_it(tmp_path):
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
-def test_a_second_run_is_refused_until_the_first_is_gone_even_killed(tmp_path):
+def test_a_second_run_is_refused_until_the_first_is_gone_even_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr("dreamdance.folder_claim.WAIT_SECONDS", 0.2)
     folder = tmp_path / "results"
     with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
@@ -47,6 +49,17 @@ def test_a_second_run_is_refused_until_the_first_is_gone_even_killed(tmp_path):
         happened=str(told.value),
         detected_seconds=detected,
     )
+
+
+def test_the_claim_of_a_start_that_is_just_ending_is_waited_for(tmp_path):
+    """A rank that another start has replaced needs some seconds to notice."""
+    folder = tmp_path / "results"
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        ending = threading.Timer(0.3, holder.kill)
+        ending.start()
+        with claim_folder(folder, key="output"):
+            assert holder.wait() == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("place", ["/proc/results", "file/results"])

@@ -1,12 +1,19 @@
 """The command: words to the recipe, dashes to the launcher, and an exit code for each outcome."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from fault_log import record_fault
 
 from dreamdance.launch.command import main
+from dreamdance.launch.run_folder import lay
+from dreamdance.launch.submission import submit
+from dreamdance.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 PREPARE, STAGE1 = "recipes/demo/prepare.yaml", "recipes/demo/stage1_domains.yaml"
@@ -168,3 +175,55 @@ def test_a_debug_run_that_fails_for_the_users_reason_ends_with_1(command, tmp_pa
     assert code == 1
     (failure,) = (tmp_path / "runs" / "prepare" / "logs" / "failures").iterdir()
     assert "videos.split_by" in json.loads(failure.read_text())["text"]
+
+
+@pytest.mark.parametrize("cluster", ["local", "debug"])
+def test_a_run_that_has_a_job_is_refused_with_its_id_and_a_code_of_its_own(command, tmp_path, cluster):
+    recipe, run_folder = load_recipe(PREPARE), tmp_path / "runs" / "demo_prepare"
+    lay(recipe, run_folder, [])
+    submit([recipe], [run_folder], "debug")  # this very process, which lives
+    code, output, _ = command(PREPARE, "--cluster", cluster)
+    assert code == 4
+    assert "demo_prepare: not submitted again, debug job debug is already running" in output
+    code, _, errors = command(PREPARE, "--cluster", cluster, "seed=1")
+    assert code == 3, "of another recipe, that is what matters"
+    assert "seed: 0 -> 1" in errors
+
+
+WITHOUT_RIGHTS = """
+import ctypes, sys
+# Of root, whom permissions would not stop: `capset` with nothing effective and nothing permitted.
+header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+assert ctypes.CDLL(None).capset(header, (ctypes.c_uint32 * 6)()) == 0
+from dreamdance.launch.command import main
+sys.exit(main(sys.argv[1:], lambda recipe, gpu_memory_gib: ""))
+"""
+
+
+@pytest.mark.parametrize("place", [".", "demo_prepare", "demo_prepare/checkpoints", "demo_prepare/logs"])
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_submitted(place, tmp_path):
+    run_folder = tmp_path / "runs" / "demo_prepare"
+    if place == ".":
+        (tmp_path / "runs").mkdir()
+    else:
+        lay(load_recipe(PREPARE), run_folder, [])
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    closed = tmp_path / "runs" / place
+    closed.chmod(0o555)
+    words = [sys.executable, "-c", WITHOUT_RIGHTS, PREPARE, "--cluster", "local", "--follow"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, env=os.environ)
+    finally:
+        closed.chmod(0o755)
+    assert done.returncode == 2, done.stderr
+    assert "the run cannot be started: [Errno 13]" in done.stderr
+    assert str(closed) in done.stderr
+    assert "give another --runs" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.name != ".launch_lock") == before
+    record_fault(
+        f"read-only folder before a start ({place.partition('/')[2] or 'the run itself' if place != '.' else 'runs'})",
+        how="mode 0555, and root without its rights",
+        promised="refused by name, nothing is submitted",
+        happened=done.stderr.strip().replace(str(tmp_path), ""),
+    )

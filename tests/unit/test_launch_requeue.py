@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from dreamdance.run_layout import (
     checkpoint_folder,
     export_folder,
     failures_folder,
+    note_done,
     note_signal,
     was_warned,
 )
@@ -105,6 +107,17 @@ def test_what_the_user_must_change_ends_it_and_what_follows_from_a_lost_rank_doe
     assert verdict.reason == "rank 1 says what to change"
 
 
+def test_the_first_to_fail_is_told_by_the_file_systems_clock_and_not_by_the_ranks_own(run, monkeypatch):
+    for rank, hours_ahead in enumerate((1, 0, -1)):
+        now = time.time() + 3600 * hours_ahead
+        with monkeypatch.context() as clock:
+            clock.setattr("time.time", lambda now=now: now)
+            record_failure(run, "7", rank, "lost its peer" if rank else "out of memory", user_error=False)
+        time.sleep(0.02)  # longer than the file system's clock ticks
+    assert [failure["rank"] for failure in read_failures(run)] == [0, 1, 2]
+    assert decide(run, 1).again
+
+
 @pytest.mark.parametrize("torn", ["", '{"time": 1.0, "ra', "[]", '{"time": 1.0}'])
 def test_what_a_killed_rank_or_decision_left_half_written_is_passed_over(run, caplog, torn):
     record_failure(run, "7", 0, "Connection closed by peer", user_error=False)
@@ -147,12 +160,14 @@ def test_of_a_start_that_was_replaced_srun_and_the_controller_report_just_that()
     assert worst_code([REPLACED_EXIT_CODE, 1, 0, None, *killed_along]) == REPLACED_EXIT_CODE, "the highest is reported"
 
 
-def test_shares_of_work_get_further_by_what_is_done(tmp_path):
+def test_shares_of_work_get_further_by_what_any_rank_has_done_and_not_by_what_is_told(tmp_path):
     run = make_run(tmp_path, "prepare")
     log = ProgressLog(run)
-    for done in (1, 2):
-        log.write(done=done, total=9, unit="parts")
+    for rank in (0, 1, 0):
+        note_done(run, rank, "a part")
+        log.write(done=0, total=9, unit="parts")
         assert decide(run, 1).again
+    log.write(done=5, total=9, unit="parts")
     assert not decide(run, 1).again
 
 

@@ -110,7 +110,8 @@ def test_notes_that_a_crash_of_the_machine_left_damaged_are_named_with_what_to_d
     assert not (folder / "index.json").exists()
 
 
-def test_an_output_that_another_run_prepares_is_refused(tmp_path):
+def test_an_output_that_another_run_prepares_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("dreamdance.folder_claim.WAIT_SECONDS", 0.1)
     values = {
         "task": "prepare",
         "name": "tiny_prepare",
