@@ -4,6 +4,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dreamdance.durations import duration
 from dreamdance.errors import UserError
@@ -38,10 +39,15 @@ def find_run(name: str, runs: Path) -> Path:
 
 
 def table(runs: Path) -> str:
-    """One line for each run: name, task, state, progress."""
+    """One line for each run: name, task, state, progress, the newest checkpoint, and how often its job began anew."""
     rows = [("run", "task", "state", "progress")]
     for folder in _run_folders(runs):
-        rows.append((folder.name, *_row(folder, _look_at(folder))))
+        task, state, progress = _row(folder, _look_at(folder))
+        if steps := complete_steps(folder):
+            progress += f"  checkpoint {steps[-1]}"
+        if (restarts := len(_starts_of_job(folder)) - 1) > 0:
+            progress += f"  restarts {restarts}"
+        rows.append((folder.name, task, state, progress))
     if len(rows) == 1:
         return f"no runs in {runs}"
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -92,14 +98,20 @@ def _look_at(run_folder: Path) -> _Look:
 
 def _places(run_folder: Path) -> list[str]:
     """Where the run's last job runs or ran, how often it began anew, and why."""
-    provenance = run_folder / PROVENANCE_FILE
-    starts = json.loads(provenance.read_text(encoding="utf-8"))["starts"] if provenance.is_file() else []
-    begun = starts[-1].get("jobs", []) if starts else []
+    begun = _starts_of_job(run_folder)
     if not begun:
         return []
     why = [requeue.reason for requeue in read_requeues(run_folder)]
     restarts = f"  restarts     {len(begun) - 1}"
     return [f"  nodes        {', '.join(begun[-1]['hosts'])}", f"{restarts} ({why[-1]})" if why else restarts]
+
+
+def _starts_of_job(run_folder: Path) -> list[dict[str, Any]]:
+    """What is recorded each time that the ranks of the run's last job begin."""
+    provenance = run_folder / PROVENANCE_FILE
+    starts = json.loads(provenance.read_text(encoding="utf-8"))["starts"] if provenance.is_file() else []
+    found: list[dict[str, Any]] = starts[-1].get("jobs", []) if starts else []
+    return found
 
 
 def _row(run_folder: Path, look: _Look) -> tuple[str, str, str]:

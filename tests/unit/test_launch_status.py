@@ -225,6 +225,7 @@ def test_details_say_where_a_run_is_how_often_it_began_anew_and_what_it_could_go
     assert "restarts     1 (it failed (exit code 137))" in lines
     (checkpoint,) = [line for line in lines if line.startswith("checkpoint ")]
     assert checkpoint.startswith("checkpoint   step_00000010, complete since "), "the newer one is not complete"
+    assert states(runs)[run.name].endswith("checkpoint 10 restarts 1")
 
 
 @pytest.mark.parametrize("hours", [-1, 1])
