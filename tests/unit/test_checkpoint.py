@@ -320,8 +320,10 @@ def test_a_base_models_file_that_changed_between_runs_is_refused_where_it_is_fro
     )
 
 
-def test_a_gradient_that_is_not_finite_under_a_finite_loss_skips_the_update(run, shards):
-    ranks, recipe = Ranks(), make_recipe(shards, max_steps=6)
+@pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 2), ("bf16", 2), ("bf16", 1), ("fp32", 0)])
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_skips_the_update(precision, zero_stage, shards, tmp_path):
+    changes = {"precision": precision, "sharding.zero_stage": zero_stage}
+    ranks, recipe, run = Ranks(), make_recipe(shards, max_steps=6, **changes), tmp_path / "run"
     with StopRequest() as stop, process_group(ranks, timeout_seconds=60), repeatable_arithmetic(enabled=True):
         trainer = prepare(recipe, run, ranks, stop, make_watchdog(recipe), deterministic=True)
         parameter = next(iter(trainer.engine.trainable.values()))
@@ -338,7 +340,7 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_skips_the_update(run,
         trainer.metrics.close()
     record_fault(
         "non-finite gradient",
-        how="one parameter's gradient times infinity, the loss finite",
+        how=f"one parameter's gradient times infinity, the loss finite; {precision}, ZeRO {zero_stage}",
         promised="the update is skipped, no weight changes, the next step is as usual",
         happened="so it was",
         steps_lost=1,
