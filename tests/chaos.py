@@ -93,7 +93,7 @@ class Struck:
     def has_stepped_since(self, moment: float) -> bool:
         """Whether the newest line that it told is of a step, after a moment (seconds since 1970)."""
         line = last_progress(self.run)
-        return line is not None and "loss" in line and line["time"] > moment
+        return line is not None and "message" not in line and line["time"] > moment
 
     def send(self, number: signal.Signals, pids: Sequence[int]) -> None:
         """Strikes."""
