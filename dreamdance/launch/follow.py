@@ -81,8 +81,9 @@ def progress_line(line: dict[str, Any]) -> str:
 def explain_failure(job: SubmittedJob, run_folder: Path, status: JobStatus) -> str:
     """Why a job failed: the failing rank's error, or the end of its log, and where to read more."""
     failures = read_failures(run_folder)
-    own = [failure for failure in failures if failure["rank"] == status.failed_rank]
-    first = own[0] if own else failures[0] if failures and status.failed_rank is None else None
+    spoke = any(failure["rank"] == status.failed_rank for failure in failures)
+    # Of ranks that ended at nearly the same moment, their errors' times say which began it.
+    first = failures[0] if spoke or (failures and status.failed_rank is None) else None
     rank = first["rank"] if first else status.failed_rank or 0
     log = job.log_file(run_folder, rank)
     text = first["text"].rstrip() if first else _tail(log)

@@ -96,6 +96,15 @@ def test_the_rank_that_failed_first_is_shown_not_those_that_it_took_along(run_fo
     assert "Connection closed" not in text
 
 
+def test_of_ranks_that_ended_together_the_one_whose_error_came_first_is_shown(run_folder):
+    record_failure(run_folder, JOB.job_id, 1, "RuntimeError: out of memory", user_error=False)
+    record_failure(run_folder, JOB.job_id, 0, "Connection closed by peer", user_error=False)
+    text = explain_failure(JOB, run_folder, JobStatus("failed", "rank 0 ended with exit code 1", 0))
+    assert "RuntimeError: out of memory" in text
+    assert "Connection closed" not in text
+    assert "log of rank 1" in text
+
+
 def test_a_long_traceback_is_cut_to_its_end(run_folder):
     record_failure(run_folder, JOB.job_id, 0, "\n".join(f"line {i}" for i in range(99)), user_error=False)
     text = explain_failure(JOB, run_folder, JobStatus("failed", "rank 0 ended with exit code 1", 0))
