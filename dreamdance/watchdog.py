@@ -90,8 +90,8 @@ class Watchdog:
     def _end(self) -> None:
         end_now(
             logger,
-            "%s (%s) has taken over %.0f s: this process, or one it waits for, hangs. Ending, to go on from the newest "
-            "checkpoint; see cluster.step_timeout_seconds. Every thread's stack follows",
+            "%s (%s) has taken over %.0f s: this process, or one it waits for, hangs. Ending, to go on from what "
+            "is saved; see cluster.step_timeout_seconds. Every thread's stack follows",
             self._activity,
             self._where,
             self._limit,

@@ -7,7 +7,7 @@ with a reference picture and its poses in `output/examples/<clip>`.
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from dreamdance.crew import Crew
 from dreamdance.data.clips import StoredClips
 from dreamdance.data.dancers import HELD_OUT_SEEDS, TRAINING_SEEDS, render_clip
 from dreamdance.data.keypoints import KeypointSequence, write_keypoint_file
@@ -42,10 +43,11 @@ def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
 
     Args:
         recipe: names dancers or videos, and the output folder.
-        run_folder: for the progress log.
+        run_folder: for the progress log, and the note of what is done.
 
     Raises:
         UserError: no or unusable videos, or an output folder of other settings.
+        LostWorkerError: another rank is lost, or a process of this one.
     """
     ranks = Ranks.from_environment()
     progress = ProgressLog(run_folder, ranks)
@@ -58,7 +60,8 @@ def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
     def report(split: Split, done: int, _: int) -> None:
         progress.write(done=done_before + done, total=total, unit="parts", message=f"writing {output / split}")
 
-    with claim_folder(output, key="output") if ranks.is_main else nullcontext():
+    claim = claim_folder(output, key="output") if ranks.is_main else nullcontext()
+    with claim, Crew(ranks, cluster=recipe.cluster, run_folder=run_folder) as crew:
         for split, planned in parts.items():
             write_shards(
                 output / split,
@@ -66,12 +69,12 @@ def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
                 settings={**describe_source(recipe), "split": split, "shard_size_mib": recipe.shard_size_mib},
                 shard_format=shard_format,
                 num_workers=recipe.num_workers,
-                ranks=ranks,
+                crew=crew,
                 on_part=partial(report, split),
             )
             done_before += len(planned)
         if ranks.is_main and "validation" in parts:
-            count = write_examples(output)
+            count = write_examples(output, before_clip=partial(crew.watchdog.enter, "writing an example"))
             logger.info("%s lists %d validation clips for `animate`", output / MANIFEST_FILE, count)
     progress.write(done=total, total=total, unit="parts", message=f"{output} is complete")
 
@@ -167,10 +170,14 @@ def render_record(seed: int, source: DancersSource) -> ClipRecord:
     )
 
 
-def write_examples(output: Path) -> int:
+def write_examples(output: Path, *, before_clip: Callable[[str], None]) -> int:
     """Writes reference and poses of each validation clip, and the manifest, last.
 
     The reference is the clip's last frame: the one that `data.clips.fixed_clips` shows too.
+
+    Args:
+        output: where `validation` lies.
+        before_clip: called with the clip's number in words, before each.
 
     Returns:
         The number of clips.
@@ -181,6 +188,7 @@ def write_examples(output: Path) -> int:
         return len(clips)
     lines = []
     for number in range(len(clips)):
+        before_clip(f"clip {number} of {len(clips)}")
         clip = clips.clip(number)
         folder = Path(EXAMPLES_FOLDER) / clip.clip_id
         (output / folder).mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ Each part is written under a temporary name and renamed; what is there is not wr
 their shards get their final names and the index is written last, so that a folder with an index is complete.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -13,11 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from dreamdance.crew import Crew
 from dreamdance.data.schema import COLUMNS, SCHEMA_VERSION, pack_frames, pack_keypoints
 from dreamdance.data.shard_index import DETAILS_KEY, read_index
 from dreamdance.data.streaming_compat import INDEX_FILE, MDSWriter
@@ -31,7 +34,6 @@ PARTS_FOLDER = ".parts"
 SETTINGS_FILE = "settings.json"
 HASHES = ["sha1", "xxh64"]
 POLL_SECONDS = 0.2
-STALL_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ def write_shards(
     shard_format: ShardFormat,
     num_workers: int = 1,
     ranks: Ranks | None = None,
+    crew: Crew | None = None,
     on_part: Callable[[int, int], None] | None = None,
 ) -> None:
     """Writes all parts into `folder`; ranks divide them, and the first rank completes the folder when all are there.
@@ -105,14 +108,16 @@ def write_shards(
         settings: all that decides the content (JSON-able); a folder of other settings is refused.
         shard_format: size and compression of the files.
         num_workers: processes on this rank; 1 writes in this one.
-        ranks: this process; by default from the environment.
+        ranks: this process; by default the crew's, or from the environment.
+        crew: the ranks that share the work; without one, the first rank does not wait for parts of others.
         on_part: called on the first rank with the number of finished parts, of all ranks, and of all parts.
 
     Raises:
-        ShardError: the folder was begun with other settings (naming them), there is nothing to write, a worker died,
-            or other ranks stopped making parts.
+        ShardError: the folder was begun with other settings (naming them), or there is nothing to write.
+        LostWorkerError: a worker died or hangs, or another rank is lost.
     """
-    ranks = ranks or Ranks.from_environment()
+    crew = crew or Crew(ranks or Ranks.from_environment())
+    ranks = crew.ranks
     settings = json.loads(json.dumps({**settings, "compression": shard_format.compression, "hashes": HASHES}))
     if (folder / INDEX_FILE).exists():
         _check_settings(folder, read_index(folder / INDEX_FILE).details.get("settings", {}), settings)
@@ -130,10 +135,13 @@ def write_shards(
         return done
 
     report()
-    for _ in _write_parts(folder, own, shard_format, num_workers):
+    for part in _write_parts(folder, own, shard_format, num_workers, crew):
+        crew.finish(f"{folder.name}/{part.name}")
         report()
     if ranks.is_main:
-        _wait_for_parts(report, len(parts), folder)
+        while missing := len(parts) - report():
+            crew.pause(f"{missing} parts of {folder} are still missing")
+        crew.watchdog.enter("completing a folder of shards", str(folder))
         _complete(folder, parts, settings)
 
 
@@ -176,29 +184,47 @@ def _part_folder(folder: Path, part: Part) -> Path:
     return folder / PARTS_FOLDER / part.name
 
 
-def _write_parts(folder: Path, parts: Sequence[Part], shard_format: ShardFormat, num_workers: int) -> Iterator[None]:
-    """Writes the parts; yields after each."""
+def _write_parts(
+    folder: Path, parts: Sequence[Part], shard_format: ShardFormat, num_workers: int, crew: Crew
+) -> Iterator[Part]:
+    """Writes the parts; yields each when it is written."""
     if num_workers == 1 or len(parts) < 2:
         for part in parts:
-            write_part(folder, part, shard_format)
-            yield
+            crew.watchdog.enter("making a clip", f"the first of {part.name}", is_measured=True)
+            write_part(
+                folder,
+                part,
+                shard_format,
+                on_clip=partial(crew.watchdog.enter, "making a clip", f"of {part.name}", is_measured=True),
+            )
+            yield part
         return
     context = worker_context(__name__)
     with ProcessPoolExecutor(min(num_workers, len(parts)), mp_context=context, initializer=start_worker) as pool:
-        waiting = {pool.submit(write_part, folder, part, shard_format) for part in parts}
+        planned = {pool.submit(write_part, folder, part, shard_format): part for part in parts}
+        waiting = set(planned)
+        sign, since = 0, time.monotonic()
         try:
             while waiting:
-                done, waiting = wait(waiting, timeout=STALL_SECONDS, return_when=FIRST_COMPLETED)
-                if not done:
-                    for process in pool._processes.values():  # else the pool would wait for them
-                        process.kill()
-                    raise ShardError(
-                        f"{len(waiting)} parts of {folder} are missing and none was made for {STALL_SECONDS:.0f} s: "
-                        "the storage hangs, or a part is too large (`clips_per_part`)"
+                crew.watchdog.enter("waiting for its own processes", f"{len(waiting)} parts are missing")
+                done, waiting = wait(waiting, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+                newest = max(_signs_of_life(folder, parts), default=0)
+                if done or newest != sign:
+                    sign, since = newest, time.monotonic()
+                elif time.monotonic() - since > crew.stall_seconds:
+                    raise LostWorkerError(
+                        f"{len(waiting)} parts of {folder} are missing and not one clip was made for "
+                        f"{crew.stall_seconds:.0f} s (`cluster.collective_timeout_seconds`): a process or the storage "
+                        "hangs, or a clip is too large"
                     )
+                crew.check()
                 for future in done:
                     future.result()
-                    yield
+                    yield planned[future]
+        except (LostWorkerError, GeneratorExit):
+            for process in pool._processes.values():  # else the pool would wait for what they have in hand
+                process.kill()
+            raise
         except BrokenProcessPool as error:
             raise LostWorkerError(
                 f"a process that wrote parts of {folder} died; out of memory? See `num_workers`"
@@ -207,8 +233,19 @@ def _write_parts(folder: Path, parts: Sequence[Part], shard_format: ShardFormat,
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def write_part(folder: Path, part: Part, shard_format: ShardFormat) -> None:
-    """Writes one part under a temporary name and renames it."""
+def _signs_of_life(folder: Path, parts: Sequence[Part]) -> Iterator[int]:
+    """When the last clip of each part in hand was written; nanoseconds since 1970."""
+    own = {part.name for part in parts}
+    for entry in os.scandir(folder / PARTS_FOLDER):
+        if entry.name.startswith(".") and entry.name.split(".")[1] in own:
+            with contextlib.suppress(FileNotFoundError):  # it just got its final name
+                yield entry.stat().st_mtime_ns
+
+
+def write_part(
+    folder: Path, part: Part, shard_format: ShardFormat, *, on_clip: Callable[[], None] | None = None
+) -> None:
+    """Writes one part under a temporary name and renames it; what it says after each clip is for the watchdog."""
     target = _part_folder(folder, part)
     incoming = target.with_name(f".{part.name}.{os.getpid()}")
     shutil.rmtree(incoming, ignore_errors=True)
@@ -221,25 +258,14 @@ def write_part(folder: Path, part: Part, shard_format: ShardFormat) -> None:
     )
     for record in part.make():
         writer.write(record.to_sample())
+        os.utime(incoming)  # for who watches from another process
+        if on_clip is not None:
+            on_clip()
     writer.finish()
     if target.exists():  # by the worker of a killed run that had this part in hand
         shutil.rmtree(incoming)
     else:
         os.replace(incoming, target)
-
-
-def _wait_for_parts(count_done: Callable[[], int], total: int, folder: Path) -> None:
-    """Waits for the parts of other ranks."""
-    done, since = count_done(), time.monotonic()
-    while done < total:
-        if time.monotonic() - since > STALL_SECONDS:
-            raise LostWorkerError(
-                f"{total - done} parts of {folder} are still missing and none was made for {STALL_SECONDS:.0f} s"
-            )
-        time.sleep(POLL_SECONDS)
-        now_done = count_done()
-        if now_done != done:
-            done, since = now_done, time.monotonic()
 
 
 def _complete(folder: Path, parts: Sequence[Part], settings: Mapping[str, Any]) -> None:

@@ -5,7 +5,6 @@ import logging
 import math
 import zipfile
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -191,11 +190,6 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
 def open_clips(shards: Shards) -> StoredClips:
     """The stored clips of a set; this process alone reads them."""
     return StoredClips(shards, ranks=Ranks())
-
-
-def iterate_clips(clips: StoredClips) -> Iterator[StoredClip]:
-    """All clips of a set, one at a time in memory."""
-    return (clips.clip(number) for number in range(len(clips)))
 
 
 def read_truth(clip: StoredClip, *, frame_size: Size, map_size: Size, frames: list[int] | None = None) -> Truth:

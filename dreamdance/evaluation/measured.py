@@ -7,21 +7,18 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from dreamdance.crew import Crew
 from dreamdance.data.picture_grid import Row
-from dreamdance.errors import LostWorkerError
 from dreamdance.evaluation.scores import Scores
 from dreamdance.recipe.schema import EvaluateRecipe
 from dreamdance.run_layout import RESULT_FILE
 
-POLL_SECONDS = 0.2
-STALL_SECONDS = 1800.0
 INDEX_FILE = "index.json"
 
 
@@ -75,27 +72,24 @@ class MeasuredClips:
             pictures = [stored[f"picture_{number}"] for number in range(len(stored.files) - 1)]
         return EvaluatedClip(text["scores"], Row(text["label"], pictures), text["num_frames"])
 
-    def wait_for(self, results: Sequence[Path], report: Callable[[int], None]) -> None:
+    def wait_for(self, results: Sequence[Path], crew: Crew, report: Callable[[int], None]) -> None:
         """Until all are measured, by whichever rank.
 
         Args:
             results: their folders.
-            report: called with the number of those that are.
+            crew: the ranks that measure.
+            report: called with the number of those that are, whenever it has changed.
 
         Raises:
-            LostWorkerError: for long, none was added.
+            LostWorkerError: a rank is lost.
         """
         paths = [self.path(result) for result in results]
-        before, since = -1, time.monotonic()
+        before = -1
         while (done := sum(path.is_file() for path in paths)) < len(paths):
             if done != before:
-                before, since = done, time.monotonic()
                 report(done)
-            if time.monotonic() - since > STALL_SECONDS:
-                raise LostWorkerError(
-                    f"other ranks have yet to measure {len(paths) - done} clips, and none did for {STALL_SECONDS:.0f} s"
-                )
-            time.sleep(POLL_SECONDS)
+            before = done
+            crew.pause(f"other ranks have yet to measure {len(paths) - done} clips")
 
     def close(self) -> None:
         """Deletes everything, now that the table is written."""

@@ -2,6 +2,8 @@
 
 import json
 import logging
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dreamdance.crew import Crew
 from dreamdance.data.picture_grid import Row, draw_grid
 from dreamdance.data.stored_clip import StoredClip
 from dreamdance.errors import MissingInputError
@@ -18,7 +21,6 @@ from dreamdance.evaluation.clips import (
     ResultError,
     Truth,
     find_results,
-    iterate_clips,
     open_clips,
     read_result,
     read_truth,
@@ -49,45 +51,93 @@ def evaluate(recipe: EvaluateRecipe, run_folder: Path) -> None:
     Raises:
         MissingInputError: no results, or none that has its truth.
         ResultError: a result is damaged or does not fit the others or the truth.
+        LostWorkerError: another rank is lost.
     """
     ranks = Ranks.from_environment()
     folders = {path.name: path for path in find_results(Path(recipe.results))}
     first = read_result(next(iter(folders.values())))
     progress = ProgressLog(run_folder, ranks)
-    training_mean = None
-    if recipe.training_set is not None:
-        progress.write(done=0, total=len(folders), unit="clips", message="averaging the training set")
-        training_mean = average_training_set(recipe.training_set, frame_size=first.frame_size, map_size=first.map_size)
-    measured = MeasuredClips(run_folder / MEASURED_FOLDER, recipe)
+    with Crew(ranks, cluster=recipe.cluster, run_folder=run_folder) as crew:
+        training_mean = None
+        if recipe.training_set is not None:
+            progress.write(done=0, total=len(folders), unit="clips", message="averaging the training set")
+            training_mean = average_training_set(
+                recipe.training_set,
+                frame_size=first.frame_size,
+                map_size=first.map_size,
+                before_clip=partial(crew.watchdog.enter, "averaging the training set"),
+            )
+        measured = MeasuredClips(run_folder / MEASURED_FOLDER, recipe)
+        compared = Compared(recipe, folders, first, training_mean)
+        found = measure_share(compared, measured, crew, progress)
+        if not ranks.is_main:
+            return
+        measured.wait_for(found, crew, lambda done: progress.write(done=done, total=len(found), unit="clips"))
+        crew.watchdog.enter("writing the table", str(run_folder))
+        tabulate(compared, {folder.name: measured.read(folder) for folder in found}, run_folder, progress)
+        measured.close()
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What is compared with what.
+
+    Attributes:
+        recipe: names the results and the truth.
+        folders: of the results, by id.
+        first: of the results, whose sizes all must have.
+        training_mean: None where the recipe names no training set.
+    """
+
+    recipe: EvaluateRecipe
+    folders: dict[str, Path]
+    first: Result
+    training_mean: TrainingMean | None
+
+
+def measure_share(compared: Compared, measured: MeasuredClips, crew: Crew, progress: ProgressLog) -> list[Path]:
+    """Measures what of this rank's share has not been measured; returns all results that have their truth.
+
+    Raises:
+        MissingInputError: none has.
+        ResultError: a result is damaged or does not fit the others or the truth.
+    """
+    recipe, folders = compared.recipe, compared.folders
+    clips = open_clips(recipe.truth)
     found: list[Path] = []
-    for clip in iterate_clips(open_clips(recipe.truth)):
+    for number in range(len(clips)):
+        crew.watchdog.enter("measuring a clip", f"{number} of the truth", is_measured=True)
+        clip = clips.clip(number)
         if clip.clip_id not in folders:
             continue
         found.append(folders[clip.clip_id])
-        if len(found) % ranks.world_size != ranks.rank or measured.path(found[-1]).is_file():
+        if len(found) % crew.ranks.world_size != crew.ranks.rank:
             continue
-        result = read_result(found[-1])
-        _check_sizes(result, first)
-        measured.write(found[-1], evaluate_clip(result, clip, training_mean))
-        progress.write(done=len(found), total=len(folders), unit="clips", message=f"measured {clip.clip_id}")
-    if not ranks.is_main:
-        return
+        is_new = not measured.path(found[-1]).is_file()
+        if is_new:
+            result = read_result(found[-1])
+            _check_sizes(result, compared.first)
+            measured.write(found[-1], evaluate_clip(result, clip, compared.training_mean))
+        crew.finish(clip.clip_id if is_new else None)
+        progress.write(done=crew.num_through(), total=len(folders), unit="clips", message=f"measured {clip.clip_id}")
     if not found:
         raise MissingInputError(
             f"none of the {len(folders)} results in {recipe.results} has a clip of its id in {recipe.truth.local} "
             f"(results begin with '{next(iter(folders))}')"
         )
-    measured.wait_for(found, lambda done: progress.write(done=done, total=len(found), unit="clips"))
-    evaluated = {folder.name: measured.read(folder) for folder in found}
-    for missing in sorted(set(folders) - set(evaluated)):
-        logger.warning("result '%s' has no clip of its id in %s: left out", missing, recipe.truth.local)
+    return found
+
+
+def tabulate(compared: Compared, evaluated: dict[str, EvaluatedClip], run_folder: Path, progress: ProgressLog) -> None:
+    """Writes the table of what all ranks measured, and tells it."""
+    for missing in sorted(set(compared.folders) - set(evaluated)):
+        logger.warning("result '%s' has no clip of its id in %s: left out", missing, compared.recipe.truth.local)
     table = Table(
         rows=_mean_rows(evaluated),
         clips={name: clip.scores for name, clip in evaluated.items()},
-        protocol=describe_protocol(recipe, first, evaluated, training_mean),
+        protocol=describe_protocol(compared.recipe, compared.first, evaluated, compared.training_mean),
     )
     write_report(table, evaluated, run_folder)
-    measured.close()
     text = table.as_markdown()
     logger.info("%s\n\n%s", run_folder / TABLE_MARKDOWN, text)
     # `--follow` shows messages, and so the table

@@ -1,12 +1,13 @@
 """Answers that need no model: what a result must beat before it means anything."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from einops import repeat
 from numpy.typing import NDArray
 
-from dreamdance.evaluation.clips import Prediction, Size, Truth, iterate_clips, open_clips, read_truth
+from dreamdance.evaluation.clips import Prediction, Size, Truth, open_clips, read_truth
 from dreamdance.evaluation.image_metrics import mean_colour
 from dreamdance.recipe.schema import Shards
 
@@ -50,8 +51,16 @@ def trivial_answers(reference: Truth, num_frames: int, training_mean: TrainingMe
     return answers
 
 
-def average_training_set(shards: Shards, *, frame_size: Size, map_size: Size) -> TrainingMean:
+def average_training_set(
+    shards: Shards, *, frame_size: Size, map_size: Size, before_clip: Callable[[str], None] | None = None
+) -> TrainingMean:
     """Averages evenly spaced frames of evenly spaced clips of a training set.
+
+    Args:
+        shards: of the training set.
+        frame_size: of the result's frames.
+        map_size: of the result's maps.
+        before_clip: called with the clip's number in words, before each.
 
     Raises:
         ShardError: the shards cannot be read.
@@ -60,11 +69,11 @@ def average_training_set(shards: Shards, *, frame_size: Size, map_size: Size) ->
     stride = max(1, len(clips) // MAX_TRAINING_CLIPS)
     sums: dict[str, NDArray[np.float64]] = {}
     counts: dict[str, int] = {}
-    used = 0
-    for number, clip in enumerate(iterate_clips(clips)):
-        if number % stride:
-            continue
-        used += 1
+    chosen_clips = range(0, len(clips), stride)
+    for number in chosen_clips:
+        if before_clip is not None:
+            before_clip(f"clip {number} of {len(clips)}")
+        clip = clips.clip(number)
         count = min(FRAMES_PER_TRAINING_CLIP, clip.num_frames)
         chosen = np.linspace(0, clip.num_frames - 1, count).round().astype(int).tolist()
         truth = read_truth(clip, frame_size=frame_size, map_size=map_size, frames=chosen)
@@ -76,7 +85,7 @@ def average_training_set(shards: Shards, *, frame_size: Size, map_size: Size) ->
     means = {name: (total / counts[name]).astype(np.float32)[None] for name, total in sums.items()}
     if "normals" in means:
         means["normals"] /= np.maximum(np.linalg.norm(means["normals"], axis=-1, keepdims=True), 1e-6)
-    return TrainingMean(Prediction(**means), used)
+    return TrainingMean(Prediction(**means), len(chosen_clips))
 
 
 def _repeated(one: Prediction, num_frames: int) -> Prediction:

@@ -1,36 +1,36 @@
 """The `animate` task: every entry of a manifest, split over the ranks; what is done is skipped, what fails is told.
 
-Ranks share nothing but the manifest and the output folder; the noise of an entry depends on its seed and id alone, so
-that neither the number of ranks nor a restart changes a result.
+Ranks share nothing but the manifest and the output folder, and hear of each other as a `crew`; the noise of an entry
+depends on its seed and id alone, so that neither the number of ranks nor a restart changes a result.
 """
 
 import hashlib
 import json
 import logging
-import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed import TCPStore
 
+from dreamdance.crew import Crew
 from dreamdance.data.transforms import encode_normals
 from dreamdance.errors import UserError
 from dreamdance.folder_claim import OutputError, claim_folder
 from dreamdance.inference.inputs import EntryInputs, Size, hash_files, load_inputs
 from dreamdance.inference.manifest import ManifestEntry, read_manifest
 from dreamdance.inference.results import ClipResult, installed_versions, is_done, write_result
-from dreamdance.inference.stages import Stages, load_stages
+from dreamdance.inference.stages import Stages, before_each_computation, load_stages
 from dreamdance.keyed_random import sample_generator
 from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import AnimateRecipe
 from dreamdance.run_layout import ProgressLog
+from dreamdance.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -55,61 +55,71 @@ def animate(recipe: AnimateRecipe, run_folder: Path) -> None:
 
     Args:
         recipe: names the manifest, the output folder and the two trained runs.
-        run_folder: for the progress log; trained runs are found beside it.
+        run_folder: for the progress log and the note of what is done; trained runs are found beside it.
 
     Raises:
         ManifestError: the manifest is wrong; nothing was animated.
         MissingInputError: a run or its export is not there.
         OutputError: the output folder cannot be written, or another run is writing into it.
+        LostWorkerError: another rank is lost.
         AnimateError: on the main rank, when all entries are through, if some failed.
     """
     ranks = Ranks.from_environment()
     entries = read_manifest(Path(recipe.manifest), default_seed=recipe.seed)
-    # The main rank claims the folder for all: until it has, and opens the meeting, the others wait there.
+    progress = partial(ProgressLog(run_folder, ranks).write, total=len(entries), unit="clips")
+    # The main rank claims the folder for all: until it has, the others wait to meet it.
     with claim_folder(Path(recipe.output), key="output") if ranks.is_main else nullcontext():
-        meeting = open_meeting(ranks, timeout_minutes=recipe.cluster.time_minutes)
-        stages = load_stages(recipe, run_folder, ranks.device)
-        failures = animate_entries(entries[ranks.rank :: ranks.world_size], recipe, stages, run_folder, ranks)
-        failures = gather_failures(failures, meeting, ranks)
+        with Crew(ranks, cluster=recipe.cluster, run_folder=run_folder) as crew:
+            crew.watchdog.enter("loading the networks", recipe.name)
+            stages = load_stages(recipe, run_folder, ranks.device)
+            failures = animate_entries(entries[ranks.rank :: ranks.world_size], recipe, stages, crew, progress)
+            failures = gather_failures(failures, crew, progress)
         if ranks.is_main:
             report_failures(failures, Path(recipe.output), num_entries=len(entries))
 
 
 def animate_entries(
-    entries: Sequence[ManifestEntry], recipe: AnimateRecipe, stages: Stages, run_folder: Path, ranks: Ranks
+    entries: Sequence[ManifestEntry],
+    recipe: AnimateRecipe,
+    stages: Stages,
+    crew: Crew,
+    progress: Callable[..., None],
 ) -> list[Failure]:
     """Animates this rank's share, one entry after the other; a bad one does not stop the others.
 
     Raises:
         OutputError: results cannot be written; further entries would fare no better.
+        LostWorkerError: another rank is lost.
     """
-    progress = ProgressLog(run_folder, ranks)
-    whose = f" of rank 0 of {ranks.world_size}" if ranks.world_size > 1 else ""
     failures = []
-    for number, entry in enumerate(entries):
-        progress.write(done=number, total=len(entries), unit="clips", message=f"animating {entry.id}{whose}")
+    computing = partial(crew.watchdog.enter, "computing", "a network's pass", is_measured=True)
+    before_each_computation(stages, computing)
+    for entry in entries:
+        progress(done=crew.num_through(), message=f"animating {entry.id}")
+        is_new = False
         try:
-            animate_entry(entry, recipe, stages)
+            is_new = animate_entry(entry, recipe, stages, crew.watchdog)
         except OutputError:
             raise
         except (UserError, torch.OutOfMemoryError) as error:
             logger.error("entry '%s' (line %d) failed: %s", entry.id, entry.line, error)
             failures.append(Failure(entry.id, entry.line, str(error)))
-    progress.write(done=len(entries), total=len(entries), unit="clips", message=f"finished the clips{whose}")
+        crew.finish(entry.id if is_new else None)
     return failures
 
 
-def animate_entry(entry: ManifestEntry, recipe: AnimateRecipe, stages: Stages) -> None:
-    """Animates one entry and writes its result, unless exactly this was done before.
+def animate_entry(entry: ManifestEntry, recipe: AnimateRecipe, stages: Stages, watchdog: Watchdog) -> bool:
+    """Animates one entry and writes its result, unless exactly this was done before; returns whether it did.
 
     Raises:
         UserError: its inputs cannot be used.
     """
+    watchdog.enter("reading an entry", entry.id)
     folder = Path(recipe.output) / entry.id
     request = describe_request(entry, recipe, stages)
     if is_done(folder, request):
         logger.info("skipped '%s': %s holds its result", entry.id, folder)
-        return
+        return False
     started = time.monotonic()
     frame_size = Size(recipe.width, recipe.height)
     map_size = Size(recipe.geometry_width, recipe.geometry_height)
@@ -124,8 +134,10 @@ def animate_entry(entry: ManifestEntry, recipe: AnimateRecipe, stages: Stages) -
         "device": str(stages.animation.device),
         "versions": installed_versions(),
     }
+    watchdog.enter("writing a result", entry.id)
     write_result(folder, result, request=request, details=details)
     logger.info("animated '%s': %d frames in %.1f s", entry.id, len(result.frames), details["seconds"])
+    return True
 
 
 def describe_request(entry: ManifestEntry, recipe: AnimateRecipe, stages: Stages) -> dict[str, Any]:
@@ -191,31 +203,27 @@ def run_stages(entry: ManifestEntry, inputs: EntryInputs, recipe: AnimateRecipe,
     )
 
 
-def open_meeting(ranks: Ranks, *, timeout_minutes: int) -> TCPStore | None:
-    """Where the ranks tell the main one how they fared; None for a single rank. No collectives: shares are uneven."""
-    if ranks.world_size == 1:
-        return None
-    return TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=ranks.is_main,
-        timeout=timedelta(minutes=timeout_minutes),
-        wait_for_workers=False,
-    )
-
-
-def gather_failures(failures: list[Failure], meeting: TCPStore | None, ranks: Ranks) -> list[Failure]:
-    """On the main rank, the failures of all, after all have finished; on the others their own.
+def gather_failures(failures: list[Failure], crew: Crew, progress: Callable[..., None]) -> list[Failure]:
+    """On the main rank, the failures of all, after all have finished; on the others nothing.
 
     A rank with failures must not end early and with an error: the launcher would stop those still at work.
+
+    Raises:
+        LostWorkerError: another rank is lost.
     """
-    if meeting is None:
-        return failures
-    meeting.set(f"failures/{ranks.rank}", json.dumps([asdict(failure) for failure in failures]))
-    if not ranks.is_main:
-        return failures
-    told = [json.loads(meeting.get(f"failures/{rank}")) for rank in range(ranks.world_size)]
-    return sorted((Failure(**failure) for share in told for failure in share), key=lambda failure: failure.line)
+    before = -1
+
+    def report() -> None:
+        nonlocal before
+        if (done := crew.num_through()) != before:
+            progress(done=done, message="waiting for the other ranks" if before < 0 else None)
+        before = done
+
+    told = crew.gather(json.dumps([asdict(failure) for failure in failures]), on_wait=report)
+    progress(done=crew.num_through(), message="all clips are through")
+    return sorted(
+        (Failure(**failure) for share in told for failure in json.loads(share)), key=lambda failure: failure.line
+    )
 
 
 def report_failures(failures: Sequence[Failure], output: Path, *, num_entries: int) -> None:

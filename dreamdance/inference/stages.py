@@ -3,12 +3,13 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dreamdance.atomic_files import hash_file
 from dreamdance.errors import CheckpointError, MissingInputError, RecipeError
@@ -67,6 +68,18 @@ def load_stages(recipe: AnimateRecipe, run_folder: Path, device: torch.device) -
     for stage, folder in exports.items():
         logger.info("%s: %s in %s on %s", stage, folder, recipe.precision, device)
     return Stages(geometry, animation, weights, {stage: str(folder) for stage, folder in exports.items()})
+
+
+def before_each_computation(stages: Stages, call: Callable[[], None]) -> None:
+    """Has something called before each pass of a network or of one of its parts.
+
+    How long a pass takes does not depend on how long a clip is, as a denoising step does.
+    """
+    pipelines = [stages.animation, *([stages.geometry] if stages.geometry is not None else [])]
+    networks = [part for pipeline in pipelines for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    for network in networks:
+        for part in (network, *network.children()):  # an autoencoder's encoder and decoder are called by themselves
+            part.register_forward_pre_hook(lambda *_: call())
 
 
 def find_export(

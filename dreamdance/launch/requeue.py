@@ -18,7 +18,7 @@ from dreamdance.launch.fence import REPLACED_EXIT_CODE
 from dreamdance.launch.finished import is_finished
 from dreamdance.launch.run_folder import stored_recipe
 from dreamdance.recipe import Recipe, TrainingRecipe
-from dreamdance.run_layout import complete_steps, failures_folder, last_progress, was_warned
+from dreamdance.run_layout import complete_steps, failures_folder, read_done, was_warned
 
 logger = logging.getLogger("dreamdance.launch.requeue")  # it is run as `__main__`
 
@@ -119,8 +119,7 @@ def _note(run_folder: Path, requeue: Requeue) -> None:
 def _progress(recipe: Recipe, run_folder: Path) -> int:
     if isinstance(recipe, TrainingRecipe):
         return max(complete_steps(run_folder), default=0)
-    line = last_progress(run_folder)
-    return int(line["done"]) if line else 0
+    return len(read_done(run_folder))  # of all ranks, over all starts
 
 
 def main() -> int:

@@ -1,8 +1,9 @@
-"""Faults of a batch: killed in the middle, a full disk, results damaged later, exports and links that are hostile."""
+"""Faults of a batch: ranks killed or stopped, a full disk, damaged results, exports and links that are hostile."""
 
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -14,8 +15,8 @@ import pytest
 import torch
 from fault_log import record_fault
 from PIL import Image
-from rank_processes import StartedRanks
 from recipes_for_tests import HEIGHT, WIDTH
+from struck_shares import STEP_TIMEOUT_SECONDS, Strike, start, strike_and_start_again
 from tiny_pipelines import tiny_animation_pipeline
 
 from dreamdance.data.dancers import HELD_OUT_SEEDS, render_clip
@@ -23,8 +24,8 @@ from dreamdance.data.keypoints import KeypointSequence, write_keypoint_file
 from dreamdance.errors import CheckpointError
 from dreamdance.folder_claim import OutputError, claim_folder
 from dreamdance.inference.batch import animate
-from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import AnimateRecipe
+from dreamdance.run_layout import progress_file
 
 NUM_ENTRIES = 4
 
@@ -86,49 +87,67 @@ def ages(output: Path) -> dict[str, int]:
 # ------------------------------------------------------------------------------------------- killed, full, damaged
 
 
-def animate_slowly(ranks: Ranks, *, recipe: str, run_folder: str) -> None:
-    """Each entry takes long enough to be killed in the middle of it."""
-    from dreamdance.inference import batch
-
-    run_stages = batch.run_stages
-
-    def slow(*arguments: object) -> object:
-        result = run_stages(*arguments)
-        time.sleep(1.0)
-        return result
-
-    batch.run_stages = slow
-    animate(AnimateRecipe.model_validate_json(recipe), Path(run_folder))
-
-
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_ranks_killed_in_the_middle_lose_only_what_they_had_in_hand(recipe, tmp_path):
+def test_two_ranks_killed_at_item_7_of_20_lose_only_what_they_had_in_hand(recipe, tmp_path):
+    lines = [json.loads(line) for line in Path(recipe.manifest).read_text().splitlines()]
+    longer = Path(recipe.manifest).with_name("longer.jsonl")
+    entries = [{**lines[number % NUM_ENTRIES], "id": f"clip_{number}"} for number in range(20)]
+    longer.write_text("\n".join(json.dumps(entry) for entry in entries))
+    recipe = recipe.model_copy(update={"manifest": str(longer)})
     whole = frames(run(recipe, tmp_path, output=str(tmp_path / "in_one_go")))
     output = Path(recipe.output)
-    arguments = {"recipe": recipe.model_dump_json(), "run_folder": str(tmp_path / "run")}
-    with StartedRanks(animate_slowly, 2, tmp_path / "ranks", **arguments) as started:
+    with start(recipe, tmp_path / "struck", pause=0.3) as started:
         deadline = time.monotonic() + 120
-        while not ages(output):
+        while len(ages(output)) < 7:
             assert time.monotonic() < deadline, started.output()
             time.sleep(0.02)
         for rank in range(2):
             started.signal(rank, signal.SIGKILL)
         assert started.wait() == [-signal.SIGKILL] * 2
     done = ages(output)
-    assert 0 < len(done) < NUM_ENTRIES
-    start = time.monotonic()
-    again = frames(run(recipe, tmp_path))
-    resumed = time.monotonic() - start
+    assert 7 <= len(done) < 20
+    began = time.monotonic()
+    with start(recipe, tmp_path / "struck") as started:
+        started.results()
+    resumed = time.monotonic() - began
     assert {name: ages(output)[name] for name in done} == done
+    again = frames(output)
     assert set(again) == set(whole)
     assert all(np.array_equal(again[name], whole[name]) for name in whole)
+    told = [json.loads(line)["done"] for line in progress_file(tmp_path / "struck" / "run").read_text().splitlines()]
+    assert told[-1] == 20, "of all ranks"
     record_fault(
         "animate killed in the middle of a batch",
-        how=f"SIGKILL of both ranks when {len(done)} of {NUM_ENTRIES} entries are done; then one rank alone",
+        how=f"SIGKILL of both ranks when {len(done)} of 20 entries are done; then the same again",
         promised="what is done stays, the rest is done, all as in one go",
         happened="results of the first attempt untouched, all frames bit-identical to those of one go",
         resumed_seconds=resumed,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("rank", "number", "said"),
+    [
+        (1, signal.SIGSTOP, r"LostWorkerError: rank 1 has given no sign for \d+ s"),
+        (0, signal.SIGSTOP, r"asking the main rank \(rank 1\) has taken over 6 s"),
+        (1, None, r"computing \(a network's pass\) has taken over 6 s"),
+    ],
+    ids=["rank 1 stopped", "rank 0 stopped", "rank 1 hangs"],
+)
+def test_a_rank_that_stops_is_noticed_and_its_share_is_animated_by_the_next_start(recipe, tmp_path, rank, number, said):
+    strike = Strike(rank, number, 2, tmp_path / "struck")
+    output = Path(recipe.output)
+    noticed = strike_and_start_again(recipe, tmp_path, strike, lambda: len(ages(output)) == NUM_ENTRIES)
+    assert re.search(said, noticed.output), noticed.output
+    record_fault(
+        f"rank {rank} of animate {'hangs' if number is None else 'stopped (SIGSTOP)'}",
+        how=f"at its second entry, on 2 ranks; cluster.step_timeout_seconds={STEP_TIMEOUT_SECONDS}",
+        promised="all ranks that can end in time; the next start makes what is missing",
+        happened="so it did, and nothing was made twice",
+        detected_seconds=noticed.seconds,
     )
 
 

@@ -122,15 +122,6 @@ def test_progress_is_told(dancers):
     assert (lines[-1]["done"], lines[-1]["total"], lines[-1]["unit"]) == (3, 3, "parts")
 
 
-def test_ranks_share_the_work(dancers, tmp_path, monkeypatch):
-    for rank in (1, 0):
-        monkeypatch.setitem(os.environ, "RANK", str(rank))
-        monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
-        prepare(dancers_recipe(tmp_path / "data"), tmp_path / "run")
-    for name in ("train/index.json", "validation/index.json", "manifest.jsonl"):
-        assert (tmp_path / "data" / name).read_bytes() == (dancers / name).read_bytes()
-
-
 def test_videos_are_cut_alike_in_all_modalities(tmp_path):
     write_videos(tmp_path / "videos", "a", with_maps=True)
     write_videos(tmp_path / "videos", "b", seed=1)

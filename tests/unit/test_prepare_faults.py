@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 from fault_log import record_fault
 from random_shards import random_clips, random_parts
+from struck_shares import STEP_TIMEOUT_SECONDS, Strike, strike_and_start_again
 
+from dreamdance.crew import Crew
 from dreamdance.data import shard_writer
 from dreamdance.data.prepare import prepare
 from dreamdance.data.shard_writer import ClipRecord, Part, ShardFormat, write_shards
-from dreamdance.errors import ShardError
+from dreamdance.errors import LostWorkerError, ShardError
 from dreamdance.folder_claim import OutputError, claim_folder
 from dreamdance.ranks import Ranks
-from dreamdance.recipe.schema import PrepareRecipe
+from dreamdance.recipe.schema import Cluster, PrepareRecipe
 
 SMALL = ShardFormat(shard_size_mib=1, compression="zstd")
 
@@ -57,17 +59,18 @@ class Disturbed:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "message"),
-    [(signal.SIGKILL, "a process that wrote parts of .* died"), (signal.SIGSTOP, "none was made for 3 s: the storage")],
+    [
+        (signal.SIGKILL, "a process that wrote parts of .* died"),
+        (signal.SIGSTOP, r"not one clip was made for 5 s .*: a process or the storage hangs"),
+    ],
 )
-def test_a_writer_that_dies_or_hangs_is_an_error_and_the_next_start_completes(
-    tmp_path, expected, monkeypatch, number, message
-):
-    monkeypatch.setattr(shard_writer, "STALL_SECONDS", 3.0)
+def test_a_writer_that_dies_or_hangs_is_an_error_and_the_next_start_completes(tmp_path, expected, number, message):
+    crew = Crew(Ranks(), cluster=Cluster(step_timeout_seconds=1, collective_timeout_seconds=5))
     folder, flag, parts = tmp_path / "shards", tmp_path / "flag", random_parts(12)
     disturbed = [parts[0], Part(parts[1].name, Disturbed(flag, number)), parts[2]]
     start = time.monotonic()
-    with pytest.raises(ShardError, match=message) as told:
-        write(folder, disturbed, num_workers=2)
+    with pytest.raises(LostWorkerError, match=message) as told:
+        write(folder, disturbed, num_workers=2, crew=crew)
     detected = time.monotonic() - start
     assert not Path(f"/proc/{flag.read_text()}").exists()
     assert not (folder / "index.json").exists()
@@ -75,7 +78,7 @@ def test_a_writer_that_dies_or_hangs_is_an_error_and_the_next_start_completes(
     assert content(folder) == expected
     record_fault(
         f"process of prepare {'killed' if number == signal.SIGKILL else 'hangs'}",
-        how=f"{number.name} of one of two in the middle of a part; time-out 3 s",
+        how=f"{number.name} of one of two in the middle of a part; time-out 5 s",
         promised="an error, no process stays; the next start ends in the same folder",
         happened=str(told.value),
         detected_seconds=detected,
@@ -110,15 +113,48 @@ def test_notes_that_a_crash_of_the_machine_left_damaged_are_named_with_what_to_d
     assert not (folder / "index.json").exists()
 
 
-def test_an_output_that_another_run_prepares_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("dreamdance.folder_claim.WAIT_SECONDS", 0.1)
+def make_recipe(output: Path, *, num_clips: int) -> PrepareRecipe:
     values = {
         "task": "prepare",
         "name": "tiny_prepare",
-        "output": str(tmp_path / "data"),
-        "dancers": {"num_train_clips": 1, "num_validation_clips": 1, "num_frames": 2, "width": 16, "height": 24},
+        "output": str(output),
+        "num_workers": 1,
+        "clips_per_part": 1,
+        "dancers": {
+            "num_train_clips": num_clips,
+            "num_validation_clips": num_clips,
+            "num_frames": 2,
+            "width": 16,
+            "height": 24,
+        },
     }
-    recipe = PrepareRecipe.model_validate_json(json.dumps(values))
+    return PrepareRecipe.model_validate_json(json.dumps(values))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_rank_that_stops_is_noticed_and_its_share_is_written_by_the_next_start(tmp_path):
+    alone, output = tmp_path / "alone", tmp_path / "data"
+    prepare(make_recipe(alone, num_clips=4), tmp_path / "alone_run")
+    strike = Strike(1, signal.SIGSTOP, 2, tmp_path / "struck")
+    manifest = output / "manifest.jsonl"
+    noticed = strike_and_start_again(make_recipe(output, num_clips=4), tmp_path, strike, manifest.is_file)
+    assert "LostWorkerError: rank 1 has given no sign for" in noticed.output
+    for split in ("train", "validation"):
+        assert content(output / split) == content(alone / split)
+    assert manifest.read_bytes() == (alone / "manifest.jsonl").read_bytes()
+    record_fault(
+        "rank of prepare stopped (SIGSTOP)",
+        how=f"at its second part, on 2 ranks; cluster.step_timeout_seconds={STEP_TIMEOUT_SECONDS}",
+        promised="the other ends in time; the next start writes the missing parts",
+        happened="so it did; no part was written twice, and all files are those of one rank alone",
+        detected_seconds=noticed.seconds,
+    )
+
+
+def test_an_output_that_another_run_prepares_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("dreamdance.folder_claim.WAIT_SECONDS", 0.1)
+    recipe = make_recipe(tmp_path / "data", num_clips=1)
     with (
         claim_folder(tmp_path / "data", key="output"),
         pytest.raises(OutputError, match=r"another run is writing into .*data at this moment.*another `output`"),

@@ -1,0 +1,87 @@
+"""Ranks that share work hear of each other: of one that is slow, dies, never comes, or takes the main rank along."""
+
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rank_processes import StartedRanks, run_ranks
+
+from dreamdance.crew import Crew
+from dreamdance.errors import LostWorkerError
+from dreamdance.ranks import Ranks
+from dreamdance.recipe.schema import Cluster
+from dreamdance.run_layout import read_done
+
+pytestmark = pytest.mark.distributed
+
+SILENCE_SECONDS = 3
+DIED = 7
+WATCHED = Cluster(step_timeout_seconds=SILENCE_SECONDS, collective_timeout_seconds=60)
+
+
+def share(ranks: Ranks, *, run: str, seconds: list[float]) -> dict[str, object]:
+    """Two pieces of work, the second of which takes as long as is said for each rank."""
+    with Crew(ranks, cluster=WATCHED, run_folder=Path(run)) as crew:
+        crew.finish(f"first of {ranks.rank}")
+        time.sleep(seconds[ranks.rank])
+        crew.finish()
+        told = crew.gather(f"rank {ranks.rank} was here", on_wait=lambda: None)
+        return {"told": told, "through": crew.num_through() if ranks.is_main else None}
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_rank_that_works_long_at_one_piece_is_waited_for_whichever_it_is(tmp_path, slow):
+    seconds = [0.0, 0.0, 0.0]
+    seconds[slow] = 2.5 * SILENCE_SECONDS
+    results = run_ranks(share, 3, tmp_path / "ranks", run=str(tmp_path), seconds=seconds)
+    assert results[0] == {"told": [f"rank {rank} was here" for rank in range(3)], "through": 6}
+    assert [result["told"] for result in results[1:]] == [[], []]
+    assert read_done(tmp_path) == [f"first of {rank}" for rank in range(3)], "what was there already is not noted"
+
+
+def share_with_one_that_dies(ranks: Ranks, *, dying: int) -> str:
+    try:
+        with Crew(ranks, cluster=WATCHED) as crew:
+            crew.finish()
+            if ranks.rank == dying:
+                time.sleep(2.0)  # the others have met it
+                os._exit(DIED)
+    except LostWorkerError as error:
+        return str(error)
+    return "through"
+
+
+@pytest.mark.parametrize(
+    ("dying", "said"),
+    [(0, "the main rank is gone"), (1, r"rank 1 has given no sign for \d s: some ranks have not left")],
+)
+def test_a_rank_that_dies_is_missed_and_what_follows_may_be_tried_again(tmp_path, dying, said):
+    with StartedRanks(share_with_one_that_dies, 2, tmp_path, dying=dying) as ranks:
+        codes = ranks.wait()
+    assert codes[dying] == DIED
+    assert codes[1 - dying] == 0, ranks.output()
+    told = torch.load(tmp_path / f"result_{1 - dying}.pt", weights_only=True)
+    assert re.match(said, told), told
+
+
+def come_late(ranks: Ranks) -> str:
+    if ranks.rank == 1:
+        time.sleep(600)
+    watched = Cluster(step_timeout_seconds=1, collective_timeout_seconds=SILENCE_SECONDS)
+    try:
+        with Crew(ranks, cluster=watched) as crew:
+            while True:
+                crew.pause("a piece is missing")
+    except LostWorkerError as error:
+        return str(error)
+
+
+def test_a_rank_that_never_comes_is_given_the_time_of_a_start_and_no_more(tmp_path):
+    with StartedRanks(come_late, 2, tmp_path) as ranks:
+        ranks.processes[0].join(60)
+        assert ranks.processes[0].exitcode == 0, ranks.output()
+    told = torch.load(tmp_path / "result_0.pt", weights_only=True)
+    assert re.match(r"rank 1 has given no sign for \d s: a piece is missing\. What is done is kept", told), told
