@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from dreamdance.data.collate import ClipBatch
+from dreamdance.errors import UserError, may_pass
 from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
 from dreamdance.training.distributed import process_group, repeatable_arithmetic
@@ -127,6 +128,37 @@ class SmallDisk:
 
 
 @dataclass(frozen=True)
+class StumblingDisk:
+    """A rank that cannot open a certain file, for a reason that is not the user's: the storage's, EIO, ESTALE, ...
+
+    Attributes:
+        rank: which.
+        path_contains: all of this must occur in the file's path.
+        number: what the system says.
+        times: how often.
+    """
+
+    rank: int
+    path_contains: tuple[str, ...]
+    number: int
+    times: int = 1_000_000
+
+    def prepare(self, ranks: Ranks) -> None:
+        if ranks.rank != self.rank:
+            return
+        failed = 0
+
+        def fail_at_open(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal failed
+            if event == "open" and failed < self.times and all(part in str(arguments) for part in self.path_contains):
+                failed += 1
+                sys.stderr.write(f"stumbling over {arguments[0]}\n")
+                raise OSError(self.number, os.strerror(self.number), str(arguments[0]))
+
+        sys.addaudithook(fail_at_open)
+
+
+@dataclass(frozen=True)
 class SlowDisk:
     """A file of rank 0 that cannot be opened to write before a training forward pass has begun: at most a minute."""
 
@@ -197,7 +229,7 @@ def run_recorded(
     *,
     recipe: Recipe,
     run: Path,
-    strike: Strike | SlowRank | SmallDisk | SlowDisk | ReadOnlyFolder | None = None,
+    strike: Strike | SlowRank | SmallDisk | StumblingDisk | SlowDisk | ReadOnlyFolder | None = None,
     poisoned: tuple[int, ...] = (),
     spoiled: Spoiled | None = None,
 ) -> None:
@@ -248,6 +280,15 @@ def run_recorded(
     if strike is not None:
         strike.prepare(ranks)
     train(recipe, run)
+
+
+def run_judged(ranks: Ranks, *, recipe: Recipe, run: Path, strike: StumblingDisk) -> dict[str, Any]:
+    """Has a start fail, and says whether its error is one that this rank's user could mend, and its text."""
+    try:
+        run_recorded(ranks, recipe=recipe, run=run, strike=strike)
+    except Exception as error:  # noqa: BLE001 - as the outermost frame of a job judges it
+        return {"is_users": isinstance(error, UserError) and not may_pass(error), "text": str(error)}
+    return {"is_users": False, "text": ""}
 
 
 def prepare_and_inspect(ranks: Ranks, *, recipe: Recipe, run: Path, steps: int) -> dict[str, Any]:

@@ -6,16 +6,22 @@ Pure file work: knows nothing of tensors, ranks or what the files hold.
 import errno
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from dreamdance.atomic_files import hash_file, sync_folder, write_atomically
-from dreamdance.errors import CheckpointError
+from dreamdance.errors import CheckpointError, may_pass
 from dreamdance.run_layout import COMPLETE_FILE, step_of
 
+Result = TypeVar("Result")
+
+# A full disk or a file server that restarts may be well again after so long.
+RETRY_AFTER_SECONDS = (1.0, 5.0)
 FORMAT = 2
 """Raised whenever a run that resumes asks for more than older checkpoints hold; 2 has a hash of the manifest itself."""
 _READABLE_FORMATS = (1, 2)  # the later ones of format 1 hold all that is asked for; the earlier ones are found by it
@@ -130,7 +136,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise CheckpointError(f"{folder.name} has no {COMPLETE_FILE}: its save was cut short")
     try:
-        manifest = _parse(folder, path.read_text(encoding="utf-8"))
+        manifest = _parse(folder, _insist(partial(path.read_text, encoding="utf-8")))
     except FormatError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -177,8 +183,20 @@ def damage(folder: Path, records: Iterable[FileRecord], *, by_size_alone: bool =
                 problems.append(f"{folder.name}/{record.path} is missing")
             elif (size := path.stat().st_size) != record.bytes:
                 problems.append(f"{folder.name}/{record.path} has {size:,} bytes instead of {record.bytes:,}")
-            elif not by_size_alone and hash_file(path) != record.sha256:
+            elif not by_size_alone and _insist(partial(hash_file, path)) != record.sha256:
                 problems.append(f"{folder.name}/{record.path} differs from what was saved (sha256)")
         except OSError as error:
             problems.append(f"{folder.name}/{record.path} cannot be read: {error}")
     return problems
+
+
+def _insist(read: Callable[[], Result]) -> Result:
+    """Reads again where storage stumbles: taking an older checkpoint instead would cost steps."""
+    for pause in RETRY_AFTER_SECONDS:
+        try:
+            return read()
+        except OSError as error:
+            if not may_pass(error):
+                raise
+            time.sleep(pause)
+    return read()

@@ -12,12 +12,9 @@ from typing import IO, Any, cast
 
 import torch
 
-from dreamdance.training.manifest import FileRecord, HashedFile, write_file
+from dreamdance.training.manifest import RETRY_AFTER_SECONDS, FileRecord, HashedFile, write_file
 
 logger = logging.getLogger(__name__)
-
-# A full disk or a file server that restarts may be well again after so long.
-RETRY_AFTER_SECONDS = (1.0, 5.0)
 
 
 def write_files(folder: Path, files: Mapping[Path, Any]) -> list[FileRecord]:

@@ -1,5 +1,6 @@
 """A save that fails: tried again, or the run ends with the reason and loses nothing; hostile files are not loaded."""
 
+import errno
 import os
 import shutil
 import time
@@ -20,8 +21,9 @@ from interruptions import (
     settings,
     start,
 )
+from rank_processes import StartedRanks
 from recipes_for_tests import tiny_stage1_recipe
-from training_scenarios import ReadOnlyFolder, Recipe, SlowDisk, SmallDisk
+from training_scenarios import ReadOnlyFolder, Recipe, SlowDisk, SmallDisk, StumblingDisk, run_judged
 
 from dreamdance.atomic_files import hash_file
 from dreamdance.errors import CheckpointError
@@ -88,6 +90,40 @@ def test_a_disk_that_stays_full_ends_the_run_on_all_ranks_and_the_next_start_los
         resumed_seconds=first_step_after(run, restarted),
         steps_lost=4 - resumed_step(run),
     )
+
+
+@pytest.mark.parametrize(
+    ("rank", "path", "number", "text"),
+    [
+        (0, ".writable", errno.ESTALE, "checkpoints cannot be saved: [Errno 116] Stale file handle"),
+        (1, "zero_pp_rank_1", errno.EIO, "could not be saved: rank 1: [Errno 5] Input/output error"),
+    ],
+)
+def test_storage_that_stumbles_is_on_no_rank_taken_for_the_users_mistake(rank, path, number, text, recipe, tmp_path):
+    run = tmp_path / "run"
+    strike = StumblingDisk(rank, (str(run), path), number)
+    with StartedRanks(run_judged, WORLD_SIZE, tmp_path / "output", recipe=recipe, run=run, strike=strike) as ranks:
+        judged = ranks.results()
+    assert not any(one["is_users"] for one in judged), "the job goes back into the queue"
+    assert all(text in one["text"] for one in judged)
+    record_fault(
+        f"storage stumbles {'at the start' if path == '.writable' else 'in a save'} ({errno.errorcode[number]})",
+        how=f"every open of a file fails on rank {rank}",
+        promised="the run ends on all ranks with the reason, which is not taken for the user's",
+        happened=text,
+    )
+
+
+def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_not_passed_over(recipe, whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint_folder(whole, MAX_STEPS), checkpoint_folder(run, MAX_STEPS))
+    shutil.copytree(checkpoint_folder(whole, MAX_STEPS - 2), checkpoint_folder(run, MAX_STEPS - 2))
+    longer = recipe.model_copy(update={"max_steps": MAX_STEPS + 1})
+    disk = StumblingDisk(1, (f"{checkpoint_folder(run, MAX_STEPS)}/",), errno.EIO, times=1)
+    assert start(longer, run, disk) == [0, 0], output(run)
+    assert resumed_step(run) == MAX_STEPS
+    assert "stumbling over" in output(run, 1)
+    assert "skipping checkpoint" not in output(run)
 
 
 def test_training_goes_on_while_a_slow_disk_takes_a_checkpoint_and_the_next_save_waits_for_it(recipe, whole, tmp_path):

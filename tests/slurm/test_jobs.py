@@ -161,6 +161,7 @@ def test_a_queued_run_is_not_submitted_again_and_can_be_cancelled(cluster, tmp_p
     assert run.launch().returncode == 0
     job_id = run.job.job_id
     again = run.launch()
+    assert again.returncode == 4
     assert f"queued: not submitted again, slurm job {job_id} is already pending" in again.stdout
     assert "pending: BeginTime" in run.say("status")
     changed = Run(cluster, tmp_path, PREPARE, "queued", NEVER, "seed=1").launch()
@@ -177,15 +178,17 @@ def test_two_launchers_at_once_submit_one_job(cluster, tmp_path):
     with ThreadPoolExecutor(4) as pool:
         done = list(pool.map(lambda _: run.launch(), range(4)))
     assert len(cluster.slurm("squeue", "--noheader", "--name=twice").splitlines()) == 1
+    assert sorted(one.returncode for one in done) == [0, 4, 4, 4]
+    job_id = run.job.job_id
     for one in done:
-        told = one.stdout + one.stderr
-        assert any(word in told for word in ("twice: slurm job", "not submitted again", "another launcher")), told
+        refusal = f"twice: not submitted again, slurm job {job_id} is already "
+        assert (f"twice: slurm job {job_id}" if one.returncode == 0 else refusal) in one.stdout
     run.say("cancel")
     record_fault(
         "two runs of one name",
         how="four launchers of one run at once",
         promised="one job; another recipe of that name is refused",
-        happened="one job, the others said so",
+        happened="one job, the others ended with code 4 and its id",
     )
 
 

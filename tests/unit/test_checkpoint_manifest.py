@@ -1,5 +1,6 @@
 """The COMPLETE file: it appears last and at once, and is believed only as it was written; runs: test_checkpoint."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -72,3 +73,23 @@ def test_a_damaged_manifest_is_a_checkpoint_error(tmp_path, text):
     (tmp_path / COMPLETE_FILE).write_text(text)
     with pytest.raises(CheckpointError, match="COMPLETE is damaged: "):
         manifests.read_manifest(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_for_a_moment_is_read_again_and_else_told(tmp_path, monkeypatch):
+    """The memory of a process is the one file of Linux that fails with EIO."""
+    folder = tmp_path / "step_00000004"
+    folder.mkdir()
+    record = manifests.FileRecord("file", 0, hashlib.sha256(b"").hexdigest())
+    (folder / "file").symlink_to("/proc/self/mem")
+    monkeypatch.setattr(manifests, "RETRY_AFTER_SECONDS", (0.0, 0.0))
+    (problem,) = manifests.damage(folder, [record])
+    assert "step_00000004/file cannot be read: [Errno 5]" in problem
+    monkeypatch.setattr(manifests, "RETRY_AFTER_SECONDS", (20.0,))
+
+    def mend(seconds):
+        assert seconds == 20.0
+        (folder / "file").unlink()
+        (folder / "file").touch()
+
+    monkeypatch.setattr("dreamdance.training.manifest.time.sleep", mend)
+    assert manifests.damage(folder, [record]) == []
