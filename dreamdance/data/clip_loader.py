@@ -1,21 +1,19 @@
 """The loader: brings each optimizer step's micro batches to a rank, in the run's order, from any step on."""
 
+import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
+from itertools import chain, count, islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from dreamdance.data.batch_workers import BatchWorkers
 from dreamdance.data.clip_order import ClipOrder, SampleKey
 from dreamdance.data.clips import ClipDataset
 from dreamdance.data.collate import ClipBatch, collate_clips
-from dreamdance.data.worker_processes import start_worker, worker_context
 from dreamdance.errors import LostWorkerError, ShardError
 from dreamdance.ranks import Ranks
-
-WORKER_CHECK_SECONDS = 5.0  # torch looks whether its workers live only when a wait of this length is over
 
 
 class ClipLoader:
@@ -69,21 +67,13 @@ class ClipLoader:
         Raises:
             ShardError: a bad shard, by name; workers that died, or gave nothing within the time.
         """
-        batches = iter(self._make_loader())
-        try:
+        with contextlib.closing(self._read_ahead() if self.num_workers else self._read_here()) as batches:
             while True:
                 start = time.monotonic()
-                micro_batches = [self._next(batches) for _ in range(self.accumulation_steps)]
+                micro_batches = list(islice(batches, self.accumulation_steps))
                 self.wait_seconds = time.monotonic() - start
                 self.step += 1
                 yield micro_batches
-        finally:
-            # torch ends its workers when it is freed, which the traceback of an error puts off.
-            if isinstance(batches, _MultiProcessingDataLoaderIter):
-                batches._shutdown_workers()
-                for worker in batches._workers:
-                    if worker.is_alive():  # stopped, or waiting for its storage: the end of this process would wait too
-                        worker.kill()
 
     def micro_batch_keys(self, step: int) -> list[list[SampleKey]]:
         """This rank's share of a step: a contiguous part of the batch, cut into micro batches."""
@@ -103,46 +93,33 @@ class ClipLoader:
         """
         self.step = self.order.resume(state)
 
-    def _make_loader(self) -> DataLoader:
-        """A loader of this rank's micro batches from `step` on."""
-        options: dict[str, Any] = {}
-        if self.num_workers:
-            options = {
-                "timeout": min(self.timeout_seconds, WORKER_CHECK_SECONDS),
-                "multiprocessing_context": worker_context(__name__),
-                "worker_init_fn": start_worker,
-                "prefetch_factor": max(2, self.accumulation_steps),
-            }
-        return DataLoader(
-            _KeyedReader(self.dataset),
-            batch_sampler=_MicroBatches(self, self.step),
-            num_workers=self.num_workers,
-            collate_fn=_as_it_is,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else each start draws the workers' seeds from the global one, which is saved
-            **options,
-        )
+    def _keys_from(self, step: int) -> Iterator[list[SampleKey]]:
+        """The keys of this rank's micro batches, step after step, without end."""
+        return chain.from_iterable(map(self.micro_batch_keys, count(step)))
 
-    def _next(self, batches: Iterator[ClipBatch | ShardError]) -> ClipBatch:
-        deadline = time.monotonic() + self.timeout_seconds
-        while True:
+    def _read_here(self) -> Generator[ClipBatch]:
+        for keys in self._keys_from(self.step):
+            batch = collate_clips([self.dataset.training_sample(key) for key in keys])
+            yield batch.pin_memory() if torch.cuda.is_available() else batch
+
+    def _read_ahead(self) -> Generator[ClipBatch]:
+        keys = self._keys_from(self.step)
+        ahead = max(2, self.accumulation_steps)
+        with BatchWorkers(
+            self.dataset, num_workers=self.num_workers, ahead=ahead, copied_ahead=self.accumulation_steps
+        ) as workers:
             try:
-                batch = next(batches)
-                break
-            except (RuntimeError, EOFError, OSError) as error:
-                if "DataLoader timed out" in str(error):
-                    if time.monotonic() < deadline:
-                        continue
-                    raise LostWorkerError(self._describe_wait()) from error
-                # A worker that dies while it hands over a batch shows as a lost connection.
-                if "DataLoader worker" in str(error) or (self.num_workers and not isinstance(error, RuntimeError)):
-                    raise LostWorkerError(
-                        f"a process that reads data died at step {self.step}, out of memory? {error!r}"
-                    ) from error
-                raise
-        if isinstance(batch, ShardError):
-            raise batch
-        return batch
+                for _ in range(workers.capacity):
+                    workers.ask(next(keys))
+                while True:
+                    yield workers.take(timeout_seconds=self.timeout_seconds)
+                    workers.ask(next(keys))
+            except TimeoutError as error:
+                raise LostWorkerError(self._describe_wait()) from error
+            except (EOFError, OSError) as error:
+                raise LostWorkerError(
+                    f"a process that reads data died at step {self.step}, out of memory? {error!r}"
+                ) from error
 
     def _describe_wait(self) -> str:
         first = self.micro_batch_keys(self.step)[0][0]
@@ -151,36 +128,3 @@ class ClipLoader:
             f"({self.dataset.describe(first.sample_id)} and others): the storage hangs or is too slow; "
             "see `data.batch_timeout_seconds`, `data.num_workers`"
         )
-
-
-class _KeyedReader(Dataset):
-    """The dataset as torch's loader wants it: a whole micro batch by its keys, errors handed over as values.
-
-    An exception that crosses from a worker would arrive as the text of a traceback.
-    """
-
-    def __init__(self, dataset: ClipDataset) -> None:
-        self.dataset = dataset
-
-    def __getitems__(self, keys: Sequence[SampleKey]) -> ClipBatch | ShardError:
-        try:
-            return collate_clips([self.dataset.training_sample(key) for key in keys])
-        except ShardError as error:
-            return ShardError(str(error))
-
-
-class _MicroBatches:
-    """The keys of this rank's micro batches, step after step, without end."""
-
-    def __init__(self, loader: ClipLoader, first_step: int) -> None:
-        self.loader, self.first_step = loader, first_step
-
-    def __iter__(self) -> Iterator[list[SampleKey]]:
-        step = self.first_step
-        while True:
-            yield from self.loader.micro_batch_keys(step)
-            step += 1
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch

@@ -30,12 +30,13 @@ from recipes_for_tests import tiny_stage1_recipe
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from dreamdance.data import clip_loader, shard_cache
+from dreamdance.data import batch_workers, shard_cache
 from dreamdance.data.clip_loader import ClipLoader
 from dreamdance.data.clip_order import ClipOrder, SampleKey
 from dreamdance.data.clips import ClipDataset, StoredClips
 from dreamdance.data.collate import ClipSample
 from dreamdance.data.verify import verify_shards
+from dreamdance.errors import ShardError
 from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import Shards
 from dreamdance.run_layout import export_folder
@@ -168,7 +169,7 @@ def read_steps(loader: ClipLoader, count: int) -> list[Any]:
 
 def test_slow_workers_change_neither_order_nor_content(remote, monkeypatch):
     """Slower than the wait after which the workers are looked at, faster than the time-out."""
-    monkeypatch.setattr(clip_loader, "WORKER_CHECK_SECONDS", 0.1)
+    monkeypatch.setattr(batch_workers, "LOOK_EVERY_SECONDS", 0.1)
     expected = read_steps(open_loader({"local": remote}, num_workers=0), 8)
     slow = open_loader({"local": remote}, num_workers=2, kind=SlowClips, timeout_seconds=60)
     start = time.monotonic()
@@ -180,6 +181,55 @@ def test_slow_workers_change_neither_order_nor_content(remote, monkeypatch):
         promised="training waits and goes on in the same order",
         happened="8 steps bit-identical to those of fast storage",
         steps_lost=0,
+    )
+
+
+def stop_worker(ranks: Ranks, *, shards: dict[str, Any], log: str) -> None:
+    """Ends as a training does whose data fails: the error leaves the loop, and Python waits for its children."""
+    loader = open_loader(shards, num_workers=2, timeout_seconds=2)
+    steps = iter(loader)
+    next(steps)
+    workers = multiprocessing.active_children()
+    time.sleep(0.5)  # it has read ahead: taking that over must not need it
+    os.kill(workers[0].pid, signal.SIGSTOP)
+    stopped = time.monotonic()
+    try:
+        for _ in range(100):
+            next(steps)
+    except ShardError as error:
+        seconds, pids = time.monotonic() - stopped, [str(worker.pid) for worker in workers]
+        Path(log).write_text(f"{seconds}\n{loader.step}\n{' '.join(pids)}\n{error}")
+        raise
+
+
+def _exists(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_stopped_worker_is_an_error_within_the_time_out_and_does_not_outlive_it(remote, tmp_path):
+    log = tmp_path / "log"
+    with StartedRanks(stop_worker, 1, tmp_path / "ranks", shards={"local": remote}, log=str(log)) as started:
+        assert started.wait() == [1], started.output()
+    seconds, step, pids, message = log.read_text().split("\n", 3)
+    workers = [int(pid) for pid in pids.split()]
+    assert len(workers) == 2
+    assert "no batch for 2 s" in message
+    assert "data.batch_timeout_seconds" in message
+    assert int(step) > 1, "what it had read ahead is used"
+    assert float(seconds) < 10
+    deadline = time.monotonic() + 10
+    while any(_exists(pid) for pid in workers):
+        assert time.monotonic() < deadline, "a stopped worker outlives the process that it read for"
+        time.sleep(0.05)
+    record_fault(
+        "data worker hangs",
+        how="SIGSTOP of one of two workers; time-out 2 s",
+        promised="an error that names the step and the key, the process ends, no worker stays",
+        happened=message,
+        detected_seconds=float(seconds),
     )
 
 

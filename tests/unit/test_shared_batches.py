@@ -1,0 +1,89 @@
+"""Batches that cross from one process to another: the same bits in the same order, and nothing left behind."""
+
+import multiprocessing
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dreamdance.data.collate import ClipBatch
+from dreamdance.data.shared_batches import PackedBatch, SharedSlots
+
+
+def random_batch(seed: int, *, frames: int = 2) -> ClipBatch:
+    generator = torch.Generator().manual_seed(seed)
+
+    def images(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator)
+
+    return ClipBatch(
+        rgb=images(1, frames, 5, 7, 3).permute(0, 1, 4, 2, 3),  # as it comes from pictures: channels last in memory
+        pose=images(1, frames, 3, 5, 7),
+        normal=None,
+        depth=images(1, frames, 3, 5, 7)[..., ::2],
+        mask=None,
+        reference=images(1, 3, 5, 7),
+        fps=torch.tensor([8.0]),
+        keys=torch.tensor([[seed, 2**40, 3]]),
+        clip_ids=[f"clip {seed}"],
+    )
+
+
+def assert_same(one: ClipBatch, other: ClipBatch) -> None:
+    for name in ("rgb", "pose", "depth", "reference", "fps", "keys"):
+        first, second = getattr(one, name), getattr(other, name)
+        assert first.dtype == second.dtype
+        assert torch.equal(first, second), name
+    assert one.normal is other.normal is one.mask is other.mask is None
+    assert one.clip_ids == other.clip_ids
+
+
+def write_three(slots: SharedSlots, connection: multiprocessing.connection.Connection) -> None:
+    for number in range(3):
+        connection.send(slots.write(random_batch(number), slot=number % 2))
+        connection.recv()
+
+
+def test_batches_of_another_process_arrive_bit_for_bit_and_outlive_their_slots():
+    context = multiprocessing.get_context("forkserver")
+    slots, (ours, theirs) = SharedSlots(2), context.Pipe()
+    process = context.Process(target=write_three, args=(slots, theirs))
+    process.start()
+    batches = []
+    for _ in range(3):
+        assert ours.poll(60)
+        batches.append(slots.read(ours.recv(), pin=False))
+        ours.send(None)
+    process.join(60)
+    slots.close()
+    for number, batch in enumerate(batches):  # the third lay where the first had lain
+        assert_same(batch, random_batch(number))
+    assert batches[0].rgb.stride() == random_batch(0).rgb.stride()
+
+
+def test_a_written_batch_can_be_read_by_who_has_its_description_alone():
+    slots = SharedSlots(1)
+    packed = slots.write(random_batch(0), slot=0)
+    assert isinstance(packed, PackedBatch)
+    assert_same(slots.read(packed, pin=False), random_batch(0))
+    slots.close()
+
+
+def test_a_batch_larger_than_its_slot_is_refused():
+    slots = SharedSlots(2)
+    slots.write(random_batch(0), slot=0)
+    with pytest.raises(AssertionError, match="micro batches differ in size"):
+        slots.write(random_batch(1, frames=40), slot=0)
+    smaller = replace(random_batch(2), depth=None)
+    assert slots.read(slots.write(smaller, slot=1), pin=False).depth is None
+    slots.close()
+
+
+def test_slots_that_are_closed_leave_no_descriptor():
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(5):
+        slots = SharedSlots(2)
+        slots.read(slots.write(random_batch(number), slot=1), pin=False)
+        slots.close()
+    assert len(os.listdir("/proc/self/fd")) == before
