@@ -160,10 +160,13 @@ def test_what_another_job_of_the_same_number_left_is_put_away(run_folder):
     for name in ("12_0_log.out", "12_status.json", "requeues.jsonl", "12_submission.sh"):
         (logs / name).write_text("old")
     (logs / "progress.jsonl").write_text("kept")
+    for folder in (run_folder, logs):
+        (folder / "x.json.partial-0123").write_text("of a writer that was killed")
     submit([PREPARE], [run_folder], "debug")
     submit([PREPARE], [run_folder], "debug")
     assert sorted(path.name for path in logs.iterdir()) == ["earlier", "job.json", "progress.jsonl"]
     assert len(list((logs / "earlier" / "0000").rglob("*"))) == 6
+    assert [path.name for path in run_folder.iterdir()] == ["logs"]
     assert read_failures(run_folder) == []
 
 
