@@ -54,10 +54,11 @@ def evaluate(recipe: EvaluateRecipe, run_folder: Path) -> None:
         LostWorkerError: another rank is lost.
     """
     ranks = Ranks.from_environment()
-    folders = {path.name: path for path in find_results(Path(recipe.results))}
-    first = read_result(next(iter(folders.values())))
     progress = ProgressLog(run_folder, ranks)
     with Crew(ranks, cluster=recipe.cluster, run_folder=run_folder) as crew:
+        crew.watchdog.enter("looking for results", recipe.results)
+        folders = {path.name: path for path in find_results(Path(recipe.results))}
+        first = read_result(next(iter(folders.values())))
         training_mean = None
         if recipe.training_set is not None:
             progress.write(done=0, total=len(folders), unit="clips", message="averaging the training set")
@@ -70,11 +71,11 @@ def evaluate(recipe: EvaluateRecipe, run_folder: Path) -> None:
         measured = MeasuredClips(run_folder / MEASURED_FOLDER, recipe)
         compared = Compared(recipe, folders, first, training_mean)
         found = measure_share(compared, measured, crew, progress)
-        if not ranks.is_main:
-            return
-        measured.wait_for(found, crew, lambda done: progress.write(done=done, total=len(found), unit="clips"))
-        crew.watchdog.enter("writing the table", str(run_folder))
-        tabulate(compared, {folder.name: measured.read(folder) for folder in found}, run_folder, progress)
+        if ranks.is_main:
+            measured.wait_for(found, crew, lambda done: progress.write(done=done, total=len(found), unit="clips"))
+            crew.watchdog.enter("writing the table", str(run_folder))
+            tabulate(compared, {folder.name: measured.read(folder) for folder in found}, run_folder, progress)
+    if ranks.is_main:  # only now: had a rank been lost after its share, the next start would find all measured
         measured.close()
 
 
