@@ -101,6 +101,13 @@ def test_ranks_and_workers_change_nothing(remote, tmp_path, expected, world_size
     shards = {"local": str(tmp_path / "cache"), "remote": remote}
     results = run_ranks(read_steps, world_size, tmp_path / "ranks", shards=shards, num_workers=num_workers)
     assert join_ranks(results) == expected
+    record_fault(
+        "another number of ranks and data workers",
+        how=f"{NUM_STEPS} steps on {world_size} ranks with {num_workers} workers each, beside one rank without any",
+        promised="the same samples with the same augmentation in the same order",
+        happened="sample ids and sums over their pictures are equal at every step",
+        steps_lost=0,
+    )
 
 
 def test_another_number_of_ranks_resumes_at_the_same_sample(remote, tmp_path, expected):
@@ -109,6 +116,13 @@ def test_another_number_of_ranks_resumes_at_the_same_sample(remote, tmp_path, ex
     first = run_ranks(read_steps, 2, tmp_path / "first", steps=5, **arguments)
     then = run_ranks(read_steps, 4, tmp_path / "then", first=5, steps=NUM_STEPS - 5, **arguments)
     assert join_ranks(first) + join_ranks(then) == expected
+    record_fault(
+        "another number of ranks in the middle of an epoch",
+        how=f"5 steps on 2 ranks, then {NUM_STEPS - 5} on 4",
+        promised="no sample is repeated, left out or augmented otherwise",
+        happened="sample ids and sums over their pictures are those of one rank in one go",
+        steps_lost=0,
+    )
 
 
 def test_ranks_that_were_killed_leave_nothing_that_blocks_the_next_start(remote, tmp_path, expected):

@@ -145,8 +145,10 @@ def test_a_killed_rank_ends_the_others_within_seconds_and_the_same_command_goes_
     assert again.returncode == 4
     job = last_job(run_folder)
     assert f"killed: not submitted again, local job {job.job_id} is already running" in again.stdout
+    struck = time.monotonic()
     os.kill(ranks_of(run_folder)[1], signal.SIGKILL)
     wait_until(lambda: processes_of(run_folder) == [], 15, "the other rank's end")
+    detected = time.monotonic() - struck
     shown = launch(folder, "status", "killed").stdout
     assert "rank 1 was killed by SIGKILL" in shown
 
@@ -155,6 +157,14 @@ def test_a_killed_rank_ends_the_others_within_seconds_and_the_same_command_goes_
     before = steps_shown(run_folder)
     follower = subprocess.Popen(
         command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: steps_shown(run_folder) > before, 120, "a step of the resumed training")
+    record_fault(
+        "rank killed, on one machine",
+        how="SIGKILL of rank 1 of 2; then the same command again",
+        promised="the other rank ends within seconds, status names the rank; the same command goes on",
+        happened="ended by the controller; 'rank 1 was killed by SIGKILL'; resumed",
+        detected_seconds=detected,
     )
     wait_until(lambda: steps_shown(run_folder) > before + 3, 120, "steps of the resumed training")
     follower.send_signal(signal.SIGINT)
@@ -185,11 +195,20 @@ def test_an_interrupted_sweep_starts_none_of_its_other_runs(folder):
 
 def test_a_killed_controller_takes_its_ranks_along_and_cancel_ends_a_job(folder):
     run_folder = start_training(folder, "cancelled")
+    struck = time.monotonic()
     os.kill(last_job(run_folder).pid, signal.SIGKILL)
     wait_until(lambda: processes_of(run_folder) == [], 10, "the ranks' end")
+    detected = time.monotonic() - struck
     assert "failed" in launch(folder, "status").stdout.split("cancelled", 1)[1].splitlines()[0]
 
     run_folder = start_training(folder, "cancelled")
+    record_fault(
+        "controller of a local job killed",
+        how="SIGKILL of the process that watches over two ranks; then the same command again",
+        promised="its ranks go with it, status says failed; the same command goes on",
+        happened="no process left; started again, it took further steps and saved",
+        detected_seconds=detected,
+    )
     assert launch(folder, "cancel", "cancelled").returncode == 0
     assert processes_of(run_folder) == []
     assert "cancelled (local job" in launch(folder, "status").stdout

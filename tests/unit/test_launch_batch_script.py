@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from fault_log import record_fault
 
 from dreamdance.launch.job import record_failure
 from dreamdance.launch.requeue import read_failures
@@ -85,6 +86,12 @@ def test_a_controller_that_is_silent_for_a_while_is_asked_again(site, name, answ
     site.run(batch_script(RECIPE, make_run(site.folder / "run")))
     assert site.called("sleep") == ["sleep 5"] * 4
     assert site.called("scontrol")[-1] == "scontrol requeue 42"
+    record_fault(
+        "Slurm's controller silent for a while as a job ends",
+        how=f"{name} cannot reach it four times; programs in Slurm's place",
+        promised="asked again every 5 s; the job goes back into the queue",
+        happened="the fifth time it answered, and the job was put back",
+    )
 
 
 @pytest.mark.parametrize("name", ["squeue", "scontrol"])
@@ -94,6 +101,12 @@ def test_a_controller_that_stays_silent_ends_the_job_and_the_log_says_so(site, n
     assert done.returncode == 1
     assert len(site.called(name)) == 12
     assert "gave up after a minute" in done.stderr
+    record_fault(
+        "Slurm's controller silent for good as a job ends",
+        how=f"{name} never reaches it; programs in Slurm's place",
+        promised="given up after a minute, the log says so, the job fails with the code of its ranks",
+        happened=done.stderr.strip().splitlines()[-1],
+    )
 
 
 @pytest.mark.parametrize("answer", ["COMPLETING 0", "RUNNING 1", "PENDING 1"])

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from fault_log import record_fault
 
 from dreamdance.errors import RecipeError, UserError, may_pass
 from dreamdance.launch.run_folder import (
@@ -67,6 +68,12 @@ def test_a_different_recipe_is_refused_naming_every_key_with_old_and_new_value(r
     assert "data.stride: [1, 1] -> [1, 2]" in text
     assert "checkpoint.allow_changed=[data.stride, optimizer.lr]" in text
     assert (run_folder / "recipe.yaml").read_text() == before
+    record_fault(
+        "changed recipe under a run's name",
+        how="another learning rate and stride for a run that has begun",
+        promised="refused before anything is submitted, with each key, its old and new value, and the way to allow it",
+        happened=text.partition(":\n")[2],
+    )
 
 
 @pytest.mark.parametrize(

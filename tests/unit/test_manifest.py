@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from fault_log import record_fault
 
 from dreamdance.data.keypoints import NUM_KEYPOINTS, KeypointSequence
 from dreamdance.errors import ManifestError
@@ -75,7 +76,14 @@ def test_ids_that_are_no_plain_folder_names_are_refused(tmp_path, bad_id):
 @pytest.mark.parametrize("name", ["image", "keypoints", "reference_keypoints"])
 @pytest.mark.parametrize("path", ["../secret.png", "a/../../b", "/etc/passwd", "", "a\0b", 3])
 def test_paths_that_climb_out_are_refused(tmp_path, name, path):
-    assert name in problems(tmp_path, entry(**{name: path}))
+    text = problems(tmp_path, entry(**{name: path}))
+    assert name in text
+    record_fault(
+        "manifest whose paths climb out of its folder",
+        how=f"{name}: {path!r}",
+        promised="refused before anything is opened, with line, field and what is accepted",
+        happened=text,
+    )
 
 
 @pytest.mark.parametrize(
