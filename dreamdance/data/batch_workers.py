@@ -22,7 +22,7 @@ from dreamdance.data.clips import ClipDataset
 from dreamdance.data.collate import ClipBatch, collate_clips
 from dreamdance.data.shared_batches import PackedBatch, SharedSlots
 from dreamdance.data.worker_processes import start_worker, worker_context
-from dreamdance.errors import ShardError
+from dreamdance.errors import LostWorkerError, ShardError, may_pass
 
 LOOK_EVERY_SECONDS = 1.0
 JOIN_SECONDS = 5.0  # who is killed is gone at once, unless the kernel itself waits for a file system
@@ -148,7 +148,7 @@ def _answer(
     """An exception that just left the process would arrive as its death."""
     try:
         return slots.write(collate_clips([dataset.training_sample(key) for key in keys]), slot=slot)
-    except ShardError as error:
-        return error
+    except ShardError as error:  # what it follows from stays here, so that is judged here
+        return LostWorkerError(str(error)) if may_pass(error) else error
     except Exception:  # noqa: BLE001 - the outermost frame of a process, which tells another one
         return RuntimeError(f"in a process that reads data:\n{traceback.format_exc()}")

@@ -3,6 +3,8 @@
 Nothing here knows the process group: ranks need not be in step, and one rank alone may open a dataset.
 """
 
+import logging
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -11,10 +13,10 @@ import torch
 from einops import repeat
 from torch import Tensor
 
+from dreamdance.data import shard_cache
 from dreamdance.data.clip_order import SampleKey
 from dreamdance.data.collate import ClipSample
 from dreamdance.data.cropping import centred_crop
-from dreamdance.data.shard_cache import fetch_shard
 from dreamdance.data.stored_clip import StoredClip, Window, draw_window, first_window
 from dreamdance.data.streaming_compat import Spanner, Stream, StreamingDataset, World
 from dreamdance.data.transforms import (
@@ -26,9 +28,11 @@ from dreamdance.data.transforms import (
     resize_normals,
 )
 from dreamdance.data.verify import open_shards
-from dreamdance.errors import ShardError
+from dreamdance.errors import LostWorkerError, ShardError, may_pass
 from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import Shards
+
+logger = logging.getLogger(__name__)
 
 Map = Literal["normal", "depth", "mask"]
 MAPS: tuple[Map, ...] = ("normal", "depth", "mask")
@@ -87,23 +91,37 @@ class StoredClips(StreamingDataset):
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Fetches and unpacks a shard; the base class calls this where the file is not there."""
-        fetch_shard(self.index, self.index.shards[shard_id], self.remote)
+        shard_cache.fetch_shard(self.index, self.index.shards[shard_id], self.remote)
 
     def get_item(self, sample_id: int, retry: int = 2) -> dict[str, Any]:
         """The stored columns of one sample.
 
+        Storage that stumbles, or is gone with all that was on it, is tried again for some seconds.
+
         Raises:
             IndexError: no such sample.
             ShardError: its shard is missing or damaged.
+            LostWorkerError: storage has not come back.
         """
         if not 0 <= sample_id < self.num_samples:
             raise IndexError(f"sample {sample_id} of {self.num_samples}")
-        try:
-            return super().get_item(sample_id, retry)
-        except ShardError:
-            raise
-        except _DAMAGED as error:
-            raise ShardError(f"{self.describe(sample_id)} cannot be read: {error}") from error
+        where = f"{self.describe(sample_id)} cannot be read"
+        for pause in (*shard_cache.RETRY_PAUSES_SECONDS, None):
+            try:
+                return super().get_item(sample_id, retry)
+            except _DAMAGED as caught:
+                error = caught
+            if isinstance(error, LostWorkerError):  # has been tried again already
+                raise error
+            if not may_pass(error) and not shard_cache.is_gone(self.index.folder):
+                if isinstance(error, ShardError):
+                    raise error
+                raise ShardError(f"{where}: {error}") from error
+            if pause is not None:
+                logger.warning("%s: %s; trying again in %.0f s", where, error, pause)
+                time.sleep(pause)
+        attempts = len(shard_cache.RETRY_PAUSES_SECONDS) + 1
+        raise LostWorkerError(f"{where}, {attempts} attempts failed: {error}") from error
 
     def describe(self, sample_id: int) -> str:
         """Where a sample lies, for messages."""

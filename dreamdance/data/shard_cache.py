@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from dreamdance.data.shard_index import HASH_DIGITS, ShardEntry, ShardFile, ShardIndex, read_index
 from dreamdance.data.streaming_compat import INDEX_FILE, CloudDownloader, decompress, get_hash
-from dreamdance.errors import ShardError
+from dreamdance.errors import USERS_ERRNOS, LostWorkerError, ShardError
 from dreamdance.recipe.schema import Shards
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,14 @@ def fetch_shard(index: ShardIndex, entry: ShardEntry, remote: str | None) -> Non
         incoming.unlink(missing_ok=True)  # a download may have the remote file's mode, and be read-only
         incoming.write_bytes(data)
         os.replace(incoming, target)
+
+
+def is_gone(folder: Path | str) -> bool:
+    """Whether a folder of shards does not show its index any more, once that was read: as if it were not mounted."""
+    try:
+        return not (Path(folder) / INDEX_FILE).is_file()
+    except OSError:
+        return True
 
 
 def check_bytes(data: bytes, file: ShardFile, *, where: str) -> None:
@@ -136,19 +144,23 @@ def _download_checked(remote: str, file: ShardFile, destination: Path, *, where:
 
 
 def _download(remote: str, name: str, destination: Path) -> None:
-    """Downloads a file; tries again where connection or storage fail, but not where there is no such file."""
+    """Downloads a file; tries again where connection or storage fail, but not where that file alone is missing."""
     source = f"{remote.rstrip('/')}/{name}"
     for pause in (*RETRY_PAUSES_SECONDS, None):
         _remove_incoming(destination)  # the library takes what exists for done
         try:
             CloudDownloader.direct_download(source, str(destination), DOWNLOAD_TIMEOUT_SECONDS)
             return
-        except (FileNotFoundError, PermissionError, ValueError, ImportError) as error:
+        except (PermissionError, ValueError, ImportError) as error:
             raise ShardError(f"{source} cannot be fetched: {error}; see `remote`") from error
-        except OSError as error:  # connection and time-out errors are OSErrors
+        except OSError as error:  # connection and time-out errors are OSErrors, often without a number
+            gone = name != INDEX_FILE and "://" not in remote and is_gone(remote)
+            if isinstance(error, FileNotFoundError) and not gone:
+                raise ShardError(f"{source} cannot be fetched: {error}; see `remote`") from error
             if pause is None:
                 attempts = len(RETRY_PAUSES_SECONDS) + 1
-                raise ShardError(f"{source} cannot be fetched, {attempts} attempts failed: {error}") from error
+                kind = ShardError if error.errno in USERS_ERRNOS and not gone else LostWorkerError
+                raise kind(f"{source} cannot be fetched, {attempts} attempts failed: {error}") from error
             logger.warning("%s cannot be fetched: %s; trying again in %.0f s", source, error, pause)
             time.sleep(pause)
         except Exception as error:  # every cloud's library has errors of its own, and has tried again by itself
@@ -202,7 +214,7 @@ def _writing(folder: Path, name: str) -> Iterator[Path]:
             finally:
                 _remove_incoming(incoming)
     except Timeout as error:
-        raise ShardError(
+        raise LostWorkerError(
             f"waited {LOCK_TIMEOUT_SECONDS:.0f} s for another process to fetch '{name}' to {folder}; is one stopped? "
             f"`fuser {folder / f'.{name}.lock'}` names it; or give another `local` folder"
         ) from error
