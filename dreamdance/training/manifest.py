@@ -23,8 +23,7 @@ Result = TypeVar("Result")
 # A full disk or a file server that restarts may be well again after so long.
 RETRY_AFTER_SECONDS = (1.0, 5.0)
 FORMAT = 2
-"""Raised whenever a run that resumes asks for more than older checkpoints hold; 2 has a hash of the manifest itself."""
-_READABLE_FORMATS = (1, 2)  # the later ones of format 1 hold all that is asked for; the earlier ones are found by it
+"""To be raised whenever a run that resumes asks for something that older checkpoints do not hold, or hold otherwise."""
 
 
 class FormatError(CheckpointError):
@@ -151,10 +150,10 @@ def read_manifest(folder: Path) -> Manifest:
 def _parse(folder: Path, text: str) -> Manifest:
     values: dict[str, Any] = json.loads(text)
     digest = values.pop("sha256", None)
-    if digest != (None if values["format"] == 1 else _digest(values)):
+    if digest != (None if values["format"] == 1 else _digest(values)):  # the first format had none
         raise ValueError("it differs from what was saved (sha256)")
-    if (found := values.pop("format")) not in _READABLE_FORMATS:
-        raise FormatError(folder, f"its format is {found}, and {FORMAT} or older is read")
+    if (found := values.pop("format")) != FORMAT:
+        raise FormatError(folder, f"its format is {found}, not {FORMAT}")
     files = tuple(FileRecord(str(record.pop("path")), **record) for record in values.pop("files"))
     manifest = Manifest(files=files, **values)
     if step_of(folder) not in (None, manifest.step):

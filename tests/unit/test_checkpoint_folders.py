@@ -17,6 +17,11 @@ from dreamdance.training.manifest import FileRecord, Manifest
 WEIGHTS = "rank_00000.pt"
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(manifests, "RETRY_AFTER_SECONDS", (0.0, 0.0))
+
+
 def save(run: Path, *steps: int) -> None:
     for step in steps:
         folder = checkpoint_folder(run, step)
