@@ -1,9 +1,12 @@
-"""Clips are animated and measured on several nodes; what a lost rank has done stays done."""
+"""Clips are prepared, animated and measured on several nodes; what is done when a rank is lost stays done."""
 
 import json
 import signal
 import time
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fault_log import record_fault
@@ -11,10 +14,22 @@ from slurm_runs import ROOT, Cluster, Run, wait_until
 from tiny_pipelines import tiny_animation_pipeline, tiny_geometry_pipeline
 
 from dreamdance.data.prepare import prepare
+from dreamdance.evaluation.report import evaluate
+from dreamdance.inference.batch import animate
 from dreamdance.recipe import load_recipe
+from dreamdance.run_layout import DONE_FOLDER, read_done
 
 DEMO = ROOT / "recipes" / "demo"
 NUM_CLIPS = 12
+STEP_TIMEOUT_SECONDS = 8
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The table of some results, and the words that name these to the command."""
+
+    words: tuple[str, ...]
+    table: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -30,20 +45,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_lost_ranks_clips_are_animated_by_the_next_attempt_and_all_are_measured(cluster: Cluster, folder: Path):
+def test_a_lost_ranks_clips_are_animated_by_the_next_attempt(cluster: Cluster, folder: Path):
     words = ("geometry_from=stage1", "animation_from=stage2", "cluster.nodes=2", "cluster.tasks_per_node=1")
+    words = (*words, f"output={folder / 'results' / 'struck'}")
     run = Run(cluster, folder, DEMO / "animate.yaml", "animated", *words, "animation.num_inference_steps=8")
     submitted = run.launch()
     assert submitted.returncode == 0, submitted.stderr
-    results = folder / "results" / "demo"
+    results = folder / "results" / "struck"
     wait_until(lambda: len(list(results.glob("*/result.json"))) >= 3, f"the first results\n{run.logs()}")
     pids, struck = set(run.rank_pids().values()), time.time()
     run.strike_rank(1, signal.SIGKILL)
     detected = wait_until(lambda: not pids & set(run.rank_pids().values()), "the other rank's end")
     before = {path: path.stat().st_mtime_ns for path in results.glob("*/result.json")}
     assert 3 <= len(before) < NUM_CLIPS
-    done = run.launch("--follow")
-    assert done.returncode == 0, done.stdout + done.stderr + run.logs()
+    follow(run)
     assert run.restarts() == 1
     after = {path: path.stat().st_mtime_ns for path in results.glob("*/result.json")}
     assert len(after) == NUM_CLIPS
@@ -57,8 +72,86 @@ def test_a_lost_ranks_clips_are_animated_by_the_next_attempt_and_all_are_measure
         resumed_seconds=time.time() - struck,
     )
 
-    scored = Run(cluster, folder, DEMO / "evaluate.yaml", "scored", "cluster.nodes=3")
-    done = scored.launch("--follow")
-    assert done.returncode == 0, done.stdout + done.stderr + scored.logs()
-    table = json.loads((scored.run_folder / "table.json").read_text())
-    assert len(table["clips"]) == NUM_CLIPS
+
+@pytest.fixture(scope="module")
+def measured(folder: Path) -> Measured:
+    """All clips, animated and measured by one process that nothing happens to."""
+    words = [f"output={folder / 'results' / 'whole'}", f"manifest={folder / 'data' / 'demo' / 'manifest.jsonl'}"]
+    words += [f"{stage}_from={folder / name}" for stage, name in (("geometry", "stage1"), ("animation", "stage2"))]
+    animate(load_recipe(DEMO / "animate.yaml", words), folder / "animated_whole")
+    data = [
+        f"{key}.local={folder / 'data' / 'demo' / name}"
+        for key, name in (("truth", "validation"), ("training_set", "train"))
+    ]
+    words = [f"results={folder / 'results' / 'whole'}", *data]
+    evaluate(load_recipe(DEMO / "evaluate.yaml", words), folder / "scored_whole")
+    return Measured(tuple(words), table(folder / "scored_whole"))
+
+
+def follow(run: Run) -> None:
+    done = run.launch("--follow")
+    assert done.returncode == 0, done.stdout + done.stderr + run.logs()
+
+
+def table(run_folder: Path) -> dict[str, Any]:
+    return json.loads((run_folder / "table.json").read_text())
+
+
+def test_a_lost_ranks_clips_are_measured_by_the_next_attempt_with_the_same_table(
+    cluster: Cluster, folder: Path, measured: Measured
+):
+    run = Run(cluster, folder, DEMO / "evaluate.yaml", "scored", *measured.words, "cluster.nodes=2")
+    submitted = run.launch()
+    assert submitted.returncode == 0, submitted.stderr
+    wait_until(lambda: 1 in run.rank_pids(), f"the rank\n{run.logs()}")
+    run.strike_rank(1, signal.SIGSTOP)  # before it measures anything: what the other has done is then certain
+    wait_until(lambda: len(read_done(run.run_folder)) == NUM_CLIPS // 2, f"half of the clips\n{run.logs()}")
+    of_main = read_done(run.run_folder)
+    pids, struck = set(run.rank_pids().values()), time.time()
+    run.strike_rank(1, signal.SIGKILL)
+    detected = wait_until(lambda: not pids & set(run.rank_pids().values()), "the other rank's end")
+    follow(run)
+    assert run.restarts() == 1
+    assert table(run.run_folder) == measured.table
+    assert Counter(read_done(run.run_folder)) == Counter(measured.table["clips"].keys()), "none was measured twice"
+    assert set(of_main) < set(read_done(run.run_folder))
+    record_fault(
+        "rank killed that evaluates",
+        how="SIGKILL to one of two ranks, when the other has measured its share",
+        promised="requeued; only what is missing is measured",
+        happened="all clips measured, none twice; the table is that of an undisturbed run",
+        detected_seconds=detected,
+        resumed_seconds=time.time() - struck,
+    )
+
+
+def test_the_parts_of_a_rank_that_stops_are_prepared_by_the_next_attempt(cluster: Cluster, folder: Path):
+    clips = ("dancers.num_train_clips=40", "dancers.num_validation_clips=4", "clips_per_part=2", "num_workers=1")
+    alone = load_recipe(DEMO / "prepare.yaml", [*clips, f"output={folder / 'data' / 'alone'}"])
+    prepare(alone, folder / "prepared_alone")
+    output = folder / "data" / "shared"
+    words = (*clips, f"output={output}", "cluster.nodes=2", f"cluster.step_timeout_seconds={STEP_TIMEOUT_SECONDS}")
+    run = Run(cluster, folder, DEMO / "prepare.yaml", "prepared_struck", *words)
+    submitted = run.launch()
+    assert submitted.returncode == 0, submitted.stderr
+    of_struck = run.run_folder / "logs" / DONE_FOLDER / "rank_1.txt"
+    wait_until(of_struck.is_file, f"its first part\n{run.logs()}")
+    pids, struck = set(run.rank_pids().values()), time.time()
+    run.strike_rank(1, signal.SIGSTOP)
+    detected = wait_until(lambda: not pids & set(run.rank_pids().values()), f"the end of all ranks\n{run.logs()}")
+    before = read_done(run.run_folder)
+    assert len(before) < 22
+    follow(run)
+    assert run.restarts() == 1
+    assert "rank 1 has given no sign for" in run.log(0)
+    assert Counter(read_done(run.run_folder)).most_common(1)[0][1] == 1, "no part was written twice"
+    for split in ("train", "validation"):
+        assert (output / split / "index.json").read_bytes() == (Path(alone.output) / split / "index.json").read_bytes()
+    record_fault(
+        "rank stopped (SIGSTOP) that prepares",
+        how=f"one of two ranks, after its first part; cluster.step_timeout_seconds={STEP_TIMEOUT_SECONDS}",
+        promised="noticed in time, ended, requeued; only what is missing is written",
+        happened="the shards are those of one rank alone, no part was written twice",
+        detected_seconds=detected,
+        resumed_seconds=time.time() - struck,
+    )
