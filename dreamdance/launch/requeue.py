@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from dreamdance.atomic_files import write_atomically
+from dreamdance.errors import may_pass
 from dreamdance.launch.fence import REPLACED_EXIT_CODE
 from dreamdance.launch.finished import is_finished
-from dreamdance.launch.run_folder import stored_recipe
+from dreamdance.launch.run_folder import STORAGE_POLL_SECONDS, STORAGE_SECONDS, stored_recipe
 from dreamdance.recipe import Recipe, TrainingRecipe
 from dreamdance.run_layout import complete_steps, failures_folder, read_done, was_warned
 
@@ -122,10 +123,23 @@ def _progress(recipe: Recipe, run_folder: Path) -> int:
     return len(read_done(run_folder))  # of all ranks, over all starts
 
 
+def _decide_patiently(run_folder: Path, exit_code: int) -> Verdict:
+    """Storage that stumbles while this is decided must not end a run; it may be what made the job fail."""
+    give_up = time.monotonic() + STORAGE_SECONDS
+    while True:
+        try:
+            return decide(run_folder, exit_code)
+        except OSError as error:
+            if not may_pass(error) or time.monotonic() >= give_up:
+                raise
+            logger.warning("asking again: %s", error)
+        time.sleep(STORAGE_POLL_SECONDS)
+
+
 def main() -> int:
     """Answers the batch script."""
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    verdict = decide(Path(sys.argv[1]).resolve().parent, int(sys.argv[2]))
+    verdict = _decide_patiently(Path(sys.argv[1]).resolve().parent, int(sys.argv[2]))
     logger.log(
         logging.WARNING if verdict.again else logging.INFO,
         "%s: %s",

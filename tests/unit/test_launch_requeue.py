@@ -1,5 +1,6 @@
 """A job goes back into the queue when it was asked to stop or failed, but not for ever and not in vain."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -177,3 +178,25 @@ def test_the_batch_script_learns_it_by_the_exit_code(run):
     assert [one.returncode for one in done] == [0, 1]
     assert "WARNING dreamdance.launch.requeue: back into the queue: it failed (exit code 9)" in done[0].stdout
     assert "the job is over: it failed twice" in done[1].stdout
+
+
+def test_storage_that_stumbles_while_it_is_decided_is_asked_again(run):
+    """The memory of a process is the one file of Linux that fails with EIO."""
+    requeues_file(run).symlink_to("/proc/self/mem")
+    words = [sys.executable, "-P", "-u", "-m", "dreamdance.launch.requeue", str(run / "logs"), "1"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as deciding:
+        assert deciding.stdout is not None
+        assert "WARNING dreamdance.launch.requeue: asking again: [Errno 5]" in deciding.stdout.readline()
+        requeues_file(run).unlink()
+        told, _ = deciding.communicate(timeout=20)
+    assert deciding.returncode == 0, told
+    assert "back into the queue" in told
+    assert len(read_requeues(run)) == 1
+
+
+def test_a_run_folder_that_was_removed_is_not_brought_back_by_a_decision(run, monkeypatch):
+    monkeypatch.setattr("dreamdance.launch.run_folder.STORAGE_SECONDS", 0.0)
+    shutil.rmtree(run)
+    with pytest.raises(OSError, match="the run folder was removed"):
+        decide(run, 1)
+    assert not run.exists()
