@@ -11,6 +11,7 @@ from typing import Protocol
 from rank_processes import StartedRanks
 from training_scenarios import Recipe
 
+from dreamdance.data.worker_processes import WORKER_NAME
 from dreamdance.launch.local_controller import GRACE_SECONDS
 from dreamdance.launch.submission import last_job
 from dreamdance.ranks import Ranks
@@ -139,5 +140,5 @@ def data_workers(ranks: list[int]) -> list[int]:
     return sorted(
         number
         for number, process in processes.items()
-        if process.name == "pt_data_worker" and process.parent in servers
+        if process.name == WORKER_NAME and process.parent in servers
     )

@@ -1,13 +1,17 @@
 """Processes that read or write data for this one."""
 
+import contextlib
 import multiprocessing
 import os
 import threading
 from multiprocessing import connection
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
 
 import cv2
 import torch
+
+WORKER_NAME = "data worker"
 
 
 def worker_context(*modules: str) -> ForkServerContext:
@@ -26,6 +30,8 @@ def start_worker(worker_id: int = 0) -> None:
 
     Neither torch's nor Python's workers notice that when a server has forked them, so a killed run would leave them.
     """
+    with contextlib.suppress(OSError):  # for whoever looks with `ps` or `top`
+        Path("/proc/self/comm").write_text(WORKER_NAME)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
