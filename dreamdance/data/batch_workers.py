@@ -126,6 +126,8 @@ class _Worker:
     def close(self) -> None:
         """Frees what it held here; it has been killed."""
         self.process.join(JOIN_SECONDS)
+        if self.process.exitcode is not None:
+            self.process.close()
         self.connection.close()
         self.slots.close()
 

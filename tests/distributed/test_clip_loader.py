@@ -14,8 +14,9 @@ from random_shards import HEIGHT, WIDTH, write_random_shards
 from rank_processes import StartedRanks, run_ranks
 
 from dreamdance.data.clip_loader import ClipLoader
-from dreamdance.data.clip_order import ClipOrder
+from dreamdance.data.clip_order import ClipOrder, SampleKey
 from dreamdance.data.clips import ClipDataset
+from dreamdance.data.collate import ClipSample
 from dreamdance.errors import ShardError
 from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import Shards
@@ -137,6 +138,7 @@ def test_ranks_that_were_killed_leave_nothing_that_blocks_the_next_start(remote,
             time.sleep(0.05)
         workers = [int(pid) for path in logs for pid in path.read_text().split()]
         assert len(workers) == 4
+        pids = [str(pid) for pid in (*workers, *(process.pid for process in started.processes))]
         for rank in range(2):
             started.signal(rank, signal.SIGKILL)
         assert started.wait() == [-signal.SIGKILL, -signal.SIGKILL]
@@ -148,8 +150,9 @@ def test_ranks_that_were_killed_leave_nothing_that_blocks_the_next_start(remote,
     results = run_ranks(read_steps, 2, tmp_path / "again", shards=shards, num_workers=1)
     assert join_ranks(results) == expected
     resumed = time.monotonic() - start
-    left = {name for name in set(os.listdir("/dev/shm")) - shared_before if "locals" in name or "shard_states" in name}
-    assert left == set()
+    suspects = ("locals", "shard_states", *pids)
+    left = [name for name in set(os.listdir("/dev/shm")) - shared_before if any(word in name for word in suspects)]
+    assert left == []
     record_fault(
         "ranks killed while their workers read ahead",
         how="SIGKILL of both ranks, two workers each",
@@ -171,6 +174,42 @@ def test_a_killed_worker_is_an_error_and_no_hang(remote, tmp_path):
         happened=told,
         detected_seconds=float(seconds),
     )
+
+
+class SlowClips(ClipDataset):
+    """The reader waits nearly all of the time."""
+
+    def training_sample(self, key: SampleKey) -> ClipSample:
+        time.sleep(0.2)
+        return super().training_sample(key)
+
+
+def read_slowly(ranks: Ranks, *, shards: dict, ready: str) -> list[int]:
+    clips = SlowClips(Shards(**shards), width=WIDTH, height=HEIGHT, num_frames=2, ranks=ranks)
+    order = ClipOrder(clips.index.samples_per_shard, batch_size=2, seed=3)
+    loader = ClipLoader(clips, order, micro_batch_size=2, ranks=ranks, num_workers=1, timeout_seconds=4)
+    steps = iter(loader)
+    next(steps)
+    (worker,) = multiprocessing.active_children()
+    Path(ready).write_text(f"{worker.pid}\n")
+    return [len(micro_batches) for micro_batches in islice(steps, 10)]
+
+
+def test_a_job_that_was_suspended_for_longer_than_the_time_out_goes_on(remote, tmp_path):
+    """As `scontrol suspend` does it: all of its processes stop, and time that none of them had does not count."""
+    ready = tmp_path / "ready"
+    with StartedRanks(read_slowly, 1, tmp_path / "ranks", shards={"local": remote}, ready=str(ready)) as started:
+        deadline = time.monotonic() + 60
+        while not (ready.exists() and ready.read_text().endswith("\n")):
+            assert time.monotonic() < deadline, started.output()
+            time.sleep(0.02)
+        processes = [started.processes[0].pid, int(ready.read_text())]
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for pid in processes:
+                os.kill(pid, number)
+            if number == signal.SIGSTOP:
+                time.sleep(5)
+        assert started.results() == [[1] * 10]
 
 
 class _Stalled:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from dreamdance.data.clips import ClipDataset, StoredClips
 from dreamdance.data.collate import ClipSample
 from dreamdance.data.verify import verify_shards
 from dreamdance.errors import ShardError
+from dreamdance.forced_exit import TRY_AGAIN_EXIT_CODE
 from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import Shards
 from dreamdance.run_layout import export_folder
@@ -280,4 +282,56 @@ def test_a_training_whose_data_worker_dies_ends_on_all_ranks_and_resumes_as_if_i
         detected_seconds=detected,
         resumed_seconds=first_step_after(broken, struck.ended),
         steps_lost=steps_lost(broken, struck.ended),
+    )
+
+
+@dataclass(frozen=True)
+class HangingStorage:
+    """From one rank's n-th training forward pass on, whoever opens a shard of a folder waits for ever."""
+
+    folder: Path
+    rank: int
+    forward: int
+
+    def prepare(self, ranks: Ranks) -> None:
+        if ranks.rank != self.rank:
+            return
+        count = 0
+
+        def hang(module: nn.Module, inputs: Any) -> None:
+            nonlocal count
+            if isinstance(module, GeometryObjective) and module.training:
+                count += 1
+                if count == self.forward:
+                    for path in self.folder.glob("*.mds"):
+                        pipe = path.with_suffix(".pipe")
+                        os.mkfifo(pipe)  # opening it to read waits for somebody who writes
+                        os.replace(pipe, path)
+
+        register_module_forward_pre_hook(hang)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_training_whose_storage_hangs_is_ended_in_time(num_workers, shards, tmp_path):
+    """The ranks themselves hang without workers, which their watchdogs notice; with workers the time-out does."""
+    copy, run = Path(shutil.copytree(shards, tmp_path / "shards")), tmp_path / "run"
+    changes = {"data.num_workers": num_workers, "data.batch_timeout_seconds": 3, "cluster.step_timeout_seconds": 3}
+    recipe = tiny_stage1_recipe("domains", settings(copy, **changes))
+    struck = strike_down(recipe, run, HangingStorage(copy / "train", rank=1, forward=4))
+    detected = struck.ended - struck_at(run, 1)
+    assert all(struck.codes), struck.codes
+    if num_workers:
+        ended = [rank for rank in range(2) if "no batch for 3 s while waiting for step" in output(run, rank)]
+    else:
+        ended = [rank for rank in range(2) if struck.codes[rank] == TRY_AGAIN_EXIT_CODE]
+        assert all("training a step" in output(run, rank) for rank in ended)
+        assert any("in training_sample" in output(run, rank) for rank in ended), "the stack of where it waits"
+    assert ended, output(run)
+    assert detected < 90
+    record_fault(
+        f"storage hangs in a training with {num_workers} workers",
+        how="every shard is a pipe into which nobody writes, from step 2 on; both time-outs 3 s",
+        promised="a rank that waits ends within the time and says for what, and the other with it",
+        happened=f"the ranks ended with {struck.codes}",
+        detected_seconds=detected,
     )
