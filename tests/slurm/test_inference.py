@@ -127,6 +127,7 @@ def test_a_lost_ranks_clips_are_measured_by_the_next_attempt_with_the_same_table
 
 def test_the_parts_of_a_rank_that_stops_are_prepared_by_the_next_attempt(cluster: Cluster, folder: Path):
     clips = ("dancers.num_train_clips=40", "dancers.num_validation_clips=4", "clips_per_part=2", "num_workers=1")
+    clips += ("dancers.num_frames=64",)  # seconds of work, for the strike to come in the middle
     alone = load_recipe(DEMO / "prepare.yaml", [*clips, f"output={folder / 'data' / 'alone'}"])
     prepare(alone, folder / "prepared_alone")
     output = folder / "data" / "shared"
