@@ -10,24 +10,32 @@ from dreamdance.errors import LostDeviceError
 if TYPE_CHECKING:
     import torch
 
+START = "DREAMDANCE_START"
+
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all, and among those of its node."""
+    """This process among all, and among those of its node.
+
+    Attributes:
+        start: tells this start of this job from any other, so that ranks find only their own.
+    """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
+    start: str = ""
 
     @classmethod
     def from_environment(cls) -> "Ranks":
-        """Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one process where they are unset."""
+        """Reads RANK, WORLD_SIZE and their like, as the job has set them; one process where they are unset."""
         return cls(
             rank=int(os.environ.get("RANK", 0)),
             world_size=int(os.environ.get("WORLD_SIZE", 1)),
             local_rank=int(os.environ.get("LOCAL_RANK", 0)),
             local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+            start=os.environ.get(START, ""),
         )
 
     @property

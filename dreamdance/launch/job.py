@@ -25,7 +25,7 @@ from dreamdance.forced_exit import end_now
 from dreamdance.launch.fence import Fence
 from dreamdance.launch.finished import mark_finished
 from dreamdance.launch.run_folder import record_job, stored_recipe
-from dreamdance.ranks import Ranks
+from dreamdance.ranks import START, Ranks
 from dreamdance.recipe import Recipe
 from dreamdance.run_layout import failures_folder, note_signal
 from dreamdance.signal_listener import SignalListener
@@ -95,8 +95,10 @@ def set_environment(recipe: Recipe) -> str:
         from submitit.helpers import TorchDistributedEnvironment
 
         job_id = JobEnvironment().job_id
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        os.environ[START] = f"{executor} {job_id} restart {restarts}"
         if executor == "slurm":
-            os.environ["MASTER_PORT"] = str(slurm_port(job_id, int(os.environ.get("SLURM_RESTART_COUNT", 0))))
+            os.environ["MASTER_PORT"] = str(slurm_port(job_id, restarts))
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         if executor == "local":
             os.environ["MASTER_ADDR"] = "127.0.0.1"

@@ -3,7 +3,9 @@
 Knows nothing of models, DeepSpeed or what is being agreed upon.
 """
 
+import errno
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,18 +39,36 @@ def process_group(ranks: Ranks, *, timeout_seconds: int) -> Iterator[None]:
         yield
         return
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
-    store = dist.HashStore() if ranks.world_size == 1 else None
-    dist.init_process_group(
-        backend,
-        store=store,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        timeout=timedelta(seconds=timeout_seconds),
-    )
+    timeout = timedelta(seconds=timeout_seconds)
+    store = dist.HashStore() if ranks.world_size == 1 else _meeting_place(ranks, timeout)
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
     yield
     if ranks.world_size > 1:
         dist.barrier()  # protects slower ranks, still in their last collective, from a peer that has gone
         dist.destroy_process_group()
+
+
+def _meeting_place(ranks: Ranks, timeout: timedelta) -> dist.Store:
+    """Where ranks leave their addresses for one another: at rank 0, under a name that no other job's ranks use.
+
+    Two jobs may have drawn the same port of one node. Rank 0 of the later one finds it taken and ends; its other ranks
+    have come to the earlier job's rank 0 by then, and must neither be counted nor be taken for ranks of that job.
+
+    Raises:
+        UserError: MASTER_PORT is taken; another start draws another one.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        # Whoever knocks would be counted as a rank, so none is: the group itself waits for each of its own, by name.
+        store = dist.TCPStore(host, port, is_master=ranks.is_main, timeout=timeout, wait_for_workers=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        taken = f"port {port} of {socket.gethostname()} (MASTER_PORT) is taken by another program"
+        raise UserError(f"{taken}; the next start takes another") from OSError(
+            errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)
+        )
+    return dist.PrefixStore(ranks.start, store)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dreamdance.launch.job import PORTS, job_hosts, set_environment
+from dreamdance.ranks import START, Ranks
 from dreamdance.recipe import Recipe, load_recipe
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "prepare.yaml"
@@ -22,7 +23,7 @@ GIVEN = {
 }
 TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # As a user's shell, or a job that submitted this one, may have left them.
-STALE = dict.fromkeys(TOLD, "stale") | {"MASTER_PORT": "1"}
+STALE = dict.fromkeys((*TOLD, START), "stale") | {"MASTER_PORT": "1"}
 
 
 @pytest.fixture
@@ -62,9 +63,11 @@ def test_a_rank_knows_its_place_and_the_first_nodes_name(as_on_slurm):
     as_on_slurm.setenv("SLURM_NODEID", "0")
     set_environment(recipe(0))
     assert os.environ["MASTER_PORT"] == port, "all ranks agree on it"
+    assert (start := Ranks.from_environment().start) == "slurm 1234 restart 0"
     as_on_slurm.setenv("SLURM_RESTART_COUNT", "1")
     set_environment(recipe(0))
     assert os.environ["MASTER_PORT"] != port, "what an earlier start may still hold is not asked for again"
+    assert Ranks.from_environment().start not in (start, "stale"), "nor are its ranks taken for this start's"
 
 
 def test_every_rank_sees_all_gpus_that_slurm_gave_its_node_and_takes_the_one_of_its_local_rank(as_on_slurm):

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from dreamdance.errors import LostDeviceError, may_pass
-from dreamdance.ranks import Ranks
+from dreamdance.ranks import START, Ranks
 
 
 def test_a_process_without_a_launcher_is_alone(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", START):
         monkeypatch.delenv(name, raising=False)
     assert Ranks.from_environment() == Ranks(0, 1, 0, 1)
     assert Ranks().is_main
