@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipes_for_tests import tiny_stage1_recipe
+
 from dreamdance.launch.submission import SubmittedJob, last_job
+from dreamdance.recipe import dump_recipe
 from dreamdance.run_layout import complete_steps, progress_file
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +38,31 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = PATIENC
             raise TimeoutError(f"waited {seconds:.0f} s for {what}")
         time.sleep(0.1)
     return time.monotonic() - started
+
+
+def write_training(folder: Path, shards: Path, changes: dict[str, Any]) -> Path:
+    """Writes the recipe of a tiny training that reports every step and validates nothing; returns the file.
+
+    Args:
+        folder: where it goes.
+        shards: with `train` and `validation`.
+        changes: dotted keys and their values.
+    """
+    recipe = tiny_stage1_recipe(
+        "domains",
+        {
+            "data.train.local": str(shards / "train"),
+            "data.validation.local": str(shards / "validation"),
+            "data.num_workers": 0,
+            "micro_batch_size": 1,
+            "validation.loss_every_steps": 100_000,
+            "validation.sample_every_steps": 100_000,
+            "logging.every_steps": 1,
+            **changes,
+        },
+    )
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    return folder / "recipe.yaml"
 
 
 class Cluster:
@@ -128,10 +156,14 @@ class Run:
         self.words = words
         self.run_folder = folder / "runs" / name
 
+    def command(self, *options: str) -> list[str]:
+        """What a user types."""
+        return [*LAUNCHER, str(self.recipe), f"name={self.name}", *self.words, "--cluster", "slurm", *options]
+
     def launch(self, *options: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """The command that a user types; it ends when the job is submitted, or with `--follow` when that ends."""
         return subprocess.run(
-            [*LAUNCHER, str(self.recipe), f"name={self.name}", *self.words, "--cluster", "slurm", *options],
+            self.command(*options),
             cwd=self.folder,
             env=self.cluster.environment,
             capture_output=True,
@@ -184,11 +216,13 @@ class Run:
 
     def rank_pids(self) -> dict[int, int]:
         """Rank -> process number, of the ranks that live."""
-        found = {}
+        found, logs = {}, (self.run_folder / "logs").resolve()
         for entry in Path("/proc").glob("[0-9]*"):
             try:
                 words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                if "dreamdance.launch.rank" not in words or str(self.run_folder / "logs") not in words:
+                if "dreamdance.launch.rank" not in words:
+                    continue
+                if logs not in {Path(word).resolve() for word in words if word.startswith("/")}:  # an array's is a link
                     continue
                 variables = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
             except OSError:
@@ -197,6 +231,11 @@ class Run:
             if number is not None and words[0].endswith("python"):
                 found[int(number)] = int(entry.name)
         return found
+
+    def warn(self, *names: str) -> None:
+        """Sends signals to all ranks, as Slurm does: USR2, TERM."""
+        for name in names:
+            self.cluster.slurm("scancel", f"--signal={name}", self.job.job_id)
 
     def strike_rank(self, rank: int, number: signal.Signals) -> None:
         os.kill(self.rank_pids()[rank], number)

@@ -77,7 +77,9 @@ AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 FirstJobId=${FIRST_JOB_ID:-1}
 MinJobAge=3600
-MessageTimeout=5
+# A slurmd answers only when what it is to end has ended, after KillWait at the latest. Slurm repeats what it got no
+# answer to after a minute, and would end the step of the same number that a requeued job has begun by then.
+MessageTimeout=15
 KillWait=5
 SlurmdTimeout=10
 # 2: a node that was killed serves again as soon as its slurmd is back

@@ -7,10 +7,7 @@ from pathlib import Path
 
 import pytest
 from fault_log import record_fault
-from recipes_for_tests import tiny_stage1_recipe
-from slurm_runs import Cluster, Recovery, Run, measure_recovery, wait_until
-
-from dreamdance.recipe import dump_recipe
+from slurm_runs import Cluster, Recovery, Run, measure_recovery, wait_until, write_training
 
 EVERY_STEPS = 10
 STOP_SECONDS = 30
@@ -21,28 +18,18 @@ STEP_TIMEOUT_SECONDS = 8
 def run(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, shards: Path):
     """An endless training that takes steps."""
     folder = tmp_path_factory.mktemp("work")
-    recipe = tiny_stage1_recipe(
-        "domains",
-        {
-            "data.train.local": str(shards / "train"),
-            "data.validation.local": str(shards / "validation"),
-            "data.num_workers": 1,
-            "max_steps": 100_000,
-            "batch_size": 2,
-            "micro_batch_size": 1,
-            "checkpoint.every_steps": EVERY_STEPS,
-            "validation.loss_every_steps": 100_000,
-            "validation.sample_every_steps": 100_000,
-            "logging.every_steps": 1,
-            "cluster.nodes": 2,
-            "cluster.time_minutes": 60,
-            "cluster.stop_seconds": STOP_SECONDS,
-            "cluster.step_timeout_seconds": STEP_TIMEOUT_SECONDS,
-            "cluster.partition": "low",
-        },
-    )
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
-    run = Run(cluster, folder, folder / "recipe.yaml", "struck")
+    changes = {
+        "data.num_workers": 1,
+        "max_steps": 100_000,
+        "batch_size": 2,
+        "checkpoint.every_steps": EVERY_STEPS,
+        "cluster.nodes": 2,
+        "cluster.time_minutes": 60,
+        "cluster.stop_seconds": STOP_SECONDS,
+        "cluster.step_timeout_seconds": STEP_TIMEOUT_SECONDS,
+        "cluster.partition": "low",
+    }
+    run = Run(cluster, folder, write_training(folder, shards, changes), "struck")
     submitted = run.launch()
     assert submitted.returncode == 0, submitted.stderr
     yield run
@@ -177,6 +164,32 @@ def test_a_lost_daemon_is_as_a_lost_node(run, cluster):
     assert_resumed_without_a_difference(run, recovery)
     record("slurmd lost", "SIGKILL to the slurmd of the batch host", "requeued", recovery)
     cluster.control("start-node", lost.removeprefix("node"))
+    wait_until(lambda: cluster.node_states()[lost] != "down", "the node's return", 30)
+
+
+@pytest.mark.parametrize("verb", ["kill-node", "kill-daemon"])
+def test_a_node_lost_under_another_rank_than_the_first_ends_the_job_there_and_it_goes_on(run, cluster, verb):
+    """The batch script is on the first node, and must not put back what Slurm has put back already."""
+    lost, restarts, newest = other_node(run), run.restarts(), run.complete_steps()[-1]
+    recovery = measure_recovery(run, lambda: cluster.control(verb, lost.removeprefix("node")))
+    assert recovery.first_step > newest, "nothing before the checkpoint is done again"
+    assert_resumed_without_a_difference(run, recovery)
+    assert run.restarts() == restarts + 1
+    record(
+        f"{'node' if verb == 'kill-node' else 'slurmd'} lost that is not the batch host",
+        "all processes of rank 1's node killed" if verb == "kill-node" else "SIGKILL to the slurmd under rank 1",
+        "requeued once, on other nodes",
+        recovery,
+    )
+    cluster.control("start-node", lost.removeprefix("node"))
+    wait_until(lambda: cluster.node_states()[lost] != "down", "the node's return", 30)
+
+
+def other_node(run: Run) -> str:
+    """A node of a job that its batch script is not on."""
+    job = run.cluster.show(run.job.job_id)
+    (other,) = set(run.cluster.slurm("scontrol", "show", "hostnames", job["NodeList"]).split()) - {job["BatchHost"]}
+    return other
 
 
 def test_a_cancelled_job_saves_and_does_not_come_back(run, cluster):

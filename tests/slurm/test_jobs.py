@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 from fault_log import record_fault
-from recipes_for_tests import tiny_stage1_recipe
-from slurm_runs import ROOT, Cluster, Run, wait_until
+from slurm_runs import ROOT, Cluster, Run, wait_until, write_training
 
 from dreamdance.data.shard_writer import PARTS_FOLDER
-from dreamdance.recipe import dump_recipe
 
 PREPARE = ROOT / "recipes" / "demo" / "prepare.yaml"
 SMALL = ("dancers.num_validation_clips=4", "clips_per_part=2", "num_workers=1", "cluster.cpus_per_task=1")
@@ -23,21 +21,8 @@ NEVER = "cluster.sbatch_arguments={begin: now+1hour}"
 @pytest.fixture
 def short_training(cluster: Cluster, tmp_path: Path, shards: Path):
     """A training of a few steps, as many ranks as samples in a batch."""
-    recipe = tiny_stage1_recipe(
-        "domains",
-        {
-            "data.train.local": str(shards / "train"),
-            "data.validation.local": str(shards / "validation"),
-            "data.num_workers": 0,
-            "max_steps": 6,
-            "batch_size": 4,
-            "micro_batch_size": 1,
-            "validation.sample_every_steps": 100,
-            "logging.every_steps": 1,
-        },
-    )
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
-    return Run(cluster, tmp_path, tmp_path / "recipe.yaml", "short")
+    recipe = write_training(tmp_path, shards, {"max_steps": 6, "batch_size": 4, "validation.loss_every_steps": 6})
+    return Run(cluster, tmp_path, recipe, "short")
 
 
 def test_a_training_on_four_nodes_is_followed_to_its_end_without_accounting(short_training, capsys):

@@ -1,0 +1,87 @@
+"""Of an array, only the task that is struck goes back into the queue; the others never hear of it."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from fault_log import record_fault
+from slurm_runs import Cluster, Run, measure_recovery, wait_until, write_training
+
+
+@pytest.fixture
+def runs(cluster: Cluster, tmp_path: Path, shards: Path) -> Iterator[list[Run]]:
+    """Two endless trainings as one array, which save only when they are told to stop."""
+    changes = {
+        "max_steps": 100_000,
+        "batch_size": 1,
+        "checkpoint.every_steps": 100_000,
+        "cluster.partition": "low",
+        "cluster.stop_seconds": 30,
+    }
+    recipe = write_training(tmp_path, shards, changes)
+    submitted = Run(cluster, tmp_path, recipe, "array").launch("--sweep", "optimizer.lr=1e-3,2e-3")
+    assert submitted.returncode == 0, submitted.stderr
+    runs = [Run(cluster, tmp_path, recipe, f"array_lr_{value}") for value in ("1e_3", "2e_3")]
+    yield runs
+    for run in runs:
+        run.say("cancel")
+        wait_until(lambda run=run: not run.rank_pids(), "the cancelled task's end", 30)
+
+
+@contextmanager
+def untouched(run: Run) -> Iterator[None]:
+    """Whatever happens within, this run goes on in the same process, and takes one step after the other."""
+    ranks, restarts, checkpoints = run.rank_pids(), run.restarts(), run.complete_steps()
+    last = run.steps()[-1].number
+    yield
+    run.wait_for_steps(2, checkpoint=False)
+    assert (run.rank_pids(), run.restarts(), run.complete_steps()) == (ranks, restarts, checkpoints)
+    numbers = [step.number for step in run.steps() if step.number > last]
+    assert numbers == list(range(last + 1, last + 1 + len(numbers)))
+
+
+def test_a_struck_task_of_an_array_is_requeued_alone_and_a_cancelled_one_ends_alone(runs: list[Run]):
+    first, last = runs
+    assert last.job.job_id.endswith("_1"), "the last task, which has the array's own number within Slurm"
+    for run in runs:
+        run.wait_for_steps(3, checkpoint=False)
+
+    # However often a task is told to stop, and by whatever signal, it saves once and is requeued once.
+    for struck, sibling, signals in ((last, first, ("USR2", "USR2")), (first, last, ("USR2", "TERM"))):
+        with untouched(sibling):
+            recovery = measure_recovery(struck, lambda struck=struck, signals=signals: struck.warn(*signals))
+        assert recovery.steps_lost == 0
+        assert struck.complete_steps() == [recovery.first_step - 1], "one checkpoint"
+        assert struck.restarts() == 1
+        assert struck.log().count("back into the queue: it was asked to stop") == 1
+        record_fault(
+            f"a task of an array is warned: {' and '.join(signals)}",
+            how="scancel --signal to one of two tasks",
+            promised="it saves once and is requeued once, its sibling takes step after step",
+            happened="one checkpoint, one requeue, the sibling untouched",
+            detected_seconds=recovery.detected_seconds,
+            resumed_seconds=recovery.resumed_seconds,
+            steps_lost=0,
+        )
+
+    with untouched(first):
+        recovery = measure_recovery(last, lambda: last.strike_rank(0, signal.SIGKILL))
+    assert recovery.first_step - 1 == last.complete_steps()[-1]
+    assert last.restarts() == 2
+    assert "back into the queue: it failed" in last.log()
+
+    with untouched(first):
+        assert f"cancelled slurm job {last.job.job_id} " in last.say("cancel")
+        wait_until(lambda: not last.rank_pids(), "the cancelled task's end", 30)
+    assert (last.state(), first.state()) == ("CANCELLED", "RUNNING")
+    assert last.restarts() == 2
+    record_fault(
+        "a task of an array loses its rank, and is cancelled",
+        how="SIGKILL to the rank of one of two tasks; then launchers/slurm.py cancel RUN",
+        promised="requeued alone, then ended alone",
+        happened="resumed from its checkpoint, cancelled; the sibling untouched",
+        detected_seconds=recovery.detected_seconds,
+        resumed_seconds=recovery.resumed_seconds,
+    )
