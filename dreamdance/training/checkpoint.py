@@ -8,6 +8,7 @@ import json
 import logging
 import pickle
 import time
+import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -233,7 +234,7 @@ class Checkpointer:
             manifest, problem = on_main(partial(_read, folder))
             if manifest is not None:
                 share = manifest.files[self.ranks.rank :: self.ranks.world_size]
-                found = [text for part in gathered(manifests.damage(folder, share)) for text in part]
+                found = [text for part in gathered(_problems(folder, share)) for text in part]
                 if not found:
                     return self._restore(folder, manifest)
                 problem = "; ".join(found)
@@ -297,7 +298,7 @@ def read_average(folder: Path) -> dict[str, Tensor]:
         CheckpointError: the folder is incomplete or damaged.
     """
     manifest = manifests.read_manifest(folder)
-    if problems := manifests.damage(folder, manifest.files):
+    if problems := _problems(folder, manifest.files):
         raise CheckpointError("; ".join(problems))
     shapes = _read_state(folder, ["trainable"])["trainable"]
     weights = {name: torch.empty(shape, dtype=torch.float32) for name, shape in shapes.items()}
@@ -320,9 +321,29 @@ def _read(folder: Path) -> tuple[Manifest | None, str]:
         return None, str(error)
 
 
+def _problems(folder: Path, records: Collection[FileRecord]) -> list[str]:
+    """What is wrong with files of a checkpoint: they differ from what was saved, or could unpack to any size."""
+    problems = manifests.damage(folder, records)
+    for path in [] if problems else [folder / record.path for record in records if record.path.endswith(".pt")]:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                is_packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+        except (OSError, zipfile.BadZipFile) as error:
+            problems.append(f"{folder.name}/{path.relative_to(folder)} is no file of tensors: {error}")
+            continue
+        if is_packed:
+            problems.append(f"{folder.name}/{path.relative_to(folder)} is compressed, as none of ours is")
+    return problems
+
+
 def _read_state(folder: Path, keys: Collection[str]) -> dict[str, Any]:
     """What was saved beside the weights, with all that is wanted of it."""
-    state: dict[str, Any] = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
+    try:
+        state: dict[str, Any] = dict(json.loads((folder / _STATE_FILE).read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{folder}/{_STATE_FILE} is none of ours, though it is as it was saved: {error}"
+        ) from error
     if lacking := [key for key in keys if key not in state]:
         raise manifests.FormatError(folder, f"its {_STATE_FILE} has no {', '.join(lacking)}")
     return state
