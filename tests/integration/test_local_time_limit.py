@@ -13,6 +13,7 @@ from interruptions import resumed_step, settings
 from recipes_for_tests import tiny_stage1_recipe
 
 from dreamdance.launch import status
+from dreamdance.launch.local_controller import status_file
 from dreamdance.launch.requeue import read_requeues
 from dreamdance.launch.run_folder import lay
 from dreamdance.launch.submission import SubmittedJob, cancel, last_job, submit
@@ -97,7 +98,9 @@ def state(run: Path) -> str:
 
 
 def is_running(run: Path) -> bool:
-    return state(run).startswith("running (local job")
+    """By what the controller leaves: `status` reads and checks the recipe, too much for asking again and again."""
+    job = last_job(run)
+    return job is not None and not status_file(run, job.job_id).is_file()
 
 
 def wait_until(condition: Callable[[], bool], run: Path, what: str) -> None:
@@ -106,7 +109,7 @@ def wait_until(condition: Callable[[], bool], run: Path, what: str) -> None:
     while not condition():
         assert is_running(run) or condition(), f"no {what}\n{status.details(run)}"
         assert time.monotonic() < give_up, f"no {what} in 180 s\n{status.details(run)}"
-        time.sleep(0.1)
+        time.sleep(0.2)
 
 
 def wait_for_the_end(run: Path) -> float:
@@ -114,7 +117,7 @@ def wait_for_the_end(run: Path) -> float:
     began = time.monotonic()
     while is_running(run):
         assert time.monotonic() < began + 60, status.details(run)
-        time.sleep(0.1)
+        time.sleep(0.2)
     return time.monotonic() - began
 
 
@@ -123,6 +126,7 @@ def test_a_job_whose_time_is_over_saves_and_is_started_again_as_often_as_the_rec
     wait_until(lambda: len(complete_steps(run)) == 1, run, "first checkpoint")
     (first,) = complete_steps(run)
     wait_until(lambda: resumed_step(run) == first, run, "start that goes on")
+    assert state(run).startswith("running (local job")
     wait_until(lambda: len(complete_steps(run)) == 2, run, "second checkpoint")
     wait_for_the_end(run)
     assert state(run) == "stopped", "it saved in time, and may not start a third time"
