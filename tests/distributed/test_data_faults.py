@@ -191,16 +191,16 @@ def stop_worker(ranks: Ranks, *, shards: dict[str, Any], log: str) -> None:
     loader = open_loader(shards, num_workers=2, timeout_seconds=2)
     steps = iter(loader)
     next(steps)
-    workers = multiprocessing.active_children()
+    workers = [worker.pid for worker in multiprocessing.active_children()]
     time.sleep(0.5)  # it has read ahead: taking that over must not need it
-    os.kill(workers[0].pid, signal.SIGSTOP)
+    os.kill(workers[0], signal.SIGSTOP)
     stopped = time.monotonic()
     try:
         for _ in range(100):
             next(steps)
     except ShardError as error:
-        seconds, pids = time.monotonic() - stopped, [str(worker.pid) for worker in workers]
-        Path(log).write_text(f"{seconds}\n{loader.step}\n{' '.join(pids)}\n{error}")
+        seconds = time.monotonic() - stopped
+        Path(log).write_text(f"{seconds}\n{loader.step}\n{' '.join(map(str, workers))}\n{error}")
         raise
 
 
