@@ -140,17 +140,16 @@ def _read_batches(dataset: ClipDataset, connection: Connection, slots: SharedSlo
     with contextlib.suppress(EOFError, OSError):  # that process is gone
         while True:
             keys: Sequence[SampleKey] = connection.recv()
-            connection.send(_answer(dataset, keys, slots, slot))
+            try:
+                connection.send(_answer(dataset, keys, slots, slot))
+            except Exception:  # an exception that just left the process would arrive as its death
+                connection.send(RuntimeError(f"in a process that reads data:\n{traceback.format_exc()}"))
+                raise
             slot = (slot + 1) % slots.count
 
 
-def _answer(
-    dataset: ClipDataset, keys: Sequence[SampleKey], slots: SharedSlots, slot: int
-) -> PackedBatch | ShardError | RuntimeError:
-    """An exception that just left the process would arrive as its death."""
+def _answer(dataset: ClipDataset, keys: Sequence[SampleKey], slots: SharedSlots, slot: int) -> PackedBatch | ShardError:
     try:
         return slots.write(collate_clips([dataset.training_sample(key) for key in keys]), slot=slot)
     except ShardError as error:  # what it follows from stays here, so that is judged here
         return LostWorkerError(str(error)) if may_pass(error) else error
-    except Exception:  # noqa: BLE001 - the outermost frame of a process, which tells another one
-        return RuntimeError(f"in a process that reads data:\n{traceback.format_exc()}")
