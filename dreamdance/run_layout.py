@@ -32,7 +32,7 @@ def step_name(step: int) -> str:
 def step_of(folder: Path) -> int | None:
     """The step of a `step_...` folder, or None for any other name."""
     prefix, _, digits = folder.name.partition("_")
-    return int(digits) if prefix == "step" and digits.isdigit() else None
+    return int(digits) if prefix == "step" and digits.isascii() and digits.isdecimal() else None
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:

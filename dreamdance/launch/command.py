@@ -21,7 +21,7 @@ from dreamdance.launch.heartbeat import Heartbeat
 from dreamdance.launch.job import Job
 from dreamdance.launch.run_folder import DifferentRecipeError, lay, locked, refuse_different
 from dreamdance.recipe import LoadedRecipe, Recipe, TrainingRecipe, given_value, load
-from dreamdance.run_layout import RECIPE_FILE, progress_file
+from dreamdance.run_layout import progress_file
 
 OK, FAILED, BAD_RECIPE, OTHER_RECIPE, HAS_JOB = 0, 1, 2, 3, 4
 INTERRUPTED = 128 + signal.SIGINT
@@ -105,8 +105,9 @@ def _ask(options: argparse.Namespace) -> int:
     job = submission.last_job(run_folder)
     if job is None:
         raise UserError(f"run '{run_folder.name}' was never submitted")
-    standing = submission.status_of(job, load(run_folder / RECIPE_FILE).recipe, run_folder)
-    if not standing.is_active:
+    recipe = status.readable_recipe(run_folder)  # a job that another version laid can be ended all the same
+    standing = submission.status_of(job, recipe, run_folder) if recipe is not None else None
+    if standing is not None and not standing.is_active:
         _show(f"nothing to cancel: the job of run '{run_folder.name}' is over ({standing.state}, {standing.detail})")
         return OK
     submission.cancel(job)

@@ -89,7 +89,7 @@ class _Look:
 
 
 def _look_at(run_folder: Path) -> _Look:
-    recipe, job = _recipe_of(run_folder), last_job(run_folder)
+    recipe, job = readable_recipe(run_folder), last_job(run_folder)
     finished = recipe is not None and is_finished(recipe, run_folder)
     if recipe is None or job is None or finished:
         return _Look(recipe, finished, job, None)
@@ -134,7 +134,7 @@ def _run_folders(runs: Path) -> list[Path]:
     return sorted(path.parent for path in runs.glob(f"*/{RECIPE_FILE}"))
 
 
-def _recipe_of(run_folder: Path) -> Recipe | None:
+def readable_recipe(run_folder: Path) -> Recipe | None:
     """The recipe of a run, or None where another version of the project wrote it."""
     try:
         return load_recipe(run_folder / RECIPE_FILE)

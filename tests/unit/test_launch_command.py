@@ -227,3 +227,18 @@ def test_a_place_that_cannot_be_written_is_named_before_anything_is_submitted(pl
         promised="refused by name, nothing is submitted",
         happened=done.stderr.strip().replace(str(tmp_path), ""),
     )
+
+
+def test_a_job_is_cancelled_though_this_version_cannot_read_its_recipe(checkout, command):
+    folder = checkout / "runs" / "old"
+    (folder / "logs").mkdir(parents=True)
+    (folder / "recipe.yaml").write_text("task: stage3\n")
+    with subprocess.Popen(["sleep", "600"], start_new_session=True) as process:
+        start = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        known = {"cluster": "local", "job_id": str(process.pid), "num_tasks": 1, "host": socket.gethostname()}
+        more = {"submitted": 0.0, "launcher_pid": os.getpid(), "process_start": start}
+        (folder / "logs" / "job.json").write_text(json.dumps(known | more))
+        code, said, _ = command("cancel", "old")
+        assert process.wait(10) == -15
+    assert code == 0
+    assert f"cancelled local job {process.pid} of run 'old'" in said
