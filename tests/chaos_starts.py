@@ -138,7 +138,5 @@ def data_workers(ranks: list[int]) -> list[int]:
     servers = {number for number, process in processes.items() if process.parent in ranks}
     servers |= {processes[rank].parent for rank in ranks if rank in processes}
     return sorted(
-        number
-        for number, process in processes.items()
-        if process.name == WORKER_NAME and process.parent in servers
+        number for number, process in processes.items() if process.name == WORKER_NAME and process.parent in servers
     )
