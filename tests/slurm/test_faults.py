@@ -109,7 +109,7 @@ def _run_seconds(cluster: Cluster, job_id: str) -> int:
     return 3600 * int(hours) + 60 * int(minutes) + int(seconds)
 
 
-def test_a_warning_to_a_rank_that_hangs_ends_it_in_time_and_the_job_goes_on(run, cluster):
+def test_a_rank_that_hangs_ends_the_job_within_the_step_time_out_and_it_goes_on(run, cluster):
     held = run.rank_pids()[1]
 
     def hang() -> None:
