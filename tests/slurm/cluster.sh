@@ -48,6 +48,8 @@ configure() { # NODES
         echo "127.0.0.$((10 + number)) node$number" >>"$folder/hosts"
     done
     [ -f "$folder/munge/key" ] || (umask 077 && head -c 128 /dev/urandom >"$folder/munge/key")
+    # What stands for two GPUs need only be files: Slurm hands their numbers out, as it would hand out GPUs.
+    echo 'Name=gpu File=/dev/tty[0-1]' >"$folder/gres.conf"
     cat >"$SLURM_CONF" <<CONF
 ClusterName=test
 SlurmctldHost=$host(127.0.0.1)
@@ -87,7 +89,8 @@ ReturnToService=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
-NodeName=node[1-$1] NodeHostname=$host NodeAddr=127.0.0.[11-$((10 + $1))] Port=[$((port + 1))-$((port + $1))] CPUs=${CPUS:-4} Boards=1 SocketsPerBoard=1 CoresPerSocket=${CPUS:-4} ThreadsPerCore=1 RealMemory=${MEMORY_MIB:-8000} State=UNKNOWN
+GresTypes=gpu
+NodeName=node[1-$1] NodeHostname=$host NodeAddr=127.0.0.[11-$((10 + $1))] Port=[$((port + 1))-$((port + $1))] CPUs=${CPUS:-4} Boards=1 SocketsPerBoard=1 CoresPerSocket=${CPUS:-4} ThreadsPerCore=1 RealMemory=${MEMORY_MIB:-8000} Gres=gpu:2 State=UNKNOWN
 PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=${GRACE_SECONDS:-15}
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 CONF

@@ -12,6 +12,7 @@ from fault_log import record_fault
 from slurm_runs import ROOT, Cluster, Run, wait_until, write_training
 
 from dreamdance.data.shard_writer import PARTS_FOLDER
+from dreamdance.launch.requeue import read_failures
 
 PREPARE = ROOT / "recipes" / "demo" / "prepare.yaml"
 SMALL = ("dancers.num_validation_clips=4", "clips_per_part=2", "num_workers=1", "cluster.cpus_per_task=1")
@@ -44,6 +45,29 @@ def test_a_training_on_four_nodes_is_followed_to_its_end_without_accounting(shor
     assert "nodes        node1, node2, node3, node4" in shown
     assert "restarts     0" in shown
     assert "checkpoint   step_00000006, complete since " in shown
+
+
+def test_every_rank_sees_all_gpus_of_its_node_and_says_so_where_torch_finds_none(short_training):
+    """DeepSpeed and torch take the one with the number of the local rank."""
+    run = short_training
+    run.words = ("cluster.nodes=2", "cluster.tasks_per_node=2", "cluster.gpus_per_node=2", "cluster.max_requeues=0")
+    done = run.launch("--follow")
+    assert done.returncode == 1, done.stdout + done.stderr
+    failures = read_failures(run.run_folder)
+    assert failures, done.stderr
+    for failure in failures:
+        rank = int(failure["rank"])
+        host, wanted = f"node{1 + rank // 2}", rank % 2
+        assert failure["text"].startswith(f"rank {rank} on {host} wants GPU {wanted} and torch finds 0 ")
+        assert "(CUDA_VISIBLE_DEVICES '0,1')" in failure["text"]
+    assert "wants GPU" in done.stderr
+    assert "requeued 0 times already, see cluster.max_requeues" in run.log() + done.stdout
+    record_fault(
+        "GPUs that the job asked for are not there",
+        how="2 nodes x 2 tasks with 2 stand-ins each that Slurm hands out as GPUs",
+        promised="no rank computes on the CPU in silence; it names host, number and what is visible; may be tried again",
+        happened=failures[0]["text"],
+    )
 
 
 def test_a_sweep_is_one_array_with_a_run_folder_each_even_on_one_node(short_training):
