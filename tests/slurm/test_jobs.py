@@ -65,7 +65,7 @@ def test_every_rank_sees_all_gpus_of_its_node_and_says_so_where_torch_finds_none
     record_fault(
         "GPUs that the job asked for are not there",
         how="2 nodes x 2 tasks with 2 stand-ins each that Slurm hands out as GPUs",
-        promised="no rank computes on the CPU in silence; it names host, number and what is visible; may be tried again",
+        promised="no rank computes on the CPU in silence: it names host, GPU and what is visible; may be tried again",
         happened=failures[0]["text"],
     )
 
