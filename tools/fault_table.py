@@ -102,16 +102,27 @@ def read_results(files: list[Path]) -> Tally:
     return Tally(passed, seconds, failed, list(skipped))
 
 
-def describe_machine() -> str:
+def describe_commits(results: list[Path]) -> str:
+    """What was run: of each part, if they differ, since a part that passed is not run again; else the present one."""
+    commits = {}
+    for file in results:
+        if (note := file.with_suffix(".commit")).is_file():
+            commits[file.stem] = note.read_text(encoding="utf-8").strip()
+    if len(set(commits.values())) > 1:
+        return "commits " + ", ".join(f"{commit} ({part})" for part, commit in commits.items())
+    present = subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], text=True).strip()
+    return f"commit {next(iter(commits.values()), present)}"
+
+
+def describe_machine(results: list[Path]) -> str:
     """When and where: date, commit, machine, its load and the versions that matter."""
-    commit = subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], text=True).strip()
     changed = subprocess.check_output(["git", "status", "--porcelain", "--untracked-files=no"], text=True).split("\n")
     # What this command itself writes is no change of what it ran.
     state = " with uncommitted changes" if [line for line in changed if line and not line.endswith("faults.md")] else ""
     versions = " ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "mosaicml-streaming"))
     load = os.environ.get("DREAMDANCE_LOAD_BEFORE", "unknown")
     return (
-        f"{time.strftime('%Y-%m-%d')}, commit {commit}{state}, {os.cpu_count()} cores, no GPU used, "
+        f"{time.strftime('%Y-%m-%d')}, {describe_commits(results)}{state}, {os.cpu_count()} cores, no GPU used, "
         f"Python {platform.python_version()}, {versions}; the machine's load before: {load}, at the end: "
         f"{' '.join(f'{load:.1f}' for load in os.getloadavg())} (means over 1, 5 and 15 minutes)"
     )
@@ -123,7 +134,7 @@ def main() -> int:
     rows = read_rows(log) if log.is_file() else []
     tally = read_results(results)
     print("# Faults: what was done, what was promised, what happened\n")
-    print(f"Written by `bash tools/faults.sh`: {describe_machine()}.\n")
+    print(f"Written by `bash tools/faults.sh`: {describe_machine(results)}.\n")
     verdict = f"{len(tally.failed)} FAILED" if tally.failed else "none failed"
     injected = sum(row.times for row in rows)
     minutes = tally.seconds / 60

@@ -1,28 +1,40 @@
 #!/usr/bin/env bash
 # Breaks whatever can be broken on this machine and says what came of it: every test that injects a fault, Slurm's where a
 # cluster can be started, then a chaos run, in which faults at random instants strike a training that the command starts.
-# About 30 minutes on two idle cores. Ends non-zero if anything failed.
+# About 40 minutes on two idle cores. Ends non-zero if anything failed.
 #   bash tools/faults.sh [TABLE]       the table, in Markdown, goes to the screen and to TABLE (default: tools/faults.md)
 #   DREAMDANCE_CHAOS_FAULTS=40 DREAMDANCE_CHAOS_SEED=1 DREAMDANCE_CHAOS_RANKS=4 bash tools/faults.sh      another chaos
+#   DREAMDANCE_FAULTS_FOLDER=DIR bash tools/faults.sh      keeps what came of each part in DIR; one that passed is not run again
 set -euo pipefail
 cd "$(dirname "$0")/.."
 table=${1:-tools/faults.md}
 bash tools/setup.sh
 python=.venv/bin/python
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
+folder=${DREAMDANCE_FAULTS_FOLDER:-}
+if [ -z "$folder" ]; then
+    folder=$(mktemp -d)
+    trap 'rm -rf "$folder"' EXIT
+fi
+mkdir -p "$folder"
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-export DREAMDANCE_FAULT_LOG=$folder/faults.jsonl
 DREAMDANCE_LOAD_BEFORE=$(cut -d' ' -f1-3 /proc/loadavg)
 export DREAMDANCE_LOAD_BEFORE
 
 part() { # NAME MINUTES FILES...: a part that runs longer, or breaks off, leaves no results, which counts as a failure
     local name=$1 minutes=$2 code=0
     shift 2
+    if [ -f "$folder/$name.passed" ]; then
+        printf '\n== %s: passed before, at commit %s\n' "$name" "$(cat "$folder/$name.commit")" >&2
+        return
+    fi
+    export DREAMDANCE_FAULT_LOG=$folder/$name.jsonl
+    rm -f "$DREAMDANCE_FAULT_LOG"
+    git rev-parse --short=12 HEAD >"$folder/$name.commit"
     printf '\n== %s: %d files, at most %d minutes\n' "$name" $# "$minutes" >&2
     timeout --signal=INT --kill-after=60 "${minutes}m" "$python" -m pytest "$@" \
         --junitxml="$folder/$name.xml" --basetemp="$folder/$name" >&2 || code=$?
     [ "$code" -le 1 ] || rm -f "$folder/$name.xml"
+    [ "$code" -ne 0 ] || touch "$folder/$name.passed"
 }
 
 chaos=tests/distributed/test_chaos.py
@@ -32,4 +44,5 @@ part local 60 "${local_files[@]}"
 part slurm 30 "${slurm_files[@]}"
 export DREAMDANCE_CHAOS_FAULTS=${DREAMDANCE_CHAOS_FAULTS:-24} DREAMDANCE_CHAOS_BY_COMMAND=1
 part chaos 60 "$chaos"
-"$python" tools/fault_table.py "$DREAMDANCE_FAULT_LOG" "$folder"/{local,slurm,chaos}.xml | tee "$table"
+cat "$folder"/{local,slurm,chaos}.jsonl >"$folder/all.jsonl" || true
+"$python" tools/fault_table.py "$folder/all.jsonl" "$folder"/{local,slurm,chaos}.xml | tee "$table"

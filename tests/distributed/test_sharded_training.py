@@ -216,7 +216,7 @@ def test_a_nan_on_one_rank_skips_the_update_on_all_and_names_the_sample(shards, 
     assert any(f"sample {bad[1]} of epoch {bad[0]} (clip dancer_{bad[1]})" in text for text in said), said
     assert all("update skipped on all ranks" in text for text in said)
     state = json.loads((checkpoint_folder(run, 4) / "state.json").read_text())
-    assert state["guard"]["nonfinite_steps"] == len(said) > 0
+    assert len(state["guard"]["nonfinite_steps"]) == len(said) > 0
     assert all(bool(value.isfinite().all()) for value in read_average(checkpoint_folder(run, 4)).values())
     assert export_folder(run, 4).is_dir()
     record_fault(

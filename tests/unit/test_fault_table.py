@@ -125,3 +125,14 @@ def test_without_a_log_nothing_is_written_down(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     record("rank killed")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_that_ran_at_other_commits_say_which(make_table, tmp_path):
+    record("rank killed")
+    for number, commit in enumerate(("aaaa", "bbbb")):
+        (tmp_path / f"part_{number}.commit").write_text(f"{commit}\n")
+    _, lines = make_table(PASSED, PASSED)
+    assert "commits aaaa (part_0), bbbb (part_1)" in lines[2]
+    (tmp_path / "part_1.commit").write_text("aaaa\n")
+    _, lines = make_table(PASSED, PASSED)
+    assert "commit aaaa" in lines[2]
