@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
-from torch.distributed import DistError, TCPStore
+from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from dreamdance.errors import LostWorkerError
 from dreamdance.ranks import Ranks
@@ -54,7 +54,7 @@ class Crew:
         self.stall_seconds = float(self.watchdog.unmeasured_seconds) if is_watched else math.inf
         self._job_seconds = 60.0 * cluster.time_minutes
         self._run_folder = run_folder
-        self._store: TCPStore | None = None
+        self._store: Store | None = None
         self._num_through = 0
         self._lost: str | None = None
         self._over = threading.Event()
@@ -145,11 +145,11 @@ class Crew:
         self.watchdog.enter("meeting the main rank", f"at {address}:{port}")
         patience = timedelta(seconds=min(self.stall_seconds, self._job_seconds))
         try:
-            self._store = TCPStore(
-                address, port, is_master=self.ranks.is_main, timeout=patience, wait_for_workers=False
-            )
+            meeting = TCPStore(address, port, is_master=self.ranks.is_main, timeout=patience, wait_for_workers=False)
         except DistError as error:
             raise LostWorkerError(f"no meeting with the main rank at {address}:{port}: {error}") from error
+        # Another job may have drawn this port: under the name of this start, its ranks are not taken for these.
+        self._store = PrefixStore(self.ranks.start, meeting)
         self._ask(lambda store: store.add("through", 0))  # measures what an answer takes
         self._thread.start()
 
@@ -174,7 +174,7 @@ class Crew:
     def _has(self, key: str) -> bool:
         return self._ask(lambda store: store.check([key]))
 
-    def _ask(self, question: Callable[[TCPStore], Answer]) -> Answer:
+    def _ask(self, question: Callable[[Store], Answer]) -> Answer:
         """Of a main rank that is gone there is an error; one that was stopped is this rank's watchdog's matter."""
         assert self._store is not None
         self.watchdog.enter("asking the main rank", f"rank {self.ranks.rank}", is_measured=True)

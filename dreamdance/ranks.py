@@ -60,7 +60,10 @@ class Ranks:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if self.local_rank >= count:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
+            advice = "look at the node's driver, or use CPUs by cluster.gpus_per_node=0"
+            if count:
+                advice = "every task must see all GPUs of its node: take --gpus-per-task, --gpu-bind and their like out"
             raise LostDeviceError(
                 f"rank {self.rank} on {socket.gethostname()} wants GPU {self.local_rank} and torch finds {count} "
-                f"(CUDA_VISIBLE_DEVICES '{visible}'): look at the node's driver, or use CPUs by cluster.gpus_per_node=0"
+                f"(CUDA_VISIBLE_DEVICES '{visible}'): {advice}"
             )

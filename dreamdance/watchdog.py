@@ -39,7 +39,7 @@ class Watchdog:
         self.least_seconds, self.unmeasured_seconds = least_seconds, max(least_seconds, unmeasured_seconds)
         self._measured: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
         self._lock = threading.Lock()
-        self._activity, self._where, self._limit = "", "", float("inf")
+        self._activity, self._where, self._limit, self._key = "", "", float("inf"), "collective"
         self._entered = 0.0
         self._elapsed = 0.0
         self._over = threading.Event()
@@ -66,6 +66,7 @@ class Watchdog:
             if self._activity:
                 self._measured[self._activity].append(now - self._entered)
             limit = self.limit_seconds(activity) if is_measured else self.unmeasured_seconds
+            self._key = "step" if is_measured and self._measured[activity] else "collective"
             self._activity, self._where, self._limit = activity, where, limit
             self._entered, self._elapsed = now, 0.0
 
@@ -91,10 +92,11 @@ class Watchdog:
         end_now(
             logger,
             "%s (%s) has taken over %.0f s: this process, or one it waits for, hangs. Ending, to go on from what "
-            "is saved; see cluster.step_timeout_seconds. Every thread's stack follows",
+            "is saved; see cluster.%s_timeout_seconds. Every thread's stack follows",
             self._activity,
             self._where,
             self._limit,
+            self._key,
             exit_code=TRY_AGAIN_EXIT_CODE,
             with_stacks=True,
         )

@@ -61,8 +61,8 @@ class ClipLoader:
         self.step = 0
         self.wait_seconds = 0.0
 
-    def __iter__(self) -> Iterator[list[ClipBatch]]:
-        """Yields the micro batches of each step, from `step` on.
+    def __iter__(self) -> Generator[list[ClipBatch]]:
+        """Yields the micro batches of each step, from `step` on; to be closed, or its processes keep this one alive.
 
         Raises:
             ShardError: a bad shard, by name; workers that died, or gave nothing within the time.

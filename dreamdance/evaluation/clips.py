@@ -188,8 +188,8 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def open_clips(shards: Shards) -> StoredClips:
-    """The stored clips of a set; this process alone reads them."""
-    return StoredClips(shards, ranks=Ranks())
+    """The stored clips of a set; this process alone reads them, and few of them: it does not hash all shards first."""
+    return StoredClips(shards, verify="size", ranks=Ranks())
 
 
 def read_truth(clip: StoredClip, *, frame_size: Size, map_size: Size, frames: list[int] | None = None) -> Truth:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dreamdance.crew import Crew
 from dreamdance.data.transforms import encode_normals
-from dreamdance.errors import UserError
+from dreamdance.errors import UserError, may_pass
 from dreamdance.folder_claim import OutputError, claim_folder
 from dreamdance.inference.inputs import EntryInputs, Size, hash_files, load_inputs
 from dreamdance.inference.manifest import ManifestEntry, read_manifest
@@ -102,6 +102,8 @@ def animate_entries(
         except OutputError:
             raise
         except (UserError, torch.OutOfMemoryError) as error:
+            if may_pass(error):  # a machine, or its storage: the entry is as good as the next start finds it
+                raise
             logger.error("entry '%s' (line %d) failed: %s", entry.id, entry.line, error)
             failures.append(Failure(entry.id, entry.line, str(error)))
         crew.finish(entry.id if is_new else None)

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 # Of all ranks' codes `srun` reports the highest; a rank that is killed along with this one has up to 128 + 64.
 REPLACED_EXIT_CODE = 200
 LOOK_EVERY_SECONDS = 2.0
-GONE_LOOKS = 3
+GONE_LOOKS = 30
 """A run folder that is not there for so many looks was removed, or its storage was: nothing can be saved any more."""
 
 
@@ -39,8 +39,7 @@ class Fence:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._over.set()
-        self._thread.join()
+        self._over.set()  # not waited for: storage that hangs must not keep a job from ending
 
     def _watch(self) -> None:
         looks_left = GONE_LOOKS
@@ -54,7 +53,7 @@ class Fence:
                     end_now(logger, text, self._run_folder, exit_code=TRY_AGAIN_EXIT_CODE)
                 continue
             looks_left = GONE_LOOKS
-            if owner != self._own:
+            if owner != self._own and not self._over.is_set():
                 text = "this run goes on elsewhere (%s): ending here, without saving"
                 end_now(logger, text, owner.strip(), exit_code=REPLACED_EXIT_CODE)
 

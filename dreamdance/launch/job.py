@@ -21,7 +21,7 @@ from pathlib import Path
 
 from dreamdance.atomic_files import write_atomically
 from dreamdance.errors import UserError, may_pass
-from dreamdance.forced_exit import end_now
+from dreamdance.forced_exit import LAST_WORDS_SECONDS, end_now
 from dreamdance.launch.fence import Fence
 from dreamdance.launch.finished import mark_finished
 from dreamdance.launch.run_folder import record_job, stored_recipe
@@ -163,7 +163,9 @@ def record_failure(run_folder: Path, job_id: str, rank: int, text: str, *, user_
 
 def _end_at_once(run_folder: Path, number: signal.Signals) -> None:
     """Ends this process well: what is done is on the disk, and whether the job goes on is decided when it is over."""
-    note_signal(run_folder, number)
+    signal.setitimer(signal.ITIMER_REAL, LAST_WORDS_SECONDS)  # first: the disk may be what hangs
+    with contextlib.suppress(OSError):
+        note_signal(run_folder, number)
     end_now(
         logger, "%s: ending; the next start goes on from what is done", number.name, exit_code=0, level=logging.WARNING
     )

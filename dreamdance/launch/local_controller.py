@@ -20,7 +20,7 @@ from dreamdance.atomic_files import write_atomically
 from dreamdance.launch.fence import REPLACED_EXIT_CODE
 from dreamdance.launch.heartbeat import Heartbeat
 from dreamdance.launch.job import free_port
-from dreamdance.launch.requeue import decide
+from dreamdance.launch.requeue import decide_patiently
 from dreamdance.run_layout import failures_folder
 
 GRACE_SECONDS = 5.0
@@ -92,7 +92,7 @@ class LocalController(Controller):
                     self.kill_tasks()
                     _kill_group_members()
                     codes = [task.wait() for task in tasks]
-                if self.ended_by or not self.warned or not decide(self.run_folder, worst_code(codes)).again:
+                if self.ended_by or not self.warned or not decide_patiently(self.run_folder, worst_code(codes)).again:
                     break
         finally:
             self._write_status(codes)

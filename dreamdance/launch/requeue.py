@@ -49,6 +49,10 @@ class Verdict:
     reason: str
 
 
+VAIN_STOPS = 3
+"""A job that is asked to stop so often before it gets any further has too little time."""
+
+
 def requeues_file(run_folder: Path) -> Path:
     """One line for each time that the present submission went back into the queue."""
     return run_folder / "logs" / "requeues.jsonl"
@@ -72,7 +76,7 @@ def decide(run_folder: Path, exit_code: int) -> Verdict:
 
     A job that was asked to stop goes on, even if it could not save, e.g. because it had only just begun; so does one
     that failed, since most failures on many machines are the machines'. Not if the reason is the user's to remove, nor
-    if it fails twice without getting any further, nor if another start has the run by now.
+    if it fails twice, or is stopped three times, without getting any further, nor if another start has the run by now.
 
     Args:
         run_folder: the run's folder.
@@ -92,6 +96,9 @@ def decide(run_folder: Path, exit_code: int) -> Verdict:
     failed = exit_code != 0 and not was_warned(run_folder)
     if failed and earlier and earlier[-1].failed and earlier[-1].progress == progress:
         return Verdict(again=False, reason="it failed twice without getting any further")
+    vain = [one for one in earlier[1 - VAIN_STOPS :] if not one.failed and one.progress == progress]
+    if not failed and len(vain) == VAIN_STOPS - 1:
+        return Verdict(again=False, reason=f"it was stopped {VAIN_STOPS} times before it got any further")
     reason = f"it failed (exit code {exit_code})" if failed else "it was asked to stop"
     _note(run_folder, Requeue(time.time(), reason, failed, progress))
     return Verdict(again=True, reason=reason)
@@ -123,7 +130,7 @@ def _progress(recipe: Recipe, run_folder: Path) -> int:
     return len(read_done(run_folder))  # of all ranks, over all starts
 
 
-def _decide_patiently(run_folder: Path, exit_code: int) -> Verdict:
+def decide_patiently(run_folder: Path, exit_code: int) -> Verdict:
     """Storage that stumbles while this is decided must not end a run; it may be what made the job fail."""
     give_up = time.monotonic() + STORAGE_SECONDS
     while True:
@@ -139,7 +146,7 @@ def _decide_patiently(run_folder: Path, exit_code: int) -> Verdict:
 def main() -> int:
     """Answers the batch script."""
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    verdict = _decide_patiently(Path(sys.argv[1]).resolve().parent, int(sys.argv[2]))
+    verdict = decide_patiently(Path(sys.argv[1]).resolve().parent, int(sys.argv[2]))
     logger.log(
         logging.WARNING if verdict.again else logging.INFO,
         "%s: %s",

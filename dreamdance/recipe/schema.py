@@ -45,7 +45,7 @@ class Cluster(Section):
     constraint: str | None = None
     reservation: str | None = None
     mail_user: str | None = None
-    max_requeues: NonNegative = 20
+    max_requeues: NonNegative = 1000
     setup: list[str] = []
     environment: dict[str, str] = {}
     sbatch_arguments: dict[str, str] = {}

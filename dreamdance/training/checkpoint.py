@@ -4,6 +4,7 @@ Training waits only while each rank copies its state in memory; a thread writes,
 training goes on. Knows when a checkpoint counts and what belongs to it; the weights' own format is the engine's.
 """
 
+import errno
 import json
 import logging
 import pickle
@@ -370,4 +371,4 @@ def _plain(error: BaseException) -> OSError:
     """An error as it can be told to the other ranks, who judge it by its number."""
     if isinstance(error, OSError) and error.errno is not None:
         return OSError(error.errno, error.strerror, str(error.filename) if error.filename else None)
-    return OSError(str(error))
+    return OSError(errno.EIO, f"{type(error).__name__}: {error}")  # nobody's mistake, as far as can be told

@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 from dreamdance.errors import CheckpointError
@@ -91,11 +92,11 @@ class CheckpointFolders:
         all of the last few: until then, they may still be mended.
         """
         folders = self._complete()
-        last = [folder for folder in folders if self._looks_sound(folder)][-self.section.keep_last :]
+        last = list(islice(filter(self._looks_sound, reversed(folders)), self.section.keep_last))
         if len(last) < self.section.keep_last:
             return
         every = self.section.keep_every_steps
-        for folder in folders[: folders.index(last[0])]:
+        for folder in folders[: folders.index(last[-1])]:
             step = step_of(folder) or 0
             if folder.name != self.resumed and (every is None or step % every):
                 _delete_if_possible(folder)

@@ -4,6 +4,7 @@ What hears it does nothing but remember, because a save is a collective and a si
 step's end is not reached in time, because some rank hangs, does it end the process, so that the job can start again.
 """
 
+import contextlib
 import logging
 import signal
 import threading
@@ -67,7 +68,8 @@ class StopRequest:
             self._timer.start()
         logger.warning("%s: saving and stopping after this step", number.name)
         if self._on_signal is not None:
-            self._on_signal(number)
+            with contextlib.suppress(OSError):  # a disk that stumbles must not end this thread
+                self._on_signal(number)
 
     def _give_up(self) -> None:
         end_now(

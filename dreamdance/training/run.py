@@ -93,14 +93,18 @@ def prepare(
     """Builds all parts of a run and brings them to its newest checkpoint. Collective, within `process_group`."""
     require_same_start(recipe)
     _seed_global_generators(recipe.seed)
+    watchdog.enter("loading weights", f"rank {ranks.rank}")
     objective = build_objective(recipe)
     load_initial_weights(objective, recipe, run_folder.parent)
     set_trainable(objective, recipe)
     weights = weights_digests(objective)
     require_same({"frozen weights": weights.frozen, "weights to train": weights.trainable})
+    watchdog.enter("starting DeepSpeed", f"rank {ranks.rank}")
     engine = Engine(objective, recipe, ranks, deterministic=deterministic)
     ema = ShardedEma(engine.masters, decay=recipe.optimizer.ema_decay)
+    watchdog.enter("checking the shards", f"rank {ranks.rank}")
     loader = make_loader(recipe, ranks)
+    watchdog.enter("resuming", f"rank {ranks.rank}")
     checkpointer = Checkpointer(
         run_folder, engine, ema, ranks, recipe.checkpoint, recipe_digest=recipe_digest(recipe), weights=weights
     )
@@ -120,6 +124,7 @@ def prepare(
         recipe_text=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
     )
     metrics.message(describe_start(run_folder, resumed, loader, world_size=ranks.world_size), step=step)
+    watchdog.enter("reading the held-out clips", f"rank {ranks.rank}")
     validator = Validator(recipe, engine, ema, ranks, metrics, stop=stop)
     if owes_validation:
         owes_validation = not on_main(partial(metrics.has_owed_validation, step))

@@ -1,5 +1,6 @@
 """The training loop. It knows the order of things within a step and between steps, and nothing of how any is done."""
 
+import contextlib
 import logging
 import math
 import time
@@ -66,7 +67,11 @@ class Trainer:
             if not self._validate():
                 return False  # the checkpoint that it came from says the same
             self.metrics.note_owed_validation(self.step)
-        steps = iter(self.loader)
+        # Closed in any case: the traceback of an error keeps it, and its processes would keep this one from ending.
+        with contextlib.closing(iter(self.loader)) as steps:
+            return self._train(steps)
+
+    def _train(self, steps: Iterator[list[ClipBatch]]) -> bool:
         first_step = self.step
         while self.step < self.recipe.max_steps:
             tally = self._take_step(steps)
@@ -158,6 +163,7 @@ class Trainer:
 
         Going back in the data as well would meet the same samples and, being deterministic, the same end.
         """
+        self.watchdog.enter("going back", f"step {self.step}")
         resumed = self.checkpointer.resume()
         if resumed is None:
             raise UserError(f"more than {bound} before the first checkpoint: there is nothing to go back to")

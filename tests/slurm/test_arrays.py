@@ -75,6 +75,7 @@ def test_a_struck_task_of_an_array_is_requeued_alone_and_a_cancelled_one_ends_al
     with untouched(first):
         assert f"cancelled slurm job {last.job.job_id} " in last.say("cancel")
         wait_until(lambda: not last.rank_pids(), "the cancelled task's end", 30)
+        wait_until(lambda: last.state() == "CANCELLED", "its end in Slurm's eyes", 30)
     assert (last.state(), first.state()) == ("CANCELLED", "RUNNING")
     assert last.restarts() == 2
     record_fault(

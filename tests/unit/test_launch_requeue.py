@@ -85,11 +85,16 @@ def test_a_stop_in_between_is_no_failure(run):
 
 
 def test_a_start_that_its_time_limit_met_before_it_could_save_is_no_failure(run):
-    for _ in range(3):
+    for _ in range(2):
         note_signal(run, signal.SIGUSR2)
         assert decide(run, 75).again
         assert not was_warned(run), "the next start is judged by its own"
     assert {requeue.failed for requeue in read_requeues(run)} == {False}
+    note_signal(run, signal.SIGUSR2)
+    assert decide(run, 75).reason == "it was stopped 3 times before it got any further"
+    save(run, 10)
+    note_signal(run, signal.SIGUSR2)
+    assert decide(run, 75).again
 
 
 def test_ranks_that_srun_ends_because_one_failed_were_not_warned(run):

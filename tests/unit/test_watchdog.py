@@ -39,6 +39,7 @@ def test_a_step_that_hangs_ends_the_process_with_the_stack_of_where_it_hangs():
     assert process.returncode == TRY_AGAIN_EXIT_CODE
     assert "through" not in said
     assert "training a step (step 2) has taken over 1 s" in errors
+    assert "see cluster.step_timeout_seconds" in errors
     assert "in sit_and_wait" in errors
     assert time.monotonic() - started_at < 30
 
