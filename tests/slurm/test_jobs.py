@@ -204,25 +204,25 @@ def test_two_launchers_at_once_submit_one_job(cluster, tmp_path):
 def test_a_job_of_the_same_number_in_a_wiped_cluster_is_not_the_runs(small_cluster, tmp_path):
     run = Run(small_cluster, tmp_path, PREPARE, "wiped", NEVER)
     assert run.launch().returncode == 0
-    assert run.job.job_id == "1"
+    number = run.job.job_id
     small_cluster.stop()
     assert "Slurm does not answer" in run.say("status")
     small_cluster.start()
     small_cluster.slurm("sbatch", "--begin=now+1hour", "--output=/dev/null", "--wrap=true")
-    assert small_cluster.show("1")["JobState"] == "PENDING", "the same number, somebody else's job"
+    assert small_cluster.show(number)["JobState"] == "PENDING", "the same number, somebody else's job"
     assert "gone from the queue without finishing" in run.say("status")
     assert "nothing to cancel" in run.say("cancel")
-    assert small_cluster.show("1")["JobState"] == "PENDING"
+    assert small_cluster.show(number)["JobState"] == "PENDING"
     # What a job of that number left is not believed of the next one either.
     small_cluster.stop()
     logs = run.run_folder / "logs"
-    (logs / "1_0_log.out").write_text("2026-11-22 17:00:00,123 WARNING old: old news\n")
+    (logs / f"{number}_0_log.out").write_text("2026-11-22 17:00:00,123 WARNING old: old news\n")
     (logs / "requeues.jsonl").write_text("old news\n")
     small_cluster.start()
     assert run.launch().returncode == 0
-    assert run.job.job_id == "1"
+    assert run.job.job_id == number
     assert "old news" not in run.log() + run.say("status")
-    assert "old news" in (logs / "earlier" / "0000" / "1_0_log.out").read_text()
+    assert "old news" in (logs / "earlier" / "0000" / f"{number}_0_log.out").read_text()
     record_fault(
         "job ids reused by a wiped cluster",
         how="the controller's state deleted, another job given the number",
