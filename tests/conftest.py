@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from dancer_shards import write_dancer_shards
 
 # Triton's kernels run in its interpreter here; it reads this when a kernel's module is imported, so before any is.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell starts what it puts into the background deaf to Ctrl-C, and so would be everything that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

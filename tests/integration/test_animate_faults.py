@@ -132,7 +132,7 @@ def test_two_ranks_killed_at_item_7_of_20_lose_only_what_they_had_in_hand(recipe
     ("rank", "number", "said"),
     [
         (1, signal.SIGSTOP, r"LostWorkerError: rank 1 has given no sign for \d+ s"),
-        (0, signal.SIGSTOP, r"asking the main rank \(rank 1\) has taken over 6 s"),
+        (0, signal.SIGSTOP, r"(asking|meeting) the main rank .* has taken over \d+ s"),
         (1, None, r"computing \(a network's pass\) has taken over 6 s"),
     ],
     ids=["rank 1 stopped", "rank 0 stopped", "rank 1 hangs"],
