@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Breaks whatever can be broken on this machine and says what came of it: every test that injects a fault, Slurm's where a
 # cluster can be started, then a chaos run, in which faults at random instants strike a training that the command starts.
-# About 40 minutes on two idle cores. Ends non-zero if anything failed.
+# Under an hour on two cores. Ends non-zero if anything failed.
 #   bash tools/faults.sh [TABLE]       the table, in Markdown, goes to the screen and to TABLE (default: tools/faults.md)
 #   DREAMDANCE_CHAOS_FAULTS=40 DREAMDANCE_CHAOS_SEED=1 DREAMDANCE_CHAOS_RANKS=4 bash tools/faults.sh      another chaos
 #   DREAMDANCE_FAULTS_FOLDER=DIR bash tools/faults.sh      keeps what came of each part in DIR; one that passed is not run again

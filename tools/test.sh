@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All checks and all tests (about 35 minutes on two cores), or a working subset:
+# All checks and all tests (under an hour on two cores), or a working subset:
 #   bash tools/test.sh                everything
 #   bash tools/test.sh quick          what takes seconds, under five minutes in all
 #   bash tools/test.sh PYTEST-ARGS    just pytest, with these arguments
