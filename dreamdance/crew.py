@@ -46,9 +46,7 @@ class Crew:
         """
         cluster = cluster or Cluster()
         self.ranks = ranks
-        self.watchdog = Watchdog(
-            least_seconds=cluster.step_timeout_seconds, unmeasured_seconds=cluster.collective_timeout_seconds
-        )
+        self.watchdog = Watchdog.of(cluster)
         is_watched = cluster.step_timeout_seconds > 0
         self.silence_seconds = float(cluster.step_timeout_seconds) if is_watched else math.inf
         self.stall_seconds = float(self.watchdog.unmeasured_seconds) if is_watched else math.inf

@@ -12,6 +12,7 @@ import time
 from collections import defaultdict, deque
 
 from dreamdance.forced_exit import TRY_AGAIN_EXIT_CODE, end_now
+from dreamdance.recipe.schema import Cluster
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,11 @@ class Watchdog:
         self._elapsed = 0.0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    @classmethod
+    def of(cls, cluster: Cluster) -> "Watchdog":
+        """Watches for as long as a recipe's `cluster` section says."""
+        return cls(least_seconds=cluster.step_timeout_seconds, unmeasured_seconds=cluster.collective_timeout_seconds)
 
     def __enter__(self) -> "Watchdog":
         if self.least_seconds > 0:

@@ -25,9 +25,10 @@ from dreamdance.training.objectives.animation import AnimationObjective
 from dreamdance.training.objectives.geometry import GeometryObjective
 from dreamdance.training.objectives.output import ObjectiveOutput
 from dreamdance.training.preemption import StopRequest
-from dreamdance.training.run import make_watchdog, prepare, train
+from dreamdance.training.run import prepare, train
 from dreamdance.training.sampling import draw_samples
 from dreamdance.training.trainer import Trainer
+from dreamdance.watchdog import Watchdog
 
 Recipe = Stage1Recipe | Stage2Recipe
 
@@ -294,7 +295,7 @@ def run_judged(ranks: Ranks, *, recipe: Recipe, run: Path, strike: StumblingDisk
 def prepare_and_inspect(ranks: Ranks, *, recipe: Recipe, run: Path, steps: int) -> dict[str, Any]:
     """Takes a few steps and looks into the engine; every value is this rank's own."""
     with StopRequest() as stop, process_group(ranks, timeout_seconds=60), repeatable_arithmetic(enabled=True):
-        trainer = prepare(recipe, run, ranks, stop, make_watchdog(recipe), deterministic=True)
+        trainer = prepare(recipe, run, ranks, stop, Watchdog.of(recipe.cluster), deterministic=True)
         batches = iter(trainer.loader)
         objective = trainer.engine.objective
         first = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}

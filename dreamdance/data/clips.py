@@ -5,7 +5,7 @@ Nothing here knows the process group: ranks need not be in step, and one rank al
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -56,6 +56,7 @@ class StoredClips(StreamingDataset):
         verify: Literal["size", "hash"] = "hash",
         ranks: Ranks | None = None,
         cache_bytes: int = 0,
+        before_shard: Callable[[str], None] | None = None,
     ) -> None:
         """Checks the shards; reads none of their samples yet.
 
@@ -65,12 +66,13 @@ class StoredClips(StreamingDataset):
             ranks: this process; by default from the environment.
             cache_bytes: decoded clips kept in memory, in each process that reads. Filled once and never evicted, which
                 serves a set that is passed over again and again better than keeping the latest.
+            before_shard: see `verify.open_shards`.
 
         Raises:
             ShardError: missing, damaged, foreign or hostile shards.
         """
         self.remote = shards.remote
-        self.index = open_shards(shards, how=verify, ranks=ranks)
+        self.index = open_shards(shards, how=verify, ranks=ranks, before_shard=before_shard)
         stream = Stream(remote=shards.remote, local=str(self.index.folder), keep_zip=True, download_retry=1)
         self.streams = [stream]
         self.shards = stream.get_shards(World.detect(), allow_unsafe_types=False)
@@ -162,11 +164,12 @@ class ClipDataset(StoredClips):
         verify: Literal["size", "hash"] = "hash",
         ranks: Ranks | None = None,
         cache_bytes: int = CACHE_BYTES,
+        before_shard: Callable[[str], None] | None = None,
     ) -> None:
         """Checks the shards.
 
         Args:
-            shards, verify, ranks, cache_bytes: see `StoredClips`.
+            shards, verify, ranks, cache_bytes, before_shard: see `StoredClips`.
             width, height: size of the frames given out, in pixels.
             num_frames: frames in a window.
             stride: smallest and largest distance between its frames.
@@ -177,7 +180,7 @@ class ClipDataset(StoredClips):
         Raises:
             ShardError: missing, damaged, foreign or hostile shards.
         """
-        super().__init__(shards, verify=verify, ranks=ranks, cache_bytes=cache_bytes)
+        super().__init__(shards, verify=verify, ranks=ranks, cache_bytes=cache_bytes, before_shard=before_shard)
         self.width, self.height, self.num_frames = width, height, num_frames
         self.stride, self.flip_probability, self.seed = stride, flip_probability, seed
         self.maps = tuple(maps)

@@ -6,6 +6,7 @@ disk (FACTS.md).
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -20,24 +21,37 @@ logger = logging.getLogger(__name__)
 REPORT_EVERY_SECONDS = 10.0
 
 
-def open_shards(shards: Shards, *, how: Literal["size", "hash"] = "hash", ranks: Ranks | None = None) -> ShardIndex:
+def open_shards(
+    shards: Shards,
+    *,
+    how: Literal["size", "hash"] = "hash",
+    ranks: Ranks | None = None,
+    before_shard: Callable[[str], None] | None = None,
+) -> ShardIndex:
     """Fetches and checks the index on every rank; the files themselves are checked by one rank of each node.
 
     Args:
         shards: where they are read, and where they come from.
         how: compare the sizes of the files, or their hashes too (reads all that is on the local disk).
         ranks: this process; by default from the environment.
+        before_shard: called with each shard's number in words, before it is checked.
 
     Raises:
         ShardError: naming the file and what is wrong with it.
     """
     index = open_index(shards)
     if (ranks or Ranks.from_environment()).local_rank == 0:
-        verify_shards(index, how=how, remote=shards.remote)
+        verify_shards(index, how=how, remote=shards.remote, before_shard=before_shard)
     return index
 
 
-def verify_shards(index: ShardIndex, *, how: Literal["size", "hash"] = "hash", remote: str | None = None) -> None:
+def verify_shards(
+    index: ShardIndex,
+    *,
+    how: Literal["size", "hash"] = "hash",
+    remote: str | None = None,
+    before_shard: Callable[[str], None] | None = None,
+) -> None:
     """Checks the files that lie in the index's folder.
 
     Without a remote folder every shard must be there and whole. What can be fetched or unpacked again (a download, or
@@ -48,6 +62,8 @@ def verify_shards(index: ShardIndex, *, how: Literal["size", "hash"] = "hash", r
     """
     next_report = time.monotonic() + REPORT_EVERY_SECONDS
     for number, entry in enumerate(index.shards):
+        if before_shard is not None:
+            before_shard(f"shard {number + 1} of {len(index.shards)} in {index.folder}")
         stored = _check_file(index.folder, entry, entry.stored, how=how, replaceable=remote is not None)
         if not stored and remote is None:
             raise ShardError(f"shard {index.folder / entry.stored.name} is missing; prepare it again or copy it there")

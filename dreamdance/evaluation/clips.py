@@ -5,6 +5,7 @@ import logging
 import math
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -187,9 +188,14 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def open_clips(shards: Shards) -> StoredClips:
-    """The stored clips of a set; this process alone reads them, and few of them: it does not hash all shards first."""
-    return StoredClips(shards, verify="size", ranks=Ranks())
+def open_clips(shards: Shards, *, before_shard: Callable[[str], None] | None = None) -> StoredClips:
+    """The stored clips of a set, checked; this process alone reads them.
+
+    Args:
+        shards: where they are.
+        before_shard: called with each shard's number in words, before it is checked.
+    """
+    return StoredClips(shards, ranks=Ranks(), before_shard=before_shard)
 
 
 def read_truth(clip: StoredClip, *, frame_size: Size, map_size: Size, frames: list[int] | None = None) -> Truth:

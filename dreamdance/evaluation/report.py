@@ -104,7 +104,7 @@ def measure_share(compared: Compared, measured: MeasuredClips, crew: Crew, progr
         ResultError: a result is damaged or does not fit the others or the truth.
     """
     recipe, folders = compared.recipe, compared.folders
-    clips = open_clips(recipe.truth)
+    clips = open_clips(recipe.truth, before_shard=partial(crew.watchdog.enter, "checking a shard"))
     found: list[Path] = []
     for number in range(len(clips)):
         crew.watchdog.enter("measuring a clip", f"{number} of the truth")  # clips differ in length, so in time

@@ -60,12 +60,12 @@ def average_training_set(
         shards: of the training set.
         frame_size: of the result's frames.
         map_size: of the result's maps.
-        before_clip: called with the clip's number in words, before each.
+        before_clip: called with the clip's number in words, before each; before, with each shard's that is checked.
 
     Raises:
         ShardError: the shards cannot be read.
     """
-    clips = open_clips(shards)
+    clips = open_clips(shards, before_shard=before_clip)
     stride = max(1, len(clips) // MAX_TRAINING_CLIPS)
     sums: dict[str, NDArray[np.float64]] = {}
     counts: dict[str, int] = {}

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import logging
 import random
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def train(recipe: Stage1Recipe | Stage2Recipe, run_folder: Path) -> None:
         patience_seconds=0.8 * recipe.cluster.stop_seconds, on_signal=partial(note_signal, run_folder)
     )
     with contextlib.ExitStack() as held:
-        stop, watchdog = held.enter_context(stopping), held.enter_context(make_watchdog(recipe))
+        stop, watchdog = held.enter_context(stopping), held.enter_context(Watchdog.of(recipe.cluster))
         # Within what is watched, for it is left when all ranks are there.
         watchdog.enter("starting", f"rank {ranks.rank}")
         held.enter_context(process_group(ranks, timeout_seconds=timeout))
@@ -71,14 +72,6 @@ def train(recipe: Stage1Recipe | Stage2Recipe, run_folder: Path) -> None:
         watchdog.enter("closing", f"step {trainer.step}")
         trainer.checkpointer.close()
         trainer.metrics.close()
-
-
-def make_watchdog(recipe: Stage1Recipe | Stage2Recipe) -> Watchdog:
-    """Watches for as long as the recipe's `cluster` section says."""
-    return Watchdog(
-        least_seconds=recipe.cluster.step_timeout_seconds,
-        unmeasured_seconds=recipe.cluster.collective_timeout_seconds,
-    )
 
 
 def prepare(
@@ -102,8 +95,7 @@ def prepare(
     watchdog.enter("starting DeepSpeed", f"rank {ranks.rank}")
     engine = Engine(objective, recipe, ranks, deterministic=deterministic)
     ema = ShardedEma(engine.masters, decay=recipe.optimizer.ema_decay)
-    watchdog.enter("checking the shards", f"rank {ranks.rank}")
-    loader = make_loader(recipe, ranks)
+    loader = make_loader(recipe, ranks, before_shard=partial(watchdog.enter, "checking a shard"))
     watchdog.enter("resuming", f"rank {ranks.rank}")
     checkpointer = Checkpointer(
         run_folder, engine, ema, ranks, recipe.checkpoint, recipe_digest=recipe_digest(recipe), weights=weights
@@ -144,8 +136,10 @@ def prepare(
     )
 
 
-def make_loader(recipe: Stage1Recipe | Stage2Recipe, ranks: Ranks) -> ClipLoader:
-    """The training clips of a recipe, in its order, with the maps that it trains on."""
+def make_loader(
+    recipe: Stage1Recipe | Stage2Recipe, ranks: Ranks, *, before_shard: Callable[[str], None] | None = None
+) -> ClipLoader:
+    """The training clips of a recipe, in its order, with the maps that it trains on; see `verify.open_shards`."""
     data = recipe.data
     wanted = ("normal", "depth") if isinstance(recipe, Stage1Recipe) else recipe.model.controls
     maps: list[Map] = [name for name in ("normal", "depth") if name in wanted]
@@ -160,6 +154,7 @@ def make_loader(recipe: Stage1Recipe | Stage2Recipe, ranks: Ranks) -> ClipLoader
         maps=maps,
         verify=data.verify,
         ranks=ranks,
+        before_shard=before_shard,
     )
     return ClipLoader(
         dataset,

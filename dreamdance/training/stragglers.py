@@ -82,18 +82,20 @@ class StragglerReport:
             return None
         steps, step_seconds, sums = self._steps, self._step_seconds / self._steps, self._sums
         self._reset()
-        found = None
+        found: list[tuple[float, tuple[int, str], str]] = []
         for phase, seconds in sums.items():
             slowest, usual = max(seconds) / steps, statistics.median_low(seconds) / steps
             excess = slowest - usual
+            rank = seconds.index(max(seconds))
             if slowest >= NOTABLE_FACTOR * usual and excess >= NOTABLE_SHARE * step_seconds:
                 text = (
-                    f"rank {seconds.index(max(seconds))} holds the others up: {slowest:.3g} s of each step {phase}, "
+                    f"rank {rank} holds the others up: {slowest:.3g} s of each step {phase}, "
                     f"where half of the ranks need at most {usual:.3g} s (a step takes {step_seconds:.3g} s)"
                 )
-                found = max(found or (0.0, "", (0, "")), (excess, text, (seconds.index(max(seconds)), phase)))
-        told, self._told = self._told, found[2] if found else None
-        return found[1] if found and found[2] != told else None
+                found.append((excess, (rank, phase), text))
+        _, worst, text = max(found, default=(0.0, None, ""))
+        told, self._told = self._told, worst
+        return text if worst not in (None, told) else None
 
     def _reset(self) -> None:
         self._steps, self._step_seconds = 0, 0.0

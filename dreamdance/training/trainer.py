@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from operator import itemgetter
 from typing import Protocol
 
@@ -258,15 +259,16 @@ class Tally:
             own: seconds that this rank waited for its data and was in the forward pass.
         """
         sums = torch.stack(self._sums).sum(dim=0)
-        flags = sums.new_tensor([should_stop, is_writing, bool(self.nonfinite_samples) or not applied])
-        seconds = sums.new_zeros(len(own), dist.get_world_size())
-        seconds[:, dist.get_rank()] = sums.new_tensor(own)
-        total = sum_over_ranks(torch.cat([sums, flags, seconds.flatten()]))
-        loss_sum, num_samples, *domains = total[: len(sums)].tolist()
-        stop, writing, skipped = total[len(sums) : len(sums) + len(flags)].tolist()
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        # To the device and back at once: each way, the step waits for it.
+        told = [float(should_stop), float(is_writing), float(bool(self.nonfinite_samples) or not applied)]
+        told += [seconds if one == rank else 0.0 for seconds in own for one in range(world_size)]
+        values = iter(sum_over_ranks(torch.cat([sums, sums.new_tensor(told)])).tolist())
+        loss_sum, num_samples, *domains = islice(values, len(sums))
+        stop, writing, skipped, *seconds_of_ranks = values
         self.losses = Losses(loss_sum, num_samples, domains[:NUM_DOMAINS], domains[NUM_DOMAINS:])
         self.should_stop, self.is_writing, self.is_skipped = stop > 0, writing > 0, skipped > 0
-        self.own_seconds = OwnSeconds(*total[len(sums) + len(flags) :].reshape(seconds.shape).tolist())
+        self.own_seconds = OwnSeconds(seconds_of_ranks[:world_size], seconds_of_ranks[world_size:])
 
 
 def name_nonfinite(batch: ClipBatch, losses: Sequence[float]) -> list[str]:

@@ -61,7 +61,7 @@ def test_a_rank_that_stops_is_noticed_by_all_who_can_and_the_run_goes_on_bit_for
             process.join(90)
         codes = [process.exitcode for process in watching]
         assert TRY_AGAIN_EXIT_CODE in codes, ranks.output()
-        assert all(codes), codes
+        assert set(codes) <= {TRY_AGAIN_EXIT_CODE, 1}, codes
         told = output(run, codes.index(TRY_AGAIN_EXIT_CODE))
         assert f"training a step (step {STRUCK_STEP}) has taken over" in told
         assert "in _take_step" in told, "the stack of where it waits"

@@ -28,8 +28,9 @@ from dreamdance.training.distributed import process_group, repeatable_arithmetic
 from dreamdance.training.manifest import FileRecord
 from dreamdance.training.preemption import StopRequest
 from dreamdance.training.rank_state import generator_states, restore_generators
-from dreamdance.training.run import make_watchdog, prepare, train
+from dreamdance.training.run import prepare, train
 from dreamdance.training.trainer import Trainer
+from dreamdance.watchdog import Watchdog
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -74,7 +75,7 @@ def run(trained, tmp_path) -> Path:
 def resume(run: Path, recipe: Stage1Recipe) -> Trainer:
     ranks = Ranks()
     with StopRequest() as stop, process_group(ranks, timeout_seconds=60), repeatable_arithmetic(enabled=True):
-        trainer = prepare(recipe, run, ranks, stop, make_watchdog(recipe), deterministic=True)
+        trainer = prepare(recipe, run, ranks, stop, Watchdog.of(recipe.cluster), deterministic=True)
         trainer.metrics.close()
     return trainer
 
@@ -322,7 +323,7 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_skips_the_update(prec
     changes = {"precision": precision, "sharding.zero_stage": zero_stage}
     ranks, recipe, run = Ranks(), make_recipe(shards, max_steps=6, **changes), tmp_path / "run"
     with StopRequest() as stop, process_group(ranks, timeout_seconds=60), repeatable_arithmetic(enabled=True):
-        trainer = prepare(recipe, run, ranks, stop, make_watchdog(recipe), deterministic=True)
+        trainer = prepare(recipe, run, ranks, stop, Watchdog.of(recipe.cluster), deterministic=True)
         parameter = next(iter(trainer.engine.trainable.values()))
         before = {name: value.detach().clone() for name, value in trainer.engine.trainable.items()}
         hook = parameter.register_hook(lambda gradient: gradient * math.inf)

@@ -25,6 +25,7 @@ from dreamdance.data.shard_index import read_index
 from dreamdance.data.streaming_compat import MDSWriter
 from dreamdance.data.verify import open_shards, verify_shards
 from dreamdance.errors import ShardError
+from dreamdance.evaluation.clips import open_clips
 from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import Shards
 
@@ -73,6 +74,19 @@ def test_sound_shards_pass(folder, how):
     index = open_shards(Shards(local=str(folder)), how=how)
     assert index.num_samples == 12
     assert index.samples_per_shard == [4, 4, 4]
+
+
+def test_each_shard_is_announced_before_it_is_checked(folder):
+    """Hashing a large set takes hours; a watchdog must see that it gets on."""
+    seen: list[str] = []
+    open_shards(Shards(local=str(folder)), before_shard=seen.append)
+    assert seen == [f"shard {number} of 3 in {folder}" for number in (1, 2, 3)]
+
+
+def test_an_evaluation_too_is_refused_shards_of_the_right_size_and_the_wrong_bytes(folder):
+    flip(stored_file(folder))
+    with pytest.raises(ShardError, match=SECOND):
+        open_clips(Shards(local=str(folder)))
 
 
 @pytest.mark.parametrize("damage", [flip, truncate, remove])
