@@ -3,6 +3,7 @@
 It must not know what is trained, where data comes from, or when to save.
 """
 
+import copyreg
 import logging
 import math
 import os
@@ -32,6 +33,7 @@ from dreamdance.recipe.schema import TrainingRecipe
 
 # What DeepSpeed itself pickles into its files; everything else in them is tensors and plain containers.
 _DEEPSPEED_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
+copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))  # else 3.11.2, Debian's, calls getattr
 _TAG = "deepspeed"
 
 # DeepSpeed's only use of its op table is to build a shared-memory operation for *inference*. Left on, every first start
@@ -204,8 +206,7 @@ class Engine:
             objective.to(torch.bfloat16)  # DeepSpeed would leave buffers in fp32, from_pretrained does not
         os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists on the variable
         if groups._WORLD_GROUP is None:  # it would make its own, which waits as long as the backend's default
-            timeout = timedelta(seconds=recipe.cluster.collective_timeout_seconds)
-            groups._WORLD_GROUP = dist.new_group(timeout=timeout)
+            groups._WORLD_GROUP = dist.new_group(timeout=timedelta(seconds=recipe.cluster.collective_timeout_seconds))
         self._engine, *_ = deepspeed.initialize(model=_LossFirst(objective), optimizer=adamw, config=config)
         # Beside its files it would leave scripts that unpickle anything; our own reader does not.
         self._engine._copy_recovery_script = lambda folder: None
