@@ -18,7 +18,7 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from dreamdance.errors import LostWorkerError
 from dreamdance.ranks import Ranks
-from dreamdance.recipe.schema import Cluster
+from dreamdance.recipe.sections import Cluster
 from dreamdance.run_layout import note_done
 from dreamdance.watchdog import Watchdog
 

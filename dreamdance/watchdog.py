@@ -12,7 +12,7 @@ import time
 from collections import defaultdict, deque
 
 from dreamdance.forced_exit import TRY_AGAIN_EXIT_CODE, end_now
-from dreamdance.recipe.schema import Cluster
+from dreamdance.recipe.sections import Cluster
 
 logger = logging.getLogger(__name__)
 

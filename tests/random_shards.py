@@ -10,7 +10,7 @@ import numpy as np
 
 from dreamdance.data.shard_writer import ClipRecord, Part, ShardFormat, write_shards
 from dreamdance.ranks import Ranks
-from dreamdance.recipe.schema import Shards
+from dreamdance.recipe.sections import Shards
 
 WIDTH, HEIGHT = 8, 12
 

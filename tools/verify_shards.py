@@ -12,7 +12,7 @@ import sys
 from dreamdance.data.clips import StoredClips
 from dreamdance.data.schema import FRAME_COLUMNS
 from dreamdance.errors import UserError
-from dreamdance.recipe.schema import Shards
+from dreamdance.recipe.sections import Shards
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -30,7 +30,7 @@ from dreamdance.data.transforms import (
 from dreamdance.data.verify import open_shards
 from dreamdance.errors import LostWorkerError, ShardError, may_pass
 from dreamdance.ranks import Ranks
-from dreamdance.recipe.schema import Shards
+from dreamdance.recipe.sections import Shards
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,8 @@ from dreamdance.data.video_clips import Split, VideoPart, choose_validation, des
 from dreamdance.data.video_io import write_video
 from dreamdance.folder_claim import claim_folder
 from dreamdance.ranks import Ranks
-from dreamdance.recipe.schema import DancersSource, PrepareRecipe, Shards, VideosSource
+from dreamdance.recipe.schema import DancersSource, PrepareRecipe, VideosSource
+from dreamdance.recipe.sections import Shards
 from dreamdance.run_layout import ProgressLog
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from dreamdance.data.shard_index import HASH_DIGITS, ShardEntry, ShardFile, ShardIndex, read_index
 from dreamdance.data.streaming_compat import INDEX_FILE, CloudDownloader, decompress, get_hash
 from dreamdance.errors import USERS_ERRNOS, LostWorkerError, ShardError
-from dreamdance.recipe.schema import Shards
+from dreamdance.recipe.sections import Shards
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from dreamdance.data.shard_cache import check_bytes, check_samples, open_index, 
 from dreamdance.data.shard_index import ShardEntry, ShardFile, ShardIndex
 from dreamdance.errors import ShardError
 from dreamdance.ranks import Ranks
-from dreamdance.recipe.schema import Shards
+from dreamdance.recipe.sections import Shards
 
 logger = logging.getLogger(__name__)
 

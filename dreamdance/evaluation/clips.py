@@ -23,7 +23,7 @@ from dreamdance.data.transforms import decode_normals, pictures_to_tensor, resiz
 from dreamdance.errors import MissingInputError, UserError
 from dreamdance.evaluation.geometry_metrics import PinholeCamera
 from dreamdance.ranks import Ranks
-from dreamdance.recipe.schema import Shards
+from dreamdance.recipe.sections import Shards
 from dreamdance.run_layout import ARRAYS_FILE, RESULT_FILE
 
 logger = logging.getLogger(__name__)

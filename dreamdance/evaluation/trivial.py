@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from dreamdance.evaluation.clips import Prediction, Size, Truth, open_clips, read_truth
 from dreamdance.evaluation.image_metrics import mean_colour
-from dreamdance.recipe.schema import Shards
+from dreamdance.recipe.sections import Shards
 
 REPEATED_REFERENCE = "reference repeated"
 MEAN_COLOUR = "reference's mean body colour"

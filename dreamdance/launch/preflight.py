@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dreamdance.launch.run_folder import weight_sources
 from dreamdance.recipe import AnimateRecipe, EvaluateRecipe, PrepareRecipe, Recipe, TrainingRecipe
-from dreamdance.recipe.schema import Shards
+from dreamdance.recipe.sections import Shards
 from dreamdance.run_layout import (
     FINISHED_FILE,
     RECIPE_FILE,

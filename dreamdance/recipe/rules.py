@@ -6,7 +6,6 @@ from dreamdance.recipe.schema import (
     AnimateRecipe,
     AnimationSampling,
     AutoencoderSource,
-    Cluster,
     GeometrySampling,
     ImageEncoderSource,
     NetworkSource,
@@ -16,6 +15,7 @@ from dreamdance.recipe.schema import (
     Stage2Recipe,
     TrainingRecipe,
 )
+from dreamdance.recipe.sections import Cluster
 from dreamdance.recipe.yaml_text import Path, Problem
 
 AUTOENCODER_DOWNSCALE = 8

@@ -6,63 +6,24 @@ Single values are checked here; relations between values are in `rules.py`, file
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from dreamdance.recipe.sections import (
+    Cluster,
+    Fraction,
+    Logging,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Scale,
+    Section,
+    Shards,
+)
 
 Control = Literal["pose", "depth", "normal"]
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-Scale = Annotated[float, Field(ge=0.0)]
-
-
-class Section(BaseModel):
-    """A part of a recipe: unknown keys are errors, values never change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
 # ------------------------------------------------------------------------------------------ shared by every task
-
-
-class Cluster(Section):
-    """Where the job runs: processes per node, and what Slurm is asked for.
-
-    `stop_seconds` before its end the job is warned, and has so long to save. A rank that hangs in a step is ended after
-    `step_timeout_seconds` (0: never), or 10 times the median step if that is longer.
-    """
-
-    nodes: Positive = 1
-    tasks_per_node: Positive = 1
-    gpus_per_node: NonNegative = 0
-    cpus_per_task: Positive = 1
-    memory_gib: Positive | None = None
-    time_minutes: Positive = 1440
-    stop_seconds: Positive = 120
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    reservation: str | None = None
-    mail_user: str | None = None
-    max_requeues: NonNegative = 1000
-    setup: list[str] = []
-    environment: dict[str, str] = {}
-    sbatch_arguments: dict[str, str] = {}
-    srun_arguments: list[str] = []
-    container_image: str | None = None
-    collective_timeout_seconds: Positive = 1800
-    step_timeout_seconds: NonNegative = 600
-
-    @property
-    def world_size(self) -> int:
-        return self.nodes * self.tasks_per_node
-
-
-class Logging(Section):
-    """How often a line is printed and a scalar written."""
-
-    every_steps: Positive = 10
 
 
 class Recipe(Section):
@@ -76,13 +37,6 @@ class Recipe(Section):
 
 
 # ------------------------------------------------------------------------------------------ data
-
-
-class Shards(Section):
-    """A folder of streaming shards. `remote` is where they live, `local` where they are read (and cached)."""
-
-    local: str
-    remote: str | None = None
 
 
 class TrainingData(Section):

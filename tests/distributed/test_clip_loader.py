@@ -19,7 +19,7 @@ from dreamdance.data.clips import ClipDataset
 from dreamdance.data.collate import ClipSample
 from dreamdance.errors import ShardError
 from dreamdance.ranks import Ranks
-from dreamdance.recipe.schema import Shards
+from dreamdance.recipe.sections import Shards
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 NUM_STEPS = 8

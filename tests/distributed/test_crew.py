@@ -12,7 +12,7 @@ from rank_processes import StartedRanks, run_ranks
 from dreamdance.crew import Crew
 from dreamdance.errors import LostWorkerError
 from dreamdance.ranks import Ranks
-from dreamdance.recipe.schema import Cluster
+from dreamdance.recipe.sections import Cluster
 from dreamdance.run_layout import read_done
 
 pytestmark = pytest.mark.distributed

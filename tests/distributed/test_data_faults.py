@@ -40,7 +40,7 @@ from dreamdance.data.verify import verify_shards
 from dreamdance.errors import ShardError
 from dreamdance.forced_exit import TRY_AGAIN_EXIT_CODE
 from dreamdance.ranks import Ranks
-from dreamdance.recipe.schema import Shards
+from dreamdance.recipe.sections import Shards
 from dreamdance.run_layout import export_folder
 from dreamdance.training.objectives.geometry import GeometryObjective
 

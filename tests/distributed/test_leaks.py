@@ -21,7 +21,7 @@ from dreamdance.data.clip_loader import ClipLoader
 from dreamdance.data.clip_order import ClipOrder
 from dreamdance.data.clips import ClipDataset
 from dreamdance.ranks import Ranks
-from dreamdance.recipe.schema import Shards
+from dreamdance.recipe.sections import Shards
 from dreamdance.run_layout import checkpoint_folder
 from dreamdance.training.objectives.geometry import GeometryObjective
 

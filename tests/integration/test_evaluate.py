@@ -31,7 +31,8 @@ from dreamdance.evaluation.trivial import (
 )
 from dreamdance.inference.results import ClipResult
 from dreamdance.inference.results import write_result as write_clip_result
-from dreamdance.recipe.schema import EvaluateRecipe, PrepareRecipe, Shards
+from dreamdance.recipe.schema import EvaluateRecipe, PrepareRecipe
+from dreamdance.recipe.sections import Shards
 
 NUM_FRAMES, HEIGHT, WIDTH = 5, 48, 32
 MAP_SIZE = (24, 16)

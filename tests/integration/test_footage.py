@@ -18,7 +18,7 @@ from dreamdance.data.clips import StoredClips
 from dreamdance.data.video_io import probe_video
 from dreamdance.evaluation.table import RESULT_ROW
 from dreamdance.evaluation.trivial import MEAN_COLOUR_OF_FRAME, MEAN_OF_TRAINING, REPEATED_REFERENCE
-from dreamdance.recipe.schema import Shards
+from dreamdance.recipe.sections import Shards
 from dreamdance.run_layout import newest_export, progress_file
 
 ROOT = Path(__file__).parents[2]

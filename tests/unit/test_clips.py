@@ -254,7 +254,7 @@ def test_training_and_validation_sets_live_in_one_process_and_several_ranks_on_o
 HOLD = """
 import sys
 from dreamdance.data.clips import StoredClips
-from dreamdance.recipe.schema import Shards
+from dreamdance.recipe.sections import Shards
 clips = StoredClips(Shards(local=sys.argv[1], remote=sys.argv[2]))
 clips.clip(0)
 print("holding", flush=True)

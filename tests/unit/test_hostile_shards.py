@@ -24,7 +24,7 @@ from dreamdance.data.shard_index import read_index
 from dreamdance.data.streaming_compat import MDSWriter
 from dreamdance.errors import ManifestError, ShardError
 from dreamdance.inference.manifest import read_manifest
-from dreamdance.recipe.schema import Shards
+from dreamdance.recipe.sections import Shards
 
 
 class Runs:

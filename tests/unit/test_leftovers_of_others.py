@@ -28,7 +28,7 @@ from dreamdance.data.clips import StoredClips
 from dreamdance.errors import UserError
 from dreamdance.folder_claim import claim_folder
 from dreamdance.launch.command import main
-from dreamdance.recipe.schema import Shards
+from dreamdance.recipe.sections import Shards
 
 # Of root, whom permissions would not stop: `capset` with nothing effective and nothing permitted.
 header = (ctypes.c_uint32 * 2)(0x20080522, 0)

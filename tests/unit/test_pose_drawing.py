@@ -24,7 +24,7 @@ def dancer() -> np.ndarray:
     return render_clip(5, num_frames=1, width=16, height=24).keypoints[0]
 
 
-def test_nobody_is_black() -> None:
+def test_picture_without_key_points_is_all_zero() -> None:
     picture = draw_pose(nobody(), width=40, height=60)
     assert picture.shape == (60, 40, 3)
     assert picture.dtype == np.uint8

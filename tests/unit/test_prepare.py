@@ -22,7 +22,8 @@ from dreamdance.data.transforms import decode_normals, pictures_to_tensor
 from dreamdance.data.video_clips import choose_validation, split_frames
 from dreamdance.data.video_io import VideoError, read_frames, write_video
 from dreamdance.errors import MissingInputError, ShardError, UserError
-from dreamdance.recipe.schema import DancersSource, PrepareRecipe, Shards, VideosSource
+from dreamdance.recipe.schema import DancersSource, PrepareRecipe, VideosSource
+from dreamdance.recipe.sections import Shards
 
 WIDTH, HEIGHT = 32, 48
 

@@ -21,7 +21,8 @@ from dreamdance.data.shard_writer import ClipRecord, Part, ShardFormat, write_sh
 from dreamdance.errors import LostWorkerError, ShardError
 from dreamdance.folder_claim import OutputError, claim_folder
 from dreamdance.ranks import Ranks
-from dreamdance.recipe.schema import Cluster, PrepareRecipe
+from dreamdance.recipe.schema import PrepareRecipe
+from dreamdance.recipe.sections import Cluster
 
 SMALL = ShardFormat(shard_size_mib=1, compression="zstd")
 

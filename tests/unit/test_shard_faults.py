@@ -20,7 +20,7 @@ from dreamdance.data.clips import StoredClips
 from dreamdance.data.stored_clip import StoredClip
 from dreamdance.data.streaming_compat import StreamingDataset
 from dreamdance.errors import ShardError
-from dreamdance.recipe.schema import Shards
+from dreamdance.recipe.sections import Shards
 
 SECOND = "part_00004.shard.00000.mds"
 ALL_CLIPS = [f"clip_{number:04d}" for number in range(12)]

@@ -23,7 +23,7 @@ from dreamdance.data.shard_writer import ClipRecord, Part, ShardFormat, write_sh
 from dreamdance.data.verify import verify_shards
 from dreamdance.errors import ShardError
 from dreamdance.ranks import Ranks
-from dreamdance.recipe.schema import Shards
+from dreamdance.recipe.sections import Shards
 
 SMALL = ShardFormat(shard_size_mib=1, compression="zstd")
 

@@ -22,7 +22,7 @@ from dreamdance.data.clip_order import ClipOrder
 from dreamdance.data.clips import ClipDataset, StoredClips
 from dreamdance.errors import LostWorkerError, ShardError, may_pass
 from dreamdance.ranks import Ranks
-from dreamdance.recipe.schema import Shards
+from dreamdance.recipe.sections import Shards
 
 SECOND = "part_00004.shard.00000.mds"
 ALL_CLIPS = [f"clip_{number:04d}" for number in range(12)]

@@ -27,7 +27,7 @@ from dreamdance.data.verify import open_shards, verify_shards
 from dreamdance.errors import ShardError
 from dreamdance.evaluation.clips import open_clips
 from dreamdance.ranks import Ranks
-from dreamdance.recipe.schema import Shards
+from dreamdance.recipe.sections import Shards
 
 SECOND = "part_00004.shard.00000.mds"
 
