@@ -50,7 +50,7 @@ def decode_latents(vae: Autoencoder, latents: Tensor, *, chunk_size: int = 8, nu
         num_frames: frames of each clip, so that no chunk mixes two clips; None means one clip.
 
     Returns:
-        `(b f) 3 H W` float32, clamped to [0, 1].
+        `(b f) 3 H W` float32, clamped to [0, 1], on the CPU: of a long clip the device never holds more than a chunk.
 
     Raises:
         ValueError: `chunk_size` is below 1, or the latents are no whole number of clips.
@@ -66,5 +66,6 @@ def decode_latents(vae: Autoencoder, latents: Tensor, *, chunk_size: int = 8, nu
     for clip in rearrange(latents, "(b f) c h w -> b f c h w", f=num_frames):
         for chunk in clip.split(chunk_size):
             frames = {"num_frames": len(chunk)} if isinstance(vae, AutoencoderKLTemporalDecoder) else {}
-            pictures.append(vae.decode(chunk, **frames).sample.float())
-    return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)
+            decoded = vae.decode(chunk, **frames).sample.float()
+            pictures.append((decoded / 2 + 0.5).clamp(0, 1).cpu())
+    return torch.cat(pictures)

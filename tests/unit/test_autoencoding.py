@@ -3,9 +3,11 @@
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dreamdance.models import PatchAutoencoder
 from dreamdance.models.autoencoding import Autoencoder, decode_latents, downscale_factor, encode_latents
+from dreamdance.training.activation_memory import LiveBytes
 
 WIDTHS = {"block_out_channels": (32, 32), "latent_channels": 4}
 
@@ -103,3 +105,27 @@ def test_frames_that_are_no_whole_number_of_clips_are_refused(chunk_size, num_fr
     vae = PatchAutoencoder(2)
     with pytest.raises(ValueError, match="decode_chunk_size"):
         decode_latents(vae, encode_latents(vae, images()), chunk_size=chunk_size, num_frames=num_frames)
+
+
+class _GpuBytes(LiveBytes):
+    """Counts what lies on a GPU alone; fake tensors need none."""
+
+    def _meet(self, storage: torch.UntypedStorage) -> None:
+        if storage.device.type == "cuda":
+            super()._meet(storage)
+
+
+def test_a_long_clip_takes_no_more_of_the_device_than_one_chunk():
+    def peak(num_frames: int) -> int:
+        vae = image_autoencoder()  # the video decoder indexes tensors, which fake ones on a GPU cannot without CUDA
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            vae.to_empty(device="cuda")
+            latents = torch.empty(num_frames, 4, 16, 16, device="cuda")
+            with _GpuBytes() as live:
+                frames = decode_latents(vae, latents, chunk_size=4)
+        assert frames.shape == (num_frames, 3, 32, 32)
+        assert frames.device.type == "cpu"
+        return live.peak
+
+    latent_bytes = 4 * 16 * 16 * 4  # of one frame; the latents themselves, unscaled, stay together
+    assert peak(40) == peak(4) + 36 * latent_bytes
