@@ -66,6 +66,5 @@ def decode_latents(vae: Autoencoder, latents: Tensor, *, chunk_size: int = 8, nu
     for clip in rearrange(latents, "(b f) c h w -> b f c h w", f=num_frames):
         for chunk in clip.split(chunk_size):
             frames = {"num_frames": len(chunk)} if isinstance(vae, AutoencoderKLTemporalDecoder) else {}
-            decoded = vae.decode(chunk, **frames).sample.float()
-            pictures.append((decoded / 2 + 0.5).clamp(0, 1).cpu())
+            pictures.append((vae.decode(chunk, **frames).sample.float() / 2 + 0.5).clamp(0, 1).cpu())
     return torch.cat(pictures)
