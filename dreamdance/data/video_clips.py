@@ -14,10 +14,11 @@ import cv2
 import numpy as np
 import torch
 
-from dreamdance.data.cropping import Crop, centred_crop, find_letterbox
+from dreamdance.data.cropping import Crop, centred_crop
+from dreamdance.data.letterbox import letterbox_of
 from dreamdance.data.shard_writer import ClipRecord
 from dreamdance.data.transforms import pictures_to_tensor, resize_normals, tensor_to_pictures
-from dreamdance.data.video_io import VideoError, VideoInfo, iterate_frames, probe_video, read_frames
+from dreamdance.data.video_io import VideoError, VideoInfo, iterate_frames, probe_video
 from dreamdance.errors import MissingInputError
 from dreamdance.keyed_random import sample_generator
 from dreamdance.recipe.schema import VideosSource
@@ -25,7 +26,6 @@ from dreamdance.recipe.schema import VideosSource
 logger = logging.getLogger(__name__)
 
 MODALITIES = ("rgb", "pose", "normal", "depth")
-LETTERBOX_FRAMES = 16
 Split = Literal["train", "validation"]
 
 
@@ -134,8 +134,7 @@ class VideoPart:
             if part.left + part.width > rgb.width or part.top + part.height > rgb.height:
                 raise VideoError(f"`videos.crop` {list(self.source.crop)} leaves {rgb.path} ({rgb.width}x{rgb.height})")
         elif self.source.crop_letterbox:
-            spread = np.linspace(0, rgb.num_frames - 1, min(LETTERBOX_FRAMES, rgb.num_frames)).round().astype(int)
-            part = find_letterbox(read_frames(rgb, spread.tolist()), where=str(rgb.path))
+            part = letterbox_of(rgb)
         if self.source.width is not None and self.source.height is not None:
             centred = centred_crop(part.width, part.height, to_width=self.source.width, to_height=self.source.height)
             part = centred.within(part)

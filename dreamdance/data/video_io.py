@@ -51,17 +51,31 @@ class VideoInfo:
     def num_frames(self) -> int:
         return len(self.stamps)
 
+    def times(self, frames: Sequence[int]) -> list[float]:
+        """When the given frames are shown, in seconds after the first."""
+        return [float((self.stamps[frame] - self.stamps[0]) * self.time_base) for frame in frames]
+
+    def frames_at(self, seconds: Sequence[float]) -> list[int]:
+        """For each time, in seconds after the first frame, the number of the frame nearest to it; the earlier of two.
+
+        Aligned videos may have stamps of their own, one a constant rate and the other a varying one. Taken at equal
+        times they show the same moments, by equal numbers they do not.
+        """
+        stamps = np.array(self.times(range(self.num_frames)))
+        wanted = np.asarray(seconds, dtype=np.float64)
+        after = np.searchsorted(stamps, wanted).clip(0, len(stamps) - 1)
+        before = np.maximum(after - 1, 0)
+        slack = 1e-9 * max(1.0, float(stamps[-1]))  # half-way between two frames, rounding does not choose
+        earlier = wanted - stamps[before] <= stamps[after] - wanted + slack
+        return [int(frame) for frame in np.where(earlier, before, after)]
+
     def constant_rate_frames(self) -> list[int]:
         """For each tick of a constant rate, the number of the frame nearest to it; 0, 1, 2, ... in most videos.
 
         Phones record at a varying rate; motion read off their frame numbers would be uneven.
         """
-        stamps = np.array(self.stamps, dtype=np.float64)
-        ticks = np.linspace(stamps[0], stamps[-1], len(stamps))
-        after = np.searchsorted(stamps, ticks).clip(1, len(stamps) - 1) if len(stamps) > 1 else np.zeros(1, np.int64)
-        before = np.maximum(after - 1, 0)
-        nearest = np.where(ticks - stamps[before] < stamps[after] - ticks, before, after)
-        return [int(frame) for frame in nearest]
+        last = self.times([self.num_frames - 1])[0]
+        return self.frames_at(np.linspace(0.0, last, self.num_frames).tolist())
 
 
 def probe_video(path: Path | str) -> VideoInfo:

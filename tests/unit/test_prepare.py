@@ -11,7 +11,7 @@ from PIL import Image
 
 from dreamdance.data.annotate import annotate_clip, load_annotator
 from dreamdance.data.clips import StoredClips, fixed_clips
-from dreamdance.data.cropping import Crop, centred_crop, find_letterbox
+from dreamdance.data.cropping import Crop, centred_crop
 from dreamdance.data.dancers import HELD_OUT_SEEDS, TRAINING_SEEDS, render_clip
 from dreamdance.data.keypoints import read_keypoint_file
 from dreamdance.data.pose_drawing import draw_poses
@@ -21,7 +21,7 @@ from dreamdance.data.shard_writer import ClipRecord
 from dreamdance.data.transforms import decode_normals, pictures_to_tensor
 from dreamdance.data.video_clips import choose_validation, split_frames
 from dreamdance.data.video_io import VideoError, read_frames, write_video
-from dreamdance.errors import MissingInputError, ShardError, UserError
+from dreamdance.errors import MissingInputError, ShardError
 from dreamdance.recipe.schema import DancersSource, PrepareRecipe, VideosSource
 from dreamdance.recipe.sections import Shards
 
@@ -231,18 +231,6 @@ def test_a_rest_that_is_too_short_is_left_out():
     assert [(first, len(piece)) for first, piece in split_frames(list(range(20)), "train", source)] == [
         (0, 8), (8, 8), (16, 4),
     ]  # fmt: skip
-
-
-def test_letterboxes_are_found_and_dark_scenes_are_not_cut():
-    frames = np.zeros((5, 40, 30, 3), np.uint8)
-    frames[:, 10:35, 4:] = 200
-    frames[:, :10] += np.random.default_rng(0).integers(0, 12, (5, 10, 30, 3), dtype=np.uint8)  # compression's noise
-    assert find_letterbox(frames) == Crop(left=4, top=10, width=26, height=25)
-    bright_once = np.zeros((5, 40, 30, 3), np.uint8)
-    bright_once[3] = 90
-    assert find_letterbox(bright_once) == Crop(left=0, top=0, width=30, height=40)
-    with pytest.raises(UserError, match=r"`videos\.crop_letterbox`"):
-        find_letterbox(np.zeros((5, 40, 30, 3), np.uint8))
 
 
 def test_centred_crops_have_the_aspect_asked_for():

@@ -109,6 +109,18 @@ def test_a_varying_rate_is_evened_out_by_time_stamps(tmp_path):
     assert numbers_of(read_frames(info, chosen)) == chosen
 
 
+def test_videos_of_constant_and_varying_rate_are_taken_at_equal_times(tmp_path):
+    stamps = [0, 100, 200, 300, 400, 900, 1000, 1100, 1200, 1300]
+    write_with_stamps(tmp_path / "varying.mp4", numbered_frames(10), stamps)
+    write_with_stamps(tmp_path / "constant.mp4", numbered_frames(14), [700 + 100 * tick for tick in range(14)])
+    varying, constant = probe_video(tmp_path / "varying.mp4"), probe_video(tmp_path / "constant.mp4")
+    assert varying.times(range(10)) == pytest.approx([stamp / 1000 for stamp in stamps])
+    assert constant.times([0, 13]) == pytest.approx([0.0, 1.3])  # after its first frame, which lies at 0.7 s
+    assert constant.frames_at(varying.times(range(10))) == [0, 1, 2, 3, 4, 9, 10, 11, 12, 13]
+    assert varying.frames_at(constant.times(range(14))) == [0, 1, 2, 3, 4, 4, 4, 5, 5, 5, 6, 7, 8, 9]
+    assert varying.frames_at([-1.0, 0.05, 0.051, 0.65, 0.651, 99.0]) == [0, 0, 1, 4, 5, 9]
+
+
 @pytest.mark.parametrize("quarter_turns", [1, 2, 3])
 def test_rotated_videos_stand_upright(tmp_path, quarter_turns):
     path = tmp_path / "phone.mp4"
