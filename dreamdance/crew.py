@@ -55,6 +55,7 @@ class Crew:
         self._store: Store | None = None
         self._num_through = 0
         self._lost: str | None = None
+        self._is_called_off = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="crew", daemon=True)
         self._entered = ExitStack()
@@ -137,6 +138,43 @@ class Crew:
             on_wait()
             self.pause(f"{missing} of {len(keys)} ranks are not through")
         return [self._get(key) for key in keys]
+
+    def exchange(self, name: str, text: str, on_wait: Callable[[], None] = lambda: None) -> list[str]:
+        """On every rank, what every rank tells under a name, by rank: nobody goes on before all have told.
+
+        Args:
+            name: of what is told; another one each time.
+            text: what this rank tells.
+            on_wait: called now and then while others are still at work.
+
+        Raises:
+            LostWorkerError: a rank is lost.
+        """
+        if self._store is None:
+            return [text]
+        self._ask(lambda store: store.set(f"{name}/{self.ranks.rank}", text))
+        keys = [f"{name}/{rank}" for rank in range(self.ranks.world_size)]
+        while missing := sum(not self._has(key) for key in keys):
+            on_wait()
+            self.pause(f"{missing} of {len(keys)} ranks have not got so far ({name})")
+        texts = [self._get(key) for key in keys]
+        self._ask(lambda store: store.add(f"{name}/read", 1))
+        # The store ends with the main rank: it may leave when everybody has read.
+        while self.ranks.is_main and self._ask(lambda store: store.add(f"{name}/read", 0)) < len(keys):
+            self.pause(f"some ranks have not read what all told ({name})")
+        return texts
+
+    def call_off(self) -> None:
+        """Has all ranks begin nothing more of what they share; what they have in hand they finish."""
+        self._is_called_off = True
+        if self._store is not None:
+            self._ask(lambda store: store.set("called off", ""))
+
+    def is_called_off(self) -> bool:
+        """Whether any rank has called the work off."""
+        if not self._is_called_off and self._store is not None:
+            self._is_called_off = self._has("called off")
+        return self._is_called_off
 
     def _meet(self) -> None:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from dreamdance.atomic_files import write_atomically
+from dreamdance.launch.prepared import describe_videos, is_prepared
 from dreamdance.recipe import AnimateRecipe, EvaluateRecipe, PrepareRecipe, Recipe, TrainingRecipe
 from dreamdance.run_layout import EXPORT_INDEX_FILE, FINISHED_FILE, RESULT_FILE, export_folder, is_export, step_folders
 
@@ -28,6 +29,8 @@ def is_finished(recipe: Recipe, run_folder: Path) -> bool:
         return export_folder(run_folder, recipe.max_steps).is_dir()
     if not Path(getattr(recipe, "output", run_folder)).is_dir():
         return False
+    if isinstance(recipe, PrepareRecipe) and not is_prepared(recipe):
+        return False
     return bool(json.loads(marker.read_text(encoding="utf-8"))["inputs"] == _inputs_digest(recipe, run_folder.parent))
 
 
@@ -43,7 +46,7 @@ def _inputs_digest(recipe: Recipe, runs: Path) -> str:
         parts += _listing(Path(recipe.results), f"*/{RESULT_FILE}")
         parts += _listing(Path(recipe.truth.local), "index.json")
     elif isinstance(recipe, PrepareRecipe) and recipe.videos is not None:
-        parts += _listing(Path(recipe.videos.folder), "*.mp4")
+        parts += describe_videos(Path(recipe.videos.folder))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

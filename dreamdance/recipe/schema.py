@@ -293,9 +293,16 @@ class DancersSource(Section):
 
 
 class VideosSource(Section):
-    """A folder of `<clip>.rgb.mp4` with `<clip>.pose.mp4` and optional `.normal.mp4`, `.depth.mp4`."""
+    """A folder of `<clip>.rgb.mp4` with `<clip>.pose.mp4` and optional `.normal.mp4`, `.depth.mp4`.
+
+    `on_error` says what becomes of damaged videos. `stop`: the videos under way are finished, nothing of the damaged
+    ones is written, and the run ends with an error that lists them; after their repair the same command goes on.
+    `skip`: they are left out as a whole, listed at the end and in `output`/skipped_videos.tsv; the same command adds
+    them when they have been repaired.
+    """
 
     folder: str
+    on_error: Literal["stop", "skip"] = "stop"
     crop: tuple[NonNegative, NonNegative, Positive, Positive] | None = None
     crop_letterbox: bool = True
     width: Positive | None = None

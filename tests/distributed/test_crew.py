@@ -42,6 +42,31 @@ def test_a_rank_that_works_long_at_one_piece_is_waited_for_whichever_it_is(tmp_p
     assert read_done(tmp_path) == [f"first of {rank}" for rank in range(3)], "what was there already is not noted"
 
 
+def exchange_and_fail(ranks: Ranks) -> dict[str, object]:
+    """The last rank calls the work off; what all tell is an error on all, the main rank the first to leave."""
+    try:
+        with Crew(ranks, cluster=WATCHED) as crew:
+            at_first = crew.is_called_off() if ranks.is_main else None
+            crew.exchange("begin", "")
+            if ranks.rank == 2:
+                crew.call_off()
+            crew.exchange("middle", "")
+            called_off = crew.is_called_off()
+            told = crew.exchange("end", f"rank {ranks.rank}")
+            if not ranks.is_main:
+                time.sleep(1.0)
+            raise ValueError(" and ".join(told))
+    except ValueError as error:
+        return {"at_first": at_first, "called_off": called_off, "error": str(error)}
+
+
+def test_what_all_ranks_exchange_and_that_one_calls_off_is_known_to_all_before_any_leaves(tmp_path):
+    results = run_ranks(exchange_and_fail, 3, tmp_path / "ranks")
+    assert [result["at_first"] for result in results] == [False, None, None]
+    assert [result["called_off"] for result in results] == [True] * 3
+    assert [result["error"] for result in results] == ["rank 0 and rank 1 and rank 2"] * 3
+
+
 def share_with_one_that_dies(ranks: Ranks, *, dying: int) -> str:
     try:
         with Crew(ranks, cluster=WATCHED) as crew:

@@ -1,6 +1,8 @@
 """A run is finished when what it had to make is there and its inputs have not changed since."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -93,10 +95,55 @@ def test_evaluate_runs_again_when_a_result_has_changed(run_folder, tmp_path):
     assert not is_finished(recipe, run_folder)
 
 
-def test_prepare_whose_output_was_removed_is_not_finished(run_folder, tmp_path):
-    recipe = load_recipe(DEMO / "prepare.yaml", [f"output={tmp_path / 'data'}"])
-    (tmp_path / "data").mkdir()
+def prepared(output: Path) -> None:
+    """What `prepare` leaves, as far as a run's end is judged by it: one shard in each split, and one example."""
+    for split in ("train", "validation"):
+        (output / split).mkdir(parents=True)
+        (output / split / "part_00000.mds").touch()
+        shard = {"raw_data": {"basename": "part_00000.mds"}, "zip_data": None}
+        (output / split / "index.json").write_text(json.dumps({"shards": [shard]}))
+    (output / "examples" / "a").mkdir(parents=True)
+    for name in ("reference.png", "pose.mkv"):
+        (output / "examples" / "a" / name).touch()
+    entry = {"id": "a", "image": "examples/a/reference.png", "pose": "examples/a/pose.mkv"}
+    (output / "manifest.jsonl").write_text(json.dumps(entry) + "\n")
+
+
+@pytest.mark.parametrize(
+    "removed",
+    [
+        ".",
+        "train",
+        "validation/index.json",
+        "train/part_00000.mds",
+        "manifest.jsonl",
+        "examples",
+        "examples/a/pose.mkv",
+    ],
+)
+def test_prepare_is_not_finished_when_some_of_its_output_was_removed(run_folder, tmp_path, removed):
+    output = tmp_path / "data"
+    prepared(output)
+    recipe = load_recipe(DEMO / "prepare.yaml", [f"output={output}"])
     mark_finished(recipe, run_folder)
     assert is_finished(recipe, run_folder)
-    (tmp_path / "data").rmdir()
+    path = output / removed
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert not is_finished(recipe, run_folder)
+
+
+def test_prepare_runs_again_when_a_video_was_replaced_by_one_of_the_same_size_and_time(run_folder, tmp_path):
+    prepared(tmp_path / "data")
+    video = tmp_path / "videos" / "a.rgb.mp4"
+    video.parent.mkdir()
+    video.write_bytes(b"one dance")
+    (video.parent / "b.rgb.mp4").symlink_to("nowhere")  # is named when prepare runs, and is no reason to end here
+    words = [f"output={tmp_path / 'data'}", f"videos.folder={video.parent}"]
+    recipe = load_recipe(DEMO.parent / "prepare.yaml", words)
+    mark_finished(recipe, run_folder)
+    (video.parent / "._a.rgb.mp4").write_bytes(b"left by macOS")
+    assert is_finished(recipe, run_folder)
+    times = video.stat()
+    video.write_bytes(b"two dance")
+    os.utime(video, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert not is_finished(recipe, run_folder)

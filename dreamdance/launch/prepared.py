@@ -1,0 +1,44 @@
+"""Whether what `prepare` wrote is still there, and which files it was made from. No torch here."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from dreamdance.recipe import PrepareRecipe
+
+SPLITS = ("train", "validation")
+INDEX_FILE = "index.json"
+MANIFEST_FILE = "manifest.jsonl"
+
+
+def is_prepared(recipe: PrepareRecipe) -> bool:
+    """Whether every file is there that the indices and the manifest name; what lies in them is checked when read."""
+    output = Path(recipe.output)
+    has_validation = recipe.dancers is not None or (recipe.videos is not None and recipe.videos.validation_fraction > 0)
+    try:
+        for split in SPLITS if has_validation else SPLITS[:1]:
+            there = {entry.name for entry in os.scandir(output / split)}
+            if not there.issuperset(_shards(output / split / INDEX_FILE)):
+                return False
+        return not has_validation or all(path.is_file() for path in _examples(output / MANIFEST_FILE))
+    except (OSError, ValueError, TypeError, KeyError):  # not there, or no longer what was written
+        return False
+
+
+def describe_videos(folder: Path) -> list[str]:
+    """A line for each video, which changes when it is replaced; hidden files, as macOS leaves them, are no videos."""
+    paths = sorted(path for path in folder.glob("*.mp4") if not path.name.startswith("."))
+    looks = [(path.name, path.stat() if path.exists() else path.lstat()) for path in paths]
+    return [f"{name} {look.st_size} {look.st_mtime_ns} {look.st_ctime_ns}" for name, look in looks]
+
+
+def _shards(index: Path) -> Iterator[str]:
+    for shard in json.loads(index.read_text(encoding="utf-8"))["shards"]:
+        yield (shard["zip_data"] or shard["raw_data"])["basename"]
+
+
+def _examples(manifest: Path) -> Iterator[Path]:
+    for line in manifest.read_text(encoding="utf-8").split("\n"):
+        entry = json.loads(line) if line else {}
+        yield from (manifest.parent / entry[name] for name in ("image", "pose", "keypoints") if name in entry)
