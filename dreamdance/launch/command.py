@@ -21,6 +21,7 @@ from dreamdance.launch.heartbeat import Heartbeat
 from dreamdance.launch.job import Job
 from dreamdance.launch.run_folder import DifferentRecipeError, lay, locked, refuse_different
 from dreamdance.recipe import LoadedRecipe, Recipe, TrainingRecipe, given_value, load
+from dreamdance.recipe.overrides import split_choices
 from dreamdance.run_layout import progress_file
 
 OK, FAILED, BAD_RECIPE, OTHER_RECIPE, HAS_JOB = 0, 1, 2, 3, 4
@@ -129,7 +130,7 @@ def _recipes(options: argparse.Namespace) -> list[LoadedRecipe]:
         key, equals, values = sweep.partition("=")
         if not equals or not values:
             raise RecipeError(f"--sweep wants key=v1,v2 and got '{sweep}'")
-        choices = [f"{key}={value}" for value in re.split(r",(?![^\[{]*[\]}])", values)]
+        choices = [f"{key}={value}" for value in split_choices(values)]
         combinations = [[*chosen, choice] for chosen in combinations for choice in choices]
     loaded = [load(file, [*overrides, *chosen]) for chosen in combinations]
     if not options.sweep:

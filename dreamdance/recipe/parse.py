@@ -6,16 +6,16 @@ no environment variables.
 
 import difflib
 import json
-import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from dreamdance.errors import RecipeError
 from dreamdance.recipe import rules, schema
+from dreamdance.recipe.overrides import annotation_at, read_override, section_class
 from dreamdance.recipe.schema import Recipe
 from dreamdance.recipe.yaml_text import MAX_CHARACTERS, MAX_DEPTH, Document, Path, read_yaml, write_yaml
 
@@ -40,7 +40,8 @@ def load_recipe(path: str | FilePath, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: a YAML file.
-        overrides: `key=value` words, the key dotted (`optimizer.lr=1e-4`), the value read by the same YAML rules.
+        overrides: `key=value` words, the key dotted (`optimizer.lr=1e-4`), text as it is where the key takes text,
+            else read by the same YAML rules.
 
     Raises:
         RecipeError: with one line for each problem, `file:line: what is wrong`.
@@ -140,9 +141,9 @@ class _Origins:
 def _apply(overrides: Sequence[str], document: Document, origins: _Origins) -> frozenset[str]:
     """Lays `key=value` words over the document's values in place; returns the dotted keys that they set."""
     applied = set()
+    recipe_class = TASKS.get(_task(overrides, document))
     for word in overrides:
         key, equals, text = word.partition("=")
-        value = read_yaml(text)
         parts = key.split(".")
         if not equals or not all(parts):
             origins.add_on_command_line(f"'{word}' is not key=value")
@@ -150,6 +151,10 @@ def _apply(overrides: Sequence[str], document: Document, origins: _Origins) -> f
         if len(parts) > MAX_DEPTH:
             origins.add_on_command_line(f"'{key[:80]}...' has {len(parts)} parts; at most {MAX_DEPTH} are read")
             continue
+        if not _is_unicode(word):
+            origins.add_on_command_line(f"{word!r} is not UTF-8 text")
+            continue
+        value = read_override(text, annotation_at(recipe_class, tuple(parts)) if recipe_class else None)
         if value.problems:
             origins.add_on_command_line(f"{key}: {value.problems[0].message}")
             continue
@@ -162,6 +167,19 @@ def _apply(overrides: Sequence[str], document: Document, origins: _Origins) -> f
         origins.from_command_line.add(tuple(parts))
         applied.add(key)
     return frozenset(applied)
+
+
+def _task(overrides: Sequence[str], document: Document) -> str:
+    given = [word.removeprefix("task=") for word in overrides if word.startswith("task=")]
+    return given[-1] if given else str(document.value.get("task"))
+
+
+def _is_unicode(word: str) -> bool:
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check(values: dict[str, Any], origins: _Origins) -> Recipe | None:
@@ -267,7 +285,7 @@ def _mend_unknown_keys(recipe_class: type[Recipe], values: dict[str, Any]) -> No
 def _sections(model: type[BaseModel], values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], type[BaseModel]]]:
     yield values, model
     for name, field in model.model_fields.items():
-        inner = _section_class(field.annotation)
+        inner = section_class(field.annotation)
         if inner is not None and isinstance(values.get(name), dict):
             yield from _sections(inner, values[name])
 
@@ -276,7 +294,7 @@ def section_at(model: type[BaseModel], path: Path) -> type[BaseModel] | None:
     """The section class that lies at `path` of a recipe class, or None where the schema has none."""
     for part in path:
         field = model.model_fields.get(str(part))
-        inner = _section_class(field.annotation) if field else None
+        inner = section_class(field.annotation) if field else None
         if inner is None:
             return None
         model = inner
@@ -288,14 +306,7 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        inner = _section_class(field.annotation)
+        inner = section_class(field.annotation)
         if inner is not None:
             keys.extend(known_keys(inner, f"{prefix}{name}."))
     return keys
-
-
-def _section_class(annotation: Any) -> type[BaseModel] | None:
-    if get_origin(annotation) in (Union, types.UnionType, Annotated):
-        found = [_section_class(option) for option in get_args(annotation)]
-        return next((option for option in found if option is not None), None)
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None

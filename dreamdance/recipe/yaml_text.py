@@ -18,6 +18,8 @@ MAX_DIGITS = 18
 Path = tuple[str | int, ...]
 
 _TAG = "tag:yaml.org,2002:"
+_OTHER_LINE_ENDS = "\r\x85\u2028\u2029"
+_SURROGATES = re.compile("[\ud800-\udfff]")
 _PATTERNS = {
     "null": (r"^(?:~|null|)$", ["~", "n", ""]),
     "bool": (r"^(?:true|false)$", ["t", "f"]),
@@ -37,9 +39,14 @@ class Problem:
 
 @dataclass
 class Document:
-    """The values of one YAML text, the line (from 1) that each path starts on, and what was wrong with it."""
+    """The values of one YAML text, the line (from 1) that each path starts on, and what was wrong with it.
+
+    Attributes:
+        end: the number of characters up to where the value ends; what follows was blank or a comment.
+    """
 
     value: Any = None
+    end: int = 0
     lines: dict[Path, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
@@ -59,6 +66,13 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Escapes line ends that PyYAML would write as they are and read as a space."""
+    style = '"' if any(character in text for character in _OTHER_LINE_ENDS) else None
+    return dumper.represent_scalar(_TAG + "str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 for _name, (_pattern, _first) in _PATTERNS.items():
     for _kind in (_Loader, _Dumper):
         _kind.add_implicit_resolver(_TAG + _name, re.compile(_pattern), _first)
@@ -75,7 +89,8 @@ def read_yaml(text: str) -> Document:
         document.problems = _forbidden(text)
         if not document.problems:
             root = yaml.compose(text, Loader=_Loader)
-            document.value = None if root is None else _value(root, (), document)
+            if root is not None:
+                document.value, document.end = _value(root, (), document), root.end_mark.index
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = " ".join(part for part in (error.context, error.problem) if part)
@@ -103,6 +118,10 @@ def _forbidden(text: str) -> list[Problem]:
                 return [*problems, Problem(f"nested more than {MAX_DEPTH} levels deep", line=line)]
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
+        if isinstance(event, yaml.ScalarEvent) and _SURROGATES.search(event.value):
+            problems.append(
+                Problem(f"{event.value[:40]!r} holds half of a surrogate pair, which is no text", line=line)
+            )
         if isinstance(event, yaml.AliasEvent):
             problems.append(Problem(f"alias '*{anchor}' is not allowed; write the value out", line=line))
         elif anchor:

@@ -1,5 +1,7 @@
 """A recipe is defaults < file < command line, and everything wrong with it is told at once, with its place."""
 
+import os
+
 import pytest
 import yaml
 from fault_log import record_fault
@@ -73,6 +75,72 @@ def test_an_override_may_switch_the_source_of_a_network(write):
     recipe = load_recipe(write(STAGE1), words)
     assert recipe.model.autoencoder.path == "weights/vae"
     assert recipe.model.autoencoder.patch_size is None
+
+
+TEXTS = [
+    *(
+        "pf/take #2",
+        "#2",
+        "a: b",
+        "- a",
+        "'quoted'",
+        '"quoted"',
+        "[a",
+        "a]",
+        "{a}",
+        "*a",
+        "&a",
+        "%a",
+        "@a",
+        "!a",
+        "|",
+        ">",
+    ),
+    *(" a ", "~", "5", "true", "1e-5", "a=b", "$HOME", "Tänzer 踊り", "a\\b", "a\tb", "a\x85b", "a\u2028b", "---", "?"),
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_every_character_of_a_text_value_arrives_and_survives_the_run_folder(write, tmp_path, text):
+    recipe = load_recipe(write(STAGE1), [f"data.train.local={text}", f"cluster.environment.A={text}"])
+    assert recipe.data.train.local == text
+    assert recipe.cluster.environment == {"A": text}
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(again) == recipe
+
+
+def test_a_text_key_is_left_out_by_null_or_nothing(write):
+    path = write(STAGE1 + "init_from: other\n")
+    assert load_recipe(path).init_from == "other"
+    assert load_recipe(path, ["init_from=null"]).init_from is None
+    assert load_recipe(path, ["init_from="]).init_from is None
+    assert load_recipe(path, ["data.train.local=null"]).data.train.local == "null"
+    assert problems_of(path, "data.train.local=") == [
+        "command line: 'data.train.local' is empty, but must be text (quote it: \"...\")"
+    ]
+
+
+def test_typed_keys_are_parsed_and_lose_nothing_in_silence(write):
+    path = write(STAGE1)
+    assert load_recipe(path, ["cluster.setup=['module load a #b', c]"]).cluster.setup == ["module load a #b", "c"]
+    assert load_recipe(path, ["cluster.environment={A: '1', B: x}"]).cluster.environment == {"A": "1", "B": "x"}
+    assert load_recipe(path, ["model.unet.config.layers_per_block=1"]).model.unet.config["layers_per_block"] == 1
+    for word, rest in (
+        ("seed=5 #2", "#2"),
+        ("seed=#2", "#2"),
+        ("cluster.setup=[a] # b", "# b"),
+        ("seed=1\n...", "..."),
+    ):
+        (problem,) = problems_of(path, word)
+        assert problem.startswith(f"command line: {word.partition('=')[0]}: '{rest}' would be left out as a comment")
+
+
+def test_a_word_that_is_no_text_is_refused(write):
+    (problem,) = problems_of(write(STAGE1), os.fsdecode(b"data.train.local=a\xff"))
+    assert problem == "command line: 'data.train.local=a\\udcff' is not UTF-8 text"
+    (problem,) = problems_of(write(STAGE1 + 'init_from: "\\udcff"\n'))
+    assert problem == ":19: '\\udcff' holds half of a surrogate pair, which is no text"
 
 
 def test_an_integer_is_taken_where_a_number_is_wanted(write):

@@ -118,6 +118,12 @@ def test_a_merge_key_is_an_ordinary_key():
         },
         {"a": {"b": {"c": []}}, "d": {}, "e": None, "f": True, "g": 1e-08, "h": 1e16, "i": 100000},
         {"shared": [[1, 2], [1, 2]], "umlaut": "Tänzer", "lines": "a\nb\n"},
+        {
+            "line ends": ["a\rb", "a\x85b", "a\u2028b", " \u2029"],
+            "a\x85": 1,
+            "mark": "\ufeffa",
+            "long": "a  b #c " * 40,
+        },
     ],
 )
 def test_what_is_written_reads_back_the_same(value):
