@@ -3,11 +3,8 @@
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from dreamdance.data.picture_grid import Row, draw_grid
 from dreamdance.data.transforms import encode_normals, resize_images, resize_normals, tensor_to_pictures
 from dreamdance.data.video_io import VideoError, write_video
 from dreamdance.folder_claim import OutputError
+from dreamdance.provenance import code_version, package_versions
 from dreamdance.run_layout import ARRAYS_FILE, RESULT_FILE
 
 VIDEO_FILE = "video.mp4"
@@ -126,14 +124,9 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-@cache
 def installed_versions() -> dict[str, str]:
     """Versions of this package and those that compute, and the commit of a source checkout."""
-    versions = {name: metadata.version(name) for name in _PACKAGES}
-    found = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return {**versions, "commit": found.stdout.strip()} if found.returncode == 0 else versions
+    return {**package_versions(_PACKAGES), "commit": code_version()["commit"]}
 
 
 def _columns(result: ClipResult) -> dict[str, np.ndarray]:

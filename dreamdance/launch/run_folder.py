@@ -2,13 +2,10 @@
 
 import errno
 import fcntl
-import hashlib
-import importlib.metadata
 import json
 import os
 import platform
 import socket
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +14,7 @@ from typing import Any
 
 from dreamdance.atomic_files import hash_file, write_atomically
 from dreamdance.errors import RecipeError, UserError
+from dreamdance.provenance import code_version, package_versions
 from dreamdance.recipe import Recipe, TrainingRecipe, dump_recipe, load_recipe
 from dreamdance.recipe.parse import flatten
 from dreamdance.recipe.yaml_text import read_yaml
@@ -182,38 +180,16 @@ def _stored_values(path: Path) -> dict[str, Any]:
 
 
 def _this_start(recipe: Recipe, argv: Sequence[str], known_weights: dict[str, Any]) -> dict[str, Any]:
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
     return {
         "time": time.strftime(_TIME_FORMAT),
         "argv": list(argv),
-        "git": _git_state(),
+        "git": code_version(),
         "host": socket.gethostname(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": versions,
+        "versions": package_versions(PACKAGES),
         "base_weights": _base_weights(recipe, known_weights),
     }
-
-
-def _git_state() -> dict[str, Any]:
-    """The checkout's commit and a digest of what differs from it; empty where the package is not in a checkout."""
-    here = Path(__file__).resolve().parents[2]
-    answers = []
-    for words in (["rev-parse", "HEAD"], ["diff", "HEAD"]):
-        try:
-            answer = subprocess.run(["git", "-C", str(here), *words], capture_output=True, timeout=60, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return {}
-        if answer.returncode != 0:
-            return {}
-        answers.append(answer.stdout)
-    commit, diff = answers
-    return {"commit": commit.decode().strip(), "diff_sha256": hashlib.sha256(diff).hexdigest() if diff else None}
 
 
 def _base_weights(recipe: Recipe, known: dict[str, Any]) -> dict[str, Any]:
