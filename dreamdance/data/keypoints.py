@@ -105,7 +105,7 @@ def read_keypoint_file(path: Path | str) -> KeypointSequence:
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
             raise KeypointFileError(f"{path}: {size} bytes; key-point files up to {MAX_FILE_BYTES} are read")
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        content = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_refuse_constant)
     except OSError as error:
         raise KeypointFileError(f"{path}: cannot be read: {error.strerror or error}") from error
     except RecursionError as error:

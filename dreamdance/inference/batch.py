@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from dreamdance.atomic_files import write_atomically
 from dreamdance.crew import Crew
 from dreamdance.data.transforms import encode_normals
 from dreamdance.errors import UserError, may_pass
@@ -75,7 +76,7 @@ def animate(recipe: AnimateRecipe, run_folder: Path) -> None:
             failures = animate_entries(entries[ranks.rank :: ranks.world_size], recipe, stages, crew, progress)
             failures = gather_failures(failures, crew, progress)
         if ranks.is_main:
-            report_failures(failures, Path(recipe.output), num_entries=len(entries))
+            report_failures(failures, Path(recipe.output), run_folder, num_entries=len(entries))
 
 
 def animate_entries(
@@ -228,19 +229,20 @@ def gather_failures(failures: list[Failure], crew: Crew, progress: Callable[...,
     )
 
 
-def report_failures(failures: Sequence[Failure], output: Path, *, num_entries: int) -> None:
+def report_failures(failures: Sequence[Failure], output: Path, run_folder: Path, *, num_entries: int) -> None:
     """Writes `failures.json` (removes an older one where all went well) and raises if there are any.
+
+    It lies in the run folder: in the output folder an entry may have that very name.
 
     Raises:
         AnimateError: naming each failed entry and the reason.
     """
-    path = output / FAILURES_FILE
+    path = run_folder / FAILURES_FILE
     if not failures:
         path.unlink(missing_ok=True)
         logger.info("all %d entries are in %s", num_entries, output)
         return
-    output.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(failure) for failure in failures], indent=2) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps([asdict(failure) for failure in failures], indent=2) + "\n")
     listed = "\n".join(f"  {failure.id} (line {failure.line}): {failure.reason}" for failure in failures)
     raise AnimateError(
         f"{len(failures)} of {num_entries} entries failed, the others are in {output} (see {path}); the same command "

@@ -1,15 +1,17 @@
 """The manifest of a batch: one JSON object per line, checked as a whole before anything runs.
 
-What is wrong with the manifest itself stops the run, all problems at once. What is wrong with a file that an entry
-names (missing, damaged) is that entry's failure, not the others'.
+It is the user's own file: its paths may lead anywhere, its ids may not, as they become names of folders. What is wrong
+with the manifest itself stops the run, all problems at once. What is wrong with a file that an entry names (missing,
+damaged) is that entry's failure, not the others'.
 """
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from dreamdance.errors import ManifestError
@@ -64,7 +66,8 @@ def read_manifest(path: Path, *, default_seed: int = 0) -> list[ManifestEntry]:
     """Reads and checks a manifest.
 
     Args:
-        path: JSON lines; empty lines are skipped. Paths in it are relative to its folder.
+        path: JSON lines, UTF-8, with or without a byte-order mark; empty lines are skipped. Relative paths in it start
+            at its folder.
         default_seed: for entries that name none.
 
     Raises:
@@ -94,12 +97,17 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise ManifestError(f"manifest {path} is larger than {MAX_MANIFEST_BYTES} bytes")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8")
     except OSError as error:
         raise ManifestError(f"manifest {path} cannot be read: {error.strerror} (key: manifest)") from error
     except UnicodeDecodeError as error:
-        raise ManifestError(f"manifest {path} is not UTF-8 text: {error}") from error
-    return ((number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip())
+        raise ManifestError(
+            f"manifest {path} is not UTF-8 text: {error.reason} at byte {error.start}; save it as UTF-8 (key: manifest)"
+        ) from error
+    # At line feeds alone: `str.splitlines` also splits at what is text inside a JSON string (U+2028, U+0085, ...).
+    # The mark may stand at any line's start, where files were joined.
+    lines = (line.removeprefix("\ufeff").strip(" \t\r") for line in text.split("\n"))
+    return ((number, line) for number, line in enumerate(lines, start=1) if line)
 
 
 def _check_line(text: str) -> tuple[list[str], dict[str, Any]]:
@@ -149,8 +157,11 @@ def _check_value(name: str, value: Any) -> Iterator[str]:
 def _check_path(name: str, value: Any) -> Iterator[str]:
     if not isinstance(value, str) or not value or "\0" in value:
         yield f"{name} {value!r} must be a path"
-    elif PurePath(value).is_absolute() or ".." in PurePath(value).parts:
-        yield f"{name} '{value}' must lie in the manifest's folder or below: relative, without '..'"
+    else:
+        try:
+            os.fsencode(value)
+        except UnicodeEncodeError:
+            yield f"{name} {value!r} must be a path: it has half of a surrogate pair"
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

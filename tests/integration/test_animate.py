@@ -186,7 +186,7 @@ def test_one_bad_entry_is_told_and_the_others_are_done(job, caplog):
     with caplog.at_level(logging.ERROR), pytest.raises(AnimateError, match="4 of 6 entries failed") as caught:
         job.run()
     failed = {"no_picture", "no_such_file", "bad_keypoints", "bad_video"}
-    told = json.loads((job.folder / "results" / "failures.json").read_text())
+    told = json.loads((job.run_folder / "failures.json").read_text())
     assert {failure["id"] for failure in told} == failed
     assert all(name in str(caught.value) and name in caplog.text for name in failed)
     assert set(job.ages()) == {"good", "also_good"}
@@ -194,7 +194,7 @@ def test_one_bad_entry_is_told_and_the_others_are_done(job, caplog):
 
     job.entries = [entry for entry in job.entries if entry["id"] not in failed]
     job.run()
-    assert not (job.folder / "results" / "failures.json").exists()
+    assert not (job.run_folder / "failures.json").exists()
 
 
 def test_a_wrong_manifest_stops_everything_before_networks_are_loaded(job):

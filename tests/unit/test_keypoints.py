@@ -84,6 +84,14 @@ def test_a_written_file_reads_back(sequence: KeypointSequence, tmp_path: Path) -
     assert found.keypoints.dtype == np.float32
 
 
+def test_a_byte_order_mark_is_accepted(sequence: KeypointSequence, tmp_path: Path) -> None:
+    path = tmp_path / "keypoints.json"
+    write_keypoint_file(path, sequence)
+    without = read_keypoint_file(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    np.testing.assert_array_equal(read_keypoint_file(path).keypoints, without.keypoints)
+
+
 def test_points_beyond_the_edges_are_accepted(content: dict[str, Any], tmp_path: Path) -> None:
     content["frames"][0]["keypoints"][3] = [-0.2, 1.4, 0]
     assert read(content, tmp_path).keypoints[0, 3].tolist() == pytest.approx([-0.2, 1.4, 0.0])

@@ -1,6 +1,7 @@
 """The manifest is checked as a whole, and names what it refuses; a driving skeleton is fitted to another body."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -74,16 +75,49 @@ def test_ids_that_are_no_plain_folder_names_are_refused(tmp_path, bad_id):
 
 
 @pytest.mark.parametrize("name", ["image", "keypoints", "reference_keypoints"])
-@pytest.mark.parametrize("path", ["../secret.png", "a/../../b", "/etc/passwd", "", "a\0b", 3])
-def test_paths_that_climb_out_are_refused(tmp_path, name, path):
+@pytest.mark.parametrize("path", ["", "a\0b", 3, "\ud83d.png"])
+def test_what_cannot_be_a_path_is_refused(tmp_path, name, path):
     text = problems(tmp_path, entry(**{name: path}))
-    assert name in text
+    assert f"{name} {path!r} must be a path" in text
     record_fault(
-        "manifest whose paths climb out of its folder",
+        "manifest with what cannot be a path",
         how=f"{name}: {path!r}",
         promised="refused before anything is opened, with line, field and what is accepted",
         happened=text,
     )
+
+
+@pytest.mark.parametrize("path", ["../other/a.png", "a/../../b.png", "/data/dance/a.png"])
+def test_a_manifest_is_the_users_own_and_its_paths_lead_where_they_lead(tmp_path, path):
+    (read,) = read_manifest(write(tmp_path, entry(image=path)))
+    assert os.path.normpath(read.image) == os.path.normpath(os.path.join(tmp_path, path))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_manifest(tmp_path):
+    lines = [json.dumps(entry(id=name)) for name in "ab"]
+    path = tmp_path / "manifest.jsonl"
+    path.write_text("\r\n".join(lines), encoding="utf-8-sig", newline="")
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf")
+    assert [read.id for read in read_manifest(path)] == ["a", "b"]
+    path.write_bytes(b"".join(line.encode("utf-8-sig") + b"\n" for line in lines))
+    assert [read.id for read in read_manifest(path)] == ["a", "b"], "files that were joined have one mark each"
+    path.write_text("\n".join(lines), encoding="utf-16")
+    with pytest.raises(ManifestError, match=r"is not UTF-8 text: .* at byte 0; save it as UTF-8"):
+        read_manifest(path)
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
+def test_what_other_software_takes_for_a_line_end_is_text_in_a_manifest(tmp_path, character):
+    first = json.dumps(entry(image=f"a{character}b.png"), ensure_ascii=False)
+    read = read_manifest(write(tmp_path, first, entry(id="b")))
+    assert [(one.line, one.image.name) for one in read] == [(1, f"a{character}b.png"), (2, "a.png")]
+
+
+@pytest.mark.parametrize("character", ["\x0b", "\x0c", "\x1c", "\x1e", "\r"])
+def test_a_control_character_in_a_string_is_one_problem_of_one_line(tmp_path, character):
+    text = problems(tmp_path, entry(), f'{{"id": "b", "image": "a{character}b.png", "keypoints": "a.json"}}')
+    (line,) = text.splitlines()
+    assert ":2: not valid JSON: Invalid control character" in line
 
 
 @pytest.mark.parametrize(
