@@ -5,6 +5,7 @@ comes and goes is counted. So checkpointing, frozen parts and `no_grad` count as
 """
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def peak_activation_bytes(objective: nn.Module, recipe: Stage1Recipe | Stage2Rec
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
         batch = _empty_batch(recipe)
-        with LiveBytes() as live:
+        with LiveBytes(beside=(*objective.parameters(), *objective.buffers())) as live:
             objective(batch).loss.backward()
     return live.peak
 
@@ -78,11 +79,17 @@ class _RehearsalKeys:
 class LiveBytes(TorchDispatchMode):
     """Counts the storages that operations make and the interpreter lets go of."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, beside: Iterable[Tensor] = ()) -> None:
+        """Begins at zero.
+
+        Args:
+            beside: tensors that are not counted, weights above all: a view of one, such as a transposed weight, is the
+                result of an operation and has its storage.
+        """
         super().__init__()
         self.current = 0
         self.peak = 0
-        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in beside)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

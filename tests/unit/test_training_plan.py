@@ -5,9 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from recipes_for_tests import tiny_stage1_recipe, tiny_stage2_recipe
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
 from dreamdance.data.collate import ClipBatch
 from dreamdance.recipe import load_recipe
-from dreamdance.training.activation_memory import LiveBytes, _drop_gradient, peak_activation_bytes
+from dreamdance.training.activation_memory import LiveBytes, _drop_gradient, _empty_batch, peak_activation_bytes
 from dreamdance.training.components import build_objective
 from dreamdance.training.plan import describe, network_sizes, state_memory, verdict
 from dreamdance.training.trainability import set_trainable
@@ -53,6 +57,49 @@ def test_without_weights_the_full_size_is_counted_from_the_published_configurati
     assert networks["controlnet"].trainable > 600_000_000
 
 
+class _Tracker(MemTracker):
+    """torch's own count of memory, without its statistics of each module: their hooks take no frozen weights."""
+
+    def _track_module_params_and_buffers(self, module, install_grad_hooks=True):
+        return super()._track_module_params_and_buffers(module, install_grad_hooks=False)
+
+    def _pre_fw_hook(self, *_):
+        pass
+
+    _post_fw_hook = _pre_bw_hook = _post_bw_hook = _pre_fw_hook
+
+
+def peak_beside_weights(recipe):
+    """The rehearsal's peak as torch counts it: all that is alive at once, without parameters and buffers."""
+    objective = built(recipe, "meta").to(torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
+    objective.training = False
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        objective.to_empty(device="cpu")
+        for parameter in objective.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        batch, tracker = _empty_batch(recipe), _Tracker()
+        tracker.track_external(objective)
+        with tracker:
+            objective(batch).loss.backward()
+    peak = {
+        str(kind): num_bytes for kind, num_bytes in tracker.get_tracker_snapshot("peak")[torch.device("cpu")].items()
+    }
+    return peak["Total"] - peak["_MemRefType.PARAM"] - peak["_MemRefType.BUFFER"]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        tiny_stage1_recipe("temporal", {"sharding.gradient_checkpointing": True}),
+        tiny_stage2_recipe({"model.unfreeze": "decoder", "precision": "bf16"}),
+    ],
+    ids=["stage 1", "stage 2"],
+)
+def test_planned_activations_are_what_torch_s_own_tracker_counts_beside_the_weights(recipe):
+    assert activations(recipe) == peak_beside_weights(recipe)
+
+
 @pytest.mark.slow
 def test_a_rehearsed_step_takes_the_memory_of_a_real_one():
     recipe = demo("stage1_geometry")
@@ -67,7 +114,7 @@ def test_a_rehearsed_step_takes_the_memory_of_a_real_one():
     reference = torch.rand(1, 3, recipe.data.height, recipe.data.width)
     keys = torch.zeros(1, 3, dtype=torch.int64)
     batch = ClipBatch(**maps, mask=None, reference=reference, fps=torch.ones(1), keys=keys, clip_ids=["a"])
-    with LiveBytes() as live:
+    with LiveBytes(beside=(*objective.parameters(), *objective.buffers())) as live:
         objective(batch).loss.backward()
     rehearsed = peak_activation_bytes(built(recipe, "meta"), recipe)
     assert rehearsed == pytest.approx(live.peak, rel=0.02)
