@@ -14,6 +14,7 @@ from dreamdance.models import CrossDomainControllerModel, SpatioTemporalControlN
 from dreamdance.models.autoencoding import Autoencoder, decode_latents, downscale_factor, encode_latents
 from dreamdance.models.image_embedding import ImageEncoder, embed_images
 from dreamdance.models.svd_unet import run_svd_unet
+from dreamdance.models.temporal_convolution import fold_temporal_convolutions
 from dreamdance.pipelines.outputs import (
     AnimationOutput,
     Frames,
@@ -65,6 +66,8 @@ class AnimationCondition:
 class AnimationPipeline(SamplingPipeline):
     """Stable Video Diffusion, guided by the cross-domain controller through an SVD ControlNet (Eq. 7).
 
+    The networks are shared, and their temporal convolutions folded (`fold_temporal_convolutions`).
+
     Args:
         unet: SVD's denoiser.
         controlnet: the copy of its encoder half.
@@ -94,6 +97,8 @@ class AnimationPipeline(SamplingPipeline):
             image_encoder=image_encoder,
             scheduler=scheduler,
         )
+        for network in (unet, controlnet, vae):
+            fold_temporal_convolutions(network)
 
     @property
     def controls(self) -> tuple[str, ...]:

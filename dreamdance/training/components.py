@@ -23,6 +23,7 @@ from dreamdance.models.autoencoding import Autoencoder, downscale_factor
 from dreamdance.models.base_configs import STABLE_DIFFUSION_1_5_UNET, STABLE_VIDEO_DIFFUSION_UNET
 from dreamdance.models.channels_last import use_channels_last
 from dreamdance.models.image_embedding import embedding_width
+from dreamdance.models.temporal_convolution import fold_temporal_convolutions
 from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe, TrainingData
 from dreamdance.training.network_sources import open_autoencoder, open_image_encoder, open_unet, read_weights
 from dreamdance.training.objectives.animation import AnimationObjective
@@ -54,6 +55,7 @@ def build_objective(recipe: Stage1Recipe | Stage2Recipe, *, device: str = "cpu")
         torch.default_generator.manual_seed(recipe.seed)
         objective = _build_stage1(recipe, device) if isinstance(recipe, Stage1Recipe) else _build_stage2(recipe, device)
     objective.to(device)
+    fold_temporal_convolutions(objective)
     if recipe.model.channels_last:
         for network in exportable(objective).values():
             use_channels_last(network)

@@ -11,29 +11,23 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.grad import conv2d_input, conv3d_input
 
+from dreamdance.models.temporal_convolution import FoldedConv3d
+
 
 def replace_convolutions(network: nn.Module) -> None:
-    """Puts lean convolutions in the place of plain ones, on the same parameters, under the same names."""
-    for parent in list(network.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Conv2d | nn.Conv3d) and _can_be_lean(child):
-                lean_class = LeanConv2d if isinstance(child, nn.Conv2d) else LeanConv3d
-                setattr(parent, name, lean_class.sharing(child))
+    """Makes plain convolutions lean where they are: weights, names, hooks and modes stay."""
+    for module in network.modules():
+        if type(module) in _LEAN_CLASSES and _can_be_lean(module):
+            module.__class__ = _LEAN_CLASSES[type(module)]
 
 
-def _can_be_lean(convolution: nn.Conv2d | nn.Conv3d) -> bool:
-    """Whether it is exactly what a lean convolution computes: no subclass, no padding but with a number of zeros."""
-    plain = type(convolution) in (nn.Conv2d, nn.Conv3d)
-    return plain and convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
+def _can_be_lean(convolution: Any) -> bool:
+    """Whether it is exactly what a lean convolution computes: no padding but with a number of zeros."""
+    return convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
 
 
 class LeanConv2d(nn.Conv2d):
     """`nn.Conv2d`; while weight and bias are frozen it keeps its weight alone for the backward pass."""
-
-    @classmethod
-    def sharing(cls, convolution: nn.Module) -> "LeanConv2d":
-        """The lean form of a convolution, on its very parameters."""
-        return _share(convolution, cls)
 
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Conv2d`: `n c h w` to `n c h w`."""
@@ -43,23 +37,27 @@ class LeanConv2d(nn.Conv2d):
 class LeanConv3d(nn.Conv3d):
     """`nn.Conv3d`; while weight and bias are frozen it keeps its weight alone for the backward pass."""
 
-    @classmethod
-    def sharing(cls, convolution: nn.Module) -> "LeanConv3d":
-        """The lean form of a convolution, on its very parameters."""
-        return _share(convolution, cls)
-
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Conv3d`: `n c f h w` to `n c f h w`."""
         return _convolve(self, input) if _is_frozen(self) else super().forward(input)
 
 
-def _share(convolution: nn.Module, lean_class: type) -> Any:
-    """A `lean_class` with the settings, parameters and mode of `convolution`; allocates nothing."""
-    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
-    settings = {name: getattr(convolution, name) for name in names}
-    lean = lean_class(**settings, bias=convolution.bias is not None, device="meta")
-    lean.weight, lean.bias = convolution.weight, convolution.bias
-    return lean.train(convolution.training)
+class LeanFoldedConv3d(FoldedConv3d):
+    """`FoldedConv3d`; while weight and bias are frozen it keeps its weight alone for the backward pass."""
+
+    def convolve(self, input: Tensor, weight: Tensor) -> Tensor:
+        """As `FoldedConv3d`."""
+        if not _is_frozen(self):
+            return super().convolve(input, weight)
+        return _FrozenConvolution.apply(input, weight, self.bias, *self.settings)
+
+
+# Only these very classes: a subclass may compute something else.
+_LEAN_CLASSES: dict[type, type] = {
+    nn.Conv2d: LeanConv2d,
+    nn.Conv3d: LeanConv3d,
+    FoldedConv3d: LeanFoldedConv3d,
+}
 
 
 def _is_frozen(convolution: nn.Conv2d | nn.Conv3d) -> bool:

@@ -1,5 +1,7 @@
 """The animation pipeline without control against diffusers' own StableVideoDiffusionPipeline, on the same networks."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableVideoDiffusionPipeline
@@ -23,13 +25,16 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def animation_of(svd: StableVideoDiffusionPipeline) -> AnimationPipeline:
-    """Our pipeline of the same networks, its control links at their zero initialisation."""
+    """Our pipeline of the same networks, its control links at their zero initialisation.
+
+    Of copies: it folds temporal convolutions, and theirs is to run as diffusers wrote it.
+    """
     torch.manual_seed(1)
     pipeline = AnimationPipeline(
-        unet=svd.unet,
+        unet=copy.deepcopy(svd.unet),
         controlnet=SpatioTemporalControlNetModel.from_unet(svd.unet),
         controller=CrossDomainControllerModel(out_channels=32, channels=(8, 16), head_width=16, downscale_factor=2),
-        vae=svd.vae,
+        vae=copy.deepcopy(svd.vae),
         image_encoder=svd.image_encoder,
         scheduler=EulerDiscreteScheduler.from_config(svd.scheduler.config),
     )

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from dreamdance.training.lean_convolution import LeanConv2d, LeanConv3d, replace_convolutions
+from dreamdance.models.channels_last import use_channels_last
+from dreamdance.models.temporal_convolution import FoldedConv3d, fold_temporal_convolutions
+from dreamdance.training.lean_convolution import LeanConv2d, LeanConv3d, LeanFoldedConv3d, replace_convolutions
 
 CONVOLUTIONS = [
     nn.Conv2d(3, 5, 3, padding=1),
@@ -15,6 +17,7 @@ CONVOLUTIONS = [
     nn.Conv2d(4, 8, (3, 5), padding=(1, 2), dilation=(2, 1), groups=2),
     nn.Conv3d(3, 5, (3, 1, 1), padding=(1, 0, 0)),
     nn.Conv3d(2, 4, 3, stride=(1, 2, 2), padding=1),
+    FoldedConv3d(3, 5, (3, 1, 1), padding=(1, 0, 0)),
 ]
 DESCRIPTIONS = [str(convolution) for convolution in CONVOLUTIONS]
 
@@ -22,8 +25,9 @@ DESCRIPTIONS = [str(convolution) for convolution in CONVOLUTIONS]
 def make_pair(convolution: nn.Module, *, frozen: bool) -> tuple[nn.Module, nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     plain = copy.deepcopy(convolution).requires_grad_(not frozen)
-    lean_class = LeanConv2d if isinstance(convolution, nn.Conv2d) else LeanConv3d
-    lean = lean_class.sharing(copy.deepcopy(plain))
+    lean = copy.deepcopy(plain)
+    replace_convolutions(lean)
+    assert type(lean) is not type(plain)
     sizes = (7, 9) if isinstance(convolution, nn.Conv2d) else (5, 7, 9)
     return plain, lean, torch.randn(2, convolution.in_channels, *sizes)
 
@@ -50,8 +54,10 @@ def test_frozen_lean_convolution_has_the_same_output_and_input_gradient_and_keep
     output, gradient, saved = run(lean, images)
     assert torch.equal(output, expected_output)
     assert torch.equal(gradient, expected_gradient)
-    assert images.shape in expected_saved
-    assert saved == [plain.weight.shape]
+    folded = isinstance(plain, FoldedConv3d)
+    seen = (images.flatten(3), plain.weight.squeeze(-1)) if folded else (images, plain.weight)
+    assert seen[0].shape in expected_saved
+    assert saved == [seen[1].shape]
 
 
 @pytest.mark.parametrize("convolution", CONVOLUTIONS, ids=DESCRIPTIONS)
@@ -89,3 +95,23 @@ def test_replacing_keeps_names_parameters_and_modes_and_can_be_repeated():
     assert not network[1][1].training
     # other paddings are no part of what the lean form computes
     assert network[2] is reflecting
+
+
+def test_a_folded_convolution_stays_folded():
+    network = nn.Sequential(nn.Conv3d(4, 4, (3, 1, 1), padding=(1, 0, 0)))
+    fold_temporal_convolutions(network)
+    replace_convolutions(network)
+    assert type(network[0]) is LeanFoldedConv3d
+
+
+def test_replacing_keeps_the_hooks_by_which_inputs_are_turned_to_channels_last():
+    network = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 4, 1)).requires_grad_(False)
+    use_channels_last(network)
+    replace_convolutions(network)
+    innermost = []
+    for convolution in network:
+        convolution.register_forward_pre_hook(
+            lambda _, inputs: innermost.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+        )
+    network(torch.randn(2, 4, 5, 7))
+    assert innermost == [True, True]

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from recipes_for_tests import tiny_stage1_recipe, tiny_stage2_recipe
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
