@@ -27,10 +27,10 @@ from dreamdance.data.transforms import (
     resize_images,
     resize_normals,
 )
-from dreamdance.data.verify import open_shards
+from dreamdance.data.verify import CheckedShards, open_shards
 from dreamdance.errors import LostWorkerError, ShardError, may_pass
 from dreamdance.ranks import Ranks
-from dreamdance.recipe.sections import Shards
+from dreamdance.recipe.sections import Shards, Verify
 
 logger = logging.getLogger(__name__)
 
@@ -53,16 +53,17 @@ class StoredClips(StreamingDataset):
         self,
         shards: Shards,
         *,
-        verify: Literal["size", "hash"] = "hash",
+        verify: Verify = "first_use",
         ranks: Ranks | None = None,
         cache_bytes: int = 0,
         before_shard: Callable[[str], None] | None = None,
     ) -> None:
-        """Checks the shards; reads none of their samples yet.
+        """Checks the shards' sizes; reads none of their samples yet.
 
         Args:
             shards: where the clips are.
-            verify: how the files are checked now (`verify.open_shards`).
+            verify: how the files are checked now (`verify.verify_shards`). Unless it is `size`, each file is compared
+                with its hash when it is opened first.
             ranks: this process; by default from the environment.
             cache_bytes: decoded clips kept in memory, in each process that reads. Filled once and never evicted, which
                 serves a set that is passed over again and again better than keeping the latest.
@@ -71,8 +72,8 @@ class StoredClips(StreamingDataset):
         Raises:
             ShardError: missing, damaged, foreign or hostile shards.
         """
-        self.remote = shards.remote
         self.index = open_shards(shards, how=verify, ranks=ranks, before_shard=before_shard)
+        self._checked = CheckedShards(self.index, remote=shards.remote, by_hash=verify != "size")
         stream = Stream(remote=shards.remote, local=str(self.index.folder), keep_zip=True, download_retry=1)
         self.streams = [stream]
         self.shards = stream.get_shards(World.detect(), allow_unsafe_types=False)
@@ -93,7 +94,7 @@ class StoredClips(StreamingDataset):
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Fetches and unpacks a shard; the base class calls this where the file is not there."""
-        shard_cache.fetch_shard(self.index, self.index.shards[shard_id], self.remote)
+        self._checked.fetch(shard_id)
 
     def get_item(self, sample_id: int, retry: int = 2) -> dict[str, Any]:
         """The stored columns of one sample.
@@ -110,6 +111,7 @@ class StoredClips(StreamingDataset):
         where = f"{self.describe(sample_id)} cannot be read"
         for pause in (*shard_cache.RETRY_PAUSES_SECONDS, None):
             try:
+                self._checked.require(self.spanner[sample_id][0])
                 return super().get_item(sample_id, retry)
             except _DAMAGED as caught:
                 error = caught
@@ -161,7 +163,7 @@ class ClipDataset(StoredClips):
         flip_probability: float = 0.0,
         seed: int = 0,
         maps: Sequence[Map] = ("normal", "depth"),
-        verify: Literal["size", "hash"] = "hash",
+        verify: Verify = "first_use",
         ranks: Ranks | None = None,
         cache_bytes: int = CACHE_BYTES,
         before_shard: Callable[[str], None] | None = None,
@@ -251,7 +253,7 @@ def fixed_clips(
     count: int,
     stride: int = 1,
     maps: Sequence[Map] | None = None,
-    verify: Literal["size", "hash"] = "hash",
+    verify: Verify = "first_use",
     share_of: Ranks | None = None,
 ) -> list[ClipSample]:
     """The first clips of a set, always the same: for validation and samples.

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 from filelock import FileLock, Timeout
 
-from dreamdance.data.shard_index import HASH_DIGITS, ShardEntry, ShardFile, ShardIndex, read_index
-from dreamdance.data.streaming_compat import INDEX_FILE, CloudDownloader, decompress, get_hash
+from dreamdance.data.shard_files import FileState, check_bytes, check_samples, check_size, compare_file
+from dreamdance.data.shard_index import ShardEntry, ShardFile, ShardIndex, read_index
+from dreamdance.data.streaming_compat import INDEX_FILE, CloudDownloader, decompress
 from dreamdance.errors import USERS_ERRNOS, LostWorkerError, ShardError
 from dreamdance.recipe.sections import Shards
 
@@ -48,12 +48,24 @@ def open_index(shards: Shards) -> ShardIndex:
             raise ShardError(
                 f"{folder} caches other shards than {shards.remote} holds now; delete it or give another `local` folder"
             )
-        os.replace(incoming, index)
+        if not index.exists():  # else it is left alone: by its state, ranks see whether they share a folder
+            os.replace(incoming, index)
     return read_index(index)
 
 
-def fetch_shard(index: ShardIndex, entry: ShardEntry, remote: str | None) -> None:
+def fetch_shard(
+    index: ShardIndex, entry: ShardEntry, remote: str | None, *, damaged: FileState | None = None
+) -> FileState:
     """Puts a shard's MDS file into the local folder: downloaded if need be, hash-checked, decompressed.
+
+    Args:
+        index: of the local folder.
+        entry: which shard.
+        remote: where it comes from, if not from there.
+        damaged: the state of a file under its name that is to be replaced; one in another state is another process's.
+
+    Returns:
+        The state of the file, which was compared with the index by its hash.
 
     Raises:
         ShardError: it is nowhere, damaged, or its folder cannot be written.
@@ -63,19 +75,21 @@ def fetch_shard(index: ShardIndex, entry: ShardEntry, remote: str | None) -> Non
     if remote is None and not stored.is_file():
         raise ShardError(f"shard {stored} is missing; prepare it again or copy it there")
     with _writing(index.folder, entry.raw.name) as incoming:
-        if target.is_file():  # another process was faster
-            return
+        if target.is_file() and FileState.of(target) != damaged:  # another process was faster
+            return compare_file(target, entry, entry.raw, by_hash=True)
         label = f"'{entry.stored.name}' of {remote or index.folder}"
-        if not stored.is_file() and remote is not None:
+        data = None if entry.compressed is None else _read_stored(stored, entry.stored, remote, where=label)
+        if data is None and remote is not None:
             data = _download_checked(remote, entry.stored, incoming, where=label)
-        else:
-            data = _read_checked(stored, entry.stored, where=label)
+        if data is None:
+            raise ShardError(f"shard {stored} is missing; prepare it again or copy it there")
         if entry.compressed is not None:
             data = _decompress(entry, data, where=label)
         check_samples(data, len(data), entry, where=label)
         incoming.unlink(missing_ok=True)  # a download may have the remote file's mode, and be read-only
         incoming.write_bytes(data)
         os.replace(incoming, target)
+        return FileState.of(target)
 
 
 def is_gone(folder: Path | str) -> bool:
@@ -86,49 +100,25 @@ def is_gone(folder: Path | str) -> bool:
         return True
 
 
-def check_bytes(data: bytes, file: ShardFile, *, where: str) -> None:
-    """Compares a file's content with the size and the strongest hash of the index.
-
-    Raises:
-        ShardError: it is not the same.
-    """
-    if len(data) != file.num_bytes:
-        raise ShardError(f"shard {where} is damaged: {len(data)} bytes, the index says {file.num_bytes}")
-    algorithm = next(name for name in HASH_DIGITS if name in file.hashes)
-    if get_hash(algorithm, data) != file.hashes[algorithm]:
-        raise ShardError(f"shard {where} is damaged: its {algorithm} is not the one in the index")
-
-
-def check_samples(head: bytes, num_bytes: int, entry: ShardEntry, *, where: str) -> None:
-    """Compares the table of samples at the head of an MDS file with the index.
-
-    Args:
-        head: the file's first bytes, `samples_table_bytes(entry)` of them at least.
-        num_bytes: the size of the whole file.
-
-    Raises:
-        ShardError: another number of samples, or a table that points outside of the file.
-    """
-    found = struct.unpack_from("<I", head)[0] if len(head) >= 4 else 0
-    if found != entry.num_samples or len(head) < samples_table_bytes(entry):
-        raise ShardError(f"shard {where} holds {found} samples, the index says {entry.num_samples}")
-    offsets = np.frombuffer(head, dtype="<u4", count=entry.num_samples + 1, offset=4).astype(np.int64)
-    if offsets[0] < samples_table_bytes(entry) or (np.diff(offsets) <= 0).any() or offsets[-1] != num_bytes:
-        raise ShardError(f"shard {where} is damaged: its table of samples points outside of the file")
-
-
-def samples_table_bytes(entry: ShardEntry) -> int:
-    """Size of the table at the head of an MDS file: the count, and one offset more than there are samples."""
-    return 4 * (entry.num_samples + 2)
-
-
 def _read_checked(path: Path, file: ShardFile, *, where: str) -> bytes:
-    num_bytes = path.stat().st_size
-    if num_bytes != file.num_bytes:
-        raise ShardError(f"shard {where} is damaged: {num_bytes} bytes, the index says {file.num_bytes}")
+    check_size(path.stat().st_size, file, where=where)
     data = path.read_bytes()
     check_bytes(data, file, where=where)
     return data
+
+
+def _read_stored(stored: Path, file: ShardFile, remote: str | None, *, where: str) -> bytes | None:
+    """The compressed form that lies in the local folder; None where it can be had from the remote one only."""
+    if not stored.is_file():
+        return None
+    try:
+        return _read_checked(stored, file, where=where)
+    except ShardError as error:
+        if remote is None:
+            raise
+        logger.warning("%s; removed, it is fetched again", error)
+        stored.unlink(missing_ok=True)
+        return None
 
 
 def _download_checked(remote: str, file: ShardFile, destination: Path, *, where: str) -> bytes:

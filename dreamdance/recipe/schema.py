@@ -18,6 +18,7 @@ from dreamdance.recipe.sections import (
     Scale,
     Section,
     Shards,
+    Verify,
 )
 
 Control = Literal["pose", "depth", "normal"]
@@ -40,7 +41,13 @@ class Recipe(Section):
 
 
 class TrainingData(Section):
-    """Training windows cut from stored clips (C9)."""
+    """Training windows cut from stored clips (C9).
+
+    `verify` says how shards are checked. Sizes are compared at every start. `first_use` hashes a shard when it is
+    opened for the first time, by whichever process that is, and notes it beside the index (in `.verified`), so that it
+    is not read again before it changes. `hash` hashes all of them at every start, divided over all ranks. `size` hashes
+    none: damage that keeps a file's size is found only where a picture's own checksum finds it.
+    """
 
     train: Shards
     validation: Shards
@@ -51,7 +58,7 @@ class TrainingData(Section):
     flip_probability: Fraction = 0.0
     num_workers: NonNegative = 2
     batch_timeout_seconds: Positive = 300
-    verify: Literal["size", "hash"] = "hash"
+    verify: Verify = "first_use"
 
 
 # ------------------------------------------------------------------------------------------ model parts

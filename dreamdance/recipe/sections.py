@@ -3,7 +3,7 @@
 Knows nothing of torch or of the rest of the package, like `schema.py`, which puts whole recipes together from them.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -12,6 +12,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 Scale = Annotated[float, Field(ge=0.0)]
+Verify = Literal["first_use", "size", "hash"]
 
 
 class Section(BaseModel):

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed import distributed_c10d
 
 from dreamdance.errors import UserError, may_pass
 from dreamdance.ranks import Ranks
@@ -69,6 +70,11 @@ def _meeting_place(ranks: Ranks, timeout: timedelta) -> dist.Store:
             errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)
         )
     return dist.PrefixStore(ranks.start, store)
+
+
+def common_store() -> dist.Store:
+    """Where the ranks of the process group leave small values for one another, without a collective."""
+    return distributed_c10d._get_default_store()
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

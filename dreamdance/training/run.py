@@ -20,7 +20,13 @@ from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
 from dreamdance.run_layout import note_signal
 from dreamdance.training.checkpoint import Checkpointer, Resumed
 from dreamdance.training.components import build_objective
-from dreamdance.training.distributed import is_deterministic, on_main, process_group, repeatable_arithmetic
+from dreamdance.training.distributed import (
+    common_store,
+    is_deterministic,
+    on_main,
+    process_group,
+    repeatable_arithmetic,
+)
 from dreamdance.training.ema import ShardedEma
 from dreamdance.training.engine import Engine
 from dreamdance.training.export import export_average
@@ -29,6 +35,7 @@ from dreamdance.training.identity import require_same, require_same_start, weigh
 from dreamdance.training.initial_weights import load_initial_weights
 from dreamdance.training.metrics import Metrics
 from dreamdance.training.preemption import StopRequest
+from dreamdance.training.shard_check import verify_at_opening, verify_by_hash
 from dreamdance.training.trainability import set_trainable
 from dreamdance.training.trainer import Trainer
 from dreamdance.training.validation import Validator
@@ -86,6 +93,9 @@ def prepare(
     """Builds all parts of a run and brings them to its newest checkpoint. Collective, within `process_group`."""
     require_same_start(recipe)
     _seed_global_generators(recipe.seed)
+    on_shard = partial(watchdog.enter, "checking a shard")
+    if recipe.data.verify == "hash":
+        verify_by_hash([recipe.data.train, recipe.data.validation], ranks, common_store(), on_progress=on_shard)
     watchdog.enter("loading weights", f"rank {ranks.rank}")
     objective = build_objective(recipe)
     load_initial_weights(objective, recipe, run_folder.parent)
@@ -95,7 +105,7 @@ def prepare(
     watchdog.enter("starting DeepSpeed", f"rank {ranks.rank}")
     engine = Engine(objective, recipe, ranks, deterministic=deterministic)
     ema = ShardedEma(engine.masters, decay=recipe.optimizer.ema_decay)
-    loader = make_loader(recipe, ranks, before_shard=partial(watchdog.enter, "checking a shard"))
+    loader = make_loader(recipe, ranks, before_shard=on_shard)
     watchdog.enter("resuming", f"rank {ranks.rank}")
     checkpointer = Checkpointer(
         run_folder, engine, ema, ranks, recipe.checkpoint, recipe_digest=recipe_digest(recipe), weights=weights
@@ -139,7 +149,10 @@ def prepare(
 def make_loader(
     recipe: Stage1Recipe | Stage2Recipe, ranks: Ranks, *, before_shard: Callable[[str], None] | None = None
 ) -> ClipLoader:
-    """The training clips of a recipe, in its order, with the maps that it trains on; see `verify.open_shards`."""
+    """The training clips of a recipe, in its order, with the maps that it trains on.
+
+    Their shards are checked when they are opened; of `data.verify: hash` see `shard_check`.
+    """
     data = recipe.data
     wanted = ("normal", "depth") if isinstance(recipe, Stage1Recipe) else recipe.model.controls
     maps: list[Map] = [name for name in ("normal", "depth") if name in wanted]
@@ -152,7 +165,7 @@ def make_loader(
         flip_probability=data.flip_probability,
         seed=recipe.seed,
         maps=maps,
-        verify=data.verify,
+        verify=verify_at_opening(data.verify),
         ranks=ranks,
         before_shard=before_shard,
     )

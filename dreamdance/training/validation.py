@@ -19,6 +19,7 @@ from dreamdance.training.metrics import Losses, Metrics
 from dreamdance.training.objectives.output import NUM_DOMAINS
 from dreamdance.training.preemption import StopRequest
 from dreamdance.training.sampling import Samples, draw_samples
+from dreamdance.training.shard_check import verify_at_opening
 from dreamdance.training.trainability import set_modes
 
 _NUM_SUMS = 2 + 2 * NUM_DOMAINS
@@ -47,7 +48,8 @@ class Validator:
         self.recipe, self.engine, self.ema, self.ranks, self.metrics = recipe, engine, ema, ranks, metrics
         self.stop = stop
         data, section = recipe.data, recipe.validation
-        held_out = partial(fixed_clips, data.validation, width=data.width, height=data.height, verify=data.verify)
+        verify = verify_at_opening(data.verify)
+        held_out = partial(fixed_clips, data.validation, width=data.width, height=data.height, verify=verify)
         self.loss_clips = held_out(num_frames=data.num_frames, count=section.num_loss_clips, share_of=ranks)
         self.sample_clips: ClipBatch | None = None
         if metrics.recording:

@@ -6,9 +6,10 @@ import resource
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fault_log import record_fault
@@ -17,6 +18,7 @@ from random_shards import edit_index, flip_byte, random_clip, write_random_shard
 
 from dreamdance.data import shard_cache, verify
 from dreamdance.data.clips import StoredClips
+from dreamdance.data.shard_files import FileState
 from dreamdance.data.stored_clip import StoredClip
 from dreamdance.data.streaming_compat import StreamingDataset
 from dreamdance.errors import ShardError
@@ -191,24 +193,31 @@ def test_shared_memory_that_a_killed_run_of_the_library_left_does_not_refuse_the
 # ------------------------------------------------------------------------------------------- shared folders
 
 
+@pytest.mark.parametrize("how", ["first_use", "hash"])
 @pytest.mark.parametrize("moment", ["before it is compared", "after it is compared"])
-def test_a_damaged_file_that_another_process_removes_first_is_no_error(shards, monkeypatch, moment):
+def test_a_damaged_file_that_another_process_removes_first_is_no_error(shards, monkeypatch, moment, how):
     list(StoredClips(shards))
     damaged = Path(shards.local) / SECOND
     flip_byte(damaged)
-    compare: Callable[..., None] = verify._compare
+    compare, removed = verify.compare_file, []
 
-    def beside_another(path: Path, *arguments: object, **options: object) -> None:
-        if path == damaged and moment == "before it is compared":
+    def beside_another(path: Path, *arguments: Any, **options: Any) -> FileState:
+        if path != damaged or removed:
+            return compare(path, *arguments, **options)
+        if moment == "before it is compared":
             path.unlink()
         try:
-            compare(path, *arguments, **options)
+            return compare(path, *arguments, **options)
+        except ShardError:
+            path.unlink()
+            raise
         finally:
-            if path == damaged:
-                path.unlink(missing_ok=True)
+            if not path.exists():
+                removed.append(path)
 
-    monkeypatch.setattr(verify, "_compare", beside_another)
-    assert clip_ids(StoredClips(shards, verify="hash")) == ALL_CLIPS
+    monkeypatch.setattr(verify, "compare_file", beside_another)
+    assert clip_ids(StoredClips(shards, verify=how)) == ALL_CLIPS
+    assert removed == [damaged]
 
 
 def test_a_lock_whose_holder_is_stopped_is_an_error_that_says_how_to_find_it(shards, monkeypatch):

@@ -79,14 +79,15 @@ def test_sound_shards_pass(folder, how):
 def test_each_shard_is_announced_before_it_is_checked(folder):
     """Hashing a large set takes hours; a watchdog must see that it gets on."""
     seen: list[str] = []
-    open_shards(Shards(local=str(folder)), before_shard=seen.append)
-    assert seen == [f"shard {number} of 3 in {folder}" for number in (1, 2, 3)]
+    open_shards(Shards(local=str(folder)), how="hash", before_shard=seen.append)
+    assert seen == [f"the sizes of 3 shards in {folder}", *(f"shard {number} of 3 in {folder}" for number in (1, 2, 3))]
 
 
 def test_an_evaluation_too_is_refused_shards_of_the_right_size_and_the_wrong_bytes(folder):
     flip(stored_file(folder))
-    with pytest.raises(ShardError, match=SECOND):
-        open_clips(Shards(local=str(folder)))
+    clips = open_clips(Shards(local=str(folder)))
+    with pytest.raises(ShardError, match=rf"{SECOND}.* its sha1 is not the one in the index"):
+        clips.clip(5)
 
 
 @pytest.mark.parametrize("damage", [flip, truncate, remove])
@@ -96,11 +97,20 @@ def test_a_damaged_local_shard_is_named_before_anything_is_read(folder, damage):
         open_shards(Shards(local=str(folder)), how="hash")
 
 
+@pytest.mark.parametrize("how", ["first_use", "size"])
 @pytest.mark.parametrize("damage", [truncate, remove])
-def test_sizes_alone_find_truncated_and_missing_shards(folder, damage):
+def test_sizes_alone_find_truncated_and_missing_shards(folder, damage, how):
     damage(stored_file(folder))
     with pytest.raises(ShardError, match=SECOND):
-        open_shards(Shards(local=str(folder)), how="size")
+        open_shards(Shards(local=str(folder)), how=how)
+
+
+def test_all_missing_and_truncated_shards_are_named_at_once(folder):
+    paths = sorted(folder.glob("*.mds*"))
+    remove(paths[0])
+    truncate(paths[2])
+    with pytest.raises(ShardError, match=rf"{paths[0].name} is missing.*; .*{paths[2].name} is damaged: \d+ bytes"):
+        open_shards(Shards(local=str(folder)))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -1,0 +1,97 @@
+"""Notes which shard files were compared with the index by hash, so that no start reads them all again.
+
+A note is a small file per shard, `.verified/NAME.json` beside the index; where that folder cannot be written, in the
+user's cache. It holds what the file system told of the file then, and its hash: of a file that was changed or replaced
+since, or of another index, it says nothing. Written whole or not at all, so that any number of processes on any number
+of nodes may write at once, without locks. Whoever can write a note can write the shard itself, so notes are believed.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+
+from dreamdance.atomic_files import write_atomically
+from dreamdance.data.shard_files import FileState, strongest_hash
+from dreamdance.data.shard_index import ShardFile
+
+logger = logging.getLogger(__name__)
+
+NOTES_FOLDER = ".verified"
+MAX_NOTE_BYTES = 1024
+
+
+class ShardNotes:
+    """The notes about one folder of shards; read and written in the same places by every process."""
+
+    def __init__(self, folder: Path) -> None:
+        """Looks at nothing yet.
+
+        Args:
+            folder: where the shards lie.
+        """
+        self.folder = folder
+        self._unwritable: set[Path] = set()
+
+    def has(self, file: ShardFile, state: FileState) -> bool:
+        """Whether the file was found to be the index's while it was in this state."""
+        wanted = _text(file, state)
+        return any(_read(folder / f"{file.name}.json") == wanted for folder in self._places())
+
+    def write(self, file: ShardFile, state: FileState) -> None:
+        """Notes that the file was found to be the index's; says so once where it can be noted nowhere."""
+        for folder in self._places():
+            if folder in self._unwritable:
+                continue
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(folder / f"{file.name}.json", _text(file, state))
+                return
+            except OSError as error:
+                self._unwritable.add(folder)
+                logger.info("verified shards are not noted in %s: %s", folder, error)
+                if folder == cache_folder(self.folder):
+                    logger.warning(
+                        "neither beside the shards of %s nor in %s can be noted which of them were verified: each "
+                        "process will hash again what it opens; see XDG_CACHE_HOME",
+                        self.folder,
+                        folder,
+                    )
+
+    def _places(self) -> Iterator[Path]:
+        beside = self.folder / NOTES_FOLDER
+        if not beside.is_symlink():  # it would let a foreign folder have us write elsewhere
+            yield beside
+        if (cache := cache_folder(self.folder)) is not None:
+            yield cache
+
+
+def cache_folder(folder: Path) -> Path | None:
+    """Where notes about a folder lie that cannot be written; None where the user has no home."""
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    return base / "dreamdance" / "verified_shards" / sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
+
+
+def _text(file: ShardFile, state: FileState) -> str:
+    algorithm = strongest_hash(file)
+    return json.dumps(
+        {
+            "bytes": state.num_bytes,
+            "mtime_ns": state.mtime_ns,
+            "ctime_ns": state.ctime_ns,
+            algorithm: file.hashes[algorithm],
+        }
+    )
+
+
+def _read(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_NOTE_BYTES).decode()
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,230 @@
+"""Shards are hashed when they are opened first, once, and again when they have changed; no start reads them."""
+
+import json
+import os
+import shutil
+import threading
+from hashlib import sha1
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from fault_log import record_fault
+from random_shards import HEIGHT, WIDTH, edit_index, random_clip, write_random_shards
+
+from dreamdance.data.clip_loader import ClipLoader
+from dreamdance.data.clip_order import ClipOrder
+from dreamdance.data.clips import ClipDataset, StoredClips
+from dreamdance.data.shard_files import FileState
+from dreamdance.data.shard_index import read_index
+from dreamdance.data.shard_notes import ShardNotes, cache_folder
+from dreamdance.errors import ShardError
+from dreamdance.ranks import Ranks
+from dreamdance.recipe.sections import Shards
+
+SECOND = "part_00004.shard.00000.mds"
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sound") / "shards"
+    write_random_shards(folder, 12)
+    return folder
+
+
+@pytest.fixture
+def folder(sound, tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache of the user"))
+    return Path(shutil.copytree(sound, tmp_path / "shards"))
+
+
+def bytes_read() -> int:
+    """By this process, from anywhere, whether or not it lay in memory."""
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(lines["rchar"])
+
+
+def read_everything(folder: Path, **options) -> int:
+    """Opens the set as a process that has never seen it; returns how many bytes were read."""
+    before = bytes_read()
+    assert len(list(StoredClips(Shards(local=str(folder)), **options))) == 12
+    return bytes_read() - before
+
+
+def total_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.mds"))
+
+
+def change_what_no_picture_shows(path: Path, *, keep_mtime: bool = False) -> None:
+    """Damages the byte that says of which seed a clip was made: neither the size nor any CRC shows it."""
+    before = path.stat()
+    content = path.read_bytes()
+    assert content.count(b'"seed": 5') == 1
+    path.write_bytes(content.replace(b'"seed": 5', b'"seed": 6'))
+    if keep_mtime:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_each_shard_is_hashed_once_and_never_again_by_any_process(folder):
+    first, second = read_everything(folder), read_everything(folder)
+    slack = 12 * 64 + 3 * 4096  # tables of samples and notes
+    assert first > 2 * total_bytes(folder)
+    assert second < first - total_bytes(folder) + slack
+    assert {path.name for path in (folder / ".verified").iterdir()} == {
+        f"{path.name}.json" for path in folder.glob("*.mds")
+    }
+
+
+def test_opening_a_set_reads_none_of_its_shards(folder):
+    index_bytes = (folder / "index.json").stat().st_size
+    before = bytes_read()
+    StoredClips(Shards(local=str(folder)))
+    assert bytes_read() - before < 3 * index_bytes + 4096
+    assert not (folder / ".verified").exists()
+
+
+def test_a_set_of_ten_gigabytes_that_was_noted_starts_after_reading_less_than_a_megabyte(tmp_path):
+    """Sparse files: a small clip, and another one of 3.4 GB of which nothing is on the disk."""
+    folder, size = tmp_path / "shards", 3_400_000_000
+    write_random_shards(folder, 3, clips_per_part=1)
+    paths = sorted(folder.glob("*.mds"))
+    for path in paths:  # one sample more, which ends where the file does
+        content = path.read_bytes()
+        first, end = (int.from_bytes(content[at : at + 4], "little") for at in (4, 8))
+        table = b"".join(number.to_bytes(4, "little") for number in (2, first + 4, end + 4, size))
+        path.write_bytes(table + content[12:])
+        os.truncate(path, size)
+
+    def describe(index: dict) -> None:
+        index["dreamdance"]["num_samples"] = 6
+        for shard in index["shards"]:
+            shard["samples"] = 2
+            shard["raw_data"].update(bytes=size, hashes={"sha1": sha1(b"hashed long ago").hexdigest()})
+
+    edit_index(folder, describe)
+    notes = ShardNotes(folder)
+    for entry in read_index(folder / "index.json").shards:
+        notes.write(entry.raw, FileState.of(folder / entry.raw.name))
+    assert total_bytes(folder) > 10_000_000_000
+    before = bytes_read()
+    clips = StoredClips(Shards(local=str(folder)))
+    assert [clips.clip(number).clip_id for number in (0, 2, 4)] == ["clip_0000", "clip_0001", "clip_0002"]
+    num_bytes = bytes_read() - before
+    assert num_bytes < 1_000_000
+    record_fault(
+        "start on a set of 10 GB",
+        how="sparse shards that were verified before",
+        promised="less than 1 MB is read before the first clips are there",
+        happened=f"{num_bytes:,} bytes were read",
+    )
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_shard_that_was_damaged_before_its_first_opening_is_an_error_by_name(folder, num_workers):
+    """Also where a process that reads data opens it."""
+    change_what_no_picture_shows(folder / SECOND)
+    clips = ClipDataset(Shards(local=str(folder)), width=WIDTH, height=HEIGHT, num_frames=2)
+    order = ClipOrder(clips.index.samples_per_shard, batch_size=4, seed=1)
+    loader = ClipLoader(clips, order, micro_batch_size=4, ranks=Ranks(), num_workers=num_workers, timeout_seconds=60)
+    with pytest.raises(ShardError, match=rf"shard .*{SECOND} is damaged: its sha1 is not the one in the index"):
+        list(islice(loader, 3))
+    assert not (folder / ".verified" / f"{SECOND}.json").exists()
+
+
+def test_what_only_a_hash_finds_is_not_found_by_sizes(folder):
+    """Else the other tests here would show nothing."""
+    change_what_no_picture_shows(folder / SECOND)
+    assert read_everything(folder, verify="size") < 2 * total_bytes(folder)
+
+
+@pytest.mark.parametrize("keep_mtime", [False, True])
+def test_a_shard_that_is_changed_after_it_was_noted_is_hashed_again_and_refused(folder, keep_mtime):
+    reader = StoredClips(Shards(local=str(folder)))
+    assert len(list(reader)) == 12
+    change_what_no_picture_shows(folder / SECOND, keep_mtime=keep_mtime)
+    for clips in (reader, StoredClips(Shards(local=str(folder)))):  # one that goes on reading, and a later start
+        with pytest.raises(ShardError, match=rf"{SECOND} is damaged: its sha1"):
+            clips.clip(5)
+
+
+def test_a_shard_that_was_only_touched_is_hashed_once_more(folder):
+    first, noted = read_everything(folder), read_everything(folder)
+    size = (folder / SECOND).stat().st_size
+    os.utime(folder / SECOND)
+    assert noted + size <= read_everything(folder) < first
+    assert read_everything(folder) < noted + size
+
+
+def test_an_index_that_says_another_hash_is_not_satisfied_by_an_old_note(folder):
+    read_everything(folder)
+    edit_index(folder, lambda index: index["shards"][1]["raw_data"]["hashes"].update(sha1="0" * 40))
+    with pytest.raises(ShardError, match=rf"{SECOND} is damaged: its sha1"):
+        StoredClips(Shards(local=str(folder))).clip(5)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "\xff" * 5000])
+def test_a_note_that_is_none_is_as_if_there_were_none(folder, content):
+    read_everything(folder)
+    (folder / ".verified" / f"{SECOND}.json").write_text(content, encoding="latin-1")
+    change_what_no_picture_shows(folder / SECOND)
+    with pytest.raises(ShardError, match=rf"{SECOND} is damaged: its sha1"):
+        StoredClips(Shards(local=str(folder))).clip(5)
+
+
+def test_where_nothing_can_be_written_beside_the_shards_it_is_noted_in_the_users_cache(folder):
+    (folder / ".verified").write_text("a file, so that no folder of this name can be made, by root neither")
+    first, second = read_everything(folder), read_everything(folder)
+    assert second < first - total_bytes(folder) + 12 * 64 + 3 * 4096
+    cache = cache_folder(folder)
+    assert Path(os.environ["XDG_CACHE_HOME"]) in cache.parents
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_where_it_can_be_noted_nowhere_each_process_hashes_and_says_so_once(folder, monkeypatch, caplog):
+    (folder / ".verified").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    first, second = read_everything(folder), read_everything(folder)
+    assert second > 2 * total_bytes(folder)
+    assert first > 2 * total_bytes(folder)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 2  # two openings
+    assert f"neither beside the shards of {folder} nor in /proc/nowhere" in warnings[0]
+
+
+def test_nothing_is_noted_through_a_link_that_leads_out_of_the_folder(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (folder / ".verified").symlink_to(tmp_path / "elsewhere")
+    read_everything(folder)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_many_may_note_one_shard_at_once(folder):
+    (entry, *_) = read_index(folder / "index.json").shards
+    state = FileState.of(folder / entry.raw.name)
+    seen: list[bool] = []
+
+    def note_and_look() -> None:
+        notes = ShardNotes(folder)
+        for _ in range(20):
+            notes.write(entry.raw, state)
+            seen.append(notes.has(entry.raw, state))
+
+    threads = [threading.Thread(target=note_and_look) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [True] * 160
+    (note,) = (folder / ".verified").iterdir()
+    assert json.loads(note.read_text())["sha1"] == sha1((folder / entry.raw.name).read_bytes()).hexdigest()
+
+
+def test_a_download_is_noted_when_it_arrives(folder, tmp_path):
+    cache = tmp_path / "cache"
+    for expected in ("downloaded", "there already"):
+        before = bytes_read()
+        clips = StoredClips(Shards(local=str(cache), remote=str(folder)))
+        assert [clip["clip_id"] for clip in clips] == [random_clip(number).clip_id for number in range(12)]
+        num_bytes = bytes_read() - before
+        assert (num_bytes < 2 * total_bytes(folder)) == (expected == "there already")
+    assert len(list((cache / ".verified").iterdir())) == 3
