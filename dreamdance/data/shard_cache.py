@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dreamdance.data.shard_files import FileState, check_bytes, check_samples, check_size, compare_file
+from dreamdance.data.shard_files import FileStamp, check_bytes, check_samples, check_size, compare_file
 from dreamdance.data.shard_index import ShardEntry, ShardFile, ShardIndex, read_index
 from dreamdance.data.streaming_compat import INDEX_FILE, CloudDownloader, decompress
 from dreamdance.errors import USERS_ERRNOS, LostWorkerError, ShardError
@@ -54,8 +54,8 @@ def open_index(shards: Shards) -> ShardIndex:
 
 
 def fetch_shard(
-    index: ShardIndex, entry: ShardEntry, remote: str | None, *, damaged: FileState | None = None
-) -> FileState:
+    index: ShardIndex, entry: ShardEntry, remote: str | None, *, damaged: FileStamp | None = None
+) -> FileStamp:
     """Puts a shard's MDS file into the local folder: downloaded if need be, hash-checked, decompressed.
 
     Args:
@@ -75,7 +75,7 @@ def fetch_shard(
     if remote is None and not stored.is_file():
         raise ShardError(f"shard {stored} is missing; prepare it again or copy it there")
     with _writing(index.folder, entry.raw.name) as incoming:
-        if target.is_file() and FileState.of(target) != damaged:  # another process was faster
+        if target.is_file() and FileStamp.of(target) != damaged:  # another process was faster
             return compare_file(target, entry, entry.raw, by_hash=True)
         label = f"'{entry.stored.name}' of {remote or index.folder}"
         data = None if entry.compressed is None else _read_stored(stored, entry.stored, remote, where=label)
@@ -89,7 +89,7 @@ def fetch_shard(
         incoming.unlink(missing_ok=True)  # a download may have the remote file's mode, and be read-only
         incoming.write_bytes(data)
         os.replace(incoming, target)
-        return FileState.of(target)
+        return FileStamp.of(target)
 
 
 def is_gone(folder: Path | str) -> bool:

@@ -20,7 +20,7 @@ READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class FileState:
+class FileStamp:
     """What the file system tells of a file without reading it; another one where its content was changed or replaced.
 
     `ctime_ns` changes with every write, rename and copy, and cannot be set back, as `mtime_ns` can.
@@ -31,7 +31,7 @@ class FileState:
     ctime_ns: int
 
     @classmethod
-    def of(cls, file: Path | int) -> "FileState":
+    def of(cls, file: Path | int) -> "FileStamp":
         """The state of a path, or of an open file.
 
         Raises:
@@ -41,7 +41,7 @@ class FileState:
         return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
-def compare_file(path: Path, entry: ShardEntry, file: ShardFile, *, by_hash: bool) -> FileState:
+def compare_file(path: Path, entry: ShardEntry, file: ShardFile, *, by_hash: bool) -> FileStamp:
     """Compares a file with the index: its size, the table of samples if it is an MDS file, and its hash if asked to.
 
     Returns:
@@ -52,7 +52,7 @@ def compare_file(path: Path, entry: ShardEntry, file: ShardFile, *, by_hash: boo
         OSError: it is missing or cannot be read.
     """
     with path.open("rb") as opened:
-        state = FileState.of(opened.fileno())
+        state = FileStamp.of(opened.fileno())
         # Read first and judged after: storage that fails must not pass for a file of another size.
         head = opened.read(samples_table_bytes(entry)) if file is entry.raw else b""
         opened.seek(0)

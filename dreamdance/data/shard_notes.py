@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from dreamdance.atomic_files import write_atomically
-from dreamdance.data.shard_files import FileState, strongest_hash
+from dreamdance.data.shard_files import FileStamp, strongest_hash
 from dreamdance.data.shard_index import ShardFile
 
 logger = logging.getLogger(__name__)
@@ -35,12 +35,12 @@ class ShardNotes:
         self.folder = folder
         self._unwritable: set[Path] = set()
 
-    def has(self, file: ShardFile, state: FileState) -> bool:
+    def has(self, file: ShardFile, state: FileStamp) -> bool:
         """Whether the file was found to be the index's while it was in this state."""
         wanted = _text(file, state)
         return any(_read(folder / f"{file.name}.json") == wanted for folder in self._places())
 
-    def write(self, file: ShardFile, state: FileState) -> None:
+    def write(self, file: ShardFile, state: FileStamp) -> None:
         """Notes that the file was found to be the index's; says so once where it can be noted nowhere."""
         for folder in self._places():
             if folder in self._unwritable:
@@ -77,7 +77,7 @@ def cache_folder(folder: Path) -> Path | None:
     return base / "dreamdance" / "verified_shards" / sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
 
 
-def _text(file: ShardFile, state: FileState) -> str:
+def _text(file: ShardFile, state: FileStamp) -> str:
     algorithm = strongest_hash(file)
     return json.dumps(
         {

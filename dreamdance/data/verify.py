@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dreamdance.data.shard_cache import fetch_shard, open_index
-from dreamdance.data.shard_files import FileState, check_size, compare_file
+from dreamdance.data.shard_files import FileStamp, check_size, compare_file
 from dreamdance.data.shard_index import ShardEntry, ShardFile, ShardIndex
 from dreamdance.data.shard_notes import ShardNotes
 from dreamdance.errors import ShardError
@@ -111,7 +111,7 @@ class CheckedShards:
         """
         self.index, self.remote, self.by_hash = index, remote, by_hash
         self._notes = ShardNotes(index.folder)
-        self._sound: dict[int, FileState] = {}
+        self._sound: dict[int, FileStamp] = {}
 
     def require(self, number: int) -> None:
         """Makes sure that a shard's MDS file is there, and that it is the one of the index.
@@ -125,7 +125,7 @@ class CheckedShards:
         entry = self.index.shards[number]
         path = self.index.folder / entry.raw.name
         try:
-            state = FileState.of(path)
+            state = FileStamp.of(path)
             if self._sound.get(number) == state:
                 return
             try:
@@ -138,7 +138,7 @@ class CheckedShards:
         except FileNotFoundError:
             self.fetch(number)
 
-    def fetch(self, number: int, *, damaged: FileState | None = None) -> None:
+    def fetch(self, number: int, *, damaged: FileStamp | None = None) -> None:
         """Makes a shard's MDS file, unless another process has made it: downloaded, unpacked, compared.
 
         Args:
@@ -153,7 +153,7 @@ class CheckedShards:
         self._notes.write(entry.raw, state)
         self._sound[number] = state
 
-    def _compare(self, path: Path, entry: ShardEntry) -> FileState:
+    def _compare(self, path: Path, entry: ShardEntry) -> FileStamp:
         state = compare_file(path, entry, entry.raw, by_hash=False)
         if self.by_hash and not self._notes.has(entry.raw, state):
             state = compare_file(path, entry, entry.raw, by_hash=True)

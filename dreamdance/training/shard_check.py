@@ -10,7 +10,7 @@ from itertools import count
 
 from torch.distributed import PrefixStore, Store
 
-from dreamdance.data.shard_files import FileState
+from dreamdance.data.shard_files import FileStamp
 from dreamdance.data.verify import open_shards, verify_shards
 from dreamdance.errors import LostWorkerError, ShardError, may_pass
 from dreamdance.ranks import Ranks
@@ -49,7 +49,7 @@ def verify_by_hash(
         for number, shards in enumerate(folders):
             index = open_shards(shards, ranks=ranks, before_shard=on_progress)
             # On one file system it is the same file, with the same times; copies have their own.
-            key = f"{number} of {FileState.of(index.path)}"
+            key = f"{number} of {FileStamp.of(index.path)}"
             taken = _take(place, key, len(index.shards))
             verify_shards(index, how="hash", remote=shards.remote, before_shard=on_progress, numbers=taken)
     except Exception as error:

@@ -13,7 +13,7 @@ from rank_processes import StartedRanks, run_ranks
 from recipes_for_tests import tiny_stage1_recipe
 
 from dreamdance.data import verify
-from dreamdance.data.shard_files import FileState
+from dreamdance.data.shard_files import FileStamp
 from dreamdance.ranks import Ranks
 from dreamdance.recipe.sections import Shards
 from dreamdance.run_layout import export_folder
@@ -33,7 +33,7 @@ class SlowHash:
     def prepare(self, ranks: Ranks) -> None:
         compare = verify.compare_file
 
-        def compare_slowly(*arguments: Any, **options: Any) -> FileState:
+        def compare_slowly(*arguments: Any, **options: Any) -> FileStamp:
             if options["by_hash"]:
                 time.sleep(self.seconds)
             return compare(*arguments, **options)

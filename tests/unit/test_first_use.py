@@ -15,7 +15,7 @@ from random_shards import HEIGHT, WIDTH, edit_index, random_clip, write_random_s
 from dreamdance.data.clip_loader import ClipLoader
 from dreamdance.data.clip_order import ClipOrder
 from dreamdance.data.clips import ClipDataset, StoredClips
-from dreamdance.data.shard_files import FileState
+from dreamdance.data.shard_files import FileStamp
 from dreamdance.data.shard_index import read_index
 from dreamdance.data.shard_notes import ShardNotes, cache_folder
 from dreamdance.errors import ShardError
@@ -104,7 +104,7 @@ def test_a_set_of_ten_gigabytes_that_was_noted_starts_after_reading_less_than_a_
     edit_index(folder, describe)
     notes = ShardNotes(folder)
     for entry in read_index(folder / "index.json").shards:
-        notes.write(entry.raw, FileState.of(folder / entry.raw.name))
+        notes.write(entry.raw, FileStamp.of(folder / entry.raw.name))
     assert total_bytes(folder) > 10_000_000_000
     before = bytes_read()
     clips = StoredClips(Shards(local=str(folder)))
@@ -200,7 +200,7 @@ def test_nothing_is_noted_through_a_link_that_leads_out_of_the_folder(folder, tm
 
 def test_many_may_note_one_shard_at_once(folder):
     (entry, *_) = read_index(folder / "index.json").shards
-    state = FileState.of(folder / entry.raw.name)
+    state = FileStamp.of(folder / entry.raw.name)
     seen: list[bool] = []
 
     def note_and_look() -> None:

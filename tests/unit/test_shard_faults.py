@@ -18,7 +18,7 @@ from random_shards import edit_index, flip_byte, random_clip, write_random_shard
 
 from dreamdance.data import shard_cache, verify
 from dreamdance.data.clips import StoredClips
-from dreamdance.data.shard_files import FileState
+from dreamdance.data.shard_files import FileStamp
 from dreamdance.data.stored_clip import StoredClip
 from dreamdance.data.streaming_compat import StreamingDataset
 from dreamdance.errors import ShardError
@@ -201,7 +201,7 @@ def test_a_damaged_file_that_another_process_removes_first_is_no_error(shards, m
     flip_byte(damaged)
     compare, removed = verify.compare_file, []
 
-    def beside_another(path: Path, *arguments: Any, **options: Any) -> FileState:
+    def beside_another(path: Path, *arguments: Any, **options: Any) -> FileStamp:
         if path != damaged or removed:
             return compare(path, *arguments, **options)
         if moment == "before it is compared":
