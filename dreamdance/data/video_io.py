@@ -1,33 +1,33 @@
-"""Reads videos frame by frame, by their time stamps, and writes them: H.264 for looking at, FFV1 without loss.
+"""Reads videos frame by frame, by their time stamps; everything that reads a video comes through here.
 
-Frames are uint8 arrays `(H, W, 3)`, red, green, blue, upright. A file may be hostile: only plain video files are opened
-(FFmpeg also runs lists that name other files, or addresses), and what they claim is bounded before memory is taken.
+Frames are uint8 arrays `(H, W, 3)`, red, green, blue, as a player shows them. Frame k is the same whether it is asked
+for alone or read in its turn: decoding starts at a key frame before it, or further back where that does not give it.
 """
 
-import os
+from bisect import bisect_left, bisect_right
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
 
 import av
 import numpy as np
-from av.container import InputContainer
 from av.video.stream import VideoStream
 
-from dreamdance.errors import UserError
+from dreamdance.data.video_container import (
+    Damage,
+    VideoError,
+    decoded_frames,
+    list_packets,
+    opened_video,
+)
+from dreamdance.data.video_display import Display
+from dreamdance.data.video_writing import write_video
 
-LOSSLESS_SUFFIX = ".mkv"
-MAX_FRAME_PIXELS = 1 << 26
-MAX_VIDEO_FRAMES = 1_000_000
+__all__ = ["VideoError", "VideoInfo", "iterate_frames", "probe_video", "read_frames", "write_video"]
+
 MAX_FRAME_RATE = 1000.0
-FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
-
-
-class VideoError(UserError):
-    """A video file that cannot be read or written; the text names it."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,13 @@ class VideoInfo:
     """What a video holds.
 
     Attributes:
-        width, height: of the upright frames, in pixels.
+        width, height: of the frames as they are shown, in pixels.
         fps: mean number of frames per second.
         stamps: the frames' time stamps in units of `time_base` seconds, rising: frame i is the one shown i-th.
+        key_stamps: those of the key frames.
+        reach: for each frame, the stamp of the last shown of those that it may build on.
+        counted: whether stored frames have no stamps to be found by: they are counted from the beginning.
+        display: how a stored frame becomes a shown one.
     """
 
     path: Path
@@ -46,6 +50,10 @@ class VideoInfo:
     fps: float
     stamps: tuple[int, ...]
     time_base: Fraction
+    key_stamps: tuple[int, ...] = field(repr=False)
+    reach: tuple[int, ...] = field(repr=False)
+    counted: bool
+    display: Display = field(repr=False)
 
     @property
     def num_frames(self) -> int:
@@ -79,30 +87,34 @@ class VideoInfo:
 
 
 def probe_video(path: Path | str) -> VideoInfo:
-    """Reads sizes, rate and time stamps without decoding more than one frame.
+    """Reads sizes, rate and time stamps; decodes one frame only, but all of an avi, whose stamps do not name frames.
 
     Raises:
-        VideoError: no such file, or no video in it that can be decoded.
+        VideoError: no such file, no video in it that can be decoded, or one that cannot be shown faithfully.
     """
     path = Path(path)
-    with _opened(path) as (container, stream):
-        packets = (packet for packet in container.demux(stream) if not packet.is_discard)
-        found = (packet.pts for packet in packets if packet.pts is not None)
-        stamps = sorted(islice(found, MAX_VIDEO_FRAMES + 1))
-        if len(stamps) > MAX_VIDEO_FRAMES:
-            raise VideoError(f"{path} has more than {MAX_VIDEO_FRAMES} frames; cut it into shorter videos")
-        if not stamps or stream.time_base is None:
-            raise VideoError(f"{path} holds no frames with time stamps")
-        container.seek(0, stream=stream)
-        first = next(container.decode(stream), None)
-        if first is None:
+    packets = list_packets(path)
+    with opened_video(path) as (container, stream):
+        decoded = decoded_frames(container, stream)
+        first = next(decoded, None)
+        if first is None or stream.time_base is None:
             raise VideoError(f"{path} holds no frame that can be decoded")
-        height, width = _upright(first).shape[:2]
+        if isinstance(first, Damage) or first.is_corrupt:
+            raise VideoError(_damage_text(path, 0, len(packets.stamps)))
+        display = Display.of(first, stream, path)
+        stamps, reach = packets.stamps, packets.reach
+        if not packets.ordered:
+            stamps = reach = _counted_stamps(first, decoded, stream, path)
+        elif first.pts is not None and packets.key_stamps[:1] == (first.pts,):
+            # The first frames of a video that was cut build on what was cut away; players skip them as well.
+            missing = bisect_left(stamps, first.pts)
+            stamps, reach = stamps[missing:], reach[missing:]
         duration = float((stamps[-1] - stamps[0]) * stream.time_base)
         rate = (len(stamps) - 1) / duration if duration > 0 else float(stream.average_rate or 1)
         if not 0.0 < rate <= MAX_FRAME_RATE:
             raise VideoError(f"{path} has {rate:g} frames per second; above 0 up to {MAX_FRAME_RATE:g} are accepted")
-        return VideoInfo(path, width, height, rate, tuple(stamps), stream.time_base)
+        keys = packets.key_stamps
+        return VideoInfo(path, *display.size, rate, stamps, stream.time_base, keys, reach, not packets.ordered, display)
 
 
 def iterate_frames(video: VideoInfo, frames: Sequence[int] | None = None) -> Iterator[np.ndarray]:
@@ -116,30 +128,25 @@ def iterate_frames(video: VideoInfo, frames: Sequence[int] | None = None) -> Ite
         `(H, W, 3)` uint8.
 
     Raises:
-        VideoError: a chosen frame is damaged.
+        VideoError: a chosen frame, or one that it builds on, is damaged.
     """
-    wanted = [video.stamps[frame] for frame in (range(video.num_frames) if frames is None else frames)]
+    wanted = list(range(video.num_frames) if frames is None else frames)
     if not wanted:
         return
+    if wanted[0] < 0 or wanted[-1] >= video.num_frames:
+        raise IndexError(f"{video.path} has {video.num_frames} frames; {wanted[0]} to {wanted[-1]} were asked for")
     if sorted(wanted) != wanted:
         raise ValueError("frames are decoded in the order of the video; their numbers may not fall")
-    position = 0
-    with _opened(video.path) as (container, stream):
-        container.seek(wanted[0], stream=stream, backward=True)
-        for frame in container.decode(stream):
-            if frame.pts is None or frame.pts < wanted[position]:
-                continue
-            if frame.pts > wanted[position]:
-                break
-            picture = _upright(frame)
-            while position < len(wanted) and wanted[position] == frame.pts:
+    done = 0
+    for start in (starts := _starts(video, wanted[0])):
+        try:
+            for picture in _decode_from(video, start, wanted[done:]):
                 yield picture
-                position += 1
-            if position == len(wanted):
-                return
-    raise VideoError(
-        f"{video.path}: frame {video.stamps.index(wanted[position])} of {video.num_frames} cannot be decoded"
-    )
+                done += 1
+            return
+        except _LostFrameError as lost:
+            if start is starts[-1]:
+                raise VideoError(_damage_text(video.path, lost.number, video.num_frames)) from lost
 
 
 def read_frames(video: VideoInfo | Path | str, frames: Sequence[int] | None = None) -> np.ndarray:
@@ -152,77 +159,81 @@ def read_frames(video: VideoInfo | Path | str, frames: Sequence[int] | None = No
     return np.stack(list(iterate_frames(info, frames)))
 
 
-def write_video(
-    path: Path | str, frames: Sequence[np.ndarray] | np.ndarray, *, fps: float, lossless: bool = False, crf: int = 18
-) -> None:
-    """Writes a video; it appears under its name when it is complete.
+class _LostFrameError(Exception):
+    """A wanted frame did not come out whole; it may after a start further back."""
 
-    Args:
-        path: `.mp4`, or `.mkv` for a lossless one.
-        frames: `(H, W, 3)` uint8 each. H.264 wants even sizes: an odd one grows by repeating its last row or column.
-        fps: frames per second.
-        lossless: FFV1 in RGB instead, which gives back exactly these frames (of any size).
-        crf: H.264's quality, smaller is better; 18 looks like the original.
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _counted_stamps(
+    first: av.VideoFrame, others: Iterator[av.VideoFrame | Damage], stream: VideoStream, path: Path
+) -> tuple[int, ...]:
+    """The stamps of all frames of a video, in order; those of a constant rate if they are of no use.
 
     Raises:
-        VideoError: no frames, of mixed or other shapes, a name that does not end as it should, or a full disk.
+        VideoError: a frame is damaged.
     """
-    path = Path(path)
-    suffix = LOSSLESS_SUFFIX if lossless else ".mp4"
-    if path.suffix != suffix:
-        raise VideoError(f"{path}: the name of {'a lossless' if lossless else 'an H.264'} video ends in {suffix}")
-    if len(frames) == 0:
-        raise VideoError(f"{path}: there are no frames to write")
-    first = np.asarray(frames[0])
-    incoming = path.with_name(f".{path.stem}.incoming{suffix}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with av.open(str(incoming), "w") as container:
-            stream = container.add_stream(
-                "ffv1" if lossless else "libx264", rate=Fraction(fps).limit_denominator(1 << 16)
-            )
-            stream.height, stream.width = (size + (0 if lossless else size % 2) for size in first.shape[:2])
-            stream.pix_fmt = "bgr0" if lossless else "yuv420p"
-            if not lossless:
-                stream.options = {"crf": str(crf), "preset": "medium"}
-            for number, frame in enumerate(frames):
-                picture = _check_frame(np.asarray(frame), first.shape, where=f"{path}: frame {number}")
-                if not lossless:
-                    picture = np.pad(picture, [(0, size % 2) for size in picture.shape[:2]] + [(0, 0)], mode="edge")
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-            container.mux(stream.encode(None))
-        os.replace(incoming, path)
-    except av.FFmpegError as error:
-        raise VideoError(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        incoming.unlink(missing_ok=True)
+    found = [first.pts]
+    for frame in others:
+        if isinstance(frame, Damage) or frame.is_corrupt:
+            raise VideoError(_damage_text(path, len(found), stream.frames))
+        found.append(frame.pts)
+    known = sorted({pts for pts in found if pts is not None})
+    if len(known) == len(found):
+        return tuple(known)
+    step = max(1.0, 1 / float((stream.average_rate or 1) * (stream.time_base or 1)))
+    return tuple(round(number * step) for number in range(len(found)))
 
 
-def _check_frame(frame: np.ndarray, shape: tuple[int, ...], *, where: str) -> np.ndarray:
-    if frame.shape != shape or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-        raise VideoError(f"{where} is {frame.shape} {frame.dtype}; expected (H, W, 3) uint8 like the first, {shape}")
-    return np.ascontiguousarray(frame)
+def _starts(video: VideoInfo, first: int) -> list[int | None]:
+    """Stamps to seek to, one after the other until it succeeds; None is the beginning, without seeking."""
+    before = [] if video.counted else video.key_stamps[: bisect_right(video.key_stamps, video.stamps[first])]
+    return [*reversed(before[1:][-2:]), None]
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    limits = {"max_pixels": str(MAX_FRAME_PIXELS)}
-    try:
-        with av.open(
-            str(path), options={"format_whitelist": FORMATS, "protocol_whitelist": "file", **limits}
-        ) as container:
-            if not container.streams.video:
-                raise VideoError(f"{path} holds no video")
-            stream = container.streams.video[0]
-            stream.codec_context.options = limits  # a later frame may be larger than the first
-            yield container, stream
-    except av.FFmpegError as error:
-        raise VideoError(
-            f"{path} cannot be read: {error.strerror} (mp4, mov, mkv, webm and avi with frames of up to "
-            f"{MAX_FRAME_PIXELS} pixels are)"
-        ) from error
+def _decode_from(video: VideoInfo, start: int | None, wanted: list[int]) -> Iterator[np.ndarray]:
+    """Decodes from one start; a frame counts only after a key frame, whole, and with all whole that it may build on.
+
+    Raises:
+        _LostFrameError: a wanted frame does not come out so.
+    """
+    numbers: dict[int | None, int] = {stamp: number for number, stamp in enumerate(video.stamps)}
+    repeats = Counter(wanted)
+    ahead = deque(repeats)
+    waiting: deque[tuple[int, av.VideoFrame]] = deque()  # what they build on may be shown after them
+    entered, damaged, last = start is None, None, -1
+    with opened_video(video.path) as (container, stream):
+        if start is not None:
+            container.seek(start, stream=stream, backward=True)
+        for count, frame in enumerate(decoded_frames(container, stream)):
+            number = min(count, video.num_frames) if video.counted else numbers.get(frame.pts)
+            if isinstance(frame, Damage) or frame.is_corrupt:
+                damaged = (last + 1 if number is None else number) if damaged is None else damaged
+            if waiting and (damaged is not None or (number is not None and number > last + 1)):
+                raise _LostFrameError(last + 1 if damaged is None else damaged)
+            if isinstance(frame, Damage) or number is None:
+                continue
+            last = number
+            if frame.key_frame and not video.counted and (not ahead or number <= ahead[0]):
+                entered = True
+                damaged = None if damaged is None or damaged < number else damaged
+            if ahead and number >= ahead[0]:
+                if number > ahead[0] or not entered or damaged is not None:
+                    raise _LostFrameError(ahead[0] if damaged is None else damaged)
+                waiting.append((ahead.popleft(), frame))
+            while waiting and video.reach[waiting[0][0]] <= video.stamps[last]:
+                shown, whole = waiting.popleft()
+                picture = video.display.show(whole, number=shown)
+                yield from (picture for _ in range(repeats[shown]))
+            if not ahead and not waiting:
+                return
+    raise _LostFrameError(last + 1 if waiting or damaged is None else damaged)
 
 
-def _upright(frame: av.VideoFrame) -> np.ndarray:
-    """The frame as it is meant to be seen: phones store theirs lying and note the rotation, counterclockwise."""
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90) % 4))
+def _damage_text(path: Path, number: int, num_frames: int) -> str:
+    return (
+        f"{path}: frame {number} of {num_frames} cannot be decoded: the file is damaged there; copy it or record it "
+        "again, or leave it out"
+    )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from fault_log import record_fault
 
-from dreamdance.data import video_io
+from dreamdance.data import video_container
 from dreamdance.data.video_io import VideoError, iterate_frames, probe_video, read_frames, write_video
 
 
@@ -237,7 +237,7 @@ def test_a_list_of_other_files_is_no_video(tmp_path, video):
 
 
 def test_more_frames_than_anybody_films_are_refused_before_they_are_listed(video, monkeypatch):
-    monkeypatch.setattr(video_io, "MAX_VIDEO_FRAMES", 39)
+    monkeypatch.setattr(video_container, "MAX_VIDEO_FRAMES", 39)
     with pytest.raises(VideoError, match=r"clip\.mp4 has more than 39 frames; cut it into shorter videos"):
         probe_video(video)
 
