@@ -3,7 +3,9 @@
 No torch here: a login node asks, too.
 """
 
+import errno
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,4 +66,6 @@ def read_state(path: Path, known: FileState | None = None) -> FileState | None:
 
 def _look(path: Path) -> tuple[int, int, int]:
     state = os.stat(path)
+    if not stat.S_ISREG(state.st_mode):  # what never ends, or waits for a writer, is not read
+        raise IsADirectoryError(errno.EISDIR, "not a regular file", str(path))
     return state.st_size, state.st_mtime_ns, state.st_ctime_ns

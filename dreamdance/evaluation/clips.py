@@ -101,11 +101,13 @@ class Result:
     Attributes:
         id: of the clip.
         prediction: frames and maps.
+        fps: frames per second.
         reference_frame: number of the reference among the clip's frames, where the manifest said so.
     """
 
     id: str
     prediction: Prediction
+    fps: float
     reference_frame: int | None
 
     @property
@@ -154,9 +156,13 @@ def read_result(folder: Path) -> Result:
         reference_frame = details.get("reference_frame")
         if reference_frame is not None and (type(reference_frame) is not int or reference_frame < 0):
             raise ValueError(f"reference_frame {reference_frame!r} is no number of a frame")
+        fps = details.get("fps")
+        if type(fps) not in (int, float) or not 0 < fps < math.inf:
+            raise ValueError(f"fps {fps!r} is no number of frames per second")
     except (OSError, ValueError, KeyError, AttributeError, RecursionError, zipfile.BadZipFile, zlib.error) as error:
         raise ResultError(f"result {folder} is damaged ({error}); delete it and run animate again") from error
-    return Result(folder.name, Prediction(frames, maps.get("normals"), maps.get("depths")), reference_frame)
+    prediction = Prediction(frames, maps.get("normals"), maps.get("depths"))
+    return Result(folder.name, prediction, float(fps), reference_frame)
 
 
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from dreamdance.evaluation.clips import (
     read_result,
     read_truth,
 )
-from dreamdance.evaluation.measured import EvaluatedClip, MeasuredClips
+from dreamdance.evaluation.measured import EvaluatedClip, MeasuredClips, note_work, read_files
 from dreamdance.evaluation.scores import Scores, as_bytes, mean_scores, score
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table
+from dreamdance.evaluation.times import pair_frames
 from dreamdance.evaluation.trivial import FRAMES_PER_TRAINING_CLIP, TrainingMean, average_training_set, trivial_answers
 from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import EvaluateRecipe
@@ -116,9 +117,10 @@ def measure_share(compared: Compared, measured: MeasuredClips, crew: Crew, progr
             continue
         is_new = not measured.path(found[-1]).is_file()
         if is_new:
+            files = read_files(found[-1])
             result = read_result(found[-1])
             _check_sizes(result, compared.first)
-            measured.write(found[-1], evaluate_clip(result, clip, compared.training_mean))
+            measured.write(found[-1], replace(evaluate_clip(result, clip, compared.training_mean), files=files))
         crew.finish(clip.clip_id if is_new else None)
         progress.write(done=crew.num_through(), total=len(folders), unit="clips", message=f"measured {clip.clip_id}")
     if not found:
@@ -139,6 +141,7 @@ def tabulate(compared: Compared, evaluated: dict[str, EvaluatedClip], run_folder
         protocol=describe_protocol(compared.recipe, compared.first, evaluated, compared.training_mean),
     )
     write_report(table, evaluated, run_folder)
+    note_work(compared.recipe, evaluated.values(), run_folder)
     text = table.as_markdown()
     logger.info("%s\n\n%s", run_folder / TABLE_MARKDOWN, text)
     # `--follow` shows messages, and so the table
@@ -154,16 +157,19 @@ def evaluate_clip(result: Result, clip: StoredClip, training_mean: TrainingMean 
     reference_frame = clip.num_frames - 1 if result.reference_frame is None else result.reference_frame
     if result.reference_frame is None:
         logger.warning("result '%s' does not say which frame was the reference: the last is assumed", result.id)
-    compared = [i for i in range(min(result.num_frames, clip.num_frames)) if i != reference_frame]
-    if not compared or reference_frame >= clip.num_frames:
+    pairs = pair_frames(result, num_frames=clip.num_frames, fps=clip.fps)
+    pairs = [(frame, true_frame) for frame, true_frame in pairs if true_frame != reference_frame]
+    if not pairs or reference_frame >= clip.num_frames:
         raise ResultError(
-            f"result '{result.id}' has {result.num_frames} frames and frame {reference_frame} as its reference; its "
-            f"clip has {clip.num_frames} frames: nothing is left to compare"
+            f"result '{result.id}' has {result.num_frames} frames at {result.fps:g} per second and frame "
+            f"{reference_frame} as its reference; its clip has {clip.num_frames} frames at {clip.fps:g}: nothing is "
+            "left to compare"
         )
+    compared = [true_frame for _, true_frame in pairs]
     sizes = {"frame_size": result.frame_size, "map_size": result.map_size}
     truth = read_truth(clip, frames=compared, **sizes)
     reference = read_truth(clip, frames=[reference_frame], **sizes)
-    prediction = result.prediction.at(compared)
+    prediction = result.prediction.at([frame for frame, _ in pairs])
     answers = {
         RESULT_ROW: prediction,
         **trivial_answers(reference, len(compared), training_mean),
@@ -184,7 +190,8 @@ def describe_protocol(
         "results": recipe.results,
         "truth": recipe.truth.local,
         "clips": f"{len(evaluated)}, mean over clips; {sum(clip.num_frames for clip in evaluated.values())} frames",
-        "frames": f"{width}x{height} pixels, the reference frame left out; truth resized with antialiasing",
+        "frames": f"{width}x{height} pixels, the reference frame left out, compared at equal times; truth resized "
+        "with antialiasing",
         "L1, PSNR, SSIM": "of values in [0, 1]; PSNR is the mean over frames; SSIM as scikit-image's default",
     }
     names = {name for clip in evaluated.values() for name in clip.scores[RESULT_ROW]}

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,11 +22,13 @@ from dreamdance.atomic_files import write_atomically
 from dreamdance.crew import Crew
 from dreamdance.data.transforms import encode_normals
 from dreamdance.errors import UserError, may_pass
+from dreamdance.file_states import FileState
 from dreamdance.folder_claim import OutputError, claim_folder
-from dreamdance.inference.inputs import EntryInputs, Size, hash_files, load_inputs
+from dreamdance.inference.inputs import EntryError, EntryInputs, Size, load_inputs, read_files
 from dreamdance.inference.manifest import ManifestEntry, read_manifest
-from dreamdance.inference.results import ClipResult, installed_versions, is_done, write_result
+from dreamdance.inference.results import ClipResult, installed_versions, is_done, known_states, write_result
 from dreamdance.inference.stages import Stages, before_each_computation, load_stages
+from dreamdance.inference.work_done import note_work
 from dreamdance.keyed_random import sample_generator
 from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import AnimateRecipe
@@ -75,6 +77,9 @@ def animate(recipe: AnimateRecipe, run_folder: Path) -> None:
             stages = load_stages(recipe, run_folder, ranks.device)
             failures = animate_entries(entries[ranks.rank :: ranks.world_size], recipe, stages, crew, progress)
             failures = gather_failures(failures, crew, progress)
+            if ranks.is_main and not failures:
+                noting = partial(crew.watchdog.enter, "noting what was done")
+                note_work(entries, Path(recipe.output), stages, run_folder, noting)
         if ranks.is_main:
             report_failures(failures, Path(recipe.output), run_folder, num_entries=len(entries))
 
@@ -119,7 +124,8 @@ def animate_entry(entry: ManifestEntry, recipe: AnimateRecipe, stages: Stages, w
     """
     watchdog.enter("reading an entry", entry.id)
     folder = Path(recipe.output) / entry.id
-    request = describe_request(entry, recipe, stages)
+    states = read_files(entry, known_states(folder))
+    request = describe_request(entry, recipe, stages, states)
     if is_done(folder, request):
         logger.info("skipped '%s': %s holds its result", entry.id, folder)
         return False
@@ -127,10 +133,12 @@ def animate_entry(entry: ManifestEntry, recipe: AnimateRecipe, stages: Stages, w
     frame_size = Size(recipe.width, recipe.height)
     map_size = Size(recipe.geometry_width, recipe.geometry_height)
     inputs = load_inputs(entry, aspect=frame_size, pose_sizes={frame_size, map_size})
+    if read_files(entry, {entry.files[name].absolute(): state for name, state in states.items()}) != states:
+        raise EntryError("one of its files was replaced while they were read")
     result = run_stages(entry, inputs, recipe, stages)
     details = {
         "id": entry.id,
-        "files": {name: str(path) for name, path in entry.files.items()},
+        "files": {name: {"path": str(path), **states[name].to_json()} for name, path in entry.files.items()},
         "exports": stages.exports,
         "reference_frame": entry.reference_frame,
         "seconds": round(time.monotonic() - started, 3),
@@ -143,11 +151,13 @@ def animate_entry(entry: ManifestEntry, recipe: AnimateRecipe, stages: Stages, w
     return True
 
 
-def describe_request(entry: ManifestEntry, recipe: AnimateRecipe, stages: Stages) -> dict[str, Any]:
+def describe_request(
+    entry: ManifestEntry, recipe: AnimateRecipe, stages: Stages, states: Mapping[str, FileState]
+) -> dict[str, Any]:
     """Everything that a result depends on: two equal requests have equal results."""
     settings = ("geometry_width", "geometry_height", "width", "height", "precision")
     return {
-        "inputs": hash_files(entry),
+        "inputs": {name: state.sha256 for name, state in states.items()},
         "seed": entry.seed,
         "align": entry.align,
         "fps": entry.fps,

@@ -1,7 +1,7 @@
 """Loads what an entry of a manifest names: the reference picture and the pose drawings, hashed and cut to size."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,13 +10,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from dreamdance.atomic_files import hash_file
 from dreamdance.data.cropping import centred_crop
 from dreamdance.data.keypoints import KeypointSequence, read_keypoint_file
 from dreamdance.data.pose_drawing import draw_pose
 from dreamdance.data.transforms import pictures_to_tensor, resize_images
 from dreamdance.data.video_io import iterate_frames, probe_video
 from dreamdance.errors import UserError
+from dreamdance.file_states import FileState, read_state
 from dreamdance.inference.align import align_keypoints
 from dreamdance.inference.manifest import ManifestEntry
 
@@ -52,16 +52,29 @@ class EntryInputs:
     fps: float
 
 
-def hash_files(entry: ManifestEntry) -> dict[str, str]:
-    """sha256 of every file an entry's result depends on, by its field.
+def read_files(entry: ManifestEntry, known: Mapping[Path, FileState] | None = None) -> dict[str, FileState]:
+    """The states of all files an entry's result depends on, by its field.
+
+    Args:
+        entry: of the manifest.
+        known: states by absolute path; a file of the same size and times is not read again.
 
     Raises:
         EntryError: a file is missing or cannot be read.
     """
-    try:
-        return {name: hash_file(path) for name, path in entry.files.items()}
-    except OSError as error:
-        raise EntryError(f"{error.filename} cannot be read: {error.strerror}") from error
+    states = {}
+    for name, path in entry.files.items():
+        try:
+            state = read_state(path, (known or {}).get(path.absolute()))
+            if state is None and path.exists() and not path.is_file():
+                raise EntryError(f"{path} cannot be read: it is no regular file")
+            if state is None:
+                path.open("rb").close()  # says why not
+                raise EntryError(f"{path} cannot be read: it was not there a moment ago")
+        except OSError as error:
+            raise EntryError(f"{path} cannot be read: {error.strerror}") from error
+        states[name] = state
+    return states
 
 
 def load_inputs(entry: ManifestEntry, *, aspect: Size, pose_sizes: set[Size]) -> EntryInputs:

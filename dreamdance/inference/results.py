@@ -16,6 +16,7 @@ from dreamdance.atomic_files import sync_folder
 from dreamdance.data.picture_grid import Row, draw_grid
 from dreamdance.data.transforms import encode_normals, resize_images, resize_normals, tensor_to_pictures
 from dreamdance.data.video_io import VideoError, write_video
+from dreamdance.file_states import FileState
 from dreamdance.folder_claim import OutputError
 from dreamdance.provenance import code_version, package_versions
 from dreamdance.run_layout import ARRAYS_FILE, RESULT_FILE
@@ -59,6 +60,16 @@ def is_done(folder: Path, request: dict[str, Any]) -> bool:
         return bool(found["sizes"]) and found["sizes"] == _sizes(folder)
     except (OSError, ValueError, KeyError, RecursionError):
         return False
+
+
+def known_states(folder: Path) -> dict[Path, FileState]:
+    """The files that a result was made from, by absolute path, as they were then; none where there is no result."""
+    try:
+        files = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))["files"].values()
+        noted = {Path(file.pop("path")).absolute(): FileState.from_json(file) for file in files}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+    return {path: state for path, state in noted.items() if state is not None}
 
 
 def write_result(folder: Path, result: ClipResult, *, request: dict[str, Any], details: dict[str, Any]) -> None:

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dreamdance.atomic_files import hash_file
 from dreamdance.errors import CheckpointError, MissingInputError, RecipeError
+from dreamdance.file_notes import noted_states
+from dreamdance.file_states import FileState, read_state
 from dreamdance.models.autoencoding import downscale_factor
 from dreamdance.pipelines import AnimationPipeline, GeometryPipeline
 from dreamdance.pipelines.sampling import COMPONENTS_MODULE
@@ -35,12 +37,14 @@ class Stages:
         geometry: stage 1, or None where the recipe names none.
         animation: stage 2.
         weights: stage -> sha256 over the export's files.
+        files: the state of each of these files.
         exports: stage -> its folder.
     """
 
     geometry: GeometryPipeline | None
     animation: AnimationPipeline
     weights: dict[str, str]
+    files: dict[Path, FileState]
     exports: dict[str, str]
 
 
@@ -64,10 +68,13 @@ def load_stages(recipe: AnimateRecipe, run_folder: Path, device: torch.device) -
         geometry.set_progress_bar_config(disable=True)
     if problems := list(_misfits(recipe, animation, geometry)):
         raise RecipeError("\n".join(problems))
-    weights = {stage: hash_export(folder) for stage, folder in exports.items()}
+    known = noted_states(run_folder)
+    states = {stage: read_export(folder, known) for stage, folder in exports.items()}
+    weights = {stage: hash_export(exports[stage], found) for stage, found in states.items()}
     for stage, folder in exports.items():
         logger.info("%s: %s in %s on %s", stage, folder, recipe.precision, device)
-    return Stages(geometry, animation, weights, {stage: str(folder) for stage, folder in exports.items()})
+    named = {stage: str(folder) for stage, folder in exports.items()}
+    return Stages(geometry, animation, weights, dict(ChainMap(*states.values())), named)
 
 
 def before_each_computation(stages: Stages, call: Callable[[], None]) -> None:
@@ -132,10 +139,16 @@ def check_components(folder: Path, index: dict[str, Any], *, key: str) -> None:
         )
 
 
-def hash_export(folder: Path) -> str:
+def read_export(folder: Path, known: Mapping[Path, FileState]) -> dict[Path, FileState]:
+    """The states of an export's files, by absolute path; those that are known and not written to are not read again."""
+    files = sorted(path.absolute() for path in folder.rglob("*") if path.is_file())
+    states = {path: read_state(path, known.get(path)) for path in files}
+    return {path: state for path, state in states.items() if state is not None}
+
+
+def hash_export(folder: Path, states: Mapping[Path, FileState]) -> str:
     """One sha256 over the names and contents of an export's files."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listing = [f"{path.relative_to(folder).as_posix()} {hash_file(path)}" for path in files]
+    listing = [f"{path.relative_to(folder.absolute()).as_posix()} {state.sha256}" for path, state in states.items()]
     return hashlib.sha256("\n".join(listing).encode()).hexdigest()
 
 

@@ -5,7 +5,8 @@ import json
 import time
 from pathlib import Path
 
-from dreamdance.atomic_files import write_atomically
+from dreamdance.atomic_files import hash_file, write_atomically
+from dreamdance.file_notes import is_as_noted
 from dreamdance.launch.prepared import describe_videos, is_prepared
 from dreamdance.recipe import AnimateRecipe, EvaluateRecipe, PrepareRecipe, Recipe, TrainingRecipe
 from dreamdance.run_layout import EXPORT_INDEX_FILE, FINISHED_FILE, RESULT_FILE, export_folder, is_export, step_folders
@@ -31,20 +32,22 @@ def is_finished(recipe: Recipe, run_folder: Path) -> bool:
         return False
     if isinstance(recipe, PrepareRecipe) and not is_prepared(recipe):
         return False
+    if isinstance(recipe, AnimateRecipe | EvaluateRecipe) and not is_as_noted(run_folder):
+        return False
     return bool(json.loads(marker.read_text(encoding="utf-8"))["inputs"] == _inputs_digest(recipe, run_folder.parent))
 
 
 def _inputs_digest(recipe: Recipe, runs: Path) -> str:
-    """Changes when the files that a run reads change; sizes and times stand for large files."""
+    """Changes with what a run reads, as far as the run's own note of files does not know it."""
     parts: list[str] = []
     if isinstance(recipe, AnimateRecipe):
         manifest = Path(recipe.manifest)
-        parts.append(manifest.read_text(encoding="utf-8") if manifest.is_file() else "")
+        parts.append(hash_file(manifest) if manifest.is_file() else "")
         for name in (recipe.geometry_from, recipe.animation_from):
             parts += _weights(name, runs) if name else []
     elif isinstance(recipe, EvaluateRecipe):
-        parts += _listing(Path(recipe.results), f"*/{RESULT_FILE}")
-        parts += _listing(Path(recipe.truth.local), "index.json")
+        found = sorted(path.parent.name for path in Path(recipe.results).glob(f"[!.]*/{RESULT_FILE}"))
+        parts += found  # the contents are noted
     elif isinstance(recipe, PrepareRecipe) and recipe.videos is not None:
         parts += describe_videos(Path(recipe.videos.folder))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -23,6 +24,7 @@ from dreamdance.errors import CheckpointError, ManifestError, MissingInputError,
 from dreamdance.inference.batch import AnimateError, animate
 from dreamdance.inference.inputs import Size, load_inputs
 from dreamdance.inference.manifest import read_manifest
+from dreamdance.launch.finished import is_finished, mark_finished
 from dreamdance.launch.job import free_port
 from dreamdance.recipe.schema import AnimateRecipe
 from dreamdance.run_layout import progress_file
@@ -151,6 +153,50 @@ def test_what_is_done_is_skipped_and_what_changed_is_done_again(job, runs):
     job.run(animation={"num_inference_steps": 1, "window_frames": 4, "window_overlap": 1, "guidance_scale": 3.0})
     assert job.result("b")["request"]["animation"]["guidance_scale"] == 3.0
     assert not list((job.folder / "results").glob(".*"))
+
+
+def test_a_replaced_input_and_a_removed_result_are_noticed_by_launcher_and_run(job):
+    """A replaced file has the old one's name, size and time; and what was only copied is not computed again."""
+    for number, name in enumerate("abc"):
+        job.add(name, seed=number, video=name == "c")
+    with Image.open(job.folder / "a.png") as opened:
+        opened.save(job.folder / "a.bmp")  # of one size, whatever it shows
+    job.entries[0]["image"] = "a.bmp"
+    job.run()
+    mark_finished(job.recipe(), job.run_folder)
+    assert is_finished(job.recipe(), job.run_folder)
+    first = job.ages()
+
+    picture = job.folder / "a.bmp"
+    before = picture.stat()
+    with Image.open(picture) as opened:
+        other = np.asarray(opened).copy()
+    other[0, 0] ^= 1
+    Image.fromarray(other).save(picture)
+    os.utime(picture, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (picture.stat().st_size, picture.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert not is_finished(job.recipe(), job.run_folder)
+    job.run()
+    assert is_finished(job.recipe(), job.run_folder)
+    second = job.ages()
+    assert second["a"] > first["a"]
+    assert (second["b"], second["c"]) == (first["b"], first["c"])
+
+    shutil.rmtree(job.folder / "results" / "b")
+    (job.folder / "results" / "c" / "video.mp4").unlink()
+    assert not is_finished(job.recipe(), job.run_folder)
+    job.run()
+    assert is_finished(job.recipe(), job.run_folder)
+    assert job.ages()["a"] == second["a"]
+    assert set(job.ages()) == {"a", "b", "c"}
+    assert job.ages()["c"] > second["c"]
+
+    shutil.copy(job.folder / "c.mkv", job.folder / "copy.mkv")
+    (job.folder / "copy.mkv").replace(job.folder / "c.mkv")
+    third = job.ages()
+    assert is_finished(job.recipe(), job.run_folder), "the same content"
+    job.run()
+    assert job.ages() == third
 
 
 def test_what_a_killed_run_left_half_written_is_made_anew(job):

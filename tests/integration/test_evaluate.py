@@ -20,6 +20,7 @@ from dreamdance.data.schema import pack_frames
 from dreamdance.data.stored_clip import StoredClip
 from dreamdance.errors import MissingInputError
 from dreamdance.evaluation.clips import Prediction, Result, ResultError, open_clips, read_result, read_truth
+from dreamdance.evaluation.measured import MeasuredClips
 from dreamdance.evaluation.report import evaluate, evaluate_clip
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table
 from dreamdance.evaluation.trivial import (
@@ -31,10 +32,11 @@ from dreamdance.evaluation.trivial import (
 )
 from dreamdance.inference.results import ClipResult
 from dreamdance.inference.results import write_result as write_clip_result
+from dreamdance.launch.finished import is_finished, mark_finished
 from dreamdance.recipe.schema import EvaluateRecipe, PrepareRecipe
 from dreamdance.recipe.sections import Shards
 
-NUM_FRAMES, HEIGHT, WIDTH = 5, 48, 32
+NUM_FRAMES, HEIGHT, WIDTH, FPS = 5, 48, 32, 8.0
 MAP_SIZE = (24, 16)
 
 
@@ -55,6 +57,7 @@ def data(tmp_path_factory):
                     "num_frames": NUM_FRAMES,
                     "width": WIDTH,
                     "height": HEIGHT,
+                    "fps": FPS,
                 },
             }
         )
@@ -72,14 +75,16 @@ def truths(data):
     }
 
 
-def write_result(folder, name: str, frames, normals=None, depths=None, reference_frame: int | None = NUM_FRAMES - 1):
+def write_result(
+    folder, name: str, frames, normals=None, depths=None, *, reference_frame: int | None = NUM_FRAMES - 1, fps=FPS
+):
     """A result as `animate` leaves it."""
     (folder / name).mkdir(parents=True)
     arrays = {"frames": np.rint(np.asarray(frames) * 255).astype(np.uint8)}
     if normals is not None:
         arrays |= {"normals": normals.astype(np.float16), "depths": depths.astype(np.float16)}
     np.savez_compressed(folder / name / "arrays.npz", **arrays)
-    (folder / name / "result.json").write_text(json.dumps({"reference_frame": reference_frame}))
+    (folder / name / "result.json").write_text(json.dumps({"fps": fps, "reference_frame": reference_frame}))
 
 
 def make_recipe(tmp_path, data, *, training_set: bool = False) -> EvaluateRecipe:
@@ -205,7 +210,7 @@ def test_footage_without_mask_or_maps_is_measured_over_whole_frames():
     clip = StoredClip(
         {**columns, **numbers, "clip_id": "video", "metadata": "{}", "rgb": pack_frames(frames)}, where="a test"
     )
-    result = Result("video", Prediction(frames=frames.astype(np.float32) / 255), reference_frame=0)
+    result = Result("video", Prediction(frames=frames.astype(np.float32) / 255), fps=8.0, reference_frame=0)
     scores = evaluate_clip(result, clip, None).scores
     assert scores[RESULT_ROW]["psnr"] == 100
     assert set(scores[RESULT_ROW]) == {"l1", "psnr", "ssim", "l1_disco", "psnr_disco_overflow", "ssim_disco"}
@@ -219,6 +224,43 @@ def test_results_of_a_shorter_or_smaller_kind_are_compared_at_their_own_size(tmp
         write_result(tmp_path / "results", name, small)
     row = run(tmp_path, data)["rows"][RESULT_ROW]
     assert row["l1"] < 0.02
+
+
+def test_a_result_of_half_the_frame_rate_is_compared_at_the_times_that_it_has(tmp_path, data, truths):
+    for name, truth in truths.items():
+        write_result(tmp_path / "results", name, truth.pictures.frames[::2], fps=FPS / 2)
+    table = run(tmp_path, data)
+    assert table["rows"][RESULT_ROW]["l1"] < 1e-6, "by number, frame 1 would be compared with frame 2's picture"
+    assert table["protocol"]["clips"].endswith(f"; {2 * len(truths)} frames"), "0 and 2; 4 is the reference"
+
+
+def test_a_result_that_plays_its_clips_frames_at_another_rate_is_refused_by_name(tmp_path, data, truths):
+    name, truth = next(iter(truths.items()))
+    write_result(tmp_path / "results", name, truth.pictures.frames, fps=2 * FPS)
+    with pytest.raises(ResultError, match=rf"'{name}' plays the 5 frames of its clip at 16 .* give 8, and run animate"):
+        run(tmp_path, data)
+
+
+def test_a_table_is_out_of_date_when_what_it_was_made_from_was_replaced(tmp_path, data, truths):
+    local = shutil.copytree(data / "validation", tmp_path / "data" / "validation")
+    for name, truth in truths.items():
+        write_result(tmp_path / "results", name, truth.pictures.frames)
+    recipe = make_recipe(tmp_path, tmp_path / "data")
+    run(tmp_path, tmp_path / "data")
+    mark_finished(recipe, tmp_path / "run")
+    assert is_finished(recipe, tmp_path / "run")
+    shard = next(local.glob("*.zstd"))
+    for path in (tmp_path / "results" / name / "arrays.npz", shard):
+        key = MeasuredClips(tmp_path / "measured", recipe).path(tmp_path / "results" / name)
+        content, before = path.read_bytes(), path.stat()
+        path.write_bytes(bytes(before.st_size))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert not is_finished(recipe, tmp_path / "run"), path
+        if path != shard:
+            assert MeasuredClips(tmp_path / "measured", recipe).path(tmp_path / "results" / name) != key
+        path.write_bytes(content)
+    run(tmp_path, tmp_path / "data")
+    assert is_finished(recipe, tmp_path / "run")
 
 
 def test_results_without_truth_are_told_and_left_out(tmp_path, data, truths, caplog):
@@ -308,7 +350,17 @@ def test_hostile_arrays_are_refused_before_they_run_or_fill_the_memory(tmp_path,
     )
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "[]", '{"reference_frame": "1"}', '{"reference_frame": -1}', "\0"])
+REFERENCES, RATES = ('"1"', "-1", "1.5"), ("0", '"8"', "NaN", "Infinity", "true", "null")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[" * 100_000, "[]", "\0", '{"reference_frame": 1}'),
+        *(f'{{"fps": 8, "reference_frame": {number}}}' for number in REFERENCES),
+        *(f'{{"fps": {number}}}' for number in RATES),
+    ],
+)
 def test_a_description_that_is_none_is_named(tmp_path, text):
     write_result(tmp_path, "clip", np.zeros((2, 4, 4, 3)))
     assert read_result(tmp_path / "clip").reference_frame == NUM_FRAMES - 1

@@ -1,5 +1,7 @@
 """What an entry of a manifest becomes: upright, cut to the result's aspect, drawn and resized from the original."""
 
+import hashlib
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -14,7 +16,7 @@ from dreamdance.data.keypoints import NUM_KEYPOINTS, KeypointSequence, write_key
 from dreamdance.data.pose_drawing import draw_pose
 from dreamdance.data.video_io import write_video
 from dreamdance.inference import inputs
-from dreamdance.inference.inputs import EntryError, Size, hash_files, load_inputs
+from dreamdance.inference.inputs import EntryError, Size, load_inputs, read_files
 from dreamdance.inference.manifest import ManifestEntry
 
 SQUARE = Size(16, 16)
@@ -197,13 +199,16 @@ def test_aligned_key_points_are_drawn_in_the_references_frame(entry: ManifestEnt
 
 
 def test_hashes_name_every_file_that_counts_and_change_with_its_content(entry: ManifestEntry, tmp_path: Path) -> None:
-    first = hash_files(entry)
+    first = {name: state.sha256 for name, state in read_files(entry).items()}
     assert set(first) == {"image", "keypoints"}
-    assert len(first["image"]) == 64
+    assert first["image"] == hashlib.sha256(entry.image.read_bytes()).hexdigest()
     entry.image.write_bytes(entry.image.read_bytes() + b"\0")
-    second = hash_files(entry)
+    second = {name: state.sha256 for name, state in read_files(entry).items()}
     assert second["image"] != first["image"]
     assert second["keypoints"] == first["keypoints"]
     missing = changed(entry, image=tmp_path / "nothing")
     with pytest.raises(EntryError, match="nothing cannot be read: No such file or directory"):
-        hash_files(missing)
+        read_files(missing)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(EntryError, match="pipe cannot be read: it is no regular file"):
+        read_files(changed(entry, image=tmp_path / "pipe"))

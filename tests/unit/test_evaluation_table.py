@@ -2,15 +2,17 @@
 
 import json
 import math
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dreamdance.errors import MissingInputError
-from dreamdance.evaluation.clips import Prediction, ResultError, Truth, find_results, read_result
+from dreamdance.evaluation.clips import Prediction, Result, ResultError, Truth, find_results, read_result
 from dreamdance.evaluation.scores import IMPROVEMENT_KEYS, METRICS, as_bytes, mean_scores, score
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table, compare_with_trivial
+from dreamdance.evaluation.times import pair_frames
 from dreamdance.evaluation.trivial import (
     MEAN_COLOUR,
     MEAN_OF_TRAINING,
@@ -208,7 +210,7 @@ def test_trivial_answers_look_at_the_reference_or_at_nothing() -> None:
 # ------------------------------------------------------------------------------------------- results on disk
 
 
-def write_result(folder: Path, details: str = "{}", **arrays: np.ndarray) -> Path:
+def write_result(folder: Path, details: str = '{"fps": 8}', **arrays: np.ndarray) -> Path:
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(details)
     frames = np.zeros((2, 6, 4, 3), dtype=np.uint8)
@@ -218,7 +220,9 @@ def write_result(folder: Path, details: str = "{}", **arrays: np.ndarray) -> Pat
 
 def test_a_result_has_its_sizes_its_reference_frame_and_its_folders_name(tmp_path: Path) -> None:
     normals, depths = np.zeros((2, 3, 2, 3), dtype=np.float16), np.zeros((2, 3, 2), dtype=np.float16)
-    result = read_result(write_result(tmp_path / "clip", '{"reference_frame": 5}', normals=normals, depths=depths))
+    result = read_result(
+        write_result(tmp_path / "clip", '{"fps": 8, "reference_frame": 5}', normals=normals, depths=depths)
+    )
     assert (result.id, result.num_frames, result.reference_frame) == ("clip", 2, 5)
     assert (result.frame_size, result.map_size) == ((6, 4), (3, 2))
     assert result.prediction.normals.dtype == np.float32
@@ -257,3 +261,32 @@ def test_results_are_found_by_name_without_those_being_written(tmp_path: Path) -
     assert [path.name for path in find_results(tmp_path)] == ["a", "b"]
     with pytest.raises(MissingInputError, match=r"holds no results \(key: results\); run the animate recipe first"):
         find_results(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("num_result", "result_fps", "num_true", "true_fps"),
+    [
+        (10, 8, 10, 8),
+        (7, 8, 10, 8),
+        (12, 8, 10, 8),
+        (5, 15, 10, 30),
+        (20, 60, 10, 30),
+        (8, 24, 11, 30),
+        (9, 25, 10, 30),
+    ],
+)
+def test_frames_are_compared_where_their_times_are_the_same(num_result, result_fps, num_true, true_fps):
+    times = {Fraction(frame, true_fps): frame for frame in range(num_true)}
+    same = [(i, times[time]) for i in range(num_result) if (time := Fraction(i, result_fps)) in times]
+    assert len(same) > 1
+    assert pair_frames(blank_result(num_result, result_fps), num_frames=num_true, fps=true_fps) == same
+
+
+def test_a_rate_written_in_two_ways_is_one_rate():
+    long = [(frame, frame) for frame in range(400)]
+    assert pair_frames(blank_result(400, 30.0), num_frames=500, fps=30_000 / 1001) == long
+    assert pair_frames(blank_result(400, 29.97), num_frames=400, fps=30_000 / 1001) == long
+
+
+def blank_result(num_frames: int, fps: float) -> Result:
+    return Result("clip", Prediction(np.zeros((num_frames, 2, 2, 3), np.float32)), fps=fps, reference_frame=None)

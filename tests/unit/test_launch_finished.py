@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from dreamdance.file_notes import of_content, write_note
+from dreamdance.file_states import read_state
 from dreamdance.launch.finished import is_finished, mark_finished
 from dreamdance.recipe import load_recipe
 from dreamdance.run_layout import export_folder
@@ -44,54 +46,101 @@ def test_a_raised_max_steps_makes_a_finished_run_unfinished(run_folder):
     assert not is_finished(load_recipe(DEMO / "stage2.yaml", [f"max_steps={recipe.max_steps + 1}"]), run_folder)
 
 
-def test_animate_runs_again_when_its_manifest_or_a_run_that_it_uses_has_changed(run_folder, tmp_path):
+def note(run_folder: Path, *read: Path) -> None:
+    """What `animate` and `evaluate` leave in the run folder when they have read these files."""
+    states = {path: read_state(path) for path in read}
+    write_note(run_folder, {path: of_content(state) for path, state in states.items() if state is not None})
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """A file that an entry of a manifest names."""
+    path = tmp_path / "a.png"
+    path.write_bytes(b"one picture")
+    return path
+
+
+def test_animate_runs_again_when_its_manifest_or_a_run_that_it_uses_has_changed(run_folder, tmp_path, picture):
     manifest, output = tmp_path / "manifest.jsonl", tmp_path / "out"
     manifest.write_text(json.dumps({"id": "a"}) + "\n")
     output.mkdir()
     recipe = load_recipe(DEMO / "animate.yaml", [f"manifest={manifest}", f"output={output}"])
+    note(run_folder, picture)
     mark_finished(recipe, run_folder)
     assert is_finished(recipe, run_folder)
     with manifest.open("a") as lines:
         lines.write(json.dumps({"id": "b"}) + "\n")
     assert not is_finished(recipe, run_folder)
     mark_finished(recipe, run_folder)
+    assert is_finished(recipe, run_folder)
     export_folder(run_folder.parent / recipe.animation_from, 7).mkdir(parents=True)
     assert not is_finished(recipe, run_folder)
 
 
-def test_animate_is_finished_wherever_it_is_asked_from(run_folder, tmp_path, monkeypatch):
+def test_animate_runs_again_when_a_file_that_it_read_was_replaced_by_one_of_the_same_size_and_time(
+    run_folder, tmp_path, picture
+):
+    manifest, output = tmp_path / "manifest.jsonl", tmp_path / "out"
+    manifest.write_bytes(b"\xff what is no text is told when it runs\n")
+    output.mkdir()
+    recipe = load_recipe(DEMO / "animate.yaml", [f"manifest={manifest}", f"output={output}"])
+    mark_finished(recipe, run_folder)
+    assert not is_finished(recipe, run_folder), "nothing says what it was made from"
+    note(run_folder, picture)
+    assert is_finished(recipe, run_folder)
+    times = picture.stat()
+    picture.write_bytes(b"two picture")
+    os.utime(picture, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert not is_finished(recipe, run_folder)
+
+
+def test_animate_is_finished_wherever_it_is_asked_from(run_folder, tmp_path, picture, monkeypatch):
     """`status` names runs from the working directory, the job by their full path."""
     manifest, output = tmp_path / "manifest.jsonl", tmp_path / "results"
     manifest.write_text('{"id": "a"}\n')
     output.mkdir()
     recipe = load_recipe(DEMO / "animate.yaml", [f"manifest={manifest}", f"output={output}"])
     (run_folder.parent / recipe.geometry_from / "exports" / "step_00000200").mkdir(parents=True)
+    note(run_folder, picture)
     assert mark_finished(recipe, run_folder)
     monkeypatch.chdir(run_folder.parent.parent)
     assert is_finished(recipe, run_folder.relative_to(run_folder.parent.parent))
 
 
-def test_animate_runs_again_when_an_export_that_it_is_given_as_a_folder_has_changed(run_folder, tmp_path):
+def test_animate_runs_again_when_an_export_that_it_is_given_as_a_folder_has_changed(run_folder, tmp_path, picture):
     index, output = tmp_path / "stage2" / "model_index.json", tmp_path / "out"
     for folder in (index.parent, output):
         folder.mkdir()
     index.write_text("{}")
     words = [f"manifest={tmp_path / 'none'}", f"output={output}", f"animation_from={index.parent}"]
     recipe = load_recipe(DEMO / "animate.yaml", words)
+    note(run_folder, picture)
     mark_finished(recipe, run_folder)
     assert is_finished(recipe, run_folder)
     index.write_text('{"_class_name": "AnimationPipeline"}')
     assert not is_finished(recipe, run_folder)
 
 
-def test_evaluate_runs_again_when_a_result_has_changed(run_folder, tmp_path):
-    result = tmp_path / "results" / "a" / "result.json"
-    result.parent.mkdir(parents=True)
-    result.write_text("{}")
+def test_evaluate_runs_again_when_a_result_came_went_or_changed(run_folder, tmp_path):
+    results = [tmp_path / "results" / name / "result.json" for name in "ab"]
+    for result in results:
+        result.parent.mkdir(parents=True)
+        result.write_text("{}")
     recipe = load_recipe(DEMO / "evaluate.yaml", [f"results={tmp_path / 'results'}"])
+    note(run_folder, *results)
     mark_finished(recipe, run_folder)
+    (tmp_path / "results" / ".c.incoming").mkdir()
+    (tmp_path / "results" / ".c.incoming" / "result.json").write_text("{}")
     assert is_finished(recipe, run_folder)
-    result.write_text('{"seed": 1}')
+    results[0].write_text('{"seed": 1}')
+    assert not is_finished(recipe, run_folder)
+    results[0].write_text("{}")
+    assert is_finished(recipe, run_folder), "the same content again"
+    (tmp_path / "results" / ".c.incoming").rename(tmp_path / "results" / "c")
+    assert not is_finished(recipe, run_folder)
+    shutil.rmtree(tmp_path / "results" / "c")
+    assert is_finished(recipe, run_folder)
+    shutil.rmtree(tmp_path / "results" / "b")
     assert not is_finished(recipe, run_folder)
 
 
