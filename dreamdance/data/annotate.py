@@ -13,7 +13,7 @@ import numpy as np
 from dreamdance.data.keypoints import NUM_KEYPOINTS
 from dreamdance.data.pose_drawing import draw_poses
 from dreamdance.data.schema import encode_disparity, encode_normal
-from dreamdance.data.shard_writer import ClipRecord
+from dreamdance.data.shard_parts import ClipRecord
 from dreamdance.errors import MissingInputError
 
 

@@ -6,37 +6,43 @@ with a reference picture and its poses in `output/examples/<clip>`.
 
 import json
 import logging
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from dreamdance.crew import Crew
-from dreamdance.data.clips import StoredClips
 from dreamdance.data.dancers import HELD_OUT_SEEDS, TRAINING_SEEDS, render_clip
-from dreamdance.data.keypoints import KeypointSequence, write_keypoint_file
+from dreamdance.data.examples import MANIFEST_FILE, write_examples
 from dreamdance.data.pose_drawing import draw_poses
+from dreamdance.data.prepare_notes import (
+    broken_text,
+    changed_text,
+    read_inputs,
+    read_skipped,
+    stopped_text,
+    table,
+    write_damaged,
+    write_inputs,
+)
 from dreamdance.data.schema import encode_disparity, encode_normal
-from dreamdance.data.shard_writer import ClipRecord, Part, ShardFormat, write_shards
-from dreamdance.data.stored_clip import StoredClip
-from dreamdance.data.streaming_compat import INDEX_FILE
-from dreamdance.data.video_clips import Split, VideoPart, choose_validation, describe_files, find_videos
-from dreamdance.data.video_io import write_video
+from dreamdance.data.shard_parts import ClipRecord, Part, PartSource, ShardFormat
+from dreamdance.data.shard_writer import ShardFolder, Survey
+from dreamdance.data.video_clips import Split, VideoPart, choose_validation, find_videos
+from dreamdance.data.video_io import VideoError
+from dreamdance.data.video_names import part_name, video_ids
+from dreamdance.data.video_opening import check_videos, video_files
+from dreamdance.errors import ShardError
 from dreamdance.folder_claim import claim_folder
 from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import DancersSource, PrepareRecipe, VideosSource
-from dreamdance.recipe.sections import Shards
 from dreamdance.run_layout import ProgressLog
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_FILE = "manifest.jsonl"
-EXAMPLES_FOLDER = "examples"
+REPORT_EVERY = 50
 
 
 def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
@@ -47,47 +53,172 @@ def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
         run_folder: for the progress log, and the note of what is done.
 
     Raises:
-        UserError: no or unusable videos, or an output folder of other settings.
+        UserError: no or unusable videos (all of them named), or an output folder of other settings or other videos.
         LostWorkerError: another rank is lost, or a process of this one.
     """
     ranks = Ranks.from_environment()
     progress = ProgressLog(run_folder, ranks)
     output = Path(recipe.output)
-    shard_format = ShardFormat(shard_size_mib=recipe.shard_size_mib, compression=recipe.compression)
     parts = plan_parts(recipe)
-    total = sum(len(planned) for planned in parts.values())
-    done_before = 0
-
-    def report(split: Split, done: int, _: int) -> None:
-        progress.write(done=done_before + done, total=total, unit="parts", message=f"writing {output / split}")
-
     claim = claim_folder(output, key="output") if ranks.is_main else nullcontext()
     with claim, Crew(ranks, cluster=recipe.cluster, run_folder=run_folder) as crew:
-        for split, planned in parts.items():
-            write_shards(
+        folders = {
+            split: ShardFolder(
                 output / split,
                 planned,
                 settings={**describe_source(recipe), "split": split, "shard_size_mib": recipe.shard_size_mib},
-                shard_format=shard_format,
-                num_workers=recipe.num_workers,
+                shard_format=ShardFormat(shard_size_mib=recipe.shard_size_mib, compression=recipe.compression),
                 crew=crew,
-                on_part=partial(report, split),
+                on_error=recipe.videos.on_error if recipe.videos else "stop",
             )
-            done_before += len(planned)
-        if ranks.is_main and "validation" in parts:
-            count = write_examples(output, before_clip=partial(crew.watchdog.enter, "writing an example"))
-            logger.info("%s lists %d validation clips for `animate`", output / MANIFEST_FILE, count)
+            for split, planned in parts.items()
+        }
+        missing = check_inputs(recipe, folders, crew, ProgressLog(run_folder, ranks))
+        damaged = write_missing(recipe, folders, missing, crew, progress)
+        if damaged and ranks.is_main:
+            write_damaged(output, damaged)
+        if damaged and crew.is_called_off():
+            raise VideoError(stopped_text(damaged, output))
+        if ranks.is_main:
+            complete(recipe, folders, crew, damaged)
+    total = sum(len(planned) for planned in parts.values())
     progress.write(done=total, total=total, unit="parts", message=f"{output} is complete")
 
 
+def check_inputs(
+    recipe: PrepareRecipe, folders: Mapping[Split, ShardFolder], crew: Crew, progress: ProgressLog
+) -> dict[Split, list[str]]:
+    """Compares what is there with what it was made from, and opens the videos of what is missing; ranks divide both.
+
+    Returns:
+        The names of the parts that are to be made, of all ranks.
+
+    Raises:
+        ShardError: a complete output was made from other videos; names them.
+        VideoError: what headers show is wrong; names all of it. Not with `videos.on_error: skip`.
+        LostWorkerError: another rank is lost.
+    """
+    output = Path(recipe.output)
+    known = read_inputs(output)
+    surveys = {split: folder.survey(known) for split, folder in folders.items()}
+    broken = {} if recipe.videos is None else open_missing(recipe, recipe.videos, folders, surveys, crew, progress)
+    told = {
+        "missing": {split: survey.missing for split, survey in surveys.items()},
+        "changed": [name for survey in surveys.values() for name in survey.changed],
+        "added": [name for survey in surveys.values() for name in survey.added],
+        "broken": broken,
+        "states": {name: state.to_json() for survey in surveys.values() for name, state in survey.states.items()},
+    }
+    answers = [json.loads(text) for text in crew.exchange("inputs", json.dumps(told))]
+    changed, added = ({name for answer in answers for name in answer[key]} for key in ("changed", "added"))
+    removed = {name for folder in folders.values() for name in folder.removed()}
+    if others := changed_text(output, changed=changed, added=added, removed=removed):
+        raise ShardError(others)
+    broken = {name: reason for answer in answers for name, reason in answer["broken"].items()}
+    if broken and recipe.videos is not None:
+        if crew.ranks.is_main:
+            write_damaged(output, broken)
+        if recipe.videos.on_error == "stop":
+            raise VideoError(broken_text(broken, output))
+        logger.warning("left out, because of `videos.on_error: skip`:\n%s", table(broken))
+    if crew.ranks.is_main and recipe.videos is not None:
+        write_inputs(output, {name: state for answer in answers for name, state in answer["states"].items()})
+    return {split: [name for answer in answers for name in answer["missing"][split]] for split in folders}
+
+
+def open_missing(
+    recipe: PrepareRecipe,
+    source: VideosSource,
+    folders: Mapping[Split, ShardFolder],
+    surveys: Mapping[Split, Survey],
+    crew: Crew,
+    progress: ProgressLog,
+) -> dict[str, str]:
+    """Opens the videos of this rank's missing parts; returns what is wrong with which."""
+    wanted = {
+        part.source.name
+        for split, folder in folders.items()
+        for part in folder.parts
+        if part.source is not None and part.name in set(surveys[split].missing)
+    }
+
+    def report(number: int) -> None:
+        crew.watchdog.enter("opening videos", f"{number} of {len(wanted)}")
+        crew.check()
+        if number % REPORT_EVERY == 0 or number == len(wanted):
+            progress.write(done=number, total=len(wanted), unit="videos", message=f"opening {source.folder}")
+
+    if not wanted:
+        return {}
+    report(0)
+    return check_videos(source, sorted(wanted), num_threads=recipe.num_workers, on_video=report)
+
+
+def write_missing(
+    recipe: PrepareRecipe,
+    folders: Mapping[Split, ShardFolder],
+    missing: Mapping[Split, Sequence[str]],
+    crew: Crew,
+    progress: ProgressLog,
+) -> dict[str, str]:
+    """Writes this rank's share of the missing parts of both splits, and waits for the others'.
+
+    Returns:
+        What was found damaged while it was decoded, of all ranks: name -> reason.
+    """
+    total = sum(len(folder.parts) for folder in folders.values())
+    done_before, damaged = 0, dict[str, str]()
+
+    def report(folder: ShardFolder, done: int, _: int) -> None:
+        progress.write(done=done_before + done, total=total, unit="parts", message=f"writing {folder.folder}")
+
+    for split, folder in folders.items():
+        damaged.update(folder.write(missing[split], recipe.num_workers, partial(report, folder)))
+        done_before += len(folder.parts)
+    told = [json.loads(text) for text in crew.exchange("damaged", json.dumps(damaged))]
+    return {name: reason for damages in told for name, reason in damages.items()}
+
+
+def complete(
+    recipe: PrepareRecipe, folders: Mapping[Split, ShardFolder], crew: Crew, damaged: Mapping[str, str]
+) -> None:
+    """Makes the output whole: indices, examples, and the notes of the videos; on the main rank alone.
+
+    Of a damaged video nothing is written, though the part that one split has of it may be sound.
+    """
+    output = Path(recipe.output)
+    for folder in folders.values():
+        folder.wait(lambda *_: None)
+    left_out = {name: reason for folder in folders.values() for name, reason in folder.damaged().items()} | {**damaged}
+    states = {
+        name: state.to_json()
+        for folder in folders.values()
+        for note in folder.notes.values()
+        for name, state in note.files.items()
+        if state is not None
+    }
+    if recipe.videos is not None:
+        write_damaged(output, left_out)
+    if left_out:
+        logger.warning("nothing was written of %d damaged videos:\n%s", len(left_out), table(left_out))
+    for folder in folders.values():
+        folder.complete(left_out)
+    if recipe.videos is not None:
+        write_inputs(output, states)
+    if "validation" in folders:
+        count = write_examples(output, before_clip=partial(crew.watchdog.enter, "writing an example"))
+        logger.info("%s lists %d validation clips for `animate`", output / MANIFEST_FILE, count)
+
+
 def describe_source(recipe: PrepareRecipe) -> dict[str, Any]:
-    """All settings that decide the content of the clips, and no others."""
+    """All settings that decide the content of the clips, and no others; the videos' own content is noted by part."""
     source = recipe.dancers or recipe.videos
     if source is None:
         raise ValueError("a prepare recipe names either `dancers` or `videos`")  # recipe.rules has refused it
     details: dict[str, Any] = {"clips_per_part": recipe.clips_per_part, **source.model_dump(mode="json")}
     if isinstance(source, VideosSource):
-        details.update(seed=recipe.seed, files=describe_files(source.folder))
+        details.pop("on_error")
+        details.update(seed=recipe.seed)
     return details
 
 
@@ -101,7 +232,7 @@ def plan_parts(recipe: PrepareRecipe) -> dict[Split, list[Part]]:
         return plan_dancers(recipe.dancers, recipe.clips_per_part)
     if recipe.videos is None:
         raise ValueError("a prepare recipe names either `dancers` or `videos`")
-    return plan_videos(recipe.videos, recipe.seed)
+    return plan_videos(recipe.videos, recipe.seed, skipped=read_skipped(Path(recipe.output)))
 
 
 def plan_dancers(source: DancersSource, clips_per_part: int) -> dict[Split, list[Part]]:
@@ -119,9 +250,18 @@ def plan_dancers(source: DancersSource, clips_per_part: int) -> dict[Split, list
     }
 
 
-def plan_videos(source: VideosSource, seed: int) -> dict[Split, list[Part]]:
-    """One part for each video and split that it belongs to."""
-    names = find_videos(source.folder)
+def plan_videos(source: VideosSource, seed: int, *, skipped: Collection[str] = ()) -> dict[Split, list[Part]]:
+    """One part for each video and split that it belongs to.
+
+    Args:
+        source: the folder, and how it is divided.
+        seed: of the draw for validation.
+        skipped: names of damaged videos that a complete output does without. Where they have been removed since, they
+            still count, so that all others stay in the split that they were drawn for.
+    """
+    found = set(find_videos(source.folder))
+    names = sorted(found.union(skipped))
+    ids = video_ids(names)
     splits: dict[Split, list[str]] = {"train": names, "validation": names}
     if source.split_by == "clip":
         held_out = choose_validation(names, fraction=source.validation_fraction, seed=seed)
@@ -131,10 +271,13 @@ def plan_videos(source: VideosSource, seed: int) -> dict[Split, list[Part]]:
         }
     if source.validation_fraction == 0:
         del splits["validation"]
-    return {
-        split: [Part(f"part_{number:05d}", VideoPart(source, name, split)) for number, name in enumerate(chosen)]
-        for split, chosen in splits.items()
-    }
+
+    def plan(name: str, split: Split) -> Part:
+        files = tuple(video_files(source.folder, name).values()) if name in found else ()
+        make = VideoPart(source, name, ids[name], split)
+        return Part(part_name(name), make, PartSource(name, ids[name], files))
+
+    return {split: [plan(name, split) for name in chosen] for split, chosen in splits.items()}
 
 
 @dataclass(frozen=True)
@@ -169,53 +312,3 @@ def render_record(seed: int, source: DancersSource) -> ClipRecord:
             "intrinsics": clip.intrinsics.tolist(),
         },
     )
-
-
-def write_examples(output: Path, *, before_clip: Callable[[str], None]) -> int:
-    """Writes reference and poses of each validation clip, and the manifest, last.
-
-    The reference is the clip's last frame: the one that `data.clips.fixed_clips` shows too.
-
-    Args:
-        output: where `validation` lies.
-        before_clip: called with the clip's number in words, before each.
-
-    Returns:
-        The number of clips.
-    """
-    manifest, index = output / MANIFEST_FILE, output / "validation" / INDEX_FILE
-    clips = StoredClips(Shards(local=str(output / "validation")), verify="size", ranks=Ranks())
-    if manifest.exists() and manifest.stat().st_mtime_ns >= index.stat().st_mtime_ns:
-        return len(clips)
-    lines = []
-    for number in range(len(clips)):
-        before_clip(f"clip {number} of {len(clips)}")
-        clip = clips.clip(number)
-        folder = Path(EXAMPLES_FOLDER) / clip.clip_id
-        (output / folder).mkdir(parents=True, exist_ok=True)
-        reference = clip.frames("rgb", [clip.num_frames - 1])[0]
-        Image.fromarray(reference).save(output / folder / "reference.png")
-        entry = {
-            "id": clip.clip_id,
-            "image": str(folder / "reference.png"),
-            **_write_poses(clip, output, folder),
-            "seed": number,
-            "align": False,
-            "fps": clip.fps,
-            "reference_frame": clip.num_frames - 1,
-        }
-        lines.append(json.dumps(entry) + "\n")
-    incoming = output / f".{MANIFEST_FILE}.incoming"
-    incoming.write_text("".join(lines), encoding="utf-8")
-    os.replace(incoming, manifest)
-    return len(clips)
-
-
-def _write_poses(clip: StoredClip, output: Path, folder: Path) -> dict[str, str]:
-    """Writes the key points, or, where there are none, the drawings as a lossless video; returns the entry for it."""
-    if clip.keypoints is not None:
-        sequence = KeypointSequence(clip.keypoints, width=clip.width, height=clip.height, fps=clip.fps)
-        write_keypoint_file(output / folder / "keypoints.json", sequence)
-        return {"keypoints": str(folder / "keypoints.json")}
-    write_video(output / folder / "pose.mkv", clip.frames("pose"), fps=clip.fps, lossless=True)
-    return {"pose": str(folder / "pose.mkv")}

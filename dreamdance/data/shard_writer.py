@@ -1,92 +1,335 @@
 """Writes a folder of shards in parallel parts: killed at any time and started again, it ends in the same folder.
 
 Each part is written under a temporary name and renamed; what is there is not written again. When all parts are there,
-their shards get their final names and the index is written last, so that a folder with an index is complete.
+their shards get their final names and the index is written last, so that a folder with an index is complete. A complete
+folder is completed again when shards were removed, or when videos that had been skipped are repaired: with new parts
+beside the shards that it has.
 """
 
-import contextlib
+import functools
 import json
 import logging
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
+from typing import Any
 
 from dreamdance.crew import Crew
-from dreamdance.data.schema import COLUMNS, SCHEMA_VERSION, pack_frames, pack_keypoints
+from dreamdance.data.schema import SCHEMA_VERSION
 from dreamdance.data.shard_index import DETAILS_KEY, read_index
-from dreamdance.data.streaming_compat import INDEX_FILE, MDSWriter
-from dreamdance.data.worker_processes import start_worker, worker_context
-from dreamdance.errors import LostWorkerError, ShardError
+from dreamdance.data.shard_parts import (
+    HASHES,
+    PARTS_FOLDER,
+    ClipRecord,
+    OnError,
+    Part,
+    PartNote,
+    PartSource,
+    ShardFormat,
+    check_settings,
+    part_folder,
+    read_note,
+    read_object,
+    write_parts,
+)
+from dreamdance.data.streaming_compat import INDEX_FILE
+from dreamdance.errors import ShardError
+from dreamdance.file_states import FileState, read_state
 from dreamdance.ranks import Ranks
+
+__all__ = ["ClipRecord", "Part", "PartSource", "ShardFolder", "ShardFormat", "Survey", "write_shards"]
 
 logger = logging.getLogger(__name__)
 
-PARTS_FOLDER = ".parts"
 SETTINGS_FILE = "settings.json"
-HASHES = ["sha1", "xxh64"]
-POLL_SECONDS = 0.2
+SOURCES_KEY = "sources"
+"""In an index's details: by part, the name and the id of what it was made from, its files' hashes, its damage."""
 
 
-@dataclass(frozen=True)
-class ClipRecord:
-    """A clip to be stored.
+@dataclass
+class Survey:
+    """What a start finds of its parts.
 
-    rgb, pose, normal: `(f, H, W, 3)` uint8; depth `(f, H, W)` uint16; mask `(f, H, W)` uint8, 255 on the body;
-    keypoints `(f, 128, 3)` float32. Encodings are those of `data.schema`.
+    Attributes:
+        missing: names of the parts that are to be made.
+        changed: of a complete folder, the files that are no longer those that it was made from.
+        added: names of sources that a complete folder was made without.
+        states: of the files that were read, by name.
     """
 
-    clip_id: str
-    fps: float
-    rgb: np.ndarray
-    pose: np.ndarray | None = None
-    normal: np.ndarray | None = None
-    depth: np.ndarray | None = None
-    mask: np.ndarray | None = None
-    keypoints: np.ndarray | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-    def to_sample(self) -> dict[str, Any]:
-        """The clip as the columns of a shard."""
-        num_frames, height, width = self.rgb.shape[:3]
-        sample: dict[str, Any] = {
-            "schema_version": SCHEMA_VERSION,
-            "clip_id": self.clip_id,
-            "num_frames": num_frames,
-            "width": width,
-            "height": height,
-            "fps": float(self.fps),
-            "metadata": json.dumps(self.metadata, sort_keys=True),
-            "keypoints": b"" if self.keypoints is None else pack_keypoints(self.keypoints),
-        }
-        for name in ("rgb", "pose", "normal", "depth", "mask"):
-            frames = getattr(self, name)
-            sample[name] = b"" if frames is None else pack_frames(frames)
-        return sample
+    missing: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    added: list[str] = field(default_factory=list)
+    states: dict[str, FileState] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Part:
-    """Clips that one worker writes together: `make` is called there, and must be picklable."""
+class ShardFolder:
+    """A folder of shards in the making. The ranks divide its parts; each surveys and writes its own."""
 
-    name: str
-    make: Callable[[], Iterator[ClipRecord]]
+    def __init__(
+        self,
+        folder: Path,
+        parts: Sequence[Part],
+        *,
+        settings: Mapping[str, Any],
+        shard_format: ShardFormat,
+        crew: Crew,
+        on_error: OnError = "stop",
+    ) -> None:
+        """Begins the folder, or goes on with it.
 
+        Args:
+            folder: of the shards.
+            parts: the same list on every rank, with different names without dots.
+            settings: all that decides the content (JSON-able) but the content of sources.
+            shard_format: size and compression of the files.
+            crew: the ranks that share the work.
+            on_error: what becomes of a part whose source is damaged.
 
-@dataclass(frozen=True)
-class ShardFormat:
-    """How the files of a folder are made."""
+        Raises:
+            ShardError: the folder was begun with other settings; names them.
+        """
+        self.folder, self.parts, self._format, self._crew, self._on_error = folder, parts, shard_format, crew, on_error
+        whole = {**settings, "compression": shard_format.compression, "hashes": HASHES}
+        self._settings: dict[str, Any] = json.loads(json.dumps(whole))
+        self.is_complete = (folder / INDEX_FILE).exists()
+        self._sources: dict[str, dict[str, Any]] = {}
+        self._shards: dict[str, list[dict[str, Any]]] = {}
+        self._missing: set[str] = set()
+        if self.is_complete:
+            self._read_complete()
+        else:
+            self._begin()
 
-    shard_size_mib: int = 64
-    compression: Literal["none", "zstd"] = "zstd"
+    def _read_complete(self) -> None:
+        index = read_index(self.folder / INDEX_FILE)
+        check_settings(self.folder, index.details.get("settings", {}), self._settings)
+        self._sources = index.details.get(SOURCES_KEY, {})
+        for shard in read_object(self.folder / INDEX_FILE)["shards"]:
+            self._shards.setdefault(_stored(shard)["basename"].partition(".")[0], []).append(shard)
+
+    def _begin(self) -> None:
+        """Notes the settings at the first start; at a later one compares them."""
+        noted = self.folder / PARTS_FOLDER / SETTINGS_FILE
+        if noted.exists():
+            check_settings(self.folder, read_object(noted), self._settings)
+            return
+        noted.parent.mkdir(parents=True, exist_ok=True)
+        # Ranks in containers of their own may all have the same process id.
+        incoming = noted.with_name(f".{SETTINGS_FILE}.{self._crew.ranks.rank}.{os.getpid()}")
+        incoming.write_text(json.dumps(self._settings, indent=1, sort_keys=True), encoding="utf-8")
+        os.replace(incoming, noted)
+
+    def survey(self, known: Mapping[str, FileState]) -> Survey:
+        """Looks which parts of this rank's share are to be made; what was made from other files is removed.
+
+        Args:
+            known: states of source files that need not be read again while size and times are the same.
+
+        Raises:
+            ShardError: a note is damaged.
+        """
+        found = Survey()
+        for part in self._own():
+            self._crew.watchdog.enter("looking at what is there", f"{self.folder.name}/{part.name}")
+            states = {} if part.source is None else self._states(part, part.source, known)
+            read = {name: state for name, state in states.items() if state is not known.get(name)}
+            found.states.update((name, state) for name, state in read.items() if state is not None)
+            if part_folder(self.folder, part).exists():
+                is_made = self._is_noted(part, states)
+            elif self.is_complete:
+                is_made = self._is_recorded(part, states, found)
+            else:
+                is_made = False
+            if not is_made:
+                found.missing.append(part.name)
+        return found
+
+    def _own(self) -> Sequence[Part]:
+        return self.parts[self._crew.ranks.rank :: self._crew.ranks.world_size]
+
+    def _states(self, part: Part, source: PartSource, known: Mapping[str, FileState]) -> dict[str, FileState | None]:
+        """The states of a part's files, which are read only if there is something to compare them with."""
+        note = read_note(part_folder(self.folder, part))
+        if note is None and part.name not in self._sources:
+            return {}
+        noted = known if note is None else note.files
+        return {path.name: read_state(path, noted.get(path.name)) for path in source.files}
+
+    def _is_noted(self, part: Part, states: Mapping[str, FileState | None]) -> bool:
+        """Whether a part that waits for completion was made from what is there now."""
+        if part.source is None:
+            return True
+        made = part_folder(self.folder, part)
+        note, now = read_note(made), PartNote(part.source.name, part.source.clip_id, states)
+        if note is not None and (note.name, note.clip_id, note.hashes()) == (now.name, now.clip_id, now.hashes()):
+            if note.damage is None or self._on_error == "skip":
+                return True
+        else:
+            logger.warning("%s has changed since its clips were made; they are made again", part.source.name)
+        shutil.rmtree(made)
+        return False
+
+    def _is_recorded(self, part: Part, states: Mapping[str, FileState | None], found: Survey) -> bool:
+        """Whether a complete folder holds a part, made from what is there now."""
+        record = self._sources.get(part.name)
+        if part.source is None or record is None:
+            if part.source is not None:
+                found.added.append(part.source.name)
+            return self._has_shards(part)
+        if record["damage"] is not None and not part.source.files:
+            return True  # it was removed, after it had been skipped
+        now = PartNote(part.source.name, part.source.clip_id, states)
+        if record["clip_id"] == now.clip_id and record["files"] == now.hashes():
+            return self._on_error == "skip" if record["damage"] is not None else self._has_shards(part)
+        if record["damage"] is None:
+            before, after = record["files"], now.hashes()
+            found.changed += [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+        return False
+
+    def _has_shards(self, part: Part) -> bool:
+        files = [_stored(shard) for shard in self._shards.get(part.name, [])]
+        paths = [(self.folder / file["basename"], file["bytes"]) for file in files]
+        lost = [path for path, size in paths if not path.is_file() or path.stat().st_size != size]
+        if lost:
+            logger.warning("%s is missing, or is not whole; it is written again", ", ".join(map(str, lost)))
+        return not lost
+
+    def removed(self) -> list[str]:
+        """Names of sources that a complete folder was made from and that are not planned any more."""
+        planned = {part.name for part in self.parts}
+        return [record["name"] for name, record in self._sources.items() if name not in planned]
+
+    def write(self, missing: Sequence[str], num_workers: int, on_part: Callable[[int, int], None]) -> dict[str, str]:
+        """Writes this rank's share of the missing parts, or of it what is in hand when the work is called off.
+
+        Args:
+            missing: names of the parts to be made, of all ranks.
+            num_workers: processes on this rank; 1 writes in this one.
+            on_part: called with the number of finished parts, of all ranks, and of all parts.
+
+        Returns:
+            What is damaged: name -> reason.
+
+        Raises:
+            LostWorkerError: a worker died or hangs, or another rank is lost.
+        """
+        self._missing = set(missing)
+        if self._missing:
+            (self.folder / PARTS_FOLDER).mkdir(parents=True, exist_ok=True)
+        own = [p for p in self._own() if p.name in self._missing and not part_folder(self.folder, p).exists()]
+        on_part(self._num_there(), len(self.parts))
+        damaged = {}
+        for part, damage in write_parts(
+            self.folder, own, self._format, num_workers=num_workers, on_error=self._on_error, crew=self._crew
+        ):
+            if damage is not None and part.source is not None:
+                damaged[part.source.name] = damage
+                logger.warning("%s is damaged: %s", part.source.name, damage)
+            if damage is None or self._on_error == "skip":
+                self._crew.finish(f"{self.folder.name}/{part.name}")
+            else:
+                self._crew.call_off()
+            on_part(self._num_there(), len(self.parts))
+        return damaged
+
+    def _num_there(self) -> int:
+        there = os.listdir(self.folder / PARTS_FOLDER) if self._missing else []
+        return len(self.parts) - len(self._missing.difference(there))
+
+    def wait(self, on_part: Callable[[int, int], None]) -> None:
+        """Waits until the parts of all ranks are there.
+
+        Raises:
+            LostWorkerError: another rank is lost, or there is none.
+        """
+        while missing := len(self.parts) - self._num_there():
+            on_part(self._num_there(), len(self.parts))
+            self._crew.pause(f"{missing} parts of {self.folder} are still missing")
+        on_part(len(self.parts), len(self.parts))
+
+    @functools.cached_property
+    def notes(self) -> dict[str, PartNote]:
+        """The notes of all parts that wait for completion, by the parts' names; to be asked for when all are there."""
+        notes = {part.name: read_note(part_folder(self.folder, part)) for part in self.parts}
+        return {name: note for name, note in notes.items() if note is not None}
+
+    def damaged(self) -> dict[str, str]:
+        """What nothing is written of, though it is there: name -> damage."""
+        names = {part.source.name for part in self.parts if part.source is not None and part.source.files}
+        damages = {record["name"]: record["damage"] for record in self._sources.values()}
+        damages.update({note.name: note.damage for note in self.notes.values()})
+        return {name: damage for name, damage in damages.items() if damage is not None and name in names}
+
+    def complete(self, left_out: Mapping[str, str]) -> None:
+        """Gives the parts' shards their final names and writes the index: on the main rank, when all parts are there.
+
+        Args:
+            left_out: name -> damage of what nothing is written of, though its part in this folder may have clips.
+
+        Raises:
+            ShardError: there is nothing to write.
+        """
+        remains = self.folder / f"{PARTS_FOLDER}.done"
+        shutil.rmtree(remains, ignore_errors=True)
+        if self.is_complete and not any(part_folder(self.folder, part).exists() for part in self.parts):
+            logger.info("%s is complete already, with the same settings: nothing to write", self.folder)
+        else:
+            self._crew.watchdog.enter("completing a folder of shards", str(self.folder))
+            self._complete(left_out)
+        if (self.folder / PARTS_FOLDER).exists():
+            os.replace(self.folder / PARTS_FOLDER, remains)  # at once: what is half removed must not be taken for parts
+            shutil.rmtree(remains)
+
+    def _complete(self, left_out: Mapping[str, str]) -> None:
+        notes, shards = self.notes, list[dict[str, Any]]()
+        sources: dict[str, dict[str, Any]] = {}
+        for part in self.parts:
+            if part.source is not None:
+                sources[part.name] = self._record(part.source, part.name, notes.get(part.name), left_out)
+            if part.source is None or sources[part.name]["damage"] is None:
+                shards += self._take(part)
+        if not shards:
+            raise ShardError(
+                f"there are no clips to write into {self.folder}; are all shorter than `videos.min_clip_frames`"
+                f"{', or damaged' if left_out else ''}?"
+            )
+        num_samples = sum(shard["samples"] for shard in shards)
+        details = {"schema_version": SCHEMA_VERSION, "num_samples": num_samples, "settings": self._settings}
+        if sources:
+            details[SOURCES_KEY] = sources
+        incoming = self.folder / f".{INDEX_FILE}.incoming"
+        incoming.write_text(
+            json.dumps({"version": 2, "shards": shards, DETAILS_KEY: details}, sort_keys=True), encoding="utf-8"
+        )
+        read_index(incoming)
+        os.replace(incoming, self.folder / INDEX_FILE)
+
+    def _record(
+        self, source: PartSource, part_name: str, note: PartNote | None, left_out: Mapping[str, str]
+    ) -> dict[str, Any]:
+        if note is None:
+            return self._sources[part_name]
+        damage = note.damage or left_out.get(source.name)
+        return {"name": note.name, "clip_id": note.clip_id, "files": note.hashes(), "damage": damage}
+
+    def _take(self, part: Part) -> Iterator[dict[str, Any]]:
+        """The entries of a part's shards, which get their final names here if they are new."""
+        made = part_folder(self.folder, part)
+        if not made.exists():
+            yield from self._shards.get(part.name, [])
+            return
+        for shard in read_object(made / INDEX_FILE)["shards"]:
+            if not shard["samples"]:  # the library begins with an empty one where the first clip exceeds the size
+                continue
+            stored = _stored(shard)
+            _link(made / stored["basename"], self.folder / f"{part.name}.{stored['basename']}")
+            for file in (shard["raw_data"], shard["zip_data"]):
+                if file is not None:
+                    file["basename"] = f"{part.name}.{file['basename']}"
+            yield shard
 
 
 def write_shards(
@@ -104,7 +347,7 @@ def write_shards(
 
     Args:
         folder: an existing one is continued, or left as it is if complete.
-        parts: the same list on every rank, with different names.
+        parts: the same list on every rank, with different names; none has a source that may be damaged.
         settings: all that decides the content (JSON-able); a folder of other settings is refused.
         shard_format: size and compression of the files.
         num_workers: processes on this rank; 1 writes in this one.
@@ -117,182 +360,26 @@ def write_shards(
         LostWorkerError: a worker died or hangs, or another rank is lost.
     """
     crew = crew or Crew(ranks or Ranks.from_environment())
-    ranks = crew.ranks
-    settings = json.loads(json.dumps({**settings, "compression": shard_format.compression, "hashes": HASHES}))
-    if (folder / INDEX_FILE).exists():
-        _check_settings(folder, read_index(folder / INDEX_FILE).details.get("settings", {}), settings)
-        logger.info("%s is complete already, with the same settings: nothing to write", folder)
-        if ranks.is_main:
-            shutil.rmtree(folder / PARTS_FOLDER, ignore_errors=True)
-        return
-    _begin(folder, settings, ranks)
-    own = [part for part in parts[ranks.rank :: ranks.world_size] if not _part_folder(folder, part).exists()]
-
-    def report() -> int:
-        done = sum(_part_folder(folder, part).exists() for part in parts)
-        if on_part is not None and ranks.is_main:
-            on_part(done, len(parts))
-        return done
-
-    report()
-    for part in _write_parts(folder, own, shard_format, num_workers, crew):
-        crew.finish(f"{folder.name}/{part.name}")
-        report()
-    if ranks.is_main:
-        while missing := len(parts) - report():
-            crew.pause(f"{missing} parts of {folder} are still missing")
-        crew.watchdog.enter("completing a folder of shards", str(folder))
-        _complete(folder, parts, settings)
+    shards = ShardFolder(folder, parts, settings=settings, shard_format=shard_format, crew=crew)
+    report = on_part if on_part is not None and crew.ranks.is_main else _say_nothing
+    told = crew.exchange(f"parts of {folder}", json.dumps(shards.survey({}).missing))
+    missing = [name for text in told for name in json.loads(text)]
+    if len(told) < crew.ranks.world_size and not shards.is_complete:  # parts of others may be there, or not
+        missing = [part.name for part in parts]
+    shards.write(missing, num_workers, report)
+    if crew.ranks.is_main:
+        shards.wait(report)
+        shards.complete({})
 
 
-def _begin(folder: Path, settings: Mapping[str, Any], ranks: Ranks) -> None:
-    """Notes the settings at the first start; at a later one compares them."""
-    noted = folder / PARTS_FOLDER / SETTINGS_FILE
-    if noted.exists():
-        _check_settings(folder, _read_object(noted), settings)
-        return
-    noted.parent.mkdir(parents=True, exist_ok=True)
-    # Ranks in containers of their own may all have the same process id.
-    incoming = noted.with_name(f".{SETTINGS_FILE}.{ranks.rank}.{os.getpid()}")
-    incoming.write_text(json.dumps(settings, indent=1, sort_keys=True), encoding="utf-8")
-    os.replace(incoming, noted)
+def _say_nothing(*_: int) -> None:
+    pass
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ShardError(f"{path} is damaged ({error}); delete {path.parent}, what it holds is made anew") from error
-    if not isinstance(content, dict):
-        raise ShardError(f"{path} is damaged: no JSON object; delete {path.parent}, what it holds is made anew")
-    return content
-
-
-def _check_settings(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    differing = [
-        f"{name} was {found.get(name)!r}, is {wanted.get(name)!r}"
-        for name in sorted({*found, *wanted})
-        if found.get(name) != wanted.get(name)
-    ]
-    if differing:
-        raise ShardError(
-            f"{folder} was made with other settings: {'; '.join(differing)}. Give another `output`, or delete it"
-        )
-
-
-def _part_folder(folder: Path, part: Part) -> Path:
-    return folder / PARTS_FOLDER / part.name
-
-
-def _write_parts(
-    folder: Path, parts: Sequence[Part], shard_format: ShardFormat, num_workers: int, crew: Crew
-) -> Iterator[Part]:
-    """Writes the parts; yields each when it is written."""
-    if num_workers == 1 or len(parts) < 2:
-        for part in parts:
-            crew.watchdog.enter("making a clip", f"the first of {part.name}", is_measured=True)
-            write_part(
-                folder,
-                part,
-                shard_format,
-                on_clip=partial(crew.watchdog.enter, "making a clip", f"of {part.name}", is_measured=True),
-            )
-            yield part
-        return
-    context = worker_context(__name__)
-    with ProcessPoolExecutor(min(num_workers, len(parts)), mp_context=context, initializer=start_worker) as pool:
-        planned = {pool.submit(write_part, folder, part, shard_format): part for part in parts}
-        waiting = set(planned)
-        sign, since = 0, time.monotonic()
-        try:
-            while waiting:
-                crew.watchdog.enter("waiting for its own processes", f"{len(waiting)} parts are missing")
-                done, waiting = wait(waiting, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-                newest = max(_signs_of_life(folder, parts), default=0)
-                if done or newest != sign:
-                    sign, since = newest, time.monotonic()
-                elif time.monotonic() - since > crew.stall_seconds:
-                    raise LostWorkerError(
-                        f"{len(waiting)} parts of {folder} are missing and not one clip was made for "
-                        f"{crew.stall_seconds:.0f} s (`cluster.collective_timeout_seconds`): a process or the storage "
-                        "hangs, or a clip is too large"
-                    )
-                crew.check()
-                for future in done:
-                    future.result()
-                    yield planned[future]
-        except (LostWorkerError, GeneratorExit):
-            for process in pool._processes.values():  # else the pool would wait for what they have in hand
-                process.kill()
-            raise
-        except BrokenProcessPool as error:
-            raise LostWorkerError(
-                f"a process that wrote parts of {folder} died; out of memory? See `num_workers`"
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _signs_of_life(folder: Path, parts: Sequence[Part]) -> Iterator[int]:
-    """When the last clip of each part in hand was written; nanoseconds since 1970."""
-    own = {part.name for part in parts}
-    for entry in os.scandir(folder / PARTS_FOLDER):
-        if entry.name.startswith(".") and entry.name.split(".")[1] in own:
-            with contextlib.suppress(FileNotFoundError):  # it just got its final name
-                yield entry.stat().st_mtime_ns
-
-
-def write_part(
-    folder: Path, part: Part, shard_format: ShardFormat, *, on_clip: Callable[[], None] | None = None
-) -> None:
-    """Writes one part under a temporary name and renames it; what it says after each clip is for the watchdog."""
-    target = _part_folder(folder, part)
-    incoming = target.with_name(f".{part.name}.{os.getpid()}")
-    shutil.rmtree(incoming, ignore_errors=True)
-    writer = MDSWriter(
-        columns=COLUMNS,
-        out=str(incoming),
-        compression=None if shard_format.compression == "none" else shard_format.compression,
-        hashes=HASHES,
-        size_limit=shard_format.shard_size_mib << 20,
-    )
-    for record in part.make():
-        writer.write(record.to_sample())
-        os.utime(incoming)  # for who watches from another process
-        if on_clip is not None:
-            on_clip()
-    writer.finish()
-    if target.exists():  # by the worker of a killed run that had this part in hand
-        shutil.rmtree(incoming)
-    else:
-        os.replace(incoming, target)
-
-
-def _complete(folder: Path, parts: Sequence[Part], settings: Mapping[str, Any]) -> None:
-    """Gives the parts' shards their final names, writes the index, and lets go of the parts."""
-    shards = []
-    for part in parts:
-        part_folder = _part_folder(folder, part)
-        for shard in _read_object(part_folder / INDEX_FILE)["shards"]:
-            if not shard["samples"]:  # the library begins with an empty one where the first clip exceeds the size
-                continue
-            stored = shard["zip_data"] or shard["raw_data"]
-            _link(part_folder / stored["basename"], folder / f"{part.name}.{stored['basename']}")
-            for file in (shard["raw_data"], shard["zip_data"]):
-                if file is not None:
-                    file["basename"] = f"{part.name}.{file['basename']}"
-            shards.append(shard)
-    if not shards:
-        raise ShardError(f"there are no clips to write into {folder}; are all shorter than `videos.min_clip_frames`?")
-    num_samples = sum(shard["samples"] for shard in shards)
-    details = {"schema_version": SCHEMA_VERSION, "num_samples": num_samples, "settings": settings}
-    incoming = folder / f".{INDEX_FILE}.incoming"
-    incoming.write_text(
-        json.dumps({"version": 2, "shards": shards, DETAILS_KEY: details}, sort_keys=True), encoding="utf-8"
-    )
-    read_index(incoming)
-    os.replace(incoming, folder / INDEX_FILE)
-    shutil.rmtree(folder / PARTS_FOLDER)
+def _stored(shard: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The file of a shard that a complete folder holds."""
+    stored: Mapping[str, Any] = shard["zip_data"] or shard["raw_data"]
+    return stored
 
 
 def _link(source: Path, target: Path) -> None:

@@ -1,12 +1,12 @@
 """Clips from a folder of videos: `<clip>.rgb.mp4` with aligned `<clip>.pose.mp4`, `.normal.mp4` and `.depth.mp4`.
 
-All videos of a clip are cut in the same places, cropped to the same part and brought to the same size.
+All videos of a clip are cut at the same times, cropped to the same part and brought to the same size.
 """
 
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
@@ -16,28 +16,30 @@ import torch
 
 from dreamdance.data.cropping import Crop, centred_crop
 from dreamdance.data.letterbox import letterbox_of
-from dreamdance.data.shard_writer import ClipRecord
+from dreamdance.data.shard_parts import ClipRecord
 from dreamdance.data.transforms import pictures_to_tensor, resize_normals, tensor_to_pictures
-from dreamdance.data.video_io import VideoError, VideoInfo, iterate_frames, probe_video
+from dreamdance.data.video_io import VideoInfo, iterate_frames
+from dreamdance.data.video_opening import open_videos
 from dreamdance.errors import MissingInputError
 from dreamdance.keyed_random import sample_generator
 from dreamdance.recipe.schema import VideosSource
 
 logger = logging.getLogger(__name__)
 
-MODALITIES = ("rgb", "pose", "normal", "depth")
 Split = Literal["train", "validation"]
 
 
 def find_videos(folder: Path | str) -> list[str]:
-    """The names of the clips that have pictures and a pose, in alphabetical order.
+    """The names of the clips that have pictures and a pose, in alphabetical order; hidden files are no videos.
+
+    A link that leads nowhere counts as a video: it is named with what else is wrong before work begins.
 
     Raises:
         MissingInputError: there is none.
     """
     folder = Path(folder)
-    names = sorted(path.name.removesuffix(".rgb.mp4") for path in folder.glob("*.rgb.mp4"))
-    usable = [name for name in names if (folder / f"{name}.pose.mp4").is_file()]
+    names = sorted(path.name.removesuffix(".rgb.mp4") for path in folder.glob("*.rgb.mp4") if path.name[0] != ".")
+    usable = [name for name in names if os.path.lexists(folder / f"{name}.pose.mp4")]
     for name in sorted(set(names) - set(usable)):
         logger.warning("%s is left out: there is no %s.pose.mp4 beside it", folder / f"{name}.rgb.mp4", name)
     if not usable:
@@ -45,13 +47,6 @@ def find_videos(folder: Path | str) -> list[str]:
             f"no videos in {folder.absolute()}: `videos.folder` needs <clip>.rgb.mp4 with <clip>.pose.mp4 beside it"
         )
     return usable
-
-
-def describe_files(folder: Path | str) -> str:
-    """A line that changes when videos are added, removed or replaced by others of another size."""
-    files = sorted(path for path in Path(folder).glob("*.mp4") if path.name.split(".")[-2] in MODALITIES)
-    listing = "\n".join(f"{path.name} {path.stat().st_size}" for path in files)
-    return f"{len(files)} videos, listing {sha256(listing.encode()).hexdigest()[:16]}"
 
 
 def choose_validation(names: list[str], *, fraction: float, seed: int) -> set[str]:
@@ -77,6 +72,7 @@ class VideoPart:
 
     source: VideosSource
     name: str
+    clip_id: str
     split: Split
 
     def __call__(self) -> Iterator[ClipRecord]:
@@ -85,7 +81,7 @@ class VideoPart:
         Raises:
             VideoError: a video cannot be decoded, or is not aligned with the pictures.
         """
-        videos = self._open_videos()
+        videos = open_videos(self.source, self.name)
         rgb = videos["rgb"]
         frames = rgb.constant_rate_frames()[:: self.source.frame_stride]
         pieces = split_frames(frames, self.split, self.source)
@@ -99,9 +95,13 @@ class VideoPart:
             return
         part = self._find_part(rgb)
         for number, (first, piece) in enumerate(pieces):
-            pictures = {name: self._read(name, video, piece, part) for name, video in videos.items()}
+            times = rgb.times(piece)
+            pictures = {
+                name: self._read(name, video, piece if video is rgb else video.frames_at(times), part)
+                for name, video in videos.items()
+            }
             yield ClipRecord(
-                clip_id=f"{self.name}.{self.split}.{number:04d}",
+                clip_id=f"{self.clip_id}.{self.split}.{number:04d}",
                 fps=rgb.fps / self.source.frame_stride,
                 rgb=pictures["rgb"],
                 pose=pictures["pose"],
@@ -114,25 +114,11 @@ class VideoPart:
                 },
             )
 
-    def _open_videos(self) -> dict[str, VideoInfo]:
-        paths = {name: Path(self.source.folder) / f"{self.name}.{name}.mp4" for name in MODALITIES}
-        videos = {name: probe_video(path) for name, path in paths.items() if path.is_file()}
-        rgb = videos["rgb"]
-        for video in videos.values():
-            if (video.num_frames, video.width, video.height) != (rgb.num_frames, rgb.width, rgb.height):
-                raise VideoError(
-                    f"{video.path} has {video.num_frames} frames of {video.width}x{video.height}, {rgb.path.name} "
-                    f"{rgb.num_frames} of {rgb.width}x{rgb.height}; the videos of a clip must be aligned"
-                )
-        return videos
-
     def _find_part(self, rgb: VideoInfo) -> Crop:
         """The part of the frame that is kept: the recipe's or what is no black bar, then centred to the aspect."""
         part = Crop(left=0, top=0, width=rgb.width, height=rgb.height)
         if self.source.crop is not None:
             part = Crop(*self.source.crop)
-            if part.left + part.width > rgb.width or part.top + part.height > rgb.height:
-                raise VideoError(f"`videos.crop` {list(self.source.crop)} leaves {rgb.path} ({rgb.width}x{rgb.height})")
         elif self.source.crop_letterbox:
             part = letterbox_of(rgb)
         if self.source.width is not None and self.source.height is not None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from video_folders import stored, videos_recipe, write_videos
 
 from dreamdance.data.annotate import annotate_clip, load_annotator
-from dreamdance.data.clips import StoredClips, fixed_clips
+from dreamdance.data.clips import fixed_clips
 from dreamdance.data.cropping import Crop, centred_crop
 from dreamdance.data.dancers import HELD_OUT_SEEDS, TRAINING_SEEDS, render_clip
 from dreamdance.data.keypoints import read_keypoint_file
@@ -32,26 +33,6 @@ def dancers_recipe(output: Path, **changes) -> PrepareRecipe:
     source = DancersSource(num_train_clips=3, num_validation_clips=2, num_frames=4, width=WIDTH, height=HEIGHT)
     settings = {"name": "p", "task": "prepare", "output": str(output), "dancers": source, "num_workers": 1}
     return PrepareRecipe(**{**settings, "clips_per_part": 2, **changes})
-
-
-def videos_recipe(output: Path, folder: Path, **changes) -> PrepareRecipe:
-    source = VideosSource(**{"folder": str(folder), "clip_frames": 8, "min_clip_frames": 4, **changes})
-    return PrepareRecipe(name="p", task="prepare", output=str(output), videos=source, num_workers=1)
-
-
-def stored(output: Path, split: str) -> list:
-    clips = StoredClips(Shards(local=str(output / split)))
-    return [clips.clip(number) for number in range(len(clips))]
-
-
-def write_videos(folder: Path, name: str, *, num_frames: int = 20, with_maps: bool = False, seed: int = 0) -> None:
-    """A letterboxed video and its maps: bars of 16 pixels above and below, 8 on the left, moving blocks between."""
-    generator = np.random.default_rng(seed)
-    for modality in ("rgb", "pose", *(("normal", "depth") if with_maps else ())):
-        blocks = generator.integers(60, 256, (num_frames, 8, 7, 3), dtype=np.uint8)
-        frames = np.zeros((num_frames, 96, 64, 3), np.uint8)
-        frames[:, 16:80, 8:] = blocks.repeat(8, axis=1).repeat(8, axis=2)
-        write_video(folder / f"{name}.{modality}.mp4", frames, fps=8)
 
 
 @pytest.fixture(scope="module")
@@ -205,12 +186,12 @@ def test_a_folder_without_videos_says_what_it_needs(tmp_path):
         prepare(videos_recipe(tmp_path / "data", tmp_path), tmp_path / "run")
 
 
-def test_added_videos_are_other_settings(tmp_path):
+def test_added_videos_are_other_videos(tmp_path):
     write_videos(tmp_path / "videos", "a")
     recipe = videos_recipe(tmp_path / "data", tmp_path / "videos", validation_fraction=0.0)
     prepare(recipe, tmp_path / "run")
     write_videos(tmp_path / "videos", "b")
-    with pytest.raises(ShardError, match="files was '2 videos"):
+    with pytest.raises(ShardError, match=r"was made from other videos .*:\n  b was added\nGive another `output`, or"):
         prepare(recipe, tmp_path / "run")
 
 

@@ -109,7 +109,7 @@ def test_notes_that_a_crash_of_the_machine_left_damaged_are_named_with_what_to_d
     write(folder, random_parts(12), ranks=Ranks(1, 2, 1, 2))
     assert (folder / ".parts" / damaged).is_file()
     (folder / ".parts" / damaged).write_text(text)
-    with pytest.raises(ShardError, match=rf"{damaged} is damaged.*; delete .*, what it holds is made anew"):
+    with pytest.raises(ShardError, match=rf"{damaged} is damaged.*; delete .*, what it holds is made again"):
         write(folder, random_parts(12), ranks=Ranks(0, 2, 0, 2))
     assert not (folder / "index.json").exists()
 

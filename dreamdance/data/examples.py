@@ -1,0 +1,75 @@
+"""Writes what `animate` needs to try held-out clips: reference, poses, and the manifest that lists them."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+
+from dreamdance.data.clips import StoredClips
+from dreamdance.data.keypoints import KeypointSequence, write_keypoint_file
+from dreamdance.data.stored_clip import StoredClip
+from dreamdance.data.streaming_compat import INDEX_FILE
+from dreamdance.data.video_io import write_video
+from dreamdance.ranks import Ranks
+from dreamdance.recipe.sections import Shards
+
+MANIFEST_FILE = "manifest.jsonl"
+EXAMPLES_FOLDER = "examples"
+
+
+def write_examples(output: Path, *, before_clip: Callable[[str], None]) -> int:
+    """Writes reference and poses of each validation clip, and the manifest, last.
+
+    The reference is the clip's last frame: the one that `data.clips.fixed_clips` shows too.
+
+    Args:
+        output: where `validation` lies.
+        before_clip: called with the clip's number in words, before each.
+
+    Returns:
+        The number of clips.
+    """
+    manifest, index = output / MANIFEST_FILE, output / "validation" / INDEX_FILE
+    clips = StoredClips(Shards(local=str(output / "validation")), verify="size", ranks=Ranks())
+    if manifest.exists() and manifest.stat().st_mtime_ns >= index.stat().st_mtime_ns and _all_there(manifest):
+        return len(clips)
+    lines = []
+    for number in range(len(clips)):
+        before_clip(f"clip {number} of {len(clips)}")
+        clip = clips.clip(number)
+        folder = Path(EXAMPLES_FOLDER) / clip.clip_id
+        (output / folder).mkdir(parents=True, exist_ok=True)
+        reference = clip.frames("rgb", [clip.num_frames - 1])[0]
+        Image.fromarray(reference).save(output / folder / "reference.png")
+        entry = {
+            "id": clip.clip_id,
+            "image": str(folder / "reference.png"),
+            **_write_poses(clip, output, folder),
+            "seed": number,
+            "align": False,
+            "fps": clip.fps,
+            "reference_frame": clip.num_frames - 1,
+        }
+        lines.append(json.dumps(entry) + "\n")
+    incoming = output / f".{MANIFEST_FILE}.incoming"
+    incoming.write_text("".join(lines), encoding="utf-8")
+    os.replace(incoming, manifest)
+    return len(clips)
+
+
+def _all_there(manifest: Path) -> bool:
+    entries = [json.loads(line) for line in manifest.read_text(encoding="utf-8").split("\n") if line]
+    named = [entry[field] for entry in entries for field in ("image", "pose", "keypoints") if field in entry]
+    return all((manifest.parent / path).is_file() for path in named)
+
+
+def _write_poses(clip: StoredClip, output: Path, folder: Path) -> dict[str, str]:
+    """Writes the key points, or, where there are none, the drawings as a lossless video; returns the entry for it."""
+    if clip.keypoints is not None:
+        sequence = KeypointSequence(clip.keypoints, width=clip.width, height=clip.height, fps=clip.fps)
+        write_keypoint_file(output / folder / "keypoints.json", sequence)
+        return {"keypoints": str(folder / "keypoints.json")}
+    write_video(output / folder / "pose.mkv", clip.frames("pose"), fps=clip.fps, lossless=True)
+    return {"pose": str(folder / "pose.mkv")}

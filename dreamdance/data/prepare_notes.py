@@ -1,0 +1,106 @@
+"""What `prepare` notes beside its shards: the state of the videos that were read, and which of them are damaged."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+from dreamdance.atomic_files import write_atomically
+from dreamdance.data.shard_index import read_index
+from dreamdance.data.shard_writer import SOURCES_KEY
+from dreamdance.data.streaming_compat import INDEX_FILE
+from dreamdance.file_states import FileState
+
+logger = logging.getLogger(__name__)
+
+INPUTS_FILE = "inputs.json"
+DAMAGED_FILE = "damaged_videos.tsv"
+SPLITS = ("train", "validation")
+MAX_LINES = 200
+
+
+def read_inputs(output: Path) -> dict[str, FileState]:
+    """The states of the videos when they were last read; where they cannot be had, all videos are read again."""
+    path = output / INPUTS_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        states = {name: FileState.from_json(values) for name, values in content.items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError, AttributeError) as error:
+        logger.warning("%s is damaged (%s): all videos are compared by what is in them", path, error)
+        return {}
+    return {name: state for name, state in states.items() if state is not None}
+
+
+def write_inputs(output: Path, states: Mapping[str, Any]) -> None:
+    """Adds states to those that are noted."""
+    before = {name: state.to_json() for name, state in read_inputs(output).items()}
+    after = {**before, **states}
+    if after != before:
+        write_atomically(output / INPUTS_FILE, json.dumps(after, indent=1, sort_keys=True) + "\n")
+
+
+def read_skipped(output: Path) -> set[str]:
+    """The names of the damaged videos that a complete output does without."""
+    indices = [output / split / INDEX_FILE for split in SPLITS]
+    sources = [read_index(path).details.get(SOURCES_KEY, {}) for path in indices if path.is_file()]
+    return {record["name"] for records in sources for record in records.values() if record["damage"] is not None}
+
+
+def write_damaged(output: Path, damaged: Mapping[str, str]) -> None:
+    """Keeps the table of the damaged videos in a file of two columns; where there are none, it goes."""
+    path = output / DAMAGED_FILE
+    if not damaged:
+        path.unlink(missing_ok=True)
+        return
+    rows = [("video", "damage"), *sorted(damaged.items())]
+    write_atomically(path, "".join("\t".join(" ".join(cell.split()) for cell in row) + "\n" for row in rows))
+
+
+def table(damaged: Mapping[str, str]) -> str:
+    """A line for each damaged video."""
+    return _listed([f"{name}: {reason}" for name, reason in sorted(damaged.items())])
+
+
+def broken_text(broken: Mapping[str, str], output: Path) -> str:
+    """What to do about videos whose headers show that they cannot be used."""
+    return (
+        f"{len(broken)} of the videos cannot be used; nothing was begun:\n{table(broken)}\n"
+        f"Repair, replace or remove them, or leave them out with videos.on_error=skip; the table is in "
+        f"{output / DAMAGED_FILE}"
+    )
+
+
+def stopped_text(damaged: Mapping[str, str], output: Path) -> str:
+    """What to do about videos that were found to be damaged while they were decoded."""
+    return (
+        f"{len(damaged)} of the videos are damaged; nothing was written of them, and what others gave is kept:\n"
+        f"{table(damaged)}\nRepair, replace or remove them, or leave them out with videos.on_error=skip; the same "
+        f"command then goes on. The table is in {output / DAMAGED_FILE}"
+    )
+
+
+def changed_text(output: Path, *, changed: Set[str], added: Set[str], removed: Set[str]) -> str:
+    """What is other in the videos than in those that an output was made from, and what to do; empty if nothing is.
+
+    Args:
+        output: of the recipe.
+        changed: names of files.
+        added, removed: names of videos, of both splits: one that is in both was drawn for the other split.
+    """
+    lines = [f"{name} has changed" for name in sorted(changed)]
+    lines += [f"{name} was added" for name in sorted(added - removed)]
+    lines += [f"{name} was removed" for name in sorted(removed - added)]
+    if not lines:
+        return ""
+    return (
+        f"{output} was made from other videos than `videos.folder` holds now:\n{_listed(lines)}\n"
+        "Give another `output`, or delete it, or put the videos back"
+    )
+
+
+def _listed(lines: Sequence[str]) -> str:
+    more = [f"and {len(lines) - MAX_LINES} more"] if len(lines) > MAX_LINES else []
+    return "\n".join(f"  {line}" for line in [*lines[:MAX_LINES], *more])

@@ -1,0 +1,136 @@
+"""Opens the videos of a clip and compares what their headers show: all that is wrong is named before work begins."""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+
+from dreamdance.data.video_io import VideoError, VideoInfo, probe_video
+from dreamdance.data.video_names import is_text
+from dreamdance.errors import may_pass
+from dreamdance.recipe.schema import VideosSource
+
+logger = logging.getLogger(__name__)
+
+MODALITIES = ("rgb", "pose", "normal", "depth")
+OPTIONAL = ("normal", "depth")
+_HALF = 0.51  # of the longest time between two frames, with a little for rounded stamps
+
+
+def video_files(folder: Path | str, name: str) -> dict[str, Path]:
+    """The files of a clip by modality, those that need not be there included."""
+    return {modality: Path(folder).absolute() / f"{name}.{modality}.mp4" for modality in MODALITIES}
+
+
+def open_videos(source: VideosSource, name: str) -> dict[str, VideoInfo]:
+    """Opens a clip's videos.
+
+    Raises:
+        VideoError: one cannot be read, or does not fit the pictures; names everything that is wrong with the clip.
+    """
+    videos: dict[str, VideoInfo] = {}
+    problems: list[str] = []
+    for modality, path in video_files(source.folder, name).items():
+        if modality in OPTIONAL and not os.path.lexists(path):
+            continue
+        if problem := _file_problem(path):
+            problems.append(problem)
+            continue
+        try:
+            videos[modality] = probe_video(path)
+        except VideoError as error:
+            if may_pass(error):
+                raise
+            problems.append(str(error))
+    if "rgb" in videos:
+        problems += [problem for video in videos.values() if (problem := _misfit(videos["rgb"], video))]
+        problems += _outside(source, videos["rgb"])
+    if problems:
+        raise VideoError("; ".join(problems))
+    return videos
+
+
+def check_videos(
+    source: VideosSource, names: Sequence[str], *, num_threads: int, on_video: Callable[[int], None]
+) -> dict[str, str]:
+    """Opens all clips' videos.
+
+    Args:
+        source: the folder, and the crop.
+        names: of the clips.
+        num_threads: most of the time is spent waiting for storage.
+        on_video: called with the number of clips that have been opened.
+
+    Returns:
+        What is wrong: name -> reasons.
+
+    Raises:
+        VideoError: the storage fails.
+    """
+    problems = {name: "its name is not text in UTF-8; rename it" for name in names if not is_text(name)}
+    with ThreadPoolExecutor(num_threads) as pool:
+        opened = {pool.submit(open_videos, source, name): name for name in names if name not in problems}
+        for number, future in enumerate(as_completed(opened), start=1):
+            on_video(number)
+            try:
+                future.result()
+            except VideoError as error:
+                if may_pass(error):
+                    pool.shutdown(cancel_futures=True)
+                    raise
+                problems[opened[future]] = str(error)
+    return problems
+
+
+def _file_problem(path: Path) -> str | None:
+    if not os.path.lexists(path):
+        return f"{path} is missing"
+    if not path.exists():
+        return f"{path} is a link that leads nowhere: {os.readlink(path)}"
+    if not path.is_file():
+        return f"{path} is no file"
+    return None if os.access(path, os.R_OK) else f"{path} may not be read (permission denied)"
+
+
+def _misfit(rgb: VideoInfo, video: VideoInfo) -> str | None:
+    """What keeps a video from showing the same moments as the pictures, in the same places."""
+    distance = max(_distance(rgb, video), _distance(video, rgb))
+    longest = max(_longest_gap(rgb), _longest_gap(video))
+    if (video.width, video.height) == (rgb.width, rgb.height) and distance <= _HALF * longest:
+        if distance > _HALF / rgb.fps:
+            logger.warning(
+                "%s and %s have frames at different times, up to %.3f s apart: the nearest in time belong together",
+                video.path,
+                rgb.path.name,
+                distance,
+            )
+        return None
+    ends = [one.times([one.num_frames - 1])[0] for one in (video, rgb)]
+    return (
+        f"{video.path} has {video.num_frames} frames of {video.width}x{video.height}, {rgb.path.name} "
+        f"{rgb.num_frames} of {rgb.width}x{rgb.height}; their last frames are shown at {ends[0]:.3f} s and "
+        f"{ends[1]:.3f} s. The videos of a clip must show the same moments at the same times, in the same size"
+    )
+
+
+def _distance(video: VideoInfo, other: VideoInfo) -> float:
+    """How far in time the farthest frame of a video is from the nearest of another, in seconds."""
+    times = video.times(range(video.num_frames))
+    return float(np.abs(np.subtract(times, other.times(other.frames_at(times)))).max())
+
+
+def _longest_gap(video: VideoInfo) -> float:
+    gaps = np.diff(video.times(range(video.num_frames)))
+    return float(gaps.max()) if len(gaps) else 1 / video.fps
+
+
+def _outside(source: VideosSource, rgb: VideoInfo) -> list[str]:
+    if source.crop is None:
+        return []
+    left, top, width, height = source.crop
+    if left + width <= rgb.width and top + height <= rgb.height:
+        return []
+    return [f"`videos.crop` {list(source.crop)} leaves {rgb.path} ({rgb.width}x{rgb.height})"]

@@ -1,0 +1,179 @@
+"""Videos that cannot be used: what headers show is named before work begins, what decoding shows at the end."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from video_folders import damage, stored, videos_recipe, write_videos
+
+from dreamdance.data.prepare import prepare
+from dreamdance.data.video_io import VideoError, read_frames, write_video
+from dreamdance.errors import ShardError
+
+
+@pytest.fixture
+def videos(tmp_path) -> Path:
+    """Four clips, whole."""
+    for seed, name in enumerate("abcd"):
+        write_videos(tmp_path / "videos", name, seed=seed)
+    return tmp_path / "videos"
+
+
+def names(output: Path, *splits: str) -> set[str]:
+    return {clip.metadata["source"].removesuffix(".rgb.mp4") for split in splits for clip in stored(output, split)}
+
+
+def keep_whole(path: Path) -> Path:
+    """A copy to repair a video with."""
+    whole = path.parent.parent / f"whole.{path.name}"
+    shutil.copy(path, whole)
+    return whole
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_damaged_video_stops_the_work_and_after_its_repair_it_goes_on(tmp_path, videos, num_workers):
+    output = tmp_path / "data"
+    recipe = videos_recipe(output, videos, num_workers=num_workers, validation_fraction=0.0)
+    whole = keep_whole(videos / "b.rgb.mp4")
+    damage(videos / "b.rgb.mp4")
+    with pytest.raises(VideoError) as told:
+        prepare(recipe, tmp_path / "run")
+    lines = str(told.value).splitlines()
+    assert lines[0].startswith("1 of the videos are damaged; nothing was written of them")
+    assert lines[1].startswith("  b: ")
+    assert "b.rgb.mp4" in lines[1]
+    assert "videos.on_error=skip" in lines[2]
+    table = (output / "damaged_videos.tsv").read_text().splitlines()
+    assert [line.split("\t")[0] for line in table] == ["video", "b"]
+    assert not (output / "train" / "index.json").exists()
+    parts = {path.name.partition("-")[0]: path for path in (output / "train" / ".parts").glob("?-*")}
+    assert "a" in parts, "what was under way is finished"
+    assert "b" not in parts
+    before = parts["a"].stat().st_mtime_ns
+    shutil.copy(whole, videos / "b.rgb.mp4")
+    prepare(recipe, tmp_path / "run")
+    assert names(output, "train") == set("abcd")
+    assert not (output / "damaged_videos.tsv").exists()
+    assert (output / "train").stat().st_mtime_ns > before
+    untouched = tmp_path / "untouched"
+    prepare(videos_recipe(untouched, videos, validation_fraction=0.0), tmp_path / "run2")
+    assert (output / "train" / "index.json").read_bytes() == (untouched / "train" / "index.json").read_bytes()
+
+
+def test_a_damaged_video_that_is_removed_is_done_without(tmp_path, videos):
+    recipe = videos_recipe(tmp_path / "data", videos)
+    damage(videos / "b.rgb.mp4")
+    with pytest.raises(VideoError):
+        prepare(recipe, tmp_path / "run")
+    for path in videos.glob("b.*"):
+        path.unlink()
+    prepare(recipe, tmp_path / "run")
+    assert names(tmp_path / "data", "train", "validation") == set("acd")
+
+
+@pytest.mark.parametrize("split_by", ["clip", "time"])
+def test_damaged_videos_are_skipped_as_a_whole_and_added_when_they_are_repaired(tmp_path, videos, split_by, caplog):
+    """The damage is in the last fifth, which is validation where videos are split by time."""
+    output = tmp_path / "data"
+    fraction = 0.25 if split_by == "clip" else 0.2
+    choices = {"split_by": split_by, "validation_fraction": fraction, "crop": (8, 16, 56, 64), "min_clip_frames": 4}
+    recipe = videos_recipe(output, videos, on_error="skip", **choices)
+    whole = keep_whole(videos / "c.rgb.mp4")
+    damage(videos / "c.rgb.mp4", packet=18)
+    prepare(recipe, tmp_path / "run")
+    assert names(output, "train", "validation") == set("abd")
+    assert "nothing was written of 1 damaged videos:\n  c: " in caplog.text
+    assert (output / "damaged_videos.tsv").read_text().splitlines()[1].startswith("c\t")
+    index = (output / "train" / "index.json").read_bytes()
+    prepare(recipe, tmp_path / "run")
+    assert (output / "train" / "index.json").read_bytes() == index, "what is still damaged is not tried again"
+    with pytest.raises(VideoError, match="  c: "):
+        prepare(videos_recipe(output, videos, on_error="stop", **choices), tmp_path / "run")
+    shards = {path: path.stat().st_mtime_ns for path in output.glob("train/*.mds.zstd")}
+    shutil.copy(whole, videos / "c.rgb.mp4")
+    prepare(recipe, tmp_path / "run")
+    assert {path: path.stat().st_mtime_ns for path in shards} == shards, "the others' shards stay as they are"
+    assert not (output / "damaged_videos.tsv").exists()
+    untouched = tmp_path / "untouched"
+    prepare(videos_recipe(untouched, videos, **choices), tmp_path / "run2")
+    for split in ("train", "validation"):
+        assert (output / split / "index.json").read_bytes() == (untouched / split / "index.json").read_bytes()
+    assert (output / "manifest.jsonl").read_bytes() == (untouched / "manifest.jsonl").read_bytes()
+
+
+def test_a_skipped_video_may_be_removed_and_the_rest_stays(tmp_path, videos, caplog):
+    caplog.set_level(logging.INFO)
+    recipe = videos_recipe(tmp_path / "data", videos, on_error="skip")
+    damage(videos / "b.rgb.mp4")
+    prepare(recipe, tmp_path / "run")
+    for path in videos.glob("b.*"):
+        path.unlink()
+    prepare(recipe, tmp_path / "run")
+    assert caplog.text.count("is complete already") == 2
+    assert not (tmp_path / "data" / "damaged_videos.tsv").exists()
+
+
+def test_where_all_videos_are_skipped_there_is_an_error(tmp_path):
+    write_videos(tmp_path / "videos", "a")
+    damage(tmp_path / "videos" / "a.rgb.mp4")
+    recipe = videos_recipe(tmp_path / "data", tmp_path / "videos", on_error="skip", validation_fraction=0.0)
+    with pytest.raises(ShardError, match=r"there are no clips to write .*or damaged\?"):
+        prepare(recipe, tmp_path / "run")
+    assert not (tmp_path / "data" / "train" / "index.json").exists()
+
+
+def spoil_headers(videos: Path) -> None:
+    """Four of five clips get something wrong that headers show."""
+    write_videos(videos, "e", num_frames=4)
+    (videos / "a.pose.mp4").unlink()
+    (videos / "a.pose.mp4").symlink_to(videos / "nowhere.mp4")
+    content = (videos / "b.rgb.mp4").read_bytes()
+    (videos / "b.rgb.mp4").write_bytes(content[: len(content) // 2])  # the header of these files is at their end
+    frames = read_frames(videos / "c.pose.mp4")
+    write_video(videos / "c.pose.mp4", frames[:-1], fps=8)
+    write_video(videos / "d.pose.mp4", frames[:, :48], fps=8)
+
+
+WRONG = {
+    "a": "a.pose.mp4 is a link that leads nowhere: ",
+    "b": "b.rgb.mp4 cannot be read: ",
+    "c": "c.pose.mp4 has 19 frames of 64x96, c.rgb.mp4 20 of 64x96; their last frames are shown at 2.250 s and 2.375 s",
+    "d": "d.pose.mp4 has 20 frames of 64x48, d.rgb.mp4 20 of 64x96",
+}
+
+
+def test_what_headers_show_is_named_all_at_once_before_anything_is_written(tmp_path, videos):
+    spoil_headers(videos)
+    with pytest.raises(VideoError) as told:
+        prepare(videos_recipe(tmp_path / "data", videos, num_workers=2, validation_fraction=0.0), tmp_path / "run")
+    first, *lines, last = str(told.value).splitlines()
+    assert first == "4 of the videos cannot be used; nothing was begun:"
+    assert [line[:5] for line in lines] == [f"  {name}: " for name in WRONG]
+    assert all(words in line for words, line in zip(WRONG.values(), lines, strict=True))
+    assert last.startswith("Repair, replace or remove them")
+    assert not list((tmp_path / "data").glob("*/.parts/*-*"))
+    assert len((tmp_path / "data" / "damaged_videos.tsv").read_text().splitlines()) == 1 + len(WRONG)
+
+
+def test_what_headers_show_is_skipped_where_the_recipe_says_so(tmp_path, videos):
+    spoil_headers(videos)
+    prepare(videos_recipe(tmp_path / "data", videos, on_error="skip", validation_fraction=0.0), tmp_path / "run")
+    assert names(tmp_path / "data", "train") == {"e"}
+    assert len((tmp_path / "data" / "damaged_videos.tsv").read_text().splitlines()) == 1 + len(WRONG)
+
+
+def test_a_crop_outside_of_some_pictures_is_named_with_them(tmp_path, videos):
+    for modality in ("rgb", "pose"):
+        write_video(videos / f"small.{modality}.mp4", np.zeros((8, 32, 32, 3), np.uint8), fps=8)
+    with pytest.raises(VideoError, match=r"1 of the videos .*\n  small: `videos.crop` \[0, 0, 64, 64\] leaves .*32x32"):
+        prepare(videos_recipe(tmp_path / "data", videos, crop=(0, 0, 64, 64)), tmp_path / "run")
+
+
+def test_hidden_files_are_no_clips(tmp_path, videos):
+    for modality in ("rgb", "pose"):
+        (videos / f"._a.{modality}.mp4").write_bytes(b"\0\5\x16\7 what macOS leaves on other file systems")
+        (videos / f".hidden.{modality}.mp4").write_bytes(b"")
+    prepare(videos_recipe(tmp_path / "data", videos, validation_fraction=0.0), tmp_path / "run")
+    assert names(tmp_path / "data", "train") == set("abcd")
