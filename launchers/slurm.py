@@ -1,23 +1,17 @@
 """Launches any recipe on Slurm, on this machine, or in this process: python launchers/slurm.py --help."""
 
 import sys
+from pathlib import Path
 
-# This folder is no place to import from; `dreamdance` is installed, and a recipe may be launched from anywhere.
-sys.path.pop(0)
+# This folder, which Python puts first unless PYTHONSAFEPATH is set, is no place to import from; `dreamdance` is
+# installed, and a recipe may be launched from anywhere.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
 try:
-    from dreamdance.launch.command import main
-    from dreamdance.recipe import TrainingRecipe
+    from dreamdance.console import main
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}: this Python ({sys.executable}) lacks the project; run tools/setup.sh and use .venv/bin/python")
-
-
-def plan(recipe: TrainingRecipe, gpu_memory_gib: float | None) -> str:
-    """Parameters and memory, from the one place that knows networks; torch is loaded only here."""
-    from dreamdance.training.plan import describe
-
-    return describe(recipe, gpu_memory_gib=gpu_memory_gib)
-
+    sys.stderr.write(f"{error}: this Python ({sys.executable}) lacks it; run tools/setup.sh and use .venv/bin/python\n")
+    sys.exit(2)
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], plan))
+    sys.exit(main())

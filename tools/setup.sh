@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
 # Makes .venv with everything that the project needs, once; a second call finds it done and returns at once.
-#   bash tools/setup.sh              a CPU machine: the exact versions of tools/pins.txt
-#   PINS=none bash tools/setup.sh    a GPU machine: what pip resolves from setup.cfg (torch's CUDA build, flash-attn left to you)
+#   bash tools/setup.sh                    the exact versions of tools/pins.txt, on machines with and without GPUs
+#   TORCH_INDEX=URL bash tools/setup.sh    torch of the same version from another index of wheels, built for another CUDA:
+#                                          where the driver is too old for the public build (remembered in .venv)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
-pins=${PINS:-$(cat .venv/pins 2>/dev/null || echo tools/pins.txt)}  # the choice is remembered in .venv
+pins=tools/pins.txt
+index=${TORCH_INDEX-$(cat .venv/torch_index 2>/dev/null || true)}
 fail() { echo "setup: $*" >&2; exit 1; }
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "Python 3.11 or newer is needed, $("$python" --version) is here; name another one with PYTHON=..."
 command -v git >/dev/null || fail "git is needed: apt-get install git"
 "$python" -c 'import ensurepip, venv' 2>/dev/null || fail "Python's venv module is needed: apt-get install python3-venv"
 
-wanted=$(cat setup.cfg tools/setup.sh "$([ "$pins" = none ] && echo /dev/null || echo "$pins")" | sha256sum | cut -c1-16)
+wanted=$( (cat setup.cfg setup.py tools/setup.sh "$pins"; echo "$index") | sha256sum | cut -c1-16)
 stamp=.venv/installed
 if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
 
@@ -22,16 +24,21 @@ say() { echo "setup: $* ($((SECONDS - started)) s)"; }
 pip() { PYTHONWARNINGS=ignore .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
 rm -f "$stamp"
 [ -x .venv/bin/python ] || { say "making .venv"; "$python" -m venv .venv; }
-if [ "$pins" = none ]; then
-    say "installing what pip resolves from setup.cfg"
-    pip install -e '.[train,slurm,video,dev]'
-else
-    say "installing torch"
-    pip install "$(grep '^torch==' "$pins")"
-    say "installing the pinned packages"
-    pip install --no-deps -r "$pins"
-    pip install --no-deps --no-build-isolation -e .
+
+# torch brings the CUDA libraries that its build wants, if any, in the versions that it names itself; everything else is
+# pinned and nothing is searched for.
+if [ "$index" != "$(cat .venv/torch_index 2>/dev/null || true)" ]; then pip uninstall --yes torch triton; fi
+say "installing torch"
+pip install --constraint "$pins" ${index:+--extra-index-url "$index"} "$(grep '^torch==' "$pins")"
+echo "$index" > .venv/torch_index
+say "installing the pinned packages"
+pip install --no-deps -r "$pins"
+pip install --no-deps --no-build-isolation -e .
+
+# A driver that is too old is noticed here, not in the first job.
+if command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; then
+    .venv/bin/python -c 'import torch; torch.zeros(1, device="cuda")' 2>/dev/null ||
+        say "WARNING: torch ($(.venv/bin/python -c 'import torch; print(torch.__version__, "for CUDA", torch.version.cuda)')) cannot use this machine's GPU. Where its driver is too old, name an index of torch's wheels for an older CUDA: TORCH_INDEX=https://download.pytorch.org/whl/cu126 bash tools/setup.sh"
 fi
-echo "$pins" > .venv/pins
 echo "$wanted" > "$stamp"
 say "done"

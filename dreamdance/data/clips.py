@@ -14,14 +14,13 @@ from einops import repeat
 from torch import Tensor
 
 from dreamdance.data import shard_cache
+from dreamdance.data.clip_frames import ClipFrames, flip_clip
 from dreamdance.data.clip_order import SampleKey
 from dreamdance.data.collate import ClipSample
 from dreamdance.data.cropping import centred_crop
 from dreamdance.data.stored_clip import StoredClip, Window, draw_window, first_window
 from dreamdance.data.streaming_compat import Spanner, Stream, StreamingDataset, World
 from dreamdance.data.transforms import (
-    ClipFrames,
-    flip_clip,
     flip_images,
     pictures_to_tensor,
     resize_images,

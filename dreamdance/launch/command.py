@@ -1,4 +1,7 @@
-"""The command `launchers/slurm.py` (C5): words speak to the recipe, dashes to the launcher, each outcome has a code."""
+"""The command `dreamdance`, which `launchers/slurm.py` is too (C5).
+
+Words speak to the recipe, dashes to the launcher, each outcome has a code.
+"""
 
 import argparse
 import contextlib
@@ -19,6 +22,7 @@ from dreamdance.launch.finished import is_finished
 from dreamdance.launch.follow import explain_failure, follow
 from dreamdance.launch.heartbeat import Heartbeat
 from dreamdance.launch.job import Job
+from dreamdance.launch.program import DEFAULT_RUNS, launcher_command, program
 from dreamdance.launch.run_folder import DifferentRecipeError, lay, locked, refuse_different
 from dreamdance.recipe import LoadedRecipe, Recipe, TrainingRecipe, given_value, load
 from dreamdance.recipe.overrides import split_choices
@@ -26,9 +30,6 @@ from dreamdance.run_layout import progress_file
 
 OK, FAILED, BAD_RECIPE, OTHER_RECIPE, HAS_JOB = 0, 1, 2, 3, 4
 INTERRUPTED = 128 + signal.SIGINT
-USAGE = """python launchers/slurm.py RECIPE [key=value ...] [options]
-       python launchers/slurm.py status [RUN]
-       python launchers/slurm.py cancel RUN"""
 EPILOG = """Words speak to the recipe (optimizer.lr=1e-4), dashes to the launcher. The same command again goes on where
 the run stopped. Exit codes: 0 done or submitted, 1 the job failed, 2 a bad recipe or something missing, 3 the run
 folder belongs to a different recipe, 4 the run is queued or running already and was not submitted again (with --follow,
@@ -39,7 +40,7 @@ Planner = Callable[[TrainingRecipe, float | None], str]
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise RecipeError(f"{message}\nusage: {USAGE}")
+        raise RecipeError(f"{message}\nusage: {_usage()}")
 
 
 def main(argv: Sequence[str], plan: Planner) -> int:
@@ -64,8 +65,14 @@ def main(argv: Sequence[str], plan: Planner) -> int:
         return BAD_RECIPE
 
 
+def _usage() -> str:
+    return (
+        f"{program()} RECIPE [key=value ...] [options]\n       {program()} status [RUN]\n       {program()} cancel RUN"
+    )
+
+
 def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog="slurm.py", usage=USAGE, epilog=EPILOG, allow_abbrev=False)
+    parser = _Parser(prog=program(), usage=_usage(), epilog=EPILOG, allow_abbrev=False)
     parser.add_argument("words", nargs="*", metavar="RECIPE key=value", help="a recipe's file, and values to change")
     parser.add_argument(
         "--cluster",
@@ -76,7 +83,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="show recipe, plan and batch script; submit nothing")
     parser.add_argument("--follow", action="store_true", help="show progress and exit with the job's own status")
     parser.add_argument(
-        "--runs", type=Path, default=preflight.DEFAULT_RUNS, metavar="DIR", help="where runs live (default: runs)"
+        "--runs", type=Path, default=DEFAULT_RUNS, metavar="DIR", help="where runs live (default: runs)"
     )
     parser.add_argument(
         "--sweep", action="append", default=[], metavar="key=v1,v2", help="one run for each value; may be repeated"
@@ -101,7 +108,7 @@ def _ask(options: argparse.Namespace) -> int:
         _show("\n\n".join(answers) if names else status.table(options.runs))
         return OK
     if len(names) != 1:
-        raise RecipeError(f"cancel wants the name of one run\nusage: {USAGE}")
+        raise RecipeError(f"cancel wants the name of one run\nusage: {_usage()}")
     run_folder = status.find_run(names[0], options.runs)
     job = submission.last_job(run_folder)
     if job is None:
@@ -120,7 +127,7 @@ def _recipes(options: argparse.Namespace) -> list[LoadedRecipe]:
     """The recipe as the command line changes it, once for each combination of swept values."""
     file, *overrides = options.words
     if "=" in file:
-        raise RecipeError(f"the first word is the recipe's file, not '{file}'\nusage: {USAGE}")
+        raise RecipeError(f"the first word is the recipe's file, not '{file}'\nusage: {_usage()}")
     if options.cluster == "debug":  # one process, on a GPU where the recipe wants any
         gpus = given_value(file, overrides, "cluster.gpus_per_node")
         overrides += ["cluster.nodes=1", "cluster.tasks_per_node=1"]
@@ -218,7 +225,7 @@ def _run(
         for one in started:
             yield _follow(one, options.runs)
     elif started:
-        asking = preflight.launcher_command(f"status {started[0].recipe.name}", options.runs)
+        asking = launcher_command(f"status {started[0].recipe.name}", options.runs)
         _show(f"the same command with --follow shows it; so does: {asking}")
         yield OK if all(one.is_new for one in started) else HAS_JOB
 
@@ -246,7 +253,7 @@ def _start(
                 refuse_different(recipe, run_folder)
                 jobs[recipe.name], states[recipe.name] = job, status.state
             else:
-                lay(recipe, run_folder, ["slurm.py", *argv])
+                lay(recipe, run_folder, [program().rpartition("/")[2], *argv])
                 waiting.append(loaded)
         offsets = {loaded.recipe.name: _size(progress_file(_run_folder(loaded, runs))) for loaded in unfinished}
         if waiting:
@@ -340,7 +347,7 @@ def _follow(started: _Started, runs: Path) -> int:
         outcome = follow(job, recipe, run_folder, started.offset, is_new=started.is_new)
     except KeyboardInterrupt:
         if job.cluster == "slurm":
-            ending = preflight.launcher_command(f"cancel {recipe.name}", runs)
+            ending = launcher_command(f"cancel {recipe.name}", runs)
             _show(f"\njob {job.job_id} goes on; end it by: {ending}")
         else:
             submission.cancel(job)

@@ -24,6 +24,7 @@ from dreamdance.errors import UserError, may_pass
 from dreamdance.forced_exit import LAST_WORDS_SECONDS, end_now
 from dreamdance.launch.fence import Fence
 from dreamdance.launch.finished import mark_finished
+from dreamdance.launch.requirements import refuse_missing
 from dreamdance.launch.run_folder import record_job, stored_recipe
 from dreamdance.ranks import START, Ranks
 from dreamdance.recipe import Recipe
@@ -66,9 +67,10 @@ class Job:
                     watching.enter_context(SignalListener(partial(_end_at_once, self.run_folder)))
                 if rank == 0:
                     watching.enter_context(Fence(self.run_folder))
-                entry = pkgutil.resolve_name(ENTRIES[recipe.task])
                 if recipe.cluster.gpus_per_node > 0:
                     Ranks.from_environment().require_gpu()
+                refuse_missing(recipe)
+                entry = pkgutil.resolve_name(ENTRIES[recipe.task])
                 entry(recipe, self.run_folder)
         except UserError as error:
             logger.error("%s", error)

@@ -1,13 +1,20 @@
 """What a recipe needs from this machine, looked up before anything is started: weights, data, runs, packages, GPUs."""
 
-import importlib.util
-import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dreamdance.launch.program import launcher_command
+from dreamdance.launch.requirements import (
+    BACKEND_KEY,
+    installation,
+    missing_packages,
+    named_backend,
+    why_backend_cannot_run_in_a_job,
+)
 from dreamdance.launch.run_folder import weight_sources
 from dreamdance.recipe import AnimateRecipe, EvaluateRecipe, PrepareRecipe, Recipe, TrainingRecipe
 from dreamdance.recipe.sections import Shards
@@ -26,15 +33,6 @@ DOWNLOADS = {
     "stable-video-diffusion-img2vid-xt-1-1": "stabilityai/stable-video-diffusion-img2vid-xt-1-1",
     "clip-vit-large-patch14": "openai/clip-vit-large-patch14",
 }
-DEFAULT_RUNS = Path("runs")
-EXTRAS = {
-    "stage1": {"deepspeed": "train", "streaming": "train", "tensorboard": "train", "cv2": "video"},
-    "stage2": {"deepspeed": "train", "streaming": "train", "tensorboard": "train", "cv2": "video"},
-    "prepare": {"streaming": "train", "av": "video", "cv2": "video"},
-    "animate": {"av": "video", "cv2": "video"},
-    "evaluate": {"streaming": "train", "cv2": "video"},
-}
-"""By task: each optional package that its modules import -> the extra of ours that installs it."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +55,7 @@ def missing(recipe: Recipe, recipe_file: Path, runs: Path, *, check_gpu: bool) -
         *_runs(recipe, recipe_file, runs),
         *_packages(recipe),
     ]
-    return [*found, *_gpus(recipe)] if check_gpu else found
-
-
-def launcher_command(words: str | Path, runs: Path) -> str:
-    """A command to copy, for the same folder of runs as the one that was asked for."""
-    elsewhere = "" if runs == DEFAULT_RUNS else f" --runs {shlex.quote(str(runs))}"
-    return f"python launchers/slurm.py {words}{elsewhere}"
+    return [*found, *_gpus(recipe), *_backend(recipe)] if check_gpu else found
 
 
 def report(recipe: Recipe, recipe_file: Path, runs: Path, problems: list[Missing]) -> str:
@@ -151,11 +143,16 @@ def _launch(recipe_file: Path, name: str, runs: Path) -> str:
 
 
 def _packages(recipe: Recipe) -> Iterator[Missing]:
-    for package, extra in EXTRAS[recipe.task].items():
-        if importlib.util.find_spec(package) is None:
-            yield Missing(
-                f"Python package {package}", "this Python's site-packages", f"pip install 'dreamdance[{extra}]'"
-            )
+    for package, extra in missing_packages(recipe).items():
+        yield Missing(f"Python package {package}", f"site-packages of {sys.executable}", installation({extra}))
+
+
+def _backend(recipe: Recipe) -> Iterator[Missing]:
+    """The attention backend that the recipe names, if any. (Of a job on Slurm, its node must know; it asks there.)"""
+    backend = named_backend(recipe)
+    if backend is not None and (reason := why_backend_cannot_run_in_a_job(recipe, backend)):
+        looked = f"{sys.executable} on this machine: {reason}"
+        yield Missing(f"attention backend '{backend}'", looked, f"{BACKEND_KEY}=null lets the library choose")
 
 
 def _gpus(recipe: Recipe) -> Iterator[Missing]:

@@ -80,7 +80,9 @@ def _why_not_on(device: torch.device) -> str | None:
     if (reason := triton_package.why_unusable()) is not None:
         return reason
     found = torch.cuda.get_device_capability(device)
-    return None if found >= KERNEL_CAPABILITY else f"the GPU's compute capability is {found}, below {KERNEL_CAPABILITY}"
+    if found < KERNEL_CAPABILITY:
+        return f"the GPU's compute capability is {found}, below {KERNEL_CAPABILITY}"
+    return triton_package.why_unable_to_start()
 
 
 def _announce(reason: str | None) -> None:

@@ -35,7 +35,7 @@ def why_unavailable() -> str | None:
         return f"it needs compute capability {_dotted(OLDEST_ARCHITECTURE)} or higher, this GPU has {_dotted(found)}"
     if found[0] in UNFIT_GENERATIONS:
         return f"its tiles are cut for compute capability 8.x, 9.x and 12.x, this GPU has {_dotted(found)}"
-    return None
+    return triton_package.why_unable_to_start()
 
 
 def geometry_attention(query: Tensor, key: Tensor, value: Tensor, *, num_domains: int, num_heads: int) -> Tensor:

@@ -1,6 +1,10 @@
-"""Whether the Triton that is installed compiles this package's kernels."""
+"""Whether the Triton that is installed compiles this package's kernels, and whether this machine lets it start them."""
 
 import importlib.util
+import os
+import shutil
+import sysconfig
+from pathlib import Path
 
 OLDEST = (3, 6)  # the oldest that they were compiled with
 
@@ -14,4 +18,29 @@ def why_unusable() -> str | None:
     major, minor, *_ = triton.__version__.split(".")
     if (int(major), int(minor)) < OLDEST:
         return f"it needs triton {OLDEST[0]}.{OLDEST[1]} or newer (it comes with torch); found {triton.__version__}"
+    return None
+
+
+def why_unable_to_start() -> str | None:
+    """Why Triton cannot start a compiled kernel on this machine, or None where it can.
+
+    It starts each through a small C module that it builds at first use, with the compiler of the environment's CC, or
+    gcc or clang on PATH, and with Python's headers (triton/runtime/build.py). torch.compile needs the same.
+    """
+    from triton import knobs
+
+    if knobs.build.impl is not None:  # somebody's own way to build it
+        return None
+    compiler = os.environ.get("CC")
+    if compiler is not None and shutil.which(compiler) is None:
+        return f"it needs a C compiler, and there is none at {compiler!r}, which the environment's CC names"
+    if compiler is None and shutil.which("gcc") is None and shutil.which("clang") is None:
+        return (
+            "it needs a C compiler, and neither gcc nor clang is on PATH "
+            "(apt-get install gcc libc6-dev, or name one in the environment's CC)"
+        )
+    scheme = sysconfig.get_default_scheme()
+    headers = Path(sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"])
+    if not (headers / "Python.h").is_file():
+        return f"it needs Python's headers, and there is no {headers}/Python.h (apt-get install python3-dev)"
     return None

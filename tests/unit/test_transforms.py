@@ -5,14 +5,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from dreamdance.data.clip_frames import ClipFrames, flip_clip
 from dreamdance.data.dancers import render_clip
 from dreamdance.data.keypoints import LEFT_HAND, RIGHT_HAND, flip_keypoints
 from dreamdance.data.pose_drawing import draw_poses
 from dreamdance.data.transforms import (
-    ClipFrames,
     decode_normals,
     encode_normals,
-    flip_clip,
     flip_images,
     flip_normals,
     pass_through,

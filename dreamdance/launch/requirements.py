@@ -1,0 +1,83 @@
+"""What a task needs of the Python that runs it: optional packages, and an attention backend that runs there.
+
+Asked by the launcher before it submits, and by each job on its own machine before it begins.
+"""
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+
+from dreamdance.errors import MissingInputError
+from dreamdance.recipe import Recipe, Stage1Recipe, Stage2Recipe
+
+EXTRAS = {
+    "stage1": {"deepspeed": "train", "streaming": "train", "tensorboard": "train", "cv2": "train"},
+    "stage2": {"deepspeed": "train", "streaming": "train", "tensorboard": "train", "cv2": "train"},
+    "prepare": {"streaming": "train", "av": "video", "cv2": "video"},
+    "animate": {"av": "video", "cv2": "video"},
+    "evaluate": {"streaming": "train", "cv2": "train"},
+}
+"""By task: each optional package that its modules import -> the extra of ours that installs it."""
+
+BACKEND_KEY = "model.attention_backend"
+_ASK_SECONDS = 120
+
+
+def missing_packages(recipe: Recipe) -> dict[str, str]:
+    """Packages that the task imports and this Python lacks -> the extra that installs each."""
+    extras = EXTRAS[recipe.task]
+    return {package: extra for package, extra in extras.items() if importlib.util.find_spec(package) is None}
+
+
+def installation(extras: set[str]) -> str:
+    """The command that installs these extras."""
+    return f"pip install 'dreamdance[{','.join(sorted(extras))}]'"
+
+
+def refuse_missing(recipe: Recipe) -> None:
+    """Makes sure that the job which calls this can begin in this process.
+
+    Raises:
+        MissingInputError: a package is not installed, or the attention backend that the recipe names cannot run.
+    """
+    here = f"this Python ({sys.executable} on {socket.gethostname()})"
+    if missing := missing_packages(recipe):
+        raise MissingInputError(f"{here} lacks {', '.join(missing)}: {installation(set(missing.values()))}")
+    backend = named_backend(recipe)
+    if backend is not None and (reason := why_backend_cannot_run(backend)):
+        raise MissingInputError(f"attention backend '{backend}' ({BACKEND_KEY}) cannot run in {here}: {reason}")
+
+
+def named_backend(recipe: Recipe) -> str | None:
+    """The attention backend that the recipe asks for, None where the library may choose."""
+    return recipe.model.attention_backend if isinstance(recipe, Stage1Recipe | Stage2Recipe) else None
+
+
+def why_backend_cannot_run(name: str) -> str:
+    """Why an attention backend cannot run in this process, which loads torch to know; empty where it can."""
+    from dreamdance_kernels import available_backends
+
+    backends = available_backends()
+    if name in backends:
+        return backends[name] or ""
+    return f"no such backend; there are {', '.join(map(repr, backends))}, or null to let the library choose"
+
+
+def why_backend_cannot_run_in_a_job(recipe: Recipe, name: str) -> str:
+    """The same for a job on this machine, asked in a process of its own: the launcher loads no torch and no driver."""
+    environment = os.environ | recipe.cluster.environment
+    if recipe.cluster.gpus_per_node == 0:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    program = f"from {__name__} import why_backend_cannot_run; print(why_backend_cannot_run({name!r}))"
+    words = [sys.executable, "-P", "-c", program]
+    try:
+        asked = subprocess.run(
+            words, env=environment, capture_output=True, text=True, timeout=_ASK_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"this Python did not say within {_ASK_SECONDS} s whether it can"
+    if asked.returncode:
+        return (asked.stderr.strip().splitlines() or [f"exit code {asked.returncode}"])[-1]
+    return asked.stdout.strip()
