@@ -20,9 +20,11 @@ class AlignmentError(UserError):
 def align_keypoints(driving: KeypointSequence, reference: KeypointSequence) -> NDArray[np.float32]:
     """Scales and shifts a whole driving sequence by one transform which fits its body to the reference's.
 
-    One scale in pixels for both directions, and a shift: the least-squares fit of the height of each measured joint,
-    averaged over the sequence, to the reference's. Joints are averaged first: movement would shrink a fit to all
-    frames. What moves stays as it is, and one transform for all frames adds no jitter.
+    One scale in pixels for both directions, and a shift. Each frame is compared with the reference over the measured
+    joints that are seen in both, and frames with fewer than four of them are left out. The scale is the least-squares
+    fit of these joints' heights, centred frame by frame, so that neither a dancer who walks through the picture nor
+    legs that show in some frames alone are taken for another size. What moves stays as it is, and one transform for
+    all frames adds no jitter.
 
     Args:
         driving: the sequence; `keypoints` `(f, 128, 3)`.
@@ -32,31 +34,39 @@ def align_keypoints(driving: KeypointSequence, reference: KeypointSequence) -> N
         `(f, 128, 3)` in [0,1] of the reference's frame; points beyond it keep their confidence.
 
     Raises:
-        AlignmentError: too few joints are visible in both, or no sensible scale fits.
+        AlignmentError: no frame shows enough of the reference's joints, or no sensible scale fits.
     """
     body, target = driving.keypoints[:, BODY], reference.keypoints[0, BODY]
-    visible = body[..., 2] >= CONFIDENCE_THRESHOLD
-    common = [j for j in MEASURED_JOINTS if visible[:, j].any() and target[j, 2] >= CONFIDENCE_THRESHOLD]
-    if len(common) < MIN_JOINTS:
+    shared = np.zeros(body.shape[:2], dtype=bool)
+    measured = list(MEASURED_JOINTS)
+    shared[:, measured] = (body[:, measured, 2] >= CONFIDENCE_THRESHOLD) & (target[measured, 2] >= CONFIDENCE_THRESHOLD)
+    counts = shared.sum(axis=1)
+    if counts.max(initial=0) < MIN_JOINTS:
         raise AlignmentError(
-            f"align: only {len(common)} body joints are visible in both the driving sequence and the reference, "
-            f"{MIN_JOINTS} are needed; leave 'align' out"
+            f"align: no frame of the driving sequence shows more than {counts.max(initial=0)} of the body joints that "
+            f"the reference shows, {MIN_JOINTS} are needed; leave 'align' out"
         )
     source_size = np.array([driving.width, driving.height], dtype=np.float64)
     target_size = np.array([reference.width, reference.height], dtype=np.float64)
-    means = np.stack([body[visible[:, j], j, :2].mean(axis=0) for j in common]) * source_size
-    wanted = target[common, :2].astype(np.float64) * target_size
-    scale = _fit_scale(means[:, 1], wanted[:, 1])
-    shift = wanted.mean(axis=0) - scale * means.mean(axis=0)
+    used = counts >= MIN_JOINTS
+    weights = (shared[used] / counts[used, None])[..., None]
+    points = body[used, :, :2] * source_size
+    wanted = np.broadcast_to(target[:, :2] * target_size, points.shape)
+    means, wanted_means = ((weights * places).sum(axis=1) for places in (points, wanted))
+    heights, wanted_heights = (
+        (places - centres[:, None])[shared[used], 1] for places, centres in ((points, means), (wanted, wanted_means))
+    )
+    scale = _fit_scale(heights, wanted_heights)
+    shift = (wanted_means - scale * means).mean(axis=0)
     aligned = driving.keypoints.astype(np.float64)
     aligned[..., :2] = (aligned[..., :2] * source_size * scale + shift) / target_size
     return aligned.astype(np.float32)
 
 
-def _fit_scale(source: NDArray[np.float64], wanted: NDArray[np.float64]) -> float:
-    centred = source - source.mean()
-    variance = float((centred**2).sum())
-    scale = float((centred * wanted).sum()) / variance if variance > 0 else 0.0
+def _fit_scale(heights: NDArray[np.float64], wanted: NDArray[np.float64]) -> float:
+    """The least-squares factor from `heights` to `wanted`, both centred frame by frame."""
+    variance = float((heights**2).sum())
+    scale = float((heights * wanted).sum()) / variance if variance > 0 else 0.0
     low, high = SCALE_RANGE
     if not low <= scale <= high:
         raise AlignmentError(
