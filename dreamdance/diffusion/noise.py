@@ -25,8 +25,9 @@ def draw_noise(keys: Keys, shape: Sequence[int], *, offset: float = 0.0, purpose
 
     Args:
         keys: `b` keys (seed, epoch, sample id).
-        shape: of one sample, ending in `c h w`.
-        offset: strength of noise that is constant over `h w`, added to it (noise offset; 0 is Eq. 3).
+        shape: of one sample, ending in `c h w`; of videos `f ... c h w`.
+        offset: strength of noise that is constant over `h w` and over the frames, added to it (noise offset; 0 is
+            Eq. 3). Drawn for each frame it would be flicker, which a network that sees all frames averages away.
         purpose: what the noise is for; noises of different purposes are independent.
 
     Returns:
@@ -35,7 +36,8 @@ def draw_noise(keys: Keys, shape: Sequence[int], *, offset: float = 0.0, purpose
     noise = torch.stack([torch.randn(*shape, generator=sample_generator(key, purpose)) for key in keys])
     if offset == 0:
         return noise
-    constant_shape = (*shape[:-2], 1, 1)
+    frames = (1,) if len(shape) > 3 else ()
+    constant_shape = (*frames, *shape[len(frames) : -2], 1, 1)
     constant = [torch.randn(*constant_shape, generator=sample_generator(key, f"{purpose} offset")) for key in keys]
     return noise + offset * torch.stack(constant)
 
@@ -131,6 +133,10 @@ def ddpm_target(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timest
 def min_snr_weights(scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -> Tensor:
     """Min-SNR-gamma loss weights: min(SNR, gamma) on the error of the clean picture, whatever is predicted.
 
+    With zero terminal SNR min(SNR + 1, gamma) instead: min(SNR, gamma) is 0 at the last timestep and next to nothing
+    at the first few that sampling visits, so that these would stay untrained. Without it the paper's weights stay,
+    which are diffusers' too.
+
     Args:
         scheduler: of training.
         timesteps: `n`.
@@ -141,7 +147,8 @@ def min_snr_weights(scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -
     """
     snr = compute_snr(scheduler, timesteps)
     divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
-    return snr.clamp(max=gamma) / divisor[scheduler.config.prediction_type]
+    bounded = (snr + 1 if scheduler.config.rescale_betas_zero_snr else snr).clamp(max=gamma)
+    return bounded / divisor[scheduler.config.prediction_type]
 
 
 # ---------------------------------------------------------------------------------------------- EDM, stage 2

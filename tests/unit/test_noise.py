@@ -19,7 +19,6 @@ from dreamdance.diffusion.noise import (
 from dreamdance.errors import UserError
 
 KEYS = [[0, 0, sample] for sample in range(2000)]
-PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
 
 
 def latents_and_noise() -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,13 +57,19 @@ def test_noise_is_standard_normal_and_independent_between_frames_and_domains():
     assert correlations.abs().max() < 5 / 100
 
 
-def test_noise_offset_adds_a_constant_to_each_channel_of_each_frame():
-    plain, shifted = draw_noise(KEYS, (2, 1, 4, 4)), draw_noise(KEYS, (2, 1, 4, 4), offset=0.1)
+@pytest.mark.parametrize("shape", [(2, 4, 4), (3, 2, 4, 4), (3, 2, 1, 4, 4)], ids=["image", "video", "domains"])
+def test_noise_offset_adds_one_constant_to_each_channel_of_a_clip(shape):
+    plain, shifted = draw_noise(KEYS, shape), draw_noise(KEYS, shape, offset=0.1)
     offset = (shifted - plain) / 0.1
+    if len(shape) > 3:  # the same in all frames: a video has one level
+        assert torch.allclose(offset, offset[:, :1].expand_as(offset), rtol=0, atol=1e-4)
+        offset = offset[:, 0]
     assert torch.allclose(offset, offset[..., :1, :1].expand_as(offset), rtol=0, atol=1e-4)
-    constants = offset[..., 0, 0].flatten()
-    assert abs(constants.mean()) < 4 / math.sqrt(4000)
-    assert abs(constants.var() - 1) < 4 * math.sqrt(2 / 4000)
+    first, second = offset[..., 0, 0].flatten(1).T  # of two channels, or of two domains
+    for constants in (first, second):
+        assert abs(constants.mean()) < 4 / math.sqrt(len(KEYS))
+        assert abs(constants.var() - 1) < 4 * math.sqrt(2 / len(KEYS))
+    assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 4 / math.sqrt(len(KEYS))
 
 
 def test_timesteps_are_uniform():
@@ -143,15 +148,18 @@ def test_an_unknown_prediction_type_is_refused():
         ddpm_target(scheduler, *latents_and_noise(), torch.arange(4))
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_min_snr_weighs_the_error_of_the_clean_latents_by_the_clamped_snr(prediction_type):
-    scheduler = make_ddpm_scheduler(prediction_type=prediction_type)
+@pytest.mark.parametrize(
+    ("prediction_type", "zero_terminal_snr"),
+    [("epsilon", False), ("v_prediction", False), ("v_prediction", True), ("sample", False), ("sample", True)],
+)
+def test_min_snr_weighs_the_error_of_the_clean_latents_alike_whatever_is_predicted(prediction_type, zero_terminal_snr):
+    scheduler = make_ddpm_scheduler(prediction_type=prediction_type, zero_terminal_snr=zero_terminal_snr)
     sampler = make_ddim_scheduler(scheduler)
     sampler.set_timesteps(1000)
     latents, noise = latents_and_noise()
     latents, noise = latents.double(), noise.double()
     scheduler.alphas_cumprod = sampler.alphas_cumprod = scheduler.alphas_cumprod.double()
-    for timestep in (20, 400, 900):
+    for timestep in (20, 400, 900, 999):
         timesteps = torch.full((4,), timestep)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         prediction = ddpm_target(scheduler, latents, noise, timesteps) + 0.01
@@ -159,16 +167,30 @@ def test_min_snr_weighs_the_error_of_the_clean_latents_by_the_clamped_snr(predic
         alpha = scheduler.alphas_cumprod[timestep].item()
         snr = alpha / (1 - alpha)
         weighted = min_snr_weights(scheduler, timesteps, 5.0).double() * 0.01**2
-        expected = min(snr, 5.0) * (clean - latents).square().mean(dim=(1, 2, 3))
+        expected = min(snr + 1 if zero_terminal_snr else snr, 5.0) * (clean - latents).square().mean(dim=(1, 2, 3))
         torch.testing.assert_close(weighted, expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
-def test_min_snr_weights_are_finite_at_pure_noise(prediction_type):
+def test_without_zero_terminal_snr_weights_are_those_of_the_min_snr_paper():
+    scheduler = make_ddpm_scheduler(prediction_type="v_prediction")
+    alphas = scheduler.alphas_cumprod.double()
+    snr = alphas / (1 - alphas)
+    found = min_snr_weights(scheduler, torch.arange(1000), 5.0).double()
+    torch.testing.assert_close(found, snr.clamp(max=5.0) / (snr + 1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("prediction_type", "share"), [("v_prediction", 0.1), ("sample", 0.04)])
+def test_the_timesteps_where_sampling_begins_at_pure_noise_are_trained(prediction_type, share):
     scheduler = make_ddpm_scheduler(prediction_type=prediction_type, zero_terminal_snr=True)
-    weights = min_snr_weights(scheduler, torch.arange(1000), 5.0)
-    assert weights.isfinite().all()
-    assert weights[-1] == 0
+    weights = min_snr_weights(scheduler, torch.arange(1000), 5.0).double()
+    sampler = make_ddim_scheduler(scheduler)
+    sampler.set_timesteps(25)
+    first = sampler.timesteps[:3]
+    assert first.tolist() == [999, 959, 919]
+    # min(SNR, 5) gave them 0 to 0.002
+    torch.testing.assert_close(weights[first], torch.ones(3).double(), rtol=0, atol=0.02)
+    # a tenth of all timesteps; of the error of the clean latents the easy ones count up to 5 times as much
+    assert weights[900:].sum() / weights.sum() > share
 
 
 # ------------------------------------------------------------------------------------------ EDM
