@@ -121,12 +121,40 @@ def open_image_encoder(source: ImageEncoderSource, *, huge: bool, device: str) -
     folder = _folder(source.path, source.subfolder)
     if device == "meta":
         published = CLIPVisionConfig(**(_CLIP_VIT_HUGE if huge else _CLIP_VIT_LARGE))
-        config = CLIPVisionConfig.from_pretrained(folder) if (folder / "config.json").is_file() else published
-        encoder = CLIPVisionModelWithProjection(config)
-    else:
-        _require_weights(folder, key)
-        encoder = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    return encoder.eval()
+        config = _read_clip_config(folder, key) if (folder / "config.json").is_file() else published
+        return CLIPVisionModelWithProjection(config).eval()
+    _require_weights(folder, key)
+    return _load_clip(folder, key).eval()
+
+
+def _load_clip(folder: Path, key: str) -> CLIPVisionModelWithProjection:
+    """CLIP's vision tower out of its own folder or that of a whole CLIP."""
+    config = _read_clip_config(folder, key)
+    try:
+        encoder, loaded = CLIPVisionModelWithProjection.from_pretrained(
+            folder, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (RuntimeError, ValueError, OSError) as error:  # other sizes than the config's, or a damaged file
+        raise RecipeError(f"{key}.path: the weights in '{folder}' do not fit its config.json: {error}") from error
+    if missing := sorted(loaded["missing_keys"]):  # transformers would leave them random
+        raise RecipeError(
+            f"{key}.path: '{folder}' holds no CLIP vision tower with its projection: {len(missing)} tensors are not "
+            f"there, such as {missing[0]}"
+        )
+    return encoder
+
+
+def _read_clip_config(folder: Path, key: str) -> CLIPVisionConfig:
+    """The vision tower's configuration; of a whole CLIP's, whose width of the projection both towers share."""
+    file = folder / "config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    vision = values.get("vision_config", values)
+    if "projection_dim" not in {**values, **vision}:
+        raise RecipeError(
+            f"{key}.path: {file} does not say 'projection_dim', the width of CLIP's image embedding: take it from "
+            "the published config.json of that network (768 for ViT-L/14, 1024 for ViT-H/14)"
+        )
+    return CLIPVisionConfig.from_dict({"projection_dim": values.get("projection_dim"), **vision})
 
 
 def read_weights(folder: Path, *, key: str) -> dict[str, torch.Tensor]:
