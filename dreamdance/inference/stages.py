@@ -68,6 +68,8 @@ def load_stages(recipe: AnimateRecipe, run_folder: Path, device: torch.device) -
         geometry.set_progress_bar_config(disable=True)
     if problems := list(_misfits(recipe, animation, geometry)):
         raise RecipeError("\n".join(problems))
+    for text in _doubts(recipe, animation, geometry):
+        logger.warning("%s", text)
     known = noted_states(run_folder)
     states = {stage: read_export(folder, known) for stage, folder in exports.items()}
     weights = {stage: hash_export(exports[stage], found) for stage, found in states.items()}
@@ -174,3 +176,25 @@ def _misfits(recipe: AnimateRecipe, animation: AnimationPipeline, geometry: Geom
             f"geometry.window_frames {recipe.geometry.window_frames} is more than the {network.max_frames} frames "
             "(model.max_frames of its recipe) that stage 1's temporal attention knows"
         )
+    elif network.trained_frames is not None and recipe.geometry.window_frames > network.trained_frames:
+        yield (
+            f"geometry.window_frames {recipe.geometry.window_frames} is more than the {network.trained_frames} frames "
+            "(data.num_frames of its recipe) that stage 1's temporal attention was trained on: its positions beyond "
+            f"are untrained; set geometry.window_frames to {network.trained_frames} or less"
+        )
+
+
+def _doubts(recipe: AnimateRecipe, animation: AnimationPipeline, geometry: GeometryPipeline | None) -> Iterator[str]:
+    """What the networks can do, but may do badly, each with the key to change."""
+    if problem := animation.describe_untrained(recipe.animation.window_frames):
+        yield f"animation.{problem}"
+    networks = {"animation": animation.controlnet.config}
+    if geometry is not None and geometry.unet.config.temporal_attention:
+        networks["geometry"] = geometry.unet.config
+    for stage, network in networks.items():
+        if network.trained_frames is None:
+            yield (
+                f"{stage}_from: this export does not say on how many frames it was trained (older ones do not): make "
+                f"sure that {stage}.window_frames {getattr(recipe, stage).window_frames} is no more than "
+                "data.num_frames of its recipe"
+            )

@@ -1,15 +1,26 @@
-"""Pictures to latents and back, the same way for Stable Diffusion's autoencoder, SVD's and the patch autoencoder."""
+"""Pictures to latents and back, the same way for Stable Diffusion's autoencoder, SVD's and the patch autoencoder.
 
+Autoencoders compute in float32 whatever the precision of the networks around them: in bfloat16 their latents are off by
+1 % and their pictures by 3 %.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from typing import TypeAlias
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreamdance.models.patch_autoencoder import PatchAutoencoder
 
 Autoencoder: TypeAlias = AutoencoderKL | AutoencoderKLTemporalDecoder | PatchAutoencoder
+
+DECODE_OVERLAP = 2
+"""Frames that neighbouring chunks of a video decoder share."""
 
 
 def downscale_factor(vae: Autoencoder) -> int:
@@ -19,22 +30,61 @@ def downscale_factor(vae: Autoencoder) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+def latent_shape(vae: Autoencoder, images: Tensor) -> tuple[int, int, int]:
+    """`c h w` of the latents of pictures `n 3 H W`."""
+    factor = downscale_factor(vae)
+    return (vae.config.latent_channels, images.shape[-2] // factor, images.shape[-1] // factor)
+
+
+@contextmanager
+def kept_in_float32(network: nn.Module) -> Iterator[None]:
+    """Within, other code may cast the network; after, what was frozen and in float32 has its own values again.
+
+    Casting there and back would leave the values rounded.
+    """
+    kept = [
+        (owner, name, value.data)
+        for owner in network.modules()
+        for name, value in (*owner._parameters.items(), *owner._buffers.items())
+        if value is not None and value.dtype == torch.float32 and not value.requires_grad
+    ]
+    yield
+    for owner, name, values in kept:
+        cast = getattr(owner, name)
+        if cast.is_floating_point() and cast.itemsize < values.itemsize:
+            cast.data = values.to(cast.device)
+
+
 @torch.no_grad()
-def encode_latents(vae: Autoencoder, images: Tensor, *, scaled: bool = True, chunk_size: int | None = None) -> Tensor:
-    """Encodes pictures to the mode of their latent distribution, without gradients.
+def encode_latents(
+    vae: Autoencoder,
+    images: Tensor,
+    *,
+    scaled: bool = True,
+    chunk_size: int | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Encodes pictures to the mode of their latent distribution, or to a sample of it, without gradients.
 
     Args:
-        vae: the frozen autoencoder.
+        vae: the frozen autoencoder; one of less than float32 is widened, and stays so.
         images: `n 3 H W` in [0, 1]; a picture with added noise may leave that range.
         scaled: times the scaling factor, as diffusion targets are; SVD's conditioning latents are **not** scaled.
         chunk_size: pictures encoded at once; all by default.
+        noise: `n c h w`, unit normal: makes the sample mean + deviation * noise. None is the mode, which is the mean.
 
     Returns:
-        `n c h w` in the type and on the device of the autoencoder.
+        `n c h w`, float32 or wider, on the device of the autoencoder.
     """
+    _widen(vae)
     pictures = images.to(device=vae.device, dtype=vae.dtype) * 2 - 1
     chunks = pictures.split(chunk_size or max(len(pictures), 1))
-    latents = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in chunks])
+    if noise is None:
+        latents = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in chunks])
+    else:
+        distributions = [vae.encode(chunk).latent_dist for chunk in chunks]
+        mean, deviation = (torch.cat([getattr(part, name) for part in distributions]) for name in ("mean", "std"))
+        latents = mean + deviation * noise.to(mean)
     return latents * vae.config.scaling_factor if scaled else latents
 
 
@@ -42,11 +92,13 @@ def encode_latents(vae: Autoencoder, images: Tensor, *, scaled: bool = True, chu
 def decode_latents(vae: Autoencoder, latents: Tensor, *, chunk_size: int = 8, num_frames: int | None = None) -> Tensor:
     """Decodes scaled latents to pictures, a few frames at a time.
 
+    SVD's decoder mixes neighbouring frames. Its chunks therefore share two frames (one or none in chunks of less than
+    five), over which one fades into the next: nearer to decoding all at once than a cut between the two.
+
     Args:
-        vae: the autoencoder.
+        vae: the autoencoder; one of less than float32 is widened, and stays so.
         latents: `(b f) c h w`, times the scaling factor.
-        chunk_size: frames decoded at once. SVD's decoder mixes neighbouring frames, so that larger chunks flicker
-            less.
+        chunk_size: the most frames decoded at once. Larger chunks of SVD's decoder are nearer to decoding all at once.
         num_frames: frames of each clip, so that no chunk mixes two clips; None means one clip.
 
     Returns:
@@ -61,10 +113,34 @@ def decode_latents(vae: Autoencoder, latents: Tensor, *, chunk_size: int = 8, nu
             f"cannot decode {len(latents)} frames as clips of num_frames={num_frames} in chunks of {chunk_size}: "
             "num_frames must divide the frames, decode_chunk_size must be 1 or more"
         )
+    _widen(vae)
     latents = latents.to(device=vae.device, dtype=vae.dtype) / vae.config.scaling_factor
-    pictures = []
-    for clip in rearrange(latents, "(b f) c h w -> b f c h w", f=num_frames):
-        for chunk in clip.split(chunk_size):
-            frames = {"num_frames": len(chunk)} if isinstance(vae, AutoencoderKLTemporalDecoder) else {}
-            pictures.append((vae.decode(chunk, **frames).sample.float() / 2 + 0.5).clamp(0, 1).cpu())
-    return torch.cat(pictures)
+    mixes_frames = isinstance(vae, AutoencoderKLTemporalDecoder)
+    overlap = min(DECODE_OVERLAP, (chunk_size - 1) // 2) if mixes_frames else 0
+    frames: list[Tensor] = []
+    for index, clip in enumerate(rearrange(latents, "(b f) c h w -> b f c h w", f=num_frames)):
+        for chunk in _plan_chunks(num_frames, chunk_size, overlap):
+            named = {"num_frames": len(chunk)} if mixes_frames else {}
+            decoded = list(vae.decode(clip.narrow(0, chunk.start, len(chunk)), **named).sample.float().cpu())
+            start = index * num_frames + chunk.start
+            shared = len(frames) - start
+            for place in range(shared):
+                share = (place + 1) / (shared + 1)
+                decoded[place] = (1 - share) * frames[start + place] + share * decoded[place]
+            frames[start:] = decoded
+    return (torch.stack(frames) / 2 + 0.5).clamp_(0, 1)
+
+
+def _plan_chunks(num_frames: int, chunk_size: int, overlap: int) -> list[range]:
+    """Chunks of at most `chunk_size` frames, as equal in length as can be; neighbours share `overlap` frames."""
+    if num_frames <= chunk_size:
+        return [range(num_frames)]
+    count = math.ceil((num_frames - overlap) / (chunk_size - overlap))
+    rims = [overlap + math.ceil((num_frames - overlap) * index / count) for index in range(count + 1)]
+    return [range(start - overlap, stop) for start, stop in pairwise(rims)]
+
+
+def _widen(vae: Autoencoder) -> None:
+    """As diffusers' own pipelines do with autoencoders whose config says `force_upcast`."""
+    if vae.dtype.itemsize < torch.float32.itemsize:
+        vae.to(torch.float32)

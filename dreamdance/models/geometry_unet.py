@@ -116,6 +116,8 @@ class GeometryUNetModel(UNet2DConditionModel):
         geometry_attention: whether every transformer block has a geometry attention (Eq. 5).
         temporal_attention: whether every transformer block has a temporal attention.
         max_frames: longest clip of the temporal attention.
+        trained_frames: length of the clips that the temporal attention was trained on; positions beyond are untrained.
+            None where there is none, or where nobody knows (older exports).
         attention_backend: of `dreamdance_kernels`, or None for its default.
         kwargs: the configuration of `UNet2DConditionModel`.
 
@@ -133,6 +135,7 @@ class GeometryUNetModel(UNet2DConditionModel):
         geometry_attention: bool = False,
         temporal_attention: bool = False,
         max_frames: int = 32,
+        trained_frames: int | None = None,
         attention_backend: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -166,6 +169,7 @@ class GeometryUNetModel(UNet2DConditionModel):
         geometry_attention: bool = False,
         temporal_attention: bool = False,
         max_frames: int = 32,
+        trained_frames: int | None = None,
         attention_backend: str | None = None,
     ) -> Self:
         """Take a plain UNet's weights, on its device and in its dtype; the added modules keep their initial values.
@@ -180,6 +184,7 @@ class GeometryUNetModel(UNet2DConditionModel):
                 geometry_attention=geometry_attention,
                 temporal_attention=temporal_attention,
                 max_frames=max_frames,
+                trained_frames=trained_frames,
                 attention_backend=attention_backend,
             ).to(dtype=unet.dtype)
         added = (*model.domain_parameters(), *model.geometry_parameters(), *model.temporal_parameters())

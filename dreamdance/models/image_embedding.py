@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
 from diffusers.utils import BaseOutput
 from einops import rearrange
 from torch import Tensor
@@ -67,6 +68,7 @@ def _orthonormal_rows(rows: int, columns: int) -> Tensor:
 
 
 ImageEncoder: TypeAlias = CLIPVisionModelWithProjection | ImageEmbeddingStandIn
+Resizing: TypeAlias = Literal["clip", "svd"]
 
 
 def embedding_width(image_encoder: ImageEncoder) -> int:
@@ -77,27 +79,32 @@ def embedding_width(image_encoder: ImageEncoder) -> int:
 
 
 @torch.no_grad()
-def embed_images(image_encoder: ImageEncoder, images: Tensor) -> Tensor:
+def embed_images(image_encoder: ImageEncoder, images: Tensor, *, resizing: Resizing = "clip") -> Tensor:
     """Embeds each picture as one token: CLIP's pooled, projected `image_embeds`, or the stand-in's. Without
     gradients.
 
     Args:
         image_encoder: the frozen encoder.
-        images: `b 3 H W` in [0, 1], clean. The whole picture is seen, squeezed to CLIP's square as SVD does it.
+        images: `b 3 H W` in [0, 1], clean. The whole picture is seen, squeezed to CLIP's square.
+        resizing: how, for the two differ by 31 dB: `"clip"`, bicubic with antialiasing as CLIP's own processor, in
+            stage 1; `"svd"`, blurred by a Gaussian and then bicubic, which is all that SVD ever saw, in stage 2.
 
     Returns:
         `b 1 c`. A dropped embedding is zeros of that shape.
     """
     if isinstance(image_encoder, CLIPVisionModelWithProjection):
-        images = _prepare_for_clip(images, image_encoder.config.image_size)
+        images = prepare_for_clip(images, image_encoder.config.image_size, resizing=resizing)
     images = images.to(device=image_encoder.device, dtype=image_encoder.dtype)
     return rearrange(image_encoder(images).image_embeds, "b c -> b 1 c")
 
 
-def _prepare_for_clip(images: Tensor, image_size: int) -> Tensor:
-    """Resizes (bicubic, antialiased) and normalises in float32; `b 3 H W` in [0, 1] to `b 3 image_size image_size`."""
+def prepare_for_clip(images: Tensor, image_size: int, *, resizing: Resizing) -> Tensor:
+    """Resizes and normalises in float32, `b 3 H W` in [0, 1] to `b 3 image_size image_size`; see `embed_images`."""
     images = images.float()
-    if images.shape[-2:] != (image_size, image_size):
+    if resizing == "svd":
+        # in [-1, 1] and with pictures of CLIP's own size too, as SVD's pipeline does
+        images = (_resize_with_antialiasing(images * 2.0 - 1.0, (image_size, image_size)) + 1.0) / 2.0
+    elif images.shape[-2:] != (image_size, image_size):
         images = F.interpolate(images, size=(image_size, image_size), mode="bicubic", antialias=True).clamp(0, 1)
     mean, std = (rearrange(images.new_tensor(values), "c -> c 1 1") for values in (CLIP_MEAN, CLIP_STD))
     return (images - mean) / std

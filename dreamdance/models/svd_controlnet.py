@@ -25,8 +25,8 @@ class ControlResiduals(NamedTuple):
 class SpatioTemporalControlNetModel(UNetSpatioTemporalConditionModel):
     """Copy of SVD's `conv_in`, time embeddings, down blocks and mid block; a zero convolution on each output.
 
-    The constructor takes the SVD UNet's own arguments: the config of a UNet is that of its ControlNet. Gradient
-    checkpointing is diffusers' own (`enable_gradient_checkpointing`).
+    The constructor takes the SVD UNet's own arguments, and `trained_frames`: the config of a UNet is that of its
+    ControlNet. Gradient checkpointing is diffusers' own (`enable_gradient_checkpointing`).
     """
 
     # what the SVD UNet has and is not needed here; what is here and the SVD UNet lacks
@@ -34,8 +34,10 @@ class SpatioTemporalControlNetModel(UNetSpatioTemporalConditionModel):
     added_weights = ("down_zero_convolutions.", "mid_zero_convolution.")
 
     @wraps(UNetSpatioTemporalConditionModel.__init__)  # type: ignore[misc]
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, trained_frames: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # the length of the clips of its training, None where nobody knows
+        self.register_to_config(trained_frames=trained_frames)
         del self.up_blocks, self.conv_norm_out, self.conv_act, self.conv_out
         widths = self.config.block_out_channels
         # the skip connections: conv_in, then every layer and the downsampler of each block
@@ -45,21 +47,29 @@ class SpatioTemporalControlNetModel(UNetSpatioTemporalConditionModel):
         self.down_zero_convolutions = nn.ModuleList(_zero_convolution(width) for width in skip_widths)
         self.mid_zero_convolution = _zero_convolution(widths[-1])
 
+    @staticmethod
+    def _get_init_keys(input_class: type) -> set[str]:
+        """diffusers reads signatures, and `wraps` shows it the UNet's."""
+        return UNetSpatioTemporalConditionModel._get_init_keys(UNetSpatioTemporalConditionModel) | {"trained_frames"}
+
     @classmethod
-    def from_unet(cls, unet: UNetSpatioTemporalConditionModel) -> "SpatioTemporalControlNetModel":
+    def from_unet(
+        cls, unet: UNetSpatioTemporalConditionModel, *, trained_frames: int | None = None
+    ) -> "SpatioTemporalControlNetModel":
         """Copies the encoder half of `unet`; the zero convolutions start at zero, so that SVD's output does not
         change.
 
         Args:
             unet: an SVD UNet. It is not altered and shares no weight with the copy; device and type are taken from
                 it.
+            trained_frames: length of the clips that it is about to be trained on.
 
         Raises:
             ValueError: Its weights are not those of its config (a key is missing, or there is one too many).
         """
         # without values first: the base network's up blocks are never allocated
         with torch.device("meta"):
-            controlnet = cls.from_config(unet.config)
+            controlnet = cls.from_config(unet.config, trained_frames=trained_frames)
         copied = {
             name: weight.detach().clone()
             for name, weight in unet.state_dict().items()

@@ -1,5 +1,6 @@
 """Stage 2: a reference image and the control maps of every frame to high-resolution frames (Eq. 2, second line)."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -105,6 +106,19 @@ class AnimationPipeline(SamplingPipeline):
         """The maps that the controller reads: a subset of pose, depth, normal."""
         return tuple(self.controller.config.controls)
 
+    def describe_untrained(self, window_frames: int) -> str | None:
+        """Says where windows are longer than the clips that the ControlNet learned from, or nothing.
+
+        No error, because SVD, which it is a copy of, knows longer clips.
+        """
+        trained, base = self.controlnet.config.trained_frames, self.unet.config.num_frames
+        if trained is None or window_frames <= trained:
+            return None
+        return (
+            f"window_frames {window_frames} is more than the {trained} frames (data.num_frames) that the ControlNet "
+            f"was trained on; its SVD was made for {base}. Frames may drift: {trained} or less is what it knows"
+        )
+
     @torch.no_grad()
     def __call__(
         self,
@@ -161,6 +175,8 @@ class AnimationPipeline(SamplingPipeline):
         self._check_inputs(reference, maps, height, width, guidance_scale)
         num_frames = next(iter(maps.values())).shape[1]
         windows = plan_windows(num_frames, window_frames, window_overlap)
+        if problem := self.describe_untrained(windows[0].num_frames):
+            warnings.warn(problem, stacklevel=3)
 
         with self._evaluation_mode():
             # 1. conditions, once for all steps and windows; the pixels' noise is drawn first, as SVD's pipeline does
@@ -179,7 +195,9 @@ class AnimationPipeline(SamplingPipeline):
                 features = control_features[:, window.frames]
                 return self._predict(scaled, timestep, features, conditions, guidance_scale, sequential_guidance)
 
-            latents = self._denoise_windows(latents, windows, predict, num_inference_steps, callback_on_step_end)
+            latents = self._denoise_windows(
+                latents, windows, predict, num_inference_steps, generator, callback_on_step_end
+            )
 
             # 3. frames
             frames = self._decode(latents, decode_chunk_size, output_type)
@@ -219,7 +237,7 @@ class AnimationPipeline(SamplingPipeline):
         # strengths are in units of pixels in [-1, 1], half of which is one in [0, 1]
         noised = reference.to(device) + 0.5 * noise_augmentation.to(device) * pixel_noise.to(device)
         latents = encode_latents(self.vae, noised, scaled=False).to(device, torch.float32)
-        embedding = embed_images(self.image_encoder, reference).to(device, self.unet.dtype)
+        embedding = embed_images(self.image_encoder, reference, resizing="svd").to(device, self.unet.dtype)
         added_time_ids = numbers.to(device)
         return [
             AnimationCondition(kept * latents, kept * embedding, added_time_ids)

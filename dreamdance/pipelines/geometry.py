@@ -154,7 +154,9 @@ class GeometryPipeline(SamplingPipeline):
                 features = pose_features[:, window.frames]
                 return self._predict(noisy, timestep, features, references, guidance_scales, sequential_guidance)
 
-            latents = self._denoise_windows(latents, windows, predict, num_inference_steps, callback_on_step_end)
+            latents = self._denoise_windows(
+                latents, windows, predict, num_inference_steps, generator, callback_on_step_end
+            )
 
             # 3. maps
             output = self._decode(latents, decode_chunk_size, output_type)
@@ -175,17 +177,22 @@ class GeometryPipeline(SamplingPipeline):
             raise ValueError(f"{len(reference)} reference images were given for {len(poses)} pose sequences")
         if len(guidance_scales) != NUM_DOMAINS:
             raise ValueError(f"guidance_scales are those of rgb, normal and depth, not {tuple(guidance_scales)}")
-        longest = min(window_frames, poses.shape[1])
-        if self.unet.config.temporal_attention and longest > self.unet.config.max_frames:
+        longest, network = min(window_frames, poses.shape[1]), self.unet.config
+        if network.temporal_attention and longest > network.max_frames:
             raise ValueError(
-                f"windows of {longest} frames are longer than the {self.unet.config.max_frames} (model.max_frames) "
+                f"windows of {longest} frames are longer than the {network.max_frames} (model.max_frames) "
                 "that temporal attention knows: lower window_frames"
+            )
+        if network.trained_frames is not None and longest > network.trained_frames:
+            raise ValueError(
+                f"windows of {longest} frames are longer than the {network.trained_frames} (data.num_frames) that "
+                f"temporal attention was trained on: lower window_frames to {network.trained_frames} or less"
             )
 
     def _encode_reference(self, reference: Tensor, *, with_dropped: bool) -> list[ReferenceCondition]:
         """Runs the reference UNet at timestep 0: on the reference, and on zeros for guidance (put first)."""
         latents = encode_latents(self.vae, reference)
-        embedding = embed_images(self.image_encoder, reference)
+        embedding = embed_images(self.image_encoder, reference, resizing="clip")
         device, dtype = self._execution_device, self.unet.dtype
         conditions = []
         for kept in (0.0, 1.0) if with_dropped else (1.0,):

@@ -1,8 +1,9 @@
 """What the pipelines share: saved under stable names, sampled in evaluation mode, noise drawn for whole sequences."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import ExitStack, contextmanager
+from typing import Any, Self, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -10,9 +11,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from einops import repeat
 from torch import Tensor, nn
 
+from dreamdance.models.autoencoding import kept_in_float32
 from dreamdance.pipelines.windows import Window, blend_windows
 
 COMPONENTS_MODULE = "dreamdance.pipelines.components"
+AUTOENCODERS = ("vae", "geometry_vae")
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Condition = TypeVar("Condition")
@@ -22,7 +25,8 @@ StepCallback = Callable[[DiffusionPipeline, int, Any, dict[str, Tensor]], dict[s
 class SamplingPipeline(DiffusionPipeline):
     """A `DiffusionPipeline` whose components may be this package's own classes, shared with a trainer.
 
-    `save_pretrained` writes the diffusers folder layout; `from_pretrained` of the same class reads it.
+    `save_pretrained` writes the diffusers folder layout; `from_pretrained` of the same class reads it. In a pipeline of
+    half precision the autoencoders stay in float32.
     """
 
     _callback_tensor_inputs = ["latents"]
@@ -31,12 +35,30 @@ class SamplingPipeline(DiffusionPipeline):
         """Records components; our own classes under the one module in which diffusers can resolve them."""
         super().register_to_config(**{name: _public_address(value) for name, value in kwargs.items()})
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
+        """As diffusers', with the autoencoders in float32 unless `torch_dtype` is a dict that says otherwise."""
+        dtype = kwargs.get("torch_dtype")
+        if isinstance(dtype, torch.dtype):
+            wide = dict.fromkeys(AUTOENCODERS, torch.promote_types(dtype, torch.float32))
+            kwargs["torch_dtype"] = {"default": dtype, **wide}
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As diffusers'; a cast to half precision leaves the autoencoders in float32."""
+        with ExitStack() as kept:
+            for name in AUTOENCODERS:
+                if isinstance(autoencoder := getattr(self, name, None), nn.Module):
+                    kept.enter_context(kept_in_float32(autoencoder))
+            return super().to(*args, **kwargs)
+
     def _denoise_windows(
         self,
         latents: Tensor,
         windows: Sequence[Window],
         predict: Callable[[Tensor, Window, Tensor], Tensor],
         num_inference_steps: int,
+        generator: Generators,
         callback: StepCallback | None,
     ) -> Tensor:
         """Denoises whole sequences; the windows' predictions are averaged at every step.
@@ -46,6 +68,7 @@ class SamplingPipeline(DiffusionPipeline):
             windows: over the f frames.
             predict: (the scheduler's scaled latents of a window, the window, timestep) -> prediction of that window.
             num_inference_steps: of the scheduler.
+            generator: of what the scheduler draws at each step, where it draws anything (ancestral ones do).
             callback: `callback_on_step_end`, or None.
 
         Returns:
@@ -54,6 +77,8 @@ class SamplingPipeline(DiffusionPipeline):
         device = self._execution_device
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         latents = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        drawing = {"generator": _as_diffusers_takes_it(generator)} if takes_generator else {}
         with self.progress_bar(total=num_inference_steps) as progress:
             for step, timestep in enumerate(self.scheduler.timesteps):
                 scaled = self.scheduler.scale_model_input(latents, timestep)
@@ -62,7 +87,7 @@ class SamplingPipeline(DiffusionPipeline):
                     return predict(scaled[:, window.frames], window, at)
 
                 prediction = blend_windows(predict_window, windows)
-                latents = self.scheduler.step(prediction, timestep, latents).prev_sample
+                latents = self.scheduler.step(prediction, timestep, latents, **drawing).prev_sample
                 latents = run_callback(callback, self, step, timestep, latents)
                 progress.update()
         return latents
@@ -85,6 +110,10 @@ def _public_address(value: Any) -> Any:
     if isinstance(value, tuple) and len(value) == 2 and str(value[0]).startswith("dreamdance."):
         return (COMPONENTS_MODULE, value[1])
     return value
+
+
+def _as_diffusers_takes_it(generator: Generators) -> torch.Generator | list[torch.Generator] | None:
+    return generator if isinstance(generator, torch.Generator | None) else list(generator)
 
 
 def draw_initial_noise(shape: Sequence[int], generator: Generators) -> Tensor:

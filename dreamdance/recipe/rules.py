@@ -225,6 +225,14 @@ def _stage1(recipe: Stage1Recipe) -> Iterator[Problem]:
         for name, frames in frames_of.items():
             if frames > model.max_frames:
                 yield _problem(name, f"{name} {frames} is more than model.max_frames {model.max_frames}")
+        sampled, trained = min(recipe.sampling.window_frames, recipe.validation.num_frames), recipe.data.num_frames
+        if sampled > trained:
+            yield _problem(
+                "sampling.window_frames",
+                f"samples of validation.num_frames {recipe.validation.num_frames} in windows of sampling.window_frames "
+                f"{recipe.sampling.window_frames} are longer than data.num_frames {trained}, on which temporal "
+                f"attention is trained; set one of the two to {trained} or less",
+            )
     halvings = (model.autoencoder.patch_size or AUTOENCODER_DOWNSCALE).bit_length() - 1
     if len(model.pose_channels) <= halvings:
         yield _problem(

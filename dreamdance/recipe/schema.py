@@ -129,7 +129,12 @@ class DomainWeights(Section):
 
 
 class GeometryObjective(Section):
-    """DDPM noise of stage 1 (Eq. 1, 3)."""
+    """DDPM noise of stage 1 (Eq. 1, 3).
+
+    `noise_offset` is drawn once per clip, domain and channel. `min_snr_gamma` bounds SNR, or SNR + 1 with
+    `zero_terminal_snr`. `target_latents`: targets are a sample of the autoencoder's distribution, as its users' were,
+    or its mode.
+    """
 
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
     num_train_timesteps: Positive = 1000
@@ -139,13 +144,18 @@ class GeometryObjective(Section):
     zero_terminal_snr: bool = False
     noise_offset: Scale = 0.0
     min_snr_gamma: PositiveFloat | None = None
+    target_latents: Literal["sample", "mode"] = "sample"
     reference_dropout: Fraction = 0.1
     domain_draw: DomainWeights = DomainWeights()
     domain_loss: DomainWeights = DomainWeights()
 
 
 class AnimationObjective(Section):
-    """EDM noise of stage 2 as SVD was trained, and robust conditioning."""
+    """EDM noise of stage 2 as SVD was trained, and robust conditioning.
+
+    `target_latents`: targets are a sample of the autoencoder's distribution, as SVD's were, or its mode. The latents
+    that SVD is conditioned on are always the mode.
+    """
 
     sigma_log_mean: float = 0.7
     sigma_log_std: PositiveFloat = 1.6
@@ -157,6 +167,7 @@ class AnimationObjective(Section):
     frame_control_dropout: Fraction = 0.1
     modality_control_dropout: Fraction = 0.1
     motion_bucket: NonNegative = 127
+    target_latents: Literal["sample", "mode"] = "sample"
     geometry_width: Positive = 256
     geometry_height: Positive = 384
 

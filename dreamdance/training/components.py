@@ -125,6 +125,7 @@ def _build_stage1(recipe: Stage1Recipe, device: str) -> GeometryObjective:
         geometry_attention=model.geometry_attention,
         temporal_attention=model.temporal_attention,
         max_frames=model.max_frames,
+        trained_frames=recipe.data.num_frames if model.temporal_attention else None,
         attention_backend=model.attention_backend,
     )
     pose_encoder = PoseEncoderModel(
@@ -161,7 +162,7 @@ def _build_stage2(recipe: Stage2Recipe, device: str) -> AnimationObjective:
     )
     return AnimationObjective(
         unet,
-        SpatioTemporalControlNetModel.from_unet(unet),
+        SpatioTemporalControlNetModel.from_unet(unet, trained_frames=recipe.data.num_frames),
         controller,
         vae,
         image_encoder,

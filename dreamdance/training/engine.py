@@ -28,6 +28,7 @@ from deepspeed.utils import groups
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from dreamdance.errors import CheckpointError, RecipeError
+from dreamdance.models.autoencoding import kept_in_float32
 from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import TrainingRecipe
 
@@ -108,14 +109,13 @@ def deepspeed_config(
         deterministic: overlapping communication is switched off where bits must repeat.
     """
     bucket = min(recipe.sharding.reduce_bucket_elements, num_trainable)
-    bf16 = recipe.precision == "bf16"
     return {
         "train_batch_size": recipe.batch_size,
         "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps(recipe, world_size),
         # Written even where it is 0: unset means 1.0 since 2026. Unsharded gradients are clipped by `Engine` itself.
         "gradient_clipping": recipe.optimizer.gradient_clipping if recipe.sharding.zero_stage > 0 else 0.0,
-        "bf16": {"enabled": bf16},
+        "bf16": {"enabled": recipe.precision == "bf16"},
         # bf16 sums of many micro batches lose the small ones; plain data parallelism allows no other dtype.
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
@@ -178,7 +178,7 @@ class Engine:
         """
         self.objective: Any = objective
         self.ranks = ranks
-        self.optimizer_section = recipe.optimizer
+        section = self.optimizer_section = recipe.optimizer
         self.trainable = {name: value for name, value in objective.named_parameters() if value.requires_grad}
         if not self.trainable:
             raise RecipeError("nothing to train: no parameter of the recipe's networks requires a gradient")
@@ -192,7 +192,6 @@ class Engine:
             num_trainable=sum(parameter.numel() for parameter in self.trainable.values()),
             deterministic=deterministic,
         )
-        section = recipe.optimizer
         adamw = torch.optim.AdamW(
             list(self.trainable.values()),
             lr=section.lr,
@@ -207,7 +206,8 @@ class Engine:
         os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists on the variable
         if groups._WORLD_GROUP is None:  # it would make its own, which waits as long as the backend's default
             groups._WORLD_GROUP = dist.new_group(timeout=timedelta(seconds=recipe.cluster.collective_timeout_seconds))
-        self._engine, *_ = deepspeed.initialize(model=_LossFirst(objective), optimizer=adamw, config=config)
+        with kept_in_float32(objective):  # what the objective itself did not let be cast: autoencoders
+            self._engine, *_ = deepspeed.initialize(model=_LossFirst(objective), optimizer=adamw, config=config)
         # Beside its files it would leave scripts that unpickle anything; our own reader does not.
         self._engine._copy_recovery_script = lambda folder: None
         if exact:

@@ -1,5 +1,8 @@
 """Latents of all three autoencoders: targets are scaled, conditions are not, and decoding in chunks mixes no clips."""
 
+import math
+from itertools import pairwise
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
@@ -7,7 +10,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from dreamdance.models import PatchAutoencoder
-from dreamdance.models.autoencoding import Autoencoder, decode_latents, downscale_factor, encode_latents
+from dreamdance.models.autoencoding import (
+    Autoencoder,
+    _plan_chunks,
+    decode_latents,
+    downscale_factor,
+    encode_latents,
+    kept_in_float32,
+)
 from dreamdance.training.activation_memory import LiveBytes
 
 WIDTHS = {"block_out_channels": (32, 32), "latent_channels": 4}
@@ -94,11 +104,107 @@ def test_nothing_here_is_recorded_for_a_backward_pass(make):
     assert not decode_latents(vae, latents.requires_grad_()).requires_grad
 
 
-def test_latents_have_the_type_of_the_autoencoder_and_pictures_are_float32():
-    vae = image_autoencoder().to(torch.bfloat16)
-    latents = encode_latents(vae, images())
-    assert latents.dtype == torch.bfloat16
-    assert decode_latents(vae, latents.float()).dtype == torch.float32
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+@AUTOENCODERS
+def test_an_autoencoder_of_half_precision_computes_in_float32(make):
+    halved, exact = make().to(torch.bfloat16), make().to(torch.bfloat16).double()  # equal weights, those of bfloat16
+    latents, exact_latents = encode_latents(halved, images()), encode_latents(exact, images())
+    assert (latents.dtype, exact_latents.dtype) == (torch.float32, torch.float64)
+    assert relative_error(latents, exact_latents) < 1e-6
+    frames = decode_latents(halved, exact_latents.bfloat16())
+    assert frames.dtype == torch.float32
+    assert relative_error(frames, decode_latents(exact, exact_latents.bfloat16().double()).double()) < 1e-6
+
+
+@AUTOENCODERS
+def test_a_frozen_network_of_float32_keeps_its_values_through_a_cast_of_others(make):
+    vae = make().requires_grad_(False)
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    with kept_in_float32(vae):
+        vae.bfloat16()
+        assert vae.dtype == torch.bfloat16
+    assert vae.dtype == torch.float32
+    assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
+    with kept_in_float32(vae):
+        vae.double()
+    assert vae.dtype == torch.float64
+
+
+def test_what_trains_is_cast_all_the_same():
+    network = torch.nn.Linear(2, 2)
+    network.bias.requires_grad_(False)
+    with kept_in_float32(network):
+        network.bfloat16()
+    assert (network.weight.dtype, network.bias.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("make", [image_autoencoder, video_autoencoder], ids=["image", "video"])
+def test_noise_draws_from_the_latent_distribution(make):
+    vae = make()
+    with torch.no_grad():
+        distribution = vae.encode(images(1) * 2 - 1).latent_dist
+    noise = torch.randn(1000, 4, 4, 6, generator=torch.Generator().manual_seed(2))
+    samples = encode_latents(vae, images(1).expand(1000, 3, 8, 12), scaled=False, noise=noise, chunk_size=500)
+    z = (samples.mean(dim=0) - distribution.mean[0]) / (distribution.std[0] / math.sqrt(1000))
+    assert z.abs().max() < 5  # 96 numbers
+    ratio = samples.std(dim=0) / distribution.std[0]
+    assert (ratio - 1).abs().max() < 5 / math.sqrt(2000)
+    scaled = encode_latents(vae, images(1), noise=noise[:1])
+    torch.testing.assert_close(scaled, samples[:1] * vae.config.scaling_factor, rtol=1e-4, atol=1e-5)
+
+
+def test_the_distribution_of_patches_is_a_point():
+    vae = PatchAutoencoder(2)
+    noise = torch.randn(4, 12, 4, 6)
+    assert torch.equal(encode_latents(vae, images(), noise=noise), encode_latents(vae, images()))
+
+
+def mixing_decoder(seed: int) -> AutoencoderKLTemporalDecoder:
+    """A random video autoencoder of the published depth whose decoder gives neighbouring frames half of the say."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKLTemporalDecoder(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        block_out_channels=(32, 32, 32, 32),
+        layers_per_block=2,
+        latent_channels=4,
+    ).eval()
+    for name, parameter in vae.named_parameters():
+        if name.endswith("mix_factor"):
+            torch.nn.init.zeros_(parameter)
+    return vae
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_chunks_that_overlap_are_nearer_to_decoding_all_frames_at_once(seed):
+    vae = mixing_decoder(seed)
+    latents = torch.randn(16, 4, 6, 4, generator=torch.Generator().manual_seed(seed)) * vae.config.scaling_factor / 4
+    whole = decode_latents(vae, latents, chunk_size=16)
+    chunks = torch.cat([decode_latents(vae, chunk, chunk_size=8) for chunk in latents.split(8)])
+    overlapping = decode_latents(vae, latents, chunk_size=8)
+
+    def worst(frames: torch.Tensor) -> tuple[float, float]:
+        """The largest error of a frame, and of a change from one frame to the next: a seam."""
+        error = frames - whole
+        return tuple(float(part.square().mean(dim=(1, 2, 3)).max().sqrt()) for part in (error, error.diff(dim=0)))
+
+    (frame, seam), (frame_before, seam_before) = worst(overlapping), worst(chunks)
+    assert 0 < frame < 0.8 * frame_before
+    assert 0 < seam < 0.8 * seam_before
+
+
+@pytest.mark.parametrize(("chunk_size", "overlap"), [(1, 0), (2, 0), (3, 1), (5, 2), (8, 2)])
+def test_chunks_cover_every_frame_and_neighbours_share_what_they_should(chunk_size, overlap):
+    for num_frames in range(1, 40):
+        chunks = _plan_chunks(num_frames, chunk_size, overlap)
+        assert chunks[0].start == 0
+        assert chunks[-1].stop == num_frames
+        assert max(map(len, chunks)) <= chunk_size
+        assert all(before.stop - after.start == overlap for before, after in pairwise(chunks))
+        covering = [sum(frame in chunk for chunk in chunks) for frame in range(num_frames)]
+        assert max(covering) <= 2
 
 
 @pytest.mark.parametrize(("chunk_size", "num_frames"), [(0, 4), (2, 3), (2, 0)])

@@ -1,13 +1,18 @@
 """One token for the reference picture, from CLIP in its saved format or from the stand-in."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import StableVideoDiffusionPipeline
+from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from dreamdance.data.transforms import pictures_to_tensor
+from dreamdance.diffusion.noise import make_svd_scheduler
 from dreamdance.errors import UserError
 from dreamdance.models import ImageEmbeddingStandIn
-from dreamdance.models.image_embedding import embed_images, embedding_width
+from dreamdance.models.image_embedding import embed_images, embedding_width, prepare_for_clip
 
 
 @pytest.fixture
@@ -41,6 +46,23 @@ def test_clip_gives_its_pooled_projected_embedding_as_one_token(clip):
     assert embedding.shape == (2, 1, 24)
     torch.testing.assert_close(embedding[:, 0], expected, rtol=1e-4, atol=1e-5)
     assert embedding_width(clip) == 24
+
+
+@pytest.mark.parametrize("size", [(768, 512), (224, 224), (96, 64), (300, 200)])
+def test_stage_2_shows_clip_the_very_pixels_that_svd_s_pipeline_does(size):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    seen: list[torch.Tensor] = []
+    encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1))
+    encoder.register_forward_pre_hook(lambda network, arguments: seen.append(arguments[0]))
+    svd = StableVideoDiffusionPipeline(None, encoder, None, make_svd_scheduler(), CLIPImageProcessor())
+    with torch.no_grad():
+        svd._encode_image(picture, "cpu", 1, False)
+        embed_images(encoder, pictures_to_tensor(np.asarray(picture)[None]), resizing="svd")
+    theirs, ours = seen
+    assert theirs.shape == (1, 3, 224, 224)
+    assert torch.equal(ours, theirs)
+    stage_1 = prepare_for_clip(pictures_to_tensor(np.asarray(picture)[None]), 224, resizing="clip")
+    assert size == (224, 224) or (stage_1 - theirs).abs().max() > 0.05
 
 
 def test_pictures_of_any_size_are_resized_without_aliasing(clip):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
 from einops import rearrange, repeat
-from torch import Tensor, nn
+from torch import Tensor
 
 from dreamdance.data.collate import ClipBatch
 from dreamdance.data.transforms import pass_through
@@ -28,7 +28,7 @@ from dreamdance.models.image_embedding import ImageEncoder, embed_images
 from dreamdance.models.svd_unet import is_encoder_half_frozen, run_svd_unet
 from dreamdance.pipelines import AnimationPipeline
 from dreamdance.recipe import schema
-from dreamdance.training.objectives.output import ENCODE_CHUNK_SIZE, ObjectiveOutput, no_grad_if_frozen
+from dreamdance.training.objectives.output import LatentObjective, ObjectiveOutput, no_grad_if_frozen
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class DenoiserInput:
     control_features: Tensor
 
 
-class AnimationObjective(nn.Module):
+class AnimationObjective(LatentObjective):
     """Denoising of videos under EDM noise with robust conditioning.
 
     Args:
@@ -65,7 +65,6 @@ class AnimationObjective(nn.Module):
     unet: UNetSpatioTemporalConditionModel
     controlnet: SpatioTemporalControlNetModel
     controller: CrossDomainControllerModel
-    vae: Autoencoder
     image_encoder: ImageEncoder
 
     def __init__(
@@ -112,8 +111,8 @@ class AnimationObjective(nn.Module):
 
         # 1. noisy latents at one noise level per clip
         frames = rearrange(batch.rgb, "b f c h w -> (b f) c h w")
-        latents = encode_latents(self.vae, frames, chunk_size=ENCODE_CHUNK_SIZE)
-        latents = rearrange(latents, "(b f) c h w -> b f c h w", f=num_frames).float()
+        latents = self.encode_targets(frames, keys, self.settings.target_latents)
+        latents = rearrange(latents, "(b f) c h w -> b f c h w", f=num_frames)
         sigmas = draw_log_normal(keys, self.settings.sigma_log_mean, self.settings.sigma_log_std, purpose="sigma")
         sigmas = rearrange(sigmas.to(latents), "b -> b 1 1 1 1")
         noisy = latents + sigmas * draw_noise(keys, latents.shape[1:]).to(latents)
@@ -152,7 +151,7 @@ class AnimationObjective(nn.Module):
         _, _, c_in, timestep = edm_preconditioning(sigmas)
         conditioning, augmentation = self._encode_reference_pixels(batch.reference, keys)
         with torch.no_grad():
-            embeddings = embed_images(self.image_encoder, batch.reference)
+            embeddings = embed_images(self.image_encoder, batch.reference, resizing="svd")
         if self.training:
             latents_dropped, embedding_dropped = drop_conditions(
                 keys,

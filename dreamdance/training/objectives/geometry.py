@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from einops import rearrange, repeat
-from torch import Tensor, nn
+from torch import Tensor
 
 from dreamdance.data.collate import ClipBatch
 from dreamdance.diffusion.condition_dropout import drop_references
@@ -27,12 +27,12 @@ from dreamdance.models.autoencoding import Autoencoder, encode_latents
 from dreamdance.models.image_embedding import ImageEncoder, embed_images
 from dreamdance.pipelines import GeometryPipeline
 from dreamdance.recipe import schema
-from dreamdance.training.objectives.output import ENCODE_CHUNK_SIZE, NUM_DOMAINS, ObjectiveOutput, no_grad_if_frozen
+from dreamdance.training.objectives.output import NUM_DOMAINS, LatentObjective, ObjectiveOutput, no_grad_if_frozen
 
 Step = Literal["domains", "geometry", "temporal"]
 
 
-class GeometryObjective(nn.Module):
+class GeometryObjective(LatentObjective):
     """Noise prediction of the mutually aligned geometry diffusion model, in one of its three training steps.
 
     Args:
@@ -51,7 +51,6 @@ class GeometryObjective(nn.Module):
     reference_unet: ReferenceUNetModel
     unet: GeometryUNetModel
     pose_encoder: PoseEncoderModel
-    vae: Autoencoder
     image_encoder: ImageEncoder
 
     def __init__(
@@ -112,9 +111,10 @@ class GeometryObjective(nn.Module):
         # 1. clean latents of the drawn domain, or of all three
         domains = self._choose_domains(keys)
         num_domains = domains.shape[1]
-        latents = encode_latents(self.vae, _domain_images(batch, domains), chunk_size=ENCODE_CHUNK_SIZE).float()
+        latents = self.encode_targets(_domain_images(batch, domains), keys, self.settings.target_latents)
 
-        # 2. noise: one timestep per clip, independent noise for each of its frames and domains
+        # 2. noise: one timestep per clip, independent noise for each of its frames and domains. The noise offset is one
+        # for all frames, but not for all domains: a shared one could be read off a domain whose level is known
         shape = (num_frames, num_domains, *latents.shape[1:])
         noise = draw_noise(keys, shape, offset=self.settings.noise_offset).to(latents.device)
         noise = rearrange(noise, "b f m c h w -> (b f m) c h w")
@@ -159,7 +159,7 @@ class GeometryObjective(nn.Module):
             kept -= drop_references(keys, self.settings.reference_dropout).to(kept)
         with torch.no_grad():
             latents = encode_latents(self.vae, reference) * rearrange(kept, "b -> b 1 1 1")
-            embeddings = embed_images(self.image_encoder, reference) * rearrange(kept, "b -> b 1 1")
+            embeddings = embed_images(self.image_encoder, reference, resizing="clip") * rearrange(kept, "b -> b 1 1")
         embeddings = embeddings.to(dtype)
         with no_grad_if_frozen(self.reference_unet):
             features = self.reference_unet(latents.to(dtype), torch.zeros_like(kept), embeddings)

@@ -1,10 +1,17 @@
 """What both objectives hand to the trainer, and what they share. Knows nothing of ranks, optimizers or recipes."""
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, Literal, Self
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
+
+from dreamdance.diffusion.noise import draw_noise
+from dreamdance.models import PatchAutoencoder
+from dreamdance.models.autoencoding import Autoencoder, encode_latents, kept_in_float32, latent_shape
 
 NUM_DOMAINS = 3
 ENCODE_CHUNK_SIZE = 8
@@ -33,3 +40,31 @@ def no_grad_if_frozen(*networks: nn.Module) -> AbstractContextManager[object]:
     """A context which records nothing for a backward pass where none of `networks` has a trainable parameter."""
     trainable = any(parameter.requires_grad for network in networks for parameter in network.parameters())
     return torch.set_grad_enabled(torch.is_grad_enabled() and trainable)
+
+
+class LatentObjective(nn.Module):
+    """An objective on the latents of a frozen autoencoder, which keeps float32 when the networks are cast."""
+
+    vae: Autoencoder
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
+        """What `to`, `bfloat16` and all casts and moves go through."""
+        with kept_in_float32(self.vae):
+            return super()._apply(fn, *args, **kwargs)
+
+    def encode_targets(self, images: Tensor, keys: Sequence[Sequence[int]], form: Literal["sample", "mode"]) -> Tensor:
+        """What is to be denoised: scaled latents of pictures, drawn from their distribution as the base networks' were.
+
+        Args:
+            images: `(b k) 3 H W` in [0, 1], k for each of the b samples.
+            keys: `b` keys, to which the draws belong.
+            form: `"mode"` draws nothing.
+
+        Returns:
+            `(b k) c h w`, float32.
+        """
+        noise = None
+        if form == "sample" and not isinstance(self.vae, PatchAutoencoder):  # whose distribution is a point
+            per_sample = (len(images) // len(keys), *latent_shape(self.vae, images))
+            noise = rearrange(draw_noise(keys, per_sample, purpose="target latents"), "b k c h w -> (b k) c h w")
+        return encode_latents(self.vae, images, chunk_size=ENCODE_CHUNK_SIZE, noise=noise).float()
