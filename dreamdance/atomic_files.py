@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import stat
 import uuid
 from pathlib import Path
 
@@ -36,6 +37,20 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def follow_umask(folder: Path) -> None:
+    """Gives all files below a folder the rights that a new one has there.
+
+    safetensors makes its files readable to their owner alone, whatever the umask says: colleagues could not use them.
+    """
+    probe = folder / f".new.partial-{uuid.uuid4().hex}"
+    with probe.open("x") as file:  # asks the umask without changing it, and a folder's own defaults
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and stat.S_IMODE(path.stat().st_mode) != mode:
+            path.chmod(mode)
 
 
 def hash_file(path: Path) -> str:

@@ -233,6 +233,7 @@ def run_recorded(
     strike: Strike | SlowRank | SmallDisk | StumblingDisk | SlowDisk | ReadOnlyFolder | None = None,
     poisoned: tuple[int, ...] = (),
     spoiled: Spoiled | None = None,
+    umask: int | None = None,
 ) -> None:
     """`train`, with every training sample's loss written down as it is computed.
 
@@ -243,7 +244,10 @@ def run_recorded(
         strike: what happens to this start.
         poisoned: ids of samples whose pose drawings are NaN.
         spoiled: samples whose pictures are something else.
+        umask: of this process, if it is to have one of its own.
     """
+    if umask is not None:
+        os.umask(umask)
     run.mkdir(parents=True, exist_ok=True)
     record = (run / f"record_{ranks.rank}.jsonl").open("a", encoding="utf-8")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from dreamdance.atomic_files import sync_folder
+from dreamdance.atomic_files import follow_umask, sync_folder
 from dreamdance.ranks import Ranks
 from dreamdance.run_layout import export_folder
 from dreamdance.training.distributed import on_main
@@ -48,6 +48,7 @@ def _write(folder: Path, objective: Objective, weights: Mapping[str, Tensor]) ->
     shutil.rmtree(incoming, ignore_errors=True)
     with _replaced(objective, weights):
         objective.make_pipeline().save_pretrained(incoming, safe_serialization=True)
+    follow_umask(incoming)
     _sync_tree(incoming)
     incoming.rename(folder)
     sync_folder(folder.parent)

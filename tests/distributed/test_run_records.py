@@ -2,6 +2,7 @@
 
 import json
 import math
+import stat
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from dreamdance.training.schedule import learning_rate
 pytestmark = pytest.mark.distributed
 
 MAX_STEPS = 3
+UMASKS = {"stage1": 0o022, "stage2": 0o027}
 SCALARS = {
     "train/loss", "optim/lr", "optim/grad_norm", "perf/samples_per_second", "perf/step_seconds",
     "perf/data_wait_share", "perf/memory_gib", "val/loss",
@@ -46,7 +48,8 @@ def finished(request: pytest.FixtureRequest, shards: Path, tmp_path_factory: pyt
     }
     recipe = tiny_stage1_recipe("temporal", changes) if request.param == "stage1" else tiny_stage2_recipe(changes)
     run = tmp_path_factory.mktemp("runs") / request.param
-    run_ranks(run_recorded, 1, run / "output", recipe=recipe, run=run)
+    output = tmp_path_factory.mktemp("output")
+    run_ranks(run_recorded, 1, output, recipe=recipe, run=run, umask=UMASKS[request.param])
     board = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0, "scalars": 0, "tensors": 0})
     board.Reload()
     return recipe, run, board
@@ -86,6 +89,20 @@ def test_numbers_mean_what_their_tags_say(finished: tuple[Recipe, Path, EventAcc
         for step, loss in scalars(board, "train/loss").items():
             domains = [scalars(board, f"train/loss_{domain}")[step] for domain in ("rgb", "normal", "depth")]
             assert min(domains) <= loss <= max(domains)
+
+
+def test_all_files_and_folders_of_a_run_follow_the_umask(finished: tuple[Recipe, Path, EventAccumulator]) -> None:
+    recipe, run, _ = finished
+    umask = UMASKS[recipe.task]
+    found = {path.relative_to(run): path for path in run.rglob("*") if not path.is_symlink()}
+    assert {"checkpoints", "exports", "samples", "tensorboard", "logs"} <= {path.parts[0] for path in found}
+    assert any(path.suffix == ".safetensors" for path in found)
+    wrong = {
+        str(name): oct(mode)
+        for name, path in found.items()
+        if (mode := stat.S_IMODE(path.stat().st_mode)) != (0o777 if path.is_dir() else 0o666) & ~umask
+    }
+    assert wrong == {}
 
 
 def test_the_recipe_in_tensorboard_is_the_whole_recipe(finished: tuple[Recipe, Path, EventAccumulator]) -> None:

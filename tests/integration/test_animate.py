@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 
@@ -108,8 +109,14 @@ class AnimateJob:
 
 def test_a_result_holds_videos_arrays_a_contact_sheet_and_how_it_was_made(job):
     job.add("dancer", seed=3)
-    job.run()
+    before = os.umask(0o027)
+    try:
+        job.run()
+    finally:
+        os.umask(before)
     folder = job.folder / "results" / "dancer"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o750
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o640}
     assert {path.name for path in folder.iterdir()} == {
         "video.mp4",
         "side_by_side.mp4",
