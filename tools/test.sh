@@ -18,12 +18,24 @@ install_slurm() {
     export DREAMDANCE_SLURM_REQUIRED=1  # from here on, a cluster that does not start is a failure
 }
 
+# The tests of videos compare with the ffmpeg program, which shares no code with ours; without it they are skipped.
+install_ffmpeg() {
+    command -v ffmpeg >/dev/null && command -v ffprobe >/dev/null || {
+        [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0
+        echo "test: installing ffmpeg"
+        export DEBIAN_FRONTEND=noninteractive
+        apt-get update -qq && apt-get install -y -qq --no-install-recommends ffmpeg >/dev/null
+    } || { echo "test: ffmpeg could not be installed, the tests that compare with it will be skipped" >&2; return 0; }
+    export DREAMDANCE_FFMPEG_REQUIRED=1  # from here on, a test without it is a failure
+}
+
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 python=.venv/bin/python
 
 case "${1:-all}" in
 all)
     install_slurm
+    install_ffmpeg
     bash tools/check.sh
     # First what runs alone in its process, on both cores; then what starts processes of its own, one test after the other.
     "$python" -m pytest -n 2 --dist loadfile -m "not distributed"

@@ -6,6 +6,7 @@ whatever the size. Videos of high dynamic range are refused: there is no single 
 
 import logging
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import cast
@@ -14,7 +15,7 @@ import av
 import numpy as np
 from av.sidedata.sidedata import SideDataContainer
 from av.sidedata.sidedata import Type as SideDataType
-from av.video.reformatter import ColorPrimaries, ColorTrc, Interpolation
+from av.video.reformatter import ColorPrimaries, ColorTrc
 from av.video.stream import VideoStream
 
 from dreamdance.data.video_container import MAX_FRAME_PIXELS, VideoError
@@ -110,16 +111,24 @@ class Display:
                 f"{scaled_width}x{scaled_height}; up to {MAX_FRAME_PIXELS} pixels are accepted"
             )
         display = cls(path, width, height, scaled_width, scaled_height, Orientation.of(frame, path))
-        display.show(frame, number=0)
+        FrameConverter(display).show(frame, number=0)
         if frame.interlaced_frame:
             _warn_of_interlacing(path)
         return display
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of what `show` gives."""
+        """Width and height of what is shown."""
         width, height = self.scaled_width, self.scaled_height
         return (height, width) if self.orientation.transposed else (width, height)
+
+
+class FrameConverter:
+    """Converts the frames of one run through a video; not to be shared by two."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+        self._scaler: _Scaler | None = None
 
     def show(self, frame: av.VideoFrame, *, number: int) -> np.ndarray:
         """The frame as a player shows it, `(H, W, 3)` uint8, at the size of the first one.
@@ -127,25 +136,54 @@ class Display:
         Raises:
             VideoError: high dynamic range, or another aspect than the first frame's.
         """
+        display = self._display
         if frame.color_trc in HIGH_DYNAMIC_RANGE:
             kind = HIGH_DYNAMIC_RANGE[ColorTrc(frame.color_trc)]
             raise VideoError(
-                f"{self.path} is of high dynamic range ({kind}); videos of standard range (BT.709) are accepted. "
+                f"{display.path} is of high dynamic range ({kind}); videos of standard range (BT.709) are accepted. "
                 f"Tone-map it: {TONE_MAP}"
             )
-        across, along = frame.width * self.stored_height, frame.height * self.stored_width
+        across, along = frame.width * display.stored_height, frame.height * display.stored_width
         if abs(across - along) > ASPECT_TOLERANCE * max(across, along):
             raise VideoError(
-                f"{self.path}: frame {number} is stored as {frame.width}x{frame.height}, the first as "
-                f"{self.stored_width}x{self.stored_height}; a size may change on the way, an aspect may not. Cut the "
-                "video where it changes"
+                f"{display.path}: frame {number} is stored as {frame.width}x{frame.height}, the first as "
+                f"{display.stored_width}x{display.stored_height}; a size may change on the way, an aspect may not. "
+                "Cut the video where it changes"
             )
-        picture = frame.reformat(
-            width=self.scaled_width, height=self.scaled_height, format="rgb24", interpolation=Interpolation.BICUBIC
-        ).to_ndarray()
+        if self._scaler is None or not self._scaler.takes(frame):
+            self._scaler = _Scaler(frame, display.scaled_width, display.scaled_height)
+        picture = self._scaler.scale(frame)
         if frame.color_primaries in WIDE_PRIMARIES:
             picture = _to_bt709(picture, ColorPrimaries(frame.color_primaries))
-        return self.orientation.turn(picture)
+        return display.orientation.turn(picture)
+
+
+class _Scaler:
+    """FFmpeg's own way from a decoded frame to RGB, as its command line goes it: a graph of filters."""
+
+    def __init__(self, like: av.VideoFrame, width: int, height: int) -> None:
+        self._kind = _kind_of(like)
+        self._graph = av.filter.Graph()
+        source = self._graph.add_buffer(
+            width=like.width, height=like.height, format=like.format, time_base=Fraction(1, 1000)
+        )
+        scale = self._graph.add("scale", f"{width}:{height}:flags=bicubic")
+        to_rgb, sink = self._graph.add("format", "rgb24"), self._graph.add("buffersink")
+        source.link_to(scale)
+        scale.link_to(to_rgb)
+        to_rgb.link_to(sink)
+        self._graph.configure()
+
+    def takes(self, frame: av.VideoFrame) -> bool:
+        return self._kind == _kind_of(frame)
+
+    def scale(self, frame: av.VideoFrame) -> np.ndarray:
+        self._graph.vpush(frame)
+        return self._graph.vpull().to_ndarray()
+
+
+def _kind_of(frame: av.VideoFrame) -> tuple[object, ...]:
+    return frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range
 
 
 @cache

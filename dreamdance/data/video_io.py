@@ -22,7 +22,7 @@ from dreamdance.data.video_container import (
     list_packets,
     opened_video,
 )
-from dreamdance.data.video_display import Display
+from dreamdance.data.video_display import Display, FrameConverter
 from dreamdance.data.video_writing import write_video
 
 __all__ = ["VideoError", "VideoInfo", "iterate_frames", "probe_video", "read_frames", "write_video"]
@@ -100,7 +100,8 @@ def probe_video(path: Path | str) -> VideoInfo:
         if first is None or stream.time_base is None:
             raise VideoError(f"{path} holds no frame that can be decoded")
         if isinstance(first, Damage) or first.is_corrupt:
-            raise VideoError(_damage_text(path, 0, len(packets.stamps)))
+            struck = packets.stamps.index(first.pts) if first.pts in packets.stamps else 0
+            raise VideoError(_damage_text(path, struck, len(packets.stamps)))
         display = Display.of(first, stream, path)
         stamps, reach = packets.stamps, packets.reach
         if not packets.ordered:
@@ -203,6 +204,7 @@ def _decode_from(video: VideoInfo, start: int | None, wanted: list[int]) -> Iter
     repeats = Counter(wanted)
     ahead = deque(repeats)
     waiting: deque[tuple[int, av.VideoFrame]] = deque()  # what they build on may be shown after them
+    converter = FrameConverter(video.display)
     entered, damaged, last = start is None, None, -1
     with opened_video(video.path) as (container, stream):
         if start is not None:
@@ -225,7 +227,7 @@ def _decode_from(video: VideoInfo, start: int | None, wanted: list[int]) -> Iter
                 waiting.append((ahead.popleft(), frame))
             while waiting and video.reach[waiting[0][0]] <= video.stamps[last]:
                 shown, whole = waiting.popleft()
-                picture = video.display.show(whole, number=shown)
+                picture = converter.show(whole, number=shown)
                 yield from (picture for _ in range(repeats[shown]))
             if not ahead and not waiting:
                 return

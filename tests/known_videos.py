@@ -1,0 +1,113 @@
+"""Videos whose content is known, written and decoded by the ffmpeg program: a reference that shares no code with ours.
+
+A frame has quadrants in four colours (which way is up, which colours are these?), a grey disc (are pixels square?) and
+an 8-bit counter at the bottom (which frame is this?).
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+REQUIRED = "DREAMDANCE_FFMPEG_REQUIRED"
+WIDTH, HEIGHT = 64, 96
+CORNERS = {
+    "top left": (220, 30, 30),
+    "top right": (30, 200, 40),
+    "bottom left": (30, 40, 220),
+    "bottom right": (220, 210, 30),
+}
+
+
+def require_ffmpeg() -> None:
+    """Skips the test where there is no ffmpeg; where it is required, the test fails."""
+    missing = [program for program in ("ffmpeg", "ffprobe") if shutil.which(program) is None]
+    if missing:
+        reason = f"no {' and no '.join(missing)} here (Debian: apt-get install ffmpeg)"
+        if os.environ.get(REQUIRED):
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+def known_frame(number: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
+    """Frame `number` of 0..255, `(H, W, 3)` uint8."""
+    frame = np.zeros((height, width, 3), np.uint8)
+    middle, centre = height // 2, width // 2
+    frame[:middle, :centre], frame[:middle, centre:] = CORNERS["top left"], CORNERS["top right"]
+    frame[middle:, :centre], frame[middle:, centre:] = CORNERS["bottom left"], CORNERS["bottom right"]
+    rows, columns = np.mgrid[:height, :width]
+    frame[np.hypot(columns - centre + 0.5, rows - middle + 0.5) < 0.22 * width] = 128
+    for bit in range(8):
+        left = round(width * (0.04 + 0.115 * bit))
+        frame[round(height * 0.85) : round(height * 0.98), left : left + round(width * 0.095)] = 255 * (
+            number >> bit & 1
+        )
+    return frame
+
+
+def known_frames(num_frames: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
+    return np.stack([known_frame(number, width, height) for number in range(num_frames)])
+
+
+def counters(frames: np.ndarray) -> list[int]:
+    """What the counters of upright frames `(f, H, W, 3)` say."""
+    height, width = frames.shape[1:3]
+    row = round(height * 0.915)
+    columns = [round(width * (0.04 + 0.115 * bit)) + round(width * 0.0475) for bit in range(8)]
+    return [
+        sum(
+            (
+                int(frame[row - 1 : row + 2, column - 1 : column + 2].mean() > 128) << bit
+                for bit, column in enumerate(columns)
+            )
+        )
+        for frame in frames
+    ]
+
+
+def corners(frame: np.ndarray) -> dict[str, np.ndarray]:
+    """The mean colours of a frame's quadrants, away from the edges; the lower ones above the counter."""
+    height, width = frame.shape[:2]
+    places = {
+        "top left": (0.12, 0.12),
+        "top right": (0.12, 0.88),
+        "bottom left": (0.72, 0.12),
+        "bottom right": (0.72, 0.88),
+    }
+    return {
+        name: frame[round(height * y) - 2 : round(height * y) + 3, round(width * x) - 2 : round(width * x) + 3].mean(
+            (0, 1)
+        )
+        for name, (y, x) in places.items()
+    }
+
+
+def write_by_ffmpeg(path: Path, frames: np.ndarray, options: str, *, fps: int = 10) -> Path:
+    """Encodes `(f, H, W, 3)` uint8 with the options of ffmpeg's command line."""
+    size = f"{frames.shape[2]}x{frames.shape[1]}"
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(fps), "-i", "-"]
+    run_ffmpeg([*source, *options.split(), str(path)], frames.tobytes())
+    return path
+
+
+def run_ffmpeg(arguments: Sequence[str], content: bytes = b"") -> bytes:
+    command = ["ffmpeg", "-v", "error", "-y", *arguments]
+    return subprocess.run(command, input=content, stdout=subprocess.PIPE, check=True).stdout
+
+
+def decode_by_ffmpeg(path: Path, *, width: int, height: int, filters: str = "null") -> np.ndarray:
+    """All frames as ffmpeg shows them by itself, `(f, H, W, 3)` uint8: turned and mirrored, pixels oblong as stored."""
+    form = ["-vf", filters, "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    return np.frombuffer(run_ffmpeg(["-i", str(path), *form]), np.uint8).reshape(-1, height, width, 3)
+
+
+def describe_stream(path: Path) -> dict[str, Any]:
+    """What ffprobe says of the video stream."""
+    command = ["ffprobe", "-v", "error", "-select_streams", "v:0", "-show_streams", "-of", "json", str(path)]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)["streams"][0]
