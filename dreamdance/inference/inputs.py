@@ -1,17 +1,16 @@
 """Loads what an entry of a manifest names: the reference picture and the pose drawings, hashed and cut to size."""
 
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from dreamdance.data.cropping import centred_crop
 from dreamdance.data.keypoints import KeypointSequence, read_keypoint_file
+from dreamdance.data.pictures import MAX_PICTURE_PIXELS, read_picture
 from dreamdance.data.pose_drawing import draw_pose
 from dreamdance.data.transforms import pictures_to_tensor, resize_images
 from dreamdance.data.video_io import iterate_frames, probe_video
@@ -20,8 +19,6 @@ from dreamdance.file_states import FileState, read_state
 from dreamdance.inference.align import align_keypoints
 from dreamdance.inference.manifest import ManifestEntry
 
-MAX_PICTURE_PIXELS = 1 << 26
-PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # others run programs (EPS) or are read by code nobody reads
 MAX_FRAMES = 50_000
 
 
@@ -88,8 +85,7 @@ def load_inputs(entry: ManifestEntry, *, aspect: Size, pose_sizes: set[Size]) ->
     Raises:
         UserError: a file is missing, damaged or too large, or the skeleton cannot be aligned.
     """
-    reference = _load_picture(entry.image)
-    reference = _cut(reference, aspect)
+    reference = _cut(read_picture(entry.image), aspect)
     if entry.keypoints is not None:
         sequence = read_keypoint_file(entry.keypoints)
         if entry.align and entry.reference_keypoints is not None:
@@ -111,24 +107,6 @@ def load_inputs(entry: ManifestEntry, *, aspect: Size, pose_sizes: set[Size]) ->
 def _given(path: Path | None) -> Path:
     assert path is not None, "the manifest's check lets no entry pass without a pose"
     return path
-
-
-def _load_picture(path: Path) -> np.ndarray:
-    """`H W 3` uint8, upright."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # bounded below, by our own limit
-            with Image.open(path, formats=PICTURE_FORMATS) as picture:
-                if picture.width * picture.height > MAX_PICTURE_PIXELS:
-                    raise EntryError(
-                        f"{path} is {picture.width}x{picture.height}: pictures of up to {MAX_PICTURE_PIXELS} pixels "
-                        "are accepted"
-                    )
-                return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise EntryError(
-            f"{path} is no picture that can be read ({', '.join(PICTURE_FORMATS)} are): {error}"
-        ) from error
 
 
 def _draw(sequence: KeypointSequence, path: Path) -> Iterator[np.ndarray]:

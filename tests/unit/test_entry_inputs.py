@@ -12,7 +12,9 @@ import torch
 from fault_log import record_fault
 from PIL import Image
 
+from dreamdance.data import pictures
 from dreamdance.data.keypoints import NUM_KEYPOINTS, KeypointSequence, write_keypoint_file
+from dreamdance.data.pictures import PictureError
 from dreamdance.data.pose_drawing import draw_pose
 from dreamdance.data.video_io import write_video
 from dreamdance.inference import inputs
@@ -84,11 +86,11 @@ def test_pictures_that_cannot_be_read_or_are_too_large_are_named(
     cut.write_bytes(entry.image.read_bytes()[:-30])
     for path in (text, cut, tmp_path / "nothing.png"):
         with pytest.raises(
-            EntryError, match=rf"{path.name} is no picture that can be read \(PNG, JPEG, WEBP, BMP, TIFF are\)"
+            PictureError, match=rf"{path.name} is no picture that can be read \(PNG, JPEG, WEBP, BMP, TIFF are\)"
         ):
             load_inputs(changed(entry, image=path), aspect=SQUARE, pose_sizes=set())
-    monkeypatch.setattr(inputs, "MAX_PICTURE_PIXELS", 2399)
-    with pytest.raises(EntryError, match=r"reference\.png is 40x60: pictures of up to 2399 pixels are accepted"):
+    monkeypatch.setattr(pictures, "MAX_PICTURE_PIXELS", 2399)
+    with pytest.raises(PictureError, match=r"reference\.png is 40x60: pictures of up to 2399 pixels are accepted"):
         load_inputs(entry, aspect=SQUARE, pose_sizes=set())
 
 
@@ -113,7 +115,7 @@ def test_a_decompression_bomb_is_refused_by_its_header(
     Image.new("RGB", (40, 60)).save(path)
     claim_size(path, side)
     with pytest.raises(
-        EntryError, match=rf"bomb\{suffix}.*(pictures of up to 67108864 pixels|pixels\) exceeds)"
+        PictureError, match=rf"bomb\{suffix}.*(pictures of up to 67108864 pixels|pixels\) exceeds)"
     ) as told:
         load_inputs(changed(entry, image=path), aspect=SQUARE, pose_sizes=set())
     record_fault(
@@ -131,7 +133,7 @@ def test_a_picture_that_is_a_program_is_not_run(entry: ManifestEntry, tmp_path: 
     with Image.open(path) as picture:
         assert picture.format == "EPS"
     with pytest.raises(
-        EntryError, match=r"program\.png is no picture that can be read \(PNG, JPEG.*cannot identify image file"
+        PictureError, match=r"program\.png is no picture that can be read \(PNG, JPEG.*cannot identify image file"
     ):
         load_inputs(changed(entry, image=path), aspect=SQUARE, pose_sizes=set())
 

@@ -1,0 +1,182 @@
+"""One reading path for pictures: of any mode, orientation and colour profile, as a viewer shows them.
+
+Files that `animate` reads and PIL pictures that are handed to the pipelines take it alike. What comes out is upright,
+opaque and in sRGB. Of several frames (an animation, the pages of a TIFF) the first counts, or the one a PIL picture
+stands at.
+"""
+
+import io
+import logging
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms
+
+from dreamdance.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+MAX_PICTURE_PIXELS = 1 << 26
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # others run programs (EPS) or are read by code nobody reads
+
+Colour = tuple[int, int, int]
+WHITE: Colour = (255, 255, 255)
+"""What a transparent reference stands before: what viewers and browsers show, and what cut-out tools assume."""
+BLACK: Colour = (0, 0, 0)
+
+_DECODING_ERRORS = (
+    *(OSError, SyntaxError, Image.DecompressionBombError),
+    *(ValueError, KeyError, IndexError, TypeError, OverflowError, EOFError, struct.error),
+)
+"""What Pillow's readers raise on damaged files; the second line is what they do not catch themselves."""
+
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings a picture of an EXIF orientation upright. Pillow's `exif_transpose` does the same, but writes the other
+tags again and fails where one of them is odd."""
+
+
+class PictureError(UserError):
+    """A picture cannot be used: the text names it, and what is accepted."""
+
+
+def read_picture(path: Path, *, background: Colour = WHITE) -> np.ndarray:
+    """Reads a file.
+
+    Args:
+        path: PNG, JPEG, WebP, BMP or TIFF.
+        background: sRGB, behind what is transparent.
+
+    Returns:
+        `H W 3` uint8, upright sRGB.
+
+    Raises:
+        PictureError: it is missing, damaged, too large, of another format, or its values have no stated range.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # bounded below, by our own limit
+            with Image.open(path, formats=PICTURE_FORMATS) as picture:
+                if picture.width * picture.height > MAX_PICTURE_PIXELS:
+                    raise PictureError(
+                        f"{path} is {picture.width}x{picture.height}: pictures of up to {MAX_PICTURE_PIXELS} pixels "
+                        "are accepted"
+                    )
+                return to_rgb_picture(picture, background=background, name=str(path))
+    except PictureError:
+        raise
+    except _DECODING_ERRORS as error:
+        raise PictureError(
+            f"{path} is no picture that can be read ({', '.join(PICTURE_FORMATS)} are): {error}"
+        ) from error
+
+
+def to_rgb_picture(picture: Image.Image, *, background: Colour = WHITE, name: str = "a picture") -> np.ndarray:
+    """What a viewer shows of a picture, whatever its mode.
+
+    The EXIF orientation is applied; an embedded ICC profile is converted to sRGB, and values without one are taken as
+    sRGB; transparent parts are blended with the background here, before anything resizes the picture, so that colours
+    hidden under alpha 0 never show. 16-bit values are scaled to 8 bits, floats from [0, 1].
+
+    Args:
+        picture: a file's, or made in memory.
+        background: sRGB, behind what is transparent.
+        name: of the picture, for messages.
+
+    Returns:
+        `H W 3` uint8.
+
+    Raises:
+        PictureError: integers of 32 bits, or floats that leave [0, 1]: nothing says which value is white.
+    """
+    profile = picture.info.get("icc_profile")
+    colours, alpha = _split_alpha(_to_bytes(_upright(picture, name), name))
+    colours = _to_srgb(colours, profile, name)
+    if alpha is not None:
+        canvas = Image.new("RGB", colours.size, background)
+        canvas.paste(colours, mask=alpha)
+        colours = canvas
+    return np.asarray(colours)
+
+
+def _upright(picture: Image.Image, name: str) -> Image.Image:
+    picture.load()  # a TIFF comes upright from here, and its tag is gone
+    try:
+        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except _DECODING_ERRORS as error:
+        logger.warning("%s: its EXIF data are damaged (%s); it is taken as upright", name, error)
+        return picture
+    method = _UPRIGHT.get(orientation)
+    return picture if method is None else picture.transpose(method)
+
+
+def _to_bytes(picture: Image.Image, name: str) -> Image.Image:
+    """The same picture in a mode of 8 bits; Pillow itself clips larger values and cuts floats off."""
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
+        values = np.asarray(picture).astype(np.uint16)
+        gray = Image.fromarray(np.round(values / 257).astype(np.uint8))
+        transparent = picture.info.get("transparency")
+        if isinstance(transparent, int):
+            opaque = np.where(values == transparent, 0, 255).astype(np.uint8)
+            gray = Image.merge("LA", (gray, Image.fromarray(opaque)))
+        return gray
+    if picture.mode == "I":
+        low, high = picture.getextrema()
+        raise PictureError(
+            f"{name} holds integers of 32 bits, from {low} to {high}, of which none is known to be white: save it with "
+            "8 or 16 bits per channel"
+        )
+    if picture.mode == "F":
+        floats = np.asarray(picture)
+        if not (floats.min() >= 0 and floats.max() <= 1):  # so put, NaN is refused too
+            raise PictureError(
+                f"{name} holds floats from {floats.min():.4g} to {floats.max():.4g}; floats in [0, 1] are accepted, or "
+                "8 or 16 bits per channel"
+            )
+        return Image.fromarray(np.round(floats * 255).astype(np.uint8))
+    return picture
+
+
+def _split_alpha(picture: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Colours (of mode L, RGB or CMYK) and, where something may be transparent, how opaque each pixel is."""
+    transparent = picture.info.get("transparency")
+    if isinstance(transparent, tuple) and max(transparent) > 255:  # a colour of a file of 16 bits, read with 8
+        picture = picture.copy()
+        picture.info["transparency"] = tuple(value >> 8 for value in transparent)
+    if picture.mode in ("LA", "La") or (picture.mode == "L" and transparent is not None):
+        gray, alpha = picture.convert("LA").split()
+        return gray, alpha
+    if picture.mode in ("RGBA", "RGBa", "PA") or transparent is not None:
+        with_alpha = picture.convert("RGBA")
+        return with_alpha.convert("RGB"), with_alpha.getchannel("A")
+    if picture.mode in ("L", "RGB", "CMYK"):
+        return picture, None
+    return picture.convert("L" if picture.mode == "1" else "RGB"), None
+
+
+def _to_srgb(picture: Image.Image, profile: bytes | None, name: str) -> Image.Image:
+    """Converts from the embedded profile; one of another kind of colours was left over from a conversion."""
+    if profile:
+        try:
+            embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            kind = embedded.profile.xcolor_space.strip()
+            source = picture.convert("RGB") if (kind, picture.mode) == ("RGB", "L") else picture
+            if source.mode == {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(kind):
+                converted = ImageCms.profileToProfile(
+                    source, embedded, ImageCms.createProfile("sRGB"), outputMode="RGB"
+                )
+                assert converted is not None, "only a conversion in place returns nothing"
+                return converted
+        except (ImageCms.PyCMSError, OSError) as error:
+            logger.warning("%s: its colour profile is damaged (%s); its values are taken as sRGB", name, error)
+    return picture.convert("RGB")
