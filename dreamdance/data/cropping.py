@@ -24,9 +24,14 @@ class Crop:
 
 
 def centred_crop(width: int, height: int, *, to_width: int, to_height: int) -> Crop:
-    """The largest centred part of `width` x `height` that has the aspect of `to_width` x `to_height`, to a pixel."""
-    if width * to_height > height * to_width:
-        kept = max(1, round(height * to_width / to_height))
-        return Crop(left=(width - kept) // 2, top=0, width=kept, height=height)
-    kept = max(1, round(width * to_height / to_width))
-    return Crop(left=0, top=(height - kept) // 2, width=width, height=kept)
+    """The largest centred part of `width` x `height` that has the aspect of `to_width` x `to_height`, to a pixel.
+
+    What has that aspect already, to a pixel of either side, is kept whole: the part of a part is the part itself.
+    """
+    fitting_width = max(1, round(height * to_width / to_height))
+    fitting_height = max(1, round(width * to_height / to_width))
+    if fitting_width == width or fitting_height == height:
+        return Crop(left=0, top=0, width=width, height=height)
+    if fitting_width < width:
+        return Crop(left=(width - fitting_width) // 2, top=0, width=fitting_width, height=height)
+    return Crop(left=0, top=(height - fitting_height) // 2, width=width, height=fitting_height)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dreamdance.atomic_files import write_atomically
 from dreamdance.crew import Crew
-from dreamdance.data.transforms import encode_normals
+from dreamdance.data.transforms import encode_normals, resize_images
 from dreamdance.errors import UserError, may_pass
 from dreamdance.file_states import FileState
 from dreamdance.folder_claim import OutputError, claim_folder
@@ -179,7 +179,8 @@ def run_stages(entry: ManifestEntry, inputs: EntryInputs, recipe: AnimateRecipe,
         normals, depths, _ = cast(
             tuple[Tensor, Tensor, Tensor],
             stages.geometry(
-                inputs.reference,
+                # the same part of it as stage 2 sees, though the sizes' aspects may agree only nearly
+                resize_images(inputs.reference, recipe.geometry_height, recipe.geometry_width),
                 inputs.poses[Size(recipe.geometry_width, recipe.geometry_height)],
                 height=recipe.geometry_height,
                 width=recipe.geometry_width,

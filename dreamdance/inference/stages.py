@@ -17,7 +17,7 @@ from dreamdance.file_notes import noted_states
 from dreamdance.file_states import FileState, read_state
 from dreamdance.models.autoencoding import downscale_factor
 from dreamdance.pipelines import AnimationPipeline, GeometryPipeline
-from dreamdance.pipelines.sampling import COMPONENTS_MODULE
+from dreamdance.pipelines.sampling import COMPONENTS_MODULE, PIPELINES_MODULE
 from dreamdance.recipe.schema import AnimateRecipe
 from dreamdance.run_layout import EXPORT_INDEX_FILE, is_export, newest_export
 
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CODE_SUFFIXES = (".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".ckpt", ".pkl")
 COMPONENT_LIBRARIES = ("diffusers", "transformers", COMPONENTS_MODULE)
+NUMBERS = ("default_height", "default_width")  # of `model_index.json`, beside the components
 SAFELY = {"local_files_only": True, "use_safetensors": True}  # a pickled file of weights could run any code
 
 
@@ -109,7 +110,7 @@ def find_export(
             raise MissingInputError(f"{key}: {error}") from error
     try:
         index = json.loads((folder / EXPORT_INDEX_FILE).read_text(encoding="utf-8"))
-        found = index["_class_name"]
+        found = str(index["_class_name"]).removeprefix(f"{PIPELINES_MODULE}.")  # older exports name the class alone
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{key}: {folder / EXPORT_INDEX_FILE} is damaged ({error!r}); export that run again"
@@ -128,6 +129,8 @@ def check_components(folder: Path, index: dict[str, Any], *, key: str) -> None:
     """
     for component, named in index.items():
         if component.startswith("_") or named == [None, None]:
+            continue
+        if component in NUMBERS and (named is None or isinstance(named, int)):
             continue
         if not isinstance(named, list) or len(named) != 2 or named[0] not in COMPONENT_LIBRARIES:
             raise CheckpointError(

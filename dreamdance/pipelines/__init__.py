@@ -4,6 +4,7 @@ from dreamdance.pipelines.animation import AnimationPipeline
 from dreamdance.pipelines.dreamdance import DreamDancePipeline
 from dreamdance.pipelines.geometry import GeometryPipeline
 from dreamdance.pipelines.outputs import AnimationOutput, DreamDanceOutput, GeometryOutput
+from dreamdance.pipelines.sampling import announce
 
 __all__ = [
     "AnimationOutput",
@@ -13,3 +14,6 @@ __all__ = [
     "GeometryOutput",
     "GeometryPipeline",
 ]
+
+for _pipeline_class in (GeometryPipeline, AnimationPipeline, DreamDancePipeline):
+    announce(_pipeline_class)

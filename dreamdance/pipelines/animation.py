@@ -16,28 +16,24 @@ from dreamdance.models.autoencoding import Autoencoder, decode_latents, downscal
 from dreamdance.models.image_embedding import ImageEncoder, embed_images
 from dreamdance.models.svd_unet import run_svd_unet
 from dreamdance.models.temporal_convolution import fold_temporal_convolutions
-from dreamdance.pipelines.outputs import (
-    AnimationOutput,
-    Frames,
-    Picture,
-    Video,
-    check_output_type,
+from dreamdance.pipelines.inputs import (
+    MAP_ASPECT_TOLERANCE,
+    Clips,
+    Images,
     clip_tensor,
-    frames_output,
+    cut_to_aspect,
     image_tensor,
 )
+from dreamdance.pipelines.outputs import AnimationOutput, Frames, check_output_type, frames_output
 from dreamdance.pipelines.sampling import (
     Generators,
     SamplingPipeline,
     StepCallback,
-    check_size,
     checked_latents,
     draw_initial_noise,
     predict_under_each,
 )
 from dreamdance.pipelines.windows import Window, plan_windows
-
-Maps = Video | Sequence[Video] | Tensor
 
 
 @dataclass(frozen=True)
@@ -76,6 +72,7 @@ class AnimationPipeline(SamplingPipeline):
         vae: the video autoencoder.
         image_encoder: CLIP's vision tower, or its stand-in.
         scheduler: SVD's Euler scheduler.
+        default_height, default_width: the size in pixels that the networks were trained at; exports hold it.
     """
 
     model_cpu_offload_seq = "image_encoder->controller->controlnet->unet->vae"
@@ -88,6 +85,8 @@ class AnimationPipeline(SamplingPipeline):
         vae: Autoencoder,
         image_encoder: ImageEncoder,
         scheduler: EulerDiscreteScheduler,
+        default_height: int | None = None,
+        default_width: int | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -100,6 +99,7 @@ class AnimationPipeline(SamplingPipeline):
         )
         for network in (unet, controlnet, vae):
             fold_temporal_convolutions(network)
+        self.register_to_config(default_height=default_height, default_width=default_width)
 
     @property
     def controls(self) -> tuple[str, ...]:
@@ -122,10 +122,10 @@ class AnimationPipeline(SamplingPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        image: Picture | Video | Tensor,
-        poses: Maps | None = None,
-        normals: Maps | None = None,
-        depths: Maps | None = None,
+        image: Images,
+        poses: Clips | None = None,
+        normals: Clips | None = None,
+        depths: Clips | None = None,
         *,
         height: int | None = None,
         width: int | None = None,
@@ -147,16 +147,16 @@ class AnimationPipeline(SamplingPipeline):
         """Animates the reference by the control maps.
 
         Args:
-            image: the reference: a picture, b pictures, or `(b) 3 H W` in [0, 1].
+            image: the reference: a picture, b pictures, or `(b) 3 H W` in [0, 1]; see `pipelines.inputs`.
             poses, normals, depths: the control maps that `controls` names, perhaps of stage 1's smaller size:
                 f pictures, b lists of them, or `(b) f 3 H W` (depths also `(b) f 1 H W`) in [0, 1].
-            height, width: of the frames in pixels; the reference's own by default. Inputs are resized to it.
+            height, width: of the frames in pixels, by default as `size_of_result` says. Inputs of another aspect lose
+                their margins evenly; normals and depths whose aspect is nearly this one are kept whole.
             fps: frames per second, of all clips or of each; like the next two, SVD's own condition.
             motion_bucket, noise_augmentation: SVD's; the noise is in units of pixels in [-1, 1].
             num_inference_steps: Euler steps.
             guidance_scale: w of `uncond + w (cond - uncond)`, the same for all frames; 1 saves the unconditional pass.
-            window_frames: frames denoised together.
-            window_overlap: frames shared by neighbouring windows.
+            window_frames, window_overlap: frames denoised together, and those shared by neighbouring windows.
             sequential_guidance: run conditional and unconditional predictions one after the other: less memory.
             decode_chunk_size: frames decoded at once.
             generator: one, or one for each clip.
@@ -169,18 +169,15 @@ class AnimationPipeline(SamplingPipeline):
             ValueError: inputs, sizes or windows that do not fit together, or a missing control map.
         """
         check_output_type(output_type)
-        reference = image_tensor(image)
-        height, width = height or reference.shape[-2], width or reference.shape[-1]
+        reference = self._fitted_reference(image, height, width)
+        height, width = reference.shape[-2:]
         maps = self._control_maps({"pose": poses, "normal": normals, "depth": depths}, height, width)
-        self._check_inputs(reference, maps, height, width, guidance_scale)
-        num_frames = next(iter(maps.values())).shape[1]
-        windows = plan_windows(num_frames, window_frames, window_overlap)
-        if problem := self.describe_untrained(windows[0].num_frames):
-            warnings.warn(problem, stacklevel=3)
+        self._check_inputs(reference, maps, guidance_scale)
+        windows = self._plan_windows(maps, window_frames, window_overlap)
+        num_frames = windows[-1].stop
 
         with self._evaluation_mode():
             # 1. conditions, once for all steps and windows; the pixels' noise is drawn first, as SVD's pipeline does
-            reference = resize_images(reference, height, width)
             pixel_noise = draw_initial_noise(reference.shape, generator)
             numbers = _added_numbers(fps, motion_bucket, noise_augmentation, len(reference))
             conditions = self._encode_conditions(reference, pixel_noise, numbers, with_dropped=guidance_scale > 1)
@@ -204,21 +201,31 @@ class AnimationPipeline(SamplingPipeline):
         self.maybe_free_model_hooks()
         return AnimationOutput(frames=frames) if return_dict else (frames,)
 
-    def _control_maps(self, given: dict[str, Maps | None], height: int, width: int) -> dict[str, Tensor]:
+    def _fitted_reference(self, image: Images, height: int | None, width: int | None) -> Tensor:
+        """`b 3 H W` of the frames' size, cut to its aspect."""
+        reference = image_tensor(image)
+        height, width = self.size_of_result(height, width, reference)
+        return resize_images(cut_to_aspect(reference, height, width), height, width)
+
+    def _plan_windows(self, maps: dict[str, Tensor], window_frames: int, overlap: int) -> list[Window]:
+        windows = plan_windows(next(iter(maps.values())).shape[1], window_frames, overlap)
+        if problem := self.describe_untrained(windows[0].num_frames):
+            warnings.warn(problem, stacklevel=4)
+        return windows
+
+    def _control_maps(self, given: dict[str, Clips | None], height: int, width: int) -> dict[str, Tensor]:
         """The controller's maps as `b f 3 H W` of the frames' size; maps that it does not read are left alone."""
         maps = {}
         for name in self.controls:
             frames = given[name]
             if frames is None:
                 raise ValueError(f"this controller reads {', '.join(self.controls)}, but no {name}s were given")
-            resize = resize_normals if name == "normal" else resize_images
-            maps[name] = resize(clip_tensor(frames, f"{name}s"), height, width)
+            tolerance = 0.0 if name == "pose" else MAP_ASPECT_TOLERANCE
+            cut = cut_to_aspect(clip_tensor(frames, f"{name}s"), height, width, tolerance=tolerance)
+            maps[name] = (resize_normals if name == "normal" else resize_images)(cut, height, width)
         return maps
 
-    def _check_inputs(
-        self, reference: Tensor, maps: dict[str, Tensor], height: int, width: int, guidance_scale: float
-    ) -> None:
-        check_size(height, width, downscale_factor(self.vae))
+    def _check_inputs(self, reference: Tensor, maps: dict[str, Tensor], guidance_scale: float) -> None:
         lengths = {f"{name}s": tuple(frames.shape[:2]) for name, frames in maps.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"control maps differ in (clips, frames): {lengths}")

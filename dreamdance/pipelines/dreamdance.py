@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
 from torch import Tensor
 
-from dreamdance.data.transforms import encode_normals
+from dreamdance.data.transforms import encode_normals, resize_images
 from dreamdance.models import (
     CrossDomainControllerModel,
     GeometryUNetModel,
@@ -19,15 +19,8 @@ from dreamdance.models.autoencoding import Autoencoder
 from dreamdance.models.image_embedding import ImageEncoder
 from dreamdance.pipelines.animation import AnimationPipeline
 from dreamdance.pipelines.geometry import GeometryPipeline
-from dreamdance.pipelines.outputs import (
-    DreamDanceOutput,
-    Frames,
-    Picture,
-    Video,
-    check_output_type,
-    frames_output,
-    normals_output,
-)
+from dreamdance.pipelines.inputs import Clips, Images, clip_tensor, cut_to_aspect, have_one_aspect, image_tensor
+from dreamdance.pipelines.outputs import DreamDanceOutput, Frames, check_output_type, frames_output, normals_output
 from dreamdance.pipelines.sampling import Generators, SamplingPipeline, StepCallback
 
 GEOMETRY_PREFIX = "geometry_"
@@ -36,7 +29,8 @@ GEOMETRY_PREFIX = "geometry_"
 class DreamDancePipeline(SamplingPipeline):
     """`GeometryPipeline`, its low-resolution rgb dropped, then `AnimationPipeline`.
 
-    The components of stage 2 bear the names they have there; those of stage 1 begin with `geometry_`.
+    The components of stage 2 bear the names they have there; those of stage 1 begin with `geometry_`, and so do the
+    `default_height` and `default_width` of stage 1.
     """
 
     model_cpu_offload_seq = (
@@ -58,6 +52,10 @@ class DreamDancePipeline(SamplingPipeline):
         vae: Autoencoder,
         image_encoder: ImageEncoder,
         scheduler: EulerDiscreteScheduler,
+        geometry_default_height: int | None = None,
+        geometry_default_width: int | None = None,
+        default_height: int | None = None,
+        default_width: int | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -74,41 +72,48 @@ class DreamDancePipeline(SamplingPipeline):
             image_encoder=image_encoder,
             scheduler=scheduler,
         )
+        self.register_to_config(
+            geometry_default_height=geometry_default_height,
+            geometry_default_width=geometry_default_width,
+            default_height=default_height,
+            default_width=default_width,
+        )
 
     @classmethod
     def from_stages(cls, geometry: GeometryPipeline, animation: AnimationPipeline) -> Self:
         """Joins the exports of the two stages; networks are shared, not copied."""
-        prefixed = {GEOMETRY_PREFIX + name: component for name, component in geometry.components.items()}
-        return cls(**prefixed, **animation.components)
+        stage1 = {**geometry.components, **_default_size(geometry)}
+        prefixed = {GEOMETRY_PREFIX + name: value for name, value in stage1.items()}
+        return cls(**prefixed, **animation.components, **_default_size(animation))
 
     @property
     def geometry(self) -> GeometryPipeline:
         """Stage 1 alone, of the same networks."""
-        return GeometryPipeline(
-            **{
-                name.removeprefix(GEOMETRY_PREFIX): component
-                for name, component in self.components.items()
-                if name.startswith(GEOMETRY_PREFIX)
-            }
-        )
+        components = {
+            name.removeprefix(GEOMETRY_PREFIX): component
+            for name, component in self.components.items()
+            if name.startswith(GEOMETRY_PREFIX)
+        }
+        return GeometryPipeline(**components, **_default_size(self, GEOMETRY_PREFIX))
 
     @property
     def animation(self) -> AnimationPipeline:
         """Stage 2 alone, of the same networks."""
-        return AnimationPipeline(
-            **{name: component for name, component in self.components.items() if not name.startswith(GEOMETRY_PREFIX)}
-        )
+        components = {
+            name: component for name, component in self.components.items() if not name.startswith(GEOMETRY_PREFIX)
+        }
+        return AnimationPipeline(**components, **_default_size(self))
 
     @torch.no_grad()
     def __call__(
         self,
-        image: Picture | Video | Tensor,
-        poses: Video | Sequence[Video] | Tensor,
+        image: Images,
+        poses: Clips,
         *,
         height: int | None = None,
         width: int | None = None,
-        geometry_height: int = 384,
-        geometry_width: int = 256,
+        geometry_height: int | None = None,
+        geometry_width: int | None = None,
         fps: float = 8.0,
         motion_bucket: int = 127,
         noise_augmentation: float = 0.02,
@@ -128,7 +133,9 @@ class DreamDancePipeline(SamplingPipeline):
         """Animates the reference by the poses.
 
         Args:
-            image, poses, sizes, windows, decode_chunk_size, sequential_guidance: as in the two pipelines.
+            image, poses, height, width: as in `AnimationPipeline`.
+            geometry_height, geometry_width: of stage 1's maps, of nearly that aspect; by default as it was trained at.
+            windows, decode_chunk_size, sequential_guidance: as in the two pipelines.
             fps, motion_bucket, noise_augmentation, guidance_scale: of stage 2; a guidance scale of 1 is none.
             guidance_scales: of stage 1, for rgb, normal, depth (Eq. 6); 0 is no guidance.
             num_inference_steps, geometry_num_inference_steps: of stage 2, and of stage 1 where it takes other ones.
@@ -137,9 +144,12 @@ class DreamDancePipeline(SamplingPipeline):
             return_dict: False returns (frames, normals, depths).
 
         Raises:
-            ValueError: see the two stages.
+            ValueError: see the two stages; or their sizes have two aspects, or stage 1's is not known.
         """
         check_output_type(output_type, accepted=("pil", "np", "pt"))
+        reference, drawings = image_tensor(image), clip_tensor(poses, "poses")
+        size, map_size = self._sizes(reference, (height, width), (geometry_height, geometry_width))
+        reference, drawings = (cut_to_aspect(pictures, **size) for pictures in (reference, drawings))
         shared: dict[str, Any] = {
             "window_frames": window_frames,
             "window_overlap": window_overlap,
@@ -151,22 +161,20 @@ class DreamDancePipeline(SamplingPipeline):
             "return_dict": False,
         }
         stage1 = self.geometry(
-            image,
-            poses,
-            height=geometry_height,
-            width=geometry_width,
+            resize_images(reference, **map_size),
+            resize_images(drawings, **map_size),
+            **map_size,
             num_inference_steps=geometry_num_inference_steps or num_inference_steps,
             guidance_scales=guidance_scales,
             **shared,
         )
         normals, depths, _ = cast(tuple[Tensor, Tensor, Tensor], stage1)
         stage2 = self.animation(
-            image,
-            poses,
+            reference,
+            drawings,
             encode_normals(normals),
             depths,
-            height=height,
-            width=width,
+            **size,
             fps=fps,
             motion_bucket=motion_bucket,
             noise_augmentation=noise_augmentation,
@@ -174,9 +182,29 @@ class DreamDancePipeline(SamplingPipeline):
             guidance_scale=guidance_scale,
             **shared,
         )
-        output = DreamDanceOutput(
-            frames=frames_output(cast(Tensor, stage2[0]), output_type),
-            normals=normals_output(normals, output_type),
-            depths=frames_output(depths, output_type),
-        )
-        return output if return_dict else (output.frames, output.normals, output.depths)
+        frames = frames_output(cast(Tensor, stage2[0]), output_type)
+        maps = normals_output(normals, output_type), frames_output(depths, output_type)
+        return DreamDanceOutput(frames, *maps) if return_dict else (frames, *maps)
+
+    def _sizes(
+        self, reference: Tensor, asked: tuple[int | None, int | None], asked_of_maps: tuple[int | None, int | None]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Height and width of the frames, and of stage 1's maps."""
+        height, width = self.animation.size_of_result(*asked, reference)
+        map_height = asked_of_maps[0] or self.config.geometry_default_height
+        map_width = asked_of_maps[1] or self.config.geometry_default_width
+        if map_height is None or map_width is None:
+            raise ValueError(
+                "this export of stage 1 does not say at which size it was trained: give geometry_height and "
+                "geometry_width"
+            )
+        if not have_one_aspect((map_height, map_width), (height, width)):
+            raise ValueError(
+                f"geometry_width x geometry_height {map_width}x{map_height} has another aspect than width x height "
+                f"{width}x{height}: stage 1 would see a squeezed person"
+            )
+        return {"height": height, "width": width}, {"height": map_height, "width": map_width}
+
+
+def _default_size(pipeline: SamplingPipeline, prefix: str = "") -> dict[str, Any]:
+    return {name: pipeline.config[prefix + name] for name in ("default_height", "default_width")}

@@ -13,22 +13,12 @@ from dreamdance.diffusion.guidance import multi_domain_guidance
 from dreamdance.models import GeometryUNetModel, PoseEncoderModel, ReferenceUNetModel
 from dreamdance.models.autoencoding import Autoencoder, decode_latents, downscale_factor, encode_latents
 from dreamdance.models.image_embedding import ImageEncoder, embed_images
-from dreamdance.pipelines.outputs import (
-    Frames,
-    GeometryOutput,
-    Picture,
-    Video,
-    check_output_type,
-    clip_tensor,
-    frames_output,
-    image_tensor,
-    normals_output,
-)
+from dreamdance.pipelines.inputs import Clips, Images, clip_tensor, cut_to_aspect, image_tensor
+from dreamdance.pipelines.outputs import Frames, GeometryOutput, check_output_type, frames_output, normals_output
 from dreamdance.pipelines.sampling import (
     Generators,
     SamplingPipeline,
     StepCallback,
-    check_size,
     checked_latents,
     draw_initial_noise,
     predict_under_each,
@@ -69,6 +59,7 @@ class GeometryPipeline(SamplingPipeline):
         vae: the image autoencoder.
         image_encoder: CLIP's vision tower, or its stand-in.
         scheduler: DDIM, of the noise the denoiser was trained with.
+        default_height, default_width: the size in pixels that the networks were trained at; exports hold it.
     """
 
     model_cpu_offload_seq = "image_encoder->pose_encoder->reference_unet->unet->vae"
@@ -81,6 +72,8 @@ class GeometryPipeline(SamplingPipeline):
         vae: Autoencoder,
         image_encoder: ImageEncoder,
         scheduler: DDIMScheduler,
+        default_height: int | None = None,
+        default_width: int | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -91,12 +84,13 @@ class GeometryPipeline(SamplingPipeline):
             image_encoder=image_encoder,
             scheduler=scheduler,
         )
+        self.register_to_config(default_height=default_height, default_width=default_width)
 
     @torch.no_grad()
     def __call__(
         self,
-        image: Picture | Video | Tensor,
-        poses: Video | Sequence[Video] | Tensor,
+        image: Images,
+        poses: Clips,
         *,
         height: int | None = None,
         width: int | None = None,
@@ -115,9 +109,10 @@ class GeometryPipeline(SamplingPipeline):
         """Predicts the geometry of a person in every pose.
 
         Args:
-            image: the reference: a picture, b pictures, or `(b) 3 H W` in [0, 1].
+            image: the reference: a picture, b pictures, or `(b) 3 H W` in [0, 1]; see `pipelines.inputs`.
             poses: pose drawings: f pictures, b lists of them, or `(b) f 3 H W` in [0, 1].
-            height, width: size of the maps in pixels; the reference's own by default. Inputs are resized to it.
+            height, width: size of the maps in pixels, by default as `size_of_result` says. Inputs of another aspect
+                lose their margins evenly.
             num_inference_steps: DDIM steps.
             guidance_scales: of rgb, normal, depth (Eq. 6); 0 is no guidance, all 0 saves the unconditional pass.
             window_frames: frames denoised together.
@@ -135,8 +130,9 @@ class GeometryPipeline(SamplingPipeline):
         """
         check_output_type(output_type)
         reference, drawings = image_tensor(image), clip_tensor(poses, "poses")
-        height, width = height or reference.shape[-2], width or reference.shape[-1]
-        self._check_inputs(reference, drawings, height, width, guidance_scales, window_frames)
+        height, width = self.size_of_result(height, width, reference)
+        reference, drawings = (cut_to_aspect(pictures, height, width) for pictures in (reference, drawings))
+        self._check_inputs(reference, drawings, guidance_scales, window_frames)
         windows = plan_windows(drawings.shape[1], window_frames, window_overlap)
 
         with self._evaluation_mode():
@@ -167,12 +163,9 @@ class GeometryPipeline(SamplingPipeline):
         self,
         reference: Tensor,
         poses: Tensor,
-        height: int,
-        width: int,
         guidance_scales: Sequence[float],
         window_frames: int,
     ) -> None:
-        check_size(height, width, downscale_factor(self.vae))
         if len(reference) != len(poses):
             raise ValueError(f"{len(reference)} reference images were given for {len(poses)} pose sequences")
         if len(guidance_scales) != NUM_DOMAINS:

@@ -1,20 +1,17 @@
-"""What goes into the pipelines and what comes out: PIL pictures, arrays and tensors."""
+"""What comes out of the pipelines: tensors, arrays or PIL pictures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
-import torch
 from diffusers.utils import BaseOutput
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
 from dreamdance.data.transforms import encode_normals
+from dreamdance.pipelines.inputs import Picture
 
-Picture = Image.Image
-Video = Sequence[Picture]
 Frames = Tensor | np.ndarray | list[list[Picture]]
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -74,60 +71,3 @@ def frames_output(frames: Tensor, output_type: str) -> Frames:
 def normals_output(normals: Tensor, output_type: str) -> Frames:
     """`b f 3 H W` unit vectors as they are, or as pictures."""
     return frames_output(encode_normals(normals) if output_type == "pil" else normals, output_type)
-
-
-def image_tensor(image: Picture | Video | Tensor) -> Tensor:
-    """Reference images as `b 3 H W` float32 in [0, 1].
-
-    Args:
-        image: one picture, a list of b pictures, or a tensor `3 H W` or `b 3 H W`.
-
-    Raises:
-        ValueError: not a picture of three channels, or values far outside of [0, 1].
-    """
-    if isinstance(image, Image.Image):
-        image = [image]
-    if not isinstance(image, Tensor):
-        return torch.stack([_picture_tensor(picture) for picture in image])
-    if image.ndim == 3:
-        image = rearrange(image, "c H W -> 1 c H W")
-    return _checked(image, "image", 4)
-
-
-def clip_tensor(frames: Video | Sequence[Video] | Tensor, name: str) -> Tensor:
-    """Poses or maps as `b f 3 H W` float32 in [0, 1].
-
-    Args:
-        frames: a list of f pictures, a list of b such lists, or a tensor `f c H W` or `b f c H W` of 1 or 3 channels.
-        name: the argument's name, for messages.
-
-    Raises:
-        ValueError: as `image_tensor`.
-    """
-    if not isinstance(frames, Tensor):
-        if not frames:
-            raise ValueError(f"{name} is empty: at least one frame is needed")
-        clips = cast(Sequence[Video], [frames] if isinstance(frames[0], Image.Image) else frames)
-        return torch.stack([torch.stack([_picture_tensor(picture) for picture in clip]) for clip in clips])
-    if frames.ndim == 4:
-        frames = rearrange(frames, "f c H W -> 1 f c H W")
-    if frames.ndim == 5 and frames.shape[2] == 1:
-        frames = frames.expand(-1, -1, 3, -1, -1)
-    return _checked(frames, name, 5)
-
-
-def _picture_tensor(picture: Picture) -> Tensor:
-    array = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255.0
-    return rearrange(torch.from_numpy(array), "H W c -> c H W")
-
-
-def _checked(tensor: Tensor, name: str, ndim: int) -> Tensor:
-    shape = "b 3 H W" if ndim == 4 else "b f 3 H W"
-    if tensor.ndim != ndim or tensor.shape[-3] != 3 or tensor.numel() == 0:
-        raise ValueError(f"{name} must be pictures or a tensor {shape}, not of shape {tuple(tensor.shape)}")
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} must be floats in [0, 1], not {tensor.dtype}")
-    low, high = tensor.min().item(), tensor.max().item()
-    if not (low >= -0.01 and high <= 1.01):  # so put, NaN is refused too
-        raise ValueError(f"{name} must lie in [0, 1], but reaches from {low:.3g} to {high:.3g}")
-    return tensor.float()

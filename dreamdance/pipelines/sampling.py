@@ -1,19 +1,22 @@
 """What the pipelines share: saved under stable names, sampled in evaluation mode, noise drawn for whole sequences."""
 
 import inspect
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Self, TypeVar
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from einops import repeat
 from torch import Tensor, nn
 
-from dreamdance.models.autoencoding import kept_in_float32
+from dreamdance.models.autoencoding import downscale_factor, kept_in_float32
 from dreamdance.pipelines.windows import Window, blend_windows
 
+PIPELINES_MODULE = "dreamdance.pipelines"
 COMPONENTS_MODULE = "dreamdance.pipelines.components"
 AUTOENCODERS = ("vae", "geometry_vae")
 
@@ -25,8 +28,10 @@ StepCallback = Callable[[DiffusionPipeline, int, Any, dict[str, Tensor]], dict[s
 class SamplingPipeline(DiffusionPipeline):
     """A `DiffusionPipeline` whose components may be this package's own classes, shared with a trainer.
 
-    `save_pretrained` writes the diffusers folder layout; `from_pretrained` of the same class reads it. In a pipeline of
-    half precision the autoencoders stay in float32.
+    `save_pretrained` writes the diffusers folder layout; `from_pretrained` of the same class reads it, and so does
+    `DiffusionPipeline.from_pretrained` once `dreamdance.pipelines` is imported. `default_height` and `default_width` in
+    the config are the size in pixels that the networks were trained at, and that a call has by default. In a pipeline
+    of half precision the autoencoders stay in float32.
     """
 
     _callback_tensor_inputs = ["latents"]
@@ -51,6 +56,32 @@ class SamplingPipeline(DiffusionPipeline):
                 if isinstance(autoencoder := getattr(self, name, None), nn.Module):
                     kept.enter_context(kept_in_float32(autoencoder))
             return super().to(*args, **kwargs)
+
+    def to_json_string(self) -> str:
+        """What `model_index.json` holds; our own classes bear their whole name in it.
+
+        So whoever loads an export by `DiffusionPipeline` without importing this package reads in diffusers' error where
+        the class is: "module diffusers has no attribute dreamdance.pipelines.GeometryPipeline".
+        """
+        index = json.loads(super().to_json_string())
+        if type(self).__module__.startswith(f"{PIPELINES_MODULE}."):
+            index["_class_name"] = public_name(type(self))
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    def size_of_result(self, height: int | None, width: int | None, reference: Tensor) -> tuple[int, int]:
+        """What the caller asks for, else what the networks were trained at, else (older exports) the reference's own.
+
+        Args:
+            height, width: in pixels, or None.
+            reference: `... H W`.
+
+        Raises:
+            ValueError: latents cannot have this size.
+        """
+        height = height or self.config.default_height or reference.shape[-2]
+        width = width or self.config.default_width or reference.shape[-1]
+        check_size(height, width, downscale_factor(self.vae))
+        return height, width
 
     def _denoise_windows(
         self,
@@ -114,6 +145,21 @@ def _public_address(value: Any) -> Any:
 
 def _as_diffusers_takes_it(generator: Generators) -> torch.Generator | list[torch.Generator] | None:
     return generator if isinstance(generator, torch.Generator | None) else list(generator)
+
+
+def public_name(pipeline_class: type[DiffusionPipeline]) -> str:
+    """Where users import one of our pipelines from, whatever module it is written in."""
+    return f"{PIPELINES_MODULE}.{pipeline_class.__name__}"
+
+
+def announce(pipeline_class: type[SamplingPipeline]) -> None:
+    """Lets `DiffusionPipeline.from_pretrained` find a class, which it looks for in diffusers' namespace alone.
+
+    Exports name it in full; older ones name it without its module.
+    """
+    for name in (public_name(pipeline_class), pipeline_class.__name__):
+        if not hasattr(diffusers, name):
+            setattr(diffusers, name, pipeline_class)
 
 
 def draw_initial_noise(shape: Sequence[int], generator: Generators) -> Tensor:

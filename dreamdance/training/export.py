@@ -21,11 +21,21 @@ from dreamdance.training.trainability import Objective
 logger = logging.getLogger(__name__)
 
 
-def export_average(run: Path, step: int, engine: Engine, ema: ShardedEma, ranks: Ranks) -> Path:
+def export_average(
+    run: Path, step: int, engine: Engine, ema: ShardedEma, ranks: Ranks, *, height: int, width: int
+) -> Path:
     """Writes `exports/step_...` as safetensors: trained networks in fp32, frozen ones as they are. Collective.
 
     A bf16 run's own samples come from `from_pretrained(..., torch_dtype=torch.bfloat16)`, an fp32 run's from the
     default. An export that is there already is kept: it can only be this one.
+
+    Args:
+        run: the run folder.
+        step: of the run.
+        engine: holds the objective.
+        ema: the average.
+        ranks: this process.
+        height, width: of the pictures that were trained on, in pixels: what the pipeline makes by default.
 
     Returns:
         The export's folder.
@@ -38,16 +48,18 @@ def export_average(run: Path, step: int, engine: Engine, ema: ShardedEma, ranks:
         if ranks.is_main:
             weights[name] = parameter.cpu()
     # Also protects other ranks from ending the job while the main process is still writing.
-    on_main(partial(_write, folder, engine.objective, weights))
+    on_main(partial(_write, folder, engine.objective, weights, {"default_height": height, "default_width": width}))
     return folder
 
 
-def _write(folder: Path, objective: Objective, weights: Mapping[str, Tensor]) -> None:
+def _write(folder: Path, objective: Objective, weights: Mapping[str, Tensor], size: Mapping[str, int]) -> None:
     """Under a temporary name first, so that what bears the export's name is all of it."""
     incoming = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(incoming, ignore_errors=True)
     with _replaced(objective, weights):
-        objective.make_pipeline().save_pretrained(incoming, safe_serialization=True)
+        pipeline = objective.make_pipeline()
+        pipeline.register_to_config(**size)
+        pipeline.save_pretrained(incoming, safe_serialization=True)
     follow_umask(incoming)
     _sync_tree(incoming)
     incoming.rename(folder)

@@ -74,7 +74,8 @@ def train(recipe: Stage1Recipe | Stage2Recipe, run_folder: Path) -> None:
         finished = trainer.train()
         if finished:
             watchdog.enter("exporting", f"step {trainer.step}")
-            export = export_average(run_folder, trainer.step, trainer.engine, trainer.ema, ranks)
+            size = {"height": recipe.data.height, "width": recipe.data.width}
+            export = export_average(run_folder, trainer.step, trainer.engine, trainer.ema, ranks, **size)
             trainer.metrics.message(f"finished at step {trainer.step:,}; exported to {export}", step=trainer.step)
         watchdog.enter("closing", f"step {trainer.step}")
         trainer.checkpointer.close()

@@ -8,7 +8,8 @@ from tiny_pipelines import random_pictures, tiny_animation_pipeline, tiny_geomet
 
 from dreamdance.models.autoencoding import downscale_factor
 from dreamdance.pipelines import DreamDancePipeline
-from dreamdance.pipelines.outputs import check_output_type, clip_tensor, frames_output, image_tensor, normals_output
+from dreamdance.pipelines.inputs import clip_tensor, image_tensor
+from dreamdance.pipelines.outputs import check_output_type, frames_output, normals_output
 from dreamdance.pipelines.sampling import check_size, checked_latents, draw_initial_noise
 
 HEIGHT, WIDTH = 24, 16

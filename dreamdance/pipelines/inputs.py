@@ -1,0 +1,126 @@
+"""What goes into the pipelines: PIL pictures, arrays and tensors become tensors of the result's aspect."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from dreamdance.data.cropping import centred_crop
+from dreamdance.data.pictures import BLACK, WHITE, Colour, to_rgb_picture
+from dreamdance.data.transforms import pictures_to_tensor
+
+Picture = Image.Image
+Video = Sequence[Picture]
+Images = Picture | Sequence[Picture] | np.ndarray | Sequence[np.ndarray] | Tensor | Sequence[Tensor]
+Clips = Video | Sequence[Video] | np.ndarray | Sequence[np.ndarray] | Tensor | Sequence[Tensor]
+
+MAP_ASPECT_TOLERANCE = 0.03
+"""Sizes are multiples of the autoencoder's factor, so that those of the two stages have one aspect only nearly. Within
+this, their pictures are of the same part of the world."""
+
+_BEHIND: dict[str, Colour] = {"image": WHITE, "poses": BLACK, "normals": (128, 128, 255), "depths": BLACK}
+"""What transparent parts stand before: nothing is drawn there, no body is near, a wall faces the camera."""
+
+
+def image_tensor(image: Images) -> Tensor:
+    """Reference images as `b 3 H W` float32 in [0, 1].
+
+    Args:
+        image: one picture, a list of b, or a tensor `3 H W` or `b 3 H W` of floats in [0, 1]. A picture is a PIL one of
+            any mode (see `data.pictures`) or an array `H W 3` of bytes, of 16 bits, or of floats in [0, 1]; arrays may
+            be stacked.
+
+    Raises:
+        ValueError: not pictures of three channels and of one size, or values outside of the range.
+    """
+    tensor = _as_tensor(image, "image")
+    if tensor.ndim == 3:
+        tensor = rearrange(tensor, "c H W -> 1 c H W")
+    return _checked(tensor, "image", 4)
+
+
+def clip_tensor(frames: Clips, name: str) -> Tensor:
+    """Poses or maps as `b f 3 H W` float32 in [0, 1].
+
+    Args:
+        frames: a list of f pictures, b lists of them, or a tensor `f c H W` or `b f c H W` of 1 or 3 channels. Pictures
+            as in `image_tensor`; arrays `H W c` may be stacked over f, and over b.
+        name: the argument's name, for messages.
+
+    Raises:
+        ValueError: as `image_tensor`.
+    """
+    tensor = _as_tensor(frames, name)
+    if tensor.ndim == 4:
+        tensor = rearrange(tensor, "f c H W -> 1 f c H W")
+    if tensor.ndim == 5 and tensor.shape[2] == 1:
+        tensor = tensor.expand(-1, -1, 3, -1, -1)
+    return _checked(tensor, name, 5)
+
+
+def cut_to_aspect(images: Tensor, height: int, width: int, *, tolerance: float = 0.0) -> Tensor:
+    """The centred part `... H W` of pictures that has the aspect of `height` x `width`: nothing is ever squeezed.
+
+    Args:
+        images: `... H W`.
+        height, width: of the result in pixels; only their proportion counts.
+        tolerance: pictures whose aspect differs by no more than this share are kept whole.
+    """
+    own_height, own_width = images.shape[-2:]
+    if have_one_aspect((own_height, own_width), (height, width), tolerance=tolerance):
+        return images
+    crop = centred_crop(own_width, own_height, to_width=width, to_height=height)
+    return images[..., crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+
+
+def have_one_aspect(size: tuple[int, int], other: tuple[int, int], *, tolerance: float = MAP_ASPECT_TOLERANCE) -> bool:
+    """Whether two (height, width) have the same proportion, but for a share `tolerance`."""
+    return abs(size[1] * other[0] / (size[0] * other[1]) - 1.0) <= tolerance
+
+
+def _as_tensor(given: Any, name: str) -> Tensor:
+    """A picture, an array, a tensor, or a list (of lists) of any of them, with channels before height and width."""
+    if isinstance(given, Tensor):
+        return given
+    if isinstance(given, Image.Image):
+        return pictures_to_tensor(to_rgb_picture(given, background=_BEHIND[name], name=f"a picture given as {name}"))
+    if isinstance(given, np.ndarray):
+        return _array_tensor(given, name)
+    if not isinstance(given, list | tuple):
+        raise ValueError(f"{name} must be pictures (PIL), arrays or tensors, or lists of them, not {type(given)}")
+    if not given:
+        raise ValueError(f"{name} is empty: at least one picture is needed")
+    tensors = [_as_tensor(part, name) for part in given]
+    shapes = sorted({tuple(tensor.shape) for tensor in tensors})
+    if len(shapes) > 1:
+        found = ", ".join(str(shape) for shape in shapes[:4])
+        raise ValueError(f"{name} must all be of one size and length; their shapes (channels first) are {found}")
+    return torch.stack(tensors)
+
+
+def _array_tensor(array: np.ndarray, name: str) -> Tensor:
+    """`... H W c` to `... c H W`, floats."""
+    if array.ndim < 3 or array.shape[-1] not in (1, 3):
+        raise ValueError(f"{name}: an array must be of shape H W 3 (maps also H W 1), not {array.shape}; others can be "
+                         "given as PIL pictures")  # fmt: skip
+    if array.dtype in (np.uint8, np.uint16):
+        return pictures_to_tensor(array)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(f"{name}: an array must hold uint8, uint16, or floats in [0, 1], not {array.dtype}")
+    return torch.from_numpy(np.moveaxis(array, -1, -3).astype(np.float32))
+
+
+def _checked(tensor: Tensor, name: str, ndim: int) -> Tensor:
+    shape = "b 3 H W" if ndim == 4 else "b f 3 H W"
+    if tensor.ndim != ndim or tensor.shape[-3] != 3 or tensor.numel() == 0:
+        raise ValueError(f"{name} must be pictures or a tensor {shape}, not of shape {tuple(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} must be floats in [0, 1], not {tensor.dtype}")
+    low, high = tensor.min().item(), tensor.max().item()
+    if not (low >= -0.01 and high <= 1.01):  # so put, NaN is refused too
+        raise ValueError(f"{name} must lie in [0, 1], but reaches from {low:.3g} to {high:.3g}")
+    return tensor.float()

@@ -1,0 +1,252 @@
+"""What the pipelines take: every form of a picture, cut as `animate` cuts, at the size that the networks know."""
+
+import json
+import logging
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from tiny_pipelines import random_pictures, tiny_animation_pipeline, tiny_geometry_pipeline
+
+from dreamdance.data.keypoints import NUM_KEYPOINTS, KeypointSequence, write_keypoint_file
+from dreamdance.data.transforms import encode_normals, resize_images, resize_normals
+from dreamdance.inference.inputs import Size, load_inputs
+from dreamdance.inference.manifest import ManifestEntry
+from dreamdance.pipelines import AnimationPipeline, DreamDancePipeline, GeometryPipeline
+from dreamdance.pipelines.inputs import clip_tensor, cut_to_aspect, image_tensor
+
+HEIGHT, WIDTH = 24, 16
+NAMES = {GeometryPipeline: tiny_geometry_pipeline, AnimationPipeline: tiny_animation_pipeline}
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def pixels(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+# ------------------------------------------------------------------------------------------- forms
+
+
+def test_arrays_of_bytes_of_16_bits_and_of_floats_are_the_same_reference_as_the_picture():
+    shades = pixels(5, 4, 3)
+    expected = image_tensor(Image.fromarray(shades))
+    for array in (shades, shades.astype(np.uint16) * 257, shades / 255, (shades / 255).astype(np.float32)):
+        for image in (array, array[None], [array], (array,)):
+            torch.testing.assert_close(image_tensor(image), expected, rtol=0, atol=1e-7)
+    stacked = pixels(2, 5, 4, 3)
+    assert torch.equal(image_tensor(stacked), image_tensor([Image.fromarray(shades) for shades in stacked]))
+    assert torch.equal(image_tensor(list(image_tensor(stacked))), image_tensor(stacked)), "a list of tensors"
+
+
+def test_arrays_of_frames_and_of_clips_are_the_same_poses_as_the_pictures():
+    clips = pixels(2, 3, 5, 4, 3)
+    pictures = [[Image.fromarray(frame) for frame in clip] for clip in clips]
+    expected = clip_tensor(pictures, "poses")
+    for poses in (clips, list(clips), [list(clip) for clip in clips], clips / 255):
+        torch.testing.assert_close(clip_tensor(poses, "poses"), expected, rtol=0, atol=1e-7)
+    assert torch.equal(clip_tensor(clips[0], "poses"), expected[:1])
+    assert torch.equal(clip_tensor(list(clips[0]), "poses"), expected[:1])
+    gray = clip_tensor(clips[..., :1], "depths")
+    assert torch.equal(gray, expected[:, :, :1].expand(-1, -1, 3, -1, -1))
+
+
+def test_what_stage_1_returns_as_arrays_or_pictures_stage_2_takes():
+    image, poses = random_pictures(3, HEIGHT, WIDTH, seed=1), random_pictures(2, 3, HEIGHT, WIDTH, seed=2)
+    frames = {}
+    for kind in ("np", "pil", "pt"):
+        maps = tiny_geometry_pipeline()(image, poses, num_inference_steps=1, generator=seeded(), output_type=kind)
+        normals = maps.normals if kind == "pil" else encode_normals(maps.normals)
+        frames[kind] = tiny_animation_pipeline()(
+            image, poses, normals, maps.depths, num_inference_steps=1, generator=seeded(), output_type="pt"
+        ).frames
+    torch.testing.assert_close(frames["np"], frames["pt"], rtol=0, atol=1e-5)
+    assert (frames["pil"] - frames["pt"]).abs().mean() < 2e-2, "but for rounding to bytes"
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (pixels(5, 4), r"image: an array must be of shape H W 3 .*not \(5, 4\)"),
+        (pixels(5, 4, 4), r"not \(5, 4, 4\); others can be given as PIL pictures"),
+        (pixels(5, 4, 3).astype(np.int64), "image: an array must hold uint8, uint16, or floats in .*, not int64"),
+        (pixels(5, 4, 3).astype(np.float32), r"image must lie in \[0, 1\], but reaches from 4 to 248"),
+        (np.full((5, 4, 3), -0.5), r"image must lie in \[0, 1\], but reaches from -0.5"),
+        (np.full((5, 4, 3), np.nan), "but reaches from nan to nan"),
+        ([pixels(5, 4, 3), pixels(4, 4, 3)], r"image must all be of one size .* are \(3, 4, 4\), \(3, 5, 4\)"),
+        ([], "image is empty: at least one picture is needed"),
+        ("a.png", r"image must be pictures \(PIL\), arrays or tensors, or lists of them, not <class 'str'>"),
+        (Image.fromarray(np.full((5, 4), 7.0, np.float32)), r"a picture given as image holds floats from 7 to 7"),
+    ],
+)  # fmt: skip
+def test_what_is_no_picture_is_refused_by_name(image, message):
+    with pytest.raises(ValueError, match=message):
+        image_tensor(image)
+
+
+def test_clips_of_unequal_length_are_refused():
+    frames = [Image.new("RGB", (4, 5))] * 3
+    with pytest.raises(
+        ValueError, match=r"poses must all be of one size and length; .* \(2, 3, 5, 4\), \(3, 3, 5, 4\)"
+    ):
+        clip_tensor([frames, frames[:2]], "poses")
+
+
+def test_a_sideways_photograph_and_a_cut_out_mean_the_same_as_in_a_file(tmp_path):
+    shades = pixels(6, 4, 4)
+    shades[..., 3] = np.where(pixels(6, 4) > 127, 255, 0)
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    Image.fromarray(shades).save(tmp_path / "a.png", exif=tags)
+    write_keypoint_file(tmp_path / "a.json", KeypointSequence(np.full((1, NUM_KEYPOINTS, 3), 0.5), 6, 4, 8.0))
+    entry = ManifestEntry(id="a", image=tmp_path / "a.png", keypoints=tmp_path / "a.json")
+    file = load_inputs(entry, aspect=Size(6, 4), pose_sizes=set()).reference
+    with Image.open(tmp_path / "a.png") as picture:
+        assert torch.equal(image_tensor(picture)[0], file)
+    assert file.shape == (3, 4, 6)
+    upright = np.rot90(shades, -1)
+    assert (file.permute(1, 2, 0)[torch.from_numpy(upright[..., 3] == 0)] == 1).all(), "white, whatever lies there"
+
+
+def test_transparent_parts_of_maps_stand_before_what_an_empty_map_shows():
+    nothing = Image.new("RGBA", (4, 5), (255, 0, 255, 0))
+    for name, colour in (("poses", (0, 0, 0)), ("depths", (0, 0, 0)), ("normals", (128, 128, 255))):
+        found = clip_tensor([nothing], name)[0, 0, :, 0, 0] * 255
+        torch.testing.assert_close(found, torch.tensor(colour, dtype=torch.float32), rtol=0, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------- another aspect
+
+
+@pytest.mark.parametrize("kind", [GeometryPipeline, AnimationPipeline])
+@pytest.mark.parametrize(("height", "width"), [(48, 50), (50, 24)])
+def test_pictures_of_another_aspect_are_cut_and_never_squeezed(kind, height, width):
+    """As if the middle had been given; computed from the sizes here: 48 x 32 of 48 x 50, 36 x 24 of 50 x 24."""
+    top, left = ((0, 9), (7, 0))[width == 24]
+    middle = (..., slice(top, height - top), slice(left, width - left))
+    image = random_pictures(3, height, width, seed=1)
+    maps = [random_pictures(2, 3, height, width, seed=seed) for seed in range(1 if kind is GeometryPipeline else 3)]
+    pipeline = NAMES[kind]()
+    options = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 1, "output_type": "latent"}
+    whole = pipeline(image, *maps, generator=seeded(), **options)
+    cut = pipeline(image[middle], *(frames[middle] for frames in maps), generator=seeded(), **options)
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_the_cut_is_the_one_that_animate_makes(tmp_path):
+    write_keypoint_file(tmp_path / "a.json", KeypointSequence(np.full((1, NUM_KEYPOINTS, 3), 0.5), 8, 8, 8.0))
+    for height, width in ((31, 47), (101, 67), (47, 31), (50, 33), (33, 50), (40, 60)):
+        shades = pixels(height, width, 3)
+        Image.fromarray(shades).save(tmp_path / "a.png")
+        entry = ManifestEntry(id="a", image=tmp_path / "a.png", keypoints=tmp_path / "a.json")
+        command = load_inputs(entry, aspect=Size(WIDTH, HEIGHT), pose_sizes=set()).reference
+        assert torch.equal(cut_to_aspect(image_tensor(shades), HEIGHT, WIDTH)[0], command)
+        assert torch.equal(cut_to_aspect(command, HEIGHT, WIDTH), command), "cut twice is cut once"
+
+
+def test_maps_of_nearly_the_result_s_aspect_are_kept_whole():
+    """Stage 1's size is a multiple of its autoencoder's factor too, so its aspect may be a little another one."""
+    pipeline, image = tiny_animation_pipeline(), random_pictures(3, HEIGHT, WIDTH, seed=1)
+    poses, normals, depths = (random_pictures(2, 3, HEIGHT, WIDTH, seed=seed) for seed in range(3))
+    narrow = [resize_images(frames, 100, 65) for frames in (normals, depths)]
+    options = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 1, "output_type": "latent"}
+    by_pipeline = pipeline(image, poses, *narrow, generator=seeded(), **options).frames
+    whole = resize_normals(narrow[0], HEIGHT, WIDTH), resize_images(narrow[1], HEIGHT, WIDTH)
+    by_hand = pipeline(image, poses, *whole, generator=seeded(), **options).frames
+    assert torch.equal(by_pipeline, by_hand)
+
+
+# ------------------------------------------------------------------------------------------- the export's own size
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """One export of each stage, trained at 24x16 pixels."""
+    folders = {}
+    for kind, make in NAMES.items():
+        folders[kind] = tmp_path_factory.mktemp("exports") / kind.__name__
+        pipeline = make()
+        pipeline.register_to_config(default_height=HEIGHT, default_width=WIDTH)
+        pipeline.save_pretrained(folders[kind])
+    return folders
+
+
+def test_the_size_by_default_is_the_one_the_export_was_trained_at(exports, caplog):
+    image, poses = random_pictures(3, 60, 60, seed=1), random_pictures(2, 3, 48, 32, seed=2)
+    with caplog.at_level(logging.WARNING):
+        geometry = GeometryPipeline.from_pretrained(exports[GeometryPipeline])
+        animation = AnimationPipeline.from_pretrained(exports[AnimationPipeline])
+    assert "default_height" not in caplog.text
+    for pipeline in (geometry, animation):
+        assert (pipeline.config.default_height, pipeline.config.default_width) == (HEIGHT, WIDTH)
+    options = {"num_inference_steps": 1, "output_type": "pt"}
+    maps = geometry(image, poses, **options)
+    assert maps.depths.shape == (1, 2, 1, HEIGHT, WIDTH)
+    assert animation(image, poses, encode_normals(maps.normals), maps.depths, **options).frames.shape[-2:] == (24, 16)
+    assert geometry(image, poses, height=16, width=16, **options).depths.shape[-2:] == (16, 16)
+
+
+def test_both_stages_joined_saved_and_loaded_know_both_sizes(exports, tmp_path):
+    geometry = GeometryPipeline.from_pretrained(exports[GeometryPipeline])
+    animation = AnimationPipeline.from_pretrained(exports[AnimationPipeline])
+    animation.register_to_config(default_height=48, default_width=32)
+    DreamDancePipeline.from_stages(geometry, animation).save_pretrained(tmp_path)
+    joined = DreamDancePipeline.from_pretrained(tmp_path)
+    image, poses = random_pictures(3, 48, 48, seed=1), random_pictures(2, 3, 48, 48, seed=2)
+    output = joined(image, poses, num_inference_steps=1, output_type="pt", generator=seeded())
+    assert output.frames.shape[-2:] == (48, 32)
+    assert output.normals.shape[-2:] == output.depths.shape[-2:] == (24, 16)
+    # Stage 1 saw the part that stage 2 saw.
+    middle = (slice(None), slice(None), slice(None), slice(8, 40))
+    alone = geometry(image[None][middle], poses[middle], num_inference_steps=1, output_type="pt", generator=seeded())
+    assert torch.equal(alone.depths, output.depths)
+    with pytest.raises(ValueError, match=r"geometry_width x geometry_height 24x24 has another aspect than .* 32x48"):
+        joined(image, poses, geometry_height=24, geometry_width=24)
+
+
+def test_without_a_recorded_size_the_stages_take_the_reference_s_and_both_together_ask_for_stage_1_s(exports, tmp_path):
+    """As exports of earlier versions are: a class without its module, and no size."""
+    image, poses = random_pictures(3, HEIGHT, WIDTH, seed=1), random_pictures(2, 3, 48, 32, seed=2)
+    stages = []
+    for kind, folder in exports.items():
+        older = tmp_path / kind.__name__
+        older.mkdir()
+        index = json.loads((folder / "model_index.json").read_text())
+        del index["default_height"], index["default_width"]
+        (older / "model_index.json").write_text(json.dumps({**index, "_class_name": kind.__name__}))
+        for part in folder.iterdir():
+            if part.is_dir():
+                (older / part.name).symlink_to(part)
+        stages.append(kind.from_pretrained(older))
+        assert type(DiffusionPipeline.from_pretrained(older)) is kind
+    maps = stages[0](image, poses, num_inference_steps=1, output_type="pt")
+    assert maps.depths.shape[-2:] == (HEIGHT, WIDTH)
+    with pytest.raises(ValueError, match="does not say at which size it was trained: give geometry_height and"):
+        DreamDancePipeline.from_stages(*stages)(image, poses)
+
+
+# ------------------------------------------------------------------------------------------- DiffusionPipeline
+
+
+@pytest.mark.parametrize("kind", [GeometryPipeline, AnimationPipeline])
+def test_diffusers_own_entry_loads_an_export(exports, kind, caplog):
+    with caplog.at_level(logging.WARNING):
+        loaded = DiffusionPipeline.from_pretrained(exports[kind])
+    assert type(loaded) is kind
+    assert loaded.config.default_height == HEIGHT
+    own = kind.from_pretrained(exports[kind])
+    assert set(loaded.components) == set(own.components)
+    assert all(torch.equal(value, own.unet.state_dict()[name]) for name, value in loaded.unet.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [GeometryPipeline, AnimationPipeline])
+def test_where_this_package_is_not_imported_diffusers_error_names_the_class_to_use(exports, kind, monkeypatch):
+    for name in (f"dreamdance.pipelines.{kind.__name__}", kind.__name__):
+        monkeypatch.delattr(diffusers, name)
+    with pytest.raises(AttributeError, match=rf"has no attribute dreamdance\.pipelines\.{kind.__name__}$"):
+        DiffusionPipeline.from_pretrained(exports[kind])
