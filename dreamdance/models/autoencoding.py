@@ -38,7 +38,7 @@ def latent_shape(vae: Autoencoder, images: Tensor) -> tuple[int, int, int]:
 
 @contextmanager
 def kept_in_float32(network: nn.Module) -> Iterator[None]:
-    """Within, other code may cast the network; after, what was frozen and in float32 has its own values again.
+    """Within, other code may cast the network; after, what was in float32 and is less has its own values again.
 
     Casting there and back would leave the values rounded.
     """
@@ -46,7 +46,7 @@ def kept_in_float32(network: nn.Module) -> Iterator[None]:
         (owner, name, value.data)
         for owner in network.modules()
         for name, value in (*owner._parameters.items(), *owner._buffers.items())
-        if value is not None and value.dtype == torch.float32 and not value.requires_grad
+        if value is not None and value.dtype == torch.float32
     ]
     yield
     for owner, name, values in kept:
