@@ -97,8 +97,9 @@ def _file_problem(path: Path) -> str | None:
 
 def _misfit(rgb: VideoInfo, video: VideoInfo) -> str | None:
     """What keeps a video from showing the same moments as the pictures, in the same places."""
-    distance = max(_distance(rgb, video), _distance(video, rgb))
-    longest = max(_longest_gap(rgb), _longest_gap(video))
+    times, of_rgb = _times(video), _times(rgb)
+    distance = max(_distance(times, of_rgb), _distance(of_rgb, times))
+    longest = max(float(np.diff(one).max(initial=0)) or 1 / rgb.fps for one in (times, of_rgb))
     if (video.width, video.height) == (rgb.width, rgb.height) and distance <= _HALF * longest:
         if distance > _HALF / rgb.fps:
             logger.warning(
@@ -108,23 +109,23 @@ def _misfit(rgb: VideoInfo, video: VideoInfo) -> str | None:
                 distance,
             )
         return None
-    ends = [one.times([one.num_frames - 1])[0] for one in (video, rgb)]
     return (
         f"{video.path} has {video.num_frames} frames of {video.width}x{video.height}, {rgb.path.name} "
-        f"{rgb.num_frames} of {rgb.width}x{rgb.height}; their last frames are shown at {ends[0]:.3f} s and "
-        f"{ends[1]:.3f} s. The videos of a clip must show the same moments at the same times, in the same size"
+        f"{rgb.num_frames} of {rgb.width}x{rgb.height}; their last frames are shown at {times[-1]:.3f} s and "
+        f"{of_rgb[-1]:.3f} s. The videos of a clip must show the same moments at the same times, in the same size"
     )
 
 
-def _distance(video: VideoInfo, other: VideoInfo) -> float:
-    """How far in time the farthest frame of a video is from the nearest of another, in seconds."""
-    times = video.times(range(video.num_frames))
-    return float(np.abs(np.subtract(times, other.times(other.frames_at(times)))).max())
+def _times(video: VideoInfo) -> np.ndarray:
+    """When the frames are shown, in seconds after the first."""
+    return (np.array(video.stamps, dtype=np.int64) - video.stamps[0]) * float(video.time_base)
 
 
-def _longest_gap(video: VideoInfo) -> float:
-    gaps = np.diff(video.times(range(video.num_frames)))
-    return float(gaps.max()) if len(gaps) else 1 / video.fps
+def _distance(times: np.ndarray, others: np.ndarray) -> float:
+    """How far the farthest of some times is from the nearest of others; both rise."""
+    after = np.searchsorted(others, times).clip(0, len(others) - 1)
+    before = np.maximum(after - 1, 0)
+    return float(np.minimum(np.abs(times - others[before]), np.abs(times - others[after])).max())
 
 
 def _outside(source: VideosSource, rgb: VideoInfo) -> list[str]:
