@@ -19,6 +19,8 @@ FAILURES_FOLDER = "failures"
 DONE_FOLDER = "done"
 WARNED_FILE = "warned_of_the_time_limit"
 EXPORT_INDEX_FILE = "model_index.json"
+# In the output of `prepare`: size, times and hash of each video that was read.
+INPUTS_FILE = "inputs.json"
 # Of a clip's result, which `animate` writes and `evaluate` reads.
 RESULT_FILE = "result.json"
 ARRAYS_FILE = "arrays.npz"

@@ -122,7 +122,8 @@ def check_inputs(
             raise VideoError(broken_text(broken, output))
         logger.warning("left out, because of `videos.on_error: skip`:\n%s", table(broken))
     if crew.ranks.is_main and recipe.videos is not None:
-        write_inputs(output, {name: state for answer in answers for name, state in answer["states"].items()})
+        states = {name: state for answer in answers for name, state in answer["states"].items()}
+        write_inputs(output, states, planned=source_files(folders))
     return {split: [name for answer in answers for name in answer["missing"][split]] for split in folders}
 
 
@@ -204,10 +205,16 @@ def complete(
     for folder in folders.values():
         folder.complete(left_out)
     if recipe.videos is not None:
-        write_inputs(output, states)
+        write_inputs(output, states, planned=source_files(folders))
     if "validation" in folders:
         count = write_examples(output, before_clip=partial(crew.watchdog.enter, "writing an example"))
         logger.info("%s lists %d validation clips for `animate`", output / MANIFEST_FILE, count)
+
+
+def source_files(folders: Mapping[Split, ShardFolder]) -> set[str]:
+    """The names of all files that the parts are made of."""
+    parts = [part for folder in folders.values() for part in folder.parts]
+    return {path.name for part in parts if part.source is not None for path in part.source.files}
 
 
 def describe_source(recipe: PrepareRecipe) -> dict[str, Any]:
@@ -218,7 +225,7 @@ def describe_source(recipe: PrepareRecipe) -> dict[str, Any]:
     details: dict[str, Any] = {"clips_per_part": recipe.clips_per_part, **source.model_dump(mode="json")}
     if isinstance(source, VideosSource):
         details.pop("on_error")
-        details.update(seed=recipe.seed)
+        details.update(seed=recipe.seed, files="noted by their hashes")
     return details
 
 

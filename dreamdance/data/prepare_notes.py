@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ from dreamdance.data.shard_index import read_index
 from dreamdance.data.shard_writer import SOURCES_KEY
 from dreamdance.data.streaming_compat import INDEX_FILE
 from dreamdance.file_states import FileState
+from dreamdance.run_layout import INPUTS_FILE
 
 logger = logging.getLogger(__name__)
 
-INPUTS_FILE = "inputs.json"
 DAMAGED_FILE = "damaged_videos.tsv"
 SPLITS = ("train", "validation")
 MAX_LINES = 200
@@ -34,10 +34,10 @@ def read_inputs(output: Path) -> dict[str, FileState]:
     return {name: state for name, state in states.items() if state is not None}
 
 
-def write_inputs(output: Path, states: Mapping[str, Any]) -> None:
-    """Adds states to those that are noted."""
+def write_inputs(output: Path, states: Mapping[str, Any], *, planned: Collection[str]) -> None:
+    """Adds states to those that are noted, and drops those of files that are planned no longer."""
     before = {name: state.to_json() for name, state in read_inputs(output).items()}
-    after = {**before, **states}
+    after = {name: state for name, state in {**before, **states}.items() if name in planned}
     if after != before:
         write_atomically(output / INPUTS_FILE, json.dumps(after, indent=1, sort_keys=True) + "\n")
 

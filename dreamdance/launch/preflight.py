@@ -72,7 +72,7 @@ def _weights(recipe: Recipe) -> Iterator[Missing]:
     absent: dict[str, dict[str, Path]] = {}
     for key, source in weight_sources(recipe).items():
         folder = Path(source.path) / (source.subfolder or "")
-        if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        if not (folder / "config.json").is_file() or not any(folder.glob("[!.]*.safetensors")):
             absent.setdefault(source.path, {})[key] = folder
     for path, folders in absent.items():
         repository = DOWNLOADS.get(Path(path).name)

@@ -5,7 +5,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from dreamdance.file_states import FileState
 from dreamdance.recipe import PrepareRecipe
+from dreamdance.run_layout import INPUTS_FILE
 
 SPLITS = ("train", "validation")
 INDEX_FILE = "index.json"
@@ -13,7 +15,10 @@ MANIFEST_FILE = "manifest.jsonl"
 
 
 def is_prepared(recipe: PrepareRecipe) -> bool:
-    """Whether every file is there that the indices and the manifest name; what lies in them is checked when read."""
+    """Whether every file is there that the indices and the manifest name, and the videos are those that were read.
+
+    What lies in the shards is checked when they are read.
+    """
     output = Path(recipe.output)
     has_validation = recipe.dancers is not None or (recipe.videos is not None and recipe.videos.validation_fraction > 0)
     try:
@@ -21,6 +26,8 @@ def is_prepared(recipe: PrepareRecipe) -> bool:
             there = {entry.name for entry in os.scandir(output / split)}
             if not there.issuperset(_shards(output / split / INDEX_FILE)):
                 return False
+        if recipe.videos is not None and not _are_as_noted(Path(recipe.videos.folder), output / INPUTS_FILE):
+            return False
         return not has_validation or all(path.is_file() for path in _examples(output / MANIFEST_FILE))
     except (OSError, ValueError, TypeError, KeyError):  # not there, or no longer what was written
         return False
@@ -31,6 +38,19 @@ def describe_videos(folder: Path) -> list[str]:
     paths = sorted(path for path in folder.glob("*.mp4") if not path.name.startswith("."))
     looks = [(path.name, path.stat() if path.exists() else path.lstat()) for path in paths]
     return [f"{name} {look.st_size} {look.st_mtime_ns} {look.st_ctime_ns}" for name, look in looks]
+
+
+def _are_as_noted(videos: Path, note: Path) -> bool:
+    """By size and times: a video that was replaced while others were still being read is not the one that was read."""
+    for name, values in json.loads(note.read_text(encoding="utf-8")).items():
+        noted, look = FileState.from_json(values), (videos / name).stat()
+        if noted is None or (noted.size, noted.mtime_ns, noted.ctime_ns) != (
+            look.st_size,
+            look.st_mtime_ns,
+            look.st_ctime_ns,
+        ):
+            return False
+    return True
 
 
 def _shards(index: Path) -> Iterator[str]:

@@ -197,7 +197,7 @@ def _base_weights(recipe: Recipe, known: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for source in weight_sources(recipe).values():
         folder = Path(source.path) / (source.subfolder or "")
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in sorted(folder.glob("[!.]*.safetensors")):
             state = file.stat()
             before = known.get(str(file), {})
             same = before.get("size") == state.st_size and before.get("mtime_ns") == state.st_mtime_ns

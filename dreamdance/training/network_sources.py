@@ -163,7 +163,7 @@ def read_weights(folder: Path, *, key: str) -> dict[str, torch.Tensor]:
     Raises:
         MissingInputError: there are none; the text names the recipe's `key`.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("[!.]*.safetensors"))
     if not files:
         raise MissingInputError(f"{key}: no safetensors in '{folder}'")
     weights: dict[str, torch.Tensor] = {}
@@ -180,7 +180,7 @@ def _require_weights(folder: Path, key: str) -> None:
     problem = None
     if not (folder / "config.json").is_file():
         problem = "there is no config.json"
-    elif not any(folder.glob("*.safetensors")):
+    elif not any(folder.glob("[!.]*.safetensors")):
         problem = "there are no safetensors (other formats are not read: they can run code)"
     if problem:
         raise MissingInputError(

@@ -156,6 +156,7 @@ def prepared(output: Path) -> None:
         (output / "examples" / "a" / name).touch()
     entry = {"id": "a", "image": "examples/a/reference.png", "pose": "examples/a/pose.mkv"}
     (output / "manifest.jsonl").write_text(json.dumps(entry) + "\n")
+    (output / "inputs.json").write_text("{}")
 
 
 @pytest.mark.parametrize(
@@ -192,7 +193,11 @@ def test_prepare_runs_again_when_a_video_was_replaced_by_one_of_the_same_size_an
     mark_finished(recipe, run_folder)
     (video.parent / "._a.rgb.mp4").write_bytes(b"left by macOS")
     assert is_finished(recipe, run_folder)
-    times = video.stat()
+    times, noted = video.stat(), read_state(video)
+    (tmp_path / "data" / "inputs.json").write_text(json.dumps({video.name: noted.to_json()}))
+    assert is_finished(recipe, run_folder)
     video.write_bytes(b"two dance")
     os.utime(video, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert not is_finished(recipe, run_folder)
+    mark_finished(recipe, run_folder)
+    assert not is_finished(recipe, run_folder), "it was replaced after it had been read, while the run went on"

@@ -113,6 +113,7 @@ def test_absent_autoencoders_are_of_the_stages_own_kind(tmp_path: Path) -> None:
 def test_weights_may_lie_in_several_files(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, tmp_path / "model-00001-of-00002.safetensors")
     save_file({"b": torch.ones(3)}, tmp_path / "model-00002-of-00002.safetensors")
+    (tmp_path / "._model-00001-of-00002.safetensors").write_bytes(b"what macOS leaves on other file systems")
     weights = read_weights(tmp_path, key="init_from")
     assert {name: len(value) for name, value in weights.items()} == {"a": 2, "b": 3}
     with pytest.raises(MissingInputError, match=r"^init_from: no safetensors in '.*absent'$"):
