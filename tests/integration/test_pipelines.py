@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerAncestralDiscreteScheduler
 from einops import repeat
 from PIL import Image
 from tiny_pipelines import random_pictures, tiny_animation_pipeline, tiny_geometry_pipeline, wake_up
@@ -301,3 +302,24 @@ def test_what_stage_2_cannot_use_is_refused_by_name(arguments, named):
     given = {"image": IMAGE, "poses": drawings, "normals": normals, "depths": depths, "num_inference_steps": 1}
     with pytest.raises(ValueError, match=named):
         tiny_animation_pipeline()(**{**given, **arguments})
+
+
+@pytest.mark.parametrize("stage", ["geometry", "animation"])
+def test_ancestral_schedulers_draw_from_the_given_generator(stage):
+    if stage == "geometry":
+        pipeline, inputs = tiny_geometry_pipeline(prediction_type="epsilon"), (IMAGE, poses(2))
+    else:
+        pipeline, inputs = tiny_animation_pipeline(), (IMAGE, *maps(2))
+    plain = pipeline(*inputs, num_inference_steps=3, generator=seeded(), output_type="latent")[0]
+    config = {**pipeline.scheduler.config, "timestep_spacing": "trailing"}
+    pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(config)
+
+    def sample(generator):
+        return pipeline(*inputs, num_inference_steps=3, generator=generator, output_type="latent")[0]
+
+    first = sample(seeded())
+    torch.manual_seed(1)  # the global generator has no say
+    assert torch.equal(sample(seeded()), first)
+    assert torch.equal(sample([seeded()]), first)
+    assert not torch.equal(sample(torch.Generator().manual_seed(99)), first)
+    assert not torch.equal(first, plain)

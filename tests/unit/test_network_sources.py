@@ -7,7 +7,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, UNet2DConditionModel
 from recipes_for_tests import tiny_unet_config
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from dreamdance.errors import MissingInputError, RecipeError
 from dreamdance.models import PatchAutoencoder
@@ -123,3 +124,69 @@ def test_weights_may_lie_in_several_files(tmp_path: Path) -> None:
 def test_arguments_that_a_network_refuses_are_the_recipes_problem() -> None:
     with pytest.raises(RecipeError, match=r"model.unet.config is refused by UNet2DConditionModel: .*down_block_types"):
         open_tiny(NetworkSource(config={**tiny_unet_config(), "down_block_types": ["DownBlock2D"]}))
+
+
+# ------------------------------------------------------------------------------------------ CLIP's config and weights
+
+TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+PICTURES = {"image_size": 28, "patch_size": 14}
+
+
+def save_whole_clip(folder: Path) -> CLIPModel:
+    """A CLIP of both towers whose projection is 24 wide, saved as transformers saves it."""
+    torch.manual_seed(0)
+    vision = {**TOWER, **PICTURES, "projection_dim": 24}
+    clip = CLIPModel(CLIPConfig(text_config={**TOWER, "vocab_size": 100}, vision_config=vision, projection_dim=24))
+    clip.save_pretrained(folder)
+    return clip
+
+
+def change_config(folder: Path, change) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    change(values)
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def open_clip(folder: Path, *, device: str = "cpu") -> CLIPVisionModelWithProjection:
+    return open_image_encoder(ImageEncoderSource(path=str(folder)), huge=False, device=device)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_projections_width_may_stand_at_the_top_of_a_whole_clips_config_alone(tmp_path: Path, device: str) -> None:
+    clip = save_whole_clip(tmp_path)
+    change_config(tmp_path, lambda values: values["vision_config"].pop("projection_dim"))
+    encoder = open_clip(tmp_path, device=device)
+    assert encoder.config.projection_dim == 24
+    assert encoder.visual_projection.weight.shape == (24, 16)
+    if device == "cpu":
+        pictures = torch.rand(2, 3, 28, 28)
+        with torch.no_grad():
+            expected = clip.eval().visual_projection(clip.vision_model(pictures).pooler_output)
+            torch.testing.assert_close(encoder(pictures).image_embeds, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_config_without_the_projections_width_is_refused_by_the_recipes_key(tmp_path: Path) -> None:
+    save_whole_clip(tmp_path)
+    change_config(
+        tmp_path, lambda values: (values.pop("projection_dim"), values["vision_config"].pop("projection_dim"))
+    )
+    with pytest.raises(RecipeError, match=r"model\.image_encoder\.path: .*config\.json does not say 'projection_dim'"):
+        open_clip(tmp_path)
+
+
+def test_weights_of_another_width_than_the_configs_are_refused_by_the_recipes_key(tmp_path: Path) -> None:
+    save_whole_clip(tmp_path)
+    change_config(tmp_path, lambda values: values["vision_config"].update(projection_dim=32))
+    with pytest.raises(RecipeError, match=r"model\.image_encoder\.path: the weights in .* do not fit its config"):
+        open_clip(tmp_path)
+
+
+def test_a_tower_that_lacks_its_projection_is_refused_and_not_left_random(tmp_path: Path) -> None:
+    CLIPVisionModelWithProjection(CLIPVisionConfig(**TOWER, **PICTURES, projection_dim=24)).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        RecipeError, match=r"model\.image_encoder\.path: .*1 tensors are not there, such as visual_proj"
+    ):
+        open_clip(tmp_path)

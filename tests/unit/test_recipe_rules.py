@@ -103,6 +103,7 @@ def test_a_micro_batch_that_does_not_divide_names_those_that_do(tmp_path):
         (STAGE1, ["train=geometry"], "train: geometry wants model.temporal_attention: false"),
         (STAGE1, ["model.temporal_attention=false"], "train: temporal wants model.temporal_attention: true"),
         (STAGE1, ["model.max_frames=16", "data.num_frames=17"], "data.num_frames 17 is more than model.max_frames 16"),
+        (STAGE1, ["data.num_frames=8", "validation.num_frames=12"], "longer than data.num_frames 8, on which temporal"),
         (STAGE1, ["model.max_frames=8"], "sampling.window_frames 16 is more than model.max_frames 8"),
         (STAGE1, ["model.pose_channels=[16]"], "model.pose_channels has 1 widths; to reach the latents' size it needs"),
         (STAGE2, ["model.controller_channels=[16, 33]"], "must end with a multiple of model.controller_head_width 64"),
