@@ -27,6 +27,18 @@ TONE_MAP = (
     "ffmpeg -i IN -vf zscale=t=linear:npl=100,tonemap=hable:desat=0,zscale=p=bt709:t=bt709:m=bt709:r=tv,format=yuv420p "
     "-crf 12 OUT.mp4"
 )
+FOREIGN_MATRICES = {
+    8: "YCgCo",
+    10: "BT.2020 constant luminance",
+    11: "SMPTE 2085",
+    12: "chromaticity-derived",
+    13: "chromaticity-derived constant luminance",
+    14: "ICtCp",
+    15: "IPT-C2 of Dolby Vision",
+    16: "YCgCo-Re",
+    17: "YCgCo-Ro",
+}
+"""By FFmpeg's numbers: its scaler would take them for BT.601."""
 WIDE_PRIMARIES = {
     ColorPrimaries.BT2020: ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046)),
     ColorPrimaries.SMPTE431: ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060)),  # its videos are shown on D65 screens
@@ -142,6 +154,11 @@ class FrameConverter:
             raise VideoError(
                 f"{display.path} is of high dynamic range ({kind}); videos of standard range (BT.709) are accepted. "
                 f"Tone-map it: {TONE_MAP}"
+            )
+        if frame.colorspace in FOREIGN_MATRICES:
+            raise VideoError(
+                f"{display.path} stores its colours as {FOREIGN_MATRICES[frame.colorspace]}; RGB and YUV of BT.601, "
+                "BT.709 and BT.2020 are accepted. Convert it with a program that shows it rightly"
             )
         across, along = frame.width * display.stored_height, frame.height * display.stored_width
         if abs(across - along) > ASPECT_TOLERANCE * max(across, along):

@@ -17,6 +17,7 @@ from av.video.stream import VideoStream
 
 from dreamdance.data.video_container import (
     Damage,
+    PacketList,
     VideoError,
     decoded_frames,
     list_packets,
@@ -96,17 +97,14 @@ def probe_video(path: Path | str) -> VideoInfo:
     packets = list_packets(path)
     with opened_video(path) as (container, stream):
         decoded = decoded_frames(container, stream)
-        first = next(decoded, None)
+        damage, first = _first_frame(decoded)
         if first is None or stream.time_base is None:
             raise VideoError(f"{path} holds no frame that can be decoded")
-        if isinstance(first, Damage) or first.is_corrupt:
-            struck = packets.stamps.index(first.pts) if first.pts in packets.stamps else 0
-            raise VideoError(_damage_text(path, struck, len(packets.stamps)))
         display = Display.of(first, stream, path)
         stamps, reach = packets.stamps, packets.reach
         if not packets.ordered:
-            stamps = reach = _counted_stamps(first, decoded, stream, path)
-        elif first.pts is not None and packets.key_stamps[:1] == (first.pts,):
+            stamps = reach = _counted_stamps(packets, [first.pts], decoded, stream)
+        elif not damage and first.pts is not None and packets.key_stamps[:1] == (first.pts,):
             # The first frames of a video that was cut build on what was cut away; players skip them as well.
             missing = bisect_left(stamps, first.pts)
             stamps, reach = stamps[missing:], reach[missing:]
@@ -168,19 +166,32 @@ class _LostFrameError(Exception):
         self.number = number
 
 
+def _first_frame(decoded: Iterator[av.VideoFrame | Damage]) -> tuple[bool, av.VideoFrame | None]:
+    """Whether damage precedes the first frame that comes out, and that frame."""
+    damage = False
+    for frame in decoded:
+        if not isinstance(frame, Damage):
+            return damage, frame
+        damage = True
+    return damage, None
+
+
 def _counted_stamps(
-    first: av.VideoFrame, others: Iterator[av.VideoFrame | Damage], stream: VideoStream, path: Path
+    packets: PacketList, found: list[int | None], others: Iterator[av.VideoFrame | Damage], stream: VideoStream
 ) -> tuple[int, ...]:
     """The stamps of all frames of a video, in order; those of a constant rate if they are of no use.
 
-    Raises:
-        VideoError: a frame is damaged.
+    Args:
+        packets: of the file; in a damaged one they count the frames.
+        found: the stamp of the first frame; grows.
+        others: the frames after it.
+        stream: they come from.
     """
-    found = [first.pts]
     for frame in others:
-        if isinstance(frame, Damage) or frame.is_corrupt:
-            raise VideoError(_damage_text(path, len(found), stream.frames))
-        found.append(frame.pts)
+        if not isinstance(frame, Damage):
+            found.append(frame.pts)
+        elif len(packets.stamps) > len(found):
+            return packets.stamps  # reading will come to the damage and say where it is
     known = sorted({pts for pts in found if pts is not None})
     if len(known) == len(found):
         return tuple(known)

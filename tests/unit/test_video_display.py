@@ -168,6 +168,21 @@ def test_high_dynamic_range_is_refused_with_the_command_that_tone_maps_it(tmp_pa
     assert read_frames(tmp_path / "cured.mp4").shape == (2, HEIGHT, WIDTH, 3)
 
 
+def test_colours_that_ffmpegs_scaler_does_not_know_are_refused(tmp_path):
+    path = write_by_ffmpeg(tmp_path / "clip.mp4", known_frames(2), f"-pix_fmt yuv444p {X264} -colorspace ycgco")
+    with pytest.raises(VideoError, match=r"clip\.mp4 stores its colours as YCgCo; RGB and YUV of BT\.601, .* accepted"):
+        probe_video(path)
+
+
+def test_the_cover_picture_of_a_video_is_not_taken_for_it(tmp_path):
+    video = write_by_ffmpeg(tmp_path / "clip.mp4", known_frames(5), f"{X264} -pix_fmt yuv420p")
+    cover = write_by_ffmpeg(tmp_path / "cover.png", known_frames(1, 200, 200), "-frames:v 1")
+    both = tmp_path / "both.mp4"
+    inputs = ["-i", str(cover), "-i", str(video)]
+    run_ffmpeg([*inputs, "-map", "0", "-map", "1", "-c", "copy", "-disposition:v:0", "attached_pic", str(both)])
+    np.testing.assert_array_equal(read_frames(both), read_frames(video))
+
+
 @pytest.mark.parametrize("primaries", ["bt2020", "smpte432"])
 def test_wider_gamuts_are_converted(tmp_path, primaries):
     """Against zimg, which takes BT.709's curve for that of screens as well."""
