@@ -262,6 +262,8 @@ def test_from_pretrained_reproduces_the_runs_own_samples_bit_for_bit(stage, prec
     kind = AnimationPipeline if stage == "stage2" else GeometryPipeline
     dtype = {"torch_dtype": torch.bfloat16} if precision == "bf16" else {}
     pipeline = kind.from_pretrained(newest_export(run), **dtype)
+    by_default = (pipeline.config.default_height, pipeline.config.default_width)
+    assert by_default == (recipe.data.height, recipe.data.width)
     clips = fixed_clips(
         recipe.data.validation,
         width=recipe.data.width,
