@@ -1,12 +1,12 @@
 """Keeps two runs from writing into one folder at once. No torch here."""
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from dreamdance.errors import UserError
+from dreamdance.locks import HeldLockError, locked_file
 
 CLAIM_FILE = ".claimed"
 WAIT_SECONDS = 10.0
@@ -30,18 +30,15 @@ def claim_folder(folder: Path, *, key: str) -> Iterator[None]:
     Raises:
         OutputError: another run holds it, or it cannot be made or written.
     """
-    lock = FileLock(folder / CLAIM_FILE)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=WAIT_SECONDS)
-    except Timeout as error:
-        raise OutputError(
-            f"another run is writing into {folder} at this moment; wait for it, cancel it, or give another `{key}`"
-        ) from error
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written: {error}; give another `{key}`") from error
-    try:
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked_file(folder / CLAIM_FILE, wait_seconds=WAIT_SECONDS, remove=True))
+        except HeldLockError as error:
+            raise OutputError(
+                f"another run is writing into {folder} at this moment ({error}); wait for it, cancel it, or give "
+                f"another `{key}`"
+            ) from error
+        except OSError as error:
+            raise OutputError(f"{folder} cannot be written: {error}; give another `{key}`") from error
         yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)  # still held: who opened it before finds that its name is gone
-        lock.release()

@@ -14,12 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from dreamdance.data.shard_files import FileStamp, check_bytes, check_samples, check_size, compare_file
 from dreamdance.data.shard_index import ShardEntry, ShardFile, ShardIndex, read_index
 from dreamdance.data.streaming_compat import INDEX_FILE, CloudDownloader, decompress
 from dreamdance.errors import USERS_ERRNOS, LostWorkerError, ShardError
+from dreamdance.locks import HeldLockError, locked_file
 from dreamdance.recipe.sections import Shards
 
 logger = logging.getLogger(__name__)
@@ -197,13 +196,13 @@ def _writing(folder: Path, name: str) -> Iterator[Path]:
     incoming = folder / f".{name}.incoming"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f".{name}.lock", timeout=LOCK_TIMEOUT_SECONDS):
+        with locked_file(folder / f".{name}.lock", wait_seconds=LOCK_TIMEOUT_SECONDS):
             _remove_incoming(incoming)  # left by a killed process
             try:
                 yield incoming
             finally:
                 _remove_incoming(incoming)
-    except Timeout as error:
+    except HeldLockError as error:
         raise LostWorkerError(
             f"waited {LOCK_TIMEOUT_SECONDS:.0f} s for another process to fetch '{name}' to {folder}; is one stopped? "
             f"`fuser {folder / f'.{name}.lock'}` names it; or give another `local` folder"

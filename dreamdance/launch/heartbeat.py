@@ -5,13 +5,12 @@ A process can be asked for only on its own machine, and that machine may not exi
 
 import contextlib
 import os
-import tempfile
 import threading
 from pathlib import Path
 
-BEAT_SECONDS = 5.0
-SILENT_SECONDS = 60.0
-"""A job that was not heard of for so long counts as lost."""
+from dreamdance.locks import BEAT_SECONDS, SILENT_SECONDS, file_system_time
+
+__all__ = ["SILENT_SECONDS", "Heartbeat", "heartbeat_file", "job_file", "silent_seconds"]
 
 
 def heartbeat_file(run_folder: Path) -> Path:
@@ -56,9 +55,7 @@ def silent_seconds(run_folder: Path) -> float:
     Raises:
         OSError: no file can be made there.
     """
-    with tempfile.TemporaryFile(dir=run_folder / "logs") as probe:
-        os.utime(probe.fileno())
-        now = os.fstat(probe.fileno()).st_mtime
+    now = file_system_time(run_folder / "logs")
     signs = [_changed(path) for path in (heartbeat_file(run_folder), job_file(run_folder))]
     return min(abs(now - sign) for sign in signs)
 

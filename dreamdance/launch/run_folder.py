@@ -1,7 +1,6 @@
 """Lays a run folder (contract C7): the resolved recipe and where it all came from are written before anything runs."""
 
 import errno
-import fcntl
 import json
 import os
 import platform
@@ -14,6 +13,7 @@ from typing import Any
 
 from dreamdance.atomic_files import hash_file, write_atomically
 from dreamdance.errors import RecipeError, UserError
+from dreamdance.locks import HeldLockError, locked_file
 from dreamdance.provenance import code_version, package_versions
 from dreamdance.recipe import Recipe, TrainingRecipe, dump_recipe, load_recipe
 from dreamdance.recipe.parse import flatten
@@ -21,7 +21,7 @@ from dreamdance.recipe.yaml_text import read_yaml
 from dreamdance.run_layout import PROVENANCE_FILE, RECIPE_FILE
 
 LOCK_FILE = ".launch_lock"
-LOCK_SECONDS, LOCK_POLL_SECONDS = 60.0, 0.1
+LOCK_SECONDS = 60.0
 STORAGE_SECONDS, STORAGE_POLL_SECONDS = 60.0, 1.0
 FOLDERS = ("checkpoints", "exports", "samples", "tensorboard", "logs")
 NO_DIFFERENCE = ("cluster", "logging", "checkpoint.allow_changed", "videos.on_error")
@@ -55,22 +55,17 @@ def locked(run_folder: Path, *, wait_seconds: float = LOCK_SECONDS) -> Iterator[
 
     Raises:
         UserError: that one kept it for longer.
-        OSError: the file system does not let files be made or locked.
+        OSError: the file system does not let files be made.
     """
-    with (run_folder / LOCK_FILE).open("w") as lock:
-        give_up = time.monotonic() + wait_seconds
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() >= give_up:
-                    raise UserError(
-                        f"another launcher has been starting {run_folder} for over {wait_seconds:.0f} s; try again, or "
-                        f"end it if it hangs (`fuser {lock.name}` tells its process on its machine)"
-                    ) from error
-            time.sleep(LOCK_POLL_SECONDS)
-        yield
+    lock = run_folder / LOCK_FILE
+    try:
+        with locked_file(lock, wait_seconds=wait_seconds):
+            yield
+    except HeldLockError as error:
+        raise UserError(
+            f"another launcher has been starting {run_folder} for over {wait_seconds:.0f} s ({error}); try again, or "
+            f"end it if it hangs (`fuser {lock}` tells its process on its machine)"
+        ) from BlockingIOError(errno.EAGAIN, str(error))
 
 
 def lay(recipe: Recipe, run_folder: Path, argv: Sequence[str]) -> None:
