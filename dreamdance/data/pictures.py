@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
 
 from dreamdance.errors import UserError
 
@@ -122,9 +122,12 @@ def _upright(picture: Image.Image, name: str) -> Image.Image:
 
 def _to_bytes(picture: Image.Image, name: str) -> Image.Image:
     """The same picture in a mode of 8 bits; Pillow itself clips larger values and cuts floats off."""
+    # a TIFF may count from white to black: Pillow reverses 8 bits by itself, and no more
+    from_white = getattr(picture, "tag_v2", {}).get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
         values = np.asarray(picture).astype(np.uint16)
-        gray = Image.fromarray(np.round(values / 257).astype(np.uint8))
+        shades = np.round(values / 257).astype(np.uint8)
+        gray = Image.fromarray(255 - shades if from_white else shades)
         transparent = picture.info.get("transparency")
         if isinstance(transparent, int):
             opaque = np.where(values == transparent, 0, 255).astype(np.uint8)
@@ -143,7 +146,7 @@ def _to_bytes(picture: Image.Image, name: str) -> Image.Image:
                 f"{name} holds floats from {floats.min():.4g} to {floats.max():.4g}; floats in [0, 1] are accepted, or "
                 "8 or 16 bits per channel"
             )
-        return Image.fromarray(np.round(floats * 255).astype(np.uint8))
+        return Image.fromarray(np.round((1 - floats if from_white else floats) * 255).astype(np.uint8))
     return picture
 
 

@@ -147,6 +147,19 @@ def test_gray_of_16_bits_is_scaled_and_not_clipped(tmp_path: Path, mode: str) ->
     assert np.abs(read_picture(tmp_path / "ramp.png") - ramp[..., None] / 257).max() <= 0.5
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+def test_a_tiff_that_counts_from_white_to_black_is_no_negative(tmp_path: Path, kind: type) -> None:
+    share = np.linspace(0, 1, 256).reshape(8, 32)
+    largest = 1 if kind is np.float32 else np.iinfo(kind).max
+    path = tmp_path / "scan.tif"
+    Image.fromarray((share * largest).astype(kind)).save(path)
+    tag = struct.pack("<HHI", 262, 3, 1)  # the photometric interpretation: 1 is "black is zero", 0 "white is zero"
+    content = path.read_bytes()
+    assert content.count(tag + b"\1\0") == 1
+    path.write_bytes(content.replace(tag + b"\1\0", tag + b"\0\0"))
+    assert np.abs(read_picture(path) - 255 * (1 - share[..., None])).max() <= 1
+
+
 @pytest.mark.parametrize("channels", [2, 3, 4])
 def test_colours_and_alpha_of_16_bits_are_scaled(tmp_path: Path, channels: int) -> None:
     values = np.random.default_rng(channels).integers(0, 65_536, (16, 16, channels)).astype(np.uint16)

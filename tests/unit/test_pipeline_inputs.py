@@ -13,8 +13,10 @@ from tiny_pipelines import random_pictures, tiny_animation_pipeline, tiny_geomet
 
 from dreamdance.data.keypoints import NUM_KEYPOINTS, KeypointSequence, write_keypoint_file
 from dreamdance.data.transforms import encode_normals, resize_images, resize_normals
+from dreamdance.errors import CheckpointError
 from dreamdance.inference.inputs import Size, load_inputs
 from dreamdance.inference.manifest import ManifestEntry
+from dreamdance.inference.stages import find_export
 from dreamdance.pipelines import AnimationPipeline, DreamDancePipeline, GeometryPipeline
 from dreamdance.pipelines.inputs import clip_tensor, cut_to_aspect, image_tensor
 
@@ -223,11 +225,21 @@ def test_without_a_recorded_size_the_stages_take_the_reference_s_and_both_togeth
             if part.is_dir():
                 (older / part.name).symlink_to(part)
         stages.append(kind.from_pretrained(older))
+        assert find_export(str(older), tmp_path, kind, key="from") == older
         assert type(DiffusionPipeline.from_pretrained(older)) is kind
     maps = stages[0](image, poses, num_inference_steps=1, output_type="pt")
     assert maps.depths.shape[-2:] == (HEIGHT, WIDTH)
     with pytest.raises(ValueError, match="does not say at which size it was trained: give geometry_height and"):
         DreamDancePipeline.from_stages(*stages)(image, poses)
+
+
+def test_a_recorded_size_that_is_no_number_is_refused_as_a_component_would_be(exports, tmp_path):
+    folder = exports[GeometryPipeline]
+    assert find_export(str(folder), tmp_path, GeometryPipeline, key="geometry_from") == folder
+    index = json.loads((folder / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "default_height": ["os", "system"]}))
+    with pytest.raises(CheckpointError, match=r"geometry_from: .* takes 'default_height' from \['os', 'system'\]"):
+        find_export(str(tmp_path), tmp_path, GeometryPipeline, key="geometry_from")
 
 
 # ------------------------------------------------------------------------------------------- DiffusionPipeline
