@@ -167,16 +167,21 @@ def write_missing(
     Returns:
         What was found damaged while it was decoded, of all ranks: name -> reason.
     """
-    total = sum(len(folder.parts) for folder in folders.values())
-    done_before, damaged = 0, dict[str, str]()
+    total, damaged, last = sum(len(folder.parts) for folder in folders.values()), dict[str, str](), -1
 
-    def report(folder: ShardFolder, done: int, _: int) -> None:
-        progress.write(done=done_before + done, total=total, unit="parts", message=f"writing {folder.folder}")
+    def report(message: str) -> None:
+        nonlocal last
+        done = sum(folder.num_there() for folder in folders.values()) if crew.ranks.is_main else last
+        if done != last:
+            progress.write(done=done, total=total, unit="parts", message=message)
+        last = done
 
     for split, folder in folders.items():
-        damaged.update(folder.write(missing[split], recipe.num_workers, partial(report, folder)))
-        done_before += len(folder.parts)
-    told = [json.loads(text) for text in crew.exchange("damaged", json.dumps(damaged))]
+        folder.expect(missing[split])
+    for folder in folders.values():
+        damaged.update(folder.write(recipe.num_workers, partial(report, f"writing {folder.folder}")))
+    waiting = partial(report, "waiting for the other ranks")
+    told = [json.loads(text) for text in crew.exchange("damaged", json.dumps(damaged), waiting)]
     return {name: reason for damages in told for name, reason in damages.items()}
 
 
@@ -189,7 +194,7 @@ def complete(
     """
     output = Path(recipe.output)
     for folder in folders.values():
-        folder.wait(lambda *_: None)
+        folder.wait(lambda: None)
     left_out = {name: reason for folder in folders.values() for name, reason in folder.damaged().items()} | {**damaged}
     states = {
         name: state.to_json()

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -202,13 +202,18 @@ class ShardFolder:
         planned = {part.name for part in self.parts}
         return [record["name"] for name, record in self._sources.items() if name not in planned]
 
-    def write(self, missing: Sequence[str], num_workers: int, on_part: Callable[[int, int], None]) -> dict[str, str]:
+    def expect(self, missing: Iterable[str]) -> None:
+        """Says which parts are to be made, by name, of all ranks; all others are there."""
+        self._missing = set(missing)
+        if self._missing:
+            (self.folder / PARTS_FOLDER).mkdir(parents=True, exist_ok=True)
+
+    def write(self, num_workers: int, on_part: Callable[[], None]) -> dict[str, str]:
         """Writes this rank's share of the missing parts, or of it what is in hand when the work is called off.
 
         Args:
-            missing: names of the parts to be made, of all ranks.
             num_workers: processes on this rank; 1 writes in this one.
-            on_part: called with the number of finished parts, of all ranks, and of all parts.
+            on_part: called before the first part, and after each.
 
         Returns:
             What is damaged: name -> reason.
@@ -216,12 +221,9 @@ class ShardFolder:
         Raises:
             LostWorkerError: a worker died or hangs, or another rank is lost.
         """
-        self._missing = set(missing)
-        if self._missing:
-            (self.folder / PARTS_FOLDER).mkdir(parents=True, exist_ok=True)
         own = [p for p in self._own() if p.name in self._missing and not part_folder(self.folder, p).exists()]
-        on_part(self._num_there(), len(self.parts))
         damaged = {}
+        on_part()
         for part, damage in write_parts(
             self.folder, own, self._format, num_workers=num_workers, on_error=self._on_error, crew=self._crew
         ):
@@ -232,23 +234,23 @@ class ShardFolder:
                 self._crew.finish(f"{self.folder.name}/{part.name}")
             else:
                 self._crew.call_off()
-            on_part(self._num_there(), len(self.parts))
+            on_part()
         return damaged
 
-    def _num_there(self) -> int:
+    def num_there(self) -> int:
+        """How many parts are there, of all ranks."""
         there = os.listdir(self.folder / PARTS_FOLDER) if self._missing else []
         return len(self.parts) - len(self._missing.difference(there))
 
-    def wait(self, on_part: Callable[[int, int], None]) -> None:
+    def wait(self, on_wait: Callable[[], None]) -> None:
         """Waits until the parts of all ranks are there.
 
         Raises:
             LostWorkerError: another rank is lost, or there is none.
         """
-        while missing := len(self.parts) - self._num_there():
-            on_part(self._num_there(), len(self.parts))
+        while missing := len(self.parts) - self.num_there():
+            on_wait()
             self._crew.pause(f"{missing} parts of {self.folder} are still missing")
-        on_part(len(self.parts), len(self.parts))
 
     @functools.cached_property
     def notes(self) -> dict[str, PartNote]:
@@ -361,19 +363,21 @@ def write_shards(
     """
     crew = crew or Crew(ranks or Ranks.from_environment())
     shards = ShardFolder(folder, parts, settings=settings, shard_format=shard_format, crew=crew)
-    report = on_part if on_part is not None and crew.ranks.is_main else _say_nothing
+
+    def report() -> None:
+        if on_part is not None and crew.ranks.is_main:
+            on_part(shards.num_there(), len(parts))
+
     told = crew.exchange(f"parts of {folder}", json.dumps(shards.survey({}).missing))
     missing = [name for text in told for name in json.loads(text)]
     if len(told) < crew.ranks.world_size and not shards.is_complete:  # parts of others may be there, or not
         missing = [part.name for part in parts]
-    shards.write(missing, num_workers, report)
+    shards.expect(missing)
+    shards.write(num_workers, report)
     if crew.ranks.is_main:
         shards.wait(report)
+        report()
         shards.complete({})
-
-
-def _say_nothing(*_: int) -> None:
-    pass
 
 
 def _stored(shard: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -92,7 +92,7 @@ def _file_problem(path: Path) -> str | None:
         return f"{path} is a link that leads nowhere: {os.readlink(path)}"
     if not path.is_file():
         return f"{path} is no file"
-    return None if os.access(path, os.R_OK) else f"{path} may not be read (permission denied)"
+    return None if os.access(path, os.R_OK, effective_ids=True) else f"{path} may not be read (permission denied)"
 
 
 def _misfit(rgb: VideoInfo, video: VideoInfo) -> str | None:

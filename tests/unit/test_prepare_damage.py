@@ -1,7 +1,9 @@
 """Videos that cannot be used: what headers show is named before work begins, what decoding shows at the end."""
 
 import logging
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,9 @@ from video_folders import damage, stored, videos_recipe, write_videos
 
 from dreamdance.data.prepare import prepare
 from dreamdance.data.video_io import VideoError, read_frames, write_video
+from dreamdance.data.video_opening import check_videos
 from dreamdance.errors import ShardError
+from dreamdance.recipe.schema import VideosSource
 
 
 @pytest.fixture
@@ -155,6 +159,24 @@ def test_what_headers_show_is_named_all_at_once_before_anything_is_written(tmp_p
     assert last.startswith("Repair, replace or remove them")
     assert not list((tmp_path / "data").glob("*/.parts/*-*"))
     assert len((tmp_path / "data" / "damaged_videos.tsv").read_text().splitlines()) == 1 + len(WRONG)
+
+
+def test_files_that_may_not_be_read_are_named():
+    """Root may read everything, so as somebody else; the folder is where everybody may look."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:
+        folder, user = Path(place), os.geteuid()
+        folder.chmod(0o755)
+        write_videos(folder, "a", num_frames=4)
+        write_videos(folder, "b", num_frames=4)
+        (folder / "a.pose.mp4").chmod(0)
+        source = VideosSource(folder=place)
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            problems = check_videos(source, ["a", "b"], num_threads=1, on_video=lambda number: None)
+        finally:
+            os.seteuid(user)
+    assert problems == {"a": f"{folder / 'a.pose.mp4'} may not be read (permission denied)"}
 
 
 def test_what_headers_show_is_skipped_where_the_recipe_says_so(tmp_path, videos):
