@@ -18,6 +18,7 @@ from dreamdance.data.dancers import HELD_OUT_SEEDS, TRAINING_SEEDS, render_clip
 from dreamdance.data.examples import MANIFEST_FILE, write_examples
 from dreamdance.data.pose_drawing import draw_poses
 from dreamdance.data.prepare_notes import (
+    DAMAGED_FILE,
     broken_text,
     changed_text,
     read_inputs,
@@ -120,7 +121,12 @@ def check_inputs(
             write_damaged(output, broken)
         if recipe.videos.on_error == "stop":
             raise VideoError(broken_text(broken, output))
-        logger.warning("left out, because of `videos.on_error: skip`:\n%s", table(broken))
+        logger.warning(
+            "%d videos are left out (videos.on_error=skip), see %s:\n%s",
+            len(broken),
+            output / DAMAGED_FILE,
+            table(broken),
+        )
     if crew.ranks.is_main and recipe.videos is not None:
         states = {name: state for answer in answers for name, state in answer["states"].items()}
         write_inputs(output, states, planned=source_files(folders))
@@ -206,7 +212,12 @@ def complete(
     if recipe.videos is not None:
         write_damaged(output, left_out)
     if left_out:
-        logger.warning("nothing was written of %d damaged videos:\n%s", len(left_out), table(left_out))
+        logger.warning(
+            "nothing was written of %d damaged videos, see %s:\n%s",
+            len(left_out),
+            output / DAMAGED_FILE,
+            table(left_out),
+        )
     for folder in folders.values():
         folder.complete(left_out)
     if recipe.videos is not None:

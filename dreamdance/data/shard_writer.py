@@ -229,7 +229,7 @@ class ShardFolder:
         ):
             if damage is not None and part.source is not None:
                 damaged[part.source.name] = damage
-                logger.warning("%s is damaged: %s", part.source.name, damage)
+                logger.warning("%s cannot be used: %s", part.source.name, damage)
             if damage is None or self._on_error == "skip":
                 self._crew.finish(f"{self.folder.name}/{part.name}")
             else:

@@ -88,7 +88,7 @@ def test_damaged_videos_are_skipped_as_a_whole_and_added_when_they_are_repaired(
     damage(videos / "c.rgb.mp4", packet=18)
     prepare(recipe, tmp_path / "run")
     assert names(output, "train", "validation") == set("abd")
-    assert "nothing was written of 1 damaged videos:\n  c: " in caplog.text
+    assert f"nothing was written of 1 damaged videos, see {output / 'damaged_videos.tsv'}:\n  c: " in caplog.text
     assert (output / "damaged_videos.tsv").read_text().splitlines()[1].startswith("c\t")
     index = (output / "train" / "index.json").read_bytes()
     prepare(recipe, tmp_path / "run")
