@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dreamdance.atomic_files import hash_file, write_atomically
+from dreamdance.atomic_files import write_atomically
 from dreamdance.errors import RecipeError, UserError
+from dreamdance.file_states import FileState, read_state
 from dreamdance.locks import HeldLockError, locked_file
 from dreamdance.provenance import code_version, package_versions
 from dreamdance.recipe import Recipe, TrainingRecipe, dump_recipe, load_recipe
@@ -193,11 +194,9 @@ def _base_weights(recipe: Recipe, known: dict[str, Any]) -> dict[str, Any]:
     for source in weight_sources(recipe).values():
         folder = Path(source.path) / (source.subfolder or "")
         for file in sorted(folder.glob("[!.]*.safetensors")):
-            state = file.stat()
-            before = known.get(str(file), {})
-            same = before.get("size") == state.st_size and before.get("mtime_ns") == state.st_mtime_ns
-            digest = before["sha256"] if same else hash_file(file)
-            found[str(file)] = {"size": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": digest}
+            state = read_state(file, FileState.from_json(known.get(str(file))))
+            if state is not None:
+                found[str(file)] = state.to_json()
     return found
 
 

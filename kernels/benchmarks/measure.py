@@ -41,10 +41,12 @@ from records import Environment, Measurement, describe, dispatch_cases, is_rival
 from torch import Tensor
 from workloads import Inputs, Workload, checked_part, expected, random_inputs, tiny_workloads, workloads
 
+from dreamdance.provenance import code_version
 from dreamdance_kernels import dispatch_table
 
 RESULTS = Path(__file__).with_name("attention.csv")
 MIN_SETS, MAX_SETS = 2, 12
+SHORT_COMMIT = 12
 WARM_UP_SECONDS = 150.0
 
 
@@ -78,10 +80,10 @@ def find_environment(machine: Machine) -> Environment:
     if machine.device.type == "cuda":
         gpu, capability = torch.cuda.get_device_name(0), "sm_{}{}".format(*torch.cuda.get_device_capability(0))
     driver = _ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
-    changed = "-modified" if _ask("git", "status", "--porcelain", "--untracked-files=no") else ""
+    code = code_version()
     return Environment(
         date=datetime.now(UTC).date().isoformat(),
-        commit=(_ask("git", "rev-parse", "--short", "HEAD") or "unknown") + changed,
+        commit=code["commit"][:SHORT_COMMIT] + ("-modified" if code.get("diff_sha256") else ""),
         gpu=gpu,
         capability=capability,
         driver=driver[0] if driver else "none",

@@ -17,6 +17,7 @@ from PIL import Image
 from recipes_for_tests import HEIGHT, WIDTH
 from tiny_pipelines import tiny_animation_pipeline, tiny_geometry_pipeline
 
+import dreamdance
 from dreamdance.data.dancers import HELD_OUT_SEEDS, render_clip
 from dreamdance.data.keypoints import KeypointSequence, write_keypoint_file
 from dreamdance.data.pose_drawing import draw_poses
@@ -27,6 +28,7 @@ from dreamdance.inference.inputs import Size, load_inputs
 from dreamdance.inference.manifest import read_manifest
 from dreamdance.launch.finished import is_finished, mark_finished
 from dreamdance.launch.job import free_port
+from dreamdance.provenance import code_version
 from dreamdance.recipe.schema import AnimateRecipe
 from dreamdance.run_layout import progress_file
 
@@ -248,6 +250,32 @@ def test_one_bad_entry_is_told_and_the_others_are_done(job, caplog):
     job.entries = [entry for entry in job.entries if entry["id"] not in failed]
     job.run()
     assert not (job.run_folder / "failures.json").exists()
+
+
+def test_an_entry_may_be_called_as_files_of_ours_are(job):
+    names = ["failures.json", "FAILURES.JSON", "result.json"]
+    for number, name in enumerate(names):
+        job.add(name, seed=number)
+    job.add("bad", image="missing.png")
+    with pytest.raises(AnimateError, match="1 of 4 entries failed"):
+        job.run(animation_from="pose_only", geometry_from=None)
+    assert set(job.ages()) == set(names)
+    assert [failure["id"] for failure in json.loads((job.run_folder / "failures.json").read_text())] == ["bad"]
+    job.entries.pop()
+    job.run(animation_from="pose_only", geometry_from=None)
+    assert set(job.ages()) == set(names)
+    assert not (job.run_folder / "failures.json").exists()
+
+
+def test_without_git_a_computed_clip_is_kept_and_its_commit_is_unknown(job, monkeypatch):
+    code_version.cache_clear()
+    monkeypatch.setenv("PATH", str(job.folder))
+    assert shutil.which("git") is None
+    job.add("dancer")
+    job.run(animation_from="pose_only", geometry_from=None)
+    code_version.cache_clear()
+    assert job.result("dancer")["versions"]["commit"] == "unknown"
+    assert job.result("dancer")["versions"]["dreamdance"] == dreamdance.__version__
 
 
 def test_a_wrong_manifest_stops_everything_before_networks_are_loaded(job):
