@@ -104,8 +104,9 @@ def probe_video(path: Path | str) -> VideoInfo:
         stamps, reach = packets.stamps, packets.reach
         if not packets.ordered:
             stamps = reach = _counted_stamps(packets, [first.pts], decoded, stream)
-        elif not damage and first.pts is not None and packets.key_stamps[:1] == (first.pts,):
-            # The first frames of a video that was cut build on what was cut away; players skip them as well.
+        elif not damage and first.pts is not None and bisect_left(packets.key_stamps, first.pts) == 0:
+            # The first frames of a video that was cut build on what was cut away; players skip them as well. (A key
+            # frame that does not come out is damage.)
             missing = bisect_left(stamps, first.pts)
             stamps, reach = stamps[missing:], reach[missing:]
         duration = float((stamps[-1] - stamps[0]) * stream.time_base)

@@ -73,19 +73,26 @@ def test_a_frame_is_the_same_alone_and_in_its_turn_and_the_one_ffmpeg_decodes(tm
         assert numbers == list(range(NUM_FRAMES))
 
 
-@pytest.mark.parametrize("seek_first", [False, True])
 @pytest.mark.parametrize(
-    ("kind", "name"),
-    [("h264, open groups", "cut.mp4"), ("hevc, open groups", "cut.mp4"), ("hevc, open groups, matroska", "cut.mkv")],
+    ("kind", "name", "seek_first"),
+    [
+        ("h264, open groups", "cut.mp4", False),
+        ("h264, open groups", "cut.mp4", True),
+        ("h264 without key frames", "cut.mp4", True),
+        ("hevc, open groups", "cut.mp4", False),
+        ("hevc, open groups", "cut.mp4", True),
+        ("hevc, open groups, matroska", "cut.mkv", False),
+        ("hevc, open groups, matroska", "cut.mkv", True),
+    ],
 )
 def test_a_video_cut_out_of_another_is_read_from_its_first_whole_frame(tmp_path, kind, name, seek_first):
-    """What precedes its first key frame builds on frames that were cut away: players skip it, and it is no damage."""
+    """What precedes it builds on frames that were cut away: players skip it, and it is no damage."""
     full = write_by_ffmpeg(tmp_path / f"full{Path(name).suffix}", known_frames(NUM_FRAMES), KINDS[kind][1])
-    seek, source = ["-ss", "1.15"], ["-i", str(full)]
+    seek, source = ["-ss", "1.25"], ["-i", str(full)]
     run_ffmpeg([*(seek + source if seek_first else source + seek), "-c", "copy", str(tmp_path / name)])
     numbers = counters(assert_frames_are_right(tmp_path / name))
     assert numbers == list(range(numbers[0], NUM_FRAMES))
-    assert numbers[0] in (10, 12, 20)  # a key frame, or where the edit list begins
+    assert numbers[0] > 0
 
 
 def test_pieces_of_a_long_video_do_not_decode_it_from_its_beginning(tmp_path):
