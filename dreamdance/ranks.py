@@ -49,8 +49,10 @@ class Ranks:
 
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
-    def require_gpu(self) -> None:
-        """Refuses to compute on the CPU in silence what was meant for a GPU.
+    def take_gpu(self) -> None:
+        """Makes the local rank's GPU this process's own: whatever asks for "the current device" gets it, not GPU 0.
+
+        Refuses to compute on the CPU in silence what was meant for a GPU.
 
         Raises:
             LostDeviceError: this rank has none.
@@ -67,3 +69,4 @@ class Ranks:
                 f"rank {self.rank} on {socket.gethostname()} wants GPU {self.local_rank} and torch finds {count} "
                 f"(CUDA_VISIBLE_DEVICES '{visible}'): {advice}"
             )
+        torch.cuda.set_device(self.local_rank)

@@ -44,3 +44,12 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     write_dancer_shards(folder)
     return folder
+
+
+@pytest.fixture
+def own_environment() -> Iterator[None]:
+    """For tests of what sets environment variables of this process: afterwards they are as before."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

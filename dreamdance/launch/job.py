@@ -12,7 +12,9 @@ import pkgutil
 import random
 import signal
 import socket
+import stat
 import sys
+import tempfile
 import time
 import traceback
 from dataclasses import dataclass
@@ -40,6 +42,7 @@ ENTRIES = {
 }
 FAILED = 1
 DEBUG_JOB = "debug"
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the old name: torch before 2.9 knows no other
 PORTS = range(20_000, 32_000)  # below the range from which Linux hands out ports by itself
 _PR_SET_PDEATHSIG = 1
 
@@ -54,7 +57,7 @@ class Job:
 
     def __call__(self) -> None:
         recipe = stored_recipe(self.run_folder)
-        job_id = set_environment(recipe)
+        job_id = set_environment(recipe, logs=self.run_folder / "logs")
         rank = int(os.environ["RANK"])
         _log_to_console(rank, int(os.environ["WORLD_SIZE"]))
         _keep_working_directory_off_the_path()
@@ -68,7 +71,8 @@ class Job:
                 if rank == 0:
                     watching.enter_context(Fence(self.run_folder))
                 if recipe.cluster.gpus_per_node > 0:
-                    Ranks.from_environment().require_gpu()
+                    Ranks.from_environment().take_gpu()
+                    _set_float32_products(tf32=recipe.tf32)
                 refuse_missing(recipe)
                 entry = pkgutil.resolve_name(ENTRIES[recipe.task])
                 entry(recipe, self.run_folder)
@@ -83,8 +87,12 @@ class Job:
             mark_finished(recipe, self.run_folder)
 
 
-def set_environment(recipe: Recipe) -> str:
+def set_environment(recipe: Recipe, *, logs: Path | None = None) -> str:
     """Sets RANK, WORLD_SIZE and their like, and defaults for what the user's environment leaves open.
+
+    Args:
+        recipe: whose `cluster.environment` goes before the defaults.
+        logs: takes what NCCL's ranks were at when one of them timed out.
 
     Returns:
         the job's id; `debug` where the job runs in the launcher's own process.
@@ -110,18 +118,56 @@ def set_environment(recipe: Recipe) -> str:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     if recipe.cluster.gpus_per_node == 0:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: what runs on the CPU here runs there everywhere
+    for name, value in default_environment(recipe, local_rank=int(os.environ["LOCAL_RANK"]), logs=logs).items():
+        os.environ.setdefault(name, value)
+    return job_id
+
+
+def default_environment(recipe: Recipe, *, local_rank: int, logs: Path | None) -> dict[str, str]:
+    """What a rank's environment is to say where neither the user's nor `cluster.environment` says anything."""
     defaults = {
         "OMP_NUM_THREADS": str(recipe.cluster.cpus_per_task),
         # Two environments that share the default folder rebuild each other's compiled ops.
         "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+        # The last collectives of each rank are kept, and written down when one waits longer than its time-out.
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
         "PYTHONFAULTHANDLER": "1",
         # A job must not wait for a network that compute nodes lack: weights are checked before it starts.
         "HF_HUB_OFFLINE": "1",
     }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    return job_id
+    if logs is not None:
+        defaults["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = str(logs / "nccl_trace_rank_")
+    if not any(name in os.environ for name in ALLOCATOR_SETTINGS):
+        # Training, validation and decoding take turns in shapes: blocks that can grow leave fewer gaps.
+        defaults |= dict.fromkeys(ALLOCATOR_SETTINGS, "expandable_segments:True")
+    with contextlib.suppress(OSError):  # without a temporary folder of the node, kernels are kept where they always are
+        caches = private_folder() / f"local_rank_{local_rank}"
+        defaults |= {"TRITON_CACHE_DIR": str(caches / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor")}
+    return defaults
+
+
+def private_folder() -> Path:
+    """A folder of this user's on this node, which nobody else can read or write, the same for every job.
+
+    Compiled kernels lie there: a home directory on the network would be written by all ranks of all nodes at once, and
+    what others can write must not be loaded as code.
+    """
+    folder = Path(tempfile.gettempdir()) / f"dreamdance_{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=stat.S_IRWXU)
+    found = folder.lstat()
+    others_may = found.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not others_may:
+        return folder
+    return Path(tempfile.mkdtemp(prefix="dreamdance_"))  # somebody else took the name: one of this start's own
+
+
+def _set_float32_products(*, tf32: bool) -> None:
+    """Exact, or with factors rounded to 10 bits. torch's own default is neither: it rounds in convolutions alone."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 
 
 def job_hosts() -> list[str]:

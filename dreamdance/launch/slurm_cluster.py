@@ -17,6 +17,7 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from dreamdance.errors import UserError
 from dreamdance.recipe import Recipe, TrainingRecipe
+from dreamdance.recipe.sections import Cluster
 from dreamdance.run_layout import FAILURES_FOLDER
 
 ASK_TIMEOUT_SECONDS = 60
@@ -149,6 +150,10 @@ def _parameters(recipe: Recipe) -> dict[str, Any]:
     # Ranks that train end together; of those that share work, one may have much more left than another.
     wait = 60 if isinstance(recipe, TrainingRecipe) else 0
     srun = ["--kill-on-bad-exit=1", f"--wait={wait}", f"--cpus-per-task={cluster.cpus_per_task}"]
+    if cluster.gpus_per_node > 1 and not _has_distribution(cluster):
+        # A node's GPUs are divided among its sockets in their order. Ranks are so too, by this alone: by default they
+        # are dealt to the sockets in turn, and half of them are far from their GPU.
+        srun.append("--distribution=block:block")
     srun += cluster.srun_arguments
     if cluster.container_image:
         srun.append(f"--container-image={cluster.container_image}")
@@ -159,7 +164,8 @@ def _parameters(recipe: Recipe) -> dict[str, Any]:
         "qos": cluster.qos,
         "constraint": cluster.constraint,
         "mem": None if cluster.memory_gib is None else f"{cluster.memory_gib}G",
-        "gpus_per_node": cluster.gpus_per_node or None,
+        # Asked for by kind, they are not asked for twice.
+        "gpus_per_node": None if cluster.gpus_by_kind else cluster.gpus_per_node or None,
         "mail_user": cluster.mail_user,
         "mail_type": cluster.mail_user and "END,FAIL,REQUEUE,TIME_LIMIT",
     }
@@ -178,8 +184,15 @@ def _parameters(recipe: Recipe) -> dict[str, Any]:
         "srun_args": srun,
         "setup": [*(f"export {name}={shlex.quote(value)}" for name, value in environment.items()), *cluster.setup],
         "additional_parameters": more,
+        "wckey": None,  # submitit's own is `submitit`, which clusters that check such keys refuse
         **{name: value for name, value in optional.items() if value is not None},
     }
+
+
+def _has_distribution(cluster: Cluster) -> bool:
+    """Whether the recipe itself says how ranks are dealt out to nodes and sockets."""
+    words = [*cluster.sbatch_arguments, *(word.removeprefix("--") for word in cluster.srun_arguments)]
+    return any(word == "m" or word.startswith(("distribution", "-m")) for word in words)
 
 
 @dataclass(frozen=True)

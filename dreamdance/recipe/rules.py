@@ -29,7 +29,7 @@ ASKED_ELSEWHERE = {
     "ntasks": "set cluster.nodes and cluster.tasks_per_node",
     "ntasks-per-node": "set cluster.tasks_per_node",
     "cpus-per-task": "set cluster.cpus_per_task",
-    **dict.fromkeys(("gpus", "gpus-per-node"), "set cluster.gpus_per_node; their kind is for cluster.constraint"),
+    **dict.fromkeys(("gpus", "gpus-per-node"), "set cluster.gpus_per_node; their kind is for sbatch_arguments"),
     **dict.fromkeys(("gpus-per-task", "ntasks-per-gpu", "gpu-bind", "tres-bind"), _OWN_GPU),
     "time": "set cluster.time_minutes",
     "signal": "set cluster.stop_seconds: ranks save when they hear SIGUSR2",
@@ -99,8 +99,17 @@ def _slurm_arguments(cluster: Cluster) -> Iterator[Problem]:
         name, _, value = word.partition("=")
         name = name.removeprefix("--") if word.startswith("--") else SHORT_OPTIONS.get(word[:2], word)
         given.append(("srun_arguments", name, value if word.startswith("--") else word[2:]))
+    for name, number in cluster.gpus_by_kind.items():
+        if number != cluster.gpus_per_node:
+            yield _problem(
+                "cluster.sbatch_arguments",
+                f"cluster.sbatch_arguments: {name} asks for {number} GPUs per node, but cluster.gpus_per_node is "
+                f"{cluster.gpus_per_node}; set cluster.gpus_per_node to as many",
+            )
     for place, name, value in given:
         advice = ASKED_ELSEWHERE.get(name)
+        if place == "sbatch_arguments" and name in cluster.gpus_by_kind:
+            advice = None  # of a kind, and as many as the recipe says
         if (place, name) == ("sbatch_arguments", "mem") and cluster.memory_gib is not None:
             advice = "set cluster.memory_gib, or leave that one out"
         if advice is not None:

@@ -28,11 +28,16 @@ Control = Literal["pose", "depth", "normal"]
 
 
 class Recipe(Section):
-    """What every recipe has: a task, a name unique over all recipes, a seed, a place to run."""
+    """What every recipe has: a task, a name unique over all recipes, a seed, a place to run.
+
+    `tf32` lets GPUs round the factors of float32 products to 10 bits: what computes in float32 (the autoencoder, and
+    all of it at `precision: fp32`) is several times faster, with errors of about 1e-3 instead of 1e-6.
+    """
 
     task: str
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")]
     seed: NonNegative = 0
+    tf32: bool = False
     cluster: Cluster = Cluster()
     logging: Logging = Logging()
 

@@ -25,7 +25,9 @@ class Cluster(Section):
     """Where the job runs: processes per node, and what Slurm is asked for.
 
     `stop_seconds` before its end the job is warned, and has so long to save. A rank that hangs in a step is ended after
-    `step_timeout_seconds` (0: never), or 10 times the median step if that is longer.
+    `step_timeout_seconds` (0: never), or 10 times the median step if that is longer. GPUs of one kind are asked for by
+    `sbatch_arguments: {gpus-per-node: "h100:8"}` or `{gres: "gpu:a800:8"}`, beside `gpus_per_node: 8`. What
+    `environment` says goes before the launcher's own defaults (NCCL's, the allocator's, where compiled kernels lie).
     """
 
     nodes: Positive = 1
@@ -53,6 +55,19 @@ class Cluster(Section):
     @property
     def world_size(self) -> int:
         return self.nodes * self.tasks_per_node
+
+    @property
+    def gpus_by_kind(self) -> dict[str, int]:
+        """GPUs per node that `sbatch_arguments` ask for, by the option which does: `h100:8` or `gpu:a800:8` are 8."""
+        asked = {}
+        for name, value in self.sbatch_arguments.items():
+            option, wanted = name.replace("_", "-"), value.split(",")
+            if option == "gres":
+                wanted = [one for one in wanted if one.partition(":")[0] == "gpu"]
+            if wanted and option in ("gres", "gpus-per-node"):
+                numbers = [one.rpartition(":")[2] for one in wanted]
+                asked[option] = sum(int(number) if number.isdecimal() else 1 for number in numbers)
+        return asked
 
 
 class Logging(Section):

@@ -34,15 +34,23 @@ def process_group(ranks: Ranks, *, timeout_seconds: int) -> Iterator[None]:
         ranks: this process among all.
         timeout_seconds: how long a collective may wait for another rank before it raises.
     """
-    if ranks.device.type == "cuda":
-        torch.cuda.set_device(ranks.device)
+    on_gpu = ranks.device.type == "cuda"
+    if on_gpu:
+        ranks.take_gpu()
     if dist.is_initialized():
         yield
         return
-    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     store = dist.HashStore() if ranks.world_size == 1 else _meeting_place(ranks, timeout)
-    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=store,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=timeout,
+        # NCCL connects here and now: what is wrong shows as the run starts, and a barrier need not guess the GPU.
+        device_id=ranks.device if on_gpu else None,
+    )
     yield
     if ranks.world_size > 1:
         dist.barrier()  # protects slower ranks, still in their last collective, from a peer that has gone
@@ -141,18 +149,22 @@ def is_deterministic(setting: bool | None, ranks: Ranks) -> bool:
 
 @contextmanager
 def repeatable_arithmetic(enabled: bool) -> Iterator[None]:
-    """Within: the same inputs give the same bits, or an operation that cannot promise that raises."""
-    if not enabled:
-        yield
-        return
+    """Within: the same inputs give the same bits, or an operation that cannot promise that raises.
+
+    Where this is not enabled, cuDNN measures which of its convolutions is the fastest: shapes in training are constant.
+    """
     settings: Any = torch.utils.deterministic
     before, filled = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    # Filling every fresh buffer with NaN finds bugs, but DeepSpeed allocates its reduction buckets at each step.
-    settings.fill_uninitialized_memory = False
+    measures = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = not enabled
+    if enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # Filling every fresh buffer with NaN finds bugs, but DeepSpeed allocates its reduction buckets at each step.
+        settings.fill_uninitialized_memory = False
     try:
         yield
     finally:
+        torch.backends.cudnn.benchmark = measures
         torch.use_deterministic_algorithms(before)
         settings.fill_uninitialized_memory = filled

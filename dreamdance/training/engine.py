@@ -1,4 +1,4 @@
-"""The only module that knows DeepSpeed: its config, its steps, its master weights and its files.
+"""The only module that calls DeepSpeed: its steps, its master weights and its files.
 
 It must not know what is trained, where data comes from, or when to save.
 """
@@ -31,6 +31,7 @@ from dreamdance.errors import CheckpointError, RecipeError
 from dreamdance.models.autoencoding import kept_in_float32
 from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import TrainingRecipe
+from dreamdance.training.deepspeed_config import accumulation_steps, deepspeed_config
 
 # What DeepSpeed itself pickles into its files; everything else in them is tensors and plain containers.
 _DEEPSPEED_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
@@ -75,62 +76,6 @@ class Fragment:
     offset: int
     start: int
     length: int
-
-
-def accumulation_steps(recipe: TrainingRecipe, world_size: int) -> int:
-    """Micro batches per optimizer step on each rank, so that an optimizer step always sees `batch_size` samples.
-
-    Raises:
-        RecipeError: `batch_size` does not divide; names the world sizes that do (C8).
-    """
-    steps, rest = divmod(recipe.batch_size, recipe.micro_batch_size * world_size)
-    if rest or steps == 0:
-        micro_batches = recipe.batch_size // recipe.micro_batch_size
-        fitting = [
-            size for size in range(1, micro_batches + 1) if recipe.batch_size % (recipe.micro_batch_size * size) == 0
-        ]
-        raise RecipeError(
-            f"batch_size={recipe.batch_size} cannot be made of micro_batch_size={recipe.micro_batch_size} on "
-            f"{world_size} ranks; world sizes that can: {', '.join(map(str, fitting)) or 'none'}. "
-            "Change cluster.nodes, cluster.tasks_per_node or micro_batch_size (batch_size changes the result)"
-        )
-    return steps
-
-
-def deepspeed_config(
-    recipe: TrainingRecipe, *, world_size: int, num_trainable: int, deterministic: bool
-) -> dict[str, Any]:
-    """The DeepSpeed configuration that a recipe means; there is never a second file (C6).
-
-    Args:
-        recipe: a stage 1 or stage 2 recipe.
-        world_size: the number of ranks.
-        num_trainable: the number of trainable elements; no bucket needs to be larger.
-        deterministic: overlapping communication is switched off where bits must repeat.
-    """
-    bucket = min(recipe.sharding.reduce_bucket_elements, num_trainable)
-    return {
-        "train_batch_size": recipe.batch_size,
-        "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
-        "gradient_accumulation_steps": accumulation_steps(recipe, world_size),
-        # Written even where it is 0: unset means 1.0 since 2026. Unsharded gradients are clipped by `Engine` itself.
-        "gradient_clipping": recipe.optimizer.gradient_clipping if recipe.sharding.zero_stage > 0 else 0.0,
-        "bf16": {"enabled": recipe.precision == "bf16"},
-        # bf16 sums of many micro batches lose the small ones; plain data parallelism allows no other dtype.
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {
-            "stage": recipe.sharding.zero_stage,
-            "overlap_comm": recipe.sharding.overlap_communication and not deterministic,
-            "contiguous_gradients": True,
-            "reduce_scatter": True,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-        },
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "checkpoint": {"tag_validation": "Fail"},
-        "wall_clock_breakdown": False,
-    }
 
 
 class _LossFirst(nn.Module):
@@ -192,12 +137,15 @@ class Engine:
             num_trainable=sum(parameter.numel() for parameter in self.trainable.values()),
             deterministic=deterministic,
         )
+        # One pass over weights and moments instead of about 20; None leaves the choice to torch, which loops on a CPU.
+        self._fused = True if ranks.device.type == "cuda" else None
         adamw = torch.optim.AdamW(
             list(self.trainable.values()),
             lr=section.lr,
             betas=section.betas,
             eps=section.eps,
             weight_decay=section.weight_decay,
+            fused=self._fused,
         )
         exact: dict[str, Tensor] = {}
         if recipe.precision == "bf16":
@@ -373,15 +321,29 @@ class Engine:
         if step:
             for master, *values in zip(self.masters, *moments, strict=True):
                 adamw.state[master] = {"step": torch.tensor(step), **dict(zip(self.MOMENTS, values, strict=True))}
+        self._place_step_counts()
         self._engine.optimizer.update_lp_params()
 
     def _restore_hyperparameters(self) -> None:
-        """DeepSpeed puts back the saved clipping, betas and decay; a recipe that was allowed to change them wins."""
+        """DeepSpeed puts back the saved clipping, betas and decay; a recipe that was allowed to change them wins.
+
+        So it does with the way in which AdamW computes, which is this device's own.
+        """
         optimizer, section = self._engine.optimizer, self.optimizer_section
         if self.sharded:
             optimizer.clip_grad = section.gradient_clipping
         for group in optimizer.param_groups:
             group.update(betas=tuple(section.betas), eps=section.eps, weight_decay=section.weight_decay)
+            group.update(fused=self._fused, foreach=None)
+        self._place_step_counts()
+
+    def _place_step_counts(self) -> None:
+        """Fused, AdamW counts its steps on the device of the weights, else on the CPU, whoever saved them."""
+        optimizer = self._engine.optimizer
+        adamw = optimizer.optimizer if self.sharded else optimizer
+        for weight, state in adamw.state.items():
+            if "step" in state:
+                state["step"] = state["step"].to(weight.device if self._fused else "cpu", torch.float32)
 
 
 @contextmanager

@@ -201,7 +201,6 @@ class Tally:
 
     Attributes:
         is_spike: whether the step's update was dropped because of its loss; the same on all ranks.
-        nonfinite_samples: this rank's samples whose loss is not finite, in words.
         losses: after `agree`, over all ranks.
         is_skipped: after `agree`, whether the update was dropped for whatever reason, on all ranks.
         should_stop: after `agree`, whether any rank was asked to stop.
@@ -214,18 +213,20 @@ class Tally:
 
     def __init__(self) -> None:
         self.is_spike = self.is_skipped = self.should_stop = self.is_writing = False
-        self.nonfinite_samples: list[str] = []
         self._sums: list[Tensor] = []
         self._added: list[tuple[ClipBatch, Tensor]] = []
 
     def add(self, batch: ClipBatch, output: ObjectiveOutput) -> None:
-        """Adds a micro batch, and remembers the samples whose loss is not finite."""
+        """Adds a micro batch. Asks for no number: the next forward pass need not wait for this one on a GPU."""
         losses = output.sample_losses.detach()
         self._added.append((batch, losses))
         parts = (losses.sum().reshape(1), losses.new_tensor([len(losses)]), output.domain_sums, output.domain_counts)
         self._sums.append(torch.cat([part.to(torch.float64) for part in parts]))
-        if not math.isfinite(output.loss.item()):
-            self.nonfinite_samples += name_nonfinite(batch, losses.tolist())
+
+    @property
+    def nonfinite_samples(self) -> list[str]:
+        """This rank's samples whose loss is not finite, in words."""
+        return [name for batch, losses in self._added for name in name_nonfinite(batch, losses.tolist())]
 
     def worst_sample(self) -> tuple[float, str]:
         """This rank's largest loss, and whose it is."""

@@ -1,14 +1,20 @@
 """The DeepSpeed configuration that a recipe means, and what the engine refuses."""
 
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from recipes_for_tests import tiny_stage1_recipe
 
 from dreamdance.errors import RecipeError
 from dreamdance.ranks import Ranks
-from dreamdance.training.engine import Engine, _weights_only_loading, accumulation_steps, deepspeed_config
+from dreamdance.training.deepspeed_config import accumulation_steps, deepspeed_config
+from dreamdance.training.distributed import process_group
+from dreamdance.training.engine import Engine, _weights_only_loading
 
 
 def config(*, world_size: int = 2, num_trainable: int = 1000, deterministic: bool = False, **changes: object) -> dict:
@@ -54,6 +60,7 @@ def test_buckets_are_no_larger_than_what_trains():
     found = config(num_trainable=10**9, **{"sharding.reduce_bucket_elements": 50})
     assert found["zero_optimization"]["reduce_bucket_size"] == 50
     assert found["zero_optimization"]["stage"] == 2
+    assert config(num_trainable=11)["zero_optimization"]["allgather_bucket_size"] == 12, "DeepSpeed refuses odd numbers"
 
 
 def test_unsharded_bf16_is_refused_with_the_way_out():
@@ -77,3 +84,84 @@ def test_the_loading_switch_is_put_back_as_the_user_had_it(monkeypatch):
         with _weights_only_loading():
             assert os.environ[name] == "1"
         assert os.environ.get(name) == before
+
+
+@dataclass
+class Output:
+    loss: torch.Tensor
+
+
+class Line(torch.nn.Module):
+    """An objective of three weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+
+    def forward(self, batch: torch.Tensor) -> Output:
+        return Output((self.weight * batch).square().sum())
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    with process_group(Ranks(), timeout_seconds=60):
+        yield
+
+
+def line_engine(zero_stage: int) -> Engine:
+    changes = {"precision": "fp32", "sharding.zero_stage": zero_stage, "batch_size": 2, "micro_batch_size": 1}
+    return Engine(Line(), tiny_stage1_recipe(changes=changes), Ranks(), deterministic=True)
+
+
+def step(engine: Engine) -> None:
+    for batch in (torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, -1.0, 2.0])):
+        engine.backward(engine.forward(batch).loss)
+    assert engine.update(0.1).applied
+
+
+def write(engine: Engine, folder: Path) -> None:
+    for path, content in engine.files_to_save(folder).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, path)
+
+
+@pytest.mark.usefixtures("group")
+def test_deepspeed_does_not_stop_the_device_to_measure_throughput(monkeypatch):
+    engine = line_engine(zero_stage=2)
+    for _ in range(3):
+        step(engine)  # its timer begins after two steps
+    stops = []
+    monkeypatch.setattr(get_accelerator(), "synchronize", lambda *_: stops.append(1))
+    for batch in (torch.ones(3), torch.ones(3)):
+        engine.backward(engine.forward(batch).loss)
+    assert stops == []
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_adamw_computes_as_this_device_does_whatever_the_checkpoint_s_device_did(zero_stage, tmp_path):
+    """Saved on a GPU, the state says `fused`, and its step counts lay there; on a CPU bits must not change."""
+    saving, straight = line_engine(zero_stage), line_engine(zero_stage)
+    for engine in (saving, straight):
+        step(engine)
+    saving._engine.optimizer.param_groups[0]["fused"] = True
+    write(saving, tmp_path)
+    resumed = line_engine(zero_stage)
+    resumed.load(tmp_path)
+    assert resumed._engine.optimizer.param_groups[0]["fused"] is None
+    for engine in (resumed, straight):
+        step(engine)
+    for found, expected in zip(resumed.masters, straight.masters, strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.usefixtures("group")
+def test_step_counts_lie_where_fused_adamw_wants_them():
+    engine = line_engine(zero_stage=2)
+    step(engine)
+    engine._fused = True  # as on a GPU; the weights of this one are on the CPU, as are then its counts
+    engine.set_optimizer([[torch.zeros(3)], [torch.ones(3)]], step=5)
+    (state,) = engine._engine.optimizer.optimizer.state.values()
+    assert state["step"].dtype == torch.float32
+    assert state["step"].device == engine.masters[0].device
+    assert state["step"].item() == 5

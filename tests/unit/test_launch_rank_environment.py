@@ -1,11 +1,13 @@
 """What a rank of a Slurm job is told about itself and the others, given what Slurm's `srun` sets."""
 
 import os
+import stat
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from dreamdance.launch.job import PORTS, job_hosts, set_environment
+from dreamdance.launch.job import PORTS, default_environment, job_hosts, private_folder, set_environment
 from dreamdance.ranks import START, Ranks
 from dreamdance.recipe import Recipe, load_recipe
 
@@ -27,11 +29,11 @@ STALE = dict.fromkeys((*TOLD, START), "stale") | {"MASTER_PORT": "1"}
 
 
 @pytest.fixture
-def as_on_slurm(monkeypatch):
+def as_on_slurm(monkeypatch, own_environment):
     """Sets what `srun` sets; all that `set_environment` sets beside is taken back afterwards."""
     for name in [name for name in os.environ if name.startswith(("SLURM_", "SUBMITIT_"))]:
         monkeypatch.delenv(name)
-    for name in ("OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "PYTHONFAULTHANDLER"):
+    for name in ("OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR", "PYTHONFAULTHANDLER"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
@@ -95,3 +97,57 @@ def test_the_tasks_of_an_array_have_ports_of_their_own(as_on_slurm):
         ports.append(os.environ["MASTER_PORT"])
     assert ids == ["1234_0", "1234_1"]
     assert len(set(ports)) == 2
+
+
+@pytest.fixture
+def temporary_folder(tmp_path, monkeypatch):
+    """The node's own."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.usefixtures("temporary_folder")
+def test_nccl_errors_and_allocator_are_left_to_torch_but_for_what_helps_to_find_a_hang(tmp_path, monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    found = default_environment(recipe(4), local_rank=1, logs=tmp_path / "logs")
+    assert "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in found, "1 brings back the abort that can hang"
+    assert found["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "2000"
+    assert found["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    assert found["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == f"{tmp_path}/logs/nccl_trace_rank_"
+    assert found["PYTORCH_ALLOC_CONF"] == found["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+
+
+@pytest.mark.usefixtures("temporary_folder")
+def test_what_the_recipe_says_goes_before_the_defaults_by_the_allocators_old_name_too(as_on_slurm):
+    said = {
+        "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+        "TRITON_CACHE_DIR": "/x",
+    }
+    for name in (*said, "PYTORCH_ALLOC_CONF"):
+        as_on_slurm.delenv(name, raising=False)
+    words = ", ".join(f"{name}: '{value}'" for name, value in said.items())
+    set_environment(load_recipe(DEMO, [f"cluster.environment={{{words}}}"]))
+    assert {name: os.environ[name] for name in said} == said
+    assert "PYTORCH_ALLOC_CONF" not in os.environ, "torch would read it instead"
+
+
+def test_compiled_kernels_lie_on_the_node_apart_for_each_of_its_ranks_and_closed_to_others(temporary_folder):
+    caches = [default_environment(recipe(4), local_rank=rank, logs=None) for rank in (0, 1)]
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        assert len({found[name] for found in caches}) == 2
+        assert all(Path(found[name]).is_relative_to(temporary_folder) for found in caches)
+    assert caches[0] == default_environment(recipe(4), local_rank=0, logs=None), "the next start finds them"
+    assert stat.S_IMODE(private_folder().stat().st_mode) == 0o700
+
+
+def test_a_folder_that_others_made_or_can_write_is_not_used_for_code(temporary_folder):
+    usual = private_folder()
+    usual.chmod(0o777)
+    other = private_folder()
+    assert other != usual
+    assert stat.S_IMODE(other.stat().st_mode) == 0o700
+    usual.rmdir()
+    usual.symlink_to(other)
+    assert private_folder() not in (usual, other)

@@ -88,6 +88,42 @@ def test_a_job_without_gpus_asks_for_none(tmp_path):
     assert "--gpus" not in batch_script(PREPARE, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("asked", "line"),
+    [
+        ("{gpus-per-node: 'h100:8'}", "--gpus-per-node=h100:8"),
+        ("{gpus_per_node: 'h100:8'}", "--gpus-per-node=h100:8"),
+        ("{gres: 'gpu:a800:8,nvme:1'}", "--gres=gpu:a800:8,nvme:1"),
+    ],
+)
+def test_gpus_of_one_kind_are_asked_for_once(tmp_path, asked, line):
+    recipe = load_recipe(RECIPES / "stage2.yaml", [f"cluster.sbatch_arguments={asked}"])
+    options = [text for text in batch_script(recipe, tmp_path).splitlines() if text.startswith("#SBATCH")]
+    assert [option for option in options if "--gpu" in option or "--gres" in option] == [f"#SBATCH {line}"]
+
+
+def test_no_accounting_key_is_sent_unless_one_is_asked_for(tmp_path):
+    assert "--wckey" not in batch_script(PREPARE, tmp_path)
+    recipe = load_recipe(RECIPES / "stage2.yaml", ["cluster.sbatch_arguments={wckey: dance}"])
+    assert "#SBATCH --wckey=dance" in batch_script(recipe, tmp_path).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], ["--distribution=block:block"]),
+        (["cluster.srun_arguments=['--distribution=cyclic']"], ["--distribution=cyclic"]),
+        (["cluster.srun_arguments=['-mcyclic']"], []),
+        (["cluster.sbatch_arguments={distribution: cyclic}"], []),
+        (["cluster.gpus_per_node=0"], []),
+    ],
+)
+def test_ranks_are_dealt_to_sockets_as_gpus_are_unless_the_recipe_says_how(tmp_path, words, expected):
+    script = batch_script(load_recipe(RECIPES / "stage2.yaml", words), tmp_path)
+    (srun,) = [shlex.split(line) for line in script.splitlines() if line.startswith("srun")]
+    assert [word for word in srun if word.startswith("--distribution")] == expected
+
+
 def test_auto_takes_slurm_only_where_a_cluster_answers(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     fake_tool(tmp_path, "sbatch", "exit 1")
@@ -265,10 +301,11 @@ def test_a_free_port_is_one_that_can_be_bound():
         assert server.getsockname()[1] == port
 
 
+@pytest.mark.usefixtures("own_environment")
 def test_a_debug_run_is_one_rank_with_defaults_that_the_user_can_overrule(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "unset")
-    for name in ("SUBMITIT_EXECUTOR", "TORCH_EXTENSIONS_DIR", "HF_HUB_OFFLINE", "TORCH_NCCL_ASYNC_ERROR_HANDLING"):
+    for name in ("SUBMITIT_EXECUTOR", "TORCH_EXTENSIONS_DIR", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PYTHONFAULTHANDLER", "0")
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
@@ -289,6 +326,7 @@ def test_a_debug_run_is_one_rank_with_defaults_that_the_user_can_overrule(monkey
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "", "its recipe wants no GPU"
 
 
+@pytest.mark.usefixtures("own_environment")
 def test_a_job_sees_the_gpus_of_its_machine_unless_its_recipe_wants_none(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "unset")

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -141,3 +142,19 @@ def test_animated_picture_shows_clips_side_by_side_in_time():
     last = np.asarray(picture.convert("RGB"))
     assert last[:, :4].max() == 0
     assert last[:, 4:].min() == 255
+
+
+def test_on_a_gpu_a_line_tells_what_tensors_took_and_what_the_allocator_reserved(tmp_path, caplog, monkeypatch):
+    gib = 1024**3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 33.1 * gib)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 36.2 * gib)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    sizes = {3: SimpleNamespace(total_memory=140 * gib)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", sizes.__getitem__)
+    metrics = make_metrics(tmp_path)
+    with caplog.at_level("INFO"):
+        metrics.step(report(1, 2.0))
+    metrics.close()
+    assert "mem 33.1 (reserved 36.2) of 140 GiB" in caplog.text
+    assert scalars(tmp_path, "perf/memory_reserved_gib") == [(1, pytest.approx(36.2))]

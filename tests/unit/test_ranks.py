@@ -18,7 +18,18 @@ def test_a_rank_without_the_gpu_that_it_wants_says_where_and_what_it_sees(monkey
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     local_rank = torch.cuda.device_count() if torch.cuda.is_available() else 0
     with pytest.raises(LostDeviceError, match=r"CUDA_VISIBLE_DEVICES '0,1'.*cluster\.gpus_per_node=0") as told:
-        Ranks(rank=9, world_size=16, local_rank=local_rank, local_world_size=8).require_gpu()
+        Ranks(rank=9, world_size=16, local_rank=local_rank, local_world_size=8).take_gpu()
     assert "rank 9 on " in str(told.value)
     assert f"wants GPU {local_rank} and torch finds {local_rank}" in str(told.value)
     assert may_pass(told.value), "another node may have it"
+
+
+def test_a_rank_makes_the_gpu_of_its_local_rank_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    ranks = Ranks(rank=11, world_size=16, local_rank=3, local_world_size=8)
+    ranks.take_gpu()
+    assert chosen == [3]
+    assert ranks.device == torch.device("cuda", 3)

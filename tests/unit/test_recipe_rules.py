@@ -143,7 +143,14 @@ def test_a_broken_relation_is_found_and_names_the_key(tmp_path, text, words, mes
         ("sbatch_arguments={ntasks: '8'}", "set cluster.nodes and cluster.tasks_per_node"),
         ("sbatch_arguments={ntasks_per_node: '8'}", "'ntasks-per-node 8' is not taken here; set cluster.tasks"),
         ("sbatch_arguments={cpus-per-task: '8'}", "set cluster.cpus_per_task"),
-        ("sbatch_arguments={gpus-per-node: '8'}", "set cluster.gpus_per_node"),
+        (
+            "sbatch_arguments={gpus-per-node: '8'}",
+            "asks for 8 GPUs per node, but cluster.gpus_per_node is 0",
+        ),
+        ("sbatch_arguments={gpus_per_node: 'h100:8'}", "set cluster.gpus_per_node to as many"),
+        ("sbatch_arguments={gres: 'nvme:1,gpu:a800:4,gpu:h100'}", "gres asks for 5 GPUs per node"),
+        ("sbatch_arguments={gpus: '8'}", "set cluster.gpus_per_node; their kind is for sbatch_arguments"),
+        ("srun_arguments=['--gpus-per-node=8']", "set cluster.gpus_per_node; their kind is for sbatch_arguments"),
         (
             "sbatch_arguments={gpus-per-task: '1'}",
             "leave it out and set cluster.gpus_per_node: a process finds its GPU",
