@@ -65,7 +65,9 @@ def make_plan(recipe: Stage1Recipe | Stage2Recipe) -> TrainingPlan:
     networks = network_sizes(objective)
     trainable = sum(network.trainable for network in networks)
     total = trainable + sum(network.frozen for network in networks)
-    return TrainingPlan(networks, [*state_memory(recipe, trainable, total), _activations(objective, recipe)])
+    exact = sum(parameter.numel() for parameter in objective.vae.parameters())
+    memory = state_memory(recipe, trainable, total, exact=exact)
+    return TrainingPlan(networks, [*memory, _activations(objective, recipe)])
 
 
 def network_sizes(objective: nn.Module) -> list[NetworkSize]:
@@ -110,8 +112,15 @@ def _size(name: str, network: nn.Module) -> NetworkSize:
     return NetworkSize(name, trainable, sum(parameter.numel() for parameter in network.parameters()) - trainable)
 
 
-def state_memory(recipe: TrainingRecipe, trainable: int, total: int) -> list[MemoryPart]:
-    """Weights and everything that ZeRO keeps of them on one process, for so many parameters."""
+def state_memory(recipe: TrainingRecipe, trainable: int, total: int, *, exact: int = 0) -> list[MemoryPart]:
+    """Weights and everything that ZeRO keeps of them on one process.
+
+    Args:
+        recipe: says how they are kept.
+        trainable: parameters that train.
+        total: all parameters.
+        exact: those that are float32 whatever the precision: the autoencoder's.
+    """
     stage, world_size = recipe.sharding.zero_stage, recipe.cluster.world_size
     weight_bytes = BF16_BYTES if recipe.precision == "bf16" else FP32_BYTES
     share = -(-trainable // world_size)
@@ -122,10 +131,11 @@ def state_memory(recipe: TrainingRecipe, trainable: int, total: int) -> list[Mem
     millions = f"{trainable / 1e6:,.1f} M"
     # Without sharding the fp32 parameters are their own masters.
     masters = FP32_BYTES if stage else 0
+    exact = exact if recipe.precision == "bf16" else 0
+    weights_reason = f"{(total - exact) / 1e6:,.1f} M x {weight_bytes} bytes ({recipe.precision})"
+    weights_reason += f", autoencoder {exact / 1e6:,.1f} M x {FP32_BYTES}" if exact else ""
     return [
-        MemoryPart(
-            "weights", total * weight_bytes, f"{total / 1e6:,.1f} M x {weight_bytes} bytes ({recipe.precision})"
-        ),
+        MemoryPart("weights", (total - exact) * weight_bytes + exact * FP32_BYTES, weights_reason),
         MemoryPart("gradients", gradients * FP32_BYTES, f"{millions} x {FP32_BYTES} bytes {gradient_reason}"),
         MemoryPart(
             "fp32 masters and Adam",

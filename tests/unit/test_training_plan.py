@@ -12,7 +12,7 @@ from dreamdance.data.collate import ClipBatch
 from dreamdance.recipe import load_recipe
 from dreamdance.training.activation_memory import LiveBytes, _drop_gradient, _empty_batch, peak_activation_bytes
 from dreamdance.training.components import build_objective
-from dreamdance.training.plan import describe, network_sizes, state_memory, verdict
+from dreamdance.training.plan import describe, make_plan, network_sizes, state_memory, verdict
 from dreamdance.training.trainability import set_trainable
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -34,8 +34,8 @@ def activations(recipe):
     return peak_activation_bytes(built(recipe, "meta"), recipe)
 
 
-def states(recipe, trainable=1_000_000, total=3_000_000):
-    return {part.name: part.num_bytes for part in state_memory(recipe, trainable, total)}
+def states(recipe, trainable=1_000_000, total=3_000_000, exact=0):
+    return {part.name: part.num_bytes for part in state_memory(recipe, trainable, total, exact=exact)}
 
 
 @pytest.mark.parametrize("name", DEMOS)
@@ -99,6 +99,14 @@ def test_planned_activations_are_what_torch_s_own_tracker_counts_beside_the_weig
     assert activations(recipe) == peak_beside_weights(recipe)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_planned_weights_are_what_the_networks_weigh(precision):
+    recipe = tiny_stage2_recipe({"precision": precision})
+    objective = built(recipe, "cpu").to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    planned = {part.name: part.num_bytes for part in make_plan(recipe).memory}
+    assert planned["weights"] == sum(parameter.nbytes for parameter in objective.parameters())
+
+
 @pytest.mark.slow
 def test_a_rehearsed_step_takes_the_memory_of_a_real_one():
     recipe = demo("stage1_geometry")
@@ -156,6 +164,8 @@ def test_half_precision_halves_the_weights_but_not_the_optimizer():
     assert full["weights"] == 3_000_000 * 4
     assert half["weights"] == full["weights"] // 2
     assert half["fp32 masters and Adam"] == full["fp32 masters and Adam"]
+    mixed = states(demo("stage1_domains", "precision=bf16"), exact=500_000)
+    assert mixed["weights"] == 2_500_000 * 2 + 500_000 * 4, "the autoencoder computes in float32"
 
 
 @pytest.mark.slow
