@@ -56,12 +56,12 @@ def write_damaged(output: Path, damaged: Mapping[str, str]) -> None:
         path.unlink(missing_ok=True)
         return
     rows = [("video", "damage"), *sorted(damaged.items())]
-    write_atomically(path, "".join("\t".join(" ".join(cell.split()) for cell in row) + "\n" for row in rows))
+    write_atomically(path, "".join("\t".join(map(_printable, row)) + "\n" for row in rows))
 
 
 def table(damaged: Mapping[str, str]) -> str:
     """A line for each damaged video."""
-    return _listed([f"{name}: {reason}" for name, reason in sorted(damaged.items())])
+    return _listed([_printable(f"{name}: {reason}") for name, reason in sorted(damaged.items())])
 
 
 def broken_text(broken: Mapping[str, str], output: Path) -> str:
@@ -98,6 +98,13 @@ def changed_text(output: Path, *, changed: Set[str], added: Set[str], removed: S
     return (
         f"{output} was made from other videos than `videos.folder` holds now:\n{_listed(lines)}\n"
         "Give another `output`, or delete it, or put the videos back"
+    )
+
+
+def _printable(text: str) -> str:
+    """On one line, in UTF-8: a file's name may hold anything."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )
 
 

@@ -78,7 +78,7 @@ class ShardFolder:
         crew: Crew,
         on_error: OnError = "stop",
     ) -> None:
-        """Begins the folder, or goes on with it.
+        """Looks at what is there; nothing is written yet.
 
         Args:
             folder: of the shards.
@@ -100,8 +100,8 @@ class ShardFolder:
         self._missing: set[str] = set()
         if self.is_complete:
             self._read_complete()
-        else:
-            self._begin()
+        elif (noted := folder / PARTS_FOLDER / SETTINGS_FILE).exists():
+            check_settings(folder, read_object(noted), self._settings)
 
     def _read_complete(self) -> None:
         index = read_index(self.folder / INDEX_FILE)
@@ -109,18 +109,6 @@ class ShardFolder:
         self._sources = index.details.get(SOURCES_KEY, {})
         for shard in read_object(self.folder / INDEX_FILE)["shards"]:
             self._shards.setdefault(_stored(shard)["basename"].partition(".")[0], []).append(shard)
-
-    def _begin(self) -> None:
-        """Notes the settings at the first start; at a later one compares them."""
-        noted = self.folder / PARTS_FOLDER / SETTINGS_FILE
-        if noted.exists():
-            check_settings(self.folder, read_object(noted), self._settings)
-            return
-        noted.parent.mkdir(parents=True, exist_ok=True)
-        # Ranks in containers of their own may all have the same process id.
-        incoming = noted.with_name(f".{SETTINGS_FILE}.{self._crew.ranks.rank}.{os.getpid()}")
-        incoming.write_text(json.dumps(self._settings, indent=1, sort_keys=True), encoding="utf-8")
-        os.replace(incoming, noted)
 
     def survey(self, known: Mapping[str, FileState]) -> Survey:
         """Looks which parts of this rank's share are to be made; what was made from other files is removed.
@@ -206,7 +194,18 @@ class ShardFolder:
         """Says which parts are to be made, by name, of all ranks; all others are there."""
         self._missing = set(missing)
         if self._missing:
-            (self.folder / PARTS_FOLDER).mkdir(parents=True, exist_ok=True)
+            self._begin()
+
+    def _begin(self) -> None:
+        """Makes the place for parts, and notes their settings if it is new."""
+        noted = self.folder / PARTS_FOLDER / SETTINGS_FILE
+        noted.parent.mkdir(parents=True, exist_ok=True)
+        if noted.exists():
+            return
+        # Ranks in containers of their own may all have the same process id.
+        incoming = noted.with_name(f".{SETTINGS_FILE}.{self._crew.ranks.rank}.{os.getpid()}")
+        incoming.write_text(json.dumps(self._settings, indent=1, sort_keys=True), encoding="utf-8")
+        os.replace(incoming, noted)
 
     def write(self, num_workers: int, on_part: Callable[[], None]) -> dict[str, str]:
         """Writes this rank's share of the missing parts, or of it what is in hand when the work is called off.

@@ -31,6 +31,8 @@ def open_videos(source: VideosSource, name: str) -> dict[str, VideoInfo]:
     Raises:
         VideoError: one cannot be read, or does not fit the pictures; names everything that is wrong with the clip.
     """
+    if not is_text(name):  # as everything must be that is written into a clip
+        raise VideoError(f"the name {name!r} is not text in UTF-8; rename the files")
     videos: dict[str, VideoInfo] = {}
     problems: list[str] = []
     for modality, path in video_files(source.folder, name).items():
@@ -70,9 +72,9 @@ def check_videos(
     Raises:
         VideoError: the storage fails.
     """
-    problems = {name: "its name is not text in UTF-8; rename it" for name in names if not is_text(name)}
+    problems: dict[str, str] = {}
     with ThreadPoolExecutor(num_threads) as pool:
-        opened = {pool.submit(open_videos, source, name): name for name in names if name not in problems}
+        opened = {pool.submit(open_videos, source, name): name for name in names}
         for number, future in enumerate(as_completed(opened), start=1):
             on_video(number)
             try:

@@ -4,13 +4,16 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from random_shards import random_clip
 from video_folders import damage, stored, videos_recipe, write_videos
 
 from dreamdance.data.prepare import prepare
+from dreamdance.data.shard_parts import ClipRecord, Part, PartSource, ShardFormat, read_note, write_part
 from dreamdance.data.video_io import VideoError, read_frames, write_video
 from dreamdance.data.video_opening import check_videos
 from dreamdance.errors import ShardError
@@ -199,3 +202,34 @@ def test_hidden_files_are_no_clips(tmp_path, videos):
         (videos / f".hidden.{modality}.mp4").write_bytes(b"")
     prepare(videos_recipe(tmp_path / "data", videos, validation_fraction=0.0), tmp_path / "run")
     assert names(tmp_path / "data", "train") == set("abcd")
+
+
+def test_names_that_are_not_text_are_named_legibly_and_those_of_other_characters_are_taken(tmp_path, videos):
+    for name in (os.fsdecode(b"\xff"), "two\nlines"):
+        for modality in ("rgb", "pose"):
+            shutil.copy(videos / f"a.{modality}.mp4", videos / f"{name}.{modality}.mp4")
+    with pytest.raises(VideoError) as told:
+        prepare(videos_recipe(tmp_path / "data", videos), tmp_path / "run")
+    assert str(told.value).splitlines()[1] == r"  \udcff: the name '\udcff' is not text in UTF-8; rename the files"
+    prepare(videos_recipe(tmp_path / "data", videos, on_error="skip", min_clip_frames=8), tmp_path / "run2")
+    assert names(tmp_path / "data", "train", "validation") == {*"abcd", "two\nlines"}
+    assert (tmp_path / "data" / "damaged_videos.tsv").read_text().splitlines()[1].startswith(r"\udcff" + "\t")
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_a_video_that_changes_while_it_is_read_is_not_taken(tmp_path, on_error):
+    path = tmp_path / "a.rgb.mp4"
+    path.write_bytes(b"first")
+
+    def make() -> Iterator[ClipRecord]:
+        yield random_clip(0)
+        path.write_bytes(b"other")
+
+    part = Part("a", make, PartSource("a", "a", (path,)))
+    (tmp_path / ".parts").mkdir()
+    damage = write_part(tmp_path, part, ShardFormat(), on_error=on_error)
+    assert damage == "a.rgb.mp4 changed while it was read"
+    left = tmp_path / ".parts" / "a"
+    assert left.exists() == (on_error == "skip")
+    assert not list((tmp_path / ".parts").rglob("*.mds*")), "nothing of it is kept"
+    assert on_error == "stop" or read_note(left).damage == damage
