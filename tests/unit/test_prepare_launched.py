@@ -79,6 +79,7 @@ def on_two_ranks() -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.usefixtures("folder")
 def test_two_ranks_name_in_one_list_what_headers_show_of_their_shares():
