@@ -30,6 +30,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA st
 if "--tiny" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that an uninstalled copy of the repository will do
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # as Python itself does, unless PYTHONSAFEPATH is set
 
 import tables
 import torch
