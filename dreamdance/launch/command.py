@@ -86,7 +86,11 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
         "--runs", type=Path, default=DEFAULT_RUNS, metavar="DIR", help="where runs live (default: runs)"
     )
     parser.add_argument(
-        "--sweep", action="append", default=[], metavar="key=v1,v2", help="one run for each value; may be repeated"
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="key=v1,v2",
+        help="one run for each value (commas inside brackets divide nothing); may be repeated",
     )
     options, unknown = parser.parse_known_intermixed_args(list(argv))
     if unknown:
