@@ -39,7 +39,7 @@ def keep_whole(path: Path) -> Path:
     return whole
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_damaged_video_stops_the_work_and_after_its_repair_it_goes_on(tmp_path, videos, num_workers):
     output = tmp_path / "data"
     recipe = videos_recipe(output, videos, num_workers=num_workers, validation_fraction=0.0)
