@@ -155,7 +155,7 @@ def describe_request(
     entry: ManifestEntry, recipe: AnimateRecipe, stages: Stages, states: Mapping[str, FileState]
 ) -> dict[str, Any]:
     """Everything that a result depends on: two equal requests have equal results."""
-    settings = ("geometry_width", "geometry_height", "width", "height", "precision")
+    settings = ("geometry_width", "geometry_height", "width", "height", "precision", "tf32")
     return {
         "inputs": {name: state.sha256 for name, state in states.items()},
         "seed": entry.seed,
