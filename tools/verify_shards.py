@@ -3,7 +3,7 @@
     python tools/verify_shards.py data/dancers/train
     python tools/verify_shards.py /scratch/cache --remote s3://bucket/train --decode
 
-Exits with 1 and the name of the first bad file, or with 0 and what the folder holds.
+Hashes everything, and notes it beside the index, so that no training has to. Exits with 1 and the name of the first bad file, or with 0 and what the folder holds.
 """
 
 import argparse

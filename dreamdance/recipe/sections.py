@@ -28,6 +28,8 @@ class Cluster(Section):
     `step_timeout_seconds` (0: never), or 10 times the median step if that is longer. GPUs of one kind are asked for by
     `sbatch_arguments: {gpus-per-node: "h100:8"}` or `{gres: "gpu:a800:8"}`, beside `gpus_per_node: 8`. What
     `environment` says goes before the launcher's own defaults (NCCL's, the allocator's, where compiled kernels lie).
+    `storage_mb_per_second` is what the processes together write to the folder of runs, or read from it; only
+    `--dry-run` reckons with it.
     """
 
     nodes: Positive = 1
@@ -51,6 +53,7 @@ class Cluster(Section):
     container_image: str | None = None
     collective_timeout_seconds: Positive = 1800
     step_timeout_seconds: NonNegative = 600
+    storage_mb_per_second: Positive = 500
 
     @property
     def world_size(self) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 
 from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe, TrainingRecipe
 from dreamdance.training.activation_memory import peak_activation_bytes
+from dreamdance.training.checkpoint_plan import describe_checkpoint
 from dreamdance.training.components import build_objective
 from dreamdance.training.trainability import set_trainable
 
@@ -93,7 +94,7 @@ def describe(recipe: TrainingRecipe, *, gpu_memory_gib: float | None = None) -> 
     lines.append(f"  {'together':<24}{plan.total_bytes / GIB:>9.2f} GiB")
     if recipe.cluster.gpus_per_node:
         lines.append(f"  {verdict(plan.total_bytes / GIB + GPU_RESERVE_GIB, gpu_memory_gib)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *describe_checkpoint(recipe, plan.num_trainable)])
 
 
 def verdict(wanted_gib: float, gpu_memory_gib: float | None) -> str:

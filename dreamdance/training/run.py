@@ -19,6 +19,7 @@ from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
 from dreamdance.run_layout import note_signal
 from dreamdance.training.checkpoint import Checkpointer, Resumed
+from dreamdance.training.checkpoint_plan import SAVING_SHARE
 from dreamdance.training.components import build_objective
 from dreamdance.training.distributed import (
     common_store,
@@ -60,9 +61,8 @@ def train(recipe: Stage1Recipe | Stage2Recipe, run_folder: Path) -> None:
     ranks = Ranks.from_environment()
     deterministic = is_deterministic(recipe.deterministic, ranks)
     timeout = recipe.cluster.collective_timeout_seconds
-    # A fifth of the warning's time is left to end the job and to put it back into the queue.
     stopping = StopRequest(
-        patience_seconds=0.8 * recipe.cluster.stop_seconds, on_signal=partial(note_signal, run_folder)
+        patience_seconds=SAVING_SHARE * recipe.cluster.stop_seconds, on_signal=partial(note_signal, run_folder)
     )
     with contextlib.ExitStack() as held:
         stop, watchdog = held.enter_context(stopping), held.enter_context(Watchdog.of(recipe.cluster))

@@ -1,0 +1,94 @@
+"""The planned size of a checkpoint is that of a real one, and a save that cannot be through in time is warned of."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from interruptions import settings
+from rank_processes import run_ranks
+from recipes_for_tests import tiny_stage1_recipe
+
+from dreamdance.ranks import Ranks
+from dreamdance.recipe.schema import Stage1Recipe
+from dreamdance.run_layout import checkpoint_folder
+from dreamdance.training.checkpoint_plan import describe_checkpoint, plan_checkpoint
+from dreamdance.training.distributed import process_group, repeatable_arithmetic
+from dreamdance.training.plan import describe
+from dreamdance.training.preemption import StopRequest
+from dreamdance.training.run import prepare
+from dreamdance.watchdog import Watchdog
+
+KINDS = [("bf16", 2), ("fp32", 0)]
+WORLD_SIZE = 2
+
+
+def make_recipe(**changes: Any) -> Stage1Recipe:
+    return tiny_stage1_recipe("domains", changes)
+
+
+def save_one_of_each(ranks: Ranks, *, recipes: list[Stage1Recipe], runs: Path) -> list[dict[str, int]]:
+    """Takes a step of each recipe and saves it."""
+    found = []
+    with StopRequest() as stop, process_group(ranks, timeout_seconds=60), repeatable_arithmetic(enabled=True):
+        for number, recipe in enumerate(recipes):
+            run = runs / str(number)
+            if ranks.is_main:
+                run.mkdir(parents=True)
+            trainer = prepare(recipe, run, ranks, stop, Watchdog.of(recipe.cluster), deterministic=True)
+            trainer._take_step(iter(trainer.loader))
+            trainer.checkpointer.begin(1, {"loader": trainer.loader.state_dict(), "guard": {}})
+            trainer.checkpointer.finish()
+            trainer.checkpointer.close()
+            trainer.metrics.close()
+            found.append({"trainable": sum(value.numel() for value in trainer.engine.trainable.values())})
+    return found
+
+
+@pytest.mark.distributed
+def test_the_planned_size_is_that_of_a_real_checkpoint(shards, tmp_path):
+    """Of a network of 12 M weights, whose 350 names are no part of the plan."""
+    recipes = [
+        make_recipe(
+            **{
+                **settings(shards, max_steps=4, batch_size=2),
+                "precision": precision,
+                "sharding.zero_stage": stage,
+                "model.unet.config.block_out_channels": [64, 192],
+            }
+        )
+        for precision, stage in KINDS
+    ]
+    run = tmp_path / "runs"
+    saved, _ = run_ranks(save_one_of_each, WORLD_SIZE, tmp_path / "ranks", recipes=recipes, runs=run)
+    for number, (recipe, found) in enumerate(zip(recipes, saved, strict=True)):
+        files = [path for path in checkpoint_folder(run / str(number), 1).rglob("*") if path.is_file()]
+        assert len(files) >= 5
+        real = sum(path.stat().st_size for path in files)
+        assert plan_checkpoint(recipe, found["trainable"]).num_bytes == pytest.approx(real, rel=0.02), KINDS[number]
+
+
+def test_the_bytes_of_full_size_are_counted_by_hand():
+    """1,676 M weights of stage 1 in bf16: 18 bytes each, written at 500 MB/s and read back."""
+    plan = plan_checkpoint(make_recipe(precision="bf16"), 1_676_000_000)
+    assert plan.num_bytes == 30_168_000_000
+    assert plan.seconds == pytest.approx(120.672)
+    assert plan.patience_seconds == pytest.approx(96.0)
+    assert not plan.fits
+
+
+@pytest.mark.parametrize(("storage", "stop", "warned"), [(500, 120, True), (1000, 120, False), (500, 180, False)])
+def test_a_save_that_takes_longer_than_the_warning_allows_is_warned_of_with_its_keys(storage, stop, warned):
+    recipe = make_recipe(
+        **{"precision": "bf16", "cluster.storage_mb_per_second": storage, "cluster.stop_seconds": stop}
+    )
+    text = "\n".join(describe_checkpoint(recipe, 1_676_000_000))
+    assert "30.17 GB each, 90.50 GB for the last 3\n" in text
+    assert f"read back in {60_336 / storage:,.0f} s at {storage:,} MB/s (cluster.storage_mb_per_second)" in text
+    assert ("WARNING" in text) == warned
+    assert ("Set cluster.stop_seconds=180 or more" in text) == warned
+
+
+def test_the_plan_of_a_recipe_tells_of_its_checkpoints():
+    text = describe(make_recipe())
+    assert "checkpoints (estimate):" in text
+    assert "WARNING" not in text
