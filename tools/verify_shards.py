@@ -3,7 +3,8 @@
     python tools/verify_shards.py data/dancers/train
     python tools/verify_shards.py /scratch/cache --remote s3://bucket/train --decode
 
-Hashes everything, and notes it beside the index, so that no training has to. Exits with 1 and the name of the first bad file, or with 0 and what the folder holds.
+Hashes every file, and notes those that are ready to be read, so that no training hashes them again.
+Exits with 1 and the name of the first bad file, or with 0 and what the folder holds.
 """
 
 import argparse

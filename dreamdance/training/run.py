@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,8 +45,8 @@ from dreamdance.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
-# Where a run is computed, how often it is printed and where it ends do not make it another run (C7).
-_NO_DIFFERENCE = {"cluster", "logging", "max_steps"}
+# Where a run is computed, how its data is checked and where it ends do not make it another run (C7).
+_NO_DIFFERENCE: dict[str, Any] = {"cluster": True, "logging": True, "max_steps": True, "data": {"verify"}}
 
 
 def train(recipe: Stage1Recipe | Stage2Recipe, run_folder: Path) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 
-from torch.distributed import PrefixStore, Store
+from torch.distributed import DistError, PrefixStore, Store
 
 from dreamdance.data.shard_files import FileStamp
 from dreamdance.data.verify import open_shards, verify_shards
@@ -43,8 +43,18 @@ def verify_by_hash(
 
     Raises:
         ShardError: a shard is missing or damaged; on all ranks.
+        LostWorkerError: the main rank is gone.
     """
     place = PrefixStore(f"shard check {next(_rounds)}", store)
+    try:
+        _share(place, folders, ranks, on_progress)
+        _await_others(place, ranks, on_progress)
+    except DistError as error:
+        raise LostWorkerError(f"the main rank is gone while shards are checked ({error})") from error
+
+
+def _share(place: Store, folders: Sequence[Shards], ranks: Ranks, on_progress: Callable[[str], None]) -> None:
+    """Hashes what no other rank has taken, and tells the others where something is wrong."""
     try:
         for number, shards in enumerate(folders):
             index = open_shards(shards, ranks=ranks, before_shard=on_progress)
@@ -52,6 +62,8 @@ def verify_by_hash(
             key = f"{number} of {FileStamp.of(index.path)}"
             taken = _take(place, key, len(index.shards))
             verify_shards(index, how="hash", remote=shards.remote, before_shard=on_progress, numbers=taken)
+    except DistError:
+        raise
     except Exception as error:
         if not place.check([_FAILED]):
             place.set(_PASSES, str(int(may_pass(error))))
@@ -59,6 +71,9 @@ def verify_by_hash(
         _say_farewell(place, ranks)
         raise
     place.set(f"through {ranks.rank}", "")
+
+
+def _await_others(place: Store, ranks: Ranks, on_progress: Callable[[str], None]) -> None:
     everybody, seen = [f"through {rank}" for rank in range(ranks.world_size)], 0
     while not place.check(everybody):
         try:

@@ -11,9 +11,11 @@ from interruptions import output, settings, start
 from random_shards import flip_byte, write_random_shards
 from rank_processes import StartedRanks, run_ranks
 from recipes_for_tests import tiny_stage1_recipe
+from torch.distributed import HashStore
 
 from dreamdance.data import verify
 from dreamdance.data.shard_files import FileStamp
+from dreamdance.forced_exit import TRY_AGAIN_EXIT_CODE
 from dreamdance.ranks import Ranks
 from dreamdance.recipe.sections import Shards
 from dreamdance.run_layout import export_folder
@@ -47,9 +49,12 @@ def bytes_read() -> int:
     return int(lines["rchar"])
 
 
-def check(ranks: Ranks, *, folders: list[str], slow: SlowHash, timeout_seconds: int) -> dict[str, Any]:
+def check(
+    ranks: Ranks, *, folders: list[str], slow: SlowHash, timeout_seconds: int, slow_rank: int | None = None
+) -> dict[str, Any]:
     """Checks a folder, each rank its own, under a watchdog that allows no more than a collective may take."""
-    slow.prepare(ranks)
+    if slow_rank in (None, ranks.rank):
+        slow.prepare(ranks)
     shards, begun, before = Shards(local=folders[ranks.rank]), time.monotonic(), bytes_read()
     watchdog = Watchdog(least_seconds=1, unmeasured_seconds=timeout_seconds)
     with watchdog, process_group(ranks, timeout_seconds=timeout_seconds):
@@ -90,6 +95,25 @@ def test_a_rank_that_is_through_waits_longer_than_a_collective_may_for_one_that_
     assert slow["seconds"] > 2 * timeout
     assert abs(waiting["seconds"] - slow["seconds"]) < 2
     assert sum("waiting for the other ranks" in text for text in waiting["seen"]) >= 4
+
+
+def test_a_rank_that_hangs_over_a_shard_is_waited_for_no_longer_than_a_collective_may_take(tmp_path):
+    folders = [tmp_path / "waits", tmp_path / "hangs"]
+    for folder in folders:
+        write_random_shards(folder, 1)
+    arguments = {"folders": list(map(str, folders)), "slow": SlowHash(600.0), "slow_rank": 1, "timeout_seconds": 2}
+    with StartedRanks(check, 2, tmp_path / "ranks", **arguments) as started:
+        assert started.wait() == [TRY_AGAIN_EXIT_CODE] * 2, started.output()
+        assert "checking a shard (waiting for the other ranks" in started.output()
+
+
+def test_one_process_alone_hashes_everything(tmp_path):
+    write_random_shards(tmp_path / "shards", 8)
+    seen: list[str] = []
+    shards = Shards(local=str(tmp_path / "shards"))
+    verify_by_hash([shards], Ranks(), HashStore(), on_progress=seen.append)
+    assert len([text for text in seen if text.startswith("shard ")]) == 2
+    assert len(list((tmp_path / "shards" / ".verified").iterdir())) == 2
 
 
 def test_a_damaged_shard_is_named_by_all_ranks(tmp_path):

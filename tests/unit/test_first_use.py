@@ -74,6 +74,16 @@ def test_each_shard_is_hashed_once_and_never_again_by_any_process(folder):
     }
 
 
+def test_a_set_that_was_checked_as_a_whole_is_hashed_by_nobody_again(folder):
+    """As `tools/verify_shards.py` does beforehand, or `data.verify: hash` at a start."""
+    first = StoredClips(Shards(local=str(folder)), verify="hash")
+    assert len(first) == 12
+    noted = read_everything(folder)
+    assert abs(read_everything(folder) - noted) < 4096
+    shutil.rmtree(folder / ".verified")
+    assert read_everything(folder) > noted + total_bytes(folder) - 4096  # less the notes
+
+
 def test_opening_a_set_reads_none_of_its_shards(folder):
     index_bytes = (folder / "index.json").stat().st_size
     before = bytes_read()

@@ -82,6 +82,7 @@ def test_a_different_recipe_is_refused_naming_every_key_with_old_and_new_value(r
         ["cluster.tasks_per_node=1"],
         ["cluster.environment={A: b}"],
         ["logging.every_steps=1"],
+        ["data.verify=hash"],
         ["max_steps=9999"],
         ["optimizer.lr=2e-3", "checkpoint.allow_changed=[optimizer.lr]"],
         ["optimizer.lr=2e-3", "optimizer.eps=1e-6", "checkpoint.allow_changed=[optimizer]"],
