@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("dreamdance", "kernels", "launchers", "recipes", "tests", "tools")
-FILES = ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+FILES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 
 
 def build_wheel(folder: Path) -> Path:

@@ -15,7 +15,7 @@ fail() { echo "setup: $*" >&2; exit 1; }
 command -v git >/dev/null || fail "git is needed: apt-get install git"
 "$python" -c 'import ensurepip, venv' 2>/dev/null || fail "Python's venv module is needed: apt-get install python3-venv"
 
-wanted=$( (cat setup.cfg setup.py tools/setup.sh "$pins"; echo "$index") | sha256sum | cut -c1-16)
+wanted=$( (cat setup.cfg pyproject.toml tools/setup.sh "$pins"; echo "$index") | sha256sum | cut -c1-16)
 stamp=.venv/installed
 if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
 

@@ -15,6 +15,7 @@ from bare_environments import build_wheel, declared, install, make_environment, 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import dreamdance
 from dreamdance.launch.job import ENTRIES
 from dreamdance.launch.requirements import EXTRAS
 from dreamdance.launch.run_folder import lay
@@ -119,6 +120,12 @@ def test_the_extras_that_a_task_asks_for_install_all_that_it_imports(task: str) 
     assert loaded.keys() - installed == set(), loaded
     for package, extra in EXTRAS[task].items():
         assert OPTIONAL[package] in names(extras[extra])
+
+
+def test_the_package_and_setup_cfg_state_the_same_version() -> None:
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    assert config["metadata"]["version"] == dreamdance.__version__
 
 
 def test_the_pins_satisfy_every_bound() -> None:
