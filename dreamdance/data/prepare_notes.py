@@ -10,6 +10,7 @@ from dreamdance.atomic_files import write_atomically
 from dreamdance.data.shard_index import read_index
 from dreamdance.data.shard_writer import SOURCES_KEY
 from dreamdance.data.streaming_compat import INDEX_FILE
+from dreamdance.data.video_names import printable
 from dreamdance.file_states import FileState
 from dreamdance.run_layout import INPUTS_FILE
 
@@ -56,12 +57,12 @@ def write_damaged(output: Path, damaged: Mapping[str, str]) -> None:
         path.unlink(missing_ok=True)
         return
     rows = [("video", "damage"), *sorted(damaged.items())]
-    write_atomically(path, "".join("\t".join(map(_printable, row)) + "\n" for row in rows))
+    write_atomically(path, "".join("\t".join(map(printable, row)) + "\n" for row in rows))
 
 
 def table(damaged: Mapping[str, str]) -> str:
     """A line for each damaged video."""
-    return _listed([_printable(f"{name}: {reason}") for name, reason in sorted(damaged.items())])
+    return _listed([printable(f"{name}: {reason}") for name, reason in sorted(damaged.items())])
 
 
 def broken_text(broken: Mapping[str, str], output: Path) -> str:
@@ -90,21 +91,14 @@ def changed_text(output: Path, *, changed: Set[str], added: Set[str], removed: S
         changed: names of files.
         added, removed: names of videos, of both splits: one that is in both was drawn for the other split.
     """
-    lines = [f"{name} has changed" for name in sorted(changed)]
-    lines += [f"{name} was added" for name in sorted(added - removed)]
-    lines += [f"{name} was removed" for name in sorted(removed - added)]
+    lines = [f"{printable(name)} has changed" for name in sorted(changed)]
+    lines += [f"{printable(name)} was added" for name in sorted(added - removed)]
+    lines += [f"{printable(name)} was removed" for name in sorted(removed - added)]
     if not lines:
         return ""
     return (
         f"{output} was made from other videos than `videos.folder` holds now:\n{_listed(lines)}\n"
         "Give another `output`, or delete it, or put the videos back"
-    )
-
-
-def _printable(text: str) -> str:
-    """On one line, in UTF-8: a file's name may hold anything."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )
 
 

@@ -35,6 +35,7 @@ from dreamdance.data.shard_parts import (
     write_parts,
 )
 from dreamdance.data.streaming_compat import INDEX_FILE
+from dreamdance.data.video_names import printable
 from dreamdance.errors import ShardError
 from dreamdance.file_states import FileState, read_state
 from dreamdance.ranks import Ranks
@@ -156,7 +157,7 @@ class ShardFolder:
             if note.damage is None or self._on_error == "skip":
                 return True
         else:
-            logger.warning("%s has changed since its clips were made; they are made again", part.source.name)
+            logger.warning("%s has changed since its clips were made; they are made again", printable(part.source.name))
         shutil.rmtree(made)
         return False
 
@@ -228,7 +229,7 @@ class ShardFolder:
         ):
             if damage is not None and part.source is not None:
                 damaged[part.source.name] = damage
-                logger.warning("%s cannot be used: %s", part.source.name, damage)
+                logger.warning("%s cannot be used: %s", printable(part.source.name), printable(damage))
             if damage is None or self._on_error == "skip":
                 self._crew.finish(f"{self.folder.name}/{part.name}")
             else:

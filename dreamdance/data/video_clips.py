@@ -19,6 +19,7 @@ from dreamdance.data.letterbox import letterbox_of
 from dreamdance.data.shard_parts import ClipRecord
 from dreamdance.data.transforms import pictures_to_tensor, resize_normals, tensor_to_pictures
 from dreamdance.data.video_io import VideoInfo, iterate_frames
+from dreamdance.data.video_names import printable
 from dreamdance.data.video_opening import open_videos
 from dreamdance.errors import MissingInputError
 from dreamdance.keyed_random import sample_generator
@@ -41,7 +42,8 @@ def find_videos(folder: Path | str) -> list[str]:
     names = sorted(path.name.removesuffix(".rgb.mp4") for path in folder.glob("*.rgb.mp4") if path.name[0] != ".")
     usable = [name for name in names if os.path.lexists(folder / f"{name}.pose.mp4")]
     for name in sorted(set(names) - set(usable)):
-        logger.warning("%s is left out: there is no %s.pose.mp4 beside it", folder / f"{name}.rgb.mp4", name)
+        path = printable(folder / f"{name}.rgb.mp4")
+        logger.warning("%s is left out: there is no %s.pose.mp4 beside it", path, printable(name))
     if not usable:
         raise MissingInputError(
             f"no videos in {folder.absolute()}: `videos.folder` needs <clip>.rgb.mp4 with <clip>.pose.mp4 beside it"
@@ -88,7 +90,7 @@ class VideoPart:
         if not pieces:
             logger.warning(
                 "%s gives no %s clip: a clip has at least %d frames (`videos.min_clip_frames`)",
-                rgb.path,
+                printable(rgb.path),
                 self.split,
                 self.source.min_clip_frames,
             )

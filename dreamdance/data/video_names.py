@@ -17,7 +17,7 @@ _PART_DIGITS = 12
 
 
 def video_ids(names: Iterable[str]) -> dict[str, str]:
-    """An id for each video, with which its clips' ids begin; no two are equal, not even but for upper and lower case.
+    """An id for each video, with which its clips' ids begin; no two are equal, or differ in upper and lower case alone.
 
     A name that `animate` takes is its own id. Another gives what can be read of it and a hash of the whole; so do
     names that differ in upper and lower case alone, which some file systems take for one.
@@ -49,6 +49,13 @@ def is_text(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def printable(text: object) -> str:
+    """As it can be shown and logged, on one line and in UTF-8: a file's name may hold anything."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in str(text)
+    )
 
 
 def _readable(name: str) -> str:

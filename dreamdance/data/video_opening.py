@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dreamdance.data.video_io import VideoError, VideoInfo, probe_video
-from dreamdance.data.video_names import is_text
+from dreamdance.data.video_names import is_text, printable
 from dreamdance.errors import may_pass
 from dreamdance.recipe.schema import VideosSource
 
@@ -106,8 +106,8 @@ def _misfit(rgb: VideoInfo, video: VideoInfo) -> str | None:
         if distance > _HALF / rgb.fps:
             logger.warning(
                 "%s and %s have frames at different times, up to %.3f s apart: the nearest in time belong together",
-                video.path,
-                rgb.path.name,
+                printable(video.path),
+                printable(rgb.path.name),
                 distance,
             )
         return None

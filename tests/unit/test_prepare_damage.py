@@ -204,7 +204,8 @@ def test_hidden_files_are_no_clips(tmp_path, videos):
     assert names(tmp_path / "data", "train") == set("abcd")
 
 
-def test_names_that_are_not_text_are_named_legibly_and_those_of_other_characters_are_taken(tmp_path, videos):
+def test_names_that_are_not_text_are_named_legibly_and_those_of_other_characters_are_taken(tmp_path, videos, caplog):
+    shutil.copy(videos / "a.rgb.mp4", os.fsencode(videos) + b"/\xfe.rgb.mp4")  # without a pose
     for name in (os.fsdecode(b"\xff"), "two\nlines"):
         for modality in ("rgb", "pose"):
             shutil.copy(videos / f"a.{modality}.mp4", videos / f"{name}.{modality}.mp4")
@@ -214,6 +215,10 @@ def test_names_that_are_not_text_are_named_legibly_and_those_of_other_characters
     prepare(videos_recipe(tmp_path / "data", videos, on_error="skip", min_clip_frames=8), tmp_path / "run2")
     assert names(tmp_path / "data", "train", "validation") == {*"abcd", "two\nlines"}
     assert (tmp_path / "data" / "damaged_videos.tsv").read_text().splitlines()[1].startswith(r"\udcff" + "\t")
+    caplog.text.encode("utf-8")
+    logged = [record.getMessage() for record in caplog.records]
+    assert any("\\udcfe.rgb.mp4 is left out" in line for line in logged)
+    assert all("two\nlines" not in line for line in logged)
 
 
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
