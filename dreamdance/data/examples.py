@@ -9,6 +9,7 @@ from PIL import Image
 
 from dreamdance.data.clips import StoredClips
 from dreamdance.data.keypoints import KeypointSequence, write_keypoint_file
+from dreamdance.data.shard_index import read_index
 from dreamdance.data.stored_clip import StoredClip
 from dreamdance.data.streaming_compat import INDEX_FILE
 from dreamdance.data.video_io import write_video
@@ -20,7 +21,7 @@ EXAMPLES_FOLDER = "examples"
 
 
 def write_examples(output: Path, *, before_clip: Callable[[str], None]) -> int:
-    """Writes reference and poses of each validation clip, and the manifest, last.
+    """Writes reference and poses of each validation clip, and the manifest, last; it is empty where there are none.
 
     The reference is the clip's last frame: the one that `data.clips.fixed_clips` shows too.
 
@@ -32,31 +33,36 @@ def write_examples(output: Path, *, before_clip: Callable[[str], None]) -> int:
         The number of clips.
     """
     manifest, index = output / MANIFEST_FILE, output / "validation" / INDEX_FILE
-    clips = StoredClips(Shards(local=str(output / "validation")), verify="size", ranks=Ranks())
+    num_clips = read_index(index, may_be_empty=True).num_samples
     if manifest.exists() and manifest.stat().st_mtime_ns >= index.stat().st_mtime_ns and _all_there(manifest):
-        return len(clips)
+        return num_clips
     lines = []
-    for number in range(len(clips)):
-        before_clip(f"clip {number} of {len(clips)}")
-        clip = clips.clip(number)
-        folder = Path(EXAMPLES_FOLDER) / clip.clip_id
-        (output / folder).mkdir(parents=True, exist_ok=True)
-        reference = clip.frames("rgb", [clip.num_frames - 1])[0]
-        Image.fromarray(reference).save(output / folder / "reference.png")
-        entry = {
-            "id": clip.clip_id,
-            "image": str(folder / "reference.png"),
-            **_write_poses(clip, output, folder),
-            "seed": number,
-            "align": False,
-            "fps": clip.fps,
-            "reference_frame": clip.num_frames - 1,
-        }
-        lines.append(json.dumps(entry) + "\n")
+    if num_clips > 0:
+        clips = StoredClips(Shards(local=str(output / "validation")), verify="size", ranks=Ranks())
+        for number in range(num_clips):
+            before_clip(f"clip {number} of {num_clips}")
+            lines.append(json.dumps(_write_example(clips.clip(number), number, output)) + "\n")
     incoming = output / f".{MANIFEST_FILE}.incoming"
     incoming.write_text("".join(lines), encoding="utf-8")
     os.replace(incoming, manifest)
-    return len(clips)
+    return num_clips
+
+
+def _write_example(clip: StoredClip, number: int, output: Path) -> dict[str, str | int | float]:
+    """Writes reference and poses of a clip; returns its entry in the manifest."""
+    folder = Path(EXAMPLES_FOLDER) / clip.clip_id
+    (output / folder).mkdir(parents=True, exist_ok=True)
+    reference = clip.frames("rgb", [clip.num_frames - 1])[0]
+    Image.fromarray(reference).save(output / folder / "reference.png")
+    return {
+        "id": clip.clip_id,
+        "image": str(folder / "reference.png"),
+        **_write_poses(clip, output, folder),
+        "seed": number,
+        "align": False,
+        "fps": clip.fps,
+        "reference_frame": clip.num_frames - 1,
+    }
 
 
 def _all_there(manifest: Path) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dreamdance.data.prepare_notes import (
     DAMAGED_FILE,
     broken_text,
     changed_text,
+    moved_text,
     read_inputs,
     read_skipped,
     stopped_text,
@@ -35,7 +37,7 @@ from dreamdance.data.video_clips import Split, VideoPart, choose_validation, fin
 from dreamdance.data.video_io import VideoError
 from dreamdance.data.video_names import part_name, video_ids
 from dreamdance.data.video_opening import check_videos, video_files
-from dreamdance.errors import ShardError
+from dreamdance.errors import ShardError, UserError
 from dreamdance.folder_claim import claim_folder
 from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import DancersSource, PrepareRecipe, VideosSource
@@ -74,53 +76,75 @@ def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
             )
             for split, planned in parts.items()
         }
-        missing = check_inputs(recipe, folders, crew, ProgressLog(run_folder, ranks))
-        damaged = write_missing(recipe, folders, missing, crew, progress)
-        if damaged and ranks.is_main:
-            write_damaged(output, damaged)
-        if damaged and crew.is_called_off():
-            raise VideoError(stopped_text(damaged, output))
-        if ranks.is_main:
-            complete(recipe, folders, crew, damaged)
-    total = sum(len(planned) for planned in parts.values())
-    progress.write(done=total, total=total, unit="parts", message=f"{output} is complete")
+        error = write_output(recipe, folders, crew, progress, ProgressLog(run_folder, ranks))
+    if error is None:
+        total = sum(len(planned) for planned in parts.values())
+        progress.write(done=total, total=total, unit="parts", message=f"{output} is complete")
+    elif ranks.is_main:  # the others end well: a rank that ends with an error may have the main one stopped at work
+        raise error
+
+
+def write_output(
+    recipe: PrepareRecipe,
+    folders: Mapping[Split, ShardFolder],
+    crew: Crew,
+    progress: ProgressLog,
+    opening: ProgressLog,
+) -> UserError | None:
+    """Compares, writes and completes; returns what all ranks know to be wrong, for one to raise when all have left."""
+    output = Path(recipe.output)
+    missing = check_inputs(recipe, folders, crew, opening)
+    if isinstance(missing, UserError):
+        return missing
+    damaged = write_missing(recipe, folders, missing, crew, progress)
+    if damaged and crew.ranks.is_main:
+        write_damaged(output, damaged)
+    if damaged and crew.is_called_off():
+        return VideoError(stopped_text(damaged, output))
+    if crew.ranks.is_main:
+        complete(recipe, folders, crew, damaged)
+    return None
 
 
 def check_inputs(
     recipe: PrepareRecipe, folders: Mapping[Split, ShardFolder], crew: Crew, progress: ProgressLog
-) -> dict[Split, list[str]]:
+) -> dict[Split, list[str]] | UserError:
     """Compares what is there with what it was made from, and opens the videos of what is missing; ranks divide both.
 
     Returns:
-        The names of the parts that are to be made, of all ranks.
+        The names of the parts that are to be made, of all ranks; or, the same on all ranks, the error that ends the
+        run: ranks found different videos in the folder, or a complete output was made from other videos, or headers
+        show what is wrong, though not with `videos.on_error: skip`. It names all of them.
 
     Raises:
-        ShardError: a complete output was made from other videos; names them.
-        VideoError: what headers show is wrong; names all of it. Not with `videos.on_error: skip`.
         LostWorkerError: another rank is lost.
     """
     output = Path(recipe.output)
     known = read_inputs(output)
     surveys = {split: folder.survey(known) for split, folder in folders.items()}
     broken = {} if recipe.videos is None else open_missing(recipe, recipe.videos, folders, surveys, crew, progress)
-    told = {
+    found = {
+        "plan": plan_hash(folders),
         "missing": {split: survey.missing for split, survey in surveys.items()},
         "changed": [name for survey in surveys.values() for name in survey.changed],
         "added": [name for survey in surveys.values() for name in survey.added],
         "broken": broken,
         "states": {name: state.to_json() for survey in surveys.values() for name, state in survey.states.items()},
     }
-    answers = [json.loads(text) for text in crew.exchange("inputs", json.dumps(told))]
+    answers = [json.loads(text) for text in crew.exchange("inputs", json.dumps(found))]
+    if len({answer["plan"] for answer in answers}) > 1:
+        return other_plans(recipe, folders, crew)
     changed, added = ({name for answer in answers for name in answer[key]} for key in ("changed", "added"))
     removed = {name for folder in folders.values() for name in folder.removed()}
     if others := changed_text(output, changed=changed, added=added, removed=removed):
-        raise ShardError(others)
+        return ShardError(others)
     broken = {name: reason for answer in answers for name, reason in answer["broken"].items()}
     if broken and recipe.videos is not None:
         if crew.ranks.is_main:
             write_damaged(output, broken)
         if recipe.videos.on_error == "stop":
-            raise VideoError(broken_text(broken, output))
+            return VideoError(broken_text(broken, output))
+    if broken and crew.ranks.is_main:
         logger.warning(
             "%d videos are left out (videos.on_error=skip), see %s:\n%s",
             len(broken),
@@ -131,6 +155,24 @@ def check_inputs(
         states = {name: state for answer in answers for name, state in answer["states"].items()}
         write_inputs(output, states, planned=source_files(folders))
     return {split: [name for answer in answers for name in answer["missing"][split]] for split in folders}
+
+
+def plan_hash(folders: Mapping[Split, ShardFolder]) -> str:
+    """Of all that ranks must agree on to divide the work."""
+    planned = [
+        [split, part.name, None if part.source is None else [part.source.clip_id, len(part.source.files)]]
+        for split, folder in folders.items()
+        for part in folder.parts
+    ]
+    return sha256(json.dumps(planned).encode()).hexdigest()
+
+
+def other_plans(recipe: PrepareRecipe, folders: Mapping[Split, ShardFolder], crew: Crew) -> UserError:
+    """What is wrong where ranks have looked into the folder of videos at different moments."""
+    parts = [part for folder in folders.values() for part in folder.parts]
+    own = {part.source.name for part in parts if part.source is not None and part.source.files}
+    seen = [set(json.loads(text)) for text in crew.exchange("plans", json.dumps(sorted(own)))]
+    return ShardError(moved_text(recipe.videos.folder if recipe.videos else recipe.output, seen))
 
 
 def open_missing(
@@ -187,8 +229,8 @@ def write_missing(
     for folder in folders.values():
         damaged.update(folder.write(recipe.num_workers, partial(report, f"writing {folder.folder}")))
     waiting = partial(report, "waiting for the other ranks")
-    told = [json.loads(text) for text in crew.exchange("damaged", json.dumps(damaged), waiting)]
-    return {name: reason for damages in told for name, reason in damages.items()}
+    answers = [json.loads(text) for text in crew.exchange("damaged", json.dumps(damaged), waiting)]
+    return {name: reason for damages in answers for name, reason in damages.items()}
 
 
 def complete(
@@ -218,8 +260,8 @@ def complete(
             output / DAMAGED_FILE,
             table(left_out),
         )
-    for folder in folders.values():
-        folder.complete(left_out)
+    for split, folder in folders.items():
+        folder.complete(left_out, may_be_empty=split == "validation")
     if recipe.videos is not None:
         write_inputs(output, states, planned=source_files(folders))
     if "validation" in folders:

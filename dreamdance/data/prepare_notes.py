@@ -46,7 +46,7 @@ def write_inputs(output: Path, states: Mapping[str, Any], *, planned: Collection
 def read_skipped(output: Path) -> set[str]:
     """The names of the damaged videos that a complete output does without."""
     indices = [output / split / INDEX_FILE for split in SPLITS]
-    sources = [read_index(path).details.get(SOURCES_KEY, {}) for path in indices if path.is_file()]
+    sources = [read_index(path, may_be_empty=True).details.get(SOURCES_KEY, {}) for path in indices if path.is_file()]
     return {record["name"] for records in sources for record in records.values() if record["damage"] is not None}
 
 
@@ -100,6 +100,25 @@ def changed_text(output: Path, *, changed: Set[str], added: Set[str], removed: S
         f"{output} was made from other videos than `videos.folder` holds now:\n{_listed(lines)}\n"
         "Give another `output`, or delete it, or put the videos back"
     )
+
+
+def moved_text(folder: str, seen: Sequence[Set[str]]) -> str:
+    """What to do where ranks found different videos in a folder.
+
+    Args:
+        folder: of the videos.
+        seen: names of videos, by rank.
+    """
+    differing = sorted(set[str]().union(*seen).difference(set[str].intersection(*map(set, seen))))
+    lines = [
+        f"{printable(name)}, not on rank {', '.join(str(rank) for rank, names in enumerate(seen) if name not in names)}"
+        for name in differing
+    ]
+    return (
+        f"videos were added to {folder} or removed from it while the job started, so that its ranks do not agree on "
+        f"what to write; nothing was begun. Start it again when the folder (`videos.folder`) stays as it is\n"
+        f"{_listed(lines)}"
+    ).rstrip()
 
 
 def _listed(lines: Sequence[str]) -> str:

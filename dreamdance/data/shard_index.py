@@ -68,11 +68,12 @@ class ShardIndex:
         return [shard.num_samples for shard in self.shards]
 
 
-def read_index(path: Path) -> ShardIndex:
+def read_index(path: Path, *, may_be_empty: bool = False) -> ShardIndex:
     """Reads and checks an index file.
 
     Args:
         path: the `index.json`, or a copy of it under another name.
+        may_be_empty: whether an index without shards is one, as `prepare` writes it where all videos are skipped.
 
     Raises:
         ShardError: it is missing, no JSON, of another schema, or asks for something that no writer of ours would.
@@ -93,8 +94,11 @@ def read_index(path: Path) -> ShardIndex:
     details = _mapping(top.get(DETAILS_KEY, {}), f"{path}: '{DETAILS_KEY}'")
     check_schema_version(details.get("schema_version", SCHEMA_VERSION), where=str(path))
     shards = top.get("shards")
-    if not isinstance(shards, list) or not shards:
-        raise ShardError(f"{path}: it lists no shards")
+    if not isinstance(shards, list) or not (shards or may_be_empty):
+        raise ShardError(
+            f"{path}: it lists no shards; where `prepare` skipped all videos of this split, repair them and run it "
+            "again"
+        )
     entries = tuple(_parse_shard(f"{path}: shard {number}", shard) for number, shard in enumerate(shards))
     index = ShardIndex(path=path, shards=entries, details=details)
     _check_totals(index)
@@ -103,9 +107,9 @@ def read_index(path: Path) -> ShardIndex:
 
 def _check_totals(index: ShardIndex) -> None:
     names = Counter(file.name for entry in index.shards for file in (entry.raw, entry.compressed) if file is not None)
-    name, times = names.most_common(1)[0]
-    if times > 1:
-        raise ShardError(f"{index.path}: the file name {name!r} is given to more than one shard")
+    for name, times in names.most_common(1):
+        if times > 1:
+            raise ShardError(f"{index.path}: the file name {name!r} is given to more than one shard")
     counted = index.details.get("num_samples", index.num_samples)
     if counted != index.num_samples:
         raise ShardError(

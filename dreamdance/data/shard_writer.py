@@ -105,7 +105,7 @@ class ShardFolder:
             check_settings(folder, read_object(noted), self._settings)
 
     def _read_complete(self) -> None:
-        index = read_index(self.folder / INDEX_FILE)
+        index = read_index(self.folder / INDEX_FILE, may_be_empty=True)
         check_settings(self.folder, index.details.get("settings", {}), self._settings)
         self._sources = index.details.get(SOURCES_KEY, {})
         for shard in read_object(self.folder / INDEX_FILE)["shards"]:
@@ -265,11 +265,12 @@ class ShardFolder:
         damages.update({note.name: note.damage for note in self.notes.values()})
         return {name: damage for name, damage in damages.items() if damage is not None and name in names}
 
-    def complete(self, left_out: Mapping[str, str]) -> None:
+    def complete(self, left_out: Mapping[str, str], *, may_be_empty: bool = False) -> None:
         """Gives the parts' shards their final names and writes the index: on the main rank, when all parts are there.
 
         Args:
             left_out: name -> damage of what nothing is written of, though its part in this folder may have clips.
+            may_be_empty: whether an index without clips is written where damage has left none.
 
         Raises:
             ShardError: there is nothing to write.
@@ -280,12 +281,12 @@ class ShardFolder:
             logger.info("%s is complete already, with the same settings: nothing to write", self.folder)
         else:
             self._crew.watchdog.enter("completing a folder of shards", str(self.folder))
-            self._complete(left_out)
+            self._complete(left_out, may_be_empty)
         if (self.folder / PARTS_FOLDER).exists():
             os.replace(self.folder / PARTS_FOLDER, remains)  # at once: what is half removed must not be taken for parts
             shutil.rmtree(remains)
 
-    def _complete(self, left_out: Mapping[str, str]) -> None:
+    def _complete(self, left_out: Mapping[str, str], may_be_empty: bool) -> None:
         notes, shards = self.notes, list[dict[str, Any]]()
         sources: dict[str, dict[str, Any]] = {}
         for part in self.parts:
@@ -294,10 +295,10 @@ class ShardFolder:
             if part.source is None or sources[part.name]["damage"] is None:
                 shards += self._take(part)
         if not shards:
-            raise ShardError(
-                f"there are no clips to write into {self.folder}; are all shorter than `videos.min_clip_frames`"
-                f"{', or damaged' if left_out else ''}?"
-            )
+            why = f"are all shorter than `videos.min_clip_frames`{', or damaged' if left_out else ''}?"
+            if not may_be_empty or not any(record["damage"] for record in sources.values()):
+                raise ShardError(f"there are no clips to write into {self.folder}; {why}")
+            logger.warning("%s is left without clips; %s The same command adds what was repaired", self.folder, why)
         num_samples = sum(shard["samples"] for shard in shards)
         details = {"schema_version": SCHEMA_VERSION, "num_samples": num_samples, "settings": self._settings}
         if sources:
@@ -306,7 +307,7 @@ class ShardFolder:
         incoming.write_text(
             json.dumps({"version": 2, "shards": shards, DETAILS_KEY: details}, sort_keys=True), encoding="utf-8"
         )
-        read_index(incoming)
+        read_index(incoming, may_be_empty=not shards)
         os.replace(incoming, self.folder / INDEX_FILE)
 
     def _record(
@@ -368,9 +369,9 @@ def write_shards(
         if on_part is not None and crew.ranks.is_main:
             on_part(shards.num_there(), len(parts))
 
-    told = crew.exchange(f"parts of {folder}", json.dumps(shards.survey({}).missing))
-    missing = [name for text in told for name in json.loads(text)]
-    if len(told) < crew.ranks.world_size and not shards.is_complete:  # parts of others may be there, or not
+    answers = crew.exchange(f"parts of {folder}", json.dumps(shards.survey({}).missing))
+    missing = [name for text in answers for name in json.loads(text)]
+    if len(answers) < crew.ranks.world_size and not shards.is_complete:  # parts of others may be there, or not
         missing = [part.name for part in parts]
     shards.expect(missing)
     shards.write(num_workers, report)

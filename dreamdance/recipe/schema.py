@@ -320,8 +320,9 @@ class VideosSource(Section):
 
     `on_error` says what becomes of damaged videos. `stop`: the videos under way are finished, nothing of the damaged
     ones is written, and the run ends with an error that lists them; after their repair the same command goes on.
-    `skip`: they are left out as a whole, listed at the end and in `output`/skipped_videos.tsv; the same command adds
-    them when they have been repaired.
+    `skip`: they are left out as a whole, listed at the end and in `output`/damaged_videos.tsv; the same command adds
+    them when they have been repaired. All others stay in the split that they were drawn for, so that validation may be
+    left without clips, which is a warning; training may not.
     """
 
     folder: str

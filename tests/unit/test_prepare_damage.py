@@ -17,6 +17,7 @@ from dreamdance.data.shard_parts import ClipRecord, Part, PartSource, ShardForma
 from dreamdance.data.video_io import VideoError, read_frames, write_video
 from dreamdance.data.video_opening import check_videos
 from dreamdance.errors import ShardError
+from dreamdance.launch.prepared import is_prepared
 from dreamdance.recipe.schema import VideosSource
 
 
@@ -129,6 +130,43 @@ def test_where_all_videos_are_skipped_there_is_an_error(tmp_path):
     with pytest.raises(ShardError, match=r"there are no clips to write .*or damaged\?"):
         prepare(recipe, tmp_path / "run")
     assert not (tmp_path / "data" / "train" / "index.json").exists()
+
+
+@pytest.mark.parametrize("packet", [None, 12], ids=["its header shows it", "decoding shows it"])
+def test_validation_may_be_left_without_clips_until_its_videos_are_repaired(tmp_path, videos, packet, caplog):
+    output, untouched = tmp_path / "data", tmp_path / "untouched"
+    prepare(videos_recipe(untouched, videos, validation_fraction=0.25), tmp_path / "run2")
+    (name,) = names(untouched, "validation")
+    path = videos / f"{name}.rgb.mp4"
+    whole = keep_whole(path)
+    if packet is None:
+        path.write_bytes(path.read_bytes()[:500])
+    else:
+        damage(path, packet=packet)
+    recipe = videos_recipe(output, videos, on_error="skip", validation_fraction=0.25)
+    for _ in range(2):
+        prepare(recipe, tmp_path / "run")
+        assert names(output, "train") == set("abcd") - {name}, "the others stay where they were drawn for"
+        assert (output / "manifest.jsonl").read_text() == ""
+        assert is_prepared(recipe)
+    assert caplog.text.count(f"{output / 'validation'} is left without clips") == 1
+    with pytest.raises(ShardError, match=r"validation.*lists no shards; where `prepare` skipped all videos"):
+        stored(output, "validation")
+    shutil.copy(whole, path)
+    assert not is_prepared(recipe)
+    prepare(recipe, tmp_path / "run")
+    for file in ("train/index.json", "validation/index.json", "manifest.jsonl"):
+        assert (output / file).read_bytes() == (untouched / file).read_bytes()
+
+
+def test_training_may_not_be_left_without_clips(tmp_path, videos):
+    prepare(videos_recipe(tmp_path / "untouched", videos, validation_fraction=0.75), tmp_path / "run2")
+    (name,) = names(tmp_path / "untouched", "train")
+    damage(videos / f"{name}.rgb.mp4")
+    recipe = videos_recipe(tmp_path / "data", videos, on_error="skip", validation_fraction=0.75)
+    with pytest.raises(ShardError, match=r"there are no clips to write into .*train; .*or damaged\?"):
+        prepare(recipe, tmp_path / "run")
+    assert not is_prepared(recipe)
 
 
 def spoil_headers(videos: Path) -> None:

@@ -1,0 +1,85 @@
+"""`prepare` on two ranks that differ in what they find: one error of the main rank, and the others end well."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from video_folders import damage, videos_recipe, write_videos
+
+from dreamdance.data.prepare import prepare
+
+MAIN_RANK = """
+import sys
+from pathlib import Path
+from dreamdance.data.prepare import prepare
+from dreamdance.errors import UserError
+from dreamdance.recipe.schema import PrepareRecipe
+try:
+    prepare(PrepareRecipe.model_validate_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+class TwoRanks:
+    """The main rank in a process of its own, the other one in this."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **changes) -> None:
+        self.folder, self.output = tmp_path / "videos", tmp_path / "data"
+        for seed, name in enumerate("bd"):
+            write_videos(self.folder, name, seed=seed)
+        self.recipe = videos_recipe(self.output, self.folder, validation_fraction=0.0, **changes)
+        self.run = tmp_path / "run"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = free.getsockname()
+        place = {"MASTER_ADDR": self.address[0], "MASTER_PORT": str(self.address[1]), "WORLD_SIZE": "2"}
+        for name, value in {**place, "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+            monkeypatch.setenv(name, value)
+
+    def start_main(self) -> "subprocess.Popen[str]":
+        """Starts the main rank, and returns when it waits for the other: it has looked into the folder by then."""
+        recipe = self.run.with_name("recipe.json")
+        recipe.write_text(self.recipe.model_dump_json())
+        environment = {**os.environ, "RANK": "0", "LOCAL_RANK": "0"}
+        command = [sys.executable, "-c", MAIN_RANK, recipe, self.run]
+        main = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        until = time.monotonic() + 60
+        while time.monotonic() < until and main.poll() is None:
+            with socket.socket() as question:
+                if question.connect_ex(self.address) == 0:
+                    break
+            time.sleep(0.1)
+        return main
+
+
+@pytest.mark.distributed
+def test_ranks_that_look_into_a_folder_before_and_after_a_video_was_added_name_it(tmp_path, monkeypatch):
+    ranks = TwoRanks(tmp_path, monkeypatch)
+    main = ranks.start_main()
+    write_videos(ranks.folder, "a")
+    prepare(ranks.recipe, ranks.run)
+    _, text = main.communicate(timeout=60)
+    assert main.returncode == 1
+    first, *lines = text[text.index("videos were added to") :].splitlines()
+    assert first.endswith("Start it again when the folder (`videos.folder`) stays as it is")
+    assert lines == ["  a, not on rank 0"]
+    assert not list(ranks.output.glob("*/index.json"))
+
+
+@pytest.mark.distributed
+def test_a_rank_that_finds_damage_ends_well_and_the_main_rank_with_the_list(tmp_path, monkeypatch, caplog):
+    """Were it to end with the error too, Slurm might stop the main rank before the list is written."""
+    ranks = TwoRanks(tmp_path, monkeypatch)
+    damage(ranks.folder / "d.rgb.mp4")
+    main = ranks.start_main()
+    prepare(ranks.recipe, ranks.run)
+    assert "d cannot be used: " in caplog.text, "this rank found it"
+    _, text = main.communicate(timeout=60)
+    assert main.returncode == 1
+    assert "1 of the videos are damaged" in text
+    assert (ranks.output / "damaged_videos.tsv").read_text().splitlines()[1].startswith("d\t")
