@@ -60,7 +60,7 @@ def verify_shards(
     """Checks the files that lie in the index's folder.
 
     Without a remote folder every shard must be there and whole. What can be fetched or unpacked again (a download, or
-    the unpacked form of a compressed shard) is removed with a warning instead, and made anew when it is read.
+    the unpacked form of a compressed shard) is removed with a warning instead, and made again when it is read.
 
     Args:
         index: of the folder.
@@ -133,7 +133,7 @@ class CheckedShards:
             except ShardError as error:
                 if self.remote is None and entry.compressed is None:
                     raise
-                logger.warning("%s; it is made anew", error)
+                logger.warning("%s; it is made again", error)
                 self.fetch(number, damaged=state)
         except FileNotFoundError:
             self.fetch(number)
@@ -205,7 +205,7 @@ def _check_file(
     except ShardError as error:
         if not replaceable:
             raise
-        logger.warning("%s; removed, it will be made anew", error)
+        logger.warning("%s; it is removed, and made again when it is read", error)
         path.unlink(missing_ok=True)
         return False
     return True

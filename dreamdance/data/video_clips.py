@@ -23,6 +23,7 @@ from dreamdance.data.video_names import printable
 from dreamdance.data.video_opening import open_videos
 from dreamdance.errors import MissingInputError
 from dreamdance.keyed_random import sample_generator
+from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import VideosSource
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ Split = Literal["train", "validation"]
 def find_videos(folder: Path | str) -> list[str]:
     """The names of the clips that have pictures and a pose, in alphabetical order; hidden files are no videos.
 
+    Of several ranks that look, the main one warns of pictures without a pose.
     A link that leads nowhere counts as a video: it is named with what else is wrong before work begins.
 
     Raises:
@@ -41,7 +43,7 @@ def find_videos(folder: Path | str) -> list[str]:
     folder = Path(folder)
     names = sorted(path.name.removesuffix(".rgb.mp4") for path in folder.glob("*.rgb.mp4") if path.name[0] != ".")
     usable = [name for name in names if os.path.lexists(folder / f"{name}.pose.mp4")]
-    for name in sorted(set(names) - set(usable)):
+    for name in sorted(set(names) - set(usable)) if Ranks.from_environment().is_main else ():
         path = printable(folder / f"{name}.rgb.mp4")
         logger.warning("%s is left out: there is no %s.pose.mp4 beside it", path, printable(name))
     if not usable:

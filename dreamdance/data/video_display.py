@@ -19,6 +19,7 @@ from av.video.reformatter import ColorPrimaries, ColorTrc
 from av.video.stream import VideoStream
 
 from dreamdance.data.video_container import MAX_FRAME_PIXELS, VideoError
+from dreamdance.data.video_names import printable
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +209,7 @@ def _warn_of_interlacing(path: Path) -> None:
     logger.warning(
         "%s is interlaced: what moves shows combs, which a network learns. Deinterlace it: "
         "ffmpeg -i IN -vf bwdif=send_frame -crf 12 OUT.mp4",
-        path,
+        printable(path),
     )
 
 

@@ -1,6 +1,7 @@
 """`prepare` on two ranks that differ in what they find: one error of the main rank, and the others end well."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -57,9 +58,11 @@ class TwoRanks:
         return main
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
-def test_ranks_that_look_into_a_folder_before_and_after_a_video_was_added_name_it(tmp_path, monkeypatch):
+def test_ranks_that_look_into_a_folder_before_and_after_a_video_was_added_name_it(tmp_path, monkeypatch, caplog):
     ranks = TwoRanks(tmp_path, monkeypatch)
+    shutil.copy(ranks.folder / "b.rgb.mp4", ranks.folder / "c.rgb.mp4")  # without a pose
     main = ranks.start_main()
     write_videos(ranks.folder, "a")
     prepare(ranks.recipe, ranks.run)
@@ -69,8 +72,11 @@ def test_ranks_that_look_into_a_folder_before_and_after_a_video_was_added_name_i
     assert first.endswith("Start it again when the folder (`videos.folder`) stays as it is")
     assert lines == ["  a, not on rank 0"]
     assert not list(ranks.output.glob("*/index.json"))
+    assert text.count("c.rgb.mp4 is left out") == 1
+    assert "is left out" not in caplog.text, "one rank says it for all"
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_rank_that_finds_damage_ends_well_and_the_main_rank_with_the_list(tmp_path, monkeypatch, caplog):
     """Were it to end with the error too, Slurm might stop the main rank before the list is written."""
