@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dreamdance.data.shard_files import FileStamp, check_bytes, check_samples, check_size, compare_file
 from dreamdance.data.shard_index import ShardEntry, ShardFile, ShardIndex, read_index
+from dreamdance.data.shard_notes import ShardNotes
 from dreamdance.data.streaming_compat import INDEX_FILE, CloudDownloader, decompress
 from dreamdance.errors import USERS_ERRNOS, LostWorkerError, ShardError
 from dreamdance.locks import HeldLockError, locked_file
@@ -53,7 +54,7 @@ def open_index(shards: Shards) -> ShardIndex:
 
 
 def fetch_shard(
-    index: ShardIndex, entry: ShardEntry, remote: str | None, *, damaged: FileStamp | None = None
+    index: ShardIndex, entry: ShardEntry, remote: str | None, notes: ShardNotes, *, damaged: FileStamp | None = None
 ) -> FileStamp:
     """Puts a shard's MDS file into the local folder: downloaded if need be, hash-checked, decompressed.
 
@@ -61,6 +62,7 @@ def fetch_shard(
         index: of the local folder.
         entry: which shard.
         remote: where it comes from, if not from there.
+        notes: of the local folder; in the end the file is noted.
         damaged: the state of a file under its name that is to be replaced; one in another state is another process's.
 
     Returns:
@@ -74,8 +76,10 @@ def fetch_shard(
     if remote is None and not stored.is_file():
         raise ShardError(f"shard {stored} is missing; prepare it again or copy it there")
     with _writing(index.folder, entry.raw.name) as incoming:
-        if target.is_file() and FileStamp.of(target) != damaged:  # another process was faster
-            return compare_file(target, entry, entry.raw, by_hash=True)
+        if target.is_file() and (state := FileStamp.of(target)) != damaged:  # another process was faster
+            state = compare_file(target, entry, entry.raw, by_hash=not notes.has(entry.raw, state))
+            notes.write(entry.raw, state)
+            return state
         label = f"'{entry.stored.name}' of {remote or index.folder}"
         data = None if entry.compressed is None else _read_stored(stored, entry.stored, remote, where=label)
         if data is None and remote is not None:
@@ -86,9 +90,14 @@ def fetch_shard(
             data = _decompress(entry, data, where=label)
         check_samples(data, len(data), entry, where=label)
         incoming.unlink(missing_ok=True)  # a download may have the remote file's mode, and be read-only
-        incoming.write_bytes(data)
+        with incoming.open("wb") as opened:  # on the disk before its name and the note say that it is sound
+            opened.write(data)
+            opened.flush()
+            os.fsync(opened.fileno())
         os.replace(incoming, target)
-        return FileStamp.of(target)
+        state = FileStamp.of(target)
+        notes.write(entry.raw, state)
+        return state
 
 
 def is_gone(folder: Path | str) -> bool:

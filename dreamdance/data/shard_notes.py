@@ -1,11 +1,13 @@
 """Notes which shard files were compared with the index by hash, so that no start reads them all again.
 
 A note is a small file per shard, `.verified/NAME.json` beside the index; where that folder cannot be written, in the
-user's cache. It holds what the file system told of the file then, and its hash: of a file that was changed or replaced
-since, or of another index, it says nothing. Written whole or not at all, so that any number of processes on any number
-of nodes may write at once, without locks. Whoever can write a note can write the shard itself, so notes are believed.
+user's cache, which machines may share whose folders are their own: there a note's name has a hash of its content. It
+holds the file's size and times then, and its hash: of a file that was changed or replaced since, or of another index,
+it says nothing. Written whole or not at all, so that any number of processes on any number of nodes may write at once;
+the lock is for those who would hash the same file. Whoever can write a note can write the shard, so notes are believed.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -16,11 +18,14 @@ from pathlib import Path
 from dreamdance.atomic_files import write_atomically
 from dreamdance.data.shard_files import FileStamp, strongest_hash
 from dreamdance.data.shard_index import ShardFile
+from dreamdance.locks import HeldLockError, locked_file
 
 logger = logging.getLogger(__name__)
 
 NOTES_FOLDER = ".verified"
 MAX_NOTE_BYTES = 1024
+HASHING_SECONDS = 30.0
+"""How long another process that hashes the same shard is waited for. It may hang; a batch is awaited longer."""
 
 
 class ShardNotes:
@@ -38,7 +43,28 @@ class ShardNotes:
     def has(self, file: ShardFile, state: FileStamp) -> bool:
         """Whether the file was found to be the index's while it was in this state."""
         wanted = _text(file, state)
-        return any(_read(folder / f"{file.name}.json") == wanted for folder in self._places())
+        return any(_read(self._note(folder, file, state)) == wanted for folder in self._places())
+
+    @contextlib.contextmanager
+    def hashing(self, file: ShardFile, state: FileStamp) -> Iterator[None]:
+        """Keeps other processes from hashing the same file in the block; ask `has` in it, another may have been faster.
+
+        Without that where another process keeps it for long, or where no lock can be made: then a file may be hashed
+        more often than it needs to be, no more.
+        """
+        with contextlib.ExitStack() as held:
+            for folder in self._places():
+                lock = self._note(folder, file, state).with_suffix(".lock")
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    held.enter_context(locked_file(lock, wait_seconds=HASHING_SECONDS, remove=True))
+                    break
+                except HeldLockError as error:
+                    logger.info("%s, for over %.0f s; the shard is hashed here as well", error, HASHING_SECONDS)
+                    break
+                except OSError:
+                    continue
+            yield
 
     def write(self, file: ShardFile, state: FileStamp) -> None:
         """Notes that the file was found to be the index's; says so once where it can be noted nowhere."""
@@ -47,7 +73,7 @@ class ShardNotes:
                 continue
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(folder / f"{file.name}.json", _text(file, state))
+                write_atomically(self._note(folder, file, state), _text(file, state))
                 return
             except OSError as error:
                 self._unwritable.add(folder)
@@ -59,6 +85,11 @@ class ShardNotes:
                         self.folder,
                         folder,
                     )
+
+    def _note(self, folder: Path, file: ShardFile, state: FileStamp) -> Path:
+        if folder.parent == self.folder:
+            return folder / f"{file.name}.json"
+        return folder / f"{file.name}.{sha256(_text(file, state).encode()).hexdigest()[:16]}.json"
 
     def _places(self) -> Iterator[Path]:
         beside = self.folder / NOTES_FOLDER

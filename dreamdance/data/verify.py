@@ -149,15 +149,15 @@ class CheckedShards:
             ShardError: what it would be made from is missing or damaged.
         """
         entry = self.index.shards[number]
-        state = fetch_shard(self.index, entry, self.remote, damaged=damaged)
-        self._notes.write(entry.raw, state)
-        self._sound[number] = state
+        self._sound[number] = fetch_shard(self.index, entry, self.remote, self._notes, damaged=damaged)
 
     def _compare(self, path: Path, entry: ShardEntry) -> FileStamp:
         state = compare_file(path, entry, entry.raw, by_hash=False)
         if self.by_hash and not self._notes.has(entry.raw, state):
-            state = compare_file(path, entry, entry.raw, by_hash=True)
-            self._notes.write(entry.raw, state)
+            with self._notes.hashing(entry.raw, state):
+                if not self._notes.has(entry.raw, state):
+                    state = compare_file(path, entry, entry.raw, by_hash=True)
+                    self._notes.write(entry.raw, state)
         return state
 
 

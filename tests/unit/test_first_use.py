@@ -1,9 +1,11 @@
 """Shards are hashed when they are opened first, once, and again when they have changed; no start reads them."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import threading
+from dataclasses import replace
 from hashlib import sha1
 from itertools import islice
 from pathlib import Path
@@ -11,13 +13,17 @@ from pathlib import Path
 import pytest
 from random_shards import HEIGHT, WIDTH, edit_index, random_clip, write_random_shards
 
+from dreamdance.data import shard_notes
 from dreamdance.data.clip_loader import ClipLoader
 from dreamdance.data.clip_order import ClipOrder
 from dreamdance.data.clips import ClipDataset, StoredClips
+from dreamdance.data.shard_cache import open_index
 from dreamdance.data.shard_files import FileStamp
 from dreamdance.data.shard_index import read_index
 from dreamdance.data.shard_notes import ShardNotes, cache_folder
+from dreamdance.data.verify import CheckedShards
 from dreamdance.errors import ShardError
+from dreamdance.locks import locked_file
 from dreamdance.ranks import Ranks
 from dreamdance.recipe.sections import Shards
 
@@ -219,6 +225,79 @@ def test_many_may_note_one_shard_at_once(folder):
     assert seen == [True] * 160
     (note,) = (folder / ".verified").iterdir()
     assert json.loads(note.read_text())["sha1"] == sha1((folder / entry.raw.name).read_bytes()).hexdigest()
+
+
+def make_large(folder: Path, num_bytes: int) -> None:
+    """Makes a set of one shard that takes a while to hash; its last sample ends in zeros."""
+    write_random_shards(folder, 1)
+    (path,) = folder.glob("*.mds")
+    content = path.read_bytes()
+    path.write_bytes(content[:8] + num_bytes.to_bytes(4, "little") + content[12:])
+    os.truncate(path, num_bytes)
+    hashes = {"sha1": sha1(path.read_bytes()).hexdigest()}
+    edit_index(folder, lambda index: index["shards"][0]["raw_data"].update(bytes=num_bytes, hashes=hashes))
+
+
+def open_together(shards: Shards, num_processes: int = 3) -> list[int]:
+    """Opens the first shard in some processes at once; returns how many bytes each has read."""
+    forked = multiprocessing.get_context("fork")
+    ready, results = forked.Barrier(num_processes), forked.SimpleQueue()
+
+    def open_first() -> None:
+        checked = CheckedShards(open_index(shards), remote=shards.remote, by_hash=True)
+        ready.wait(20)
+        before = bytes_read()
+        checked.require(0)
+        results.put(bytes_read() - before)
+
+    processes = [forked.Process(target=open_first) for _ in range(num_processes)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * num_processes
+    return [results.get() for _ in processes]
+
+
+@pytest.mark.parametrize("noted", ["beside the shards", "in the cache"])
+def test_processes_that_open_one_shard_at_once_hash_it_once(tmp_path, monkeypatch, noted):
+    folder, num_bytes = tmp_path / "shards", 100_000_000
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache of the user"))
+    make_large(folder, num_bytes)
+    if noted == "in the cache":
+        (folder / ".verified").touch()
+    assert num_bytes <= sum(open_together(Shards(local=str(folder)))) < 1.5 * num_bytes
+    place = folder / ".verified" if noted == "beside the shards" else cache_folder(folder)
+    assert [path.suffix for path in place.iterdir()] == [".json"]  # no locks are left
+
+
+def test_processes_that_want_one_download_at_once_read_it_once(tmp_path):
+    folder, num_bytes = tmp_path / "remote", 50_000_000
+    make_large(folder, num_bytes)
+    read = sorted(open_together(Shards(local=str(tmp_path / "local"), remote=str(folder))))
+    assert max(read[:-1]) < 0.5 * num_bytes  # one alone downloads and hashes
+
+
+def test_a_process_that_hangs_while_it_hashes_does_not_stop_the_others(folder, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(shard_notes, "HASHING_SECONDS", 0.2)
+    (folder / ".verified").mkdir()
+    with locked_file(folder / ".verified" / f"{SECOND}.lock", wait_seconds=0):
+        assert read_everything(folder) > 2 * total_bytes(folder)
+    assert "the shard is hashed here as well" in caplog.text
+    assert (folder / ".verified" / f"{SECOND}.json").is_file()
+
+
+def test_nodes_that_share_a_home_and_not_the_shards_keep_notes_of_their_own(folder):
+    """The same path on each node's own disk, where copies have their own times."""
+    (folder / ".verified").touch()
+    (entry, *_) = read_index(folder / "index.json").shards
+    one = FileStamp.of(folder / entry.raw.name)
+    other = replace(one, ctime_ns=one.ctime_ns + 1)
+    for state in (one, other):
+        ShardNotes(folder).write(entry.raw, state)
+    assert [ShardNotes(folder).has(entry.raw, state) for state in (one, other)] == [True, True]
+    assert not ShardNotes(folder).has(entry.raw, replace(one, mtime_ns=0))
 
 
 def test_a_download_is_noted_when_it_arrives(folder, tmp_path):
