@@ -1,7 +1,9 @@
 """Lays a run folder (contract C7): the resolved recipe and where it all came from are written before anything runs."""
 
 import errno
+import functools
 import json
+import logging
 import os
 import platform
 import socket
@@ -21,10 +23,14 @@ from dreamdance.recipe.parse import flatten
 from dreamdance.recipe.yaml_text import read_yaml
 from dreamdance.run_layout import PROVENANCE_FILE, RECIPE_FILE
 
+logger = logging.getLogger(__name__)
+
 LOCK_FILE = ".launch_lock"
 LOCK_SECONDS = 60.0
 STORAGE_SECONDS, STORAGE_POLL_SECONDS = 60.0, 1.0
 FOLDERS = ("checkpoints", "exports", "samples", "tensorboard", "logs")
+FORMER_VALUES = {"objective.target_latents": "mode"}
+"""What stored recipes mean that were written before a key existed, where it is not today's default."""
 NO_DIFFERENCE = ("cluster", "logging", "checkpoint.allow_changed", "videos.on_error", "data.verify")
 ABSENT = "(not set)"
 _TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
@@ -65,7 +71,7 @@ def locked(run_folder: Path, *, wait_seconds: float = LOCK_SECONDS) -> Iterator[
     except HeldLockError as error:
         raise UserError(
             f"another launcher has been starting {run_folder} for over {wait_seconds:.0f} s ({error}); try again, or "
-            f"end it if it hangs (`fuser {lock}` tells its process on its machine)"
+            f"end it if it hangs (`fuser {lock}` names its process on its machine)"
         ) from BlockingIOError(errno.EAGAIN, str(error))
 
 
@@ -79,6 +85,7 @@ def lay(recipe: Recipe, run_folder: Path, argv: Sequence[str]) -> None:
     stored = run_folder / RECIPE_FILE
     if stored.is_file():
         refuse_different(recipe, run_folder)
+        _warn_of_new_keys(recipe, stored)
     for folder in (run_folder, *(run_folder / name for name in FOLDERS)):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -101,7 +108,7 @@ def stored_recipe(run_folder: Path) -> Recipe:
     give_up = time.monotonic() + STORAGE_SECONDS
     while True:
         try:
-            return load_recipe(run_folder / RECIPE_FILE)
+            return _load_stored(run_folder / RECIPE_FILE)
         except RecipeError as error:
             reason = error.__cause__
             if not isinstance(reason, OSError):
@@ -167,12 +174,46 @@ def _text(value: Any) -> str:
 
 
 def _stored_values(path: Path) -> dict[str, Any]:
-    """The folder's recipe with today's defaults for keys that did not exist when it was written, if it still loads."""
+    """The folder's recipe with values for keys that did not exist when it was written, if it still loads."""
     try:
-        return load_recipe(path).model_dump(mode="json")
+        return _load_stored(path).model_dump(mode="json")
     except UserError:
-        values = read_yaml(path.read_text(encoding="utf-8")).value
-        return values if isinstance(values, dict) else {}
+        return _written_values(path)
+
+
+def _load_stored(path: Path) -> Recipe:
+    """A run's recipe as it was meant: keys that it lacks have their former values, or today's defaults."""
+    recipe = load_recipe(path)
+    if not isinstance(recipe, TrainingRecipe):
+        return recipe
+    former = [f"{key}={value}" for key, value in FORMER_VALUES.items() if not _is_written(recipe, key)]
+    return load_recipe(path, former) if former else recipe
+
+
+def _is_written(recipe: Recipe, key: str) -> bool:
+    """Whether a recipe's file has a key, and does not leave it to its default."""
+    *sections, name = key.split(".")
+    return name in functools.reduce(getattr, sections, recipe).model_fields_set
+
+
+def _written_values(path: Path) -> dict[str, Any]:
+    values = read_yaml(path.read_text(encoding="utf-8")).value
+    return values if isinstance(values, dict) else {}
+
+
+def _warn_of_new_keys(recipe: Recipe, stored: Path) -> None:
+    """Says which keys a run's stored recipe does not know, and what they are from now on."""
+    written, now = flatten(_written_values(stored)), flatten(recipe.model_dump(mode="json"))
+    compared = (*NO_DIFFERENCE, *FORMER_VALUES, *written)  # a section that was null, and is not now, is no new key
+    new = [key for key in now if not _covered(key, compared) and not any(_covered(old, [key]) for old in written)]
+    if new:
+        values = ", ".join(f"{key}={_text(now[key])}" for key in new)
+        logger.warning(
+            "%s was written by an earlier version, which had no keys for this; from now on: %s. Where that version did "
+            "otherwise, the run goes on with the new values",
+            stored,
+            values,
+        )
 
 
 def _this_start(recipe: Recipe, argv: Sequence[str], known_weights: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import yaml
 from fault_log import record_fault
 
 from dreamdance.errors import RecipeError, UserError, may_pass
@@ -20,6 +21,7 @@ from dreamdance.launch.run_folder import (
     stored_recipe,
 )
 from dreamdance.recipe import load_recipe
+from dreamdance.recipe.parse import flatten
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "stage1_domains.yaml"
 
@@ -113,6 +115,43 @@ def test_a_key_that_the_stored_recipe_does_not_know_yet_has_its_default(run_fold
     lay(recipe(), run_folder, [])
     with pytest.raises(DifferentRecipeError, match="max_nonfinite_steps: 3 -> 5"):
         lay(recipe("max_nonfinite_steps=5"), run_folder, [])
+
+
+def written_before(key, line, run_folder):
+    """Makes the stored recipe one of a version that did not know a key."""
+    stored = run_folder / "recipe.yaml"
+    text = stored.read_text()
+    assert text.count(line) == 1
+    stored.write_text(text.replace(line, ""))
+    assert key not in flatten(yaml.safe_load(stored.read_text()))
+
+
+def test_a_run_that_began_before_targets_were_sampled_keeps_its_targets_or_is_refused(run_folder):
+    lay(recipe(), run_folder, [])
+    written_before("objective.target_latents", "  target_latents: sample\n", run_folder)
+    assert stored_recipe(run_folder) == recipe("objective.target_latents=mode")  # as a requeued job reads it
+    with pytest.raises(DifferentRecipeError, match=r'objective\.target_latents: "mode" -> "sample"'):
+        lay(recipe(), run_folder, [])
+    lay(recipe("objective.target_latents=mode"), run_folder, [])
+    written_before("objective.target_latents", "  target_latents: mode\n", run_folder)
+    lay(recipe("checkpoint.allow_changed=[objective.target_latents]"), run_folder, [])
+    assert stored_recipe(run_folder).objective.target_latents == "sample"
+
+
+def test_keys_that_a_stored_recipe_does_not_know_are_named_with_what_they_are_now(run_folder, caplog):
+    lay(recipe(), run_folder, [])
+    lay(recipe("logging.every_steps=1"), run_folder, [])
+    assert caplog.messages == []
+    written_before("tf32", "tf32: false\n", run_folder)
+    written_before("max_nonfinite_steps", "max_nonfinite_steps: 3\n", run_folder)
+    lay(recipe(), run_folder, [])
+    (warning,) = caplog.messages
+    assert f"{run_folder / 'recipe.yaml'} was written by an earlier version" in warning
+    assert "from now on: " in warning
+    assert warning.partition("from now on: ")[2].partition(". ")[0].split(", ") in (
+        ["tf32=false", "max_nonfinite_steps=3"],
+        ["max_nonfinite_steps=3", "tf32=false"],
+    )
 
 
 def test_a_stored_recipe_that_no_longer_loads_is_compared_by_its_values(run_folder):
