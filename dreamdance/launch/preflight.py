@@ -10,10 +10,13 @@ from pathlib import Path
 from dreamdance.launch.program import launcher_command
 from dreamdance.launch.requirements import (
     BACKEND_KEY,
+    CHANNELS_LAST_KEY,
     installation,
     missing_packages,
     named_backend,
+    wants_fused_norms,
     why_backend_cannot_run_in_a_job,
+    why_kernels_cannot_start_in_a_job,
 )
 from dreamdance.launch.run_folder import weight_sources
 from dreamdance.recipe import AnimateRecipe, EvaluateRecipe, PrepareRecipe, Recipe, TrainingRecipe
@@ -55,7 +58,7 @@ def missing(recipe: Recipe, recipe_file: Path, runs: Path, *, check_gpu: bool) -
         *_runs(recipe, recipe_file, runs),
         *_packages(recipe),
     ]
-    return [*found, *_gpus(recipe), *_backend(recipe)] if check_gpu else found
+    return [*found, *_gpus(recipe), *_backend(recipe), *_kernels(recipe)] if check_gpu else found
 
 
 def report(recipe: Recipe, recipe_file: Path, runs: Path, problems: list[Missing]) -> str:
@@ -153,6 +156,14 @@ def _backend(recipe: Recipe) -> Iterator[Missing]:
     if backend is not None and (reason := why_backend_cannot_run_in_a_job(recipe, backend)):
         looked = f"{sys.executable} on this machine: {reason}"
         yield Missing(f"attention backend '{backend}'", looked, f"{BACKEND_KEY}=null lets the library choose")
+
+
+def _kernels(recipe: Recipe) -> Iterator[Missing]:
+    """What starts the kernels that channels_last asks for."""
+    if wants_fused_norms(recipe) and (reason := why_kernels_cannot_start_in_a_job(recipe)):
+        looked = f"{sys.executable} on this machine: {reason}"
+        remedy = f"install it, or {CHANNELS_LAST_KEY}=false does without"
+        yield Missing(f"what starts Triton's group norm ({CHANNELS_LAST_KEY})", looked, remedy)
 
 
 def _gpus(recipe: Recipe) -> Iterator[Missing]:

@@ -1,4 +1,5 @@
-"""What a task needs of the Python that runs it: optional packages, and an attention backend that runs there.
+"""What a task needs of the Python that runs it: optional packages, and an attention backend that runs there,
+and what starts Triton's kernels.
 
 Asked by the launcher before it submits, and by each job on its own machine before it begins.
 """
@@ -22,6 +23,7 @@ EXTRAS = {
 """By task: each optional package that its modules import -> the extra of ours that installs it."""
 
 BACKEND_KEY = "model.attention_backend"
+CHANNELS_LAST_KEY = "model.channels_last"
 _ASK_SECONDS = 120
 
 
@@ -40,7 +42,8 @@ def refuse_missing(recipe: Recipe) -> None:
     """Makes sure that the job which calls this can begin in this process.
 
     Raises:
-        MissingInputError: a package is not installed, or the attention backend that the recipe names cannot run.
+        MissingInputError: a package is not installed, the attention backend that the recipe names cannot run, or
+            nothing can start the kernels that channels_last asks for.
     """
     here = f"this Python ({sys.executable} on {socket.gethostname()})"
     if missing := missing_packages(recipe):
@@ -48,11 +51,27 @@ def refuse_missing(recipe: Recipe) -> None:
     backend = named_backend(recipe)
     if backend is not None and (reason := why_backend_cannot_run(backend)):
         raise MissingInputError(f"attention backend '{backend}' ({BACKEND_KEY}) cannot run in {here}: {reason}")
+    if wants_fused_norms(recipe) and (reason := why_kernels_cannot_start()):
+        raise MissingInputError(f"{CHANNELS_LAST_KEY} wants Triton's group norm, which {here} cannot start: {reason}")
 
 
 def named_backend(recipe: Recipe) -> str | None:
     """The attention backend that the recipe asks for, None where the library may choose."""
     return recipe.model.attention_backend if isinstance(recipe, Stage1Recipe | Stage2Recipe) else None
+
+
+def wants_fused_norms(recipe: Recipe) -> bool:
+    """Whether the recipe asks for group norms that Triton runs: channels_last, on GPUs."""
+    if not isinstance(recipe, Stage1Recipe | Stage2Recipe):
+        return False
+    return recipe.model.channels_last and recipe.cluster.gpus_per_node > 0
+
+
+def why_kernels_cannot_start() -> str:
+    """What this machine lacks to start Triton's kernels, a compiler or headers; empty where it lacks nothing."""
+    from dreamdance_kernels import triton_package
+
+    return triton_package.why_unable_to_start() or "" if triton_package.why_unusable() is None else ""
 
 
 def why_backend_cannot_run(name: str) -> str:
@@ -66,11 +85,21 @@ def why_backend_cannot_run(name: str) -> str:
 
 
 def why_backend_cannot_run_in_a_job(recipe: Recipe, name: str) -> str:
-    """The same for a job on this machine, asked in a process of its own: the launcher loads no torch and no driver."""
+    """The same for a job on this machine."""
+    return _ask_in_a_job(recipe, f"why_backend_cannot_run({name!r})")
+
+
+def why_kernels_cannot_start_in_a_job(recipe: Recipe) -> str:
+    """As `why_kernels_cannot_start`, for a job on this machine."""
+    return _ask_in_a_job(recipe, "why_kernels_cannot_start()")
+
+
+def _ask_in_a_job(recipe: Recipe, question: str) -> str:
+    """Asks in a process of its own, with the job's environment: the launcher loads no torch and no driver."""
     environment = os.environ | recipe.cluster.environment
     if recipe.cluster.gpus_per_node == 0:
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    program = f"from {__name__} import why_backend_cannot_run; print(why_backend_cannot_run({name!r}))"
+    program = f"import {__name__} as requirements; print(requirements.{question})"
     words = [sys.executable, "-P", "-c", program]
     try:
         asked = subprocess.run(

@@ -115,3 +115,28 @@ def test_the_recipes_own_environment_counts_when_a_backend_is_asked_for() -> Non
 def test_a_job_refuses_a_backend_that_cannot_run_by_the_recipes_key(name: str, reason: str) -> None:
     with pytest.raises(MissingInputError, match=rf"'{name}' \(model.attention_backend\) cannot run in .*{reason}"):
         refuse_missing(stage2(f"model.attention_backend={name}"))
+
+
+def on_gpus(*overrides: str) -> Recipe:
+    return stage2("model.channels_last=true", "cluster.tasks_per_node=1", "cluster.gpus_per_node=1", *overrides)
+
+
+def test_channels_last_on_gpus_without_a_compiler_is_found_before_submission(path: Path) -> None:
+    def found(recipe: Recipe) -> list[str]:
+        problems = preflight.missing(recipe, STAGE2, Path("runs"), check_gpu=True)
+        return [str(problem) for problem in problems if "channels_last" in str(problem)]
+
+    (problem,) = found(on_gpus())
+    assert "neither gcc nor clang is on PATH" in problem
+    assert "model.channels_last=false does without" in problem
+    assert found(stage2("model.channels_last=true")) == []  # on CPU torch's own runs
+    assert found(on_gpus("model.channels_last=false")) == []
+    (other,) = found(on_gpus("cluster.environment={CC: icx}"))
+    assert "none at 'icx'" in other
+
+
+def test_a_job_refuses_channels_last_on_gpus_without_a_compiler(path: Path, headers: Path) -> None:
+    with pytest.raises(MissingInputError, match=r"model\.channels_last .* cannot start: it needs a C compiler"):
+        refuse_missing(on_gpus())
+    executable(path / "gcc")
+    refuse_missing(on_gpus())
