@@ -48,11 +48,13 @@ def kept_in_float32(network: nn.Module) -> Iterator[None]:
         for name, value in (*owner._parameters.items(), *owner._buffers.items())
         if value is not None and value.dtype == torch.float32
     ]
-    yield
-    for owner, name, values in kept:
-        cast = getattr(owner, name)
-        if cast.is_floating_point() and cast.itemsize < values.itemsize:
-            cast.data = values.to(cast.device)
+    try:
+        yield
+    finally:
+        for owner, name, values in kept:
+            cast = getattr(owner, name)
+            if cast.is_floating_point() and cast.itemsize < values.itemsize:
+                cast.data = values.to(cast.device)
 
 
 @torch.no_grad()
@@ -128,7 +130,7 @@ def decode_latents(vae: Autoencoder, latents: Tensor, *, chunk_size: int = 8, nu
                 share = (place + 1) / (shared + 1)
                 decoded[place] = (1 - share) * frames[start + place] + share * decoded[place]
             frames[start:] = decoded
-    return (torch.stack(frames) / 2 + 0.5).clamp_(0, 1)
+    return torch.stack(frames).div_(2).add_(0.5).clamp_(0, 1)
 
 
 def _plan_chunks(num_frames: int, chunk_size: int, overlap: int) -> list[range]:

@@ -133,6 +133,21 @@ def test_a_network_of_float32_keeps_its_values_through_a_cast(make):
     assert vae.dtype == torch.float64
 
 
+def test_a_network_of_float32_keeps_its_values_when_the_cast_fails_midway():
+    vae = image_autoencoder()
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+
+    def cast_in_part() -> None:
+        with kept_in_float32(vae):
+            vae.encoder.bfloat16()
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cast_in_part()
+    assert vae.encoder.conv_in.weight.dtype == torch.float32
+    assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
+
+
 @pytest.mark.parametrize("make", [image_autoencoder, video_autoencoder], ids=["image", "video"])
 def test_noise_draws_from_the_latent_distribution(make):
     vae = make()
