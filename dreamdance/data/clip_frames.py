@@ -27,7 +27,7 @@ class ClipFrames:
 
 
 def flip_clip(clip: ClipFrames, *, drawn_pose: Tensor | None = None) -> ClipFrames:
-    """Mirrors a clip from left to right: pictures, normals' x, left and right key points; the pose is drawn anew.
+    """Mirrors a clip from left to right: pictures, normals' x, left and right key points; the pose is drawn again.
 
     Args:
         clip: with key points.

@@ -1,4 +1,4 @@
-"""Compares files of shards with what the index says of them, and tells whether a file has changed since.
+"""Compares files of shards with what the index says of them, and shows whether a file has changed since.
 
 Knows neither where files come from nor what was compared before.
 """
@@ -21,7 +21,7 @@ READ_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class FileStamp:
-    """What the file system tells of a file without reading it; another one where its content was changed or replaced.
+    """What the file system knows of a file without reading it; another one where its content was changed or replaced.
 
     `ctime_ns` changes with every write, rename and copy, and cannot be set back, as `mtime_ns` can.
     """

@@ -152,7 +152,7 @@ def _parameters(recipe: Recipe) -> dict[str, Any]:
     srun = ["--kill-on-bad-exit=1", f"--wait={wait}", f"--cpus-per-task={cluster.cpus_per_task}"]
     if cluster.gpus_per_node > 1 and not _has_distribution(cluster):
         # A node's GPUs are divided among its sockets in their order. Ranks are so too, by this alone: by default they
-        # are dealt to the sockets in turn, and half of them are far from their GPU.
+        # are given to the sockets in turn, and half of them are far from their GPU.
         srun.append("--distribution=block:block")
     srun += cluster.srun_arguments
     if cluster.container_image:
@@ -190,7 +190,7 @@ def _parameters(recipe: Recipe) -> dict[str, Any]:
 
 
 def _has_distribution(cluster: Cluster) -> bool:
-    """Whether the recipe itself says how ranks are dealt out to nodes and sockets."""
+    """Whether the recipe itself says how ranks are distributed over nodes and sockets."""
     words = [*cluster.sbatch_arguments, *(word.removeprefix("--") for word in cluster.srun_arguments)]
     return any(word == "m" or word.startswith(("distribution", "-m")) for word in words)
 

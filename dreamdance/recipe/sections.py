@@ -29,7 +29,7 @@ class Cluster(Section):
     `sbatch_arguments: {gpus-per-node: "h100:8"}` or `{gres: "gpu:a800:8"}`, beside `gpus_per_node: 8`. What
     `environment` says goes before the launcher's own defaults (NCCL's, the allocator's, where compiled kernels lie).
     `storage_mb_per_second` is what the processes together write to the folder of runs, or read from it; only
-    `--dry-run` reckons with it.
+    `--dry-run` uses it.
     """
 
     nodes: Positive = 1

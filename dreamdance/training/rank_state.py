@@ -41,7 +41,7 @@ def rank_content(state: RankState) -> dict[str, Any]:
 def read_rank_state(folder: Path, rank: int) -> RankState:
     """Reads one rank's file of a complete checkpoint.
 
-    Its tensors lie in the file, and only what is copied out of them is read: where a checkpoint is divided anew, every
+    Its tensors lie in the file, and only what is copied out of them is read: where a checkpoint is divided again, every
     rank opens the files of all ranks and needs a small piece of each.
     """
     content = torch.load(rank_file(folder, rank), weights_only=True, map_location="cpu", mmap=True)

@@ -17,7 +17,7 @@ from dreamdance.ranks import Ranks
 from dreamdance.recipe.sections import Shards, Verify
 
 POLL_SECONDS = 0.2
-FAREWELL_SECONDS = 5.0
+LEAVE_SECONDS = 5.0
 _CHECKED, _FAILED, _PASSES = "checked", "failed", "fault that may pass"
 _rounds = count()  # the same on all ranks, for all take part in each
 
@@ -54,7 +54,7 @@ def verify_by_hash(
 
 
 def _share(place: Store, folders: Sequence[Shards], ranks: Ranks, on_progress: Callable[[str], None]) -> None:
-    """Hashes what no other rank has taken, and tells the others where something is wrong."""
+    """Hashes what no other rank has taken, and lets the others know where something is wrong."""
     try:
         for number, shards in enumerate(folders):
             index = open_shards(shards, ranks=ranks, before_shard=on_progress)
@@ -68,7 +68,7 @@ def _share(place: Store, folders: Sequence[Shards], ranks: Ranks, on_progress: C
         if not place.check([_FAILED]):
             place.set(_PASSES, str(int(may_pass(error))))
             place.set(_FAILED, f"rank {ranks.rank}: {error}")
-        _say_farewell(place, ranks)
+        _leave(place, ranks)
         raise
     place.set(f"through {ranks.rank}", "")
 
@@ -79,7 +79,7 @@ def _await_others(place: Store, ranks: Ranks, on_progress: Callable[[str], None]
         try:
             _raise_if_failed(place)
         except ShardError:
-            _say_farewell(place, ranks)
+            _leave(place, ranks)
             raise
         if (checked := place.add(_CHECKED, 0)) != seen:
             on_progress(f"waiting for the other ranks, {checked} are through")
@@ -101,9 +101,9 @@ def _raise_if_failed(place: Store) -> None:
         raise kind(f"shards are not sound: {place.get(_FAILED).decode()}")
 
 
-def _say_farewell(place: Store, ranks: Ranks) -> None:
+def _leave(place: Store, ranks: Ranks) -> None:
     """Gives the others time to read what went wrong: the place ends with the main rank."""
     place.set(f"left {ranks.rank}", "")
-    everybody, end = [f"left {rank}" for rank in range(ranks.world_size)], time.monotonic() + FAREWELL_SECONDS
+    everybody, end = [f"left {rank}" for rank in range(ranks.world_size)], time.monotonic() + LEAVE_SECONDS
     while not place.check(everybody) and time.monotonic() < end:
         time.sleep(POLL_SECONDS)

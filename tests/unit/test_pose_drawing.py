@@ -15,7 +15,7 @@ RIGHT_SHOULDER, RIGHT_ELBOW = 2, 3
 RED, WHITE, BLUE = (255, 0, 0), (255, 255, 255), (0, 0, 255)
 
 
-def nobody() -> np.ndarray:
+def no_key_points() -> np.ndarray:
     return np.zeros((128, 3), dtype=np.float32)
 
 
@@ -25,14 +25,14 @@ def dancer() -> np.ndarray:
 
 
 def test_picture_without_key_points_is_all_zero() -> None:
-    picture = draw_pose(nobody(), width=40, height=60)
+    picture = draw_pose(no_key_points(), width=40, height=60)
     assert picture.shape == (60, 40, 3)
     assert picture.dtype == np.uint8
     assert not picture.any()
 
 
 def test_a_joint_is_a_disc_of_its_colour_at_its_place() -> None:
-    points = nobody()
+    points = no_key_points()
     points[0] = (0.25, 0.75, 1.0)  # the nose is red
     picture = draw_pose(points, width=512, height=512)
     rows, columns = np.nonzero(picture.any(axis=-1))
@@ -44,7 +44,7 @@ def test_a_joint_is_a_disc_of_its_colour_at_its_place() -> None:
 
 
 def test_the_limb_from_neck_to_right_shoulder_is_red_at_six_tenths() -> None:
-    points = nobody()
+    points = no_key_points()
     points[1], points[RIGHT_SHOULDER] = (0.5, 0.5, 1.0), (0.3, 0.5, 1.0)
     picture = draw_pose(points, width=512, height=512)
     assert picture[255, 205].tolist() == [153, 0, 0]
@@ -54,7 +54,7 @@ def test_the_limb_from_neck_to_right_shoulder_is_red_at_six_tenths() -> None:
 
 
 def test_a_limb_is_an_ellipse_thickest_in_its_middle() -> None:
-    points = nobody()
+    points = no_key_points()
     points[RIGHT_SHOULDER], points[RIGHT_ELBOW] = (0.2, 0.5, 1.0), (0.8, 0.5, 1.0)
     picture = draw_pose(points, width=512, height=512)
     thickness = picture.any(axis=-1).sum(axis=0)
@@ -63,7 +63,7 @@ def test_a_limb_is_an_ellipse_thickest_in_its_middle() -> None:
 
 
 def test_points_below_the_threshold_and_their_limbs_are_not_drawn() -> None:
-    points = nobody()
+    points = no_key_points()
     points[1] = (0.5, 0.5, CONFIDENCE_THRESHOLD)
     points[RIGHT_SHOULDER] = (0.3, 0.5, CONFIDENCE_THRESHOLD - 0.01)
     points[FACE] = (0.1, 0.1, 0.29)
@@ -74,7 +74,7 @@ def test_points_below_the_threshold_and_their_limbs_are_not_drawn() -> None:
 
 
 def test_hands_have_coloured_edges_and_blue_joints_and_the_face_white_dots() -> None:
-    points = nobody()
+    points = no_key_points()
     points[LEFT_HAND.start], points[LEFT_HAND.start + 1] = (0.2, 0.2, 1.0), (0.4, 0.2, 1.0)
     points[FACE.start] = (0.7, 0.7, 1.0)
     picture = draw_pose(points, width=512, height=512)
@@ -132,14 +132,14 @@ def test_drawing_flipped_points_mirrors_the_shape_but_not_the_colours(dancer: np
 
 
 def test_points_far_outside_of_the_picture_do_no_harm() -> None:
-    points = nobody()
+    points = no_key_points()
     points[BODY] = (1e6, -1e6, 1.0)
     points[1] = (0.5, 0.5, 1.0)
     assert draw_pose(points, width=64, height=96)[48, 32].any()
 
 
 def test_a_clip_is_drawn_frame_by_frame(dancer: np.ndarray) -> None:
-    pictures = draw_poses(np.stack([dancer, nobody()]), width=64, height=96)
+    pictures = draw_poses(np.stack([dancer, no_key_points()]), width=64, height=96)
     assert np.array_equal(pictures[0], draw_pose(dancer, width=64, height=96))
     assert not pictures[1].any()
 
