@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 MODALITIES = ("rgb", "pose", "normal", "depth")
 OPTIONAL = ("normal", "depth")
-_HALF = 0.51  # of the longest time between two frames, with a little for rounded stamps
+_HALF = 0.51  # of the time between two frames, with a little for rounded stamps
 
 
 def video_files(folder: Path | str, name: str) -> dict[str, Path]:
@@ -75,15 +75,17 @@ def check_videos(
     problems: dict[str, str] = {}
     with ThreadPoolExecutor(num_threads) as pool:
         opened = {pool.submit(open_videos, source, name): name for name in names}
-        for number, future in enumerate(as_completed(opened), start=1):
-            on_video(number)
-            try:
-                future.result()
-            except VideoError as error:
-                if may_pass(error):
-                    pool.shutdown(cancel_futures=True)
-                    raise
-                problems[opened[future]] = str(error)
+        try:
+            for number, future in enumerate(as_completed(opened), start=1):
+                on_video(number)
+                try:
+                    future.result()
+                except VideoError as error:
+                    if may_pass(error):
+                        raise
+                    problems[opened[future]] = str(error)
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error nobody waits for the rest
     return problems
 
 
@@ -100,9 +102,11 @@ def _file_problem(path: Path) -> str | None:
 def _misfit(rgb: VideoInfo, video: VideoInfo) -> str | None:
     """What keeps a video from showing the same moments as the pictures, in the same places."""
     times, of_rgb = _times(video), _times(rgb)
-    distance = max(_distance(times, of_rgb), _distance(of_rgb, times))
-    longest = max(float(np.diff(one).max(initial=0)) or 1 / rgb.fps for one in (times, of_rgb))
-    if (video.width, video.height) == (rgb.width, rgb.height) and distance <= _HALF * longest:
+    usual = max(_usual_gap(times), _usual_gap(of_rgb)) or 1 / rgb.fps
+    alone = _alone(of_rgb, times, usual)
+    same_size = (video.width, video.height) == (rgb.width, rgb.height)
+    if same_size and abs(times[-1] - of_rgb[-1]) <= _HALF * usual and not len(alone):
+        distance = max(_distances(times, of_rgb).max(), _distances(of_rgb, times).max())
         if distance > _HALF / rgb.fps:
             logger.warning(
                 "%s and %s have frames at different times, up to %.3f s apart: the nearest in time belong together",
@@ -111,10 +115,11 @@ def _misfit(rgb: VideoInfo, video: VideoInfo) -> str | None:
                 distance,
             )
         return None
+    hole = f"; at {alone[0]:.3f} s only {rgb.path.name} has a frame" if len(alone) else ""
     return (
         f"{video.path} has {video.num_frames} frames of {video.width}x{video.height}, {rgb.path.name} "
         f"{rgb.num_frames} of {rgb.width}x{rgb.height}; their last frames are shown at {times[-1]:.3f} s and "
-        f"{of_rgb[-1]:.3f} s. The videos of a clip must show the same moments at the same times, in the same size"
+        f"{of_rgb[-1]:.3f} s{hole}. The videos of a clip must show the same moments at the same times, in the same size"
     )
 
 
@@ -123,11 +128,29 @@ def _times(video: VideoInfo) -> np.ndarray:
     return (np.array(video.stamps, dtype=np.int64) - video.stamps[0]) * float(video.time_base)
 
 
-def _distance(times: np.ndarray, others: np.ndarray) -> float:
-    """How far the farthest of some times is from the nearest of others; both rise."""
+def _usual_gap(times: np.ndarray) -> float:
+    """The time between two frames; that of most of them, for one pause says nothing about the rest."""
+    return float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+
+
+def _alone(of_rgb: np.ndarray, times: np.ndarray, usual: float) -> np.ndarray:
+    """The pictures' times at which another video has no frame: farther away than half the usual gap of either.
+
+    Where both have fewer frames than usual, half the shorter of the gaps that both have there. A frame of the other
+    video that no picture is near to does no harm: it is left out.
+    """
+    gaps = np.diff(of_rgb)
+    here = np.minimum(np.append(gaps, np.inf), np.append(np.inf, gaps))
+    after = np.searchsorted(times, of_rgb).clip(0, len(times) - 1)
+    there = times[after] - times[np.maximum(after - 1, 0)]
+    return of_rgb[_distances(of_rgb, times) > _HALF * np.maximum(usual, np.minimum(here, there))]
+
+
+def _distances(times: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """How far each of some times is from the nearest of others; both rise."""
     after = np.searchsorted(others, times).clip(0, len(others) - 1)
     before = np.maximum(after - 1, 0)
-    return float(np.minimum(np.abs(times - others[before]), np.abs(times - others[after])).max())
+    return np.minimum(np.abs(times - others[before]), np.abs(times - others[after]))
 
 
 def _outside(source: VideosSource, rgb: VideoInfo) -> list[str]:

@@ -15,9 +15,10 @@ from video_folders import damage, stored, videos_recipe, write_videos
 from dreamdance import file_states
 from dreamdance.data.prepare import prepare
 from dreamdance.data.video_io import VideoError, write_video
+from dreamdance.data.video_opening import check_videos
 from dreamdance.errors import ShardError
 from dreamdance.inference.manifest import read_manifest
-from dreamdance.recipe.schema import PrepareRecipe
+from dreamdance.recipe.schema import PrepareRecipe, VideosSource
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_videos_that_were_removed_or_added_are_named(folder):
 def test_a_video_that_was_only_touched_is_compared_once_by_its_content(folder, monkeypatch):
     read = []
     hash_file = file_states.hash_file
-    monkeypatch.setattr(file_states, "hash_file", lambda path: read.append(path.name) or hash_file(path))
+    monkeypatch.setattr(file_states, "hash_file", lambda path, *rest: read.append(path.name) or hash_file(path))
     os.utime("videos/a.rgb.mp4", ns=(0, 0))
     index = Path("data/train/index.json").read_bytes()
     prepare(recipe_of(), Path("run"))
@@ -205,6 +206,49 @@ def test_a_pose_of_another_length_is_refused_though_its_frames_may_be_as_many(tm
     write_video(tmp_path / "a.pose.mp4", flat([100.0] * num_frames), fps=fps)
     with pytest.raises(VideoError, match=rf"a\.pose\.mp4 has {num_frames} frames .*the same moments at the same times"):
         prepare(videos_recipe(tmp_path / "data", tmp_path, validation_fraction=0.0), tmp_path / "run")
+
+
+def opening(folder: Path, rgb: np.ndarray, pose: np.ndarray) -> dict[str, str]:
+    for name, times in (("rgb", rgb), ("pose", pose)):
+        write_at(folder / f"a.{name}.mp4", flat([100.0] * len(times)), list(times))
+    return check_videos(VideosSource(folder=str(folder)), ["a"], num_threads=1, on_video=lambda number: None)
+
+
+STEADY = np.arange(0.0, 6.0, 0.04)
+
+
+def without(times: np.ndarray, start: float, end: float) -> np.ndarray:
+    return times[(times <= start) | (times >= end)]
+
+
+@pytest.mark.parametrize(
+    ("pose", "words"),
+    [
+        (STEADY[STEADY < 5.1], "their last frames are shown at 5.080 s and 5.960 s"),
+        (without(STEADY, 3.0, 5.0), "; at 3.040 s only a.rgb.mp4 has a frame"),
+        (without(STEADY, 3.0, 3.12), "; at 3.040 s only a.rgb.mp4 has a frame"),
+    ],
+    ids=["its end", "two seconds", "two frames"],
+)
+def test_a_pause_in_the_pictures_does_not_excuse_what_the_pose_lacks(tmp_path, pose, words):
+    """The pictures pause for two seconds."""
+    problems = opening(tmp_path, without(STEADY, 0.4, 2.4), pose)
+    assert words in problems["a"]
+
+
+@pytest.mark.parametrize(
+    ("rgb", "pose"),
+    [
+        (without(STEADY, 0.4, 2.4), without(STEADY, 0.4, 2.4)),
+        (without(STEADY, 0.4, 2.4), STEADY),  # nothing is taken of the pose there
+        (STEADY, STEADY[::2]),
+        (STEADY[::3], STEADY[:-2]),
+        (np.append(STEADY, 6.0 + 0.2 * np.arange(9)), np.concatenate([STEADY, [6.0], 6.1 + 0.2 * np.arange(8), [7.6]])),
+    ],
+    ids=["a pause in both", "a pause in the pictures", "half the rate", "thrice the rate", "both slow down"],
+)
+def test_frames_at_other_times_are_accepted_where_each_picture_has_a_pose(tmp_path, rgb, pose):
+    assert opening(tmp_path, rgb, pose) == {}
 
 
 def test_files_are_as_readable_as_the_umask_says(tmp_path):
