@@ -5,10 +5,12 @@ import hashlib
 import os
 import stat
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 PARTIAL_FILES = "*.partial-*"
 """What writers that were killed leave behind: nobody reads it."""
+_HASH_BLOCK_BYTES = 1 << 20
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -53,11 +55,19 @@ def follow_umask(folder: Path) -> None:
             path.chmod(mode)
 
 
-def hash_file(path: Path) -> str:
+def hash_file(path: Path, on_block: Callable[[], None] = lambda: None) -> str:
     """sha256 of a file, as hexadecimal digits.
+
+    Args:
+        path: of the file.
+        on_block: called after each block, for whoever watches that it goes on.
 
     Raises:
         OSError: it is missing or cannot be read.
     """
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while block := file.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+            on_block()
+        return digest.hexdigest()

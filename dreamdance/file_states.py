@@ -6,7 +6,7 @@ No torch here: a login node asks, too.
 import errno
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,15 @@ class FileState:
         return cls(**values) if whole and isinstance(values["sha256"], str) else None
 
 
-def read_state(path: Path, known: FileState | None = None) -> FileState | None:
+def read_state(
+    path: Path, known: FileState | None = None, *, on_block: Callable[[], None] = lambda: None
+) -> FileState | None:
     """The state of a file; its content is read only where size or times are not those of the known state.
+
+    Args:
+        path: of the file.
+        known: its state when it was last read.
+        on_block: called after each block that is read, for whoever watches that it goes on.
 
     Returns:
         None where there is no file, or none that may be read.
@@ -56,7 +63,7 @@ def read_state(path: Path, known: FileState | None = None) -> FileState | None:
         if known is not None and look == (known.size, known.mtime_ns, known.ctime_ns):
             return known
         while True:
-            digest = hash_file(path)
+            digest = hash_file(path, on_block)
             before, look = look, _look(path)
             if look == before:  # else it was written to while it was read
                 return FileState(size=look[0], mtime_ns=look[1], ctime_ns=look[2], sha256=digest)

@@ -3,13 +3,13 @@
 A bar is cut from all frames, so one frame in which a hand reaches into it is enough for it to stay.
 """
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from typing import cast
 
 import cv2
 import numpy as np
 
 from dreamdance.data.cropping import Crop
-from dreamdance.data.video_io import VideoInfo, iterate_frames
 from dreamdance.errors import UserError
 
 NOISE_BRIGHTNESS = 64
@@ -19,22 +19,28 @@ BAR_BRIGHTNESS = 24
 MAX_BAR_SHARE = 0.75
 
 
-def letterbox_of(video: VideoInfo) -> Crop:
-    """The part of a video that is not black bars; decodes the whole video once.
-
-    Raises:
-        VideoError: a frame is damaged.
-        UserError: hardly anything would be left.
-    """
-    return find_letterbox(iterate_frames(video), where=str(video.path))
-
-
 def find_letterbox(frames: Iterable[np.ndarray], *, where: str = "the video") -> Crop:
-    """The smallest part that holds everything that is bright in any frame.
+    """The smallest part that holds everything that is bright in any frame; see `search_letterbox`."""
+    search = search_letterbox(frames, where=where)
+    while True:
+        try:
+            next(search)
+        except StopIteration as found:
+            return cast(Crop, found.value)
+
+
+def search_letterbox(frames: Iterable[np.ndarray], *, where: str) -> Generator[None, None, Crop]:
+    """Searches the smallest part that holds everything that is bright in any frame.
 
     Args:
         frames: all frames of the video, `(H, W, 3)` uint8 each; they are looked at one after the other.
         where: the video's name, for the error's text.
+
+    Yields:
+        after each frame: long videos take long, and whoever waits is to see that it goes on.
+
+    Returns:
+        the part.
 
     Raises:
         UserError: hardly anything would be left.
@@ -46,6 +52,7 @@ def find_letterbox(frames: Iterable[np.ndarray], *, where: str = "the video") ->
         np.maximum(brightest, frame, out=brightest)
         areas = np.minimum(frame, cv2.blur(frame, (3, 3), borderType=cv2.BORDER_REPLICATE))
         np.maximum(brightest_areas, areas, out=brightest_areas)
+        yield
     height, width = brightest.shape[:2]
     content = ((brightest > NOISE_BRIGHTNESS) | (brightest_areas > BAR_BRIGHTNESS)).any(axis=2)
     left, right = _bars(content.any(axis=0))

@@ -4,6 +4,7 @@ files that it was made from. Parts are made by processes of this rank; what is i
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import time
@@ -20,6 +21,7 @@ import numpy as np
 from dreamdance.crew import Crew
 from dreamdance.data.schema import COLUMNS, SCHEMA_VERSION, pack_frames, pack_keypoints
 from dreamdance.data.streaming_compat import INDEX_FILE, MDSWriter
+from dreamdance.data.warnings_once import held_warnings, warn_once
 from dreamdance.data.worker_processes import start_worker, worker_context
 from dreamdance.errors import LostWorkerError, ShardError, UserError, may_pass
 from dreamdance.file_states import FileState, read_state
@@ -28,6 +30,8 @@ PARTS_FOLDER = ".parts"
 NOTE_FILE = "source.json"
 HASHES = ["sha1", "xxh64"]
 POLL_SECONDS = 0.2
+BEAT_SECONDS = 0.5
+LOOK_SECONDS = 5.0
 
 OnError = Literal["stop", "skip"]
 
@@ -86,10 +90,13 @@ class PartSource:
 
 @dataclass(frozen=True)
 class Part:
-    """Clips that one worker writes together: `make` is called there, and must be picklable."""
+    """Clips that one worker writes together: `make` is called there, and must be picklable.
+
+    What it yields as None is no clip, but a sign that it works on one, however long that takes.
+    """
 
     name: str
-    make: Callable[[], Iterator[ClipRecord]]
+    make: Callable[[], Iterator[ClipRecord | None]]
     source: PartSource | None = None
 
 
@@ -173,7 +180,8 @@ def write_part(
     shard_format: ShardFormat,
     *,
     on_error: OnError = "stop",
-    on_clip: Callable[[], None] | None = None,
+    on_clip: Callable[[], None] = lambda: None,
+    on_sign: Callable[[], None] = lambda: None,
 ) -> str | None:
     """Writes one part under a temporary name and renames it.
 
@@ -184,6 +192,7 @@ def write_part(
         on_error: what becomes of a part whose source is damaged: with `stop` nothing is left of it, with `skip` a part
             without clips that notes the damage.
         on_clip: called after each clip, for the watchdog.
+        on_sign: called now and then while files are read and no clip comes.
 
     Returns:
         The damage, or None.
@@ -191,10 +200,14 @@ def write_part(
     target = part_folder(folder, part)
     incoming = target.with_name(f".{part.name}.{os.getpid()}")
     shutil.rmtree(incoming, ignore_errors=True)
-    states = {} if part.source is None else {path.name: read_state(path) for path in part.source.files}
-    damage = _write_clips(incoming, part, shard_format, on_clip)
-    if part.source is not None and damage is None:
-        changed = [path.name for path in part.source.files if read_state(path, states[path.name]) != states[path.name]]
+    incoming.mkdir(parents=True)
+    beat = _beat(incoming, on_sign)
+    files = () if part.source is None else part.source.files
+    states = {path.name: read_state(path, on_block=beat) for path in files}
+    damage = _write_clips(incoming, part, shard_format, on_clip, beat)
+    if damage is None:
+        now = {path.name: read_state(path, states[path.name], on_block=beat) for path in files}
+        changed = [name for name, state in now.items() if state != states[name]]
         damage = f"{', '.join(changed)} changed while it was read" if changed else None
     if damage is not None:
         shutil.rmtree(incoming)
@@ -212,8 +225,22 @@ def write_part(
     return damage
 
 
+def _beat(incoming: Path, on_sign: Callable[[], None]) -> Callable[[], None]:
+    """What may be called as often as one likes, to show here and to other processes that a part is in hand."""
+    last = -math.inf
+
+    def beat() -> None:
+        nonlocal last
+        if (now := time.monotonic()) - last > BEAT_SECONDS:
+            last = now
+            os.utime(incoming)
+            on_sign()
+
+    return beat
+
+
 def _write_clips(
-    incoming: Path, part: Part, shard_format: ShardFormat, on_clip: Callable[[], None] | None
+    incoming: Path, part: Part, shard_format: ShardFormat, on_clip: Callable[[], None], beat: Callable[[], None]
 ) -> str | None:
     """Writes a part's clips; returns what is wrong with its source, if anything."""
     writer = MDSWriter(
@@ -226,10 +253,12 @@ def _write_clips(
     damage = None
     try:
         for record in part.make():
+            if record is None:
+                beat()
+                continue
             writer.write(record.to_sample())
             os.utime(incoming)  # for who watches from another process
-            if on_clip is not None:
-                on_clip()
+            on_clip()
     except UserError as error:
         if part.source is None or may_pass(error):
             raise
@@ -261,9 +290,14 @@ def write_parts(
     for part in parts:
         if crew.is_called_off():
             return
-        crew.watchdog.enter("making a clip", f"the first of {part.name}", is_measured=True)
         on_clip = partial(crew.watchdog.enter, "making a clip", f"of {part.name}", is_measured=True)
-        yield part, write_part(folder, part, shard_format, on_error=on_error, on_clip=on_clip)
+        # Not "making a clip": that is measured, and what precedes the first one of a video may take any time.
+        on_sign = partial(crew.watchdog.enter, "reading files up to their first clip", part.name)
+        if part.source is None:
+            on_clip()
+        else:
+            on_sign()
+        yield part, write_part(folder, part, shard_format, on_error=on_error, on_clip=on_clip, on_sign=on_sign)
 
 
 def _write_in_processes(
@@ -272,29 +306,37 @@ def _write_in_processes(
     num_workers, coming = min(num_workers, len(parts)), list(reversed(parts))
     context = worker_context(__name__)
     with ProcessPoolExecutor(num_workers, mp_context=context, initializer=start_worker) as pool:
-        in_hand: dict[Future[str | None], Part] = {}
+        in_hand: dict[Future[tuple[str | None, list[str]]], Part] = {}
         sign, since = 0, time.monotonic()
+        looked, between_looks = since, min(LOOK_SECONDS, crew.stall_seconds / 4)
         try:
             while True:
                 while coming and len(in_hand) < num_workers and not crew.is_called_off():
                     part = coming.pop()
-                    in_hand[pool.submit(write_part, folder, part, shard_format, on_error=on_error)] = part
+                    in_hand[pool.submit(_write_for_another, folder, part, shard_format, on_error)] = part
                 if not in_hand:
                     return
                 crew.watchdog.enter("waiting for its own processes", f"{len(in_hand)} parts are in hand")
                 done, _ = wait(in_hand, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-                newest = max(_signs_of_life(folder, parts), default=0)
-                if done or newest != sign:
-                    sign, since = newest, time.monotonic()
-                elif time.monotonic() - since > crew.stall_seconds:
-                    raise LostWorkerError(
-                        f"{len(in_hand) + len(coming)} parts of {folder} are missing and not one clip was made for "
-                        f"{crew.stall_seconds:.0f} s (`cluster.collective_timeout_seconds`): a process or the storage "
-                        "hangs, or a clip is too large"
-                    )
+                now = time.monotonic()
+                if done:
+                    since = now
+                elif now - looked > between_looks:
+                    looked, newest = now, max(_signs_of_life(folder, parts), default=0)
+                    if newest != sign:
+                        sign, since = newest, now
+                    elif now - since > crew.stall_seconds:
+                        raise LostWorkerError(
+                            f"{len(in_hand) + len(coming)} parts of {folder} are missing and not one clip was made for "
+                            f"{crew.stall_seconds:.0f} s (`cluster.collective_timeout_seconds`): a process or the "
+                            "storage hangs, or a clip is too large"
+                        )
                 crew.check()
                 for future in done:
-                    yield in_hand.pop(future), future.result()
+                    damage, warnings = future.result()
+                    for text in warnings:
+                        warn_once(text)
+                    yield in_hand.pop(future), damage
         except (LostWorkerError, GeneratorExit):
             for process in pool._processes.values():  # else the pool would wait for what they have in hand
                 process.kill()
@@ -307,8 +349,16 @@ def _write_in_processes(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _write_for_another(
+    folder: Path, part: Part, shard_format: ShardFormat, on_error: OnError
+) -> tuple[str | None, list[str]]:
+    """What a worker does: returns the damage, and the warnings, which the parent logs: it may have done so before."""
+    with held_warnings() as warnings:
+        return write_part(folder, part, shard_format, on_error=on_error), warnings
+
+
 def _signs_of_life(folder: Path, parts: Sequence[Part]) -> Iterator[int]:
-    """When the last clip of each part in hand was written; nanoseconds since 1970."""
+    """When each part in hand last got a clip, or a sign that one is made; nanoseconds since 1970."""
     own = {part.name for part in parts}
     for entry in os.scandir(folder / PARTS_FOLDER):
         if entry.name.startswith(".") and entry.name.split(".")[1] in own:

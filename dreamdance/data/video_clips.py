@@ -5,7 +5,7 @@ All videos of a clip are cut at the same times, cropped to the same part and bro
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from dreamdance.data.cropping import Crop, centred_crop
-from dreamdance.data.letterbox import letterbox_of
+from dreamdance.data.letterbox import search_letterbox
 from dreamdance.data.shard_parts import ClipRecord
 from dreamdance.data.transforms import pictures_to_tensor, resize_normals, tensor_to_pictures
 from dreamdance.data.video_io import VideoInfo, iterate_frames
@@ -79,8 +79,8 @@ class VideoPart:
     clip_id: str
     split: Split
 
-    def __call__(self) -> Iterator[ClipRecord]:
-        """Yields the clips.
+    def __call__(self) -> Iterator[ClipRecord | None]:
+        """Yields the clips; before them None for each frame that is searched for black bars.
 
         Raises:
             VideoError: a video cannot be decoded, or is not aligned with the pictures.
@@ -97,7 +97,7 @@ class VideoPart:
                 self.source.min_clip_frames,
             )
             return
-        part = self._find_part(rgb)
+        part = yield from self._find_part(rgb)
         for number, (first, piece) in enumerate(pieces):
             times = rgb.times(piece)
             pictures = {
@@ -118,13 +118,13 @@ class VideoPart:
                 },
             )
 
-    def _find_part(self, rgb: VideoInfo) -> Crop:
+    def _find_part(self, rgb: VideoInfo) -> Generator[None, None, Crop]:
         """The part of the frame that is kept: the recipe's or what is no black bar, then centred to the aspect."""
         part = Crop(left=0, top=0, width=rgb.width, height=rgb.height)
         if self.source.crop is not None:
             part = Crop(*self.source.crop)
         elif self.source.crop_letterbox:
-            part = letterbox_of(rgb)
+            part = yield from search_letterbox(iterate_frames(rgb), where=str(rgb.path))
         if self.source.width is not None and self.source.height is not None:
             centred = centred_crop(part.width, part.height, to_width=self.source.width, to_height=self.source.height)
             part = centred.within(part)

@@ -4,7 +4,6 @@ The matrix from YUV to RGB and the range are the file's tags; without tags BT.60
 whatever the size. Videos of high dynamic range are refused: there is no single right way to show them.
 """
 
-import logging
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -20,8 +19,7 @@ from av.video.stream import VideoStream
 
 from dreamdance.data.video_container import MAX_FRAME_PIXELS, VideoError
 from dreamdance.data.video_names import printable
-
-logger = logging.getLogger(__name__)
+from dreamdance.data.warnings_once import warn_once
 
 HIGH_DYNAMIC_RANGE = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
 TONE_MAP = (
@@ -125,8 +123,6 @@ class Display:
             )
         display = cls(path, width, height, scaled_width, scaled_height, Orientation.of(frame, path))
         FrameConverter(display).show(frame, number=0)
-        if frame.interlaced_frame:
-            _warn_of_interlacing(path)
         return display
 
     @property
@@ -144,7 +140,7 @@ class FrameConverter:
         self._scaler: _Scaler | None = None
 
     def show(self, frame: av.VideoFrame, *, number: int) -> np.ndarray:
-        """The frame as a player shows it, `(H, W, 3)` uint8, at the size of the first one.
+        """The frame as a player shows it, `(H, W, 3)` uint8, at the size of the first one; warns if it is interlaced.
 
         Raises:
             VideoError: high dynamic range, or another aspect than the first frame's.
@@ -167,6 +163,11 @@ class FrameConverter:
                 f"{display.path}: frame {number} is stored as {frame.width}x{frame.height}, the first as "
                 f"{display.stored_width}x{display.stored_height}; a size may change on the way, an aspect may not. "
                 "Cut the video where it changes"
+            )
+        if frame.interlaced_frame:  # of some videos not the first ones
+            warn_once(
+                f"{printable(display.path)} is interlaced: what moves shows combs, which a network learns. "
+                "Deinterlace it: ffmpeg -i IN -vf bwdif=send_frame -crf 12 OUT.mp4"
             )
         if self._scaler is None or not self._scaler.takes(frame):
             self._scaler = _Scaler(frame, display.scaled_width, display.scaled_height)
@@ -202,15 +203,6 @@ class _Scaler:
 
 def _kind_of(frame: av.VideoFrame) -> tuple[object, ...]:
     return frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range
-
-
-@cache
-def _warn_of_interlacing(path: Path) -> None:
-    logger.warning(
-        "%s is interlaced: what moves shows combs, which a network learns. Deinterlace it: "
-        "ffmpeg -i IN -vf bwdif=send_frame -crf 12 OUT.mp4",
-        printable(path),
-    )
 
 
 def _to_bt709(picture: np.ndarray, primaries: ColorPrimaries) -> np.ndarray:

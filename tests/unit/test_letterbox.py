@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from dreamdance.data.cropping import Crop
-from dreamdance.data.letterbox import find_letterbox, letterbox_of
-from dreamdance.data.video_io import probe_video, read_frames, write_video
+from dreamdance.data.letterbox import find_letterbox
+from dreamdance.data.video_io import iterate_frames, probe_video, read_frames, write_video
 from dreamdance.errors import UserError
 
 NUM_FRAMES, HEIGHT, WIDTH = 62, 64, 48
@@ -60,7 +60,7 @@ def test_the_tip_of_a_finger_is_kept():
 def test_bars_of_a_compressed_video_are_found_but_for_what_rings_beside_the_picture(tmp_path, crf):
     write_video(tmp_path / "clip.mp4", stage_frames(20), fps=8, crf=crf)
     video = probe_video(tmp_path / "clip.mp4")
-    crop = letterbox_of(video)
+    crop = find_letterbox(iterate_frames(video))
     assert bright_pixels_outside(read_frames(video), crop) == 0
     assert STAGE.left - 8 <= crop.left <= STAGE.left
     assert STAGE.top - 8 <= crop.top <= STAGE.top

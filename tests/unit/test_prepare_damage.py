@@ -4,19 +4,22 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from known_videos import known_frames, write_by_ffmpeg
 from random_shards import random_clip
 from video_folders import damage, stored, videos_recipe, write_videos
 
+from dreamdance.data import video_opening
 from dreamdance.data.prepare import prepare
 from dreamdance.data.shard_parts import ClipRecord, Part, PartSource, ShardFormat, read_note, write_part
 from dreamdance.data.video_io import VideoError, read_frames, write_video
 from dreamdance.data.video_opening import check_videos
-from dreamdance.errors import ShardError
+from dreamdance.errors import LostWorkerError, ShardError
 from dreamdance.launch.prepared import is_prepared
 from dreamdance.recipe.schema import VideosSource
 
@@ -276,3 +279,41 @@ def test_a_video_that_changes_while_it_is_read_is_not_taken(tmp_path, on_error):
     assert left.exists() == (on_error == "skip")
     assert not list((tmp_path / ".parts").rglob("*.mds*")), "nothing of it is kept"
     assert on_error == "stop" or read_note(left).damage == damage
+
+
+def test_an_error_while_videos_are_opened_leaves_the_rest_unopened(tmp_path, monkeypatch):
+    write_videos(tmp_path, "clip_00", num_frames=4)
+    names = [f"clip_{number:02d}" for number in range(40)]
+    for name in names[1:]:
+        for modality in ("rgb", "pose"):
+            os.link(tmp_path / f"clip_00.{modality}.mp4", tmp_path / f"{name}.{modality}.mp4")
+    opened, probe = [], video_opening.probe_video
+    monkeypatch.setattr(
+        video_opening, "probe_video", lambda path: opened.append(path) or time.sleep(0.01) or probe(path)
+    )
+
+    def lose(number: int) -> None:
+        raise LostWorkerError("a rank is lost")
+
+    with pytest.raises(LostWorkerError):
+        check_videos(VideosSource(folder=str(tmp_path)), names, num_threads=2, on_video=lose)
+    assert len(opened) < 20
+
+
+@pytest.mark.slow
+def test_an_interlaced_video_is_named_once_though_several_processes_read_it(tmp_path, caplog, capfd):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    options = "-c:v libx264 -pix_fmt yuv420p -flags +ildct+ilme -x264-params tff=1"
+    for modality in ("rgb", "pose"):
+        write_by_ffmpeg(folder / f"a.{modality}.mp4", known_frames(20), options)
+    recipe = videos_recipe(
+        tmp_path / "data", folder, split_by="time", validation_fraction=0.5, crop_letterbox=False, num_workers=2
+    )
+    write_videos(folder, "b")  # with one part, no process would be started
+    prepare(recipe, tmp_path / "run")
+    warnings = [record.getMessage() for record in caplog.records if "interlaced" in record.getMessage()]
+    assert sorted(text.partition(" is interlaced")[0] for text in warnings) == [
+        str(folder / f"a.{modality}.mp4") for modality in ("pose", "rgb")
+    ]
+    assert "interlaced" not in capfd.readouterr().err, "a worker has written past the log"

@@ -13,12 +13,15 @@ import pytest
 from fault_log import record_fault
 from random_shards import random_clips, random_parts
 from struck_shares import STEP_TIMEOUT_SECONDS, Strike, strike_and_start_again
+from video_folders import videos_recipe, write_videos
 
 from dreamdance.crew import Crew
 from dreamdance.data import shard_writer
 from dreamdance.data.prepare import prepare
-from dreamdance.data.shard_writer import ClipRecord, Part, ShardFormat, write_shards
+from dreamdance.data.shard_writer import ClipRecord, Part, PartSource, ShardFormat, write_shards
+from dreamdance.data.video_clips import VideoPart
 from dreamdance.errors import LostWorkerError, ShardError
+from dreamdance.file_states import read_state
 from dreamdance.folder_claim import OutputError, claim_folder
 from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import PrepareRecipe
@@ -168,3 +171,60 @@ def test_an_output_that_another_run_prepares_is_refused(tmp_path, monkeypatch):
         "train",
         "validation",
     ]
+
+
+@dataclass(frozen=True)
+class LongSearch:
+    """As a long video whose frames are all searched for black bars: its clip comes later than the time-out allows."""
+
+    seconds: float
+    first: int
+
+    def __call__(self) -> Iterator[ClipRecord | None]:
+        end = time.monotonic() + self.seconds
+        while time.monotonic() < end:
+            time.sleep(0.02)
+            yield None
+        yield from random_clips(range(self.first, self.first + 1))
+
+
+def long_searches(folder: Path, *, seconds: float) -> list[Part]:
+    files = [folder / f"{name}.rgb.mp4" for name in "ab"]
+    for file in files:
+        file.write_bytes(b"a video")
+    return [
+        Part(file.name[0], LongSearch(seconds, number), PartSource(file.name[0], file.name[0], (file,)))
+        for number, file in enumerate(files)
+    ]
+
+
+def test_a_search_that_goes_on_is_no_hang_in_this_process(tmp_path, monkeypatch):
+    ends = []
+    monkeypatch.setattr("dreamdance.watchdog.end_now", lambda logger, text, *rest, **options: ends.append(rest))
+    cluster = Cluster(step_timeout_seconds=1, collective_timeout_seconds=1)
+    with Crew(Ranks(), cluster=cluster) as crew:
+        write(tmp_path / "shards", long_searches(tmp_path, seconds=2.2), crew=crew)
+    assert ends == []
+    assert (tmp_path / "shards" / "index.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_search_that_goes_on_is_no_hang_in_workers(tmp_path):
+    crew = Crew(Ranks(), cluster=Cluster(step_timeout_seconds=1, collective_timeout_seconds=5))
+    write(tmp_path / "shards", long_searches(tmp_path, seconds=8.0), num_workers=2, crew=crew)
+    assert (tmp_path / "shards" / "index.json").is_file()
+
+
+def test_a_video_shows_a_sign_of_life_for_every_frame_of_its_letterbox(tmp_path):
+    write_videos(tmp_path, "a", num_frames=20)
+    made = list(VideoPart(videos_recipe(tmp_path / "data", tmp_path).videos, "a", "a", "train")())
+    assert [one is None for one in made] == [True] * 20 + [False] * 3
+
+
+def test_hashing_a_large_file_shows_that_it_goes_on(tmp_path):
+    (tmp_path / "large").write_bytes(bytes(5 << 20))
+    signs = []
+    state = read_state(tmp_path / "large", on_block=lambda: signs.append(1))
+    assert len(signs) >= 5
+    assert state.sha256 == sha256(bytes(5 << 20)).hexdigest()
+    assert read_state(tmp_path / "large", state, on_block=lambda: signs.append(1)) is state

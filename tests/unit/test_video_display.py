@@ -248,3 +248,17 @@ def test_written_files_have_the_mode_of_the_umask(tmp_path):
         "clip.mp4": 0o640,
         "clip.mkv": 0o640,
     }
+
+
+def test_a_video_that_is_interlaced_after_its_beginning_is_named(tmp_path, caplog):
+    coded = b""
+    for name, options in (("film", ""), ("tv", "-flags +ildct+ilme -x264-params tff=1")):
+        write_by_ffmpeg(tmp_path / f"{name}.h264", known_frames(4), f"{X264} -bf 0 -pix_fmt yuv420p {options}")
+        coded += (tmp_path / f"{name}.h264").read_bytes()
+    (tmp_path / "both.h264").write_bytes(coded)
+    path = tmp_path / "both.mp4"
+    run_ffmpeg(["-f", "h264", "-i", str(tmp_path / "both.h264"), "-c", "copy", str(path)])
+    assert counters(read_frames(path, [0, 1, 2])) == [0, 1, 2]
+    assert "interlaced" not in caplog.text
+    assert counters(read_frames(path)) == [0, 1, 2, 3] * 2
+    assert f"{path} is interlaced" in caplog.text
