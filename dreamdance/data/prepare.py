@@ -6,6 +6,8 @@ with a reference picture and its poses in `output/examples/<clip>`.
 
 import json
 import logging
+import math
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -46,6 +48,7 @@ from dreamdance.run_layout import ProgressLog
 logger = logging.getLogger(__name__)
 
 REPORT_EVERY = 50
+LOOK_SECONDS = 3.0
 
 
 def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
@@ -184,11 +187,12 @@ def open_missing(
     progress: ProgressLog,
 ) -> dict[str, str]:
     """Opens the videos of this rank's missing parts; returns what is wrong with which."""
+    missing = {split: set(survey.missing) for split, survey in surveys.items()}
     wanted = {
         part.source.name
         for split, folder in folders.items()
         for part in folder.parts
-        if part.source is not None and part.name in set(surveys[split].missing)
+        if part.source is not None and part.name in missing[split]
     }
 
     def report(number: int) -> None:
@@ -215,11 +219,15 @@ def write_missing(
     Returns:
         What was found damaged while it was decoded, of all ranks: name -> reason.
     """
-    total, damaged, last = sum(len(folder.parts) for folder in folders.values()), dict[str, str](), -1
+    total, damaged = sum(len(folder.parts) for folder in folders.values()), dict[str, str]()
+    last, looked = -1, -math.inf
 
     def report(message: str) -> None:
-        nonlocal last
-        done = sum(folder.num_there() for folder in folders.values()) if crew.ranks.is_main else last
+        nonlocal last, looked
+        if not crew.ranks.is_main or time.monotonic() - looked < LOOK_SECONDS:
+            return
+        looked = time.monotonic()
+        done = sum(folder.num_there() for folder in folders.values())  # lists folders
         if done != last:
             progress.write(done=done, total=total, unit="parts", message=message)
         last = done
