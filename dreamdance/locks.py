@@ -2,7 +2,7 @@
 
 Some file systems have none (Lustre without `flock`, some FUSE mounts, NFS without its lock service). There a file that
 only one can make says who has the lock; its holder touches it as long as it lives, and when that stops another process
-takes it over. No torch here.
+takes it over. Machines' clocks are never compared: some file systems stamp files by the toucher's. No torch here.
 """
 
 import contextlib
@@ -107,7 +107,7 @@ def _made_file(path: Path, give_up: float) -> Iterator[None]:
 
     def beat() -> None:
         while not over.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # storage that stumbles: silence is all that it can make of it
+            with contextlib.suppress(OSError):  # the storage fails for a moment: the next beat may succeed
                 os.utime(handle)
 
     thread = threading.Thread(target=beat, name="lock", daemon=True)
@@ -123,46 +123,65 @@ def _made_file(path: Path, give_up: float) -> Iterator[None]:
 
 
 def _make(path: Path, give_up: float) -> int:
+    holder, guard = _Watched(path), _Watched(path.with_name(f"{path.name}.taken"))
     first = _look(path)
     while True:
         with contextlib.suppress(FileExistsError):
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             os.write(handle, f"{socket.gethostname()} process {os.getpid()}".encode())
             return handle
-        if _is_silent(path):
-            _take_over(path)
-        elif time.monotonic() >= give_up and _look(path) not in (None, first):  # else it may soon count as lost
+        if holder.is_lost():
+            _take_over(holder, guard)
+        elif time.monotonic() >= give_up and holder.look not in (None, first):  # else it may soon count as lost
             raise HeldLockError(f"{_holder(path)} holds {path}")
         else:
             time.sleep(SLOW_POLL_SECONDS)
 
 
-def _take_over(path: Path) -> None:
+class _Watched:
+    """Another process's file: whether its stamp changes, by this process's own clock.
+
+    Attributes:
+        look: how it was found last; None if it was gone.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.look: tuple[int, int] | None = None
+        self._silent_seconds = 0.0
+        self._looked_at = time.monotonic()
+
+    def is_lost(self) -> bool:
+        """Whether its process gave no sign for long; to be called again and again."""
+        before, self.look = self.look, _look(self.path)
+        now = time.monotonic()
+        # Between two looks, this process may have been stopped together with the other one: that is no silence.
+        elapsed, self._looked_at = min(now - self._looked_at, BEAT_SECONDS), now
+        self._silent_seconds = self._silent_seconds + elapsed if self.look == before else 0.0
+        return self.look is not None and self._silent_seconds > SILENT_SECONDS
+
+
+def _take_over(lost: _Watched, guard: _Watched) -> None:
     """Removes a lost process's file; of several that want to, one at a time looks again and does."""
-    guard = path.with_name(f"{path.name}.taken")
     try:
-        os.close(os.open(guard, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+        os.close(os.open(guard.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
     except FileExistsError:
-        if _is_silent(guard):  # its process was lost in the moment between these lines
-            guard.unlink(missing_ok=True)
+        if guard.is_lost():  # its process was lost in the moment between these lines
+            guard.path.unlink(missing_ok=True)
         time.sleep(POLL_SECONDS)
         return
     try:
-        if _is_silent(path):
-            logger.warning("%s gave no sign for %.0f s: its lock %s is taken over", _holder(path), SILENT_SECONDS, path)
-            path.unlink(missing_ok=True)
+        if _look(lost.path) == lost.look:
+            logger.warning(
+                "%s gave no sign for %.0f s: its lock %s is taken over", _holder(lost.path), SILENT_SECONDS, lost.path
+            )
+            lost.path.unlink(missing_ok=True)
     finally:
-        guard.unlink(missing_ok=True)
+        guard.path.unlink(missing_ok=True)
 
 
-def _is_silent(path: Path) -> bool:
-    """Whether a file was not touched for long. A stamp from the future says that the clock has been set back since."""
-    look = _look(path)
-    return look is not None and abs(file_system_time(path.parent) - look[1]) > SILENT_SECONDS
-
-
-def _look(path: Path) -> tuple[int, float] | None:
-    """Which file it is, and when it was touched; None if it is gone. Opening makes a network file system look anew."""
+def _look(path: Path) -> tuple[int, int] | None:
+    """Which file it is, and its stamp; None if it is gone. Opening it makes a network file system ask its server."""
     try:
         with path.open("rb") as file:
             state = os.fstat(file.fileno())
@@ -170,7 +189,7 @@ def _look(path: Path) -> tuple[int, float] | None:
         return None
     except PermissionError:
         state = path.stat()
-    return state.st_ino, state.st_mtime
+    return state.st_ino, state.st_mtime_ns
 
 
 def _holder(path: Path) -> str:

@@ -39,7 +39,7 @@ class Heartbeat:
 
     def _beat(self) -> None:
         while True:
-            with contextlib.suppress(OSError):  # storage that stumbles: silence is all that it can make of it
+            with contextlib.suppress(OSError):  # the storage fails for a moment: the next beat may succeed
                 self._file.touch()
             if self._over.wait(BEAT_SECONDS):
                 return
@@ -61,7 +61,7 @@ def silent_seconds(run_folder: Path) -> float:
 
 
 def _changed(path: Path) -> float:
-    """When a file was written last, or minus infinity. Opening it makes a network file system look anew."""
+    """When a file was written last, or minus infinity. Opening it makes a network file system ask its server."""
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_mtime
