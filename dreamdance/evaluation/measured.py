@@ -7,15 +7,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from dreamdance.crew import Crew
 from dreamdance.data.picture_grid import Row
 from dreamdance.data.shard_index import read_index
+from dreamdance.evaluation.clips import ResultError
 from dreamdance.evaluation.scores import Scores
 from dreamdance.file_notes import of_content, of_times, write_note
 from dreamdance.file_states import FileState, read_state
@@ -23,6 +26,7 @@ from dreamdance.recipe.schema import EvaluateRecipe
 from dreamdance.run_layout import ARRAYS_FILE, RESULT_FILE
 
 INDEX_FILE = "index.json"
+MAX_NAMES = 10
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,10 @@ class EvaluatedClip:
     files: dict[Path, FileState] = field(default_factory=dict)
 
 
-def read_files(result: Path) -> dict[Path, FileState]:
-    """The states of the files of a result that are measured, by absolute path."""
+def read_files(result: Path, known: Mapping[Path, FileState] = MappingProxyType({})) -> dict[Path, FileState]:
+    """The states of the files of a result that are measured, by absolute path; known ones are not read again."""
     paths = [(result / name).absolute() for name in (RESULT_FILE, ARRAYS_FILE)]
-    return {path: state for path in paths if (state := read_state(path)) is not None}
+    return {path: state for path in paths if (state := read_state(path, known.get(path))) is not None}
 
 
 def note_work(recipe: EvaluateRecipe, evaluated: Iterable[EvaluatedClip], run_folder: Path) -> None:
@@ -64,7 +68,10 @@ def note_work(recipe: EvaluateRecipe, evaluated: Iterable[EvaluatedClip], run_fo
 
 
 class MeasuredClips:
-    """A folder with a file for each clip that was measured, by the same recipe from the same inputs."""
+    """A folder with a file for each result that was measured, by the same recipe against the same truth.
+
+    The file's name depends on nothing else, so that all ranks look for the same one; what the result held is inside.
+    """
 
     def __init__(self, folder: Path, recipe: EvaluateRecipe) -> None:
         """Makes the folder.
@@ -81,10 +88,20 @@ class MeasuredClips:
         folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, result: Path) -> Path:
-        """Where a result's measurement lies: other inputs have another name, so an old one is not taken for it."""
-        content = [self._recipe, *self._truth, result.name, (result / RESULT_FILE).read_text(encoding="utf-8")]
-        content += map(str, of_times(result / ARRAYS_FILE).values()) if (result / ARRAYS_FILE).is_file() else []
+        """Where a result's measurement lies."""
+        content = [self._recipe, *self._truth, result.name]
         return self.folder / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()}.npz"
+
+    def holds(self, result: Path) -> bool:
+        """Whether a result was measured with the content that its files have now, at whatever times."""
+        if not self.path(result).is_file():
+            return False
+        with np.load(self.path(result), allow_pickle=False) as stored:
+            before = _files(json.loads(str(stored["text"])))
+        now = read_files(result, before)
+        return {path: state.sha256 for path, state in now.items()} == {
+            path: state.sha256 for path, state in before.items()
+        }
 
     def write(self, result: Path, clip: EvaluatedClip) -> None:
         """Keeps what was measured, whole or not at all."""
@@ -105,29 +122,52 @@ class MeasuredClips:
         with np.load(self.path(result), allow_pickle=False) as stored:
             text = json.loads(str(stored["text"]))
             pictures = [stored[f"picture_{number}"] for number in range(len(stored.files) - 1)]
-        states = {Path(path): FileState.from_json(state) for path, state in text["files"].items()}
-        files = {path: state for path, state in states.items() if state is not None}
-        return EvaluatedClip(text["scores"], Row(text["label"], pictures), text["num_frames"], files)
+        return EvaluatedClip(text["scores"], Row(text["label"], pictures), text["num_frames"], _files(text))
 
     def wait_for(self, results: Sequence[Path], crew: Crew, report: Callable[[int], None]) -> None:
-        """Until all are measured, by whichever rank.
+        """To be called by each rank after its share; the main rank returns when all are measured.
 
         Args:
-            results: their folders.
+            results: the folders of all.
             crew: the ranks that measure.
-            report: called with the number of those that are, whenever it has changed.
+            report: called on the main rank with the number of those that are through, whenever it has changed.
 
         Raises:
             LostWorkerError: a rank is lost.
+            ResultError: on the main rank: all shares are through, and results are not measured as they are now.
         """
-        paths = [self.path(result) for result in results]
         before = -1
-        while (done := sum(path.is_file() for path in paths)) < len(paths):
-            if done != before:
+
+        def report_change() -> None:
+            nonlocal before
+            if (done := crew.num_through()) != before:
                 report(done)
             before = done
-            crew.pause(f"other ranks have yet to measure {len(paths) - done} clips")
+
+        crew.gather("measured", on_wait=report_change)
+        if not crew.ranks.is_main:
+            return
+        others = []
+        for result in results:
+            crew.watchdog.enter("comparing a result with its measurement", result.name)
+            if not self.holds(result):
+                others.append(result.name)
+        if others:
+            raise ResultError(
+                f"{len(others)} of the {len(results)} results changed while they were measured ({_listed(others)}); "
+                "run evaluate again when nothing writes into them any more"
+            )
 
     def close(self) -> None:
         """Deletes everything, now that the table is written."""
         shutil.rmtree(self.folder)
+
+
+def _files(text: dict[str, Any]) -> dict[Path, FileState]:
+    states = {Path(path): FileState.from_json(state) for path, state in text["files"].items()}
+    return {path: state for path, state in states.items() if state is not None}
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = [f"and {len(names) - MAX_NAMES} more"] if len(names) > MAX_NAMES else []
+    return ", ".join([*(f"'{name}'" for name in names[:MAX_NAMES]), *more])

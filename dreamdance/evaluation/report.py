@@ -51,7 +51,7 @@ def evaluate(recipe: EvaluateRecipe, run_folder: Path) -> None:
 
     Raises:
         MissingInputError: no results, or none that has its truth.
-        ResultError: a result is damaged or does not fit the others or the truth.
+        ResultError: a result is damaged, changed meanwhile, or does not fit the others or the truth.
         LostWorkerError: another rank is lost.
     """
     ranks = Ranks.from_environment()
@@ -72,8 +72,8 @@ def evaluate(recipe: EvaluateRecipe, run_folder: Path) -> None:
         measured = MeasuredClips(run_folder / MEASURED_FOLDER, recipe)
         compared = Compared(recipe, folders, first, training_mean)
         found = measure_share(compared, measured, crew, progress)
+        measured.wait_for(found, crew, lambda done: progress.write(done=done, total=len(found), unit="clips"))
         if ranks.is_main:
-            measured.wait_for(found, crew, lambda done: progress.write(done=done, total=len(found), unit="clips"))
             crew.watchdog.enter("writing the table", str(run_folder))
             tabulate(compared, {folder.name: measured.read(folder) for folder in found}, run_folder, progress)
     if ranks.is_main:  # only now: had a rank been lost after its share, the next start would find all measured
@@ -115,7 +115,7 @@ def measure_share(compared: Compared, measured: MeasuredClips, crew: Crew, progr
         found.append(folders[clip.clip_id])
         if len(found) % crew.ranks.world_size != crew.ranks.rank:
             continue
-        is_new = not measured.path(found[-1]).is_file()
+        is_new = not measured.holds(found[-1])
         if is_new:
             files = read_files(found[-1])
             result = read_result(found[-1])
