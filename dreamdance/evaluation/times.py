@@ -6,8 +6,8 @@ from dreamdance.evaluation.clips import Result, ResultError
 
 logger = logging.getLogger(__name__)
 
-SAME_RATE = 0.002
-"""Rates that are nearer are one rate, written differently (29.97 and 30 frames per second)."""
+SAME_RATE_FRAMES = 0.5
+"""Rates that drift apart by less, over all frames that both have, are one rate, written differently (29.97 and 30)."""
 TOLERANCE_FRAMES = 0.1
 
 
@@ -26,7 +26,7 @@ def pair_frames(result: Result, *, num_frames: int, fps: float) -> list[tuple[in
         ResultError: the result has as many frames as the clip, but at another rate: which of both was meant?
     """
     ratio = fps / result.fps
-    if abs(ratio - 1) < SAME_RATE:
+    if abs(ratio - 1) * min(result.num_frames, num_frames) < SAME_RATE_FRAMES:
         ratio = 1.0
     elif result.num_frames == num_frames:
         raise ResultError(

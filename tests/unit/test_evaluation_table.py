@@ -288,5 +288,17 @@ def test_a_rate_written_in_two_ways_is_one_rate():
     assert pair_frames(blank_result(400, 29.97), num_frames=400, fps=30_000 / 1001) == long
 
 
+def test_rates_that_drift_apart_over_a_long_clip_are_two_rates():
+    """29.95 and 30 differ by 0.17 %: five frames after 3,000."""
+    pairs = pair_frames(blank_result(3000, 29.95), num_frames=3001, fps=30)
+    assert pairs[0] == (0, 0)
+    assert pairs[-1][1] - pairs[-1][0] == 5
+    assert max(abs(Fraction(frame) / Fraction("29.95") - Fraction(true, 30)) for frame, true in pairs) < Fraction(
+        1, 290
+    )
+    with pytest.raises(ResultError, match=r"plays the 3000 frames .* at 30 .* give 29\.97, and run animate"):
+        pair_frames(blank_result(3000, 30.0), num_frames=3000, fps=30_000 / 1001)
+
+
 def blank_result(num_frames: int, fps: float) -> Result:
     return Result("clip", Prediction(np.zeros((num_frames, 2, 2, 3), np.float32)), fps=fps, reference_frame=None)
