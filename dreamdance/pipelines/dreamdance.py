@@ -1,7 +1,7 @@
 """Both stages in one: a reference image and a pose sequence to frames, normals and depths (Eq. 2)."""
 
 from collections.abc import Sequence
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
@@ -24,6 +24,8 @@ from dreamdance.pipelines.outputs import DreamDanceOutput, Frames, check_output_
 from dreamdance.pipelines.sampling import Generators, SamplingPipeline, StepCallback
 
 GEOMETRY_PREFIX = "geometry_"
+
+Stage = TypeVar("Stage", bound=SamplingPipeline)
 
 
 class DreamDancePipeline(SamplingPipeline):
@@ -94,7 +96,7 @@ class DreamDancePipeline(SamplingPipeline):
             for name, component in self.components.items()
             if name.startswith(GEOMETRY_PREFIX)
         }
-        return GeometryPipeline(**components, **_default_size(self, GEOMETRY_PREFIX))
+        return self._with_progress_bar(GeometryPipeline(**components, **_default_size(self, GEOMETRY_PREFIX)))
 
     @property
     def animation(self) -> AnimationPipeline:
@@ -102,7 +104,12 @@ class DreamDancePipeline(SamplingPipeline):
         components = {
             name: component for name, component in self.components.items() if not name.startswith(GEOMETRY_PREFIX)
         }
-        return AnimationPipeline(**components, **_default_size(self))
+        return self._with_progress_bar(AnimationPipeline(**components, **_default_size(self)))
+
+    def _with_progress_bar(self, stage: Stage) -> Stage:
+        """Gives a stage what `set_progress_bar_config` was called with."""
+        stage.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
+        return stage
 
     @torch.no_grad()
     def __call__(

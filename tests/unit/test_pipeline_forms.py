@@ -231,6 +231,17 @@ class TestBothStages:
         torch.testing.assert_close(output.normals.norm(dim=2), torch.ones(1, 2, HEIGHT // 2, WIDTH // 2), rtol=1e-5,
                                    atol=0)  # fmt: skip
 
+    def test_both_stages_show_a_progress_bar_as_the_pipeline_is_configured(self, capsys):
+        stages = tiny_geometry_pipeline(), tiny_animation_pipeline()
+        shown = []
+        for options in ({"desc": "a dance", "disable": False}, {"disable": True}):
+            pipeline = DreamDancePipeline.from_stages(*stages)
+            pipeline.set_progress_bar_config(**options)
+            self.call(pipeline)
+            shown.append(capsys.readouterr().err)
+        assert shown[0].count("a dance: 100%") == 2
+        assert shown[1] == ""
+
     def test_each_stage_takes_its_own_number_of_steps_and_the_callback_sees_both(self, pipeline):
         seen = []
 
