@@ -154,7 +154,7 @@ def read_export(folder: Path, known: Mapping[Path, FileState]) -> dict[Path, Fil
 def hash_export(folder: Path, states: Mapping[Path, FileState]) -> str:
     """One sha256 over the names and contents of an export's files."""
     listing = [f"{path.relative_to(folder.absolute()).as_posix()} {state.sha256}" for path, state in states.items()]
-    return hashlib.sha256("\n".join(listing).encode()).hexdigest()
+    return hashlib.sha256("\n".join(listing).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _misfits(recipe: AnimateRecipe, animation: AnimationPipeline, geometry: GeometryPipeline | None) -> Iterator[str]:

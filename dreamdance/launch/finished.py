@@ -12,11 +12,17 @@ from dreamdance.recipe import AnimateRecipe, EvaluateRecipe, PrepareRecipe, Reci
 from dreamdance.run_layout import EXPORT_INDEX_FILE, FINISHED_FILE, RESULT_FILE, export_folder, is_export, step_folders
 
 
-def mark_finished(recipe: Recipe, run_folder: Path) -> bool:
-    """Writes `FINISHED`, unless the entry stopped early (training that was pre-empted returns before its last step)."""
+def mark_finished(recipe: Recipe, run_folder: Path, inputs: str) -> bool:
+    """Writes `FINISHED`, unless the entry stopped early (training that was pre-empted returns before its last step).
+
+    Args:
+        recipe: of the run.
+        run_folder: takes the file.
+        inputs: what `digest_inputs` gave before the entry began: what came later, the entry may not have seen.
+    """
     if isinstance(recipe, TrainingRecipe) and not export_folder(run_folder, recipe.max_steps).is_dir():
         return False
-    record = {"time": time.time(), "inputs": _inputs_digest(recipe, run_folder.parent)}
+    record = {"time": time.time(), "inputs": inputs}
     write_atomically(run_folder / FINISHED_FILE, json.dumps(record) + "\n")
     return True
 
@@ -34,10 +40,10 @@ def is_finished(recipe: Recipe, run_folder: Path) -> bool:
         return False
     if isinstance(recipe, AnimateRecipe | EvaluateRecipe) and not is_as_noted(run_folder):
         return False
-    return bool(json.loads(marker.read_text(encoding="utf-8"))["inputs"] == _inputs_digest(recipe, run_folder.parent))
+    return bool(json.loads(marker.read_text(encoding="utf-8"))["inputs"] == digest_inputs(recipe, run_folder.parent))
 
 
-def _inputs_digest(recipe: Recipe, runs: Path) -> str:
+def digest_inputs(recipe: Recipe, runs: Path) -> str:
     """Changes with what a run reads, as far as the run's own note of files does not know it."""
     parts: list[str] = []
     if isinstance(recipe, AnimateRecipe):
@@ -50,7 +56,7 @@ def _inputs_digest(recipe: Recipe, runs: Path) -> str:
         parts += found  # the contents are noted
     elif isinstance(recipe, PrepareRecipe) and recipe.videos is not None:
         parts += describe_videos(Path(recipe.videos.folder))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _weights(name: str, runs: Path) -> list[str]:

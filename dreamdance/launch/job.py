@@ -5,6 +5,7 @@ It sets the ranks' environment, resolves the task's entry point by name and call
 
 import contextlib
 import ctypes
+import io
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ from dreamdance.atomic_files import write_atomically
 from dreamdance.errors import UserError, may_pass
 from dreamdance.forced_exit import LAST_WORDS_SECONDS, end_now
 from dreamdance.launch.fence import Fence
-from dreamdance.launch.finished import mark_finished
+from dreamdance.launch.finished import digest_inputs, mark_finished
 from dreamdance.launch.requirements import refuse_missing
 from dreamdance.launch.run_folder import record_job, stored_recipe
 from dreamdance.ranks import START, Ranks
@@ -74,6 +75,8 @@ class Job:
                     Ranks.from_environment().take_gpu()
                     _set_float32_products(tf32=recipe.tf32)
                 refuse_missing(recipe)
+                # Before the entry looks at any of them: what comes later is not taken for done.
+                inputs = digest_inputs(recipe, self.run_folder.parent) if rank == 0 else ""
                 entry = pkgutil.resolve_name(ENTRIES[recipe.task])
                 entry(recipe, self.run_folder)
         except UserError as error:
@@ -84,7 +87,7 @@ class Job:
             record_failure(self.run_folder, job_id, rank, traceback.format_exc(), user_error=False)
             raise
         if rank == 0:
-            mark_finished(recipe, self.run_folder)
+            mark_finished(recipe, self.run_folder, inputs)
 
 
 def set_environment(recipe: Recipe, *, logs: Path | None = None) -> str:
@@ -223,6 +226,8 @@ def _log_to_console(rank: int, world_size: int) -> None:
     name = f"[rank {rank}] " if world_size > 1 else ""
     level = logging.INFO if rank == 0 else logging.WARNING
     logging.getLogger("submitit").propagate = False  # it has a handler of its own
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     logging.basicConfig(
         level=level, stream=sys.stdout, force=True, format=f"%(asctime)s {name}%(levelname)s %(name)s: %(message)s"
     )

@@ -26,7 +26,7 @@ from dreamdance.errors import CheckpointError, ManifestError, MissingInputError,
 from dreamdance.inference.batch import AnimateError, animate
 from dreamdance.inference.inputs import Size, load_inputs
 from dreamdance.inference.manifest import read_manifest
-from dreamdance.launch.finished import is_finished, mark_finished
+from dreamdance.launch.finished import digest_inputs, is_finished, mark_finished
 from dreamdance.launch.job import free_port
 from dreamdance.provenance import code_version
 from dreamdance.recipe.schema import AnimateRecipe
@@ -172,7 +172,7 @@ def test_a_replaced_input_and_a_removed_result_are_noticed_by_launcher_and_run(j
         opened.save(job.folder / "a.bmp")  # of one size, whatever it shows
     job.entries[0]["image"] = "a.bmp"
     job.run()
-    mark_finished(job.recipe(), job.run_folder)
+    mark_finished(job.recipe(), job.run_folder, digest_inputs(job.recipe(), job.run_folder.parent))
     assert is_finished(job.recipe(), job.run_folder)
     first = job.ages()
 

@@ -6,21 +6,25 @@ import os
 import re
 import shutil
 import signal
+import time
 import zipfile
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from fault_log import record_fault
 from PIL import Image
-from struck_shares import STEP_TIMEOUT_SECONDS, Strike, strike_and_start_again
+from struck_shares import STEP_TIMEOUT_SECONDS, Strike, start, strike_and_start_again
 
+from dreamdance.crew import Crew
+from dreamdance.data.picture_grid import Row
 from dreamdance.data.prepare import prepare
 from dreamdance.data.schema import pack_frames
 from dreamdance.data.stored_clip import StoredClip
 from dreamdance.errors import MissingInputError
 from dreamdance.evaluation.clips import Prediction, Result, ResultError, open_clips, read_result, read_truth
-from dreamdance.evaluation.measured import MeasuredClips
+from dreamdance.evaluation.measured import EvaluatedClip, MeasuredClips, read_files
 from dreamdance.evaluation.report import evaluate, evaluate_clip
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table
 from dreamdance.evaluation.trivial import (
@@ -32,7 +36,8 @@ from dreamdance.evaluation.trivial import (
 )
 from dreamdance.inference.results import ClipResult
 from dreamdance.inference.results import write_result as write_clip_result
-from dreamdance.launch.finished import is_finished, mark_finished
+from dreamdance.launch.finished import digest_inputs, is_finished, mark_finished
+from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import EvaluateRecipe, PrepareRecipe
 from dreamdance.recipe.sections import Shards
 
@@ -247,20 +252,40 @@ def test_a_table_is_out_of_date_when_what_it_was_made_from_was_replaced(tmp_path
         write_result(tmp_path / "results", name, truth.pictures.frames)
     recipe = make_recipe(tmp_path, tmp_path / "data")
     run(tmp_path, tmp_path / "data")
-    mark_finished(recipe, tmp_path / "run")
+    mark_finished(recipe, tmp_path / "run", digest_inputs(recipe, tmp_path))
     assert is_finished(recipe, tmp_path / "run")
     shard = next(local.glob("*.zstd"))
     for path in (tmp_path / "results" / name / "arrays.npz", shard):
-        key = MeasuredClips(tmp_path / "measured", recipe).path(tmp_path / "results" / name)
         content, before = path.read_bytes(), path.stat()
         path.write_bytes(bytes(before.st_size))
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
         assert not is_finished(recipe, tmp_path / "run"), path
-        if path != shard:
-            assert MeasuredClips(tmp_path / "measured", recipe).path(tmp_path / "results" / name) != key
         path.write_bytes(content)
     run(tmp_path, tmp_path / "data")
     assert is_finished(recipe, tmp_path / "run")
+
+
+def test_a_measured_result_is_known_by_its_content_and_one_that_changed_meanwhile_is_named(tmp_path, data):
+    """A `chmod` or a hard link changes times; rank 0 must neither measure anew for that nor wait for ever."""
+    paths = [tmp_path / "results" / name for name in ("kept", "replaced")]
+    measured = MeasuredClips(tmp_path / "measured", make_recipe(tmp_path, data))
+    for path in paths:
+        write_result(path.parent, path.name, np.zeros((2, 4, 4, 3)))
+        assert not measured.holds(path)
+        measured.write(path, EvaluatedClip({RESULT_ROW: {"l1": 0.5}}, Row(path.name, []), 2, read_files(path)))
+        (path / "arrays.npz").chmod(0o640)
+        os.link(path / "result.json", tmp_path / f"{path.name}.json")
+        os.utime(path / "result.json")
+        assert measured.holds(path)
+    shown = []
+    with Crew(Ranks()) as crew:
+        measured.wait_for(paths, crew, shown.append)
+        arrays = paths[1] / "arrays.npz"
+        arrays.write_bytes(arrays.read_bytes()[:-1] + b"?")
+        assert not measured.holds(paths[1])
+        with pytest.raises(ResultError, match=r"1 of the 2 results changed while they were measured \('replaced'\)"):
+            measured.wait_for(paths, crew, shown.append)
+    assert measured.read(paths[0]).scores == {RESULT_ROW: {"l1": 0.5}}
 
 
 def test_results_without_truth_are_told_and_left_out(tmp_path, data, truths, caplog):
@@ -414,12 +439,36 @@ def test_where_there_are_masks_single_clips_are_compared_inside_the_body():
     assert [cell.strip() for cell in one.split("|")[2:-1]] == ["0.0100", "0.0200 (a)", "-", "-"]
 
 
+@dataclass(frozen=True)
+class ChangeTimes(Strike):
+    """Once the other rank has measured its two clips, files of all results change their times and rights."""
+
+    def __call__(self) -> None:
+        while len(list(self.flag.glob("run/measured/[!.]*.npz"))) < 2:
+            time.sleep(0.05)
+        for path in self.flag.glob("results/*/arrays.npz"):
+            path.chmod(0o640)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_rights_that_change_between_a_measurement_and_the_table_keep_no_rank_waiting(tmp_path, data, truths):
+    for name, truth in truths.items():
+        write_result(tmp_path / "results", name, truth.pictures.frames)
+    strike = ChangeTimes(rank=0, number=None, piece=1, flag=tmp_path)
+    with start(make_recipe(tmp_path, data), tmp_path, strike=strike) as ranks:
+        for process in ranks.processes:
+            process.join(60)
+            assert process.exitcode == 0, ranks.output()
+    assert set(json.loads((tmp_path / "run" / "table.json").read_text())["clips"]) == set(truths)
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("rank", "said"),
     [
-        (1, r"LostWorkerError: rank 1 has given no sign for \d+ s: other ranks have yet to measure 1 clips"),
+        (1, r"LostWorkerError: rank 1 has given no sign for \d+ s: 1 of 2 ranks are not through"),
         (0, r"(asking|meeting) the main rank .* has taken over \d+ s"),
     ],
     ids=["rank 1", "rank 0"],

@@ -9,7 +9,7 @@ import pytest
 
 from dreamdance.file_notes import of_content, write_note
 from dreamdance.file_states import read_state
-from dreamdance.launch.finished import is_finished, mark_finished
+from dreamdance.launch.finished import digest_inputs, is_finished, mark_finished
 from dreamdance.recipe import load_recipe
 from dreamdance.run_layout import export_folder
 
@@ -25,9 +25,9 @@ def run_folder(tmp_path):
 
 def test_training_that_was_stopped_early_is_not_marked(run_folder):
     recipe = load_recipe(DEMO / "stage2.yaml")
-    assert not mark_finished(recipe, run_folder)
+    assert not mark_finished(recipe, run_folder, digest_inputs(recipe, run_folder.parent))
     export_folder(run_folder, recipe.max_steps - 1).mkdir(parents=True)
-    assert not mark_finished(recipe, run_folder)
+    assert not mark_finished(recipe, run_folder, digest_inputs(recipe, run_folder.parent))
     assert not is_finished(recipe, run_folder)
 
 
@@ -35,14 +35,14 @@ def test_training_is_finished_with_the_export_of_its_last_step(run_folder):
     recipe = load_recipe(DEMO / "stage2.yaml")
     export_folder(run_folder, recipe.max_steps).mkdir(parents=True)
     assert not is_finished(recipe, run_folder), "a run killed between export and marker runs its end again"
-    assert mark_finished(recipe, run_folder)
+    assert mark_finished(recipe, run_folder, digest_inputs(recipe, run_folder.parent))
     assert is_finished(recipe, run_folder)
 
 
 def test_a_raised_max_steps_makes_a_finished_run_unfinished(run_folder):
     recipe = load_recipe(DEMO / "stage2.yaml")
     export_folder(run_folder, recipe.max_steps).mkdir(parents=True)
-    mark_finished(recipe, run_folder)
+    mark_finished(recipe, run_folder, digest_inputs(recipe, run_folder.parent))
     assert not is_finished(load_recipe(DEMO / "stage2.yaml", [f"max_steps={recipe.max_steps + 1}"]), run_folder)
 
 
@@ -66,12 +66,12 @@ def test_animate_runs_again_when_its_manifest_or_a_run_that_it_uses_has_changed(
     output.mkdir()
     recipe = load_recipe(DEMO / "animate.yaml", [f"manifest={manifest}", f"output={output}"])
     note(run_folder, picture)
-    mark_finished(recipe, run_folder)
+    mark_finished(recipe, run_folder, digest_inputs(recipe, run_folder.parent))
     assert is_finished(recipe, run_folder)
     with manifest.open("a") as lines:
         lines.write(json.dumps({"id": "b"}) + "\n")
     assert not is_finished(recipe, run_folder)
-    mark_finished(recipe, run_folder)
+    mark_finished(recipe, run_folder, digest_inputs(recipe, run_folder.parent))
     assert is_finished(recipe, run_folder)
     export_folder(run_folder.parent / recipe.animation_from, 7).mkdir(parents=True)
     assert not is_finished(recipe, run_folder)
@@ -84,13 +84,42 @@ def test_animate_runs_again_when_a_file_that_it_read_was_replaced_by_one_of_the_
     manifest.write_bytes(b"\xff what is no text is told when it runs\n")
     output.mkdir()
     recipe = load_recipe(DEMO / "animate.yaml", [f"manifest={manifest}", f"output={output}"])
-    mark_finished(recipe, run_folder)
+    mark_finished(recipe, run_folder, digest_inputs(recipe, run_folder.parent))
     assert not is_finished(recipe, run_folder), "nothing says what it was made from"
     note(run_folder, picture)
     assert is_finished(recipe, run_folder)
     times = picture.stat()
     picture.write_bytes(b"two picture")
     os.utime(picture, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert not is_finished(recipe, run_folder)
+
+
+@pytest.mark.parametrize("task", ["animate", "prepare", "evaluate"])
+def test_what_is_added_while_a_run_works_makes_it_unfinished(run_folder, tmp_path, picture, task):
+    output, given = tmp_path / "out", tmp_path / "given"
+    prepared(output)
+    given.mkdir()
+    words = {
+        "animate": [f"manifest={given / 'manifest.jsonl'}", f"output={output}"],
+        "prepare": [f"videos.folder={given}", f"output={output}"],
+        "evaluate": [f"results={given}"],
+    }
+    recipe = load_recipe(DEMO.parent / f"{task}.yaml", words[task])
+
+    def add(name: str) -> None:
+        with (given / "manifest.jsonl").open("a") as lines:
+            lines.write(json.dumps({"id": name}) + "\n")
+        (given / f"{name}.rgb.mp4").write_bytes(b"a dance")
+        (given / name).mkdir()
+        (given / name / "result.json").write_text("{}")
+
+    add("a")
+    inputs = digest_inputs(recipe, run_folder.parent)
+    note(run_folder, picture)
+    mark_finished(recipe, run_folder, inputs)
+    assert is_finished(recipe, run_folder)
+    add("late")
+    mark_finished(recipe, run_folder, inputs)
     assert not is_finished(recipe, run_folder)
 
 
@@ -102,7 +131,7 @@ def test_animate_is_finished_wherever_it_is_asked_from(run_folder, tmp_path, pic
     recipe = load_recipe(DEMO / "animate.yaml", [f"manifest={manifest}", f"output={output}"])
     (run_folder.parent / recipe.geometry_from / "exports" / "step_00000200").mkdir(parents=True)
     note(run_folder, picture)
-    assert mark_finished(recipe, run_folder)
+    assert mark_finished(recipe, run_folder, digest_inputs(recipe, run_folder.parent))
     monkeypatch.chdir(run_folder.parent.parent)
     assert is_finished(recipe, run_folder.relative_to(run_folder.parent.parent))
 
@@ -115,7 +144,7 @@ def test_animate_runs_again_when_an_export_that_it_is_given_as_a_folder_has_chan
     words = [f"manifest={tmp_path / 'none'}", f"output={output}", f"animation_from={index.parent}"]
     recipe = load_recipe(DEMO / "animate.yaml", words)
     note(run_folder, picture)
-    mark_finished(recipe, run_folder)
+    mark_finished(recipe, run_folder, digest_inputs(recipe, run_folder.parent))
     assert is_finished(recipe, run_folder)
     index.write_text('{"_class_name": "AnimationPipeline"}')
     assert not is_finished(recipe, run_folder)
@@ -128,7 +157,7 @@ def test_evaluate_runs_again_when_a_result_came_went_or_changed(run_folder, tmp_
         result.write_text("{}")
     recipe = load_recipe(DEMO / "evaluate.yaml", [f"results={tmp_path / 'results'}"])
     note(run_folder, *results)
-    mark_finished(recipe, run_folder)
+    mark_finished(recipe, run_folder, digest_inputs(recipe, run_folder.parent))
     (tmp_path / "results" / ".c.incoming").mkdir()
     (tmp_path / "results" / ".c.incoming" / "result.json").write_text("{}")
     assert is_finished(recipe, run_folder)
@@ -175,7 +204,7 @@ def test_prepare_is_not_finished_when_some_of_its_output_was_removed(run_folder,
     output = tmp_path / "data"
     prepared(output)
     recipe = load_recipe(DEMO / "prepare.yaml", [f"output={output}"])
-    mark_finished(recipe, run_folder)
+    mark_finished(recipe, run_folder, digest_inputs(recipe, run_folder.parent))
     assert is_finished(recipe, run_folder)
     path = output / removed
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -190,7 +219,7 @@ def test_prepare_runs_again_when_a_video_was_replaced_by_one_of_the_same_size_an
     (video.parent / "b.rgb.mp4").symlink_to("nowhere")  # is named when prepare runs, and is no reason to end here
     words = [f"output={tmp_path / 'data'}", f"videos.folder={video.parent}"]
     recipe = load_recipe(DEMO.parent / "prepare.yaml", words)
-    mark_finished(recipe, run_folder)
+    mark_finished(recipe, run_folder, digest_inputs(recipe, run_folder.parent))
     (video.parent / "._a.rgb.mp4").write_bytes(b"left by macOS")
     assert is_finished(recipe, run_folder)
     times, noted = video.stat(), read_state(video)
@@ -199,5 +228,5 @@ def test_prepare_runs_again_when_a_video_was_replaced_by_one_of_the_same_size_an
     video.write_bytes(b"two dance")
     os.utime(video, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert not is_finished(recipe, run_folder)
-    mark_finished(recipe, run_folder)
+    mark_finished(recipe, run_folder, digest_inputs(recipe, run_folder.parent))
     assert not is_finished(recipe, run_folder), "it was replaced after it had been read, while the run went on"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dreamdance.launch.fence import REPLACED_EXIT_CODE
-from dreamdance.launch.finished import mark_finished
+from dreamdance.launch.finished import digest_inputs, mark_finished
 from dreamdance.launch.job import record_failure
 from dreamdance.launch.local_controller import worst_code
 from dreamdance.launch.requeue import decide, read_failures, read_requeues, requeues_file
@@ -61,7 +61,7 @@ def test_a_training_that_was_asked_to_stop_goes_on_as_often_as_the_recipe_says(t
 def test_a_finished_training_does_not_start_again(run):
     recipe = load_recipe(run / RECIPE_FILE)
     export_folder(run, recipe.max_steps).mkdir(parents=True)
-    assert mark_finished(recipe, run)
+    assert mark_finished(recipe, run, digest_inputs(recipe, run.parent))
     assert not decide(run, 0).again
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dreamdance.errors import UserError
-from dreamdance.launch.finished import mark_finished
+from dreamdance.launch.finished import digest_inputs, mark_finished
 from dreamdance.launch.job import record_failure
 from dreamdance.launch.local_controller import status_file
 from dreamdance.launch.requeue import decide
@@ -117,7 +117,7 @@ def test_a_finished_run_stays_finished_whatever_its_last_job_says(runs: Path) ->
     run = make_run(runs, "stage2")
     recipe = load_recipe(run / RECIPE_FILE)
     export_folder(run, recipe.max_steps).mkdir(parents=True)
-    assert mark_finished(recipe, run)
+    assert mark_finished(recipe, run, digest_inputs(recipe, run.parent))
     submit(run)
     end(run, exit_code=1, first_failed_rank=0, rank_exit_codes=[1, -15])
     assert states(runs)["demo_stage2"] == "stage2 finished"

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from video_folders import damage, stored, write_videos
 
+from dreamdance.data import prepare
+from dreamdance.data.prepare import write_missing
 from dreamdance.launch.command import main
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +70,34 @@ def test_a_damaged_video_stops_a_run_is_skipped_by_it_then_repaired_and_then_rep
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert debug() == 1
     assert "\n  b.rgb.mp4 has changed\n" in failure()
+
+
+def test_a_name_that_is_no_text_is_skipped_and_the_run_is_finished(folder, capsys):
+    for kind in ("rgb", "pose"):
+        shutil.copy(
+            folder / "take #2" / f"a.{kind}.mp4", folder / "take #2" / os.fsdecode(b"d\xe9j\xe0.%s.mp4" % kind.encode())
+        )
+    assert debug("videos.on_error=skip") == 0
+    assert names("train", "validation") == set("abcd")
+    assert "d\\udce9j" in Path("out/damaged_videos.tsv").read_text()
+    capsys.readouterr()
+    assert debug("videos.on_error=skip") == 0
+    assert capsys.readouterr().out.startswith("prepare is finished: ")
+
+
+def test_a_video_that_is_added_while_the_others_are_written_is_not_taken_for_done(folder, capsys, monkeypatch):
+    def write_and_add(*arguments):
+        damaged = write_missing(*arguments)
+        write_videos(folder / "take #2", "late", seed=9)
+        return damaged
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(prepare, "write_missing", write_and_add)
+        assert debug() == 0
+    capsys.readouterr()
+    assert debug() == 1
+    assert "finished" not in capsys.readouterr().out
+    assert "\n  late was added\n" in failure()
 
 
 def on_two_ranks() -> subprocess.CompletedProcess[str]:
