@@ -101,7 +101,7 @@ class Crew:
             what: is missing, in words.
 
         Raises:
-            LostWorkerError: it is waited for in vain.
+            LostWorkerError: a rank is lost, so it will not come.
         """
         self.watchdog.enter("waiting for the other ranks", what)
         self.check(what)
@@ -119,10 +119,10 @@ class Crew:
             raise LostWorkerError(f"{self._lost}: {what}. What is done is kept, the next start does the rest")
 
     def gather(self, text: str, on_wait: Callable[[], None]) -> list[str]:
-        """On the main rank, what every rank tells, by rank, when all have; on the others nothing.
+        """On the main rank, the texts of all ranks, by rank, when all have given theirs; on the others nothing.
 
         Args:
-            text: what this one tells.
+            text: of this rank.
             on_wait: called now and then while others are still at work.
 
         Raises:
@@ -130,21 +130,21 @@ class Crew:
         """
         if self._store is None:
             return [text]
-        self._ask(lambda store: store.set(f"told/{self.ranks.rank}", text))
+        self._ask(lambda store: store.set(f"gathered/{self.ranks.rank}", text))
         if not self.ranks.is_main:
             return []
-        keys = [f"told/{rank}" for rank in range(self.ranks.world_size)]
+        keys = [f"gathered/{rank}" for rank in range(self.ranks.world_size)]
         while missing := sum(not self._has(key) for key in keys):
             on_wait()
             self.pause(f"{missing} of {len(keys)} ranks are not through")
         return [self._get(key) for key in keys]
 
     def exchange(self, name: str, text: str, on_wait: Callable[[], None] = lambda: None) -> list[str]:
-        """On every rank, what every rank tells under a name, by rank: nobody goes on before all have told.
+        """On every rank, the texts of all ranks, by rank: no rank goes on before all have given theirs.
 
         Args:
-            name: of what is told; another one each time.
-            text: what this rank tells.
+            name: of this exchange; another one each time.
+            text: of this rank.
             on_wait: called now and then while others are still at work.
 
         Raises:
@@ -161,7 +161,7 @@ class Crew:
         self._ask(lambda store: store.add(f"{name}/read", 1))
         # The store ends with the main rank: it may leave when everybody has read.
         while self.ranks.is_main and self._ask(lambda store: store.add(f"{name}/read", 0)) < len(keys):
-            self.pause(f"some ranks have not read what all told ({name})")
+            self.pause(f"some ranks have not read all texts ({name})")
         return texts
 
     def call_off(self) -> None:

@@ -19,7 +19,7 @@ from dreamdance.errors import UserError
 logger = logging.getLogger(__name__)
 
 MAX_PICTURE_PIXELS = 1 << 26
-PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # others run programs (EPS) or are read by code nobody reads
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # others run programs (EPS), or have little-tested readers
 
 Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
@@ -141,7 +141,7 @@ def _to_bytes(picture: Image.Image, name: str) -> Image.Image:
         )
     if picture.mode == "F":
         floats = np.asarray(picture)
-        if not (floats.min() >= 0 and floats.max() <= 1):  # so put, NaN is refused too
+        if not (floats.min() >= 0 and floats.max() <= 1):  # NaN fails every comparison: refused too
             raise PictureError(
                 f"{name} holds floats from {floats.min():.4g} to {floats.max():.4g}; floats in [0, 1] are accepted, or "
                 "8 or 16 bits per channel"

@@ -155,7 +155,7 @@ class FrameConverter:
         if frame.colorspace in FOREIGN_MATRICES:
             raise VideoError(
                 f"{display.path} stores its colours as {FOREIGN_MATRICES[frame.colorspace]}; RGB and YUV of BT.601, "
-                "BT.709 and BT.2020 are accepted. Convert it with a program that shows it rightly"
+                "BT.709 and BT.2020 are accepted. Convert it with a program that shows it correctly"
             )
         across, along = frame.width * display.stored_height, frame.height * display.stored_width
         if abs(across - along) > ASPECT_TOLERANCE * max(across, along):

@@ -121,6 +121,6 @@ def _checked(tensor: Tensor, name: str, ndim: int) -> Tensor:
     if not tensor.is_floating_point():
         raise ValueError(f"{name} must be floats in [0, 1], not {tensor.dtype}")
     low, high = tensor.min().item(), tensor.max().item()
-    if not (low >= -0.01 and high <= 1.01):  # so put, NaN is refused too
+    if not (low >= -0.01 and high <= 1.01):  # NaN fails every comparison: refused too
         raise ValueError(f"{name} must lie in [0, 1], but reaches from {low:.3g} to {high:.3g}")
     return tensor.float()
