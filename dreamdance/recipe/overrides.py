@@ -8,7 +8,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from dreamdance.recipe.yaml_text import Document, Path, Problem, read_yaml
+from dreamdance.recipe.yaml_text import Document, KeyPath, Problem, read_yaml
 
 _OPENING, _CLOSING = "[{", "]}"
 
@@ -53,7 +53,7 @@ def split_choices(text: str) -> list[str]:
     return choices
 
 
-def annotation_at(model: type[BaseModel], path: Path) -> Any:
+def annotation_at(model: type[BaseModel], path: KeyPath) -> Any:
     """The type that a recipe class gives to a dotted key, also to one inside of a mapping; None for an unknown key."""
     annotation: Any = model
     for part in path:

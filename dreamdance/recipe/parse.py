@@ -1,4 +1,4 @@
-"""From a file and `key=value` words to a typed recipe, or to the list of everything that is wrong with them.
+"""Reads a file and `key=value` words into a typed recipe, or lists every mistake in them.
 
 Precedence: the schema's defaults < the file < the command line. No includes, no interpolation,
 no environment variables.
@@ -6,9 +6,9 @@ no environment variables.
 
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -17,7 +17,7 @@ from dreamdance.errors import RecipeError
 from dreamdance.recipe import rules, schema
 from dreamdance.recipe.overrides import annotation_at, read_override, section_class
 from dreamdance.recipe.schema import Recipe
-from dreamdance.recipe.yaml_text import MAX_CHARACTERS, MAX_DEPTH, Document, Path, read_yaml, write_yaml
+from dreamdance.recipe.yaml_text import MAX_CHARACTERS, MAX_DEPTH, Document, KeyPath, read_yaml, write_yaml
 
 COMMAND_LINE = "command line"
 TASKS: dict[str, type[Recipe]] = {
@@ -28,30 +28,31 @@ TASKS: dict[str, type[Recipe]] = {
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe, the file it came from, and the dotted keys that the command line set."""
+    """A recipe, its file, and the dotted keys that the command line set."""
 
     recipe: Recipe
-    file: FilePath
+    file: Path
     overridden: frozenset[str]
 
 
-def load_recipe(path: str | FilePath, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads and checks a recipe.
 
     Args:
         path: a YAML file.
-        overrides: `key=value` words, the key dotted (`optimizer.lr=1e-4`), text as it is where the key takes text,
-            else read by the same YAML rules.
+        overrides: `key=value` words with dotted keys (`optimizer.lr=1e-4`). A text key takes the value as it is; any
+            other value is read by the same YAML rules as the file.
 
     Raises:
-        RecipeError: with one line for each problem, `file:line: what is wrong`.
+        RecipeError: the message has one line for each problem, `file:line: what is wrong`. Relations between values
+            are checked once every value by itself is right.
     """
     return load(path, overrides).recipe
 
 
-def load(path: str | FilePath, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """As `load_recipe`, and remembers what the command line changed."""
-    file = FilePath(path)
+def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Reads and checks a recipe like `load_recipe`, and returns which keys the command line changed."""
+    file = Path(path)
     document = read_yaml(_read(file))
     origins = _Origins(str(path), document)
     recipe, overridden = None, frozenset[str]()
@@ -65,9 +66,9 @@ def load(path: str | FilePath, overrides: Sequence[str] = ()) -> LoadedRecipe:
     return LoadedRecipe(recipe, file, overridden)
 
 
-def given_value(path: str | FilePath, overrides: Sequence[str], key: str) -> Any:
-    """What the file and the command line say of a dotted key, unchecked; None where neither says anything."""
-    document = read_yaml(_read(FilePath(path)))
+def given_value(path: str | Path, overrides: Sequence[str], key: str) -> Any:
+    """The unchecked value of a dotted key in the file or on the command line; None if neither sets it."""
+    document = read_yaml(_read(Path(path)))
     if not isinstance(document.value, dict):
         return None
     _apply(overrides, document, _Origins(str(path), document))
@@ -75,7 +76,7 @@ def given_value(path: str | FilePath, overrides: Sequence[str], key: str) -> Any
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The whole recipe as YAML, defaults written out; `load_recipe` gives an equal recipe back."""
+    """The whole recipe as YAML, with all defaults; `load_recipe` reads it back as an equal recipe."""
     return write_yaml(recipe.model_dump(mode="json"))
 
 
@@ -90,33 +91,33 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read(file: FilePath) -> str:
+def _read(file: Path) -> str:
     try:
         with file.open(encoding="utf-8") as opened:
-            return opened.read(MAX_CHARACTERS + 1)  # `read_yaml` refuses so many; a device would never end
+            return opened.read(MAX_CHARACTERS + 1)  # `read_yaml` refuses so many; a device file has no end
     except UnicodeDecodeError as error:
         raise RecipeError(f"{file}: not a text file (byte {error.start} is not UTF-8)") from None
     except OSError as error:
-        # Without their endings: these alone make any two file names alike.
+        # Compared without the common ending, which would make any two names similar.
         near = difflib.get_close_matches(file.stem, [entry.stem for entry in file.parent.glob("*.yaml")], 1)
         hint = f"; did you mean '{file.with_name(near[0])}.yaml'?" if near else ""
         raise RecipeError(f"{file}: cannot be read: {error.strerror}{hint}") from error
 
 
 class _Origins:
-    """Where each value came from, so that a problem can be shown at its place."""
+    """Records where each value came from, so that a problem is shown at its place."""
 
     def __init__(self, name: str, document: Document) -> None:
         self.name = name
         self.document = document
-        self.from_command_line: set[Path] = set()
-        # (after the file's lines?, line, text): sorts into the order in which a reader meets them
+        self.from_command_line: set[KeyPath] = set()
+        # (on the command line?, line, text): problems sort by line, those of the command line come last
         self.found: list[tuple[bool, int, str]] = []
         for problem in document.problems:
             self._add_in_file(problem.line or 0, problem.message)
 
-    def add(self, message: str, path: Path) -> None:
-        """Files a problem at the nearest known place at or above `path`."""
+    def add(self, message: str, path: KeyPath) -> None:
+        """Adds a problem at the nearest known place at or above `path`."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.from_command_line:
                 self.add_on_command_line(message)
@@ -139,7 +140,7 @@ class _Origins:
 
 
 def _apply(overrides: Sequence[str], document: Document, origins: _Origins) -> frozenset[str]:
-    """Lays `key=value` words over the document's values in place; returns the dotted keys that they set."""
+    """Applies `key=value` words to the document's values in place; returns the dotted keys that they set."""
     applied = set()
     recipe_class = TASKS.get(_task(overrides, document))
     for word in overrides:
@@ -183,7 +184,7 @@ def _is_unicode(word: str) -> bool:
 
 
 def _check(values: dict[str, Any], origins: _Origins) -> Recipe | None:
-    """Types first, then relations; as many problems as can be told without guessing are filed in one go."""
+    """Checks every value by itself, then the relations between values, which need every key to be right."""
     task = values.get("task")
     if not isinstance(task, str) or task not in TASKS:
         given = "missing key 'task'" if "task" not in values else f"unknown task {task!r}"
@@ -192,31 +193,21 @@ def _check(values: dict[str, Any], origins: _Origins) -> Recipe | None:
         )
         return None
     recipe_class = TASKS[task]
-    mended = json.loads(json.dumps(values))
-    recipe = _validate(recipe_class, values, origins)
-    if recipe is None:
-        # Relations are still worth telling if the misspelled keys are read as they were probably meant.
-        _mend_unknown_keys(recipe_class, mended)
-        recipe = _validate(recipe_class, mended, None)
-    for problem in rules.problems(recipe, frozenset(known_keys(recipe_class))) if recipe else ():
+    try:
+        # JSON, because strict validation then still accepts a list for a tuple.
+        recipe = recipe_class.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        for detail in error.errors(include_url=False, include_context=True):
+            path = tuple(detail["loc"])
+            origins.add(_message(recipe_class, path, detail), path)
+        return None
+    for problem in rules.problems(recipe, frozenset(known_keys(recipe_class))):
         origins.add(problem.message, problem.path)
     return recipe
 
 
-def _validate(recipe_class: type[Recipe], values: dict[str, Any], origins: _Origins | None) -> Recipe | None:
-    try:
-        # JSON, because strict validation then still takes a list for a tuple.
-        return recipe_class.model_validate_json(json.dumps(values))
-    except ValidationError as error:
-        if origins is not None:
-            for detail in error.errors(include_url=False, include_context=True):
-                path = tuple(detail["loc"])
-                origins.add(_message(recipe_class, path, detail), path)
-        return None
-
-
-def _message(recipe_class: type[Recipe], path: Path, detail: Any) -> str:
-    """One pydantic error in a user's words."""
+def _message(recipe_class: type[Recipe], path: KeyPath, detail: Any) -> str:
+    """One pydantic error as a message for the user."""
     dotted = ".".join(map(str, path))
     given = detail["input"]
     match detail["type"]:
@@ -251,8 +242,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _suggestion(recipe_class: type[Recipe], path: Path) -> str:
-    """What an unknown key may have meant: a sibling, the same name elsewhere, or a key of another task."""
+def _suggestion(recipe_class: type[Recipe], path: KeyPath) -> str:
+    """Suggests a key for an unknown one: a similar sibling, the same name elsewhere, or a key of another task."""
     name = str(path[-1])
     section = section_at(recipe_class, path[:-1])
     siblings = list(section.model_fields) if section else []
@@ -272,26 +263,8 @@ def _nearest(name: str, options: list[str]) -> str:
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
-def _mend_unknown_keys(recipe_class: type[Recipe], values: dict[str, Any]) -> None:
-    """Renames misspelled keys to their nearest sibling, and drops the others, in place."""
-    for section_values, section in list(_sections(recipe_class, values)):
-        for name in [name for name in section_values if name not in section.model_fields]:
-            value = section_values.pop(name)
-            near = difflib.get_close_matches(name, list(section.model_fields), 1)
-            if near and near[0] not in section_values:
-                section_values[near[0]] = value
-
-
-def _sections(model: type[BaseModel], values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], type[BaseModel]]]:
-    yield values, model
-    for name, field in model.model_fields.items():
-        inner = section_class(field.annotation)
-        if inner is not None and isinstance(values.get(name), dict):
-            yield from _sections(inner, values[name])
-
-
-def section_at(model: type[BaseModel], path: Path) -> type[BaseModel] | None:
-    """The section class that lies at `path` of a recipe class, or None where the schema has none."""
+def section_at(model: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
+    """The section class at `path` of a recipe class; None if the schema has no section there."""
     for part in path:
         field = model.model_fields.get(str(part))
         inner = section_class(field.annotation) if field else None

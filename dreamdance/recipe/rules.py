@@ -16,7 +16,7 @@ from dreamdance.recipe.schema import (
     TrainingRecipe,
 )
 from dreamdance.recipe.sections import Cluster
-from dreamdance.recipe.yaml_text import Path, Problem
+from dreamdance.recipe.yaml_text import KeyPath, Problem
 
 AUTOENCODER_DOWNSCALE = 8
 DEFAULT_UNET_LEVELS = 4
@@ -330,5 +330,5 @@ def _prepare(recipe: PrepareRecipe) -> Iterator[Problem]:
         yield _problem("videos", "videos.width and videos.height are given together or not at all")
 
 
-def _place(recipe: PrepareRecipe) -> Path:
+def _place(recipe: PrepareRecipe) -> KeyPath:
     return ("dancers",) if recipe.dancers is not None else ("task",)

@@ -1,8 +1,8 @@
 """Reads recipe YAML into plain values with line numbers and without YAML 1.1's traps; what it writes reads back.
 
-Only `true` and `false` are booleans, `1e-5` is a float, everything else that is no number is text. A key given twice,
-tags, anchors, aliases, several documents, deep nesting and large files are problems, not surprises.
-Knows nothing of the schema.
+Only `true` and `false` are booleans, `1e-5` is a float, everything else that is not a number is text. A key given
+twice, tags, anchors, aliases, several documents, deep nesting and large files are reported as problems.
+This module does not know the schema.
 """
 
 import math
@@ -15,7 +15,7 @@ import yaml
 MAX_CHARACTERS = 1_000_000
 MAX_DEPTH = 20
 MAX_DIGITS = 18
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]  # the parts of a dotted key; a number is a place in a list
 
 _TAG = "tag:yaml.org,2002:"
 _OTHER_LINE_ENDS = "\r\x85\u2028\u2029"
@@ -30,10 +30,10 @@ _PATTERNS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong at a place of a recipe: `path` is where in the tree, `line` where in the file, if known."""
+    """A mistake in a recipe: `path` is the key where it is, `line` the line of the file, if known."""
 
     message: str
-    path: Path = ()
+    path: KeyPath = ()
     line: int | None = None
 
 
@@ -47,18 +47,18 @@ class Document:
 
     value: Any = None
     end: int = 0
-    lines: dict[Path, int] = field(default_factory=dict)
+    lines: dict[KeyPath, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with our own idea of what a plain scalar means."""
+    """PyYAML's safe loader, with our own patterns for plain scalars."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes exactly the text that `_Loader` would otherwise take for something else."""
+    """Quotes exactly the text that `_Loader` would read as another type."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
 
@@ -79,7 +79,7 @@ for _name, (_pattern, _first) in _PATTERNS.items():
 
 
 def read_yaml(text: str) -> Document:
-    """Reads one YAML text; never raises for what the text says, but lists it under `problems`."""
+    """Reads one YAML text; lists every mistake in it under `problems` and never raises for one."""
     if len(text) > MAX_CHARACTERS:
         return Document(
             problems=[Problem(f"the file has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read")]
@@ -106,7 +106,7 @@ def write_yaml(value: Any) -> str:
 
 
 def _forbidden(text: str) -> list[Problem]:
-    """Everything that would let a file mean more than it shows, found before any of it is built."""
+    """Finds the YAML features that a recipe may not use, before any value is built."""
     problems: list[Problem] = []
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
@@ -120,7 +120,7 @@ def _forbidden(text: str) -> list[Problem]:
             depth -= 1
         if isinstance(event, yaml.ScalarEvent) and _SURROGATES.search(event.value):
             problems.append(
-                Problem(f"{event.value[:40]!r} holds half of a surrogate pair, which is no text", line=line)
+                Problem(f"{event.value[:40]!r} contains half of a surrogate pair, which is not valid text", line=line)
             )
         if isinstance(event, yaml.AliasEvent):
             problems.append(Problem(f"alias '*{anchor}' is not allowed; write the value out", line=line))
@@ -131,7 +131,7 @@ def _forbidden(text: str) -> list[Problem]:
     return problems
 
 
-def _value(node: yaml.Node, path: Path, document: Document) -> Any:
+def _value(node: yaml.Node, path: KeyPath, document: Document) -> Any:
     document.lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.SequenceNode):
         return [_value(item, (*path, index), document) for index, item in enumerate(node.value)]
@@ -150,7 +150,7 @@ def _value(node: yaml.Node, path: Path, document: Document) -> Any:
     return text
 
 
-def _mapping(node: yaml.MappingNode, path: Path, document: Document) -> dict[str, Any]:
+def _mapping(node: yaml.MappingNode, path: KeyPath, document: Document) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
