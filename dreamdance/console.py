@@ -13,6 +13,6 @@ def main() -> int:
 
 def _plan(recipe: TrainingRecipe, gpu_memory_gib: float | None) -> str:
     """Parameters and memory, from the one place that knows networks; torch is loaded only here."""
-    from dreamdance.training.plan import describe
+    from dreamdance.training.planning.plan import describe
 
     return describe(recipe, gpu_memory_gib=gpu_memory_gib)

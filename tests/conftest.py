@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dancer_shards import write_dancer_shards
+from support.dancer_shards import write_dancer_shards
 
 # Triton's kernels run in its interpreter here; it reads this when a kernel's module is imported, so before any is.
 os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -91,8 +91,8 @@ def run_rank(rank: int, num_ranks: int, port: int, folder: Path, millions: float
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     import torch
 
-    from dreamdance.ranks import Ranks
-    from dreamdance.training.distributed import gathered, process_group
+    from dreamdance.runtime.process_group import gathered, process_group
+    from dreamdance.runtime.ranks import Ranks
 
     torch.set_num_threads(1)
     ranks = Ranks.from_environment()
@@ -115,10 +115,10 @@ class Contest:
         import torch
 
         from dreamdance.recipe.schema import Checkpoint
-        from dreamdance.training.checkpoint import Checkpointer
+        from dreamdance.training.checkpointing.checkpointer import Checkpointer
         from dreamdance.training.ema import ShardedEma
         from dreamdance.training.engine import Engine
-        from dreamdance.training.identity import weights_digests
+        from dreamdance.training.same_start import weights_digests
 
         torch.manual_seed(0)
         self.folder, self.ranks = folder, ranks
@@ -161,7 +161,7 @@ class Contest:
 
     def save_in_background(self, number: int) -> dict[str, float]:
         """Our own, with steps until all is on disk and counts."""
-        from dreamdance.training.distributed import gathered
+        from dreamdance.runtime.process_group import gathered
 
         self.step()
         self.checkpointer.begin(number + 1, {})

@@ -10,8 +10,8 @@ Exits with 1 and the name of the first bad file, or with 0 and what the folder h
 import argparse
 import sys
 
-from dreamdance.data.clips import StoredClips
-from dreamdance.data.schema import FRAME_COLUMNS
+from dreamdance.data.loading.dataset import StoredClips
+from dreamdance.data.shards.columns import FRAME_COLUMNS
 from dreamdance.errors import UserError
 from dreamdance.recipe.sections import Shards
 

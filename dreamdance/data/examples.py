@@ -7,14 +7,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from dreamdance.data.clips import StoredClips
-from dreamdance.data.keypoints import KeypointSequence, write_keypoint_file
-from dreamdance.data.shard_index import read_index
-from dreamdance.data.stored_clip import StoredClip
-from dreamdance.data.streaming_compat import INDEX_FILE
-from dreamdance.data.video_io import write_video
-from dreamdance.ranks import Ranks
+from dreamdance.data.loading.dataset import StoredClips
+from dreamdance.data.loading.stored_clip import StoredClip
+from dreamdance.data.shards.index import read_index
+from dreamdance.data.shards.mds import INDEX_FILE
+from dreamdance.media.keypoints import KeypointSequence, write_keypoint_file
+from dreamdance.media.video import write_video
 from dreamdance.recipe.sections import Shards
+from dreamdance.runtime.ranks import Ranks
 
 MANIFEST_FILE = "manifest.jsonl"
 EXAMPLES_FOLDER = "examples"

@@ -16,10 +16,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from dreamdance.crew import Crew
-from dreamdance.data.dancers import HELD_OUT_SEEDS, TRAINING_SEEDS, render_clip
+from dreamdance.dancers.render import HELD_OUT_SEEDS, TRAINING_SEEDS, render_clip
 from dreamdance.data.examples import MANIFEST_FILE, write_examples
-from dreamdance.data.pose_drawing import draw_poses
 from dreamdance.data.prepare_notes import (
     DAMAGED_FILE,
     broken_text,
@@ -32,18 +30,20 @@ from dreamdance.data.prepare_notes import (
     write_damaged,
     write_inputs,
 )
-from dreamdance.data.schema import encode_disparity, encode_normal
-from dreamdance.data.shard_parts import ClipRecord, Part, PartSource, ShardFormat
-from dreamdance.data.shard_writer import ShardFolder, Survey
-from dreamdance.data.video_clips import Split, VideoPart, choose_validation, find_videos
-from dreamdance.data.video_io import VideoError
-from dreamdance.data.video_names import part_name, video_ids
-from dreamdance.data.video_opening import check_videos, video_files
+from dreamdance.data.shards.columns import encode_disparity, encode_normal
+from dreamdance.data.writing.shard_parts import ClipRecord, Part, PartSource, ShardFormat
+from dreamdance.data.writing.shard_writer import ShardFolder, Survey
+from dreamdance.data.writing.video_clips import Split, VideoPart, choose_validation, find_videos
+from dreamdance.data.writing.video_opening import check_videos, video_files
 from dreamdance.errors import ShardError, UserError
-from dreamdance.folder_claim import claim_folder
-from dreamdance.ranks import Ranks
+from dreamdance.media.pose_drawing import draw_poses
+from dreamdance.media.video import VideoError
+from dreamdance.media.video_names import part_name, video_ids
 from dreamdance.recipe.schema import DancersSource, PrepareRecipe, VideosSource
-from dreamdance.run_layout import ProgressLog
+from dreamdance.runs.crew import Crew
+from dreamdance.runs.folder_lock import claim_folder
+from dreamdance.runs.layout import ProgressLog
+from dreamdance.runtime.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 

@@ -6,13 +6,13 @@ from collections.abc import Collection, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from dreamdance.atomic_files import write_atomically
-from dreamdance.data.shard_index import read_index
-from dreamdance.data.shard_writer import SOURCES_KEY
-from dreamdance.data.streaming_compat import INDEX_FILE
-from dreamdance.data.video_names import printable
-from dreamdance.file_states import FileState
-from dreamdance.run_layout import INPUTS_FILE
+from dreamdance.data.shards.index import read_index
+from dreamdance.data.shards.mds import INDEX_FILE
+from dreamdance.data.writing.shard_writer import SOURCES_KEY
+from dreamdance.media.video_names import printable
+from dreamdance.runs.file_states import FileState
+from dreamdance.runs.files import write_atomically
+from dreamdance.runs.layout import INPUTS_FILE
 
 logger = logging.getLogger(__name__)
 

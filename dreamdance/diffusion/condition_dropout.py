@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from dreamdance.errors import UserError
-from dreamdance.keyed_random import sample_generator
+from dreamdance.runtime.sample_random import sample_generator
 
 Keys = Sequence[Sequence[int]]
 

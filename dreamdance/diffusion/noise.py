@@ -13,7 +13,7 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor
 
 from dreamdance.errors import UserError
-from dreamdance.keyed_random import sample_generator
+from dreamdance.runtime.sample_random import sample_generator
 
 Keys = Sequence[Sequence[int]]
 

@@ -15,16 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dreamdance.data.clips import StoredClips
-from dreamdance.data.cropping import centred_crop
-from dreamdance.data.schema import metric_disparity
-from dreamdance.data.stored_clip import StoredClip
-from dreamdance.data.transforms import decode_normals, pictures_to_tensor, resize_images, resize_normals
+from dreamdance.data.loading.dataset import StoredClips
+from dreamdance.data.loading.stored_clip import StoredClip
+from dreamdance.data.shards.columns import metric_disparity
 from dreamdance.errors import MissingInputError, UserError
 from dreamdance.evaluation.geometry_metrics import PinholeCamera
-from dreamdance.ranks import Ranks
+from dreamdance.media.cropping import centred_crop
+from dreamdance.media.transforms import decode_normals, pictures_to_tensor, resize_images, resize_normals
 from dreamdance.recipe.sections import Shards
-from dreamdance.run_layout import ARRAYS_FILE, RESULT_FILE
+from dreamdance.runs.layout import ARRAYS_FILE, RESULT_FILE
+from dreamdance.runtime.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 

@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from dreamdance.crew import Crew
-from dreamdance.data.picture_grid import Row
-from dreamdance.data.shard_index import read_index
+from dreamdance.data.shards.index import read_index
 from dreamdance.evaluation.clips import ResultError
 from dreamdance.evaluation.scores import Scores
-from dreamdance.file_notes import of_content, of_times, write_note
-from dreamdance.file_states import FileState, read_state
+from dreamdance.media.grids import Row
 from dreamdance.recipe.schema import EvaluateRecipe
-from dreamdance.run_layout import ARRAYS_FILE, RESULT_FILE
+from dreamdance.runs.crew import Crew
+from dreamdance.runs.file_notes import of_content, of_times, write_note
+from dreamdance.runs.file_states import FileState, read_state
+from dreamdance.runs.layout import ARRAYS_FILE, RESULT_FILE
 
 INDEX_FILE = "index.json"
 MAX_NAMES = 10

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dreamdance.data.schema import metric_disparity
+from dreamdance.data.shards.columns import metric_disparity
 from dreamdance.evaluation import image_metrics
 from dreamdance.evaluation.clips import Prediction, Truth
 from dreamdance.evaluation.geometry_metrics import angular_error, consistency_angle, depth_error

@@ -3,9 +3,9 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from dreamdance.data.keypoints import BODY, KeypointSequence
-from dreamdance.data.pose_drawing import CONFIDENCE_THRESHOLD
 from dreamdance.errors import UserError
+from dreamdance.media.keypoints import BODY, KeypointSequence
+from dreamdance.media.pose_drawing import CONFIDENCE_THRESHOLD
 
 # trunk, hips, knees, ankles, shoulders, eyes and ears; elbows and wrists swing too far to measure a body by
 MEASURED_JOINTS = (0, 1, 2, 5, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17)

@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dreamdance.data.cropping import centred_crop
-from dreamdance.data.keypoints import KeypointSequence, read_keypoint_file
-from dreamdance.data.pictures import MAX_PICTURE_PIXELS, read_picture
-from dreamdance.data.pose_drawing import draw_pose
-from dreamdance.data.transforms import pictures_to_tensor, resize_images
-from dreamdance.data.video_io import iterate_frames, probe_video
 from dreamdance.errors import UserError
-from dreamdance.file_states import FileState, read_state
 from dreamdance.inference.align import align_keypoints
 from dreamdance.inference.manifest import ManifestEntry
+from dreamdance.media.cropping import centred_crop
+from dreamdance.media.keypoints import KeypointSequence, read_keypoint_file
+from dreamdance.media.pictures import MAX_PICTURE_PIXELS, read_picture
+from dreamdance.media.pose_drawing import draw_pose
+from dreamdance.media.transforms import pictures_to_tensor, resize_images
+from dreamdance.media.video import iterate_frames, probe_video
+from dreamdance.runs.file_states import FileState, read_state
 
 MAX_FRAMES = 50_000
 

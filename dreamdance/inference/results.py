@@ -12,14 +12,14 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from dreamdance.atomic_files import sync_folder
-from dreamdance.data.picture_grid import Row, draw_grid
-from dreamdance.data.transforms import encode_normals, resize_images, resize_normals, tensor_to_pictures
-from dreamdance.data.video_io import VideoError, write_video
-from dreamdance.file_states import FileState
-from dreamdance.folder_claim import OutputError
-from dreamdance.provenance import code_version, package_versions
-from dreamdance.run_layout import ARRAYS_FILE, RESULT_FILE
+from dreamdance.media.grids import Row, draw_grid
+from dreamdance.media.transforms import encode_normals, resize_images, resize_normals, tensor_to_pictures
+from dreamdance.media.video import VideoError, write_video
+from dreamdance.runs.file_states import FileState
+from dreamdance.runs.files import sync_folder
+from dreamdance.runs.folder_lock import OutputError
+from dreamdance.runs.layout import ARRAYS_FILE, RESULT_FILE
+from dreamdance.runs.provenance import code_version, package_versions
 
 VIDEO_FILE = "video.mp4"
 SIDE_BY_SIDE_FILE = "side_by_side.mp4"

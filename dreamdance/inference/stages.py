@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from dreamdance.errors import CheckpointError, MissingInputError, RecipeError
-from dreamdance.file_notes import noted_states
-from dreamdance.file_states import FileState, read_state
 from dreamdance.models.autoencoding import downscale_factor
 from dreamdance.pipelines import AnimationPipeline, GeometryPipeline
 from dreamdance.pipelines.sampling import COMPONENTS_MODULE, PIPELINES_MODULE
 from dreamdance.recipe.schema import AnimateRecipe
-from dreamdance.run_layout import EXPORT_INDEX_FILE, is_export, newest_export
+from dreamdance.runs.file_notes import noted_states
+from dreamdance.runs.file_states import FileState, read_state
+from dreamdance.runs.layout import EXPORT_INDEX_FILE, is_export, newest_export
 
 logger = logging.getLogger(__name__)
 

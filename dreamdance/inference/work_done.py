@@ -5,13 +5,13 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dreamdance.file_notes import Expectation, forget_note, of_content, write_note
-from dreamdance.file_states import read_state
 from dreamdance.inference.inputs import read_files
 from dreamdance.inference.manifest import ManifestEntry
 from dreamdance.inference.results import known_states
 from dreamdance.inference.stages import Stages
-from dreamdance.run_layout import RESULT_FILE
+from dreamdance.runs.file_notes import Expectation, forget_note, of_content, write_note
+from dreamdance.runs.file_states import read_state
+from dreamdance.runs.layout import RESULT_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -20,13 +20,13 @@ from dreamdance.errors import RecipeError, UserError
 from dreamdance.launch import dry_run, preflight, status, submission
 from dreamdance.launch.finished import is_finished
 from dreamdance.launch.follow import explain_failure, follow
-from dreamdance.launch.heartbeat import Heartbeat
 from dreamdance.launch.job import Job
+from dreamdance.launch.local.heartbeat import Heartbeat
 from dreamdance.launch.program import DEFAULT_RUNS, launcher_command, program
 from dreamdance.launch.run_folder import DifferentRecipeError, lay, locked, refuse_different
 from dreamdance.recipe import LoadedRecipe, Recipe, TrainingRecipe, given_value, load
 from dreamdance.recipe.overrides import split_choices
-from dreamdance.run_layout import progress_file
+from dreamdance.runs.layout import progress_file
 
 OK, FAILED, BAD_RECIPE, OTHER_RECIPE, HAS_JOB = 0, 1, 2, 3, 4
 INTERRUPTED = 128 + signal.SIGINT

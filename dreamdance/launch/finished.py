@@ -5,11 +5,11 @@ import json
 import time
 from pathlib import Path
 
-from dreamdance.atomic_files import hash_file, write_atomically
-from dreamdance.file_notes import is_as_noted
 from dreamdance.launch.prepared import describe_videos, is_prepared
 from dreamdance.recipe import AnimateRecipe, EvaluateRecipe, PrepareRecipe, Recipe, TrainingRecipe
-from dreamdance.run_layout import EXPORT_INDEX_FILE, FINISHED_FILE, RESULT_FILE, export_folder, is_export, step_folders
+from dreamdance.runs.file_notes import is_as_noted
+from dreamdance.runs.files import hash_file, write_atomically
+from dreamdance.runs.layout import EXPORT_INDEX_FILE, FINISHED_FILE, RESULT_FILE, export_folder, is_export, step_folders
 
 
 def mark_finished(recipe: Recipe, run_folder: Path, inputs: str) -> bool:

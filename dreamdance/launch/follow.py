@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from dreamdance.durations import duration
 from dreamdance.launch.job import failure_file
 from dreamdance.launch.requeue import read_failures
 from dreamdance.launch.submission import JobStatus, SubmittedJob, status_of
 from dreamdance.recipe import Recipe
-from dreamdance.run_layout import progress_file
+from dreamdance.runs.durations import duration
+from dreamdance.runs.layout import progress_file
 
 POLL_SECONDS = {"local": 0.2, "debug": 0.2, "slurm": 5.0}
 DISTANT_POLL_SECONDS = 5.0

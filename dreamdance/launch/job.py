@@ -22,24 +22,24 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dreamdance.atomic_files import write_atomically
 from dreamdance.errors import UserError, may_pass
-from dreamdance.forced_exit import LAST_WORDS_SECONDS, end_now
-from dreamdance.launch.fence import Fence
 from dreamdance.launch.finished import digest_inputs, mark_finished
 from dreamdance.launch.requirements import refuse_missing
 from dreamdance.launch.run_folder import record_job, stored_recipe
-from dreamdance.ranks import START, Ranks
+from dreamdance.launch.run_ownership import Fence
 from dreamdance.recipe import Recipe
-from dreamdance.run_layout import failures_folder, note_signal
-from dreamdance.signal_listener import SignalListener
+from dreamdance.runs.files import write_atomically
+from dreamdance.runs.layout import failures_folder, note_signal
+from dreamdance.runtime.exits import LAST_WORDS_SECONDS, end_now
+from dreamdance.runtime.ranks import START, Ranks
+from dreamdance.runtime.signals import SignalListener
 
 ENTRIES = {
     "prepare": "dreamdance.data.prepare:prepare",
-    "stage1": "dreamdance.training.run:train",
-    "stage2": "dreamdance.training.run:train",
-    "animate": "dreamdance.inference.batch:animate",
-    "evaluate": "dreamdance.evaluation.report:evaluate",
+    "stage1": "dreamdance.training.train:train",
+    "stage2": "dreamdance.training.train:train",
+    "animate": "dreamdance.inference.animate:animate",
+    "evaluate": "dreamdance.evaluation.evaluate:evaluate",
 }
 FAILED = 1
 DEBUG_JOB = "debug"

@@ -21,7 +21,7 @@ from dreamdance.launch.requirements import (
 from dreamdance.launch.run_folder import weight_sources
 from dreamdance.recipe import AnimateRecipe, EvaluateRecipe, PrepareRecipe, Recipe, TrainingRecipe
 from dreamdance.recipe.sections import Shards
-from dreamdance.run_layout import (
+from dreamdance.runs.layout import (
     FINISHED_FILE,
     RECIPE_FILE,
     checkpoint_folder,

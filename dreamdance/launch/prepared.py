@@ -5,9 +5,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from dreamdance.file_states import FileState
 from dreamdance.recipe import PrepareRecipe
-from dreamdance.run_layout import INPUTS_FILE
+from dreamdance.runs.file_states import FileState
+from dreamdance.runs.layout import INPUTS_FILE
 
 SPLITS = ("train", "validation")
 INDEX_FILE = "index.json"

@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dreamdance.atomic_files import write_atomically
 from dreamdance.errors import may_pass
-from dreamdance.launch.fence import REPLACED_EXIT_CODE
 from dreamdance.launch.finished import is_finished
 from dreamdance.launch.run_folder import STORAGE_POLL_SECONDS, STORAGE_SECONDS, stored_recipe
+from dreamdance.launch.run_ownership import REPLACED_EXIT_CODE
 from dreamdance.recipe import Recipe, TrainingRecipe
-from dreamdance.run_layout import complete_steps, failures_folder, read_done, was_warned
+from dreamdance.runs.files import write_atomically
+from dreamdance.runs.layout import complete_steps, failures_folder, read_done, was_warned
 
 logger = logging.getLogger("dreamdance.launch.requeue")  # it is run as `__main__`
 

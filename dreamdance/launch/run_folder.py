@@ -13,15 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dreamdance.atomic_files import write_atomically
 from dreamdance.errors import RecipeError, UserError
-from dreamdance.file_states import FileState, read_state
-from dreamdance.locks import HeldLockError, locked_file
-from dreamdance.provenance import code_version, package_versions
 from dreamdance.recipe import Recipe, TrainingRecipe, dump_recipe, load_recipe
 from dreamdance.recipe.parse import flatten
 from dreamdance.recipe.yaml_text import read_yaml
-from dreamdance.run_layout import PROVENANCE_FILE, RECIPE_FILE
+from dreamdance.runs.file_states import FileState, read_state
+from dreamdance.runs.files import write_atomically
+from dreamdance.runs.layout import PROVENANCE_FILE, RECIPE_FILE
+from dreamdance.runs.locks import HeldLockError, locked_file
+from dreamdance.runs.provenance import code_version, package_versions
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from submitit.slurm.slurm import SlurmExecutor
 from dreamdance.errors import UserError
 from dreamdance.recipe import Recipe, TrainingRecipe
 from dreamdance.recipe.sections import Cluster
-from dreamdance.run_layout import FAILURES_FOLDER
+from dreamdance.runs.layout import FAILURES_FOLDER
 
 ASK_TIMEOUT_SECONDS = 60
 INSIST_TIMES, INSIST_EVERY_SECONDS = 12, 5

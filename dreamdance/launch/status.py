@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreamdance.durations import duration
 from dreamdance.errors import UserError
 from dreamdance.launch.finished import is_finished
 from dreamdance.launch.follow import explain_failure, progress_line
 from dreamdance.launch.requeue import read_requeues
 from dreamdance.launch.submission import JobStatus, SubmittedJob, last_job, status_of
 from dreamdance.recipe import Recipe, load_recipe
-from dreamdance.run_layout import (
+from dreamdance.runs.durations import duration
+from dreamdance.runs.layout import (
     COMPLETE_FILE,
     PROVENANCE_FILE,
     RECIPE_FILE,

@@ -13,17 +13,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dreamdance.atomic_files import PARTIAL_FILES, write_atomically
-from dreamdance.durations import duration
 from dreamdance.errors import UserError
 from dreamdance.launch import slurm_cluster
 from dreamdance.launch.finished import is_finished
-from dreamdance.launch.heartbeat import SILENT_SECONDS, job_file, silent_seconds
 from dreamdance.launch.job import DEBUG_JOB
-from dreamdance.launch.local_controller import CANCELLED, status_file
+from dreamdance.launch.local.controller import CANCELLED, status_file
+from dreamdance.launch.local.heartbeat import SILENT_SECONDS, job_file, silent_seconds
 from dreamdance.launch.requeue import requeues_file
 from dreamdance.recipe import Recipe
-from dreamdance.run_layout import failures_folder
+from dreamdance.runs.durations import duration
+from dreamdance.runs.files import PARTIAL_FILES, write_atomically
+from dreamdance.runs.layout import failures_folder
 
 ClusterName = Literal["slurm", "local", "debug"]
 State = Literal["pending", "running", "finished", "failed", "cancelled"]
@@ -167,7 +167,7 @@ def _start_controller(recipe: Recipe, run_folder: Path) -> int:
         "SUBMITIT_STDERR_TO_STDOUT": "1",
         "CUDA_VISIBLE_DEVICES": visible if cluster.gpus_per_node else "",
     }
-    words = [sys.executable, "-P", "-m", "dreamdance.launch.local_controller", str(run_folder)]
+    words = [sys.executable, "-P", "-m", "dreamdance.launch.local.controller", str(run_folder)]
     with (logs / "controller.log").open("ab") as log:
         process = subprocess.Popen(
             words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True

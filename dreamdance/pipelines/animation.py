@@ -9,8 +9,8 @@ from diffusers import EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
 from einops import rearrange, repeat
 from torch import Tensor
 
-from dreamdance.data.transforms import resize_images, resize_normals
 from dreamdance.diffusion.guidance import classifier_free_guidance
+from dreamdance.media.transforms import resize_images, resize_normals
 from dreamdance.models import CrossDomainControllerModel, SpatioTemporalControlNetModel
 from dreamdance.models.autoencoding import Autoencoder, decode_latents, downscale_factor, encode_latents
 from dreamdance.models.image_embedding import ImageEncoder, embed_images

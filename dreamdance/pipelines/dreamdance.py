@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
 from torch import Tensor
 
-from dreamdance.data.transforms import encode_normals, resize_images
+from dreamdance.media.transforms import encode_normals, resize_images
 from dreamdance.models import (
     CrossDomainControllerModel,
     GeometryUNetModel,

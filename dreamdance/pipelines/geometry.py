@@ -8,8 +8,8 @@ from diffusers import DDIMScheduler
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-from dreamdance.data.transforms import decode_normals, resize_images
 from dreamdance.diffusion.guidance import multi_domain_guidance
+from dreamdance.media.transforms import decode_normals, resize_images
 from dreamdance.models import GeometryUNetModel, PoseEncoderModel, ReferenceUNetModel
 from dreamdance.models.autoencoding import Autoencoder, decode_latents, downscale_factor, encode_latents
 from dreamdance.models.image_embedding import ImageEncoder, embed_images

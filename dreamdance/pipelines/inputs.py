@@ -9,9 +9,9 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from dreamdance.data.cropping import centred_crop
-from dreamdance.data.pictures import BLACK, WHITE, Colour, to_rgb_picture
-from dreamdance.data.transforms import pictures_to_tensor
+from dreamdance.media.cropping import centred_crop
+from dreamdance.media.pictures import BLACK, WHITE, Colour, to_rgb_picture
+from dreamdance.media.transforms import pictures_to_tensor
 
 Picture = Image.Image
 Video = Sequence[Picture]

@@ -9,7 +9,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from dreamdance.data.transforms import encode_normals
+from dreamdance.media.transforms import encode_normals
 from dreamdance.pipelines.inputs import Picture
 
 Frames = Tensor | np.ndarray | list[list[Picture]]

@@ -29,8 +29,8 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from dreamdance.errors import CheckpointError, RecipeError
 from dreamdance.models.autoencoding import kept_in_float32
-from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import TrainingRecipe
+from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.deepspeed_config import accumulation_steps, deepspeed_config
 
 # What DeepSpeed itself pickles into its files; everything else in them is tensors and plain containers.

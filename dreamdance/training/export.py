@@ -10,13 +10,13 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from dreamdance.atomic_files import follow_umask, sync_folder
-from dreamdance.ranks import Ranks
-from dreamdance.run_layout import export_folder
-from dreamdance.training.distributed import on_main
+from dreamdance.runs.files import follow_umask, sync_folder
+from dreamdance.runs.layout import export_folder
+from dreamdance.runtime.process_group import on_main
+from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.ema import ShardedEma
 from dreamdance.training.engine import Engine
-from dreamdance.training.trainability import Objective
+from dreamdance.training.networks.trainability import Objective
 
 logger = logging.getLogger(__name__)
 

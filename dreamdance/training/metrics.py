@@ -20,10 +20,10 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from dreamdance.atomic_files import write_atomically
-from dreamdance.durations import duration
-from dreamdance.ranks import Ranks
-from dreamdance.run_layout import ProgressLog, step_name
+from dreamdance.runs.durations import duration
+from dreamdance.runs.files import write_atomically
+from dreamdance.runs.layout import ProgressLog, step_name
+from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.stragglers import NOT_TIMED, OwnSeconds, StragglerReport
 
 logger = logging.getLogger(__name__)

@@ -10,11 +10,11 @@ from itertools import count
 
 from torch.distributed import DistError, PrefixStore, Store
 
-from dreamdance.data.shard_files import FileStamp
-from dreamdance.data.verify import open_shards, verify_shards
+from dreamdance.data.shards.stamps import FileStamp
+from dreamdance.data.shards.verify import open_shards, verify_shards
 from dreamdance.errors import LostWorkerError, ShardError, may_pass
-from dreamdance.ranks import Ranks
 from dreamdance.recipe.sections import Shards, Verify
+from dreamdance.runtime.ranks import Ranks
 
 POLL_SECONDS = 0.2
 LEAVE_SECONDS = 5.0

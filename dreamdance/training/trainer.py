@@ -14,21 +14,21 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from dreamdance.data.clip_loader import ClipLoader
-from dreamdance.data.collate import ClipBatch
+from dreamdance.data.loading.batch import ClipBatch
+from dreamdance.data.loading.loader import ClipLoader
 from dreamdance.errors import UserError
 from dreamdance.recipe.schema import TrainingRecipe
-from dreamdance.training.checkpoint import Checkpointer
-from dreamdance.training.distributed import gathered, sum_over_ranks
+from dreamdance.runtime.process_group import gathered, sum_over_ranks
+from dreamdance.runtime.stop_request import StopRequest
+from dreamdance.runtime.watchdog import Watchdog
+from dreamdance.training.checkpointing.checkpointer import Checkpointer
 from dreamdance.training.ema import ShardedEma
 from dreamdance.training.engine import Engine
 from dreamdance.training.guard import StepGuard
 from dreamdance.training.metrics import Losses, Metrics, StepReport
 from dreamdance.training.objectives.output import NUM_DOMAINS, ObjectiveOutput
-from dreamdance.training.preemption import StopRequest
 from dreamdance.training.schedule import learning_rate
 from dreamdance.training.stragglers import OwnSeconds, Stopwatch
-from dreamdance.watchdog import Watchdog
 
 
 class Validation(Protocol):

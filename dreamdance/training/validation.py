@@ -8,19 +8,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dreamdance.data.clips import fixed_clips
-from dreamdance.data.collate import ClipBatch, collate_clips
-from dreamdance.ranks import Ranks
+from dreamdance.data.loading.batch import ClipBatch, collate_clips
+from dreamdance.data.loading.dataset import fixed_clips
 from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
-from dreamdance.training.distributed import sum_over_ranks
+from dreamdance.runtime.process_group import sum_over_ranks
+from dreamdance.runtime.ranks import Ranks
+from dreamdance.runtime.stop_request import StopRequest
 from dreamdance.training.ema import ShardedEma
 from dreamdance.training.engine import Engine
 from dreamdance.training.metrics import Losses, Metrics
+from dreamdance.training.networks.trainability import set_modes
 from dreamdance.training.objectives.output import NUM_DOMAINS
-from dreamdance.training.preemption import StopRequest
-from dreamdance.training.sampling import Samples, draw_samples
+from dreamdance.training.sample_pictures import Samples, draw_samples
 from dreamdance.training.shard_check import verify_at_opening
-from dreamdance.training.trainability import set_modes
 
 _NUM_SUMS = 2 + 2 * NUM_DOMAINS
 

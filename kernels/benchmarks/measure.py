@@ -42,7 +42,7 @@ from records import Environment, Measurement, describe, dispatch_cases, is_rival
 from torch import Tensor
 from workloads import Inputs, Workload, checked_part, expected, random_inputs, tiny_workloads, workloads
 
-from dreamdance.provenance import code_version
+from dreamdance.runs.provenance import code_version
 from dreamdance_kernels import dispatch_table
 
 RESULTS = Path(__file__).with_name("attention.csv")

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from autoencoder_recipes import HEIGHT, WIDTH, recipe_with_autoencoder, save_autoencoder
 from diffusers import AutoencoderKLTemporalDecoder
-from rank_processes import run_ranks
-from recipes_for_tests import tiny_clip_batch
+from support.autoencoder_recipes import HEIGHT, WIDTH, recipe_with_autoencoder, save_autoencoder
+from support.ranks import run_ranks
+from support.recipes import tiny_clip_batch
 
-from dreamdance.ranks import Ranks
-from dreamdance.training.components import build_objective
-from dreamdance.training.distributed import process_group
+from dreamdance.runtime.process_group import process_group
+from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.engine import Engine
-from dreamdance.training.trainability import set_trainable
+from dreamdance.training.networks.build import build_objective
+from dreamdance.training.networks.trainability import set_trainable
 
 pytestmark = pytest.mark.distributed
 

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from dancer_shards import write_dancer_shards
-from fault_log import record_fault
-from interruptions import messages, output, settings, start
-from rank_processes import run_ranks
-from recipes_for_tests import tiny_stage1_recipe
+from support.dancer_shards import write_dancer_shards
+from support.fault_log import record_fault
+from support.interruptions import messages, output, settings, start
+from support.ranks import run_ranks
+from support.recipes import tiny_stage1_recipe
+from support.training_scenarios import Recipe, prepare_and_inspect
 from torch import Tensor
-from training_scenarios import Recipe, prepare_and_inspect
 
 from dreamdance.errors import RecipeError
-from dreamdance.run_layout import checkpoint_folder
+from dreamdance.runs.layout import checkpoint_folder
 from dreamdance.training.engine import accumulation_steps
 
 pytestmark = pytest.mark.distributed

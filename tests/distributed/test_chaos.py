@@ -12,15 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chaos import KINDS, Struck, endure, make_plan
-from chaos_starts import CommandStart, ForkedStart, Start
-from fault_log import record_fault
-from interruptions import assert_same_checkpoint, assert_same_export, assert_same_tensorboard, progress, settings
-from recipes_for_tests import tiny_stage1_recipe
-from training_scenarios import Recipe
+from support.chaos import KINDS, Struck, endure, make_plan
+from support.chaos_starts import CommandStart, ForkedStart, Start
+from support.fault_log import record_fault
+from support.interruptions import (
+    assert_same_checkpoint,
+    assert_same_export,
+    assert_same_tensorboard,
+    progress,
+    settings,
+)
+from support.recipes import tiny_stage1_recipe
+from support.training_scenarios import Recipe
 
 from dreamdance.recipe import dump_recipe
-from dreamdance.run_layout import checkpoint_folder, export_folder
+from dreamdance.runs.layout import checkpoint_folder, export_folder
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

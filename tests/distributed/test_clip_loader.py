@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from fault_log import record_fault
-from random_shards import HEIGHT, WIDTH, write_random_shards
-from rank_processes import StartedRanks, run_ranks
+from support.fault_log import record_fault
+from support.random_shards import HEIGHT, WIDTH, write_random_shards
+from support.ranks import StartedRanks, run_ranks
 
-from dreamdance.data.clip_loader import ClipLoader
-from dreamdance.data.clip_order import ClipOrder, SampleKey
-from dreamdance.data.clips import ClipDataset
-from dreamdance.data.collate import ClipSample
+from dreamdance.data.loading.batch import ClipSample
+from dreamdance.data.loading.dataset import ClipDataset
+from dreamdance.data.loading.loader import ClipLoader
+from dreamdance.data.loading.order import ClipOrder, SampleKey
 from dreamdance.errors import ShardError
-from dreamdance.ranks import Ranks
 from dreamdance.recipe.sections import Shards
+from dreamdance.runtime.ranks import Ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 NUM_STEPS = 8

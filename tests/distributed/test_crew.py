@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_processes import StartedRanks, run_ranks
+from support.ranks import StartedRanks, run_ranks
 
-from dreamdance.crew import Crew
 from dreamdance.errors import LostWorkerError
-from dreamdance.ranks import Ranks
 from dreamdance.recipe.sections import Cluster
-from dreamdance.run_layout import read_done
+from dreamdance.runs.crew import Crew
+from dreamdance.runs.layout import read_done
+from dreamdance.runtime.ranks import Ranks
 
 pytestmark = pytest.mark.distributed
 

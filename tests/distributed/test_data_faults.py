@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_log import record_fault
 from filelock import FileLock
-from interruptions import (
+from support.fault_log import record_fault
+from support.interruptions import (
     assert_same_export,
     first_step_after,
     output,
@@ -25,23 +25,24 @@ from interruptions import (
     struck_at,
     without_repeats,
 )
-from random_shards import HEIGHT, WIDTH, flip_byte, write_random_shards
-from rank_processes import StartedRanks
-from recipes_for_tests import tiny_stage1_recipe
+from support.random_shards import HEIGHT, WIDTH, flip_byte, write_random_shards
+from support.ranks import StartedRanks
+from support.recipes import tiny_stage1_recipe
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from dreamdance.data import batch_workers, shard_cache
-from dreamdance.data.clip_loader import ClipLoader
-from dreamdance.data.clip_order import ClipOrder, SampleKey
-from dreamdance.data.clips import ClipDataset, StoredClips
-from dreamdance.data.collate import ClipSample
-from dreamdance.data.verify import verify_shards
+from dreamdance.data.loading import workers as batch_workers
+from dreamdance.data.loading.batch import ClipSample
+from dreamdance.data.loading.dataset import ClipDataset, StoredClips
+from dreamdance.data.loading.loader import ClipLoader
+from dreamdance.data.loading.order import ClipOrder, SampleKey
+from dreamdance.data.shards import cache as shard_cache
+from dreamdance.data.shards.verify import verify_shards
 from dreamdance.errors import ShardError
-from dreamdance.forced_exit import TRY_AGAIN_EXIT_CODE
-from dreamdance.ranks import Ranks
 from dreamdance.recipe.sections import Shards
-from dreamdance.run_layout import export_folder
+from dreamdance.runs.layout import export_folder
+from dreamdance.runtime.exits import TRY_AGAIN_EXIT_CODE
+from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.objectives.geometry import GeometryObjective
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

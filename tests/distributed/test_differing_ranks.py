@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 from diffusers import UNet2DConditionModel
-from fault_log import record_fault
-from interruptions import output, settings
-from rank_processes import StartedRanks
-from recipes_for_tests import tiny_stage1_recipe, tiny_unet_config
-from training_scenarios import Recipe, run_recorded
+from support.fault_log import record_fault
+from support.interruptions import output, settings
+from support.ranks import StartedRanks
+from support.recipes import tiny_stage1_recipe, tiny_unet_config
+from support.training_scenarios import Recipe, run_recorded
 
 import dreamdance
-from dreamdance.ranks import Ranks
-from dreamdance.run_layout import progress_file
+from dreamdance.runs.layout import progress_file
+from dreamdance.runtime.ranks import Ranks
 
 pytestmark = pytest.mark.distributed
 

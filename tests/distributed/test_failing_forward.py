@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-from fault_log import record_fault
-from interruptions import settings
-from recipes_for_tests import tiny_stage1_recipe
+from support.fault_log import record_fault
+from support.interruptions import settings
+from support.recipes import tiny_stage1_recipe
 
 from dreamdance.launch.requeue import read_failures
 from dreamdance.recipe import dump_recipe
-from dreamdance.run_layout import complete_steps
+from dreamdance.runs.layout import complete_steps
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -5,8 +5,8 @@ import time
 from pathlib import Path
 
 import pytest
-from fault_log import record_fault
-from interruptions import (
+from support.fault_log import record_fault
+from support.interruptions import (
     WORLD_SIZE,
     assert_same_checkpoint,
     first_step_after,
@@ -17,12 +17,12 @@ from interruptions import (
     start,
     struck_at,
 )
-from rank_processes import StartedRanks
-from recipes_for_tests import tiny_stage1_recipe
-from training_scenarios import Recipe, SlowRank, Strike, run_recorded
+from support.ranks import StartedRanks
+from support.recipes import tiny_stage1_recipe
+from support.training_scenarios import Recipe, SlowRank, Strike, run_recorded
 
-from dreamdance.forced_exit import TRY_AGAIN_EXIT_CODE
-from dreamdance.run_layout import checkpoint_folder
+from dreamdance.runs.layout import checkpoint_folder
+from dreamdance.runtime.exits import TRY_AGAIN_EXIT_CODE
 
 pytestmark = pytest.mark.distributed
 

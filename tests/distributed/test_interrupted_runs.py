@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 import torch
-from fault_log import record_fault
-from interruptions import (
+from support.fault_log import record_fault
+from support.interruptions import (
     BATCH_SIZE,
     MAX_STEPS,
     WORLD_SIZE,
@@ -24,12 +24,12 @@ from interruptions import (
     strike_down,
     without_repeats,
 )
-from rank_processes import run_ranks
-from recipes_for_tests import tiny_stage1_recipe, tiny_stage2_recipe
-from training_scenarios import Recipe, Strike, prepare_and_inspect, run_recorded
+from support.ranks import run_ranks
+from support.recipes import tiny_stage1_recipe, tiny_stage2_recipe
+from support.training_scenarios import Recipe, Strike, prepare_and_inspect, run_recorded
 
-from dreamdance.run_layout import checkpoint_folder, export_folder, step_folders
-from dreamdance.training.checkpoint import read_average
+from dreamdance.runs.layout import checkpoint_folder, export_folder, step_folders
+from dreamdance.training.checkpointing.checkpointer import read_average
 
 pytestmark = pytest.mark.distributed
 

@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_log import record_fault
-from interruptions import output, settings, start
-from random_shards import write_random_shards
-from rank_processes import run_ranks
-from recipes_for_tests import tiny_stage1_recipe
+from support.fault_log import record_fault
+from support.interruptions import output, settings, start
+from support.random_shards import write_random_shards
+from support.ranks import run_ranks
+from support.recipes import tiny_stage1_recipe
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from dreamdance.data.clip_loader import ClipLoader
-from dreamdance.data.clip_order import ClipOrder
-from dreamdance.data.clips import ClipDataset
-from dreamdance.ranks import Ranks
+from dreamdance.data.loading.dataset import ClipDataset
+from dreamdance.data.loading.loader import ClipLoader
+from dreamdance.data.loading.order import ClipOrder
 from dreamdance.recipe.sections import Shards
-from dreamdance.run_layout import checkpoint_folder
+from dreamdance.runs.layout import checkpoint_folder
+from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.objectives.geometry import GeometryObjective
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

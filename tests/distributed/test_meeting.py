@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from fault_log import record_fault
-from rank_processes import StartedRanks
+from support.fault_log import record_fault
+from support.ranks import StartedRanks
 from torch import distributed as dist
 
 from dreamdance.launch.job import free_port
-from dreamdance.ranks import Ranks
-from dreamdance.training.distributed import process_group, sum_over_ranks
+from dreamdance.runtime.process_group import process_group, sum_over_ranks
+from dreamdance.runtime.ranks import Ranks
 
 TIMEOUT_SECONDS = 120
 

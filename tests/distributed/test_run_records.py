@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
-from rank_processes import run_ranks
-from recipes_for_tests import tiny_stage1_recipe, tiny_stage2_recipe
+from support.ranks import run_ranks
+from support.recipes import tiny_stage1_recipe, tiny_stage2_recipe
+from support.training_scenarios import Recipe, run_recorded
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_scenarios import Recipe, run_recorded
 
 from dreamdance.recipe.schema import Stage1Recipe
-from dreamdance.run_layout import export_folder, newest_export, progress_file, step_name
+from dreamdance.runs.layout import export_folder, newest_export, progress_file, step_name
 from dreamdance.training.schedule import learning_rate
 
 pytestmark = pytest.mark.distributed

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fault_log import record_fault
-from interruptions import (
+from support.fault_log import record_fault
+from support.interruptions import (
     WORLD_SIZE,
     assert_same_checkpoint,
     first_step_after,
@@ -21,16 +21,16 @@ from interruptions import (
     settings,
     start,
 )
-from rank_processes import StartedRanks
-from recipes_for_tests import tiny_stage1_recipe
-from training_scenarios import ReadOnlyFolder, Recipe, SlowDisk, SmallDisk, StumblingDisk, run_judged
+from support.ranks import StartedRanks
+from support.recipes import tiny_stage1_recipe
+from support.training_scenarios import ReadOnlyFolder, Recipe, SlowDisk, SmallDisk, StumblingDisk, run_judged
 
-from dreamdance.atomic_files import hash_file
 from dreamdance.errors import CheckpointError
-from dreamdance.run_layout import checkpoint_folder, progress_file, step_folders
-from dreamdance.training import manifest as manifests
-from dreamdance.training.checkpoint import read_average
-from dreamdance.training.manifest import FileRecord
+from dreamdance.runs.files import hash_file
+from dreamdance.runs.layout import checkpoint_folder, progress_file, step_folders
+from dreamdance.training.checkpointing import complete_file as manifests
+from dreamdance.training.checkpointing.checkpointer import read_average
+from dreamdance.training.checkpointing.complete_file import FileRecord
 
 pytestmark = pytest.mark.distributed
 

@@ -6,22 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_log import record_fault
-from interruptions import output, settings, start
-from random_shards import flip_byte, write_random_shards
-from rank_processes import StartedRanks, run_ranks
-from recipes_for_tests import tiny_stage1_recipe
+from support.fault_log import record_fault
+from support.interruptions import output, settings, start
+from support.random_shards import flip_byte, write_random_shards
+from support.ranks import StartedRanks, run_ranks
+from support.recipes import tiny_stage1_recipe
 from torch.distributed import HashStore
 
-from dreamdance.data import verify
-from dreamdance.data.shard_files import FileStamp
-from dreamdance.forced_exit import TRY_AGAIN_EXIT_CODE
-from dreamdance.ranks import Ranks
+from dreamdance.data.shards import verify
+from dreamdance.data.shards.stamps import FileStamp
 from dreamdance.recipe.sections import Shards
-from dreamdance.run_layout import export_folder
-from dreamdance.training.distributed import common_store, process_group
+from dreamdance.runs.layout import export_folder
+from dreamdance.runtime.exits import TRY_AGAIN_EXIT_CODE
+from dreamdance.runtime.process_group import common_store, process_group
+from dreamdance.runtime.ranks import Ranks
+from dreamdance.runtime.watchdog import Watchdog
 from dreamdance.training.shard_check import verify_by_hash
-from dreamdance.watchdog import Watchdog
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

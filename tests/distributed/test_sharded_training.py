@@ -8,24 +8,24 @@ from typing import Any
 
 import pytest
 import torch
-from fault_log import record_fault
-from rank_processes import StartedRanks, run_ranks
-from recipes_for_tests import tiny_stage1_recipe, tiny_stage2_recipe
+from support.fault_log import record_fault
+from support.ranks import StartedRanks, run_ranks
+from support.recipes import tiny_stage1_recipe, tiny_stage2_recipe
+from support.training_scenarios import Recipe, prepare_and_inspect, run_recorded
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_scenarios import Recipe, prepare_and_inspect, run_recorded
 
-from dreamdance.data.clips import fixed_clips
-from dreamdance.data.collate import collate_clips
+from dreamdance.data.loading.batch import collate_clips
+from dreamdance.data.loading.dataset import fixed_clips
 from dreamdance.pipelines import AnimationPipeline, GeometryPipeline
-from dreamdance.ranks import Ranks
-from dreamdance.run_layout import checkpoint_folder, export_folder, newest_export, progress_file
-from dreamdance.training.checkpoint import read_average
-from dreamdance.training.components import build_objective
+from dreamdance.runs.layout import checkpoint_folder, export_folder, newest_export, progress_file
+from dreamdance.runtime.ranks import Ranks
+from dreamdance.training.checkpointing.checkpointer import read_average
 from dreamdance.training.ema import ShardedEma
-from dreamdance.training.run import make_loader
-from dreamdance.training.sampling import draw_samples
+from dreamdance.training.networks.build import build_objective
+from dreamdance.training.networks.trainability import set_trainable
+from dreamdance.training.sample_pictures import draw_samples
 from dreamdance.training.schedule import learning_rate
-from dreamdance.training.trainability import set_trainable
+from dreamdance.training.train import make_loader
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("one_thread")]
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from fault_log import record_fault
-from interruptions import assert_same_checkpoint, messages, output, settings, start
-from recipes_for_tests import tiny_stage1_recipe
-from training_scenarios import Recipe, Spoiled, Strike
+from support.fault_log import record_fault
+from support.interruptions import assert_same_checkpoint, messages, output, settings, start
+from support.recipes import tiny_stage1_recipe
+from support.training_scenarios import Recipe, Spoiled, Strike
 
-from dreamdance.ranks import Ranks
-from dreamdance.run_layout import checkpoint_folder
-from dreamdance.training.run import make_loader
+from dreamdance.runs.layout import checkpoint_folder
+from dreamdance.runtime.ranks import Ranks
+from dreamdance.training.train import make_loader
 
 pytestmark = pytest.mark.distributed
 

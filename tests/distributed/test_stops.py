@@ -3,8 +3,8 @@
 import signal
 
 import pytest
-from fault_log import record_fault
-from interruptions import (
+from support.fault_log import record_fault
+from support.interruptions import (
     MAX_STEPS,
     assert_same_checkpoint,
     assert_same_export,
@@ -15,11 +15,11 @@ from interruptions import (
     settings,
     start,
 )
-from recipes_for_tests import tiny_stage1_recipe
+from support.recipes import tiny_stage1_recipe
+from support.training_scenarios import Strike
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_scenarios import Strike
 
-from dreamdance.run_layout import checkpoint_folder, complete_steps, export_folder, was_warned
+from dreamdance.runs.layout import checkpoint_folder, complete_steps, export_folder, was_warned
 
 pytestmark = pytest.mark.distributed
 

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_log import record_fault
-from interruptions import assert_same_checkpoint, messages, output, samples_in_order, settings, start
-from recipes_for_tests import tiny_stage1_recipe
+from support.fault_log import record_fault
+from support.interruptions import assert_same_checkpoint, messages, output, samples_in_order, settings, start
+from support.recipes import tiny_stage1_recipe
+from support.training_scenarios import Recipe, Spoiled, Strike
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from training_scenarios import Recipe, Spoiled, Strike
 
-from dreamdance.ranks import Ranks
-from dreamdance.run_layout import checkpoint_folder, export_folder, step_folders, step_name, step_of
-from dreamdance.training import manifest as manifests
+from dreamdance.runs.layout import checkpoint_folder, export_folder, step_folders, step_name, step_of
+from dreamdance.runtime.ranks import Ranks
+from dreamdance.training.checkpointing import complete_file as manifests
 from dreamdance.training.objectives.geometry import GeometryObjective
-from dreamdance.training.run import make_loader
+from dreamdance.training.train import make_loader
 
 pytestmark = pytest.mark.distributed
 

@@ -14,23 +14,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from recipes_for_tests import HEIGHT, WIDTH
-from tiny_pipelines import tiny_animation_pipeline, tiny_geometry_pipeline
+from support.recipes import HEIGHT, WIDTH
+from support.tiny_pipelines import tiny_animation_pipeline, tiny_geometry_pipeline
 
 import dreamdance
-from dreamdance.data.dancers import HELD_OUT_SEEDS, render_clip
-from dreamdance.data.keypoints import KeypointSequence, write_keypoint_file
-from dreamdance.data.pose_drawing import draw_poses
-from dreamdance.data.video_io import write_video
+from dreamdance.dancers.render import HELD_OUT_SEEDS, render_clip
 from dreamdance.errors import CheckpointError, ManifestError, MissingInputError, RecipeError
-from dreamdance.inference.batch import AnimateError, animate
+from dreamdance.inference.animate import AnimateError, animate
 from dreamdance.inference.inputs import Size, load_inputs
 from dreamdance.inference.manifest import read_manifest
 from dreamdance.launch.finished import digest_inputs, is_finished, mark_finished
 from dreamdance.launch.job import free_port
-from dreamdance.provenance import code_version
+from dreamdance.media.keypoints import KeypointSequence, write_keypoint_file
+from dreamdance.media.pose_drawing import draw_poses
+from dreamdance.media.video import write_video
 from dreamdance.recipe.schema import AnimateRecipe
-from dreamdance.run_layout import progress_file
+from dreamdance.runs.layout import progress_file
+from dreamdance.runs.provenance import code_version
 
 NUM_FRAMES = 5
 
@@ -309,7 +309,7 @@ def test_ranks_share_the_entries_and_the_failures_of_all_end_the_command(job):
     (job.folder / "recipe.json").write_text(job.recipe().model_dump_json())
     program = (
         "import sys; from pathlib import Path; from dreamdance.errors import UserError\n"
-        "from dreamdance.inference.batch import animate; from dreamdance.recipe.schema import AnimateRecipe\n"
+        "from dreamdance.inference.animate import animate; from dreamdance.recipe.schema import AnimateRecipe\n"
         "recipe = AnimateRecipe.model_validate_json(Path(sys.argv[1]).read_text())\n"
         "try:\n    animate(recipe, Path(sys.argv[2]))\nexcept UserError as error:\n    sys.exit(str(error))"
     )

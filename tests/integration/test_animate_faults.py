@@ -13,19 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fault_log import record_fault
 from PIL import Image
-from recipes_for_tests import HEIGHT, WIDTH
-from struck_shares import STEP_TIMEOUT_SECONDS, Strike, start, strike_and_start_again
-from tiny_pipelines import tiny_animation_pipeline
+from support.fault_log import record_fault
+from support.faulty_shares import STEP_TIMEOUT_SECONDS, Strike, start, strike_and_start_again
+from support.recipes import HEIGHT, WIDTH
+from support.tiny_pipelines import tiny_animation_pipeline
 
-from dreamdance.data.dancers import HELD_OUT_SEEDS, render_clip
-from dreamdance.data.keypoints import KeypointSequence, write_keypoint_file
+from dreamdance.dancers.render import HELD_OUT_SEEDS, render_clip
 from dreamdance.errors import CheckpointError
-from dreamdance.folder_claim import OutputError, claim_folder
-from dreamdance.inference.batch import animate
+from dreamdance.inference.animate import animate
+from dreamdance.media.keypoints import KeypointSequence, write_keypoint_file
 from dreamdance.recipe.schema import AnimateRecipe
-from dreamdance.run_layout import progress_file
+from dreamdance.runs.folder_lock import OutputError, claim_folder
+from dreamdance.runs.layout import progress_file
 
 NUM_ENTRIES = 4
 
@@ -171,7 +171,7 @@ def test_a_full_disk_ends_the_batch_at_once_and_the_same_command_goes_on(recipe,
 
 
 def test_another_run_that_writes_there_and_a_place_that_takes_nothing_are_refused(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("dreamdance.folder_claim.WAIT_SECONDS", 0.1)
+    monkeypatch.setattr("dreamdance.runs.folder_lock.WAIT_SECONDS", 0.1)
     with (
         claim_folder(Path(recipe.output), key="output"),
         pytest.raises(OutputError, match="another run is writing into"),

@@ -13,19 +13,17 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from fault_log import record_fault
 from PIL import Image
-from struck_shares import STEP_TIMEOUT_SECONDS, Strike, start, strike_and_start_again
+from support.fault_log import record_fault
+from support.faulty_shares import STEP_TIMEOUT_SECONDS, Strike, start, strike_and_start_again
 
-from dreamdance.crew import Crew
-from dreamdance.data.picture_grid import Row
+from dreamdance.data.loading.stored_clip import StoredClip
 from dreamdance.data.prepare import prepare
-from dreamdance.data.schema import pack_frames
-from dreamdance.data.stored_clip import StoredClip
+from dreamdance.data.shards.columns import pack_frames
 from dreamdance.errors import MissingInputError
 from dreamdance.evaluation.clips import Prediction, Result, ResultError, open_clips, read_result, read_truth
+from dreamdance.evaluation.evaluate import evaluate, evaluate_clip
 from dreamdance.evaluation.measured import EvaluatedClip, MeasuredClips, read_files
-from dreamdance.evaluation.report import evaluate, evaluate_clip
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table
 from dreamdance.evaluation.trivial import (
     MEAN_COLOUR,
@@ -37,9 +35,11 @@ from dreamdance.evaluation.trivial import (
 from dreamdance.inference.results import ClipResult
 from dreamdance.inference.results import write_result as write_clip_result
 from dreamdance.launch.finished import digest_inputs, is_finished, mark_finished
-from dreamdance.ranks import Ranks
+from dreamdance.media.grids import Row
 from dreamdance.recipe.schema import EvaluateRecipe, PrepareRecipe
 from dreamdance.recipe.sections import Shards
+from dreamdance.runs.crew import Crew
+from dreamdance.runtime.ranks import Ranks
 
 NUM_FRAMES, HEIGHT, WIDTH, FPS = 5, 48, 32, 8.0
 MAP_SIZE = (24, 16)

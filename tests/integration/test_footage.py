@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreamdance.data.clips import StoredClips
-from dreamdance.data.video_io import probe_video
+from dreamdance.data.loading.dataset import StoredClips
 from dreamdance.evaluation.table import RESULT_ROW
 from dreamdance.evaluation.trivial import MEAN_COLOUR_OF_FRAME, MEAN_OF_TRAINING, REPEATED_REFERENCE
+from dreamdance.media.video import probe_video
 from dreamdance.recipe.sections import Shards
-from dreamdance.run_layout import newest_export, progress_file
+from dreamdance.runs.layout import newest_export, progress_file
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = (sys.executable, ROOT / "launchers" / "slurm.py")

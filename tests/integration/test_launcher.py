@@ -12,10 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from fault_log import record_fault
+from support.fault_log import record_fault
 
 from dreamdance.launch.submission import last_job
-from dreamdance.run_layout import complete_steps, progress_file
+from dreamdance.runs.layout import complete_steps, progress_file
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = [sys.executable, str(ROOT / "launchers" / "slurm.py")]

@@ -8,16 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fault_log import record_fault
-from interruptions import resumed_step, settings
-from recipes_for_tests import tiny_stage1_recipe
+from support.fault_log import record_fault
+from support.interruptions import resumed_step, settings
+from support.recipes import tiny_stage1_recipe
 
 from dreamdance.launch import status
-from dreamdance.launch.local_controller import status_file
+from dreamdance.launch.local.controller import status_file
 from dreamdance.launch.requeue import read_requeues
 from dreamdance.launch.run_folder import lay
 from dreamdance.launch.submission import SubmittedJob, cancel, last_job, submit
-from dreamdance.run_layout import complete_steps, progress_file
+from dreamdance.runs.layout import complete_steps, progress_file
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -28,8 +28,8 @@ ENDLESS |= {"validation.sample_every_steps": 1_000_000}
 CONTROLLER = """#!{python} -P
 import os, sys, time
 from pathlib import Path
-from dreamdance.launch import local_controller
-from dreamdance.run_layout import progress_file
+from dreamdance.launch.local import controller as local_controller
+from dreamdance.runs.layout import progress_file
 
 sys.argv[1:] = sys.argv[-1:]
 log = progress_file(Path(sys.argv[1]))

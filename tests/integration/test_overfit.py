@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from recipes_for_tests import tiny_clip_batch, tiny_stage1_recipe, tiny_stage2_recipe
+from support.recipes import tiny_clip_batch, tiny_stage1_recipe, tiny_stage2_recipe
 from torch import Tensor
 
-from dreamdance.data.collate import ClipBatch
-from dreamdance.data.transforms import decode_normals
-from dreamdance.training.components import build_objective
-from dreamdance.training.sampling import draw_samples
-from dreamdance.training.trainability import Objective, set_modes, set_trainable
+from dreamdance.data.loading.batch import ClipBatch
+from dreamdance.media.transforms import decode_normals
+from dreamdance.training.networks.build import build_objective
+from dreamdance.training.networks.trainability import Objective, set_modes, set_trainable
+from dreamdance.training.sample_pictures import draw_samples
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 

@@ -11,9 +11,9 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from bare_environments import build_wheel, declared, install, make_environment, site_packages
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from support.bare_environments import build_wheel, declared, install, make_environment, site_packages
 
 import dreamdance
 from dreamdance.launch.job import ENTRIES
@@ -94,7 +94,7 @@ def test_every_import_is_declared() -> None:
     of_the_library = {name for requirements in extras.values() for name in names(requirements)}
     assert distributions(library).keys() - of_the_library == set()
     others = {file for folder in ("tests", "tools", "launchers", "kernels") for file in (ROOT / folder).rglob("*.py")}
-    beside_tests = {file.stem for folder in ("tests", "kernels/benchmarks") for file in (ROOT / folder).glob("*.py")}
+    beside_tests = {"support", *(file.stem for file in (ROOT / "kernels" / "benchmarks").glob("*.py"))}
     beside_tests = {canonicalize_name(name) for name in beside_tests}
     assert distributions(others).keys() - of_the_library - names(dev) - beside_tests == set()
 
@@ -106,7 +106,7 @@ def test_nothing_is_declared_that_nobody_imports() -> None:
     assert unused - distributions(files).keys() - tools == {"accelerate"}  # by which diffusers loads networks lean
 
 
-@pytest.mark.parametrize("module", ["dreamdance.console", "dreamdance.pipelines", "dreamdance.training.plan"])
+@pytest.mark.parametrize("module", ["dreamdance.console", "dreamdance.pipelines", "dreamdance.training.planning.plan"])
 def test_an_installation_without_extras_can_import(module: str) -> None:
     loaded = distributions(reached(module), at_once=True)
     assert loaded.keys() - names(declared_by_setup()[""]) == set(), loaded

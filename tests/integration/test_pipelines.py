@@ -6,9 +6,9 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler
 from einops import repeat
 from PIL import Image
-from tiny_pipelines import random_pictures, tiny_animation_pipeline, tiny_geometry_pipeline, wake_up
+from support.tiny_pipelines import random_pictures, tiny_animation_pipeline, tiny_geometry_pipeline, wake_up
 
-from dreamdance.data.transforms import encode_normals
+from dreamdance.media.transforms import encode_normals
 from dreamdance.pipelines import AnimationPipeline, DreamDancePipeline, GeometryPipeline
 
 HEIGHT, WIDTH = 24, 16

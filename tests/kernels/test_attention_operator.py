@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from dreamdance.models.geometry_attention import GeometryAttention
 from dreamdance.models.temporal_attention import TemporalAttention
-from dreamdance.training.activation_memory import LiveBytes
+from dreamdance.training.planning.activation_memory import LiveBytes
 from dreamdance_kernels import (
     attention_operator,
     available_backends,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import StableVideoDiffusionPipeline
 from einops import rearrange, repeat
-from tiny_svd import assert_close_to_rounding, tiny_svd_pipeline
+from support.tiny_svd import assert_close_to_rounding, tiny_svd_pipeline
 from torch import Tensor, nn
 
 from dreamdance.diffusion.guidance import classifier_free_guidance

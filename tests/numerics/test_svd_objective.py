@@ -7,15 +7,15 @@ import pytest
 import torch
 from diffusers import StableVideoDiffusionPipeline
 from einops import rearrange
-from tiny_svd import assert_close_to_rounding, tiny_svd_pipeline
+from support.tiny_svd import assert_close_to_rounding, tiny_svd_pipeline
 from torch import Tensor
 
-from dreamdance.data.collate import ClipBatch
+from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.diffusion.noise import draw_noise, make_svd_scheduler
-from dreamdance.keyed_random import sample_generator
 from dreamdance.models import CrossDomainControllerModel, SpatioTemporalControlNetModel
 from dreamdance.models.autoencoding import encode_latents
 from dreamdance.recipe.schema import AnimationObjective as Settings
+from dreamdance.runtime.sample_random import sample_generator
 from dreamdance.training.objectives.animation import AnimationObjective
 
 SIZE, NUM_FRAMES = 32, 3

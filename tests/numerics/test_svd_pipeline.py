@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableVideoDiffusionPipeline
-from tiny_pipelines import random_pictures
-from tiny_svd import tiny_svd_pipeline
+from support.tiny_pipelines import random_pictures
+from support.tiny_svd import tiny_svd_pipeline
 
 from dreamdance.models import CrossDomainControllerModel, SpatioTemporalControlNetModel
 from dreamdance.pipelines import AnimationPipeline

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slurm_runs import Cluster
+from support.slurm_jobs import Cluster
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "unshare", "nsenter")
 REQUIRED = "DREAMDANCE_SLURM_REQUIRED"

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from fault_log import record_fault
-from slurm_runs import Cluster, Run, measure_recovery, wait_until, write_training
+from support.fault_log import record_fault
+from support.slurm_jobs import Cluster, Run, measure_recovery, wait_until, write_training
 
 
 @pytest.fixture

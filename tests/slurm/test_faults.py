@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from fault_log import record_fault
-from slurm_runs import Cluster, Recovery, Run, measure_recovery, wait_until, write_training
+from support.fault_log import record_fault
+from support.slurm_jobs import Cluster, Recovery, Run, measure_recovery, wait_until, write_training
 
 EVERY_STEPS = 10
 STOP_SECONDS = 30

@@ -6,8 +6,8 @@ import socket
 import subprocess
 from pathlib import Path
 
-from fault_log import record_fault
-from slurm_runs import Cluster, Run, measure_recovery, wait_until, write_training
+from support.fault_log import record_fault
+from support.slurm_jobs import Cluster, Run, measure_recovery, wait_until, write_training
 
 from dreamdance.launch.job import slurm_port
 from dreamdance.launch.submission import last_job

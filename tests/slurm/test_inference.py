@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_log import record_fault
-from slurm_runs import ROOT, Cluster, Run, wait_until
-from tiny_pipelines import tiny_animation_pipeline, tiny_geometry_pipeline
+from support.fault_log import record_fault
+from support.slurm_jobs import ROOT, Cluster, Run, wait_until
+from support.tiny_pipelines import tiny_animation_pipeline, tiny_geometry_pipeline
 
 from dreamdance.data.prepare import prepare
-from dreamdance.evaluation.report import evaluate
-from dreamdance.inference.batch import animate
+from dreamdance.evaluation.evaluate import evaluate
+from dreamdance.inference.animate import animate
 from dreamdance.recipe import load_recipe
-from dreamdance.run_layout import DONE_FOLDER, read_done
+from dreamdance.runs.layout import DONE_FOLDER, read_done
 
 DEMO = ROOT / "recipes" / "demo"
 NUM_CLIPS = 12

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from fault_log import record_fault
-from slurm_runs import ROOT, Cluster, Run, wait_until, write_training
+from support.fault_log import record_fault
+from support.slurm_jobs import ROOT, Cluster, Run, wait_until, write_training
 
-from dreamdance.data.shard_writer import PARTS_FOLDER
+from dreamdance.data.writing.shard_writer import PARTS_FOLDER
 from dreamdance.launch.requeue import read_failures
 
 PREPARE = ROOT / "recipes" / "demo" / "prepare.yaml"

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dreamdance.data.dancers import HELD_OUT_SEEDS, render_clip
-from dreamdance.data.keypoints import BODY_NAMES, KeypointSequence
+from dreamdance.dancers.render import HELD_OUT_SEEDS, render_clip
 from dreamdance.inference.align import AlignmentError, align_keypoints
+from dreamdance.media.keypoints import BODY_NAMES, KeypointSequence
 
 WIDTH, HEIGHT, NUM_FRAMES = 24, 36, 24
 SCALE = 0.7

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dreamdance.atomic_files import follow_umask, hash_file, write_atomically
+from dreamdance.runs.files import follow_umask, hash_file, write_atomically
 
 
 def test_a_file_is_replaced_by_all_of_the_new_text_and_nothing_is_left_beside_it(tmp_path):

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from autoencoder_recipes import HEIGHT, WIDTH, recipe_with_autoencoder, save_autoencoder
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from einops import rearrange
-from recipes_for_tests import record_inputs, tiny_clip_batch
+from support.autoencoder_recipes import HEIGHT, WIDTH, recipe_with_autoencoder, save_autoencoder
+from support.recipes import record_inputs, tiny_clip_batch
 from torch import Tensor
 
-from dreamdance.data.collate import ClipBatch
+from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.models.autoencoding import decode_latents, encode_latents
 from dreamdance.pipelines import AnimationPipeline, DreamDancePipeline, GeometryPipeline
-from dreamdance.training.components import build_objective
+from dreamdance.training.networks.build import build_objective
 
 STAGES = pytest.mark.parametrize("temporal", [False, True], ids=["stage 1", "stage 2"])
 

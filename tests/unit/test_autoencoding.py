@@ -18,7 +18,7 @@ from dreamdance.models.autoencoding import (
     encode_latents,
     kept_in_float32,
 )
-from dreamdance.training.activation_memory import LiveBytes
+from dreamdance.training.planning.activation_memory import LiveBytes
 
 WIDTHS = {"block_out_channels": (32, 32), "latent_channels": 4}
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from recipes_for_tests import tiny_clip_batch, tiny_stage1_recipe, tiny_stage2_recipe, wake
+from support.recipes import tiny_clip_batch, tiny_stage1_recipe, tiny_stage2_recipe, wake
 from torch import nn
 
 from dreamdance.models.fused_group_norm import FusedGroupNorm
-from dreamdance.training.components import build_objective, exportable
+from dreamdance.training.networks.build import build_objective, exportable
 
 RECIPES = {
     "stage 1": lambda changes: tiny_stage1_recipe("temporal", changes),

@@ -14,23 +14,23 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from fault_log import record_fault
-from recipes_for_tests import tiny_stage1_recipe, tiny_unet_config
+from support.fault_log import record_fault
+from support.recipes import tiny_stage1_recipe, tiny_unet_config
 
-from dreamdance.atomic_files import hash_file
 from dreamdance.errors import CheckpointError
-from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import Stage1Recipe
-from dreamdance.run_layout import COMPLETE_FILE, checkpoint_folder, step_folders
-from dreamdance.training import manifest as manifests
-from dreamdance.training.checkpoint import read_average
-from dreamdance.training.distributed import process_group, repeatable_arithmetic
-from dreamdance.training.manifest import FileRecord
-from dreamdance.training.preemption import StopRequest
-from dreamdance.training.rank_state import generator_states, restore_generators
-from dreamdance.training.run import prepare, train
+from dreamdance.runs.files import hash_file
+from dreamdance.runs.layout import COMPLETE_FILE, checkpoint_folder, step_folders
+from dreamdance.runtime.process_group import process_group, repeatable_arithmetic
+from dreamdance.runtime.ranks import Ranks
+from dreamdance.runtime.stop_request import StopRequest
+from dreamdance.runtime.watchdog import Watchdog
+from dreamdance.training.checkpointing import complete_file as manifests
+from dreamdance.training.checkpointing.checkpointer import read_average
+from dreamdance.training.checkpointing.complete_file import FileRecord
+from dreamdance.training.checkpointing.rank_state import generator_states, restore_generators
+from dreamdance.training.train import prepare, train
 from dreamdance.training.trainer import Trainer
-from dreamdance.watchdog import Watchdog
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

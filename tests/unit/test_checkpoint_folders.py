@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from dreamdance.atomic_files import hash_file
 from dreamdance.errors import CheckpointError
 from dreamdance.recipe.schema import Checkpoint
-from dreamdance.run_layout import COMPLETE_FILE, checkpoint_folder, step_folders, step_of
-from dreamdance.training import manifest as manifests
-from dreamdance.training.checkpoint_folders import CheckpointFolders
-from dreamdance.training.manifest import FileRecord, Manifest
+from dreamdance.runs.files import hash_file
+from dreamdance.runs.layout import COMPLETE_FILE, checkpoint_folder, step_folders, step_of
+from dreamdance.training.checkpointing import complete_file as manifests
+from dreamdance.training.checkpointing.complete_file import FileRecord, Manifest
+from dreamdance.training.checkpointing.folders import CheckpointFolders
 
 WEIGHTS = "rank_00000.pt"
 

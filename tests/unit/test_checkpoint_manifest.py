@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from dreamdance.atomic_files import hash_file
 from dreamdance.errors import CheckpointError
-from dreamdance.run_layout import COMPLETE_FILE
-from dreamdance.training import manifest as manifests
-from dreamdance.training.manifest import FileRecord, Manifest
+from dreamdance.runs.files import hash_file
+from dreamdance.runs.layout import COMPLETE_FILE
+from dreamdance.training.checkpointing import complete_file as manifests
+from dreamdance.training.checkpointing.complete_file import FileRecord, Manifest
 
 
 def save(folder: Path) -> Manifest:
@@ -100,5 +100,5 @@ def test_a_file_that_cannot_be_read_for_a_moment_is_read_again_and_else_told(tmp
         (folder / "file").unlink()
         (folder / "file").touch()
 
-    monkeypatch.setattr("dreamdance.training.manifest.time.sleep", mend)
+    monkeypatch.setattr("dreamdance.training.checkpointing.complete_file.time.sleep", mend)
     assert manifests.damage(folder, [record]) == []

@@ -4,19 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from interruptions import settings
-from rank_processes import run_ranks
-from recipes_for_tests import tiny_stage1_recipe
+from support.interruptions import settings
+from support.ranks import run_ranks
+from support.recipes import tiny_stage1_recipe
 
-from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import Stage1Recipe
-from dreamdance.run_layout import checkpoint_folder
-from dreamdance.training.checkpoint_plan import describe_checkpoint, plan_checkpoint
-from dreamdance.training.distributed import process_group, repeatable_arithmetic
-from dreamdance.training.plan import describe
-from dreamdance.training.preemption import StopRequest
-from dreamdance.training.run import prepare
-from dreamdance.watchdog import Watchdog
+from dreamdance.runs.layout import checkpoint_folder
+from dreamdance.runtime.process_group import process_group, repeatable_arithmetic
+from dreamdance.runtime.ranks import Ranks
+from dreamdance.runtime.stop_request import StopRequest
+from dreamdance.runtime.watchdog import Watchdog
+from dreamdance.training.checkpointing.saving_plan import describe_checkpoint, plan_checkpoint
+from dreamdance.training.planning.plan import describe
+from dreamdance.training.train import prepare
 
 KINDS = [("bf16", 2), ("fp32", 0)]
 WORLD_SIZE = 2

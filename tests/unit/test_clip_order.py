@@ -4,10 +4,10 @@ from collections import Counter
 
 import pytest
 
-from dreamdance.data.clip_loader import ClipLoader
-from dreamdance.data.clip_order import ClipOrder, SampleKey
+from dreamdance.data.loading.loader import ClipLoader
+from dreamdance.data.loading.order import ClipOrder, SampleKey
 from dreamdance.errors import ShardError
-from dreamdance.ranks import Ranks
+from dreamdance.runtime.ranks import Ranks
 
 SHARDS = [7, 5, 6, 7, 7, 3, 7, 7, 7, 4] * 3
 

@@ -12,19 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from random_shards import HEIGHT, WIDTH, random_clip, write_random_shards
+from support.random_shards import HEIGHT, WIDTH, random_clip, write_random_shards
 
-from dreamdance.data.clip_loader import ClipLoader
-from dreamdance.data.clip_order import ClipOrder, SampleKey
-from dreamdance.data.clips import ClipDataset, StoredClips, fixed_clips
-from dreamdance.data.collate import collate_clips
-from dreamdance.data.keypoints import flip_keypoints
-from dreamdance.data.pose_drawing import draw_poses
-from dreamdance.data.stored_clip import StoredClip, draw_window
-from dreamdance.data.streaming_compat import StreamingDataset
-from dreamdance.data.transforms import decode_normals
+from dreamdance.data.loading.batch import collate_clips
+from dreamdance.data.loading.dataset import ClipDataset, StoredClips, fixed_clips
+from dreamdance.data.loading.loader import ClipLoader
+from dreamdance.data.loading.order import ClipOrder, SampleKey
+from dreamdance.data.loading.stored_clip import StoredClip, draw_window
+from dreamdance.data.shards.mds import StreamingDataset
 from dreamdance.errors import ShardError
-from dreamdance.ranks import Ranks
+from dreamdance.media.keypoints import flip_keypoints
+from dreamdance.media.pose_drawing import draw_poses
+from dreamdance.media.transforms import decode_normals
+from dreamdance.runtime.ranks import Ranks
 
 NUM_FRAMES = 3
 
@@ -253,7 +253,7 @@ def test_training_and_validation_sets_live_in_one_process_and_several_ranks_on_o
 
 HOLD = """
 import sys
-from dreamdance.data.clips import StoredClips
+from dreamdance.data.loading.dataset import StoredClips
 from dreamdance.recipe.sections import Shards
 clips = StoredClips(Shards(local=sys.argv[1], remote=sys.argv[2]))
 clips.clip(0)

@@ -11,13 +11,13 @@ from diffusers import (
     UNet2DConditionModel,
     UNetSpatioTemporalConditionModel,
 )
-from recipes_for_tests import tiny_stage1_recipe, tiny_stage2_recipe, tiny_svd_config, tiny_unet_config, wake
 from safetensors.torch import load_file, save_file
+from support.recipes import tiny_stage1_recipe, tiny_stage2_recipe, tiny_svd_config, tiny_unet_config, wake
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from dreamdance.errors import CheckpointError, MissingInputError, RecipeError
-from dreamdance.training.components import build_objective, exportable, load_networks
+from dreamdance.training.networks.build import build_objective, exportable, load_networks
 
 VAE_CONFIG: dict[str, Any] = {
     "block_out_channels": [8, 8],

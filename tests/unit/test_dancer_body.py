@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dreamdance.data.dancer_body import (
+from dreamdance.dancers.body import (
     BOTTOM,
     HAIR,
     HEAD,
@@ -21,8 +21,8 @@ from dreamdance.data.dancer_body import (
     draw_identity,
     limb_frame,
 )
-from dreamdance.data.dancer_motion import Skeleton, dance
-from dreamdance.data.dancer_shading import surface_colours, tabulate_skins
+from dreamdance.dancers.motion import Skeleton, dance
+from dreamdance.dancers.shading import surface_colours, tabulate_skins
 
 TIMES = np.arange(4) / 8.0
 COLOURS = {number: (number / 10, 0.5, 1 - number / 10) for number in (SKIN, HAIR, TOP, BOTTOM, SHOES)}

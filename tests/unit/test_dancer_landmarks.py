@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dreamdance.data.dancer_body import build_body, draw_identity
-from dreamdance.data.dancer_landmarks import (
+from dreamdance.dancers.body import build_body, draw_identity
+from dreamdance.dancers.landmarks import (
     CHIN,
     CHIN_RADIUS,
     FINGER_ROOTS,
@@ -18,8 +18,8 @@ from dreamdance.data.dancer_landmarks import (
     find_landmarks,
     hand_points,
 )
-from dreamdance.data.dancer_motion import Proportions, Skeleton, dance, draw_proportions
-from dreamdance.data.keypoints import BODY_NAMES, FACE, LEFT_HAND, MIRROR, RIGHT_HAND
+from dreamdance.dancers.motion import Proportions, Skeleton, dance, draw_proportions
+from dreamdance.media.keypoints import BODY_NAMES, FACE, LEFT_HAND, MIRROR, RIGHT_HAND
 
 TIMES = np.arange(12) / 8.0
 BRIDGE, NOSTRILS = range(27, 31), range(31, 36)

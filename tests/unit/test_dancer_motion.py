@@ -5,7 +5,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from dreamdance.data.dancer_motion import SIDES, Proportions, Skeleton, Waves, dance, draw_proportions, rotation_about
+from dreamdance.dancers.motion import SIDES, Proportions, Skeleton, Waves, dance, draw_proportions, rotation_about
 
 SECONDS = np.arange(120) / 30.0
 SEEDS = range(40)

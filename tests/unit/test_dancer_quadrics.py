@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dreamdance.data.dancer_quadrics import ShapeList, cast, depth_along, surface_normals, to_camera
+from dreamdance.dancers.quadrics import ShapeList, cast, depth_along, surface_normals, to_camera
 
 FOCAL, WIDTH, HEIGHT = 150.0, 48, 64
 ORIGIN, LEVEL = np.zeros(3), np.eye(3)

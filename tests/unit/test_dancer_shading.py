@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dreamdance.data.dancer_body import HAIR, HEAD, PATTERNS, SKIN, Identity, Pattern, Skins, draw_identity
-from dreamdance.data.dancer_shading import Light, pattern_share, shade, surface_colours, tabulate_skins
+from dreamdance.dancers.body import HAIR, HEAD, PATTERNS, SKIN, Identity, Pattern, Skins, draw_identity
+from dreamdance.dancers.shading import Light, pattern_share, shade, surface_colours, tabulate_skins
 
 SHARES = {"plain": 0.0, "rings": 0.5, "stripes": 0.5, "checks": 0.5, "gingham": 0.5, "dots": np.pi * 0.3**2}
 SHARP = 1e-6

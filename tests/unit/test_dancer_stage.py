@@ -5,8 +5,8 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from dreamdance.data.dancer_motion import Skeleton, dance, draw_proportions
-from dreamdance.data.dancer_stage import (
+from dreamdance.dancers.motion import Skeleton, dance, draw_proportions
+from dreamdance.dancers.stage import (
     Camera,
     Stage,
     aim_camera,

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dreamdance.data.dancers import (
+from dreamdance.dancers.render import (
     HELD_OUT_SEEDS,
     HIDDEN_DETAIL_CONFIDENCE,
     HIDDEN_JOINT_CONFIDENCE,
@@ -15,8 +15,8 @@ from dreamdance.data.dancers import (
     DancerClip,
     render_clip,
 )
-from dreamdance.data.keypoints import BODY, FACE, LEFT_HAND, RIGHT_HAND
-from dreamdance.data.pose_drawing import CONFIDENCE_THRESHOLD
+from dreamdance.media.keypoints import BODY, FACE, LEFT_HAND, RIGHT_HAND
+from dreamdance.media.pose_drawing import CONFIDENCE_THRESHOLD
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dreamdance.data.schema import (
+from dreamdance.data.shards.columns import (
     COLUMNS,
     MAX_FRAME_PIXELS,
     MAX_FRAMES,
@@ -24,8 +24,8 @@ from dreamdance.data.schema import (
     unpack_frames,
     unpack_keypoints,
 )
-from dreamdance.data.transforms import decode_normals, pictures_to_tensor
 from dreamdance.errors import ShardError
+from dreamdance.media.transforms import decode_normals, pictures_to_tensor
 
 HEADER_SIZE, ENTRY_SIZE = 20, 8
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dreamdance.durations import duration
+from dreamdance.runs.durations import duration
 
 DAY = 24 * 3600
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
-from recipes_for_tests import tiny_stage1_recipe
+from support.recipes import tiny_stage1_recipe
 
 from dreamdance.errors import RecipeError
-from dreamdance.ranks import Ranks
+from dreamdance.runtime.process_group import process_group
+from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.deepspeed_config import accumulation_steps, deepspeed_config
-from dreamdance.training.distributed import process_group
 from dreamdance.training.engine import Engine, _weights_only_loading
 
 

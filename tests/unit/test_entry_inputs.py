@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fault_log import record_fault
 from PIL import Image
+from support.fault_log import record_fault
 
-from dreamdance.data import pictures
-from dreamdance.data.keypoints import NUM_KEYPOINTS, KeypointSequence, write_keypoint_file
-from dreamdance.data.pictures import PictureError
-from dreamdance.data.pose_drawing import draw_pose
-from dreamdance.data.video_io import write_video
 from dreamdance.inference import inputs
 from dreamdance.inference.inputs import EntryError, Size, load_inputs, read_files
 from dreamdance.inference.manifest import ManifestEntry
+from dreamdance.media import pictures
+from dreamdance.media.keypoints import NUM_KEYPOINTS, KeypointSequence, write_keypoint_file
+from dreamdance.media.pictures import PictureError
+from dreamdance.media.pose_drawing import draw_pose
+from dreamdance.media.video import write_video
 
 SQUARE = Size(16, 16)
 ORIENTATION = 0x0112

@@ -6,8 +6,8 @@ import os
 import pytest
 
 from dreamdance.errors import CheckpointError, LostWorkerError, MissingInputError, UserError, may_pass
-from dreamdance.folder_claim import OutputError, claim_folder
 from dreamdance.recipe import load_recipe
+from dreamdance.runs.folder_lock import OutputError, claim_folder
 
 
 def failed(number: int) -> OSError:

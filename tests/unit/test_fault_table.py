@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from fault_log import FAULT_LOG, record_fault
+from support.fault_log import FAULT_LOG, record_fault
 
 ROOT = Path(__file__).parents[2]
 PASSED = '<testcase classname="tests.unit.test_a" name="test_whole" time="90.0"/>'

@@ -4,13 +4,13 @@ import shutil
 import subprocess
 import sys
 
-from dreamdance.forced_exit import TRY_AGAIN_EXIT_CODE
-from dreamdance.launch.fence import REPLACED_EXIT_CODE, Fence
+from dreamdance.launch.run_ownership import REPLACED_EXIT_CODE, Fence
+from dreamdance.runtime.exits import TRY_AGAIN_EXIT_CODE
 
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from dreamdance.launch import fence
+from dreamdance.launch import run_ownership as fence
 
 fence.LOOK_EVERY_SECONDS = 0.05
 with fence.Fence(Path(sys.argv[1])):
@@ -33,7 +33,7 @@ def test_a_start_that_is_replaced_ends_and_says_where_the_run_goes_on(tmp_path):
 
 def test_a_start_that_is_alone_goes_on_though_its_file_cannot_be_read(tmp_path, monkeypatch):
     (tmp_path / "logs").mkdir()
-    monkeypatch.setattr("dreamdance.launch.fence.LOOK_EVERY_SECONDS", 0.01)
+    monkeypatch.setattr("dreamdance.launch.run_ownership.LOOK_EVERY_SECONDS", 0.01)
     with Fence(tmp_path) as fence:
         (tmp_path / "logs" / "owner.txt").unlink()
         fence._thread.join(0.1)

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from dreamdance.file_notes import forget_note, is_as_noted, noted_states, of_content, of_times, write_note
-from dreamdance.file_states import read_state
-from dreamdance.run_layout import FILES_FILE
+from dreamdance.runs.file_notes import forget_note, is_as_noted, noted_states, of_content, of_times, write_note
+from dreamdance.runs.file_states import read_state
+from dreamdance.runs.layout import FILES_FILE
 
 NUM_ENTRIES = 2000
 
@@ -70,7 +70,7 @@ def test_a_copy_of_the_same_content_is_read_once_and_then_known(files, run_folde
     present = files["read"].stat()
     noted = json.loads((run_folder / FILES_FILE).read_text())[str(files["read"])]
     assert (noted["mtime_ns"], noted["ctime_ns"]) == (present.st_mtime_ns, present.st_ctime_ns)
-    monkeypatch.setattr("dreamdance.file_states.hash_file", refuse_to_read)
+    monkeypatch.setattr("dreamdance.runs.file_states.hash_file", refuse_to_read)
     assert is_as_noted(run_folder)
 
 
@@ -81,7 +81,7 @@ def test_thousands_of_files_that_were_not_written_to_are_not_read(tmp_path, run_
         path.write_bytes(b"content")
     write_note(run_folder, {path: of_content(read_state(path)) for path in paths})
     with monkeypatch.context() as patched:
-        patched.setattr("dreamdance.file_states.hash_file", refuse_to_read)
+        patched.setattr("dreamdance.runs.file_states.hash_file", refuse_to_read)
         assert is_as_noted(run_folder)
     replace_unseen(paths[NUM_ENTRIES // 2], b"CONTENT")
     assert not is_as_noted(run_folder)

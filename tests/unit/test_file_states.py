@@ -5,7 +5,7 @@ from hashlib import sha256
 
 import pytest
 
-from dreamdance.file_states import FileState, read_state
+from dreamdance.runs.file_states import FileState, read_state
 
 
 @pytest.fixture

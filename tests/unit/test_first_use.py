@@ -11,21 +11,21 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from random_shards import HEIGHT, WIDTH, edit_index, random_clip, write_random_shards
+from support.random_shards import HEIGHT, WIDTH, edit_index, random_clip, write_random_shards
 
-from dreamdance.data import shard_notes
-from dreamdance.data.clip_loader import ClipLoader
-from dreamdance.data.clip_order import ClipOrder
-from dreamdance.data.clips import ClipDataset, StoredClips
-from dreamdance.data.shard_cache import open_index
-from dreamdance.data.shard_files import FileStamp
-from dreamdance.data.shard_index import read_index
-from dreamdance.data.shard_notes import ShardNotes, cache_folder
-from dreamdance.data.verify import CheckedShards
+from dreamdance.data.loading.dataset import ClipDataset, StoredClips
+from dreamdance.data.loading.loader import ClipLoader
+from dreamdance.data.loading.order import ClipOrder
+from dreamdance.data.shards import notes as shard_notes
+from dreamdance.data.shards.cache import open_index
+from dreamdance.data.shards.index import read_index
+from dreamdance.data.shards.notes import ShardNotes, cache_folder
+from dreamdance.data.shards.stamps import FileStamp
+from dreamdance.data.shards.verify import CheckedShards
 from dreamdance.errors import ShardError
-from dreamdance.locks import locked_file
-from dreamdance.ranks import Ranks
 from dreamdance.recipe.sections import Shards
+from dreamdance.runs.locks import locked_file
+from dreamdance.runtime.ranks import Ranks
 
 SECOND = "part_00004.shard.00000.mds"
 

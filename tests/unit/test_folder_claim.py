@@ -7,14 +7,14 @@ import threading
 import time
 
 import pytest
-from fault_log import record_fault
+from support.fault_log import record_fault
 
-from dreamdance.folder_claim import CLAIM_FILE, OutputError, claim_folder
+from dreamdance.runs.folder_lock import CLAIM_FILE, OutputError, claim_folder
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from dreamdance.folder_claim import claim_folder
+from dreamdance.runs.folder_lock import claim_folder
 with claim_folder(Path(sys.argv[1]), key="output"):
     print("held", flush=True)
     time.sleep(600)
@@ -28,7 +28,7 @@ def test_a_folder_is_made_and_nothing_stays_in_it(tmp_path):
 
 
 def test_a_second_run_is_refused_until_the_first_is_gone_even_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr("dreamdance.folder_claim.WAIT_SECONDS", 0.2)
+    monkeypatch.setattr("dreamdance.runs.folder_lock.WAIT_SECONDS", 0.2)
     folder = tmp_path / "results"
     with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"

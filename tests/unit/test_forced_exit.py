@@ -6,7 +6,7 @@ import sys
 
 PROGRAM = """
 import logging, sys, threading
-from dreamdance import forced_exit
+from dreamdance.runtime import exits as forced_exit
 
 logging.basicConfig(stream=sys.stderr)
 forced_exit.LAST_WORDS_SECONDS = 1.0

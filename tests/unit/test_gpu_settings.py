@@ -5,9 +5,9 @@ import torch
 from torch import distributed as dist
 
 from dreamdance.launch import job
-from dreamdance.ranks import Ranks
 from dreamdance.recipe import Recipe
-from dreamdance.training.distributed import process_group, repeatable_arithmetic
+from dreamdance.runtime.process_group import process_group, repeatable_arithmetic
+from dreamdance.runtime.ranks import Ranks
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from recipes_for_tests import tiny_stage1_recipe
+from support.recipes import tiny_stage1_recipe
 
 from dreamdance.training.guard import FEWEST_LOSSES, StepGuard
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
-from tiny_pipelines import random_pictures, tiny_animation_pipeline, tiny_geometry_pipeline
+from support.tiny_pipelines import random_pictures, tiny_animation_pipeline, tiny_geometry_pipeline
 from torch import nn
 
 from dreamdance.pipelines import AnimationPipeline

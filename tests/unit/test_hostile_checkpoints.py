@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from fault_log import record_fault
+from support.fault_log import record_fault
 
-from dreamdance.atomic_files import hash_file
 from dreamdance.errors import CheckpointError
-from dreamdance.training import manifest as manifests
-from dreamdance.training.checkpoint import read_average
-from dreamdance.training.manifest import FileRecord, Manifest
+from dreamdance.runs.files import hash_file
+from dreamdance.training.checkpointing import complete_file as manifests
+from dreamdance.training.checkpointing.checkpointer import read_average
+from dreamdance.training.checkpointing.complete_file import FileRecord, Manifest
 
 RANK_FILE = "rank_00000.pt"
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 from diffusers import UNet2DConditionModel
-from fault_log import record_fault
-from recipes_for_tests import tiny_unet_config
+from support.fault_log import record_fault
+from support.recipes import tiny_unet_config
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from dreamdance.errors import ManifestError, RecipeError
 from dreamdance.inference.manifest import read_manifest
 from dreamdance.recipe import load_recipe
 from dreamdance.recipe.schema import ImageEncoderSource, NetworkSource
-from dreamdance.training.network_sources import open_image_encoder, open_unet
+from dreamdance.training.networks.sources import open_image_encoder, open_unet
 
 
 class Runs:

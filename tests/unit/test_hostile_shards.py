@@ -14,16 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstd
-from fault_log import record_fault
-from random_shards import edit_index, random_clip, write_random_shards
+from support.fault_log import record_fault
+from support.random_shards import edit_index, random_clip, write_random_shards
 
-from dreamdance.data.clips import StoredClips
-from dreamdance.data.keypoints import KeypointFileError, read_keypoint_file
-from dreamdance.data.schema import COLUMNS, pack_frames, unpack_frames, unpack_keypoints
-from dreamdance.data.shard_index import read_index
-from dreamdance.data.streaming_compat import MDSWriter
+from dreamdance.data.loading.dataset import StoredClips
+from dreamdance.data.shards.columns import COLUMNS, pack_frames, unpack_frames, unpack_keypoints
+from dreamdance.data.shards.index import read_index
+from dreamdance.data.shards.mds import MDSWriter
 from dreamdance.errors import ManifestError, ShardError
 from dreamdance.inference.manifest import read_manifest
+from dreamdance.media.keypoints import KeypointFileError, read_keypoint_file
 from dreamdance.recipe.sections import Shards
 
 

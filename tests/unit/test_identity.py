@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 import dreamdance
-from dreamdance.training.identity import code_digest, weights_digests
+from dreamdance.training.same_start import code_digest, weights_digests
 
 
 def test_the_digests_of_weights_see_every_value_each_on_its_side():

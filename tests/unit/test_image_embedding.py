@@ -8,9 +8,9 @@ from diffusers import StableVideoDiffusionPipeline
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from dreamdance.data.transforms import pictures_to_tensor
 from dreamdance.diffusion.noise import make_svd_scheduler
 from dreamdance.errors import UserError
+from dreamdance.media.transforms import pictures_to_tensor
 from dreamdance.models import ImageEmbeddingStandIn
 from dreamdance.models.image_embedding import embed_images, embedding_width, prepare_for_clip
 

@@ -5,17 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from dancer_shards import write_dancer_shards
-from recipes_for_tests import tiny_stage1_recipe
+from support.dancer_shards import write_dancer_shards
+from support.recipes import tiny_stage1_recipe
 
 from dreamdance.errors import MissingInputError
 from dreamdance.recipe.schema import Stage1Recipe
-from dreamdance.run_layout import FINISHED_FILE, RECIPE_FILE, checkpoint_folder
-from dreamdance.training.checkpoint import read_average
-from dreamdance.training.components import build_objective
-from dreamdance.training.initial_weights import load_initial_weights
-from dreamdance.training.run import train
-from dreamdance.training.trainability import Objective
+from dreamdance.runs.layout import FINISHED_FILE, RECIPE_FILE, checkpoint_folder
+from dreamdance.training.checkpointing.checkpointer import read_average
+from dreamdance.training.networks.build import build_objective
+from dreamdance.training.networks.initial_weights import load_initial_weights
+from dreamdance.training.networks.trainability import Objective
+from dreamdance.training.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

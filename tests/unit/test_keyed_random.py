@@ -2,7 +2,7 @@
 
 import torch
 
-from dreamdance.keyed_random import sample_generator
+from dreamdance.runtime.sample_random import sample_generator
 
 
 def noise(key, purpose="noise"):

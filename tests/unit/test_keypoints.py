@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dreamdance.data.dancers import render_clip
-from dreamdance.data.keypoints import (
+from dreamdance.dancers.render import render_clip
+from dreamdance.errors import UserError
+from dreamdance.media.keypoints import (
     BODY,
     BODY_NAMES,
     FACE,
@@ -22,7 +23,6 @@ from dreamdance.data.keypoints import (
     read_keypoint_file,
     write_keypoint_file,
 )
-from dreamdance.errors import UserError
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_too_large_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dreamdance.data.keypoints.MAX_FILE_BYTES", 10)
+    monkeypatch.setattr("dreamdance.media.keypoints.MAX_FILE_BYTES", 10)
     path = tmp_path / "points.json"
     path.write_text(" " * 11)
     with pytest.raises(KeypointFileError, match="11 bytes; key-point files up to 10 are read"):

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from fault_log import record_fault
+from support.fault_log import record_fault
 
 from dreamdance.launch.job import record_failure
 from dreamdance.launch.requeue import read_failures
 from dreamdance.launch.slurm_cluster import batch_script, submit_array
 from dreamdance.recipe import dump_recipe, load_recipe
-from dreamdance.run_layout import RECIPE_FILE, failures_folder
+from dreamdance.runs.layout import RECIPE_FILE, failures_folder
 
 RECIPE = load_recipe(Path(__file__).parents[2] / "recipes" / "demo" / "stage2.yaml")
 

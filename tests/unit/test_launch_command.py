@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fault_log import record_fault
+from support.fault_log import record_fault
 
 from dreamdance.launch.command import main
 from dreamdance.launch.run_folder import lay

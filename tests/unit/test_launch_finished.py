@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from dreamdance.file_notes import of_content, write_note
-from dreamdance.file_states import read_state
 from dreamdance.launch.finished import digest_inputs, is_finished, mark_finished
 from dreamdance.recipe import load_recipe
-from dreamdance.run_layout import export_folder
+from dreamdance.runs.file_notes import of_content, write_note
+from dreamdance.runs.file_states import read_state
+from dreamdance.runs.layout import export_folder
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo"
 

@@ -9,10 +9,10 @@ import pytest
 
 from dreamdance.launch.follow import explain_failure, follow, progress_line
 from dreamdance.launch.job import record_failure
-from dreamdance.launch.local_controller import status_file
+from dreamdance.launch.local.controller import status_file
 from dreamdance.launch.submission import JobStatus, SubmittedJob
 from dreamdance.recipe import load_recipe
-from dreamdance.run_layout import ProgressLog, progress_file
+from dreamdance.runs.layout import ProgressLog, progress_file
 
 RECIPE = load_recipe(Path(__file__).parents[2] / "recipes" / "demo" / "prepare.yaml")
 JOB = SubmittedJob("local", "4194300", 2, "host", time.time(), 1, "1")

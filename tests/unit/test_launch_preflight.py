@@ -9,7 +9,7 @@ from dreamdance.launch import preflight
 from dreamdance.launch.job import ENTRIES
 from dreamdance.launch.requirements import EXTRAS
 from dreamdance.recipe import load_recipe
-from dreamdance.run_layout import checkpoint_folder, export_folder
+from dreamdance.runs.layout import checkpoint_folder, export_folder
 
 RECIPES = Path("recipes")
 ROOT = Path(__file__).parents[2]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dreamdance.launch.job import PORTS, default_environment, job_hosts, private_folder, set_environment
-from dreamdance.ranks import START, Ranks
 from dreamdance.recipe import Recipe, load_recipe
+from dreamdance.runtime.ranks import START, Ranks
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "prepare.yaml"
 # The sixth of 8 processes, 4 on each of two nodes.

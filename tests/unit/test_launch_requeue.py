@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from dreamdance.launch.fence import REPLACED_EXIT_CODE
 from dreamdance.launch.finished import digest_inputs, mark_finished
 from dreamdance.launch.job import record_failure
-from dreamdance.launch.local_controller import worst_code
+from dreamdance.launch.local.controller import worst_code
 from dreamdance.launch.requeue import decide, read_failures, read_requeues, requeues_file
+from dreamdance.launch.run_ownership import REPLACED_EXIT_CODE
 from dreamdance.recipe import dump_recipe, load_recipe
-from dreamdance.run_layout import (
+from dreamdance.runs.layout import (
     COMPLETE_FILE,
     RECIPE_FILE,
     ProgressLog,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fault_log import record_fault
+from support.fault_log import record_fault
 
 from dreamdance.errors import RecipeError, UserError, may_pass
 from dreamdance.launch.run_folder import (
@@ -185,7 +185,7 @@ def test_base_weights_are_hashed_once_and_again_only_when_they_change(run_folder
 
     assert digest() == hashlib.sha256(b"first").hexdigest()
     with monkeypatch.context() as patched:
-        patched.setattr("dreamdance.file_states.hash_file", lambda path: pytest.fail(f"{path} was read again"))
+        patched.setattr("dreamdance.runs.file_states.hash_file", lambda path: pytest.fail(f"{path} was read again"))
         assert digest() == hashlib.sha256(b"first").hexdigest()
     stamp = file.stat().st_mtime_ns
     file.write_bytes(b"other")

@@ -11,11 +11,11 @@ import pytest
 from dreamdance.errors import UserError
 from dreamdance.launch.finished import digest_inputs, mark_finished
 from dreamdance.launch.job import record_failure
-from dreamdance.launch.local_controller import status_file
+from dreamdance.launch.local.controller import status_file
 from dreamdance.launch.requeue import decide
 from dreamdance.launch.status import details, find_run, table
 from dreamdance.recipe import dump_recipe, load_recipe
-from dreamdance.run_layout import (
+from dreamdance.runs.layout import (
     RECIPE_FILE,
     ProgressLog,
     checkpoint_folder,

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from dreamdance.errors import UserError
-from dreamdance.launch.heartbeat import SILENT_SECONDS, Heartbeat, heartbeat_file, job_file
 from dreamdance.launch.job import PORTS, free_port, record_failure, set_environment, slurm_port
-from dreamdance.launch.local_controller import status_file
+from dreamdance.launch.local.controller import status_file
+from dreamdance.launch.local.heartbeat import SILENT_SECONDS, Heartbeat, heartbeat_file, job_file
 from dreamdance.launch.requeue import read_failures
 from dreamdance.launch.slurm_cluster import ask, batch_script
 from dreamdance.launch.submission import SubmittedJob, cancel, choose_cluster, last_job, status_of, submit
@@ -267,7 +267,7 @@ def test_whether_a_distant_job_lives_is_not_decided_where_nothing_can_be_written
 
 
 def test_a_heartbeat_outlives_storage_that_stumbles_and_brings_no_removed_folder_back(run_folder, monkeypatch):
-    monkeypatch.setattr("dreamdance.launch.heartbeat.BEAT_SECONDS", 0.01)
+    monkeypatch.setattr("dreamdance.launch.local.heartbeat.BEAT_SECONDS", 0.01)
     file = heartbeat_file(run_folder)
     with Heartbeat(run_folder) as heart:
         wait_for(file)

@@ -8,7 +8,12 @@ from torch import nn
 
 from dreamdance.models.channels_last import use_channels_last
 from dreamdance.models.temporal_convolution import FoldedConv3d, fold_temporal_convolutions
-from dreamdance.training.lean_convolution import LeanConv2d, LeanConv3d, LeanFoldedConv3d, replace_convolutions
+from dreamdance.training.networks.frozen_convolution import (
+    LeanConv2d,
+    LeanConv3d,
+    LeanFoldedConv3d,
+    replace_convolutions,
+)
 
 CONVOLUTIONS = [
     nn.Conv2d(3, 5, 3, padding=1),

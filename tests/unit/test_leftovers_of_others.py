@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from fault_log import record_fault
-from random_shards import write_random_shards
+from support.fault_log import record_fault
+from support.random_shards import write_random_shards
 
-from dreamdance.folder_claim import CLAIM_FILE
 from dreamdance.launch.run_folder import LOCK_FILE
+from dreamdance.runs.folder_lock import CLAIM_FILE
 
 ROOT = Path(__file__).parents[2]
 SHARD = "part_00000.shard.00000.mds"
@@ -24,9 +24,9 @@ pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can give fil
 STARTS = """
 import contextlib, ctypes, io, json, sys
 from pathlib import Path
-from dreamdance.data.clips import StoredClips
+from dreamdance.data.loading.dataset import StoredClips
 from dreamdance.errors import UserError
-from dreamdance.folder_claim import claim_folder
+from dreamdance.runs.folder_lock import claim_folder
 from dreamdance.launch.command import main
 from dreamdance.recipe.sections import Shards
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from dreamdance.data.cropping import Crop
-from dreamdance.data.letterbox import find_letterbox
-from dreamdance.data.video_io import iterate_frames, probe_video, read_frames, write_video
 from dreamdance.errors import UserError
+from dreamdance.media.cropping import Crop
+from dreamdance.media.letterbox import find_letterbox
+from dreamdance.media.video import iterate_frames, probe_video, read_frames, write_video
 
 NUM_FRAMES, HEIGHT, WIDTH = 62, 64, 48
 WHOLE = Crop(left=0, top=0, width=WIDTH, height=HEIGHT)

@@ -10,20 +10,20 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from fault_log import record_fault
+from support.fault_log import record_fault
 
-from dreamdance import locks
 from dreamdance.errors import UserError, may_pass
-from dreamdance.folder_claim import OutputError, claim_folder
 from dreamdance.launch.run_folder import locked
-from dreamdance.locks import HeldLockError, locked_file
+from dreamdance.runs import locks
+from dreamdance.runs.folder_lock import OutputError, claim_folder
+from dreamdance.runs.locks import HeldLockError, locked_file
 
 NO_LOCKS = [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK]
 # What a process does on such a file system; its arguments are the lock, the errno, and the times of the heartbeat.
 WITHOUT_LOCKS = """
 import errno, fcntl, os, sys, time
 from pathlib import Path
-from dreamdance import locks
+from dreamdance.runs import locks
 
 def refuse(*_):
     raise OSError(int(sys.argv[2]), os.strerror(int(sys.argv[2])))
@@ -129,7 +129,7 @@ def test_without_locks_a_living_process_keeps_its_file_and_a_killed_one_loses_it
     monkeypatch.setattr(locks, "SILENT_SECONDS", 1.5)
     with process(HOLD, tmp_path / ".claimed", number, 0.1, 1.5) as holder:
         assert holder.stdout.readline() == "held\n"
-        monkeypatch.setattr("dreamdance.folder_claim.WAIT_SECONDS", 2.0)
+        monkeypatch.setattr("dreamdance.runs.folder_lock.WAIT_SECONDS", 2.0)
         start = time.monotonic()
         with pytest.raises(OutputError, match=rf"another run is writing into .*process {holder.pid} holds") as told:
             claim_folder(tmp_path, key="output").__enter__()

@@ -5,12 +5,12 @@ import os
 
 import numpy as np
 import pytest
-from fault_log import record_fault
+from support.fault_log import record_fault
 
-from dreamdance.data.keypoints import NUM_KEYPOINTS, KeypointSequence
 from dreamdance.errors import ManifestError
 from dreamdance.inference.align import AlignmentError, align_keypoints
 from dreamdance.inference.manifest import ManifestEntry, read_manifest
+from dreamdance.media.keypoints import NUM_KEYPOINTS, KeypointSequence
 
 
 def write(tmp_path, *lines):

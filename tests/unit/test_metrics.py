@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dreamdance.ranks import Ranks
-from dreamdance.run_layout import progress_file
+from dreamdance.runs.layout import progress_file
+from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.metrics import Losses, Metrics, StepReport, animated_picture
 
 

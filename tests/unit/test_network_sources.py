@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, UNet2DConditionModel
-from recipes_for_tests import tiny_unet_config
 from safetensors.torch import load_file, save_file
+from support.recipes import tiny_unet_config
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from dreamdance.errors import MissingInputError, RecipeError
@@ -15,7 +15,7 @@ from dreamdance.models import PatchAutoencoder
 from dreamdance.models.base_configs import STABLE_DIFFUSION_1_5_UNET
 from dreamdance.models.image_embedding import ImageEmbeddingStandIn
 from dreamdance.recipe.schema import AutoencoderSource, ImageEncoderSource, NetworkSource
-from dreamdance.training.network_sources import open_autoencoder, open_image_encoder, open_unet, read_weights
+from dreamdance.training.networks.sources import open_autoencoder, open_image_encoder, open_unet, read_weights
 
 
 def open_tiny(source: NetworkSource, *, device: str = "cpu") -> UNet2DConditionModel:

@@ -5,18 +5,18 @@ from typing import Any
 import pytest
 import torch
 from einops import rearrange
-from recipes_for_tests import record_inputs, tiny_clip_batch, tiny_stage2_recipe, wake
+from support.recipes import record_inputs, tiny_clip_batch, tiny_stage2_recipe, wake
 from torch import Tensor
 
-from dreamdance.data.collate import ClipBatch
-from dreamdance.data.transforms import pass_through
+from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.diffusion.noise import draw_log_normal, draw_noise
 from dreamdance.errors import UserError
+from dreamdance.media.transforms import pass_through
 from dreamdance.models.autoencoding import encode_latents
 from dreamdance.models.image_embedding import embed_images
-from dreamdance.training.components import build_objective
+from dreamdance.training.networks.build import build_objective
+from dreamdance.training.networks.trainability import set_trainable
 from dreamdance.training.objectives.animation import AnimationObjective
-from dreamdance.training.trainability import set_trainable
 
 NOTHING_DROPPED = {
     "objective.latents_dropout": 0.0,

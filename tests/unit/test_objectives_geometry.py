@@ -5,17 +5,17 @@ from typing import Any
 import pytest
 import torch
 from einops import rearrange, repeat
-from recipes_for_tests import record_inputs, tiny_clip_batch, tiny_stage1_recipe, wake
+from support.recipes import record_inputs, tiny_clip_batch, tiny_stage1_recipe, wake
 from torch import Tensor
 
-from dreamdance.data.collate import ClipBatch
+from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.diffusion.noise import draw_noise, draw_timesteps, min_snr_weights
 from dreamdance.errors import UserError
 from dreamdance.models.autoencoding import encode_latents
 from dreamdance.models.image_embedding import embed_images
-from dreamdance.training.components import build_objective
+from dreamdance.training.networks.build import build_objective
+from dreamdance.training.networks.trainability import set_trainable
 from dreamdance.training.objectives.geometry import GeometryObjective
-from dreamdance.training.trainability import set_trainable
 
 
 @pytest.fixture(scope="module")

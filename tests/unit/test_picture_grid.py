@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dreamdance.data.picture_grid import SMALLEST_SIDE, Row, draw_grid
+from dreamdance.media.grids import SMALLEST_SIDE, Row, draw_grid
 
 BACKGROUND = (250, 250, 250)
 

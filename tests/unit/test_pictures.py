@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from colour_profiles import cmyk_profile, gray_profile, rgb_profile, to_display_p3
 from PIL import Image, ImageCms
+from support.colour_profiles import cmyk_profile, gray_profile, rgb_profile, to_display_p3
 
-from dreamdance.data.pictures import PictureError, read_picture, to_rgb_picture
+from dreamdance.media.pictures import PictureError, read_picture, to_rgb_picture
 
 ORIENTATION = 0x0112
 MAGENTA = (255, 0, 255)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_pipelines import random_pictures, tiny_animation_pipeline, tiny_geometry_pipeline
+from support.tiny_pipelines import random_pictures, tiny_animation_pipeline, tiny_geometry_pipeline
 
 from dreamdance.models.autoencoding import downscale_factor
 from dreamdance.pipelines import DreamDancePipeline

@@ -9,14 +9,14 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from tiny_pipelines import random_pictures, tiny_animation_pipeline, tiny_geometry_pipeline
+from support.tiny_pipelines import random_pictures, tiny_animation_pipeline, tiny_geometry_pipeline
 
-from dreamdance.data.keypoints import NUM_KEYPOINTS, KeypointSequence, write_keypoint_file
-from dreamdance.data.transforms import encode_normals, resize_images, resize_normals
 from dreamdance.errors import CheckpointError
 from dreamdance.inference.inputs import Size, load_inputs
 from dreamdance.inference.manifest import ManifestEntry
 from dreamdance.inference.stages import find_export
+from dreamdance.media.keypoints import NUM_KEYPOINTS, KeypointSequence, write_keypoint_file
+from dreamdance.media.transforms import encode_normals, resize_images, resize_normals
 from dreamdance.pipelines import AnimationPipeline, DreamDancePipeline, GeometryPipeline
 from dreamdance.pipelines.inputs import clip_tensor, cut_to_aspect, image_tensor
 

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from dreamdance.forced_exit import TRY_AGAIN_EXIT_CODE
-from dreamdance.signal_listener import STOP_SIGNALS
-from dreamdance.training.preemption import StopRequest
+from dreamdance.runtime.exits import TRY_AGAIN_EXIT_CODE
+from dreamdance.runtime.signals import STOP_SIGNALS
+from dreamdance.runtime.stop_request import StopRequest
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -28,7 +28,7 @@ def test_a_signal_is_remembered_and_nothing_else_happens(number):
 def test_a_step_that_does_not_end_is_ended_with_every_threads_stack():
     program = """
 import threading
-from dreamdance.training.preemption import StopRequest
+from dreamdance.runtime.stop_request import StopRequest
 
 def the_step_that_hangs():
     print("ready", flush=True)
@@ -52,7 +52,7 @@ with StopRequest(patience_seconds=0.3):
 def test_a_run_that_is_saved_in_time_is_not_ended():
     program = """
 import os, signal, time
-from dreamdance.training.preemption import StopRequest
+from dreamdance.runtime.stop_request import StopRequest
 
 with StopRequest(patience_seconds=0.3) as stop:
     os.kill(os.getpid(), signal.SIGTERM)

@@ -8,21 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from video_folders import stored, videos_recipe, write_videos
+from support.video_folders import stored, videos_recipe, write_videos
 
-from dreamdance.data.annotate import annotate_clip, load_annotator
-from dreamdance.data.clips import fixed_clips
-from dreamdance.data.cropping import Crop, centred_crop
-from dreamdance.data.dancers import HELD_OUT_SEEDS, TRAINING_SEEDS, render_clip
-from dreamdance.data.keypoints import read_keypoint_file
-from dreamdance.data.pose_drawing import draw_poses
+from dreamdance.dancers.render import HELD_OUT_SEEDS, TRAINING_SEEDS, render_clip
+from dreamdance.data.loading.dataset import fixed_clips
 from dreamdance.data.prepare import prepare
-from dreamdance.data.schema import metric_disparity
-from dreamdance.data.shard_writer import ClipRecord
-from dreamdance.data.transforms import decode_normals, pictures_to_tensor
-from dreamdance.data.video_clips import choose_validation, split_frames
-from dreamdance.data.video_io import VideoError, read_frames, write_video
+from dreamdance.data.shards.columns import metric_disparity
+from dreamdance.data.writing.annotate import annotate_clip, load_annotator
+from dreamdance.data.writing.shard_writer import ClipRecord
+from dreamdance.data.writing.video_clips import choose_validation, split_frames
 from dreamdance.errors import MissingInputError, ShardError
+from dreamdance.media.cropping import Crop, centred_crop
+from dreamdance.media.keypoints import read_keypoint_file
+from dreamdance.media.pose_drawing import draw_poses
+from dreamdance.media.transforms import decode_normals, pictures_to_tensor
+from dreamdance.media.video import VideoError, read_frames, write_video
 from dreamdance.recipe.schema import DancersSource, PrepareRecipe, VideosSource
 from dreamdance.recipe.sections import Shards
 
@@ -254,7 +254,7 @@ def test_an_annotator_that_returns_another_shape_is_named():
 
 
 @pytest.mark.parametrize(
-    "name", ["nowhere:Thing", "dreamdance.data.annotate:nothing", "no colon", "dreamdance.ranks:Ranks"]
+    "name", ["nowhere:Thing", "dreamdance.data.writing.annotate:nothing", "no colon", "dreamdance.runtime.ranks:Ranks"]
 )
 def test_annotators_that_cannot_be_made_are_named(name):
     with pytest.raises(MissingInputError, match=name):

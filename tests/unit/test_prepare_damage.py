@@ -10,17 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from known_videos import known_frames, write_by_ffmpeg
-from random_shards import random_clip
-from video_folders import damage, stored, videos_recipe, write_videos
+from support.known_videos import known_frames, write_by_ffmpeg
+from support.random_shards import random_clip
+from support.video_folders import damage, stored, videos_recipe, write_videos
 
-from dreamdance.data import video_opening
 from dreamdance.data.prepare import prepare
-from dreamdance.data.shard_parts import ClipRecord, Part, PartSource, ShardFormat, read_note, write_part
-from dreamdance.data.video_io import VideoError, read_frames, write_video
-from dreamdance.data.video_opening import check_videos
+from dreamdance.data.writing import video_opening
+from dreamdance.data.writing.shard_parts import ClipRecord, Part, PartSource, ShardFormat, read_note, write_part
+from dreamdance.data.writing.video_opening import check_videos
 from dreamdance.errors import LostWorkerError, ShardError
 from dreamdance.launch.prepared import is_prepared
+from dreamdance.media.video import VideoError, read_frames, write_video
 from dreamdance.recipe.schema import VideosSource
 
 

@@ -10,22 +10,22 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from fault_log import record_fault
-from random_shards import random_clips, random_parts
-from struck_shares import STEP_TIMEOUT_SECONDS, Strike, strike_and_start_again
-from video_folders import videos_recipe, write_videos
+from support.fault_log import record_fault
+from support.faulty_shares import STEP_TIMEOUT_SECONDS, Strike, strike_and_start_again
+from support.random_shards import random_clips, random_parts
+from support.video_folders import videos_recipe, write_videos
 
-from dreamdance.crew import Crew
-from dreamdance.data import shard_writer
 from dreamdance.data.prepare import prepare
-from dreamdance.data.shard_writer import ClipRecord, Part, PartSource, ShardFormat, write_shards
-from dreamdance.data.video_clips import VideoPart
+from dreamdance.data.writing import shard_writer
+from dreamdance.data.writing.shard_writer import ClipRecord, Part, PartSource, ShardFormat, write_shards
+from dreamdance.data.writing.video_clips import VideoPart
 from dreamdance.errors import LostWorkerError, ShardError
-from dreamdance.file_states import read_state
-from dreamdance.folder_claim import OutputError, claim_folder
-from dreamdance.ranks import Ranks
 from dreamdance.recipe.schema import PrepareRecipe
 from dreamdance.recipe.sections import Cluster
+from dreamdance.runs.crew import Crew
+from dreamdance.runs.file_states import read_state
+from dreamdance.runs.folder_lock import OutputError, claim_folder
+from dreamdance.runtime.ranks import Ranks
 
 SMALL = ShardFormat(shard_size_mib=1, compression="zstd")
 
@@ -157,7 +157,7 @@ def test_a_rank_that_stops_is_noticed_and_its_share_is_written_by_the_next_start
 
 
 def test_an_output_that_another_run_prepares_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("dreamdance.folder_claim.WAIT_SECONDS", 0.1)
+    monkeypatch.setattr("dreamdance.runs.folder_lock.WAIT_SECONDS", 0.1)
     recipe = make_recipe(tmp_path / "data", num_clips=1)
     with (
         claim_folder(tmp_path / "data", key="output"),
@@ -200,7 +200,7 @@ def long_searches(folder: Path, *, seconds: float) -> list[Part]:
 
 def test_a_search_that_goes_on_is_no_hang_in_this_process(tmp_path, monkeypatch):
     ends = []
-    monkeypatch.setattr("dreamdance.watchdog.end_now", lambda logger, text, *rest, **options: ends.append(rest))
+    monkeypatch.setattr("dreamdance.runtime.watchdog.end_now", lambda logger, text, *rest, **options: ends.append(rest))
     cluster = Cluster(step_timeout_seconds=1, collective_timeout_seconds=1)
     with Crew(Ranks(), cluster=cluster) as crew:
         write(tmp_path / "shards", long_searches(tmp_path, seconds=2.2), crew=crew)

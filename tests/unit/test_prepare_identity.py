@@ -10,15 +10,15 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from video_folders import damage, stored, videos_recipe, write_videos
+from support.video_folders import damage, stored, videos_recipe, write_videos
 
-from dreamdance import file_states
 from dreamdance.data.prepare import prepare
-from dreamdance.data.video_io import VideoError, write_video
-from dreamdance.data.video_opening import check_videos
+from dreamdance.data.writing.video_opening import check_videos
 from dreamdance.errors import ShardError
 from dreamdance.inference.manifest import read_manifest
+from dreamdance.media.video import VideoError, write_video
 from dreamdance.recipe.schema import PrepareRecipe, VideosSource
+from dreamdance.runs import file_states
 
 
 @pytest.fixture(scope="module")

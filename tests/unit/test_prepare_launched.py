@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from video_folders import damage, stored, write_videos
+from support.video_folders import damage, stored, write_videos
 
 from dreamdance.data import prepare
 from dreamdance.data.prepare import write_missing

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from video_folders import damage, videos_recipe, write_videos
+from support.video_folders import damage, videos_recipe, write_videos
 
 from dreamdance.data.prepare import prepare
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import dreamdance
-from dreamdance.provenance import PROJECT_FILES, code_version, package_versions
+from dreamdance.runs.provenance import PROJECT_FILES, code_version, package_versions
 
 IDENTITY = ("-c", "user.name=a", "-c", "user.email=a@b")
 

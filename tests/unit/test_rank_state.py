@@ -4,11 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_processes import run_ranks
+from support.ranks import run_ranks
 
-from dreamdance.ranks import Ranks
+from dreamdance.runtime.ranks import Ranks
+from dreamdance.training.checkpointing.rank_state import (
+    RankState,
+    generator_states,
+    rank_content,
+    rank_file,
+    read_rank_state,
+)
 from dreamdance.training.engine import Fragment
-from dreamdance.training.rank_state import RankState, generator_states, rank_content, rank_file, read_rank_state
 
 MIB = 1 << 20
 SHARD_MIB = 192

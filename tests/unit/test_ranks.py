@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dreamdance.errors import LostDeviceError, may_pass
-from dreamdance.ranks import START, Ranks
+from dreamdance.runtime.ranks import START, Ranks
 
 
 def test_a_process_without_a_launcher_is_alone(monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dreamdance.recipe import TrainingRecipe, load_recipe
-from dreamdance.training.plan import GIB, GPU_RESERVE_GIB, make_plan
+from dreamdance.training.planning.plan import GIB, GPU_RESERVE_GIB, make_plan
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

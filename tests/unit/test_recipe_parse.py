@@ -4,7 +4,7 @@ import os
 
 import pytest
 import yaml
-from fault_log import record_fault
+from support.fault_log import record_fault
 
 from dreamdance.errors import RecipeError
 from dreamdance.recipe import Stage1Recipe, dump_recipe, load, load_recipe

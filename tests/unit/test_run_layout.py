@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from dreamdance import run_layout
 from dreamdance.errors import MissingInputError
-from dreamdance.ranks import Ranks
+from dreamdance.runs import layout as run_layout
+from dreamdance.runtime.ranks import Ranks
 
 
 def test_step_folders_are_sorted_by_step_and_others_are_not_steps(tmp_path):

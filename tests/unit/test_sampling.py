@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from recipes_for_tests import tiny_clip_batch, tiny_stage1_recipe, tiny_stage2_recipe, wake
+from support.recipes import tiny_clip_batch, tiny_stage1_recipe, tiny_stage2_recipe, wake
 
-from dreamdance.data.collate import ClipBatch
-from dreamdance.data.transforms import decode_normals, pass_through
-from dreamdance.keyed_random import sample_generator
-from dreamdance.training.components import build_objective
-from dreamdance.training.sampling import MAX_COLUMNS, draw_samples
-from dreamdance.training.trainability import set_trainable
+from dreamdance.data.loading.batch import ClipBatch
+from dreamdance.media.transforms import decode_normals, pass_through
+from dreamdance.runtime.sample_random import sample_generator
+from dreamdance.training.networks.build import build_objective
+from dreamdance.training.networks.trainability import set_trainable
+from dreamdance.training.sample_pictures import MAX_COLUMNS, draw_samples
 
 QUICK = {"sampling.num_inference_steps": 2}
 

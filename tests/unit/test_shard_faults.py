@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_log import record_fault
 from filelock import FileLock
-from random_shards import edit_index, flip_byte, random_clip, write_random_shards
+from support.fault_log import record_fault
+from support.random_shards import edit_index, flip_byte, random_clip, write_random_shards
 
-from dreamdance.data import shard_cache, verify
-from dreamdance.data.clips import StoredClips
-from dreamdance.data.shard_files import FileStamp
-from dreamdance.data.stored_clip import StoredClip
-from dreamdance.data.streaming_compat import StreamingDataset
+from dreamdance.data.loading.dataset import StoredClips
+from dreamdance.data.loading.stored_clip import StoredClip
+from dreamdance.data.shards import cache as shard_cache
+from dreamdance.data.shards import verify
+from dreamdance.data.shards.mds import StreamingDataset
+from dreamdance.data.shards.stamps import FileStamp
 from dreamdance.errors import ShardError
 from dreamdance.recipe.sections import Shards
 

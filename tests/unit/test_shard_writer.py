@@ -15,15 +15,15 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from random_shards import random_clip, random_clips, random_parts, write_random_shards
+from support.random_shards import random_clip, random_clips, random_parts, write_random_shards
 
-from dreamdance.data.clips import StoredClips
-from dreamdance.data.shard_index import read_index
-from dreamdance.data.shard_writer import ClipRecord, Part, ShardFormat, write_shards
-from dreamdance.data.verify import verify_shards
+from dreamdance.data.loading.dataset import StoredClips
+from dreamdance.data.shards.index import read_index
+from dreamdance.data.shards.verify import verify_shards
+from dreamdance.data.writing.shard_writer import ClipRecord, Part, ShardFormat, write_shards
 from dreamdance.errors import ShardError
-from dreamdance.ranks import Ranks
 from dreamdance.recipe.sections import Shards
+from dreamdance.runtime.ranks import Ranks
 
 SMALL = ShardFormat(shard_size_mib=1, compression="zstd")
 
@@ -102,9 +102,9 @@ import sys, time
 from functools import partial
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from random_shards import random_clip, random_parts
-from dreamdance.data.shard_writer import Part, ShardFormat, write_shards
-from dreamdance.ranks import Ranks
+from support.random_shards import random_clip, random_parts
+from dreamdance.data.writing.shard_writer import Part, ShardFormat, write_shards
+from dreamdance.runtime.ranks import Ranks
 
 def slowly(make):
     for clip in make():
@@ -165,7 +165,7 @@ def test_killed_while_it_was_completed_the_folder_is_completed_later(tmp_path, e
         os.rename(source, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr("dreamdance.data.shard_writer.os.replace", die)
+        patched.setattr("dreamdance.data.writing.shard_writer.os.replace", die)
         with pytest.raises(KeyboardInterrupt):
             write(folder, random_parts(12))
     assert not (folder / "index.json").exists()

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dreamdance.data.collate import ClipBatch
-from dreamdance.data.shared_batches import PackedBatch, SharedSlots
+from dreamdance.data.loading.batch import ClipBatch
+from dreamdance.data.loading.shared_memory import PackedBatch, SharedSlots
 
 
 def random_batch(seed: int, *, frames: int = 2) -> ClipBatch:

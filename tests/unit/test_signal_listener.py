@@ -8,14 +8,14 @@ import tempfile
 import threading
 import time
 
-from dreamdance.signal_listener import STOP_SIGNALS, SignalListener
+from dreamdance.runtime.signals import STOP_SIGNALS, SignalListener
 
 
 def test_a_signal_is_heard_while_the_main_thread_waits_in_c_code(tmp_path):
     program = f"""
 import ctypes, os
 from pathlib import Path
-from dreamdance.signal_listener import SignalListener
+from dreamdance.runtime.signals import SignalListener
 
 def heard(number):
     Path({str(tmp_path / "heard")!r}).write_text(number.name)
@@ -89,7 +89,7 @@ def test_workers_and_the_server_that_forks_them_outlive_what_is_sent_to_the_whol
     program = """
 import multiprocessing, os, signal, sys
 from multiprocessing import forkserver
-from dreamdance.signal_listener import SignalListener
+from dreamdance.runtime.signals import SignalListener
 
 def work(pipe):
     pipe.send("up")

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dreamdance.training import manifest, state_files
-from dreamdance.training.manifest import FileRecord, write_file
-from dreamdance.training.snapshot import HostMemory
-from dreamdance.training.state_files import write_files
+from dreamdance.training.checkpointing import complete_file as manifest
+from dreamdance.training.checkpointing import state_files
+from dreamdance.training.checkpointing.complete_file import FileRecord, write_file
+from dreamdance.training.checkpointing.host_copy import HostMemory
+from dreamdance.training.checkpointing.state_files import write_files
 
 
 @pytest.fixture

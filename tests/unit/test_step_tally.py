@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from recipes_for_tests import tiny_clip_batch
+from support.recipes import tiny_clip_batch
 from torch import distributed as dist
 
-from dreamdance.data.collate import ClipBatch
-from dreamdance.ranks import Ranks
-from dreamdance.training.distributed import from_main, gathered, process_group, sum_over_ranks
+from dreamdance.data.loading.batch import ClipBatch
+from dreamdance.runtime.process_group import from_main, gathered, process_group, sum_over_ranks
+from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.objectives.output import ObjectiveOutput
 from dreamdance.training.trainer import Tally, name_nonfinite
 

@@ -13,16 +13,16 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from fault_log import record_fault
-from random_shards import HEIGHT, WIDTH, write_random_shards
+from support.fault_log import record_fault
+from support.random_shards import HEIGHT, WIDTH, write_random_shards
 
-from dreamdance.data import shard_cache
-from dreamdance.data.clip_loader import ClipLoader
-from dreamdance.data.clip_order import ClipOrder
-from dreamdance.data.clips import ClipDataset, StoredClips
+from dreamdance.data.loading.dataset import ClipDataset, StoredClips
+from dreamdance.data.loading.loader import ClipLoader
+from dreamdance.data.loading.order import ClipOrder
+from dreamdance.data.shards import cache as shard_cache
 from dreamdance.errors import LostWorkerError, ShardError, may_pass
-from dreamdance.ranks import Ranks
 from dreamdance.recipe.sections import Shards
+from dreamdance.runtime.ranks import Ranks
 
 SECOND = "part_00004.shard.00000.mds"
 ALL_CLIPS = [f"clip_{number:04d}" for number in range(12)]

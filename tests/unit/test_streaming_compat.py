@@ -15,7 +15,7 @@ WORKING = {
 }
 CHECK = """
 import sys
-from dreamdance.data.streaming_compat import StreamingDataset
+from dreamdance.data.shards.mds import StreamingDataset
 import streaming
 try:
     import streaming.vision

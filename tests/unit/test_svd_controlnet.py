@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
-from tiny_svd import tiny_svd_inputs, tiny_svd_unet
+from support.tiny_svd import tiny_svd_inputs, tiny_svd_unet
 
 from dreamdance.models import CrossDomainControllerModel, SpatioTemporalControlNetModel, run_svd_unet
 from dreamdance.models.base_configs import STABLE_VIDEO_DIFFUSION_UNET

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
-from tiny_svd import tiny_svd_inputs, tiny_svd_unet
+from support.tiny_svd import tiny_svd_inputs, tiny_svd_unet
 from torch import Tensor, nn
 
 from dreamdance.models import SpatioTemporalControlNetModel, run_svd_unet

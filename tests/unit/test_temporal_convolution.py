@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
-from recipes_for_tests import tiny_stage2_recipe, wake
-from tiny_pipelines import tiny_animation_pipeline
-from tiny_svd import tiny_svd_inputs, tiny_svd_unet
+from support.recipes import tiny_stage2_recipe, wake
+from support.tiny_pipelines import tiny_animation_pipeline
+from support.tiny_svd import tiny_svd_inputs, tiny_svd_unet
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,8 +16,8 @@ from dreamdance.models.channels_last import use_channels_last
 from dreamdance.models.svd_unet import run_svd_unet
 from dreamdance.models.temporal_convolution import FoldedConv3d, fold_temporal_convolutions
 from dreamdance.pipelines import AnimationPipeline
-from dreamdance.training.components import build_objective
-from dreamdance.training.trainability import set_trainable
+from dreamdance.training.networks.build import build_objective
+from dreamdance.training.networks.trainability import set_trainable
 
 CONVOLUTIONS = [
     nn.Conv3d(8, 12, (3, 1, 1), padding=(1, 0, 0)),  # SVD's

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from recipes_for_tests import tiny_clip_batch, tiny_stage1_recipe, tiny_stage2_recipe
+from support.recipes import tiny_clip_batch, tiny_stage1_recipe, tiny_stage2_recipe
 from torch import nn
 
-from dreamdance.training.components import build_objective
-from dreamdance.training.trainability import set_modes, set_trainable
+from dreamdance.training.networks.build import build_objective
+from dreamdance.training.networks.trainability import set_modes, set_trainable
 
 ATTENTION = {"to_q", "to_k", "to_v", "to_out.0"}
 # cross-attention over one token: its query, its key and the norm before the query cannot matter

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipes_for_tests import HEIGHT, WIDTH, tiny_stage1_recipe, tiny_stage2_recipe
-from tiny_pipelines import random_pictures
+from support.recipes import HEIGHT, WIDTH, tiny_stage1_recipe, tiny_stage2_recipe
+from support.tiny_pipelines import random_pictures
 
 from dreamdance.errors import RecipeError
 from dreamdance.inference.stages import load_stages
 from dreamdance.models import SpatioTemporalControlNetModel
 from dreamdance.pipelines import AnimationPipeline, GeometryPipeline
 from dreamdance.recipe.schema import AnimateRecipe
-from dreamdance.training.components import build_objective
+from dreamdance.training.networks.build import build_objective
 
 IMAGE = random_pictures(3, HEIGHT, WIDTH)
 ONE_STEP = {"num_inference_steps": 1, "output_type": "latent"}

@@ -4,16 +4,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipes_for_tests import tiny_stage1_recipe, tiny_stage2_recipe
+from support.recipes import tiny_stage1_recipe, tiny_stage2_recipe
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from dreamdance.data.collate import ClipBatch
+from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.recipe import load_recipe
-from dreamdance.training.activation_memory import LiveBytes, _drop_gradient, _empty_batch, peak_activation_bytes
-from dreamdance.training.components import build_objective
-from dreamdance.training.plan import describe, make_plan, network_sizes, state_memory, verdict
-from dreamdance.training.trainability import set_trainable
+from dreamdance.training.networks.build import build_objective
+from dreamdance.training.networks.trainability import set_trainable
+from dreamdance.training.planning.activation_memory import (
+    LiveBytes,
+    _drop_gradient,
+    _empty_batch,
+    peak_activation_bytes,
+)
+from dreamdance.training.planning.plan import describe, make_plan, network_sizes, state_memory, verdict
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 DEMOS = ["stage1_domains", "stage1_geometry", "stage1_temporal", "stage2"]

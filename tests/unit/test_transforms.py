@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dreamdance.data.clip_frames import ClipFrames, flip_clip
-from dreamdance.data.dancers import render_clip
-from dreamdance.data.keypoints import LEFT_HAND, RIGHT_HAND, flip_keypoints
-from dreamdance.data.pose_drawing import draw_poses
-from dreamdance.data.transforms import (
+from dreamdance.dancers.render import render_clip
+from dreamdance.data.loading.clip_frames import ClipFrames, flip_clip
+from dreamdance.media.keypoints import LEFT_HAND, RIGHT_HAND, flip_keypoints
+from dreamdance.media.pose_drawing import draw_poses
+from dreamdance.media.transforms import (
     decode_normals,
     encode_normals,
     flip_images,

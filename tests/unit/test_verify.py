@@ -13,21 +13,21 @@ from types import ModuleType
 
 import pytest
 import zstd
-from fault_log import record_fault
-from random_shards import HEIGHT, WIDTH, edit_index, flip_byte, random_clip, write_random_shards
+from support.fault_log import record_fault
+from support.random_shards import HEIGHT, WIDTH, edit_index, flip_byte, random_clip, write_random_shards
 
-from dreamdance.data.clip_loader import ClipLoader
-from dreamdance.data.clip_order import ClipOrder
-from dreamdance.data.clips import ClipDataset, StoredClips
-from dreamdance.data.schema import COLUMNS
-from dreamdance.data.shard_cache import zstd_content_size
-from dreamdance.data.shard_index import read_index
-from dreamdance.data.streaming_compat import MDSWriter
-from dreamdance.data.verify import open_shards, verify_shards
+from dreamdance.data.loading.dataset import ClipDataset, StoredClips
+from dreamdance.data.loading.loader import ClipLoader
+from dreamdance.data.loading.order import ClipOrder
+from dreamdance.data.shards.cache import zstd_content_size
+from dreamdance.data.shards.columns import COLUMNS
+from dreamdance.data.shards.index import read_index
+from dreamdance.data.shards.mds import MDSWriter
+from dreamdance.data.shards.verify import open_shards, verify_shards
 from dreamdance.errors import ShardError
 from dreamdance.evaluation.clips import open_clips
-from dreamdance.ranks import Ranks
 from dreamdance.recipe.sections import Shards
+from dreamdance.runtime.ranks import Ranks
 
 SECOND = "part_00004.shard.00000.mds"
 

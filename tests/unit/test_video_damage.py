@@ -5,9 +5,9 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from known_videos import HEIGHT, WIDTH, known_frames, require_ffmpeg, run_ffmpeg, write_by_ffmpeg
+from support.known_videos import HEIGHT, WIDTH, known_frames, require_ffmpeg, run_ffmpeg, write_by_ffmpeg
 
-from dreamdance.data.video_io import VideoError, iterate_frames, probe_video, read_frames, write_video
+from dreamdance.media.video import VideoError, iterate_frames, probe_video, read_frames, write_video
 
 NUM_FRAMES = 30
 X264 = "-c:v libx264 -bf 3 -g 10 -pix_fmt yuv420p"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from known_videos import (
+from support.known_videos import (
     CORNERS,
     HEIGHT,
     WIDTH,
@@ -22,8 +22,8 @@ from known_videos import (
     write_by_ffmpeg,
 )
 
-from dreamdance.data import video_display
-from dreamdance.data.video_io import VideoError, probe_video, read_frames, write_video
+from dreamdance.media import video_display
+from dreamdance.media.video import VideoError, probe_video, read_frames, write_video
 
 X264 = "-c:v libx264 -crf 10"
 TURNS = {

@@ -8,10 +8,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from fault_log import record_fault
+from support.fault_log import record_fault
 
-from dreamdance.data import video_container
-from dreamdance.data.video_io import VideoError, iterate_frames, probe_video, read_frames, write_video
+from dreamdance.media import video_container
+from dreamdance.media.video import VideoError, iterate_frames, probe_video, read_frames, write_video
 
 
 def numbered_frames(num_frames: int = 40, height: int = 32, width: int = 48) -> np.ndarray:

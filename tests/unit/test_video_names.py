@@ -2,9 +2,9 @@
 
 import pytest
 
-from dreamdance.data.shard_index import _PLAIN_NAME
-from dreamdance.data.video_names import part_name, video_ids
+from dreamdance.data.shards.index import _PLAIN_NAME
 from dreamdance.inference.manifest import ID_PATTERN
+from dreamdance.media.video_names import part_name, video_ids
 
 FINE = ["dance_01", "AbCdEf12345", "_x", "a.b-c", "0", "x" * 182]
 OTHERS = [

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from known_videos import (
+from support.known_videos import (
     HEIGHT,
     WIDTH,
     counters,
@@ -15,7 +15,7 @@ from known_videos import (
     write_by_ffmpeg,
 )
 
-from dreamdance.data.video_io import VideoError, iterate_frames, probe_video, read_frames
+from dreamdance.media.video import VideoError, iterate_frames, probe_video, read_frames
 
 NUM_FRAMES = 30
 X264 = "-c:v libx264 -bf 3 -g 10 -pix_fmt yuv420p"

@@ -8,12 +8,12 @@ import time
 
 import pytest
 
-from dreamdance.forced_exit import TRY_AGAIN_EXIT_CODE
-from dreamdance.watchdog import TOLERANCE, Watchdog
+from dreamdance.runtime.exits import TRY_AGAIN_EXIT_CODE
+from dreamdance.runtime.watchdog import TOLERANCE, Watchdog
 
 SCRIPT = """
 import sys, time
-from dreamdance.watchdog import Watchdog
+from dreamdance.runtime.watchdog import Watchdog
 
 def sit_and_wait(seconds):
     time.sleep(seconds)

@@ -11,8 +11,7 @@ from diffusers import UNetSpatioTemporalConditionModel
 from einops import rearrange, repeat
 from torch import Tensor
 
-from dreamdance.data.collate import ClipBatch
-from dreamdance.data.transforms import pass_through
+from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.diffusion.condition_dropout import drop_conditions, drop_controls
 from dreamdance.diffusion.noise import (
     draw_log_normal,
@@ -22,6 +21,7 @@ from dreamdance.diffusion.noise import (
     make_svd_scheduler,
 )
 from dreamdance.errors import UserError
+from dreamdance.media.transforms import pass_through
 from dreamdance.models import CrossDomainControllerModel, SpatioTemporalControlNetModel
 from dreamdance.models.autoencoding import Autoencoder, encode_latents
 from dreamdance.models.image_embedding import ImageEncoder, embed_images

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from dreamdance.data.collate import ClipBatch
+from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.diffusion.condition_dropout import drop_references
 from dreamdance.diffusion.noise import (
     ddpm_target,
@@ -21,12 +21,12 @@ from dreamdance.diffusion.noise import (
     min_snr_weights,
 )
 from dreamdance.errors import UserError
-from dreamdance.keyed_random import sample_generator
 from dreamdance.models import GeometryUNetModel, PoseEncoderModel, ReferenceUNetModel
 from dreamdance.models.autoencoding import Autoencoder, encode_latents
 from dreamdance.models.image_embedding import ImageEncoder, embed_images
 from dreamdance.pipelines import GeometryPipeline
 from dreamdance.recipe import schema
+from dreamdance.runtime.sample_random import sample_generator
 from dreamdance.training.objectives.output import NUM_DOMAINS, LatentObjective, ObjectiveOutput, no_grad_if_frozen
 
 Step = Literal["domains", "geometry", "temporal"]

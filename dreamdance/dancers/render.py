@@ -1,0 +1,202 @@
+"""Procedural dancers (contract C10): people whose pictures, normals, depth, masks and joints are known exactly.
+
+The dataset of the demo, the tests and the ablations. Everything follows from a seed; nothing is read from disk.
+`dancer_motion` moves a skeleton, `dancer_body` clothes it in shapes, `dancer_quadrics` finds what each pixel sees,
+`dancer_shading` and `dancer_stage` colour it; this module draws one clip from them.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dreamdance.dancers.body import Body, Identity, build_body, draw_identity
+from dreamdance.dancers.landmarks import Landmarks, find_landmarks
+from dreamdance.dancers.motion import Skeleton, dance
+from dreamdance.dancers.quadrics import Hits, Quadrics, cast, depth_along, surface_normals, to_camera
+from dreamdance.dancers.shading import Light, SkinTable, shade, surface_colours, tabulate_skins
+from dreamdance.dancers.stage import (
+    Backdrop,
+    Camera,
+    Stage,
+    aim_camera,
+    build_backdrop,
+    camera_light,
+    cast_shadows,
+    draw_stage,
+    fit_focal,
+)
+
+TRAINING_SEEDS = range(1_000_000_000)
+"""Identities and motions to train on."""
+
+HELD_OUT_SEEDS = range(1_000_000_000, 1_100_000_000)
+"""Identities and motions that no training clip may have."""
+
+VISIBLE_CONFIDENCE = 1.0
+HIDDEN_JOINT_CONFIDENCE = 0.5
+"""Of limb joints behind something: estimators such as DWPose guess them, with less confidence, and draw them."""
+HIDDEN_DETAIL_CONFIDENCE = 0.1
+"""Of hidden points of head and hands: estimators do not find them, and below the drawing's threshold they vanish."""
+
+_PIXELS_PER_CHUNK = 1 << 18  # of samples cast at once: the arrays of one chunk stay in the cache
+_HEAD_POINTS = np.array([0, 14, 15, 16, 17])
+_SHADOW_STRENGTH = 0.8
+
+
+@dataclass(frozen=True)
+class DancerClip:
+    """A rendered clip. Camera space is x right, y up, z towards the camera, which sits at its origin.
+
+    rgb: `(f, H, W, 3)` uint8. normal: `(f, H, W, 3)` float32, unit length, at pixel centres. depth: `(f, H, W)`
+    float32, metres along the optical axis, at pixel centres. mask: `(f, H, W)` bool, the body. keypoints:
+    `(f, 128, 3)` float32 (`data.keypoints`). joints: `(f, 128, 3)` float32, metres, the 3D points whose projections
+    the key points are. intrinsics: `(3, 3)` float64, in pixels, y downwards as in pictures; pixel centres at halves.
+    """
+
+    rgb: np.ndarray
+    normal: np.ndarray
+    depth: np.ndarray
+    mask: np.ndarray
+    keypoints: np.ndarray
+    joints: np.ndarray
+    intrinsics: np.ndarray
+    fps: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """Everything that is drawn, before any picture."""
+
+    identity: Identity
+    skeleton: Skeleton
+    body: Body
+    landmarks: Landmarks
+    stage: Stage
+    camera: Camera
+    quadrics: Quadrics
+    skins: SkinTable
+    light: Light
+
+
+def render_clip(seed: int, *, num_frames: int, width: int, height: int, fps: float = 8.0) -> DancerClip:
+    """Renders the dancer of a seed.
+
+    Args:
+        seed: from `TRAINING_SEEDS` or `HELD_OUT_SEEDS`; decides body, clothes, background, camera and motion.
+        num_frames: length of the clip.
+        width, height: in pixels.
+        fps: frames per second; the motion itself is a function of seconds.
+
+    Raises:
+        ValueError: a seed outside of both ranges, or an empty clip.
+    """
+    if seed not in TRAINING_SEEDS and seed not in HELD_OUT_SEEDS:
+        raise ValueError(f"seed {seed} is neither in {TRAINING_SEEDS} (training) nor in {HELD_OUT_SEEDS} (held out)")
+    if min(num_frames, width, height) < 1 or not fps > 0:
+        raise ValueError(f"cannot render {num_frames} frames of {width}x{height} at {fps} frames per second")
+    scene = _build_scene(seed, np.arange(num_frames) / fps)
+    focal = fit_focal(scene.quadrics.bounds, width, height)
+    samples = 3 if min(width, height) < 128 else 2
+    backdrop = build_backdrop(scene.stage, scene.camera, focal=focal, width=width, height=height, samples=samples)
+    normal = np.repeat(backdrop.normals[None], num_frames, axis=0)
+    depth = np.repeat(backdrop.depths[None], num_frames, axis=0)
+    mask = np.zeros((num_frames, height, width), dtype=bool)
+    rgb = np.empty((num_frames, height, width, 3), dtype=np.uint8)
+    step = max(1, _PIXELS_PER_CHUNK // (width * height * samples**2))
+    shadows = cast_shadows(scene.stage, scene.skeleton, scene.identity.body.girth, backdrop)
+    for start in range(0, num_frames, step):
+        chunk = slice(start, min(start + step, num_frames))
+        _draw_geometry(scene, chunk, focal, normal[chunk], depth[chunk], mask[chunk])
+        rgb[chunk] = _draw_colours(scene, chunk, focal, backdrop, shadows[chunk], samples)
+    intrinsics = np.array([[focal, 0.0, width / 2], [0.0, focal, height / 2], [0.0, 0.0, 1.0]])
+    joints = scene.camera.to_camera(scene.landmarks.points)
+    keypoints = _project(scene, joints, focal, width, height)
+    return DancerClip(rgb, normal, depth, mask, keypoints, joints.astype(np.float32), intrinsics, fps, seed)
+
+
+def _build_scene(seed: int, times: np.ndarray) -> _Scene:
+    person, motion, place = (np.random.default_rng(part) for part in np.random.SeedSequence(seed).spawn(3))
+    identity = draw_identity(person)
+    skeleton = dance(motion, identity.body, times)
+    body = build_body(identity, skeleton)
+    landmarks = find_landmarks(skeleton, identity.body)
+    points = landmarks.points.reshape(-1, 3)
+    stage = draw_stage(place, points)
+    camera = aim_camera(stage.eye, points)
+    return _Scene(
+        identity=identity,
+        skeleton=skeleton,
+        body=body,
+        landmarks=landmarks,
+        stage=stage,
+        camera=camera,
+        quadrics=to_camera(body.shapes, camera.position, camera.rotation),
+        skins=tabulate_skins(body.skins, camera.position, camera.rotation),
+        light=camera_light(stage, camera),
+    )
+
+
+def _hit_points(hits: Hits, focal: float, width: int, height: int) -> np.ndarray:
+    """Where hits lie in camera space, `(3, n)` float32."""
+    rows, columns = np.divmod(hits.pixels % (width * height), width)
+    x = ((columns + 0.5 - width / 2) / focal).astype(np.float32)
+    y = ((height / 2 - 0.5 - rows) / focal).astype(np.float32)
+    return np.stack([x * hits.depths, y * hits.depths, -hits.depths])
+
+
+def _draw_geometry(
+    scene: _Scene, chunk: slice, focal: float, normal: np.ndarray, depth: np.ndarray, mask: np.ndarray
+) -> None:
+    """Writes the body's normals, depth and mask, at pixel centres, over the backdrop's."""
+    height, width = depth.shape[1:]
+    quadrics = scene.quadrics.frames(chunk)
+    hits = cast(quadrics, focal=focal, width=width, height=height)
+    normals = surface_normals(quadrics, hits.quadrics, _hit_points(hits, focal, width, height))
+    normal.reshape(-1, 3)[hits.pixels] = normals.T
+    depth.reshape(-1)[hits.pixels] = hits.depths
+    mask.reshape(-1)[hits.pixels] = True
+
+
+def _draw_colours(
+    scene: _Scene, chunk: slice, focal: float, backdrop: Backdrop, shadows: np.ndarray, samples: int
+) -> np.ndarray:
+    """Colours of some frames `(f, H, W, 3)` uint8: the body, `samples` x `samples` rays per pixel, on the backdrop."""
+    num_frames, height, width = shadows.shape
+    fine_width, fine_height, fine_focal = width * samples, height * samples, focal * samples
+    quadrics = scene.quadrics.frames(chunk)
+    hits = cast(quadrics, focal=fine_focal, width=fine_width, height=fine_height)
+    points = _hit_points(hits, fine_focal, fine_width, fine_height)
+    normals = surface_normals(quadrics, hits.quadrics, points)
+    frame, quadric = np.divmod(hits.quadrics, quadrics.skins.size)
+    rows = (frame + chunk.start) * scene.skins.num_parts + quadrics.skins[quadric]
+    colours, gloss = surface_colours(scene.skins, scene.identity, rows, points, 1.0 / fine_focal)
+    colours = shade(colours, gloss, normals, points, scene.light)
+    lines, columns = np.divmod(hits.pixels, fine_width)
+    pixels = lines // samples * width + columns // samples
+    size = num_frames * height * width
+    share = np.float32(1.0 / samples**2)
+    background = 1.0 - np.bincount(pixels, minlength=size) * share
+    background = background.reshape(shadows.shape) * (1.0 - _SHADOW_STRENGTH * scene.light.lamp.mean() * shadows)
+    picture = background[..., None] * backdrop.colours
+    for channel in range(3):
+        body = np.bincount(pixels, weights=colours[channel].clip(0.0, 1.0), minlength=size)
+        picture[..., channel] += body.reshape(shadows.shape) * share
+    return (picture * 255.0 + 0.5).clip(0.0, 255.0).astype(np.uint8)
+
+
+def _project(scene: _Scene, joints: np.ndarray, focal: float, width: int, height: int) -> np.ndarray:
+    """Key points `(f, 128, 3)` float32 of joints `(f, 128, 3)` in camera space; occlusion is traced by rays."""
+    directions = joints[..., :2] / -joints[..., 2:]
+    x = directions[..., 0] * focal / width + 0.5
+    y = 0.5 - directions[..., 1] * focal / height
+    nearest = depth_along(scene.quadrics, directions)
+    hidden = nearest < -joints[..., 2] - scene.landmarks.skin_depths
+    details = np.ones(joints.shape[1], dtype=bool)
+    details[:18] = False
+    details[_HEAD_POINTS] = True
+    confidence = np.where(
+        hidden, np.where(details, HIDDEN_DETAIL_CONFIDENCE, HIDDEN_JOINT_CONFIDENCE), VISIBLE_CONFIDENCE
+    )
+    outside = (x < 0) | (x > 1) | (y < 0) | (y > 1)
+    return np.stack([x, y, np.where(outside, 0.0, confidence)], axis=-1).astype(np.float32)

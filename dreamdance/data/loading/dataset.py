@@ -1,0 +1,282 @@
+"""The dataset of stored clips and of the training windows cut from them; `clip_loader` brings these to the ranks.
+
+Nothing here knows the process group: ranks need not be in step, and one rank alone may open a dataset.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from einops import repeat
+from torch import Tensor
+
+from dreamdance.data.loading.batch import ClipSample
+from dreamdance.data.loading.clip_frames import ClipFrames, flip_clip
+from dreamdance.data.loading.order import SampleKey
+from dreamdance.data.loading.stored_clip import StoredClip, Window, draw_window, first_window
+from dreamdance.data.shards import cache as shard_cache
+from dreamdance.data.shards.mds import Spanner, Stream, StreamingDataset, World
+from dreamdance.data.shards.verify import CheckedShards, open_shards
+from dreamdance.errors import LostWorkerError, ShardError, may_pass
+from dreamdance.media.cropping import centred_crop
+from dreamdance.media.transforms import (
+    flip_images,
+    pictures_to_tensor,
+    resize_images,
+    resize_normals,
+)
+from dreamdance.recipe.sections import Shards, Verify
+from dreamdance.runtime.ranks import Ranks
+
+logger = logging.getLogger(__name__)
+
+Map = Literal["normal", "depth", "mask"]
+MAPS: tuple[Map, ...] = ("normal", "depth", "mask")
+CACHE_BYTES = 256 << 20
+_DAMAGED = (OSError, ValueError, RuntimeError, IndexError, KeyError)
+
+
+class StoredClips(StreamingDataset):
+    """The stored clips of a folder of shards, by number.
+
+    Of mosaicml-streaming's dataset this keeps the storage: format, index, shard readers, remote folders, random access,
+    which fetches a missing shard and raises where one is bad. It does not run its constructor: that sets up shared
+    memory, file locks and barriers (and a process group of its own) for `__iter__`, which ends an epoch early or hangs
+    on a bad shard, and whose leftovers of a killed run can refuse the next start. `ClipOrder` gives the order instead.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        *,
+        verify: Verify = "first_use",
+        ranks: Ranks | None = None,
+        cache_bytes: int = 0,
+        before_shard: Callable[[str], None] | None = None,
+    ) -> None:
+        """Checks the shards' sizes; reads none of their samples yet.
+
+        Args:
+            shards: where the clips are.
+            verify: how the files are checked now (`verify.verify_shards`). Unless it is `size`, each file is compared
+                with its hash when it is opened first.
+            ranks: this process; by default from the environment.
+            cache_bytes: decoded clips kept in memory, in each process that reads. Filled once and never evicted, which
+                serves a set that is passed over again and again better than keeping the latest.
+            before_shard: see `verify.open_shards`.
+
+        Raises:
+            ShardError: missing, damaged, foreign or hostile shards.
+        """
+        self.index = open_shards(shards, how=verify, ranks=ranks, before_shard=before_shard)
+        self._checked = CheckedShards(self.index, remote=shards.remote, by_hash=verify != "size")
+        stream = Stream(remote=shards.remote, local=str(self.index.folder), keep_zip=True, download_retry=1)
+        self.streams = [stream]
+        self.shards = stream.get_shards(World.detect(), allow_unsafe_types=False)
+        self.num_samples = self.index.num_samples
+        self.samples_per_shard = np.array(self.index.samples_per_shard, np.int64)
+        self.spanner = Spanner(self.samples_per_shard)
+        self.cache_limit = None
+        self._shard_access_times: Any = np.zeros(len(self.shards), np.uint64)  # the base class notes each access here
+        self._cached: dict[int, StoredClip] = {}
+        self._cache_left = cache_bytes
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """All stored samples in the order of the shards; a bad one raises."""
+        return (self[sample_id] for sample_id in range(self.num_samples))
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Fetches and unpacks a shard; the base class calls this where the file is not there."""
+        self._checked.fetch(shard_id)
+
+    def get_item(self, sample_id: int, retry: int = 2) -> dict[str, Any]:
+        """The stored columns of one sample.
+
+        Storage that stumbles, or is gone with all that was on it, is tried again for some seconds.
+
+        Raises:
+            IndexError: no such sample.
+            ShardError: its shard is missing or damaged.
+            LostWorkerError: storage has not come back.
+        """
+        if not 0 <= sample_id < self.num_samples:
+            raise IndexError(f"sample {sample_id} of {self.num_samples}")
+        where = f"{self.describe(sample_id)} cannot be read"
+        for pause in (*shard_cache.RETRY_PAUSES_SECONDS, None):
+            try:
+                self._checked.require(self.spanner[sample_id][0])
+                return super().get_item(sample_id, retry)
+            except _DAMAGED as caught:
+                error = caught
+            if isinstance(error, LostWorkerError):  # has been tried again already
+                raise error
+            if not may_pass(error) and not shard_cache.is_gone(self.index.folder):
+                if isinstance(error, ShardError):
+                    raise error
+                raise ShardError(f"{where}: {error}") from error
+            if pause is not None:
+                logger.warning("%s: %s; trying again in %.0f s", where, error, pause)
+                time.sleep(pause)
+        attempts = len(shard_cache.RETRY_PAUSES_SECONDS) + 1
+        raise LostWorkerError(f"{where}, {attempts} attempts failed: {error}") from error
+
+    def describe(self, sample_id: int) -> str:
+        """Where a sample lies, for messages."""
+        shard_id, position = self.spanner[sample_id]
+        return f"sample {position} of shard {self.index.folder / self.index.shards[shard_id].raw.name}"
+
+    def clip(self, sample_id: int) -> StoredClip:
+        """One stored clip; from memory, with all its frames decoded, where there was room for it.
+
+        Raises:
+            ShardError: its shard is missing or damaged.
+        """
+        cached = self._cached.get(sample_id)
+        if cached is not None:
+            return cached
+        clip = StoredClip(self[sample_id], where=self.describe(sample_id))
+        if clip.decoded_bytes <= self._cache_left:
+            clip.decode_all()
+            self._cached[sample_id] = clip
+            self._cache_left -= clip.decoded_bytes
+        return clip
+
+
+class ClipDataset(StoredClips):
+    """Training windows of stored clips. What is drawn about a sample depends on its key alone."""
+
+    def __init__(
+        self,
+        shards: Shards,
+        *,
+        width: int,
+        height: int,
+        num_frames: int,
+        stride: tuple[int, int] = (1, 1),
+        flip_probability: float = 0.0,
+        seed: int = 0,
+        maps: Sequence[Map] = ("normal", "depth"),
+        verify: Verify = "first_use",
+        ranks: Ranks | None = None,
+        cache_bytes: int = CACHE_BYTES,
+        before_shard: Callable[[str], None] | None = None,
+    ) -> None:
+        """Checks the shards.
+
+        Args:
+            shards, verify, ranks, cache_bytes, before_shard: see `StoredClips`.
+            width, height: size of the frames given out, in pixels.
+            num_frames: frames in a window.
+            stride: smallest and largest distance between its frames.
+            flip_probability: how often a clip that has key points is mirrored.
+            seed: the first part of every sample's key.
+            maps: which of normal, depth and mask to read; a clip without one of them is an error.
+
+        Raises:
+            ShardError: missing, damaged, foreign or hostile shards.
+        """
+        super().__init__(shards, verify=verify, ranks=ranks, cache_bytes=cache_bytes, before_shard=before_shard)
+        self.width, self.height, self.num_frames = width, height, num_frames
+        self.stride, self.flip_probability, self.seed = stride, flip_probability, seed
+        self.maps = tuple(maps)
+
+    def training_sample(self, key: SampleKey) -> ClipSample:
+        """The training window of a sample in an epoch.
+
+        Raises:
+            ShardError: its shard is missing or damaged, the clip is too short or lacks a map.
+        """
+        clip = self.clip(key.sample_id)
+        full_key = (self.seed, key.epoch, key.sample_id)
+        window = draw_window(
+            clip,
+            full_key,
+            num_frames=self.num_frames,
+            stride=self.stride,
+            flip_probability=self.flip_probability,
+        )
+        return self.cut(clip, window, full_key)
+
+    def cut(self, clip: StoredClip, window: Window, key: tuple[int, int, int]) -> ClipSample:
+        """Cuts a window from a clip: frames as tensors, mirrored if it says so, cropped to the aspect and resized."""
+        frames = ClipFrames(
+            rgb=pictures_to_tensor(clip.frames("rgb", window.frames)),
+            pose=pictures_to_tensor(clip.frames("pose", window.frames)),
+            normal=pictures_to_tensor(clip.frames("normal", window.frames)) if "normal" in self.maps else None,
+            depth=_plane(clip, "depth", window.frames) if "depth" in self.maps else None,
+            mask=_plane(clip, "mask", window.frames) if "mask" in self.maps else None,
+            keypoints=None if clip.keypoints is None else torch.from_numpy(clip.keypoints[window.frames]),
+        )
+        reference = pictures_to_tensor(clip.frames("rgb", [window.reference]))[0]
+        if window.flip:
+            pose = pictures_to_tensor(clip.mirrored_pose(window.frames))
+            frames, reference = flip_clip(frames, drawn_pose=pose), flip_images(reference)
+        depth = None if frames.depth is None else self._resize(frames.depth)
+        mask = None if frames.mask is None else self._resize(frames.mask).round()
+        return ClipSample(
+            rgb=self._resize(frames.rgb),
+            pose=self._resize(frames.pose),
+            normal=None if frames.normal is None else self._resize(frames.normal, normals=True),
+            depth=None if depth is None else repeat(depth, "f 1 h w -> f c h w", c=3),
+            mask=mask,
+            reference=self._resize(reference),
+            fps=clip.fps / window.stride,
+            key=key,
+            clip_id=clip.clip_id,
+        )
+
+    def _resize(self, images: Tensor, *, normals: bool = False) -> Tensor:
+        height, width = images.shape[-2:]
+        part = centred_crop(width, height, to_width=self.width, to_height=self.height)
+        images = images[..., part.top : part.top + part.height, part.left : part.left + part.width]
+        return (resize_normals if normals else resize_images)(images, self.height, self.width)
+
+
+def _plane(clip: StoredClip, column: str, indices: Sequence[int]) -> Tensor:
+    """Depth or mask `(f, 1, H, W)` float32 in [0,1]."""
+    return pictures_to_tensor(clip.frames(column, indices)[..., None])
+
+
+def fixed_clips(
+    shards: Shards,
+    *,
+    width: int,
+    height: int,
+    num_frames: int,
+    count: int,
+    stride: int = 1,
+    maps: Sequence[Map] | None = None,
+    verify: Verify = "first_use",
+    share_of: Ranks | None = None,
+) -> list[ClipSample]:
+    """The first clips of a set, always the same: for validation and samples.
+
+    Args:
+        shards, width, height, num_frames, verify: as for `ClipDataset`.
+        count: how many clips; all of them where the set has fewer.
+        stride: distance between the frames of the window.
+        maps: None reads those that all of these clips have.
+        share_of: cuts only every n-th clip, from the rank's own number on, where there are n ranks; that may be none.
+
+    Returns:
+        Each clip's first window; the reference is the clip's last frame; keys are (0, 0, number of the clip).
+
+    Raises:
+        ShardError: missing, damaged or foreign shards, or a clip shorter than the window.
+    """
+    dataset = ClipDataset(
+        shards, width=width, height=height, num_frames=num_frames, maps=maps or (), verify=verify, cache_bytes=0
+    )
+    clips = [dataset.clip(number) for number in range(min(count, len(dataset)))]
+    if maps is None:
+        dataset.maps = tuple(name for name in MAPS if all(clip.has(name) for clip in clips))
+    windows = [first_window(clip, num_frames=num_frames, stride=stride) for clip in clips]  # all ranks refuse alike
+    ranks = share_of or Ranks()
+    share = range(ranks.rank, len(clips), ranks.world_size)
+    return [dataset.cut(clips[number], windows[number], (0, 0, number)) for number in share]

@@ -1,0 +1,130 @@
+"""The loader: brings each optimizer step's micro batches to a rank, in the run's order, from any step on."""
+
+import contextlib
+import time
+from collections.abc import Generator, Iterator, Mapping
+from itertools import chain, count, islice
+from typing import Any
+
+import torch
+
+from dreamdance.data.loading.batch import ClipBatch, collate_clips
+from dreamdance.data.loading.dataset import ClipDataset
+from dreamdance.data.loading.order import ClipOrder, SampleKey
+from dreamdance.data.loading.workers import BatchWorkers
+from dreamdance.errors import LostWorkerError, ShardError
+from dreamdance.runtime.ranks import Ranks
+
+
+class ClipLoader:
+    """Brings each optimizer step's micro batches to one rank.
+
+    Iterating never ends by itself: epoch follows epoch. The position is `step`, the number of steps handed out.
+
+    Attributes:
+        step: the optimizer step that comes next.
+        wait_seconds: how long the latest step's data was waited for.
+    """
+
+    def __init__(
+        self,
+        dataset: ClipDataset,
+        order: ClipOrder,
+        *,
+        micro_batch_size: int,
+        ranks: Ranks | None = None,
+        num_workers: int = 0,
+        timeout_seconds: float = 300.0,
+    ) -> None:
+        """Checks that the ranks' shares come out even.
+
+        Args:
+            dataset: what to read.
+            order: which samples, by step.
+            micro_batch_size: clips in one `ClipBatch`.
+            ranks: which rank of how many this is; by default from the environment.
+            num_workers: processes that read ahead; 0 reads in this one.
+            timeout_seconds: how long to wait for workers before it is an error (recipe: `data.batch_timeout_seconds`).
+
+        Raises:
+            ShardError: `batch_size` is not micro batch x accumulation x ranks.
+        """
+        self.dataset, self.order = dataset, order
+        self.ranks = ranks or Ranks.from_environment()
+        self.micro_batch_size, self.num_workers, self.timeout_seconds = micro_batch_size, num_workers, timeout_seconds
+        self.accumulation_steps, rest = divmod(order.batch_size, micro_batch_size * self.ranks.world_size)
+        if rest or not self.accumulation_steps:
+            raise ShardError(
+                f"batch_size {order.batch_size} is not a multiple of micro_batch_size {micro_batch_size} x "
+                f"{self.ranks.world_size} ranks"
+            )
+        self.step = 0
+        self.wait_seconds = 0.0
+
+    def __iter__(self) -> Generator[list[ClipBatch]]:
+        """Yields the micro batches of each step, from `step` on; to be closed, or its processes keep this one alive.
+
+        Raises:
+            ShardError: a bad shard, by name; workers that died, or gave nothing within the time.
+        """
+        with contextlib.closing(self._read_ahead() if self.num_workers else self._read_here()) as batches:
+            while True:
+                start = time.monotonic()
+                micro_batches = list(islice(batches, self.accumulation_steps))
+                self.wait_seconds = time.monotonic() - start
+                self.step += 1
+                yield micro_batches
+
+    def micro_batch_keys(self, step: int) -> list[list[SampleKey]]:
+        """This rank's share of a step: a contiguous part of the batch, cut into micro batches."""
+        per_rank = self.order.batch_size // self.ranks.world_size
+        share = self.order.batch(step)[self.ranks.rank * per_rank :][:per_rank]
+        return [share[start : start + self.micro_batch_size] for start in range(0, per_rank, self.micro_batch_size)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, the same on every rank (JSON-able)."""
+        return self.order.state_dict(self.step)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues where a saved position was; call it before iterating.
+
+        Raises:
+            ShardError: the training set or the order's settings are not those of the saved position.
+        """
+        self.step = self.order.resume(state)
+
+    def _keys_from(self, step: int) -> Iterator[list[SampleKey]]:
+        """The keys of this rank's micro batches, step after step, without end."""
+        return chain.from_iterable(map(self.micro_batch_keys, count(step)))
+
+    def _read_here(self) -> Generator[ClipBatch]:
+        for keys in self._keys_from(self.step):
+            batch = collate_clips([self.dataset.training_sample(key) for key in keys])
+            yield batch.pin_memory() if torch.cuda.is_available() else batch
+
+    def _read_ahead(self) -> Generator[ClipBatch]:
+        keys = self._keys_from(self.step)
+        ahead = max(2, self.accumulation_steps)
+        with BatchWorkers(
+            self.dataset, num_workers=self.num_workers, ahead=ahead, copied_ahead=self.accumulation_steps
+        ) as workers:
+            try:
+                for _ in range(workers.capacity):
+                    workers.ask(next(keys))
+                while True:
+                    yield workers.take(timeout_seconds=self.timeout_seconds)
+                    workers.ask(next(keys))
+            except TimeoutError as error:
+                raise LostWorkerError(self._describe_wait()) from error
+            except (EOFError, OSError) as error:
+                raise LostWorkerError(
+                    f"a process that reads data died at step {self.step}, out of memory? {error!r}"
+                ) from error
+
+    def _describe_wait(self) -> str:
+        first = self.micro_batch_keys(self.step)[0][0]
+        return (
+            f"no batch for {self.timeout_seconds:.0f} s while waiting for step {self.step} "
+            f"({self.dataset.describe(first.sample_id)} and others): the storage hangs or is too slow; "
+            "see `data.batch_timeout_seconds`, `data.num_workers`"
+        )

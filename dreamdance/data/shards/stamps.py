@@ -1,0 +1,131 @@
+"""Compares files of shards with what the index says of them, and shows whether a file has changed since.
+
+Knows neither where files come from nor what was compared before.
+"""
+
+import hashlib
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from dreamdance.data.shards.index import HASH_DIGITS, ShardEntry, ShardFile
+from dreamdance.data.shards.mds import get_hash
+from dreamdance.errors import ShardError
+
+READ_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """What the file system knows of a file without reading it; another one where its content was changed or replaced.
+
+    `ctime_ns` changes with every write, rename and copy, and cannot be set back, as `mtime_ns` can.
+    """
+
+    num_bytes: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, file: Path | int) -> "FileStamp":
+        """The state of a path, or of an open file.
+
+        Raises:
+            OSError: it is missing or cannot be asked for.
+        """
+        found = os.stat(file)
+        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def compare_file(path: Path, entry: ShardEntry, file: ShardFile, *, by_hash: bool) -> FileStamp:
+    """Compares a file with the index: its size, the table of samples if it is an MDS file, and its hash if asked to.
+
+    Returns:
+        The state that it was in before it was read: a file that is changed meanwhile has another one after.
+
+    Raises:
+        ShardError: it is not the file that the index describes.
+        OSError: it is missing or cannot be read.
+    """
+    with path.open("rb") as opened:
+        state = FileStamp.of(opened.fileno())
+        # Read first and judged after: storage that fails must not pass for a file of another size.
+        head = opened.read(samples_table_bytes(entry)) if file is entry.raw else b""
+        opened.seek(0)
+        digest = _digest(opened, file) if by_hash else None
+    check_size(state.num_bytes, file, where=str(path))
+    if digest is not None:
+        _check_digest(digest, file, where=str(path))
+    if file is entry.raw:
+        check_samples(head, state.num_bytes, entry, where=str(path))
+    return state
+
+
+def check_size(num_bytes: int, file: ShardFile, *, where: str) -> None:
+    """Compares a file's size with the index.
+
+    Raises:
+        ShardError: it is another one.
+    """
+    if num_bytes != file.num_bytes:
+        raise ShardError(f"shard {where} is damaged: {num_bytes} bytes, the index says {file.num_bytes}")
+
+
+def check_bytes(data: bytes, file: ShardFile, *, where: str) -> None:
+    """Compares a file's content with the size and the strongest hash of the index.
+
+    Raises:
+        ShardError: it is not the same.
+    """
+    check_size(len(data), file, where=where)
+    _check_digest(get_hash(strongest_hash(file), data), file, where=where)
+
+
+def check_samples(head: bytes, num_bytes: int, entry: ShardEntry, *, where: str) -> None:
+    """Compares the table of samples at the head of an MDS file with the index.
+
+    Args:
+        head: the file's first bytes, `samples_table_bytes(entry)` of them at least.
+        num_bytes: the size of the whole file.
+
+    Raises:
+        ShardError: another number of samples, or a table that points outside of the file.
+    """
+    found = struct.unpack_from("<I", head)[0] if len(head) >= 4 else 0
+    if found != entry.num_samples or len(head) < samples_table_bytes(entry):
+        raise ShardError(f"shard {where} holds {found} samples, the index says {entry.num_samples}")
+    offsets = np.frombuffer(head, dtype="<u4", count=entry.num_samples + 1, offset=4).astype(np.int64)
+    if offsets[0] < samples_table_bytes(entry) or (np.diff(offsets) <= 0).any() or offsets[-1] != num_bytes:
+        raise ShardError(f"shard {where} is damaged: its table of samples points outside of the file")
+
+
+def samples_table_bytes(entry: ShardEntry) -> int:
+    """Size of the table at the head of an MDS file: the count, and one offset more than there are samples."""
+    return 4 * (entry.num_samples + 2)
+
+
+def strongest_hash(file: ShardFile) -> str:
+    """The name of the hash that a file is compared by."""
+    return next(name for name in HASH_DIGITS if name in file.hashes)
+
+
+def _digest(opened: IO[bytes], file: ShardFile) -> str:
+    """The file's hash, read in pieces: a shard may be as large as 4 GiB, and every worker may have one open."""
+    algorithm = strongest_hash(file)
+    if algorithm not in hashlib.algorithms_guaranteed:
+        return get_hash(algorithm, opened.read(file.num_bytes + 1))
+    hasher, left = hashlib.new(algorithm), file.num_bytes + 1
+    while left > 0 and (piece := opened.read(min(READ_BYTES, left))):
+        hasher.update(piece)
+        left -= len(piece)
+    return hasher.hexdigest()
+
+
+def _check_digest(digest: str, file: ShardFile, *, where: str) -> None:
+    algorithm = strongest_hash(file)
+    if digest != file.hashes[algorithm]:
+        raise ShardError(f"shard {where} is damaged: its {algorithm} is not the one in the index")

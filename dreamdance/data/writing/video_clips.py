@@ -1,0 +1,168 @@
+"""Clips from a folder of videos: `<clip>.rgb.mp4` with aligned `<clip>.pose.mp4`, `.normal.mp4` and `.depth.mp4`.
+
+All videos of a clip are cut at the same times, cropped to the same part and brought to the same size.
+"""
+
+import logging
+import os
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+import torch
+
+from dreamdance.data.writing.shard_parts import ClipRecord
+from dreamdance.data.writing.video_opening import open_videos
+from dreamdance.errors import MissingInputError
+from dreamdance.media.cropping import Crop, centred_crop
+from dreamdance.media.letterbox import search_letterbox
+from dreamdance.media.transforms import pictures_to_tensor, resize_normals, tensor_to_pictures
+from dreamdance.media.video import VideoInfo, iterate_frames
+from dreamdance.media.video_names import printable
+from dreamdance.recipe.schema import VideosSource
+from dreamdance.runtime.ranks import Ranks
+from dreamdance.runtime.sample_random import sample_generator
+
+logger = logging.getLogger(__name__)
+
+Split = Literal["train", "validation"]
+
+
+def find_videos(folder: Path | str) -> list[str]:
+    """The names of the clips that have pictures and a pose, in alphabetical order; hidden files are no videos.
+
+    Of several ranks that look, the main one warns of pictures without a pose.
+    A link that leads nowhere counts as a video: it is named with what else is wrong before work begins.
+
+    Raises:
+        MissingInputError: there is none.
+    """
+    folder = Path(folder)
+    names = sorted(path.name.removesuffix(".rgb.mp4") for path in folder.glob("*.rgb.mp4") if path.name[0] != ".")
+    usable = [name for name in names if os.path.lexists(folder / f"{name}.pose.mp4")]
+    for name in sorted(set(names) - set(usable)) if Ranks.from_environment().is_main else ():
+        path = printable(folder / f"{name}.rgb.mp4")
+        logger.warning("%s is left out: there is no %s.pose.mp4 beside it", path, printable(name))
+    if not usable:
+        raise MissingInputError(
+            f"no videos in {folder.absolute()}: `videos.folder` needs <clip>.rgb.mp4 with <clip>.pose.mp4 beside it"
+        )
+    return usable
+
+
+def choose_validation(names: list[str], *, fraction: float, seed: int) -> set[str]:
+    """Draws whole videos for validation: the fraction's share, one at least, never all.
+
+    Raises:
+        MissingInputError: too few videos to divide.
+    """
+    if fraction == 0:
+        return set()
+    if len(names) < 2:
+        raise MissingInputError(
+            "one video cannot be divided by clip; set `videos.split_by` to time, or `videos.validation_fraction` to 0"
+        )
+    count = min(max(1, round(fraction * len(names))), len(names) - 1)
+    order = torch.randperm(len(names), generator=sample_generator((seed, 0, 0), "validation videos")).tolist()
+    return {names[index] for index in order[:count]}
+
+
+@dataclass(frozen=True)
+class VideoPart:
+    """The clips that one video gives to one split; called in the worker that writes them."""
+
+    source: VideosSource
+    name: str
+    clip_id: str
+    split: Split
+
+    def __call__(self) -> Iterator[ClipRecord | None]:
+        """Yields the clips; before them None for each frame that is searched for black bars.
+
+        Raises:
+            VideoError: a video cannot be decoded, or is not aligned with the pictures.
+        """
+        videos = open_videos(self.source, self.name)
+        rgb = videos["rgb"]
+        frames = rgb.constant_rate_frames()[:: self.source.frame_stride]
+        pieces = split_frames(frames, self.split, self.source)
+        if not pieces:
+            logger.warning(
+                "%s gives no %s clip: a clip has at least %d frames (`videos.min_clip_frames`)",
+                printable(rgb.path),
+                self.split,
+                self.source.min_clip_frames,
+            )
+            return
+        part = yield from self._find_part(rgb)
+        for number, (first, piece) in enumerate(pieces):
+            times = rgb.times(piece)
+            pictures = {
+                name: self._read(name, video, piece if video is rgb else video.frames_at(times), part)
+                for name, video in videos.items()
+            }
+            yield ClipRecord(
+                clip_id=f"{self.clip_id}.{self.split}.{number:04d}",
+                fps=rgb.fps / self.source.frame_stride,
+                rgb=pictures["rgb"],
+                pose=pictures["pose"],
+                normal=pictures.get("normal"),
+                depth=pictures.get("depth"),
+                metadata={
+                    "source": f"{self.name}.rgb.mp4",
+                    "first_frame": first,
+                    "crop": [part.left, part.top, part.width, part.height],
+                },
+            )
+
+    def _find_part(self, rgb: VideoInfo) -> Generator[None, None, Crop]:
+        """The part of the frame that is kept: the recipe's or what is no black bar, then centred to the aspect."""
+        part = Crop(left=0, top=0, width=rgb.width, height=rgb.height)
+        if self.source.crop is not None:
+            part = Crop(*self.source.crop)
+        elif self.source.crop_letterbox:
+            part = yield from search_letterbox(iterate_frames(rgb), where=str(rgb.path))
+        if self.source.width is not None and self.source.height is not None:
+            centred = centred_crop(part.width, part.height, to_width=self.source.width, to_height=self.source.height)
+            part = centred.within(part)
+        return part
+
+    def _read(self, name: str, video: VideoInfo, frames: list[int], part: Crop) -> np.ndarray:
+        """Frames of one modality, in its stored encoding."""
+        width, height = self.source.width or part.width, self.source.height or part.height
+        cuts = (part.cut(frame) for frame in iterate_frames(video, frames))
+        if name == "normal":
+            return np.concatenate(
+                [tensor_to_pictures(resize_normals(pictures_to_tensor(cut[None]), height, width)) for cut in cuts]
+            )
+        pictures = np.stack([resize_picture(cut, width, height) for cut in cuts])
+        if name == "depth":
+            return pictures.mean(axis=-1, dtype=np.float32).round().astype(np.uint16) * 257
+        return pictures
+
+
+def resize_picture(picture: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Resizes `(H, W, 3)` uint8: by areas when shrinking, so that nothing is skipped; cubic when growing."""
+    if picture.shape[:2] == (height, width):
+        return np.ascontiguousarray(picture)
+    shrinks = height * width < picture.shape[0] * picture.shape[1]
+    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+
+
+def split_frames(frames: list[int], split: Split, source: VideosSource) -> list[tuple[int, list[int]]]:
+    """Cuts a video's frames into clips.
+
+    With `split_by: time` the last `validation_fraction` of the frames is for validation, the rest for training; else
+    all frames belong to the split that the video was drawn for. A rest shorter than `min_clip_frames` is left out.
+
+    Returns:
+        (number of the first frame in the video, frame numbers) of each clip.
+    """
+    if source.split_by == "time":
+        boundary = len(frames) - round(source.validation_fraction * len(frames))
+        frames = frames[:boundary] if split == "train" else frames[boundary:]
+    pieces = [frames[start : start + source.clip_frames] for start in range(0, len(frames), source.clip_frames)]
+    return [(piece[0], piece) for piece in pieces if len(piece) >= source.min_clip_frames]

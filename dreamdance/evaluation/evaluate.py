@@ -1,0 +1,269 @@
+"""The `evaluate` task: results of an `animate` run against the truth of held-out clips, beside the trivial answers."""
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dreamdance.data.loading.stored_clip import StoredClip
+from dreamdance.errors import MissingInputError
+from dreamdance.evaluation.clips import (
+    Prediction,
+    Result,
+    ResultError,
+    Truth,
+    find_results,
+    open_clips,
+    read_result,
+    read_truth,
+)
+from dreamdance.evaluation.measured import EvaluatedClip, MeasuredClips, note_work, read_files
+from dreamdance.evaluation.scores import Scores, as_bytes, mean_scores, score
+from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table
+from dreamdance.evaluation.times import pair_frames
+from dreamdance.evaluation.trivial import FRAMES_PER_TRAINING_CLIP, TrainingMean, average_training_set, trivial_answers
+from dreamdance.media.grids import Row, draw_grid
+from dreamdance.recipe.schema import EvaluateRecipe
+from dreamdance.runs.crew import Crew
+from dreamdance.runs.layout import ProgressLog
+from dreamdance.runtime.ranks import Ranks
+
+logger = logging.getLogger(__name__)
+
+TABLE_JSON, TABLE_MARKDOWN, OVERVIEW_FILE = "table.json", "table.md", "overview.png"
+MEASURED_FOLDER = "measured"
+OVERVIEW_CLIPS = 12
+SMALLEST_WIDTH = 128
+
+
+def evaluate(recipe: EvaluateRecipe, run_folder: Path) -> None:
+    """Measures all results that have a true clip of the same id, each rank its share; the main one writes the table.
+
+    Args:
+        recipe: names the results, the truth shards, and perhaps the training set.
+        run_folder: takes `table.json`, `table.md` and `overview.png`, and until then what was measured.
+
+    Raises:
+        MissingInputError: no results, or none that has its truth.
+        ResultError: a result is damaged, changed meanwhile, or does not fit the others or the truth.
+        LostWorkerError: another rank is lost.
+    """
+    ranks = Ranks.from_environment()
+    progress = ProgressLog(run_folder, ranks)
+    with Crew(ranks, cluster=recipe.cluster, run_folder=run_folder) as crew:
+        crew.watchdog.enter("looking for results", recipe.results)
+        folders = {path.name: path for path in find_results(Path(recipe.results))}
+        first = read_result(next(iter(folders.values())))
+        training_mean = None
+        if recipe.training_set is not None:
+            progress.write(done=0, total=len(folders), unit="clips", message="averaging the training set")
+            training_mean = average_training_set(
+                recipe.training_set,
+                frame_size=first.frame_size,
+                map_size=first.map_size,
+                before_clip=partial(crew.watchdog.enter, "averaging the training set"),
+            )
+        measured = MeasuredClips(run_folder / MEASURED_FOLDER, recipe)
+        compared = Compared(recipe, folders, first, training_mean)
+        found = measure_share(compared, measured, crew, progress)
+        measured.wait_for(found, crew, lambda done: progress.write(done=done, total=len(found), unit="clips"))
+        if ranks.is_main:
+            crew.watchdog.enter("writing the table", str(run_folder))
+            tabulate(compared, {folder.name: measured.read(folder) for folder in found}, run_folder, progress)
+    if ranks.is_main:  # only now: had a rank been lost after its share, the next start would find all measured
+        measured.close()
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What is compared with what.
+
+    Attributes:
+        recipe: names the results and the truth.
+        folders: of the results, by id.
+        first: of the results, whose sizes all must have.
+        training_mean: None where the recipe names no training set.
+    """
+
+    recipe: EvaluateRecipe
+    folders: dict[str, Path]
+    first: Result
+    training_mean: TrainingMean | None
+
+
+def measure_share(compared: Compared, measured: MeasuredClips, crew: Crew, progress: ProgressLog) -> list[Path]:
+    """Measures what of this rank's share has not been measured; returns all results that have their truth.
+
+    Raises:
+        MissingInputError: none has.
+        ResultError: a result is damaged or does not fit the others or the truth.
+    """
+    recipe, folders = compared.recipe, compared.folders
+    clips = open_clips(recipe.truth, before_shard=partial(crew.watchdog.enter, "checking a shard"))
+    found: list[Path] = []
+    for number in range(len(clips)):
+        crew.watchdog.enter("measuring a clip", f"{number} of the truth")  # clips differ in length, so in time
+        clip = clips.clip(number)
+        if clip.clip_id not in folders:
+            continue
+        found.append(folders[clip.clip_id])
+        if len(found) % crew.ranks.world_size != crew.ranks.rank:
+            continue
+        is_new = not measured.holds(found[-1])
+        if is_new:
+            files = read_files(found[-1])
+            result = read_result(found[-1])
+            _check_sizes(result, compared.first)
+            measured.write(found[-1], replace(evaluate_clip(result, clip, compared.training_mean), files=files))
+        crew.finish(clip.clip_id if is_new else None)
+        progress.write(done=crew.num_through(), total=len(folders), unit="clips", message=f"measured {clip.clip_id}")
+    if not found:
+        raise MissingInputError(
+            f"none of the {len(folders)} results in {recipe.results} has a clip of its id in {recipe.truth.local} "
+            f"(results begin with '{next(iter(folders))}')"
+        )
+    return found
+
+
+def tabulate(compared: Compared, evaluated: dict[str, EvaluatedClip], run_folder: Path, progress: ProgressLog) -> None:
+    """Writes the table of what all ranks measured, and tells it."""
+    for missing in sorted(set(compared.folders) - set(evaluated)):
+        logger.warning("result '%s' has no clip of its id in %s: left out", missing, compared.recipe.truth.local)
+    table = Table(
+        rows=_mean_rows(evaluated),
+        clips={name: clip.scores for name, clip in evaluated.items()},
+        protocol=describe_protocol(compared.recipe, compared.first, evaluated, compared.training_mean),
+    )
+    write_report(table, evaluated, run_folder)
+    note_work(compared.recipe, evaluated.values(), run_folder)
+    text = table.as_markdown()
+    logger.info("%s\n\n%s", run_folder / TABLE_MARKDOWN, text)
+    # `--follow` shows messages, and so the table
+    progress.write(done=len(evaluated), total=len(evaluated), unit="clips", message=f"{run_folder}:\n\n{text}")
+
+
+def evaluate_clip(result: Result, clip: StoredClip, training_mean: TrainingMean | None) -> EvaluatedClip:
+    """Scores the result, the trivial answers and the truth itself, on all frames but the reference.
+
+    Raises:
+        ResultError: the result has no frame that could be compared.
+    """
+    reference_frame = clip.num_frames - 1 if result.reference_frame is None else result.reference_frame
+    if result.reference_frame is None:
+        logger.warning("result '%s' does not say which frame was the reference: the last is assumed", result.id)
+    pairs = pair_frames(result, num_frames=clip.num_frames, fps=clip.fps)
+    pairs = [(frame, true_frame) for frame, true_frame in pairs if true_frame != reference_frame]
+    if not pairs or reference_frame >= clip.num_frames:
+        raise ResultError(
+            f"result '{result.id}' has {result.num_frames} frames at {result.fps:g} per second and frame "
+            f"{reference_frame} as its reference; its clip has {clip.num_frames} frames at {clip.fps:g}: nothing is "
+            "left to compare"
+        )
+    compared = [true_frame for _, true_frame in pairs]
+    sizes = {"frame_size": result.frame_size, "map_size": result.map_size}
+    truth = read_truth(clip, frames=compared, **sizes)
+    reference = read_truth(clip, frames=[reference_frame], **sizes)
+    prediction = result.prediction.at([frame for frame, _ in pairs])
+    answers = {
+        RESULT_ROW: prediction,
+        **trivial_answers(reference, len(compared), training_mean),
+        TRUTH_ROW: Prediction(normals=truth.pictures.normals, disparity=truth.pictures.disparity),
+    }
+    scores = {name: score(answer, truth) for name, answer in answers.items()}
+    # of the truth, only what sampling at this size leaves of perfect consistency says anything
+    scores[TRUTH_ROW] = {key: value for key, value in scores[TRUTH_ROW].items() if key == "consistency_angle"}
+    return EvaluatedClip(scores, _overview_row(result.id, prediction, truth, reference), len(compared))
+
+
+def describe_protocol(
+    recipe: EvaluateRecipe, first: Result, evaluated: dict[str, EvaluatedClip], training_mean: TrainingMean | None
+) -> dict[str, Any]:
+    """What was measured and how; printed with every table."""
+    (height, width), (map_height, map_width) = first.frame_size, first.map_size
+    protocol = {
+        "results": recipe.results,
+        "truth": recipe.truth.local,
+        "clips": f"{len(evaluated)}, mean over clips; {sum(clip.num_frames for clip in evaluated.values())} frames",
+        "frames": f"{width}x{height} pixels, the reference frame left out, compared at equal times; truth resized "
+        "with antialiasing",
+        "L1, PSNR, SSIM": "of values in [0, 1]; PSNR is the mean over frames; SSIM as scikit-image's default",
+    }
+    names = {name for clip in evaluated.values() for name in clip.scores[RESULT_ROW]}
+    if "l1_body" in names:
+        protocol["body"] = "inside the true body mask; SSIM there is the mean over windows centred in it"
+    else:
+        protocol["body"] = (
+            "not measured: the clips have no body mask; in whole frames a still background counts as well"
+        )
+    if "angular_error_mean" not in names:
+        protocol["geometry"] = "not measured: it needs results, and true clips, with normals, depth and a body mask"
+    if first.prediction.normals is not None:
+        protocol |= {
+            "maps": f"{map_width}x{map_height} pixels, stage 1's size",
+            "depth": "disparity aligned to the truth by one scale and shift per clip, fitted to whole frames, clamped "
+            "to the clip's farthest point, inverted, measured inside the body; for the body's relief fitted inside it",
+            "normals to depth": "angle between predicted normals and those of predicted depth, by the true camera and "
+            "the true range of disparity; one pixel inside the outline",
+        }
+    if training_mean is not None:
+        protocol["training set's mean"] = (
+            f"of {training_mean.num_clips} clips, up to {FRAMES_PER_TRAINING_CLIP} frames each"
+        )
+    protocol["not measured"] = "LPIPS, FID-VID, FVD: they need the weights of feature networks"
+    return protocol
+
+
+def write_report(table: Table, evaluated: dict[str, EvaluatedClip], run_folder: Path) -> None:
+    """Writes the table in both forms and the overview."""
+    run_folder.mkdir(parents=True, exist_ok=True)
+    (run_folder / TABLE_JSON).write_text(json.dumps(table.as_json(), indent=2) + "\n", encoding="utf-8")
+    (run_folder / TABLE_MARKDOWN).write_text(table.as_markdown(), encoding="utf-8")
+    clips = list(evaluated.values())[:OVERVIEW_CLIPS]
+    num_pictures = len(clips[0].row.pictures)
+    titles = ["reference", "true frame", "frame", "true normal", "normal", "true depth", "depth"][:num_pictures]
+    grid = draw_grid([clip.row for clip in clips], titles=titles, smallest_width=SMALLEST_WIDTH)
+    Image.fromarray(grid).save(run_folder / OVERVIEW_FILE)
+
+
+def _mean_rows(evaluated: dict[str, EvaluatedClip]) -> dict[str, Scores]:
+    names = dict.fromkeys(name for clip in evaluated.values() for name in clip.scores)
+    rows = {name: mean_scores([clip.scores.get(name, {}) for clip in evaluated.values()]) for name in names}
+    return {name: scores for name, scores in rows.items() if scores}
+
+
+def _check_sizes(result: Result, first: Result) -> None:
+    if (result.frame_size, result.map_size) != (first.frame_size, first.map_size):
+        raise ResultError(
+            f"result '{result.id}' is of another size than '{first.id}' ({result.frame_size} and {first.frame_size}, "
+            "rows x columns): results of one animate run are needed"
+        )
+
+
+def _overview_row(name: str, prediction: Prediction, truth: Truth, reference: Truth) -> Row:
+    """The middle frame: truth and prediction of each kind, beside the reference."""
+    middle = len(_given(truth.pictures.frames)) // 2
+    pictures = [_given(reference.pictures.frames)[0]]
+    pictures += [_given(truth.pictures.frames)[middle], _given(prediction.frames)[middle]]
+    if prediction.normals is not None and truth.pictures.normals is not None:
+        pictures += [(maps[middle] + 1) / 2 for maps in (truth.pictures.normals, prediction.normals)]
+    if prediction.disparity is not None and truth.pictures.disparity is not None:
+        maps = (truth.pictures.disparity, prediction.disparity)
+        pictures += [np.repeat(disparity[middle][..., None], 3, axis=-1) for disparity in maps]
+    height, width = pictures[0].shape[:2]
+    return Row(name, [_enlarged(as_bytes(picture), height, width) for picture in pictures])
+
+
+def _enlarged(picture: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """A map at the frames' size, every pixel visible."""
+    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST))
+
+
+def _given(part: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    assert part is not None, "results and stored clips always have frames"
+    return part

@@ -1,0 +1,266 @@
+"""The `animate` task: every entry of a manifest, split over the ranks; what is done is skipped, what fails is told.
+
+Ranks share nothing but the manifest and the output folder, and hear of each other as a `crew`; the noise of an entry
+depends on its seed and id alone, so that neither the number of ranks nor a restart changes a result.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from dreamdance.errors import UserError, may_pass
+from dreamdance.inference.inputs import EntryError, EntryInputs, Size, load_inputs, read_files
+from dreamdance.inference.manifest import ManifestEntry, read_manifest
+from dreamdance.inference.results import ClipResult, installed_versions, is_done, known_states, write_result
+from dreamdance.inference.stages import Stages, before_each_computation, load_stages
+from dreamdance.inference.work_done import note_work
+from dreamdance.media.transforms import encode_normals, resize_images
+from dreamdance.recipe.schema import AnimateRecipe
+from dreamdance.runs.crew import Crew
+from dreamdance.runs.file_states import FileState
+from dreamdance.runs.files import write_atomically
+from dreamdance.runs.folder_lock import OutputError, claim_folder
+from dreamdance.runs.layout import ProgressLog
+from dreamdance.runtime.ranks import Ranks
+from dreamdance.runtime.sample_random import sample_generator
+from dreamdance.runtime.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+
+FAILURES_FILE = "failures.json"
+
+
+class AnimateError(UserError):
+    """Some entries of the manifest failed; the text lists them with the reasons."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An entry that could not be animated."""
+
+    id: str
+    line: int
+    reason: str
+
+
+def animate(recipe: AnimateRecipe, run_folder: Path) -> None:
+    """Animates all entries of a recipe's manifest.
+
+    Args:
+        recipe: names the manifest, the output folder and the two trained runs.
+        run_folder: for the progress log and the note of what is done; trained runs are found beside it.
+
+    Raises:
+        ManifestError: the manifest is wrong; nothing was animated.
+        MissingInputError: a run or its export is not there.
+        OutputError: the output folder cannot be written, or another run is writing into it.
+        LostWorkerError: another rank is lost.
+        AnimateError: on the main rank, when all entries are through, if some failed.
+    """
+    ranks = Ranks.from_environment()
+    entries = read_manifest(Path(recipe.manifest), default_seed=recipe.seed)
+    progress = partial(ProgressLog(run_folder, ranks).write, total=len(entries), unit="clips")
+    # The main rank claims the folder for all: until it has, the others wait to meet it.
+    with claim_folder(Path(recipe.output), key="output") if ranks.is_main else nullcontext():
+        with Crew(ranks, cluster=recipe.cluster, run_folder=run_folder) as crew:
+            crew.watchdog.enter("loading the networks", recipe.name)
+            stages = load_stages(recipe, run_folder, ranks.device)
+            failures = animate_entries(entries[ranks.rank :: ranks.world_size], recipe, stages, crew, progress)
+            failures = gather_failures(failures, crew, progress)
+            if ranks.is_main and not failures:
+                noting = partial(crew.watchdog.enter, "noting what was done")
+                note_work(entries, Path(recipe.output), stages, run_folder, noting)
+        if ranks.is_main:
+            report_failures(failures, Path(recipe.output), run_folder, num_entries=len(entries))
+
+
+def animate_entries(
+    entries: Sequence[ManifestEntry],
+    recipe: AnimateRecipe,
+    stages: Stages,
+    crew: Crew,
+    progress: Callable[..., None],
+) -> list[Failure]:
+    """Animates this rank's share, one entry after the other; a bad one does not stop the others.
+
+    Raises:
+        OutputError: results cannot be written; further entries would fare no better.
+        LostWorkerError: another rank is lost.
+    """
+    failures = []
+    computing = partial(crew.watchdog.enter, "computing", "a network's pass", is_measured=True)
+    before_each_computation(stages, computing)
+    for entry in entries:
+        progress(done=crew.num_through(), message=f"animating {entry.id}")
+        is_new = False
+        try:
+            is_new = animate_entry(entry, recipe, stages, crew.watchdog)
+        except OutputError:
+            raise
+        except (UserError, torch.OutOfMemoryError) as error:
+            if may_pass(error):  # a machine, or its storage: the entry is as good as the next start finds it
+                raise
+            logger.error("entry '%s' (line %d) failed: %s", entry.id, entry.line, error)
+            failures.append(Failure(entry.id, entry.line, str(error)))
+        crew.finish(entry.id if is_new else None)
+    return failures
+
+
+def animate_entry(entry: ManifestEntry, recipe: AnimateRecipe, stages: Stages, watchdog: Watchdog) -> bool:
+    """Animates one entry and writes its result, unless exactly this was done before; returns whether it did.
+
+    Raises:
+        UserError: its inputs cannot be used.
+    """
+    watchdog.enter("reading an entry", entry.id)
+    folder = Path(recipe.output) / entry.id
+    states = read_files(entry, known_states(folder))
+    request = describe_request(entry, recipe, stages, states)
+    if is_done(folder, request):
+        logger.info("skipped '%s': %s holds its result", entry.id, folder)
+        return False
+    started = time.monotonic()
+    frame_size = Size(recipe.width, recipe.height)
+    map_size = Size(recipe.geometry_width, recipe.geometry_height)
+    inputs = load_inputs(entry, aspect=frame_size, pose_sizes={frame_size, map_size})
+    if read_files(entry, {entry.files[name].absolute(): state for name, state in states.items()}) != states:
+        raise EntryError("one of its files was replaced while they were read")
+    result = run_stages(entry, inputs, recipe, stages)
+    details = {
+        "id": entry.id,
+        "files": {name: {"path": str(path), **states[name].to_json()} for name, path in entry.files.items()},
+        "exports": stages.exports,
+        "reference_frame": entry.reference_frame,
+        "seconds": round(time.monotonic() - started, 3),
+        "device": str(stages.animation.device),
+        "versions": installed_versions(),
+    }
+    watchdog.enter("writing a result", entry.id)
+    write_result(folder, result, request=request, details=details)
+    logger.info("animated '%s': %d frames in %.1f s", entry.id, len(result.frames), details["seconds"])
+    return True
+
+
+def describe_request(
+    entry: ManifestEntry, recipe: AnimateRecipe, stages: Stages, states: Mapping[str, FileState]
+) -> dict[str, Any]:
+    """Everything that a result depends on: two equal requests have equal results."""
+    settings = ("geometry_width", "geometry_height", "width", "height", "precision", "tf32")
+    return {
+        "inputs": {name: state.sha256 for name, state in states.items()},
+        "seed": entry.seed,
+        "align": entry.align,
+        "fps": entry.fps,
+        "weights": stages.weights,
+        **{name: getattr(recipe, name) for name in settings},
+        "geometry": recipe.geometry.model_dump(mode="json") if stages.geometry is not None else None,
+        "animation": recipe.animation.model_dump(mode="json"),
+    }
+
+
+def run_stages(entry: ManifestEntry, inputs: EntryInputs, recipe: AnimateRecipe, stages: Stages) -> ClipResult:
+    """Runs both pipelines on one entry; stage 1's noise is drawn first, from the same generator."""
+    generator = sample_generator((entry.seed, 0, _number_of(entry.id)), "animate")
+    poses = inputs.poses[Size(recipe.width, recipe.height)]
+    normals = depths = None
+    if stages.geometry is not None:
+        sampling = recipe.geometry
+        scales = sampling.guidance_scales
+        normals, depths, _ = cast(
+            tuple[Tensor, Tensor, Tensor],
+            stages.geometry(
+                # the same part of it as stage 2 sees, though the sizes' aspects may agree only nearly
+                resize_images(inputs.reference, recipe.geometry_height, recipe.geometry_width),
+                inputs.poses[Size(recipe.geometry_width, recipe.geometry_height)],
+                height=recipe.geometry_height,
+                width=recipe.geometry_width,
+                guidance_scales=(scales.rgb, scales.normal, scales.depth),
+                **sampling.model_dump(exclude={"guidance_scales"}),
+                generator=generator,
+                output_type="pt",
+                return_dict=False,
+            ),
+        )
+    (frames,) = cast(
+        tuple[Tensor],
+        stages.animation(
+            inputs.reference,
+            poses,
+            None if normals is None else encode_normals(normals),
+            depths,
+            height=recipe.height,
+            width=recipe.width,
+            fps=inputs.fps,
+            **recipe.animation.model_dump(),
+            generator=generator,
+            output_type="pt",
+            return_dict=False,
+        ),
+    )
+    return ClipResult(
+        reference=inputs.reference,
+        poses=poses,
+        frames=frames[0],
+        normals=None if normals is None else normals[0],
+        depths=None if depths is None else depths[0],
+        fps=inputs.fps,
+    )
+
+
+def gather_failures(failures: list[Failure], crew: Crew, progress: Callable[..., None]) -> list[Failure]:
+    """On the main rank, the failures of all, after all have finished; on the others nothing.
+
+    A rank with failures must not end early and with an error: the launcher would stop those still at work.
+
+    Raises:
+        LostWorkerError: another rank is lost.
+    """
+    before = -1
+
+    def report() -> None:
+        nonlocal before
+        if (done := crew.num_through()) != before:
+            progress(done=done, message="waiting for the other ranks" if before < 0 else None)
+        before = done
+
+    told = crew.gather(json.dumps([asdict(failure) for failure in failures]), on_wait=report)
+    progress(done=crew.num_through(), message="all clips are through")
+    return sorted(
+        (Failure(**failure) for share in told for failure in json.loads(share)), key=lambda failure: failure.line
+    )
+
+
+def report_failures(failures: Sequence[Failure], output: Path, run_folder: Path, *, num_entries: int) -> None:
+    """Writes `failures.json` (removes an older one where all went well) and raises if there are any.
+
+    It lies in the run folder: in the output folder an entry may have that very name.
+
+    Raises:
+        AnimateError: naming each failed entry and the reason.
+    """
+    path = run_folder / FAILURES_FILE
+    if not failures:
+        path.unlink(missing_ok=True)
+        logger.info("all %d entries are in %s", num_entries, output)
+        return
+    write_atomically(path, json.dumps([asdict(failure) for failure in failures], indent=2) + "\n")
+    listed = "\n".join(f"  {failure.id} (line {failure.line}): {failure.reason}" for failure in failures)
+    raise AnimateError(
+        f"{len(failures)} of {num_entries} entries failed, the others are in {output} (see {path}); the same command "
+        f"tries these again:\n{listed}"
+    )
+
+
+def _number_of(entry_id: str) -> int:
+    """A number that belongs to an id, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(entry_id.encode(), digest_size=8).digest(), "little")

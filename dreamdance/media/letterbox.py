@@ -1,0 +1,72 @@
+"""Finds the black bars around a video: what is dark over its whole length, in every one of its frames.
+
+A bar is cut from all frames, so one frame in which a hand reaches into it is enough for it to stay.
+"""
+
+from collections.abc import Generator, Iterable
+from typing import cast
+
+import cv2
+import numpy as np
+
+from dreamdance.errors import UserError
+from dreamdance.media.cropping import Crop
+
+NOISE_BRIGHTNESS = 64
+"""Of 255: a pixel that is brighter in any channel, in any frame, is content: no codec's noise in a black bar is."""
+BAR_BRIGHTNESS = 24
+"""Of 255: so is a pixel that is brighter where the mean of 3x3 is: compression leaves single grey pixels, not areas."""
+MAX_BAR_SHARE = 0.75
+
+
+def find_letterbox(frames: Iterable[np.ndarray], *, where: str = "the video") -> Crop:
+    """The smallest part that holds everything that is bright in any frame; see `search_letterbox`."""
+    search = search_letterbox(frames, where=where)
+    while True:
+        try:
+            next(search)
+        except StopIteration as found:
+            return cast(Crop, found.value)
+
+
+def search_letterbox(frames: Iterable[np.ndarray], *, where: str) -> Generator[None, None, Crop]:
+    """Searches the smallest part that holds everything that is bright in any frame.
+
+    Args:
+        frames: all frames of the video, `(H, W, 3)` uint8 each; they are looked at one after the other.
+        where: the video's name, for the error's text.
+
+    Yields:
+        after each frame: long videos take long, and whoever waits is to see that it goes on.
+
+    Returns:
+        the part.
+
+    Raises:
+        UserError: hardly anything would be left.
+    """
+    brightest = brightest_areas = np.zeros((0, 0, 3), np.uint8)
+    for frame in frames:
+        if not brightest.size:
+            brightest, brightest_areas = np.zeros_like(frame), np.zeros_like(frame)
+        np.maximum(brightest, frame, out=brightest)
+        areas = np.minimum(frame, cv2.blur(frame, (3, 3), borderType=cv2.BORDER_REPLICATE))
+        np.maximum(brightest_areas, areas, out=brightest_areas)
+        yield
+    height, width = brightest.shape[:2]
+    content = ((brightest > NOISE_BRIGHTNESS) | (brightest_areas > BAR_BRIGHTNESS)).any(axis=2)
+    left, right = _bars(content.any(axis=0))
+    top, bottom = _bars(content.any(axis=1))
+    crop = Crop(left=left, top=top, width=width - left - right, height=height - top - bottom)
+    if crop.width * crop.height < (1 - MAX_BAR_SHARE) * width * height:
+        raise UserError(
+            f"{where}: finding black bars would leave {max(crop.width, 0)}x{max(crop.height, 0)} of {width}x{height}; "
+            "give `videos.crop`, or set `videos.crop_letterbox` to false"
+        )
+    return crop
+
+
+def _bars(content: np.ndarray) -> tuple[int, int]:
+    """How many entries at both ends hold no content; all of them at the front if none does."""
+    found = np.flatnonzero(content)
+    return (int(found[0]), len(content) - 1 - int(found[-1])) if len(found) else (len(content), 0)

@@ -1,0 +1,253 @@
+"""Reads videos frame by frame, by their time stamps; everything that reads a video comes through here.
+
+Frames are uint8 arrays `(H, W, 3)`, red, green, blue, as a player shows them. Frame k is the same whether it is asked
+for alone or read in its turn: decoding starts at a key frame before it, or further back where that does not give it.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.stream import VideoStream
+
+from dreamdance.media.video_container import (
+    Damage,
+    PacketList,
+    VideoError,
+    decoded_frames,
+    list_packets,
+    opened_video,
+)
+from dreamdance.media.video_display import Display, FrameConverter
+from dreamdance.media.video_writing import write_video
+
+__all__ = ["VideoError", "VideoInfo", "iterate_frames", "probe_video", "read_frames", "write_video"]
+
+MAX_FRAME_RATE = 1000.0
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video holds.
+
+    Attributes:
+        width, height: of the frames as they are shown, in pixels.
+        fps: mean number of frames per second.
+        stamps: the frames' time stamps in units of `time_base` seconds, rising: frame i is the one shown i-th.
+        key_stamps: those of the key frames.
+        reach: for each frame, the stamp of the last shown of those that it may build on.
+        counted: whether stored frames have no stamps to be found by: they are counted from the beginning.
+        display: how a stored frame becomes a shown one.
+    """
+
+    path: Path
+    width: int
+    height: int
+    fps: float
+    stamps: tuple[int, ...]
+    time_base: Fraction
+    key_stamps: tuple[int, ...] = field(repr=False)
+    reach: tuple[int, ...] = field(repr=False)
+    counted: bool
+    display: Display = field(repr=False)
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.stamps)
+
+    def times(self, frames: Sequence[int]) -> list[float]:
+        """When the given frames are shown, in seconds after the first."""
+        return [float((self.stamps[frame] - self.stamps[0]) * self.time_base) for frame in frames]
+
+    def frames_at(self, seconds: Sequence[float]) -> list[int]:
+        """For each time, in seconds after the first frame, the number of the frame nearest to it; the earlier of two.
+
+        Aligned videos may have stamps of their own, one a constant rate and the other a varying one. Taken at equal
+        times they show the same moments, by equal numbers they do not.
+        """
+        stamps = np.array(self.times(range(self.num_frames)))
+        wanted = np.asarray(seconds, dtype=np.float64)
+        after = np.searchsorted(stamps, wanted).clip(0, len(stamps) - 1)
+        before = np.maximum(after - 1, 0)
+        slack = 1e-9 * max(1.0, float(stamps[-1]))  # half-way between two frames, rounding does not choose
+        earlier = wanted - stamps[before] <= stamps[after] - wanted + slack
+        return [int(frame) for frame in np.where(earlier, before, after)]
+
+    def constant_rate_frames(self) -> list[int]:
+        """For each tick of a constant rate, the number of the frame nearest to it; 0, 1, 2, ... in most videos.
+
+        Phones record at a varying rate; motion read off their frame numbers would be uneven.
+        """
+        last = self.times([self.num_frames - 1])[0]
+        return self.frames_at(np.linspace(0.0, last, self.num_frames).tolist())
+
+
+def probe_video(path: Path | str) -> VideoInfo:
+    """Reads sizes, rate and time stamps; decodes one frame only, but all of an avi, whose stamps do not name frames.
+
+    Raises:
+        VideoError: no such file, no video in it that can be decoded, or one that cannot be shown faithfully.
+    """
+    path = Path(path)
+    packets = list_packets(path)
+    with opened_video(path) as (container, stream):
+        decoded = decoded_frames(container, stream)
+        damage, first = _first_frame(decoded)
+        if first is None or stream.time_base is None:
+            raise VideoError(f"{path} holds no frame that can be decoded")
+        display = Display.of(first, stream, path)
+        stamps, reach = packets.stamps, packets.reach
+        if not packets.ordered:
+            stamps = reach = _counted_stamps(packets, [first.pts], decoded, stream)
+        elif not damage and first.pts is not None and bisect_left(packets.key_stamps, first.pts) == 0:
+            # The first frames of a video that was cut build on what was cut away; players skip them as well. (A key
+            # frame that does not come out is damage.)
+            missing = bisect_left(stamps, first.pts)
+            stamps, reach = stamps[missing:], reach[missing:]
+        duration = float((stamps[-1] - stamps[0]) * stream.time_base)
+        rate = (len(stamps) - 1) / duration if duration > 0 else float(stream.average_rate or 1)
+        if not 0.0 < rate <= MAX_FRAME_RATE:
+            raise VideoError(f"{path} has {rate:g} frames per second; above 0 up to {MAX_FRAME_RATE:g} are accepted")
+        keys = packets.key_stamps
+        return VideoInfo(path, *display.size, rate, stamps, stream.time_base, keys, reach, not packets.ordered, display)
+
+
+def iterate_frames(video: VideoInfo, frames: Sequence[int] | None = None) -> Iterator[np.ndarray]:
+    """Decodes the chosen frames one after the other, beginning at the key frame before the first of them.
+
+    Args:
+        video: from `probe_video`.
+        frames: frame numbers, not falling, repeats allowed; None means all.
+
+    Yields:
+        `(H, W, 3)` uint8.
+
+    Raises:
+        VideoError: a chosen frame, or one that it builds on, is damaged.
+    """
+    wanted = list(range(video.num_frames) if frames is None else frames)
+    if not wanted:
+        return
+    if wanted[0] < 0 or wanted[-1] >= video.num_frames:
+        raise IndexError(f"{video.path} has {video.num_frames} frames; {wanted[0]} to {wanted[-1]} were asked for")
+    if sorted(wanted) != wanted:
+        raise ValueError("frames are decoded in the order of the video; their numbers may not fall")
+    done = 0
+    for start in (starts := _starts(video, wanted[0])):
+        try:
+            for picture in _decode_from(video, start, wanted[done:]):
+                yield picture
+                done += 1
+            return
+        except _LostFrameError as lost:
+            if start is starts[-1]:
+                raise VideoError(_damage_text(video.path, lost.number, video.num_frames)) from lost
+
+
+def read_frames(video: VideoInfo | Path | str, frames: Sequence[int] | None = None) -> np.ndarray:
+    """Decodes the chosen frames into one array `(f, H, W, 3)` uint8; see `iterate_frames`.
+
+    Raises:
+        VideoError: the video, or one of the frames, cannot be decoded.
+    """
+    info = video if isinstance(video, VideoInfo) else probe_video(video)
+    return np.stack(list(iterate_frames(info, frames)))
+
+
+class _LostFrameError(Exception):
+    """A wanted frame did not come out whole; it may after a start further back."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _first_frame(decoded: Iterator[av.VideoFrame | Damage]) -> tuple[bool, av.VideoFrame | None]:
+    """Whether damage precedes the first frame that comes out, and that frame."""
+    damage = False
+    for frame in decoded:
+        if not isinstance(frame, Damage):
+            return damage, frame
+        damage = True
+    return damage, None
+
+
+def _counted_stamps(
+    packets: PacketList, found: list[int | None], others: Iterator[av.VideoFrame | Damage], stream: VideoStream
+) -> tuple[int, ...]:
+    """The stamps of all frames of a video, in order; those of a constant rate if they are of no use.
+
+    Args:
+        packets: of the file; in a damaged one they count the frames.
+        found: the stamp of the first frame; grows.
+        others: the frames after it.
+        stream: they come from.
+    """
+    for frame in others:
+        if not isinstance(frame, Damage):
+            found.append(frame.pts)
+        elif len(packets.stamps) > len(found):
+            return packets.stamps  # reading will come to the damage and say where it is
+    known = sorted({pts for pts in found if pts is not None})
+    if len(known) == len(found):
+        return tuple(known)
+    step = max(1.0, 1 / float((stream.average_rate or 1) * (stream.time_base or 1)))
+    return tuple(round(number * step) for number in range(len(found)))
+
+
+def _starts(video: VideoInfo, first: int) -> list[int | None]:
+    """Stamps to seek to, one after the other until it succeeds; None is the beginning, without seeking."""
+    before = [] if video.counted else video.key_stamps[: bisect_right(video.key_stamps, video.stamps[first])]
+    return [*reversed(before[1:][-2:]), None]
+
+
+def _decode_from(video: VideoInfo, start: int | None, wanted: list[int]) -> Iterator[np.ndarray]:
+    """Decodes from one start; a frame counts only after a key frame, whole, and with all whole that it may build on.
+
+    Raises:
+        _LostFrameError: a wanted frame does not come out so.
+    """
+    numbers: dict[int | None, int] = {stamp: number for number, stamp in enumerate(video.stamps)}
+    repeats = Counter(wanted)
+    ahead = deque(repeats)
+    waiting: deque[tuple[int, av.VideoFrame]] = deque()  # what they build on may be shown after them
+    converter = FrameConverter(video.display)
+    entered, damaged, last = start is None, None, -1
+    with opened_video(video.path) as (container, stream):
+        if start is not None:
+            container.seek(start, stream=stream, backward=True)
+        for count, frame in enumerate(decoded_frames(container, stream)):
+            number = min(count, video.num_frames) if video.counted else numbers.get(frame.pts)
+            if isinstance(frame, Damage) or frame.is_corrupt:
+                damaged = (last + 1 if number is None else number) if damaged is None else damaged
+            if waiting and (damaged is not None or (number is not None and number > last + 1)):
+                raise _LostFrameError(last + 1 if damaged is None else damaged)
+            if isinstance(frame, Damage) or number is None:
+                continue
+            last = number
+            if frame.key_frame and not video.counted and (not ahead or number <= ahead[0]):
+                entered = True
+                damaged = None if damaged is None or damaged < number else damaged
+            if ahead and number >= ahead[0]:
+                if number > ahead[0] or not entered or damaged is not None:
+                    raise _LostFrameError(ahead[0] if damaged is None else damaged)
+                waiting.append((ahead.popleft(), frame))
+            while waiting and video.reach[waiting[0][0]] <= video.stamps[last]:
+                shown, whole = waiting.popleft()
+                picture = converter.show(whole, number=shown)
+                yield from (picture for _ in range(repeats[shown]))
+            if not ahead and not waiting:
+                return
+    raise _LostFrameError(last + 1 if waiting or damaged is None else damaged)
+
+
+def _damage_text(path: Path, number: int, num_frames: int) -> str:
+    return (
+        f"{path}: frame {number} of {num_frames} cannot be decoded: the file is damaged there; copy it or record it "
+        "again, or leave it out"
+    )

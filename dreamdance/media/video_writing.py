@@ -1,0 +1,91 @@
+"""Writes videos: H.264 for looking at, FFV1 without loss."""
+
+import os
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.codeccontext import VideoCodecContext
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+
+from dreamdance.media.video_container import VideoError
+
+LOSSLESS_SUFFIX = ".mkv"
+AVCOL_SPC_BT709 = 1  # FFmpeg's name of the matrix; PyAV's `Colorspace` holds the scaler's own numbers
+
+
+def write_video(
+    path: Path | str, frames: Sequence[np.ndarray] | np.ndarray, *, fps: float, lossless: bool = False, crf: int = 18
+) -> None:
+    """Writes a video; it appears under its name when it is complete.
+
+    Args:
+        path: `.mp4`, or `.mkv` for a lossless one.
+        frames: `(H, W, 3)` uint8 each. H.264 wants even sizes: an odd one grows by repeating its last row or column.
+        fps: frames per second.
+        lossless: FFV1 in RGB instead, which gives back exactly these frames (of any size).
+        crf: H.264's quality, smaller is better; 18 looks like the original.
+
+    Raises:
+        VideoError: no frames, of mixed or other shapes, a name that does not end as it should, or a full disk.
+    """
+    path = Path(path)
+    suffix = LOSSLESS_SUFFIX if lossless else ".mp4"
+    if path.suffix != suffix:
+        raise VideoError(f"{path}: the name of {'a lossless' if lossless else 'an H.264'} video ends in {suffix}")
+    if len(frames) == 0:
+        raise VideoError(f"{path}: there are no frames to write")
+    first = np.asarray(frames[0])
+    incoming = path.with_name(f".{path.stem}.incoming{suffix}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with av.open(str(incoming), "w") as container:
+            rate = Fraction(fps).limit_denominator(1 << 16)
+            stream = container.add_stream("ffv1", rate) if lossless else container.add_stream("libx264", rate)
+            stream.height, stream.width = (size + (0 if lossless else size % 2) for size in first.shape[:2])
+            if lossless:
+                stream.pix_fmt = "bgr0"
+                stream.options = {"level": "3", "slicecrc": "1"}  # so that a reader notices damage
+            else:
+                stream.pix_fmt = "yuv420p"
+                stream.options = {"crf": str(crf), "preset": "medium"}
+                _tag(stream.codec_context)
+            for number, frame in enumerate(frames):
+                picture = _check_frame(np.asarray(frame), first.shape, where=f"{path}: frame {number}")
+                container.mux(stream.encode(_lossless_frame(picture) if lossless else _bt709_frame(picture)))
+            container.mux(stream.encode(None))
+        os.replace(incoming, path)
+    except av.FFmpegError as error:
+        raise VideoError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        incoming.unlink(missing_ok=True)
+
+
+def _check_frame(frame: np.ndarray, shape: tuple[int, ...], *, where: str) -> np.ndarray:
+    if frame.shape != shape or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+        raise VideoError(f"{where} is {frame.shape} {frame.dtype}; expected (H, W, 3) uint8 like the first, {shape}")
+    return np.ascontiguousarray(frame)
+
+
+def _lossless_frame(picture: np.ndarray) -> av.VideoFrame:
+    return av.VideoFrame.from_ndarray(picture, format="rgb24")
+
+
+def _bt709_frame(picture: np.ndarray) -> av.VideoFrame:
+    """In BT.709's YUV and limited range, and tagged so: without tags players guess by the size of the frames."""
+    picture = np.pad(picture, [(0, size % 2) for size in picture.shape[:2]] + [(0, 0)], mode="edge")
+    frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
+        format="yuv420p",
+        dst_colorspace=Colorspace.ITU709,
+        dst_color_range=ColorRange.MPEG,
+        interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP,
+    )
+    _tag(frame)
+    return frame
+
+
+def _tag(target: av.VideoFrame | VideoCodecContext) -> None:
+    target.color_primaries, target.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+    target.colorspace, target.color_range = AVCOL_SPC_BT709, ColorRange.MPEG

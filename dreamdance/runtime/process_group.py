@@ -1,0 +1,170 @@
+"""Processes talking to one another: opening the process group, agreeing on numbers, repeatable arithmetic.
+
+Knows nothing of models, DeepSpeed or what is being agreed upon.
+"""
+
+import errno
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed import distributed_c10d
+
+from dreamdance.errors import UserError, may_pass
+from dreamdance.runtime.ranks import Ranks
+
+Result = TypeVar("Result")
+
+
+@contextmanager
+def process_group(ranks: Ranks, *, timeout_seconds: int) -> Iterator[None]:
+    """Holds the process group open: NCCL where there are GPUs, gloo otherwise.
+
+    A single process needs no address to meet at. Its group stays open, so that one process can run several recipes in
+    turn (the `debug` cluster); a group of several ends here, after every rank has got this far.
+
+    Args:
+        ranks: this process among all.
+        timeout_seconds: how long a collective may wait for another rank before it raises.
+    """
+    on_gpu = ranks.device.type == "cuda"
+    if on_gpu:
+        ranks.take_gpu()
+    if dist.is_initialized():
+        yield
+        return
+    timeout = timedelta(seconds=timeout_seconds)
+    store = dist.HashStore() if ranks.world_size == 1 else _meeting_place(ranks, timeout)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=store,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=timeout,
+        # NCCL connects here and now: what is wrong shows as the run starts, and a barrier need not guess the GPU.
+        device_id=ranks.device if on_gpu else None,
+    )
+    yield
+    if ranks.world_size > 1:
+        dist.barrier()  # protects slower ranks, still in their last collective, from a peer that has gone
+        dist.destroy_process_group()
+
+
+def _meeting_place(ranks: Ranks, timeout: timedelta) -> dist.Store:
+    """Where ranks leave their addresses for one another: at rank 0, under a name that no other job's ranks use.
+
+    Two jobs may have drawn the same port of one node. Rank 0 of the later one finds it taken and ends; its other ranks
+    have come to the earlier job's rank 0 by then, and must neither be counted nor be taken for ranks of that job.
+
+    Raises:
+        UserError: MASTER_PORT is taken; another start draws another one.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        # Whoever knocks would be counted as a rank, so none is: the group itself waits for each of its own, by name.
+        store = dist.TCPStore(host, port, is_master=ranks.is_main, timeout=timeout, wait_for_workers=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        taken = f"port {port} of {socket.gethostname()} (MASTER_PORT) is taken by another program"
+        raise UserError(f"{taken}; the next start takes another") from OSError(
+            errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)
+        )
+    return dist.PrefixStore(ranks.start, store)
+
+
+def common_store() -> dist.Store:
+    """Where the ranks of the process group leave small values for one another, without a collective."""
+    return distributed_c10d._get_default_store()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Returns the sum over all ranks of a small tensor, in float64 so that counts stay exact."""
+    total = values.to(torch.float64)
+    dist.all_reduce(total)
+    return total
+
+
+def gathered(value: Any) -> list[Any]:
+    """Returns every rank's `value` (a small plain object), in the order of ranks, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: Any) -> Any:
+    """Returns the main process's `value` (a small plain object) on every rank."""
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What became of a call: its value, or the error's text, and whether a user can mend it."""
+
+    value: Any = None
+    error: str | None = None
+    is_user_error: bool = False
+
+
+def on_main(function: Callable[[], Result]) -> Result:
+    """Calls `function` on the main process alone and returns its value (a small plain object) on every rank.
+
+    Collective: no rank goes on before the call is through. Where it raises, every rank does: else the others would wait
+    for the main process until the time-out.
+
+    Raises:
+        UserError: the main process met one; there it is the error itself.
+        RuntimeError: the same for any other error.
+    """
+    if dist.get_rank() == 0:
+        try:
+            outcome = _Outcome(function())
+        except Exception as error:
+            is_users = isinstance(error, UserError) and not may_pass(error)
+            from_main(_Outcome(error=f"{type(error).__name__}: {error}", is_user_error=is_users))
+            raise
+        from_main(outcome)
+    else:
+        outcome = from_main(None)
+        if outcome.error is not None:
+            kind = UserError if outcome.is_user_error else RuntimeError
+            raise kind(f"the main process failed: {outcome.error}")
+    value: Result = outcome.value
+    return value
+
+
+def is_deterministic(setting: bool | None, ranks: Ranks) -> bool:
+    """The recipe's `deterministic`; unset, it is on for the CPU and off for GPUs, where it costs speed."""
+    return ranks.device.type == "cpu" if setting is None else setting
+
+
+@contextmanager
+def repeatable_arithmetic(enabled: bool) -> Iterator[None]:
+    """Within: the same inputs give the same bits, or an operation that cannot promise that raises.
+
+    Where this is not enabled, cuDNN measures which of its convolutions is the fastest: shapes in training are constant.
+    """
+    settings: Any = torch.utils.deterministic
+    before, filled = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    measures = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = not enabled
+    if enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # Filling every fresh buffer with NaN finds bugs, but DeepSpeed allocates its reduction buckets at each step.
+        settings.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = measures
+        torch.use_deterministic_algorithms(before)
+        settings.fill_uninitialized_memory = filled

@@ -1,0 +1,108 @@
+"""Notices that this process has come to a stop, says where, and ends it, so that the job can start again.
+
+A rank that hangs, or whose peer hangs, waits in a collective until the time-out, or for ever. Every rank watches itself
+from a thread; of a peer that cannot (stopped, or swapped out) the others' watchdogs see that they wait.
+It must not know what the activities are.
+"""
+
+import logging
+import statistics
+import threading
+import time
+from collections import defaultdict, deque
+
+from dreamdance.recipe.sections import Cluster
+from dreamdance.runtime.exits import TRY_AGAIN_EXIT_CODE, end_now
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_SECONDS = 0.5
+TOLERANCE = 10
+"""An activity may take so many times what it usually does."""
+_REMEMBERED = 50
+
+
+class Watchdog:
+    """Ends the process when an activity takes too long; a context manager around the training loop.
+
+    How long is too long is measured: `TOLERANCE` times the median of this activity so far, at least
+    `least_seconds`. The first time, and for activities that are rare, it is at least `unmeasured_seconds`: first steps
+    compile and tune, a save waits for a slow disk.
+    """
+
+    def __init__(self, *, least_seconds: float, unmeasured_seconds: float) -> None:
+        """Watches nothing yet.
+
+        Args:
+            least_seconds: what even the fastest activity is given; 0 watches nothing at all.
+            unmeasured_seconds: what an activity is given that has not been measured.
+        """
+        self.least_seconds, self.unmeasured_seconds = least_seconds, max(least_seconds, unmeasured_seconds)
+        self._measured: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
+        self._lock = threading.Lock()
+        self._activity, self._where, self._limit, self._key = "", "", float("inf"), "collective"
+        self._entered = 0.0
+        self._elapsed = 0.0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    @classmethod
+    def of(cls, cluster: Cluster) -> "Watchdog":
+        """Watches for as long as a recipe's `cluster` section says."""
+        return cls(least_seconds=cluster.step_timeout_seconds, unmeasured_seconds=cluster.collective_timeout_seconds)
+
+    def __enter__(self) -> "Watchdog":
+        if self.least_seconds > 0:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+
+    def enter(self, activity: str, where: str, *, is_measured: bool = False) -> None:
+        """Ends the activity before, and gives this one its time.
+
+        Args:
+            activity: in words; the same words each time.
+            where: what tells this time from the others, e.g. the step.
+            is_measured: whether the time that it took before says how long it may take.
+        """
+        now = time.monotonic()
+        with self._lock:
+            if self._activity:
+                self._measured[self._activity].append(now - self._entered)
+            limit = self.limit_seconds(activity) if is_measured else self.unmeasured_seconds
+            self._key = "step" if is_measured and self._measured[activity] else "collective"
+            self._activity, self._where, self._limit = activity, where, limit
+            self._entered, self._elapsed = now, 0.0
+
+    def limit_seconds(self, activity: str) -> float:
+        """How long an activity may take the next time, by what was measured."""
+        if not (durations := self._measured[activity]):
+            return self.unmeasured_seconds
+        return max(self.least_seconds, TOLERANCE * statistics.median(durations))
+
+    def _watch(self) -> None:
+        last = time.monotonic()
+        while not self._over.wait(LOOK_EVERY_SECONDS):
+            now = time.monotonic()
+            with self._lock:
+                # Time in which not even this thread ran does not count: a job that was suspended does not hang.
+                self._elapsed += min(now - last, 2 * LOOK_EVERY_SECONDS)
+                is_late = self._elapsed > self._limit
+            last = now
+            if is_late:
+                self._end()
+
+    def _end(self) -> None:
+        end_now(
+            logger,
+            "%s (%s) has taken over %.0f s: this process, or one it waits for, hangs. Ending, to go on from what "
+            "is saved; see cluster.%s_timeout_seconds. Every thread's stack follows",
+            self._activity,
+            self._where,
+            self._limit,
+            self._key,
+            exit_code=TRY_AGAIN_EXIT_CODE,
+            with_stacks=True,
+        )

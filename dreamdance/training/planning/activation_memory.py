@@ -1,0 +1,111 @@
+"""How much memory a training step needs beside weights and optimizer state, found by a rehearsal without any data.
+
+The objective's own forward and backward run on fake tensors, which have shapes but no content, while every storage that
+comes and goes is counted. So checkpointing, frozen parts and `no_grad` count as they are, not as a formula has them.
+"""
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dreamdance.data.loading.batch import ClipBatch
+from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
+
+
+def peak_activation_bytes(objective: nn.Module, recipe: Stage1Recipe | Stage2Recipe) -> int:
+    """The most memory that is alive at once during forward and backward of one micro batch.
+
+    Without the weights, and without their gradients, which sharding takes away as they arrive.
+
+    Args:
+        objective: built on the meta device, `requires_grad` set; it is left without content and of no further use.
+        recipe: gives the shapes of a micro batch and the precision.
+    """
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    objective.to(dtype)
+    objective.training = False  # itself alone, not its networks: what to drop is decided by looking at drawn numbers
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        objective.to_empty(device="cpu")
+        for parameter in objective.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        batch = _empty_batch(recipe)
+        with LiveBytes(beside=(*objective.parameters(), *objective.buffers())) as live:
+            objective(batch).loss.backward()
+    return live.peak
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _empty_batch(recipe: Stage1Recipe | Stage2Recipe) -> ClipBatch:
+    """A micro batch of the recipe's shapes."""
+    data, clips = recipe.data, recipe.micro_batch_size
+    controls = recipe.model.controls if isinstance(recipe, Stage2Recipe) else ("pose", "normal", "depth")
+    maps = {name: torch.empty(clips, data.num_frames, 3, data.height, data.width) for name in ("rgb", *controls)}
+    return ClipBatch(
+        rgb=maps["rgb"],
+        pose=maps.get("pose", maps["rgb"]),
+        normal=maps.get("normal"),
+        depth=maps.get("depth"),
+        mask=None,
+        reference=torch.empty(clips, 3, data.height, data.width),
+        fps=torch.empty(clips),
+        keys=_RehearsalKeys(clips),  # type: ignore[arg-type]  # read by `tolist` alone
+        clip_ids=["rehearsal"] * clips,
+    )
+
+
+class _RehearsalKeys:
+    """Sample keys with content, which fake tensors have not."""
+
+    def __init__(self, num_clips: int) -> None:
+        self.num_clips = num_clips
+
+    def tolist(self) -> list[list[int]]:
+        return [[0, 0, sample] for sample in range(self.num_clips)]
+
+    def to(self, *_: Any, **__: Any) -> "_RehearsalKeys":
+        return self
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that operations make and the interpreter lets go of."""
+
+    def __init__(self, *, beside: Iterable[Tensor] = ()) -> None:
+        """Begins at zero.
+
+        Args:
+            beside: tensors that are not counted, weights above all: a view of one, such as a transposed weight, is the
+                result of an operation and has its storage.
+        """
+        super().__init__()
+        self.current = 0
+        self.peak = 0
+        self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in beside)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._meet(value.untyped_storage())
+        return result
+
+    def _meet(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        size = storage.nbytes()
+        self.current += size
+        self.peak = max(self.peak, self.current)
+        weakref.finalize(storage, self._let_go, size)
+
+    def _let_go(self, size: int) -> None:
+        self.current -= size

@@ -1,0 +1,167 @@
+"""What a training run will be, told before it starts: parameters by network, and memory on each process's device.
+
+Nothing is allocated and nothing is read: networks are built as shapes only, from the published configurations where
+their weights are absent. Every number is an estimate except the counts.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe, TrainingRecipe
+from dreamdance.training.checkpointing.saving_plan import describe_checkpoint
+from dreamdance.training.networks.build import build_objective
+from dreamdance.training.networks.trainability import set_trainable
+from dreamdance.training.planning.activation_memory import peak_activation_bytes
+
+GIB = 2**30
+FP32_BYTES, BF16_BYTES = 4, 2
+# A CUDA context, NCCL's buffers and cuDNN's workspaces, and what the allocator cannot fill.
+GPU_RESERVE_GIB = 3.0
+
+
+@dataclass(frozen=True)
+class NetworkSize:
+    """Parameters of one network."""
+
+    name: str
+    trainable: int
+    frozen: int
+
+
+@dataclass(frozen=True)
+class MemoryPart:
+    """One use of a device's memory, with the arithmetic behind it."""
+
+    name: str
+    num_bytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Parameters and memory of a training recipe on one of its processes."""
+
+    networks: list[NetworkSize]
+    memory: list[MemoryPart]
+
+    @property
+    def num_trainable(self) -> int:
+        return sum(network.trainable for network in self.networks)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(part.num_bytes for part in self.memory)
+
+
+def make_plan(recipe: Stage1Recipe | Stage2Recipe) -> TrainingPlan:
+    """Builds the recipe's networks as shapes, counts them, and rehearses one training step.
+
+    Raises:
+        RecipeError: the networks that the recipe names do not fit together.
+    """
+    objective = build_objective(recipe, device="meta")
+    set_trainable(objective, recipe)
+    networks = network_sizes(objective)
+    trainable = sum(network.trainable for network in networks)
+    total = trainable + sum(network.frozen for network in networks)
+    exact = sum(parameter.numel() for parameter in objective.vae.parameters())
+    memory = state_memory(recipe, trainable, total, exact=exact)
+    return TrainingPlan(networks, [*memory, _activations(objective, recipe)])
+
+
+def network_sizes(objective: nn.Module) -> list[NetworkSize]:
+    """Counts the parameters of an objective's networks by whether they train."""
+    return [_size(name, network) for name, network in objective.named_children()]
+
+
+def describe(recipe: TrainingRecipe, *, gpu_memory_gib: float | None = None) -> str:
+    """The plan for a person; `gpu_memory_gib` is what one GPU of this machine has, if it has any."""
+    if not isinstance(recipe, Stage1Recipe | Stage2Recipe):
+        raise TypeError(f"no plan for {type(recipe).__name__}")
+    plan = make_plan(recipe)
+    lines = ["parameters:", f"  {'':<16}{'trainable':>16}{'frozen':>16}"]
+    for network in plan.networks:
+        lines.append(f"  {network.name:<16}{network.trainable:>16,}{network.frozen:>16,}")
+    frozen = sum(network.frozen for network in plan.networks)
+    lines.append(f"  {'all':<16}{plan.num_trainable:>16,}{frozen:>16,}")
+    if absent := _absent_folders(recipe):
+        lines.append(f"  (published configurations stand in for {', '.join(absent)}, which are not here)")
+    lines.append("memory per process (estimate):")
+    for part in plan.memory:
+        lines.append(f"  {part.name:<24}{part.num_bytes / GIB:>9.2f} GiB  {part.reason}")
+    lines.append(f"  {'together':<24}{plan.total_bytes / GIB:>9.2f} GiB")
+    if recipe.cluster.gpus_per_node:
+        lines.append(f"  {verdict(plan.total_bytes / GIB + GPU_RESERVE_GIB, gpu_memory_gib)}")
+    return "\n".join([*lines, *describe_checkpoint(recipe, plan.num_trainable)])
+
+
+def verdict(wanted_gib: float, gpu_memory_gib: float | None) -> str:
+    """Whether a GPU holds so much, and what to change where it does not."""
+    wanted = f"with {GPU_RESERVE_GIB:g} GiB for CUDA, NCCL and fragmentation: {wanted_gib:.1f} GiB of GPU memory"
+    if gpu_memory_gib is None:
+        return f"{wanted} (no GPU here to compare with)"
+    if wanted_gib <= gpu_memory_gib:
+        return f"{wanted}; fits in the {gpu_memory_gib:.0f} GiB of the GPUs here"
+    advice = "lower micro_batch_size, or use more processes"
+    return f"{wanted}: MORE than the {gpu_memory_gib:.0f} GiB of the GPUs here; {advice}"
+
+
+def _size(name: str, network: nn.Module) -> NetworkSize:
+    trainable = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    return NetworkSize(name, trainable, sum(parameter.numel() for parameter in network.parameters()) - trainable)
+
+
+def state_memory(recipe: TrainingRecipe, trainable: int, total: int, *, exact: int = 0) -> list[MemoryPart]:
+    """Weights and everything that ZeRO keeps of them on one process.
+
+    Args:
+        recipe: says how they are kept.
+        trainable: parameters that train.
+        total: all parameters.
+        exact: those that are float32 whatever the precision: the autoencoder's.
+    """
+    stage, world_size = recipe.sharding.zero_stage, recipe.cluster.world_size
+    weight_bytes = BF16_BYTES if recipe.precision == "bf16" else FP32_BYTES
+    share = -(-trainable // world_size)
+    gradients, gradient_reason = (share, f"/ {world_size} processes (ZeRO-2)") if stage == 2 else (trainable, "(whole)")
+    states, state_reason = (share, f"/ {world_size} processes (ZeRO-{stage})") if stage else (trainable, "(whole)")
+    buckets = min(recipe.sharding.reduce_bucket_elements, trainable) if stage else 0
+    copies = 2 if recipe.sharding.overlap_communication else 1
+    millions = f"{trainable / 1e6:,.1f} M"
+    # Without sharding the fp32 parameters are their own masters.
+    masters = FP32_BYTES if stage else 0
+    exact = exact if recipe.precision == "bf16" else 0
+    weights_reason = f"{(total - exact) / 1e6:,.1f} M x {weight_bytes} bytes ({recipe.precision})"
+    weights_reason += f", autoencoder {exact / 1e6:,.1f} M x {FP32_BYTES}" if exact else ""
+    return [
+        MemoryPart("weights", (total - exact) * weight_bytes + exact * FP32_BYTES, weights_reason),
+        MemoryPart("gradients", gradients * FP32_BYTES, f"{millions} x {FP32_BYTES} bytes {gradient_reason}"),
+        MemoryPart(
+            "fp32 masters and Adam",
+            states * (masters + 2 * FP32_BYTES),
+            f"{millions} x {masters + 2 * FP32_BYTES} bytes {state_reason}",
+        ),
+        MemoryPart("moving average", states * FP32_BYTES, f"{millions} x {FP32_BYTES} bytes {state_reason}"),
+        MemoryPart(
+            "communication buckets",
+            buckets * weight_bytes * copies,
+            f"{buckets / 1e6:,.1f} M x {weight_bytes} bytes x {copies}",
+        ),
+    ]
+
+
+def _activations(objective: nn.Module, recipe: Stage1Recipe | Stage2Recipe) -> MemoryPart:
+    data, clips = recipe.data, recipe.micro_batch_size
+    frames = f"{clips} x {data.num_frames} frame{'s' * (data.num_frames > 1)} at {data.width}x{data.height}"
+    checkpointing = "with" if recipe.sharding.gradient_checkpointing else "without"
+    kept = " that keeps attention" if recipe.sharding.gradient_checkpointing == "keep_attention" else ""
+    reason = f"peak of one rehearsed step, {frames}, {checkpointing} gradient checkpointing{kept}"
+    return MemoryPart("activations", peak_activation_bytes(objective, recipe), reason)
+
+
+def _absent_folders(recipe: Stage1Recipe | Stage2Recipe) -> list[str]:
+    sources = (recipe.model.unet, recipe.model.autoencoder, recipe.model.image_encoder)
+    folders = [Path(source.path) / (source.subfolder or "") for source in sources if source.path is not None]
+    return [str(folder) for folder in folders if not (folder / "config.json").is_file()]

@@ -1,0 +1,170 @@
+"""Samples an objective's networks by the real pipeline on held-out clips, and lays the result beside the truth."""
+
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dreamdance.data.loading.batch import ClipBatch
+from dreamdance.media.grids import Row, draw_grid
+from dreamdance.media.transforms import encode_normals, pass_through, tensor_to_pictures
+from dreamdance.pipelines.sampling import StepCallback
+from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
+from dreamdance.runtime.sample_random import sample_generator
+from dreamdance.training.networks.trainability import Objective
+from dreamdance.training.objectives.animation import AnimationObjective
+from dreamdance.training.objectives.geometry import GeometryObjective
+
+MAX_COLUMNS = 6
+"""Frames of a clip that are shown, evenly spaced."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a pipeline made of some clips.
+
+    Attributes:
+        grid: `H W 3` uint8, labelled, with the truth under each prediction.
+        predictions: by name, `b f c H W` in [0,1]: normal (encoded), depth and rgb in stage 1, rgb in stage 2.
+    """
+
+    grid: np.ndarray
+    predictions: dict[str, Tensor]
+
+
+def draw_samples(
+    objective: Objective,
+    batch: ClipBatch,
+    recipe: Stage1Recipe | Stage2Recipe,
+    *,
+    on_step: StepCallback | None = None,
+) -> Samples:
+    """Runs the pipeline with the recipe's `sampling` section; the same noise for a clip every time.
+
+    Args:
+        objective: its networks are shared with the pipeline, and keep their modes.
+        batch: held-out clips.
+        recipe: the run's own.
+        on_step: called after each denoising step, as diffusers calls `callback_on_step_end`.
+    """
+    given = {"pose": batch.pose}
+    if isinstance(objective, GeometryObjective) and isinstance(recipe, Stage1Recipe):
+        predictions = sample_geometry(objective, batch, recipe, on_step)
+    elif isinstance(objective, AnimationObjective) and isinstance(recipe, Stage2Recipe):
+        maps = passed_maps(batch, recipe)
+        predictions = {"rgb": sample_animation(objective, batch, maps, recipe, on_step)}
+        given |= {name: maps[name] for name in recipe.model.controls if name in maps}
+    else:
+        raise TypeError(f"a {type(objective).__name__} cannot be sampled by a {type(recipe).__name__}")
+    return Samples(grid=_draw(batch, given, predictions), predictions=predictions)
+
+
+def sample_geometry(
+    objective: GeometryObjective, batch: ClipBatch, recipe: Stage1Recipe, on_step: StepCallback | None = None
+) -> dict[str, Tensor]:
+    """Stage 1 on a batch: encoded normals, depths and low-resolution rgb, each `b f c H W` in [0,1]."""
+    sampling = recipe.sampling
+    pipeline = objective.make_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    scales = sampling.guidance_scales
+    normals, depths, images = pipeline(
+        batch.reference,
+        batch.pose,
+        guidance_scales=(scales.rgb, scales.normal, scales.depth),
+        **sampling.model_dump(exclude={"guidance_scales"}),
+        generator=_generators(batch),
+        callback_on_step_end=on_step,
+        output_type="pt",
+        return_dict=False,
+    )
+    maps = {"normal": encode_normals(cast(Tensor, normals)), "depth": depths, "rgb": images}
+    return cast(dict[str, Tensor], maps)
+
+
+def passed_maps(batch: ClipBatch, recipe: Stage2Recipe) -> dict[str, Tensor]:
+    """The true normals and depths that the clips have, as blurred as stage 1 would deliver them."""
+    size = (recipe.objective.geometry_height, recipe.objective.geometry_width)
+    maps = {}
+    if batch.normal is not None:
+        maps["normal"] = pass_through(batch.normal, *size, normals=True)
+    if batch.depth is not None:
+        maps["depth"] = pass_through(batch.depth, *size)
+    return maps
+
+
+def sample_animation(
+    objective: AnimationObjective,
+    batch: ClipBatch,
+    maps: dict[str, Tensor],
+    recipe: Stage2Recipe,
+    on_step: StepCallback | None = None,
+) -> Tensor:
+    """Stage 2 on a batch and its `maps` (normal and depth): frames `b f 3 H W` in [0,1]."""
+    pipeline = objective.make_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    clips = []
+    for index, generator in enumerate(_generators(batch)):
+        # one clip at a time, because each has its own frame rate
+        chosen = slice(index, index + 1)
+        (frames,) = pipeline(
+            batch.reference[chosen],
+            batch.pose[chosen],
+            normals=maps["normal"][chosen] if "normal" in maps else None,
+            depths=maps["depth"][chosen] if "depth" in maps else None,
+            fps=float(batch.fps[index]),
+            **recipe.sampling.model_dump(),
+            generator=generator,
+            callback_on_step_end=on_step,
+            output_type="pt",
+            return_dict=False,
+        )
+        clips.append(cast(Tensor, frames))
+    return torch.cat(clips)
+
+
+def _generators(batch: ClipBatch) -> list[torch.Generator]:
+    """One for each clip, so that a clip's sample does not depend on what else is in the batch."""
+    return [sample_generator(key, "sampling") for key in batch.keys.tolist()]
+
+
+def _draw(batch: ClipBatch, given: dict[str, Tensor], predictions: dict[str, Tensor]) -> np.ndarray:
+    """Single frames: a line per clip. Videos: a block per clip, time to the right, truth under each prediction.
+
+    Args:
+        batch: the truth.
+        given: what the pipeline was given beside the reference, by name, `b f 3 H W`.
+        predictions: what it made, by name.
+    """
+    shown = dict(given)
+    truth = {"normal": batch.normal, "depth": batch.depth, "rgb": batch.rgb}
+    for name, frames in predictions.items():
+        shown[f"predicted {name}"] = frames
+        true_frames = truth[name]
+        if true_frames is not None:
+            shown[f"true {name}"] = true_frames
+
+    num_clips, num_frames = batch.rgb.shape[:2]
+    if num_frames == 1:
+        lines = []
+        for clip, name in enumerate(batch.clip_ids):
+            pictures = [batch.reference[clip], *(frames[clip, 0] for frames in shown.values())]
+            lines.append(Row(name, [_picture(picture) for picture in pictures]))
+        return draw_grid(lines, titles=["reference", *shown])
+
+    times = torch.linspace(0, num_frames - 1, min(num_frames, MAX_COLUMNS)).round().long().tolist()
+    rows = []
+    for clip in range(num_clips):
+        for index, (name, frames) in enumerate(shown.items()):
+            first = index == 0
+            label = f"{name}\n{batch.clip_ids[clip]}" if first else name
+            reference = _picture(batch.reference[clip]) if first else None
+            moments = [_picture(frames[clip, time]) for time in times]
+            rows.append(Row(label, [reference, *moments], rule_above=first and clip > 0))
+    return draw_grid(rows, titles=["reference", *(f"frame {time}" for time in times)])
+
+
+def _picture(picture: Tensor) -> np.ndarray:
+    """`c H W` in [0,1], c = 1 or 3, to `H W 3` uint8."""
+    return tensor_to_pictures(picture.expand(3, -1, -1))

@@ -1,0 +1,216 @@
+"""The entry of both stages' training: puts the parts together, resumes, trains, exports."""
+
+import contextlib
+import hashlib
+import logging
+import random
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from dreamdance.data.loading.dataset import ClipDataset, Map
+from dreamdance.data.loading.loader import ClipLoader
+from dreamdance.data.loading.order import ClipOrder
+from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
+from dreamdance.runs.layout import note_signal
+from dreamdance.runtime.process_group import (
+    common_store,
+    is_deterministic,
+    on_main,
+    process_group,
+    repeatable_arithmetic,
+)
+from dreamdance.runtime.ranks import Ranks
+from dreamdance.runtime.stop_request import StopRequest
+from dreamdance.runtime.watchdog import Watchdog
+from dreamdance.training.checkpointing.checkpointer import Checkpointer, Resumed
+from dreamdance.training.checkpointing.saving_plan import SAVING_SHARE
+from dreamdance.training.ema import ShardedEma
+from dreamdance.training.engine import Engine
+from dreamdance.training.export import export_average
+from dreamdance.training.guard import StepGuard
+from dreamdance.training.metrics import Metrics
+from dreamdance.training.networks.build import build_objective
+from dreamdance.training.networks.initial_weights import load_initial_weights
+from dreamdance.training.networks.trainability import set_trainable
+from dreamdance.training.same_start import require_same, require_same_start, weights_digests
+from dreamdance.training.shard_check import verify_at_opening, verify_by_hash
+from dreamdance.training.trainer import Trainer
+from dreamdance.training.validation import Validator
+
+logger = logging.getLogger(__name__)
+
+# Where a run is computed, how its data is checked and where it ends do not make it another run (C7).
+_NO_DIFFERENCE: dict[str, Any] = {"cluster": True, "logging": True, "max_steps": True, "data": {"verify"}}
+
+
+def train(recipe: Stage1Recipe | Stage2Recipe, run_folder: Path) -> None:
+    """Trains a run from where it is to `max_steps`, and exports its averaged weights.
+
+    Killed at any instant and called again, it goes on as if nothing had happened (C8). Asked to stop by a signal, it
+    saves and returns early, without an export.
+
+    Args:
+        recipe: stage 1 or stage 2.
+        run_folder: where everything of this run lies; the other runs lie beside it.
+    """
+    ranks = Ranks.from_environment()
+    deterministic = is_deterministic(recipe.deterministic, ranks)
+    timeout = recipe.cluster.collective_timeout_seconds
+    stopping = StopRequest(
+        patience_seconds=SAVING_SHARE * recipe.cluster.stop_seconds, on_signal=partial(note_signal, run_folder)
+    )
+    with contextlib.ExitStack() as held:
+        stop, watchdog = held.enter_context(stopping), held.enter_context(Watchdog.of(recipe.cluster))
+        # Within what is watched, for it is left when all ranks are there.
+        watchdog.enter("starting", f"rank {ranks.rank}")
+        held.enter_context(process_group(ranks, timeout_seconds=timeout))
+        held.enter_context(repeatable_arithmetic(deterministic))
+        trainer = prepare(recipe, run_folder, ranks, stop, watchdog, deterministic=deterministic)
+        finished = trainer.train()
+        if finished:
+            watchdog.enter("exporting", f"step {trainer.step}")
+            size = {"height": recipe.data.height, "width": recipe.data.width}
+            export = export_average(run_folder, trainer.step, trainer.engine, trainer.ema, ranks, **size)
+            trainer.metrics.message(f"finished at step {trainer.step:,}; exported to {export}", step=trainer.step)
+        watchdog.enter("closing", f"step {trainer.step}")
+        trainer.checkpointer.close()
+        trainer.metrics.close()
+
+
+def prepare(
+    recipe: Stage1Recipe | Stage2Recipe,
+    run_folder: Path,
+    ranks: Ranks,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    *,
+    deterministic: bool,
+) -> Trainer:
+    """Builds all parts of a run and brings them to its newest checkpoint. Collective, within `process_group`."""
+    require_same_start(recipe)
+    _seed_global_generators(recipe.seed)
+    on_shard = partial(watchdog.enter, "checking a shard")
+    if recipe.data.verify == "hash":
+        verify_by_hash([recipe.data.train, recipe.data.validation], ranks, common_store(), on_progress=on_shard)
+    watchdog.enter("loading weights", f"rank {ranks.rank}")
+    objective = build_objective(recipe)
+    load_initial_weights(objective, recipe, run_folder.parent)
+    set_trainable(objective, recipe)
+    weights = weights_digests(objective)
+    require_same({"frozen weights": weights.frozen, "weights to train": weights.trainable})
+    watchdog.enter("starting DeepSpeed", f"rank {ranks.rank}")
+    engine = Engine(objective, recipe, ranks, deterministic=deterministic)
+    ema = ShardedEma(engine.masters, decay=recipe.optimizer.ema_decay)
+    loader = make_loader(recipe, ranks, before_shard=on_shard)
+    watchdog.enter("resuming", f"rank {ranks.rank}")
+    checkpointer = Checkpointer(
+        run_folder, engine, ema, ranks, recipe.checkpoint, recipe_digest=recipe_digest(recipe), weights=weights
+    )
+    resumed = checkpointer.resume()
+    guard, step, owes_validation = StepGuard(recipe), 0, False
+    if resumed:
+        step = resumed.manifest.step
+        owes_validation = bool(resumed.state.get("owes_validation"))
+        loader.load_state_dict(resumed.state["loader"])
+        guard.load_state_dict(resumed.state["guard"])
+    metrics = Metrics(
+        run_folder,
+        ranks,
+        first_step=step,
+        max_steps=recipe.max_steps,
+        every_steps=recipe.logging.every_steps,
+        recipe_text=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
+    )
+    metrics.message(describe_start(run_folder, resumed, loader, world_size=ranks.world_size), step=step)
+    watchdog.enter("reading the held-out clips", f"rank {ranks.rank}")
+    validator = Validator(recipe, engine, ema, ranks, metrics, stop=stop)
+    if owes_validation:
+        owes_validation = not on_main(partial(metrics.has_owed_validation, step))
+    return Trainer(
+        recipe=recipe,
+        engine=engine,
+        ema=ema,
+        loader=loader,
+        checkpointer=checkpointer,
+        metrics=metrics,
+        validation=validator,
+        stop=stop,
+        guard=guard,
+        watchdog=watchdog,
+        step=step,
+        owes_validation=owes_validation,
+    )
+
+
+def make_loader(
+    recipe: Stage1Recipe | Stage2Recipe, ranks: Ranks, *, before_shard: Callable[[str], None] | None = None
+) -> ClipLoader:
+    """The training clips of a recipe, in its order, with the maps that it trains on.
+
+    Their shards are checked when they are opened; of `data.verify: hash` see `shard_check`.
+    """
+    data = recipe.data
+    wanted = ("normal", "depth") if isinstance(recipe, Stage1Recipe) else recipe.model.controls
+    maps: list[Map] = [name for name in ("normal", "depth") if name in wanted]
+    dataset = ClipDataset(
+        data.train,
+        width=data.width,
+        height=data.height,
+        num_frames=data.num_frames,
+        stride=data.stride,
+        flip_probability=data.flip_probability,
+        seed=recipe.seed,
+        maps=maps,
+        verify=verify_at_opening(data.verify),
+        ranks=ranks,
+        before_shard=before_shard,
+    )
+    return ClipLoader(
+        dataset,
+        ClipOrder(dataset.index.samples_per_shard, batch_size=recipe.batch_size, seed=recipe.seed),
+        micro_batch_size=recipe.micro_batch_size,
+        ranks=ranks,
+        num_workers=data.num_workers,
+        timeout_seconds=data.batch_timeout_seconds,
+    )
+
+
+def describe_start(run_folder: Path, resumed: Resumed | None, loader: ClipLoader, *, world_size: int) -> str:
+    """One line about where the run goes on, and how it was found."""
+    if resumed is None:
+        return f"no checkpoint in {run_folder / 'checkpoints'}; starting at step 0"
+    manifest, order = resumed.manifest, loader.order
+    epoch, batch = order.position(manifest.step)
+    moved = f", saved by {manifest.world_size} ranks and divided anew among {world_size}"
+    return (
+        f"resuming {run_folder} from step {manifest.step:,} (epoch {epoch}, sample {batch * order.batch_size:,} of "
+        f"{order.num_samples:,}; verified {len(manifest.files)} files, {_size(manifest.total_bytes)}"
+        f"{moved if manifest.world_size != world_size else ''})"
+    )
+
+
+def recipe_digest(recipe: Stage1Recipe | Stage2Recipe) -> str:
+    """A hash of everything in a recipe that changes the result."""
+    return hashlib.sha256(recipe.model_dump_json(exclude=_NO_DIFFERENCE).encode()).hexdigest()
+
+
+def _seed_global_generators(seed: int) -> None:
+    """Every draw about a sample is keyed by the sample; these serve only what might draw without being asked to."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def _size(num_bytes: int) -> str:
+    size = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"

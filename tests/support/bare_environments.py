@@ -1,0 +1,82 @@
+"""Virtual environments that hold chosen packages only: what a user has who installed some extras and not others.
+
+Packages are links to this environment's own, chosen by what they declare, so nothing is downloaded; what was left out
+is as absent as if it had never been installed.
+"""
+
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ("dreamdance", "kernels", "launchers", "recipes", "tests", "tools")
+FILES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+
+
+def build_wheel(folder: Path) -> Path:
+    """Builds the project's wheel from a copy of the checkout, which stays as it is."""
+    tree = folder / "tree"
+    for name in SOURCES:
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in FILES:
+        shutil.copy(ROOT / name, tree / name)
+    words = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*words, "-w", folder, tree], check=True)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def declared(requirements: Iterable[str]) -> set[str]:
+    """The distributions that these requirements stand for, with all that they declare themselves, where installed."""
+    names: set[str] = set()
+    seen: set[tuple[str, str]] = set()
+    left = [(requirement, "") for requirement in requirements]
+    while left:
+        text, extra = left.pop()
+        requirement = Requirement(text)
+        if (text, extra) in seen or (requirement.marker and not requirement.marker.evaluate({"extra": extra})):
+            continue
+        seen.add((text, extra))
+        try:
+            found = metadata.distribution(requirement.name)
+        except metadata.PackageNotFoundError:  # such as the cloud SDKs, of which no module of ours has use
+            continue
+        names.add(canonicalize_name(requirement.name))
+        left += [(inner, wanted) for inner in found.requires or () for wanted in ("", *requirement.extras)]
+    return names
+
+
+def make_environment(folder: Path, distributions: Iterable[str]) -> Path:
+    """A virtual environment of these distributions alone, without the project.
+
+    Returns:
+        its interpreter.
+    """
+    venv.create(folder, with_pip=False, symlinks=True)
+    python = folder / "bin" / "python"
+    site = site_packages(python)
+    for name in distributions:
+        distribution = metadata.distribution(name)
+        for top in {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}:
+            if not (site / top).exists():
+                (site / top).symlink_to(Path(str(distribution.locate_file(top))))
+    return python
+
+
+def site_packages(python: Path) -> Path:
+    """Where an environment keeps its packages."""
+    (site,) = python.parents[1].glob("lib/python*/site-packages")
+    return site
+
+
+def install(python: Path, wheel: Path) -> None:
+    """Installs the project's wheel into an environment, as pip does for a user who has its requirements."""
+    words = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index", wheel]
+    subprocess.run(words, check=True)

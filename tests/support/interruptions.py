@@ -1,0 +1,180 @@
+"""Runs that are struck and started again, and the proof that nothing of it shows in the end."""
+
+import json
+import re
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dreamdance.runs.layout import progress_file
+from support.ranks import StartedRanks
+from support.training_scenarios import Recipe, run_recorded
+
+WORLD_SIZE = 2
+MAX_STEPS = 12
+BATCH_SIZE = 4
+
+
+def settings(shards: Path, **more: Any) -> dict[str, Any]:
+    """Changes to a tiny recipe: 12 steps of 4 samples on two ranks, saved every second step, told of every step."""
+    return {
+        "data.train.local": str(shards / "train"),
+        "data.validation.local": str(shards / "validation"),
+        "data.num_workers": 0,
+        "max_steps": MAX_STEPS,
+        "batch_size": BATCH_SIZE,
+        "micro_batch_size": 1,
+        "cluster.tasks_per_node": WORLD_SIZE,
+        "checkpoint.every_steps": 2,
+        "checkpoint.keep_last": 2,
+        "optimizer.warmup_steps": 3,
+        "optimizer.decay": "cosine",
+        "optimizer.ema_decay": 0.9,
+        "validation.loss_every_steps": 3,
+        "validation.sample_every_steps": 100,
+        "validation.num_sample_clips": 1,
+        "sampling.num_inference_steps": 1,
+        "logging.every_steps": 1,
+        **more,
+    }
+
+
+def start(recipe: Recipe, run: Path, strike: Any = None, **arguments: Any) -> list[int]:
+    """Starts a run on as many ranks as it wants and returns how they ended."""
+    started = {"recipe": recipe, "run": run, "strike": strike, **arguments}
+    with StartedRanks(run_recorded, recipe.cluster.world_size, run / "output", **started) as ranks:
+        return ranks.wait()
+
+
+def output(run: Path, rank: int = 0) -> str:
+    """What a rank wrote in the last start."""
+    return (run / "output" / f"output_{rank}.txt").read_text(errors="replace")
+
+
+def samples_in_order(run: Path) -> list[list[tuple[int, int, float]]]:
+    """Per rank: (epoch, sample id, loss) as computed, over all starts."""
+    records = [(run / f"record_{rank}.jsonl").read_text().splitlines() for rank in range(WORLD_SIZE)]
+    return [[(line["epoch"], line["sample"], line["loss"]) for line in map(json.loads, record)] for record in records]
+
+
+def without_repeats(samples: list[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
+    """Drops what a start computed after the last checkpoint and the next start computed again; order of first sight."""
+    return list(dict.fromkeys(samples))
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested containers as path -> leaf."""
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        return {prefix: value}
+    return {path: leaf for key, part in items for path, leaf in flatten(part, f"{prefix}/{key}").items()}
+
+
+def assert_same_checkpoint(one: Path, other: Path, *, world_size: int = WORLD_SIZE) -> None:
+    """Every tensor and every number, bit for bit."""
+    names = sorted(path.relative_to(one).as_posix() for path in one.rglob("*.pt"))
+    assert names == sorted(path.relative_to(other).as_posix() for path in other.rglob("*.pt"))
+    assert len(names) == 1 + 2 * world_size
+    for name in names:
+        # weights_only is off for DeepSpeed's own classes, in files that this very test has written
+        first, second = (flatten(torch.load(folder / name, weights_only=False)) for folder in (one, other))
+        assert first.keys() == second.keys(), name
+        for path, leaf in first.items():
+            if isinstance(leaf, torch.Tensor):
+                assert torch.equal(leaf, second[path]), f"{name}: {path}"
+    states = [json.loads((folder / "state.json").read_text()) for folder in (one, other)]
+    assert states[0] == states[1]
+
+
+def assert_same_export(one: Path, other: Path) -> None:
+    """Byte for byte."""
+    files = sorted(path.relative_to(one) for path in one.rglob("*.safetensors"))
+    assert files
+    for file in files:
+        assert (one / file).read_bytes() == (other / file).read_bytes(), file
+
+
+def assert_same_tensorboard(whole: Path, broken: Path) -> None:
+    """Every step once, with the value of the uninterrupted run; only times and what was saved when may differ."""
+    boards = [EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}) for run in (whole, broken)]
+    for board in boards:
+        board.Reload()
+    tags = sorted(boards[0].Tags()["scalars"])
+    assert tags == sorted(boards[1].Tags()["scalars"])
+    for tag in tags:
+        one, other = ([(event.step, event.value) for event in board.Scalars(tag)] for board in boards)
+        steps = [step for step, _ in other]
+        assert len(set(steps)) == len(steps), f"{tag} has a step twice"
+        if tag.startswith(("train/", "val/", "optim/")):
+            assert one == other, tag
+        elif not tag.startswith("perf/checkpoint"):
+            assert [step for step, _ in one] == steps, tag
+    starts = [event.step for event in boards[1].Tensors("recipe/text_summary")]
+    assert len(set(starts)) == len(starts)
+
+
+def messages(run: Path) -> list[str]:
+    """What the run has told whoever follows, over all starts."""
+    return [line["message"] for line in progress(run) if "message" in line]
+
+
+def struck_at(run: Path, rank: int) -> float:
+    """When a rank that was struck in a forward pass had last written a loss down; seconds since 1970."""
+    return (run / f"record_{rank}.jsonl").stat().st_mtime
+
+
+@dataclass(frozen=True)
+class Struck:
+    """How a start ended in which a rank was struck.
+
+    Attributes:
+        codes: of all ranks.
+        ended: when the last of them was gone; seconds since 1970.
+        detected_seconds: from the end of the first to the end of the last.
+    """
+
+    codes: list[int]
+    ended: float
+    detected_seconds: float
+
+
+def strike_down(recipe: Recipe, run: Path, strike: Any) -> Struck:
+    """Starts a run that is struck, and measures how long the other ranks outlive the one that is hit."""
+    started = {"recipe": recipe, "run": run, "strike": strike}
+    with StartedRanks(run_recorded, recipe.cluster.world_size, run / "output", **started) as ranks:
+        wait([process.sentinel for process in ranks.processes], timeout=240)
+        first = time.time()
+        codes = ranks.wait()
+        ended = time.time()
+    return Struck(codes, ended, ended - first)
+
+
+def progress(run: Path) -> list[dict[str, Any]]:
+    """Everything that the run has told whoever follows, over all starts."""
+    return [json.loads(line) for line in progress_file(run).read_text().splitlines()]
+
+
+def first_step_after(run: Path, moment: float) -> float:
+    """Seconds from a moment to the first step that the run told of after it."""
+    return min(line["time"] for line in progress(run) if "loss" in line and line["time"] > moment) - moment
+
+
+def steps_lost(run: Path, moment: float) -> int:
+    """How many steps were done before a moment that the start after it did again."""
+    done = [line["done"] for line in progress(run) if "loss" in line and line["time"] <= moment]
+    again = next(line["done"] for line in progress(run) if "message" in line and line["time"] > moment)
+    return max(0, (done[-1] if done else 0) - again)
+
+
+def resumed_step(run: Path) -> int:
+    """The step that the last start went on from; 0 where it began anew."""
+    found = [re.search(r" from step ([\d,]+) ", text) for text in messages(run) if text.startswith("resuming")]
+    return int(found[-1][1].replace(",", "")) if found and found[-1] else 0

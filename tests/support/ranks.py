@@ -1,0 +1,128 @@
+"""Real processes with real process groups, cheap to start: forked from a server that has imported everything."""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dreamdance.runtime.ranks import Ranks
+
+TIMEOUT_SECONDS = 240
+PRELOADED = ["torch", "deepspeed", "dreamdance.training.train", __name__]
+
+
+class StartedRanks:
+    """The processes of one group; leaving the `with` block leaves none of them running."""
+
+    def __init__(self, target: Callable[..., Any], world_size: int, folder: Path, **arguments: Any) -> None:
+        """Calls `target(ranks, **arguments)` in every rank.
+
+        Args:
+            target: importable by name; what it returns must be what torch saves without pickling code.
+            world_size: how many processes.
+            folder: for their output and results.
+            arguments: handed on.
+        """
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob("result_*.pt"):
+            stale.unlink()
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        port = _free_port()
+        self.processes: list[BaseProcess] = [
+            context.Process(
+                target=_run_rank, args=(target, Ranks(rank, world_size, rank, world_size), port, folder, arguments)
+            )
+            for rank in range(world_size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def __enter__(self) -> "StartedRanks":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def signal(self, rank: int, number: signal.Signals) -> None:
+        """Sends a signal to one rank."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.processes[rank].pid or 0, number)
+
+    def wait(self) -> list[int]:
+        """Waits for all; returns their exit codes, -9 for one that was killed.
+
+        Raises:
+            TimeoutError: some are still running; says what they last wrote.
+        """
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.exitcode is None:
+                raise TimeoutError(f"{process.name} is still running\n{self.output()}")
+        return [process.exitcode or 0 for process in self.processes]
+
+    def output(self) -> str:
+        """What all ranks wrote."""
+        texts = [(path.name, path.read_text(errors="replace")) for path in sorted(self.folder.glob("output_*.txt"))]
+        return "\n".join(f"---- {name}\n{text}" for name, text in texts)
+
+    def results(self) -> list[Any]:
+        """What `target` returned in each rank, after all have ended well.
+
+        Raises:
+            AssertionError: some rank failed; says what all of them wrote.
+        """
+        codes = self.wait()
+        assert not any(codes), f"exit codes {codes}\n{self.output()}"
+        paths = [self.folder / f"result_{rank}.pt" for rank in range(len(self.processes))]
+        return [torch.load(path, weights_only=True) for path in paths]
+
+
+def run_ranks(target: Callable[..., Any], world_size: int, folder: Path, **arguments: Any) -> list[Any]:
+    """Starts ranks, waits for them and returns what each returned."""
+    with StartedRanks(target, world_size, folder, **arguments) as started:
+        return started.results()
+
+
+def _run_rank(target: Callable[..., Any], ranks: Ranks, port: int, folder: Path, arguments: dict[str, Any]) -> None:
+    output = os.open(folder / f"output_{ranks.rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(
+        RANK=str(ranks.rank),
+        WORLD_SIZE=str(ranks.world_size),
+        LOCAL_RANK=str(ranks.local_rank),
+        LOCAL_WORLD_SIZE=str(ranks.local_world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True)
+    try:
+        result = target(ranks, **arguments)
+    except BaseException:  # noqa: BLE001 - the outermost frame of a process
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # as a crash: the other ranks must notice by themselves
+    torch.save(result, folder / f"result_{ranks.rank}.pt")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

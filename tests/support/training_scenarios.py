@@ -1,0 +1,371 @@
+"""What the ranks of the distributed tests do: real runs, recorded, and struck at a chosen instant."""
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from dreamdance.data.loading.batch import ClipBatch
+from dreamdance.errors import UserError, may_pass
+from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
+from dreamdance.runtime.process_group import process_group, repeatable_arithmetic
+from dreamdance.runtime.ranks import Ranks
+from dreamdance.runtime.stop_request import StopRequest
+from dreamdance.runtime.watchdog import Watchdog
+from dreamdance.training.objectives.animation import AnimationObjective
+from dreamdance.training.objectives.geometry import GeometryObjective
+from dreamdance.training.objectives.output import ObjectiveOutput
+from dreamdance.training.sample_pictures import draw_samples
+from dreamdance.training.train import prepare, train
+from dreamdance.training.trainer import Trainer
+
+Recipe = Stage1Recipe | Stage2Recipe
+
+
+@dataclass(frozen=True)
+class Strike:
+    """What a rank does to itself in its n-th forward pass, or at the first matching file operation.
+
+    Attributes:
+        rank: which.
+        number: the signal that it sends itself; None for one that hangs instead, for ever.
+        forward: n, counted from 1.
+        in_validation: whether forward passes on held-out clips are counted, and not those of training.
+        operation: an audit event's name.
+        path_contains: all of this must occur in the event's arguments.
+    """
+
+    rank: int
+    number: signal.Signals | None = signal.SIGKILL
+    forward: int | None = None
+    in_validation: bool = False
+    operation: str = ""
+    path_contains: tuple[str, ...] = ()
+
+    def prepare(self, ranks: Ranks) -> None:
+        if ranks.rank != self.rank:
+            return
+        if self.forward is not None:
+            count = 0
+
+            def strike_in_forward(module: nn.Module, inputs: Any) -> None:
+                nonlocal count
+                if _is_validating(module) if self.in_validation else _is_training(module):
+                    count += 1
+                    if count == self.forward:
+                        self._strike()
+
+            register_module_forward_pre_hook(strike_in_forward)
+        else:
+
+            def strike_at_file(event: str, arguments: tuple[Any, ...]) -> None:
+                if event == self.operation and all(part in str(arguments) for part in self.path_contains):
+                    self._strike()
+
+            sys.addaudithook(strike_at_file)
+
+    def _strike(self) -> None:
+        if self.number is None:
+            threading.Event().wait()
+        else:
+            os.kill(os.getpid(), self.number)
+
+
+@dataclass(frozen=True)
+class SlowRank:
+    """A rank whose training forward passes take longer."""
+
+    rank: int
+    seconds: float
+
+    def prepare(self, ranks: Ranks) -> None:
+        def wait(module: nn.Module, inputs: Any) -> None:
+            if ranks.rank == self.rank and _is_training(module):
+                time.sleep(self.seconds)
+
+        register_module_forward_pre_hook(wait)
+
+
+@dataclass(frozen=True)
+class SmallDisk:
+    """A rank whose files may not grow any more, from the first time on that it opens a certain one to write.
+
+    Attributes:
+        rank: which.
+        path_contains: all of this must occur in the file's path.
+        times: how often that file meets the limit before there is room again.
+    """
+
+    rank: int
+    path_contains: tuple[str, ...]
+    times: int
+    LARGEST_BYTES = 4096
+
+    def prepare(self, ranks: Ranks) -> None:
+        if ranks.rank != self.rank:
+            return
+        opened = 0
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+        def limit_at_open(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal opened
+            if event == "open" and arguments[1] == "w" and all(part in str(arguments) for part in self.path_contains):
+                opened += 1
+                limit = self.LARGEST_BYTES if opened <= self.times else before[0]
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+
+        sys.addaudithook(limit_at_open)
+
+
+@dataclass(frozen=True)
+class StumblingDisk:
+    """A rank that cannot open a certain file, for a reason that is not the user's: the storage's, EIO, ESTALE, ...
+
+    Attributes:
+        rank: which.
+        path_contains: all of this must occur in the file's path.
+        number: what the system says.
+        times: how often.
+    """
+
+    rank: int
+    path_contains: tuple[str, ...]
+    number: int
+    times: int = 1_000_000
+
+    def prepare(self, ranks: Ranks) -> None:
+        if ranks.rank != self.rank:
+            return
+        failed = 0
+
+        def fail_at_open(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal failed
+            if event == "open" and failed < self.times and all(part in str(arguments) for part in self.path_contains):
+                failed += 1
+                sys.stderr.write(f"stumbling over {arguments[0]}\n")
+                raise OSError(self.number, os.strerror(self.number), str(arguments[0]))
+
+        sys.addaudithook(fail_at_open)
+
+
+@dataclass(frozen=True)
+class SlowDisk:
+    """A file of rank 0 that cannot be opened to write before a training forward pass has begun: at most a minute."""
+
+    path_contains: tuple[str, ...]
+    forward: int
+
+    def prepare(self, ranks: Ranks) -> None:
+        if ranks.rank:
+            return
+        count, begun = 0, threading.Event()
+
+        def notice(module: nn.Module, inputs: Any) -> None:
+            nonlocal count
+            count += _is_training(module)
+            if count == self.forward:
+                begun.set()
+
+        def wait_at_open(event: str, arguments: tuple[Any, ...]) -> None:
+            if event == "open" and arguments[1] == "w" and all(part in str(arguments) for part in self.path_contains):
+                assert begun.wait(60), "training waits for the disk"
+
+        register_module_forward_pre_hook(notice)
+        sys.addaudithook(wait_at_open)
+
+
+@dataclass(frozen=True)
+class ReadOnlyFolder:
+    """No rank may write into a folder any more, from a training forward pass on; 0 is from the beginning."""
+
+    folder: Path
+    forward: int
+
+    def prepare(self, ranks: Ranks) -> None:
+        _drop_all_rights()
+        count = 0
+
+        def forbid(module: nn.Module, inputs: Any) -> None:
+            nonlocal count
+            if _is_training(module):
+                count += 1
+                if count == self.forward:
+                    self.folder.chmod(0o555)
+
+        if self.forward:
+            register_module_forward_pre_hook(forbid)
+        else:
+            self.folder.chmod(0o555)
+
+
+def _drop_all_rights() -> None:
+    """Of root, whom permissions would not stop: `capset` with nothing effective and nothing permitted."""
+    version_3, this_process = 0x20080522, 0
+    header = (ctypes.c_uint32 * 2)(version_3, this_process)
+    if ctypes.CDLL(None, use_errno=True).capset(header, (ctypes.c_uint32 * 6)()):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
+@dataclass(frozen=True)
+class Spoiled:
+    """Samples, by (epoch, sample id), whose pictures are multiplied by a number: a large one makes the loss leap."""
+
+    keys: frozenset[tuple[int, int]]
+    factor: float
+
+
+def run_recorded(
+    ranks: Ranks,
+    *,
+    recipe: Recipe,
+    run: Path,
+    strike: Strike | SlowRank | SmallDisk | StumblingDisk | SlowDisk | ReadOnlyFolder | None = None,
+    poisoned: tuple[int, ...] = (),
+    spoiled: Spoiled | None = None,
+    umask: int | None = None,
+) -> None:
+    """`train`, with every training sample's loss written down as it is computed.
+
+    Args:
+        ranks: this process.
+        recipe: what to train.
+        run: the run folder; `run`/record_<rank>.jsonl grows over restarts.
+        strike: what happens to this start.
+        poisoned: ids of samples whose pose drawings are NaN.
+        spoiled: samples whose pictures are something else.
+        umask: of this process, if it is to have one of its own.
+    """
+    if umask is not None:
+        os.umask(umask)
+    run.mkdir(parents=True, exist_ok=True)
+    record = (run / f"record_{ranks.rank}.jsonl").open("a", encoding="utf-8")
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        if _is_training(module):
+            assert isinstance(output, ObjectiveOutput)
+            for key, loss in zip(inputs[0].keys.tolist(), output.sample_losses.tolist(), strict=True):
+                record.write(json.dumps({"epoch": key[1], "sample": key[2], "loss": loss}) + "\n")
+            record.flush()
+
+    def poison(module: nn.Module, inputs: Any) -> Any:
+        if not _is_training(module):
+            return None
+        batch: ClipBatch = inputs[0]
+        hit = torch.tensor([sample in poisoned for sample in batch.keys[:, 2].tolist()])
+        pose = batch.pose.clone()
+        pose[hit] = torch.nan
+        return (replace(batch, pose=pose),)
+
+    def spoil(module: nn.Module, inputs: Any) -> Any:
+        if not _is_training(module):
+            return None
+        batch: ClipBatch = inputs[0]
+        assert spoiled is not None
+        hit = torch.tensor([(epoch, sample) in spoiled.keys for _, epoch, sample in batch.keys.tolist()])
+        factors = torch.where(hit, spoiled.factor, 1.0).reshape(-1, 1, 1, 1, 1)
+        maps = {name: getattr(batch, name) * factors for name in ("rgb", "normal", "depth")}
+        return (replace(batch, **maps),)
+
+    register_module_forward_hook(note)
+    if spoiled is not None:
+        register_module_forward_pre_hook(spoil)
+    if poisoned:
+        register_module_forward_pre_hook(poison)
+    if strike is not None:
+        strike.prepare(ranks)
+    train(recipe, run)
+
+
+def run_judged(ranks: Ranks, *, recipe: Recipe, run: Path, strike: StumblingDisk) -> dict[str, Any]:
+    """Has a start fail, and says whether its error is one that this rank's user could mend, and its text."""
+    try:
+        run_recorded(ranks, recipe=recipe, run=run, strike=strike)
+    except Exception as error:  # noqa: BLE001 - as the outermost frame of a job judges it
+        return {"is_users": isinstance(error, UserError) and not may_pass(error), "text": str(error)}
+    return {"is_users": False, "text": ""}
+
+
+def prepare_and_inspect(ranks: Ranks, *, recipe: Recipe, run: Path, steps: int) -> dict[str, Any]:
+    """Takes a few steps and looks into the engine; every value is this rank's own."""
+    with StopRequest() as stop, process_group(ranks, timeout_seconds=60), repeatable_arithmetic(enabled=True):
+        trainer = prepare(recipe, run, ranks, stop, Watchdog.of(recipe.cluster), deterministic=True)
+        batches = iter(trainer.loader)
+        objective = trainer.engine.objective
+        first = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
+        for _ in range(steps):
+            trainer._take_step(batches)
+        found = _inspect(trainer, first)
+        with trainer.validation.averaged_weights():
+            found["weights_in_average"] = _trainable(objective)
+            found["is_training_in_average"] = objective.training
+            found["clips"] = [sample.clip_id for sample in trainer.validation.loss_clips]
+            if trainer.validation.sample_clips is not None:
+                found["predictions"] = draw_samples(objective, trainer.validation.sample_clips, recipe).predictions
+            found["average_gathered"] = {
+                name: value.clone() for name, value in trainer.engine.gathered(trainer.ema.shards)
+            }
+        found["weights_after"] = _trainable(objective)
+        found["is_training_after"] = objective.unet.training
+        trainer._take_step(batches)
+        found["weights_one_step_later"] = _trainable(objective)
+        trainer.metrics.close()
+    return found
+
+
+def _inspect(trainer: Trainer, first: dict[str, torch.Tensor]) -> dict[str, Any]:
+    engine = trainer.engine
+    state = engine._engine.optimizer.state
+    return {
+        "trainable": sorted(engine.trainable),
+        "frozen_with_gradient": [
+            name
+            for name, value in engine.objective.named_parameters()
+            if not value.requires_grad and value.grad is not None
+        ],
+        "changed": sorted(
+            name
+            for name, value in engine.objective.named_parameters()
+            if not torch.equal(value, first[name].to(value.dtype))
+        ),
+        "num_moments": sum(values["exp_avg"].numel() for values in state.values()),
+        "num_masters": sum(master.numel() for master in engine.masters),
+        "master_dtypes": sorted({str(master.dtype) for master in engine.masters}),
+        "num_average": sum(shard.numel() for shard in trainer.ema.shards),
+        "weights_before": _trainable(engine.objective),
+        "masters_gathered": {name: value.clone() for name, value in engine.gathered(engine.masters)},
+        "moments_gathered": _moments(trainer),
+    }
+
+
+def _moments(trainer: Trainer) -> dict[str, dict[str, torch.Tensor]]:
+    """The optimizer's moments as whole parameters; empty before the first step that was applied."""
+    engine = trainer.engine
+    states = list(engine._engine.optimizer.state.values())
+    return {
+        moment: {name: value.clone() for name, value in engine.gathered([state[moment] for state in states])}
+        for moment in engine.MOMENTS
+        if states
+    }
+
+
+def _trainable(objective: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in objective.named_parameters() if value.requires_grad}
+
+
+def _is_training(module: nn.Module) -> bool:
+    return isinstance(module, GeometryObjective | AnimationObjective) and module.training
+
+
+def _is_validating(module: nn.Module) -> bool:
+    return isinstance(module, GeometryObjective | AnimationObjective) and not module.training
