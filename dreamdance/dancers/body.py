@@ -1,6 +1,6 @@
-"""What a procedural dancer looks like: shapes around the skeleton, and which cloth, skin or hair covers which part.
+"""A procedural dancer's appearance: shapes around the skeleton, and which cloth, skin or hair covers each part.
 
-Knows nothing of cameras, light or pictures.
+This module knows nothing of cameras, light or pictures.
 """
 
 import colorsys
@@ -114,7 +114,7 @@ def _draw_cloth(generator: np.random.Generator, hue: float, *, plain: float) -> 
 
 @dataclass
 class Skins:
-    """How surfaces are coloured: a local frame for each part, and the materials below and above a cut along its y."""
+    """The colouring of surfaces: a local frame for each part, and the materials below and above a cut along its y axis."""
 
     origins: list[_Array] = field(default_factory=list)  # (f, 3)
     frames: list[_Array] = field(default_factory=list)  # (f, 3, 3)
@@ -126,7 +126,7 @@ class Skins:
     def add(
         self, origin: _Array, frame: _Array, radius: float, below: int, above: int | None = None, cut: float = 0.0
     ) -> int:
-        """Adds a part and returns its number; without `above` it is all of one material."""
+        """Adds a part and returns its number; without `above` the whole part has one material."""
         self.origins.append(origin)
         self.frames.append(frame)
         self.radii.append(radius)
@@ -138,7 +138,7 @@ class Skins:
 
 @dataclass(frozen=True)
 class Body:
-    """A dancer's shapes and skins. The head's skin has the number `HEAD`, whose face is painted."""
+    """A dancer's shapes and skins. The head's skin has the number `HEAD`: shading paints the face on it."""
 
     shapes: ShapeList
     skins: Skins
@@ -208,7 +208,7 @@ def _add_head(body: Body, identity: Identity, skeleton: Skeleton) -> None:
 
 
 def _add_hair(body: Body, identity: Identity, skeleton: Skeleton) -> None:
-    """A shell over the skull, cut along a slanted hairline, and what the style hangs from it."""
+    """Adds the hair: a shell over the skull, cut along a slanted hairline, and the strands of the hair style."""
     size, frame, style = identity.body.head, skeleton.head_frame, identity.hair_style
     material = TOP if style == "cap" else HAIR
     hair = body.skins.add(skeleton.head, frame, 0.09 * size, material)
@@ -321,7 +321,7 @@ def _add_leg(body: Body, identity: Identity, skeleton: Skeleton, side: int) -> N
 
 
 def _add_skirt(body: Body, identity: Identity, skeleton: Skeleton) -> None:
-    """An open cone from the waist that is as wide as the legs below it need."""
+    """Adds a skirt: an open cone from the waist, wide enough for the legs below it."""
     size, girth = identity.body, identity.body.girth
     hem = 0.5 * (skeleton.knees[0] + skeleton.knees[1])
     start = skeleton.pelvis + skeleton.pelvis_frame @ np.array([0.0, 0.06, 0.0])

@@ -1,8 +1,8 @@
-"""How a procedural dancer moves: joint positions and frames as smooth functions of time, from sums of slow sinusoids.
+"""A procedural dancer's motion: joint positions and frames as smooth functions of time, sums of slow sinusoids.
 
 World space: x right as the camera sees it, y up, z towards the camera, metres, the floor at y = 0. A dancer who faces
 the camera has their left side at +x. Frames are `(f, 3, 3)` whose columns are the part's own left, up and forward axes.
-Pairs are ordered left, right. Knows nothing of shapes and pictures.
+Pairs are ordered left, right. This module knows nothing of shapes and pictures.
 """
 
 from dataclasses import dataclass
@@ -110,11 +110,11 @@ class Waves:
 
 
 def dance(generator: np.random.Generator, body: Proportions, times: _Array) -> Skeleton:
-    """Moves a body to an invented dance.
+    """Moves a body through a randomly drawn dance.
 
     Args:
         generator: decides the dance.
-        body: whose limbs.
+        body: the sizes of the limbs.
         times: `(f,)` seconds; the dance is a function of them, so that a longer clip begins like a shorter one.
     """
     waves = Waves(generator, times)
@@ -150,7 +150,7 @@ def dance(generator: np.random.Generator, body: Proportions, times: _Array) -> S
 def _lower_body(
     waves: Waves, body: Proportions, yaw: _Array, sway: _Array, sway_phase: float
 ) -> tuple[_Array, _Array, tuple[_Pair, _Pair, _Pair, _Pair]]:
-    """Feet step and pivot on the floor, the weight shifts over them, and the pelvis hangs where both legs reach."""
+    """Moves the lower body: feet step and pivot on the floor, the weight shifts over them, both legs reach the pelvis."""
     generator = waves.generator
     heading = rotation_about("y", yaw)
     stance = body.hip_width + generator.uniform(0.02, 0.13)
@@ -207,7 +207,7 @@ def _bend_leg(hip: _Array, ankle: _Array, forward: _Array, body: Proportions) ->
 def _arm(
     waves: Waves, body: Proportions, neck: _Array, chest_frame: _Array, side: float
 ) -> tuple[_Array, _Array, _Array, _Array, _Array]:
-    """An arm anywhere from hanging to overhead, out to the side to straight ahead: shoulder, elbow, wrist, hand."""
+    """Moves an arm (shoulder, elbow, wrist, hand): from hanging to overhead, from the side to straight ahead."""
     generator = waves.generator
     middle = np.radians(generator.choice([-62.0, -30.0, 5.0, 45.0], p=[0.3, 0.25, 0.2, 0.25]))
     elevation = waves.draw(middle, np.radians(generator.uniform(12, 45)))

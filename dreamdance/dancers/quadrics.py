@@ -3,7 +3,7 @@
 In camera space every pixel's ray is p = t d with d = (x, y, -1), so that t is the depth itself. For a quadric
 F(p) = p'Qp + 2q'p + s the discriminant along a ray is d'Hd with H = qq' - sQ: a conic of the picture plane. Each
 picture row cuts it in one interval, found in closed form, so that only pixels that are hit are ever computed, for all
-quadrics and frames at once. Knows nothing of people, colours or light.
+quadrics and frames at once. This module knows nothing of people, colours or light.
 """
 
 from dataclasses import dataclass, field, replace
@@ -46,7 +46,7 @@ class ShapeList:
         self.cut_offsets.append(-1.0 if cut_normal is None else cut_offset)
 
     def add_sphere(self, skin: int, centre: _Array, radius: float, *, stretch: _Array | None = None) -> None:
-        """Adds a sphere, or what `stretch` makes of it."""
+        """Adds a sphere; the linear map `stretch` turns it into an ellipsoid."""
         linear = np.eye(3) if stretch is None else stretch
         self.add_ellipsoid(skin, centre, np.broadcast_to(linear * radius, (self.num_frames, 3, 3)))
 
@@ -137,7 +137,7 @@ def _cone_quadrics(shapes: ShapeList, position: _Array, rotation: _Array) -> Qua
     length = (spans**2).sum(axis=-1)
     side = length - taper**2
     if not (side > 0).all():
-        raise ValueError("a round cone whose one sphere holds the other has no side")
+        raise ValueError("a round cone has no side where one of its spheres contains the other")
     matrices = side[..., None, None] * np.eye(3) - spans[..., :, None] * spans[..., None, :]
     centres = (starts - position) @ rotation.T
     first = _ellipsoid_bounds(centres, linear * radii[:, None, None])
@@ -187,7 +187,7 @@ def cast(quadrics: Quadrics, *, focal: float, width: int, height: int) -> Hits:
     Args:
         quadrics: in front of the camera; the principal point is the picture's centre.
         focal: focal length in pixels.
-        width, height: of the picture.
+        width, height: the picture's size in pixels.
     """
     rows = _rows(quadrics, focal, width, height)
     counts = rows.counts
@@ -217,7 +217,7 @@ def cast(quadrics: Quadrics, *, focal: float, width: int, height: int) -> Hits:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Pieces of picture rows that a quadric may cover, and its polynomials in x along each, relative to `origin`."""
+    """Pieces of picture rows that a quadric may cover, and the quadric's polynomials in x along each, about `origin`."""
 
     left: _Array
     counts: _Array

@@ -1,8 +1,8 @@
 """Procedural dancers (contract C10): people whose pictures, normals, depth, masks and joints are known exactly.
 
 The dataset of the demo, the tests and the ablations. Everything follows from a seed; nothing is read from disk.
-`dancer_motion` moves a skeleton, `dancer_body` clothes it in shapes, `dancer_quadrics` finds what each pixel sees,
-`dancer_shading` and `dancer_stage` colour it; this module draws one clip from them.
+`motion` moves a skeleton, `body` surrounds it with shapes, `quadrics` finds what each pixel shows, `shading` and
+`stage` colour it; this module draws one clip from them.
 """
 
 from dataclasses import dataclass
@@ -34,9 +34,9 @@ HELD_OUT_SEEDS = range(1_000_000_000, 1_100_000_000)
 
 VISIBLE_CONFIDENCE = 1.0
 HIDDEN_JOINT_CONFIDENCE = 0.5
-"""Of limb joints behind something: estimators such as DWPose guess them, with less confidence, and draw them."""
+"""Confidence of a hidden limb joint: estimators such as DWPose guess it with less confidence and still draw it."""
 HIDDEN_DETAIL_CONFIDENCE = 0.1
-"""Of hidden points of head and hands: estimators do not find them, and below the drawing's threshold they vanish."""
+"""Confidence of a hidden point of head or hands: estimators miss it, so it lies below the drawing's threshold."""
 
 _PIXELS_PER_CHUNK = 1 << 18  # of samples cast at once: the arrays of one chunk stay in the cache
 _HEAD_POINTS = np.array([0, 14, 15, 16, 17])
@@ -48,8 +48,8 @@ class DancerClip:
     """A rendered clip. Camera space is x right, y up, z towards the camera, which sits at its origin.
 
     rgb: `(f, H, W, 3)` uint8. normal: `(f, H, W, 3)` float32, unit length, at pixel centres. depth: `(f, H, W)`
-    float32, metres along the optical axis, at pixel centres. mask: `(f, H, W)` bool, the body. keypoints:
-    `(f, 128, 3)` float32 (`data.keypoints`). joints: `(f, 128, 3)` float32, metres, the 3D points whose projections
+    float32, metres along the optical axis, at pixel centres. mask: `(f, H, W)` bool, true on the body. keypoints:
+    `(f, 128, 3)` float32 (`media.keypoints`). joints: `(f, 128, 3)` float32, metres, the 3D points whose projections
     the key points are. intrinsics: `(3, 3)` float64, in pixels, y downwards as in pictures; pixel centres at halves.
     """
 
@@ -66,7 +66,7 @@ class DancerClip:
 
 @dataclass(frozen=True)
 class _Scene:
-    """Everything that is drawn, before any picture."""
+    """All random draws of a clip, made before any picture."""
 
     identity: Identity
     skeleton: Skeleton
@@ -83,13 +83,13 @@ def render_clip(seed: int, *, num_frames: int, width: int, height: int, fps: flo
     """Renders the dancer of a seed.
 
     Args:
-        seed: from `TRAINING_SEEDS` or `HELD_OUT_SEEDS`; decides body, clothes, background, camera and motion.
+        seed: a number in `TRAINING_SEEDS` or `HELD_OUT_SEEDS`; it fixes body, clothes, background, camera and motion.
         num_frames: length of the clip.
-        width, height: in pixels.
+        width, height: the pictures' size in pixels.
         fps: frames per second; the motion itself is a function of seconds.
 
     Raises:
-        ValueError: a seed outside of both ranges, or an empty clip.
+        ValueError: the seed lies outside of both ranges, or the clip is empty.
     """
     if seed not in TRAINING_SEEDS and seed not in HELD_OUT_SEEDS:
         raise ValueError(f"seed {seed} is neither in {TRAINING_SEEDS} (training) nor in {HELD_OUT_SEEDS} (held out)")

@@ -28,7 +28,7 @@ def pattern_share(pattern: Pattern, u: _Array, v: _Array, width_u: _Array, width
     """How much of the second colour a pattern shows, in [0,1].
 
     Args:
-        pattern: which.
+        pattern: the pattern's kind.
         u, v: coordinates across and along, in repeats.
         width_u, width_v: a pixel's size in repeats.
     """
@@ -90,11 +90,11 @@ def surface_colours(
     """Unlit colours of points on the body.
 
     Args:
-        table: of the frames shown.
-        identity: whose materials.
+        table: the skins in the frames shown.
+        identity: the person, who has the materials.
         rows: `(n,)` row of the table for each point.
         points: `(3, n)` float32 in camera space.
-        pixel_size: of one pixel at a distance of one metre, in metres.
+        pixel_size: size of one pixel at a distance of one metre, in metres.
 
     Returns:
         Colours `(3, n)` and gloss `(n,)`.

@@ -1,4 +1,4 @@
-"""Where a dancer dances: floor and walls of true geometry, the lamp, the camera that frames the dance, soft shadows.
+"""The stage of a procedural dancer: floor and walls of exact geometry, the lamp, the camera, soft shadows.
 
 Floor and walls do not move, so that they are drawn once per clip.
 """
@@ -40,7 +40,7 @@ class Plane:
 
 @dataclass(frozen=True)
 class Stage:
-    """Planes, lamp (direction and colours in world space) and where the camera wants to stand."""
+    """Planes, lamp (direction and colours in world space) and the preferred position of the camera."""
 
     planes: tuple[Plane, ...]
     to_lamp: _Array
@@ -79,7 +79,7 @@ def draw_stage(generator: np.random.Generator, points: _Array) -> Stage:
     """Draws a stage for a dance.
 
     Args:
-        generator: decides.
+        generator: the source of every random number.
         points: `(n, 3)` world points of the dancer, who must not touch a wall.
     """
     hue = generator.uniform()
@@ -228,7 +228,7 @@ def _plane_colours(stage: Stage, camera: Camera, rays: _Array) -> _Array:
 
 
 def _step(values: _Array) -> _Array:
-    """How much values `(H, W)` change from pixel to pixel."""
+    """The change of values `(H, W)` from pixel to pixel."""
     return np.abs(np.gradient(values, axis=0)) + np.abs(np.gradient(values, axis=1))
 
 
@@ -242,9 +242,9 @@ def _lamp_basis(to_lamp: _Array) -> _Array:
 
 
 def cast_shadows(stage: Stage, skeleton: Skeleton, girth: float, backdrop: Backdrop) -> _Array:
-    """How much of the lamp's light the dancer takes from each pixel of the backdrop: `(f, H, W)` float32 in [0,1].
+    """The share of the lamp's light that the dancer blocks at each pixel of the backdrop: `(f, H, W)` float32 in [0,1].
 
-    The silhouette is drawn as the lamp sees it, softened, and read where each pixel lies.
+    The function draws the silhouette from the lamp's position, softens it, and reads it where each pixel lies.
     """
     basis = _lamp_basis(stage.to_lamp)
     segments = [(skeleton.pelvis, skeleton.neck, 0.13), (skeleton.head, skeleton.head, 0.095)]

@@ -33,7 +33,7 @@ class ManifestEntry:
         id: name of the result's folder, unique.
         image: the reference picture.
         pose: video of pose drawings, or None.
-        keypoints: key-point file (`data.keypoints`), or None; one of the two is given.
+        keypoints: key-point file (`media.keypoints`), or None; one of the two is given.
         seed: of the noise, together with the id.
         align: rescale the driving skeleton to the reference's body.
         reference_keypoints: key-point file of the reference picture; its first frame is read.

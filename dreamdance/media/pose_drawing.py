@@ -47,7 +47,7 @@ def draw_pose(keypoints: np.ndarray, *, width: int, height: int, threshold: floa
     """Draws one person on black.
 
     Args:
-        keypoints: `(128, 3)`: x, y in [0,1] of the frame, confidence (`data.keypoints`).
+        keypoints: `(128, 3)`: x, y in [0,1] of the frame, confidence (`media.keypoints`).
         width, height: size of the picture in pixels.
         threshold: points of lower confidence are not drawn, nor are limbs that end in one.
 

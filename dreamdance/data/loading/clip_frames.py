@@ -15,7 +15,7 @@ class ClipFrames:
     """Aligned frames of one clip; what it lacks is None.
 
     rgb, pose, normal, depth: `(f, 3, H, W)` float32 in [0,1]; mask: `(f, 1, H, W)`; keypoints: `(f, 128, 3)`, see
-    `data.keypoints`.
+    `media.keypoints`.
     """
 
     rgb: Tensor

@@ -41,7 +41,7 @@ class ClipRecord:
     """A clip to be stored.
 
     rgb, pose, normal: `(f, H, W, 3)` uint8; depth `(f, H, W)` uint16; mask `(f, H, W)` uint8, 255 on the body;
-    keypoints `(f, 128, 3)` float32. Encodings are those of `data.schema`.
+    keypoints `(f, 128, 3)` float32. Encodings are those of `data.shards.columns`.
     """
 
     clip_id: str
