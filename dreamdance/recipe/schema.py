@@ -1,280 +1,169 @@
-"""The typed recipe: what one YAML file may say, section by section, with its defaults.
+"""The typed recipe of each task, put together from sections, with all defaults.
 
 Knows nothing of torch or of the rest of the package, so that a login node can check a recipe in a moment.
-Single values are checked here; relations between values are in `rules.py`, files and line numbers in `parse.py`.
+Single values are checked here and in the sections; relations between values are in `rules.py`, files and line numbers
+in `parse.py`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from dreamdance.recipe.model_sections import (
+    AnimationModel,
+    AutoencoderSource,
+    GeometryModel,
+    ImageEncoderSource,
+    NetworkSource,
+)
+from dreamdance.recipe.objective_sections import (
+    AnimationObjective,
+    AnimationSampling,
+    DomainWeights,
+    GeometryObjective,
+    GeometrySampling,
+)
 from dreamdance.recipe.sections import (
+    Clips,
     Cluster,
-    Fraction,
     Logging,
+    Name,
     NonNegative,
+    Pixels,
     Positive,
-    PositiveFloat,
-    Scale,
     Section,
     Shards,
-    Verify,
+    Steps,
+    Unit,
 )
+from dreamdance.recipe.source_sections import DancersSource, VideosSource
+from dreamdance.recipe.training_sections import Checkpoint, Optimizer, Recovery, Sharding, TrainingData, Validation
 
-Control = Literal["pose", "depth", "normal"]
+__all__ = [
+    "AnimateRecipe",
+    "AnimationModel",
+    "AnimationObjective",
+    "AnimationSampling",
+    "AnyRecipe",
+    "AutoencoderSource",
+    "Checkpoint",
+    "DancersSource",
+    "DomainWeights",
+    "EvaluateRecipe",
+    "GeometryModel",
+    "GeometryObjective",
+    "GeometrySampling",
+    "ImageEncoderSource",
+    "NetworkSource",
+    "Optimizer",
+    "PrepareRecipe",
+    "Recipe",
+    "Recovery",
+    "Sharding",
+    "Stage1Recipe",
+    "Stage2Recipe",
+    "TrainingData",
+    "TrainingRecipe",
+    "Validation",
+    "VideosSource",
+]
 
-
-# ------------------------------------------------------------------------------------------ shared by every task
+TASK = "What the recipe does; it decides which other keys exist."
+SAMPLING = "How validation draws its samples, with the pipeline that the export will have."
 
 
 class Recipe(Section):
-    """What every recipe has: a task, a name unique over all recipes, a seed, a place to run.
+    """What every recipe has: a task, a name that is unique over all recipes, a seed, a place to run."""
 
-    `tf32` lets GPUs round the factors of float32 products to 10 bits: what computes in float32 (the autoencoder, and
-    all of it at `precision: fp32`) is several times faster, with errors of about 1e-3 instead of 1e-6.
-    """
-
-    task: str
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")]
-    seed: NonNegative = 0
-    tf32: bool = False
-    cluster: Cluster = Cluster()
-    logging: Logging = Logging()
-
-
-# ------------------------------------------------------------------------------------------ data
-
-
-class TrainingData(Section):
-    """Training windows cut from stored clips (C9).
-
-    `verify` says how shards are checked. Sizes are compared at every start. `first_use` hashes a shard when it is
-    opened for the first time, by whichever process that is, and notes it beside the index (in `.verified`), so that it
-    is not read again before it changes. `hash` hashes all of them at every start, divided over all ranks. `size` hashes
-    none: damage that keeps a file's size is found only where a picture's own checksum finds it.
-    """
-
-    train: Shards
-    validation: Shards
-    width: Positive
-    height: Positive
-    num_frames: Positive
-    stride: tuple[Positive, Positive] = (1, 1)
-    flip_probability: Fraction = 0.0
-    num_workers: NonNegative = 2
-    batch_timeout_seconds: Positive = 300
-    verify: Verify = "first_use"
-
-
-# ------------------------------------------------------------------------------------------ model parts
-
-
-class NetworkSource(Section):
-    """A diffusers network: weights from a folder in diffusers' layout, or a random one of constructor arguments."""
-
-    path: str | None = None
-    subfolder: str | None = None
-    config: dict[str, Any] | None = None
-
-
-class AutoencoderSource(Section):
-    """The image autoencoder: from a folder, or the lossless patch autoencoder of the given patch size."""
-
-    path: str | None = None
-    subfolder: str | None = None
-    patch_size: Positive | None = None
-
-
-class ImageEncoderSource(Section):
-    """CLIP's vision tower from a folder, or the small deterministic stand-in of the given width."""
-
-    path: str | None = None
-    subfolder: str | None = None
-    stand_in_width: Positive | None = None
-
-
-class GeometryModel(Section):
-    """The mutually aligned geometry diffusion model (stage 1)."""
-
-    unet: NetworkSource
-    autoencoder: AutoencoderSource
-    image_encoder: ImageEncoderSource
-    pose_channels: list[Positive] = [16, 32, 96, 256]
-    geometry_attention: bool = False
-    temporal_attention: bool = False
-    max_frames: Positive = 32
-    attention_backend: str | None = None
-    channels_last: bool = False
-
-
-class AnimationModel(Section):
-    """The cross-domain controlled video diffusion model (stage 2)."""
-
-    unet: NetworkSource
-    autoencoder: AutoencoderSource
-    image_encoder: ImageEncoderSource
-    controls: list[Control] = ["pose", "depth", "normal"]
-    controller_channels: list[Positive] = [16, 32, 96, 320]
-    controller_head_width: Positive = 64
-    geometry_attention: bool = True
-    unfreeze: Literal["none", "temporal", "decoder", "all"] = "none"
-    attention_backend: str | None = None
-    channels_last: bool = False
-
-
-# ------------------------------------------------------------------------------------------ objectives
-
-
-class DomainWeights(Section):
-    """One number for each domain."""
-
-    rgb: Scale = 1.0
-    normal: Scale = 1.0
-    depth: Scale = 1.0
-
-
-class GeometryObjective(Section):
-    """DDPM noise of stage 1 (Eq. 1, 3).
-
-    `noise_offset` is drawn once per clip, domain and channel. `min_snr_gamma` bounds SNR, or SNR + 1 with
-    `zero_terminal_snr`. `target_latents`: targets are a sample of the autoencoder's distribution, as its users' were,
-    or its mode.
-    """
-
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
-    num_train_timesteps: Positive = 1000
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
-    beta_start: PositiveFloat = 0.00085
-    beta_end: PositiveFloat = 0.012
-    zero_terminal_snr: bool = False
-    noise_offset: Scale = 0.0
-    min_snr_gamma: PositiveFloat | None = None
-    target_latents: Literal["sample", "mode"] = "sample"
-    reference_dropout: Fraction = 0.1
-    domain_draw: DomainWeights = DomainWeights()
-    domain_loss: DomainWeights = DomainWeights()
-
-
-class AnimationObjective(Section):
-    """EDM noise of stage 2 as SVD was trained, and robust conditioning.
-
-    `target_latents`: targets are a sample of the autoencoder's distribution, as SVD's were, or its mode. The latents
-    that SVD is conditioned on are always the mode.
-    """
-
-    sigma_log_mean: float = 0.7
-    sigma_log_std: PositiveFloat = 1.6
-    augmentation_log_mean: float = -3.0
-    augmentation_log_std: PositiveFloat = 0.5
-    latents_dropout: Fraction = 0.05
-    embedding_dropout: Fraction = 0.05
-    both_dropout: Fraction = 0.05
-    frame_control_dropout: Fraction = 0.1
-    modality_control_dropout: Fraction = 0.1
-    motion_bucket: NonNegative = 127
-    target_latents: Literal["sample", "mode"] = "sample"
-    geometry_width: Positive = 256
-    geometry_height: Positive = 384
-
-
-# ------------------------------------------------------------------------------------------ training
-
-
-class Optimizer(Section):
-    """AdamW, its schedule, and the moving average of the weights."""
-
-    lr: PositiveFloat
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
-    weight_decay: Scale = 0.01
-    warmup_steps: NonNegative = 0
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    decay_fraction: Fraction = 0.3
-    gradient_clipping: Scale = 1.0
-    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9999
-
-
-class Sharding(Section):
-    """How DeepSpeed divides the work, and what is computed twice to save memory."""
-
-    zero_stage: Literal[0, 1, 2] = 2
-    gradient_checkpointing: Literal[True, False, "keep_attention"] = True
-    overlap_communication: bool = True
-    reduce_bucket_elements: Positive = 100_000_000
-
-
-class Checkpoint(Section):
-    """When to save and what to keep."""
-
-    every_steps: Positive = 1000
-    keep_last: Annotated[int, Field(ge=2)] = 3
-    keep_every_steps: Positive | None = None
-    allow_changed: list[str] = []
-
-
-class Recovery(Section):
-    """When a loss leaps, or too many steps are skipped: those within `spike_window_steps` count together.
-
-    A roll-back goes on with the next data, not with the same.
-    """
-
-    spike_factor: Annotated[float, Field(gt=1.0)] | None = None
-    spike_window_steps: Annotated[int, Field(ge=10)] = 100
-    max_spikes: NonNegative = 3
-    max_roll_backs: NonNegative = 0
-
-
-class Validation(Section):
-    """Held-out loss and pictures made by the real pipeline."""
-
-    loss_every_steps: Positive = 1000
-    sample_every_steps: Positive = 5000
-    num_loss_clips: Positive = 16
-    num_sample_clips: Positive = 4
-    num_frames: Positive = 1
-
-
-class GeometrySampling(Section):
-    """How stage 1 is sampled: DDIM, Eq. 6 guidance, overlapping windows."""
-
-    num_inference_steps: Positive = 25
-    guidance_scales: DomainWeights = DomainWeights(rgb=2.5, normal=1.0, depth=1.5)
-    window_frames: Positive = 16
-    window_overlap: NonNegative = 4
-    sequential_guidance: bool = False
-    decode_chunk_size: Positive = 8
-
-
-class AnimationSampling(Section):
-    """How stage 2 is sampled: Euler, constant guidance, overlapping windows. `guidance_scale` is SVD's w: 1 is none."""
-
-    num_inference_steps: Positive = 25
-    guidance_scale: Annotated[float, Field(ge=1.0)] = 2.5
-    window_frames: Positive = 16
-    window_overlap: NonNegative = 4
-    sequential_guidance: bool = False
-    decode_chunk_size: Positive = 8
-    motion_bucket: NonNegative = 127
-    noise_augmentation: Scale = 0.02
+    task: str = Field(description=TASK)
+    name: Name = Field(
+        description="Name of the run and of its folder under --runs. The same name goes on with the same run."
+    )
+    seed: NonNegative = Field(
+        default=0,
+        description=(
+            "Start of all random draws: of data, noise and random weights in training, of the validation videos in "
+            "prepare; in animate the seed of entries that give none. evaluate draws nothing."
+        ),
+    )
+    tf32: bool = Field(
+        default=False,
+        description=(
+            "Lets GPUs round the factors of float32 products to 10 bits. What computes in float32 (the autoencoder; "
+            "everything at `precision: fp32`) is faster, with relative errors of about 1e-3 instead of 1e-6."
+        ),
+    )
+    cluster: Cluster = Field(default=Cluster(), description="Where the job runs, and what the launcher asks of Slurm.")
+    logging: Logging = Field(default=Logging(), description="How often training reports.")
 
 
 class TrainingRecipe(Recipe):
     """What both stages' training shares."""
 
-    max_steps: Positive
-    batch_size: Positive
-    micro_batch_size: Positive
-    precision: Literal["fp32", "bf16"] = "bf16"
-    deterministic: bool | None = None
-    max_nonfinite_steps: NonNegative = 3
-    init_from: str | None = None
-    init_step: Positive | None = None
-    data: TrainingData
-    optimizer: Optimizer
-    sharding: Sharding = Sharding()
-    checkpoint: Checkpoint = Checkpoint()
-    recovery: Recovery = Recovery()
-    validation: Validation = Validation()
+    max_steps: Steps = Field(
+        description=(
+            "Optimizer steps of the whole run. It may be raised to go on with a finished run. The paper: 50,000 in "
+            "stage 2; it states none for stage 1."
+        ),
+    )
+    batch_size: Clips = Field(
+        description=(
+            "Clips per optimizer step, over all processes: micro_batch_size x accumulation x processes. A run keeps it "
+            "on any number of processes that divides it. The paper: 8 in stage 2."
+        ),
+    )
+    micro_batch_size: Clips = Field(
+        description=(
+            "Clips that one process computes at once. The rest of its share is accumulated. Lower it if memory runs "
+            "out; the result stays equal to rounding."
+        ),
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        default="bf16",
+        description=(
+            "Number format of networks and activations. With bf16 the master weights, the moments and the average stay "
+            "in float32, and so does the autoencoder."
+        ),
+    )
+    deterministic: bool | None = Field(
+        default=None,
+        description=(
+            "Whether the same inputs always give the same bits; it makes GPUs slower. Without it: true on the CPU, "
+            "false on GPUs."
+        ),
+    )
+    max_nonfinite_steps: NonNegative = Field(
+        default=3,
+        description=(
+            "Number of updates that may be skipped within recovery.spike_window_steps because a loss or the gradient "
+            "was not finite. One more rolls back or ends the run."
+        ),
+    )
+    init_from: str | None = Field(
+        default=None,
+        description=(
+            "Name of a finished run under --runs whose averaged weights this run starts from, such as stage1_domains. "
+            "Without it, networks start from model."
+        ),
+    )
+    init_step: Steps | None = Field(
+        default=None,
+        description=(
+            "Step of the run in init_from whose export or checkpoint is taken, so that the run need not be finished."
+        ),
+    )
+    data: TrainingData = Field(description="Shards to train and validate on, and the windows that are cut from them.")
+    optimizer: Optimizer = Field(description="AdamW, its learning rate, and the moving average of the weights.")
+    sharding: Sharding = Field(
+        default=Sharding(),
+        description="How DeepSpeed divides the training state over the processes.",
+    )
+    checkpoint: Checkpoint = Field(
+        default=Checkpoint(),
+        description="When checkpoints are saved and which of them stay.",
+    )
+    recovery: Recovery = Field(default=Recovery(), description="What happens after losses that leap or are not finite.")
+    validation: Validation = Field(default=Validation(), description="Losses and samples on held-out clips.")
 
     @property
     def accumulation_steps(self) -> int:
@@ -285,96 +174,157 @@ class TrainingRecipe(Recipe):
 class Stage1Recipe(TrainingRecipe):
     """One of the three steps that train the geometry diffusion model."""
 
-    task: Literal["stage1"]
-    train: Literal["domains", "geometry", "temporal"]
-    model: GeometryModel
-    objective: GeometryObjective = GeometryObjective()
-    sampling: GeometrySampling = GeometrySampling()
+    task: Literal["stage1"] = Field(description=TASK)
+    train: Literal["domains", "geometry", "temporal"] = Field(
+        description=(
+            "Which of the paper's three steps this is: domains trains both UNets and the pose encoder on one domain "
+            "per clip, geometry only the geometry attention, temporal only the temporal attention."
+        ),
+    )
+    model: GeometryModel = Field(description="Networks of the geometry diffusion model.")
+    objective: GeometryObjective = Field(
+        default=GeometryObjective(),
+        description="Noise and loss of the geometry diffusion model (Eq. 3).",
+    )
+    sampling: GeometrySampling = Field(default=GeometrySampling(), description=SAMPLING)
 
 
 class Stage2Recipe(TrainingRecipe):
-    """Training of the SVD-ControlNet."""
+    """Training of the SVD-ControlNet and its cross-domain controller."""
 
-    task: Literal["stage2"]
-    model: AnimationModel
-    objective: AnimationObjective = AnimationObjective()
-    sampling: AnimationSampling = AnimationSampling()
-
-
-# ------------------------------------------------------------------------------------------ prepare, animate, evaluate
-
-
-class DancersSource(Section):
-    """Procedural dancers to render (C10). Training and validation identities and motions are disjoint by seed range."""
-
-    num_train_clips: Positive
-    num_validation_clips: Positive
-    num_frames: Positive = 16
-    width: Positive = 256
-    height: Positive = 384
-    fps: PositiveFloat = 8.0
-
-
-class VideosSource(Section):
-    """A folder of `<clip>.rgb.mp4` with `<clip>.pose.mp4` and optional `.normal.mp4`, `.depth.mp4`.
-
-    `on_error` says what becomes of damaged videos. `stop`: the videos under way are finished, nothing of the damaged
-    ones is written, and the run ends with an error that lists them; after their repair the same command goes on.
-    `skip`: they are left out as a whole, listed at the end and in `output`/damaged_videos.tsv; the same command adds
-    them when they have been repaired. All others stay in the split that they were drawn for, so that validation may be
-    left without clips, which is a warning; training may not.
-    """
-
-    folder: str
-    on_error: Literal["stop", "skip"] = "stop"
-    crop: tuple[NonNegative, NonNegative, Positive, Positive] | None = None
-    crop_letterbox: bool = True
-    width: Positive | None = None
-    height: Positive | None = None
-    frame_stride: Positive = 1
-    clip_frames: Positive = 64
-    min_clip_frames: Positive = 16
-    validation_fraction: Fraction = 0.05
-    split_by: Literal["clip", "time"] = "clip"
+    task: Literal["stage2"] = Field(description=TASK)
+    model: AnimationModel = Field(
+        description="Networks of the video diffusion model, its ControlNet and its controller.",
+    )
+    objective: AnimationObjective = Field(
+        default=AnimationObjective(),
+        description="Noise of the video diffusion model, and what training leaves out at random.",
+    )
+    sampling: AnimationSampling = Field(default=AnimationSampling(), description=SAMPLING)
 
 
 class PrepareRecipe(Recipe):
     """Writes shards (C9) under `output`/train and `output`/validation, and a manifest of validation clips."""
 
-    task: Literal["prepare"]
-    output: str
-    dancers: DancersSource | None = None
-    videos: VideosSource | None = None
-    num_workers: Positive = 2
-    clips_per_part: Positive = 32
-    shard_size_mib: Positive = 64
-    compression: Literal["none", "zstd"] = "zstd"
+    task: Literal["prepare"] = Field(description=TASK)
+    output: str = Field(
+        description=(
+            "Folder for train, validation, manifest.jsonl and examples. It belongs to one recipe: other settings or "
+            "other videos are refused."
+        ),
+    )
+    dancers: DancersSource | None = Field(
+        default=None,
+        description="Procedural dancers as the source. A recipe has either dancers or videos.",
+    )
+    videos: VideosSource | None = Field(
+        default=None,
+        description="A folder of videos as the source. A recipe has either dancers or videos.",
+    )
+    num_workers: Positive = Field(
+        default=2,
+        description=(
+            "Processes of each rank that write clips; 1 writes in the rank itself. As many as cluster.cpus_per_task is "
+            "usual."
+        ),
+    )
+    clips_per_part: Clips = Field(
+        default=32,
+        description=(
+            "Dancers in one part, which is the unit of work of a process. With videos each video is one part. Keep it "
+            "for an output that was begun."
+        ),
+    )
+    shard_size_mib: Annotated[Positive, Unit("MiB")] = Field(
+        default=64,
+        description="Largest size of a shard file before compression.",
+    )
+    compression: Literal["none", "zstd"] = Field(
+        default="zstd",
+        description=(
+            "How shard files are stored. zstd files are unpacked where they are read, so that both forms need room "
+            "there."
+        ),
+    )
 
 
 class AnimateRecipe(Recipe):
-    """Offline batch inference over a manifest."""
+    """Offline inference over a manifest of reference pictures and pose sequences."""
 
-    task: Literal["animate"]
-    manifest: str
-    output: str
-    geometry_from: str | None = None
-    animation_from: str
-    geometry_width: Positive = 256
-    geometry_height: Positive = 384
-    width: Positive = 512
-    height: Positive = 768
-    precision: Literal["fp32", "bf16"] = "bf16"
-    geometry: GeometrySampling = GeometrySampling()
-    animation: AnimationSampling = AnimationSampling()
+    task: Literal["animate"] = Field(description=TASK)
+    manifest: str = Field(
+        description=(
+            "JSON-lines file: each line is one pair of a reference picture and poses. Its paths start at its own "
+            "folder. See recipes/animate.yaml."
+        ),
+    )
+    output: str = Field(
+        description=(
+            "Folder of the results, one folder per entry. Entries that are done, and whose files are unchanged, are "
+            "skipped."
+        ),
+    )
+    geometry_from: str | None = Field(
+        default=None,
+        description=(
+            "Run of stage 1 under --runs, whose newest export is taken, or the folder of an export. Without it, stage "
+            "2 must read poses alone."
+        ),
+    )
+    animation_from: str = Field(
+        description="Run of stage 2 under --runs, whose newest export is taken, or the folder of an export.",
+    )
+    geometry_width: Pixels = Field(
+        default=256,
+        description=(
+            "Width of stage 1's maps: that of its training. The aspect of geometry_width x geometry_height must be "
+            "that of width x height, up to 3 %."
+        ),
+    )
+    geometry_height: Pixels = Field(default=384, description="Height of stage 1's maps: that of its training.")
+    width: Pixels = Field(
+        default=512,
+        description=(
+            "Width of the frames, a multiple of the autoencoder's factor (8); best that of stage 2's training. "
+            "Pictures of another aspect lose their margins evenly."
+        ),
+    )
+    height: Pixels = Field(
+        default=768,
+        description=(
+            "Height of the frames, a multiple of the autoencoder's factor (8); best that of stage 2's training."
+        ),
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        default="bf16",
+        description="Number format of the networks, except the autoencoders, which stay in float32.",
+    )
+    geometry: GeometrySampling = Field(
+        default=GeometrySampling(),
+        description="How stage 1 is sampled. Not used without geometry_from.",
+    )
+    animation: AnimationSampling = Field(default=AnimationSampling(), description="How stage 2 is sampled.")
 
 
 class EvaluateRecipe(Recipe):
     """The tables: results of an animate run against the truth of held-out clips, beside the trivial answers."""
 
-    task: Literal["evaluate"]
-    results: str
-    truth: Shards
-    training_set: Shards | None = None
+    task: Literal["evaluate"] = Field(description=TASK)
+    results: str = Field(
+        description=(
+            "Folder of results, the `output` of an animate recipe. A result is compared with the clip of the same id."
+        ),
+    )
+    truth: Shards = Field(
+        description="Shards of the true clips; normals and depth are scored where the shards hold them.",
+    )
+    training_set: Shards | None = Field(
+        default=None,
+        description=(
+            "Shards of the training set, of which up to 256 clips are averaged: the mean picture is one of the trivial "
+            "answers. Without it, that row is missing."
+        ),
+    )
 
 
 AnyRecipe = Annotated[

@@ -1,18 +1,35 @@
-"""The parts of a recipe that other parts of the package read alone: the place to run, the log, a folder of shards.
+"""The sections that other parts of the package read alone: the place to run, the log, a folder of shards.
 
-Knows nothing of torch or of the rest of the package, like `schema.py`, which puts whole recipes together from them.
+Also the value types that all sections share. Every field has a `description`: `reference.py` makes the key reference
+from it. This module knows nothing of torch or of the rest of the package.
 """
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The unit of a key's value, for the key reference; it checks nothing."""
+
+    name: str
+
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 Scale = Annotated[float, Field(ge=0.0)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")]
 Verify = Literal["first_use", "size", "hash"]
+
+Pixels = Annotated[Positive, Unit("pixels")]
+Frames = Annotated[Positive, Unit("frames")]
+Clips = Annotated[Positive, Unit("clips")]
+Steps = Annotated[Positive, Unit("steps")]
+Seconds = Annotated[Positive, Unit("seconds")]
 
 
 class Section(BaseModel):
@@ -22,38 +39,130 @@ class Section(BaseModel):
 
 
 class Cluster(Section):
-    """Where the job runs: processes per node, and what Slurm is asked for.
+    """Where the job runs: its processes, what the launcher asks of Slurm, and how long the job may wait or hang.
 
-    `stop_seconds` before its end the job is warned, and has so long to save. A rank that hangs in a step is ended after
-    `step_timeout_seconds` (0: never), or 10 times the median step if that is longer. GPUs of one kind are asked for by
-    `sbatch_arguments: {gpus-per-node: "h100:8"}` or `{gres: "gpu:a800:8"}`, beside `gpus_per_node: 8`. What
-    `environment` says goes before the launcher's own defaults (NCCL's, the allocator's, where compiled kernels lie).
-    `storage_mb_per_second` is what the processes together write to the folder of runs, or read from it; only
-    `--dry-run` uses it.
+    A run may go on with other values of this section.
     """
 
-    nodes: Positive = 1
-    tasks_per_node: Positive = 1
-    gpus_per_node: NonNegative = 0
-    cpus_per_task: Positive = 1
-    memory_gib: Positive | None = None
-    time_minutes: Positive = 1440
-    stop_seconds: Positive = 120
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    reservation: str | None = None
-    mail_user: str | None = None
-    max_requeues: NonNegative = 1000
-    setup: list[str] = []
-    environment: dict[str, str] = {}
-    sbatch_arguments: dict[str, str] = {}
-    srun_arguments: list[str] = []
-    container_image: str | None = None
-    collective_timeout_seconds: Positive = 1800
-    step_timeout_seconds: NonNegative = 600
-    storage_mb_per_second: Positive = 500
+    nodes: Positive = Field(default=1, description="Number of machines. More than one needs Slurm.")
+    tasks_per_node: Positive = Field(
+        default=1,
+        description=(
+            "Processes (ranks) on each machine. On GPUs it equals gpus_per_node, because every process drives one GPU."
+        ),
+    )
+    gpus_per_node: NonNegative = Field(
+        default=0,
+        description=(
+            "GPUs on each machine; 0 runs on the CPU, also on a machine with GPUs. The value is 0 or tasks_per_node."
+        ),
+    )
+    cpus_per_task: Positive = Field(
+        default=1,
+        description="CPU cores of each process, and its number of OpenMP threads. Raise it with data.num_workers.",
+    )
+    memory_gib: Annotated[Positive, Unit("GiB")] | None = Field(
+        default=None,
+        description=(
+            "Main memory of each machine that the launcher asks of Slurm (`--mem`). Without it, Slurm gives the "
+            "partition's default."
+        ),
+    )
+    time_minutes: Annotated[Positive, Unit("minutes")] = Field(
+        default=1440,
+        description=(
+            "Time limit of the job. Training saves before it. On Slurm an unfinished job then returns to the queue by "
+            "itself; on one machine the same command goes on."
+        ),
+    )
+    stop_seconds: Seconds = Field(
+        default=120,
+        description=(
+            "How long before the time limit the job receives its warning signal. It must be less than time_minutes. "
+            "Ranks have 80 % of it to save a checkpoint: raise it where --dry-run shows that a save takes longer."
+        ),
+    )
+    partition: str | None = Field(
+        default=None,
+        description="Slurm partition of the job. Without it, Slurm takes its default partition.",
+    )
+    account: str | None = Field(default=None, description="Slurm account that pays for the job.")
+    qos: str | None = Field(default=None, description="Slurm quality of service (`--qos`) of the job.")
+    constraint: str | None = Field(
+        default=None,
+        description="Node features that Slurm must find (`--constraint`), such as a kind of GPU.",
+    )
+    reservation: str | None = Field(
+        default=None,
+        description="Slurm reservation (`--reservation`) in which the job runs.",
+    )
+    mail_user: str | None = Field(
+        default=None,
+        description=(
+            "Address to which Slurm sends a mail when the job ends, fails, is requeued or reaches its time limit."
+        ),
+    )
+    max_requeues: NonNegative = Field(
+        default=1000,
+        description=(
+            "How often a job may go back into Slurm's queue, after a time limit, a pre-emption or a failure. 0 never "
+            "requeues."
+        ),
+    )
+    setup: list[str] = Field(
+        default=[],
+        description=(
+            "Shell lines that the batch script runs before the processes start, such as `module load cuda`. Slurm only."
+        ),
+    )
+    environment: dict[str, str] = Field(
+        default={},
+        description=(
+            "Environment variables of every process, by name. They take precedence over the launcher's own defaults, "
+            "such as those of NCCL, of the CUDA allocator and of the folder for compiled kernels."
+        ),
+    )
+    sbatch_arguments: dict[str, str] = Field(
+        default={},
+        description=(
+            "Further options of sbatch, by name without dashes; an empty value is an option without a value. GPUs of "
+            'one kind: `{gpus-per-node: "h100:8"}` or `{gres: "gpu:a800:8"}`, with gpus_per_node: 8. Options that '
+            "another key sets are refused."
+        ),
+    )
+    srun_arguments: list[str] = Field(
+        default=[],
+        description=(
+            "Further options of srun, one word each, such as `--mpi=none`. Options that another key sets are refused."
+        ),
+    )
+    container_image: str | None = Field(
+        default=None,
+        description=(
+            "Container image in which srun starts the processes (`--container-image`, an option of the Pyxis plug-in)."
+        ),
+    )
+    collective_timeout_seconds: Seconds = Field(
+        default=1800,
+        description=(
+            "How long a collective operation may wait for another rank. Also how long an activity that has no measured "
+            "duration may take: the start, the first step, a save, a validation. Raise it where one of these is slow."
+        ),
+    )
+    step_timeout_seconds: Annotated[NonNegative, Unit("seconds")] = Field(
+        default=600,
+        description=(
+            "A training step or network pass that takes longer than this, and longer than 10 times the median, ends "
+            "the job, which then goes on from its last checkpoint. 0 switches the watchdog off, for all activities."
+        ),
+    )
+    storage_mb_per_second: Annotated[Positive, Unit("MB/s")] = Field(
+        default=500,
+        description=(
+            "Speed at which all processes together write to the folder of runs or read from it. Only --dry-run uses "
+            "it, to estimate how long a save takes."
+        ),
+    )
 
     @property
     def world_size(self) -> int:
@@ -61,7 +170,7 @@ class Cluster(Section):
 
     @property
     def gpus_by_kind(self) -> dict[str, int]:
-        """GPUs per node that `sbatch_arguments` ask for, by the option which does: `h100:8` or `gpu:a800:8` are 8."""
+        """GPUs per node that `sbatch_arguments` ask for, by the name of the option: `h100:8` or `gpu:a800:8` are 8."""
         asked = {}
         for name, value in self.sbatch_arguments.items():
             option, wanted = name.replace("_", "-"), value.split(",")
@@ -74,13 +183,29 @@ class Cluster(Section):
 
 
 class Logging(Section):
-    """How often a line is printed and a scalar written."""
+    """How often training reports. A run may go on with another value."""
 
-    every_steps: Positive = 10
+    every_steps: Steps = Field(
+        default=10,
+        description=(
+            "Training prints a line and writes the mean values to TensorBoard once in this many optimizer steps."
+        ),
+    )
 
 
 class Shards(Section):
-    """A folder of streaming shards. `remote` is where they live, `local` where they are read (and cached)."""
+    """A folder of streaming shards: where they are read, and where they come from."""
 
-    local: str
-    remote: str | None = None
+    local: str = Field(
+        description=(
+            "Folder of the shards and their index.json, as prepare writes it. With `remote` it is the cache into which "
+            "shards are downloaded: give each data set a folder of its own."
+        ),
+    )
+    remote: str | None = Field(
+        default=None,
+        description=(
+            "Folder or URL, such as `s3://bucket/train`, from which missing shards are fetched when they are read. "
+            "Without it, all shards must be in `local`."
+        ),
+    )

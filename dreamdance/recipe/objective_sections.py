@@ -1,0 +1,287 @@
+"""The sections about noise: how training draws it and weighs the loss, and how sampling removes it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dreamdance.recipe.sections import (
+    Fraction,
+    Frames,
+    NonNegative,
+    Pixels,
+    Positive,
+    PositiveFloat,
+    Scale,
+    Section,
+    Unit,
+)
+
+
+class DomainWeights(Section):
+    """One number for each domain, in the order rgb, normal, depth. A domain that is left out of the section has 1.0."""
+
+    rgb: Scale = Field(default=1.0, description="Number for the picture, the first of the three domains.")
+    normal: Scale = Field(default=1.0, description="Number for the normal map, the second of the three domains.")
+    depth: Scale = Field(default=1.0, description="Number for the depth map, the last of the three domains.")
+
+
+class GeometryObjective(Section):
+    """The DDPM noise and the loss of stage 1 (Eq. 1, 3). The defaults of the schedule are Stable Diffusion 1.5's."""
+
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = Field(
+        default="epsilon",
+        description=(
+            "What the network predicts: the noise (Eq. 1 and 3, as Stable Diffusion 1.5), the velocity, or the clean "
+            "latents. Keep epsilon with Stable Diffusion weights."
+        ),
+    )
+    num_train_timesteps: Positive = Field(
+        default=1000,
+        description="Number of noise levels. Training draws one of them per clip, with equal probability.",
+    )
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = Field(
+        default="scaled_linear",
+        description=(
+            "How the noise variance grows over the timesteps, by diffusers' names. squaredcos_cap_v2 does not read "
+            "beta_start and beta_end."
+        ),
+    )
+    beta_start: PositiveFloat = Field(
+        default=0.00085,
+        description="Noise variance (beta) of the first timestep. It must be below beta_end.",
+    )
+    beta_end: PositiveFloat = Field(default=0.012, description="Noise variance (beta) of the last timestep.")
+    zero_terminal_snr: bool = Field(
+        default=False,
+        description=(
+            "Rescales the schedule so that the last timestep is pure noise, where sampling begins. It needs "
+            "prediction_type v_prediction or sample."
+        ),
+    )
+    noise_offset: Scale = Field(
+        default=0.0,
+        description=(
+            "Strength of noise that is constant over a picture, added to the noise; drawn once per clip, domain and "
+            "channel. 0 is Eq. 3. The method's author used 0.1, for very dark and very bright pictures."
+        ),
+    )
+    min_snr_gamma: PositiveFloat | None = Field(
+        default=None,
+        description=(
+            "Upper bound of the signal-to-noise ratio (SNR) that weighs the loss of a timestep (arXiv 2303.09556, "
+            "there 5); of SNR + 1 with zero_terminal_snr. Without it all timesteps weigh the same, as in Eq. 3."
+        ),
+    )
+    target_latents: Literal["sample", "mode"] = Field(
+        default="sample",
+        description=(
+            "The latents to denoise: a sample of the autoencoder's distribution, as Stable Diffusion was trained, or "
+            "its mode."
+        ),
+    )
+    reference_dropout: Fraction = Field(
+        default=0.1,
+        description=(
+            "Probability that a clip trains without its reference (zero latents, zero embedding), which guidance needs "
+            "(Eq. 6)."
+        ),
+    )
+    domain_draw: DomainWeights = Field(
+        default=DomainWeights(),
+        description=(
+            "In `train: domains` each clip trains one domain, drawn with these relative probabilities. At least one is "
+            "above 0. Not used in the other steps."
+        ),
+    )
+    domain_loss: DomainWeights = Field(
+        default=DomainWeights(),
+        description=(
+            "Relative weights of the domains in the loss of `train: geometry` and `train: temporal`; they are scaled "
+            "to a sum of 1. At least one is above 0."
+        ),
+    )
+
+
+class AnimationObjective(Section):
+    """The EDM noise of stage 2, as Stable Video Diffusion (SVD) was trained, and what training leaves out at random."""
+
+    sigma_log_mean: float = Field(
+        default=0.7,
+        description=(
+            "Mean of the logarithm of the noise level sigma, drawn once per clip. Higher values train more on strong "
+            "noise."
+        ),
+    )
+    sigma_log_std: PositiveFloat = Field(
+        default=1.6,
+        description="Standard deviation of the logarithm of the noise level sigma.",
+    )
+    augmentation_log_mean: float = Field(
+        default=-3.0,
+        description=(
+            "Mean of the logarithm of the strength of the noise that is added to the reference picture, for pixels in "
+            "[-1, 1]."
+        ),
+    )
+    augmentation_log_std: PositiveFloat = Field(
+        default=0.5,
+        description="Standard deviation of the logarithm of that strength.",
+    )
+    latents_dropout: Fraction = Field(
+        default=0.05,
+        description=(
+            "Probability that a clip trains without the reference's latents alone. The three dropouts of the reference "
+            "exclude one another: their sum is at most 1."
+        ),
+    )
+    embedding_dropout: Fraction = Field(
+        default=0.05,
+        description="Probability that a clip trains without the reference's image embedding alone.",
+    )
+    both_dropout: Fraction = Field(
+        default=0.05,
+        description=(
+            "Probability that a clip trains without both latents and embedding of the reference, as guidance samples."
+        ),
+    )
+    frame_control_dropout: Fraction = Field(
+        default=0.1,
+        description=(
+            "Probability that one frame of one control map is replaced by zeros (robust conditioning). Below 1. The "
+            "paper states no value."
+        ),
+    )
+    modality_control_dropout: Fraction = Field(
+        default=0.1,
+        description=(
+            "Probability that one control map is replaced by zeros in all frames of a clip. Below 1. A clip never "
+            "loses all maps."
+        ),
+    )
+    motion_bucket: NonNegative = Field(
+        default=127,
+        description=(
+            "SVD's motion number, the same for all clips in training. SVD 1.1 was tuned at 127; keep "
+            "sampling.motion_bucket equal."
+        ),
+    )
+    target_latents: Literal["sample", "mode"] = Field(
+        default="sample",
+        description=(
+            "The latents to denoise: a sample of the autoencoder's distribution, as SVD was trained, or its mode. The "
+            "latents that condition SVD are always the mode."
+        ),
+    )
+    geometry_width: Pixels = Field(
+        default=256,
+        description=(
+            "Width to which normal and depth maps are reduced and enlarged again, so that they are as blurred as stage "
+            "1 delivers them. Set it to stage 1's data.width."
+        ),
+    )
+    geometry_height: Pixels = Field(
+        default=384,
+        description=(
+            "Height to which normal and depth maps are reduced and enlarged again. Set it to stage 1's data.height."
+        ),
+    )
+
+
+class GeometrySampling(Section):
+    """How stage 1 is sampled: DDIM, the guidance of Eq. 6, overlapping windows."""
+
+    num_inference_steps: Positive = Field(
+        default=25,
+        description="Number of DDIM steps. More steps take longer in proportion.",
+    )
+    guidance_scales: DomainWeights = Field(
+        default=DomainWeights(rgb=2.5, normal=1.0, depth=1.5),
+        description=(
+            "Guidance scale s of each domain (Eq. 6): `e + s (e - e_uncond)`, so that 0 is no guidance. Give all "
+            "three: one that is left out of the section is 1.0. Three zeros save the unconditional pass."
+        ),
+    )
+    window_frames: Frames = Field(
+        default=16,
+        description=(
+            "Frames that are denoised together; longer videos are covered by overlapping windows. With temporal "
+            "attention no more than stage 1 was trained on (data.num_frames)."
+        ),
+    )
+    window_overlap: Annotated[NonNegative, Unit("frames")] = Field(
+        default=4,
+        description=(
+            "Frames that neighbouring windows share, where their predictions are averaged. Below window_frames."
+        ),
+    )
+    sequential_guidance: bool = Field(
+        default=False,
+        description=(
+            "Runs the conditional and the unconditional prediction one after the other, each with half the batch: it "
+            "takes less memory."
+        ),
+    )
+    decode_chunk_size: Positive = Field(
+        default=8,
+        description=(
+            "Number of pictures that the autoencoder decodes, and the pose encoder encodes, at once. Lower it if "
+            "memory runs out."
+        ),
+    )
+
+
+class AnimationSampling(Section):
+    """How stage 2 is sampled: Euler steps, constant guidance, overlapping windows."""
+
+    num_inference_steps: Positive = Field(
+        default=25,
+        description="Number of Euler steps. More steps take longer in proportion.",
+    )
+    guidance_scale: Annotated[float, Field(ge=1.0)] = Field(
+        default=2.5,
+        description=(
+            "Guidance weight w, the same for all frames: `e_uncond + w (e - e_uncond)`. 1 is no guidance and saves the "
+            "unconditional pass."
+        ),
+    )
+    window_frames: Frames = Field(
+        default=16,
+        description=(
+            "Frames that are denoised together; longer videos are covered by overlapping windows. More than stage 2 "
+            "was trained on (data.num_frames) is possible, but frames may drift."
+        ),
+    )
+    window_overlap: Annotated[NonNegative, Unit("frames")] = Field(
+        default=4,
+        description=(
+            "Frames that neighbouring windows share; their predictions are averaged there. Below window_frames."
+        ),
+    )
+    sequential_guidance: bool = Field(
+        default=False,
+        description=(
+            "Runs the conditional and the unconditional prediction one after the other, each with half the batch, "
+            "which takes less memory."
+        ),
+    )
+    decode_chunk_size: Positive = Field(
+        default=8,
+        description=(
+            "Number of frames that the autoencoder decodes, and the controller encodes, at once. Lower it if memory "
+            "runs out."
+        ),
+    )
+    motion_bucket: NonNegative = Field(
+        default=127,
+        description=(
+            "SVD's motion number: higher values ask for more motion. Keep the value of training "
+            "(objective.motion_bucket)."
+        ),
+    )
+    noise_augmentation: Scale = Field(
+        default=0.02,
+        description=(
+            "Strength of the noise that is added to the reference picture, for pixels in [-1, 1]. 0.02 is SVD's own "
+            "value."
+        ),
+    )

@@ -1,0 +1,109 @@
+"""The sections about what `prepare` makes shards of: rendered dancers, or a folder of videos."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dreamdance.recipe.sections import (
+    Clips,
+    Fraction,
+    Frames,
+    NonNegative,
+    Pixels,
+    Positive,
+    PositiveFloat,
+    Section,
+    Unit,
+)
+
+
+class DancersSource(Section):
+    """Procedural dancers to render (C10). Training and validation identities and motions are disjoint by seed range."""
+
+    num_train_clips: Clips = Field(
+        description="Dancers rendered for training, each another person with another motion.",
+    )
+    num_validation_clips: Clips = Field(
+        description="Dancers rendered for validation; none of them is a training dancer.",
+    )
+    num_frames: Frames = Field(
+        default=16,
+        description="Frames of each rendered clip, at least as many as a training window has.",
+    )
+    width: Pixels = Field(default=256, description="Width of the rendered frames.")
+    height: Pixels = Field(default=384, description="Height of the rendered frames.")
+    fps: Annotated[PositiveFloat, Unit("frames per second")] = Field(
+        default=8.0,
+        description=(
+            "Frame rate of the clips. The motion is a function of seconds, so that more frames per second show less "
+            "motion from frame to frame."
+        ),
+    )
+
+
+class VideosSource(Section):
+    """A folder of `<clip>.rgb.mp4` with `<clip>.pose.mp4` and optional `.normal.mp4`, `.depth.mp4`."""
+
+    folder: str = Field(
+        description="Folder of the videos, searched without its subfolders. Hidden files are not videos.",
+    )
+    on_error: Literal["stop", "skip"] = Field(
+        default="stop",
+        description=(
+            "What happens to videos that cannot be used. stop: the run ends with a list of them, and the same command "
+            "goes on after their repair. skip: they are left out as a whole and listed in `output`/damaged_videos.tsv, "
+            "and the same command adds them after their repair; all others stay in their split. A run may go on with "
+            "the other value."
+        ),
+    )
+    crop: tuple[NonNegative, NonNegative, Positive, Positive] | None = Field(
+        default=None,
+        description=(
+            "Part of the frames that is kept, as [left, top, width, height] in pixels, the same for all videos. It "
+            "replaces the search for black bars."
+        ),
+    )
+    crop_letterbox: bool = Field(
+        default=True,
+        description=(
+            "Searches each video for black bars, which are dark in all its frames, and cuts them off. Not used where "
+            "crop is given."
+        ),
+    )
+    width: Pixels | None = Field(
+        default=None,
+        description=(
+            "Width of the stored frames, given with height; margins are cut evenly to that aspect. Without both, "
+            "frames keep their size."
+        ),
+    )
+    height: Pixels | None = Field(default=None, description="Height of the stored frames, given with width.")
+    frame_stride: Positive = Field(
+        default=1,
+        description="Every n-th frame is kept: 2 halves the frame rate of the clips.",
+    )
+    clip_frames: Frames = Field(
+        default=64,
+        description="Frames of a stored clip. Training cuts its windows from such clips.",
+    )
+    min_clip_frames: Frames = Field(
+        default=16,
+        description=(
+            "A rest of a video that has fewer frames is left out. At most clip_frames; at least as many as a training "
+            "window has."
+        ),
+    )
+    validation_fraction: Fraction = Field(
+        default=0.05,
+        description=(
+            "Share of the videos, or of each video's frames, that is for validation (see split_by). 0 makes no "
+            "validation set."
+        ),
+    )
+    split_by: Literal["clip", "time"] = Field(
+        default="clip",
+        description=(
+            "How validation is divided from training. clip: whole videos, drawn by seed. time: the end of each video, "
+            "so that the people are the same."
+        ),
+    )

@@ -1,0 +1,267 @@
+"""The sections about the course of training: data, optimizer, sharding, checkpoints, recovery, validation."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dreamdance.recipe.sections import (
+    Clips,
+    Fraction,
+    Frames,
+    NonNegative,
+    Pixels,
+    Positive,
+    PositiveFloat,
+    Scale,
+    Seconds,
+    Section,
+    Shards,
+    Steps,
+    Unit,
+    Verify,
+)
+
+
+class TrainingData(Section):
+    """Training windows that are cut from stored clips (C9)."""
+
+    train: Shards = Field(description="Shards to train on; prepare writes them to `output`/train.")
+    validation: Shards = Field(
+        description=(
+            "Shards of held-out clips for losses and samples; prepare writes them to `output`/validation. Not the "
+            "folder of data.train."
+        ),
+    )
+    width: Pixels = Field(
+        description=(
+            "Width of the frames, a multiple of the autoencoder's factor times the UNet's reductions: of 64 for Stable "
+            "Diffusion and SVD. The paper: 256 in stage 1, 512 in stage 2."
+        ),
+    )
+    height: Pixels = Field(
+        description=(
+            "Height of the frames, a multiple of the same number as the width. The paper: 384 in stage 1, 768 in stage "
+            "2."
+        ),
+    )
+    num_frames: Frames = Field(
+        description=(
+            "Frames of a training window. A shorter clip is an error. The paper: 16 in stage 2; in stage 1 it states "
+            "none, and single frames serve the first two steps."
+        ),
+    )
+    stride: tuple[Positive, Positive] = Field(
+        default=(1, 1),
+        description=(
+            "Smallest and largest distance between the frames of a window, drawn once per window; smaller where the "
+            "clip is too short. [1, 4] lets one window show more motion."
+        ),
+    )
+    flip_probability: Fraction = Field(
+        default=0.0,
+        description=(
+            "Probability that a window is mirrored. Only clips with key points are: a pose that is only drawn cannot "
+            "be mirrored, because its colours tell left from right."
+        ),
+    )
+    num_workers: NonNegative = Field(
+        default=2,
+        description=(
+            "Processes of each rank that read and decode windows ahead. 0 reads in the rank itself. Raise it, with "
+            "cluster.cpus_per_task, if training waits for data."
+        ),
+    )
+    batch_timeout_seconds: Seconds = Field(
+        default=300,
+        description="How long a rank waits for the next batch of its reading processes before it ends with an error.",
+    )
+    verify: Verify = Field(
+        default="first_use",
+        description=(
+            "How shards are checked; sizes are compared at every start. first_use: each shard is hashed when a process "
+            "opens it first, and noted beside the index (`.verified`) until the file changes. hash: all shards at "
+            "every start, divided over the ranks. size: none is hashed. A run may go on with another value."
+        ),
+    )
+
+
+class Optimizer(Section):
+    """AdamW, the schedule of its learning rate, and the moving average of the weights."""
+
+    lr: PositiveFloat = Field(
+        description=(
+            "Highest learning rate of AdamW. The paper states none. The full recipes take 5e-5 where only geometry "
+            "attention trains and 1e-5 elsewhere; tiny random networks want about 1e-3."
+        )
+    )
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.999),
+        description="AdamW's decay rates of the first and the second moment, each at least 0 and below 1.",
+    )
+    eps: PositiveFloat = Field(
+        default=1e-8,
+        description="Number that AdamW adds to the denominator of an update, against division by zero.",
+    )
+    weight_decay: Scale = Field(default=0.01, description="AdamW's decoupled weight decay, for all trained parameters.")
+    warmup_steps: Annotated[NonNegative, Unit("steps")] = Field(
+        default=0,
+        description="Optimizer steps over which the learning rate rises linearly to `lr`. At most max_steps.",
+    )
+    decay: Literal["constant", "linear", "cosine"] = Field(
+        default="constant",
+        description=(
+            "Course of the learning rate over the last decay_fraction of all steps: it stays, or falls to 0 linearly "
+            "or as a cosine."
+        ),
+    )
+    decay_fraction: Fraction = Field(
+        default=0.3,
+        description=(
+            "Share of max_steps, at the end, over which the learning rate falls. Not used with `decay: constant`. "
+            "Raising max_steps moves the beginning."
+        ),
+    )
+    gradient_clipping: Scale = Field(
+        default=1.0,
+        description="Largest norm of the whole gradient; a longer one is scaled down to it. 0 does not clip.",
+    )
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.9999,
+        description=(
+            "Decay d of the moving average of the weights: average = d average + (1 - d) weights, at each step. After "
+            "n steps d is at most (1 + n) / (10 + n). Validation and exports use the average. Lower it for short runs; "
+            "0 makes the average equal to the weights."
+        ),
+    )
+
+
+class Sharding(Section):
+    """How DeepSpeed divides the training state over the processes, and what is computed twice to save memory."""
+
+    zero_stage: Literal[0, 1, 2] = Field(
+        default=2,
+        description=(
+            "What ZeRO divides over the processes: 0 nothing (precision fp32 only), 1 the optimizer state, 2 the "
+            "gradients too."
+        ),
+    )
+    gradient_checkpointing: Literal[True, False, "keep_attention"] = Field(
+        default=True,
+        description=(
+            "Whether activations inside a block are computed again in the backward pass, which saves memory and takes "
+            "time. keep_attention keeps the results of attention: more memory, less to compute again."
+        ),
+    )
+    overlap_communication: bool = Field(
+        default=True,
+        description=(
+            "Sends gradients while the backward pass goes on. It needs a second bucket and is off where training is "
+            "deterministic."
+        ),
+    )
+    reduce_bucket_elements: Annotated[Positive, Unit("elements")] = Field(
+        default=100_000_000,
+        description=(
+            "Gradient elements that are sent together, 2 or 4 bytes each. Smaller buckets take less memory, larger "
+            "ones fewer messages."
+        ),
+    )
+
+
+class Checkpoint(Section):
+    """When the run saves its state, which checkpoints stay, and which changes of the recipe it accepts."""
+
+    every_steps: Steps = Field(
+        default=1000,
+        description=(
+            "The run saves a checkpoint once in this many optimizer steps, and at the last one. A job that is asked to "
+            "stop saves besides."
+        ),
+    )
+    keep_last: Annotated[int, Field(ge=2)] = Field(
+        default=3,
+        description=(
+            "Number of newest sound checkpoints that stay; older ones are deleted once a new one has been read back, "
+            "but for the one that this start resumed from."
+        ),
+    )
+    keep_every_steps: Steps | None = Field(
+        default=None,
+        description=(
+            "Checkpoints at multiples of this step stay for good. A multiple of every_steps. Without it, only the "
+            "newest stay."
+        ),
+    )
+    allow_changed: list[str] = Field(
+        default=[],
+        description=(
+            "Dotted keys in which this recipe may differ from that of an existing run folder, such as [optimizer.lr]; "
+            "a section permits all its keys. Without it, a changed recipe is refused (exit code 3)."
+        ),
+    )
+
+
+class Recovery(Section):
+    """What happens when a loss leaps or is not finite: the update is skipped; too many end the run or roll it back."""
+
+    spike_factor: Annotated[float, Field(gt=1.0)] | None = Field(
+        default=None,
+        description=(
+            "An update is skipped if its loss is above this many times the median of the recent steps (10 at least). "
+            "Without it, no finite loss is skipped."
+        ),
+    )
+    spike_window_steps: Annotated[int, Field(ge=10), Unit("steps")] = Field(
+        default=100,
+        description="Recent optimizer steps that the median covers, and within which skipped updates count together.",
+    )
+    max_spikes: NonNegative = Field(
+        default=3,
+        description=(
+            "Number of updates within the window that may be skipped because their loss leapt. One more rolls back or "
+            "ends the run."
+        ),
+    )
+    max_roll_backs: NonNegative = Field(
+        default=0,
+        description=(
+            "How often the run may go back to its newest checkpoint after too many skipped updates. It goes on with "
+            "the next data, not with the same. 0 ends the run instead."
+        ),
+    )
+
+
+class Validation(Section):
+    """The loss on held-out clips, and samples that the real pipeline makes of them, with the averaged weights."""
+
+    loss_every_steps: Steps = Field(
+        default=1000,
+        description="The loss on held-out clips is computed once in this many optimizer steps, and at the last one.",
+    )
+    sample_every_steps: Steps = Field(
+        default=5000,
+        description=(
+            "Samples are drawn once in this many optimizer steps, and at the last one. Sampling is much slower than "
+            "the loss."
+        ),
+    )
+    num_loss_clips: Clips = Field(
+        default=16,
+        description=(
+            "Number of held-out clips for the loss: the first ones, always with the same window, noise and timestep. "
+            "Ranks divide them."
+        ),
+    )
+    num_sample_clips: Clips = Field(
+        default=4,
+        description=(
+            "Number of held-out clips for samples: the first ones. The main process draws them while the others wait."
+        ),
+    )
+    num_frames: Frames = Field(
+        default=1,
+        description=(
+            "Frames of each sample. The loss has data.num_frames instead. With temporal attention a sample's windows "
+            "are no longer than data.num_frames."
+        ),
+    )
