@@ -114,7 +114,7 @@ def _draw_cloth(generator: np.random.Generator, hue: float, *, plain: float) -> 
 
 @dataclass
 class Skins:
-    """The colouring of surfaces: a local frame for each part, and the materials below and above a cut along its y axis."""
+    """The colouring of surfaces: a local frame for each part, and the materials below and above a cut along its y."""
 
     origins: list[_Array] = field(default_factory=list)  # (f, 3)
     frames: list[_Array] = field(default_factory=list)  # (f, 3, 3)

@@ -1,6 +1,6 @@
 """A dancer's 128 key points in space: joints of the body, fingers, and 68 points on the face.
 
-The module also holds the measures of face and hands. The shapes use the same measures, so that points and shapes agree.
+It also holds the measures of face and hands. The shapes use them too, so that points and shapes agree.
 """
 
 from dataclasses import dataclass
@@ -90,7 +90,7 @@ def hand_points(skeleton: Skeleton, body: Proportions, side: int) -> _Array:
 
 
 def _on_face(x: float, y: float) -> _Array:
-    """Finds the point of the head's front surface at x, y of the head's frame; the head is the hull of skull and chin.
+    """Finds the point of the head's front surface at x, y of its frame; the head is the hull of skull and chin.
 
     The hull is the union of all spheres between its two ends. This function samples the spheres so finely that the
     error is below a tenth of a millimetre. Outside of the outline the point has the outline's depth.
@@ -106,7 +106,7 @@ def _on_face(x: float, y: float) -> _Array:
 
 @cache
 def _face_points() -> _Array:
-    """The 68 points `(68, 3)` in iBUG order in the head's frame, for a head factor of 1; the first lies at its right."""
+    """The 68 points `(68, 3)` in iBUG order in the head's frame, for a head factor of 1; the first is at its right."""
     angles = np.linspace(0.0, np.pi, 17)
     jaw = [(-0.0645 * np.cos(a) * (1 - 0.30 * np.sin(a) ** 2), -0.107 * np.sin(a) ** 0.9) for a in angles]
     brow = [(0.050, 0.023), (0.043, 0.029), (0.034, 0.031), (0.024, 0.030), (0.014, 0.027)]

@@ -150,7 +150,7 @@ def dance(generator: np.random.Generator, body: Proportions, times: _Array) -> S
 def _lower_body(
     waves: Waves, body: Proportions, yaw: _Array, sway: _Array, sway_phase: float
 ) -> tuple[_Array, _Array, tuple[_Pair, _Pair, _Pair, _Pair]]:
-    """Moves the lower body: feet step and pivot on the floor, the weight shifts over them, both legs reach the pelvis."""
+    """Moves the lower body: feet step and pivot on the floor, the weight shifts, both legs reach the pelvis."""
     generator = waves.generator
     heading = rotation_about("y", yaw)
     stance = body.hip_width + generator.uniform(0.02, 0.13)

@@ -137,7 +137,7 @@ def _cone_quadrics(shapes: ShapeList, position: _Array, rotation: _Array) -> Qua
     length = (spans**2).sum(axis=-1)
     side = length - taper**2
     if not (side > 0).all():
-        raise ValueError("a round cone has no side where one of its spheres contains the other")
+        raise ValueError("a round cone has no side where one of its spheres holds the other")
     matrices = side[..., None, None] * np.eye(3) - spans[..., :, None] * spans[..., None, :]
     centres = (starts - position) @ rotation.T
     first = _ellipsoid_bounds(centres, linear * radii[:, None, None])
@@ -217,7 +217,7 @@ def cast(quadrics: Quadrics, *, focal: float, width: int, height: int) -> Hits:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Pieces of picture rows that a quadric may cover, and the quadric's polynomials in x along each, about `origin`."""
+    """Pieces of picture rows that a quadric may cover, and its polynomials in x along each, about `origin`."""
 
     left: _Array
     counts: _Array
