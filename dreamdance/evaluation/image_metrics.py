@@ -1,7 +1,7 @@
 """Distances between predicted and true frames: L1, PSNR and SSIM, over the whole frame or inside a mask.
 
 The true metrics bear their plain names. The numbers of the TikTok benchmark's line of work come from DisCo's code
-(PAPER.md, "the metric trap"); what repeats that code exactly says `disco` in its name and is no measure of quality.
+(dreamdance/README.md, "The metric trap"); what repeats that code exactly says `disco` in its name and is no measure of quality.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Stage 2's objective is SVD's own, to the letter of DESIGN 4, keyed by sample."""
+"""Stage 2's objective is SVD's own, as dreamdance/README.md ("The method") states it, keyed by sample."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Stage 1's objective is Eq. 3 with the conditions of DESIGN 4, keyed by sample."""
+"""Stage 1's objective is Eq. 3 with the conditions of dreamdance/README.md ("The method"), keyed by sample."""
 
 from typing import Any
 

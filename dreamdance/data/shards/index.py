@@ -1,7 +1,7 @@
 """Reads a folder's `index.json` and believes nothing in it: names, sizes, counts, columns and encodings are checked.
 
-The library trusts its index: a shard named `../evil.mds` is written outside of the local folder (FACTS.md). So every
-index goes through here first, the one of a remote folder before anything else of it is downloaded.
+The library trusts its index: a shard named `../evil.mds` is written outside of the local folder (dreamdance/README.md,
+"The stack"). So every index is checked here first; that of a remote folder, before anything else is downloaded.
 """
 
 import json

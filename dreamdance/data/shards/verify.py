@@ -1,7 +1,8 @@
 """Checks shards before anything is read from them, so that damage is an error that names the shard.
 
-The library itself ends an epoch early or hangs on a damaged shard, and never looks again at one that lies on the local
-disk (FACTS.md). A start only asks for the files' sizes: each file is hashed once, by whoever opens it first, and noted.
+The library itself ends an epoch early or hangs on a damaged shard, and never checks one that lies on the local disk
+(dreamdance/README.md, "The stack"). A start compares only the files' sizes. The process that opens a file first hashes
+it and notes that.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Which parameters train in which step (DESIGN 4), by name. Knows nothing of optimizers.
+"""Which parameters train in which step (dreamdance/README.md, "The method"), by name. Knows nothing of optimizers.
 
 Never among them: the autoencoder and the image encoder.
 Paper: both UNets train in the first step; here: all but what precedes the softmax of cross-attention, because over the
