@@ -5,7 +5,7 @@ Every error here is printed as its text alone, without a traceback, and ends the
 
 import errno
 
-USERS_ERRNOS = frozenset(
+USER_FIXABLE_ERRNOS = frozenset(
     {
         *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP),
         *(errno.EACCES, errno.EPERM, errno.EROFS),
@@ -49,7 +49,7 @@ class MissingInputError(UserError):
     """Weights, data, a run or a device that the recipe names is not there."""
 
 
-def may_pass(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether another start may fare better though nobody changes anything: a machine failed, or its storage.
 
     A `UserError` often says in the project's words what a file operation met, so what it follows from is judged too.
@@ -59,6 +59,6 @@ def may_pass(error: BaseException) -> bool:
         if isinstance(seen, LostWorkerError | LostDeviceError):
             return True
         if isinstance(seen, OSError):
-            return seen.errno is not None and seen.errno not in USERS_ERRNOS
+            return seen.errno is not None and seen.errno not in USER_FIXABLE_ERRNOS
         seen = seen.__cause__ or seen.__context__
     return False

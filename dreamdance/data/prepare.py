@@ -41,7 +41,7 @@ from dreamdance.media.video import VideoError
 from dreamdance.media.video_names import part_name, video_ids
 from dreamdance.recipe.schema import DancersSource, PrepareRecipe, VideosSource
 from dreamdance.runs.crew import Crew
-from dreamdance.runs.folder_lock import claim_folder
+from dreamdance.runs.folder_lock import lock_folder
 from dreamdance.runs.layout import ProgressLog
 from dreamdance.runtime.ranks import Ranks
 
@@ -66,7 +66,7 @@ def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
     progress = ProgressLog(run_folder, ranks)
     output = Path(recipe.output)
     parts = plan_parts(recipe)
-    claim = claim_folder(output, key="output") if ranks.is_main else nullcontext()
+    claim = lock_folder(output, key="output") if ranks.is_main else nullcontext()
     with claim, Crew(ranks, cluster=recipe.cluster, run_folder=run_folder) as crew:
         folders = {
             split: ShardFolder(

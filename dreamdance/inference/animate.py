@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dreamdance.errors import UserError, may_pass
+from dreamdance.errors import UserError, is_transient
 from dreamdance.inference.inputs import EntryError, EntryInputs, Size, load_inputs, read_files
 from dreamdance.inference.manifest import ManifestEntry, read_manifest
 from dreamdance.inference.results import ClipResult, installed_versions, is_done, known_states, write_result
@@ -29,7 +29,7 @@ from dreamdance.recipe.schema import AnimateRecipe
 from dreamdance.runs.crew import Crew
 from dreamdance.runs.file_states import FileState
 from dreamdance.runs.files import write_atomically
-from dreamdance.runs.folder_lock import OutputError, claim_folder
+from dreamdance.runs.folder_lock import OutputError, lock_folder
 from dreamdance.runs.layout import ProgressLog
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.runtime.sample_random import sample_generator
@@ -71,7 +71,7 @@ def animate(recipe: AnimateRecipe, run_folder: Path) -> None:
     entries = read_manifest(Path(recipe.manifest), default_seed=recipe.seed)
     progress = partial(ProgressLog(run_folder, ranks).write, total=len(entries), unit="clips")
     # The main rank claims the folder for all: until it has, the others wait to meet it.
-    with claim_folder(Path(recipe.output), key="output") if ranks.is_main else nullcontext():
+    with lock_folder(Path(recipe.output), key="output") if ranks.is_main else nullcontext():
         with Crew(ranks, cluster=recipe.cluster, run_folder=run_folder) as crew:
             crew.watchdog.enter("loading the networks", recipe.name)
             stages = load_stages(recipe, run_folder, ranks.device)
@@ -108,7 +108,7 @@ def animate_entries(
         except OutputError:
             raise
         except (UserError, torch.OutOfMemoryError) as error:
-            if may_pass(error):  # a machine, or its storage: the entry is as good as the next start finds it
+            if is_transient(error):  # a machine, or its storage: the entry is as good as the next start finds it
                 raise
             logger.error("entry '%s' (line %d) failed: %s", entry.id, entry.line, error)
             failures.append(Failure(entry.id, entry.line, str(error)))

@@ -23,7 +23,7 @@ from dreamdance.launch.follow import explain_failure, follow
 from dreamdance.launch.job import Job
 from dreamdance.launch.local.heartbeat import Heartbeat
 from dreamdance.launch.program import DEFAULT_RUNS, launcher_command, program
-from dreamdance.launch.run_folder import DifferentRecipeError, lay, locked, refuse_different
+from dreamdance.launch.run_folder import DifferentRecipeError, create_or_check, locked, refuse_different
 from dreamdance.recipe import LoadedRecipe, Recipe, TrainingRecipe, given_value, load
 from dreamdance.recipe.overrides import split_choices
 from dreamdance.runs.layout import progress_file
@@ -257,7 +257,7 @@ def _start(
                 refuse_different(recipe, run_folder)
                 jobs[recipe.name], states[recipe.name] = job, status.state
             else:
-                lay(recipe, run_folder, [program().rpartition("/")[2], *argv])
+                create_or_check(recipe, run_folder, [program().rpartition("/")[2], *argv])
                 waiting.append(loaded)
         offsets = {loaded.recipe.name: _size(progress_file(_run_folder(loaded, runs))) for loaded in unfinished}
         if waiting:

@@ -22,15 +22,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dreamdance.errors import UserError, may_pass
+from dreamdance.errors import UserError, is_transient
 from dreamdance.launch.finished import digest_inputs, mark_finished
 from dreamdance.launch.requirements import refuse_missing
 from dreamdance.launch.run_folder import record_job, stored_recipe
-from dreamdance.launch.run_ownership import Fence
+from dreamdance.launch.run_ownership import RunOwnership
 from dreamdance.recipe import Recipe
 from dreamdance.runs.files import write_atomically
 from dreamdance.runs.layout import failures_folder, note_signal
-from dreamdance.runtime.exits import LAST_WORDS_SECONDS, end_now
+from dreamdance.runtime.exits import LAST_WORDS_SECONDS, exit_process
 from dreamdance.runtime.ranks import START, Ranks
 from dreamdance.runtime.signals import SignalListener
 
@@ -70,7 +70,7 @@ class Job:
                 if job_id != DEBUG_JOB:
                     watching.enter_context(SignalListener(partial(_end_at_once, self.run_folder)))
                 if rank == 0:
-                    watching.enter_context(Fence(self.run_folder))
+                    watching.enter_context(RunOwnership(self.run_folder))
                 if recipe.cluster.gpus_per_node > 0:
                     Ranks.from_environment().take_gpu()
                     _set_float32_products(tf32=recipe.tf32)
@@ -81,7 +81,7 @@ class Job:
                 entry(recipe, self.run_folder)
         except UserError as error:
             logger.error("%s", error)
-            record_failure(self.run_folder, job_id, rank, str(error), user_error=not may_pass(error))
+            record_failure(self.run_folder, job_id, rank, str(error), user_error=not is_transient(error))
             raise SystemExit(FAILED) from None
         except Exception:  # outermost: the launcher must be able to show whatever it was; raised again as it is
             record_failure(self.run_folder, job_id, rank, traceback.format_exc(), user_error=False)
@@ -217,7 +217,7 @@ def _end_at_once(run_folder: Path, number: signal.Signals) -> None:
     signal.setitimer(signal.ITIMER_REAL, LAST_WORDS_SECONDS)  # first: the disk may be what hangs
     with contextlib.suppress(OSError):
         note_signal(run_folder, number)
-    end_now(
+    exit_process(
         logger, "%s: ending; the next start goes on from what is done", number.name, exit_code=0, level=logging.WARNING
     )
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dreamdance.errors import may_pass
+from dreamdance.errors import is_transient
 from dreamdance.launch.finished import is_finished
 from dreamdance.launch.run_folder import STORAGE_POLL_SECONDS, STORAGE_SECONDS, stored_recipe
 from dreamdance.launch.run_ownership import REPLACED_EXIT_CODE
@@ -49,7 +49,7 @@ class Verdict:
     reason: str
 
 
-VAIN_STOPS = 3
+MAX_STOPS_WITHOUT_PROGRESS = 3
 """A job that is asked to stop so often before it gets any further has too little time."""
 
 
@@ -96,9 +96,11 @@ def decide(run_folder: Path, exit_code: int) -> Verdict:
     failed = exit_code != 0 and not was_warned(run_folder)
     if failed and earlier and earlier[-1].failed and earlier[-1].progress == progress:
         return Verdict(again=False, reason="it failed twice without getting any further")
-    vain = [one for one in earlier[1 - VAIN_STOPS :] if not one.failed and one.progress == progress]
-    if not failed and len(vain) == VAIN_STOPS - 1:
-        return Verdict(again=False, reason=f"it was stopped {VAIN_STOPS} times before it got any further")
+    vain = [one for one in earlier[1 - MAX_STOPS_WITHOUT_PROGRESS :] if not one.failed and one.progress == progress]
+    if not failed and len(vain) == MAX_STOPS_WITHOUT_PROGRESS - 1:
+        return Verdict(
+            again=False, reason=f"it was stopped {MAX_STOPS_WITHOUT_PROGRESS} times before it got any further"
+        )
     reason = f"it failed (exit code {exit_code})" if failed else "it was asked to stop"
     _note(run_folder, Requeue(time.time(), reason, failed, progress))
     return Verdict(again=True, reason=reason)
@@ -137,7 +139,7 @@ def decide_patiently(run_folder: Path, exit_code: int) -> Verdict:
         try:
             return decide(run_folder, exit_code)
         except OSError as error:
-            if not may_pass(error) or time.monotonic() >= give_up:
+            if not is_transient(error) or time.monotonic() >= give_up:
                 raise
             logger.warning("asking again: %s", error)
         time.sleep(STORAGE_POLL_SECONDS)

@@ -75,7 +75,7 @@ def locked(run_folder: Path, *, wait_seconds: float = LOCK_SECONDS) -> Iterator[
         ) from BlockingIOError(errno.EAGAIN, str(error))
 
 
-def lay(recipe: Recipe, run_folder: Path, argv: Sequence[str]) -> None:
+def create_or_check(recipe: Recipe, run_folder: Path, argv: Sequence[str]) -> None:
     """Makes the folder, or makes sure that it is this recipe's, and records this start.
 
     Raises:

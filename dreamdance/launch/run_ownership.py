@@ -13,7 +13,7 @@ import uuid
 from pathlib import Path
 
 from dreamdance.runs.files import write_atomically
-from dreamdance.runtime.exits import TRY_AGAIN_EXIT_CODE, end_now
+from dreamdance.runtime.exits import TRY_AGAIN_EXIT_CODE, exit_process
 
 logger = logging.getLogger(__name__)
 
@@ -24,16 +24,16 @@ GONE_LOOKS = 30
 """A run folder that is not there for so many looks was removed, or its storage was: nothing can be saved any more."""
 
 
-class Fence:
+class RunOwnership:
     """Claims a run folder for this start, and ends the process when another one claims it; a context manager."""
 
     def __init__(self, run_folder: Path) -> None:
         self._run_folder, self._file = run_folder, run_folder / "logs" / "owner.txt"
         self._own = f"{socket.gethostname()} process {os.getpid()} since {time.time():.3f} {uuid.uuid4().hex}\n"
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="fence", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="run ownership", daemon=True)
 
-    def __enter__(self) -> "Fence":
+    def __enter__(self) -> "RunOwnership":
         write_atomically(self._file, self._own)
         self._thread.start()
         return self
@@ -50,12 +50,12 @@ class Fence:
                 looks_left = looks_left - 1 if _is_gone(self._run_folder) else GONE_LOOKS
                 if not looks_left:
                     text = "the run folder %s is gone (removed, or its storage is away): ending here"
-                    end_now(logger, text, self._run_folder, exit_code=TRY_AGAIN_EXIT_CODE)
+                    exit_process(logger, text, self._run_folder, exit_code=TRY_AGAIN_EXIT_CODE)
                 continue
             looks_left = GONE_LOOKS
             if owner != self._own and not self._over.is_set():
                 text = "this run goes on elsewhere (%s): ending here, without saving"
-                end_now(logger, text, owner.strip(), exit_code=REPLACED_EXIT_CODE)
+                exit_process(logger, text, owner.strip(), exit_code=REPLACED_EXIT_CODE)
 
 
 def _is_gone(folder: Path) -> bool:

@@ -8,9 +8,9 @@ from pathlib import Path
 from dreamdance.errors import UserError
 from dreamdance.runs.locks import HeldLockError, locked_file
 
-CLAIM_FILE = ".claimed"
+FOLDER_LOCK_FILE = ".claimed"
 WAIT_SECONDS = 10.0
-"""A start that another one has replaced ends within seconds (`launch.fence`); until then it holds its claims."""
+"""A start that another one has replaced ends within seconds (`launch.run_ownership`); until then it holds its claims."""
 
 
 class OutputError(UserError):
@@ -18,7 +18,7 @@ class OutputError(UserError):
 
 
 @contextmanager
-def claim_folder(folder: Path, *, key: str) -> Iterator[None]:
+def lock_folder(folder: Path, *, key: str) -> Iterator[None]:
     """Makes a folder and holds it until the block is left; a claim dies with the process that holds it.
 
     Another process's claim is waited for, but not for long.
@@ -33,7 +33,7 @@ def claim_folder(folder: Path, *, key: str) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked_file(folder / CLAIM_FILE, wait_seconds=WAIT_SECONDS, remove=True))
+            held.enter_context(locked_file(folder / FOLDER_LOCK_FILE, wait_seconds=WAIT_SECONDS, remove=True))
         except HeldLockError as error:
             raise OutputError(
                 f"another run is writing into {folder} at this moment ({error}); wait for it, cancel it, or give "

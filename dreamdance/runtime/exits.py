@@ -11,7 +11,7 @@ TRY_AGAIN_EXIT_CODE = 75
 LAST_WORDS_SECONDS = 15.0
 
 
-def end_now(
+def exit_process(
     logger: logging.Logger,
     text: str,
     *values: object,

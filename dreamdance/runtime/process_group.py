@@ -17,7 +17,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed import distributed_c10d
 
-from dreamdance.errors import UserError, may_pass
+from dreamdance.errors import UserError, is_transient
 from dreamdance.runtime.ranks import Ranks
 
 Result = TypeVar("Result")
@@ -129,7 +129,7 @@ def on_main(function: Callable[[], Result]) -> Result:
         try:
             outcome = _Outcome(function())
         except Exception as error:
-            is_users = isinstance(error, UserError) and not may_pass(error)
+            is_users = isinstance(error, UserError) and not is_transient(error)
             from_main(_Outcome(error=f"{type(error).__name__}: {error}", is_user_error=is_users))
             raise
         from_main(outcome)

@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Callable
 
-from dreamdance.runtime.exits import LAST_WORDS_SECONDS, TRY_AGAIN_EXIT_CODE, end_now
+from dreamdance.runtime.exits import LAST_WORDS_SECONDS, TRY_AGAIN_EXIT_CODE, exit_process
 from dreamdance.runtime.signals import SignalListener
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class StopRequest:
                 self._on_signal(number)
 
     def _give_up(self) -> None:
-        end_now(
+        exit_process(
             logger,
             "not saved %.0f s after %s: ending now, to go on from the newest checkpoint; every thread's stack follows",
             self._patience_seconds,

@@ -12,7 +12,7 @@ import time
 from collections import defaultdict, deque
 
 from dreamdance.recipe.sections import Cluster
-from dreamdance.runtime.exits import TRY_AGAIN_EXIT_CODE, end_now
+from dreamdance.runtime.exits import TRY_AGAIN_EXIT_CODE, exit_process
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        end_now(
+        exit_process(
             logger,
             "%s (%s) has taken over %.0f s: this process, or one it waits for, hangs. Ending, to go on from what "
             "is saved; see cluster.%s_timeout_seconds. Every thread's stack follows",

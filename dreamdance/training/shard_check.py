@@ -12,7 +12,7 @@ from torch.distributed import DistError, PrefixStore, Store
 
 from dreamdance.data.shards.stamps import FileStamp
 from dreamdance.data.shards.verify import open_shards, verify_shards
-from dreamdance.errors import LostWorkerError, ShardError, may_pass
+from dreamdance.errors import LostWorkerError, ShardError, is_transient
 from dreamdance.recipe.sections import Shards, Verify
 from dreamdance.runtime.ranks import Ranks
 
@@ -66,7 +66,7 @@ def _share(place: Store, folders: Sequence[Shards], ranks: Ranks, on_progress: C
         raise
     except Exception as error:
         if not place.check([_FAILED]):
-            place.set(_PASSES, str(int(may_pass(error))))
+            place.set(_PASSES, str(int(is_transient(error))))
             place.set(_FAILED, f"rank {ranks.rank}: {error}")
         _leave(place, ranks)
         raise

@@ -24,7 +24,7 @@ from dreamdance.errors import CheckpointError
 from dreamdance.inference.animate import animate
 from dreamdance.media.keypoints import KeypointSequence, write_keypoint_file
 from dreamdance.recipe.schema import AnimateRecipe
-from dreamdance.runs.folder_lock import OutputError, claim_folder
+from dreamdance.runs.folder_lock import OutputError, lock_folder
 from dreamdance.runs.layout import progress_file
 
 NUM_ENTRIES = 4
@@ -173,7 +173,7 @@ def test_a_full_disk_ends_the_batch_at_once_and_the_same_command_goes_on(recipe,
 def test_another_run_that_writes_there_and_a_place_that_takes_nothing_are_refused(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("dreamdance.runs.folder_lock.WAIT_SECONDS", 0.1)
     with (
-        claim_folder(Path(recipe.output), key="output"),
+        lock_folder(Path(recipe.output), key="output"),
         pytest.raises(OutputError, match="another run is writing into"),
     ):
         run(recipe, tmp_path)

@@ -15,7 +15,7 @@ from support.recipes import tiny_stage1_recipe
 from dreamdance.launch import status
 from dreamdance.launch.local.controller import status_file
 from dreamdance.launch.requeue import read_requeues
-from dreamdance.launch.run_folder import lay
+from dreamdance.launch.run_folder import create_or_check
 from dreamdance.launch.submission import SubmittedJob, cancel, last_job, submit
 from dreamdance.runs.layout import complete_steps, progress_file
 
@@ -63,7 +63,7 @@ def start(tmp_path, shards, monkeypatch):
         program = tmp_path / "controller"
         program.write_text(CONTROLLER.format(python=sys.executable, limit_seconds=limit_seconds))
         program.chmod(0o755)
-        lay(recipe, run, [])
+        create_or_check(recipe, run, [])
         with monkeypatch.context() as instead:
             instead.setattr(sys, "executable", str(program))
             started.extend(submit([recipe], [run], "local"))

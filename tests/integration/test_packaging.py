@@ -18,7 +18,7 @@ from support.bare_environments import build_wheel, declared, install, make_envir
 import dreamdance
 from dreamdance.launch.job import ENTRIES
 from dreamdance.launch.requirements import EXTRAS
-from dreamdance.launch.run_folder import lay
+from dreamdance.launch.run_folder import create_or_check
 from dreamdance.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -219,7 +219,7 @@ def test_a_task_names_the_extras_that_it_misses_and_is_not_started(base: Path, t
 
 
 def test_a_job_on_a_machine_that_lacks_a_package_names_the_extra(base: Path, tmp_path: Path) -> None:
-    lay(load_recipe(ROOT / "recipes/demo/prepare.yaml"), tmp_path, [])
+    create_or_check(load_recipe(ROOT / "recipes/demo/prepare.yaml"), tmp_path, [])
     done = run(base, "-P", "-m", "dreamdance.launch.rank", tmp_path / "logs", cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stdout + done.stderr

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from dreamdance.data.loading.batch import ClipBatch
-from dreamdance.errors import UserError, may_pass
+from dreamdance.errors import UserError, is_transient
 from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
 from dreamdance.runtime.process_group import process_group, repeatable_arithmetic
 from dreamdance.runtime.ranks import Ranks
@@ -292,7 +292,7 @@ def run_judged(ranks: Ranks, *, recipe: Recipe, run: Path, strike: StumblingDisk
     try:
         run_recorded(ranks, recipe=recipe, run=run, strike=strike)
     except Exception as error:  # noqa: BLE001 - as the outermost frame of a job judges it
-        return {"is_users": isinstance(error, UserError) and not may_pass(error), "text": str(error)}
+        return {"is_users": isinstance(error, UserError) and not is_transient(error), "text": str(error)}
     return {"is_users": False, "text": ""}
 
 

@@ -11,7 +11,7 @@ import pytest
 from support.fault_log import record_fault
 
 from dreamdance.launch.command import main
-from dreamdance.launch.run_folder import lay
+from dreamdance.launch.run_folder import create_or_check
 from dreamdance.launch.submission import submit
 from dreamdance.recipe import load_recipe
 
@@ -180,7 +180,7 @@ def test_a_debug_run_that_fails_for_the_users_reason_ends_with_1(command, tmp_pa
 @pytest.mark.parametrize("cluster", ["local", "debug"])
 def test_a_run_that_has_a_job_is_refused_with_its_id_and_a_code_of_its_own(command, tmp_path, cluster):
     recipe, run_folder = load_recipe(PREPARE), tmp_path / "runs" / "demo_prepare"
-    lay(recipe, run_folder, [])
+    create_or_check(recipe, run_folder, [])
     submit([recipe], [run_folder], "debug")  # this very process, which lives
     code, output, _ = command(PREPARE, "--cluster", cluster)
     assert code == 4
@@ -206,7 +206,7 @@ def test_a_place_that_cannot_be_written_is_named_before_anything_is_submitted(pl
     if place == ".":
         (tmp_path / "runs").mkdir()
     else:
-        lay(load_recipe(PREPARE), run_folder, [])
+        create_or_check(load_recipe(PREPARE), run_folder, [])
     before = sorted(path.name for path in tmp_path.rglob("*"))
     closed = tmp_path / "runs" / place
     closed.chmod(0o555)

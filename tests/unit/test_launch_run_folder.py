@@ -11,11 +11,11 @@ import pytest
 import yaml
 from support.fault_log import record_fault
 
-from dreamdance.errors import RecipeError, UserError, may_pass
+from dreamdance.errors import RecipeError, UserError, is_transient
 from dreamdance.launch.run_folder import (
     DifferentRecipeError,
+    create_or_check,
     differences,
-    lay,
     locked,
     record_job,
     stored_recipe,
@@ -40,7 +40,7 @@ def run_folder(tmp_path):
 
 
 def test_the_folder_holds_the_resolved_recipe_and_its_provenance_before_anything_runs(run_folder):
-    lay(recipe("seed=3"), run_folder, ["slurm.py", "demo.yaml", "seed=3"])
+    create_or_check(recipe("seed=3"), run_folder, ["slurm.py", "demo.yaml", "seed=3"])
     assert load_recipe(run_folder / "recipe.yaml") == recipe("seed=3")
     (start,) = json.loads((run_folder / "provenance.json").read_text())["starts"]
     assert start["argv"] == ["slurm.py", "demo.yaml", "seed=3"]
@@ -54,17 +54,17 @@ def test_the_folder_holds_the_resolved_recipe_and_its_provenance_before_anything
 
 
 def test_the_same_recipe_again_goes_on_and_adds_its_start(run_folder):
-    lay(recipe(), run_folder, ["first"])
-    lay(recipe(), run_folder, ["second"])
+    create_or_check(recipe(), run_folder, ["first"])
+    create_or_check(recipe(), run_folder, ["second"])
     starts = json.loads((run_folder / "provenance.json").read_text())["starts"]
     assert [start["argv"] for start in starts] == [["first"], ["second"]]
 
 
 def test_a_different_recipe_is_refused_naming_every_key_with_old_and_new_value(run_folder):
-    lay(recipe(), run_folder, [])
+    create_or_check(recipe(), run_folder, [])
     before = (run_folder / "recipe.yaml").read_text()
     with pytest.raises(DifferentRecipeError) as caught:
-        lay(recipe("optimizer.lr=2e-3", "data.stride=[1, 2]"), run_folder, [])
+        create_or_check(recipe("optimizer.lr=2e-3", "data.stride=[1, 2]"), run_folder, [])
     text = str(caught.value)
     assert "optimizer.lr: 0.0015 -> 0.002" in text
     assert "data.stride: [1, 1] -> [1, 2]" in text
@@ -91,30 +91,30 @@ def test_a_different_recipe_is_refused_naming_every_key_with_old_and_new_value(r
     ],
 )
 def test_what_is_no_difference_or_permitted_goes_on_and_is_written_down(run_folder, words):
-    lay(recipe(), run_folder, [])
-    lay(recipe(*words), run_folder, [])
+    create_or_check(recipe(), run_folder, [])
+    create_or_check(recipe(*words), run_folder, [])
     assert load_recipe(run_folder / "recipe.yaml") == recipe(*words)
 
 
 def test_a_lowered_max_steps_is_a_difference(run_folder):
-    lay(recipe(), run_folder, [])
+    create_or_check(recipe(), run_folder, [])
     with pytest.raises(DifferentRecipeError, match="max_steps: 2000 -> 1999"):
-        lay(recipe("max_steps=1999"), run_folder, [])
+        create_or_check(recipe("max_steps=1999"), run_folder, [])
 
 
 def test_permission_for_one_key_does_not_cover_another_that_begins_alike(run_folder):
-    lay(recipe(), run_folder, [])
+    create_or_check(recipe(), run_folder, [])
     with pytest.raises(DifferentRecipeError, match=r"model\.pose_channels"):
-        lay(recipe("model.pose_channels=[8, 16]", "checkpoint.allow_changed=[model.unet]"), run_folder, [])
+        create_or_check(recipe("model.pose_channels=[8, 16]", "checkpoint.allow_changed=[model.unet]"), run_folder, [])
 
 
 def test_a_key_that_the_stored_recipe_does_not_know_yet_has_its_default(run_folder):
-    lay(recipe(), run_folder, [])
+    create_or_check(recipe(), run_folder, [])
     stored = run_folder / "recipe.yaml"
     stored.write_text(stored.read_text().replace("max_nonfinite_steps: 3\n", ""))
-    lay(recipe(), run_folder, [])
+    create_or_check(recipe(), run_folder, [])
     with pytest.raises(DifferentRecipeError, match="max_nonfinite_steps: 3 -> 5"):
-        lay(recipe("max_nonfinite_steps=5"), run_folder, [])
+        create_or_check(recipe("max_nonfinite_steps=5"), run_folder, [])
 
 
 def written_before(key, line, run_folder):
@@ -127,24 +127,24 @@ def written_before(key, line, run_folder):
 
 
 def test_a_run_that_began_before_targets_were_sampled_keeps_its_targets_or_is_refused(run_folder):
-    lay(recipe(), run_folder, [])
+    create_or_check(recipe(), run_folder, [])
     written_before("objective.target_latents", "  target_latents: sample\n", run_folder)
     assert stored_recipe(run_folder) == recipe("objective.target_latents=mode")  # as a requeued job reads it
     with pytest.raises(DifferentRecipeError, match=r'objective\.target_latents: "mode" -> "sample"'):
-        lay(recipe(), run_folder, [])
-    lay(recipe("objective.target_latents=mode"), run_folder, [])
+        create_or_check(recipe(), run_folder, [])
+    create_or_check(recipe("objective.target_latents=mode"), run_folder, [])
     written_before("objective.target_latents", "  target_latents: mode\n", run_folder)
-    lay(recipe("checkpoint.allow_changed=[objective.target_latents]"), run_folder, [])
+    create_or_check(recipe("checkpoint.allow_changed=[objective.target_latents]"), run_folder, [])
     assert stored_recipe(run_folder).objective.target_latents == "sample"
 
 
 def test_keys_that_a_stored_recipe_does_not_know_are_named_with_what_they_are_now(run_folder, caplog):
-    lay(recipe(), run_folder, [])
-    lay(recipe("logging.every_steps=1"), run_folder, [])
+    create_or_check(recipe(), run_folder, [])
+    create_or_check(recipe("logging.every_steps=1"), run_folder, [])
     assert caplog.messages == []
     written_before("tf32", "tf32: false\n", run_folder)
     written_before("max_nonfinite_steps", "max_nonfinite_steps: 3\n", run_folder)
-    lay(recipe(), run_folder, [])
+    create_or_check(recipe(), run_folder, [])
     (warning,) = caplog.messages
     assert f"{run_folder / 'recipe.yaml'} was written by an earlier version" in warning
     assert "from now on: " in warning
@@ -155,11 +155,11 @@ def test_keys_that_a_stored_recipe_does_not_know_are_named_with_what_they_are_no
 
 
 def test_a_stored_recipe_that_no_longer_loads_is_compared_by_its_values(run_folder):
-    lay(recipe(), run_folder, [])
+    create_or_check(recipe(), run_folder, [])
     stored = run_folder / "recipe.yaml"
     stored.write_text(stored.read_text() + "forgotten_key: 1\n")
     with pytest.raises(DifferentRecipeError, match=r"forgotten_key: 1 -> \(not set\)"):
-        lay(recipe(), run_folder, [])
+        create_or_check(recipe(), run_folder, [])
 
 
 def test_recipes_of_another_task_differ(run_folder):
@@ -178,7 +178,7 @@ def test_base_weights_are_hashed_once_and_again_only_when_they_change(run_folder
     words += ["data.height=64"]
 
     def digest():
-        lay(recipe(*words), run_folder, [])
+        create_or_check(recipe(*words), run_folder, [])
         return json.loads((run_folder / "provenance.json").read_text())["starts"][-1]["base_weights"][str(file)][
             "sha256"
         ]
@@ -202,7 +202,7 @@ def test_two_launchers_cannot_start_one_run_at_the_same_moment(run_folder):
     ):
         locked(run_folder, wait_seconds=0.2).__enter__()
     assert 0.2 <= time.monotonic() - start < 10
-    assert may_pass(told.value), "a job that waited for it in vain may start again"
+    assert is_transient(told.value), "a job that waited for it in vain may start again"
     with locked(run_folder):
         pass
 
@@ -233,7 +233,7 @@ def test_a_job_does_not_bring_a_removed_run_folder_back(run_folder):
 
 
 def test_the_recipe_of_a_submitted_run_is_waited_for(run_folder):
-    lay(recipe(), run_folder, [])
+    create_or_check(recipe(), run_folder, [])
     hidden = run_folder.with_name("hidden")
     run_folder.rename(hidden)
     with ThreadPoolExecutor() as pool:
@@ -248,7 +248,7 @@ def test_a_recipe_that_stays_away_is_nobodys_mistake_and_one_that_is_wrong_is(ru
     monkeypatch.setattr("dreamdance.launch.run_folder.STORAGE_SECONDS", 0.0)
     with pytest.raises(OSError, match=r"its storage is away, or the run folder was removed.*demo/recipe\.yaml"):
         stored_recipe(run_folder)
-    lay(recipe(), run_folder, [])
+    create_or_check(recipe(), run_folder, [])
     (run_folder / "recipe.yaml").write_text("task: nothing\n")
     with pytest.raises(RecipeError, match="unknown task 'nothing'"):
         stored_recipe(run_folder)

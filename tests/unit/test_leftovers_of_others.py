@@ -11,7 +11,7 @@ from support.fault_log import record_fault
 from support.random_shards import write_random_shards
 
 from dreamdance.launch.run_folder import LOCK_FILE
-from dreamdance.runs.folder_lock import CLAIM_FILE
+from dreamdance.runs.folder_lock import FOLDER_LOCK_FILE
 
 ROOT = Path(__file__).parents[2]
 SHARD = "part_00000.shard.00000.mds"
@@ -26,7 +26,7 @@ import contextlib, ctypes, io, json, sys
 from pathlib import Path
 from dreamdance.data.loading.dataset import StoredClips
 from dreamdance.errors import UserError
-from dreamdance.runs.folder_lock import claim_folder
+from dreamdance.runs.folder_lock import lock_folder
 from dreamdance.launch.command import main
 from dreamdance.recipe.sections import Shards
 
@@ -38,7 +38,7 @@ def read(folder):
     return f"{len(list(StoredClips(Shards(local=folder, remote=sys.argv[1]))))} clips"
 
 def claim(folder):
-    with claim_folder(Path(folder), key="output"):
+    with lock_folder(Path(folder), key="output"):
         return "claimed"
 
 def launch(folder):
@@ -71,7 +71,7 @@ def test_leftovers_of_another_user_are_replaced_or_named_with_the_way_around_the
         os.chown(tmp_path / name, ANOTHER_USER, ANOTHER_USER)
         (tmp_path / name).chmod(mode)
     leave(tmp_path / "cache" / f".{SHARD}.lock")
-    leave(tmp_path / "output" / CLAIM_FILE)
+    leave(tmp_path / "output" / FOLDER_LOCK_FILE)
     leave(tmp_path / "runs" / "run" / LOCK_FILE)
     starts = [("read", "open_to_all"), ("read", "sticky"), ("read", "cache"), ("claim", "output"), ("launch", "runs")]
     words = [word for name, folder in starts for word in (name, tmp_path / folder)]
@@ -84,7 +84,7 @@ def test_leftovers_of_another_user_are_replaced_or_named_with_the_way_around_the
     for told, file, way in (
         (sticky, f"sticky/.{SHARD}.incoming", "give a `local` folder that is"),
         (locked, f"cache/.{SHARD}.lock", "give a `local` folder that is"),
-        (claimed, f"output/{CLAIM_FILE}", "give another `output`"),
+        (claimed, f"output/{FOLDER_LOCK_FILE}", "give another `output`"),
         (launched, f"runs/run/{LOCK_FILE}", "give another --runs"),
     ):
         assert str(tmp_path / file) in told

@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from support.fault_log import record_fault
 
-from dreamdance.errors import UserError, may_pass
+from dreamdance.errors import UserError, is_transient
 from dreamdance.launch.run_folder import locked
 from dreamdance.runs import locks
-from dreamdance.runs.folder_lock import OutputError, claim_folder
+from dreamdance.runs.folder_lock import OutputError, lock_folder
 from dreamdance.runs.locks import HeldLockError, locked_file
 
 NO_LOCKS = [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK]
@@ -103,17 +103,17 @@ def test_one_at_a_time_has_the_lock_and_the_next_when_it_is_through(tmp_path, fi
 def test_every_user_of_locks_works_without_them(tmp_path, file_system):
     with locked(tmp_path), pytest.raises(UserError, match="another launcher has been starting") as told:
         locked(tmp_path, wait_seconds=0.1).__enter__()
-    assert may_pass(told.value)
-    with claim_folder(tmp_path / "results", key="output"):
+    assert is_transient(told.value)
+    with lock_folder(tmp_path / "results", key="output"):
         assert (tmp_path / "results").is_dir()
     assert list((tmp_path / "results").iterdir()) == []
 
 
 def test_what_goes_wrong_inside_is_not_laid_to_the_missing_locks(tmp_path, file_system):
-    """`may_pass` judges what an error follows from: no locks must not be among that."""
+    """`is_transient` judges what an error follows from: no locks must not be among that."""
     with pytest.raises(UserError) as told, locked_file(tmp_path / "lock", wait_seconds=0):
         raise UserError("a wrong manifest")
-    assert not may_pass(told.value)
+    assert not is_transient(told.value)
 
 
 def test_a_folder_that_is_not_there_is_an_error_and_is_not_made(tmp_path, file_system):
@@ -132,12 +132,12 @@ def test_without_locks_a_living_process_keeps_its_file_and_a_killed_one_loses_it
         monkeypatch.setattr("dreamdance.runs.folder_lock.WAIT_SECONDS", 2.0)
         start = time.monotonic()
         with pytest.raises(OutputError, match=rf"another run is writing into .*process {holder.pid} holds") as told:
-            claim_folder(tmp_path, key="output").__enter__()
+            lock_folder(tmp_path, key="output").__enter__()
         assert time.monotonic() - start >= 2.0, "longer than a silent process would have been waited for"
         holder.send_signal(signal.SIGKILL)
         assert holder.wait() == -signal.SIGKILL
     start = time.monotonic()
-    with claim_folder(tmp_path, key="output"):
+    with lock_folder(tmp_path, key="output"):
         seconds = time.monotonic() - start
         assert 0.5 < seconds < 20
     assert list(tmp_path.iterdir()) == []

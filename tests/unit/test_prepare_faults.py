@@ -24,7 +24,7 @@ from dreamdance.recipe.schema import PrepareRecipe
 from dreamdance.recipe.sections import Cluster
 from dreamdance.runs.crew import Crew
 from dreamdance.runs.file_states import read_state
-from dreamdance.runs.folder_lock import OutputError, claim_folder
+from dreamdance.runs.folder_lock import OutputError, lock_folder
 from dreamdance.runtime.ranks import Ranks
 
 SMALL = ShardFormat(shard_size_mib=1, compression="zstd")
@@ -160,7 +160,7 @@ def test_an_output_that_another_run_prepares_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("dreamdance.runs.folder_lock.WAIT_SECONDS", 0.1)
     recipe = make_recipe(tmp_path / "data", num_clips=1)
     with (
-        claim_folder(tmp_path / "data", key="output"),
+        lock_folder(tmp_path / "data", key="output"),
         pytest.raises(OutputError, match=r"another run is writing into .*data at this moment.*another `output`"),
     ):
         prepare(recipe, tmp_path / "run")
@@ -200,7 +200,9 @@ def long_searches(folder: Path, *, seconds: float) -> list[Part]:
 
 def test_a_search_that_goes_on_is_no_hang_in_this_process(tmp_path, monkeypatch):
     ends = []
-    monkeypatch.setattr("dreamdance.runtime.watchdog.end_now", lambda logger, text, *rest, **options: ends.append(rest))
+    monkeypatch.setattr(
+        "dreamdance.runtime.watchdog.exit_process", lambda logger, text, *rest, **options: ends.append(rest)
+    )
     cluster = Cluster(step_timeout_seconds=1, collective_timeout_seconds=1)
     with Crew(Ranks(), cluster=cluster) as crew:
         write(tmp_path / "shards", long_searches(tmp_path, seconds=2.2), crew=crew)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dreamdance.errors import LostDeviceError, may_pass
+from dreamdance.errors import LostDeviceError, is_transient
 from dreamdance.runtime.ranks import START, Ranks
 
 
@@ -21,7 +21,7 @@ def test_a_rank_without_the_gpu_that_it_wants_says_where_and_what_it_sees(monkey
         Ranks(rank=9, world_size=16, local_rank=local_rank, local_world_size=8).take_gpu()
     assert "rank 9 on " in str(told.value)
     assert f"wants GPU {local_rank} and torch finds {local_rank}" in str(told.value)
-    assert may_pass(told.value), "another node may have it"
+    assert is_transient(told.value), "another node may have it"
 
 
 def test_a_rank_makes_the_gpu_of_its_local_rank_the_current_one(monkeypatch):

@@ -20,7 +20,7 @@ from dreamdance.data.loading.dataset import ClipDataset, StoredClips
 from dreamdance.data.loading.loader import ClipLoader
 from dreamdance.data.loading.order import ClipOrder
 from dreamdance.data.shards import cache as shard_cache
-from dreamdance.errors import LostWorkerError, ShardError, may_pass
+from dreamdance.errors import LostWorkerError, ShardError, is_transient
 from dreamdance.recipe.sections import Shards
 from dreamdance.runtime.ranks import Ranks
 
@@ -105,7 +105,7 @@ def test_storage_that_stays_away_is_the_machines_fault(fault, num_workers, folde
     FAULTS[fault](folder)
     with pytest.raises(LostWorkerError, match=r"sample \d of shard .* cannot be read, 4 attempts failed") as told:
         list(islice(loader, 9))
-    assert may_pass(told.value)
+    assert is_transient(told.value)
 
 
 def test_one_missing_shard_beside_its_index_is_the_users_to_mend(folder, short_pauses):
@@ -113,7 +113,7 @@ def test_one_missing_shard_beside_its_index_is_the_users_to_mend(folder, short_p
     (folder / SECOND).unlink()
     with pytest.raises(ShardError, match=rf"{SECOND} is missing; prepare it again") as told:
         clip_ids(clips)
-    assert not may_pass(told.value)
+    assert not is_transient(told.value)
 
 
 def test_a_remote_folder_that_is_gone_for_a_while_is_asked_again(folder, tmp_path, short_pauses):

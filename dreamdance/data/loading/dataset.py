@@ -20,7 +20,7 @@ from dreamdance.data.loading.stored_clip import StoredClip, Window, draw_window,
 from dreamdance.data.shards import cache as shard_cache
 from dreamdance.data.shards.mds import Spanner, Stream, StreamingDataset, World
 from dreamdance.data.shards.verify import CheckedShards, open_shards
-from dreamdance.errors import LostWorkerError, ShardError, may_pass
+from dreamdance.errors import LostWorkerError, ShardError, is_transient
 from dreamdance.media.cropping import centred_crop
 from dreamdance.media.transforms import (
     flip_images,
@@ -116,7 +116,7 @@ class StoredClips(StreamingDataset):
                 error = caught
             if isinstance(error, LostWorkerError):  # has been tried again already
                 raise error
-            if not may_pass(error) and not shard_cache.is_gone(self.index.folder):
+            if not is_transient(error) and not shard_cache.is_gone(self.index.folder):
                 if isinstance(error, ShardError):
                     raise error
                 raise ShardError(f"{where}: {error}") from error

@@ -21,7 +21,7 @@ from dreamdance.data.loading.batch import ClipBatch, collate_clips
 from dreamdance.data.loading.dataset import ClipDataset
 from dreamdance.data.loading.order import SampleKey
 from dreamdance.data.loading.shared_memory import PackedBatch, SharedSlots
-from dreamdance.errors import LostWorkerError, ShardError, may_pass
+from dreamdance.errors import LostWorkerError, ShardError, is_transient
 from dreamdance.runtime.worker_processes import start_worker, worker_context
 
 LOOK_EVERY_SECONDS = 1.0
@@ -152,4 +152,4 @@ def _answer(dataset: ClipDataset, keys: Sequence[SampleKey], slots: SharedSlots,
     try:
         return slots.write(collate_clips([dataset.training_sample(key) for key in keys]), slot=slot)
     except ShardError as error:  # what it follows from stays here, so that is judged here
-        return LostWorkerError(str(error)) if may_pass(error) else error
+        return LostWorkerError(str(error)) if is_transient(error) else error

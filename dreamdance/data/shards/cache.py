@@ -18,7 +18,7 @@ from dreamdance.data.shards.index import ShardEntry, ShardFile, ShardIndex, read
 from dreamdance.data.shards.mds import INDEX_FILE, CloudDownloader, decompress
 from dreamdance.data.shards.notes import ShardNotes
 from dreamdance.data.shards.stamps import FileStamp, check_bytes, check_samples, check_size, compare_file
-from dreamdance.errors import USERS_ERRNOS, LostWorkerError, ShardError
+from dreamdance.errors import USER_FIXABLE_ERRNOS, LostWorkerError, ShardError
 from dreamdance.recipe.sections import Shards
 from dreamdance.runs.locks import HeldLockError, locked_file
 
@@ -157,7 +157,7 @@ def _download(remote: str, name: str, destination: Path) -> None:
                 raise ShardError(f"{source} cannot be fetched: {error}; see `remote`") from error
             if pause is None:
                 attempts = len(RETRY_PAUSES_SECONDS) + 1
-                kind = ShardError if error.errno in USERS_ERRNOS and not gone else LostWorkerError
+                kind = ShardError if error.errno in USER_FIXABLE_ERRNOS and not gone else LostWorkerError
                 raise kind(f"{source} cannot be fetched, {attempts} attempts failed: {error}") from error
             logger.warning("%s cannot be fetched: %s; trying again in %.0f s", source, error, pause)
             time.sleep(pause)

@@ -20,7 +20,7 @@ import numpy as np
 
 from dreamdance.data.shards.columns import COLUMNS, SCHEMA_VERSION, pack_frames, pack_keypoints
 from dreamdance.data.shards.mds import INDEX_FILE, MDSWriter
-from dreamdance.errors import LostWorkerError, ShardError, UserError, may_pass
+from dreamdance.errors import LostWorkerError, ShardError, UserError, is_transient
 from dreamdance.runs.crew import Crew
 from dreamdance.runs.file_states import FileState, read_state
 from dreamdance.runtime.warnings_once import held_warnings, warn_once
@@ -260,7 +260,7 @@ def _write_clips(
             os.utime(incoming)  # for who watches from another process
             on_clip()
     except UserError as error:
-        if part.source is None or may_pass(error):
+        if part.source is None or is_transient(error):
             raise
         damage = str(error)
     writer.finish()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dreamdance.errors import may_pass
+from dreamdance.errors import is_transient
 from dreamdance.media.video import VideoError, VideoInfo, probe_video
 from dreamdance.media.video_names import is_text, printable
 from dreamdance.recipe.schema import VideosSource
@@ -44,7 +44,7 @@ def open_videos(source: VideosSource, name: str) -> dict[str, VideoInfo]:
         try:
             videos[modality] = probe_video(path)
         except VideoError as error:
-            if may_pass(error):
+            if is_transient(error):
                 raise
             problems.append(str(error))
     if "rgb" in videos:
@@ -81,7 +81,7 @@ def check_videos(
                 try:
                     future.result()
                 except VideoError as error:
-                    if may_pass(error):
+                    if is_transient(error):
                         raise
                     problems[opened[future]] = str(error)
         finally:

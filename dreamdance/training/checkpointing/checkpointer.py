@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamdance.errors import CheckpointError, may_pass
+from dreamdance.errors import CheckpointError, is_transient
 from dreamdance.recipe.schema import Checkpoint
 from dreamdance.runs.layout import checkpoint_folder
 from dreamdance.runtime.process_group import gathered, on_main
@@ -186,7 +186,7 @@ class Checkpointer:
         if failures:
             told = "; ".join(f"rank {rank}: {failure}" for rank, failure in failures.items())
             # All ranks judge alike: by a disk that stumbled, if one did, since the others may only have followed.
-            reason = next(filter(may_pass, failures.values()), next(iter(failures.values())))
+            reason = next(filter(is_transient, failures.values()), next(iter(failures.values())))
             raise CheckpointError(
                 f"{save.folder.name} could not be saved: {told}. The run ends here rather than train on "
                 f"unsaved; started again, it goes on from {self._folders.newest()}. Make room on that disk, or keep "

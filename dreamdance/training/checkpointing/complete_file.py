@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 
-from dreamdance.errors import CheckpointError, may_pass
+from dreamdance.errors import CheckpointError, is_transient
 from dreamdance.runs.files import hash_file, sync_folder, write_atomically
 from dreamdance.runs.layout import COMPLETE_FILE, step_of
 
@@ -195,7 +195,7 @@ def _insist(read: Callable[[], Result]) -> Result:
         try:
             return read()
         except OSError as error:
-            if not may_pass(error):
+            if not is_transient(error):
                 raise
             time.sleep(pause)
     return read()

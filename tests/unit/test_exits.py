@@ -6,10 +6,10 @@ import sys
 
 PROGRAM = """
 import logging, sys, threading
-from dreamdance.runtime import exits as forced_exit
+from dreamdance.runtime import exits
 
 logging.basicConfig(stream=sys.stderr)
-forced_exit.LAST_WORDS_SECONDS = 1.0
+exits.LAST_WORDS_SECONDS = 1.0
 
 def the_thread_that_hangs(handler):
     handler.acquire()
@@ -20,7 +20,7 @@ held = threading.Event()
 if sys.argv[1] == "held":
     threading.Thread(target=the_thread_that_hangs, args=(logging.root.handlers[0],), daemon=True).start()
     held.wait()
-forced_exit.end_now(logging.getLogger("test"), "because of %s", "a test", exit_code=75, with_stacks=True)
+exits.exit_process(logging.getLogger("test"), "because of %s", "a test", exit_code=75, with_stacks=True)
 """
 
 
@@ -33,7 +33,7 @@ def test_the_last_words_and_the_code_are_as_asked():
     process = ended("free")
     assert process.returncode == 75
     assert "CRITICAL:test:because of a test" in process.stderr
-    assert "end_now" in process.stderr, "the stacks"
+    assert "exit_process" in process.stderr, "the stacks"
 
 
 def test_a_log_that_cannot_be_written_does_not_keep_the_process():

@@ -9,20 +9,20 @@ import time
 import pytest
 from support.fault_log import record_fault
 
-from dreamdance.runs.folder_lock import CLAIM_FILE, OutputError, claim_folder
+from dreamdance.runs.folder_lock import FOLDER_LOCK_FILE, OutputError, lock_folder
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from dreamdance.runs.folder_lock import claim_folder
-with claim_folder(Path(sys.argv[1]), key="output"):
+from dreamdance.runs.folder_lock import lock_folder
+with lock_folder(Path(sys.argv[1]), key="output"):
     print("held", flush=True)
     time.sleep(600)
 """
 
 
 def test_a_folder_is_made_and_nothing_stays_in_it(tmp_path):
-    with claim_folder(tmp_path / "a" / "b", key="output"):
+    with lock_folder(tmp_path / "a" / "b", key="output"):
         assert (tmp_path / "a" / "b").is_dir()
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
@@ -34,14 +34,14 @@ def test_a_second_run_is_refused_until_the_first_is_gone_even_killed(tmp_path, m
         assert holder.stdout.readline() == "held\n"
         start = time.monotonic()
         with pytest.raises(OutputError, match=r"another run is writing into .*results.*give another `output`") as told:
-            claim_folder(folder, key="output").__enter__()
+            lock_folder(folder, key="output").__enter__()
         detected = time.monotonic() - start
         holder.send_signal(signal.SIGKILL)
         assert holder.wait() == -signal.SIGKILL
-    assert (folder / CLAIM_FILE).exists()
-    with claim_folder(folder, key="output"):
-        assert (folder / CLAIM_FILE).exists()
-    assert not (folder / CLAIM_FILE).exists()
+    assert (folder / FOLDER_LOCK_FILE).exists()
+    with lock_folder(folder, key="output"):
+        assert (folder / FOLDER_LOCK_FILE).exists()
+    assert not (folder / FOLDER_LOCK_FILE).exists()
     record_fault(
         "two runs write into one output folder",
         how="a second run starts beside the first; then the first is killed",
@@ -58,7 +58,7 @@ def test_the_claim_of_a_start_that_is_just_ending_is_waited_for(tmp_path):
         assert holder.stdout.readline() == "held\n"
         ending = threading.Timer(0.3, holder.kill)
         ending.start()
-        with claim_folder(folder, key="output"):
+        with lock_folder(folder, key="output"):
             assert holder.wait() == -signal.SIGKILL
 
 
@@ -66,4 +66,4 @@ def test_the_claim_of_a_start_that_is_just_ending_is_waited_for(tmp_path):
 def test_a_folder_that_cannot_be_made_is_named_with_its_key(tmp_path, place):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(OutputError, match=r"results cannot be written: .*give another `output`"):
-        claim_folder(tmp_path / place, key="output").__enter__()
+        lock_folder(tmp_path / place, key="output").__enter__()

@@ -4,16 +4,16 @@ import shutil
 import subprocess
 import sys
 
-from dreamdance.launch.run_ownership import REPLACED_EXIT_CODE, Fence
+from dreamdance.launch.run_ownership import REPLACED_EXIT_CODE, RunOwnership
 from dreamdance.runtime.exits import TRY_AGAIN_EXIT_CODE
 
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from dreamdance.launch import run_ownership as fence
+from dreamdance.launch import run_ownership
 
-fence.LOOK_EVERY_SECONDS = 0.05
-with fence.Fence(Path(sys.argv[1])):
+run_ownership.LOOK_EVERY_SECONDS = 0.05
+with run_ownership.RunOwnership(Path(sys.argv[1])):
     print("mine", flush=True)
     time.sleep(60)
 """
@@ -25,7 +25,7 @@ def test_a_start_that_is_replaced_ends_and_says_where_the_run_goes_on(tmp_path):
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "mine\n"
-        with Fence(tmp_path):
+        with RunOwnership(tmp_path):
             _, errors = first.communicate(timeout=20)
     assert first.returncode == REPLACED_EXIT_CODE
     assert "goes on elsewhere" in errors
@@ -34,10 +34,10 @@ def test_a_start_that_is_replaced_ends_and_says_where_the_run_goes_on(tmp_path):
 def test_a_start_that_is_alone_goes_on_though_its_file_cannot_be_read(tmp_path, monkeypatch):
     (tmp_path / "logs").mkdir()
     monkeypatch.setattr("dreamdance.launch.run_ownership.LOOK_EVERY_SECONDS", 0.01)
-    with Fence(tmp_path) as fence:
+    with RunOwnership(tmp_path) as ownership:
         (tmp_path / "logs" / "owner.txt").unlink()
-        fence._thread.join(0.1)
-        assert fence._thread.is_alive()
+        ownership._thread.join(0.1)
+        assert ownership._thread.is_alive()
 
 
 def test_a_start_whose_run_folder_was_removed_ends_naming_it_and_does_not_bring_it_back(tmp_path):
