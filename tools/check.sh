@@ -9,3 +9,4 @@ bin=.venv/bin
 "$bin"/mypy
 "$bin"/lint-imports
 "$bin"/python tools/figures.py --check
+"$bin"/python tools/key_reference.py --check

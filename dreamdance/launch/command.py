@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from dreamdance.errors import RecipeError, UserError
 from dreamdance.launch import dry_run, preflight, status, submission
+from dreamdance.launch.explain import explanation
 from dreamdance.launch.finished import is_finished
 from dreamdance.launch.follow import explain_failure, follow
 from dreamdance.launch.job import Job
@@ -53,6 +54,9 @@ def main(argv: Sequence[str], plan: Planner) -> int:
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
+        if argv and argv[0] == "explain":
+            _show(explanation(argv[1:]))
+            return OK
         options = _options(argv)
         if options.words and options.words[0] in ("status", "cancel"):
             return _ask(options)
@@ -67,7 +71,8 @@ def main(argv: Sequence[str], plan: Planner) -> int:
 
 def _usage() -> str:
     return (
-        f"{program()} RECIPE [key=value ...] [options]\n       {program()} status [RUN]\n       {program()} cancel RUN"
+        f"{program()} RECIPE [key=value ...] [options]\n       {program()} status [RUN]\n"
+        f"       {program()} cancel RUN\n       {program()} explain [KEY] [--task TASK]"
     )
 
 
