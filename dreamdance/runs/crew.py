@@ -17,9 +17,9 @@ from typing import TypeVar
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from dreamdance.errors import LostWorkerError
-from dreamdance.runtime.ranks import Ranks
 from dreamdance.recipe.sections import Cluster
 from dreamdance.runs.layout import note_done
+from dreamdance.runtime.ranks import Ranks
 from dreamdance.runtime.watchdog import Watchdog
 
 BEAT_SECONDS = 1.0

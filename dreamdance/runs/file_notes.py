@@ -11,8 +11,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dreamdance.runs.files import write_atomically
 from dreamdance.runs.file_states import FileState, read_state
+from dreamdance.runs.files import write_atomically
 from dreamdance.runs.layout import FILES_FILE
 
 NUM_THREADS = 16

@@ -9,8 +9,8 @@ from dreamdance.errors import UserError
 from dreamdance.runs.locks import HeldLockError, locked_file
 
 FOLDER_LOCK_FILE = ".claimed"
+# A start that another one has replaced ends within seconds (`launch.run_ownership`); until then it holds its locks.
 WAIT_SECONDS = 10.0
-"""A start that another one has replaced ends within seconds (`launch.run_ownership`); until then it holds its claims."""
 
 
 class OutputError(UserError):

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dreamdance.errors import MissingInputError
-from dreamdance.runtime.ranks import Ranks
 from dreamdance.recipe.yaml_text import read_yaml
+from dreamdance.runtime.ranks import Ranks
 
 RECIPE_FILE = "recipe.yaml"
 PROVENANCE_FILE = "provenance.json"
