@@ -1,7 +1,6 @@
 """Writes what `animate` needs to try held-out clips: reference, poses, and the manifest that lists them."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from dreamdance.data.shards.mds import INDEX_FILE
 from dreamdance.media.keypoints import KeypointSequence, write_keypoint_file
 from dreamdance.media.video import write_video
 from dreamdance.recipe.sections import Shards
+from dreamdance.runs.files import write_atomically
 from dreamdance.runtime.ranks import Ranks
 
 MANIFEST_FILE = "manifest.jsonl"
@@ -42,9 +42,7 @@ def write_examples(output: Path, *, before_clip: Callable[[str], None]) -> int:
         for number in range(num_clips):
             before_clip(f"clip {number} of {num_clips}")
             lines.append(json.dumps(_write_example(clips.clip(number), number, output)) + "\n")
-    incoming = output / f".{MANIFEST_FILE}.incoming"
-    incoming.write_text("".join(lines), encoding="utf-8")
-    os.replace(incoming, manifest)
+    write_atomically(manifest, "".join(lines))
     return num_clips
 
 

@@ -5,7 +5,6 @@ Ranks of a job share nothing but a folder here: one may have much more to do tha
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from dreamdance.recipe.schema import EvaluateRecipe
 from dreamdance.runs.crew import Crew
 from dreamdance.runs.file_notes import of_content, of_times, write_note
 from dreamdance.runs.file_states import FileState, read_state
+from dreamdance.runs.files import replace_atomically
 from dreamdance.runs.layout import ARRAYS_FILE, RESULT_FILE
 
 INDEX_FILE = "index.json"
@@ -106,16 +106,14 @@ class MeasuredClips:
     def write(self, result: Path, clip: EvaluatedClip) -> None:
         """Keeps what was measured, whole or not at all."""
         target = self.path(result)
-        incoming = target.with_name(f".{target.stem}.{os.getpid()}.npz")
         pictures = {f"picture_{number}": picture for number, picture in enumerate(clip.row.pictures)}
         files = {str(path): state.to_json() for path, state in clip.files.items()}
         content = {"scores": clip.scores, "num_frames": clip.num_frames, "label": clip.row.label, "files": files}
         text = json.dumps(content)
-        with incoming.open("wb") as file:
+        with replace_atomically(target) as temporary, temporary.open("wb") as file:
             np.savez(
                 file, text=np.asarray(text), **{name: value for name, value in pictures.items() if value is not None}
             )
-        os.replace(incoming, target)
 
     def read(self, result: Path) -> EvaluatedClip:
         """What was measured."""

@@ -1,8 +1,6 @@
 """What a result folder holds, when it counts as done, and how it is written: complete or not at all."""
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ from dreamdance.media.grids import Row, draw_grid
 from dreamdance.media.transforms import encode_normals, resize_images, resize_normals, tensor_to_pictures
 from dreamdance.media.video import VideoError, write_video
 from dreamdance.runs.file_states import FileState
-from dreamdance.runs.files import sync_folder
+from dreamdance.runs.files import replace_atomically
 from dreamdance.runs.folder_lock import OutputError
 from dreamdance.runs.layout import ARRAYS_FILE, RESULT_FILE
 from dreamdance.runs.provenance import code_version, package_versions
@@ -73,7 +71,7 @@ def known_states(folder: Path) -> dict[Path, FileState]:
 
 
 def write_result(folder: Path, result: ClipResult, *, request: dict[str, Any], details: dict[str, Any]) -> None:
-    """Writes a result under a temporary name and moves it into place, over an older one of another request.
+    """Writes a result folder, which appears when it is complete and replaces one of another request.
 
     Args:
         folder: `<output>/<id>`.
@@ -84,18 +82,10 @@ def write_result(folder: Path, result: ClipResult, *, request: dict[str, Any], d
     Raises:
         OutputError: the disk is full, or the folder cannot be written.
     """
-    incoming = folder.with_name(f".{folder.name}.incoming")
     try:
-        _remove(incoming)
-        incoming.mkdir(parents=True)
-        _write_files(incoming, result, request=request, details=details)
-        if folder.exists() or folder.is_symlink():
-            outgoing = folder.with_name(f".{folder.name}.outgoing")
-            _remove(outgoing)
-            os.replace(folder, outgoing)
-            _remove(outgoing)
-        os.replace(incoming, folder)
-        sync_folder(folder.parent)
+        with replace_atomically(folder, is_only_writer=True) as temporary:
+            temporary.mkdir(parents=True)
+            _write_files(temporary, result, request=request, details=details)
     except (OSError, VideoError) as error:
         raise OutputError(
             f"the result of '{folder.name}' cannot be written: {error}; free the disk or give another `output`, "
@@ -116,23 +106,11 @@ def _write_files(folder: Path, result: ClipResult, *, request: dict[str, Any], d
     content = {"request": request, "num_frames": len(result.frames), "fps": result.fps, **details}
     content["sizes"] = _sizes(folder)
     (folder / RESULT_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for path in folder.iterdir():  # the name must not become durable before what it stands for
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    sync_folder(folder)
 
 
 def _sizes(folder: Path) -> dict[str, int]:
     """Of the files beside the result's own description, in bytes."""
     return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != RESULT_FILE}
-
-
-def _remove(path: Path) -> None:
-    """Whatever it is; of a link the link alone."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)
 
 
 def installed_versions() -> dict[str, str]:

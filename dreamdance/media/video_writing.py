@@ -1,6 +1,5 @@
 """Writes videos: H.264 for looking at, FFV1 without loss."""
 
-import os
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +10,7 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 
 from dreamdance.media.video_container import VideoError
+from dreamdance.runs.files import replace_atomically
 
 LOSSLESS_SUFFIX = ".mkv"
 AVCOL_SPC_BT709 = 1  # FFmpeg's name of the matrix; PyAV's `Colorspace` holds the scaler's own numbers
@@ -38,10 +38,9 @@ def write_video(
     if len(frames) == 0:
         raise VideoError(f"{path}: there are no frames to write")
     first = np.asarray(frames[0])
-    incoming = path.with_name(f".{path.stem}.incoming{suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with av.open(str(incoming), "w") as container:
+        with replace_atomically(path) as temporary, av.open(str(temporary), "w") as container:
             rate = Fraction(fps).limit_denominator(1 << 16)
             stream = container.add_stream("ffv1", rate) if lossless else container.add_stream("libx264", rate)
             stream.height, stream.width = (size + (0 if lossless else size % 2) for size in first.shape[:2])
@@ -56,11 +55,8 @@ def write_video(
                 picture = _check_frame(np.asarray(frame), first.shape, where=f"{path}: frame {number}")
                 container.mux(stream.encode(_lossless_frame(picture) if lossless else _bt709_frame(picture)))
             container.mux(stream.encode(None))
-        os.replace(incoming, path)
     except av.FFmpegError as error:
         raise VideoError(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        incoming.unlink(missing_ok=True)
 
 
 def _check_frame(frame: np.ndarray, shape: tuple[int, ...], *, where: str) -> np.ndarray:

@@ -111,7 +111,7 @@ def retry_transient(
         except Exception as error:
             num_attempts -= 1
             if num_attempts > 0 and should_retry(error):
-                logger.warning("%s failed, next attempt in %.0f s: %s", what, pause, error)
+                logger.warning("%s failed, trying again in %.0f s: %s", what, pause, error)
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
                 continue

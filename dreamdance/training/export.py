@@ -1,8 +1,6 @@
 """Exports: the averaged weights as a pipeline in the diffusers layout, which appears complete or not at all."""
 
 import logging
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -10,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from dreamdance.runs.files import follow_umask, sync_folder
+from dreamdance.runs.files import follow_umask, replace_atomically
 from dreamdance.runs.layout import export_folder
 from dreamdance.runtime.process_group import on_main
 from dreamdance.runtime.ranks import Ranks
@@ -53,17 +51,12 @@ def export_average(
 
 
 def _write(folder: Path, objective: Objective, weights: Mapping[str, Tensor], size: Mapping[str, int]) -> None:
-    """Under a temporary name first, so that what bears the export's name is all of it."""
-    incoming = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(incoming, ignore_errors=True)
-    with _replaced(objective, weights):
-        pipeline = objective.make_pipeline()
-        pipeline.register_to_config(**size)
-        pipeline.save_pretrained(incoming, safe_serialization=True)
-    follow_umask(incoming)
-    _sync_tree(incoming)
-    incoming.rename(folder)
-    sync_folder(folder.parent)
+    with replace_atomically(folder, is_only_writer=True) as temporary:
+        with _replaced(objective, weights):
+            pipeline = objective.make_pipeline()
+            pipeline.register_to_config(**size)
+            pipeline.save_pretrained(temporary, safe_serialization=True)
+        follow_umask(temporary)
     logger.info("exported the averaged weights to %s", folder)
 
 
@@ -79,14 +72,3 @@ def _replaced(objective: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[N
     finally:
         for name, value in kept.items():
             parameters[name].data = value
-
-
-def _sync_tree(folder: Path) -> None:
-    """Brings every file below a folder, and its name, to disk."""
-    for path in folder.rglob("*"):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    sync_folder(folder)

@@ -40,6 +40,7 @@ from dreamdance.data.shards import cache as shard_cache
 from dreamdance.data.shards.verify import verify_shards
 from dreamdance.errors import ShardError
 from dreamdance.recipe.sections import Shards
+from dreamdance.runs.files import PARTIAL_FILES
 from dreamdance.runs.layout import export_folder
 from dreamdance.runtime.exits import TRY_AGAIN_EXIT_CODE
 from dreamdance.runtime.ranks import Ranks
@@ -86,7 +87,7 @@ def test_a_run_that_was_killed_in_the_middle_of_a_download_blocks_nobody(remote,
     """The killed process holds the shard's lock, and half of the shard lies in the cache."""
     cache = tmp_path / "cache"
     shards = {"local": str(cache), "remote": remote}
-    half = cache / f".{SHARD}.incoming.tmp"
+    half = cache / ".part_00003.shard.00000.partial.mds.tmp"
     with StartedRanks(fetch_half, 1, tmp_path / "ranks", shards=shards) as started:
         deadline = time.monotonic() + 60
         while not half.exists():
@@ -100,7 +101,7 @@ def test_a_run_that_was_killed_in_the_middle_of_a_download_blocks_nobody(remote,
     start = time.monotonic()
     assert clip_ids(shards) == ALL_CLIPS
     resumed = time.monotonic() - start
-    assert not list(cache.glob(".*incoming*"))
+    assert not list(cache.glob(PARTIAL_FILES))
     record_fault(
         "stale lock and half-downloaded shard of a killed run",
         how="SIGKILL while the download is half through and its lock held",
@@ -135,7 +136,7 @@ def test_two_processes_may_fill_one_cache_at_once(remote, tmp_path):
     before = {path.name: path.stat().st_mtime_ns for path in cache.glob("*.mds")}
     verify_shards(index, how="hash", remote=remote)
     assert {path.name: path.stat().st_mtime_ns for path in cache.glob("*.mds")} == before  # none was found damaged
-    assert not list(cache.glob(".*incoming*"))
+    assert not list(cache.glob(PARTIAL_FILES))
     record_fault(
         "processes fill one shard cache at once",
         how="three start together on a cache with missing and damaged shards",

@@ -210,8 +210,8 @@ def test_a_replaced_input_and_a_removed_result_are_noticed_by_launcher_and_run(j
 
 def test_what_a_killed_run_left_half_written_is_made_anew(job):
     job.add("a")
-    (job.folder / "results" / ".a.incoming").mkdir(parents=True)
-    (job.folder / "results" / ".a.incoming" / "arrays.npz").write_bytes(b"half")
+    (job.folder / "results" / ".a.partial").mkdir(parents=True)
+    (job.folder / "results" / ".a.partial" / "arrays.npz").write_bytes(b"half")
     (job.folder / "results" / "a").mkdir()
     (job.folder / "results" / "a" / "result.json").write_text('{"request": {"see')
     job.run()

@@ -205,7 +205,7 @@ def test_links_in_the_output_are_replaced_and_nothing_is_written_through_them(re
     (valued / "letter").write_text("of value")
     output = Path(recipe.output)
     output.mkdir()
-    for name in ("clip_0", ".clip_1.incoming", ".clip_2.outgoing"):
+    for name in ("clip_0", ".clip_1.partial", ".clip_2.partial-old"):
         (output / name).symlink_to(valued)
     (output / "clip_3").write_text("a file where a folder belongs")
     run(recipe, tmp_path)

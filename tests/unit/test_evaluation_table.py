@@ -255,7 +255,7 @@ def test_a_damaged_result_is_named_with_the_way_out(tmp_path: Path, damage: str)
 
 
 def test_results_are_found_by_name_without_those_being_written(tmp_path: Path) -> None:
-    for name in ("b", "a", ".c.incoming"):
+    for name in ("b", "a", ".c.partial"):
         write_result(tmp_path / name)
     (tmp_path / "empty").mkdir()
     assert [path.name for path in find_results(tmp_path)] == ["a", "b"]

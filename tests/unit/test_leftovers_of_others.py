@@ -15,6 +15,7 @@ from dreamdance.runs.folder_lock import FOLDER_LOCK_FILE
 
 ROOT = Path(__file__).parents[2]
 SHARD = "part_00000.shard.00000.mds"
+TEMPORARY = ".part_00000.shard.00000.partial.mds"  # its name until it is complete
 ANOTHER_USER = 12_345
 CLIPS = 8
 
@@ -67,7 +68,7 @@ def test_leftovers_of_another_user_are_replaced_or_named_with_the_way_around_the
     remote = tmp_path / "remote"
     write_random_shards(remote, CLIPS)
     for name, mode in (("open_to_all", 0o777), ("sticky", 0o1777)):  # in the latter each removes only his own
-        leave(tmp_path / name / f".{SHARD}.incoming")
+        leave(tmp_path / name / TEMPORARY)
         os.chown(tmp_path / name, ANOTHER_USER, ANOTHER_USER)
         (tmp_path / name).chmod(mode)
     leave(tmp_path / "cache" / f".{SHARD}.lock")
@@ -82,7 +83,7 @@ def test_leftovers_of_another_user_are_replaced_or_named_with_the_way_around_the
     went_on, sticky, locked, claimed, launched = map(json.loads, done.stdout.splitlines())
     assert went_on == f"{CLIPS} clips"
     for told, file, way in (
-        (sticky, f"sticky/.{SHARD}.incoming", "give a `local` folder that is"),
+        (sticky, f"sticky/{TEMPORARY}", "give a `local` folder that is"),
         (locked, f"cache/.{SHARD}.lock", "give a `local` folder that is"),
         (claimed, f"output/{FOLDER_LOCK_FILE}", "give another `output`"),
         (launched, f"runs/run/{LOCK_FILE}", "give another --runs"),

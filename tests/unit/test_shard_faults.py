@@ -24,8 +24,11 @@ from dreamdance.data.shards.mds import StreamingDataset
 from dreamdance.data.shards.stamps import FileStamp
 from dreamdance.errors import ShardError
 from dreamdance.recipe.sections import Shards
+from dreamdance.runs import files
+from dreamdance.runs.files import PARTIAL_FILES
 
 SECOND = "part_00004.shard.00000.mds"
+TEMPORARY = ".part_00004.shard.00000.partial.mds"  # its name until it is complete
 ALL_CLIPS = [f"clip_{number:04d}" for number in range(12)]
 
 
@@ -48,7 +51,7 @@ def shards(remote, tmp_path) -> Shards:
 
 @pytest.fixture
 def short_pauses(monkeypatch) -> None:
-    monkeypatch.setattr(shard_cache, "RETRY_PAUSES_SECONDS", (0.1, 0.2, 0.3))
+    monkeypatch.setattr(files, "FIRST_PAUSE_SECONDS", 0.1)
 
 
 def stored_file(folder: Path) -> Path:
@@ -161,10 +164,10 @@ def test_a_read_only_remote_file_is_no_read_only_cache(shards, remote):
 def test_what_lies_half_written_in_a_cache_is_never_read(shards):
     cache = Path(shards.local)
     cache.mkdir()
-    for left in (f".{SECOND}.incoming", f".{SECOND}.incoming.tmp", ".index.json.incoming", f".{SECOND}.lock"):
+    for left in (TEMPORARY, f"{TEMPORARY}.tmp", ".index.partial.json", f".{SECOND}.lock"):
         (cache / left).write_bytes(b"half")
     assert clip_ids(StoredClips(shards)) == ALL_CLIPS
-    assert not list(cache.glob(".*incoming*"))
+    assert not list(cache.glob(PARTIAL_FILES))
 
 
 def test_shared_memory_that_a_killed_run_of_the_library_left_does_not_refuse_the_next_start(shards):
@@ -265,7 +268,7 @@ def test_a_full_disk_is_an_error_that_names_the_shard_and_leaves_no_half_file(tm
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "part_00000.shard.00000.mds" in str(told.value)
-    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix == ".mds" or "incoming" in path.name]
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix == ".mds" or path.match(PARTIAL_FILES)]
     assert clip_ids(clips) == ALL_CLIPS
     record_fault(
         "disk full while a shard is fetched",
@@ -285,9 +288,9 @@ def test_nothing_is_written_through_a_link_that_lies_in_the_cache(sound, tmp_pat
         folder.mkdir()
     valued, absent = tmp_path / "valued", tmp_path / "absent"
     valued.write_text("of value")
-    (folder / f".{SECOND}.incoming").symlink_to(valued)
-    (folder / f".{SECOND}.incoming.tmp").symlink_to(absent)
-    (folder / ".index.json.incoming").symlink_to(valued)
+    (folder / TEMPORARY).symlink_to(valued)
+    (folder / f"{TEMPORARY}.tmp").symlink_to(absent)
+    (folder / ".index.partial.json").symlink_to(valued)
     assert clip_ids(StoredClips(Shards(local=str(folder), remote=remote))) == ALL_CLIPS
     assert valued.read_text() == "of value"
     assert not absent.exists()

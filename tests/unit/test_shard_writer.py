@@ -165,12 +165,11 @@ def test_killed_while_it_was_completed_the_folder_is_completed_later(tmp_path, e
         os.rename(source, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr("dreamdance.data.writing.shard_writer.os.replace", die)
+        patched.setattr("dreamdance.runs.files.os.replace", die)
         with pytest.raises(KeyboardInterrupt):
             write(folder, random_parts(12))
     assert not (folder / "index.json").exists()
     write(folder, random_parts(12))
-    (folder / ".index.json.incoming").unlink(missing_ok=True)
     assert content(folder) == expected
 
 

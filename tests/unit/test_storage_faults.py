@@ -19,9 +19,9 @@ from support.random_shards import HEIGHT, WIDTH, write_random_shards
 from dreamdance.data.loading.dataset import ClipDataset, StoredClips
 from dreamdance.data.loading.loader import ClipLoader
 from dreamdance.data.loading.order import ClipOrder
-from dreamdance.data.shards import cache as shard_cache
 from dreamdance.errors import LostWorkerError, ShardError, is_transient
 from dreamdance.recipe.sections import Shards
+from dreamdance.runs import files
 from dreamdance.runtime.ranks import Ranks
 
 SECOND = "part_00004.shard.00000.mds"
@@ -37,7 +37,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def short_pauses(monkeypatch) -> None:
-    monkeypatch.setattr(shard_cache, "RETRY_PAUSES_SECONDS", (0.1, 0.2, 0.4))
+    monkeypatch.setattr(files, "FIRST_PAUSE_SECONDS", 0.1)
 
 
 def unmount(folder: Path) -> Callable[[], None]:

@@ -4,7 +4,6 @@ Nothing here knows the process group: ranks need not be in step, and one rank al
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -29,6 +28,7 @@ from dreamdance.media.transforms import (
     resize_normals,
 )
 from dreamdance.recipe.sections import Shards, Verify
+from dreamdance.runs.files import NUM_ATTEMPTS, retry_transient
 from dreamdance.runtime.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class StoredClips(StreamingDataset):
     def get_item(self, sample_id: int, retry: int = 2) -> dict[str, Any]:
         """The stored columns of one sample.
 
-        Storage that stumbles, or is gone with all that was on it, is tried again for some seconds.
+        A read that fails because of storage, or because the whole folder is gone, is repeated for some seconds.
 
         Raises:
             IndexError: no such sample.
@@ -107,24 +107,25 @@ class StoredClips(StreamingDataset):
         """
         if not 0 <= sample_id < self.num_samples:
             raise IndexError(f"sample {sample_id} of {self.num_samples}")
-        where = f"{self.describe(sample_id)} cannot be read"
-        for pause in (*shard_cache.RETRY_PAUSES_SECONDS, None):
-            try:
-                self._checked.require(self.spanner[sample_id][0])
-                return super().get_item(sample_id, retry)
-            except _DAMAGED as caught:
-                error = caught
-            if isinstance(error, LostWorkerError):  # has been tried again already
-                raise error
-            if not is_transient(error) and not shard_cache.is_gone(self.index.folder):
-                if isinstance(error, ShardError):
-                    raise error
-                raise ShardError(f"{where}: {error}") from error
-            if pause is not None:
-                logger.warning("%s: %s; trying again in %.0f s", where, error, pause)
-                time.sleep(pause)
-        attempts = len(shard_cache.RETRY_PAUSES_SECONDS) + 1
-        raise LostWorkerError(f"{where}, {attempts} attempts failed: {error}") from error
+        where, read_item = self.describe(sample_id), super().get_item
+
+        def read() -> dict[str, Any]:
+            self._checked.require(self.spanner[sample_id][0])
+            return read_item(sample_id, retry)
+
+        def should_retry(error: Exception) -> bool:
+            if isinstance(error, LostWorkerError) or not isinstance(error, _DAMAGED):
+                return False  # a LostWorkerError comes from attempts that were repeated already
+            return is_transient(error) or shard_cache.is_gone(self.index.folder)
+
+        try:
+            return retry_transient(read, f"reading {where}", should_retry=should_retry)
+        except _DAMAGED as error:
+            if should_retry(error):
+                raise LostWorkerError(f"{where} cannot be read, {NUM_ATTEMPTS} attempts failed: {error}") from error
+            if isinstance(error, ShardError):
+                raise
+            raise ShardError(f"{where} cannot be read: {error}") from error
 
     def describe(self, sample_id: int) -> str:
         """Where a sample lies, for messages."""

@@ -7,9 +7,7 @@ two processes from fetching the same shard. What fails now and then is tried aga
 """
 
 import logging
-import os
 import struct
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,13 +18,13 @@ from dreamdance.data.shards.notes import ShardNotes
 from dreamdance.data.shards.stamps import FileStamp, check_bytes, check_samples, check_size, compare_file
 from dreamdance.errors import USER_FIXABLE_ERRNOS, LostWorkerError, ShardError
 from dreamdance.recipe.sections import Shards
+from dreamdance.runs.files import NUM_ATTEMPTS, replace_atomically, retry_transient
 from dreamdance.runs.locks import HeldLockError, locked_file
 
 logger = logging.getLogger(__name__)
 
 DOWNLOAD_TIMEOUT_SECONDS = 300.0
 LOCK_TIMEOUT_SECONDS = 600.0
-RETRY_PAUSES_SECONDS = (1.0, 2.0, 4.0)  # one attempt more than there are pauses
 DAMAGED_DOWNLOADS = 2  # one may be torn on its way; two alike are damaged where they come from
 _ZSTD_MAGIC = 0xFD2FB528
 
@@ -40,16 +38,17 @@ def open_index(shards: Shards) -> ShardIndex:
     folder = Path(shards.local)
     if shards.remote is None:
         return read_index(folder / INDEX_FILE)
-    with _writing(folder, INDEX_FILE) as incoming:
-        _download(shards.remote, INDEX_FILE, incoming)
-        read_index(incoming)
-        index = folder / INDEX_FILE
-        if index.exists() and index.read_bytes() != incoming.read_bytes():
-            raise ShardError(
-                f"{folder} caches other shards than {shards.remote} holds now; delete it or give another `local` folder"
-            )
-        if not index.exists():  # else it is left alone: by its state, ranks see whether they share a folder
-            os.replace(incoming, index)
+    index = folder / INDEX_FILE
+    with _locked(folder, INDEX_FILE), replace_atomically(index, is_only_writer=True) as temporary:
+        _download(shards.remote, INDEX_FILE, temporary)
+        read_index(temporary)
+        if index.exists():
+            if index.read_bytes() != temporary.read_bytes():
+                raise ShardError(
+                    f"{folder} caches other shards than {shards.remote} holds now; delete it or give another `local` "
+                    "folder"
+                )
+            temporary.unlink()  # the index stays as it is: by its state, ranks see whether they share a folder
     return read_index(index)
 
 
@@ -75,26 +74,23 @@ def fetch_shard(
     stored = index.folder / entry.stored.name
     if remote is None and not stored.is_file():
         raise ShardError(f"shard {stored} is missing; prepare it again or copy it there")
-    with _writing(index.folder, entry.raw.name) as incoming:
+    with _locked(index.folder, entry.raw.name):
         if target.is_file() and (state := FileStamp.of(target)) != damaged:  # another process was faster
             state = compare_file(target, entry, entry.raw, by_hash=not notes.has(entry.raw, state))
             notes.write(entry.raw, state)
             return state
         label = f"'{entry.stored.name}' of {remote or index.folder}"
-        data = None if entry.compressed is None else _read_stored(stored, entry.stored, remote, where=label)
-        if data is None and remote is not None:
-            data = _download_checked(remote, entry.stored, incoming, where=label)
-        if data is None:
-            raise ShardError(f"shard {stored} is missing; prepare it again or copy it there")
-        if entry.compressed is not None:
-            data = _decompress(entry, data, where=label)
-        check_samples(data, len(data), entry, where=label)
-        incoming.unlink(missing_ok=True)  # a download may have the remote file's mode, and be read-only
-        with incoming.open("wb") as opened:  # on the disk before its name and the note say that it is sound
-            opened.write(data)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.replace(incoming, target)
+        with replace_atomically(target, is_only_writer=True) as temporary:
+            data = None if entry.compressed is None else _read_stored(stored, entry.stored, remote, where=label)
+            if data is None and remote is not None:
+                data = _download_checked(remote, entry.stored, temporary, where=label)
+            if data is None:
+                raise ShardError(f"shard {stored} is missing; prepare it again or copy it there")
+            if entry.compressed is not None:
+                data = _decompress(entry, data, where=label)
+            check_samples(data, len(data), entry, where=label)
+            temporary.unlink(missing_ok=True)  # a download may have the remote file's mode, and be read-only
+            temporary.write_bytes(data)
         state = FileStamp.of(target)
         notes.write(entry.raw, state)
         return state
@@ -144,26 +140,35 @@ def _download_checked(remote: str, file: ShardFile, destination: Path, *, where:
 def _download(remote: str, name: str, destination: Path) -> None:
     """Downloads a file; tries again where connection or storage fail, but not where that file alone is missing."""
     source = f"{remote.rstrip('/')}/{name}"
-    for pause in (*RETRY_PAUSES_SECONDS, None):
-        _remove_incoming(destination)  # the library takes what exists for done
-        try:
-            CloudDownloader.direct_download(source, str(destination), DOWNLOAD_TIMEOUT_SECONDS)
-            return
-        except (PermissionError, ValueError, ImportError) as error:
+
+    half = destination.with_name(f"{destination.name}.tmp")  # the library's own temporary name
+
+    def download() -> None:
+        for path in (destination, half):  # the library takes a file that exists for a finished download
+            path.unlink(missing_ok=True)
+        CloudDownloader.direct_download(source, str(destination), DOWNLOAD_TIMEOUT_SECONDS)
+
+    def is_remote_gone() -> bool:
+        return name != INDEX_FILE and "://" not in remote and is_gone(remote)
+
+    def should_retry(error: Exception) -> bool:
+        """Connection and time-out errors are OSErrors, often without a number."""
+        is_final = isinstance(error, PermissionError) or (isinstance(error, FileNotFoundError) and not is_remote_gone())
+        return isinstance(error, OSError) and not is_final
+
+    try:
+        retry_transient(download, f"fetching {source}", should_retry=should_retry)
+    except (OSError, ValueError, ImportError) as error:
+        if not should_retry(error):
             raise ShardError(f"{source} cannot be fetched: {error}; see `remote`") from error
-        except OSError as error:  # connection and time-out errors are OSErrors, often without a number
-            gone = name != INDEX_FILE and "://" not in remote and is_gone(remote)
-            if isinstance(error, FileNotFoundError) and not gone:
-                raise ShardError(f"{source} cannot be fetched: {error}; see `remote`") from error
-            if pause is None:
-                attempts = len(RETRY_PAUSES_SECONDS) + 1
-                kind = ShardError if error.errno in USER_FIXABLE_ERRNOS and not gone else LostWorkerError
-                raise kind(f"{source} cannot be fetched, {attempts} attempts failed: {error}") from error
-            logger.warning("%s cannot be fetched: %s; trying again in %.0f s", source, error, pause)
-            time.sleep(pause)
-        except Exception as error:  # every cloud's library has errors of its own, and has tried again by itself
-            error.add_note(f"while {source} was fetched")
-            raise
+        is_users = getattr(error, "errno", None) in USER_FIXABLE_ERRNOS and not is_remote_gone()
+        kind = ShardError if is_users else LostWorkerError
+        raise kind(f"{source} cannot be fetched, {NUM_ATTEMPTS} attempts failed: {error}") from error
+    except Exception as error:  # every cloud's library has errors of its own, and has tried again by itself
+        error.add_note(f"while {source} was fetched")
+        raise
+    finally:
+        half.unlink(missing_ok=True)
 
 
 def _decompress(entry: ShardEntry, data: bytes, *, where: str) -> bytes:
@@ -200,17 +205,12 @@ def zstd_content_size(data: bytes) -> int | None:
 
 
 @contextmanager
-def _writing(folder: Path, name: str) -> Iterator[Path]:
-    """Locks a file of the folder against other processes; yields the temporary name beside it, gone afterwards."""
-    incoming = folder / f".{name}.incoming"
+def _locked(folder: Path, name: str) -> Iterator[None]:
+    """Locks a file of the folder against other processes."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked_file(folder / f".{name}.lock", wait_seconds=LOCK_TIMEOUT_SECONDS):
-            _remove_incoming(incoming)  # left by a killed process
-            try:
-                yield incoming
-            finally:
-                _remove_incoming(incoming)
+            yield
     except HeldLockError as error:
         raise LostWorkerError(
             f"waited {LOCK_TIMEOUT_SECONDS:.0f} s for another process to fetch '{name}' to {folder}; is one stopped? "
@@ -221,8 +221,3 @@ def _writing(folder: Path, name: str) -> Iterator[Path]:
             f"'{name}' cannot be fetched or unpacked into {folder}: {error}. Is the disk full? If that folder is not "
             "to be written, name it as `remote` and give a `local` folder that is"
         ) from error
-
-
-def _remove_incoming(incoming: Path) -> None:
-    for path in (incoming, incoming.with_name(f"{incoming.name}.tmp")):  # the library writes to the second
-        path.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from dreamdance.data.shards.mds import INDEX_FILE, MDSWriter
 from dreamdance.errors import LostWorkerError, ShardError, UserError, is_transient
 from dreamdance.runs.crew import Crew
 from dreamdance.runs.file_states import FileState, read_state
+from dreamdance.runs.files import replace_atomically
 from dreamdance.runtime.warnings_once import held_warnings, warn_once
 from dreamdance.runtime.worker_processes import start_worker, worker_context
 
@@ -198,30 +199,34 @@ def write_part(
         The damage, or None.
     """
     target = part_folder(folder, part)
-    incoming = target.with_name(f".{part.name}.{os.getpid()}")
-    shutil.rmtree(incoming, ignore_errors=True)
-    incoming.mkdir(parents=True)
-    beat = _beat(incoming, on_sign)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replace_atomically(target) as temporary:
+        temporary.mkdir()
+        damage = _write_part(temporary, part, shard_format, on_clip, _beat(temporary, on_sign))
+        # The worker of a killed run that had this part in hand may have written it meanwhile.
+        if target.exists() or (damage is not None and on_error == "stop"):
+            shutil.rmtree(temporary)
+    return damage
+
+
+def _write_part(
+    folder: Path, part: Part, shard_format: ShardFormat, on_clip: Callable[[], None], beat: Callable[[], None]
+) -> str | None:
+    """Writes a part's clips and its note; of a damaged source only the note. Returns the damage."""
     files = () if part.source is None else part.source.files
     states = {path.name: read_state(path, on_block=beat) for path in files}
-    damage = _write_clips(incoming, part, shard_format, on_clip, beat)
+    damage = _write_clips(folder, part, shard_format, on_clip, beat)
     if damage is None:
         now = {path.name: read_state(path, states[path.name], on_block=beat) for path in files}
         changed = [name for name, state in now.items() if state != states[name]]
         damage = f"{', '.join(changed)} changed while it was read" if changed else None
     if damage is not None:
-        shutil.rmtree(incoming)
-        if on_error == "stop":
-            return damage
-        incoming.mkdir(parents=True)
-        (incoming / INDEX_FILE).write_text(json.dumps({"version": 2, "shards": []}), encoding="utf-8")
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / INDEX_FILE).write_text(json.dumps({"version": 2, "shards": []}), encoding="utf-8")
     if part.source is not None:
         note = PartNote(part.source.name, part.source.clip_id, states, damage)
-        (incoming / NOTE_FILE).write_text(json.dumps(note.to_json(), indent=1), encoding="utf-8")
-    if target.exists():  # by the worker of a killed run that had this part in hand
-        shutil.rmtree(incoming)
-    else:
-        os.replace(incoming, target)
+        (folder / NOTE_FILE).write_text(json.dumps(note.to_json(), indent=1), encoding="utf-8")
     return damage
 
 

@@ -38,6 +38,7 @@ from dreamdance.errors import ShardError
 from dreamdance.media.video_names import printable
 from dreamdance.runs.crew import Crew
 from dreamdance.runs.file_states import FileState, read_state
+from dreamdance.runs.files import replace_atomically, write_atomically
 from dreamdance.runtime.ranks import Ranks
 
 __all__ = ["ClipRecord", "Part", "PartSource", "ShardFolder", "ShardFormat", "Survey", "write_shards"]
@@ -203,10 +204,7 @@ class ShardFolder:
         noted.parent.mkdir(parents=True, exist_ok=True)
         if noted.exists():
             return
-        # Ranks in containers of their own may all have the same process id.
-        incoming = noted.with_name(f".{SETTINGS_FILE}.{self._crew.ranks.rank}.{os.getpid()}")
-        incoming.write_text(json.dumps(self._settings, indent=1, sort_keys=True), encoding="utf-8")
-        os.replace(incoming, noted)
+        write_atomically(noted, json.dumps(self._settings, indent=1, sort_keys=True))
 
     def write(self, num_workers: int, on_part: Callable[[], None]) -> dict[str, str]:
         """Writes this rank's share of the missing parts, or of it what is in hand when the work is called off.
@@ -303,12 +301,10 @@ class ShardFolder:
         details = {"schema_version": SCHEMA_VERSION, "num_samples": num_samples, "settings": self._settings}
         if sources:
             details[SOURCES_KEY] = sources
-        incoming = self.folder / f".{INDEX_FILE}.incoming"
-        incoming.write_text(
-            json.dumps({"version": 2, "shards": shards, DETAILS_KEY: details}, sort_keys=True), encoding="utf-8"
-        )
-        read_index(incoming, may_be_empty=not shards)
-        os.replace(incoming, self.folder / INDEX_FILE)
+        content = json.dumps({"version": 2, "shards": shards, DETAILS_KEY: details}, sort_keys=True)
+        with replace_atomically(self.folder / INDEX_FILE, is_only_writer=True) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+            read_index(temporary, may_be_empty=not shards)
 
     def _record(
         self, source: PartSource, part_name: str, note: PartNote | None, left_out: Mapping[str, str]
