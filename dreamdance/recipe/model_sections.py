@@ -102,15 +102,15 @@ class GeometryModel(Section):
     geometry_attention: bool = Field(
         default=False,
         description=(
-            "Adds attention across rgb, normal and depth to every transformer block (Eq. 5). `train: domains` wants "
-            "false, `train: geometry` wants true."
+            "Adds attention across rgb, normal and depth to every transformer block (Eq. 5). `train: domains` needs "
+            "false, `train: geometry` needs true."
         ),
     )
     temporal_attention: bool = Field(
         default=False,
         description=(
-            "Adds attention across the frames to every transformer block. `train: temporal` wants true, the other two "
-            "want false."
+            "Adds attention across the frames to every transformer block. `train: temporal` needs true, the other two "
+            "need false."
         ),
     )
     max_frames: Frames = Field(

@@ -1,6 +1,6 @@
-"""What a `key=value` word of the command line means: text keys take the text as it is, others are read as YAML.
+"""Reads the `key=value` words of the command line: a text key takes the text as it is, any other is read as YAML.
 
-So no character of a path is lost: a shell has read the word already, and `#`, quotes or brackets in it are the value's.
+The shell has read the word already: every `#`, quote or bracket that is left in a text belongs to the value.
 """
 
 import types
@@ -17,29 +17,29 @@ def read_override(text: str, annotation: Any) -> Document:
     """Reads the value of one word.
 
     Args:
-        text: what stands behind the `=`.
-        annotation: of the key, as `annotation_at` found it.
+        text: what follows the `=`.
+        annotation: the type of the key, from `annotation_at`.
 
     Returns:
-        A document with the value. For a text key the text itself; without any text, or `null` where a key may be left
-        out, None. Else what YAML reads, or a problem where YAML would leave a part of it out.
+        A document with the value. A text key has the text itself, or None for an empty text, or for `null` if the key
+        may be left out. Any other key has the value that YAML reads; text that YAML would ignore is a problem.
     """
     options = _options(annotation)
     if str in options and options <= {str, types.NoneType}:
         is_nothing = not text or (text == "null" and types.NoneType in options)
         return Document(value=None if is_nothing else text)
     document = read_yaml(text)
-    if annotation is None and document.problems:  # an unknown key, and named as such later
+    if annotation is None and document.problems:  # the key is unknown, which is reported later
         return Document(value=text)
     if not document.problems and (rest := text[document.end :].strip()):
         document.problems.append(
-            Problem(f"'{rest}' would be left out as a comment; put quotes around the value, inside those of the shell")
+            Problem(f"YAML would ignore '{rest}' as a comment; put quotes around the value, inside those of the shell")
         )
     return document
 
 
 def split_choices(text: str) -> list[str]:
-    """The values of a sweep: split at commas, but not inside of brackets that are closed again."""
+    """The values of a sweep: splits at commas, except inside brackets that are closed again."""
     choices, depth = [""], 0
     for position, character in enumerate(text):
         if character in _OPENING and any(closing in text[position:] for closing in _CLOSING):
@@ -54,7 +54,7 @@ def split_choices(text: str) -> list[str]:
 
 
 def annotation_at(model: type[BaseModel], path: KeyPath) -> Any:
-    """The type that a recipe class gives to a dotted key, also to one inside of a mapping; None for an unknown key."""
+    """The type of a dotted key in a recipe class, also inside a mapping; None for an unknown key."""
     annotation: Any = model
     for part in path:
         section = section_class(annotation)
@@ -76,7 +76,7 @@ def section_class(annotation: Any) -> type[BaseModel] | None:
 
 
 def _options(annotation: Any) -> set[Any]:
-    """The types of a union, of one that is annotated too; of any other type itself."""
+    """The types of a union, annotated or not; any other type by itself."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return _options(get_args(annotation)[0])

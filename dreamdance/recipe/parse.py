@@ -96,7 +96,7 @@ def _read(file: Path) -> str:
         with file.open(encoding="utf-8") as opened:
             return opened.read(MAX_CHARACTERS + 1)  # `read_yaml` refuses so many; a device file has no end
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{file}: not a text file (byte {error.start} is not UTF-8)") from None
+        raise RecipeError(f"{file}: not a text file: byte {error.start} is not UTF-8") from None
     except OSError as error:
         # Compared without the common ending, which would make any two names similar.
         near = difflib.get_close_matches(file.stem, [entry.stem for entry in file.parent.glob("*.yaml")], 1)

@@ -120,7 +120,7 @@ def _keys_of(model: type[BaseModel], prefix: str, given: BaseModel | None) -> It
 
 
 def _default(field: FieldInfo, default: Any) -> str:
-    """In words; `default` is the section's own, which another key of a section that is given takes away."""
+    """The default in words; `default` holds only as long as the recipe leaves out the whole section."""
     if field.is_required():
         return REQUIRED
     if isinstance(default, BaseModel):

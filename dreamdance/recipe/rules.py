@@ -23,22 +23,22 @@ DEFAULT_UNET_LEVELS = 4
 ASPECT_TOLERANCE = 0.03  # sizes are multiples of the autoencoder's factor, so that aspects agree only nearly
 
 _OWN_GPU = "leave it out and set cluster.gpus_per_node: a process finds its GPU among all of its node's"
-# Options of sbatch and srun that would silently contradict the rest of the recipe or the launcher: what to do instead.
+# Options of sbatch and srun that would contradict the recipe or the launcher, and what to do instead.
 ASKED_ELSEWHERE = {
     **{name: f"set cluster.{name}" for name in ("nodes", "partition", "account", "qos", "constraint", "reservation")},
     "ntasks": "set cluster.nodes and cluster.tasks_per_node",
     "ntasks-per-node": "set cluster.tasks_per_node",
     "cpus-per-task": "set cluster.cpus_per_task",
-    **dict.fromkeys(("gpus", "gpus-per-node"), "set cluster.gpus_per_node; their kind is for sbatch_arguments"),
+    **dict.fromkeys(("gpus", "gpus-per-node"), "set cluster.gpus_per_node; for GPUs of one kind see sbatch_arguments"),
     **dict.fromkeys(("gpus-per-task", "ntasks-per-gpu", "gpu-bind", "tres-bind"), _OWN_GPU),
     "time": "set cluster.time_minutes",
-    "signal": "set cluster.stop_seconds: ranks save when they hear SIGUSR2",
+    "signal": "set cluster.stop_seconds: ranks save when they receive SIGUSR2",
     "no-requeue": "set cluster.max_requeues to 0",
     "mail-user": "set cluster.mail_user",
     "job-name": "set name",
     "array": "use --sweep",
     "container-image": "set cluster.container_image",
-    "open-mode": "leave it out: a start adds to the log of the one before",
+    "open-mode": "leave it out: each start appends to the log of the one before",
     **dict.fromkeys(("output", "error"), "leave it out: a run's logs are in its folder"),
     "kill-on-bad-exit": "leave it out: a job ends with its first process that fails",
 }
@@ -50,7 +50,7 @@ SHORT_OPTIONS = {
 
 
 def problems(recipe: Recipe, known_keys: Collection[str] = ()) -> list[Problem]:
-    """Everything about the recipe's values that does not fit together; empty if all is well."""
+    """Lists the recipe's values that do not fit together; empty if all of them do."""
     checks: list[Callable[[], Iterator[Problem]]] = [lambda: _cluster(recipe)]
     match recipe:
         case TrainingRecipe():
@@ -83,17 +83,17 @@ def _cluster(recipe: Recipe) -> Iterator[Problem]:
     if cluster.stop_seconds >= 60 * cluster.time_minutes:
         yield _problem(
             "cluster.stop_seconds",
-            f"cluster.stop_seconds {cluster.stop_seconds} is the warning before cluster.time_minutes "
-            f"{cluster.time_minutes} are over, and must be shorter",
+            f"cluster.stop_seconds {cluster.stop_seconds} must be less than the time limit, cluster.time_minutes "
+            f"{cluster.time_minutes} ({60 * cluster.time_minutes} seconds)",
         )
     for name in cluster.environment:
         if not name.isidentifier():
-            yield _problem(f"cluster.environment.{name}", f"'{name}' cannot be an environment variable's name")
+            yield _problem(f"cluster.environment.{name}", f"'{name}' is not a valid name of an environment variable")
     yield from _slurm_arguments(cluster)
 
 
 def _slurm_arguments(cluster: Cluster) -> Iterator[Problem]:
-    """What the recipe or the launcher says already must not be said otherwise, word by word, to Slurm."""
+    """Refuses options for Slurm that another key or the launcher sets."""
     given = [("sbatch_arguments", name.replace("_", "-"), value) for name, value in cluster.sbatch_arguments.items()]
     for word in cluster.srun_arguments:
         name, _, value = word.partition("=")
@@ -109,12 +109,12 @@ def _slurm_arguments(cluster: Cluster) -> Iterator[Problem]:
     for place, name, value in given:
         advice = ASKED_ELSEWHERE.get(name)
         if place == "sbatch_arguments" and name in cluster.gpus_by_kind:
-            advice = None  # of a kind, and as many as the recipe says
+            advice = None  # of one kind, in the number of cluster.gpus_per_node
         if (place, name) == ("sbatch_arguments", "mem") and cluster.memory_gib is not None:
             advice = "set cluster.memory_gib, or leave that one out"
         if advice is not None:
             asked = f"{name} {value}".rstrip()
-            yield _problem(f"cluster.{place}", f"cluster.{place}: '{asked}' is not taken here; {advice}")
+            yield _problem(f"cluster.{place}", f"cluster.{place}: '{asked}' is not accepted here; {advice}")
 
 
 def _batch(recipe: TrainingRecipe) -> Iterator[Problem]:
@@ -159,12 +159,12 @@ def _schedule(recipe: TrainingRecipe, known_keys: Collection[str]) -> Iterator[P
     if keep is not None and keep % every:
         yield _problem(
             "checkpoint.keep_every_steps",
-            f"checkpoint.keep_every_steps {keep} is no multiple of checkpoint.every_steps {every}, "
-            "so no checkpoint would ever be kept for good",
+            f"checkpoint.keep_every_steps {keep} is not a multiple of checkpoint.every_steps {every}, "
+            "so no checkpoint would be kept for good",
         )
     for key in recipe.checkpoint.allow_changed:
         if known_keys and key not in known_keys:
-            yield _problem("checkpoint.allow_changed", f"checkpoint.allow_changed names '{key}', which is no key")
+            yield _problem("checkpoint.allow_changed", f"checkpoint.allow_changed names '{key}', which is not a key")
 
 
 def _networks(recipe: TrainingRecipe) -> Iterator[Problem]:
@@ -179,13 +179,13 @@ def _networks(recipe: TrainingRecipe) -> Iterator[Problem]:
         alternative = getattr(source, other)
         if (source.path is None) == (alternative is None):
             given = "both are given" if source.path is not None else "neither is given"
-            yield _problem(name, f"{name} wants either path or {other}; {given}")
+            yield _problem(name, f"{name} needs either path or {other}; {given}")
         if source.subfolder is not None and source.path is None:
             yield _problem(f"{name}.subfolder", f"{name}.subfolder is a folder under {name}.path, which is not given")
 
 
 def _sizes(recipe: TrainingRecipe) -> Iterator[Problem]:
-    """Width and height must survive the autoencoder and every level of the UNet without a remainder."""
+    """Width and height must be multiples of the autoencoder's factor times the reductions of the UNet."""
     if not isinstance(recipe, Stage1Recipe | Stage2Recipe):
         return
     unit = (recipe.model.autoencoder.patch_size or AUTOENCODER_DOWNSCALE) * 2 ** (unet_levels(recipe.model.unet) - 1)
@@ -193,8 +193,8 @@ def _sizes(recipe: TrainingRecipe) -> Iterator[Problem]:
         maps = recipe.objective
         pairs = {"objective.geometry_width": maps.geometry_width, "objective.geometry_height": maps.geometry_height}
         for name, size in pairs.items():
-            if size % (recipe.model.autoencoder.patch_size or AUTOENCODER_DOWNSCALE):
-                yield _problem(name, f"{name} {size} is no size that stage 1 can produce")
+            if size % (factor := recipe.model.autoencoder.patch_size or AUTOENCODER_DOWNSCALE):
+                yield _problem(name, f"{name} {size} must be a multiple of {factor}, the autoencoder's factor")
     for name, size in {"data.width": recipe.data.width, "data.height": recipe.data.height}.items():
         if size % unit:
             below = size - size % unit
@@ -228,7 +228,7 @@ def _stage1(recipe: Stage1Recipe) -> Iterator[Problem]:
     }[recipe.train]
     for name, value in wanted.items():
         if getattr(model, name) is not value:
-            yield _problem(f"model.{name}", f"train: {recipe.train} wants model.{name}: {str(value).lower()}")
+            yield _problem(f"model.{name}", f"train: {recipe.train} needs model.{name}: {str(value).lower()}")
     if model.temporal_attention:
         frames_of = {"data.num_frames": recipe.data.num_frames, "sampling.window_frames": recipe.sampling.window_frames}
         for name, frames in frames_of.items():
@@ -283,7 +283,7 @@ def _stage2(recipe: Stage2Recipe) -> Iterator[Problem]:
         )
     for name in ("frame_control_dropout", "modality_control_dropout"):
         if getattr(objective, name) == 1.0:
-            yield _problem(f"objective.{name}", f"objective.{name} is 1, but must be below: no map would ever be left")
+            yield _problem(f"objective.{name}", f"objective.{name} is 1, but must be below 1, or no map is left")
     total = objective.latents_dropout + objective.embedding_dropout + objective.both_dropout
     if total > 1.0:
         yield _problem(
@@ -302,7 +302,7 @@ def _windows(sampling: GeometrySampling | AnimationSampling, name: str) -> Itera
 
 
 def _aspects(recipe: AnimateRecipe) -> Iterator[Problem]:
-    """Both stages see the same cut of the pictures, so their sizes must have one aspect, or the person is squeezed."""
+    """Both stages see the same part of the pictures: with two aspects, one stage would see a squeezed person."""
     if recipe.geometry_from is None:
         return
     ratio = (recipe.geometry_width * recipe.height) / (recipe.geometry_height * recipe.width)

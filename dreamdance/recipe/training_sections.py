@@ -91,7 +91,7 @@ class Optimizer(Section):
     lr: PositiveFloat = Field(
         description=(
             "Highest learning rate of AdamW. The paper states none. The full recipes take 5e-5 where only geometry "
-            "attention trains and 1e-5 elsewhere; tiny random networks want about 1e-3."
+            "attention trains and 1e-5 elsewhere; the tiny random networks of the demo take 1e-3 to 2e-3."
         )
     )
     betas: tuple[float, float] = Field(

@@ -133,7 +133,7 @@ def test_typed_keys_are_parsed_and_lose_nothing_in_silence(write):
         ("seed=1\n...", "..."),
     ):
         (problem,) = problems_of(path, word)
-        assert problem.startswith(f"command line: {word.partition('=')[0]}: '{rest}' would be left out as a comment")
+        assert problem.startswith(f"command line: {word.partition('=')[0]}: YAML would ignore '{rest}' as a comment")
 
 
 def test_a_word_that_is_no_text_is_refused(write):
@@ -165,7 +165,7 @@ def test_a_key_of_another_task_is_unknown_and_its_task_is_named(write):
     assert problems_of(write(STAGE1 + "manifest: x\n")) == [":19: unknown key 'manifest'; it belongs to task animate"]
 
 
-def test_all_problems_are_told_at_once_in_the_order_of_the_file(write):
+def test_all_problems_are_reported_at_once_in_the_order_of_the_file(write):
     text = STAGE1.replace("max_steps: 10", "max_steps: 1e1").replace("height: 48", "height: yes") + "  momentum: 1\n"
     text = text.replace("name: tiny\n", "name: Tiny Run\nname: tiny\n")
     assert problems_of(write(text), "model.geometry_attention=yes", "oops") == [

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import Field
+from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
 from dreamdance.launch.command import main
@@ -20,7 +20,8 @@ from dreamdance.recipe import load_recipe
 from dreamdance.recipe.overrides import section_class
 from dreamdance.recipe.parse import TASKS, known_keys
 from dreamdance.recipe.reference import describe_type, explain, keys
-from dreamdance.recipe.sections import Fraction, Pixels, Section
+from dreamdance.recipe.schema import AnimateRecipe
+from dreamdance.recipe.sections import Fraction, Pixels
 
 ROOT = Path(__file__).parents[2]
 # The same key with the same meaning in several recipe classes.
@@ -31,7 +32,7 @@ SENTENCE = re.compile(r"[A-Z`].{18,}\.", re.DOTALL)
 def fields() -> dict[str, FieldInfo]:
     """Every field of every recipe and section class, by the class that declares it: `class.field`."""
     found: dict[str, FieldInfo] = {}
-    waiting: list[type[Section]] = list(TASKS.values())
+    waiting: list[type[BaseModel]] = list(TASKS.values())
     while waiting:
         model = waiting.pop()
         for name, field in model.model_fields.items():
@@ -147,9 +148,10 @@ def test_a_key_with_two_meanings_is_explained_for_each_task() -> None:
 
 def test_a_section_that_is_given_loses_the_default_of_the_whole_as_explained() -> None:
     assert "default: 1.5, or 1.0 where another key of its section is set" in explain("geometry.guidance_scales.depth")
-    recipe = ROOT / "recipes" / "animate.yaml"
-    assert load_recipe(recipe).geometry.guidance_scales.depth == 1.5
-    assert load_recipe(recipe, ["geometry.guidance_scales.rgb=2.0"]).geometry.guidance_scales.depth == 1.0
+    for words, depth in (([], 1.5), (["geometry.guidance_scales.rgb=2.0"], 1.0)):
+        recipe = load_recipe(ROOT / "recipes" / "animate.yaml", words)
+        assert isinstance(recipe, AnimateRecipe)
+        assert recipe.geometry.guidance_scales.depth == depth
 
 
 @pytest.mark.parametrize(

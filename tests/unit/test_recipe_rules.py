@@ -82,26 +82,26 @@ def test_a_micro_batch_that_does_not_divide_names_those_that_do(tmp_path):
     ("text", "words", "message"),
     [
         (STAGE1, ["cluster.tasks_per_node=2", "cluster.gpus_per_node=1"], "every process drives one GPU"),
-        (STAGE1, ["cluster.environment={A-B: x}"], "'A-B' cannot be an environment variable's name"),
+        (STAGE1, ["cluster.environment={A-B: x}"], "'A-B' is not a valid name of an environment variable"),
         (STAGE1, ["data.stride=[4, 2]"], "data.stride [4, 2] is [smallest, largest]"),
         (STAGE1, ["data.validation.local=data/train"], "are the same folder"),
         (STAGE1, ["optimizer.warmup_steps=101"], "optimizer.warmup_steps 101 is more than max_steps 100"),
         (STAGE1, ["optimizer.betas=[0.9, 1.0]"], "optimizer.betas holds 1.0"),
-        (STAGE1, ["checkpoint.keep_every_steps=1500"], "is no multiple of checkpoint.every_steps 1000"),
-        (STAGE1, ["checkpoint.allow_changed=[optimizer.lrr]"], "names 'optimizer.lrr', which is no key"),
-        (STAGE1, ["model.unet.path=weights"], "model.unet wants either path or config; both are given"),
-        (STAGE1, ["model.unet.config=null"], "model.unet wants either path or config; neither is given"),
-        (STAGE1, ["model.autoencoder.path=weights"], "model.autoencoder wants either path or patch_size"),
-        (STAGE1, ["model.image_encoder.stand_in_width=null"], "wants either path or stand_in_width; neither"),
+        (STAGE1, ["checkpoint.keep_every_steps=1500"], "is not a multiple of checkpoint.every_steps 1000"),
+        (STAGE1, ["checkpoint.allow_changed=[optimizer.lrr]"], "names 'optimizer.lrr', which is not a key"),
+        (STAGE1, ["model.unet.path=weights"], "model.unet needs either path or config; both are given"),
+        (STAGE1, ["model.unet.config=null"], "model.unet needs either path or config; neither is given"),
+        (STAGE1, ["model.autoencoder.path=weights"], "model.autoencoder needs either path or patch_size"),
+        (STAGE1, ["model.image_encoder.stand_in_width=null"], "needs either path or stand_in_width; neither"),
         (STAGE1, ["model.unet.subfolder=unet"], "model.unet.subfolder is a folder under model.unet.path"),
         (STAGE1, ["data.width=36"], "data.width 36 cannot be divided by 8 (autoencoder and UNet levels)"),
         (STAGE1, ["data.height=4"], "nearest that can: 8"),
         (STAGE1, ["init_from=one"], "init_from names this run itself"),
         (STAGE1, ["init_step=5"], "init_from is not given"),
-        (STAGE1, ["train=domains"], "train: domains wants model.geometry_attention: false"),
-        (STAGE1, ["train=domains", "model.geometry_attention=false"], "wants model.temporal_attention: false"),
-        (STAGE1, ["train=geometry"], "train: geometry wants model.temporal_attention: false"),
-        (STAGE1, ["model.temporal_attention=false"], "train: temporal wants model.temporal_attention: true"),
+        (STAGE1, ["train=domains"], "train: domains needs model.geometry_attention: false"),
+        (STAGE1, ["train=domains", "model.geometry_attention=false"], "needs model.temporal_attention: false"),
+        (STAGE1, ["train=geometry"], "train: geometry needs model.temporal_attention: false"),
+        (STAGE1, ["model.temporal_attention=false"], "train: temporal needs model.temporal_attention: true"),
         (STAGE1, ["model.max_frames=16", "data.num_frames=17"], "data.num_frames 17 is more than model.max_frames 16"),
         (STAGE1, ["data.num_frames=8", "validation.num_frames=12"], "longer than data.num_frames 8, on which temporal"),
         (STAGE1, ["model.max_frames=8"], "sampling.window_frames 16 is more than model.max_frames 8"),
@@ -117,7 +117,11 @@ def test_a_micro_batch_that_does_not_divide_names_those_that_do(tmp_path):
         (STAGE2, ["model.controller_channels=[64]"], "must hold two widths or more"),
         (STAGE2, ["objective.frame_control_dropout=1.0"], "objective.frame_control_dropout is 1, but must be below"),
         (STAGE2, ["objective.both_dropout=0.95"], "together they are at most 1"),
-        (STAGE2, ["objective.geometry_width=31"], "objective.geometry_width 31 is no size that stage 1 can produce"),
+        (
+            STAGE2,
+            ["objective.geometry_width=31"],
+            "objective.geometry_width 31 must be a multiple of 2, the autoencoder's factor",
+        ),
         (PREPARE, [], "either a section dancers or a section videos; neither is given"),
         (PREPARE, [DANCERS, "videos={folder: x}"], "both are given"),
         (PREPARE, ["videos={folder: x, clip_frames: 8}"], "videos.min_clip_frames 16 is more than"),
@@ -139,9 +143,9 @@ def test_a_broken_relation_is_found_and_names_the_key(tmp_path, text, words, mes
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("sbatch_arguments={nodes: '4'}", "'nodes 4' is not taken here; set cluster.nodes"),
+        ("sbatch_arguments={nodes: '4'}", "'nodes 4' is not accepted here; set cluster.nodes"),
         ("sbatch_arguments={ntasks: '8'}", "set cluster.nodes and cluster.tasks_per_node"),
-        ("sbatch_arguments={ntasks_per_node: '8'}", "'ntasks-per-node 8' is not taken here; set cluster.tasks"),
+        ("sbatch_arguments={ntasks_per_node: '8'}", "'ntasks-per-node 8' is not accepted here; set cluster.tasks"),
         ("sbatch_arguments={cpus-per-task: '8'}", "set cluster.cpus_per_task"),
         (
             "sbatch_arguments={gpus-per-node: '8'}",
@@ -149,8 +153,11 @@ def test_a_broken_relation_is_found_and_names_the_key(tmp_path, text, words, mes
         ),
         ("sbatch_arguments={gpus_per_node: 'h100:8'}", "set cluster.gpus_per_node to as many"),
         ("sbatch_arguments={gres: 'nvme:1,gpu:a800:4,gpu:h100'}", "gres asks for 5 GPUs per node"),
-        ("sbatch_arguments={gpus: '8'}", "set cluster.gpus_per_node; their kind is for sbatch_arguments"),
-        ("srun_arguments=['--gpus-per-node=8']", "set cluster.gpus_per_node; their kind is for sbatch_arguments"),
+        ("sbatch_arguments={gpus: '8'}", "set cluster.gpus_per_node; for GPUs of one kind see sbatch_arguments"),
+        (
+            "srun_arguments=['--gpus-per-node=8']",
+            "set cluster.gpus_per_node; for GPUs of one kind see sbatch_arguments",
+        ),
         (
             "sbatch_arguments={gpus-per-task: '1'}",
             "leave it out and set cluster.gpus_per_node: a process finds its GPU",
@@ -158,16 +165,16 @@ def test_a_broken_relation_is_found_and_names_the_key(tmp_path, text, words, mes
         ("sbatch_arguments={gpu-bind: closest}", "leave it out and set cluster.gpus_per_node: a process finds its GPU"),
         ("sbatch_arguments={time: '60'}", "set cluster.time_minutes"),
         ("sbatch_arguments={signal: TERM@60}", "set cluster.stop_seconds"),
-        ("sbatch_arguments={no-requeue: ''}", "'no-requeue' is not taken here; set cluster.max_requeues to 0"),
-        ("sbatch_arguments={open-mode: truncate}", "a start adds to the log of the one before"),
+        ("sbatch_arguments={no-requeue: ''}", "'no-requeue' is not accepted here; set cluster.max_requeues to 0"),
+        ("sbatch_arguments={open-mode: truncate}", "each start appends to the log of the one before"),
         ("sbatch_arguments={array: 0-3}", "use --sweep"),
         ("sbatch_arguments={mem: '0'}", "set cluster.memory_gib, or leave that one out"),
         (
             "srun_arguments=[--nodes=4]",
-            "cluster.srun_arguments: 'nodes 4' is not taken here; set cluster.nodes",
+            "cluster.srun_arguments: 'nodes 4' is not accepted here; set cluster.nodes",
         ),
-        ("srun_arguments=[-n4]", "'ntasks 4' is not taken here; set cluster.nodes and cluster.tasks_per_node"),
-        ("srun_arguments=[-c, '8']", "'cpus-per-task' is not taken here; set cluster.cpus_per_task"),
+        ("srun_arguments=[-n4]", "'ntasks 4' is not accepted here; set cluster.nodes and cluster.tasks_per_node"),
+        ("srun_arguments=[-c, '8']", "'cpus-per-task' is not accepted here; set cluster.cpus_per_task"),
         ("srun_arguments=[--gpus-per-task=1]", "leave it out and set cluster.gpus_per_node"),
         ("srun_arguments=[--kill-on-bad-exit=0]", "a job ends with its first process that fails"),
     ],
@@ -189,7 +196,7 @@ def test_a_broken_relation_is_shown_at_the_line_of_its_key(tmp_path):
     assert f"recipe.yaml:{line}: data.width 33" in problem
 
 
-def test_all_broken_relations_are_told_at_once(tmp_path):
+def test_all_broken_relations_are_reported_at_once(tmp_path):
     words = ["data.stride=[4, 2]", "optimizer.warmup_steps=101", "data.width=33", "init_step=5"]
     assert len(problems(tmp_path, STAGE1, *words)) == 4
 

@@ -63,7 +63,7 @@ def test_a_key_given_twice_is_a_problem_with_both_lines():
     assert problem.line == 5
 
 
-def test_all_keys_given_twice_are_told_at_once():
+def test_all_keys_given_twice_are_reported_at_once():
     assert [problem.line for problem in read_yaml("a: 1\na: 2\nb: 1\nb: 2\nb: 3").problems] == [2, 4, 5]
 
 
