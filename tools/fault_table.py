@@ -86,7 +86,8 @@ def read_rows(log: Path) -> list[Row]:
 
 def read_results(files: list[Path]) -> Tally:
     """Adds up what pytest wrote; a part that left no results has failed."""
-    passed, seconds, failed, skipped = 0, 0.0, [], {}
+    passed, seconds, failed = 0, 0.0, list[str]()
+    skipped: dict[str, None] = {}
     for file in files:
         if not file.is_file():
             failed.append(f"{file.stem} (no results)")

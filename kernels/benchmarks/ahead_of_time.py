@@ -1,11 +1,11 @@
-"""Compiles every Triton kernel for A100 and H100/H200 on a machine without a GPU, and holds the result to a table.
+"""Compiles every Triton kernel for A100 and H100/H200 without a GPU, and compares the result with a table.
 
     python kernels/benchmarks/ahead_of_time.py            print registers, spills, memory, instruction of each build
     python kernels/benchmarks/ahead_of_time.py --check    compare with resources.csv; exit 1 with a line per violation
-    python kernels/benchmarks/ahead_of_time.py --write    make resources.csv anew
+    python kernels/benchmarks/ahead_of_time.py --write    rewrite resources.csv
 
-`--only REGEX` takes the builds whose name matches, which is what one wants while working on a kernel. Results are kept
-in Triton's own cache (`TRITON_CACHE_DIR`), so only what changed is compiled again.
+`--only REGEX` takes the builds whose name matches, for use while working on a kernel. Triton's cache
+(`TRITON_CACHE_DIR`) keeps the results, so that only changed builds are compiled again.
 """
 
 import argparse
@@ -27,20 +27,21 @@ from typing import Any
 
 TABLE = Path(__file__).with_name("resources.csv")
 ARCHITECTURES = ((8, 0), (9, 0))
-# Shared memory that one program can have, as NVIDIA's tuning guides give it per architecture.
+# Shared memory of one program at most, from NVIDIA's tuning guide of each architecture.
 MAX_SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
-SERIALIZED = " (serialized)"  # ptxas waits after every wgmma where registers do not last for several in flight
+SERIALIZED = " (serialized)"  # ptxas waits after every wgmma if the registers do not suffice for several in flight
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one build takes, per thread (registers, spills, stack) or per program (shared memory): a row of the table.
+    """One build's resources, per thread (registers, spills, stack) or per program (shared memory): a row of the table.
 
     Args:
         name: of the build, `KernelBuild.name`.
         architecture: such as `sm_90`.
-        registers: per thread; 255 is the most there are.
-        spill_stores_bytes: written to local memory because registers ran out; likewise `spill_loads_bytes`.
+        registers: per thread; the hardware's limit is 255.
+        spill_stores_bytes: bytes written to local memory for lack of registers.
+        spill_loads_bytes: bytes read back from there.
         stack_bytes: of local memory.
         shared_bytes: of shared memory.
         instruction: matrix instruction in the code: `mma.sync`, `wgmma`, `wgmma (serialized)` or `none`.
@@ -67,7 +68,7 @@ NUMBERS = [field.name for field in fields(Resources) if field.type is int]
 
 @dataclass(frozen=True)
 class Job:
-    """One build to compile, by name: a `triton.jit` function does not travel to another process."""
+    """One build to compile, by name, because a `triton.jit` function cannot be sent to another process."""
 
     module: str
     architecture: tuple[int, int]
@@ -75,14 +76,14 @@ class Job:
 
 
 def kernel_modules() -> list[str]:
-    """Every module of the package that has kernels to build."""
+    """Every module of the package that defines `builds`."""
     package = importlib.import_module("dreamdance_kernels.triton_kernels")
     names = [f"{package.__name__}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
     return [name for name in names if callable(getattr(importlib.import_module(name), "builds", None))]
 
 
 def list_jobs(modules: Sequence[str], *, only: str) -> list[Job]:
-    """The builds of these modules for every architecture, those whose name matches.
+    """The builds of these modules, for every architecture, whose name matches `only`.
 
     Raises:
         ValueError: two builds for one architecture share a name.
@@ -102,7 +103,7 @@ def list_jobs(modules: Sequence[str], *, only: str) -> list[Job]:
 
 
 def compile_job(job: Job) -> Resources:
-    """Compile one build and read what the assembler says of it."""
+    """Compile one build and read the assembler's report."""
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -122,12 +123,12 @@ def compile_job(job: Job) -> Resources:
     target = GPUTarget("cuda", job.architecture[0] * 10 + job.architecture[1], 32)
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
 
-    knobs.nvidia.dump_ptxas_log = True  # printed when compiled; kept beside the kernel in the cache for the next time
+    knobs.nvidia.dump_ptxas_log = True  # printed when compiled; stored beside the kernel in the cache for later calls
     log_name = "ptxas.log"
     with redirect_stdout(io.StringIO()) as printed:
         compiled = triton.compile(source, target=target, options=options)
         cache = get_cache_manager(compiled.hash)
-        if not printed.getvalue() and cache.get_file(log_name) is None:  # cached by someone who kept no log
+        if not printed.getvalue() and cache.get_file(log_name) is None:  # cached earlier, without a log
             with knobs.compilation.scope():
                 knobs.compilation.always_compile = True
                 compiled = triton.compile(source, target=target, options=options)
@@ -153,7 +154,7 @@ def compile_job(job: Job) -> Resources:
 def _number(pattern: str, log: str) -> int:
     found = re.search(pattern, log)
     if found is None:
-        raise ValueError(f"ptxas's report has no line like {pattern!r}; it says:\n{log}")
+        raise ValueError(f"ptxas's report has no line like {pattern!r}; the report is:\n{log}")
     return int(found.group(1))
 
 
@@ -179,15 +180,15 @@ def write_table(rows: Sequence[Resources], path: Path) -> None:
 
 
 def violations(rows: Sequence[Resources], table: Sequence[Resources]) -> list[str]:
-    """What is worse than the table says, a line each; less of anything is no violation."""
+    """One line for each value that is worse than the table's; a better value is no violation."""
     expected: Mapping[tuple[str, str], Resources] = {(row.name, row.architecture): row for row in table}
-    found = [f"{row.name} {row.architecture}: in the table, but no longer built" for row in gone(rows, table)]
+    found = [f"{row.name} {row.architecture}: in the table, but no longer built" for row in not_built(rows, table)]
     for row in rows:
         where = f"{row.name} {row.architecture}"
         if row.shared_bytes > MAX_SHARED_BYTES[row.architecture]:
             found.append(
                 f"{where}: {row.shared_bytes} shared_bytes, above the {MAX_SHARED_BYTES[row.architecture]}"
-                " that the architecture has"
+                " of the architecture"
             )
         known = expected.get((row.name, row.architecture))
         if known is None:
@@ -201,7 +202,7 @@ def violations(rows: Sequence[Resources], table: Sequence[Resources]) -> list[st
     return found
 
 
-def gone(rows: Sequence[Resources], table: Sequence[Resources]) -> list[Resources]:
+def not_built(rows: Sequence[Resources], table: Sequence[Resources]) -> list[Resources]:
     built = {(row.name, row.architecture) for row in rows}
     return [row for row in table if (row.name, row.architecture) not in built]
 
@@ -221,14 +222,14 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--check", action="store_true", help="compare with the table; exit 1 if anything is worse")
-    action.add_argument("--write", action="store_true", help="write the table anew")
+    action.add_argument("--write", action="store_true", help="rewrite the table")
     parser.add_argument("--only", default="", help="regular expression that a build's name must contain")
     parser.add_argument("--table", type=Path, default=TABLE, help="the table to compare with or to write")
     parser.add_argument("--kernels", nargs="+", metavar="MODULE", help="modules with builds(); default: the package's")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     options = parser.parse_args(arguments)
     if options.write and options.only:
-        parser.error("--write makes the whole table; --only would leave the other builds out")
+        parser.error("--write writes the whole table, and --only would leave out the other builds; give one of the two")
     return options
 
 

@@ -1,4 +1,4 @@
-"""How long something takes: medians and quartiles, on a GPU by its own events with its queue kept full."""
+"""Times calls: medians and quartiles; on a GPU with CUDA events and a full queue."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-CYCLES_PER_MS = 2e6  # of a GPU's clock, at most
+CYCLES_PER_MS = 2e6  # a GPU's clock runs at most at 2 GHz
 MIN_REPETITIONS, MAX_REPETITIONS = 12, 200
-MIN_CPU_REPETITIONS = 2  # a CPU only tries the path
+MIN_CPU_REPETITIONS = 2  # a CPU only tests the path
 CALLS_PER_QUEUE = 20
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call: the quartiles of what the device took, and the median of what issuing it took."""
+    """Milliseconds of one call: the median and quartiles on the device, and the host's median to issue it."""
 
     median_ms: float
     lower_ms: float
@@ -23,12 +23,12 @@ class Timing:
 
 
 def time_calls(calls: Sequence[Callable[[], object]], *, device: torch.device, seconds: float) -> Timing:
-    """Time calls in turn, again and again; each has its own data, so that together they do not fit a cache.
+    """Time the calls in turn, repeatedly. Each has its own data, so that together they exceed the cache.
 
     Args:
-        calls: what to time; all do the same work.
-        device: where it happens.
-        seconds: about how long to measure.
+        calls: the calls to time; all do the same work.
+        device: the device that computes.
+        seconds: how long to measure, roughly.
     """
     if device.type != "cuda":
         return _time_on_cpu(calls, seconds=seconds)
@@ -50,8 +50,8 @@ def time_calls(calls: Sequence[Callable[[], object]], *, device: torch.device, s
 def _time_queue(calls: Sequence[Callable[[], object]], *, host_ms: float) -> list[tuple[float, float]]:
     """(device, host) milliseconds of each call.
 
-    The device first sleeps for as long as the host takes to issue the calls: then they run one after the other without
-    waiting for the host, and a kernel of 20 microseconds is not measured as the 100 that Python takes to launch it.
+    The device first sleeps until the host has issued the calls, so that they run without waiting for the host.
+    Otherwise a kernel of 20 microseconds would be measured as the 100 that Python takes to launch it.
     """
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in calls]
     host = []

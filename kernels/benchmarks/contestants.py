@@ -1,7 +1,7 @@
-"""Who computes a workload: our kernels, and everything that a user would take instead, each with the copies it needs.
+"""The contestants that compute a workload: our kernels, and all that a user would take instead, with their copies.
 
-A contestant's result is dense in the order that the model goes on with; whatever copies it takes to get there are
-inside its time, and so are those of its inputs.
+A contestant's result is dense in the order that the model's next layer reads. The time includes all copies that a
+contestant needs for this result and of its inputs.
 """
 
 import importlib
@@ -29,7 +29,7 @@ from dreamdance_kernels import (
 )
 
 OURS = ("triton", "triton_deterministic")
-CONCAT = "concat_"  # how the names of the concat-and-repeat forms begin
+CONCAT = "concat_"  # prefix of the names of the concat-and-repeat forms
 TORCH_BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -50,13 +50,13 @@ class Contestant:
     """One way to compute a workload.
 
     Args:
-        name: as it stands in the tables.
-        run: inputs to outputs; the first is the function's result, others only have their gradient timed.
-        prepare: differentiable; lays the common inputs out as this contestant is handed them, outside its time.
-        context: what is in force around its calls.
-        why_not: why it cannot run here, or None.
-        compiled: takes long to get going; measured after the others.
-        differs_backward_only: its forward is another contestant's.
+        name: its name in the tables.
+        run: maps inputs to outputs; the first output is the result, of the others only the gradient is timed.
+        prepare: brings the common inputs into this contestant's layout, differentiably and outside of its time.
+        context: the context manager around its calls.
+        why_not: the reason why it cannot run here, or None.
+        compiled: needs long to compile; measured after the others.
+        differs_backward_only: its forward is the same as another contestant's.
     """
 
     name: str
@@ -69,13 +69,10 @@ class Contestant:
 
 
 def contestants(workload: Workload, *, on_gpu: bool) -> list[Contestant]:
-    """Ours first, then every rival, also those that cannot run here: they say why."""
+    """Ours first, then every rival, also those that cannot run here, with the reason."""
     if workload.function == "group_norm_silu":
         return _normalisations(workload, on_gpu=on_gpu)
     return [*_ours(workload, on_gpu=on_gpu), *_rivals(workload, on_gpu=on_gpu)]
-
-
-# Ours
 
 
 def _ours(workload: Workload, *, on_gpu: bool) -> list[Contestant]:
@@ -89,8 +86,8 @@ def _ours(workload: Workload, *, on_gpu: bool) -> list[Contestant]:
 
 @contextmanager
 def deterministic_algorithms() -> Iterator[None]:
-    """Deterministic algorithms, without their filling of every new tensor, which is a debugging aid and takes time."""
-    settings: Any = torch.utils.deterministic
+    """Deterministic algorithms without the filling of new tensors, a debugging aid that takes time."""
+    settings: Any = torch.utils.deterministic  # a module whose attribute is a property, unknown to type checkers
     enabled, fills = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     settings.fill_uninitialized_memory = False
@@ -122,12 +119,9 @@ def _named_backend(workload: Workload, backend: str) -> Callable[[Inputs], tuple
 
 
 def _project(x: Inputs) -> tuple[Tensor, ...]:
-    """Query, key and value of the samples, key and value of the reference, each projected once."""
+    """Query, key and value of the samples, then key and value of the reference, each projected once."""
     own = [F.linear(x["hidden"], x[f"weight_{name}"]) for name in ("q", "k", "v")]
     return (*own, *(F.linear(x["reference"], x[f"weight_{name}"]) for name in ("k", "v")))
-
-
-# Rivals: each is a way to attend, in one or several forms of the function
 
 
 def _rivals(workload: Workload, *, on_gpu: bool) -> list[Contestant]:
@@ -159,7 +153,7 @@ def _only(backend: SDPBackend) -> Callable[[], AbstractContextManager[object]]:
 
 
 def _with_attend(workload: Workload, attend: sdpa.Attend) -> Callable[[Inputs], tuple[Tensor, ...]]:
-    """The function on the views of the backend `sdpa`, attending in the given way."""
+    """The function on the views of the backend `sdpa`, computed by `attend`."""
     heads = workload.num_heads
 
     def run(x: Inputs) -> tuple[Tensor, ...]:
@@ -179,9 +173,9 @@ def _with_attend(workload: Workload, attend: sdpa.Attend) -> Callable[[Inputs], 
 def _permuted_form(
     workload: Workload,
 ) -> tuple[Callable[[Inputs], tuple[Tensor, ...]], Callable[[Inputs], Inputs]]:
-    """Temporal attention as AnimateDiff has it: hidden states permuted to `(b n) f c` before the projection, and back.
+    """Temporal attention as in AnimateDiff: hidden states permuted to `(b n) f c` before the projection, and back.
 
-    The projections are in nobody's time, so queries, keys and values are handed over in that order already, and the
+    No contestant's time includes the projections. So queries, keys and values come in that order already, and the
     permutation of the hidden states is timed on a tensor of their size.
     """
     frames, heads = workload.inner, workload.num_heads
@@ -204,7 +198,7 @@ def _permuted_form(
 
 
 def _concat_domains(workload: Workload) -> Callable[[Inputs], tuple[Tensor, ...]]:
-    """Geometry attention as Wonder3D has it: keys of all domains concatenated, repeated for each, heads split apart."""
+    """Geometry attention as in Wonder3D: keys of all domains concatenated, repeated for each domain, heads split."""
     domains, heads = workload.inner, workload.num_heads
 
     def gather(x: Tensor) -> Tensor:
@@ -220,12 +214,12 @@ def _concat_domains(workload: Workload) -> Callable[[Inputs], tuple[Tensor, ...]
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
-    """diffusers' `head_to_batch_dim`, which copies; a batch of one tensor per head, seen as four dimensions."""
+    """Split heads as diffusers' `head_to_batch_dim` does, with a copy, but keep the heads as a dimension."""
     return rearrange(x, "b n (heads d) -> b heads n d", heads=heads).contiguous()
 
 
 def _concat_hidden(workload: Workload) -> Callable[[Inputs], tuple[Tensor, ...]]:
-    """Reference attention as AnimateAnyone has it: hidden states concatenated, then all of them projected."""
+    """Reference attention as in AnimateAnyone: hidden states concatenated, then all projected."""
     heads, samples = workload.num_heads, workload.inner
 
     def run(x: Inputs) -> tuple[Tensor, ...]:
@@ -248,9 +242,6 @@ def _plain_temporal(workload: Workload) -> Callable[[Inputs], tuple[Tensor, ...]
     return run
 
 
-# Rivals that are compiled, or packages of their own
-
-
 def _flex(workload: Workload, *, on_gpu: bool) -> Contestant:
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -264,15 +255,16 @@ def _compiled(name: str, run: Callable[[Inputs], tuple[Tensor, ...]], *, on_gpu:
 
 
 def _compiled_name(name: str, *, on_gpu: bool) -> str:
-    """Without a GPU nothing is generated: the same path is only traced, and the name must say so."""
+    """The name; without a GPU no code is generated, only the path traced, and the name shows it."""
     return name if on_gpu else f"{name} (traced only)"
 
 
 def _attend_with_package(package: str) -> sdpa.Attend:
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         flash_attn_func = importlib.import_module(package).flash_attn_func
-        output = flash_attn_func(*(x.transpose(1, 2) for x in (query, key, value)))
-        return (output[0] if isinstance(output, tuple) else output).transpose(1, 2)
+        found = flash_attn_func(*(x.transpose(1, 2) for x in (query, key, value)))
+        output: Tensor = found[0] if isinstance(found, tuple) else found
+        return output.transpose(1, 2)
 
     return attend
 
@@ -288,7 +280,7 @@ def _why_not_package(package: str, *, on_gpu: bool) -> str | None:
 
 
 def _why_not_torch(workload: Workload, name: str) -> str | None:
-    """What is known to fail in ways that end the process, or to take all memory."""
+    """The reason not to run torch's attention `name`: it would end the process or take all memory; None otherwise."""
     if name == "math":
         scores = 4 * workload.num_softmaxes * workload.num_queries * workload.num_keys
         if scores > MAX_MATH_BYTES:
@@ -302,16 +294,13 @@ def _why_not_torch(workload: Workload, name: str) -> str | None:
     return None
 
 
-# Normalisation
-
-
 def _normalisations(workload: Workload, *, on_gpu: bool) -> list[Contestant]:
     groups = workload.num_heads
 
     def ours(x: Inputs) -> tuple[Tensor, ...]:
         output = group_norm_silu(x["picture"], groups, x["weight"], x["bias"])
         if not output.is_contiguous(memory_format=torch.channels_last):
-            raise RuntimeError("group_norm_silu left this input to torch; its log says why")
+            raise RuntimeError("group_norm_silu passed this input to torch; its log gives the reason")
         return (output,)
 
     def plain(x: Inputs) -> tuple[Tensor, ...]:

@@ -1,14 +1,14 @@
 """Measures our kernels and every rival on one GPU, in one process, on the same random inputs, in under ten minutes.
 
     python kernels/benchmarks/measure.py                    measure everything; writes attention.csv beside this file
-    python kernels/benchmarks/measure.py --resume           go on where a run was cut off
+    python kernels/benchmarks/measure.py --resume           continue a run that was cut off
     python kernels/benchmarks/measure.py --write-dispatch   derive the library's dispatch table from attention.csv
-    python kernels/benchmarks/measure.py --table            print attention.csv as the README's table
-    python kernels/benchmarks/measure.py --tiny             try the whole path on a CPU; its times mean nothing
+    python kernels/benchmarks/measure.py --table            print attention.csv as a Markdown table
+    python kernels/benchmarks/measure.py --tiny             test the whole path on a CPU; its times mean nothing
 
-It needs torch, triton, einops and this repository. Every result is written as soon as it is there. Inputs are bfloat16
-and several sets of them take turns, so that they do not stay in the cache. Forward and backward are timed apart, in the
-order of `workloads.workloads`, what takes long to compile last. Every contestant's result is compared with float64.
+It needs torch, triton, einops and this repository. It writes each result at once. Inputs are bfloat16; several sets of
+them take turns, so that they do not stay in the cache. Forward and backward are timed separately, in the order of
+`workloads.workloads`, with compiled rivals last. Each contestant's result is compared with float64.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from pathlib import Path
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; deterministic products need it
 if "--tiny" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that an uninstalled copy of the repository will do
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the repository need not be installed
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # as Python itself does, unless PYTHONSAFEPATH is set
 
 import tables
@@ -53,7 +53,7 @@ WARM_UP_SECONDS = 150.0
 
 @dataclass(frozen=True)
 class Machine:
-    """What everything runs on, and how long one measurement may take."""
+    """The device and dtype of all contestants, and how long one measurement may take."""
 
     device: torch.device
     dtype: torch.dtype
@@ -63,7 +63,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Trial:
-    """The output or every gradient of one call by name, and what its forward kept for its backward."""
+    """The output or every gradient of one call, by name, and the MiB that its forward kept for its backward."""
 
     found: Inputs
     saved_mib: float
@@ -102,7 +102,7 @@ def _ask(*command: str) -> str:
 
 
 def try_once(workload: Workload, contestant: Contestant, machine: Machine, *, backward: bool) -> Trial:
-    """Run a contestant once: its forward, or that and its backward."""
+    """Run a contestant once: its forward, and its backward if asked."""
     inputs = random_inputs(workload, seed=0, device=machine.device, dtype=machine.dtype)
     leaves = {name: x.requires_grad_() for name, x in _detached(inputs).items()}
     saved: dict[int, int] = {}
@@ -180,21 +180,21 @@ def _backward_call(contestant: Contestant, inputs: Inputs) -> Callable[[], objec
 def measure(
     workload: Workload, contestant: Contestant, machine: Machine, exact: Inputs, environment: Environment
 ) -> list[Measurement]:
-    """The rows of one contestant at one workload, with the reason in those that have no result."""
+    """The rows of one contestant at one workload; a row without a result has the reason."""
     found = []
     for direction in ("backward",) if contestant.differs_backward_only else ("forward", "backward"):
         row = describe(workload, backend=contestant.name, direction=direction, environment=environment)
         if contestant.why_not is not None:
             found.append(replace(row, why_not=contestant.why_not))
             continue
-        with warnings.catch_warnings(record=True) as heard:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 trial = try_once(workload, contestant, machine, backward=direction == "backward")
                 error = find_error(workload, trial, exact)
                 timing = time_contestant(workload, contestant, machine, direction=direction)
             except Exception as problem:  # noqa: BLE001 - whatever a contestant raises is its result
-                reason = _reason(problem, [str(warning.message) for warning in heard])
+                reason = _reason(problem, [str(warning.message) for warning in caught])
                 found.append(replace(row, why_not=reason))
                 continue
         found.append(_with_result(row, workload, timing, error=error, saved_mib=trial.saved_mib, machine=machine))
@@ -219,12 +219,12 @@ def _with_result(
     )
 
 
-def _reason(error: Exception, heard: Sequence[str]) -> str:
-    """An error in one line; torch says in warnings why none of its kernels would do."""
+def _reason(error: Exception, warned: Sequence[str]) -> str:
+    """An error in one line; torch warns about the reasons why none of its kernels runs."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [""]
     text = f"{type(error).__name__}: {lines[0]}"
     if "No available kernel" in text:
-        causes = [line.split(" (Triggered")[0] for line in heard if "not " in line or "requires" in line]
+        causes = [line.split(" (Triggered")[0] for line in warned if "not " in line or "requires" in line]
         text = "; ".join(dict.fromkeys(causes)) or text
     return text[:300]
 
@@ -232,34 +232,34 @@ def _reason(error: Exception, heard: Sequence[str]) -> str:
 def compile_ahead(
     tasks: Sequence[tuple[Workload, Contestant]], *, processes: int, tiny: bool
 ) -> dict[tuple[str, str], str]:
-    """Run what compiles once in other processes, which fills the caches on disk; one process would take minutes.
+    """Run everything that compiles once, in other processes, to fill the caches on disk; one process takes minutes.
 
     Returns:
-        By names, the errors of those contestants that broke CUDA: after such an error a process measures nothing more.
+        The errors of contestants that broke CUDA, by workload and contestant; such a process cannot measure any more.
     """
     deadline = time.monotonic() + WARM_UP_SECONDS
     broke = {}
-    with get_context("spawn").Pool(processes) as pool:  # ends its processes when left, also those that are late
+    with get_context("spawn").Pool(processes) as pool:  # its end stops the processes, also those that are late
         results = {(x.name, y.name): pool.apply_async(_compile_one, (x.name, y.name, tiny)) for x, y in tasks}
         for names, result in results.items():
             try:
                 reason = result.get(timeout=max(deadline - time.monotonic(), 0.01))
             except multiprocessing.TimeoutError:
-                continue  # late, or its process died: what it does is then seen when it is measured
+                continue  # late, or its process died: the measurement will show the reason
             if reason is not None and "CUDA error" in reason:
                 broke[names] = reason
     return broke
 
 
 def _compile_one(workload_name: str, contestant_name: str, tiny: bool) -> str | None:
-    """In a process of its own: the error of a contestant in one line, or None."""
+    """Run in a separate process: the error of a contestant in one line, or None."""
     machine = find_machine(tiny=tiny)
     workload = next(x for x in (tiny_workloads() if tiny else workloads()) if x.name == workload_name)
     contestant = next(x for x in contestants(workload, on_gpu=not tiny) if x.name == contestant_name)
     try:
         _wait_for(machine)
     except RuntimeError:
-        return None  # broken by a contestant before this one, which has said so
+        return None  # an earlier contestant broke CUDA and reported it
     try:
         try_once(workload, contestant, machine, backward=True)
         _wait_for(machine)
@@ -274,7 +274,7 @@ def _wait_for(machine: Machine) -> None:
 
 
 def run(tasks: Sequence[tuple[Workload, Contestant]], rows: list[Measurement], options: argparse.Namespace) -> int:
-    """Measure what the rows do not have yet, until the time is up; 0, or 3 if CUDA broke on the way."""
+    """Measure everything that the rows lack, until the time is up; return 0, or 3 if CUDA broke."""
     started = time.monotonic()
     machine = find_machine(tiny=options.tiny)
     environment = find_environment(machine)
@@ -288,7 +288,7 @@ def run(tasks: Sequence[tuple[Workload, Contestant]], rows: list[Measurement], o
     exact: dict[str, Inputs] = {}
     for workload, contestant in tasks:
         if time.monotonic() - started > options.seconds:
-            print(f"{options.seconds:.0f} seconds are up; go on with --resume")
+            print(f"{options.seconds:.0f} seconds are up; continue with --resume")
             break
         if workload.name not in exact:
             exact[workload.name] = exact_results(workload, machine)
@@ -304,22 +304,26 @@ def run(tasks: Sequence[tuple[Workload, Contestant]], rows: list[Measurement], o
             torch.cuda.empty_cache()
             _wait_for(machine)
         except RuntimeError as error:
-            print(f"CUDA broke and measures nothing more in this process; go on with --resume: {error}")
+            print(f"CUDA broke, and this process cannot measure any more; continue with --resume: {error}")
             return 3
     return 0
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes on a CPU: tries the path, measures nothing")
-    parser.add_argument("--table", action="store_true", help="print the README's table from the results")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes on a CPU: tests the path, measures nothing")
+    parser.add_argument("--table", action="store_true", help="print a Markdown table of the results")
     parser.add_argument("--write-dispatch", action="store_true", help="write the dispatch table from the results")
-    parser.add_argument("--dispatch-table", type=Path, default=dispatch_table.TABLE, help="where that goes")
-    parser.add_argument("--resume", action="store_true", help="keep the results there are and measure the others")
-    parser.add_argument("--only", default="", help="regular expression that a workload's name must contain")
+    parser.add_argument(
+        "--dispatch-table", type=Path, default=dispatch_table.TABLE, help="the file that --write-dispatch writes"
+    )
+    parser.add_argument("--resume", action="store_true", help="keep the results and measure what is missing")
+    parser.add_argument("--only", default="", help="regular expression; measure the workloads whose name matches")
     parser.add_argument("--seconds", type=float, default=520.0, help="start no measurement after so long")
-    parser.add_argument("--processes", type=int, help="that compile before anything is measured; default: 8, --tiny 0")
-    parser.add_argument("--output", type=Path, help="the results; default: attention.csv, for --tiny nothing")
+    parser.add_argument(
+        "--processes", type=int, help="processes that compile before the measurement; default: 8, with --tiny 0"
+    )
+    parser.add_argument("--output", type=Path, help="file of the results; default: attention.csv, with --tiny none")
     options = parser.parse_args(arguments)
     if options.processes is None:
         options.processes = 0 if options.tiny else 8
@@ -343,10 +347,10 @@ def main(arguments: Sequence[str] = tuple(sys.argv[1:])) -> int:
             print(tables.markdown(rows, shapes))
         return 0
     if not options.tiny and not torch.cuda.is_available():
-        print("no GPU to measure on; --tiny tries the path on a CPU", file=sys.stderr)
+        print("no GPU to measure on; --tiny tests the path on a CPU", file=sys.stderr)
         return 2
-    torch.set_warn_always(True)  # torch says only once why none of its kernels would do
-    torch._functorch.config.donated_buffer = False  # the backward is timed over and over on one graph
+    torch.set_warn_always(True)  # torch otherwise warns only once about kernels that do not run
+    torch._functorch.config.donated_buffer = False  # one graph's backward is timed many times
     every = [(workload, x) for workload in shapes for x in contestants(workload, on_gpu=not options.tiny)]
     rows = read_rows(options.output) if options.resume else []
     code = run(sorted(every, key=lambda task: task[1].compiled), rows, options)

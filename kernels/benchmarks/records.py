@@ -1,4 +1,4 @@
-"""What was measured, as rows of a CSV, and what follows from them: ratios, the table of targets, the dispatch table."""
+"""The measurements as rows of a CSV, and their results: ratios, the table of targets, the dispatch table."""
 
 import csv
 from collections.abc import Iterable, Sequence
@@ -11,14 +11,11 @@ from workloads import Workload
 
 from dreamdance_kernels.dispatch_table import MeasuredCase
 
-DISPATCHED = {
-    "triton": "triton",
-    "sdpa": "sdpa",
-    "flash_attn_2": "flash",
-}  # contestants that are the library's backends
+# Contestant to backend, for the contestants that are backends of the library.
+DISPATCHED = {"triton": "triton", "sdpa": "sdpa", "flash_attn_2": "flash"}
 DISPATCHED_FUNCTIONS = ("geometry", "reference", "temporal")
 BOTH = ("forward", "backward")
-WRONG_FACTOR = 2.0  # an error this many times that of the least exact rival is no rounding
+WRONG_FACTOR = 2.0  # an error this many times the largest rival's is no rounding error
 
 
 @dataclass(frozen=True)
@@ -36,11 +33,11 @@ class Environment:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One contestant at one workload in one direction; without times where it did not run, and then with the reason.
+    """One contestant at one workload in one direction; if it did not run, the reason instead of times.
 
     Args:
         date, commit, gpu, capability, driver, torch, triton: as in `Environment`.
-        workload: its name.
+        workload: the workload's name.
         function: `geometry`, `reference`, `temporal` or `group_norm_silu`.
         head_width: d; the channels of a group.
         num_heads: heads; groups.
@@ -48,14 +45,14 @@ class Measurement:
         batch: `outer x inner` of the workload.
         direction: `forward` or `backward`.
         backend: the contestant.
-        ms: median of what the GPU took; `lower_ms` and `upper_ms` are the quartiles.
-        host_ms: what Python took to issue one call.
+        ms: median time on the GPU; `lower_ms` and `upper_ms` are the quartiles.
+        host_ms: median time that Python takes to issue one call.
         tflops: useful operations per second, in 10^12, without padding.
         gb_per_s: fewest bytes per second, in 10^9.
-        saved_mib: what the forward keeps for the backward.
-        error: largest difference from float64, relative to the largest value; the worst of output or of gradients.
+        saved_mib: MiB that the forward keeps for the backward.
+        error: largest difference from float64, relative to the largest value; of several tensors the worst.
         times_faster_than_best_rival: the fastest rival's median over this one's.
-        why_not: why there is no time.
+        why_not: the reason why there is no time.
     """
 
     date: str
@@ -115,7 +112,7 @@ def read_rows(path: Path) -> list[Measurement]:
 
 
 def write_rows(rows: Sequence[Measurement], path: Path) -> None:
-    """Write all rows, with the ratios that they have so far; whole or not at all, so that a stop loses nothing."""
+    """Write all rows with their current ratios; replace the file atomically, so that an interruption loses nothing."""
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -131,7 +128,7 @@ def is_rival(backend: str) -> bool:
 
 
 def with_ratios(rows: Sequence[Measurement]) -> list[Measurement]:
-    """The rows, each with how many times faster it is than the fastest rival of its workload and direction."""
+    """The rows, each with the fastest rival's time over its own, for the same workload and direction."""
     best: dict[tuple[str, str], float] = {}
     for row in rows:
         if row.ms is not None and is_rival(row.backend):
@@ -146,7 +143,7 @@ def with_ratios(rows: Sequence[Measurement]) -> list[Measurement]:
 
 
 def milliseconds(rows: Iterable[Measurement], workload: str, directions: Sequence[str]) -> dict[str, float]:
-    """Of each contestant that has a time for all these directions of a workload: their sum."""
+    """The sum of the directions' times, for each contestant that has a time for all of them."""
     found: dict[str, dict[str, float]] = {}
     for row in rows:
         if row.workload == workload and row.direction in directions and row.ms is not None:
@@ -155,7 +152,7 @@ def milliseconds(rows: Iterable[Measurement], workload: str, directions: Sequenc
 
 
 def is_wrong(rows: Sequence[Measurement], workload: str, backend: str) -> bool:
-    """Whether a contestant's error at a workload is one that rounding does not explain."""
+    """Whether a contestant's error at a workload is larger than rounding explains."""
     here = [row for row in rows if row.workload == workload and row.error is not None]
     for direction in BOTH:
         errors = {row.backend: row.error for row in here if row.direction == direction and row.error is not None}
@@ -167,15 +164,15 @@ def is_wrong(rows: Sequence[Measurement], workload: str, backend: str) -> bool:
 
 @dataclass(frozen=True)
 class Target:
-    """A line of the issue's table: at these workloads, this many times faster than the fastest rival.
+    """A target: at these workloads, this many times faster than the fastest rival.
 
     Args:
-        label: what it is about.
-        workload_prefix: of the names it covers.
-        directions: whose times are added up.
-        must: times faster.
-        aim: times faster.
-        rivals: only rivals whose name contains this.
+        label: the name in the table.
+        workload_prefix: the target covers the workloads whose name starts so.
+        directions: the directions whose times are added up.
+        must: the required ratio.
+        aim: the ratio that we aim at.
+        rivals: part of the names of the rivals that count; empty for all.
     """
 
     label: str
@@ -202,7 +199,7 @@ TARGETS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """A target at one workload: who was the fastest rival, and whether the target is met."""
+    """A target at one workload: the fastest rival, and whether the target is met."""
 
     target: Target
     workload: str
@@ -217,7 +214,7 @@ class Outcome:
 
 
 def outcomes(rows: Sequence[Measurement], workloads: Sequence[Workload]) -> list[Outcome]:
-    """Every target at every workload that it covers, measured or not."""
+    """Each target at each workload that it covers, measured or not."""
     found = []
     for target in TARGETS:
         for workload in workloads:
@@ -244,9 +241,9 @@ def _verdict(target: Target, ours: float | None, rival: float | None, *, wrong: 
 
 
 def dispatch_cases(rows: Sequence[Measurement]) -> list[MeasuredCase]:
-    """The fastest of the library's own backends for every attention measured, forward and backward together.
+    """The fastest of the library's backends for each attention measured, forward and backward together.
 
-    Batches of the same lengths are added up. A backend whose result is wrong does not take part.
+    Times of different batches with the same lengths are added up. A backend with a wrong result does not count.
     """
     keys: dict[tuple[str, int, int, int, str], set[str]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""The results as text: a line while measuring, the table of targets, the README's table."""
+"""The results as text: a line during the measurement, the table of targets, a Markdown table."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ def one_line(rows: Sequence[Measurement]) -> str:
 
 
 def targets(rows: Sequence[Measurement], workloads: Sequence[Workload]) -> str:
-    """Every target at every workload: our time, the fastest rival's, and whether it is met."""
+    """Each target at each workload: our time, the fastest rival's, and whether the target is met."""
     lines = [
         f"{'target':38} {'workload':32} {'ours ms':>8} {'rival ms':>8} {'ratio':>6} {'must':>5} {'aim':>5}  verdict"
     ]
@@ -32,7 +32,7 @@ def targets(rows: Sequence[Measurement], workloads: Sequence[Workload]) -> str:
 
 
 def markdown(rows: Sequence[Measurement], workloads: Sequence[Workload]) -> str:
-    """The README's table: where it was measured, then ours and the fastest rival at every workload and direction."""
+    """A Markdown table: the machine, then our time and the fastest rival's at each workload and direction."""
     measured = [row for row in rows if row.ms is not None]
     if not measured:
         return "Not measured."

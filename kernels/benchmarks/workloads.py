@@ -1,4 +1,4 @@
-"""What is measured: the shapes that the models meet, their random inputs, and what they cost at the least.
+"""The workloads: the shapes that occur in the models, their random inputs, and their least cost.
 
 Letters as in `dreamdance.models`. Lengths are those of a 256 x 384 picture (latent 32 x 48) and its halvings, and of
 the controller of stage 2 at latent 64 x 96.
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from dreamdance_kernels import reference
 
+# The tensors whose gradients are computed, by name.
 Inputs = dict[str, Tensor]
-"""The tensors that a gradient is asked for, by name."""
 
-PLACES_CHECKED = 64  # of a temporal attention's places; every other function is checked on one whole sample
+PLACES_CHECKED = 64  # places of a temporal attention; all other functions are checked on one whole sample
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Workload:
     """One function at one shape.
 
     Args:
-        name: as it stands in the tables.
+        name: its name in the tables.
         function: `geometry`, `reference`, `temporal` or `group_norm_silu`.
-        outer: b: batch items that share nothing; images of a normalisation.
+        outer: b, the batch items that share nothing; images of a normalisation.
         inner: domains of geometry attention, samples that share a reference, frames of temporal attention.
         num_tokens: n of every sample, also of the reference; pixels of a normalisation.
         num_heads: heads; the groups of a normalisation.
@@ -61,7 +61,7 @@ class Workload:
 
     @property
     def num_softmaxes(self) -> int:
-        """Independent attentions, counting heads."""
+        """Independent softmaxes: batch times heads."""
         batch = {"geometry": self.outer, "temporal": self.outer * self.num_tokens}.get(
             self.function, self.outer * self.inner
         )

@@ -1,4 +1,4 @@
-"""DreamDance's attentions behind one signature each, whatever computes them (contract C2), and fused group norms."""
+"""DreamDance's attentions, each with one signature for all its backends (contract C2), and a fused group norm."""
 
 from dreamdance_kernels.attention_operator import segmented_attention
 from dreamdance_kernels.checkpointing import checkpoint_keeping_attention

@@ -1,11 +1,12 @@
-"""The one operator behind the attention functions: strided, with up to two segments of keys, the second shared.
+"""The one operator behind the attention functions: strided inputs, up to two segments of keys, the second shared.
 
-Letters: `b` outer batch, `i` inner batch, `l` queries, `k` own keys, `s` shared keys, `c = heads*d`. To torch it is a
-single opaque node with a fake, a backward of its own, and a count of operations: a compiler cannot look inside,
-activation checkpointing can be told to keep its result, and DeepSpeed's hooks see one module output. Two
-implementations answer to it: Triton's kernels, and torch's own fused attention on CPU. Who runs is the caller's choice.
+Letters: `b` outer batch, `i` inner batch, `l` queries, `k` own keys, `s` shared keys, `c = heads*d`. For torch the
+operator is one opaque node with a fake, a backward and a count of operations: a compiler does not trace into it, a
+checkpointing policy can keep its result, and DeepSpeed's hooks see one module output. It has two implementations:
+Triton's kernels, and torch's fused attention on CPU. The caller chooses one; by default the device decides.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 Implementation = Literal["triton", "torch"]
+Shape = Sequence[int]  # torch hands sizes, not tensors, to a count of operations
 
 MAX_SHORT_LENGTH = 32  # the longest sequence that the kernel for many short ones takes
 
@@ -40,12 +42,12 @@ def segmented_attention(
         shared_key: `b s c`, or None for no second segment, as s = 0 is.
         shared_value: as `shared_key`.
         num_heads: heads, side by side in c.
-        deterministic: whether the backward must give the same bits each time (no atomics, one more pass); None is
-            torch's own switch, `torch.are_deterministic_algorithms_enabled()`.
-        implementation: "triton", or "torch", which is for CPU; None takes what the device has.
+        deterministic: whether the backward must give the same bits each time (no atomics, one more pass); None takes
+            torch's switch, `torch.are_deterministic_algorithms_enabled()`.
+        implementation: "triton", or "torch" (CPU only); None takes "torch" on CPU and "triton" elsewhere.
 
     Returns:
-        `b i l c`, dense, with its dimensions in memory in the order of the query's.
+        `b i l c`, dense; its dimensions lie in memory in the order of the query's.
 
     Raises:
         ValueError: shapes, dtypes, devices or heads do not fit together, or the implementation is unknown.
@@ -58,11 +60,15 @@ def segmented_attention(
         implementation = "torch" if query.device.type == "cpu" else "triton"
     elif implementation not in get_args(Implementation):
         raise ValueError(f"implementation={implementation!r} is none of {', '.join(get_args(Implementation))}")
-    inputs = [_as_under_autocast(x) for x in (query, key, value, shared_key, shared_value)]
-    _check_fit(*inputs, num_heads=num_heads)
+    query, key, value = (_as_under_autocast(x) for x in (query, key, value))
+    if shared_key is not None and shared_value is not None:
+        shared_key, shared_value = _as_under_autocast(shared_key), _as_under_autocast(shared_value)
+    _check_fit(query, key, value, shared_key, shared_value, num_heads=num_heads)
     if shared_key is not None and shared_key.shape[1] == 0:
-        inputs[3:] = None, None
-    return _attention(*inputs, num_heads, deterministic, implementation)[0]
+        shared_key = shared_value = None
+    inputs = (query, key, value, shared_key, shared_value)
+    output: Tensor = _attention(*inputs, num_heads, deterministic, implementation)[0]
+    return output
 
 
 def _check_fit(
@@ -74,7 +80,7 @@ def _check_fit(
     *,
     num_heads: int,
 ) -> None:
-    """Refuse what a kernel would read beyond, as it knows strides and one set of lengths only."""
+    """Refuse tensors that do not fit together: a kernel gets strides and one set of lengths, and checks nothing."""
     if query.dim() != 4:
         raise ValueError(f"query must be (b, i, l, heads*d); got {tuple(query.shape)}")
     b, i, _, width = query.shape
@@ -95,8 +101,8 @@ def _check_fit(
         raise ValueError(f"queries, keys and values must share one dtype and one device; got {found}")
 
 
-def _as_under_autocast(tensor: Tensor | None) -> Tensor | None:
-    if tensor is None or not torch.is_autocast_enabled(tensor.device.type) or tensor.dtype == torch.float64:
+def _as_under_autocast(tensor: Tensor) -> Tensor:
+    if not torch.is_autocast_enabled(tensor.device.type) or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
@@ -112,7 +118,7 @@ def _attention(
     deterministic: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    """The output, and the log-sum-exp `b i heads l` that the backward needs (empty where it recomputes it)."""
+    """The output, and the log-sum-exp `b i heads l` for the backward (empty where the backward recomputes it)."""
     if implementation == "torch":
         return _torch_forward(query, key, value, shared_key, shared_value, num_heads)
     if _is_short(query, key, shared_key):
@@ -138,7 +144,7 @@ def _attention_backward(
     deterministic: bool,
     implementation: str,
 ) -> list[Tensor]:
-    """Gradients of query, key and value, and of the shared two where they were given."""
+    """Gradients of query, key and value, and of the shared segment's two if there is one."""
     inputs = (query, key, value, shared_key, shared_value)
     if implementation == "torch":
         return _torch_backward(grad_output, *inputs, output, log_sum_exp, num_heads)
@@ -157,12 +163,8 @@ def _attention_backward(
 
 
 def _is_short(query: Tensor, key: Tensor, shared_key: Tensor | None) -> bool:
-    """Whether the kernel for many short sequences takes it: a property of the shapes alone, the same in forward,
-    backward and fake."""
+    """Whether the kernel for short sequences computes it. Shapes alone decide: forward, backward and fake agree."""
     return shared_key is None and query.shape[1] > 1 and query.shape[2] == key.shape[2] <= MAX_SHORT_LENGTH
-
-
-# ----------------------------------------------------------------------------------------------------- what torch sees
 
 
 @_attention.register_fake
@@ -195,7 +197,7 @@ def _fake_attention_backward(
     return [torch.empty_like(x) for x in (query, key, value, shared_key, shared_value) if x is not None]
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.num_heads, ctx.deterministic, ctx.implementation = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
@@ -212,14 +214,16 @@ def _differentiate(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tu
     return (*gradients, *(None,) * (8 - len(gradients)))
 
 
-_attention.register_autograd(_differentiate, setup_context=_remember)
+_attention.register_autograd(_differentiate, setup_context=_save_for_backward)
 
+# The operator as torch names it, for policies that list operators.
 OPERATOR = torch.ops.dreamdance.segmented_attention.default
-"""The operator as torch names it, for policies that speak of operators."""
 
 
 @register_flop_formula(torch.ops.dreamdance.segmented_attention)
-def _count_forward(query: Any, key: Any, value: Any, shared_key: Any, *_: Any, out_shape: Any = None) -> int:
+def _count_forward(
+    query: Shape, key: Shape, value: Shape, shared_key: Shape | None, *_: Any, out_shape: Any = None
+) -> int:
     """Two products of 2*d operations for each pair of a query and a key, in every head."""
     b, i, queries, width = query
     keys = key[2] + (0 if shared_key is None else shared_key[1])
@@ -228,13 +232,10 @@ def _count_forward(query: Any, key: Any, value: Any, shared_key: Any, *_: Any, o
 
 @register_flop_formula(torch.ops.dreamdance.segmented_attention_backward)
 def _count_backward(
-    grad_output: Any, query: Any, key: Any, value: Any, shared_key: Any, *_: Any, out_shape: Any = None
+    grad_output: Shape, query: Shape, key: Shape, value: Shape, shared_key: Shape | None, *_: Any, out_shape: Any = None
 ) -> int:
     """Five products: the scores again, dP, dV, dQ and dK."""
     return _count_forward(query, key, value, shared_key) * 5 // 2
-
-
-# --------------------------------------------------------------------------------------------------------- torch's CPU
 
 
 def _torch_forward(
@@ -257,7 +258,7 @@ def _torch_backward(
     log_sum_exp: Tensor,
     num_heads: int,
 ) -> list[Tensor]:
-    """From the saved log-sum-exp, without the forward; the shared segment's gradient is summed over i."""
+    """Gradients from the saved log-sum-exp, without a second forward; the shared segment's is the sum over i."""
     keys, values = _append(key, shared_key), _append(value, shared_value)
     heads = [_split_heads(x, num_heads) for x in (grad_output, query, keys, values, output)]
     statistics = rearrange(log_sum_exp, "b i heads l -> (b i) heads l")

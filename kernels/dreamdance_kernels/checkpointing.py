@@ -1,7 +1,7 @@
-"""Activation checkpointing that keeps what attention computed: its forward is dear, its output small.
+"""Activation checkpointing that keeps attention's results, because they cost much to compute and little to store.
 
-Plain checkpointing runs a block's whole forward again. Attention is quadratic in its tokens while its output is linear
-in them, so its result and log-sum-exp are kept and everything else is computed twice.
+Plain checkpointing runs a block's whole forward again. The cost of attention grows with the square of the tokens, its
+output only linearly. So its output and log-sum-exp are kept, and everything else is computed twice.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from dreamdance_kernels.attention_operator import OPERATOR
 
+# The operators whose results are kept: this package's own, and torch's fused attentions.
 MUST_SAVE = frozenset(
     {
         OPERATOR,
@@ -23,7 +24,6 @@ MUST_SAVE = frozenset(
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     }
 )
-"""The operators whose results are kept: this package's own and torch's fused ones."""
 
 
 def keep_attention(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
@@ -32,12 +32,15 @@ def keep_attention(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) ->
 
 
 def checkpoint_keeping_attention(function: Callable[..., Any], *inputs: Tensor | Any) -> Any:
-    """`function(*inputs)`, its activations recomputed in the backward but for the results of attention.
+    """Call `function(*inputs)`; the backward recomputes its activations, except the results of attention.
 
     Args:
-        function: such as a transformer block; diffusers' models take this whole function as their
-            `enable_gradient_checkpointing(gradient_checkpointing_func=...)`.
-        inputs: its arguments by position.
+        function: such as a transformer block. To checkpoint a diffusers model, pass `checkpoint_keeping_attention`
+            itself to `enable_gradient_checkpointing(gradient_checkpointing_func=...)`.
+        inputs: the function's arguments, by position.
+
+    Returns:
+        What `function` returns.
     """
     contexts = partial(create_selective_checkpoint_contexts, keep_attention)
     return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)

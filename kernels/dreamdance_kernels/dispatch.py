@@ -1,7 +1,7 @@
-"""Which backend computes an attention: named by the caller or chosen here, never exchanged in silence.
+"""Chooses the backend that computes an attention. A backend that the caller names runs, or raises; nothing replaces it.
 
-A backend is an object with the three functions of `AttentionBackend`; the modules `reference`, `sdpa`,
-`triton_attention` and `flash` are such objects. A further one enters by a line in `_CANDIDATES`.
+A backend is an object with the three functions of `AttentionBackend`, such as the modules `reference`, `sdpa`,
+`triton_attention` and `flash`. To add one, write such a module and add a line to `_CANDIDATES`.
 """
 
 import logging
@@ -44,7 +44,7 @@ class AttentionBackend(Protocol):
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What the choice of a backend may depend on: lengths are those of one softmax."""
+    """Everything that the choice of a backend may depend on; the lengths are those of one softmax."""
 
     function: str
     head_width: int
@@ -56,7 +56,7 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A backend, why it cannot run on this machine (None: it can), and what inputs it takes."""
+    """A backend, why it cannot run on this machine (None: it can), and which inputs it accepts."""
 
     backend: AttentionBackend
     why_unavailable: Callable[[], str | None] = lambda: None
@@ -87,7 +87,7 @@ _announced: set[Choice] = set()
 
 
 class UnavailableBackendError(ValueError):
-    """An attention backend was asked for that is unknown or cannot run here."""
+    """The attention backend that the caller named is unknown or cannot run here."""
 
 
 def available_backends() -> dict[str, str | None]:
@@ -96,15 +96,18 @@ def available_backends() -> dict[str, str | None]:
 
 
 def choose_backend(name: str | None, call: AttentionCall) -> AttentionBackend:
-    """The backend of that name; with `None` the fastest one measured for such a call, or else torch's fused attention.
+    """Return the named backend; for `None` the fastest one measured for such a call, else torch's fused attention.
 
     Raises:
-        UnavailableBackendError: the name is unknown, or the backend cannot run; the text says why, and what can.
+        UnavailableBackendError: the name is unknown, or the backend cannot run; the message gives the reason and lists
+            the backends that can run.
     """
     if name is None:
-        # the very numbers, also in a graph of dynamic shapes: the choice is made when it is compiled
+        # plain integers, also in a graph of dynamic shapes: the choice is made when the graph is compiled
         lengths = operator.index(call.num_queries), operator.index(call.num_keys)
-        choice = default_choice(call.function, operator.index(call.head_width), *lengths, call.dtype, call.device)
+        choice: Choice = default_choice(
+            call.function, operator.index(call.head_width), *lengths, call.dtype, call.device
+        )
     else:
         choice = Choice(name, "as asked for")
         if (reason := _why_not(name, call.dtype, call.device.type)) is not None:
@@ -113,7 +116,7 @@ def choose_backend(name: str | None, call: AttentionCall) -> AttentionBackend:
                 f"attention backend {name!r} cannot run: {reason}. Available here: {runnable}, or null to let the "
                 "library choose (model.attention_backend)."
             )
-    _announce(choice)
+    _log_once(choice)
     return _CANDIDATES[choice.backend].backend
 
 
@@ -121,12 +124,13 @@ def choose_backend(name: str | None, call: AttentionCall) -> AttentionBackend:
 def default_choice(
     function: str, head_width: int, num_queries: int, num_keys: int, dtype: torch.dtype, device: torch.device
 ) -> Choice:
-    """What runs when no backend is named, and why: on CPU torch's own attention, on a GPU what the table measured."""
+    """The backend when the caller names none, and the reason: torch's own on CPU, the fastest of the table on a GPU."""
     if device.type != "cuda":
         return Choice("sdpa", f"torch's own, on {device.type}")
     architecture = torch.cuda.get_device_capability(device)
     choice = dispatch_table.fastest(function, head_width, num_queries, num_keys, architecture)
-    if (reason := _why_not(choice.backend, dtype, device.type)) is not None:
+    reason: str | None = _why_not(choice.backend, dtype, device.type)
+    if reason is not None:
         return Choice("sdpa", f"torch's own, because {choice.backend} cannot run: {reason}")
     return choice
 
@@ -137,8 +141,8 @@ def _why_not(name: str, dtype: torch.dtype, device_type: str) -> str | None:
     return "no such backend" if candidate is None else candidate.why_not_for(dtype, device_type)
 
 
-def _announce(choice: Choice) -> None:
-    """Say once per process which backend runs, and why; a graph being compiled has nothing to say."""
+def _log_once(choice: Choice) -> None:
+    """Log once per process which backend runs, and why; log nothing while a graph is compiled."""
     if torch.compiler.is_compiling() or choice in _announced:
         return
     _announced.add(choice)

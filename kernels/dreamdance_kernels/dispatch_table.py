@@ -1,7 +1,7 @@
-"""Which backend was measured to be the fastest for an attention, and how we know: the package's own table.
+"""Reads `dispatch_table.csv`: which backend was the fastest for an attention, and what was measured.
 
-The rows of `dispatch_table.csv` are derived from measurements by `kernels/benchmarks/measure.py --write-dispatch`. What
-nobody measured is computed by torch's own fused attention. This module decides nothing else; it knows no tensors.
+`kernels/benchmarks/measure.py --write-dispatch` derives the rows from its measurements. Shapes that nobody measured go
+to torch's fused attention. This module handles no tensors.
 """
 
 import csv
@@ -12,12 +12,12 @@ from pathlib import Path
 
 TABLE = Path(__file__).with_name("dispatch_table.csv")
 FALLBACK_BACKEND = "sdpa"
-MAX_LENGTH_RATIO = 2.0  # a measured length speaks for lengths up to twice and down to half of its own
+MAX_LENGTH_RATIO = 2.0  # a measured length counts for lengths from half to twice its own
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend, and the reason in words, as it is logged."""
+    """A backend, and the reason for it as the log shows it."""
 
     backend: str
     reason: str
@@ -25,7 +25,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class MeasuredCase:
-    """A row of the table: the fastest backend, forward and backward together, of one attention on one architecture.
+    """A row of the table: the fastest backend, forward plus backward, of one attention on one architecture.
 
     Args:
         function: `geometry`, `reference` or `temporal`.
@@ -50,7 +50,7 @@ def read_table(path: Path = TABLE) -> tuple[MeasuredCase, ...]:
     """The rows of a table.
 
     Raises:
-        ValueError: a column is missing or is not what it should be; the text names the file and the line.
+        ValueError: a column is missing, or a value does not parse; the message names the file and the line.
     """
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
@@ -60,15 +60,25 @@ def read_table(path: Path = TABLE) -> tuple[MeasuredCase, ...]:
         cases = []
         for row in reader:
             try:
-                numbers = {name: int(row[name]) for name in ("head_width", "num_queries", "num_keys")}
+                if None in row or None in row.values():
+                    raise ValueError(f"the line must have {len(expected)} values")
+                case = MeasuredCase(
+                    function=row["function"],
+                    head_width=int(row["head_width"]),
+                    num_queries=int(row["num_queries"]),
+                    num_keys=int(row["num_keys"]),
+                    architecture=row["architecture"],
+                    backend=row["backend"],
+                    reason=row["reason"],
+                )
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}:{reader.line_num}: {error}; run measure.py --write-dispatch again") from error
-            cases.append(MeasuredCase(**{**row, **numbers}))
+            cases.append(case)
         return tuple(cases)
 
 
 def write_table(cases: Sequence[MeasuredCase], path: Path = TABLE) -> None:
-    """Write the table anew; `cases` may be empty: then nothing has been measured."""
+    """Write the whole table; without `cases` it states that nothing was measured."""
     columns = [field.name for field in fields(MeasuredCase)]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -85,18 +95,18 @@ def fastest(
     *,
     table: Sequence[MeasuredCase] | None = None,
 ) -> Choice:
-    """The backend that was the fastest at the measured lengths nearest to these, if any are near.
+    """Return the fastest backend at the measured lengths nearest to these, if any are near enough.
 
     Args:
-        function: `geometry`, `reference` or `temporal`; must be one that was measured.
-        head_width: d; must be one that was measured.
+        function: `geometry`, `reference` or `temporal`; only rows of the same function count.
+        head_width: d; only rows of the same width count.
         num_queries: length of the queries of one softmax.
         num_keys: length of that softmax.
-        architecture: (major, minor) compute capability; must be one that was measured.
-        table: rows to read instead of the package's own.
+        architecture: (major, minor) compute capability; only rows of the same capability count.
+        table: rows to use instead of the package's table.
 
     Returns:
-        The choice; `sdpa` where nothing near enough was measured, and then the reason says so.
+        The choice; `sdpa`, with that reason, where nothing near enough was measured.
     """
     name = "sm_{}{}".format(*architecture)
     on_architecture = [case for case in (PACKAGED if table is None else table) if case.architecture == name]
@@ -115,7 +125,7 @@ def fastest(
 
 
 def _distance(case: MeasuredCase, num_queries: int, num_keys: int) -> float:
-    """How far lengths are apart, as the logarithm of the larger of the two ratios."""
+    """The distance of a call's lengths from a row's: the logarithm of the larger of the two ratios."""
     pairs = ((case.num_queries, num_queries), (case.num_keys, num_keys))
     return max(abs(math.log(max(measured, 1) / max(asked, 1))) for measured, asked in pairs)
 

@@ -1,4 +1,4 @@
-"""The three attention functions of contract C2: what they compute, and the checks that every backend relies on.
+"""The three attention functions of contract C2. They check their inputs, choose a backend and call it.
 
 Letters as in `dreamdance.models`: `b` clips, `f` frames, `m` domains (innermost of the batch), `n` tokens, `d` head
 width. Queries, keys and values may be strided views, such as a packed qkv projection split in three.

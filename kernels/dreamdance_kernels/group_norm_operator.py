@@ -1,8 +1,8 @@
-"""Group normalisation with its affine map and SiLU as one operator that keeps channels_last, forward and backward.
+"""Group normalisation, its affine map and SiLU as one operator that keeps channels_last, forward and backward.
 
-torch's own on a GPU turns a channels_last input into a contiguous one, and keeps the normalised values for SiLU's
-backward. Here two Triton passes read and write the layout that convolutions work in, and the backward computes the
-normalised values again from the input and its statistics. On CPU the operator calls torch's own kernels.
+On a GPU torch's group norm turns a channels_last input into a contiguous one and keeps the normalised values for SiLU's
+backward. Here two Triton passes read and write channels_last, the layout of the convolutions, and the backward computes
+the normalised values again from the input and its statistics. On CPU the operator calls torch's kernels.
 """
 
 import logging
@@ -26,22 +26,22 @@ _announced: set[str | None] = set()
 def group_norm_silu(
     hidden_states: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, activation: bool = True
 ) -> Tensor:
-    """`silu(group_norm(x))`: on CPU torch's own values bit for bit, on a GPU Triton's kernels for channels_last.
+    """Compute `silu(group_norm(x))`: on CPU bit for bit as torch does, on a GPU with Triton's kernels if channels_last.
 
-    Any other input on a GPU goes to torch's own functions; the log says once which of them runs, and why. Sums are
-    taken in float32 and in one order, so that the same input has the same gradients. Under CUDA's autocast it runs in
-    float32 and returns it, as `torch.nn.functional.group_norm` does. The backward cannot be differentiated again.
+    Other inputs on a GPU go to torch's functions; the log shows once which implementation runs, and why. The kernels
+    add in float32 and in a fixed order: the same input has the same gradients. Under CUDA's autocast the computation
+    and the result are in float32, as in `torch.nn.functional.group_norm`. The backward has no derivative.
 
     Args:
-        hidden_states: `n c h w`, or `n c` with any dimensions behind.
+        hidden_states: `n c h w`, or `n c` followed by any dimensions.
         num_groups: groups of neighbouring channels; divides c.
         weight: `c`, in the dtype of `hidden_states` (or float32 beside half precision).
         bias: as `weight`.
         eps: added to the variance.
-        activation: whether SiLU follows; without it this is the normalisation alone, with channels_last kept.
+        activation: whether to apply SiLU; without it the result is the group norm, in channels_last.
 
     Returns:
-        As `hidden_states`, in its memory format where Triton or a CPU computes; torch's own on a GPU is contiguous.
+        The shape of `hidden_states`, in its memory format; contiguous where torch computes on a GPU.
 
     Raises:
         ValueError: the groups do not divide the channels, or weight and bias are not one number for each channel.
@@ -55,15 +55,16 @@ def group_norm_silu(
             f"got {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
     reason = _why_not_triton(hidden_states)
-    _announce(reason)
+    _log_once(reason)
     if reason is not None and hidden_states.device.type != "cpu":
         normalised = F.group_norm(hidden_states, num_groups, weight, bias, eps)
         return F.silu(normalised) if activation else normalised
-    return _group_norm_silu(hidden_states, weight, bias, num_groups, eps, activation)[0]
+    output: Tensor = _group_norm_silu(hidden_states, weight, bias, num_groups, eps, activation)[0]
+    return output
 
 
 def _why_not_triton(hidden_states: Tensor) -> str | None:
-    """Why Triton's kernels do not take this input, or None where they do."""
+    """The reason why Triton's kernels do not take this input; None if they do."""
     if hidden_states.device.type != "cuda":
         return f"the input is on {hidden_states.device.type}"
     if hidden_states.dim() != 4 or not hidden_states.is_contiguous(memory_format=torch.channels_last):
@@ -72,7 +73,8 @@ def _why_not_triton(hidden_states: Tensor) -> str | None:
         return f"the input is {hidden_states.dtype}"
     if hidden_states.numel() == 0:
         return "the input is empty"
-    return _why_not_on(hidden_states.device)
+    reason: str | None = _why_not_on(hidden_states.device)
+    return reason
 
 
 @torch.compiler.assume_constant_result
@@ -85,8 +87,8 @@ def _why_not_on(device: torch.device) -> str | None:
     return triton_package.why_unable_to_start()
 
 
-def _announce(reason: str | None) -> None:
-    """Say once per process and reason which implementation runs; a graph being compiled has nothing to say."""
+def _log_once(reason: str | None) -> None:
+    """Log each reason once per process, with the implementation that runs; log nothing while a graph is compiled."""
     if torch.compiler.is_compiling() or reason in _announced:
         return
     _announced.add(reason)
@@ -96,17 +98,14 @@ def _announce(reason: str | None) -> None:
         logger.info("group norm: torch's own, because %s", reason)
 
 
-# ----------------------------------------------------------------------------------------------- what torch knows it as
-
-
 @torch.library.custom_op("dreamdance::group_norm_silu", mutates_args=(), device_types="cpu")
 def _group_norm_silu(
     hidden_states: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, activation: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, then mean and reciprocal deviation `n groups`, for the backward; float32 for half precision."""
+    """The output, and for the backward mean and reciprocal deviation, `n groups`, float32 for half precision."""
     hidden_states = _in_own_layout(hidden_states, hidden_states)
     dtype = _statistics_dtype(hidden_states)
-    # half precision beside float32 weights: the same output, and statistics that are not rounded
+    # half precision beside float32 weights gives the same output, and statistics that are not rounded
     output, mean, reciprocal_deviation = torch.native_group_norm(
         hidden_states, weight.to(dtype), bias.to(dtype), *_sizes(hidden_states), num_groups, eps
     )
@@ -201,7 +200,7 @@ def _fake_backward(
     return gradient, weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     hidden_states, weight, bias, _, _, ctx.activation = inputs
     ctx.save_for_backward(hidden_states, *output[1:], weight, bias)
     ctx.set_materialize_grads(False)
@@ -213,15 +212,12 @@ def _differentiate(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> t
     return *_group_norm_silu_backward(grad_output, *ctx.saved_tensors, ctx.activation), None, None, None
 
 
-_group_norm_silu.register_autograd(_differentiate, setup_context=_remember)
+_group_norm_silu.register_autograd(_differentiate, setup_context=_save_for_backward)
 _group_norm_silu.register_autocast("cuda", torch.float32)
 
 
-# --------------------------------------------------------------------------------------------------------- torch's CPU
-
-
 def _in_own_layout(tensor: Tensor, hidden_states: Tensor) -> Tensor:
-    """Dense, in the memory format that torch's own takes for `hidden_states`."""
+    """Return `tensor`, dense, in the memory format that torch suggests for `hidden_states`."""
     return tensor.contiguous(memory_format=suggest_memory_format(hidden_states))
 
 
@@ -238,7 +234,7 @@ def _statistics_dtype(hidden_states: Tensor) -> torch.dtype:
 def _normalise_again(
     hidden_states: Tensor, mean: Tensor, reciprocal_deviation: Tensor, weight: Tensor, bias: Tensor
 ) -> Tensor:
-    """What SiLU was applied to: torch's own formula on the same statistics, in their dtype."""
+    """The normalised values before SiLU: torch's formula on the saved statistics, in their dtype."""
     group_size, behind = hidden_states.shape[1] // mean.shape[1], (1,) * (hidden_states.dim() - 2)
     mean, scale = (x.repeat_interleave(group_size, dim=1) for x in (mean, reciprocal_deviation))
     scale = scale * weight.to(scale.dtype)

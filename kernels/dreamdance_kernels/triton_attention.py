@@ -1,7 +1,7 @@
-"""Backend `triton`: the three attentions as views of the one operator, computed by this package's own kernels.
+"""Backend `triton`: the three attentions as calls of the one operator, computed by this package's kernels.
 
-Nothing is copied on the way in: geometry attention merges `(m n)`, reference attention names the frames and domains
-that share a reference, temporal attention turns frames and places round, all as views of a packed projection.
+The inputs are views, never copies, also of a packed projection: geometry attention merges `(m n)`, reference attention
+splits off the frames and domains that share a reference, temporal attention swaps frames and places.
 """
 
 import os
@@ -14,17 +14,17 @@ from dreamdance_kernels import triton_package
 from dreamdance_kernels.attention_operator import segmented_attention
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-OLDEST_ARCHITECTURE = (8, 0)  # matrix instructions in bfloat16, asynchronous copies
-UNFIT_GENERATIONS = (10, 11)  # products there go through a memory of their own, which the tiles of Hopper overfill
+OLDEST_ARCHITECTURE = (8, 0)  # the first with matrix instructions in bfloat16 and asynchronous copies
+UNFIT_GENERATIONS = (10, 11)  # their matrix products use a separate memory, too small for the tiles of sm_90
 
 
 def is_interpreted() -> bool:
-    """Whether Triton interprets its kernels, on CPU and slowly, as the tests do."""
+    """Whether Triton interprets its kernels on CPU, as in the tests; slow."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def why_unavailable() -> str | None:
-    """Why the kernels cannot run on this machine, or None where they can."""
+    """The reason why the kernels cannot run on this machine; None if they can."""
     if (reason := triton_package.why_unusable()) is not None:
         return reason
     if is_interpreted():
@@ -39,7 +39,7 @@ def why_unavailable() -> str | None:
 
 
 def geometry_attention(query: Tensor, key: Tensor, value: Tensor, *, num_domains: int, num_heads: int) -> Tensor:
-    """Eq. 5 as one self-attention over the merged tokens of all domains. All `((b f m), n, heads*d)`."""
+    """Eq. 5 as one self-attention over the merged tokens of all domains. Tensors: `((b f m), n, heads*d)`."""
     query, key, value = (rearrange(x, "(b m) n c -> b 1 (m n) c", m=num_domains) for x in (query, key, value))
     output = segmented_attention(query, key, value, num_heads=num_heads, implementation="triton")
     return rearrange(output, "b 1 (m n) c -> (b m) n c", m=num_domains)
@@ -54,7 +54,7 @@ def reference_attention(
     *,
     num_heads: int,
 ) -> Tensor:
-    """Eq. 4 with the reference as the shared segment: never repeated, never appended."""
+    """Eq. 4 with the reference as the shared segment, neither repeated nor appended."""
     if reference_key is not None and reference_key.shape[1] == 0:
         reference_key = reference_value = None
     num_references = 1 if reference_key is None else reference_key.shape[0]
@@ -66,7 +66,7 @@ def reference_attention(
 
 
 def temporal_attention(query: Tensor, key: Tensor, value: Tensor, *, num_frames: int, num_heads: int) -> Tensor:
-    """Attention over the frames, in place on `((b f), n, heads*d)`."""
+    """Attention over the frames; inputs `((b f), n, heads*d)` are read in place."""
     query, key, value = (rearrange(x, "(b f) n c -> b n f c", f=num_frames) for x in (query, key, value))
     output = segmented_attention(query, key, value, num_heads=num_heads, implementation="triton")
     return rearrange(output, "b n f c -> (b f) n c")

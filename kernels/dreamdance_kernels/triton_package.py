@@ -6,14 +6,14 @@ import shutil
 import sysconfig
 from pathlib import Path
 
-OLDEST = (3, 6)  # the oldest that they were compiled with
+OLDEST = (3, 6)  # the oldest version that the kernels were compiled with
 
 
 def why_unusable() -> str | None:
-    """Why the installed Triton will not do, or None where it will."""
+    """The reason why the installed Triton cannot compile the kernels; None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    import triton  # here, because it need not be there
+    import triton  # here, because it is optional
 
     major, minor, *_ = triton.__version__.split(".")
     if (int(major), int(minor)) < OLDEST:
@@ -22,14 +22,15 @@ def why_unusable() -> str | None:
 
 
 def why_unable_to_start() -> str | None:
-    """Why Triton cannot start a compiled kernel on this machine, or None where it can.
+    """The reason why Triton cannot start a compiled kernel on this machine; None if it can.
 
-    It starts each through a small C module that it builds at first use, with the compiler of the environment's CC, or
-    gcc or clang on PATH, and with Python's headers (triton/runtime/build.py). torch.compile needs the same.
+    Triton starts a kernel through a small C module that it builds at first use with the C compiler that the environment
+    variable CC names, or gcc or clang on PATH, and with Python's headers (triton/runtime/build.py). torch.compile needs
+    the same.
     """
     from triton import knobs
 
-    if knobs.build.impl is not None:  # somebody's own way to build it
+    if knobs.build.impl is not None:  # the caller has replaced the way to build it
         return None
     compiler = os.environ.get("CC")
     if compiler is not None and shutil.which(compiler) is None:

@@ -1,4 +1,4 @@
-"""The Triton kernels and their launchers: plain tensors in and out, no autograd; they know nothing of dispatch.
+"""The Triton kernels and their launchers: tensors in, tensors out, without autograd and without the dispatch.
 
-Letters as in `dreamdance_kernels.segmented_attention`. Importing this package imports no Triton; its modules do.
+Letters as in `dreamdance_kernels.segmented_attention`. This package does not import Triton; its modules do.
 """

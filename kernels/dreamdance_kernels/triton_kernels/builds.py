@@ -1,4 +1,4 @@
-"""A kernel as it is built for one architecture, so that it can be compiled and inspected without a GPU."""
+"""Describes how a kernel is built for one architecture, so that it can be compiled and inspected without a GPU."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class KernelBuild:
-    """One variant of a kernel: everything that Triton's compiler needs to know.
+    """One variant of a kernel: everything that Triton's compiler needs.
 
     Args:
-        name: unique, as it stands in the table of resources, such as `long_forward_d40_two_segments`.
+        name: unique; the name in the table of resources, such as `long_forward_d40_two_segments`.
         function: the `triton.jit` function.
-        architecture: (major, minor) compute capability that the tile was chosen for.
+        architecture: (major, minor) compute capability for which the tile was chosen.
         signature: type of every run-time argument by name, such as `*bf16` or `i32`.
         constants: value of every `tl.constexpr` argument by name.
         num_warps: warps of one program.

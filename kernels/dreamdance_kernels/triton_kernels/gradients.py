@@ -1,4 +1,4 @@
-"""What the backward of an attention returns."""
+"""The gradients that the backward of an attention returns."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Gradients:
-    """The gradient of each input, of its shape and dtype; `None` for a shared segment that was not given."""
+    """The gradient of each input, in its shape and dtype; `None` if there was no shared segment."""
 
     query: Tensor
     key: Tensor

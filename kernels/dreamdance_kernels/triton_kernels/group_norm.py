@@ -1,8 +1,8 @@
 """Group normalisation, affine, optionally SiLU, of channels_last tensors: one pass for statistics, one to normalise.
 
-The positions (h * w) are cut into splits. A program sees some positions of some channels and writes sums of its own; a
-small kernel combines them, so every result is summed in one order that the shape alone decides: no atomics, and no
-count of a device's cores.
+The positions (h * w) are cut into splits. A program reads some positions of some channels and writes partial sums; a
+small kernel combines them. There are no atomics, and the order of every sum depends on the shape alone, not on the
+device's number of cores.
 """
 
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ from dreamdance_kernels.triton_kernels.builds import KernelBuild
 
 BLOCK_POSITIONS = 32
 MAX_BLOCK_CHANNELS = 64  # a row of 64 channels is a whole 128-byte line in half precision
-SPLIT_POSITIONS = 128  # partial sums are then 1/16 of the bytes of a bfloat16 input, at most
-MAX_SPLITS = 64  # rows of one tile of the combining kernels; beyond it splits grow longer
+SPLIT_POSITIONS = 128  # so partial sums take at most 1/16 of the bytes of a bfloat16 input
+MAX_SPLITS = 64  # rows in one tile of the combining kernels; larger inputs get longer splits
 MODEL_GROUP_SIZES = (10, 20, 40)
 NUM_WARPS = 4
 
 
 @dataclass(frozen=True)
 class Normalised:
-    """Output `n c h w`, channels_last, of the input's dtype; mean and reciprocal deviation `n groups`, float32."""
+    """Output `n c h w`, channels_last, in the input's dtype; mean and reciprocal deviation `n groups`, float32."""
 
     output: Tensor
     mean: Tensor
@@ -34,7 +34,7 @@ class Normalised:
 
 @dataclass(frozen=True)
 class NormGradients:
-    """Gradient of each input, of its shape, dtype and layout."""
+    """The gradient of each input, in its shape, dtype and layout."""
 
     hidden_states: Tensor
     weight: Tensor
@@ -43,7 +43,7 @@ class NormGradients:
 
 @dataclass(frozen=True)
 class _Grid:
-    """How an input is cut; `positions_per_split` is a multiple of the block."""
+    """How an input is cut into programs; `positions_per_split` is a multiple of the block."""
 
     samples: int
     positions: int
@@ -54,17 +54,17 @@ class _Grid:
 
     @property
     def channel_blocks(self) -> int:
-        return triton.cdiv(self.channels, self.block_channels)
+        return _ceil_divide(self.channels, self.block_channels)
 
     @property
     def position_blocks(self) -> int:
-        return triton.cdiv(self.positions, BLOCK_POSITIONS)
+        return _ceil_divide(self.positions, BLOCK_POSITIONS)
 
 
 def forward(
     hidden_states: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int, eps: float, activation: bool
 ) -> Normalised:
-    """Normalises every group of channels of every sample, scales and shifts each channel, applies SiLU if asked.
+    """Normalise every group of channels of every sample, scale and shift each channel, and apply SiLU if `activation`.
 
     Args:
         hidden_states: `n c h w`, dense channels_last, not empty; float32, float16 or bfloat16.
@@ -72,7 +72,7 @@ def forward(
         bias: as `weight`.
         num_groups: divides c.
         eps: added to the variance.
-        activation: whether SiLU follows.
+        activation: whether to apply SiLU.
 
     Raises:
         ValueError: `hidden_states` is not channels_last.
@@ -114,7 +114,7 @@ def backward(
     *,
     activation: bool,
 ) -> NormGradients:
-    """The gradients of `forward`; the normalised values are computed again from the input and its statistics.
+    """The gradients of `forward`, which computes the normalised values again from the input and its statistics.
 
     Args:
         grad_output: `n c h w`, dense channels_last.
@@ -155,12 +155,14 @@ def backward(
             group_size=group_size, activation=activation,
             block_positions=BLOCK_POSITIONS, block_channels=grid.block_channels, num_warps=NUM_WARPS,
         )  # fmt: skip
-    grad_bias, grad_weight = (sums.sum(dim=0) for sums in channel_sums)  # apart: results must not share their memory
+    grad_bias, grad_weight = (
+        sums.sum(dim=0) for sums in channel_sums
+    )  # separate tensors: an operator's results must not share memory
     return NormGradients(grad_hidden_states, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype))
 
 
 def builds(architecture: tuple[int, int]) -> list[KernelBuild]:
-    """The kernels as the launchers call them for the UNets' bfloat16 group sizes; one tile serves every machine."""
+    """Every variant that the launchers call for the UNets' group sizes in bfloat16; the tile is the same everywhere."""
     half, single, integer = "*bf16", "*fp32", "i32"
     counts = {"positions": integer, "channels": integer}
     per_group = {"mean": single, "reciprocal_deviation": single, "weight": half, "bias": half}
@@ -213,20 +215,25 @@ def _cut(hidden_states: Tensor) -> _Grid:
         )
     samples, channels, height, width = hidden_states.shape
     positions = height * width
-    length = max(SPLIT_POSITIONS, triton.cdiv(triton.cdiv(positions, MAX_SPLITS), BLOCK_POSITIONS) * BLOCK_POSITIONS)
+    fewest = _ceil_divide(_ceil_divide(positions, MAX_SPLITS), BLOCK_POSITIONS) * BLOCK_POSITIONS
+    length = max(SPLIT_POSITIONS, fewest)
     return _Grid(
         samples=samples,
         positions=positions,
         channels=channels,
-        splits=triton.cdiv(positions, length),
+        splits=_ceil_divide(positions, length),
         positions_per_split=length,
         block_channels=min(MAX_BLOCK_CHANNELS, triton.next_power_of_2(channels)),
     )
 
 
 def _group_block(group_size: int) -> int:
-    """Channels of a group that a combining kernel holds at a time."""
-    return min(MAX_BLOCK_CHANNELS, triton.next_power_of_2(group_size))
+    """The number of a group's channels that a combining kernel holds at a time."""
+    return min(MAX_BLOCK_CHANNELS, int(triton.next_power_of_2(group_size)))
+
+
+def _ceil_divide(dividend: int, divisor: int) -> int:
+    return -(-dividend // divisor)
 
 
 def _float32(like: Tensor, *shape: int) -> Tensor:

@@ -1,18 +1,18 @@
-"""The kernels of group normalisation; `group_norm` launches them and says how the work is cut.
+"""The kernels of group normalisation; the module `group_norm` cuts the work and launches them.
 
-Names ending in `_bias` and `_weight` are sums of the gradient before the activation and of its product with the
-standardised input, which over all positions are the gradients of the bias and of the weight.
+Names that end in `_bias` are sums of the gradient before the activation; names that end in `_weight` are sums of its
+product with the standardised input. Summed over all positions they are the gradients of bias and weight.
 """
 
 import triton
 import triton.language as tl
 
-STAGES = tl.constexpr(3)  # tiles under way from memory while one is summed
+STAGES = tl.constexpr(3)  # tiles that load from memory while one is summed
 
 
 @triton.jit
 def _place(program: tl.tensor, steps: tl.tensor, channels: tl.tensor, block_channels: tl.constexpr) -> tl.tuple:
-    """The sample (64 bit, for offsets), the step along its positions and the channels; channel blocks vary fastest."""
+    """The program's sample (64-bit, for offsets), step along positions, and channels; channel blocks vary fastest."""
     blocks = tl.cdiv(channels, block_channels)
     step = program // blocks
     channel = (program % blocks) * block_channels + tl.arange(0, block_channels)
@@ -25,7 +25,7 @@ def _load_of_group(
     num_groups: tl.tensor,
     group_size: tl.constexpr,
 ) -> tl.tuple:  # fmt: skip
-    """Two float32 values of the group of each channel, as a row to combine with a tile."""
+    """Two float32 values per group, spread to the group's channels, as a row to combine with a tile."""
     group = sample * num_groups + channel // group_size
     row = tl.load(first + group, mask=mask, other=0.0)
     return row[None, :], tl.load(second + group, mask=mask, other=0.0)[None, :]
@@ -33,7 +33,7 @@ def _load_of_group(
 
 @triton.jit
 def _load_of_channel(weight: tl.tensor, bias: tl.tensor, channel: tl.tensor, mask: tl.tensor) -> tl.tuple:
-    """Weight and bias of each channel in float32, as a row to combine with a tile."""
+    """Each channel's weight and bias in float32, as a row to combine with a tile."""
     row = tl.load(weight + channel, mask=mask, other=0.0).to(tl.float32)
     return row[None, :], tl.load(bias + channel, mask=mask, other=0.0).to(tl.float32)[None, :]
 
@@ -91,7 +91,7 @@ def combine_statistics(
     positions_per_split: tl.tensor, eps: tl.tensor,
     group_size: tl.constexpr, max_splits: tl.constexpr, block_channels: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One group's mean, then its deviation around that very mean, from the sums of its splits and channels."""
+    """One group's mean, then its deviation around that mean, from the sums of its splits and channels."""
     program = tl.program_id(0)
     sample = (program // num_groups).to(tl.int64)
     base = sample * splits * channels + (program % num_groups) * group_size
@@ -124,7 +124,7 @@ def normalise(
     output: tl.tensor, positions: tl.tensor, channels: tl.tensor, num_groups: tl.tensor,
     group_size: tl.constexpr, activation: tl.constexpr, block_positions: tl.constexpr, block_channels: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The output: standardised, scaled and shifted by channel, through SiLU if asked."""
+    """The output: standardised, scaled and shifted by channel, with SiLU if `activation`."""
     sample, block, channel = _place(tl.program_id(0), tl.cdiv(positions, block_positions), channels, block_channels)
     known = channel < channels
     row = tl.arange(0, block_positions)
@@ -147,7 +147,7 @@ def sum_gradients(
     channels: tl.tensor, num_groups: tl.tensor, splits: tl.tensor, positions_per_split: tl.tensor,
     group_size: tl.constexpr, activation: tl.constexpr, block_positions: tl.constexpr, block_channels: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Each channel's sums over one split: of the gradient, and of its product with the standardised input."""
+    """Each channel's sums over one split of the gradient and of its product with the standardised input."""
     sample, split, channel = _place(tl.program_id(0), splits, channels, block_channels)
     known = channel < channels
     start = split * positions_per_split
@@ -180,7 +180,7 @@ def combine_gradients(
     num_groups: tl.tensor, splits: tl.tensor,
     group_size: tl.constexpr, max_splits: tl.constexpr, block_channels: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A sample's sums of each channel of one group, and the group's means of the same sums times the weight."""
+    """One sample's sums for each channel of a group, and the group's means of these sums times the weight."""
     program = tl.program_id(0)
     sample = (program // num_groups).to(tl.int64)
     start = (program % num_groups) * group_size
@@ -211,7 +211,7 @@ def differentiate(
     grad_hidden_states: tl.tensor, positions: tl.tensor, channels: tl.tensor, num_groups: tl.tensor,
     group_size: tl.constexpr, activation: tl.constexpr, block_positions: tl.constexpr, block_channels: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The gradient of the input, with what moves the group's mean and deviation taken out."""
+    """The gradient of the input, without its parts along the group's mean and deviation."""
     sample, block, channel = _place(tl.program_id(0), tl.cdiv(positions, block_positions), channels, block_channels)
     known = channel < channels
     row = tl.arange(0, block_positions)

@@ -1,8 +1,8 @@
-"""Path L, backward: gradients of own and of shared keys in one pass over the keys, each block of them one program.
+"""Path L, backward: gradients of own and of shared keys in one pass, with one program for each block of keys.
 
-Fast form: the same pass adds every block's part of the query gradient to float32 sums, in the order in which the
-programs happen to run. Deterministic form: `long_backward_deterministic` computes it in a pass of its own. The
-gradient of keys that samples share is summed inside its program, sample after sample, in both.
+Fast form: the pass also adds each block's part of the query gradient to float32 sums, in the order in which the
+programs happen to run. Deterministic form: a second pass, `long_backward_deterministic`, computes the query gradient.
+In both forms one program adds up the gradient of a block of shared keys, sample after sample.
 """
 
 import torch
@@ -26,7 +26,7 @@ from dreamdance_kernels.triton_kernels.long_launch import (
 )
 from dreamdance_kernels.triton_kernels.tiles import Tile, architecture_of
 
-# By architecture and by the width that the parts of a head fill together.
+# Tiles by architecture, then by the width of both parts of a head together.
 TILES = {
     (8, 0): {
         48: Tile(block_queries=32, block_keys=128, num_warps=8, num_stages=2),
@@ -61,23 +61,23 @@ def backward(
     deterministic: bool,
     tile: Tile | None = None,
 ) -> Gradients:
-    """Gradients of every input of the forward.
+    """The gradient of each input of the forward.
 
     Args:
         grad_output: `(b, i, l, heads*d)`, gradient of the forward's output; any strides but for a last one of 1.
-        query: as in the forward, as are key, value, shared_key and shared_value.
+        query: as in the forward; likewise key, value, shared_key and shared_value.
         key: see query.
         value: see query.
         shared_key: see query.
         shared_value: see query.
-        output: of the forward.
-        log_sum_exp: of the forward.
+        output: the forward's output.
+        log_sum_exp: as the forward returned it.
         num_heads: as in the forward.
-        deterministic: bit-identical on repetition, for seven matrix products where the fast form takes five.
-        tile: another cut than the table's, for both passes.
+        deterministic: give the same bits each time, with seven matrix products instead of five.
+        tile: a tile to use instead of the table's, for both passes.
 
     Returns:
-        Every gradient in its input's dtype, shape and order of dimensions, dense; None for a segment not given.
+        Each gradient, dense, in its input's dtype, shape and order of dimensions; None without a shared segment.
 
     Raises:
         ValueError: as in the forward.
@@ -107,12 +107,12 @@ def backward(
 
 
 def tile_for(head_width: int, architecture: tuple[int, int], *, dtype: torch.dtype = torch.bfloat16) -> Tile:
-    """How the pass over the keys cuts its work on a machine."""
+    """The tile of the pass over the keys for a head width and an architecture."""
     return FLOAT32_TILE if dtype == torch.float32 else tile_from(TILES, head_width, architecture)
 
 
 def builds(architecture: tuple[int, int]) -> list[KernelBuild]:
-    """Every variant that the models launch, of the deterministic form's first pass and of what precedes both too."""
+    """Every variant that the models launch: the fast pass, the deterministic form's first pass, and the row sums."""
     statistics = frozenset({"log_sum_exp", "delta", "query_sums"})
     forms = {"long_backward": True, "long_backward_deterministic_keys": False}
     found = model_builds(
@@ -131,7 +131,7 @@ def builds(architecture: tuple[int, int]) -> list[KernelBuild]:
 
 
 def _output_dot_gradient(output: Tensor, grad_output: Tensor, *, num_heads: int) -> Tensor:
-    """Sum over d of the output times its gradient, `(b, i, heads, l)` in float32: what softmax's backward subtracts."""
+    """Sum over d of the output times its gradient, `(b, i, heads, l)` in float32; softmax's backward subtracts it."""
     num_outer, num_inner, num_rows, width = output.shape
     delta = output.new_empty((num_outer, num_inner, num_heads, num_rows), dtype=torch.float32)
     arguments = tensor_arguments(output=output, grad_output=grad_output) | {
@@ -153,7 +153,7 @@ def _output_dot_gradient(output: Tensor, grad_output: Tensor, *, num_heads: int)
 
 
 def _key_gradients(problem: BackwardProblem, *, query_sums: Tensor | None, tile: Tile | None) -> dict[str, Tensor]:
-    """Gradients of own and shared keys and values; adds the query's, without the scale, to `query_sums` if given."""
+    """Gradients of own and shared keys and values; adds the query's, still unscaled, to `query_sums` if not None."""
     tile = tile or tile_for(problem.head_width, architecture_of(problem.query.device), dtype=problem.query.dtype)
     grads = {
         "grad_key": torch.empty_like(problem.key),

@@ -1,4 +1,4 @@
-"""Path L, backward, deterministic form: the query gradient in a pass of its own, one block of queries per program."""
+"""Path L, backward, deterministic form: a separate pass for the query gradient, one block of queries per program."""
 
 import torch
 import triton
@@ -17,7 +17,7 @@ from dreamdance_kernels.triton_kernels.long_launch import (
 from dreamdance_kernels.triton_kernels.split_width import add_weighted, dot_heads, load_head, store_head, zero_head
 from dreamdance_kernels.triton_kernels.tiles import Tile, architecture_of
 
-# By architecture and by the width that the parts of a head fill together.
+# Tiles by architecture, then by the width of both parts of a head together.
 TILES = {
     (8, 0): {
         48: Tile(block_queries=128, block_keys=64, num_warps=8, num_stages=2),
@@ -38,7 +38,7 @@ _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 def query_gradient(problem: BackwardProblem, *, tile: Tile | None = None) -> Tensor:
-    """Gradient of the queries, `(b, i, l, heads*d)` in their dtype and order of dimensions."""
+    """The gradient of the queries, `(b, i, l, heads*d)`, in their dtype and order of dimensions."""
     query, lengths = problem.query, problem.lengths
     tile = tile or tile_for(problem.head_width, architecture_of(query.device), dtype=query.dtype)
     grad_query = torch.empty_like(query)
@@ -57,12 +57,12 @@ def query_gradient(problem: BackwardProblem, *, tile: Tile | None = None) -> Ten
 
 
 def tile_for(head_width: int, architecture: tuple[int, int], *, dtype: torch.dtype = torch.bfloat16) -> Tile:
-    """How the pass over the queries cuts its work on a machine."""
+    """The tile of the pass over the queries for a head width and an architecture."""
     return FLOAT32_TILE if dtype == torch.float32 else tile_from(TILES, head_width, architecture)
 
 
 def builds(architecture: tuple[int, int]) -> list[KernelBuild]:
-    """Every variant that the models launch; the first pass is among `long_backward`'s."""
+    """Every variant of this pass that the models launch; `long_backward.builds` lists the first pass."""
     float32 = frozenset({"log_sum_exp", "delta"})
     name = "long_backward_deterministic_queries"
     return model_builds(long_backward_queries, architecture, name=name, tiles=TILES, float32=float32)
@@ -84,7 +84,7 @@ def long_backward_queries(
     block_queries: tl.constexpr, block_keys: tl.constexpr, two_segments: tl.constexpr,
     mask_queries: tl.constexpr, mask_keys: tl.constexpr, mask_shared: tl.constexpr, wide_rows: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A block of queries of one head against all keys, first its own and then the shared ones."""
+    """The gradient of a block of queries of one head: first from its own keys, then from the shared keys."""
     num_blocks = tl.cdiv(num_queries, block_queries)
     start = (tl.program_id(0) % num_blocks) * block_queries
     head = tl.program_id(0) // num_blocks % num_heads

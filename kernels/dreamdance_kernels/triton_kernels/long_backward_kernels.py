@@ -68,9 +68,9 @@ def long_backward(
     mask_queries: tl.constexpr, mask_keys: tl.constexpr, mask_shared: tl.constexpr, wide_rows: tl.constexpr,
     add_query_gradient: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A block of keys of one head against all queries of its sample or, where they share it, of all its samples."""
+    """Gradients of a block of keys of one head, from all queries of its sample or, if shared, of all its samples."""
     program, num_samples, is_shared = tl.program_id(0), 1, False
-    if two_segments:  # programs of shared keys have the most to do and start first
+    if two_segments:  # programs of shared keys have the most work and start first
         num_shared_programs = tl.cdiv(num_shared, block_keys) * num_heads * num_outer
         is_shared = program < num_shared_programs
         program = tl.where(is_shared, program, program - num_shared_programs)
@@ -132,9 +132,9 @@ def _pass_over_queries(
     block_queries: tl.constexpr, block_keys: tl.constexpr,
     mask_queries: tl.constexpr, mask_keys: tl.constexpr, wide_rows: tl.constexpr, add_query_gradient: tl.constexpr,
 ) -> tl.tuple:  # fmt: skip
-    """Both parts of the gradients of a block of keys (still without the scale) and of values.
+    """Both parts of the gradients of a block of keys (still unscaled) and of values.
 
-    Scores stand with a row for each key, so that weights and their gradients are a product's first factor in registers.
+    Scores have a row for each key, so that weights and their gradients are the first factor of a product, in registers.
     """
     first_key, second_key = load_head(
         key, key_row, num_keys, block_keys, first_width, second_width, head_width, mask_keys, wide_rows
@@ -157,7 +157,7 @@ def _pass_over_queries(
             first_width, second_width, head_width, mask_queries, wide_rows,
         )  # fmt: skip
         rows = sample * num_heads * num_queries + row + tl.arange(0, block_queries)
-        if mask_queries:  # a denominator of infinity: no weight
+        if mask_queries:  # an infinite denominator gives a weight of zero
             log_sums = tl.load(log_sum_exp + rows, tl.arange(0, block_queries) < left, other=float("inf"))
             deltas = tl.load(delta + rows, tl.arange(0, block_queries) < left, other=0.0)
         else:
@@ -173,7 +173,7 @@ def _pass_over_queries(
             score_grads, first_query, second_query, first_key_grad, second_key_grad, second_width
         )
         if add_query_gradient:
-            if mask_keys:  # rows beyond the last key: keys of zero, but weights that may be infinite
+            if mask_keys:  # beyond the last key: the keys are zero, but the weights may be infinite
                 score_grads = tl.where(tl.arange(0, block_keys)[:, None] < num_keys, score_grads, 0.0)
             first_sum, second_sum = zero_head(block_queries, first_width, second_width)
             first_sum, second_sum = add_weighted(

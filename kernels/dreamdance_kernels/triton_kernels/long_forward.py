@@ -1,7 +1,7 @@
-"""Path L, forward: attention over own keys and then, in the same softmax, over a segment that samples share.
+"""Path L, forward: one softmax over a sample's own keys and over a segment of keys that samples share.
 
-One program holds a block of queries of one head and passes once over all keys (online softmax). It knows strides, not
-layouts: packed projections and permuted views are read and written in place.
+One program holds a block of queries of one head and passes once over all keys (online softmax). It gets strides and
+assumes no layout, so it reads packed projections and permuted views in place.
 """
 
 import torch
@@ -22,7 +22,7 @@ from dreamdance_kernels.triton_kernels.long_launch import (
 from dreamdance_kernels.triton_kernels.split_width import add_weighted, dot_heads, load_head, store_head, zero_head
 from dreamdance_kernels.triton_kernels.tiles import Tile, architecture_of
 
-# By architecture and by the width that the parts of a head fill together.
+# Tiles by architecture, then by the width of both parts of a head together.
 TILES = {
     (8, 0): {
         48: Tile(block_queries=128, block_keys=64, num_warps=4, num_stages=2),
@@ -53,7 +53,7 @@ def forward(
     num_heads: int,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Every sample (b, i) attends to its own k keys and to the s keys of its b, in one softmax.
+    """Each sample (b, i) attends to its own k keys and to the s keys of its b, in one softmax.
 
     Args:
         query: `(b, i, l, heads*d)`, float16, bfloat16 or float32, any strides but for a last one of 1.
@@ -62,14 +62,14 @@ def forward(
         shared_key: `(b, s, heads*d)`, likewise, or None for no shared segment.
         shared_value: as `shared_key`.
         num_heads: heads; d at most 256.
-        tile: another cut than the table's.
+        tile: a tile to use instead of the table's.
 
     Returns:
-        Output, of query's shape and order of dimensions, dense, and the natural log of the softmax's denominator,
+        The output, dense, in query's shape and order of dimensions; and the natural log of the softmax's denominator,
         `(b, i, heads, l)` in float32, which the backward needs.
 
     Raises:
-        ValueError: a dtype, a stride or a head width that the kernel does not take; no keys.
+        ValueError: the kernel does not support a dtype, a stride or the head width, or there are no keys.
     """
     num_outer, num_inner, _, width = query.shape
     head_width = width // num_heads
@@ -97,12 +97,12 @@ def forward(
 
 
 def tile_for(head_width: int, architecture: tuple[int, int], *, dtype: torch.dtype = torch.bfloat16) -> Tile:
-    """How the forward cuts its work on a machine."""
+    """The tile of the forward for a head width and an architecture."""
     return FLOAT32_TILE if dtype == torch.float32 else tile_from(TILES, head_width, architecture)
 
 
 def builds(architecture: tuple[int, int]) -> list[KernelBuild]:
-    """Every variant that the models launch."""
+    """Every variant of the forward that the models launch."""
     float32 = frozenset({"log_sum_exp"})
     return model_builds(long_forward, architecture, name="long_forward", tiles=TILES, float32=float32)
 
@@ -121,7 +121,7 @@ def long_forward(
     block_queries: tl.constexpr, block_keys: tl.constexpr, two_segments: tl.constexpr,
     mask_queries: tl.constexpr, mask_keys: tl.constexpr, mask_shared: tl.constexpr, wide_rows: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A block of queries of one head against all keys; programs that share keys are neighbours in the grid."""
+    """Attend with a block of queries of one head to all keys; programs that share keys are neighbours in the grid."""
     num_blocks = tl.cdiv(num_queries, block_queries)
     start = (tl.program_id(0) % num_blocks) * block_queries
     head = tl.program_id(0) // num_blocks % num_heads

@@ -1,4 +1,4 @@
-"""What the launchers of path L share: checks, arguments by the kernels' names, tiles by head width, builds.
+"""Shared by the launchers of path L: checks, arguments under the kernels' names, tiles by head width, builds.
 
 Kernels name a tensor's strides after it: `query`, `query_outer` (b), `query_inner` (i), `query_row` (l).
 """
@@ -16,7 +16,7 @@ from dreamdance_kernels.triton_kernels.tiles import Tile
 
 # Token counts at which the models attend with each head width: one domain's tokens, and three domains' merged.
 MODEL_LENGTHS = {40: (1536, 4608), 64: (6144, 18432, 1536, 384, 96), 80: (384, 1152), 160: (96, 288, 24, 72)}
-# Full float32 products run on no matrix unit and hold twice the bytes: they are for checking, not for speed.
+# Full float32 products use no matrix unit and need twice the bytes: they serve for checks, not for speed.
 FLOAT32_TILE = Tile(block_queries=16, block_keys=32, num_warps=8, num_stages=1)
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _AXES = {4: ("outer", "inner", "row"), 3: ("outer", "row")}
@@ -26,7 +26,7 @@ TileTable = Mapping[tuple[int, int], Mapping[int, Tile]]
 
 @dataclass(frozen=True)
 class Lengths:
-    """Rows of one sample: its queries, its own keys, and the keys that it shares (0: no shared segment)."""
+    """Numbers of rows of one sample: queries, own keys, and shared keys (0: no shared segment)."""
 
     queries: int
     keys: int
@@ -39,17 +39,17 @@ def lengths_of(query: Tensor, key: Tensor, shared_key: Tensor) -> Lengths:
 
 
 def tile_from(table: TileTable, head_width: int, architecture: tuple[int, int]) -> Tile:
-    """The table's tile for the narrowest entry that holds this head; newer machines take the newest entry."""
+    """The table's tile for the narrowest entry that holds this head; newer architectures take the newest entry."""
     split = split_width(head_width)
     entries = table[max((known for known in table if known <= architecture), default=min(table))]
     return entries[min(width for width in entries if width >= split.first + split.second)]
 
 
 def check_operands(lengths: Lengths, **operands: Tensor) -> None:
-    """Refuse what the kernels would misread.
+    """Refuse inputs that the kernels cannot read correctly.
 
     Raises:
-        ValueError: a tensor's dtype or its last stride, or there is nothing to attend to.
+        ValueError: a tensor has an unsupported dtype or last stride, or there are queries but no keys.
     """
     for name, tensor in operands.items():
         if tensor.dtype not in FLOAT_TYPES:
@@ -61,7 +61,7 @@ def check_operands(lengths: Lengths, **operands: Tensor) -> None:
 
 
 def tensor_arguments(**tensors: Tensor) -> dict[str, Any]:
-    """Every tensor and, but for the last, its strides, under the names that the kernels give them."""
+    """Every tensor and all its strides except the last, under the names of the kernels' arguments."""
     arguments: dict[str, Any] = {}
     for name, tensor in tensors.items():
         arguments[name] = tensor
@@ -71,7 +71,7 @@ def tensor_arguments(**tensors: Tensor) -> dict[str, Any]:
 
 
 def constants_of(kernel: Any, lengths: Lengths, *, head_width: int, tile: Tile, row_stride: int = 0) -> dict[str, Any]:
-    """Value of every compile-time argument that the kernel has; `row_stride` is the longest step between two rows."""
+    """The value of each compile-time argument of the kernel; `row_stride` is the largest stride between two rows."""
     split = split_width(head_width)
     constants = {
         "scale": head_width**-0.5,
@@ -91,8 +91,11 @@ def constants_of(kernel: Any, lengths: Lengths, *, head_width: int, tile: Tile, 
 
 @dataclass(frozen=True)
 class BackwardProblem:
-    """What the passes of the backward read: the forward's inputs (an empty shared segment for none), its log-sum-exp,
-    and delta, the sum over d of its output times its gradient, `(b, i, heads, l)` in float32 both."""
+    """The tensors that the passes of the backward read.
+
+    These are the forward's inputs (an empty shared segment for none), its log-sum-exp and delta, the sum over d of its
+    output times the output's gradient; the last two are `(b, i, heads, l)` in float32.
+    """
 
     query: Tensor
     key: Tensor
@@ -113,12 +116,12 @@ class BackwardProblem:
         return lengths_of(self.query, self.key, self.shared_key)
 
     def operands(self) -> dict[str, Tensor]:
-        """Tensors in the dtype of the model."""
+        """The tensors in the dtype of the model, by name."""
         names = ("query", "key", "value", "shared_key", "shared_value", "grad_output")
         return {name: getattr(self, name) for name in names}
 
     def arguments(self) -> dict[str, Any]:
-        """What both passes have in common."""
+        """The arguments that both passes have in common."""
         return tensor_arguments(**self.operands()) | {
             "log_sum_exp": self.log_sum_exp,
             "delta": self.delta,
@@ -141,7 +144,7 @@ def launch(
     tile: Tile,
     **constants: bool,
 ) -> None:
-    """Run `num_programs` programs, all on the first axis of the grid: the other two end at 65,535."""
+    """Run `num_programs` programs, all on the grid's first axis, because the other two end at 65,535."""
     if num_programs == 0:
         return
     row_stride = max(value for name, value in arguments.items() if name.endswith("_row"))
@@ -159,7 +162,7 @@ def model_builds(
     float32: frozenset[str],
     **constants: bool,
 ) -> list[KernelBuild]:
-    """Every variant of a kernel that the models launch in bfloat16, once; `float32` names its float32 tensors."""
+    """Every variant of a kernel that the models launch in bfloat16; `float32` names its float32 tensors."""
     builds: dict[str, KernelBuild] = {}
     for head_width, choices in MODEL_LENGTHS.items():
         tile = tile_from(tiles, head_width, architecture)

@@ -1,9 +1,9 @@
-"""Path S: attention over sequences of at most 32, such as a place of a video over its frames, many sequences a tile.
+"""Path S: attention over sequences of at most 32, such as one place of a video over its frames; many fit one tile.
 
-A tile packs whole places, so its square of scores is block diagonal: a row sees the rows of its own place. One program
-computes all heads of its places and reads the inputs where they lie (a packed projection, frames outermost). The
-backward computes the weights again in registers: nothing is saved for it, nothing is added atomically, and the same
-inputs give the same bits. A number that is not finite may spread to the other places of its tile.
+A tile holds whole places, so its square of scores is block diagonal: a row attends to the rows of its own place. One
+program computes all heads of its places and reads the inputs in place (a packed projection, frames outermost). The
+backward computes the weights again in registers. The forward saves nothing for it, there are no atomics, and the same
+inputs give the same bits. A value that is not finite may spread to the other places of its tile.
 """
 
 from typing import Any
@@ -27,9 +27,9 @@ from dreamdance_kernels.triton_kernels.tiles import Tile, architecture_of
 
 MAX_LENGTH = 32
 
-# Tiles for heads that, split, are at most so many columns wide; block_keys is block_queries: a tile's square of scores.
-# Chosen by what ptxas reports: no spills at 16 and 24 frames, loads in flight (two stages) where registers last, and on
-# sm_90 the 64 rows that wgmma takes. Not measured against others.
+# Tiles by the largest width of a split head; block_keys is block_queries, because the scores of a tile are a square.
+# Chosen by ptxas's report: no spills at 16 and 24 frames, two stages where the registers suffice, and on sm_90 the 64
+# rows of a wgmma. Their speed against other tiles is not measured.
 _FORWARD_TILES = {
     (8, 0): {96: Tile(32, 32, 2, 2), 160: Tile(32, 32, 4, 2), 256: Tile(32, 32, 4, 1)},
     (9, 0): {192: Tile(64, 64, 4, 2), 256: Tile(64, 64, 8, 2)},
@@ -38,12 +38,12 @@ _BACKWARD_TILES = {
     (8, 0): {80: Tile(32, 32, 2, 2), 192: Tile(32, 32, 4, 1), 256: Tile(32, 32, 8, 1)},
     (9, 0): {96: Tile(64, 64, 4, 2), 192: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
 }
-# Full float32 products run on no matrix unit: for checking, not for speed. A tile must hold the longest sequence.
+# Full float32 products use no matrix unit: they serve for checks, not for speed. A tile holds the longest sequence.
 FLOAT32_TILE = Tile(block_queries=MAX_LENGTH, block_keys=MAX_LENGTH, num_warps=8, num_stages=1)
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, *, num_heads: int) -> Tensor:
-    """Attention of each sequence to itself.
+    """Self-attention of each sequence.
 
     Args:
         query: `b i l c`, c = heads*d: b clips, i places, l <= 32 frames; any strides with a unit last one, such as
@@ -53,10 +53,10 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *, num_heads: int) -> Ten
         num_heads: heads; any d up to 256.
 
     Returns:
-        `b i l c`, dense in the order of the query's axes: for that view it is contiguous as `(b f) n c`.
+        `b i l c`, dense in the order of the query's axes; for the view above it is contiguous as `(b f) n c`.
 
     Raises:
-        ValueError: a length, head width, dtype or stride that the kernel does not take.
+        ValueError: the kernel does not support the length, the head width, a dtype or a stride.
     """
     _check(num_heads, query=query, key=key, value=value)
     output = torch.empty_like(query)
@@ -65,10 +65,10 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *, num_heads: int) -> Ten
 
 
 def backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *, num_heads: int) -> Gradients:
-    """The gradients of `forward`'s inputs, each dense in the order of its input's axes; arguments as there.
+    """The gradient of each input of `forward`, dense in the order of the input's axes; arguments as in `forward`.
 
     Raises:
-        ValueError: a length, head width, dtype or stride that the kernel does not take.
+        ValueError: the kernel does not support the length, the head width, a dtype or a stride.
     """
     _check(num_heads, query=query, key=key, value=value, grad_output=grad_output)
     gradients = Gradients(*(torch.empty_like(x) for x in (query, key, value)))
@@ -88,7 +88,7 @@ def backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *, 
 
 
 def builds(architecture: tuple[int, int]) -> list[KernelBuild]:
-    """What the models launch in bfloat16: 16 and 24 frames, every head width, on projections of aligned strides."""
+    """Every variant that the models launch in bfloat16: 16 and 24 frames, each head width, aligned strides."""
     kernels = (("forward", forward_kernel, _FORWARD_TILES), ("backward", backward_kernel, _BACKWARD_TILES))
     return [
         _build(kernel, architecture, f"short_{name}_d{head_width}_{length}_frames", head_width, length, tiles)
@@ -120,7 +120,7 @@ def _build(
 
 
 def _check(num_heads: int, **tensors: Tensor) -> None:
-    """Refuse what the kernels would misread."""
+    """Refuse inputs that the kernels cannot read correctly."""
     shape, dtype = tensors["query"].shape, tensors["query"].dtype
     if len(shape) != 4 or not 1 <= shape[2] <= MAX_LENGTH:
         raise ValueError(f"query has shape {tuple(shape)}; path S takes (b, i, l, c) with l in 1...{MAX_LENGTH}")
@@ -146,7 +146,7 @@ def _constants(head_width: int, length: int, tile: Tile) -> dict[str, int]:
 
 
 def _launch(kernel: Any, tiles: TileTable, num_heads: int, *, query: Tensor, **tensors: Tensor) -> None:
-    """Run a kernel on all places. All programs stand on the grid's first axis: the other two end at 65,535."""
+    """Run a kernel on all places, with all programs on the grid's first axis, because the other two end at 65,535."""
     num_clips, num_places, length, width = query.shape
     head_width = width // num_heads
     if query.dtype == torch.float32:

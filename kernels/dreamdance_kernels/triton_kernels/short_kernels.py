@@ -1,7 +1,7 @@
-"""Path S on the GPU: what one program computes, for all heads of the few places that its tile holds.
+"""The kernels of path S: one program computes all heads of the few places in its tile.
 
-A head's width is held in two parts, as `split_width` cuts it, of `first_width` and `second_width` (0: none) columns.
-Strides are named after their tensor: `query_outer` (clips), `query_inner` (places), `query_row` (frames).
+`split_width` splits a head into parts of `first_width` and `second_width` (0: none) columns. Strides are named after
+their tensor: `query_outer` (clips), `query_inner` (places), `query_row` (frames).
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def _inside(exists: tl.tensor, start: tl.constexpr, width: tl.constexpr, head_width: tl.constexpr) -> tl.tensor:
-    """Where a part of the head is: columns are compared only in a part that the head does not fill."""
+    """The mask of a part of the head; it tests columns only if the head does not fill the part."""
     inside = exists[:, None]
     if start + width > head_width:
         inside = inside & (start + tl.arange(0, width) < head_width)[None, :]
@@ -21,7 +21,7 @@ def _inside(exists: tl.tensor, start: tl.constexpr, width: tl.constexpr, head_wi
 def _load(
     rows: tl.tensor, exists: tl.tensor, start: tl.constexpr, width: tl.constexpr, head_width: tl.constexpr
 ) -> tl.tensor:
-    """Columns `start` to `start + width` of a head; zero where the row does not exist or the head has ended."""
+    """Load columns `start` to `start + width` of a head; zero for rows that do not exist and beyond the head."""
     columns = start + tl.arange(0, width)
     return tl.load(rows[:, None] + columns[None, :], mask=_inside(exists, start, width, head_width), other=0.0)
 
@@ -35,7 +35,7 @@ def _store(
     width: tl.constexpr,
     head_width: tl.constexpr,
 ) -> None:
-    """Write what `_load` reads, in the dtype of the pointers."""
+    """Write the elements that `_load` would read, in the dtype of the pointers."""
     columns = start + tl.arange(0, width)
     part = part.to(rows.dtype.element_ty)
     tl.store(rows[:, None] + columns[None, :], part, mask=_inside(exists, start, width, head_width))
@@ -49,7 +49,7 @@ def _dot(left: tl.tensor, right: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _weights(scores: tl.tensor, own: tl.tensor, head_width: tl.constexpr) -> tl.tensor:
-    """exp(scaled scores - the row's largest), not normalised, over the rows of a row's own place; zero elsewhere."""
+    """exp(scaled scores - the row's largest), not normalised, for rows of the same place; zero for others."""
     log2_e_scale: tl.constexpr = 1.4426950408889634 * head_width**-0.5
     scores = tl.where(own, scores, -float("inf"))
     return tl.exp2((scores - tl.max(scores, 1)[:, None]) * log2_e_scale)
@@ -57,7 +57,7 @@ def _weights(scores: tl.tensor, own: tl.tensor, head_width: tl.constexpr) -> tl.
 
 @triton.jit
 def _inverse_sum(weights: tl.tensor) -> tl.tensor:
-    """1 / sum of each row, correctly rounded, so that over one frame the output is the value to the bit."""
+    """1 / sum of each row, correctly rounded, so that with one frame the output equals the value bit for bit."""
     return tl.div_rn(1.0, tl.sum(weights, 1))
 
 
@@ -71,13 +71,13 @@ def _row_pointers(
     inner: tl.tensor,
     row: tl.tensor,
 ) -> tl.tensor:
-    """A pointer to each row; clip, place and frame are 64-bit, as any of them may lie 2^31 elements away."""
+    """A pointer to each row; clip, place and frame are 64-bit, because offsets may exceed 2^31 elements."""
     return tensor + (clip * outer + place * inner + frame * row)
 
 
 @triton.jit
 def _tile(num_places: tl.tensor, length: tl.constexpr, block_rows: tl.constexpr) -> tl.tuple:
-    """Of this program: its clip, and of each row of its tile the place, the frame and whether there is such a row."""
+    """This program's clip and, for each row of its tile, the place, the frame and whether the row exists."""
     places: tl.constexpr = block_rows // length
     num_tiles = tl.cdiv(num_places, places)
     row = tl.arange(0, block_rows)
@@ -88,7 +88,7 @@ def _tile(num_places: tl.tensor, length: tl.constexpr, block_rows: tl.constexpr)
 
 @triton.jit
 def _own_rows(length: tl.constexpr, block_rows: tl.constexpr) -> tl.tensor:
-    """The rows that each row sees. Those left over at a tile's end see each other, so no row sees none."""
+    """The rows to which each row attends. The unused rows at a tile's end attend to each other, so no row has none."""
     place = tl.arange(0, block_rows) // length
     return place[:, None] == place[None, :]
 
@@ -119,7 +119,7 @@ def forward_kernel(
     length: tl.constexpr,
     block_rows: tl.constexpr,
 ) -> None:
-    """Output of the places of one tile."""
+    """Compute the output of the places of one tile."""
     clip, place, frame, exists = _tile(num_places, length, block_rows)
     query = _row_pointers(query, clip, place, frame, query_outer, query_inner, query_row)
     key = _row_pointers(key, clip, place, frame, key_outer, key_inner, key_row)
@@ -185,7 +185,7 @@ def backward_kernel(
     length: tl.constexpr,
     block_rows: tl.constexpr,
 ) -> None:
-    """Gradients of the places of one tile, from the inputs alone."""
+    """Compute the gradients of the places of one tile, from the inputs alone."""
     clip, place, frame, exists = _tile(num_places, length, block_rows)
     grad_output = _row_pointers(grad_output, clip, place, frame, grad_output_outer, grad_output_inner, grad_output_row)
     query = _row_pointers(query, clip, place, frame, query_outer, query_inner, query_row)
@@ -215,7 +215,7 @@ def backward_kernel(
 
         weights = _weights(scores, own, head_width)
         weights *= _inverse_sum(weights)[:, None]
-        # The softmax's own backward: no row's output is needed for the sum that it subtracts.
+        # Softmax's backward subtracts a sum that the weights give; the forward's output is not needed.
         grad_scores = weights * (grad_weights - tl.sum(weights * grad_weights, 1)[:, None])
         weights, grad_scores = tl.trans(weights.to(v1.dtype)), grad_scores.to(v1.dtype)
         _store(grad_value + start, exists, _dot(weights, g1), 0, first_width, head_width)

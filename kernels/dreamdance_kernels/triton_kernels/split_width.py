@@ -1,7 +1,7 @@
-"""Head widths that are no power of two, held as two parts that are: 40 = 32 + 16, 80 = 64 + 16, 160 = 128 + 32.
+"""Splits a head width into two powers of two: 40 = 32 + 16 (8 of them masked), 80 = 64 + 16, 160 = 128 + 32.
 
-Triton's tiles have powers of two as sides and its matrix products are at least 16 deep. One tile of the next power of
-two would spend up to half of them on zeros (40 in 64, 80 in 128); two parts waste at most the end of the second.
+The sides of Triton's tiles are powers of two, and its matrix products are at least 16 deep. A single tile of the next
+power of two would spend up to half of its work on zeros (40 in 64, 80 in 128); two parts waste only the second's end.
 """
 
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ _MIN_PART = 16
 
 @dataclass(frozen=True)
 class SplitWidth:
-    """Columns of a head in the first and in the second part, both powers of two; a second of 0 is not there.
+    """Columns of a head in its first and second part, both powers of two; 0 in the second means a single part.
 
-    Columns beyond the head's width are read as zero and not written.
+    Columns beyond the head's width are read as zero and never written.
     """
 
     first: int
@@ -25,7 +25,7 @@ class SplitWidth:
 
 
 def split_width(head_width: int) -> SplitWidth:
-    """The largest power of two in the width and, padded to a power of two of at least 16, what is left of it.
+    """Split a width: the largest power of two in it, and the rest, padded to a power of two of at least 16.
 
     Raises:
         ValueError: the width is not in 1...256.
@@ -36,7 +36,7 @@ def split_width(head_width: int) -> SplitWidth:
     rest = head_width - first
     if first < _MIN_PART:
         return SplitWidth(_MIN_PART, 0)
-    return SplitWidth(first, max(_MIN_PART, triton.next_power_of_2(rest)) if rest else 0)
+    return SplitWidth(first, max(_MIN_PART, int(triton.next_power_of_2(rest))) if rest else 0)
 
 
 @triton.jit
@@ -45,10 +45,10 @@ def load_head(
     first_width: tl.constexpr, second_width: tl.constexpr, head_width: tl.constexpr,
     mask_rows: tl.constexpr, wide_rows: tl.constexpr,
 ) -> tl.tuple:  # fmt: skip
-    """Both parts of `block_rows` rows of a head, from the row that `pointer` stands at; zero beyond `num_rows`.
+    """Load both parts of `block_rows` rows of a head, from the row at `pointer`; rows beyond `num_rows` are zero.
 
-    Offsets are taken from the block's first row, so that 32 bits hold them; `wide_rows` where even these pass 2^31.
-    Where there is no second part the first stands in for it, and is not used.
+    Offsets count from the block's first row, so that 32 bits hold them; `wide_rows`: even these exceed 2^31.
+    Without a second part the first is returned in its place, and is not used.
     """
     first = _load_part(pointer, row_stride, num_rows, block_rows, 0, first_width, head_width, mask_rows, wide_rows)
     second = first
@@ -82,7 +82,7 @@ def _load_part(
 
 @triton.jit
 def zero_head(block_rows: tl.constexpr, first_width: tl.constexpr, second_width: tl.constexpr) -> tl.tuple:
-    """Both parts of float32 sums."""
+    """Both parts of a block of float32 sums, zero."""
     first = tl.zeros([block_rows, first_width], tl.float32)
     second = tl.zeros([block_rows, second_width if second_width else 1], tl.float32)
     return first, second
@@ -108,7 +108,7 @@ def add_weighted(
     second_sum: tl.tensor,
     second_width: tl.constexpr,
 ) -> tl.tuple:
-    """Sums to which `weights` `(sum rows, rows)` times the rows of a head block were added."""
+    """Add `weights`, `(sum rows, rows)`, times the rows of a head block to both parts of the sums."""
     weights = weights.to(first.dtype)
     first_sum = tl.dot(weights, first, first_sum, input_precision="ieee")
     if second_width:
@@ -121,7 +121,7 @@ def store_head(
     pointer: tl.tensor, first: tl.tensor, second: tl.tensor, row_stride: tl.tensor, num_rows: tl.tensor,
     block_rows: tl.constexpr, first_width: tl.constexpr, second_width: tl.constexpr, head_width: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Write both parts in the pointer's dtype, and nothing beyond `num_rows` and the head."""
+    """Write both parts in the pointer's dtype; write nothing beyond `num_rows` or beyond the head."""
     rows = tl.arange(0, block_rows)
     pointers = pointer + rows.to(tl.int64)[:, None] * row_stride
     columns = tl.arange(0, first_width)[None, :]
@@ -138,7 +138,7 @@ def atomic_add_head(
     block_rows: tl.constexpr, first_width: tl.constexpr, second_width: tl.constexpr, head_width: tl.constexpr,
     mask_rows: tl.constexpr, wide_rows: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Add both parts to float32 sums that other programs add to as well."""
+    """Add both parts atomically to float32 sums, to which other programs add too."""
     _atomic_add_part(pointer, first, row_stride, num_rows, block_rows, 0, first_width, head_width, mask_rows, wide_rows)
     if second_width:
         _atomic_add_part(

@@ -1,15 +1,15 @@
-"""How a kernel cuts its work: from static tables, never tuned while training (ranks would race, graphs break)."""
+"""How a kernel cuts its work: by static tables. Nothing is tuned during training: ranks would race, graphs break."""
 
 from dataclasses import dataclass
 
 import torch
 
-INTERPRETED_ARCHITECTURE = (8, 0)  # the interpreter runs the smaller machine's tiles
+INTERPRETED_ARCHITECTURE = (8, 0)  # the interpreter takes the tiles of the smaller GPU
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows of queries and of keys that one program holds at a time, and the warps and stages that work on them."""
+    """Rows of queries and of keys that one program holds at a time, its warps, and its pipeline stages."""
 
     block_queries: int
     block_keys: int
@@ -18,10 +18,10 @@ class Tile:
 
 
 def architecture_of(device: torch.device) -> tuple[int, int]:
-    """(major, minor) compute capability whose tiles a device takes, such as (9, 0) on H100 and H200.
+    """The (major, minor) compute capability whose tiles a device uses, such as (9, 0) on H100 and H200.
 
-    12.x, Blackwell in workstations, takes those of 8.0: it has 99 KB of shared memory for a program, as 8.6 and 8.9
-    have, and the same matrix instruction.
+    Capability 12.x (Blackwell in workstations) uses the tiles of 8.0: its programs have 99 KB of shared memory, as on
+    8.6 and 8.9, and the same matrix instruction.
     """
     if device.type != "cuda":
         return INTERPRETED_ARCHITECTURE
