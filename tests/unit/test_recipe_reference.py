@@ -87,11 +87,13 @@ def test_the_readme_of_the_recipes_is_what_the_schema_says(tool: ModuleType) -> 
     assert stored == tool.page(), "run tools/key_reference.py"
 
 
-def test_the_readme_shows_every_key_of_every_task(tool: ModuleType) -> None:
+def test_the_readme_shows_every_task_and_every_key(tool: ModuleType) -> None:
     page = tool.page()
     for key in keys():
         assert f"`{key.path}`" in page or f"| `{key.path.rpartition('.')[2]}` |" in page
         assert key.meaning in page
+    for task in TASKS:
+        assert f"\n| `{task}` | " in page
 
 
 def test_the_readme_lists_the_changes_that_a_run_folder_accepts(tool: ModuleType) -> None:
