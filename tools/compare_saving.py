@@ -22,7 +22,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -204,9 +204,8 @@ def _recipe(world_size: int) -> Any:
     return load_recipe(path, words)
 
 
-class _Output:
-    def __init__(self, loss: Any) -> None:
-        self.loss = loss
+class _Output(NamedTuple):
+    loss: Any
 
 
 def make_objective(width: int) -> Any:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,12 +44,6 @@ deepspeed.ops.__compatible_ops__ = {}
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
-class ObjectiveOutput(Protocol):
-    """What the engine needs of an objective's output."""
-
-    loss: Tensor
-
-
 @dataclass(frozen=True)
 class Update:
     """What became of one optimizer step: the norm of the whole gradient before clipping, and whether it was applied."""
@@ -78,18 +72,6 @@ class Fragment:
     length: int
 
 
-class _LossFirst(nn.Module):
-    """Hands DeepSpeed a tuple: it looks for the loss in tuples, lists and dicts, but not in a dataclass."""
-
-    def __init__(self, objective: nn.Module) -> None:
-        super().__init__()
-        self.objective = objective
-
-    def forward(self, batch: Any) -> tuple[Tensor, ObjectiveOutput]:
-        output = self.objective(batch)
-        return output.loss, output
-
-
 class _FilesToSave(TorchCheckpointEngine):
     """Learns from DeepSpeed's save what would be written where, and writes nothing."""
 
@@ -113,7 +95,7 @@ class Engine:
         """Moves the objective to the device and in the recipe's precision, and gives its trainable parameters masters.
 
         Args:
-            objective: `forward(batch) -> ObjectiveOutput`; `requires_grad` says what trains.
+            objective: `forward(batch)` returns a tuple that holds the loss; `requires_grad` says what trains.
             recipe: optimizer, precision and sharding.
             ranks: this process among all; the process group must be open.
             deterministic: see `deepspeed_config`.
@@ -155,7 +137,7 @@ class Engine:
         if groups._WORLD_GROUP is None:  # it would make its own, which waits as long as the backend's default
             groups._WORLD_GROUP = dist.new_group(timeout=timedelta(seconds=recipe.cluster.collective_timeout_seconds))
         with kept_in_float32(objective):  # what the objective itself did not let be cast: autoencoders
-            self._engine, *_ = deepspeed.initialize(model=_LossFirst(objective), optimizer=adamw, config=config)
+            self._engine, *_ = deepspeed.initialize(model=objective, optimizer=adamw, config=config)
         # Beside its files it would leave scripts that unpickle anything; our own reader does not.
         self._engine._copy_recovery_script = lambda folder: None
         if exact:
@@ -165,7 +147,7 @@ class Engine:
 
     def forward(self, batch: Any) -> Any:
         """Runs the objective on one micro batch and returns its own output."""
-        return self._engine(batch)[1]
+        return self._engine(batch)
 
     def backward(self, loss: Tensor, *, drop: bool = False) -> None:
         """Accumulates the gradient of one micro batch's mean loss.

@@ -68,29 +68,26 @@ class Trainer:
             if not self._validate():
                 return False  # the checkpoint that it came from says the same
             self.metrics.note_owed_validation(self.step)
+        first_step = self.step
         # Closed in any case: the traceback of an error keeps it, and its processes would keep this one from ending.
         with contextlib.closing(iter(self.loader)) as steps:
-            return self._train(steps)
-
-    def _train(self, steps: Iterator[list[ClipBatch]]) -> bool:
-        first_step = self.step
-        while self.step < self.recipe.max_steps:
-            tally = self._take_step(steps)
-            if self.step == first_step + 1:
-                self.checkpointer.reserve()
-            if self.checkpointer.is_saving and not tally.is_writing:
+            while self.step < self.recipe.max_steps:
+                tally = self._take_step(steps)
+                if self.step == first_step + 1:
+                    self.checkpointer.reserve()
+                if self.checkpointer.is_saving and not tally.is_writing:
+                    self._finish_save()
+                if tally.is_skipped:
+                    self._after_skipped_step(tally)
+                self.owes_validation = True
+                if tally.should_stop or not self._validate():
+                    self._begin_save()
+                    self._finish_save()
+                    return False
+                if self.step % self.recipe.checkpoint.every_steps == 0 or self.step == self.recipe.max_steps:
+                    self._begin_save()
+            if self.checkpointer.is_saving:
                 self._finish_save()
-            if tally.is_skipped:
-                self._after_skipped_step(tally)
-            self.owes_validation = True
-            if tally.should_stop or not self._validate():
-                self._begin_save()
-                self._finish_save()
-                return False
-            if self.step % self.recipe.checkpoint.every_steps == 0 or self.step == self.recipe.max_steps:
-                self._begin_save()
-        if self.checkpointer.is_saving:
-            self._finish_save()
         return True
 
     def _validate(self) -> bool:

@@ -2,8 +2,8 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -86,8 +86,7 @@ def test_the_loading_switch_is_put_back_as_the_user_had_it(monkeypatch):
         assert os.environ.get(name) == before
 
 
-@dataclass
-class Output:
+class Output(NamedTuple):
     loss: torch.Tensor
 
 

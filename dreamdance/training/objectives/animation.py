@@ -117,9 +117,20 @@ class AnimationObjective(LatentObjective):
         sigmas = rearrange(sigmas.to(latents), "b -> b 1 1 1 1")
         noisy = latents + sigmas * draw_noise(keys, latents.shape[1:]).to(latents)
 
-        # 2. prediction
+        # 2. prediction; the UNet's encoder half runs without a graph where it is frozen
+        inputs = self._prepare_input(batch, keys, noisy, sigmas)
+        conditions = (inputs.timestep, inputs.embeddings, inputs.added_time_ids)
+        residuals = self.controlnet(inputs.sample, *conditions, inputs.control_features)
+        output = run_svd_unet(
+            self.unet,
+            inputs.sample,
+            *conditions,
+            down_residuals=residuals.down,
+            mid_residual=residuals.mid,
+            encoder_without_grad=is_encoder_half_frozen(self.unet),
+        )
         c_skip, c_out, _, _ = edm_preconditioning(sigmas)
-        denoised = c_skip * noisy + c_out * self._run_networks(self._prepare_input(batch, keys, noisy, sigmas)).float()
+        denoised = c_skip * noisy + c_out * output.float()
 
         # 3. loss
         losses = (edm_weight(sigmas) * (denoised - latents).square()).mean(dim=(1, 2, 3, 4))
@@ -129,19 +140,6 @@ class AnimationObjective(LatentObjective):
             sample_losses=losses.detach(),
             domain_sums=only_rgb * losses.detach().sum(),
             domain_counts=only_rgb * len(keys),
-        )
-
-    def _run_networks(self, inputs: DenoiserInput) -> Tensor:
-        """SVD's raw output `b f c h w`; its frozen encoder half runs without a graph."""
-        conditions = (inputs.timestep, inputs.embeddings, inputs.added_time_ids)
-        residuals = self.controlnet(inputs.sample, *conditions, inputs.control_features)
-        return run_svd_unet(
-            self.unet,
-            inputs.sample,
-            *conditions,
-            down_residuals=residuals.down,
-            mid_residual=residuals.mid,
-            encoder_without_grad=is_encoder_half_frozen(self.unet),
         )
 
     def _prepare_input(self, batch: ClipBatch, keys: list[list[int]], noisy: Tensor, sigmas: Tensor) -> DenoiserInput:

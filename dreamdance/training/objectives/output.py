@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from einops import rearrange
@@ -18,9 +17,8 @@ ENCODE_CHUNK_SIZE = 8
 """Pictures that the frozen autoencoder encodes at once: its activations at full size are larger than the UNet's."""
 
 
-@dataclass(frozen=True)
-class ObjectiveOutput:
-    """The loss of one micro batch.
+class ObjectiveOutput(NamedTuple):
+    """The loss of one micro batch; a tuple, because DeepSpeed looks for the loss in tuples, lists and dicts alone.
 
     Attributes:
         loss: scalar with a gradient, the mean of `sample_losses`.
