@@ -1,7 +1,8 @@
 """Distances between predicted and true frames: L1, PSNR and SSIM, over the whole frame or inside a mask.
 
 The true metrics bear their plain names. The numbers of the TikTok benchmark's line of work come from DisCo's code
-(dreamdance/README.md, "The metric trap"); what repeats that code exactly says `disco` in its name and is no measure of quality.
+(dreamdance/README.md, "The metric trap"): a function that repeats that code exactly has `disco` in its name, and does
+not measure quality.
 """
 
 from typing import Any
