@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dreamdance.recipe import PrepareRecipe
-from dreamdance.runs.file_states import FileState
+from dreamdance.runs.file_states import FileStamp, FileState
 from dreamdance.runs.layout import INPUTS_FILE
 
 SPLITS = ("train", "validation")
@@ -43,12 +43,8 @@ def describe_videos(folder: Path) -> list[str]:
 def _are_as_noted(videos: Path, note: Path) -> bool:
     """By size and times: a video that was replaced while others were still being read is not the one that was read."""
     for name, values in json.loads(note.read_text(encoding="utf-8")).items():
-        noted, look = FileState.from_json(values), (videos / name).stat()
-        if noted is None or (noted.size, noted.mtime_ns, noted.ctime_ns) != (
-            look.st_size,
-            look.st_mtime_ns,
-            look.st_ctime_ns,
-        ):
+        noted = FileState.from_json(values)
+        if noted is None or noted.stamp != FileStamp.of(videos / name):
             return False
     return True
 

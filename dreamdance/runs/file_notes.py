@@ -7,11 +7,12 @@ import contextlib
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dreamdance.runs.file_states import FileState, read_state
+from dreamdance.runs.file_states import FileStamp, FileState, read_state
 from dreamdance.runs.files import write_atomically
 from dreamdance.runs.layout import FILES_FILE
 
@@ -33,8 +34,7 @@ def of_times(path: Path) -> Expectation:
     Raises:
         OSError: there is no such file.
     """
-    look = path.stat()
-    return {"size": look.st_size, "mtime_ns": look.st_mtime_ns, "ctime_ns": look.st_ctime_ns}
+    return asdict(FileStamp.of(path))
 
 
 def write_note(run_folder: Path, files: Mapping[Path, Expectation]) -> None:

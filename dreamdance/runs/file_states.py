@@ -1,6 +1,6 @@
-"""What lies in a file, known without reading it again: size and times are compared first, only what differs is hashed.
+"""Tells whether a file has changed: by size and times (a stamp) first; only a file whose stamp differs is read again.
 
-No torch here: a login node asks, too.
+No torch here: the launcher uses this on a login node.
 """
 
 import errno
@@ -15,14 +15,42 @@ from dreamdance.runs.files import hash_file
 
 
 @dataclass(frozen=True)
+class FileStamp:
+    """What the file system knows of a file without reading it; it differs after the content was changed or replaced.
+
+    Attributes:
+        size: in bytes.
+        mtime_ns: when the content changed last, in nanoseconds since 1970; programs can set it back.
+        ctime_ns: when content, name or permissions changed last; programs cannot set it.
+    """
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, file: Path | int) -> "FileStamp":
+        """The stamp of a path, or of an open file's descriptor.
+
+        Raises:
+            OSError: the file is missing or out of reach.
+        """
+        return cls.from_stat(os.stat(file))
+
+    @classmethod
+    def from_stat(cls, found: os.stat_result) -> "FileStamp":
+        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@dataclass(frozen=True)
 class FileState:
-    """A file as it was once read.
+    """A file as it was once read: its stamp, and the hash of its content.
 
     Attributes:
         size: in bytes.
         mtime_ns: time of the last change of its content, which programs can set back.
         ctime_ns: time of the last change of anything about it, which they cannot.
-        sha256: of its content.
+        sha256: of its content, as hexadecimal digits.
     """
 
     size: int
@@ -30,12 +58,16 @@ class FileState:
     ctime_ns: int
     sha256: str
 
+    @property
+    def stamp(self) -> FileStamp:
+        return FileStamp(self.size, self.mtime_ns, self.ctime_ns)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: Any) -> "FileState | None":
-        """A state that was noted; None where the note is damaged, so that the file is read again."""
+        """The state that a note holds; None where the note is damaged, so that the file is read again."""
         if not isinstance(values, Mapping) or set(values) != set(cls.__dataclass_fields__):
             return None
         whole = all(type(values[name]) is int for name in ("size", "mtime_ns", "ctime_ns"))
@@ -45,34 +77,34 @@ class FileState:
 def read_state(
     path: Path, known: FileState | None = None, *, on_block: Callable[[], None] = lambda: None
 ) -> FileState | None:
-    """The state of a file; its content is read only where size or times are not those of the known state.
+    """The state of a file, whose content is read only if its stamp is not that of the known state.
 
     Args:
-        path: of the file.
+        path: the file.
         known: its state when it was last read.
-        on_block: called after each block that is read, for whoever watches that it goes on.
+        on_block: called after each block that is read, so that a watchdog sees progress.
 
     Returns:
-        None where there is no file, or none that may be read.
+        None where there is no file, or none that this user may read.
 
     Raises:
         OSError: the storage fails.
     """
     try:
-        look = _look(path)
-        if known is not None and look == (known.size, known.mtime_ns, known.ctime_ns):
+        stamp = _stamp_regular(path)
+        if known is not None and stamp == known.stamp:
             return known
         while True:
             digest = hash_file(path, on_block)
-            before, look = look, _look(path)
-            if look == before:  # else it was written to while it was read
-                return FileState(size=look[0], mtime_ns=look[1], ctime_ns=look[2], sha256=digest)
+            before, stamp = stamp, _stamp_regular(path)
+            if stamp == before:  # else the file was written to while it was read
+                return FileState(**asdict(stamp), sha256=digest)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError):
         return None
 
 
-def _look(path: Path) -> tuple[int, int, int]:
-    state = os.stat(path)
-    if not stat.S_ISREG(state.st_mode):  # what never ends, or waits for a writer, is not read
+def _stamp_regular(path: Path) -> FileStamp:
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):  # a device never ends, a pipe waits for a writer
         raise IsADirectoryError(errno.EISDIR, "not a regular file", str(path))
-    return state.st_size, state.st_mtime_ns, state.st_ctime_ns
+    return FileStamp.from_stat(found)

@@ -10,10 +10,10 @@ from itertools import count
 
 from torch.distributed import DistError, PrefixStore, Store
 
-from dreamdance.data.shards.stamps import FileStamp
 from dreamdance.data.shards.verify import open_shards, verify_shards
 from dreamdance.errors import LostWorkerError, ShardError, is_transient
 from dreamdance.recipe.sections import Shards, Verify
+from dreamdance.runs.file_states import FileStamp
 from dreamdance.runtime.ranks import Ranks
 
 POLL_SECONDS = 0.2

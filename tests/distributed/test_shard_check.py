@@ -14,8 +14,8 @@ from support.recipes import tiny_stage1_recipe
 from torch.distributed import HashStore
 
 from dreamdance.data.shards import verify
-from dreamdance.data.shards.stamps import FileStamp
 from dreamdance.recipe.sections import Shards
+from dreamdance.runs.file_states import FileStamp
 from dreamdance.runs.layout import export_folder
 from dreamdance.runtime.exits import TRY_AGAIN_EXIT_CODE
 from dreamdance.runtime.process_group import common_store, process_group

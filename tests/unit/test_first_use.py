@@ -20,10 +20,10 @@ from dreamdance.data.shards import notes as shard_notes
 from dreamdance.data.shards.cache import open_index
 from dreamdance.data.shards.index import read_index
 from dreamdance.data.shards.notes import ShardNotes, cache_folder
-from dreamdance.data.shards.stamps import FileStamp
 from dreamdance.data.shards.verify import CheckedShards
 from dreamdance.errors import ShardError
 from dreamdance.recipe.sections import Shards
+from dreamdance.runs.file_states import FileStamp
 from dreamdance.runs.locks import locked_file
 from dreamdance.runtime.ranks import Ranks
 

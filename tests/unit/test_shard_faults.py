@@ -21,10 +21,10 @@ from dreamdance.data.loading.stored_clip import StoredClip
 from dreamdance.data.shards import cache as shard_cache
 from dreamdance.data.shards import verify
 from dreamdance.data.shards.mds import StreamingDataset
-from dreamdance.data.shards.stamps import FileStamp
 from dreamdance.errors import ShardError
 from dreamdance.recipe.sections import Shards
 from dreamdance.runs import files
+from dreamdance.runs.file_states import FileStamp
 from dreamdance.runs.files import PARTIAL_FILES
 
 SECOND = "part_00004.shard.00000.mds"

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
+from dreamdance.data.shards.files import strongest_hash
 from dreamdance.data.shards.index import ShardFile
-from dreamdance.data.shards.stamps import FileStamp, strongest_hash
+from dreamdance.runs.file_states import FileStamp
 from dreamdance.runs.files import write_atomically
 from dreamdance.runs.locks import HeldLockError, locked_file
 
@@ -112,7 +113,7 @@ def _text(file: ShardFile, state: FileStamp) -> str:
     algorithm = strongest_hash(file)
     return json.dumps(
         {
-            "bytes": state.num_bytes,
+            "bytes": state.size,
             "mtime_ns": state.mtime_ns,
             "ctime_ns": state.ctime_ns,
             algorithm: file.hashes[algorithm],

@@ -1,12 +1,10 @@
-"""Compares files of shards with what the index says of them, and shows whether a file has changed since.
+"""Compares files of shards with what their index holds about them: size, hash, table of samples.
 
 Knows neither where files come from nor what was compared before.
 """
 
 import hashlib
-import os
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -15,54 +13,33 @@ import numpy as np
 from dreamdance.data.shards.index import HASH_DIGITS, ShardEntry, ShardFile
 from dreamdance.data.shards.mds import get_hash
 from dreamdance.errors import ShardError
+from dreamdance.runs.file_states import FileStamp
 
 READ_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class FileStamp:
-    """What the file system knows of a file without reading it; another one where its content was changed or replaced.
-
-    `ctime_ns` changes with every write, rename and copy, and cannot be set back, as `mtime_ns` can.
-    """
-
-    num_bytes: int
-    mtime_ns: int
-    ctime_ns: int
-
-    @classmethod
-    def of(cls, file: Path | int) -> "FileStamp":
-        """The state of a path, or of an open file.
-
-        Raises:
-            OSError: it is missing or cannot be asked for.
-        """
-        found = os.stat(file)
-        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def compare_file(path: Path, entry: ShardEntry, file: ShardFile, *, by_hash: bool) -> FileStamp:
     """Compares a file with the index: its size, the table of samples if it is an MDS file, and its hash if asked to.
 
     Returns:
-        The state that it was in before it was read: a file that is changed meanwhile has another one after.
+        The stamp of the file before it was read: a file that changes meanwhile has another stamp afterwards.
 
     Raises:
-        ShardError: it is not the file that the index describes.
-        OSError: it is missing or cannot be read.
+        ShardError: the file is not the one that the index describes.
+        OSError: the file is missing or cannot be read.
     """
     with path.open("rb") as opened:
-        state = FileStamp.of(opened.fileno())
+        stamp = FileStamp.of(opened.fileno())
         # Read first and judged after: storage that fails must not pass for a file of another size.
         head = opened.read(samples_table_bytes(entry)) if file is entry.raw else b""
         opened.seek(0)
         digest = _digest(opened, file) if by_hash else None
-    check_size(state.num_bytes, file, where=str(path))
+    check_size(stamp.size, file, where=str(path))
     if digest is not None:
         _check_digest(digest, file, where=str(path))
     if file is entry.raw:
-        check_samples(head, state.num_bytes, entry, where=str(path))
-    return state
+        check_samples(head, stamp.size, entry, where=str(path))
+    return stamp
 
 
 def check_size(num_bytes: int, file: ShardFile, *, where: str) -> None:
