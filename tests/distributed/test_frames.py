@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import dreamdance
 from dreamdance.launch.job import Job
-from dreamdance.launch.run_folder import lay
+from dreamdance.launch.run_folder import create_or_check
 from dreamdance.recipe.schema import TrainingRecipe
 from dreamdance.runtime.ranks import Ranks
 
@@ -33,7 +33,7 @@ def own_frames_at(ranks: Ranks, *, network: str, recipe: TrainingRecipe, run: Pa
             found.append([code.co_qualname for code in reversed(frames) if code.co_filename.startswith(PACKAGE)])
 
     register_module_forward_pre_hook(walk)
-    lay(recipe, run, [])
+    create_or_check(recipe, run, [])
     Job(run)()
     return found[0]
 
