@@ -11,8 +11,8 @@ import argparse
 import sys
 
 from dreamdance.data.loading.dataset import StoredClips
-from dreamdance.data.shards.columns import FRAME_COLUMNS
 from dreamdance.errors import UserError
+from dreamdance.modalities import MODALITIES
 from dreamdance.recipe.sections import Shards
 
 
@@ -45,7 +45,7 @@ def decode_all(clips: StoredClips) -> int:
     num_frames = 0
     for number in range(len(clips)):
         clip = clips.clip(number)
-        for column in FRAME_COLUMNS:
+        for column in MODALITIES:
             if clip.has(column):
                 clip.frames(column)
         num_frames += clip.num_frames

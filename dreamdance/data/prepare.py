@@ -372,11 +372,13 @@ def render_record(seed: int, source: DancersSource) -> ClipRecord:
     return ClipRecord(
         clip_id=f"dancer_{seed:010d}",
         fps=source.fps,
-        rgb=clip.rgb,
-        pose=draw_poses(clip.keypoints, width=source.width, height=source.height),
-        normal=encode_normal(clip.normal),
-        depth=disparity,
-        mask=clip.mask.astype("uint8") * 255,
+        maps={
+            "rgb": clip.rgb,
+            "pose": draw_poses(clip.keypoints, width=source.width, height=source.height),
+            "normal": encode_normal(clip.normal),
+            "depth": disparity,
+            "mask": clip.mask.astype("uint8") * 255,
+        },
         keypoints=clip.keypoints,
         metadata={
             "source": "dancers",

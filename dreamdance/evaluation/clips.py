@@ -21,7 +21,8 @@ from dreamdance.data.shards.columns import metric_disparity
 from dreamdance.errors import MissingInputError, UserError
 from dreamdance.evaluation.geometry_metrics import PinholeCamera
 from dreamdance.media.cropping import centred_crop
-from dreamdance.media.transforms import decode_normals, pictures_to_tensor, resize_images, resize_normals
+from dreamdance.media.transforms import decode_normals, pictures_to_tensor, resize_map
+from dreamdance.modalities import MODALITIES
 from dreamdance.recipe.sections import Shards
 from dreamdance.runs.layout import ARRAYS_FILE, RESULT_FILE
 from dreamdance.runtime.ranks import Ranks
@@ -214,7 +215,7 @@ def read_truth(clip: StoredClip, *, frame_size: Size, map_size: Size, frames: li
         frames: which frames; all by default.
     """
     rgb = _read(clip, "rgb", frame_size, frames)
-    normals = _read(clip, "normal", map_size, frames, normals=True) if clip.has("normal") else None
+    normals = _read(clip, "normal", map_size, frames) if clip.has("normal") else None
     disparity = _read(clip, "depth", map_size, frames) if clip.has("depth") else None
     depth_range = clip.metadata.get("depth_range")
     return Truth(
@@ -230,20 +231,16 @@ def read_truth(clip: StoredClip, *, frame_size: Size, map_size: Size, frames: li
     )
 
 
-def _read(clip: StoredClip, column: str, size: Size, frames: list[int] | None, *, normals: bool = False) -> Tensor:
+def _read(clip: StoredClip, name: str, size: Size, frames: list[int] | None) -> Tensor:
     """`f c H W` in [0, 1]."""
-    pictures = clip.frames(column, frames)
-    if pictures.ndim == 3:
-        pictures = pictures[..., None]
     crop = centred_crop(clip.width, clip.height, to_width=size[1], to_height=size[0])
-    resize = resize_normals if normals else resize_images
-    return resize(pictures_to_tensor(crop.cut(pictures)), *size)
+    return resize_map(pictures_to_tensor(crop.cut(clip.pictures(name, frames))), *size, kind=MODALITIES[name].kind)
 
 
 def _read_mask(clip: StoredClip, size: Size, frames: list[int] | None) -> NDArray[np.bool_] | None:
     if not clip.has("mask"):
         return None
-    return (_read(clip, "mask", size, frames)[:, 0] > 0.5).numpy()
+    return _read(clip, "mask", size, frames)[:, 0].bool().numpy()
 
 
 def _read_camera(clip: StoredClip, size: Size) -> PinholeCamera | None:

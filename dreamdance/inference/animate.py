@@ -175,7 +175,6 @@ def run_stages(entry: ManifestEntry, inputs: EntryInputs, recipe: AnimateRecipe,
     normals = depths = None
     if stages.geometry is not None:
         sampling = recipe.geometry
-        scales = sampling.guidance_scales
         normals, depths, _ = cast(
             tuple[Tensor, Tensor, Tensor],
             stages.geometry(
@@ -184,7 +183,7 @@ def run_stages(entry: ManifestEntry, inputs: EntryInputs, recipe: AnimateRecipe,
                 inputs.poses[Size(recipe.geometry_width, recipe.geometry_height)],
                 height=recipe.geometry_height,
                 width=recipe.geometry_width,
-                guidance_scales=(scales.rgb, scales.normal, scales.depth),
+                guidance_scales=sampling.guidance_scales.in_order,
                 **sampling.model_dump(exclude={"guidance_scales"}),
                 generator=generator,
                 output_type="pt",

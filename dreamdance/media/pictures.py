@@ -24,7 +24,6 @@ PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # others run programs 
 Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
 """What a transparent reference stands before: what viewers and browsers show, and what cut-out tools assume."""
-BLACK: Colour = (0, 0, 0)
 
 _DECODING_ERRORS = (
     *(OSError, SyntaxError, Image.DecompressionBombError),

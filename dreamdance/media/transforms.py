@@ -9,6 +9,8 @@ from einops import pack, rearrange, unpack
 from torch import Tensor
 from torch.nn import functional as F
 
+from dreamdance.modalities import Kind
+
 _SMALLEST_LENGTH = 1e-6
 
 
@@ -45,16 +47,24 @@ def resize_normals(encoded: Tensor, height: int, width: int) -> Tensor:
     return encode_normals(_to_unit_length(resize_images(decode_normals(encoded), height, width)))
 
 
-def pass_through(images: Tensor, height: int, width: int, *, normals: bool = False) -> Tensor:
+def resize_map(images: Tensor, height: int, width: int, *, kind: Kind) -> Tensor:
+    """Resizes the pictures `(..., c, H, W)` of a modality as its kind wants."""
+    if kind == "normals":
+        return resize_normals(images, height, width)
+    resized = resize_images(images, height, width)
+    return resized.round() if kind == "region" else resized
+
+
+def pass_through(images: Tensor, height: int, width: int, *, kind: Kind = "colours") -> Tensor:
     """Resizes to `height` x `width` and back: what a map looks like after stage 1 has made it at its own, smaller size.
 
     Args:
         images: `(..., c, H, W)` in [0,1].
         height, width: stage 1's size in pixels.
-        normals: whether they are encoded normals, to be renormalised.
+        kind: what the pixels mean: normals are renormalised.
     """
-    resize = resize_normals if normals else resize_images
-    return resize(resize(images, height, width), images.shape[-2], images.shape[-1])
+    smaller = resize_map(images, height, width, kind=kind)
+    return resize_map(smaller, images.shape[-2], images.shape[-1], kind=kind)
 
 
 def flip_images(images: Tensor) -> Tensor:
@@ -67,6 +77,11 @@ def flip_normals(encoded: Tensor) -> Tensor:
     flipped = encoded.flip(-1).clone()
     flipped[..., 0, :, :] = 1.0 - flipped[..., 0, :, :]
     return flipped
+
+
+def flip_map(images: Tensor, *, kind: Kind) -> Tensor:
+    """Mirrors the pictures `(..., c, H, W)` of a modality as its kind wants; a drawing is drawn again instead."""
+    return flip_normals(images) if kind == "normals" else flip_images(images)
 
 
 def pictures_to_tensor(pictures: np.ndarray) -> Tensor:

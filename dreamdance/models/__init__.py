@@ -7,7 +7,6 @@ Nothing here knows of data, recipes, ranks or sharding.
 """
 
 from dreamdance.models.cross_domain_controller import CrossDomainControllerModel
-from dreamdance.models.domain_embedding import DOMAINS
 from dreamdance.models.geometry_unet import GeometryUNetModel
 from dreamdance.models.image_embedding import ImageEmbeddingStandIn
 from dreamdance.models.patch_autoencoder import PatchAutoencoder
@@ -17,7 +16,6 @@ from dreamdance.models.svd_controlnet import ControlResiduals, SpatioTemporalCon
 from dreamdance.models.svd_unet import run_svd_unet
 
 __all__ = [
-    "DOMAINS",
     "ControlResiduals",
     "CrossDomainControllerModel",
     "GeometryUNetModel",

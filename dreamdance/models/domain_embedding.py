@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
-DOMAINS = ("rgb", "normal", "depth")
+from dreamdance.modalities import DOMAINS
 
 
 class DomainEmbedding(nn.Module):

@@ -1,7 +1,7 @@
 """Stage 2: a reference image and the control maps of every frame to high-resolution frames (Eq. 2, second line)."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,8 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from dreamdance.diffusion.guidance import classifier_free_guidance
-from dreamdance.media.transforms import resize_images, resize_normals
+from dreamdance.media.transforms import resize_images, resize_map
+from dreamdance.modalities import MODALITIES
 from dreamdance.models import CrossDomainControllerModel, SpatioTemporalControlNetModel
 from dreamdance.models.autoencoding import Autoencoder, decode_latents, downscale_factor, encode_latents
 from dreamdance.models.image_embedding import ImageEncoder, embed_images
@@ -103,7 +104,7 @@ class AnimationPipeline(SamplingPipeline):
 
     @property
     def controls(self) -> tuple[str, ...]:
-        """The maps that the controller reads: a subset of pose, depth, normal."""
+        """The maps that the controller reads: some of `modalities.CONTROLS`."""
         return tuple(self.controller.config.controls)
 
     def describe_untrained(self, window_frames: int) -> str | None:
@@ -127,6 +128,7 @@ class AnimationPipeline(SamplingPipeline):
         normals: Clips | None = None,
         depths: Clips | None = None,
         *,
+        maps: Mapping[str, Clips] | None = None,
         height: int | None = None,
         width: int | None = None,
         fps: float | Sequence[float] = 8.0,
@@ -148,8 +150,8 @@ class AnimationPipeline(SamplingPipeline):
 
         Args:
             image: the reference: a picture, b pictures, or `(b) 3 H W` in [0, 1]; see `pipelines.inputs`.
-            poses, normals, depths: the control maps that `controls` names, perhaps of stage 1's smaller size:
-                f pictures, b lists of them, or `(b) f 3 H W` (depths also `(b) f 1 H W`) in [0, 1].
+            poses, normals, depths, maps: the control maps that `controls` names, `maps` by these names, of any size: f
+                pictures, b lists of them, or `(b) f 3 H W` (depths also `(b) f 1 H W`) in [0, 1].
             height, width: of the frames in pixels, by default as `size_of_result` says. Inputs of another aspect lose
                 their margins evenly; normals and depths whose aspect is nearly this one are kept whole.
             fps: frames per second, of all clips or of each; like the next two, SVD's own condition.
@@ -161,8 +163,7 @@ class AnimationPipeline(SamplingPipeline):
             decode_chunk_size: frames decoded at once.
             generator: one, or one for each clip.
             latents: initial unit noise `b f c h w` instead of drawn one.
-            output_type: `pil`, `np`, `pt` or `latent`.
-            return_dict: False returns (frames,).
+            output_type, return_dict: `pil`, `np`, `pt` or `latent`; False returns (frames,).
             callback_on_step_end: (pipeline, step, timestep, {"latents": `b f c h w`}) -> changed latents or None.
 
         Raises:
@@ -171,21 +172,21 @@ class AnimationPipeline(SamplingPipeline):
         check_output_type(output_type)
         reference = self._fitted_reference(image, height, width)
         height, width = reference.shape[-2:]
-        maps = self._control_maps({"pose": poses, "normal": normals, "depth": depths}, height, width)
-        self._check_inputs(reference, maps, guidance_scale)
-        windows = self._plan_windows(maps, window_frames, window_overlap)
-        num_frames = windows[-1].stop
+        given = {"pose": poses, "normal": normals, "depth": depths, **(maps or {})}
+        controls = self._control_maps(given, height, width)
+        self._check_inputs(reference, controls, guidance_scale)
+        windows = self._plan_windows(controls, window_frames, window_overlap)
 
         with self._evaluation_mode():
             # 1. conditions, once for all steps and windows; the pixels' noise is drawn first, as SVD's pipeline does
             pixel_noise = draw_initial_noise(reference.shape, generator)
             numbers = _added_numbers(fps, motion_bucket, noise_augmentation, len(reference))
             conditions = self._encode_conditions(reference, pixel_noise, numbers, with_dropped=guidance_scale > 1)
-            control_features = self._encode_controls(maps, decode_chunk_size)
+            control_features = self._encode_controls(controls, decode_chunk_size)
 
             # 2. denoising, from noise of the whole sequence
             factor, channels = downscale_factor(self.vae), self.unet.config.out_channels
-            shape = (len(reference), num_frames, channels, height // factor, width // factor)
+            shape = (len(reference), windows[-1].stop, channels, height // factor, width // factor)
             latents = draw_initial_noise(shape, generator) if latents is None else checked_latents(latents, shape)
 
             def predict(scaled: Tensor, window: Window, timestep: Tensor) -> Tensor:
@@ -213,16 +214,16 @@ class AnimationPipeline(SamplingPipeline):
             warnings.warn(problem, stacklevel=4)
         return windows
 
-    def _control_maps(self, given: dict[str, Clips | None], height: int, width: int) -> dict[str, Tensor]:
+    def _control_maps(self, given: Mapping[str, Clips | None], height: int, width: int) -> dict[str, Tensor]:
         """The controller's maps as `b f 3 H W` of the frames' size; maps that it does not read are left alone."""
         maps = {}
         for name in self.controls:
-            frames = given[name]
+            frames, modality = given.get(name), MODALITIES[name]
             if frames is None:
                 raise ValueError(f"this controller reads {', '.join(self.controls)}, but no {name}s were given")
-            tolerance = 0.0 if name == "pose" else MAP_ASPECT_TOLERANCE
+            tolerance = MAP_ASPECT_TOLERANCE if modality.domain else 0.0
             cut = cut_to_aspect(clip_tensor(frames, f"{name}s"), height, width, tolerance=tolerance)
-            maps[name] = (resize_normals if name == "normal" else resize_images)(cut, height, width)
+            maps[name] = resize_map(cut, height, width, kind=modality.kind)
         return maps
 
     def _check_inputs(self, reference: Tensor, maps: dict[str, Tensor], guidance_scale: float) -> None:

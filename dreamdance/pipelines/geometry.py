@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dreamdance.diffusion.guidance import multi_domain_guidance
 from dreamdance.media.transforms import decode_normals, resize_images
+from dreamdance.modalities import DOMAINS
 from dreamdance.models import GeometryUNetModel, PoseEncoderModel, ReferenceUNetModel
 from dreamdance.models.autoencoding import Autoencoder, decode_latents, downscale_factor, encode_latents
 from dreamdance.models.image_embedding import ImageEncoder, embed_images
@@ -24,8 +25,6 @@ from dreamdance.pipelines.sampling import (
     predict_under_each,
 )
 from dreamdance.pipelines.windows import Window, plan_windows
-
-NUM_DOMAINS = 3
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ class GeometryPipeline(SamplingPipeline):
 
             # 2. denoising, from noise of the whole sequence
             factor, channels = downscale_factor(self.vae), self.unet.config.in_channels
-            shape = (*drawings.shape[:2], NUM_DOMAINS, channels, height // factor, width // factor)
+            shape = (*drawings.shape[:2], len(DOMAINS), channels, height // factor, width // factor)
             latents = draw_initial_noise(shape, generator) if latents is None else checked_latents(latents, shape)
 
             def predict(noisy: Tensor, window: Window, timestep: Tensor) -> Tensor:
@@ -168,7 +167,7 @@ class GeometryPipeline(SamplingPipeline):
     ) -> None:
         if len(reference) != len(poses):
             raise ValueError(f"{len(reference)} reference images were given for {len(poses)} pose sequences")
-        if len(guidance_scales) != NUM_DOMAINS:
+        if len(guidance_scales) != len(DOMAINS):
             raise ValueError(f"guidance_scales are those of rgb, normal and depth, not {tuple(guidance_scales)}")
         longest, network = min(window_frames, poses.shape[1]), self.unet.config
         if network.temporal_attention and longest > network.max_frames:

@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from dreamdance.media.cropping import centred_crop
-from dreamdance.media.pictures import BLACK, WHITE, Colour, to_rgb_picture
+from dreamdance.media.pictures import WHITE, Colour, to_rgb_picture
 from dreamdance.media.transforms import pictures_to_tensor
+from dreamdance.modalities import MODALITIES
 
 Picture = Image.Image
 Video = Sequence[Picture]
@@ -22,8 +23,8 @@ MAP_ASPECT_TOLERANCE = 0.03
 """Sizes are multiples of the autoencoder's factor, so that those of the two stages have one aspect only nearly. Within
 this, their pictures are of the same part of the world."""
 
-_BEHIND: dict[str, Colour] = {"image": WHITE, "poses": BLACK, "normals": (128, 128, 255), "depths": BLACK}
-"""What transparent parts stand before: nothing is drawn there, no body is near, a wall faces the camera."""
+# What transparent parts stand before, by argument.
+_BEHIND: dict[str, Colour] = {"image": WHITE, **{f"{name}s": each.background for name, each in MODALITIES.items()}}
 
 
 def image_tensor(image: Images) -> Tensor:

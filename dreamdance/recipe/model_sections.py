@@ -1,13 +1,17 @@
 """The sections that name networks: where their weights come from, and what is added to them."""
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from dreamdance.modalities import CONTROLS
 from dreamdance.recipe.sections import Frames, Positive, Section
 
-# The maps that the controller of stage 2 can read.
-Control = Literal["pose", "depth", "normal"]
+# The maps that the controller of stage 2 can read; mypy knows no `Literal` of names that a table gives.
+if TYPE_CHECKING:
+    Control = str
+else:
+    Control = Literal[CONTROLS]
 
 
 class NetworkSource(Section):

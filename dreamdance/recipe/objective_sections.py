@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from dreamdance.modalities import DOMAINS
 from dreamdance.recipe.sections import (
     Fraction,
     Frames,
@@ -23,6 +24,11 @@ class DomainWeights(Section):
     rgb: Scale = Field(default=1.0, description="Number for the picture, the first of the three domains.")
     normal: Scale = Field(default=1.0, description="Number for the normal map, the second of the three domains.")
     depth: Scale = Field(default=1.0, description="Number for the depth map, the last of the three domains.")
+
+    @property
+    def in_order(self) -> tuple[float, ...]:
+        """The numbers in the order of the domains (C1)."""
+        return tuple(getattr(self, domain) for domain in DOMAINS)
 
 
 class GeometryObjective(Section):

@@ -261,7 +261,7 @@ def _stage1(recipe: Stage1Recipe) -> Iterator[Problem]:
             "turned into a sample; use prediction_type v_prediction or sample",
         )
     for name, weights in (("domain_draw", objective.domain_draw), ("domain_loss", objective.domain_loss)):
-        if weights.rgb + weights.normal + weights.depth == 0.0:
+        if sum(weights.in_order) == 0.0:
             yield _problem(f"objective.{name}", f"objective.{name} is zero for all three domains")
 
 

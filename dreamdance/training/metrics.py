@@ -20,6 +20,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from dreamdance.modalities import DOMAINS
 from dreamdance.runs.durations import duration
 from dreamdance.runs.files import write_atomically
 from dreamdance.runs.layout import ProgressLog, step_name
@@ -28,7 +29,6 @@ from dreamdance.training.stragglers import NOT_TIMED, OwnSeconds, StragglerRepor
 
 logger = logging.getLogger(__name__)
 
-DOMAINS = ("rgb", "normal", "depth")
 _GIB = 1024**3
 _VIDEO_FRAME_MILLISECONDS = 125
 

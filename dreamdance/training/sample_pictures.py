@@ -10,6 +10,7 @@ from torch import Tensor
 from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.media.grids import Row, draw_grid
 from dreamdance.media.transforms import encode_normals, pass_through, tensor_to_pictures
+from dreamdance.modalities import MODALITIES
 from dreamdance.pipelines.sampling import StepCallback
 from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
 from dreamdance.runtime.sample_random import sample_generator
@@ -49,7 +50,7 @@ def draw_samples(
         recipe: the run's own.
         on_step: called after each denoising step, as diffusers calls `callback_on_step_end`.
     """
-    given = {"pose": batch.pose}
+    given: dict[str, Tensor] = {"pose": batch.pose}
     if isinstance(objective, GeometryObjective) and isinstance(recipe, Stage1Recipe):
         predictions = sample_geometry(objective, batch, recipe, on_step)
     elif isinstance(objective, AnimationObjective) and isinstance(recipe, Stage2Recipe):
@@ -68,11 +69,10 @@ def sample_geometry(
     sampling = recipe.sampling
     pipeline = objective.make_pipeline()
     pipeline.set_progress_bar_config(disable=True)
-    scales = sampling.guidance_scales
     normals, depths, images = pipeline(
         batch.reference,
         batch.pose,
-        guidance_scales=(scales.rgb, scales.normal, scales.depth),
+        guidance_scales=sampling.guidance_scales.in_order,
         **sampling.model_dump(exclude={"guidance_scales"}),
         generator=_generators(batch),
         callback_on_step_end=on_step,
@@ -84,14 +84,13 @@ def sample_geometry(
 
 
 def passed_maps(batch: ClipBatch, recipe: Stage2Recipe) -> dict[str, Tensor]:
-    """The true normals and depths that the clips have, as blurred as stage 1 would deliver them."""
+    """The true maps that the controls name and the clips have; those of stage 1 as blurred as it delivers them."""
     size = (recipe.objective.geometry_height, recipe.objective.geometry_width)
-    maps = {}
-    if batch.normal is not None:
-        maps["normal"] = pass_through(batch.normal, *size, normals=True)
-    if batch.depth is not None:
-        maps["depth"] = pass_through(batch.depth, *size)
-    return maps
+    return {
+        name: pass_through(frames, *size, kind=MODALITIES[name].kind) if MODALITIES[name].domain else frames
+        for name, frames in batch.maps.items()
+        if name in recipe.model.controls
+    }
 
 
 def sample_animation(
@@ -101,7 +100,7 @@ def sample_animation(
     recipe: Stage2Recipe,
     on_step: StepCallback | None = None,
 ) -> Tensor:
-    """Stage 2 on a batch and its `maps` (normal and depth): frames `b f 3 H W` in [0,1]."""
+    """Stage 2 on a batch and its control `maps`: frames `b f 3 H W` in [0,1]."""
     pipeline = objective.make_pipeline()
     pipeline.set_progress_bar_config(disable=True)
     clips = []
@@ -110,9 +109,7 @@ def sample_animation(
         chosen = slice(index, index + 1)
         (frames,) = pipeline(
             batch.reference[chosen],
-            batch.pose[chosen],
-            normals=maps["normal"][chosen] if "normal" in maps else None,
-            depths=maps["depth"][chosen] if "depth" in maps else None,
+            maps={name: frames[chosen] for name, frames in maps.items()},
             fps=float(batch.fps[index]),
             **recipe.sampling.model_dump(),
             generator=generator,
@@ -138,12 +135,10 @@ def _draw(batch: ClipBatch, given: dict[str, Tensor], predictions: dict[str, Ten
         predictions: what it made, by name.
     """
     shown = dict(given)
-    truth = {"normal": batch.normal, "depth": batch.depth, "rgb": batch.rgb}
     for name, frames in predictions.items():
         shown[f"predicted {name}"] = frames
-        true_frames = truth[name]
-        if true_frames is not None:
-            shown[f"true {name}"] = true_frames
+        if name in batch.maps:
+            shown[f"true {name}"] = batch.maps[name]
 
     num_clips, num_frames = batch.rgb.shape[:2]
     if num_frames == 1:

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 import yaml
 
-from dreamdance.data.loading.dataset import ClipDataset, Map
+from dreamdance.data.loading.dataset import ClipDataset
 from dreamdance.data.loading.loader import ClipLoader
 from dreamdance.data.loading.order import ClipOrder
+from dreamdance.modalities import DOMAINS, OPTIONAL
 from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
 from dreamdance.runs.layout import note_signal
 from dreamdance.runtime.process_group import (
@@ -156,8 +157,7 @@ def make_loader(
     Their shards are checked when they are opened; of `data.verify: hash` see `shard_check`.
     """
     data = recipe.data
-    wanted = ("normal", "depth") if isinstance(recipe, Stage1Recipe) else recipe.model.controls
-    maps: list[Map] = [name for name in ("normal", "depth") if name in wanted]
+    wanted = DOMAINS if isinstance(recipe, Stage1Recipe) else recipe.model.controls
     dataset = ClipDataset(
         data.train,
         width=data.width,
@@ -166,7 +166,7 @@ def make_loader(
         stride=data.stride,
         flip_probability=data.flip_probability,
         seed=recipe.seed,
-        maps=maps,
+        maps=[name for name in OPTIONAL if name in wanted],
         verify=verify_at_opening(data.verify),
         ranks=ranks,
         before_shard=before_shard,

@@ -17,6 +17,7 @@ from torch import distributed as dist
 from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.data.loading.loader import ClipLoader
 from dreamdance.errors import UserError
+from dreamdance.modalities import DOMAINS
 from dreamdance.recipe.schema import TrainingRecipe
 from dreamdance.runtime.process_group import gathered, sum_over_ranks
 from dreamdance.runtime.stop_request import StopRequest
@@ -26,7 +27,7 @@ from dreamdance.training.ema import ShardedEma
 from dreamdance.training.engine import Engine
 from dreamdance.training.guard import StepGuard
 from dreamdance.training.metrics import Losses, Metrics, StepReport
-from dreamdance.training.objectives.output import NUM_DOMAINS, ObjectiveOutput
+from dreamdance.training.objectives.output import ObjectiveOutput
 from dreamdance.training.schedule import learning_rate
 from dreamdance.training.stragglers import OwnSeconds, Stopwatch
 
@@ -264,7 +265,7 @@ class Tally:
         values = iter(sum_over_ranks(torch.cat([sums, sums.new_tensor(told)])).tolist())
         loss_sum, num_samples, *domains = islice(values, len(sums))
         stop, writing, skipped, *seconds_of_ranks = values
-        self.losses = Losses(loss_sum, num_samples, domains[:NUM_DOMAINS], domains[NUM_DOMAINS:])
+        self.losses = Losses(loss_sum, num_samples, domains[: len(DOMAINS)], domains[len(DOMAINS) :])
         self.should_stop, self.is_writing, self.is_skipped = stop > 0, writing > 0, skipped > 0
         self.own_seconds = OwnSeconds(seconds_of_ranks[:world_size], seconds_of_ranks[world_size:])
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dreamdance.data.loading.batch import ClipBatch, collate_clips
 from dreamdance.data.loading.dataset import fixed_clips
+from dreamdance.modalities import DOMAINS
 from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
 from dreamdance.runtime.process_group import sum_over_ranks
 from dreamdance.runtime.ranks import Ranks
@@ -18,11 +19,10 @@ from dreamdance.training.ema import ShardedEma
 from dreamdance.training.engine import Engine
 from dreamdance.training.metrics import Losses, Metrics
 from dreamdance.training.networks.trainability import set_modes
-from dreamdance.training.objectives.output import NUM_DOMAINS
 from dreamdance.training.sample_pictures import Samples, draw_samples
 from dreamdance.training.shard_check import verify_at_opening
 
-_NUM_SUMS = 2 + 2 * NUM_DOMAINS
+_NUM_SUMS = 2 + 2 * len(DOMAINS)
 
 
 class Validator:
@@ -80,7 +80,7 @@ class Validator:
             return False
         if wants_loss:
             loss_sum, num_samples, *domains = totals
-            losses = Losses(loss_sum, num_samples, domains[:NUM_DOMAINS], domains[NUM_DOMAINS:])
+            losses = Losses(loss_sum, num_samples, domains[: len(DOMAINS)], domains[len(DOMAINS) :])
             self.metrics.validation(losses, step=step)
         if samples is not None:
             self.metrics.samples(samples.grid, samples.predictions, step=step)

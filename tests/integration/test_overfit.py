@@ -21,8 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 def one_clip(frames: list[int]) -> ClipBatch:
     """Some frames of one dancer, far enough apart that the person moves; the reference is another frame."""
     whole = tiny_clip_batch(num_clips=1, num_frames=24)
-    chosen = {name: getattr(whole, name)[:, frames] for name in ("rgb", "pose", "normal", "depth", "mask")}
-    return replace(whole, **chosen)
+    return replace(whole, maps={name: clips[:, frames] for name, clips in whole.maps.items()})
 
 
 def with_draws(batch: ClipBatch, *, epoch: int, copies: int) -> ClipBatch:
@@ -58,7 +57,8 @@ def overfit(objective: Objective, batch: ClipBatch, *, steps: int, copies: int, 
 
 def moving_region(batch: ClipBatch) -> Tensor:
     """`b f 1 H W`: wherever the body is in some frame, so that a still background earns nothing."""
-    return (batch.mask.amax(dim=1, keepdim=True) > 0).expand_as(batch.mask)
+    mask = batch.maps["mask"][:, :, :1]
+    return (mask.amax(dim=1, keepdim=True) > 0).expand_as(mask)
 
 
 def psnr(frames: Tensor, truth: Tensor, region: Tensor) -> float:
@@ -93,8 +93,8 @@ def test_stage_1_learns_one_clip_by_heart():
     assert fell > 10
     assert psnr(shown["rgb"], batch.rgb, region) > 24
     assert psnr(shown["rgb"], batch.rgb, region) > psnr(still, batch.rgb, region) + 3
-    assert mean_angle(shown["normal"], batch.normal, region) < 15
-    assert (shown["depth"] - batch.depth[:, :, :1]).abs()[region].mean() < 0.05
+    assert mean_angle(shown["normal"], batch.maps["normal"], region) < 15
+    assert (shown["depth"] - batch.maps["depth"][:, :, :1]).abs()[region].mean() < 0.05
 
 
 def test_stage_2_learns_one_clip_by_heart():

@@ -51,11 +51,7 @@ def make_batch() -> ClipBatch:
     generator = torch.Generator().manual_seed(2)
     frames = torch.rand(1, NUM_FRAMES, 3, SIZE, SIZE, generator=generator)
     return ClipBatch(
-        rgb=frames,
-        pose=frames.flip(-1),
-        normal=None,
-        depth=None,
-        mask=None,
+        maps={"rgb": frames, "pose": frames.flip(-1)},
         reference=torch.rand(1, 3, SIZE, SIZE, generator=generator),
         fps=torch.tensor([FPS]),
         keys=torch.tensor([KEY]),

@@ -33,10 +33,12 @@ def _render(seeds: range) -> Iterator[ClipRecord]:
         yield ClipRecord(
             clip_id=f"dancer_{seed}",
             fps=clip.fps,
-            rgb=clip.rgb,
-            pose=np.stack([draw_pose(points, width=WIDTH, height=HEIGHT) for points in clip.keypoints]),
-            normal=encode_normal(clip.normal),
-            depth=depth,
-            mask=clip.mask.astype(np.uint8) * 255,
+            maps={
+                "rgb": clip.rgb,
+                "pose": np.stack([draw_pose(points, width=WIDTH, height=HEIGHT) for points in clip.keypoints]),
+                "normal": encode_normal(clip.normal),
+                "depth": depth,
+                "mask": clip.mask.astype(np.uint8) * 255,
+            },
             keypoints=clip.keypoints,
         )

@@ -29,12 +29,14 @@ def random_clip(
     return ClipRecord(
         clip_id=f"clip_{seed:04d}",
         fps=8.0,
-        normal=np.rint((normal + 1.0) * 127.5).astype(np.uint8),
-        depth=generator.integers(0, 65536, (num_frames, height, width), dtype=np.uint16),
-        mask=generator.integers(0, 2, (num_frames, height, width), dtype=np.uint8) * 255,
+        maps={
+            **pictures,
+            "normal": np.rint((normal + 1.0) * 127.5).astype(np.uint8),
+            "depth": generator.integers(0, 65536, (num_frames, height, width), dtype=np.uint16),
+            "mask": generator.integers(0, 2, (num_frames, height, width), dtype=np.uint8) * 255,
+        },
         keypoints=generator.random((num_frames, 128, 3), dtype=np.float32) if with_keypoints else None,
         metadata={"seed": seed},
-        **pictures,
     )
 
 

@@ -1,6 +1,7 @@
 """Small recipes of the real schema, small batches of rendered dancers, and a look into networks, for all tests."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -124,16 +125,25 @@ def tiny_clip_batch(
     clips = [render_clip(seeds[index], num_frames=num_frames, width=width, height=height) for index in ids]
     rgb = torch.stack([pictures_to_tensor(clip.rgb) for clip in clips])
     return ClipBatch(
-        rgb=rgb,
-        pose=torch.stack([_pose(clip, width, height) for clip in clips]),
-        normal=torch.stack([_normal(clip) for clip in clips]),
-        depth=torch.stack([_disparity(clip) for clip in clips]),
-        mask=torch.stack([rearrange(torch.from_numpy(clip.mask).float(), "f h w -> f 1 h w") for clip in clips]),
+        maps={
+            "rgb": rgb,
+            "pose": torch.stack([_pose(clip, width, height) for clip in clips]),
+            "normal": torch.stack([_normal(clip) for clip in clips]),
+            "depth": torch.stack([_disparity(clip) for clip in clips]),
+            "mask": torch.stack(
+                [repeat(torch.from_numpy(clip.mask).float(), "f h w -> f c h w", c=3) for clip in clips]
+            ),
+        },
         reference=rgb[:, -1],
         fps=torch.full((num_clips,), 8.0),
         keys=torch.tensor([[0, 0, index] for index in ids]),
         clip_ids=[f"clip_{index}" for index in ids],
     )
+
+
+def without(batch: ClipBatch, *names: str) -> ClipBatch:
+    """The batch of clips that lack some maps."""
+    return replace(batch, maps={name: frames for name, frames in batch.maps.items() if name not in names})
 
 
 def wake(network: nn.Module) -> Any:

@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.errors import UserError, is_transient
+from dreamdance.modalities import DOMAINS
 from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
 from dreamdance.runtime.process_group import process_group, repeatable_arithmetic
 from dreamdance.runtime.ranks import Ranks
@@ -265,7 +266,7 @@ def run_recorded(
         hit = torch.tensor([sample in poisoned for sample in batch.keys[:, 2].tolist()])
         pose = batch.pose.clone()
         pose[hit] = torch.nan
-        return (replace(batch, pose=pose),)
+        return (replace(batch, maps={**batch.maps, "pose": pose}),)
 
     def spoil(module: nn.Module, inputs: Any) -> Any:
         if not _is_training(module):
@@ -274,8 +275,8 @@ def run_recorded(
         assert spoiled is not None
         hit = torch.tensor([(epoch, sample) in spoiled.keys for _, epoch, sample in batch.keys.tolist()])
         factors = torch.where(hit, spoiled.factor, 1.0).reshape(-1, 1, 1, 1, 1)
-        maps = {name: getattr(batch, name) * factors for name in ("rgb", "normal", "depth")}
-        return (replace(batch, **maps),)
+        spoilt = {name: batch.maps[name] * factors for name in DOMAINS}
+        return (replace(batch, maps={**batch.maps, **spoilt}),)
 
     register_module_forward_hook(note)
     if spoiled is not None:

@@ -56,7 +56,7 @@ def test_stored_clips_are_read_as_they_were_written(shards):
         clip, written = clips.clip(number), random_clip(number)
         assert (clip.clip_id, clip.num_frames, clip.fps, clip.metadata) == (written.clip_id, 6, 8.0, {"seed": number})
         for name in ("rgb", "pose", "normal", "depth", "mask"):
-            np.testing.assert_array_equal(clip.frames(name), getattr(written, name))
+            np.testing.assert_array_equal(clip.frames(name), written.maps[name])
         np.testing.assert_array_equal(clip.keypoints, written.keypoints)
 
 
@@ -68,17 +68,21 @@ def test_a_sample_holds_the_frames_of_its_window(shards):
     clips = dataset(shards)
     sample = clips.training_sample(SampleKey(epoch=2, sample_id=7))
     written = random_clip(7)
-    numbers = frame_numbers(sample.rgb)
+    numbers = frame_numbers(sample.maps["rgb"])
     assert numbers == list(range(numbers[0], numbers[0] + NUM_FRAMES))
     for name in ("rgb", "pose", "normal"):
-        expected = torch.from_numpy(getattr(written, name)[numbers]).movedim(-1, 1) / 255.0
-        torch.testing.assert_close(getattr(sample, name), expected, rtol=0, atol=1e-6)
-    expected_depth = torch.from_numpy(written.depth[numbers].astype(np.float32) / 65535.0)
+        expected = torch.from_numpy(written.maps[name][numbers]).movedim(-1, 1) / 255.0
+        torch.testing.assert_close(sample.maps[name], expected, rtol=0, atol=1e-6)
+    expected_depth = torch.from_numpy(written.maps["depth"][numbers].astype(np.float32) / 65535.0)
     for channel in range(3):
-        torch.testing.assert_close(sample.depth[:, channel], expected_depth, rtol=0, atol=1e-6)
-    assert torch.equal(sample.mask[:, 0], torch.from_numpy((written.mask[numbers] > 0).astype(np.float32)))
+        torch.testing.assert_close(sample.maps["depth"][:, channel], expected_depth, rtol=0, atol=1e-6)
+    assert torch.equal(
+        sample.maps["mask"][:, 0], torch.from_numpy((written.maps["mask"][numbers] > 0).astype(np.float32))
+    )
     (reference,) = frame_numbers(sample.reference[None])
-    torch.testing.assert_close(sample.reference, torch.from_numpy(written.rgb[reference]).movedim(-1, 0) / 255.0)
+    torch.testing.assert_close(
+        sample.reference, torch.from_numpy(written.maps["rgb"][reference]).movedim(-1, 0) / 255.0
+    )
     assert (sample.key, sample.clip_id, sample.fps) == ((0, 2, 7), "clip_0007", 8.0)
 
 
@@ -88,8 +92,8 @@ def test_a_sample_depends_on_its_key_alone(shards):
     forwards = [first.training_sample(key) for key in keys]
     backwards = [second.training_sample(key) for key in reversed(keys)][::-1]
     for one, other in zip(forwards, backwards, strict=True):
-        assert torch.equal(one.rgb, other.rgb)
-        assert torch.equal(one.pose, other.pose)
+        assert torch.equal(one.maps["rgb"], other.maps["rgb"])
+        assert torch.equal(one.maps["pose"], other.maps["pose"])
         assert torch.equal(one.reference, other.reference)
 
 
@@ -98,8 +102,9 @@ def test_decoded_clips_in_memory_change_nothing(shards):
     for epoch in range(3):
         for sample in range(12):
             one, other = (clips.training_sample(SampleKey(epoch, sample)) for clips in (cached, read_anew))
-            for name in ("rgb", "pose", "normal", "depth", "mask", "reference"):
-                assert torch.equal(getattr(one, name), getattr(other, name)), name
+            for name in ("rgb", "pose", "normal", "depth", "mask"):
+                assert torch.equal(one.maps[name], other.maps[name]), name
+            assert torch.equal(one.reference, other.reference)
     assert cached.clip(3) is cached.clip(3)
     assert read_anew.clip(3) is not read_anew.clip(3)
 
@@ -142,14 +147,15 @@ def test_a_clip_shorter_than_the_window_is_an_error_that_names_it(shards):
 def test_a_mirrored_sample_mirrors_pictures_and_normals_and_draws_the_pose_anew(shards):
     plain = dataset(shards, flip_probability=0.0).training_sample(SampleKey(0, 4))
     mirrored = dataset(shards, flip_probability=1.0).training_sample(SampleKey(0, 4))
-    for name in ("rgb", "depth", "mask", "reference"):
-        assert torch.equal(getattr(mirrored, name), getattr(plain, name).flip(-1)), name
-    flipped_normals = decode_normals(plain.normal).flip(-1)
+    for name in ("rgb", "depth", "mask"):
+        assert torch.equal(mirrored.maps[name], plain.maps[name].flip(-1)), name
+    assert torch.equal(mirrored.reference, plain.reference.flip(-1))
+    flipped_normals = decode_normals(plain.maps["normal"]).flip(-1)
     flipped_normals[:, 0] *= -1
-    torch.testing.assert_close(decode_normals(mirrored.normal), flipped_normals, rtol=0, atol=1e-5)
-    keypoints = flip_keypoints(random_clip(4).keypoints[frame_numbers(plain.rgb)])
+    torch.testing.assert_close(decode_normals(mirrored.maps["normal"]), flipped_normals, rtol=0, atol=1e-5)
+    keypoints = flip_keypoints(random_clip(4).keypoints[frame_numbers(plain.maps["rgb"])])
     drawn = draw_poses(keypoints, width=WIDTH, height=HEIGHT)
-    torch.testing.assert_close(mirrored.pose, torch.from_numpy(drawn).movedim(-1, 1) / 255.0, rtol=0, atol=1e-6)
+    torch.testing.assert_close(mirrored.maps["pose"], torch.from_numpy(drawn).movedim(-1, 1) / 255.0, rtol=0, atol=1e-6)
 
 
 def test_clips_without_key_points_are_never_mirrored():
@@ -162,9 +168,9 @@ def test_clips_without_key_points_are_never_mirrored():
 
 def test_frames_come_at_the_size_asked_for_and_normals_at_unit_length(shards):
     sample = dataset(shards, width=WIDTH // 2, height=HEIGHT // 2).training_sample(SampleKey(0, 1))
-    assert sample.rgb.shape == (NUM_FRAMES, 3, HEIGHT // 2, WIDTH // 2)
-    assert sample.mask.unique().tolist() == [0.0, 1.0]
-    lengths = (sample.normal * 2 - 1).norm(dim=1)
+    assert sample.maps["rgb"].shape == (NUM_FRAMES, 3, HEIGHT // 2, WIDTH // 2)
+    assert sample.maps["mask"].unique().tolist() == [0.0, 1.0]
+    lengths = (sample.maps["normal"] * 2 - 1).norm(dim=1)
     torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=1e-5)
 
 
@@ -172,16 +178,17 @@ def test_another_aspect_takes_the_centre(shards):
     square = dataset(shards, width=WIDTH, height=WIDTH).training_sample(SampleKey(0, 1))
     whole = dataset(shards).training_sample(SampleKey(0, 1))
     margin = (HEIGHT - WIDTH) // 2
-    assert torch.equal(square.rgb, whole.rgb[..., margin:-margin, :])
+    assert torch.equal(square.maps["rgb"], whole.maps["rgb"][..., margin:-margin, :])
 
 
 def test_maps_that_are_not_asked_for_are_not_read(shards):
     sample = dataset(shards, maps=()).training_sample(SampleKey(0, 1))
-    assert (sample.normal, sample.depth, sample.mask) == (None, None, None)
+    assert list(sample.maps) == ["rgb", "pose"]
 
 
 def test_a_map_that_a_clip_lacks_is_an_error_that_names_both(tmp_path):
-    record = replace(random_clip(0), normal=None)
+    whole = random_clip(0)
+    record = replace(whole, maps={name: frames for name, frames in whole.maps.items() if name != "normal"})
     clip = StoredClip(record.to_sample(), where="sample 0 of shard x")
     with pytest.raises(ShardError, match=r"sample 0 of shard x \(clip 'clip_0000'\) has no normal"):
         clip.frames("normal", [0])
@@ -201,13 +208,12 @@ def test_columns_that_contradict_one_another_are_refused():
 
 def test_fixed_clips_are_the_first_ones_with_their_last_frame_as_reference(shards):
     batch = collate_clips(fixed_clips(shards, width=WIDTH, height=HEIGHT, num_frames=4, count=5))
-    assert batch.rgb.shape == (5, 4, 3, HEIGHT, WIDTH)
+    assert batch.maps["rgb"].shape == (5, 4, 3, HEIGHT, WIDTH)
     assert batch.clip_ids == [f"clip_{number:04d}" for number in range(5)]
-    assert [frame_numbers(clip) for clip in batch.rgb] == [[0, 1, 2, 3]] * 5
+    assert [frame_numbers(clip) for clip in batch.maps["rgb"]] == [[0, 1, 2, 3]] * 5
     assert frame_numbers(batch.reference) == [5] * 5
     assert batch.keys.tolist() == [[0, 0, number] for number in range(5)]
-    assert batch.normal is not None
-    assert batch.mask is not None
+    assert list(batch.maps) == ["rgb", "pose", "normal", "depth", "mask"]
 
 
 def test_fixed_clips_of_a_small_set_are_all_of_it(shards):
@@ -222,14 +228,16 @@ def test_the_shares_of_all_ranks_are_the_fixed_clips_each_of_them_once(shards, w
     assert max(map(len, shares)) == -(-5 // world_size)
     found = sorted((sample for share in shares for sample in share), key=lambda sample: sample.key)
     assert [sample.key for sample in found] == [sample.key for sample in whole]
-    assert all(torch.equal(mine.rgb, all_of_it.rgb) for mine, all_of_it in zip(found, whole, strict=True))
+    assert all(
+        torch.equal(mine.maps["rgb"], all_of_it.maps["rgb"]) for mine, all_of_it in zip(found, whole, strict=True)
+    )
 
 
 def test_a_batch_can_be_divided(shards):
     batch = collate_clips(fixed_clips(shards, width=WIDTH, height=HEIGHT, num_frames=2, count=5))
     part = batch.select([3, 1])
     assert part.clip_ids == ["clip_0003", "clip_0001"]
-    assert torch.equal(part.rgb, batch.rgb[[3, 1]])
+    assert torch.equal(part.maps["rgb"], batch.maps["rgb"][[3, 1]])
     assert torch.equal(part.keys, batch.keys[[3, 1]])
     assert batch.to("cpu").clip_ids == batch.clip_ids
 
@@ -238,7 +246,7 @@ def test_a_dataset_travels_to_a_worker(shards):
     clips = dataset(shards)
     travelled = pickle.loads(pickle.dumps(clips))
     key = SampleKey(1, 9)
-    assert torch.equal(travelled.training_sample(key).rgb, clips.training_sample(key).rgb)
+    assert torch.equal(travelled.training_sample(key).maps["rgb"], clips.training_sample(key).maps["rgb"])
 
 
 def test_training_and_validation_sets_live_in_one_process_and_several_ranks_on_one_node(shards, tmp_path):
@@ -289,7 +297,7 @@ def test_the_loader_resumes_in_the_middle_of_an_epoch(shards, num_workers):
     for expected, step in zip(steps[4:], islice(resumed, 3), strict=True):
         for one, other in zip(expected, step, strict=True):
             assert one.clip_ids == other.clip_ids
-            assert torch.equal(one.rgb, other.rgb)
+            assert torch.equal(one.maps["rgb"], other.maps["rgb"])
             assert torch.equal(one.reference, other.reference)
     assert [len(micro_batches) for micro_batches in steps] == [2] * 7
 

@@ -7,10 +7,11 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from dreamdance.errors import CheckpointError, UserError
+from dreamdance.modalities import DOMAINS
 from dreamdance.models import GeometryUNetModel
 from dreamdance.models.base_configs import STABLE_DIFFUSION_1_5_UNET
 from dreamdance.models.diffusers_unet import load_base_weights
-from dreamdance.models.domain_embedding import DOMAINS, DomainEmbedding
+from dreamdance.models.domain_embedding import DomainEmbedding
 from dreamdance.models.temporal_attention import TemporalAttention
 
 SMALL = {

@@ -1,11 +1,12 @@
 """Stage 2's objective is SVD's own, as dreamdance/README.md ("The method") states it, keyed by sample."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from einops import rearrange
-from support.recipes import record_inputs, tiny_clip_batch, tiny_stage2_recipe, wake
+from support.recipes import record_inputs, tiny_clip_batch, tiny_stage2_recipe, wake, without
 from torch import Tensor
 
 from dreamdance.data.loading.batch import ClipBatch
@@ -107,9 +108,9 @@ def test_normal_and_depth_pass_through_the_size_of_stage_1_and_the_pose_does_not
     (maps,) = calls[0][0]
     flat = {name: rearrange(frames, "(b f) c h w -> b f c h w", f=4) for name, frames in maps.items()}
     assert torch.equal(flat["pose"], batch.pose)
-    assert torch.equal(flat["normal"], pass_through(batch.normal, 12, 8, normals=True))
-    assert torch.equal(flat["depth"], pass_through(batch.depth, 12, 8))
-    assert not torch.equal(flat["depth"], batch.depth)
+    assert torch.equal(flat["normal"], pass_through(batch.maps["normal"], 12, 8, kind="normals"))
+    assert torch.equal(flat["depth"], pass_through(batch.maps["depth"], 12, 8))
+    assert not torch.equal(flat["depth"], batch.maps["depth"])
     lengths = (2 * flat["normal"] - 1).norm(dim=2)
     assert (lengths - 1).abs().max() < 0.2  # resized back up after renormalising, they only nearly keep unit length
 
@@ -160,9 +161,8 @@ def test_loss_of_a_clip_does_not_depend_on_its_batch(batch):
 def test_at_initialisation_the_maps_change_nothing(batch):
     objective = make_objective(awake=False)
     expected = objective(batch).loss
-    without_maps = ClipBatch(
-        **{**vars(batch), **{name: torch.zeros_like(batch.rgb) for name in ("pose", "normal", "depth")}}
-    )
+    zeros = {name: torch.zeros_like(batch.rgb) for name in ("pose", "normal", "depth")}
+    without_maps = replace(batch, maps={**batch.maps, **zeros})
     assert torch.equal(objective(without_maps).loss, expected)
     assert not torch.equal(make_objective()(without_maps).loss, make_objective()(batch).loss)
 
@@ -219,12 +219,12 @@ def test_every_ablation_of_the_controller_trains(batch, controls, geometry_atten
 
 def test_maps_that_no_control_names_may_be_missing(batch):
     objective = make_objective({"model.controls": ["pose"]})
-    lacking = ClipBatch(**{**vars(batch), "normal": None, "depth": None})
+    lacking = without(batch, "normal", "depth")
     assert torch.equal(objective(lacking).loss, objective(batch).loss)
 
 
 def test_a_missing_control_is_refused_by_name(batch):
-    lacking = ClipBatch(**{**vars(batch), "normal": None})
+    lacking = without(batch, "normal")
     with pytest.raises(UserError, match=r"model\.controls names 'normal'"):
         make_objective()(lacking)
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from einops import rearrange, repeat
-from support.recipes import record_inputs, tiny_clip_batch, tiny_stage1_recipe, wake
+from support.recipes import record_inputs, tiny_clip_batch, tiny_stage1_recipe, wake, without
 from torch import Tensor
 
 from dreamdance.data.loading.batch import ClipBatch
@@ -31,7 +31,7 @@ def make_objective(train: str = "geometry", changes: dict[str, Any] | None = Non
 
 
 def all_latents(objective: GeometryObjective, batch: ClipBatch) -> Tensor:
-    images = torch.stack([batch.rgb, batch.normal, batch.depth], dim=2)
+    images = torch.stack([batch.rgb, batch.maps["normal"], batch.maps["depth"]], dim=2)
     return encode_latents(objective.vae, rearrange(images, "b f m c h w -> (b f m) c h w"))
 
 
@@ -268,6 +268,6 @@ def test_temporal_step_runs_without_geometry_attention(batch):
 
 def test_clips_without_maps_are_refused_by_name(batch):
     objective = make_objective("domains")
-    lacking = ClipBatch(**{**vars(batch), "depth": None})
+    lacking = without(batch, "depth")
     with pytest.raises(UserError, match=r"no depth.*data\.train"):
         objective(lacking)

@@ -234,12 +234,12 @@ class FlatWorld:
 
 
 def test_an_annotator_adds_its_maps_in_the_encodings_of_the_shards():
-    record = ClipRecord(clip_id="a", fps=8.0, rgb=np.zeros((2, 12, 8, 3), np.uint8))
+    record = ClipRecord(clip_id="a", fps=8.0, maps={"rgb": np.zeros((2, 12, 8, 3), np.uint8)})
     annotated = annotate_clip(record, FlatWorld())
-    np.testing.assert_array_equal(annotated.normal, np.broadcast_to(np.uint8([128, 128, 255]), (2, 12, 8, 3)))
+    np.testing.assert_array_equal(annotated.maps["normal"], np.broadcast_to(np.uint8([128, 128, 255]), (2, 12, 8, 3)))
     assert annotated.metadata["depth_range"] == [0.25, 0.5]
-    assert annotated.depth[0, 0, 0] == 65535  # near is bright
-    np.testing.assert_array_equal(annotated.pose, draw_poses(annotated.keypoints, width=8, height=12))
+    assert annotated.maps["depth"][0, 0, 0] == 65535  # near is bright
+    np.testing.assert_array_equal(annotated.maps["pose"], draw_poses(annotated.keypoints, width=8, height=12))
 
 
 class OnlyDepth:
@@ -248,7 +248,7 @@ class OnlyDepth:
 
 
 def test_an_annotator_that_returns_another_shape_is_named():
-    record = ClipRecord(clip_id="a", fps=8.0, rgb=np.zeros((2, 12, 8, 3), np.uint8))
+    record = ClipRecord(clip_id="a", fps=8.0, maps={"rgb": np.zeros((2, 12, 8, 3), np.uint8)})
     with pytest.raises(ValueError, match=r"OnlyDepth returned \(1, 1, 1\) where \(2, 12, 8\)"):
         annotate_clip(record, OnlyDepth())
 

@@ -1,12 +1,11 @@
 """Samples of held-out clips are the real pipeline's, repeatable, and drawn beside the truth."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.recipes import tiny_clip_batch, tiny_stage1_recipe, tiny_stage2_recipe, wake
+from support.recipes import tiny_clip_batch, tiny_stage1_recipe, tiny_stage2_recipe, wake, without
 
 from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.media.transforms import decode_normals, pass_through
@@ -73,8 +72,8 @@ def test_stage_2_samples_are_the_pipelines_on_maps_of_stage_1_s_size(batch):
     expected = objective.make_pipeline()(
         batch.reference[1:],
         batch.pose[1:],
-        pass_through(batch.normal[1:], 12, 8, normals=True),
-        pass_through(batch.depth[1:], 12, 8),
+        pass_through(batch.maps["normal"][1:], 12, 8, kind="normals"),
+        pass_through(batch.maps["depth"][1:], 12, 8),
         num_inference_steps=2,
         fps=8.0,
         window_frames=4,
@@ -114,7 +113,7 @@ def test_a_video_grid_has_a_block_per_clip_and_time_to_the_right(batch):
     assert grid.shape[1] >= columns * 7 * 16
     assert_shows(grid, batch.reference[0])
     assert_shows(grid, batch.rgb[1, 4])
-    assert_shows(grid, batch.depth[1, 0])
+    assert_shows(grid, batch.maps["depth"][1, 0])
 
 
 def test_a_long_video_is_thinned_to_a_few_frames():
@@ -132,16 +131,16 @@ def test_single_frames_take_a_line_each():
     grid = draw_samples(make(recipe), single, recipe).grid
     assert grid.shape[0] < 4 * 7 * 24
     assert grid.shape[1] >= 8 * 7 * 16
-    assert_shows(grid, single.normal[2, 0])
+    assert_shows(grid, single.maps["normal"][2, 0])
 
 
 def test_the_grid_of_stage_2_shows_the_maps_that_its_controls_name(batch):
-    given = pass_through(batch.depth, 12, 8)[0, 0]
+    given = pass_through(batch.maps["depth"], 12, 8)[0, 0]
     with_depth, without_depth = (
         tiny_stage2_recipe({**QUICK, "model.controls": controls}) for controls in (["pose", "depth"], ["pose"])
     )
     assert_shows(draw_samples(make(with_depth), batch, with_depth).grid, given)
-    grid = draw_samples(make(without_depth), replace(batch, normal=None, depth=None), without_depth).grid
+    grid = draw_samples(make(without_depth), without(batch, "normal", "depth"), without_depth).grid
     with pytest.raises(AssertionError):
         assert_shows(grid, given)
 

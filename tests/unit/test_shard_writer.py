@@ -226,7 +226,7 @@ def test_both_hashes_are_in_the_index(tmp_path):
 
 
 def test_what_a_clip_lacks_is_stored_as_nothing():
-    record = ClipRecord(clip_id="bare", fps=8.0, rgb=random_clip(0).rgb)
+    record = ClipRecord(clip_id="bare", fps=8.0, maps={"rgb": random_clip(0).maps["rgb"]})
     sample = record.to_sample()
     assert [sample[name] for name in ("pose", "normal", "depth", "mask", "keypoints")] == [b""] * 5
     assert list(islice(sample, 1)) == ["schema_version"]

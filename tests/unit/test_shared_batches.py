@@ -2,10 +2,10 @@
 
 import multiprocessing
 import os
-from dataclasses import replace
 
 import pytest
 import torch
+from support.recipes import without
 
 from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.data.loading.shared_memory import PackedBatch, SharedSlots
@@ -18,11 +18,12 @@ def random_batch(seed: int, *, frames: int = 2) -> ClipBatch:
         return torch.rand(shape, generator=generator)
 
     return ClipBatch(
-        rgb=images(1, frames, 5, 7, 3).permute(0, 1, 4, 2, 3),  # as it comes from pictures: channels last in memory
-        pose=images(1, frames, 3, 5, 7),
-        normal=None,
-        depth=images(1, frames, 3, 5, 7)[..., ::2],
-        mask=None,
+        maps={
+            # as it comes from pictures: channels last in memory
+            "rgb": images(1, frames, 5, 7, 3).permute(0, 1, 4, 2, 3),
+            "pose": images(1, frames, 3, 5, 7),
+            "depth": images(1, frames, 3, 5, 7)[..., ::2],
+        },
         reference=images(1, 3, 5, 7),
         fps=torch.tensor([8.0]),
         keys=torch.tensor([[seed, 2**40, 3]]),
@@ -32,10 +33,10 @@ def random_batch(seed: int, *, frames: int = 2) -> ClipBatch:
 
 def assert_same(one: ClipBatch, other: ClipBatch) -> None:
     for name in ("rgb", "pose", "depth", "reference", "fps", "keys"):
-        first, second = getattr(one, name), getattr(other, name)
+        first, second = one.tensors[name], other.tensors[name]
         assert first.dtype == second.dtype
         assert torch.equal(first, second), name
-    assert one.normal is other.normal is one.mask is other.mask is None
+    assert list(one.maps) == list(other.maps) == ["rgb", "pose", "depth"]
     assert one.clip_ids == other.clip_ids
 
 
@@ -75,8 +76,8 @@ def test_a_batch_larger_than_its_slot_is_refused():
     slots.write(random_batch(0), slot=0)
     with pytest.raises(AssertionError, match="micro batches differ in size"):
         slots.write(random_batch(1, frames=40), slot=0)
-    smaller = replace(random_batch(2), depth=None)
-    assert slots.read(slots.write(smaller, slot=1), pin=False).depth is None
+    smaller = without(random_batch(2), "depth")
+    assert list(slots.read(slots.write(smaller, slot=1), pin=False).maps) == ["rgb", "pose"]
     slots.close()
 
 

@@ -125,7 +125,7 @@ def test_a_rehearsed_step_takes_the_memory_of_a_real_one():
     }
     reference = torch.rand(1, 3, recipe.data.height, recipe.data.width)
     keys = torch.zeros(1, 3, dtype=torch.int64)
-    batch = ClipBatch(**maps, mask=None, reference=reference, fps=torch.ones(1), keys=keys, clip_ids=["a"])
+    batch = ClipBatch(maps=maps, reference=reference, fps=torch.ones(1), keys=keys, clip_ids=["a"])
     with LiveBytes(beside=(*objective.parameters(), *objective.buffers())) as live:
         objective(batch).loss.backward()
     rehearsed = peak_activation_bytes(built(recipe, "meta"), recipe)

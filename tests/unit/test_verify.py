@@ -174,7 +174,7 @@ def test_what_was_unpacked_from_a_sound_shard_is_made_anew_when_damaged(tmp_path
     shards = Shards(local=str(tmp_path / "shards"))
     list(StoredClips(shards))
     flip(tmp_path / "shards" / SECOND)
-    assert StoredClips(shards, verify="hash").clip(5).frames("rgb").sum() == random_clip(5).rgb.sum()
+    assert StoredClips(shards, verify="hash").clip(5).frames("rgb").sum() == random_clip(5).maps["rgb"].sum()
 
 
 def test_a_cache_of_another_dataset_is_refused(folder, tmp_path):

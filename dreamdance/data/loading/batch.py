@@ -1,7 +1,7 @@
 """The batch that the objectives train on, and how clips become one. Knows nothing of shards or files."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,11 +13,7 @@ from dreamdance.errors import ShardError
 class ClipSample:
     """One training window: the fields of `ClipBatch` without their first dimension."""
 
-    rgb: Tensor
-    pose: Tensor
-    normal: Tensor | None
-    depth: Tensor | None
-    mask: Tensor | None
+    maps: Mapping[str, Tensor]
     reference: Tensor
     fps: float
     key: tuple[int, int, int]
@@ -26,25 +22,19 @@ class ClipSample:
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """Windows of b clips, float32. Maps that were not asked for are None.
+    """Windows of b clips, float32.
 
     Attributes:
-        rgb: `b f 3 H W` in [0,1].
-        pose: `b f 3 H W` in [0,1], drawing on black.
-        normal: `b f 3 H W` in [0,1], (n+1)/2, of unit length after decoding.
-        depth: `b f 3 H W` in [0,1], disparity, near bright, the same in all 3 channels.
-        mask: `b f 1 H W` in {0,1}, 1 on the body.
+        maps: by modality, in the order of `modalities.MODALITIES`: `b f 3 H W` in [0,1]. Those that were not asked for
+            are not there; rgb and pose always are. Normals are (n+1)/2, of unit length after decoding; depth is
+            disparity, near bright; a mask is 1 on the body, else 0. One number per pixel is the same in all 3 channels.
         reference: `b 3 H W` in [0,1], some frame of the same clip.
         fps: `b`, frames per second after the stride.
         keys: `b 3` int64: seed, epoch, sample id; whatever is drawn about a sample is drawn from these.
         clip_ids: b names.
     """
 
-    rgb: Tensor
-    pose: Tensor
-    normal: Tensor | None
-    depth: Tensor | None
-    mask: Tensor | None
+    maps: Mapping[str, Tensor]
     reference: Tensor
     fps: Tensor
     keys: Tensor
@@ -53,33 +43,49 @@ class ClipBatch:
     def __len__(self) -> int:
         return len(self.clip_ids)
 
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], clip_ids: list[str]) -> "ClipBatch":
+        """The batch of which `tensors` gave these."""
+        maps = dict(tensors)
+        reference, fps, keys = (maps.pop(name) for name in ("reference", "fps", "keys"))
+        return cls(maps, reference, fps, keys, clip_ids)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the batch by its name: the maps and the others."""
+        return {**self.maps, "reference": self.reference, "fps": self.fps, "keys": self.keys}
+
+    @property
+    def rgb(self) -> Tensor:
+        """`b f 3 H W` in [0,1], the pictures."""
+        return self.maps["rgb"]
+
+    @property
+    def pose(self) -> Tensor:
+        """`b f 3 H W` in [0,1], drawing on black."""
+        return self.maps["pose"]
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "ClipBatch":
         """Returns the batch on another device; `keys` stay on the CPU, where random draws are made."""
         moved = {
-            field.name: getattr(self, field.name).to(device, non_blocking=non_blocking)
-            for field in fields(self)
-            if isinstance(getattr(self, field.name), Tensor) and field.name != "keys"
+            name: tensor.to(device, non_blocking=non_blocking)
+            for name, tensor in self.tensors.items()
+            if name != "keys"
         }
-        return replace(self, **moved)
+        return self.from_tensors({**moved, "keys": self.keys}, self.clip_ids)
 
     def pin_memory(self) -> "ClipBatch":
         """Returns the batch in page-locked memory (the loader asks for it where there is a GPU)."""
-        pinned = {
-            field.name: getattr(self, field.name).pin_memory()
-            for field in fields(self)
-            if isinstance(getattr(self, field.name), Tensor)
-        }
-        return replace(self, **pinned)
+        return self._changed(Tensor.pin_memory)
 
     def select(self, indices: Sequence[int]) -> "ClipBatch":
         """Returns the batch of the given clips of this one."""
         chosen = torch.tensor(list(indices), dtype=torch.long)
-        parts = {
-            field.name: getattr(self, field.name)[chosen.to(getattr(self, field.name).device)]
-            for field in fields(self)
-            if isinstance(getattr(self, field.name), Tensor)
-        }
-        return replace(self, **parts, clip_ids=[self.clip_ids[index] for index in indices])
+        selected = self._changed(lambda tensor: tensor[chosen.to(tensor.device)])
+        return replace(selected, clip_ids=[self.clip_ids[index] for index in indices])
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> "ClipBatch":
+        return self.from_tensors({name: change(tensor) for name, tensor in self.tensors.items()}, self.clip_ids)
 
 
 def collate_clips(samples: Sequence[ClipSample]) -> ClipBatch:
@@ -89,11 +95,7 @@ def collate_clips(samples: Sequence[ClipSample]) -> ClipBatch:
         ShardError: some of the clips have a map that others lack.
     """
     return ClipBatch(
-        rgb=torch.stack([sample.rgb for sample in samples]),
-        pose=torch.stack([sample.pose for sample in samples]),
-        normal=_stack_maps(samples, "normal"),
-        depth=_stack_maps(samples, "depth"),
-        mask=_stack_maps(samples, "mask"),
+        maps={name: _stack_maps(samples, name) for name in dict.fromkeys(n for sample in samples for n in sample.maps)},
         reference=torch.stack([sample.reference for sample in samples]),
         fps=torch.tensor([sample.fps for sample in samples], dtype=torch.float32),
         keys=torch.tensor([sample.key for sample in samples], dtype=torch.int64),
@@ -101,11 +103,8 @@ def collate_clips(samples: Sequence[ClipSample]) -> ClipBatch:
     )
 
 
-def _stack_maps(samples: Sequence[ClipSample], name: str) -> Tensor | None:
-    maps = [getattr(sample, name) for sample in samples]
-    lacking = [sample.clip_id for sample, found in zip(samples, maps, strict=True) if found is None]
-    if len(lacking) == len(samples):
-        return None
+def _stack_maps(samples: Sequence[ClipSample], name: str) -> Tensor:
+    lacking = [sample.clip_id for sample in samples if name not in sample.maps]
     if lacking:
         raise ShardError(f"clip '{lacking[0]}' has no {name} map while other clips of its batch have one")
-    return torch.stack(maps)
+    return torch.stack([sample.maps[name] for sample in samples])

@@ -1,28 +1,27 @@
 """A clip's aligned frames as tensors, and their mirror image."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dreamdance.media.keypoints import flip_keypoints
 from dreamdance.media.pose_drawing import draw_poses
-from dreamdance.media.transforms import flip_images, flip_normals, pictures_to_tensor
+from dreamdance.media.transforms import flip_map, pictures_to_tensor
+from dreamdance.modalities import MODALITIES
 
 
 @dataclass(frozen=True)
 class ClipFrames:
-    """Aligned frames of one clip; what it lacks is None.
+    """Aligned frames of one clip.
 
-    rgb, pose, normal, depth: `(f, 3, H, W)` float32 in [0,1]; mask: `(f, 1, H, W)`; keypoints: `(f, 128, 3)`, see
-    `media.keypoints`.
+    Attributes:
+        maps: by modality, `(f, c, H, W)` float32 in [0,1]; what the clip lacks is not there.
+        keypoints: `(f, 128, 3)`, see `media.keypoints`.
     """
 
-    rgb: Tensor
-    pose: Tensor
-    normal: Tensor | None = None
-    depth: Tensor | None = None
-    mask: Tensor | None = None
+    maps: Mapping[str, Tensor]
     keypoints: Tensor | None = None
 
 
@@ -40,14 +39,11 @@ def flip_clip(clip: ClipFrames, *, drawn_pose: Tensor | None = None) -> ClipFram
         raise ValueError("a clip that has only a pose drawing and no key points cannot be flipped")
     keypoints = flip_keypoints(clip.keypoints.numpy())
     if drawn_pose is None:
-        height, width = clip.pose.shape[-2:]
+        height, width = clip.maps["rgb"].shape[-2:]
         drawn_pose = pictures_to_tensor(draw_poses(keypoints, width=width, height=height))
-    return replace(
-        clip,
-        rgb=flip_images(clip.rgb),
-        pose=drawn_pose,
-        normal=None if clip.normal is None else flip_normals(clip.normal),
-        depth=None if clip.depth is None else flip_images(clip.depth),
-        mask=None if clip.mask is None else flip_images(clip.mask),
-        keypoints=torch.from_numpy(keypoints),
-    )
+    kinds = {name: MODALITIES[name].kind for name in clip.maps}
+    maps = {
+        name: drawn_pose if kinds[name] == "drawing" else flip_map(images, kind=kinds[name])
+        for name, images in clip.maps.items()
+    }
+    return ClipFrames(maps, torch.from_numpy(keypoints))

@@ -5,7 +5,7 @@ Nothing here knows the process group: ranks need not be in step, and one rank al
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,20 +21,14 @@ from dreamdance.data.shards.mds import Spanner, Stream, StreamingDataset, World
 from dreamdance.data.shards.verify import CheckedShards, open_shards
 from dreamdance.errors import LostWorkerError, ShardError, is_transient
 from dreamdance.media.cropping import centred_crop
-from dreamdance.media.transforms import (
-    flip_images,
-    pictures_to_tensor,
-    resize_images,
-    resize_normals,
-)
+from dreamdance.media.transforms import flip_images, pictures_to_tensor, resize_map
+from dreamdance.modalities import ALWAYS_READ, MODALITIES, OPTIONAL, Kind
 from dreamdance.recipe.sections import Shards, Verify
 from dreamdance.runs.files import NUM_ATTEMPTS, retry_transient
 from dreamdance.runtime.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
-Map = Literal["normal", "depth", "mask"]
-MAPS: tuple[Map, ...] = ("normal", "depth", "mask")
 CACHE_BYTES = 256 << 20
 _DAMAGED = (OSError, ValueError, RuntimeError, IndexError, KeyError)
 
@@ -162,7 +156,7 @@ class ClipDataset(StoredClips):
         stride: tuple[int, int] = (1, 1),
         flip_probability: float = 0.0,
         seed: int = 0,
-        maps: Sequence[Map] = ("normal", "depth"),
+        maps: Sequence[str] = ("normal", "depth"),
         verify: Verify = "first_use",
         ranks: Ranks | None = None,
         cache_bytes: int = CACHE_BYTES,
@@ -177,7 +171,7 @@ class ClipDataset(StoredClips):
             stride: smallest and largest distance between its frames.
             flip_probability: how often a clip that has key points is mirrored.
             seed: the first part of every sample's key.
-            maps: which of normal, depth and mask to read; a clip without one of them is an error.
+            maps: which modalities to read beside rgb and pose; a clip without one of them is an error.
 
         Raises:
             ShardError: missing, damaged, foreign or hostile shards.
@@ -206,42 +200,32 @@ class ClipDataset(StoredClips):
 
     def cut(self, clip: StoredClip, window: Window, key: tuple[int, int, int]) -> ClipSample:
         """Cuts a window from a clip: frames as tensors, mirrored if it says so, cropped to the aspect and resized."""
+        names = [name for name in MODALITIES if name in ALWAYS_READ or name in self.maps]
         frames = ClipFrames(
-            rgb=pictures_to_tensor(clip.frames("rgb", window.frames)),
-            pose=pictures_to_tensor(clip.frames("pose", window.frames)),
-            normal=pictures_to_tensor(clip.frames("normal", window.frames)) if "normal" in self.maps else None,
-            depth=_plane(clip, "depth", window.frames) if "depth" in self.maps else None,
-            mask=_plane(clip, "mask", window.frames) if "mask" in self.maps else None,
+            maps={name: pictures_to_tensor(clip.pictures(name, window.frames)) for name in names},
             keypoints=None if clip.keypoints is None else torch.from_numpy(clip.keypoints[window.frames]),
         )
-        reference = pictures_to_tensor(clip.frames("rgb", [window.reference]))[0]
+        reference = pictures_to_tensor(clip.pictures("rgb", [window.reference]))[0]
         if window.flip:
             pose = pictures_to_tensor(clip.mirrored_pose(window.frames))
             frames, reference = flip_clip(frames, drawn_pose=pose), flip_images(reference)
-        depth = None if frames.depth is None else self._resize(frames.depth)
-        mask = None if frames.mask is None else self._resize(frames.mask).round()
+        resized = {name: self._resize(images, MODALITIES[name].kind) for name, images in frames.maps.items()}
         return ClipSample(
-            rgb=self._resize(frames.rgb),
-            pose=self._resize(frames.pose),
-            normal=None if frames.normal is None else self._resize(frames.normal, normals=True),
-            depth=None if depth is None else repeat(depth, "f 1 h w -> f c h w", c=3),
-            mask=mask,
-            reference=self._resize(reference),
+            maps={
+                name: repeat(images, "f 1 h w -> f c h w", c=3) if images.shape[1] == 1 else images
+                for name, images in resized.items()
+            },
+            reference=self._resize(reference, "colours"),
             fps=clip.fps / window.stride,
             key=key,
             clip_id=clip.clip_id,
         )
 
-    def _resize(self, images: Tensor, *, normals: bool = False) -> Tensor:
+    def _resize(self, images: Tensor, kind: Kind) -> Tensor:
         height, width = images.shape[-2:]
         part = centred_crop(width, height, to_width=self.width, to_height=self.height)
         images = images[..., part.top : part.top + part.height, part.left : part.left + part.width]
-        return (resize_normals if normals else resize_images)(images, self.height, self.width)
-
-
-def _plane(clip: StoredClip, column: str, indices: Sequence[int]) -> Tensor:
-    """Depth or mask `(f, 1, H, W)` float32 in [0,1]."""
-    return pictures_to_tensor(clip.frames(column, indices)[..., None])
+        return resize_map(images, self.height, self.width, kind=kind)
 
 
 def fixed_clips(
@@ -252,7 +236,7 @@ def fixed_clips(
     num_frames: int,
     count: int,
     stride: int = 1,
-    maps: Sequence[Map] | None = None,
+    maps: Sequence[str] | None = None,
     verify: Verify = "first_use",
     share_of: Ranks | None = None,
 ) -> list[ClipSample]:
@@ -276,7 +260,7 @@ def fixed_clips(
     )
     clips = [dataset.clip(number) for number in range(min(count, len(dataset)))]
     if maps is None:
-        dataset.maps = tuple(name for name in MAPS if all(clip.has(name) for clip in clips))
+        dataset.maps = tuple(name for name in OPTIONAL if all(clip.has(name) for clip in clips))
     windows = [first_window(clip, num_frames=num_frames, stride=stride) for clip in clips]  # all ranks refuse alike
     ranks = share_of or Ranks()
     share = range(ranks.rank, len(clips), ranks.world_size)

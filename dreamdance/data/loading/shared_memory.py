@@ -3,7 +3,7 @@
 import math
 import mmap
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from multiprocessing.reduction import DupFd
 from typing import Any
 
@@ -55,8 +55,7 @@ class SharedSlots:
 
     def write(self, batch: ClipBatch, *, slot: int) -> PackedBatch:
         """Copies a batch into a slot, over what was there; it may not be larger than the first one."""
-        tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
-        tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+        tensors = batch.tensors
         aligned = [math.ceil(tensor.nbytes / _ALIGNMENT) * _ALIGNMENT for tensor in tensors.values()]
         if self._memory is None:
             os.ftruncate(self._descriptor, self.count * sum(aligned))
@@ -75,9 +74,8 @@ class SharedSlots:
     def read(self, packed: PackedBatch, *, pin: bool) -> ClipBatch:
         """A copy of a written batch, in page-locked memory if `pin`; its slot can be written again."""
         views = {name: _view(self._mapped(), part) for name, part in packed.parts.items()}
-        lacking = {field.name: None for field in fields(ClipBatch) if field.name not in views}
-        copies: dict[str, Any] = {name: view.pin_memory() if pin else view.clone() for name, view in views.items()}
-        return ClipBatch(**{**lacking, **copies, "clip_ids": packed.clip_ids})
+        copies = {name: view.pin_memory() if pin else view.clone() for name, view in views.items()}
+        return ClipBatch.from_tensors(copies, packed.clip_ids)
 
     def close(self) -> None:
         """Gives the memory back once the other process has, too."""

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from dreamdance.data.shards.columns import (
-    FRAME_COLUMNS,
     check_schema_version,
     read_frame_format,
     unpack_frames,
@@ -19,6 +18,7 @@ from dreamdance.data.shards.columns import (
 from dreamdance.errors import ShardError
 from dreamdance.media.keypoints import flip_keypoints
 from dreamdance.media.pose_drawing import draw_pose
+from dreamdance.modalities import MODALITIES
 from dreamdance.runtime.sample_random import sample_generator
 
 
@@ -49,7 +49,7 @@ class StoredClip:
         self.metadata = self._parse_metadata(sample["metadata"])
         if not (math.isfinite(self.fps) and self.fps > 0):
             raise ShardError(f"{self.where}: {self.fps} frames per second; damaged")
-        self._packed: dict[str, bytes] = {name: sample[name] for name in FRAME_COLUMNS if sample[name]}
+        self._packed: dict[str, bytes] = {name: sample[name] for name in MODALITIES if sample.get(name)}
         self._decoded: dict[str, np.ndarray] = {}
         self._mirrored: dict[int, np.ndarray] = {}
         self._decoded_bytes = 0
@@ -98,6 +98,15 @@ class StoredClip:
         if column not in self._packed:
             raise ShardError(f"{self.where} has no {column} frames, which this recipe needs")
         return unpack_frames(self._packed[column], indices, where=f"{self.where}, {column}")
+
+    def pictures(self, column: str, indices: Sequence[int] | None = None) -> np.ndarray:
+        """Frames of one column, `(n, H, W, c)`, as they are stored; depth and mask have one channel.
+
+        Raises:
+            ShardError: the clip has no such column, or it is damaged.
+        """
+        frames = self.frames(column, indices)
+        return frames[..., None] if frames.ndim == 3 else frames
 
     def mirrored_pose(self, indices: Sequence[int]) -> np.ndarray:
         """The pose of a mirrored clip, drawn from its key points, `(n, H, W, 3)` uint8; kept if the frames are kept.

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dreamdance.errors import ShardError
 from dreamdance.media.keypoints import NUM_KEYPOINTS
+from dreamdance.modalities import MODALITIES, Modality
 
 SCHEMA_VERSION = 1
 
@@ -28,17 +29,15 @@ COLUMNS: dict[str, str] = {
     "height": "int",
     "fps": "float64",
     "metadata": "str",
-    "rgb": "bytes",
-    "pose": "bytes",
-    "normal": "bytes",
-    "depth": "bytes",
-    "mask": "bytes",
+    **dict.fromkeys(MODALITIES, "bytes"),
     "keypoints": "bytes",
 }
-"""Column name -> MDS encoding. Empty `bytes` mean that the clip has no such modality; rgb is always there."""
+"""Column name -> MDS encoding. The columns of modalities hold packed frames: rgb, pose, normal `(H, W, 3)` uint8; depth
+`(H, W)` uint16; mask `(H, W)` uint8, 0/255. Empty `bytes` mean that the clip has no such modality; rgb is always there.
+"""
 
-FRAME_COLUMNS = ("rgb", "pose", "normal", "depth", "mask")
-"""Columns of packed frames: rgb, pose, normal `(H, W, 3)` uint8; depth `(H, W)` uint16; mask `(H, W)` uint8, 0/255."""
+# The modalities that the schema began with, for which every shard has a column; it may lack that of a later one.
+FIRST_MODALITIES = ("rgb", "pose", "normal", "depth", "mask")
 
 RESERVED_COLUMNS = ("latents", "embeddings")
 """Names kept for precomputed VAE latents and image embeddings; this version neither writes nor reads them."""
@@ -220,6 +219,18 @@ def encode_normal(normal: np.ndarray) -> np.ndarray:
     return np.floor((np.asarray(normal, dtype=np.float32) + 1.0) * 127.5 + 0.5).clip(0, 255).astype(np.uint8)
 
 
+def encode_grey(pictures: np.ndarray, modality: Modality) -> np.ndarray:
+    """Encodes pictures `(f, H, W, 3)` uint8 of a modality that has one number per pixel as its stored `(f, H, W)`.
+
+    The number is the mean of the channels, stretched to the whole range of the stored type; a region has that of 128
+    and more.
+    """
+    means = pictures.mean(axis=-1, dtype=np.float32).round().astype(np.dtype(f"u{modality.bits // 8}"))
+    if modality.kind == "region":
+        means = np.where(means >= 128, means.dtype.type(255), means.dtype.type(0))
+    return means if modality.bits == 8 else means * 257
+
+
 def encode_disparity(depth: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
     """Encodes a clip's depth as 16-bit disparity, near bright, normalised over the whole clip.
 
@@ -253,7 +264,7 @@ def metric_disparity(disparity: np.ndarray, depth_range: tuple[float, float]) ->
 
 
 def check_columns(encodings: Mapping[str, str], *, where: str) -> None:
-    """Refuses a shard folder whose index does not have exactly our columns.
+    """Refuses a shard folder whose index does not have our columns; those of later modalities may be missing.
 
     Args:
         encodings: column name -> MDS encoding, as an index.json lists them.
@@ -262,7 +273,8 @@ def check_columns(encodings: Mapping[str, str], *, where: str) -> None:
     Raises:
         ShardError: naming what is missing, unknown or of another encoding.
     """
-    wrong = [f"{name} is missing" for name in COLUMNS if name not in encodings]
+    added_later = set(MODALITIES).difference(FIRST_MODALITIES)
+    wrong = [f"{name} is missing" for name in COLUMNS if name not in encodings and name not in added_later]
     wrong += [f"{name} is unknown" for name in encodings if name not in COLUMNS]
     wrong += [
         f"{name} is {encodings[name]}, not {kind}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreamdance.data.shards.columns import COLUMNS, SCHEMA_VERSION, check_columns, check_schema_version
+from dreamdance.data.shards.columns import SCHEMA_VERSION, check_columns, check_schema_version
 from dreamdance.errors import ShardError
 
 MAX_INDEX_BYTES = 256 << 20
@@ -147,7 +147,7 @@ def _check_columns(label: str, shard: dict[str, Any]) -> None:
         raise ShardError(f"{label}: column '{pickled[0]}' is pickled ('pkl'), which could run any code; it is not read")
     check_columns(found, where=label)
     sizes = [_COLUMN_BYTES.get(encoding) for encoding in found.values()]
-    if names != sorted(COLUMNS) or shard.get("column_sizes") != sizes:
+    if names != sorted(found) or shard.get("column_sizes") != sizes:
         raise ShardError(f"{label} has columns in another order or of another width than the format has")
 
 

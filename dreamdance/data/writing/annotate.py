@@ -75,21 +75,23 @@ def annotate_clip(record: ClipRecord, annotator: Annotator) -> ClipRecord:
     Raises:
         ValueError: the annotator's result has another shape than it promises.
     """
-    num_frames, height, width = record.rgb.shape[:3]
+    rgb, maps, metadata = record.maps["rgb"], dict(record.maps), record.metadata
+    num_frames, height, width = rgb.shape[:3]
     if isinstance(annotator, PoseAnnotator):
-        keypoints = np.asarray(annotator.annotate_pose(record.rgb), dtype=np.float32)
+        keypoints = np.asarray(annotator.annotate_pose(rgb), dtype=np.float32)
         _check_shape(annotator, keypoints, (num_frames, NUM_KEYPOINTS, 3))
-        record = replace(record, keypoints=keypoints, pose=draw_poses(keypoints, width=width, height=height))
+        record = replace(record, keypoints=keypoints)
+        maps["pose"] = draw_poses(keypoints, width=width, height=height)
     if isinstance(annotator, NormalAnnotator):
-        normal = annotator.annotate_normal(record.rgb)
+        normal = annotator.annotate_normal(rgb)
         _check_shape(annotator, normal, (num_frames, height, width, 3))
-        record = replace(record, normal=encode_normal(normal))
+        maps["normal"] = encode_normal(normal)
     if isinstance(annotator, DepthAnnotator):
-        depth = annotator.annotate_depth(record.rgb)
+        depth = annotator.annotate_depth(rgb)
         _check_shape(annotator, depth, (num_frames, height, width))
-        disparity, depth_range = encode_disparity(depth)
-        record = replace(record, depth=disparity, metadata={**record.metadata, "depth_range": list(depth_range)})
-    return record
+        maps["depth"], depth_range = encode_disparity(depth)
+        metadata = {**metadata, "depth_range": list(depth_range)}
+    return replace(record, maps=maps, metadata=metadata)
 
 
 def _check_shape(annotator: Annotator, result: np.ndarray, shape: tuple[int, ...]) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from dreamdance.data.shards.columns import COLUMNS, SCHEMA_VERSION, pack_frames, pack_keypoints
 from dreamdance.data.shards.mds import INDEX_FILE, MDSWriter
 from dreamdance.errors import LostWorkerError, ShardError, UserError, is_transient
+from dreamdance.modalities import MODALITIES
 from dreamdance.runs.crew import Crew
 from dreamdance.runs.file_states import FileState, read_state
 from dreamdance.runs.files import replace_atomically
@@ -41,23 +42,24 @@ OnError = Literal["stop", "skip"]
 class ClipRecord:
     """A clip to be stored.
 
-    rgb, pose, normal: `(f, H, W, 3)` uint8; depth `(f, H, W)` uint16; mask `(f, H, W)` uint8, 255 on the body;
-    keypoints `(f, 128, 3)` float32. Encodings are those of `data.shards.columns`.
+    Attributes:
+        clip_id: unique in its set.
+        fps: frames per second.
+        maps: by modality, in the encodings of `data.shards.columns`: rgb, pose, normal `(f, H, W, 3)` uint8; depth
+            `(f, H, W)` uint16; mask `(f, H, W)` uint8, 255 on the body. rgb must be there.
+        keypoints: `(f, 128, 3)` float32.
+        metadata: what else is known, as JSON.
     """
 
     clip_id: str
     fps: float
-    rgb: np.ndarray
-    pose: np.ndarray | None = None
-    normal: np.ndarray | None = None
-    depth: np.ndarray | None = None
-    mask: np.ndarray | None = None
+    maps: Mapping[str, np.ndarray]
     keypoints: np.ndarray | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def to_sample(self) -> dict[str, Any]:
         """The clip as the columns of a shard."""
-        num_frames, height, width = self.rgb.shape[:3]
+        num_frames, height, width = self.maps["rgb"].shape[:3]
         sample: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "clip_id": self.clip_id,
@@ -68,10 +70,8 @@ class ClipRecord:
             "metadata": json.dumps(self.metadata, sort_keys=True),
             "keypoints": b"" if self.keypoints is None else pack_keypoints(self.keypoints),
         }
-        for name in ("rgb", "pose", "normal", "depth", "mask"):
-            frames = getattr(self, name)
-            sample[name] = b"" if frames is None else pack_frames(frames)
-        return sample
+        maps = {name: pack_frames(list(self.maps[name])) if name in self.maps else b"" for name in MODALITIES}
+        return {**sample, **maps}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import torch
 
+from dreamdance.data.shards.columns import encode_grey
 from dreamdance.data.writing.shard_parts import ClipRecord
 from dreamdance.data.writing.video_opening import open_videos
 from dreamdance.errors import MissingInputError
@@ -22,6 +23,7 @@ from dreamdance.media.letterbox import search_letterbox
 from dreamdance.media.transforms import pictures_to_tensor, resize_normals, tensor_to_pictures
 from dreamdance.media.video import VideoInfo, iterate_frames
 from dreamdance.media.video_names import printable
+from dreamdance.modalities import MODALITIES
 from dreamdance.recipe.schema import VideosSource
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.runtime.sample_random import sample_generator
@@ -107,10 +109,7 @@ class VideoPart:
             yield ClipRecord(
                 clip_id=f"{self.clip_id}.{self.split}.{number:04d}",
                 fps=rgb.fps / self.source.frame_stride,
-                rgb=pictures["rgb"],
-                pose=pictures["pose"],
-                normal=pictures.get("normal"),
-                depth=pictures.get("depth"),
+                maps=pictures,
                 metadata={
                     "source": f"{self.name}.rgb.mp4",
                     "first_frame": first,
@@ -134,14 +133,13 @@ class VideoPart:
         """Frames of one modality, in its stored encoding."""
         width, height = self.source.width or part.width, self.source.height or part.height
         cuts = (part.cut(frame) for frame in iterate_frames(video, frames))
-        if name == "normal":
+        modality = MODALITIES[name]
+        if modality.kind == "normals":
             return np.concatenate(
                 [tensor_to_pictures(resize_normals(pictures_to_tensor(cut[None]), height, width)) for cut in cuts]
             )
         pictures = np.stack([resize_picture(cut, width, height) for cut in cuts])
-        if name == "depth":
-            return pictures.mean(axis=-1, dtype=np.float32).round().astype(np.uint16) * 257
-        return pictures
+        return pictures if modality.channels == 3 else encode_grey(pictures, modality)
 
 
 def resize_picture(picture: np.ndarray, width: int, height: int) -> np.ndarray:

@@ -11,18 +11,19 @@ import numpy as np
 from dreamdance.errors import is_transient
 from dreamdance.media.video import VideoError, VideoInfo, probe_video
 from dreamdance.media.video_names import is_text, printable
+from dreamdance.modalities import MODALITIES, OPTIONAL
 from dreamdance.recipe.schema import VideosSource
 
 logger = logging.getLogger(__name__)
 
-MODALITIES = ("rgb", "pose", "normal", "depth")
-OPTIONAL = ("normal", "depth")
+# What a clip may have a video of.
+FILMED = tuple(name for name, modality in MODALITIES.items() if modality.domain or modality.control)
 _HALF = 0.51  # of the time between two frames, with a little for rounded stamps
 
 
 def video_files(folder: Path | str, name: str) -> dict[str, Path]:
     """The files of a clip by modality, those that need not be there included."""
-    return {modality: Path(folder).absolute() / f"{name}.{modality}.mp4" for modality in MODALITIES}
+    return {modality: Path(folder).absolute() / f"{name}.{modality}.mp4" for modality in FILMED}
 
 
 def open_videos(source: VideosSource, name: str) -> dict[str, VideoInfo]:

@@ -22,6 +22,7 @@ from dreamdance.diffusion.noise import (
 )
 from dreamdance.errors import UserError
 from dreamdance.media.transforms import pass_through
+from dreamdance.modalities import DOMAINS, MODALITIES
 from dreamdance.models import CrossDomainControllerModel, SpatioTemporalControlNetModel
 from dreamdance.models.autoencoding import Autoencoder, encode_latents
 from dreamdance.models.image_embedding import ImageEncoder, embed_images
@@ -134,7 +135,7 @@ class AnimationObjective(LatentObjective):
 
         # 3. loss
         losses = (edm_weight(sigmas) * (denoised - latents).square()).mean(dim=(1, 2, 3, 4))
-        only_rgb = torch.tensor([1, 0, 0], device=losses.device)
+        only_rgb = torch.tensor([domain == "rgb" for domain in DOMAINS], device=losses.device)
         return ObjectiveOutput(
             loss=losses.mean(),
             sample_losses=losses.detach(),
@@ -181,18 +182,18 @@ class AnimationObjective(LatentObjective):
         return encode_latents(self.vae, noised, scaled=False).float(), strength
 
     def _control_maps(self, batch: ClipBatch, keys: list[list[int]]) -> dict[str, Tensor]:
-        """The controller's maps `(b f) 3 H W` in [0,1], normal and depth blurred as stage 1 will deliver them."""
+        """The controller's maps `(b f) 3 H W` in [0,1], those that stage 1 predicts blurred as it will."""
         maps: dict[str, Tensor] = {}
         for name in self.controller.config.controls:
-            frames = getattr(batch, name)
+            frames = batch.maps.get(name)
             if frames is None:
                 raise UserError(
                     f"model.controls names '{name}', but the shards have no {name} maps; leave it out "
                     "or give data.train a set with these maps"
                 )
-            if name != "pose":
+            if MODALITIES[name].domain:
                 size = (self.settings.geometry_height, self.settings.geometry_width)
-                frames = pass_through(frames, *size, normals=name == "normal")
+                frames = pass_through(frames, *size, kind=MODALITIES[name].kind)
             maps[name] = frames
         if self.training:
             maps = drop_controls(

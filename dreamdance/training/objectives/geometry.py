@@ -21,13 +21,14 @@ from dreamdance.diffusion.noise import (
     min_snr_weights,
 )
 from dreamdance.errors import UserError
+from dreamdance.modalities import DOMAINS
 from dreamdance.models import GeometryUNetModel, PoseEncoderModel, ReferenceUNetModel
 from dreamdance.models.autoencoding import Autoencoder, encode_latents
 from dreamdance.models.image_embedding import ImageEncoder, embed_images
 from dreamdance.pipelines import GeometryPipeline
 from dreamdance.recipe import schema
 from dreamdance.runtime.sample_random import sample_generator
-from dreamdance.training.objectives.output import NUM_DOMAINS, LatentObjective, ObjectiveOutput, no_grad_if_frozen
+from dreamdance.training.objectives.output import LatentObjective, ObjectiveOutput, no_grad_if_frozen
 
 Step = Literal["domains", "geometry", "temporal"]
 
@@ -147,7 +148,7 @@ class GeometryObjective(LatentObjective):
     def _choose_domains(self, keys: list[list[int]]) -> Tensor:
         """`b m` domain numbers: one drawn per clip in the first step, all three afterwards."""
         if self.step != "domains":
-            return repeat(torch.arange(NUM_DOMAINS, device=self.unet.device), "m -> b m", b=len(keys))
+            return repeat(torch.arange(len(DOMAINS), device=self.unet.device), "m -> b m", b=len(keys))
         drawn = [torch.multinomial(self._draw_weights, 1, generator=sample_generator(key, "domain")) for key in keys]
         return torch.stack(drawn).to(self.unet.device)
 
@@ -174,7 +175,7 @@ class GeometryObjective(LatentObjective):
             sample_losses = rearrange(losses, "b 1 -> b")
         else:
             sample_losses = losses @ self._loss_weights.to(losses.device)
-        zeros = torch.zeros(NUM_DOMAINS, device=losses.device)
+        zeros = torch.zeros(len(DOMAINS), device=losses.device)
         index = rearrange(domains, "b m -> (b m)")
         return ObjectiveOutput(
             loss=sample_losses.mean(),
@@ -186,7 +187,7 @@ class GeometryObjective(LatentObjective):
 
 def _domain_weights(weights: schema.DomainWeights, key: str) -> Tensor:
     """`3` numbers that sum to 1, in the order rgb, normal, depth."""
-    values = torch.tensor([weights.rgb, weights.normal, weights.depth], device="cpu")
+    values = torch.tensor(weights.in_order, device="cpu")
     if values.sum() == 0:
         raise UserError(
             f"{key} gives every domain the weight 0; give at least one of rgb, normal, depth a positive weight"
@@ -196,12 +197,11 @@ def _domain_weights(weights: schema.DomainWeights, key: str) -> Tensor:
 
 def _domain_images(batch: ClipBatch, domains: Tensor) -> Tensor:
     """`(b f m) 3 H W` in [0,1]: the chosen domains (`b m`) of every frame, domains innermost (C1)."""
-    if batch.normal is None or batch.depth is None:
-        missing = [name for name in ("normal", "depth") if getattr(batch, name) is None]
+    if missing := [name for name in DOMAINS if name not in batch.maps]:
         raise UserError(
             f"stage 1 learns from normal and depth maps, but the shards have no {' and no '.join(missing)}; "
             "give data.train a set with these maps"
         )
-    images = torch.stack([batch.rgb, batch.normal, batch.depth], dim=2)
+    images = torch.stack([batch.maps[name] for name in DOMAINS], dim=2)
     chosen = [clip[:, index] for clip, index in zip(images, domains, strict=True)]
     return rearrange(torch.stack(chosen), "b f m c h w -> (b f m) c h w")

@@ -12,7 +12,6 @@ from dreamdance.diffusion.noise import draw_noise
 from dreamdance.models import PatchAutoencoder
 from dreamdance.models.autoencoding import Autoencoder, encode_latents, kept_in_float32, latent_shape
 
-NUM_DOMAINS = 3
 ENCODE_CHUNK_SIZE = 8
 """Pictures that the frozen autoencoder encodes at once: its activations at full size are larger than the UNet's."""
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dreamdance.data.loading.batch import ClipBatch
+from dreamdance.modalities import ALWAYS_READ, DOMAINS, MODALITIES
 from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
 
 
@@ -48,14 +49,10 @@ def _drop_gradient(parameter: Tensor) -> None:
 def _empty_batch(recipe: Stage1Recipe | Stage2Recipe) -> ClipBatch:
     """A micro batch of the recipe's shapes."""
     data, clips = recipe.data, recipe.micro_batch_size
-    controls = recipe.model.controls if isinstance(recipe, Stage2Recipe) else ("pose", "normal", "depth")
-    maps = {name: torch.empty(clips, data.num_frames, 3, data.height, data.width) for name in ("rgb", *controls)}
+    wanted = recipe.model.controls if isinstance(recipe, Stage2Recipe) else DOMAINS
+    names = [name for name in MODALITIES if name in ALWAYS_READ or name in wanted]
     return ClipBatch(
-        rgb=maps["rgb"],
-        pose=maps.get("pose", maps["rgb"]),
-        normal=maps.get("normal"),
-        depth=maps.get("depth"),
-        mask=None,
+        maps={name: torch.empty(clips, data.num_frames, 3, data.height, data.width) for name in names},
         reference=torch.empty(clips, 3, data.height, data.width),
         fps=torch.empty(clips),
         keys=_RehearsalKeys(clips),  # type: ignore[arg-type]  # read by `tolist` alone

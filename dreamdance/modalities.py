@@ -1,0 +1,62 @@
+"""The one table of modalities: the kinds of aligned pictures that a clip has for each of its frames.
+
+Names and numbers alone, no torch, so that recipes, models and data may all read it; what is done with the pixels of
+each kind is in `media.transforms` (tensors) and `data.shards.columns` (stored frames). A new control map is an entry
+here, and whatever makes it (an annotator, the dancers, or `<clip>.<name>.mp4` beside the pictures).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+# What the pixels mean, and with it how they are treated:
+# - colours: resized as pictures, mirrored by a flip;
+# - drawing: the same, but a flip draws it again, since its colours tell left from right;
+# - normals: (n+1)/2, resized as vectors and brought back to unit length; a flip negates x as well;
+# - values: one number per pixel, resized as pictures;
+# - region: one bit per pixel, rounded after it was resized.
+Kind = Literal["colours", "drawing", "normals", "values", "region"]
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One kind of aligned pictures. In a batch each is `b f 3 H W` in [0,1], and is shown as it is.
+
+    Attributes:
+        name: in recipes, batches and messages; also its column in the shards, and in names of videos.
+        kind: what its pixels mean.
+        channels: of its stored frames: 3 for `(H, W, 3)`, 1 for `(H, W)`.
+        bits: of its stored values.
+        domain: whether stage 1 predicts it (Eq. 3). As a control of stage 2 it is then blurred in training as stage 1
+            delivers it.
+        control: whether `model.controls` of stage 2 may name it (Eq. 7).
+        background: the colour behind transparent parts of a picture that is given for it.
+    """
+
+    name: str
+    kind: Kind
+    channels: Literal[1, 3] = 3
+    bits: Literal[8, 16] = 8
+    domain: bool = False
+    control: bool = False
+    background: tuple[int, int, int] = (0, 0, 0)
+
+
+MODALITIES: dict[str, Modality] = {
+    modality.name: modality
+    for modality in (
+        Modality("rgb", "colours", domain=True, background=(255, 255, 255)),
+        Modality("pose", "drawing", control=True),
+        # a wall that faces the camera
+        Modality("normal", "normals", domain=True, control=True, background=(128, 128, 255)),
+        Modality("depth", "values", channels=1, bits=16, domain=True, control=True),
+        Modality("mask", "region", channels=1),
+    )
+}
+
+# What stage 1 predicts, in the order of contract C1.
+DOMAINS = tuple(name for name, modality in MODALITIES.items() if modality.domain)
+# What stage 2 may be controlled by.
+CONTROLS = tuple(name for name, modality in MODALITIES.items() if modality.control)
+# What every clip has that is trained on; it may lack the others.
+ALWAYS_READ = ("rgb", "pose")
+OPTIONAL = tuple(name for name in MODALITIES if name not in ALWAYS_READ)
