@@ -18,6 +18,7 @@ from dreamdance.data.shards.index import read_index
 from dreamdance.evaluation.clips import ResultError
 from dreamdance.evaluation.scores import Scores
 from dreamdance.media.grids import Row
+from dreamdance.recipe.same_run import result_json
 from dreamdance.recipe.schema import EvaluateRecipe
 from dreamdance.runs.crew import Crew
 from dreamdance.runs.file_notes import of_content, of_times, write_note
@@ -81,7 +82,7 @@ class MeasuredClips:
             recipe: what is measured.
         """
         self.folder = folder
-        self._recipe = recipe.model_dump_json(exclude={"cluster", "logging"})
+        self._recipe = result_json(recipe)
         truths = [recipe.truth, *([recipe.training_set] if recipe.training_set else [])]
         indexes = [Path(truth.local) / INDEX_FILE for truth in truths]
         self._truth = [index.read_text(encoding="utf-8") if index.is_file() else "" for index in indexes]

@@ -25,7 +25,6 @@ CONTACT_SHEET_FILE = "contact_sheet.png"
 
 SMALLEST_WIDTH = 128
 SHEET_COLUMNS = 6
-_PACKAGES = ("dreamdance", "torch", "diffusers", "transformers", "numpy")
 
 
 @dataclass(frozen=True)
@@ -114,8 +113,8 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of this package and those that compute, and the commit of a source checkout."""
-    return {**package_versions(_PACKAGES), "commit": code_version()["commit"]}
+    """Versions of this package and of those that it computes with, and the commit of a source checkout."""
+    return {**package_versions(), "commit": code_version()["commit"]}
 
 
 def _columns(result: ClipResult) -> dict[str, np.ndarray]:

@@ -15,10 +15,10 @@ from typing import Any
 
 from dreamdance.errors import is_transient
 from dreamdance.launch.finished import is_finished
-from dreamdance.launch.run_folder import STORAGE_POLL_SECONDS, STORAGE_SECONDS, stored_recipe
+from dreamdance.launch.run_folder import stored_recipe
 from dreamdance.launch.run_ownership import REPLACED_EXIT_CODE
 from dreamdance.recipe import Recipe, TrainingRecipe
-from dreamdance.runs.files import write_atomically
+from dreamdance.runs.files import NUM_PATIENT_ATTEMPTS, retry_transient, write_atomically
 from dreamdance.runs.layout import complete_steps, failures_folder, read_done, was_warned
 
 logger = logging.getLogger("dreamdance.launch.requeue")  # it is run as `__main__`
@@ -133,16 +133,13 @@ def _progress(recipe: Recipe, run_folder: Path) -> int:
 
 
 def decide_patiently(run_folder: Path, exit_code: int) -> Verdict:
-    """Storage that stumbles while this is decided must not end a run; it may be what made the job fail."""
-    give_up = time.monotonic() + STORAGE_SECONDS
-    while True:
-        try:
-            return decide(run_folder, exit_code)
-        except OSError as error:
-            if not is_transient(error) or time.monotonic() >= give_up:
-                raise
-            logger.warning("asking again: %s", error)
-        time.sleep(STORAGE_POLL_SECONDS)
+    """Decides; repeats that for about a minute where storage fails, which may be why the job failed, too."""
+    return retry_transient(
+        lambda: decide(run_folder, exit_code),
+        "deciding whether the job starts again",
+        num_attempts=NUM_PATIENT_ATTEMPTS,
+        should_retry=lambda error: isinstance(error, OSError) and is_transient(error),
+    )
 
 
 def main() -> int:

@@ -16,9 +16,10 @@ from typing import Any
 from dreamdance.errors import RecipeError, UserError
 from dreamdance.recipe import Recipe, TrainingRecipe, dump_recipe, load_recipe
 from dreamdance.recipe.parse import flatten
+from dreamdance.recipe.same_run import CHANGEABLE_KEYS, is_changeable
 from dreamdance.recipe.yaml_text import read_yaml
 from dreamdance.runs.file_states import FileState, read_state
-from dreamdance.runs.files import write_atomically
+from dreamdance.runs.files import NUM_PATIENT_ATTEMPTS, retry_transient, write_atomically
 from dreamdance.runs.layout import PROVENANCE_FILE, RECIPE_FILE
 from dreamdance.runs.locks import HeldLockError, locked_file
 from dreamdance.runs.provenance import code_version, package_versions
@@ -27,25 +28,11 @@ logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".launch_lock"
 LOCK_SECONDS = 60.0
-STORAGE_SECONDS, STORAGE_POLL_SECONDS = 60.0, 1.0
 FOLDERS = ("checkpoints", "exports", "samples", "tensorboard", "logs")
+# What a stored recipe means that was written before the key existed, where that is not today's default.
 FORMER_VALUES = {"objective.target_latents": "mode"}
-"""What stored recipes mean that were written before a key existed, where it is not today's default."""
-NO_DIFFERENCE = ("cluster", "logging", "checkpoint.allow_changed", "videos.on_error", "data.verify")
 ABSENT = "(not set)"
 _TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
-PACKAGES = (
-    "dreamdance",
-    "torch",
-    "diffusers",
-    "transformers",
-    "deepspeed",
-    "mosaicml-streaming",
-    "submitit",
-    "numpy",
-    "pydantic",
-    "safetensors",
-)
 
 
 class DifferentRecipeError(UserError):
@@ -99,28 +86,30 @@ def create_or_check(recipe: Recipe, run_folder: Path, argv: Sequence[str]) -> No
 
 
 def stored_recipe(run_folder: Path) -> Recipe:
-    """The recipe of a run that was submitted. It was there then: storage from which it cannot be read is waited for.
+    """The recipe of a run that was submitted. The file existed then, so every failed read is repeated.
 
     Raises:
-        OSError: it could not be read for a minute.
-        RecipeError: this version of the software does not understand it.
+        OSError: the file could not be read for about a minute.
+        RecipeError: this version of the software does not understand the recipe.
     """
-    give_up = time.monotonic() + STORAGE_SECONDS
-    while True:
-        try:
-            return _load_stored(run_folder / RECIPE_FILE)
-        except RecipeError as error:
-            reason = error.__cause__
-            if not isinstance(reason, OSError):
-                raise
-            if time.monotonic() >= give_up:
-                raise OSError(
-                    reason.errno,
-                    f"not readable for {STORAGE_SECONDS:.0f} s (its storage is away, or the run folder was removed): "
-                    f"{reason.strerror}",
-                    str(run_folder / RECIPE_FILE),
-                ) from error
-        time.sleep(STORAGE_POLL_SECONDS)
+    path = run_folder / RECIPE_FILE
+    try:
+        return retry_transient(
+            lambda: _load_stored(path),
+            f"reading {path}",
+            num_attempts=NUM_PATIENT_ATTEMPTS,
+            should_retry=lambda error: isinstance(error.__cause__, OSError),
+        )
+    except RecipeError as error:
+        reason = error.__cause__
+        if not isinstance(reason, OSError):
+            raise
+        raise OSError(
+            reason.errno,
+            f"cannot be read, {NUM_PATIENT_ATTEMPTS} attempts failed (its storage is away, or the run folder was "
+            f"removed): {reason.strerror}",
+            str(path),
+        ) from error
 
 
 def record_job(run_folder: Path, job_id: str, hosts: Sequence[str]) -> None:
@@ -151,17 +140,15 @@ def refuse_different(recipe: Recipe, run_folder: Path) -> None:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """The dotted keys that tell two resolved recipes apart, with both values as text.
 
-    `cluster`, `logging` and a raised `max_steps` do not make another run.
+    Keys that may change within a run are left out, but a `max_steps` that was lowered is a difference.
     """
     before, after = flatten(old), flatten(new)
     changed = {}
     for key in [*after, *(key for key in before if key not in after)]:
         pair = before.get(key, ABSENT), after.get(key, ABSENT)
-        if pair[0] == pair[1] or _covered(key, NO_DIFFERENCE):
-            continue
-        if key == "max_steps" and isinstance(pair[0], int) and isinstance(pair[1], int) and pair[1] > pair[0]:
-            continue
-        changed[key] = _text(pair[0]), _text(pair[1])
+        is_lowered = key == "max_steps" and not (isinstance(pair[1], int) and pair[1] > pair[0])
+        if pair[0] != pair[1] and (is_lowered or not is_changeable(key)):
+            changed[key] = _text(pair[0]), _text(pair[1])
     return changed
 
 
@@ -204,7 +191,7 @@ def _written_values(path: Path) -> dict[str, Any]:
 def _warn_of_new_keys(recipe: Recipe, stored: Path) -> None:
     """Says which keys a run's stored recipe does not know, and what they are from now on."""
     written, now = flatten(_written_values(stored)), flatten(recipe.model_dump(mode="json"))
-    compared = (*NO_DIFFERENCE, *FORMER_VALUES, *written)  # a section that was null, and is not now, is no new key
+    compared = (*CHANGEABLE_KEYS, *FORMER_VALUES, *written)  # a section that was null, and is not now, is no new key
     new = [key for key in now if not _covered(key, compared) and not any(_covered(old, [key]) for old in written)]
     if new:
         values = ", ".join(f"{key}={_text(now[key])}" for key in new)
@@ -224,7 +211,7 @@ def _this_start(recipe: Recipe, argv: Sequence[str], known_weights: dict[str, An
         "host": socket.gethostname(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": package_versions(PACKAGES),
+        "versions": package_versions(),
         "base_weights": _base_weights(recipe, known_weights),
     }
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Collection, Iterator
 
+from dreamdance.errors import RecipeError
+from dreamdance.recipe.batch import accumulation_steps
 from dreamdance.recipe.schema import (
     AnimateRecipe,
     AnimationSampling,
@@ -118,24 +120,12 @@ def _slurm_arguments(cluster: Cluster) -> Iterator[Problem]:
 
 
 def _batch(recipe: TrainingRecipe) -> Iterator[Problem]:
-    world_size, micro, batch = recipe.cluster.world_size, recipe.micro_batch_size, recipe.batch_size
-    if batch % (micro * world_size) == 0:
-        return
-    if batch % micro:
-        divisors = [str(size) for size in range(1, batch + 1) if batch % size == 0]
-        yield _problem(
-            "micro_batch_size",
-            f"micro_batch_size {micro} does not divide batch_size {batch}; sizes that do: {', '.join(divisors)}",
-        )
-        return
-    steps = batch // micro
-    sizes = [str(size) for size in range(1, steps + 1) if steps % size == 0]
-    yield _problem(
-        "batch_size",
-        f"batch_size {batch} is not micro_batch_size {micro} x accumulation x {world_size} processes "
-        f"({recipe.cluster.nodes} nodes x {recipe.cluster.tasks_per_node}); world sizes that do: {', '.join(sizes)} "
-        "(change cluster.nodes, cluster.tasks_per_node or micro_batch_size)",
-    )
+    try:
+        accumulation_steps(recipe.batch_size, recipe.micro_batch_size, recipe.cluster.world_size)
+    except RecipeError as error:
+        key = "micro_batch_size" if recipe.batch_size % recipe.micro_batch_size else "batch_size"
+        nodes, tasks = recipe.cluster.nodes, recipe.cluster.tasks_per_node
+        yield _problem(key, f"{error}; this recipe asks for {nodes} node{'s' * (nodes > 1)} x {tasks} processes")
 
 
 def _data(recipe: TrainingRecipe) -> Iterator[Problem]:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from dreamdance.recipe.batch import accumulation_steps
 from dreamdance.recipe.model_sections import (
     AnimationModel,
     AutoencoderSource,
@@ -167,8 +168,8 @@ class TrainingRecipe(Recipe):
 
     @property
     def accumulation_steps(self) -> int:
-        """Micro batches per optimizer step on each rank (`rules.py` made sure that it divides)."""
-        return self.batch_size // (self.micro_batch_size * self.cluster.world_size)
+        """Micro batches per optimizer step on each process."""
+        return accumulation_steps(self.batch_size, self.micro_batch_size, self.cluster.world_size)
 
 
 class Stage1Recipe(TrainingRecipe):

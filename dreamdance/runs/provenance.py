@@ -3,7 +3,6 @@
 import hashlib
 import os
 import subprocess
-from collections.abc import Iterable
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -12,34 +11,46 @@ from typing import Any
 import dreamdance
 
 UNKNOWN = "unknown"
+# The packages that a result may depend on: recorded with each start and each result, compared between ranks.
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "deepspeed",
+    "mosaicml-streaming",
+    "submitit",
+    "numpy",
+    "pydantic",
+    "safetensors",
+)
+# Files that are under version control in a checkout of this project, but not where the package is merely installed.
 PROJECT_FILES = ("dreamdance/__init__.py", "kernels/dreamdance_kernels/__init__.py", "launchers/slurm.py")
-"""What is under version control in a checkout of this project, and not where the package is merely installed."""
 GIT_SECONDS = 60
 
 
-def package_versions(packages: Iterable[str]) -> dict[str, str]:
-    """Installed versions by package, or why there is none; of this package the version of the code that runs."""
-    versions = {}
-    for package in packages:
+def package_versions() -> dict[str, str]:
+    """Versions by package, or "not installed"; for this package the version of the code that runs."""
+    versions = {"dreamdance": dreamdance.__version__}
+    for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    return {**versions, "dreamdance": dreamdance.__version__}
+    return versions
 
 
 @cache
 def code_version(root: Path | None = None) -> dict[str, Any]:
-    """The commit of this project's checkout, and a digest of what differs from it.
+    """The commit of this project's checkout, and a hash of the changes that are not committed.
 
-    Without git, outside of a repository, or where the repository around the package is another project's (the package
-    lies in a virtual environment inside of it, or was copied there) the commit is "unknown".
+    The commit is "unknown" without git, outside of a repository, and where the repository around the package is another
+    project's (the package lies in a virtual environment in that repository, or was copied into it).
 
     Args:
         root: the folder that holds the package; by default that of the code that runs.
 
     Returns:
-        `commit`, and where that is known `diff_sha256`: None without differences.
+        `commit`, and where that is known `diff_sha256`: None without changes.
     """
     root = Path(__file__).resolve().parents[2] if root is None else root
     if not _is_checkout(root):
@@ -58,8 +69,8 @@ def _is_checkout(root: Path) -> bool:
 
 
 def _ask_git(root: Path, *words: str) -> bytes | None:
-    """What git answers, or None where it is not there, refuses or hangs."""
-    # Variables such as GIT_DIR, which git sets for its hooks, would have it speak of another repository.
+    """Git's output, or None where git is missing, fails or hangs."""
+    # Variables such as GIT_DIR, which git sets for its hooks, would direct it to another repository.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         answer = subprocess.run(

@@ -1,29 +1,9 @@
-"""What a recipe means in DeepSpeed's own words, without DeepSpeed: its configuration, and the batch's arithmetic."""
+"""DeepSpeed's configuration for a recipe. Does not import DeepSpeed."""
 
 from typing import Any
 
-from dreamdance.errors import RecipeError
+from dreamdance.recipe.batch import accumulation_steps
 from dreamdance.recipe.schema import TrainingRecipe
-
-
-def accumulation_steps(recipe: TrainingRecipe, world_size: int) -> int:
-    """Micro batches per optimizer step on each rank, so that an optimizer step always sees `batch_size` samples.
-
-    Raises:
-        RecipeError: `batch_size` does not divide; names the world sizes that do (C8).
-    """
-    steps, rest = divmod(recipe.batch_size, recipe.micro_batch_size * world_size)
-    if rest or steps == 0:
-        micro_batches = recipe.batch_size // recipe.micro_batch_size
-        fitting = [
-            size for size in range(1, micro_batches + 1) if recipe.batch_size % (recipe.micro_batch_size * size) == 0
-        ]
-        raise RecipeError(
-            f"batch_size={recipe.batch_size} cannot be made of micro_batch_size={recipe.micro_batch_size} on "
-            f"{world_size} ranks; world sizes that can: {', '.join(map(str, fitting)) or 'none'}. "
-            "Change cluster.nodes, cluster.tasks_per_node or micro_batch_size (batch_size changes the result)"
-        )
-    return steps
 
 
 def deepspeed_config(
@@ -43,7 +23,7 @@ def deepspeed_config(
     return {
         "train_batch_size": recipe.batch_size,
         "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
-        "gradient_accumulation_steps": accumulation_steps(recipe, world_size),
+        "gradient_accumulation_steps": accumulation_steps(recipe.batch_size, recipe.micro_batch_size, world_size),
         # Written even where it is 0: unset means 1.0 since 2026. Unsharded gradients are clipped by `Engine` itself.
         "gradient_clipping": recipe.optimizer.gradient_clipping if recipe.sharding.zero_stage > 0 else 0.0,
         "bf16": {"enabled": bf16},

@@ -29,9 +29,10 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from dreamdance.errors import CheckpointError, RecipeError
 from dreamdance.models.autoencoding import kept_in_float32
+from dreamdance.recipe.batch import accumulation_steps
 from dreamdance.recipe.schema import TrainingRecipe
 from dreamdance.runtime.ranks import Ranks
-from dreamdance.training.deepspeed_config import accumulation_steps, deepspeed_config
+from dreamdance.training.deepspeed_config import deepspeed_config
 
 # What DeepSpeed itself pickles into its files; everything else in them is tensors and plain containers.
 _DEEPSPEED_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
@@ -112,7 +113,7 @@ class Engine:
         self.sharded = recipe.sharding.zero_stage > 0
         if not self.sharded and recipe.precision == "bf16":
             raise RecipeError("sharding.zero_stage=0 keeps no fp32 masters for precision=bf16; use zero_stage 1 or 2")
-        self.accumulation_steps = accumulation_steps(recipe, ranks.world_size)
+        self.accumulation_steps = accumulation_steps(recipe.batch_size, recipe.micro_batch_size, ranks.world_size)
         config = deepspeed_config(
             recipe,
             world_size=ranks.world_size,

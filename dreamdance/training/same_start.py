@@ -3,7 +3,6 @@
 One rank with an older checkout, or with another copy of the base model on its disk, would train on without any error.
 """
 
-import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping
@@ -19,9 +18,8 @@ import dreamdance_kernels
 from dreamdance.errors import UserError
 from dreamdance.recipe.parse import flatten
 from dreamdance.recipe.schema import TrainingRecipe
+from dreamdance.runs.provenance import package_versions
 from dreamdance.runtime.process_group import gathered
-
-_PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "numpy", "diffusers", "transformers")
 
 
 @dataclass(frozen=True)
@@ -38,12 +36,7 @@ def require_same_start(recipe: TrainingRecipe) -> None:
     Raises:
         UserError: names the first ranks that differ and in what, on every rank.
     """
-    facts = {"code": code_digest(), "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            facts[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            facts[package] = "not installed"
+    facts = {"code": code_digest(), "python": platform.python_version(), **package_versions()}
     values = flatten(recipe.model_dump(mode="json"))
     require_same({**facts, **{f"recipe: {key}": json.dumps(value) for key, value in values.items()}})
 

@@ -7,7 +7,6 @@ import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from dreamdance.data.loading.dataset import ClipDataset
 from dreamdance.data.loading.loader import ClipLoader
 from dreamdance.data.loading.order import ClipOrder
 from dreamdance.modalities import DOMAINS, OPTIONAL
+from dreamdance.recipe.same_run import result_json
 from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
 from dreamdance.runs.layout import note_signal
 from dreamdance.runtime.process_group import (
@@ -45,9 +45,6 @@ from dreamdance.training.trainer import Trainer
 from dreamdance.training.validation import Validator
 
 logger = logging.getLogger(__name__)
-
-# Where a run is computed, how its data is checked and where it ends do not make it another run (C7).
-_NO_DIFFERENCE: dict[str, Any] = {"cluster": True, "logging": True, "max_steps": True, "data": {"verify"}}
 
 
 def train(recipe: Stage1Recipe | Stage2Recipe, run_folder: Path) -> None:
@@ -197,7 +194,7 @@ def describe_start(run_folder: Path, resumed: Resumed | None, loader: ClipLoader
 
 def recipe_digest(recipe: Stage1Recipe | Stage2Recipe) -> str:
     """A hash of everything in a recipe that changes the result."""
-    return hashlib.sha256(recipe.model_dump_json(exclude=_NO_DIFFERENCE).encode()).hexdigest()
+    return hashlib.sha256(result_json(recipe).encode()).hexdigest()
 
 
 def _seed_global_generators(seed: int) -> None:

@@ -17,8 +17,8 @@ from support.training_scenarios import Recipe, prepare_and_inspect
 from torch import Tensor
 
 from dreamdance.errors import RecipeError
+from dreamdance.recipe.batch import accumulation_steps
 from dreamdance.runs.layout import checkpoint_folder
-from dreamdance.training.engine import accumulation_steps
 
 pytestmark = pytest.mark.distributed
 
@@ -142,8 +142,8 @@ def assert_same_values(recipe: Recipe, run: Path, folder: Path, saved_world_size
 
 def test_a_number_of_ranks_that_cannot_give_the_batch_is_refused_naming_those_that_can(shards):
     recipe = tiny_stage1_recipe(changes={"batch_size": BATCH_SIZE, "micro_batch_size": 1})
-    with pytest.raises(RecipeError, match=r"on 5 ranks; world sizes that can: 1, 2, 3, 4, 6, 12\."):
-        accumulation_steps(recipe, 5)
+    with pytest.raises(RecipeError, match=r"x 5 processes; numbers of processes that fit: 1, 2, 3, 4, 6, 12 "):
+        accumulation_steps(recipe.batch_size, recipe.micro_batch_size, 5)
     record_fault(
         "world size that cannot give the batch",
         how="5 ranks for 12 samples",

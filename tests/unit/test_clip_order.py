@@ -6,7 +6,7 @@ import pytest
 
 from dreamdance.data.loading.loader import ClipLoader
 from dreamdance.data.loading.order import ClipOrder, SampleKey
-from dreamdance.errors import ShardError
+from dreamdance.errors import RecipeError, ShardError
 from dreamdance.runtime.ranks import Ranks
 
 SHARDS = [7, 5, 6, 7, 7, 3, 7, 7, 7, 4] * 3
@@ -132,5 +132,5 @@ def test_resuming_with_another_training_set_names_what_changed(change, named):
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused():
-    with pytest.raises(ShardError, match="batch_size 12 is not a multiple of micro_batch_size 5 x 1"):
+    with pytest.raises(RecipeError, match="micro_batch_size 5 does not divide batch_size 12"):
         ClipLoader(None, order(), micro_batch_size=5, ranks=Ranks())

@@ -191,7 +191,9 @@ def test_storage_that_stumbles_while_it_is_decided_is_asked_again(run):
     words = [sys.executable, "-P", "-u", "-m", "dreamdance.launch.requeue", str(run / "logs"), "1"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as deciding:
         assert deciding.stdout is not None
-        assert "WARNING dreamdance.launch.requeue: asking again: [Errno 5]" in deciding.stdout.readline()
+        assert (
+            "deciding whether the job starts again failed, trying again in 1 s: [Errno 5]" in deciding.stdout.readline()
+        )
         requeues_file(run).unlink()
         told, _ = deciding.communicate(timeout=20)
     assert deciding.returncode == 0, told
@@ -200,7 +202,7 @@ def test_storage_that_stumbles_while_it_is_decided_is_asked_again(run):
 
 
 def test_a_run_folder_that_was_removed_is_not_brought_back_by_a_decision(run, monkeypatch):
-    monkeypatch.setattr("dreamdance.launch.run_folder.STORAGE_SECONDS", 0.0)
+    monkeypatch.setattr("dreamdance.runs.files.FIRST_PAUSE_SECONDS", 0.0)
     shutil.rmtree(run)
     with pytest.raises(OSError, match="the run folder was removed"):
         decide(run, 1)

@@ -245,7 +245,7 @@ def test_the_recipe_of_a_submitted_run_is_waited_for(run_folder):
 
 
 def test_a_recipe_that_stays_away_is_nobodys_mistake_and_one_that_is_wrong_is(run_folder, monkeypatch):
-    monkeypatch.setattr("dreamdance.launch.run_folder.STORAGE_SECONDS", 0.0)
+    monkeypatch.setattr("dreamdance.runs.files.FIRST_PAUSE_SECONDS", 0.0)
     with pytest.raises(OSError, match=r"its storage is away, or the run folder was removed.*demo/recipe\.yaml"):
         stored_recipe(run_folder)
     create_or_check(recipe(), run_folder, [])

@@ -15,11 +15,11 @@ from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
 from dreamdance.launch.command import main
-from dreamdance.launch.run_folder import NO_DIFFERENCE
 from dreamdance.recipe import load_recipe
 from dreamdance.recipe.overrides import section_class
 from dreamdance.recipe.parse import TASKS, known_keys
 from dreamdance.recipe.reference import describe_type, explain, keys
+from dreamdance.recipe.same_run import CHANGEABLE_KEYS
 from dreamdance.recipe.schema import AnimateRecipe
 from dreamdance.recipe.sections import Fraction, Pixels
 
@@ -99,7 +99,7 @@ def test_the_readme_shows_every_task_and_every_key(tool: ModuleType) -> None:
 def test_the_readme_lists_the_changes_that_a_run_folder_accepts(tool: ModuleType) -> None:
     sentence = re.search(r"Not counted as changes:(.*?)\. Other", tool.page(), re.DOTALL)
     assert sentence is not None
-    assert set(re.findall(r"`([a-z_.]+)`", sentence[1])) == {*NO_DIFFERENCE, "max_steps"}
+    assert set(re.findall(r"`([a-z_.]+)`", sentence[1])) == set(CHANGEABLE_KEYS)
 
 
 def test_the_check_fails_where_the_readme_is_old(

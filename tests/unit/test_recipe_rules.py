@@ -65,8 +65,8 @@ def test_world_sizes_that_divide_the_batch_are_taken_and_accumulate(tmp_path, wo
 
 def test_a_world_size_that_does_not_divide_names_those_that_do(tmp_path):
     (problem,) = problems(tmp_path, STAGE1, "cluster.tasks_per_node=3")
-    assert "world sizes that do: 1, 2, 4 " in problem
-    assert "3 processes (1 nodes x 3)" in problem
+    assert "numbers of processes that fit: 1, 2, 4 " in problem
+    assert "this recipe asks for 1 node x 3 processes" in problem
 
 
 def test_nodes_count_towards_the_world_size(tmp_path):

@@ -12,7 +12,8 @@ from dreamdance.data.loading.batch import ClipBatch, collate_clips
 from dreamdance.data.loading.dataset import ClipDataset
 from dreamdance.data.loading.order import ClipOrder, SampleKey
 from dreamdance.data.loading.workers import BatchWorkers
-from dreamdance.errors import LostWorkerError, ShardError
+from dreamdance.errors import LostWorkerError
+from dreamdance.recipe.batch import accumulation_steps
 from dreamdance.runtime.ranks import Ranks
 
 
@@ -47,17 +48,12 @@ class ClipLoader:
             timeout_seconds: how long to wait for workers before it is an error (recipe: `data.batch_timeout_seconds`).
 
         Raises:
-            ShardError: `batch_size` is not micro batch x accumulation x ranks.
+            RecipeError: `batch_size` is not micro batch x accumulation x ranks.
         """
         self.dataset, self.order = dataset, order
         self.ranks = ranks or Ranks.from_environment()
         self.micro_batch_size, self.num_workers, self.timeout_seconds = micro_batch_size, num_workers, timeout_seconds
-        self.accumulation_steps, rest = divmod(order.batch_size, micro_batch_size * self.ranks.world_size)
-        if rest or not self.accumulation_steps:
-            raise ShardError(
-                f"batch_size {order.batch_size} is not a multiple of micro_batch_size {micro_batch_size} x "
-                f"{self.ranks.world_size} ranks"
-            )
+        self.accumulation_steps = accumulation_steps(order.batch_size, micro_batch_size, self.ranks.world_size)
         self.step = 0
         self.wait_seconds = 0.0
 

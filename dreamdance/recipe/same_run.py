@@ -1,0 +1,32 @@
+"""Which recipe keys may change without making another run (C7): the launcher, checkpoints and `evaluate` ask here."""
+
+from typing import Any
+
+from dreamdance.recipe.schema import Recipe
+
+# Key or section -> why another value continues the same run. (The launcher refuses a `max_steps` that was lowered.)
+CHANGEABLE_KEYS = {
+    "cluster": "where a run is computed, and by how many processes, does not change its result (C8)",
+    "logging": "reports do not change the result",
+    "max_steps": "a run may be continued beyond its last step",
+    "checkpoint.allow_changed": "it permits changes, and is none itself",
+    "data.verify": "how data is checked does not change what sound data contains",
+    "videos.on_error": "a damaged video that is skipped is written when it has been repaired",
+}
+
+
+def is_changeable(key: str) -> bool:
+    """Whether a dotted key may change within a run."""
+    return any(key == changeable or key.startswith(f"{changeable}.") for changeable in CHANGEABLE_KEYS)
+
+
+def result_json(recipe: Recipe) -> str:
+    """Everything in a recipe that changes the result, as JSON: two recipes with the same text are of the same run."""
+    excluded: dict[str, Any] = {}
+    for key in CHANGEABLE_KEYS:
+        section, _, name = key.partition(".")
+        if name:
+            excluded.setdefault(section, set()).add(name)
+        else:
+            excluded[section] = True
+    return recipe.model_dump_json(exclude=excluded)
