@@ -1,1 +1,1 @@
-"""Noise, guidance and dropped conditions of both stages. Knows nothing of networks, data or recipes."""
+"""Noise, guidance and dropped conditions of both stages. This package knows no networks, data or recipes."""

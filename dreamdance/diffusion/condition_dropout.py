@@ -1,6 +1,6 @@
-"""Which conditions a training sample goes without: the reference, for guidance, and control maps, for robustness.
+"""Dropped conditions of a training sample: the reference (for guidance) and control maps (for robustness).
 
-Every decision is keyed by the sample (C8): it does not depend on the batch, the rank or the device.
+The key of the sample decides (C8): the outcome does not depend on the batch, the rank or the device.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,18 +17,18 @@ Keys = Sequence[Sequence[int]]
 
 
 class DroppedConditions(NamedTuple):
-    """`b` booleans each: whether the conditioning latents and the image embedding of a sample become zeros."""
+    """For each of `b` samples: whether its conditioning latents, and whether its image embedding, become zeros."""
 
     latents: Tensor
     embedding: Tensor
 
 
 def drop_references(keys: Keys, probability: float) -> Tensor:
-    """Decides whose reference is dropped in stage 1: zero reference latents and a zero image embedding.
+    """Decides for each sample of stage 1 whether its reference is dropped: zero latents and a zero image embedding.
 
     Args:
         keys: `b` keys (seed, epoch, sample id).
-        probability: of a drop.
+        probability: probability of a drop.
 
     Returns:
         `b` booleans on the CPU.
@@ -37,13 +37,13 @@ def drop_references(keys: Keys, probability: float) -> Tensor:
 
 
 def drop_conditions(keys: Keys, *, latents: float, embedding: float, both: float) -> DroppedConditions:
-    """Decides whose reference is dropped in stage 2: three events of which at most one happens to a sample.
+    """Decides what each sample of stage 2 drops of its reference; at most one of three events happens to a sample.
 
     Args:
         keys: `b` keys.
         latents: probability that the conditioning latents alone are dropped.
-        embedding: that the image embedding alone is.
-        both: that both are.
+        embedding: probability that the image embedding alone is dropped.
+        both: probability that both are dropped.
 
     Returns:
         `b` booleans for each, on the CPU.
@@ -68,9 +68,9 @@ def drop_controls(
 ) -> dict[str, Tensor]:
     """Robust conditioning: replaces control maps by zero images, across frames and modalities.
 
-    A modality is dropped for the whole clip with `modality_rate`, and each of its frames besides with `frame_rate`, all
-    independently. A clip never loses everything: such an outcome is drawn again, so that the rest keep their
-    proportions. With a single modality it is therefore never dropped for the whole clip.
+    A modality is dropped for the whole clip with probability `modality_rate`, and each of its frames with probability
+    `frame_rate`, all independently. A clip never loses all of its maps: the function draws such an outcome again, so
+    that all other outcomes keep their proportions. A single modality is therefore never dropped for a whole clip.
 
     Args:
         maps: for each modality `b f 3 H W` or `(b f) 3 H W` in [0, 1].
@@ -82,12 +82,12 @@ def drop_controls(
         New maps of the same names and shapes.
 
     Raises:
-        UserError: A rate is 1 or more: nothing could ever be left.
+        UserError: a rate is 1 or more: every map would be dropped.
     """
     for name, rate in (("frame_control_dropout", frame_rate), ("modality_control_dropout", modality_rate)):
         if not 0 <= rate < 1:
             raise UserError(f"objective.{name} is {rate}; it must be at least 0 and below 1, or no map is left")
-    # an order of our own: that of the recipe's list shall not change who is dropped
+    # sorted, so that the order of the recipe's list does not change what is dropped
     names = sorted(maps)
     num_frames = maps[names[0]].shape[:-3].numel() // len(keys)
     kept = torch.stack([_draw_kept(key, len(names), num_frames, frame_rate, modality_rate) for key in keys], dim=1)

@@ -9,11 +9,11 @@ from torch import Tensor
 def multi_domain_guidance(conditional: Tensor, unconditional: Tensor, scales: Sequence[float] | Tensor) -> Tensor:
     """Multi-domain classifier-free guidance, Eq. 6: `e + s_domain * (e - e_uncond)`.
 
-    Mind the form: scale 0 is the conditional prediction, equal scales s are plain guidance of weight 1 + s.
+    In this form scale 0 gives the conditional prediction, and equal scales s are plain guidance of weight 1 + s.
 
     Args:
         conditional: `((b f m) c h w)`, domains innermost (C1).
-        unconditional: the same shape: the reference replaced by zeros, the pose kept.
+        unconditional: same shape; predicted with the reference replaced by zeros and the same pose.
         scales: `m` numbers, for rgb, normal and depth.
 
     Returns:
@@ -35,9 +35,9 @@ def multi_domain_guidance(conditional: Tensor, unconditional: Tensor, scales: Se
 
 
 def classifier_free_guidance(conditional: Tensor, unconditional: Tensor, weight: float) -> Tensor:
-    """Plain guidance `e_uncond + w * (e - e_uncond)`, the same for every frame: weight 1 is none.
+    """Plain guidance `e_uncond + w * (e - e_uncond)` with one weight for all frames; weight 1 means no guidance.
 
-    SVD's own pipeline lets w grow from 1 to 3 over the frames; with overlapping windows that would show as seams.
+    SVD's own pipeline raises w from 1 to 3 over the frames; with overlapping windows that would give visible seams.
 
     Args:
         conditional: any shape.
@@ -50,10 +50,10 @@ def classifier_free_guidance(conditional: Tensor, unconditional: Tensor, weight:
     if conditional.shape != unconditional.shape:
         raise ValueError(f"guidance of predictions of {tuple(conditional.shape)} and {tuple(unconditional.shape)}")
     wide, wide_unconditional = _widen(conditional), _widen(unconditional)
-    # written from the conditional side, so that weight 1 gives it back exactly
+    # written from the conditional side, so that weight 1 returns the conditional prediction exactly
     return (wide + (weight - 1) * (wide - wide_unconditional)).to(conditional.dtype)
 
 
 def _widen(prediction: Tensor) -> Tensor:
-    """Half precisions to float32: the difference of two close predictions is what guidance amplifies."""
+    """Converts half precisions to float32, because guidance amplifies the difference of two close predictions."""
     return prediction.float() if prediction.itemsize < 4 else prediction

@@ -1,7 +1,7 @@
 """Noise, targets and weights of both stages: DDPM as Stable Diffusion was trained, EDM as Stable Video Diffusion was.
 
-Every draw about a sample is keyed by the sample and made on the CPU (C8): the same on any device, in any batch, on any
-number of ranks. The schedules themselves are diffusers'.
+Every random draw for a sample depends on the sample's key alone and happens on the CPU (C8), so that it is the same on
+any device, in any batch and on any number of ranks. The schedules are those of diffusers.
 """
 
 from collections.abc import Sequence
@@ -17,18 +17,16 @@ from dreamdance.runtime.sample_random import sample_generator
 
 Keys = Sequence[Sequence[int]]
 
-# ---------------------------------------------------------------------------------------------- draws, one per sample
-
 
 def draw_noise(keys: Keys, shape: Sequence[int], *, offset: float = 0.0, purpose: str = "noise") -> Tensor:
     """Draws standard normal noise for each sample.
 
     Args:
         keys: `b` keys (seed, epoch, sample id).
-        shape: of one sample, ending in `c h w`; of videos `f ... c h w`.
-        offset: strength of noise that is constant over `h w` and over the frames, added to it (noise offset; 0 is
-            Eq. 3). Drawn for each frame it would be flicker, which a network that sees all frames averages away.
-        purpose: what the noise is for; noises of different purposes are independent.
+        shape: shape of one sample, ending in `c h w`; `f ... c h w` for videos.
+        offset: strength of an added noise that is constant over `h w` and over the frames (noise offset; 0 gives
+            Eq. 3). An offset per frame would be flicker, which a network that sees all frames averages away.
+        purpose: name of the noise's use; noises of different purposes are independent.
 
     Returns:
         `b *shape`, float32 on the CPU.
@@ -49,12 +47,12 @@ def draw_timesteps(keys: Keys, num_train_timesteps: int, *, purpose: str = "time
 
 
 def draw_log_normal(keys: Keys, mean: float, std: float, *, purpose: str) -> Tensor:
-    """Draws exp(normal(mean, std)) once per sample: SVD's sigmas, and the strengths of its conditioning noise.
+    """Draws exp(normal(mean, std)) once per sample, for SVD's sigmas and for the strengths of its conditioning noise.
 
     Args:
         keys: `b` keys.
-        mean: of the logarithm.
-        std: of the logarithm.
+        mean: mean of the logarithm.
+        std: standard deviation of the logarithm.
         purpose: `"sigma"` or `"augmentation"`.
 
     Returns:
@@ -62,9 +60,6 @@ def draw_log_normal(keys: Keys, mean: float, std: float, *, purpose: str) -> Ten
     """
     normal = torch.stack([torch.randn((), generator=sample_generator(key, purpose)) for key in keys])
     return torch.exp(mean + std * normal)
-
-
-# ---------------------------------------------------------------------------------------------- DDPM, stage 1
 
 
 def make_ddpm_scheduler(
@@ -79,13 +74,13 @@ def make_ddpm_scheduler(
     """Builds the scheduler of training; the defaults are Stable Diffusion 1.5's.
 
     Raises:
-        UserError: Noise prediction with a last timestep that is nothing but noise: there is nothing to learn there,
-            and no way back from there.
+        UserError: `zero_terminal_snr` with noise prediction: the last timestep is pure noise, so that a predicted
+            noise contains no information about the picture.
     """
     if zero_terminal_snr and prediction_type == "epsilon":
         raise UserError(
             "objective.zero_terminal_snr needs objective.prediction_type: v_prediction or sample, not epsilon, "
-            "which at the last timestep says nothing about the picture"
+            "which at the last timestep contains nothing about the picture"
         )
     return DDPMScheduler(
         num_train_timesteps=num_train_timesteps,
@@ -101,8 +96,8 @@ def make_ddpm_scheduler(
 def make_ddim_scheduler(ddpm_scheduler: DDPMScheduler) -> DDIMScheduler:
     """Builds the sampler that belongs to a training scheduler.
 
-    With zero terminal SNR its steps are spaced from the last timestep down ("trailing"), for that is where sampling
-    from pure noise begins, and end at the clean picture. Otherwise they are those of Stable Diffusion 1.5.
+    With zero terminal SNR the sampler spaces its steps from the last timestep down ("trailing"), where sampling from
+    pure noise begins, and ends at the clean picture. Otherwise it takes the steps of Stable Diffusion 1.5.
     """
     if ddpm_scheduler.config.rescale_betas_zero_snr:
         spacing = {"timestep_spacing": "trailing", "steps_offset": 0, "set_alpha_to_one": True}
@@ -112,10 +107,10 @@ def make_ddim_scheduler(ddpm_scheduler: DDPMScheduler) -> DDIMScheduler:
 
 
 def ddpm_target(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """Returns what the network has to predict, by the scheduler's `prediction_type`.
+    """Returns the network's target, by the scheduler's `prediction_type`.
 
     Args:
-        scheduler: of training.
+        scheduler: the scheduler of training.
         latents: `n c h w`, clean, float32 (diffusers would round its tables to a narrower type).
         noise: as `latents`.
         timesteps: `n`.
@@ -131,14 +126,14 @@ def ddpm_target(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timest
 
 
 def min_snr_weights(scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -> Tensor:
-    """Min-SNR-gamma loss weights: min(SNR, gamma) on the error of the clean picture, whatever is predicted.
+    """Min-SNR-gamma loss weights: min(SNR, gamma) on the error of the clean picture, for every prediction type.
 
-    With zero terminal SNR min(SNR + 1, gamma) instead: min(SNR, gamma) is 0 at the last timestep and next to nothing
-    at the first few that sampling visits, so that these would stay untrained. Without it the paper's weights stay,
-    which are diffusers' too.
+    With zero terminal SNR the weight is min(SNR + 1, gamma): min(SNR, gamma) is 0 at the last timestep and almost 0
+    at the first few that sampling visits, so that the network would not learn them. Without zero terminal SNR the
+    weights are the paper's, which are also diffusers'.
 
     Args:
-        scheduler: of training.
+        scheduler: the scheduler of training.
         timesteps: `n`.
         gamma: the bound, 5 in the paper that proposed it (arXiv 2303.09556).
 
@@ -151,11 +146,8 @@ def min_snr_weights(scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -
     return bounded / divisor[scheduler.config.prediction_type]
 
 
-# ---------------------------------------------------------------------------------------------- EDM, stage 2
-
-
 class EdmPreconditioning(NamedTuple):
-    """How SVD's network is wrapped: denoised = c_skip * noisy + c_out * network(c_in * noisy, timestep)."""
+    """Coefficients around SVD's network: denoised = c_skip * noisy + c_out * network(c_in * noisy, timestep)."""
 
     c_skip: Tensor
     c_out: Tensor
@@ -167,7 +159,7 @@ def edm_preconditioning(sigmas: Tensor) -> EdmPreconditioning:
     """SVD's preconditioning (EDM's for v prediction, unit data variance).
 
     Args:
-        sigmas: positive, of any shape, float32.
+        sigmas: positive float32 of any shape.
 
     Returns:
         Tensors of the shape of `sigmas`: 1 / (s^2 + 1), -s / sqrt(s^2 + 1), 1 / sqrt(s^2 + 1) and ln(s) / 4.
@@ -182,7 +174,7 @@ def edm_preconditioning(sigmas: Tensor) -> EdmPreconditioning:
 
 
 def edm_weight(sigmas: Tensor) -> Tensor:
-    """Weight (s^2 + 1) / s^2 of the denoised latents' squared error; that of the network's own output is then 1."""
+    """Weight (s^2 + 1) / s^2 of the denoised latents' squared error; the network output's error then has weight 1."""
     return (sigmas.square() + 1) / sigmas.square()
 
 

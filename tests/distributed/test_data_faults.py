@@ -64,9 +64,6 @@ def clip_ids(shards: dict[str, Any]) -> list[str]:
     return [clip["clip_id"] for clip in StoredClips(Shards(**shards), ranks=Ranks())]
 
 
-# ------------------------------------------------------------------------------------------- one cache, many processes
-
-
 class _StopsHalfWay:
     """The library's downloader on a line that goes dead when half of the file is through."""
 
@@ -144,9 +141,6 @@ def test_two_processes_may_fill_one_cache_at_once(remote, tmp_path):
         happened="all read all clips in order, all hashes right",
         steps_lost=0,
     )
-
-
-# ------------------------------------------------------------------------------------------- workers
 
 
 class SlowClips(ClipDataset):
@@ -235,9 +229,6 @@ def test_a_stopped_worker_is_an_error_within_the_time_out_and_does_not_outlive_i
         happened=message,
         detected_seconds=float(seconds),
     )
-
-
-# ------------------------------------------------------------------------------------------- a whole training
 
 
 @dataclass(frozen=True)

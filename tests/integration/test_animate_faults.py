@@ -84,9 +84,6 @@ def ages(output: Path) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in output.glob("[!.]*/result.json")}
 
 
-# ------------------------------------------------------------------------------------------- killed, full, damaged
-
-
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_killed_at_item_7_of_20_lose_only_what_they_had_in_hand(recipe, tmp_path):
@@ -213,9 +210,6 @@ def test_links_in_the_output_are_replaced_and_nothing_is_written_through_them(re
         f"clip_{number}" for number in range(NUM_ENTRIES)
     ]
     assert [path.name for path in valued.iterdir()] == ["letter"]
-
-
-# ------------------------------------------------------------------------------------------- hostile exports
 
 
 class _Runs:

@@ -27,9 +27,6 @@ OPTIONAL |= {"tensorboard": "tensorboard"}
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
 
 
-# ------------------------------------------------------------------------------------- what setup.cfg declares
-
-
 def declared_by_setup() -> dict[str, list[str]]:
     """Extra -> requirements; those of every installation under an empty name."""
     config = ConfigParser()
@@ -136,9 +133,6 @@ def test_the_pins_satisfy_every_bound() -> None:
         for requirement in map(Requirement, requirements):
             if extra != "flash":  # built by whoever has a GPU's tools
                 assert versions[canonicalize_name(requirement.name)] in requirement.specifier
-
-
-# ----------------------------------------------------------------------------------------------- the wheel
 
 
 @pytest.fixture(scope="module")
@@ -248,9 +242,6 @@ for task in ("prepare", "stage1_domains", "stage2", "animate", "evaluate"):
     assert done.returncode == 0, done.stderr
     missed = {words[0].partition("_")[0]: words[1:] for words in map(str.split, done.stdout.splitlines())}
     assert missed == {task: [package] if package in extras else [] for task, extras in EXTRAS.items()}
-
-
-# --------------------------------------------------------------------------------------------- the launchers
 
 
 @pytest.fixture(scope="module")

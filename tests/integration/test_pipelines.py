@@ -29,9 +29,6 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-# ------------------------------------------------------------------------------------------- saving and loading
-
-
 def test_a_saved_geometry_pipeline_gives_the_same_maps_bit_for_bit(tmp_path):
     pipeline = tiny_geometry_pipeline()
     before = pipeline(IMAGE, poses(3), num_inference_steps=2, generator=seeded(), output_type="pt")
@@ -89,9 +86,6 @@ def test_a_component_put_in_later_is_saved_under_a_name_that_loads(tmp_path):
     assert all(torch.equal(value, weights[name]) for name, value in pipeline.unet.state_dict().items())
 
 
-# ------------------------------------------------------------------------------------------- windows
-
-
 def test_networks_that_see_frames_alone_give_the_same_in_windows_and_whole():
     pipeline = tiny_geometry_pipeline(temporal_attention=False)
     options = {"num_inference_steps": 3, "output_type": "latent"}
@@ -132,9 +126,6 @@ def test_a_clip_longer_than_a_window_shows_no_seam(stage):
     assert cut_seams.max() > cut_jumps.max(), "without an overlap there is a seam, else this test shows nothing"
     assert blended_seams.max() <= blended_jumps.max()
     assert blended_seams.max() < 0.5 * cut_seams.max()
-
-
-# ------------------------------------------------------------------------------------------- batches and determinism
 
 
 def test_a_clip_in_a_batch_is_sampled_as_it_is_alone():
@@ -192,9 +183,6 @@ def test_smaller_maps_of_stage1_are_enlarged():
     small = [frames[..., ::2, ::2] for frames in maps(3)[1:]]
     frames = pipeline(IMAGE, poses(3), *small, num_inference_steps=1, output_type="np").frames
     assert frames.shape == (1, 3, HEIGHT, WIDTH, 3)
-
-
-# ------------------------------------------------------------------------------------------- forms and manners
 
 
 def test_pictures_arrays_and_tensors_tell_the_same():

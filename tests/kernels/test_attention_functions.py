@@ -59,9 +59,6 @@ def inputs_for(name, *, num_tokens, width, dtype=torch.float64):
     return [*inputs, *tokens(2, 2, num_tokens + 1, width, dtype=dtype, seed=1).unbind(0)]
 
 
-# ------------------------------------------------------------------------------------- against the formula, in loops
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_geometry_attention_lets_every_domain_see_the_tokens_of_all_domains_of_its_frame_only(backend):
     query, key, value = qkv(6, 3, 10, dtype=DTYPES[backend])  # 2 frames x 3 domains, 2 heads of width 5
@@ -101,9 +98,6 @@ def test_temporal_attention_sees_its_own_place_in_all_frames_of_its_clip_only(ba
                     query[sample, place, head], key[clip, place, head], value[clip, place, head]
                 )
                 torch.testing.assert_close(output[sample, place, head], expected)
-
-
-# --------------------------------------------------------------------------------------------------------- identities
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -171,9 +165,6 @@ def test_doubling_the_clips_for_guidance_leaves_each_half_as_it_was(name, backen
     torch.testing.assert_close(twice[:6], once)
 
 
-# -------------------------------------------------------------------------------------------- agreement and gradients
-
-
 def outputs_and_gradients(name, inputs, *, num_heads, backend):
     """The output and the gradient of every input, for one fixed cotangent."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
@@ -212,9 +203,6 @@ def test_a_fused_backend_errs_no_more_than_plain_torch_in_the_same_precision(
 def test_gradients_are_those_of_finite_differences(name, backend):
     inputs = [x.requires_grad_() for x in inputs_for(name, num_tokens=2, width=6)]
     assert gradcheck(lambda *leaves: call(name, leaves, num_heads=2, backend=backend), inputs)
-
-
-# ---------------------------------------------------------------------------------------------------- strides, copies
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -264,9 +252,6 @@ def test_sdpa_cuts_a_batch_that_is_too_long_for_one_call_and_changes_nothing(mon
     whole = temporal_attention(*inputs, num_frames=3, num_heads=2, backend="sdpa")
     monkeypatch.setattr(sdpa, "MAX_BATCH", 4)  # of 2 clips x 5 places
     torch.testing.assert_close(temporal_attention(*inputs, num_frames=3, num_heads=2, backend="sdpa"), whole)
-
-
-# ----------------------------------------------------------------------------------------------------------- choosing
 
 
 @pytest.fixture
@@ -366,9 +351,6 @@ def test_the_package_exports_the_contract():
     assert {"geometry_attention", "reference_attention", "temporal_attention", "available_backends"} <= set(
         dreamdance_kernels.__all__
     )
-
-
-# ----------------------------------------------------------------------------------------------------------- refusals
 
 
 def test_a_batch_that_is_not_whole_frames_or_clips_is_refused():

@@ -84,9 +84,6 @@ def test_a_triton_that_is_older_than_any_the_kernels_were_compiled_with_is_named
     assert available_backends()["triton"] == "it needs triton 3.6 or newer (it comes with torch); found 3.2.0"
 
 
-# ------------------------------------------------------------------------------------------------------------- numbers
-
-
 @layouts
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_the_cpu_path_is_torchs_own_attention_to_the_bit_where_the_layout_is_the_same(layout, dtype):
@@ -163,9 +160,6 @@ def test_what_does_not_fit_together_is_refused_before_a_kernel_reads_beyond_it(i
     refused("one dtype and one device; got .*float16", query, key.half(), value)
     with pytest.raises(ValueError, match="implementation='cuda' is none of triton, torch"):
         segmented_attention(query, key, value, num_heads=2, implementation="cuda")
-
-
-# ------------------------------------------------------------------------------------------------------- registrations
 
 
 @pytest.mark.parametrize("implementation", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
@@ -292,9 +286,6 @@ def test_a_graph_compiled_for_one_length_takes_others(backend):
         torch.testing.assert_close(compiled(*inputs), attend(*inputs))
 
 
-# ------------------------------------------------------------------------------------------------------- checkpointing
-
-
 @pytest.mark.parametrize("backend", ["triton", "sdpa"])
 def test_checkpointing_can_keep_what_attention_computed(backend):
     torch.manual_seed(0)
@@ -316,9 +307,6 @@ def test_checkpointing_can_keep_what_attention_computed(backend):
 
 
 FORWARDS = {FORWARD, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}
-
-
-# -------------------------------------------------------------------------------------------------------------- memory
 
 
 def as_one_operator(query, key, value, *, num_domains, num_heads):

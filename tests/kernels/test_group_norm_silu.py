@@ -166,9 +166,6 @@ def test_builds_name_every_argument_of_every_kernel(architecture):
         assert set(build.signature) | set(build.constants) == set(build.function.arg_names), build.name
 
 
-# --------------------------------------------------------------------------------------------------- on CPU, as torch's
-
-
 @pytest.mark.parametrize("activation", [True, False])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)

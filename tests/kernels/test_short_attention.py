@@ -108,9 +108,6 @@ def assert_as_exact_as_torch(projection: Tensor, grad_output: Tensor, sizes: Siz
         assert error.abs().max() <= MAX_ERROR_RATIO * their_error.abs().max() + largest_luck * exact.abs().max(), name
 
 
-# ------------------------------------------------------------------------------------------------------------ exactness
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_output_and_gradients_err_no_more_than_plain_torch_in_the_same_precision(sizes, dtype):
@@ -140,8 +137,6 @@ def test_over_one_frame_the_output_is_the_value_and_its_gradient_the_outputs_to_
     assert not grad_query.any()
     assert not grad_key.any()
 
-
-# ----------------------------------------------------------------------------------------- layouts, and what is touched
 
 STRIDED = Sizes(frames=7, places=5, heads=2, head_width=24)
 
@@ -219,9 +214,6 @@ def test_a_place_does_not_depend_on_those_that_share_its_tile():
             torch.testing.assert_close(result[:, one], single)
 
 
-# -------------------------------------------------------------------------------------------------------- many, and far
-
-
 @pytest.mark.slow
 def test_more_places_than_a_second_grid_axis_has_are_all_computed(monkeypatch):
     """66,000 places of two frames in one launch, in a tile that lets the interpreter do so in seconds.
@@ -249,9 +241,6 @@ def test_clips_places_and_frames_may_lie_more_than_2_to_the_31_elements_away(axi
     near = [x.contiguous() for x in (query, key, value, grad_output)]
     for result, expected in zip(run(query, key, value, grad_output, 1), run(*near, 1), strict=True):
         assert torch.equal(result, expected)
-
-
-# ------------------------------------------------------------------------------------------------------ edges, refusals
 
 
 @pytest.mark.parametrize(("clips", "places"), [(0, 3), (2, 0)])

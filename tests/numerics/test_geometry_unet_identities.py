@@ -79,9 +79,6 @@ def domain_indices(frames=NUM_CLIPS * NUM_FRAMES):
     return torch.arange(NUM_DOMAINS).repeat(frames)
 
 
-# ----------------------------------------------------------------------------------- C3: identity at initialisation
-
-
 @pytest.mark.parametrize("overrides", CONFIGS.values(), ids=CONFIGS.keys())
 def test_at_initialisation_the_denoiser_is_bit_for_bit_the_unet_it_was_made_from(overrides, tmp_path):
     make_base(**overrides).save_pretrained(tmp_path / "unet")
@@ -138,9 +135,6 @@ def test_the_branches_matter_once_their_projections_have_moved():
         assert not torch.allclose(run(moved, *inputs), untouched, rtol=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------- domains (Eq. 3, 5)
-
-
 def test_the_domain_embedding_tells_domains_apart_from_the_first_step():
     unet = make_unet()
     one_latent = draw(1, 4, 6, 4).expand(BATCH, -1, -1, -1)
@@ -182,9 +176,6 @@ def test_with_one_domain_geometry_attention_is_self_attention_of_each_sample():
     assert not torch.allclose(alone, run(make_unet(), sample[:1], 9, conditioning[:1], num_frames=1, num_domains=1))
 
 
-# ------------------------------------------------------------------------------------------------------------- frames
-
-
 def reversed_frames(x, num_domains):
     clips = x.unflatten(0, (-1, NUM_FRAMES, num_domains))
     return clips.flip(1).flatten(0, 2)
@@ -212,9 +203,6 @@ def test_temporal_attention_mixes_the_frames_of_a_clip_within_each_domain_only()
     assert not torch.allclose(output[5], other[5], rtol=1e-4)  # depth of the second frame
     untouched = [0, 1, 3, 4, *range(6, BATCH)]
     torch.testing.assert_close(output[untouched], other[untouched])
-
-
-# ------------------------------------------------------------------------------------------------- reference, guidance
 
 
 def reference_features(unet, num_clips=NUM_CLIPS, seed=3):
@@ -271,9 +259,6 @@ def test_the_pose_of_a_frame_reaches_all_its_domains_and_no_other_frame():
     pose[1] = draw(32, 6, 4)
     moved = (run(unet, *inputs, pose_features=pose) - run(unet, *inputs)).abs().amax(dim=(1, 2, 3)) > 0
     assert moved.tolist() == [3 <= sample < 6 for sample in range(BATCH)]
-
-
-# --------------------------------------------------------------------------------------------- backends, checkpointing
 
 
 def test_the_backends_agree():

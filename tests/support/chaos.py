@@ -104,9 +104,6 @@ class Struck:
         return [self.random.choice(self.start.pids())]
 
 
-# ------------------------------------------------------------------------------------------- what is done to it
-
-
 def kill_a_rank(struck: Struck) -> None:
     struck.send(signal.SIGKILL, struck.any_rank())
 
@@ -224,9 +221,6 @@ def _is_complete(folder: Path | None) -> bool:
 def _made_since(struck: Struck, moment: float) -> list[int]:
     folders = [(step, checkpoint_folder(struck.run, step) / COMPLETE_FILE) for step in complete_steps(struck.run)]
     return [step for step, file in folders if file.is_file() and file.stat().st_mtime > moment]
-
-
-# ------------------------------------------------------------------------------------------- the kinds
 
 
 @dataclass(frozen=True)

@@ -98,9 +98,6 @@ def test_an_objective_of_float64_has_an_autoencoder_of_float64(folder):
     assert make_objective(folder, temporal=False).double().vae.dtype == torch.float64
 
 
-# ------------------------------------------------------------------------------------------ targets and conditions
-
-
 @STAGES
 def test_targets_are_drawn_from_the_latent_distribution_of_each_sample(folder, batch, temporal):
     objective = make_objective(folder, temporal=temporal)

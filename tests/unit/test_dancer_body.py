@@ -52,9 +52,6 @@ def materials_along(identity: Identity, skeleton: Skeleton, start: np.ndarray, e
     return [round(10 * float(red)) for red in colours[0]]
 
 
-# ------------------------------------------------------------------------------------------- people
-
-
 def test_every_hair_style_pattern_and_garment_occurs_and_none_rules(people: list[Identity]) -> None:
     hair = Counter(person.hair_style for person in people)
     patterns = Counter(person.materials[TOP].pattern for person in people)
@@ -93,9 +90,6 @@ def test_whoever_wears_a_skirt_wears_short_trousers_beneath_and_their_top_tucked
             assert (person.trousers, person.hem) == (0.3, 0.0)
         else:
             assert person.trousers >= 0.4
-
-
-# ------------------------------------------------------------------------------------------- clothes
 
 
 def test_short_sleeves_show_the_arm_below_their_cut_and_long_ones_cover_it() -> None:
@@ -143,9 +137,6 @@ def test_hands_head_and_neck_are_bare_hair_is_hair_and_a_cap_is_of_cloth() -> No
     capped = build_body(replace(identity, hair_style="cap"), skeleton).skins
     assert HAIR not in capped.below
     assert len(capped.below) == len(skins.below)
-
-
-# ------------------------------------------------------------------------------------------- shapes
 
 
 def test_only_a_skirt_adds_a_shape_that_is_wider_than_the_hips_and_ends_above_the_feet() -> None:

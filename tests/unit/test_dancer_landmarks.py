@@ -118,9 +118,6 @@ def test_body_points_are_the_skeletons_joints_by_their_names() -> None:
     assert np.array_equal(points[:, 0], points[:, FACE.start + 30])  # the nose is the tip of the face's
 
 
-# ------------------------------------------------------------------------------------------- hands
-
-
 def test_a_hand_has_21_points_beginning_at_the_wrist() -> None:
     body, skeleton = draw(3)
     points = find_landmarks(skeleton, body).points
@@ -174,9 +171,6 @@ def test_the_last_two_bones_of_a_finger_lie_in_one_line() -> None:
         first, second = (hand[:, 4 * finger + joint + 1] - hand[:, 4 * finger + joint] for joint in (2, 3))
         cosine = (first * second).sum(-1) / np.linalg.norm(first, axis=-1) / np.linalg.norm(second, axis=-1)
         np.testing.assert_allclose(cosine, 1.0, rtol=1e-12)
-
-
-# ------------------------------------------------------------------------------------------- beneath the skin
 
 
 def test_every_joint_lies_within_its_depth_of_the_bodys_surface() -> None:

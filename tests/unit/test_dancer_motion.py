@@ -36,9 +36,6 @@ def arrays(skeleton: Skeleton) -> dict[str, np.ndarray]:
     return found
 
 
-# ------------------------------------------------------------------------------------------- measures
-
-
 def test_a_body_is_as_tall_as_its_parts_stacked(dances: list[tuple[Proportions, Skeleton]]) -> None:
     crown = 0.19  # metres from the top of the neck, of a head of factor 1
     for body, _ in dances:
@@ -99,9 +96,6 @@ def test_frames_are_rotations_and_the_left_hand_is_the_right_ones_mirror_image()
             np.testing.assert_allclose(products, np.broadcast_to(np.eye(3), products.shape), rtol=0, atol=1e-12)
             mirrored = name == "hand_frames[0]"  # the thumb's side, along, out of the palm: left-handed
             np.testing.assert_allclose(np.linalg.det(frames), -1.0 if mirrored else 1.0, rtol=1e-12)
-
-
-# ------------------------------------------------------------------------------------------- joint limits
 
 
 def test_elbows_bend_one_way_within_what_an_elbow_can(dances: list[tuple[Proportions, Skeleton]]) -> None:
@@ -174,9 +168,6 @@ def test_dancers_face_the_camera_enough_for_their_faces_to_be_seen(
     assert np.max(turns) > 45.0
 
 
-# ------------------------------------------------------------------------------------------- floor and time
-
-
 def test_one_foot_stands_at_every_moment_and_none_sinks_into_the_floor(
     dances: list[tuple[Proportions, Skeleton]],
 ) -> None:
@@ -225,9 +216,6 @@ def test_two_dances_of_one_body_differ() -> None:
     body = draw_proportions(np.random.default_rng(0))
     first, second = (dance(np.random.default_rng(seed), body, SECONDS) for seed in (1, 2))
     assert length(first.wrists[0] - second.wrists[0]).max() > 0.1
-
-
-# ------------------------------------------------------------------------------------------- waves, rotations
 
 
 def test_a_wave_stays_within_its_amplitude_and_repeats_every_four_beats() -> None:

@@ -11,8 +11,6 @@ from dreamdance.dancers.shading import Light, pattern_share, shade, surface_colo
 SHARES = {"plain": 0.0, "rings": 0.5, "stripes": 0.5, "checks": 0.5, "gingham": 0.5, "dots": np.pi * 0.3**2}
 SHARP = 1e-6
 
-# ------------------------------------------------------------------------------------------- patterns
-
 
 def grid(count: int = 400) -> tuple[np.ndarray, np.ndarray]:
     """Evenly spread coordinates over two repeats in both directions."""
@@ -72,9 +70,6 @@ def test_patterns_smaller_than_a_pixel_fade_instead_of_flickering() -> None:
             assert np.abs(share(pattern, u, v, width) - 0.5).max() <= ripple
 
 
-# ------------------------------------------------------------------------------------------- the face
-
-
 @pytest.fixture
 def person() -> Identity:
     return draw_identity(np.random.default_rng(1))
@@ -123,9 +118,6 @@ def test_a_distant_face_keeps_its_mean_colour_as_its_features_blur(person: Ident
     assert far.std(axis=1).max() < near.std(axis=1).max()
 
 
-# ------------------------------------------------------------------------------------------- skins
-
-
 def test_skins_move_with_the_camera_and_keep_their_frames() -> None:
     generator = np.random.default_rng(0)
     angle = 0.5
@@ -147,8 +139,6 @@ def test_skins_move_with_the_camera_and_keep_their_frames() -> None:
             rows[:, part, :9].reshape(2, 3, 3), np.broadcast_to(rotation.T, (2, 3, 3)), atol=1e-7
         )
 
-
-# ------------------------------------------------------------------------------------------- light
 
 LIGHT = Light(
     direction=np.array([0.6, 0.8, 0.0]),

@@ -50,9 +50,6 @@ def stages() -> list[tuple[np.ndarray, Stage]]:
     return found
 
 
-# ------------------------------------------------------------------------------------------- planes
-
-
 def test_the_floor_is_level_and_walls_stand_upright_facing_the_room(stages: list[tuple[np.ndarray, Stage]]) -> None:
     second_walls = 0
     for _, stage in stages:
@@ -112,9 +109,6 @@ def test_plane_colours_can_be_told_apart_and_shown(stages: list[tuple[np.ndarray
             assert abs(lightness[1] - lightness[0]) == pytest.approx(0.13 if plane.skirting is not None else 0.12)
 
 
-# ------------------------------------------------------------------------------------------- camera
-
-
 def test_the_camera_stands_level_and_looks_at_the_middle_of_the_dance() -> None:
     for seed in range(20):
         _, points = dancer(seed)
@@ -154,9 +148,6 @@ def test_a_light_turns_with_the_camera() -> None:
     light = camera_light(stage, camera)
     np.testing.assert_allclose(camera.rotation.T @ light.direction, stage.to_lamp, rtol=0, atol=1e-12)
     np.testing.assert_allclose(camera.rotation.T @ light.up, [0.0, 1.0, 0.0], rtol=0, atol=1e-12)
-
-
-# ------------------------------------------------------------------------------------------- backdrop
 
 
 def test_each_ray_ends_on_the_nearest_plane_in_front_of_the_camera() -> None:
@@ -209,9 +200,6 @@ def test_more_samples_change_edges_of_patterns_only() -> None:
     np.testing.assert_allclose(coarse.colours[inner], fine.colours[inner], rtol=2e-3)
     assert np.array_equal(coarse.depths, fine.depths)
     assert np.array_equal(coarse.normals, fine.normals)
-
-
-# ------------------------------------------------------------------------------------------- shadows
 
 
 def shifted(skeleton: Skeleton, by: np.ndarray) -> Skeleton:

@@ -45,9 +45,6 @@ def changed(entry: ManifestEntry, **changes: object) -> ManifestEntry:
     return ManifestEntry(**{**entry.__dict__, **changes})
 
 
-# ------------------------------------------------------------------------------------------- pictures
-
-
 def test_margins_go_evenly_and_only_the_proportion_of_the_aspect_counts(entry: ManifestEntry) -> None:
     for aspect in (SQUARE, Size(1000, 1000)):
         loaded = load_inputs(entry, aspect=aspect, pose_sizes=set())
@@ -138,9 +135,6 @@ def test_a_picture_that_is_a_program_is_not_run(entry: ManifestEntry, tmp_path: 
         load_inputs(changed(entry, image=path), aspect=SQUARE, pose_sizes=set())
 
 
-# ------------------------------------------------------------------------------------------- poses
-
-
 def test_key_points_are_drawn_at_their_own_size_then_cut_and_resized_for_each_stage(entry: ManifestEntry) -> None:
     whole, half = Size(40, 60), Size(20, 30)
     loaded = load_inputs(entry, aspect=whole, pose_sizes={whole, half})
@@ -195,9 +189,6 @@ def test_aligned_key_points_are_drawn_in_the_references_frame(entry: ManifestEnt
     assert (aligned[0] - drawing).abs().mean() < 2e-3
     unasked = load_inputs(changed(asked, align=False), aspect=size, pose_sizes={size}).poses[size]
     assert (unasked[0] - drawing).abs().mean() > 1e-2, "enlarged lines, not lines drawn at the larger size"
-
-
-# ------------------------------------------------------------------------------------------- hashes
 
 
 def test_hashes_name_every_file_that_counts_and_change_with_its_content(entry: ManifestEntry, tmp_path: Path) -> None:

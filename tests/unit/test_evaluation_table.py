@@ -43,9 +43,6 @@ def random_truth(seed: int = 0, *, num_frames: int = NUM_FRAMES) -> Truth:
     )
 
 
-# ------------------------------------------------------------------------------------------- the table
-
-
 def test_the_truth_itself_is_nobodys_rival() -> None:
     rows = {RESULT_ROW: {"l1": 0.2}, TRUTH_ROW: {"l1": 0.0}, "a": {"l1": 0.3}}
     assert compare_with_trivial(rows)["l1"].answer == "a"
@@ -115,9 +112,6 @@ def test_clips_are_shown_one_by_one_only_while_they_fit_on_a_page() -> None:
     assert "| clip_11 | 0.2000 " in Table(rows, {f"clip_{i}": rows for i in range(12)}).as_markdown()
 
 
-# ------------------------------------------------------------------------------------------- scores
-
-
 def test_a_mean_is_over_the_clips_that_have_the_number() -> None:
     clips = [{"l1": 0.1, "psnr_body": math.nan}, {"l1": 0.3, "psnr_body": 30.0}, {"l1": 0.5}]
     assert mean_scores(clips) == {"l1": pytest.approx(0.3), "psnr_body": 30.0}
@@ -161,9 +155,6 @@ def test_bytes_round_and_clamp() -> None:
     assert as_bytes(values).tolist() == [0, 0, 0, 1, 255, 255]
 
 
-# ------------------------------------------------------------------------------------------- truth and trivial answers
-
-
 def test_disparity_is_metric_by_the_clips_own_range() -> None:
     truth = random_truth()
     metric = truth.metric_disparity
@@ -205,9 +196,6 @@ def test_trivial_answers_look_at_the_reference_or_at_nothing() -> None:
     assert answers[MEAN_COLOUR].normals is None
     mean = TrainingMean(random_truth(seed=1, num_frames=1).pictures, 7)
     assert np.array_equal(trivial_answers(reference, 4, mean)[MEAN_OF_TRAINING].frames[2], mean.pictures.frames[0])
-
-
-# ------------------------------------------------------------------------------------------- results on disk
 
 
 def write_result(folder: Path, details: str = '{"fps": 8}', **arrays: np.ndarray) -> Path:

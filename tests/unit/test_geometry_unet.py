@@ -41,9 +41,6 @@ def num_parameters(parameters):
     return sum(parameter.numel() for parameter in parameters.values())
 
 
-# ---------------------------------------------------------------------------------------------------------- the folder
-
-
 def test_a_saved_model_comes_back_with_its_branches_weights_and_output(tmp_path):
     unet = GeometryUNetModel.from_unet2d(
         make_base(), geometry_attention=True, temporal_attention=True, max_frames=7, attention_backend="reference"
@@ -77,9 +74,6 @@ def test_a_configuration_alone_builds_the_same_network():
     unet = GeometryUNetModel.from_unet2d(make_base(), geometry_attention=True, domain_embedding=False)
     again = GeometryUNetModel.from_config(unet.config)
     assert {n: p.shape for n, p in again.state_dict().items()} == {n: p.shape for n, p in unet.state_dict().items()}
-
-
-# -------------------------------------------------------------------------------------------------------- the branches
 
 
 def test_the_configuration_says_which_branches_exist():
@@ -125,9 +119,6 @@ def test_an_index_that_is_no_domain_is_refused():
             DomainEmbedding(16)(torch.tensor([index]))
 
 
-# ------------------------------------------------------------------------------------------------ weights of the base
-
-
 def test_weights_that_are_missing_or_left_over_are_refused_by_name():
     unet = GeometryUNetModel.from_unet2d(make_base())
     added = set(unet.domain_parameters())
@@ -166,9 +157,6 @@ def test_variants_that_stable_diffusion_does_not_use_are_refused_by_name(key, va
     named = value[-1] if isinstance(value, tuple) else str(value)
     with pytest.raises(UserError, match=named):
         GeometryUNetModel.from_unet2d(make_base(**{key: value}, addition_embed_type_num_heads=8))
-
-
-# ------------------------------------------------------------------------------------------------------------- inputs
 
 
 def test_more_frames_than_positions_name_the_key_to_change():
@@ -220,9 +208,6 @@ def test_domains_for_a_model_without_their_embedding_are_refused():
     unet = GeometryUNetModel.from_unet2d(make_base(), domain_embedding=False)
     with pytest.raises(ValueError, match="no domain embedding"):
         unet(*make_inputs(), domains=torch.zeros(6, dtype=torch.long))
-
-
-# ---------------------------------------------------------------------------------------------------------- full size
 
 
 def test_at_full_size_every_module_has_the_parameters_it_should():

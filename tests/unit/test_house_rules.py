@@ -145,9 +145,6 @@ def test_no_work_is_left_as_a_note() -> None:
     assert found == []
 
 
-# ------------------------------------------------------------------------------------------- of the tests themselves
-
-
 def test_no_two_tests_of_a_file_have_one_name() -> None:
     """The first would never run."""
     for path in TESTS:

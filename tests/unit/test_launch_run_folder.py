@@ -229,9 +229,6 @@ def test_a_job_does_not_bring_a_removed_run_folder_back(run_folder):
     assert not run_folder.exists()
 
 
-# ------------------------------------------------------------------------------------------- storage that stumbles
-
-
 def test_the_recipe_of_a_submitted_run_is_waited_for(run_folder):
     create_or_check(recipe(), run_folder, [])
     hidden = run_folder.with_name("hidden")

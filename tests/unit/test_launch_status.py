@@ -64,9 +64,6 @@ def states(runs: Path) -> dict[str, str]:
     return {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
 
 
-# ------------------------------------------------------------------------------------------- finding runs
-
-
 def test_a_run_is_found_by_its_name_or_its_path(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here, elsewhere = make_run(runs, "stage2"), make_run(tmp_path / "other", "prepare")
     assert find_run("demo_stage2", runs) == here
@@ -87,9 +84,6 @@ def test_a_run_that_is_not_there_is_named_with_those_that_are(runs: Path) -> Non
 
 def test_without_runs_the_table_says_so(runs: Path) -> None:
     assert table(runs) == f"no runs in {runs}"
-
-
-# ------------------------------------------------------------------------------------------- the table
 
 
 def test_every_state_of_a_run_has_its_word(runs: Path) -> None:
@@ -150,9 +144,6 @@ def test_the_table_lines_up_and_shows_the_newest_progress(runs: Path) -> None:
     assert not any(line.endswith(" ") for line in (header, first, second))
 
 
-# ------------------------------------------------------------------------------------------- progress
-
-
 def test_half_a_line_and_noise_are_skipped_for_the_newest_whole_one(runs: Path) -> None:
     run = make_run(runs, "stage2")
     assert last_progress(run) is None
@@ -172,9 +163,6 @@ def test_only_the_end_of_a_long_log_is_read(runs: Path) -> None:
     assert last_progress(run) == {"done": 2}
     progress_file(run).write_bytes(b"\xff" * 100_000)
     assert last_progress(run) is None
-
-
-# ------------------------------------------------------------------------------------------- one run
 
 
 def test_details_name_the_newest_checkpoints_and_exports(runs: Path) -> None:

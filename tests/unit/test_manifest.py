@@ -175,9 +175,6 @@ def test_a_missing_manifest_is_named(tmp_path):
         read_manifest(tmp_path / "nowhere.jsonl")
 
 
-# ------------------------------------------------------------------------------------------- align
-
-
 def person(num_frames: int = 6, seed: int = 0) -> KeypointSequence:
     """A standing person whose arms move at random, in a frame of 200x300 pixels."""
     generator = np.random.default_rng(seed)

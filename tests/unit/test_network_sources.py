@@ -126,8 +126,6 @@ def test_arguments_that_a_network_refuses_are_the_recipes_problem() -> None:
         open_tiny(NetworkSource(config={**tiny_unet_config(), "down_block_types": ["DownBlock2D"]}))
 
 
-# ------------------------------------------------------------------------------------------ CLIP's config and weights
-
 TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 PICTURES = {"image_size": 28, "patch_size": 14}
 

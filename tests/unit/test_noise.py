@@ -27,9 +27,6 @@ def latents_and_noise() -> tuple[torch.Tensor, torch.Tensor]:
     return latents, noise
 
 
-# ------------------------------------------------------------------------------------------ draws
-
-
 def test_draws_depend_on_the_sample_and_not_on_its_batch():
     for draw in (
         lambda keys: draw_noise(keys, (2, 3, 4, 4)),
@@ -84,9 +81,6 @@ def test_log_normal_draws_have_the_mean_and_deviation_of_their_logarithm():
     logarithms = draw_log_normal(KEYS, -3.0, 0.5, purpose="augmentation").log()
     assert abs(logarithms.mean() + 3.0) < 4 * 0.5 / math.sqrt(len(KEYS))
     assert abs(logarithms.std() - 0.5) < 4 * 0.5 / math.sqrt(2 * len(KEYS))
-
-
-# ------------------------------------------------------------------------------------------ DDPM
 
 
 @pytest.mark.parametrize(
@@ -192,8 +186,6 @@ def test_the_timesteps_where_sampling_begins_at_pure_noise_are_trained(predictio
     # a tenth of all timesteps; of the error of the clean latents the easy ones count up to 5 times as much
     assert weights[900:].sum() / weights.sum() > share
 
-
-# ------------------------------------------------------------------------------------------ EDM
 
 SIGMAS = torch.tensor([0.002, 0.1, 1.0, 7.3, 700.0], dtype=torch.float64)
 

@@ -56,9 +56,6 @@ def png_of_16_bits(values: np.ndarray, *, transparent: tuple[int, ...] = ()) -> 
     return b"\x89PNG\r\n\x1a\n" + header + colour + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-# ------------------------------------------------------------------------------------------- orientation
-
-
 @pytest.mark.parametrize(
     ("suffix", "options"),
     [(".png", {}), (".webp", {"lossless": True}), (".tif", {}), (".tif", {"compression": "tiff_lzw"}),
@@ -80,9 +77,6 @@ def test_damaged_exif_data_are_told_and_the_picture_is_taken_as_it_lies(caplog: 
     with caplog.at_level(logging.WARNING):
         assert np.array_equal(to_rgb_picture(picture, name="a.jpg"), quadrants())
     assert "a.jpg: its EXIF data are damaged" in caplog.text
-
-
-# ------------------------------------------------------------------------------------------- transparency
 
 
 def half_hidden(mode: str) -> Image.Image:
@@ -130,9 +124,6 @@ def test_a_transparent_colour_of_16_bits_never_shows(tmp_path: Path) -> None:
         found = read_picture(tmp_path / name)
         assert (found[:, 2:] == 255).all()
         assert (np.abs(found[:, :2] - 5_000 / 257) <= 1).all()
-
-
-# ------------------------------------------------------------------------------------------- depth of values
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B"])
@@ -198,9 +189,6 @@ def test_two_shades_gray_and_palettes_are_rgb(tmp_path: Path) -> None:
             assert np.array_equal(found, np.stack([checks] * 3, axis=-1))
 
 
-# ------------------------------------------------------------------------------------------- colour profiles
-
-
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
 def test_display_p3_becomes_srgb(tmp_path: Path, mode: str) -> None:
     wide = to_display_p3(quadrants())
@@ -251,9 +239,6 @@ def test_a_damaged_profile_is_told_and_the_values_are_taken_as_srgb(caplog: pyte
             assert np.array_equal(to_rgb_picture(picture, name="a.png"), quadrants())
         assert "a.png: its colour profile is damaged" in caplog.text
         caplog.clear()
-
-
-# ------------------------------------------------------------------------------------------- files
 
 
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".tif"])

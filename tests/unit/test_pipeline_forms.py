@@ -26,9 +26,6 @@ def every_shade() -> torch.Tensor:
     return torch.stack([shades, shades.flip(0), shades.T])[None, None]
 
 
-# ------------------------------------------------------------------------------------------- inputs
-
-
 def test_a_picture_a_list_and_a_tensor_of_it_are_the_same_reference():
     pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 3), dtype=np.uint8)
     picture = Image.fromarray(pixels)
@@ -74,9 +71,6 @@ def test_what_a_codec_leaves_slightly_outside_of_the_range_is_taken():
     assert clip_tensor(torch.full((1, 3, 2, 2), 1.005), "poses").max() == torch.tensor(1.005)
 
 
-# ------------------------------------------------------------------------------------------- outputs
-
-
 def test_every_shade_survives_pictures_and_comes_back():
     shades = every_shade()
     pictures = frames_output(shades, "pil")
@@ -114,9 +108,6 @@ def test_output_types_that_nobody_makes_are_refused_with_those_that_are_made():
         check_output_type("latent", accepted=("pil", "np", "pt"))
 
 
-# ------------------------------------------------------------------------------------------- noise and sizes
-
-
 def test_noise_of_a_clip_does_not_depend_on_the_clips_beside_it():
     alone = [draw_initial_noise((1, 3, 2, 4, 4), seeded(seed)) for seed in (5, 6)]
     together = draw_initial_noise((2, 3, 2, 4, 4), [seeded(5), seeded(6)])
@@ -151,9 +142,6 @@ def test_given_noise_is_taken_as_it_is_or_refused_by_shape():
     assert checked_latents(latents, (1, 2, 3)) is latents
     with pytest.raises(ValueError, match=r"must have the shape \(1, 2, 4\), not \(1, 2, 3\)"):
         checked_latents(latents, (1, 2, 4))
-
-
-# ------------------------------------------------------------------------------------------- whole calls
 
 
 @pytest.mark.parametrize(("num_frames", "window_frames", "overlap"), [(1, 4, 1), (5, 2, 1), (7, 3, 0)])

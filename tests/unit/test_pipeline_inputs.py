@@ -32,9 +32,6 @@ def pixels(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-# ------------------------------------------------------------------------------------------- forms
-
-
 def test_arrays_of_bytes_of_16_bits_and_of_floats_are_the_same_reference_as_the_picture():
     shades = pixels(5, 4, 3)
     expected = image_tensor(Image.fromarray(shades))
@@ -122,9 +119,6 @@ def test_transparent_parts_of_maps_stand_before_what_an_empty_map_shows():
         torch.testing.assert_close(found, torch.tensor(colour, dtype=torch.float32), rtol=0, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------- another aspect
-
-
 @pytest.mark.parametrize("kind", [GeometryPipeline, AnimationPipeline])
 @pytest.mark.parametrize(("height", "width"), [(48, 50), (50, 24)])
 def test_pictures_of_another_aspect_are_cut_and_never_squeezed(kind, height, width):
@@ -161,9 +155,6 @@ def test_maps_of_nearly_the_result_s_aspect_are_kept_whole():
     whole = resize_normals(narrow[0], HEIGHT, WIDTH), resize_images(narrow[1], HEIGHT, WIDTH)
     by_hand = pipeline(image, poses, *whole, generator=seeded(), **options).frames
     assert torch.equal(by_pipeline, by_hand)
-
-
-# ------------------------------------------------------------------------------------------- the export's own size
 
 
 @pytest.fixture(scope="module")
@@ -240,9 +231,6 @@ def test_a_recorded_size_that_is_no_number_is_refused_as_a_component_would_be(ex
     (tmp_path / "model_index.json").write_text(json.dumps({**index, "default_height": ["os", "system"]}))
     with pytest.raises(CheckpointError, match=r"geometry_from: .* takes 'default_height' from \['os', 'system'\]"):
         find_export(str(tmp_path), tmp_path, GeometryPipeline, key="geometry_from")
-
-
-# ------------------------------------------------------------------------------------------- DiffusionPipeline
 
 
 @pytest.mark.parametrize("kind", [GeometryPipeline, AnimationPipeline])

@@ -83,9 +83,6 @@ def broken_for_a_while(path: Path, *, seconds: float | None) -> Iterator[None]:
         timer.join()
 
 
-# ------------------------------------------------------------------------------------------- a remote that fails
-
-
 def test_a_remote_that_fails_for_a_while_is_asked_again(shards, remote, short_pauses, caplog):
     clips = StoredClips(shards)
     start = time.monotonic()
@@ -158,9 +155,6 @@ def test_a_read_only_remote_file_is_no_read_only_cache(shards, remote):
     assert (Path(shards.local) / SECOND).stat().st_mode & 0o200
 
 
-# ------------------------------------------------------------------------------------------- killed runs
-
-
 def test_what_lies_half_written_in_a_cache_is_never_read(shards):
     cache = Path(shards.local)
     cache.mkdir()
@@ -192,9 +186,6 @@ def test_shared_memory_that_a_killed_run_of_the_library_left_does_not_refuse_the
         happened="all 12 clips in order, nothing new in shared memory",
         steps_lost=0,
     )
-
-
-# ------------------------------------------------------------------------------------------- shared folders
 
 
 @pytest.mark.parametrize("how", ["first_use", "hash"])
@@ -242,9 +233,6 @@ def test_a_lock_whose_holder_is_stopped_is_an_error_that_says_how_to_find_it(sha
         happened=str(told.value),
         detected_seconds=time.monotonic() - start,
     )
-
-
-# ------------------------------------------------------------------------------------------- folders and links
 
 
 def test_a_cache_that_cannot_be_made_is_named_with_the_key_to_change(remote):

@@ -183,9 +183,6 @@ def test_names_and_contents_that_do_not_fit_are_refused(tmp_path):
         write_video(tmp_path / "clip.mp4", numbered_frames(2).astype(np.float32), fps=8)
 
 
-# ------------------------------------------------------------------------------------------- hostile files
-
-
 def png_bomb(side: int) -> bytes:
     """A real grey picture of side x side zeros in a few hundred kilobytes."""
 
