@@ -5,9 +5,10 @@ This module knows nothing of cameras, light or pictures.
 
 import colorsys
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dreamdance.dancers.landmarks import (
     CHIN,
@@ -24,7 +25,7 @@ from dreamdance.dancers.landmarks import (
 from dreamdance.dancers.motion import SIDES, Proportions, Skeleton, draw_proportions
 from dreamdance.dancers.quadrics import ShapeList
 
-_Array = np.ndarray
+_Array = NDArray[np.floating[Any]]
 _Colour = tuple[float, float, float]
 
 Pattern = Literal["plain", "rings", "stripes", "checks", "gingham", "dots"]

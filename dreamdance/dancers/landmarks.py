@@ -5,12 +5,14 @@ It also holds the measures of face and hands. The shapes use them too, so that p
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dreamdance.dancers.motion import Proportions, Skeleton
 
-_Array = np.ndarray
+_Array = NDArray[np.floating[Any]]
 
 SKULL, SKULL_RADIUS = np.array([0.0, 0.022, 0.0]), 0.084
 CHIN, CHIN_RADIUS = np.array([0.0, -0.066, 0.029]), 0.045

@@ -6,11 +6,13 @@ Pairs are ordered left, right. This module knows nothing of shapes and pictures.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-_Array = np.ndarray
-_Pair = tuple[np.ndarray, np.ndarray]
+_Array = NDArray[np.floating[Any]]
+_Pair = tuple[_Array, _Array]
 
 SIDES = (1.0, -1.0)
 """Left is towards the dancer's own +x, right towards -x."""

@@ -7,10 +7,13 @@ quadrics and frames at once. This module knows nothing of people, colours or lig
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-_Array = np.ndarray
+_Array = NDArray[np.floating[Any]]
+_Indices = NDArray[np.signedinteger[Any]]
 
 
 @dataclass
@@ -79,7 +82,7 @@ class Quadrics:
     cut_normals: _Array
     cut_offsets: _Array
     bounds: _Array
-    skins: _Array
+    skins: _Indices
 
     def frames(self, chosen: slice) -> "Quadrics":
         """The same quadrics in some of the frames."""
@@ -176,9 +179,9 @@ class Hits:
     pixels: `(n,)` index into frames x height x width. depths: `(n,)` float32. quadrics: `(n,)` index into f x k.
     """
 
-    pixels: _Array
+    pixels: _Indices
     depths: _Array
-    quadrics: _Array
+    quadrics: _Indices
 
 
 def cast(quadrics: Quadrics, *, focal: float, width: int, height: int) -> Hits:
@@ -196,7 +199,7 @@ def cast(quadrics: Quadrics, *, focal: float, width: int, height: int) -> Hits:
     pixels = columns + np.repeat(rows.row_pixels, counts)
     x = ((columns + 0.5 - width / 2) / focal).astype(np.float32)
 
-    def spread(values: _Array) -> _Array:
+    def spread(values: _Array) -> NDArray[np.float32]:
         return np.repeat(values.astype(np.float32), counts)
 
     offset = x - spread(rows.origin)
@@ -219,10 +222,10 @@ def cast(quadrics: Quadrics, *, focal: float, width: int, height: int) -> Hits:
 class _Rows:
     """Pieces of picture rows that a quadric may cover, and its polynomials in x along each, about `origin`."""
 
-    left: _Array
-    counts: _Array
-    row_pixels: _Array
-    quadrics: _Array
+    left: _Indices
+    counts: _Indices
+    row_pixels: _Indices
+    quadrics: _Indices
     origin: _Array
     h0: _Array
     h1: _Array
@@ -323,7 +326,7 @@ def _flatten(quadrics: Quadrics) -> _Flat:
     )
 
 
-def surface_normals(quadrics: Quadrics, owners: _Array, points: _Array) -> _Array:
+def surface_normals(quadrics: Quadrics, owners: _Indices, points: _Array) -> _Array:
     """Unit normals `(3, n)` float32, outwards, at points `(3, n)` float32 on the quadrics `owners` `(n,)`."""
     matrix = quadrics.matrices.reshape(-1, 9)[:, [0, 1, 2, 4, 5, 8]]
     table = np.concatenate([quadrics.centres.reshape(-1, 3), matrix, quadrics.linears.reshape(-1, 3)], axis=-1)

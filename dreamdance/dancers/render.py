@@ -8,6 +8,7 @@ The dataset of the demo, the tests and the ablations. Everything follows from a 
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dreamdance.dancers.body import Body, Identity, build_body, draw_identity
 from dreamdance.dancers.landmarks import Landmarks, find_landmarks
@@ -53,13 +54,13 @@ class DancerClip:
     the key points are. intrinsics: `(3, 3)` float64, in pixels, y downwards as in pictures; pixel centres at halves.
     """
 
-    rgb: np.ndarray
-    normal: np.ndarray
-    depth: np.ndarray
-    mask: np.ndarray
-    keypoints: np.ndarray
-    joints: np.ndarray
-    intrinsics: np.ndarray
+    rgb: NDArray[np.uint8]
+    normal: NDArray[np.float32]
+    depth: NDArray[np.float32]
+    mask: NDArray[np.bool_]
+    keypoints: NDArray[np.float32]
+    joints: NDArray[np.float32]
+    intrinsics: NDArray[np.float64]
     fps: float
     seed: int
 
@@ -115,7 +116,7 @@ def render_clip(seed: int, *, num_frames: int, width: int, height: int, fps: flo
     return DancerClip(rgb, normal, depth, mask, keypoints, joints.astype(np.float32), intrinsics, fps, seed)
 
 
-def _build_scene(seed: int, times: np.ndarray) -> _Scene:
+def _build_scene(seed: int, times: NDArray[np.float64]) -> _Scene:
     person, motion, place = (np.random.default_rng(part) for part in np.random.SeedSequence(seed).spawn(3))
     identity = draw_identity(person)
     skeleton = dance(motion, identity.body, times)
@@ -137,7 +138,7 @@ def _build_scene(seed: int, times: np.ndarray) -> _Scene:
     )
 
 
-def _hit_points(hits: Hits, focal: float, width: int, height: int) -> np.ndarray:
+def _hit_points(hits: Hits, focal: float, width: int, height: int) -> NDArray[np.float32]:
     """Where hits lie in camera space, `(3, n)` float32."""
     rows, columns = np.divmod(hits.pixels % (width * height), width)
     x = ((columns + 0.5 - width / 2) / focal).astype(np.float32)
@@ -146,7 +147,12 @@ def _hit_points(hits: Hits, focal: float, width: int, height: int) -> np.ndarray
 
 
 def _draw_geometry(
-    scene: _Scene, chunk: slice, focal: float, normal: np.ndarray, depth: np.ndarray, mask: np.ndarray
+    scene: _Scene,
+    chunk: slice,
+    focal: float,
+    normal: NDArray[np.float32],
+    depth: NDArray[np.float32],
+    mask: NDArray[np.bool_],
 ) -> None:
     """Writes the body's normals, depth and mask, at pixel centres, over the backdrop's."""
     height, width = depth.shape[1:]
@@ -159,8 +165,8 @@ def _draw_geometry(
 
 
 def _draw_colours(
-    scene: _Scene, chunk: slice, focal: float, backdrop: Backdrop, shadows: np.ndarray, samples: int
-) -> np.ndarray:
+    scene: _Scene, chunk: slice, focal: float, backdrop: Backdrop, shadows: NDArray[np.float64], samples: int
+) -> NDArray[np.float64]:
     """Colours of some frames `(f, H, W, 3)` uint8: the body, `samples` x `samples` rays per pixel, on the backdrop."""
     num_frames, height, width = shadows.shape
     fine_width, fine_height, fine_focal = width * samples, height * samples, focal * samples
@@ -185,7 +191,7 @@ def _draw_colours(
     return (picture * 255.0 + 0.5).clip(0.0, 255.0).astype(np.uint8)
 
 
-def _project(scene: _Scene, joints: np.ndarray, focal: float, width: int, height: int) -> np.ndarray:
+def _project(scene: _Scene, joints: NDArray[np.float64], focal: float, width: int, height: int) -> NDArray[np.float32]:
     """Key points `(f, 128, 3)` float32 of joints `(f, 128, 3)` in camera space; occlusion is traced by rays."""
     directions = joints[..., :2] / -joints[..., 2:]
     x = directions[..., 0] * focal / width + 0.5

@@ -4,12 +4,14 @@ Patterns are averaged over a pixel's own size in closed form, so that they fade 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dreamdance.dancers.body import HAIR, HEAD, SKIN, Identity, Pattern, Skins
 
-_Array = np.ndarray
+_Array = NDArray[np.floating[Any]]
 
 _EYE_WHITE, _EYE_DARK, _LIPS = (0.95, 0.95, 0.94), (0.10, 0.07, 0.06), (0.66, 0.30, 0.29)
 
@@ -85,7 +87,7 @@ def tabulate_skins(skins: Skins, position: _Array, rotation: _Array) -> SkinTabl
 
 
 def surface_colours(
-    table: SkinTable, identity: Identity, rows: _Array, points: _Array, pixel_size: float
+    table: SkinTable, identity: Identity, rows: NDArray[np.signedinteger[Any]], points: _Array, pixel_size: float
 ) -> tuple[_Array, _Array]:
     """Unlit colours of points on the body.
 

@@ -5,15 +5,17 @@ Floor and walls do not move, so that they are drawn once per clip.
 
 import colorsys
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from dreamdance.dancers.body import Pattern
 from dreamdance.dancers.motion import Skeleton
 from dreamdance.dancers.shading import Light, pattern_share
 
-_Array = np.ndarray
+_Array = NDArray[np.floating[Any]]
 
 _BACKDROPS: tuple[Pattern, ...] = ("plain", "plain", "stripes", "rings", "checks", "gingham", "dots")
 _FLOORS: tuple[Pattern, ...] = ("plain", "stripes", "checks", "checks", "gingham")
@@ -195,7 +197,7 @@ def build_backdrop(stage: Stage, camera: Camera, *, focal: float, width: int, he
     shadow_map = (world @ basis.T - basis @ _SHADOW_CENTRE) / _SHADOW_CELL + _SHADOW_CELLS / 2
     colours = _plane_colours(stage, camera, pixel_directions(focal * samples, width * samples, height * samples))
     return Backdrop(
-        colours=cv2.resize(colours, (width, height), interpolation=cv2.INTER_AREA),
+        colours=np.asarray(cv2.resize(colours, (width, height), interpolation=cv2.INTER_AREA), dtype=np.float32),
         normals=normals.astype(np.float32),
         depths=depths.astype(np.float32),
         shadow_map=shadow_map.astype(np.float32),

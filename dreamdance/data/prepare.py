@@ -16,6 +16,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dreamdance.dancers.render import HELD_OUT_SEEDS, TRAINING_SEEDS, render_clip
 from dreamdance.data.examples import MANIFEST_FILE, write_examples
 from dreamdance.data.prepare_notes import (
@@ -377,7 +379,7 @@ def render_record(seed: int, source: DancersSource) -> ClipRecord:
             "pose": draw_poses(clip.keypoints, width=source.width, height=source.height),
             "normal": encode_normal(clip.normal),
             "depth": disparity,
-            "mask": clip.mask.astype("uint8") * 255,
+            "mask": clip.mask.astype(np.uint8) * np.uint8(255),
         },
         keypoints=clip.keypoints,
         metadata={

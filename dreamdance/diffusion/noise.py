@@ -119,7 +119,8 @@ def ddpm_target(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timest
     if prediction_type == "epsilon":
         return noise
     if prediction_type == "v_prediction":
-        return scheduler.get_velocity(latents, noise, timesteps)
+        velocity: Tensor = scheduler.get_velocity(latents, noise, timesteps)
+        return velocity
     if prediction_type == "sample":
         return latents
     raise UserError(f"objective.prediction_type is {prediction_type!r}; epsilon, v_prediction and sample are accepted")
@@ -143,7 +144,8 @@ def min_snr_weights(scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -
     snr = compute_snr(scheduler, timesteps)
     divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
     bounded = (snr + 1 if scheduler.config.rescale_betas_zero_snr else snr).clamp(max=gamma)
-    return bounded / divisor[scheduler.config.prediction_type]
+    weights: Tensor = bounded / divisor[scheduler.config.prediction_type]
+    return weights
 
 
 class EdmPreconditioning(NamedTuple):

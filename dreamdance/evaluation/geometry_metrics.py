@@ -5,11 +5,12 @@ known up to scale and shift. All numbers are taken inside a mask, the body.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-FloatArray = NDArray[np.floating]
+FloatArray = NDArray[np.floating[Any]]
 MaskArray = NDArray[np.bool_]
 
 DELTA_THRESHOLD = 1.25
@@ -64,7 +65,8 @@ def angles(first: FloatArray, second: FloatArray) -> NDArray[np.float64]:
     """Degrees between vectors `... 3` of any length; accurate for nearly parallel vectors, where arccos is not."""
     a, b = _as_float64(first), _as_float64(second)
     cross = np.linalg.norm(np.cross(a, b), axis=-1)
-    return np.degrees(np.arctan2(cross, (a * b).sum(axis=-1)))
+    angles: NDArray[np.float64] = np.degrees(np.arctan2(cross, (a * b).sum(axis=-1)))
+    return angles
 
 
 def angular_error(prediction: FloatArray, truth: FloatArray, mask: MaskArray) -> AngularError:
@@ -154,7 +156,8 @@ def normals_from_depth(depth: FloatArray, camera: PinholeCamera) -> NDArray[np.f
     )
     rightwards, downwards = np.gradient(points, axis=-2), np.gradient(points, axis=-3)
     normals = np.cross(downwards, rightwards)
-    return normals / np.maximum(np.linalg.norm(normals, axis=-1, keepdims=True), 1e-12)
+    unit: NDArray[np.float64] = normals / np.maximum(np.linalg.norm(normals, axis=-1, keepdims=True), 1e-12)
+    return unit
 
 
 def consistency_angle(normals: FloatArray, depth: FloatArray, mask: MaskArray, camera: PinholeCamera) -> float:
@@ -180,7 +183,8 @@ def erode(mask: MaskArray) -> MaskArray:
     padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
     height, width = mask.shape[1:]
     shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-    return np.logical_and.reduce(shifted)
+    eroded: MaskArray = np.logical_and.reduce(shifted)
+    return eroded
 
 
 def _check_shapes(prediction: FloatArray, truth: FloatArray, mask: MaskArray, channels: int | None = None) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as functional
 from einops import rearrange, reduce
 from numpy.typing import NDArray
 
-FloatArray = NDArray[np.floating]
+FloatArray = NDArray[np.floating[Any]]
 MaskArray = NDArray[np.bool_]
 
 IDENTICAL_FRAMES_PSNR = 100.0
@@ -104,7 +104,8 @@ def ssim_disco(prediction: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float
 def mean_colour(frames: FloatArray, mask: MaskArray | None = None) -> NDArray[np.float64]:
     """Mean colour `c` of `f H W c` frames, inside the mask `f H W` where it has any pixel."""
     if mask is not None and mask.any():
-        return _as_float64(frames)[mask].mean(axis=0)
+        inside: NDArray[np.float64] = _as_float64(frames)[mask].mean(axis=0)
+        return inside
     return reduce(_as_float64(frames), "f H W c -> c", "mean")
 
 

@@ -112,7 +112,8 @@ def _score_maps(prediction: Prediction, truth: Truth) -> Scores:
 
 def as_bytes(frames: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Frames in [0, 1] as 0..255, rounded."""
-    return np.rint(frames.clip(0, 1) * 255).astype(np.uint8)
+    rounded: NDArray[np.uint8] = np.rint(frames.clip(0, 1) * 255).astype(np.uint8)
+    return rounded
 
 
 def mean_scores(clips: list[Scores]) -> Scores:

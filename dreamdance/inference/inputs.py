@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dreamdance.errors import UserError
@@ -109,20 +110,20 @@ def _given(path: Path | None) -> Path:
     return path
 
 
-def _draw(sequence: KeypointSequence, path: Path) -> Iterator[np.ndarray]:
+def _draw(sequence: KeypointSequence, path: Path) -> Iterator[NDArray[np.uint8]]:
     """Drawings of the size at which the key points were taken, as the shards store them."""
     if sequence.width * sequence.height > MAX_PICTURE_PIXELS:
         raise EntryError(f"{path}: frames of {sequence.width}x{sequence.height} are larger than {MAX_PICTURE_PIXELS}")
     return (draw_pose(points, width=sequence.width, height=sequence.height) for points in sequence.keypoints)
 
 
-def _decode(path: Path) -> tuple[Iterator[np.ndarray], float]:
+def _decode(path: Path) -> tuple[Iterator[NDArray[np.uint8]], float]:
     video = probe_video(path)
     if video.num_frames > MAX_FRAMES:
         raise EntryError(f"{path} has {video.num_frames} frames; up to {MAX_FRAMES} are accepted")
     return iterate_frames(video, video.constant_rate_frames()), video.fps
 
 
-def _cut(picture: np.ndarray, aspect: Size) -> np.ndarray:
+def _cut(picture: NDArray[np.uint8], aspect: Size) -> NDArray[np.uint8]:
     height, width = picture.shape[:2]
     return centred_crop(width, height, to_width=aspect.width, to_height=aspect.height).cut(picture)

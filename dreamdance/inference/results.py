@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -117,7 +118,7 @@ def installed_versions() -> dict[str, str]:
     return {**package_versions(), "commit": code_version()["commit"]}
 
 
-def _columns(result: ClipResult) -> dict[str, np.ndarray]:
+def _columns(result: ClipResult) -> dict[str, NDArray[np.uint8]]:
     """Pictures `f H W 3` uint8 of the result's size, by title."""
     height, width = result.frames.shape[-2:]
     reference = resize_images(result.reference, height, width).clamp(0, 1)
@@ -132,7 +133,7 @@ def _columns(result: ClipResult) -> dict[str, np.ndarray]:
     return {title: tensor_to_pictures(frames) for title, frames in columns.items()}
 
 
-def _side_by_side(columns: dict[str, np.ndarray]) -> list[np.ndarray]:
+def _side_by_side(columns: dict[str, NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
     titles = list(columns)
     return [
         draw_grid([Row("", pictures)], titles=titles, smallest_width=SMALLEST_WIDTH)
@@ -140,7 +141,7 @@ def _side_by_side(columns: dict[str, np.ndarray]) -> list[np.ndarray]:
     ]
 
 
-def _contact_sheet(columns: dict[str, np.ndarray]) -> np.ndarray:
+def _contact_sheet(columns: dict[str, NDArray[np.uint8]]) -> NDArray[np.uint8]:
     """Time to the right, a line for each kind of picture."""
     num_frames = len(columns["result"])
     shown = [int(i) for i in np.linspace(0, num_frames - 1, min(num_frames, SHEET_COLUMNS)).round()]
@@ -150,5 +151,5 @@ def _contact_sheet(columns: dict[str, np.ndarray]) -> np.ndarray:
     return draw_grid(rows, titles=titles, smallest_width=SMALLEST_WIDTH)
 
 
-def _chosen(frames: np.ndarray, shown: Sequence[int]) -> list[np.ndarray]:
+def _chosen(frames: NDArray[np.uint8], shown: Sequence[int]) -> list[NDArray[np.uint8]]:
     return [frames[i] for i in shown]

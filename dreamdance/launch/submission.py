@@ -71,13 +71,13 @@ class JobStatus:
         return self.state in ("running", "pending")
 
 
-def choose_cluster(wanted: str) -> ClusterName:
+def choose_cluster(wanted: ClusterName | Literal["auto"]) -> ClusterName:
     """`auto` takes Slurm where a cluster answers, else this machine."""
     if wanted == "auto":
         return "slurm" if slurm_cluster.answers() else "local"
     if wanted == "slurm" and not slurm_cluster.answers():
         raise UserError("no Slurm cluster answers here (`sinfo` failed or is missing); use --cluster local")
-    return wanted  # type: ignore[return-value]  # argparse has checked the choice
+    return wanted
 
 
 # ------------------------------------------------------------------------------------------ submitting

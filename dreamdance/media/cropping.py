@@ -1,8 +1,9 @@
 """A part of a picture, and the centred part of the wanted aspect; `letterbox` finds black bars."""
 
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Crop:
     width: int
     height: int
 
-    def cut(self, frames: np.ndarray) -> np.ndarray:
+    def cut(self, frames: NDArray[Any]) -> NDArray[Any]:
         """The part of frames `(..., H, W, c)`."""
         return frames[..., self.top : self.top + self.height, self.left : self.left + self.width, :]
 

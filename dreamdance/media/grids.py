@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 SMALLEST_SIDE = 112
@@ -26,11 +27,13 @@ class Row:
     """
 
     label: str
-    pictures: Sequence[np.ndarray | None]
+    pictures: Sequence[NDArray[np.uint8] | None]
     rule_above: bool = False
 
 
-def draw_grid(rows: Sequence[Row], *, titles: Sequence[str] = (), smallest_width: int = SMALLEST_SIDE) -> np.ndarray:
+def draw_grid(
+    rows: Sequence[Row], *, titles: Sequence[str] = (), smallest_width: int = SMALLEST_SIDE
+) -> NDArray[np.uint8]:
     """Draws rows of pictures with their labels to the left and titles of the columns above.
 
     Args:

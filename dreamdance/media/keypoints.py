@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dreamdance.errors import UserError
 
@@ -61,13 +62,13 @@ class KeypointFileError(UserError):
 class KeypointSequence:
     """Key points of a clip: `keypoints` `(f, 128, 3)` float32, and the frame size and rate they were taken at."""
 
-    keypoints: np.ndarray
+    keypoints: NDArray[np.float32]
     width: int
     height: int
     fps: float
 
 
-def flip_keypoints(keypoints: np.ndarray) -> np.ndarray:
+def flip_keypoints(keypoints: NDArray[np.float32]) -> NDArray[np.float32]:
     """Mirrors key points `(..., 128, 3)` from left to right: x becomes 1 - x, left and right change places."""
     flipped = keypoints[..., MIRROR, :].copy()
     flipped[..., 0] = 1.0 - flipped[..., 0]
@@ -145,7 +146,7 @@ def _parse(content: Any, path: Path) -> KeypointSequence:
     return KeypointSequence(keypoints, content["width"], content["height"], float(content["fps"]))
 
 
-def _parse_frame(frame: Any, where: str) -> np.ndarray:
+def _parse_frame(frame: Any, where: str) -> NDArray[np.float32]:
     if not isinstance(frame, dict) or set(frame) != {"keypoints"}:
         raise KeypointFileError(f"{where}: expected an object with the one field 'keypoints'")
     points = frame["keypoints"]

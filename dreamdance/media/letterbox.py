@@ -8,6 +8,7 @@ from typing import cast
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from dreamdance.errors import UserError
 from dreamdance.media.cropping import Crop
@@ -19,7 +20,7 @@ BAR_BRIGHTNESS = 24
 MAX_BAR_SHARE = 0.75
 
 
-def find_letterbox(frames: Iterable[np.ndarray], *, where: str = "the video") -> Crop:
+def find_letterbox(frames: Iterable[NDArray[np.uint8]], *, where: str = "the video") -> Crop:
     """The smallest part that holds everything that is bright in any frame; see `search_letterbox`."""
     search = search_letterbox(frames, where=where)
     while True:
@@ -29,7 +30,7 @@ def find_letterbox(frames: Iterable[np.ndarray], *, where: str = "the video") ->
             return cast(Crop, found.value)
 
 
-def search_letterbox(frames: Iterable[np.ndarray], *, where: str) -> Generator[None, None, Crop]:
+def search_letterbox(frames: Iterable[NDArray[np.uint8]], *, where: str) -> Generator[None, None, Crop]:
     """Searches the smallest part that holds everything that is bright in any frame.
 
     Args:
@@ -66,7 +67,7 @@ def search_letterbox(frames: Iterable[np.ndarray], *, where: str) -> Generator[N
     return crop
 
 
-def _bars(content: np.ndarray) -> tuple[int, int]:
+def _bars(content: NDArray[np.uint8]) -> tuple[int, int]:
     """How many entries at both ends hold no content; all of them at the front if none does."""
     found = np.flatnonzero(content)
     return (int(found[0]), len(content) - 1 - int(found[-1])) if len(found) else (len(content), 0)

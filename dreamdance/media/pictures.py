@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
 
 from dreamdance.errors import UserError
@@ -49,7 +50,7 @@ class PictureError(UserError):
     """A picture cannot be used: the text names it, and what is accepted."""
 
 
-def read_picture(path: Path, *, background: Colour = WHITE) -> np.ndarray:
+def read_picture(path: Path, *, background: Colour = WHITE) -> NDArray[np.uint8]:
     """Reads a file.
 
     Args:
@@ -80,7 +81,7 @@ def read_picture(path: Path, *, background: Colour = WHITE) -> np.ndarray:
         ) from error
 
 
-def to_rgb_picture(picture: Image.Image, *, background: Colour = WHITE, name: str = "a picture") -> np.ndarray:
+def to_rgb_picture(picture: Image.Image, *, background: Colour = WHITE, name: str = "a picture") -> NDArray[np.uint8]:
     """What a viewer shows of a picture, whatever its mode.
 
     The EXIF orientation is applied; an embedded ICC profile is converted to sRGB, and values without one are taken as

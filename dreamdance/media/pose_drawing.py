@@ -7,9 +7,11 @@ pictures are drawn larger and averaged down, so that a pose is readable, and mov
 import colorsys
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from dreamdance.media.keypoints import BODY, FACE, LEFT_HAND, NUM_KEYPOINTS, RIGHT_HAND
 
@@ -43,7 +45,9 @@ _UNIT_CIRCLE = np.stack(
 _SHIFT = 4  # fractional bits of OpenCV's coordinates
 
 
-def draw_pose(keypoints: np.ndarray, *, width: int, height: int, threshold: float = CONFIDENCE_THRESHOLD) -> np.ndarray:
+def draw_pose(
+    keypoints: NDArray[np.floating[Any]], *, width: int, height: int, threshold: float = CONFIDENCE_THRESHOLD
+) -> NDArray[np.uint8]:
     """Draws one person on black.
 
     Args:
@@ -69,12 +73,12 @@ def draw_pose(keypoints: np.ndarray, *, width: int, height: int, threshold: floa
         _draw_dot(canvas, point, widths.face_dot, _FACE_COLOUR)
     if factor == 1:
         return canvas
-    return cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA)
+    return np.asarray(cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA), dtype=np.uint8)
 
 
 def draw_poses(
-    keypoints: np.ndarray, *, width: int, height: int, threshold: float = CONFIDENCE_THRESHOLD
-) -> np.ndarray:
+    keypoints: NDArray[np.floating[Any]], *, width: int, height: int, threshold: float = CONFIDENCE_THRESHOLD
+) -> NDArray[np.uint8]:
     """Draws a clip's key points `(f, 128, 3)`: `(f, height, width, 3)` uint8."""
     return np.stack([draw_pose(frame, width=width, height=height, threshold=threshold) for frame in keypoints])
 
@@ -102,7 +106,9 @@ class _Widths:
         )
 
 
-def _draw_body(canvas: np.ndarray, points: np.ndarray, drawn: np.ndarray, widths: _Widths) -> None:
+def _draw_body(
+    canvas: NDArray[np.uint8], points: NDArray[np.floating[Any]], drawn: NDArray[np.bool_], widths: _Widths
+) -> None:
     for (first, second), colour in zip(_LIMBS, _BODY_COLOURS, strict=False):
         if drawn[first] and drawn[second]:
             middle, half = (points[first] + points[second]) / 2, (points[second] - points[first]) / 2
@@ -121,7 +127,9 @@ def _draw_body(canvas: np.ndarray, points: np.ndarray, drawn: np.ndarray, widths
             _draw_dot(canvas, point, widths.joint, colour)
 
 
-def _draw_hand(canvas: np.ndarray, points: np.ndarray, drawn: np.ndarray, widths: _Widths) -> None:
+def _draw_hand(
+    canvas: NDArray[np.uint8], points: NDArray[np.floating[Any]], drawn: NDArray[np.bool_], widths: _Widths
+) -> None:
     for (first, second), colour in zip(_HAND_EDGES, _HAND_COLOURS, strict=True):
         if drawn[first] and drawn[second]:
             ends = _fixed_point(points[[first, second]])
@@ -131,12 +139,15 @@ def _draw_hand(canvas: np.ndarray, points: np.ndarray, drawn: np.ndarray, widths
         _draw_dot(canvas, point, widths.hand_joint, _HAND_JOINT_COLOUR)
 
 
-def _draw_dot(canvas: np.ndarray, point: np.ndarray, radius: float, colour: tuple[int, ...]) -> None:
+def _draw_dot(
+    canvas: NDArray[np.uint8], point: NDArray[np.floating[Any]], radius: float, colour: tuple[int, ...]
+) -> None:
     centre = _fixed_point(point)
     cv2.circle(canvas, centre.tolist(), round(radius * (1 << _SHIFT)), colour, -1, cv2.LINE_8, _SHIFT)
 
 
-def _fixed_point(points: np.ndarray) -> np.ndarray:
+def _fixed_point(points: NDArray[np.floating[Any]]) -> NDArray[np.int32]:
     """From coordinates in which pixel centres lie at halves to OpenCV's, in which they are whole, in fixed point."""
     limited = np.clip(points, -1e4, 1e4)
-    return np.rint((limited - 0.5) * (1 << _SHIFT)).astype(np.int32)
+    fixed: NDArray[np.int32] = np.rint((limited - 0.5) * (1 << _SHIFT)).astype(np.int32)
+    return fixed

@@ -6,6 +6,7 @@ Normals are not colours: when their size changes they are averaged as vectors an
 import numpy as np
 import torch
 from einops import pack, rearrange, unpack
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -84,13 +85,13 @@ def flip_map(images: Tensor, *, kind: Kind) -> Tensor:
     return flip_normals(images) if kind == "normals" else flip_images(images)
 
 
-def pictures_to_tensor(pictures: np.ndarray) -> Tensor:
+def pictures_to_tensor(pictures: NDArray[np.uint8]) -> Tensor:
     """Turns pictures `(..., H, W, c)` uint8 or uint16 into `(..., c, H, W)` float32 in [0,1]."""
     largest = float(np.iinfo(pictures.dtype).max)
     return torch.from_numpy(np.moveaxis(pictures, -1, -3).astype(np.float32) / np.float32(largest))
 
 
-def tensor_to_pictures(images: Tensor) -> np.ndarray:
+def tensor_to_pictures(images: Tensor) -> NDArray[np.uint8]:
     """Turns pictures `(..., c, H, W)` in [0,1] into `(..., H, W, c)` uint8, rounded; values beyond are clipped."""
     scaled = (images.detach().float().cpu().clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
     return np.ascontiguousarray(np.moveaxis(scaled.numpy(), -3, -1))

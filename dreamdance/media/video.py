@@ -14,6 +14,7 @@ from pathlib import Path
 import av
 import numpy as np
 from av.video.stream import VideoStream
+from numpy.typing import NDArray
 
 from dreamdance.media.video_container import (
     Damage,
@@ -117,7 +118,7 @@ def probe_video(path: Path | str) -> VideoInfo:
         return VideoInfo(path, *display.size, rate, stamps, stream.time_base, keys, reach, not packets.ordered, display)
 
 
-def iterate_frames(video: VideoInfo, frames: Sequence[int] | None = None) -> Iterator[np.ndarray]:
+def iterate_frames(video: VideoInfo, frames: Sequence[int] | None = None) -> Iterator[NDArray[np.uint8]]:
     """Decodes the chosen frames one after the other, beginning at the key frame before the first of them.
 
     Args:
@@ -149,7 +150,7 @@ def iterate_frames(video: VideoInfo, frames: Sequence[int] | None = None) -> Ite
                 raise VideoError(_damage_text(video.path, lost.number, video.num_frames)) from lost
 
 
-def read_frames(video: VideoInfo | Path | str, frames: Sequence[int] | None = None) -> np.ndarray:
+def read_frames(video: VideoInfo | Path | str, frames: Sequence[int] | None = None) -> NDArray[np.uint8]:
     """Decodes the chosen frames into one array `(f, H, W, 3)` uint8; see `iterate_frames`.
 
     Raises:
@@ -206,7 +207,7 @@ def _starts(video: VideoInfo, first: int) -> list[int | None]:
     return [*reversed(before[1:][-2:]), None]
 
 
-def _decode_from(video: VideoInfo, start: int | None, wanted: list[int]) -> Iterator[np.ndarray]:
+def _decode_from(video: VideoInfo, start: int | None, wanted: list[int]) -> Iterator[NDArray[np.uint8]]:
     """Decodes from one start; a frame counts only after a key frame, whole, and with all whole that it may build on.
 
     Raises:

@@ -98,7 +98,7 @@ def decoded_frames(container: InputContainer, stream: VideoStream) -> Iterator[a
             yield from frames
 
 
-def _decode_and_listen(packet: av.Packet) -> tuple[list[av.VideoFrame], bool]:
+def _decode_and_listen(packet: "av.Packet[av.VideoStream]") -> tuple[list[av.VideoFrame], bool]:
     """The frames, and whether the decoder logged an error."""
     level = av.logging.get_level()
     av.logging.set_level(av.logging.ERROR)

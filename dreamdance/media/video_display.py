@@ -16,6 +16,7 @@ from av.sidedata.sidedata import SideDataContainer
 from av.sidedata.sidedata import Type as SideDataType
 from av.video.reformatter import ColorPrimaries, ColorTrc
 from av.video.stream import VideoStream
+from numpy.typing import NDArray
 
 from dreamdance.media.video_container import MAX_FRAME_PIXELS, VideoError
 from dreamdance.media.video_names import printable
@@ -82,7 +83,7 @@ class Orientation:
             "accepted. Turn it for good: ffmpeg -i IN -crf 12 OUT.mp4"
         )
 
-    def turn(self, picture: np.ndarray) -> np.ndarray:
+    def turn(self, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """`(H, W, 3)` as it is shown."""
         if self.transposed:
             picture = picture.transpose(1, 0, 2)
@@ -139,7 +140,7 @@ class FrameConverter:
         self._display = display
         self._scaler: _Scaler | None = None
 
-    def show(self, frame: av.VideoFrame, *, number: int) -> np.ndarray:
+    def show(self, frame: av.VideoFrame, *, number: int) -> NDArray[np.uint8]:
         """The frame as a player shows it, `(H, W, 3)` uint8, at the size of the first one; warns if it is interlaced.
 
         Raises:
@@ -196,16 +197,16 @@ class _Scaler:
     def takes(self, frame: av.VideoFrame) -> bool:
         return self._kind == _kind_of(frame)
 
-    def scale(self, frame: av.VideoFrame) -> np.ndarray:
+    def scale(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
         self._graph.vpush(frame)
-        return self._graph.vpull().to_ndarray()
+        return np.asarray(self._graph.vpull().to_ndarray(), dtype=np.uint8)
 
 
 def _kind_of(frame: av.VideoFrame) -> tuple[object, ...]:
     return frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range
 
 
-def _to_bt709(picture: np.ndarray, primaries: ColorPrimaries) -> np.ndarray:
+def _to_bt709(picture: NDArray[np.uint8], primaries: ColorPrimaries) -> NDArray[np.uint8]:
     """Colours of a wider gamut as the same colours in BT.709's primaries; what these cannot show is clipped."""
     linear = _LINEAR[picture] @ _wide_to_bt709(primaries).T
     steps = len(_ENCODED) - 1
@@ -217,14 +218,14 @@ _ENCODED = (255 * np.linspace(0.0, 1.0, 1 << 14) ** (2 / SCREEN_GAMMA)).round().
 
 
 @cache
-def _wide_to_bt709(primaries: ColorPrimaries) -> np.ndarray:
+def _wide_to_bt709(primaries: ColorPrimaries) -> NDArray[np.float32]:
     return (np.linalg.inv(_to_xyz(BT709_PRIMARIES)) @ _to_xyz(WIDE_PRIMARIES[primaries])).astype(np.float32)
 
 
-def _to_xyz(primaries: tuple[tuple[float, float], ...]) -> np.ndarray:
+def _to_xyz(primaries: tuple[tuple[float, float], ...]) -> NDArray[np.float64]:
     """The matrix from linear RGB to XYZ: its columns are the primaries, so weighted that their sum is white."""
 
-    def xyz(x: float, y: float) -> np.ndarray:
+    def xyz(x: float, y: float) -> NDArray[np.float64]:
         return np.array([x / y, 1.0, (1 - x - y) / y])
 
     columns = np.stack([xyz(*point) for point in primaries], axis=1)

@@ -8,6 +8,7 @@ import av
 import numpy as np
 from av.video.codeccontext import VideoCodecContext
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+from numpy.typing import NDArray
 
 from dreamdance.media.video_container import VideoError
 from dreamdance.runs.files import replace_atomically
@@ -17,7 +18,12 @@ AVCOL_SPC_BT709 = 1  # FFmpeg's name of the matrix; PyAV's `Colorspace` holds th
 
 
 def write_video(
-    path: Path | str, frames: Sequence[np.ndarray] | np.ndarray, *, fps: float, lossless: bool = False, crf: int = 18
+    path: Path | str,
+    frames: Sequence[NDArray[np.uint8]] | NDArray[np.uint8],
+    *,
+    fps: float,
+    lossless: bool = False,
+    crf: int = 18,
 ) -> None:
     """Writes a video; it appears under its name when it is complete.
 
@@ -59,17 +65,17 @@ def write_video(
         raise VideoError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _check_frame(frame: np.ndarray, shape: tuple[int, ...], *, where: str) -> np.ndarray:
+def _check_frame(frame: NDArray[np.uint8], shape: tuple[int, ...], *, where: str) -> NDArray[np.uint8]:
     if frame.shape != shape or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
         raise VideoError(f"{where} is {frame.shape} {frame.dtype}; expected (H, W, 3) uint8 like the first, {shape}")
     return np.ascontiguousarray(frame)
 
 
-def _lossless_frame(picture: np.ndarray) -> av.VideoFrame:
+def _lossless_frame(picture: NDArray[np.uint8]) -> av.VideoFrame:
     return av.VideoFrame.from_ndarray(picture, format="rgb24")
 
 
-def _bt709_frame(picture: np.ndarray) -> av.VideoFrame:
+def _bt709_frame(picture: NDArray[np.uint8]) -> av.VideoFrame:
     """In BT.709's YUV and limited range, and tagged so: without tags players guess by the size of the frames."""
     picture = np.pad(picture, [(0, size % 2) for size in picture.shape[:2]] + [(0, 0)], mode="edge")
     frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(

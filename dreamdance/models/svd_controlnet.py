@@ -33,7 +33,7 @@ class SpatioTemporalControlNetModel(UNetSpatioTemporalConditionModel):
     unused_unet_weights = ("up_blocks.", "conv_norm_out.", "conv_out.")
     added_weights = ("down_zero_convolutions.", "mid_zero_convolution.")
 
-    @wraps(UNetSpatioTemporalConditionModel.__init__)  # type: ignore[misc]
+    @wraps(UNetSpatioTemporalConditionModel.__init__)  # type: ignore[misc]  # mypy takes the class for an instance
     def __init__(self, *args: Any, trained_frames: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # the length of the clips of its training, None where nobody knows

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -16,8 +17,8 @@ from dreamdance.modalities import MODALITIES
 
 Picture = Image.Image
 Video = Sequence[Picture]
-Images = Picture | Sequence[Picture] | np.ndarray | Sequence[np.ndarray] | Tensor | Sequence[Tensor]
-Clips = Video | Sequence[Video] | np.ndarray | Sequence[np.ndarray] | Tensor | Sequence[Tensor]
+Images = Picture | Sequence[Picture] | NDArray[Any] | Sequence[NDArray[Any]] | Tensor | Sequence[Tensor]
+Clips = Video | Sequence[Video] | NDArray[Any] | Sequence[NDArray[Any]] | Tensor | Sequence[Tensor]
 
 MAP_ASPECT_TOLERANCE = 0.03
 """Sizes are multiples of the autoencoder's factor, so that those of the two stages have one aspect only nearly. Within
@@ -103,7 +104,7 @@ def _as_tensor(given: Any, name: str) -> Tensor:
     return torch.stack(tensors)
 
 
-def _array_tensor(array: np.ndarray, name: str) -> Tensor:
+def _array_tensor(array: NDArray[Any], name: str) -> Tensor:
     """`... H W c` to `... c H W`, floats."""
     if array.ndim < 3 or array.shape[-1] not in (1, 3):
         raise ValueError(f"{name}: an array must be of shape H W 3 (maps also H W 1), not {array.shape}; others can be "

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 from diffusers.utils import BaseOutput
 from einops import rearrange
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from dreamdance.media.transforms import encode_normals
 from dreamdance.pipelines.inputs import Picture
 
-Frames = Tensor | np.ndarray | list[list[Picture]]
+Frames = Tensor | NDArray[np.float32] | list[list[Picture]]
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 

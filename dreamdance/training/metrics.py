@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
+from numpy.typing import NDArray
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
@@ -185,7 +186,7 @@ class Metrics:
             self._scalar(f"val/loss_{domain}", loss, step)
         logger.info("step %s  held-out loss %.4f%s", _of(step, self.max_steps), losses.mean, _domains(losses))
 
-    def samples(self, grid: np.ndarray, predictions: dict[str, Tensor], *, step: int) -> None:
+    def samples(self, grid: NDArray[np.uint8], predictions: dict[str, Tensor], *, step: int) -> None:
         """Shows what the pipeline makes of held-out clips, in TensorBoard and as files in `samples/`.
 
         Args:

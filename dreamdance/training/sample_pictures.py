@@ -5,6 +5,7 @@ from typing import cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dreamdance.data.loading.batch import ClipBatch
@@ -31,7 +32,7 @@ class Samples:
         predictions: by name, `b f c H W` in [0,1]: normal (encoded), depth and rgb in stage 1, rgb in stage 2.
     """
 
-    grid: np.ndarray
+    grid: NDArray[np.uint8]
     predictions: dict[str, Tensor]
 
 
@@ -126,7 +127,7 @@ def _generators(batch: ClipBatch) -> list[torch.Generator]:
     return [sample_generator(key, "sampling") for key in batch.keys.tolist()]
 
 
-def _draw(batch: ClipBatch, given: dict[str, Tensor], predictions: dict[str, Tensor]) -> np.ndarray:
+def _draw(batch: ClipBatch, given: dict[str, Tensor], predictions: dict[str, Tensor]) -> NDArray[np.uint8]:
     """Single frames: a line per clip. Videos: a block per clip, time to the right, truth under each prediction.
 
     Args:
@@ -160,6 +161,6 @@ def _draw(batch: ClipBatch, given: dict[str, Tensor], predictions: dict[str, Ten
     return draw_grid(rows, titles=["reference", *(f"frame {time}" for time in times)])
 
 
-def _picture(picture: Tensor) -> np.ndarray:
+def _picture(picture: Tensor) -> NDArray[np.uint8]:
     """`c H W` in [0,1], c = 1 or 3, to `H W 3` uint8."""
     return tensor_to_pictures(picture.expand(3, -1, -1))

@@ -46,7 +46,7 @@ class Stopwatch:
         """All together; waits for the device to have done it."""
         for _, end in self._events:
             end.synchronize()
-        return self._seconds + sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
+        return self._seconds + sum(float(begin.elapsed_time(end)) for begin, end in self._events) / 1000
 
 
 @dataclass(frozen=True)

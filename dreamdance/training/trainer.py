@@ -238,7 +238,7 @@ class Tally:
         """The mean loss over all ranks of what was added and this last micro batch. Collective."""
         losses = output.sample_losses.detach().to(torch.float64)
         sums = torch.stack([losses.sum(), losses.new_tensor(len(losses))])
-        total, count = sum_over_ranks(sum((part[:2] for part in self._sums), sums)).tolist()
+        total, count = map(float, sum_over_ranks(sum((part[:2] for part in self._sums), sums)).tolist())
         return total / count
 
     def agree(

@@ -105,7 +105,8 @@ class StoredClips(StreamingDataset):
 
         def read() -> dict[str, Any]:
             self._checked.require(self.spanner[sample_id][0])
-            return read_item(sample_id, retry)
+            item: dict[str, Any] = read_item(sample_id, retry)
+            return item
 
         def should_retry(error: Exception) -> bool:
             if isinstance(error, LostWorkerError) or not isinstance(error, _DAMAGED):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dreamdance.data.shards.columns import (
     check_schema_version,
@@ -50,8 +51,8 @@ class StoredClip:
         if not (math.isfinite(self.fps) and self.fps > 0):
             raise ShardError(f"{self.where}: {self.fps} frames per second; damaged")
         self._packed: dict[str, bytes] = {name: sample[name] for name in MODALITIES if sample.get(name)}
-        self._decoded: dict[str, np.ndarray] = {}
-        self._mirrored: dict[int, np.ndarray] = {}
+        self._decoded: dict[str, NDArray[Any]] = {}
+        self._mirrored: dict[int, NDArray[Any]] = {}
         self._decoded_bytes = 0
         for name, data in self._packed.items():
             kind = read_frame_format(data, where=f"{self.where}, {name}")
@@ -87,7 +88,7 @@ class StoredClip:
         """Whether the clip has frames of this column."""
         return column in self._packed or column in self._decoded
 
-    def frames(self, column: str, indices: Sequence[int] | None = None) -> np.ndarray:
+    def frames(self, column: str, indices: Sequence[int] | None = None) -> NDArray[Any]:
         """Frames of one column, `(n, H, W, 3)`, or `(n, H, W)` for depth and mask, as they are stored.
 
         Raises:
@@ -99,7 +100,7 @@ class StoredClip:
             raise ShardError(f"{self.where} has no {column} frames, which this recipe needs")
         return unpack_frames(self._packed[column], indices, where=f"{self.where}, {column}")
 
-    def pictures(self, column: str, indices: Sequence[int] | None = None) -> np.ndarray:
+    def pictures(self, column: str, indices: Sequence[int] | None = None) -> NDArray[Any]:
         """Frames of one column, `(n, H, W, c)`, as they are stored; depth and mask have one channel.
 
         Raises:
@@ -108,7 +109,7 @@ class StoredClip:
         frames = self.frames(column, indices)
         return frames[..., None] if frames.ndim == 3 else frames
 
-    def mirrored_pose(self, indices: Sequence[int]) -> np.ndarray:
+    def mirrored_pose(self, indices: Sequence[int]) -> NDArray[Any]:
         """The pose of a mirrored clip, drawn from its key points, `(n, H, W, 3)` uint8; kept if the frames are kept.
 
         Raises:

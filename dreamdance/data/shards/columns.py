@@ -68,7 +68,7 @@ class FrameFormat:
         return (self.height, self.width) if self.channels == 1 else (self.height, self.width, self.channels)
 
 
-def pack_frames(frames: Sequence[np.ndarray]) -> bytes:
+def pack_frames(frames: Sequence[NDArray[Any]]) -> bytes:
     """Packs frames without loss, each compressed by itself, so that a window of a clip decodes only its own frames.
 
     Args:
@@ -120,7 +120,7 @@ def read_frame_format(data: bytes, *, where: str = "packed frames") -> FrameForm
     return FrameFormat(num_frames, height, width, channels, np.dtype(f"u{bits // 8}"))
 
 
-def unpack_frames(data: bytes, indices: Sequence[int] | None = None, *, where: str = "packed frames") -> np.ndarray:
+def unpack_frames(data: bytes, indices: Sequence[int] | None = None, *, where: str = "packed frames") -> NDArray[Any]:
     """Decodes the chosen frames, and only those.
 
     Args:
@@ -152,7 +152,7 @@ def unpack_frames(data: bytes, indices: Sequence[int] | None = None, *, where: s
     return frames
 
 
-def _encode_png(frame: np.ndarray) -> bytes:
+def _encode_png(frame: NDArray[Any]) -> bytes:
     image = frame if frame.ndim == 2 else cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)
     done, encoded = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, _PNG_LEVEL])
     if not done:
@@ -160,7 +160,7 @@ def _encode_png(frame: np.ndarray) -> bytes:
     return encoded.tobytes()
 
 
-def _decode_png(payload: bytes, kind: FrameFormat, *, where: str) -> np.ndarray:
+def _decode_png(payload: bytes, kind: FrameFormat, *, where: str) -> NDArray[Any]:
     """Decodes one PNG after comparing its own header with the expected size, so that a bomb is never inflated."""
     expected = struct.pack(">II", kind.width, kind.height) + bytes(
         [kind.dtype.itemsize * 8, 0 if kind.channels == 1 else 2]
@@ -176,7 +176,7 @@ def _decode_png(payload: bytes, kind: FrameFormat, *, where: str) -> np.ndarray:
     return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def pack_keypoints(keypoints: np.ndarray) -> bytes:
+def pack_keypoints(keypoints: NDArray[Any]) -> bytes:
     """Returns a clip's key points `(f, 128, 3)` as the bytes of an .npy file of little-endian float32."""
     keypoints = np.asarray(keypoints, dtype="<f4")
     _check_keypoint_shape(keypoints.shape, error=ValueError, where="pack_keypoints")
@@ -185,7 +185,7 @@ def pack_keypoints(keypoints: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def unpack_keypoints(data: bytes, *, where: str = "keypoints") -> np.ndarray:
+def unpack_keypoints(data: bytes, *, where: str = "keypoints") -> NDArray[np.float32]:
     """Reads what `pack_keypoints` wrote: `(f, 128, 3)` float32, x and y in [0,1] of the frame, confidence in [0,1].
 
     Raises:
@@ -214,24 +214,26 @@ def _check_keypoint_shape(shape: tuple[int, ...], *, error: type[ValueError], wh
         raise error(f"{where}: key points of shape {shape}; expected (frames, {NUM_KEYPOINTS}, 3)")
 
 
-def encode_normal(normal: np.ndarray) -> np.ndarray:
+def encode_normal(normal: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
     """Encodes unit normals `(..., 3)` as uint8: (n+1)/2, so that a wall facing the camera is (128,128,255)."""
-    return np.floor((np.asarray(normal, dtype=np.float32) + 1.0) * 127.5 + 0.5).clip(0, 255).astype(np.uint8)
+    scaled = np.floor((np.asarray(normal, dtype=np.float32) + 1.0) * 127.5 + 0.5)
+    encoded: NDArray[np.uint8] = scaled.clip(0, 255).astype(np.uint8)
+    return encoded
 
 
-def encode_grey(pictures: np.ndarray, modality: Modality) -> np.ndarray:
+def encode_grey(pictures: NDArray[np.uint8], modality: Modality) -> NDArray[Any]:
     """Encodes pictures `(f, H, W, 3)` uint8 of a modality that has one number per pixel as its stored `(f, H, W)`.
 
     The number is the mean of the channels, stretched to the whole range of the stored type; a region has that of 128
     and more.
     """
-    means = pictures.mean(axis=-1, dtype=np.float32).round().astype(np.dtype(f"u{modality.bits // 8}"))
+    means: NDArray[Any] = pictures.mean(axis=-1, dtype=np.float32).round().astype(np.dtype(f"u{modality.bits // 8}"))
     if modality.kind == "region":
         means = np.where(means >= 128, means.dtype.type(255), means.dtype.type(0))
     return means if modality.bits == 8 else means * 257
 
 
-def encode_disparity(depth: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
+def encode_disparity(depth: NDArray[np.floating[Any]]) -> tuple[NDArray[np.uint16], tuple[float, float]]:
     """Encodes a clip's depth as 16-bit disparity, near bright, normalised over the whole clip.
 
     Args:
@@ -252,7 +254,7 @@ def encode_disparity(depth: np.ndarray) -> tuple[np.ndarray, tuple[float, float]
     return np.rint((disparity - low) * scale).astype(np.uint16), (low, high)
 
 
-def metric_disparity(disparity: np.ndarray, depth_range: tuple[float, float]) -> NDArray[np.float64]:
+def metric_disparity(disparity: NDArray[Any], depth_range: tuple[float, float]) -> NDArray[np.float64]:
     """Returns disparity in 1/metre, whose inverse is depth.
 
     Args:

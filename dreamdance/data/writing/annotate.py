@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dreamdance.data.shards.columns import encode_disparity, encode_normal
 from dreamdance.data.writing.shard_parts import ClipRecord
@@ -21,7 +22,7 @@ from dreamdance.media.pose_drawing import draw_poses
 class PoseAnnotator(Protocol):
     """Finds the person's key points."""
 
-    def annotate_pose(self, rgb: np.ndarray) -> np.ndarray:
+    def annotate_pose(self, rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
         """From frames `(f, H, W, 3)` uint8: `(f, 128, 3)` float32, x and y in [0,1] of the frame, confidence."""
 
 
@@ -29,7 +30,7 @@ class PoseAnnotator(Protocol):
 class NormalAnnotator(Protocol):
     """Estimates the normals of all that is seen."""
 
-    def annotate_normal(self, rgb: np.ndarray) -> np.ndarray:
+    def annotate_normal(self, rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
         """From frames `(f, H, W, 3)` uint8: `(f, H, W, 3)` float32, unit length, x right, y up, z to the camera."""
 
 
@@ -37,7 +38,7 @@ class NormalAnnotator(Protocol):
 class DepthAnnotator(Protocol):
     """Estimates the depth of all that is seen."""
 
-    def annotate_depth(self, rgb: np.ndarray) -> np.ndarray:
+    def annotate_depth(self, rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
         """From frames `(f, H, W, 3)` uint8: `(f, H, W)` float32, positive; metres, or any unit of its own."""
 
 
@@ -94,6 +95,6 @@ def annotate_clip(record: ClipRecord, annotator: Annotator) -> ClipRecord:
     return replace(record, maps=maps, metadata=metadata)
 
 
-def _check_shape(annotator: Annotator, result: np.ndarray, shape: tuple[int, ...]) -> None:
+def _check_shape(annotator: Annotator, result: NDArray[Any], shape: tuple[int, ...]) -> None:
     if result.shape != shape:
         raise ValueError(f"{type(annotator).__name__} returned {result.shape} where {shape} is expected")

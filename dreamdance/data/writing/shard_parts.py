@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dreamdance.data.shards.columns import COLUMNS, SCHEMA_VERSION, pack_frames, pack_keypoints
 from dreamdance.data.shards.mds import INDEX_FILE, MDSWriter
@@ -53,8 +54,8 @@ class ClipRecord:
 
     clip_id: str
     fps: float
-    maps: Mapping[str, np.ndarray]
-    keypoints: np.ndarray | None = None
+    maps: Mapping[str, NDArray[Any]]
+    keypoints: NDArray[np.float32] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def to_sample(self) -> dict[str, Any]:

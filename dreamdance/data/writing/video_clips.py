@@ -8,11 +8,12 @@ import os
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dreamdance.data.shards.columns import encode_grey
 from dreamdance.data.writing.shard_parts import ClipRecord
@@ -129,7 +130,7 @@ class VideoPart:
             part = centred.within(part)
         return part
 
-    def _read(self, name: str, video: VideoInfo, frames: list[int], part: Crop) -> np.ndarray:
+    def _read(self, name: str, video: VideoInfo, frames: list[int], part: Crop) -> NDArray[Any]:
         """Frames of one modality, in its stored encoding."""
         width, height = self.source.width or part.width, self.source.height or part.height
         cuts = (part.cut(frame) for frame in iterate_frames(video, frames))
@@ -142,12 +143,13 @@ class VideoPart:
         return pictures if modality.channels == 3 else encode_grey(pictures, modality)
 
 
-def resize_picture(picture: np.ndarray, width: int, height: int) -> np.ndarray:
+def resize_picture(picture: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
     """Resizes `(H, W, 3)` uint8: by areas when shrinking, so that nothing is skipped; cubic when growing."""
     if picture.shape[:2] == (height, width):
         return np.ascontiguousarray(picture)
     shrinks = height * width < picture.shape[0] * picture.shape[1]
-    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+    method = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(picture, (width, height), interpolation=method), dtype=np.uint8)
 
 
 def split_frames(frames: list[int], split: Split, source: VideosSource) -> list[tuple[int, list[int]]]:

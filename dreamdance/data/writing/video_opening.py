@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dreamdance.errors import is_transient
 from dreamdance.media.video import VideoError, VideoInfo, probe_video
@@ -124,17 +125,17 @@ def _misfit(rgb: VideoInfo, video: VideoInfo) -> str | None:
     )
 
 
-def _times(video: VideoInfo) -> np.ndarray:
+def _times(video: VideoInfo) -> NDArray[np.float64]:
     """When the frames are shown, in seconds after the first."""
     return (np.array(video.stamps, dtype=np.int64) - video.stamps[0]) * float(video.time_base)
 
 
-def _usual_gap(times: np.ndarray) -> float:
+def _usual_gap(times: NDArray[np.float64]) -> float:
     """The time between two frames; that of most of them, for one pause says nothing about the rest."""
     return float(np.median(np.diff(times))) if len(times) > 1 else 0.0
 
 
-def _alone(of_rgb: np.ndarray, times: np.ndarray, usual: float) -> np.ndarray:
+def _alone(of_rgb: NDArray[np.float64], times: NDArray[np.float64], usual: float) -> NDArray[np.float64]:
     """The pictures' times at which another video has no frame: farther away than half the usual gap of either.
 
     Where both have fewer frames than usual, half the shorter of the gaps that both have there. A frame of the other
@@ -147,11 +148,12 @@ def _alone(of_rgb: np.ndarray, times: np.ndarray, usual: float) -> np.ndarray:
     return of_rgb[_distances(of_rgb, times) > _HALF * np.maximum(usual, np.minimum(here, there))]
 
 
-def _distances(times: np.ndarray, others: np.ndarray) -> np.ndarray:
+def _distances(times: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
     """How far each of some times is from the nearest of others; both rise."""
     after = np.searchsorted(others, times).clip(0, len(others) - 1)
     before = np.maximum(after - 1, 0)
-    return np.minimum(np.abs(times - others[before]), np.abs(times - others[after]))
+    nearest: NDArray[np.float64] = np.minimum(np.abs(times - others[before]), np.abs(times - others[after]))
+    return nearest
 
 
 def _outside(source: VideosSource, rgb: VideoInfo) -> list[str]:

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv3d_input
 
 from dreamdance.models.temporal_convolution import FoldedConv3d
+
+Sizes = tuple[int, ...]
 
 
 def replace_convolutions(network: nn.Module) -> None:
@@ -49,7 +51,8 @@ class LeanFoldedConv3d(FoldedConv3d):
         """As `FoldedConv3d`."""
         if not _is_frozen(self):
             return super().convolve(input, weight)
-        return _FrozenConvolution.apply(input, weight, self.bias, *self.settings)
+        convolved: Tensor = _FrozenConvolution.apply(input, weight, self.bias, *self.settings)
+        return convolved
 
 
 # Only these very classes: a subclass may compute something else.
@@ -66,7 +69,8 @@ def _is_frozen(convolution: nn.Conv2d | nn.Conv3d) -> bool:
 
 def _convolve(convolution: nn.Conv2d | nn.Conv3d, inputs: Tensor) -> Tensor:
     settings = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
-    return _FrozenConvolution.apply(inputs, convolution.weight, convolution.bias, *settings)
+    convolved: Tensor = _FrozenConvolution.apply(inputs, convolution.weight, convolution.bias, *settings)
+    return convolved
 
 
 class _FrozenConvolution(torch.autograd.Function):
@@ -74,15 +78,15 @@ class _FrozenConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        inputs: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple, padding: tuple, dilation: tuple, groups: int
+        inputs: Tensor, weight: Tensor, bias: Tensor | None, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
     ) -> Tensor:
         convolve = nn.functional.conv2d if weight.ndim == 4 else nn.functional.conv3d
         return convolve(inputs, weight, bias, stride, padding, dilation, groups)
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
-        images, weight, _, *ctx.settings = inputs  # type: ignore[attr-defined]
-        ctx.shape = images.shape  # type: ignore[attr-defined]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        images, weight, _, *ctx.settings = inputs
+        ctx.shape = images.shape
         ctx.save_for_backward(weight)
 
     @staticmethod

@@ -47,7 +47,8 @@ class LatentObjective(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
         """What `to`, `bfloat16` and all casts and moves go through."""
         with kept_in_float32(self.vae):
-            return super()._apply(fn, *args, **kwargs)
+            super()._apply(fn, *args, **kwargs)
+        return self
 
     def encode_targets(self, images: Tensor, keys: Sequence[Sequence[int]], form: Literal["sample", "mode"]) -> Tensor:
         """What is to be denoised: scaled latents of pictures, drawn from their distribution as the base networks' were.

@@ -37,7 +37,8 @@ def peak_activation_bytes(objective: nn.Module, recipe: Stage1Recipe | Stage2Rec
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
         batch = _empty_batch(recipe)
-        with LiveBytes(beside=(*objective.parameters(), *objective.buffers())) as live:
+        live = LiveBytes(beside=(*objective.parameters(), *objective.buffers()))
+        with live:
             objective(batch).loss.backward()
     return live.peak
 
