@@ -1,4 +1,4 @@
-"""A part of a picture, and the centred part of the wanted aspect; `letterbox` finds black bars."""
+"""Crops: a rectangle of a picture, and the centred one of a wanted aspect. The module `letterbox` finds black bars."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Crop:
-    """A part of a frame, in pixels."""
+    """A rectangle of a frame, in pixels."""
 
     left: int
     top: int
@@ -16,18 +16,18 @@ class Crop:
     height: int
 
     def cut(self, frames: NDArray[Any]) -> NDArray[Any]:
-        """The part of frames `(..., H, W, c)`."""
+        """Cuts the rectangle out of frames `(..., H, W, c)`."""
         return frames[..., self.top : self.top + self.height, self.left : self.left + self.width, :]
 
     def within(self, other: "Crop") -> "Crop":
-        """This crop of a frame that is itself the part `other`."""
+        """This crop in the coordinates of the whole frame, if it was measured in the part `other`."""
         return Crop(left=self.left + other.left, top=self.top + other.top, width=self.width, height=self.height)
 
 
 def centred_crop(width: int, height: int, *, to_width: int, to_height: int) -> Crop:
     """The largest centred part of `width` x `height` that has the aspect of `to_width` x `to_height`, to a pixel.
 
-    What has that aspect already, to a pixel of either side, is kept whole: the part of a part is the part itself.
+    A frame whose sides are within one pixel of that aspect is kept whole, so that cropping twice equals cropping once.
     """
     fitting_width = max(1, round(height * to_width / to_height))
     fitting_height = max(1, round(width * to_height / to_width))

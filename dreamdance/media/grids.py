@@ -1,4 +1,4 @@
-"""Draws labelled grids of pictures, for training samples, results and evaluations. Knows only arrays and words."""
+"""Draws labelled grids of pictures for training samples, results and evaluations. It takes arrays and texts alone."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 SMALLEST_SIDE = 112
-"""Pictures with a shorter width are enlarged by a whole factor, nearest neighbour: every pixel stays visible."""
+"""Narrower pictures are enlarged by a whole factor with nearest neighbour, so that every pixel stays visible."""
 
 _MARGIN = 4
 _TITLE_SIZE = 15

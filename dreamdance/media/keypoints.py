@@ -55,7 +55,7 @@ _COORDINATE_RANGE = (-1.0, 2.0)
 
 
 class KeypointFileError(UserError):
-    """A key-point file cannot be used: the text names the file, the frame and the field."""
+    """A key-point file cannot be used. The message names the file, the frame and the field."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def write_keypoint_file(path: Path | str, sequence: KeypointSequence) -> None:
     """Writes a key-point file; coordinates are rounded to a millionth of the frame.
 
     Raises:
-        ValueError: key points that `read_keypoint_file` would not accept.
+        ValueError: `read_keypoint_file` would not accept these key points.
     """
     points = np.asarray(sequence.keypoints, dtype=np.float64)
     if points.ndim != 3 or points.shape[1:] != (NUM_KEYPOINTS, 3) or len(points) == 0 or not np.isfinite(points).all():

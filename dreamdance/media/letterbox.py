@@ -1,6 +1,6 @@
-"""Finds the black bars around a video: what is dark over its whole length, in every one of its frames.
+"""Finds the black bars around a video: the rows and columns at its edges that are dark in every frame.
 
-A bar is cut from all frames, so one frame in which a hand reaches into it is enough for it to stay.
+A bar is cut from all frames. If a hand reaches into it in a single frame, that part of the bar stays.
 """
 
 from collections.abc import Generator, Iterable
@@ -21,7 +21,7 @@ MAX_BAR_SHARE = 0.75
 
 
 def find_letterbox(frames: Iterable[NDArray[np.uint8]], *, where: str = "the video") -> Crop:
-    """The smallest part that holds everything that is bright in any frame; see `search_letterbox`."""
+    """Finds the smallest rectangle that contains every bright pixel of every frame; see `search_letterbox`."""
     search = search_letterbox(frames, where=where)
     while True:
         try:
@@ -31,20 +31,20 @@ def find_letterbox(frames: Iterable[NDArray[np.uint8]], *, where: str = "the vid
 
 
 def search_letterbox(frames: Iterable[NDArray[np.uint8]], *, where: str) -> Generator[None, None, Crop]:
-    """Searches the smallest part that holds everything that is bright in any frame.
+    """Searches the smallest rectangle that contains every bright pixel of every frame.
 
     Args:
-        frames: all frames of the video, `(H, W, 3)` uint8 each; they are looked at one after the other.
-        where: the video's name, for the error's text.
+        frames: all frames of the video, `(H, W, 3)` uint8 each; the function reads them one after the other.
+        where: the video's name, for the error message.
 
     Yields:
-        after each frame: long videos take long, and whoever waits is to see that it goes on.
+        None after each frame, so that the caller can report progress on long videos.
 
     Returns:
-        the part.
+        The rectangle.
 
     Raises:
-        UserError: hardly anything would be left.
+        UserError: almost nothing of the frame would remain.
     """
     brightest = brightest_areas = np.zeros((0, 0, 3), np.uint8)
     for frame in frames:
@@ -68,6 +68,6 @@ def search_letterbox(frames: Iterable[NDArray[np.uint8]], *, where: str) -> Gene
 
 
 def _bars(content: NDArray[np.uint8]) -> tuple[int, int]:
-    """How many entries at both ends hold no content; all of them at the front if none does."""
+    """Counts the entries without content at both ends; if no entry has content, all count at the front."""
     found = np.flatnonzero(content)
     return (int(found[0]), len(content) - 1 - int(found[-1])) if len(found) else (len(content), 0)

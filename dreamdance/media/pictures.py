@@ -1,8 +1,8 @@
-"""One reading path for pictures: of any mode, orientation and colour profile, as a viewer shows them.
+"""Reads pictures of any mode, orientation and colour profile as a viewer shows them.
 
-Files that `animate` reads and PIL pictures that are handed to the pipelines take it alike. What comes out is upright,
-opaque and in sRGB. Of several frames (an animation, the pages of a TIFF) the first counts, or the one a PIL picture
-stands at.
+Files that `animate` reads and PIL pictures that callers give to the pipelines take this same path. The result is
+upright, opaque and in sRGB. Of several frames (an animation, the pages of a TIFF) the first one counts, or the current
+frame of a PIL picture.
 """
 
 import io
@@ -47,21 +47,21 @@ tags again and fails where one of them is odd."""
 
 
 class PictureError(UserError):
-    """A picture cannot be used: the text names it, and what is accepted."""
+    """A picture cannot be used. The message names it and the accepted kinds."""
 
 
 def read_picture(path: Path, *, background: Colour = WHITE) -> NDArray[np.uint8]:
-    """Reads a file.
+    """Reads a picture file.
 
     Args:
         path: PNG, JPEG, WebP, BMP or TIFF.
-        background: sRGB, behind what is transparent.
+        background: sRGB colour behind transparent parts.
 
     Returns:
         `H W 3` uint8, upright sRGB.
 
     Raises:
-        PictureError: it is missing, damaged, too large, of another format, or its values have no stated range.
+        PictureError: the file is missing, damaged, too large, of another format, or its values have no stated range.
     """
     try:
         with warnings.catch_warnings():
@@ -82,22 +82,22 @@ def read_picture(path: Path, *, background: Colour = WHITE) -> NDArray[np.uint8]
 
 
 def to_rgb_picture(picture: Image.Image, *, background: Colour = WHITE, name: str = "a picture") -> NDArray[np.uint8]:
-    """What a viewer shows of a picture, whatever its mode.
+    """Converts a picture of any mode to the pixels that a viewer shows.
 
     The EXIF orientation is applied; an embedded ICC profile is converted to sRGB, and values without one are taken as
     sRGB; transparent parts are blended with the background here, before anything resizes the picture, so that colours
     hidden under alpha 0 never show. 16-bit values are scaled to 8 bits, floats from [0, 1].
 
     Args:
-        picture: a file's, or made in memory.
-        background: sRGB, behind what is transparent.
-        name: of the picture, for messages.
+        picture: a picture from a file or from memory.
+        background: sRGB colour behind transparent parts.
+        name: the picture's name in messages.
 
     Returns:
         `H W 3` uint8.
 
     Raises:
-        PictureError: integers of 32 bits, or floats that leave [0, 1]: nothing says which value is white.
+        PictureError: the picture holds 32-bit integers, or floats outside of [0, 1]: the value of white is unknown.
     """
     profile = picture.info.get("icc_profile")
     colours, alpha = _split_alpha(_to_bytes(_upright(picture, name), name))
@@ -110,19 +110,19 @@ def to_rgb_picture(picture: Image.Image, *, background: Colour = WHITE, name: st
 
 
 def _upright(picture: Image.Image, name: str) -> Image.Image:
-    picture.load()  # a TIFF comes upright from here, and its tag is gone
+    picture.load()  # loading turns a TIFF upright and removes its tag
     try:
         orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
     except _DECODING_ERRORS as error:
-        logger.warning("%s: its EXIF data are damaged (%s); it is taken as upright", name, error)
+        logger.warning("%s: its EXIF data are damaged (%s); it is read as upright", name, error)
         return picture
     method = _UPRIGHT.get(orientation)
     return picture if method is None else picture.transpose(method)
 
 
 def _to_bytes(picture: Image.Image, name: str) -> Image.Image:
-    """The same picture in a mode of 8 bits; Pillow itself clips larger values and cuts floats off."""
-    # a TIFF may count from white to black: Pillow reverses 8 bits by itself, and no more
+    """Converts a picture to a mode of 8 bits. Pillow's own conversion clips larger values and truncates floats."""
+    # in a TIFF 0 may mean white: Pillow inverts 8-bit values itself, but no others
     from_white = getattr(picture, "tag_v2", {}).get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
         values = np.asarray(picture).astype(np.uint16)
@@ -136,12 +136,12 @@ def _to_bytes(picture: Image.Image, name: str) -> Image.Image:
     if picture.mode == "I":
         low, high = picture.getextrema()
         raise PictureError(
-            f"{name} holds integers of 32 bits, from {low} to {high}, of which none is known to be white: save it with "
+            f"{name} holds integers of 32 bits, from {low} to {high}, and the value of white is unknown: save it with "
             "8 or 16 bits per channel"
         )
     if picture.mode == "F":
         floats = np.asarray(picture)
-        if not (floats.min() >= 0 and floats.max() <= 1):  # NaN fails every comparison: refused too
+        if not (floats.min() >= 0 and floats.max() <= 1):  # NaN fails every comparison, so that it is refused too
             raise PictureError(
                 f"{name} holds floats from {floats.min():.4g} to {floats.max():.4g}; floats in [0, 1] are accepted, or "
                 "8 or 16 bits per channel"
@@ -151,9 +151,11 @@ def _to_bytes(picture: Image.Image, name: str) -> Image.Image:
 
 
 def _split_alpha(picture: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Colours (of mode L, RGB or CMYK) and, where something may be transparent, how opaque each pixel is."""
+    """Returns the colours (mode L, RGB or CMYK) and, for pictures with transparency, the opacity of each pixel."""
     transparent = picture.info.get("transparency")
-    if isinstance(transparent, tuple) and max(transparent) > 255:  # a colour of a file of 16 bits, read with 8
+    if (
+        isinstance(transparent, tuple) and max(transparent) > 255
+    ):  # the transparent colour of a 16-bit file, whose pixels were read with 8 bits
         picture = picture.copy()
         picture.info["transparency"] = tuple(value >> 8 for value in transparent)
     if picture.mode in ("LA", "La") or (picture.mode == "L" and transparent is not None):
@@ -168,7 +170,7 @@ def _split_alpha(picture: Image.Image) -> tuple[Image.Image, Image.Image | None]
 
 
 def _to_srgb(picture: Image.Image, profile: bytes | None, name: str) -> Image.Image:
-    """Converts from the embedded profile; one of another kind of colours was left over from a conversion."""
+    """Converts from the embedded profile. A profile for another kind of colours is a leftover and is ignored."""
     if profile:
         try:
             embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -181,5 +183,5 @@ def _to_srgb(picture: Image.Image, profile: bytes | None, name: str) -> Image.Im
                 assert converted is not None, "only a conversion in place returns nothing"
                 return converted
         except (ImageCms.PyCMSError, OSError) as error:
-            logger.warning("%s: its colour profile is damaged (%s); its values are taken as sRGB", name, error)
+            logger.warning("%s: its colour profile is damaged (%s); its values are read as sRGB", name, error)
     return picture.convert("RGB")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dreamdance.media.keypoints import BODY, FACE, LEFT_HAND, NUM_KEYPOINTS, RIGHT_HAND
 
 CONFIDENCE_THRESHOLD = 0.3
-"""Points below it are not drawn (DWPose's own)."""
+"""Points of lower confidence are not drawn; the value is DWPose's."""
 
 _DESIGN_SIDE = 512
 _SMALLEST_CANVAS = 192  # pixels of the short side below which a picture is drawn larger and averaged down
@@ -95,7 +95,7 @@ class _Widths:
 
     @classmethod
     def for_side(cls, short_side: int, factor: int) -> "_Widths":
-        """DWPose's 4, 4, 2, 4 and 3 pixels at 512, but never so thin that a small picture loses them."""
+        """DWPose's 4, 4, 2, 4 and 3 pixels at 512, with a lower limit that keeps lines visible in small pictures."""
         scale = short_side / _DESIGN_SIDE
         return cls(
             limb=factor * max(4 * scale, 0.7),
@@ -147,7 +147,7 @@ def _draw_dot(
 
 
 def _fixed_point(points: NDArray[np.floating[Any]]) -> NDArray[np.int32]:
-    """From coordinates in which pixel centres lie at halves to OpenCV's, in which they are whole, in fixed point."""
+    """Converts coordinates with pixel centres at halves to OpenCV's fixed point, with centres at whole numbers."""
     limited = np.clip(points, -1e4, 1e4)
     fixed: NDArray[np.int32] = np.rint((limited - 0.5) * (1 << _SHIFT)).astype(np.int32)
     return fixed

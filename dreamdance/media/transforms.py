@@ -1,6 +1,6 @@
-"""Picture transforms on tensors that data, objectives and pipelines share: resizing, normals, flips. Needs no OpenCV.
+"""Picture transforms on tensors for data, objectives and pipelines: resizing, normals, flips. They need no OpenCV.
 
-Normals are not colours: when their size changes they are averaged as vectors and brought back to unit length.
+Normals are not colours: a resize averages them as vectors and scales them back to unit length.
 """
 
 import numpy as np
@@ -21,7 +21,7 @@ def encode_normals(normals: Tensor) -> Tensor:
 
 
 def decode_normals(encoded: Tensor) -> Tensor:
-    """Decodes normal pictures `(..., 3, H, W)` in [0,1] to unit vectors; mid-grey has none and faces the camera."""
+    """Decodes normal pictures `(..., 3, H, W)` in [0,1] to unit vectors; mid-grey becomes one that faces the camera."""
     return _to_unit_length(encoded * 2.0 - 1.0)
 
 

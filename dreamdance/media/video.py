@@ -1,7 +1,7 @@
-"""Reads videos frame by frame, by their time stamps; everything that reads a video comes through here.
+"""Reads videos frame by frame, by their time stamps. All code that reads a video uses this module.
 
-Frames are uint8 arrays `(H, W, 3)`, red, green, blue, as a player shows them. Frame k is the same whether it is asked
-for alone or read in its turn: decoding starts at a key frame before it, or further back where that does not give it.
+Frames are uint8 arrays `(H, W, 3)`, red, green, blue, as a player shows them. Frame k alone equals frame k of the whole
+video: decoding starts at a key frame before frame k, or further back if that start does not give the frame.
 """
 
 from bisect import bisect_left, bisect_right
@@ -34,16 +34,16 @@ MAX_FRAME_RATE = 1000.0
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video holds.
+    """A video file: its size, rate and time stamps.
 
     Attributes:
-        width, height: of the frames as they are shown, in pixels.
+        width, height: size of the frames as a player shows them, in pixels.
         fps: mean number of frames per second.
         stamps: the frames' time stamps in units of `time_base` seconds, rising: frame i is the one shown i-th.
-        key_stamps: those of the key frames.
-        reach: for each frame, the stamp of the last shown of those that it may build on.
-        counted: whether stored frames have no stamps to be found by: they are counted from the beginning.
-        display: how a stored frame becomes a shown one.
+        key_stamps: time stamps of the key frames.
+        reach: for each frame, the latest stamp among the frames from which it may be predicted.
+        counted: whether the stored frames have no usable stamps, so that they are counted from the beginning.
+        display: the conversion of a stored frame to the shown one.
     """
 
     path: Path
@@ -62,14 +62,14 @@ class VideoInfo:
         return len(self.stamps)
 
     def times(self, frames: Sequence[int]) -> list[float]:
-        """When the given frames are shown, in seconds after the first."""
+        """Times at which a player shows the given frames, in seconds after the first."""
         return [float((self.stamps[frame] - self.stamps[0]) * self.time_base) for frame in frames]
 
     def frames_at(self, seconds: Sequence[float]) -> list[int]:
         """For each time, in seconds after the first frame, the number of the frame nearest to it; the earlier of two.
 
-        Aligned videos may have stamps of their own, one a constant rate and the other a varying one. Taken at equal
-        times they show the same moments, by equal numbers they do not.
+        Two aligned videos may have different stamps, for example one a constant rate and the other a varying rate.
+        Frames at equal times show the same moment; frames with equal numbers do not.
         """
         stamps = np.array(self.times(range(self.num_frames)))
         wanted = np.asarray(seconds, dtype=np.float64)
@@ -82,7 +82,7 @@ class VideoInfo:
     def constant_rate_frames(self) -> list[int]:
         """For each tick of a constant rate, the number of the frame nearest to it; 0, 1, 2, ... in most videos.
 
-        Phones record at a varying rate; motion read off their frame numbers would be uneven.
+        Phones record at a varying rate; frames taken by their numbers would show uneven motion.
         """
         last = self.times([self.num_frames - 1])[0]
         return self.frames_at(np.linspace(0.0, last, self.num_frames).tolist())
@@ -92,7 +92,7 @@ def probe_video(path: Path | str) -> VideoInfo:
     """Reads sizes, rate and time stamps; decodes one frame only, but all of an avi, whose stamps do not name frames.
 
     Raises:
-        VideoError: no such file, no video in it that can be decoded, or one that cannot be shown faithfully.
+        VideoError: the file does not exist, holds no video that can be decoded, or one that cannot be shown faithfully.
     """
     path = Path(path)
     packets = list_packets(path)
@@ -106,8 +106,8 @@ def probe_video(path: Path | str) -> VideoInfo:
         if not packets.ordered:
             stamps = reach = _counted_stamps(packets, [first.pts], decoded, stream)
         elif not damage and first.pts is not None and bisect_left(packets.key_stamps, first.pts) == 0:
-            # The first frames of a video that was cut build on what was cut away; players skip them as well. (A key
-            # frame that does not come out is damage.)
+            # The first frames of a cut video may depend on frames that were cut away; players skip them too.
+            # (A key frame that cannot be decoded is damage.)
             missing = bisect_left(stamps, first.pts)
             stamps, reach = stamps[missing:], reach[missing:]
         duration = float((stamps[-1] - stamps[0]) * stream.time_base)
@@ -123,13 +123,13 @@ def iterate_frames(video: VideoInfo, frames: Sequence[int] | None = None) -> Ite
 
     Args:
         video: from `probe_video`.
-        frames: frame numbers, not falling, repeats allowed; None means all.
+        frames: frame numbers in rising order, repeats allowed; None means all.
 
     Yields:
         `(H, W, 3)` uint8.
 
     Raises:
-        VideoError: a chosen frame, or one that it builds on, is damaged.
+        VideoError: a chosen frame, or one from which it is predicted, is damaged.
     """
     wanted = list(range(video.num_frames) if frames is None else frames)
     if not wanted:
@@ -137,7 +137,7 @@ def iterate_frames(video: VideoInfo, frames: Sequence[int] | None = None) -> Ite
     if wanted[0] < 0 or wanted[-1] >= video.num_frames:
         raise IndexError(f"{video.path} has {video.num_frames} frames; {wanted[0]} to {wanted[-1]} were asked for")
     if sorted(wanted) != wanted:
-        raise ValueError("frames are decoded in the order of the video; their numbers may not fall")
+        raise ValueError("frames are decoded in the order of the video; frame numbers must not decrease")
     done = 0
     for start in (starts := _starts(video, wanted[0])):
         try:
@@ -161,7 +161,7 @@ def read_frames(video: VideoInfo | Path | str, frames: Sequence[int] | None = No
 
 
 class _LostFrameError(Exception):
-    """A wanted frame did not come out whole; it may after a start further back."""
+    """The decoder did not give a wanted frame whole; a start further back may give it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -169,7 +169,7 @@ class _LostFrameError(Exception):
 
 
 def _first_frame(decoded: Iterator[av.VideoFrame | Damage]) -> tuple[bool, av.VideoFrame | None]:
-    """Whether damage precedes the first frame that comes out, and that frame."""
+    """Returns whether damage precedes the first decoded frame, and that frame."""
     damage = False
     for frame in decoded:
         if not isinstance(frame, Damage):
@@ -193,7 +193,7 @@ def _counted_stamps(
         if not isinstance(frame, Damage):
             found.append(frame.pts)
         elif len(packets.stamps) > len(found):
-            return packets.stamps  # reading will come to the damage and say where it is
+            return packets.stamps  # the later read reaches the damage and reports its place
     known = sorted({pts for pts in found if pts is not None})
     if len(known) == len(found):
         return tuple(known)
@@ -208,15 +208,15 @@ def _starts(video: VideoInfo, first: int) -> list[int | None]:
 
 
 def _decode_from(video: VideoInfo, start: int | None, wanted: list[int]) -> Iterator[NDArray[np.uint8]]:
-    """Decodes from one start; a frame counts only after a key frame, whole, and with all whole that it may build on.
+    """Decodes from one start. A frame counts if it and all frames that it needs are whole and follow a key frame.
 
     Raises:
-        _LostFrameError: a wanted frame does not come out so.
+        _LostFrameError: a wanted frame does not count.
     """
     numbers: dict[int | None, int] = {stamp: number for number, stamp in enumerate(video.stamps)}
     repeats = Counter(wanted)
     ahead = deque(repeats)
-    waiting: deque[tuple[int, av.VideoFrame]] = deque()  # what they build on may be shown after them
+    waiting: deque[tuple[int, av.VideoFrame]] = deque()  # frames may depend on frames that are shown after them
     converter = FrameConverter(video.display)
     entered, damaged, last = start is None, None, -1
     with opened_video(video.path) as (container, stream):

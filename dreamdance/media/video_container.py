@@ -1,7 +1,7 @@
-"""Opens video files and lists what their packets say: time stamps, key frames, and whether the file is whole.
+"""Opens video files and reads their packets: time stamps, key frames, and whether the file is whole.
 
-A file may be hostile: only plain video files are opened (FFmpeg also runs lists that name other files, or addresses),
-and what they claim is bounded before memory is taken.
+A file may be hostile. This module opens plain video files alone (FFmpeg would also follow lists of other files or
+addresses), and checks the sizes that a file declares before it allocates memory.
 """
 
 from collections.abc import Iterator
@@ -35,14 +35,14 @@ class VideoError(UserError):
 
 @dataclass(frozen=True)
 class PacketList:
-    """What the packets of a video say, without decoding.
+    """The packets of a video, read without decoding.
 
     Attributes:
         stamps: time stamps in the order in which frames are shown.
-        key_stamps: those of the key frames, rising.
-        reach: for each frame, the stamp of the last shown of those that are stored before it, itself included: a frame
-            may build on any of them.
-        ordered: whether frames carry these stamps. In avi, for one, stamps only count packets.
+        key_stamps: time stamps of the key frames, rising.
+        reach: for each frame, the latest stamp among itself and the frames that are stored before it: the frame may be
+            predicted from any of them.
+        ordered: whether frames carry these stamps. In avi files, for example, stamps only count packets.
     """
 
     stamps: tuple[int, ...]
@@ -56,7 +56,7 @@ def opened_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Opens the first video stream of a file.
 
     Raises:
-        VideoError: no such file, no video in it, or it breaks the limits; also while it is being read.
+        VideoError: the file does not exist, holds no video, or exceeds the limits; also raised during later reads.
     """
     limits = {"max_pixels": str(MAX_FRAME_PIXELS)}
     try:
@@ -67,7 +67,9 @@ def opened_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
                 raise VideoError(f"{path} holds no video")
             stream = container.streams.video[0]
             strict = {"err_detect": "crccheck+explode"} if stream.codec_context.name in STRICT_DECODERS else {}
-            stream.codec_context.options = limits | strict  # the limits, for a later frame may be larger than the first
+            stream.codec_context.options = (
+                limits | strict
+            )  # limits for later frames, which may be larger than the first
             stream.codec_context.thread_count = 1  # with more, H.264's decoder does not mark corrupt frames
             yield container, stream
     except av.FFmpegError as error:
@@ -79,13 +81,13 @@ def opened_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 @dataclass(frozen=True)
 class Damage:
-    """In place of a frame: a packet that the decoder rejected, with its time stamp."""
+    """A packet that the decoder rejected, with its time stamp; it takes the place of a frame."""
 
     pts: int | None
 
 
 def decoded_frames(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame | Damage]:
-    """All that comes out of the decoder, in the order in which it is shown."""
+    """Yields all decoded frames and rejected packets, in the order in which a player shows them."""
     logs = stream.codec_context.name in LOGGING_DECODERS
     for packet in container.demux(stream):
         try:
@@ -99,7 +101,7 @@ def decoded_frames(container: InputContainer, stream: VideoStream) -> Iterator[a
 
 
 def _decode_and_listen(packet: "av.Packet[av.VideoStream]") -> tuple[list[av.VideoFrame], bool]:
-    """The frames, and whether the decoder logged an error."""
+    """Returns the frames, and whether the decoder logged an error."""
     level = av.logging.get_level()
     av.logging.set_level(av.logging.ERROR)
     try:
@@ -122,7 +124,7 @@ def list_packets(path: Path) -> PacketList:
     with opened_video(path) as (container, stream):
         for packet in container.demux(stream):
             if packet.size == 0 and packet.dts is None:
-                continue  # not of the file: it asks the decoder for its last frames
+                continue  # PyAV appends this empty packet, which asks the decoder for its last frames
             num_packets += 1
             torn |= packet.is_corrupt
             if packet.is_discard:
@@ -136,7 +138,7 @@ def list_packets(path: Path) -> PacketList:
             if len(stamps) > MAX_VIDEO_FRAMES:
                 raise VideoError(f"{path} has more than {MAX_VIDEO_FRAMES} frames; cut it into shorter videos")
         names = container.format.name.split(",")
-        indexed = "mp4" in names or "avi" in names  # what the index of a matroska file lists are key frames
+        indexed = "mp4" in names or "avi" in names  # the index of a matroska file lists key frames
         torn |= indexed and num_packets < len(stream.index_entries)
         torn |= "matroska" in names and _ends_early(path)
         if torn:
@@ -151,7 +153,7 @@ def list_packets(path: Path) -> PacketList:
 
 
 def _ends_early(path: Path) -> bool:
-    """Whether a matroska file is shorter than it says; one that was written to a pipe does not say."""
+    """Returns whether a matroska file is shorter than its declared size; a file written to a pipe declares none."""
     with path.open("rb") as file:
         if file.read(4) != EBML_HEADER:
             return False
@@ -163,7 +165,7 @@ def _ends_early(path: Path) -> bool:
 
 
 def _element_end(file: BinaryIO) -> int | None:
-    """Where an element ends, from its size, which the file stands before; None if the size is left open."""
+    """Returns the end of the element whose size field is next in the file; None if the size is unknown."""
     start = file.tell()
     field = file.read(8)
     if not field or field[0] == 0:

@@ -1,7 +1,7 @@
-"""A decoded frame as a player shows it: square pixels, upright, not mirrored, in sRGB's primaries.
+"""Converts a decoded frame to the one that a player shows: square pixels, upright, not mirrored, in sRGB's primaries.
 
-The matrix from YUV to RGB and the range are the file's tags; without tags BT.601 and limited range, as FFmpeg does,
-whatever the size. Videos of high dynamic range are refused: there is no single right way to show them.
+The file's tags give the matrix from YUV to RGB and the range; a file without tags is read as BT.601 in limited range at
+every size, as FFmpeg does. Videos of high dynamic range are refused, because no single way to show them is right.
 """
 
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ ASPECT_TOLERANCE = 0.02
 
 @dataclass(frozen=True)
 class Orientation:
-    """How a stored frame is turned: rows and columns are exchanged first, then each axis may be reversed."""
+    """The rotation of a stored frame: first rows and columns may be exchanged, then each axis may be reversed."""
 
     transposed: bool = False
     flipped_x: bool = False
@@ -63,7 +63,7 @@ class Orientation:
         """Reads the display matrix, which phones write: x' = a x + c y, y' = b x + d y.
 
         Raises:
-            VideoError: the matrix turns by something else than quarters.
+            VideoError: the matrix turns by an angle that is no multiple of 90 degrees.
         """
         side_data = cast(SideDataContainer, frame.side_data)
         matrices = [bytes(side) for side in side_data if side.type is SideDataType.DISPLAYMATRIX]
@@ -79,8 +79,8 @@ class Orientation:
             return cls(transposed=True, flipped_x=bool(c < 0), flipped_y=bool(b < 0))
         degrees = np.degrees(np.arctan2(b, a))
         raise VideoError(
-            f"{path} is to be shown turned by {degrees:.0f} degrees; turns by 90, 180 and 270 and mirror images are "
-            "accepted. Turn it for good: ffmpeg -i IN -crf 12 OUT.mp4"
+            f"{path} has a rotation tag of {degrees:.0f} degrees; 90, 180 and 270 degrees and mirror images are "
+            "accepted. Turn its pixels instead: ffmpeg -i IN -crf 12 OUT.mp4"
         )
 
     def turn(self, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -92,11 +92,11 @@ class Orientation:
 
 @dataclass(frozen=True)
 class Display:
-    """How the frames of one video are shown; the same for all of them.
+    """The conversion from stored to shown frames; one conversion holds for all frames of a video.
 
     Attributes:
-        stored_width, stored_height: of the first frame.
-        scaled_width, scaled_height: the same with square pixels, before it is turned.
+        stored_width, stored_height: size of the first stored frame.
+        scaled_width, scaled_height: its size with square pixels, before the rotation.
     """
 
     path: Path
@@ -128,13 +128,13 @@ class Display:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of what is shown."""
+        """Width and height of the shown frame."""
         width, height = self.scaled_width, self.scaled_height
         return (height, width) if self.orientation.transposed else (width, height)
 
 
 class FrameConverter:
-    """Converts the frames of one run through a video; not to be shared by two."""
+    """Converts the frames of one pass through a video; two passes must not share a converter."""
 
     def __init__(self, display: Display) -> None:
         self._display = display
@@ -179,7 +179,7 @@ class FrameConverter:
 
 
 class _Scaler:
-    """FFmpeg's own way from a decoded frame to RGB, as its command line goes it: a graph of filters."""
+    """The conversion from a decoded frame to RGB as FFmpeg's command line does it: a graph of filters."""
 
     def __init__(self, like: av.VideoFrame, width: int, height: int) -> None:
         self._kind = _kind_of(like)
@@ -207,7 +207,7 @@ def _kind_of(frame: av.VideoFrame) -> tuple[object, ...]:
 
 
 def _to_bt709(picture: NDArray[np.uint8], primaries: ColorPrimaries) -> NDArray[np.uint8]:
-    """Colours of a wider gamut as the same colours in BT.709's primaries; what these cannot show is clipped."""
+    """Converts colours of a wider gamut to BT.709's primaries; colours outside of BT.709's gamut are clipped."""
     linear = _LINEAR[picture] @ _wide_to_bt709(primaries).T
     steps = len(_ENCODED) - 1
     return _ENCODED[(linear.clip(0.0, 1.0) ** 0.5 * steps + 0.5).astype(np.int32)]
@@ -223,7 +223,7 @@ def _wide_to_bt709(primaries: ColorPrimaries) -> NDArray[np.float32]:
 
 
 def _to_xyz(primaries: tuple[tuple[float, float], ...]) -> NDArray[np.float64]:
-    """The matrix from linear RGB to XYZ: its columns are the primaries, so weighted that their sum is white."""
+    """The matrix from linear RGB to XYZ: its columns are the primaries, scaled so that their sum is white."""
 
     def xyz(x: float, y: float) -> NDArray[np.float64]:
         return np.array([x / y, 1.0, (1 - x - y) / y])

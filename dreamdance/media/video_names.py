@@ -1,6 +1,6 @@
-"""What the clips and files of a video are called: `animate` and file systems do not take every name that videos have.
+"""Names of the clips and files that are made from a video: `animate` and file systems do not accept every video's name.
 
-A video's own name stays in its clips' metadata.
+The clips' metadata keep the video's own name.
 """
 
 import re
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from hashlib import sha256
 
 MAX_ID_CHARACTERS = 182
-"""What is left of the 200 that `inference.manifest` takes, with `.validation.000000` behind it."""
+"""`inference.manifest` accepts 200 characters; the suffix `.validation.000000` takes the others."""
 _GOOD_ID = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{MAX_ID_CHARACTERS - 1}}}")
 _READABLE_CHARACTERS = 40
 _PART_DIGITS = 12
@@ -19,8 +19,8 @@ _PART_DIGITS = 12
 def video_ids(names: Iterable[str]) -> dict[str, str]:
     """An id for each video, with which its clips' ids begin; no two are equal, or differ in upper and lower case alone.
 
-    A name that `animate` takes is its own id. Another gives what can be read of it and a hash of the whole; so do
-    names that differ in upper and lower case alone, which some file systems take for one.
+    A name that `animate` accepts is its own id. For other names the id consists of the readable part and a hash of the
+    whole name; the same holds for names that differ only in case, which some file systems do not distinguish.
     """
     names = sorted(names)
     folded = Counter(name.casefold() for name in names)
@@ -38,12 +38,12 @@ def video_ids(names: Iterable[str]) -> dict[str, str]:
 
 
 def part_name(name: str) -> str:
-    """Under which a video's shards are stored: it does not depend on which other videos there are."""
+    """The name under which a video's shards are stored; it does not depend on the other videos."""
     return f"{_readable(name).replace('.', '_')}-{_hash(name)[:_PART_DIGITS]}"
 
 
 def is_text(name: str) -> bool:
-    """Whether a file's name is text in UTF-8, as everything must be that is written into JSON."""
+    """Returns whether a file's name is valid UTF-8; only then can it be written into JSON."""
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
@@ -52,7 +52,7 @@ def is_text(name: str) -> bool:
 
 
 def printable(text: object) -> str:
-    """As it can be shown and logged, on one line and in UTF-8: a file's name may hold anything."""
+    """Makes any file's name printable: one line of valid UTF-8."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in str(text)
     )

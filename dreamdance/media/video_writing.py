@@ -1,4 +1,4 @@
-"""Writes videos: H.264 for looking at, FFV1 without loss."""
+"""Writes videos: H.264 for viewing, FFV1 without loss."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -31,11 +31,11 @@ def write_video(
         path: `.mp4`, or `.mkv` for a lossless one.
         frames: `(H, W, 3)` uint8 each. H.264 wants even sizes: an odd one grows by repeating its last row or column.
         fps: frames per second.
-        lossless: FFV1 in RGB instead, which gives back exactly these frames (of any size).
+        lossless: write FFV1 in RGB instead, from which exactly these frames (of any size) are read back.
         crf: H.264's quality, smaller is better; 18 looks like the original.
 
     Raises:
-        VideoError: no frames, of mixed or other shapes, a name that does not end as it should, or a full disk.
+        VideoError: there are no frames, their shapes differ or are wrong, the suffix is wrong, or the disk is full.
     """
     path = Path(path)
     suffix = LOSSLESS_SUFFIX if lossless else ".mp4"
@@ -76,7 +76,7 @@ def _lossless_frame(picture: NDArray[np.uint8]) -> av.VideoFrame:
 
 
 def _bt709_frame(picture: NDArray[np.uint8]) -> av.VideoFrame:
-    """In BT.709's YUV and limited range, and tagged so: without tags players guess by the size of the frames."""
+    """Converts to BT.709's YUV in limited range and sets the tags; without tags players guess by the frames' size."""
     picture = np.pad(picture, [(0, size % 2) for size in picture.shape[:2]] + [(0, 0)], mode="edge")
     frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
         format="yuv420p",

@@ -69,7 +69,7 @@ def test_every_display_matrix_is_applied_whole(tmp_path, turn):
 def test_a_turn_by_other_than_quarters_is_refused_with_the_cure(tmp_path):
     path = write_by_ffmpeg(tmp_path / "phone.mp4", known_frames(1), f"{X264} -pix_fmt yuv420p")
     write_matrix(path, (0.5**0.5, 0.5**0.5, -(0.5**0.5), 0.5**0.5))
-    with pytest.raises(VideoError, match=r"phone\.mp4 is to be shown turned by 45 degrees.*ffmpeg -i"):
+    with pytest.raises(VideoError, match=r"phone\.mp4 has a rotation tag of 45 degrees.*ffmpeg -i"):
         probe_video(path)
 
 
