@@ -57,6 +57,8 @@ MODALITIES: dict[str, Modality] = {
 DOMAINS = tuple(name for name, modality in MODALITIES.items() if modality.domain)
 # What stage 2 may be controlled by.
 CONTROLS = tuple(name for name, modality in MODALITIES.items() if modality.control)
+# Controls that `animate` must be given as videos: neither stage 1 nor the drawing of the pose makes them.
+GIVEN = tuple(name for name in CONTROLS if name not in DOMAINS and MODALITIES[name].kind != "drawing")
 # What every clip has that is trained on; it may lack the others.
 ALWAYS_READ = ("rgb", "pose")
 OPTIONAL = tuple(name for name in MODALITIES if name not in ALWAYS_READ)

@@ -25,6 +25,7 @@ from dreamdance.inference.results import ClipResult, installed_versions, is_done
 from dreamdance.inference.stages import Stages, before_each_computation, load_stages
 from dreamdance.inference.work_done import note_work
 from dreamdance.media.transforms import encode_normals, resize_images
+from dreamdance.modalities import GIVEN
 from dreamdance.recipe.schema import AnimateRecipe
 from dreamdance.runs.crew import Crew
 from dreamdance.runs.file_states import FileState
@@ -132,7 +133,8 @@ def animate_entry(entry: ManifestEntry, recipe: AnimateRecipe, stages: Stages, w
     started = time.monotonic()
     frame_size = Size(recipe.width, recipe.height)
     map_size = Size(recipe.geometry_width, recipe.geometry_height)
-    inputs = load_inputs(entry, aspect=frame_size, pose_sizes={frame_size, map_size})
+    given = [name for name in GIVEN if name in stages.animation.controls]
+    inputs = load_inputs(entry, aspect=frame_size, pose_sizes={frame_size, map_size}, maps=given)
     if read_files(entry, {entry.files[name].absolute(): state for name, state in states.items()}) != states:
         raise EntryError("one of its files was replaced while they were read")
     result = run_stages(entry, inputs, recipe, stages)
@@ -197,6 +199,7 @@ def run_stages(entry: ManifestEntry, inputs: EntryInputs, recipe: AnimateRecipe,
             poses,
             None if normals is None else encode_normals(normals),
             depths,
+            maps=inputs.maps,
             height=recipe.height,
             width=recipe.width,
             fps=inputs.fps,

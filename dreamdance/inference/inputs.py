@@ -1,6 +1,6 @@
 """Loads what an entry of a manifest names: the reference picture and the pose drawings, hashed and cut to size."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from dreamdance.media.cropping import centred_crop
 from dreamdance.media.keypoints import KeypointSequence, read_keypoint_file
 from dreamdance.media.pictures import MAX_PICTURE_PIXELS, read_picture
 from dreamdance.media.pose_drawing import draw_pose
-from dreamdance.media.transforms import pictures_to_tensor, resize_images
+from dreamdance.media.transforms import pictures_to_tensor, resize_images, resize_map
 from dreamdance.media.video import iterate_frames, probe_video
+from dreamdance.modalities import MODALITIES
 from dreamdance.runs.file_states import FileState, read_state
 
 MAX_FRAMES = 50_000
@@ -43,11 +44,13 @@ class EntryInputs:
         reference: `3 H W` in [0, 1], of the result's aspect, at its own resolution.
         poses: for each size asked for, `f 3 H W` in [0, 1].
         fps: frames per second.
+        maps: the control maps that were asked for, by modality, `f 3 H W` in [0, 1] of the result's size.
     """
 
     reference: Tensor
     poses: dict[Size, Tensor]
     fps: float
+    maps: dict[str, Tensor]
 
 
 def read_files(entry: ManifestEntry, known: Mapping[Path, FileState] | None = None) -> dict[str, FileState]:
@@ -75,13 +78,14 @@ def read_files(entry: ManifestEntry, known: Mapping[Path, FileState] | None = No
     return states
 
 
-def load_inputs(entry: ManifestEntry, *, aspect: Size, pose_sizes: set[Size]) -> EntryInputs:
+def load_inputs(entry: ManifestEntry, *, aspect: Size, pose_sizes: set[Size], maps: Sequence[str] = ()) -> EntryInputs:
     """Loads an entry. Pictures of another aspect lose their margins evenly, as in training.
 
     Args:
         entry: of the manifest.
-        aspect: of the result: only the proportion counts.
+        aspect: size of the result; of the reference only its proportion counts.
         pose_sizes: sizes at which the pose drawings are wanted, each resized from the original.
+        maps: control maps that the entry must give as videos.
 
     Raises:
         UserError: a file is missing, damaged or too large, or the skeleton cannot be aligned.
@@ -102,7 +106,8 @@ def load_inputs(entry: ManifestEntry, *, aspect: Size, pose_sizes: set[Size]) ->
         for size, resized in frames.items():
             resized.append(resize_images(cut, size.height, size.width))
     poses = {size: torch.stack(resized).clamp(0, 1) for size, resized in frames.items()}
-    return EntryInputs(reference=pictures_to_tensor(reference), poses=poses, fps=entry.fps or fps)
+    given = {name: _read_map(entry, name, aspect, num_frames=len(next(iter(poses.values())))) for name in maps}
+    return EntryInputs(reference=pictures_to_tensor(reference), poses=poses, fps=entry.fps or fps, maps=given)
 
 
 def _given(path: Path | None) -> Path:
@@ -122,6 +127,19 @@ def _decode(path: Path) -> tuple[Iterator[NDArray[np.uint8]], float]:
     if video.num_frames > MAX_FRAMES:
         raise EntryError(f"{path} has {video.num_frames} frames; up to {MAX_FRAMES} are accepted")
     return iterate_frames(video, video.constant_rate_frames()), video.fps
+
+
+def _read_map(entry: ManifestEntry, name: str, size: Size, *, num_frames: int) -> Tensor:
+    """A control map that the entry gives as a video, `f 3 H W` in [0, 1]."""
+    if name not in entry.maps:
+        raise EntryError(f"stage 2 reads {name} maps, which stage 1 does not make: give '{name}', a video of them")
+    frames, _ = _decode(entry.maps[name])
+    kind = MODALITIES[name].kind
+    cuts = (pictures_to_tensor(_cut(frame, size)) for frame in frames)
+    images = torch.stack([resize_map(cut, size.height, size.width, kind=kind) for cut in cuts]).clamp(0, 1)
+    if len(images) != num_frames:
+        raise EntryError(f"{entry.maps[name]} has {len(images)} frames and the poses have {num_frames}: give as many")
+    return images
 
 
 def _cut(picture: NDArray[np.uint8], aspect: Size) -> NDArray[np.uint8]:

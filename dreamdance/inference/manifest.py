@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from dreamdance.errors import ManifestError
+from dreamdance.modalities import GIVEN
 
 MAX_MANIFEST_BYTES = 1 << 28
 MAX_SEED = (1 << 63) - 1
 ID_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 
 REQUIRED_FIELDS = ("id", "image")
-PATH_FIELDS = ("image", "pose", "keypoints", "reference_keypoints")
-FIELDS = (*REQUIRED_FIELDS, "pose", "keypoints", "seed", "align", "fps", "reference_keypoints", "reference_frame")
+PATH_FIELDS = ("image", "pose", "keypoints", "reference_keypoints", *GIVEN)
+OTHER_FIELDS = ("seed", "align", "fps", "reference_keypoints", "reference_frame")
+FIELDS = (*REQUIRED_FIELDS, "pose", "keypoints", *OTHER_FIELDS, *GIVEN)
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class ManifestEntry:
         align: rescale the driving skeleton to the reference's body.
         reference_keypoints: key-point file of the reference picture; its first frame is read.
         fps: frames per second, if not the sequence's own.
+        maps: videos of the control maps that stage 2 reads and stage 1 does not make, by modality.
         reference_frame: number of the reference among the frames of the clip it was taken from, for the evaluation.
         line: in the manifest, for messages.
     """
@@ -50,13 +53,14 @@ class ManifestEntry:
     align: bool = False
     reference_keypoints: Path | None = None
     fps: float | None = None
+    maps: dict[str, Path] = field(default_factory=dict)
     reference_frame: int | None = None
     line: int = field(default=0, compare=False)
 
     @property
     def files(self) -> dict[str, Path]:
         """Every file that the result depends on, by its field."""
-        named = {name: getattr(self, name) for name in PATH_FIELDS}
+        named = {name: getattr(self, name) for name in PATH_FIELDS if name not in GIVEN} | self.maps
         if not self.align:
             named.pop("reference_keypoints")
         return {name: path for name, path in named.items() if path is not None}
@@ -133,6 +137,7 @@ def _check_line(text: str) -> tuple[list[str], dict[str, Any]]:
             problems.append("'align' needs 'keypoints': a pose video is drawn already and cannot be rescaled")
         if "reference_keypoints" not in values:
             problems.append("'align' needs 'reference_keypoints', a key-point file of the reference image")
+        problems += [f"'align' moves the pose alone, and '{name}' would not fit it" for name in GIVEN if name in values]
     return problems, values
 
 
@@ -175,8 +180,9 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _make_entry(values: dict[str, Any], folder: Path, line: int, default_seed: int) -> ManifestEntry:
     paths = {name: folder / values[name] for name in PATH_FIELDS if name in values}
+    maps = {name: paths.pop(name) for name in GIVEN if name in paths}
     others = {name: value for name, value in values.items() if name not in PATH_FIELDS}
-    return ManifestEntry(**{"seed": default_seed, **others, **paths}, line=line)
+    return ManifestEntry(**{"seed": default_seed, **others, **paths}, maps=maps, line=line)
 
 
 def _listed(names: tuple[str, ...]) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dreamdance.errors import CheckpointError, MissingInputError, RecipeError
+from dreamdance.modalities import MODALITIES
 from dreamdance.models.autoencoding import downscale_factor
 from dreamdance.pipelines import AnimationPipeline, GeometryPipeline
 from dreamdance.pipelines.sampling import COMPONENTS_MODULE, PIPELINES_MODULE
@@ -167,7 +168,7 @@ def _misfits(recipe: AnimateRecipe, animation: AnimationPipeline, geometry: Geom
         if size % factor:
             yield f"{key} {size} must be a multiple of {factor}, the autoencoder's factor"
     if geometry is None:
-        if set(animation.controls) != {"pose"}:
+        if any(MODALITIES[name].domain for name in animation.controls):
             yield (
                 f"animation_from {recipe.animation_from} was trained to read {', '.join(animation.controls)}: give "
                 "geometry_from, the run or export of stage 1 which makes normal and depth maps"

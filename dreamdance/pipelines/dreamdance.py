@@ -1,6 +1,6 @@
 """Both stages in one: a reference image and a pose sequence to frames, normals and depths (Eq. 2)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self, TypeVar, cast
 
 import torch
@@ -117,6 +117,7 @@ class DreamDancePipeline(SamplingPipeline):
         image: Images,
         poses: Clips,
         *,
+        maps: Mapping[str, Clips] | None = None,
         height: int | None = None,
         width: int | None = None,
         geometry_height: int | None = None,
@@ -140,7 +141,7 @@ class DreamDancePipeline(SamplingPipeline):
         """Animates the reference by the poses.
 
         Args:
-            image, poses, height, width: as in `AnimationPipeline`.
+            image, poses, maps, height, width: as in `AnimationPipeline`; `maps` are those that stage 1 does not make.
             geometry_height, geometry_width: of stage 1's maps, of nearly that aspect; by default as it was trained at.
             windows, decode_chunk_size, sequential_guidance: as in the two pipelines.
             fps, motion_bucket, noise_augmentation, guidance_scale: of stage 2; a guidance scale of 1 is none.
@@ -179,8 +180,7 @@ class DreamDancePipeline(SamplingPipeline):
         stage2 = self.animation(
             reference,
             drawings,
-            encode_normals(normals),
-            depths,
+            maps={**(maps or {}), "normal": encode_normals(normals), "depth": depths},
             **size,
             fps=fps,
             motion_bucket=motion_bucket,
@@ -190,8 +190,8 @@ class DreamDancePipeline(SamplingPipeline):
             **shared,
         )
         frames = frames_output(cast(Tensor, stage2[0]), output_type)
-        maps = normals_output(normals, output_type), frames_output(depths, output_type)
-        return DreamDanceOutput(frames, *maps) if return_dict else (frames, *maps)
+        geometry = normals_output(normals, output_type), frames_output(depths, output_type)
+        return DreamDanceOutput(frames, *geometry) if return_dict else (frames, *geometry)
 
     def _sizes(
         self, reference: Tensor, asked: tuple[int | None, int | None], asked_of_maps: tuple[int | None, int | None]

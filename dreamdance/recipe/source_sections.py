@@ -42,7 +42,7 @@ class DancersSource(Section):
 
 
 class VideosSource(Section):
-    """A folder of `<clip>.rgb.mp4` with `<clip>.pose.mp4` and optional `.normal.mp4`, `.depth.mp4`."""
+    """A folder of `<clip>.rgb.mp4` with `<clip>.pose.mp4`, and optional further maps, such as `<clip>.normal.mp4`."""
 
     folder: str = Field(
         description="Folder of the videos, searched without its subfolders. Hidden files are not videos.",

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
+from dreamdance.data.shards import columns
 from dreamdance.data.shards.columns import (
     COLUMNS,
     MAX_FRAME_PIXELS,
@@ -26,6 +27,7 @@ from dreamdance.data.shards.columns import (
 )
 from dreamdance.errors import ShardError
 from dreamdance.media.transforms import decode_normals, pictures_to_tensor
+from dreamdance.modalities import MODALITIES, Modality
 
 HEADER_SIZE, ENTRY_SIZE = 20, 8
 
@@ -215,6 +217,23 @@ def test_columns_other_than_ours_are_refused_by_name() -> None:
     del foreign["normal"]
     with pytest.raises(ShardError, match=r"shards: .*normal is missing; image is unknown; fps is str, not float64"):
         check_columns(foreign, where="shards")
+
+
+def test_shards_may_lack_the_column_of_a_modality_that_came_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    later = {"edges": Modality("edges", "values", channels=1, control=True)}
+    monkeypatch.setattr(columns, "MODALITIES", {**MODALITIES, **later})
+    monkeypatch.setattr(columns, "COLUMNS", {**COLUMNS, "edges": "bytes"})
+    check_columns(COLUMNS, where="shards of before")
+    check_columns({**COLUMNS, "edges": "bytes"}, where="shards of now")
+    with pytest.raises(ShardError, match="edges is jpeg, not bytes"):
+        check_columns({**COLUMNS, "edges": "jpeg"}, where="shards")
+
+
+def test_pictures_of_one_number_per_pixel_are_stored_over_the_whole_range() -> None:
+    greys = np.uint8([0, 127, 128, 255]).reshape(1, 1, 4, 1).repeat(3, axis=-1)
+    depth, mask = (columns.encode_grey(greys, MODALITIES[name]) for name in ("depth", "mask"))
+    assert (depth.dtype, depth.ravel().tolist()) == (np.uint16, [0, 127 * 257, 128 * 257, 65535])
+    assert (mask.dtype, mask.ravel().tolist()) == (np.uint8, [0, 0, 255, 255])
 
 
 def test_another_schema_version_is_refused_with_what_to_do() -> None:

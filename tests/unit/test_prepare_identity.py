@@ -10,6 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from support.random_shards import edit_index
 from support.video_folders import damage, stored, videos_recipe, write_videos
 
 from dreamdance.data.prepare import prepare
@@ -73,6 +74,20 @@ def test_a_map_that_was_added_to_a_clip_is_named(folder):
     shutil.copy("videos/a.rgb.mp4", "videos/a.depth.mp4")
     with pytest.raises(ShardError, match=r"\n  a\.depth\.mp4 has changed\n"):
         prepare(recipe_of(), Path("run"))
+
+
+def test_an_output_that_names_fewer_of_the_missing_maps_is_still_complete(folder):
+    """As one of an earlier version, which knew fewer modalities."""
+
+    def forget(index):
+        for record in index["dreamdance"]["sources"].values():
+            record["files"] = {name: content for name, content in record["files"].items() if content is not None}
+
+    for split in ("train", "validation"):
+        edit_index(folder / "data" / split, forget)
+    before = files(folder / "data/train") | files(folder / "data/validation")
+    prepare(recipe_of(), Path("run"))
+    assert files(folder / "data/train") | files(folder / "data/validation") == before
 
 
 def test_videos_that_were_removed_or_added_are_named(folder):

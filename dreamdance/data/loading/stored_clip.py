@@ -97,7 +97,10 @@ class StoredClip:
         if column in self._decoded:
             return self._decoded[column] if indices is None else self._decoded[column][list(indices)]
         if column not in self._packed:
-            raise ShardError(f"{self.where} has no {column} frames, which this recipe needs")
+            raise ShardError(
+                f"{self.where} has no {column} frames, which this recipe needs; prepare clips that have "
+                f"them (`model.controls` of stage 2 may leave {column} out)"
+            )
         return unpack_frames(self._packed[column], indices, where=f"{self.where}, {column}")
 
     def pictures(self, column: str, indices: Sequence[int] | None = None) -> NDArray[Any]:

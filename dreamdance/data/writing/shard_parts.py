@@ -119,6 +119,11 @@ class PartNote:
         return {"name": self.name, "clip_id": self.clip_id, "files": files, "damage": self.damage}
 
 
+def same_files(one: Mapping[str, str | None], other: Mapping[str, str | None]) -> bool:
+    """Whether two notes are of the same contents; it is all one whether a file that is not there is named."""
+    return all(one.get(name) == other.get(name) for name in {*one, *other})
+
+
 @dataclass(frozen=True)
 class ShardFormat:
     """How the files of a folder are made."""

@@ -32,6 +32,7 @@ from dreamdance.data.writing.shard_parts import (
     part_folder,
     read_note,
     read_object,
+    same_files,
     write_parts,
 )
 from dreamdance.errors import ShardError
@@ -154,7 +155,11 @@ class ShardFolder:
             return True
         made = part_folder(self.folder, part)
         note, now = read_note(made), PartNote(part.source.name, part.source.clip_id, states)
-        if note is not None and (note.name, note.clip_id, note.hashes()) == (now.name, now.clip_id, now.hashes()):
+        if (
+            note is not None
+            and (note.name, note.clip_id) == (now.name, now.clip_id)
+            and same_files(note.hashes(), now.hashes())
+        ):
             if note.damage is None or self._on_error == "skip":
                 return True
         else:
@@ -172,7 +177,7 @@ class ShardFolder:
         if record["damage"] is not None and not part.source.files:
             return True  # it was removed, after it had been skipped
         now = PartNote(part.source.name, part.source.clip_id, states)
-        if record["clip_id"] == now.clip_id and record["files"] == now.hashes():
+        if record["clip_id"] == now.clip_id and same_files(record["files"], now.hashes()):
             return self._on_error == "skip" if record["damage"] is not None else self._has_shards(part)
         if record["damage"] is None:
             before, after = record["files"], now.hashes()
