@@ -7,7 +7,7 @@ import copyreg
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -283,7 +283,7 @@ class Engine:
             CheckpointError: the checkpoint holds other trainable parameters than this run.
         """
         with _weights_only_loading():
-            path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
+            path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG, custom_load_fn=_load_weights)
         if path is None:
             raise CheckpointError(f"DeepSpeed found no checkpoint in {folder}")
         self._restore_hyperparameters()
@@ -327,6 +327,21 @@ class Engine:
         for weight, state in adamw.state.items():
             if "step" in state:
                 state["step"] = state["step"].to(weight.device if self._fused else "cpu", torch.float32)
+
+
+def _load_weights(src: Mapping[str, Tensor], dst: nn.Module) -> None:
+    """Loads the trained parameters of a checkpoint; the frozen ones are not in it. DeepSpeed names the arguments.
+
+    In checkpoints of earlier versions each name begins with `objective.`, because a module held the objective.
+    """
+    weights = {name.removeprefix("objective."): value for name, value in src.items()}
+    trained = {name for name, parameter in dst.named_parameters() if parameter.requires_grad}
+    unexpected = dst.load_state_dict(weights, strict=False).unexpected_keys
+    if different := sorted((trained - weights.keys()) | set(unexpected)):
+        raise CheckpointError(
+            f"the checkpoint and this run train other parameters: {len(different)} are in one of them alone, "
+            f"such as {different[0]}. Give `model` and `train` the values that they had when it was saved"
+        )
 
 
 @contextmanager
