@@ -1,0 +1,189 @@
+"""What commit 5194bb1 wrote: it still loads, or it is refused with the words that load it.
+
+`older_files/files.tar.xz` holds what that commit's own commands made; `older_files/make.sh` makes it again.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from dreamdance.evaluation.clips import open_clips
+from dreamdance.launch.command import main
+from dreamdance.media.keypoints import read_keypoint_file
+from dreamdance.pipelines import AnimationPipeline, DreamDancePipeline, GeometryPipeline
+from dreamdance.recipe.sections import Shards
+
+FILES = Path(__file__).parent / "older_files"
+# That commit took the mode of the autoencoder's distribution; today's default is a sample.
+AS_THEN = "objective.target_latents=mode"
+DANCER = "dancer_1000000000"
+GEOMETRY_EXPORT, ANIMATION_EXPORT = "older_domains/exports/step_00000002", "older_animation/exports/step_00000001"
+NETWORKS = {
+    GEOMETRY_EXPORT: ("unet", "reference_unet", "pose_encoder", "vae"),
+    ANIMATION_EXPORT: ("unet", "controlnet", "controller", "vae"),
+}
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_environment", "one_thread")]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """The working folder that the commands ran in: `data`, `runs`, `results`, `base`, and `continued`."""
+    shutil.unpack_archive(FILES / "files.tar.xz", tmp_path)
+    shutil.copytree(FILES / "recipes", tmp_path / "recipes")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs the command in this process; returns its exit code and all that it printed."""
+
+    def run(*words: str) -> tuple[int, str]:
+        code = main([*words, "--cluster", "debug"], lambda recipe, gpu_memory_gib: "")
+        output = capsys.readouterr()
+        return code, output.out + output.err
+
+    return run
+
+
+def reports(log: Path, key: str) -> list[dict]:
+    """The lines of a progress log that have a key."""
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if key in line]
+
+
+def losses_by_step(log: Path) -> dict[int, float]:
+    """Of the last start that trained a step."""
+    return {line["done"]: line["loss"] for line in reports(log, "loss")}
+
+
+def assert_same_weights(folder: Path, expected: Path) -> None:
+    """On the machine that made the files they are the same bit for bit; others round otherwise."""
+    for network in NETWORKS[GEOMETRY_EXPORT]:
+        name = f"{network}/diffusion_pytorch_model.safetensors"
+        torch.testing.assert_close(load_file(folder / name), load_file(expected / name), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("words", [("prepare",), ("domains", AS_THEN), ("animation", AS_THEN)])
+def test_a_run_that_finished_says_so_and_is_left_alone(command, folder, words):
+    recipe, *changes = words
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".launch_lock"}
+    code, output = command(f"recipes/{recipe}.yaml", *changes)
+    assert code == 0
+    assert f"older_{recipe} is finished" in output
+    files = [path for path in before if path.is_file()]
+    assert {path: path.stat().st_mtime_ns for path in files} == {path: before[path] for path in files}
+
+
+def test_status_shows_all_runs(command):
+    code, output = command("status")
+    assert code == 0
+    states = {line.split()[0]: line for line in output.splitlines()[1:]}
+    assert len(states) == 6
+    assert "finished" in states["older_domains"]
+    assert "step 4/12" in states["older_geometry"]
+
+
+def test_a_run_is_refused_where_a_default_has_changed_since_with_the_key_that_goes_on(command):
+    code, output = command("recipes/geometry.yaml")
+    assert code == 3
+    assert 'objective.target_latents: "mode" -> "sample"' in output
+    assert "checkpoint.allow_changed=[objective.target_latents]" in output
+
+
+def test_the_stored_clips_are_those_that_were_written(folder):
+    """The example beside the shards was made from the same clip: its last frame, and its key points."""
+    (clip,) = open_clips(Shards(local=str(folder / "data" / "validation")))
+    sample = open_clips(Shards(local=str(folder / "data" / "validation"))).clip(0)
+    example = folder / "data" / "examples" / DANCER
+    assert (clip["clip_id"], sample.clip_id, sample.num_frames, sample.fps) == (DANCER, DANCER, 6, 8.0)
+    np.testing.assert_array_equal(sample.frames("rgb", [5])[0], np.asarray(Image.open(example / "reference.png")))
+    points = read_keypoint_file(example / "keypoints.json").keypoints
+    np.testing.assert_allclose(sample.keypoints, points, atol=1e-4)
+
+
+def test_exports_open_as_pipelines_with_the_weights_that_they_hold(folder):
+    pipelines = {
+        GEOMETRY_EXPORT: GeometryPipeline.from_pretrained(folder / "runs" / GEOMETRY_EXPORT),
+        ANIMATION_EXPORT: AnimationPipeline.from_pretrained(folder / "runs" / ANIMATION_EXPORT),
+    }
+    for export, pipeline in pipelines.items():
+        for network in NETWORKS[export]:
+            held = load_file(folder / "runs" / export / network / "diffusion_pytorch_model.safetensors")
+            torch.testing.assert_close(getattr(pipeline, network).state_dict(), held, rtol=0, atol=0)
+    both = DreamDancePipeline.from_stages(pipelines[GEOMETRY_EXPORT], pipelines[ANIMATION_EXPORT])
+    image, poses = torch.rand(3, 32, 16), torch.rand(4, 3, 32, 16)
+    sizes = {"height": 32, "width": 16, "geometry_height": 32, "geometry_width": 16}
+    frames = both(image, poses, **sizes, num_inference_steps=1, output_type="pt").frames
+    assert frames.shape == (1, 4, 3, 32, 16)
+    assert torch.isfinite(frames).all()
+
+
+def test_animate_makes_the_same_pictures_of_the_exports(command, folder):
+    stored = folder / "results" / DANCER / "arrays.npz"
+    with np.load(stored, allow_pickle=False) as arrays:
+        before = {name: arrays[name].astype(np.float32) for name in arrays.files}
+    code, _ = command("recipes/animate.yaml", "output=again")
+    assert code == 3  # the run has its own output; another run may have another
+    code, output = command("recipes/animate.yaml", "name=again", "output=again")
+    assert code == 0, output
+    with np.load(folder / "again" / DANCER / "arrays.npz", allow_pickle=False) as arrays:
+        after = {name: arrays[name].astype(np.float32) for name in arrays.files}
+    assert after.keys() == before.keys() == {"frames", "normals", "depths"}
+    np.testing.assert_allclose(after["frames"], before["frames"], atol=1)
+    for name in ("normals", "depths"):
+        np.testing.assert_allclose(after[name], before[name], atol=2e-3)
+
+
+def test_evaluate_measures_the_results_as_it_did(command, folder):
+    table = folder / "runs" / "older_evaluate" / "table.json"
+    before = json.loads(table.read_text(encoding="utf-8"))
+    table.unlink()
+    code, output = command("recipes/evaluate.yaml")
+    assert code == 0, output
+    after = json.loads(table.read_text(encoding="utf-8"))
+    assert after["rows"].keys() == before["rows"].keys()
+    for row, scores in before["rows"].items():
+        assert after["rows"][row] == pytest.approx(scores, rel=1e-5), row
+
+
+def test_a_training_starts_from_an_export_as_it_did(command, folder):
+    """Its first loss is that of the run which the commit itself started from that export."""
+    code, output = command("recipes/geometry.yaml", AS_THEN, "name=again", "max_steps=1")
+    assert code == 0, output
+    first = losses_by_step(folder / "continued" / "logs" / "progress.jsonl")[1]
+    assert losses_by_step(folder / "runs" / "again" / "logs" / "progress.jsonl")[1] == pytest.approx(first, rel=1e-5)
+
+
+# The two tests of checkpoints: DeepSpeed's files, which hold weights, masters and moments, beside our own.
+
+
+def test_a_training_that_was_stopped_goes_on_to_the_weights_that_it_would_have_had(command, folder):
+    run = folder / "runs" / "older_geometry"
+    shutil.move(run / "logs", run / "logs_then")
+    code, output = command("recipes/geometry.yaml", AS_THEN)
+    assert code == 0, output
+    log = run / "logs" / "progress.jsonl"
+    messages = [line["message"] for line in reports(log, "message")]
+    assert "from step 4 (epoch 4, sample 0 of 9; verified 4 files" in messages[0]
+    then = losses_by_step(folder / "continued" / "logs" / "progress.jsonl")
+    assert losses_by_step(log) == pytest.approx({step: then[step] for step in range(5, 13)}, rel=1e-5)
+    assert_same_weights(run / "exports" / "step_00000012", folder / "continued" / "exports" / "step_00000012")
+
+
+def test_a_finished_training_of_two_ranks_goes_on_with_more_steps_on_one(command, folder):
+    words = (AS_THEN, "max_steps=3", "cluster.tasks_per_node=1")
+    code, output = command("recipes/domains.yaml", *words)
+    assert code == 0, output
+    run = folder / "runs" / "older_domains"
+    messages = [line["message"] for line in reports(run / "logs" / "progress.jsonl", "message")]
+    assert any("from step 2 " in text and "saved by 2 ranks and divided" in text for text in messages)
+    assert (run / "exports" / "step_00000003" / "model_index.json").is_file()
