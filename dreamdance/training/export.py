@@ -14,7 +14,7 @@ from dreamdance.runtime.process_group import on_main
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.ema import ShardedEma
 from dreamdance.training.engine import Engine
-from dreamdance.training.networks.trainability import Objective
+from dreamdance.training.objectives.output import Objective
 
 logger = logging.getLogger(__name__)
 

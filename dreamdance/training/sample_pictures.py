@@ -13,9 +13,9 @@ from dreamdance.media.grids import Row, draw_grid
 from dreamdance.media.transforms import encode_normals, pass_through, tensor_to_pictures
 from dreamdance.modalities import MODALITIES
 from dreamdance.pipelines.sampling import StepCallback
-from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
+from dreamdance.recipe.objective_sections import AnimationSampling, GeometrySampling
+from dreamdance.recipe.schema import Stage2Recipe
 from dreamdance.runtime.sample_random import sample_generator
-from dreamdance.training.networks.trainability import Objective
 from dreamdance.training.objectives.animation import AnimationObjective
 from dreamdance.training.objectives.geometry import GeometryObjective
 
@@ -36,38 +36,15 @@ class Samples:
     predictions: dict[str, Tensor]
 
 
-def draw_samples(
-    objective: Objective,
-    batch: ClipBatch,
-    recipe: Stage1Recipe | Stage2Recipe,
-    *,
-    on_step: StepCallback | None = None,
-) -> Samples:
-    """Runs the pipeline with the recipe's `sampling` section; the same noise for a clip every time.
-
-    Args:
-        objective: its networks are shared with the pipeline, and keep their modes.
-        batch: held-out clips.
-        recipe: the run's own.
-        on_step: called after each denoising step, as diffusers calls `callback_on_step_end`.
-    """
-    given: dict[str, Tensor] = {"pose": batch.pose}
-    if isinstance(objective, GeometryObjective) and isinstance(recipe, Stage1Recipe):
-        predictions = sample_geometry(objective, batch, recipe, on_step)
-    elif isinstance(objective, AnimationObjective) and isinstance(recipe, Stage2Recipe):
-        maps = passed_maps(batch, recipe)
-        predictions = {"rgb": sample_animation(objective, batch, maps, recipe, on_step)}
-        given |= {name: maps[name] for name in recipe.model.controls if name in maps}
-    else:
-        raise TypeError(f"a {type(objective).__name__} cannot be sampled by a {type(recipe).__name__}")
+def show(batch: ClipBatch, given: dict[str, Tensor], predictions: dict[str, Tensor]) -> Samples:
+    """Lays what a pipeline was given and what it made of some clips (both `b f c H W`, by name) beside the truth."""
     return Samples(grid=_draw(batch, given, predictions), predictions=predictions)
 
 
 def sample_geometry(
-    objective: GeometryObjective, batch: ClipBatch, recipe: Stage1Recipe, on_step: StepCallback | None = None
+    objective: GeometryObjective, batch: ClipBatch, sampling: GeometrySampling, on_step: StepCallback | None = None
 ) -> dict[str, Tensor]:
     """Stage 1 on a batch: encoded normals, depths and low-resolution rgb, each `b f c H W` in [0,1]."""
-    sampling = recipe.sampling
     pipeline = objective.make_pipeline()
     pipeline.set_progress_bar_config(disable=True)
     normals, depths, images = pipeline(
@@ -98,7 +75,7 @@ def sample_animation(
     objective: AnimationObjective,
     batch: ClipBatch,
     maps: dict[str, Tensor],
-    recipe: Stage2Recipe,
+    sampling: AnimationSampling,
     on_step: StepCallback | None = None,
 ) -> Tensor:
     """Stage 2 on a batch and its control `maps`: frames `b f 3 H W` in [0,1]."""
@@ -112,7 +89,7 @@ def sample_animation(
             batch.reference[chosen],
             maps={name: frames[chosen] for name, frames in maps.items()},
             fps=float(batch.fps[index]),
-            **recipe.sampling.model_dump(),
+            **sampling.model_dump(),
             generator=generator,
             callback_on_step_end=on_step,
             output_type="pt",

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +16,8 @@ import yaml
 from dreamdance.data.loading.dataset import ClipDataset
 from dreamdance.data.loading.loader import ClipLoader
 from dreamdance.data.loading.order import ClipOrder
-from dreamdance.modalities import DOMAINS, OPTIONAL
 from dreamdance.recipe.same_run import result_json
-from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
+from dreamdance.recipe.schema import TrainingRecipe
 from dreamdance.runs.layout import note_signal
 from dreamdance.runtime.process_group import (
     common_store,
@@ -36,18 +36,17 @@ from dreamdance.training.engine import Engine
 from dreamdance.training.export import export_average
 from dreamdance.training.guard import StepGuard
 from dreamdance.training.metrics import Metrics
-from dreamdance.training.networks.build import build_objective
 from dreamdance.training.networks.initial_weights import load_initial_weights
-from dreamdance.training.networks.trainability import set_trainable
 from dreamdance.training.same_start import require_same, require_same_start, weights_digests
 from dreamdance.training.shard_check import verify_at_opening, verify_by_hash
+from dreamdance.training.stages.stage import Stage, stage_of
 from dreamdance.training.trainer import Trainer
 from dreamdance.training.validation import Validator
 
 logger = logging.getLogger(__name__)
 
 
-def train(recipe: Stage1Recipe | Stage2Recipe, run_folder: Path) -> None:
+def train(recipe: TrainingRecipe, run_folder: Path) -> None:
     """Trains a run from where it is to `max_steps`, and exports its averaged weights.
 
     Killed at any instant and called again, it goes on as if nothing had happened (C8). Asked to stop by a signal, it
@@ -69,7 +68,7 @@ def train(recipe: Stage1Recipe | Stage2Recipe, run_folder: Path) -> None:
         watchdog.enter("starting", f"rank {ranks.rank}")
         held.enter_context(process_group(ranks, timeout_seconds=timeout))
         held.enter_context(repeatable_arithmetic(deterministic))
-        trainer = prepare(recipe, run_folder, ranks, stop, watchdog, deterministic=deterministic)
+        trainer = prepare(stage_of(recipe), run_folder, ranks, stop, watchdog, deterministic=deterministic)
         finished = trainer.train()
         if finished:
             watchdog.enter("exporting", f"step {trainer.step}")
@@ -82,7 +81,7 @@ def train(recipe: Stage1Recipe | Stage2Recipe, run_folder: Path) -> None:
 
 
 def prepare(
-    recipe: Stage1Recipe | Stage2Recipe,
+    stage: Stage[Any],
     run_folder: Path,
     ranks: Ranks,
     stop: StopRequest,
@@ -91,21 +90,22 @@ def prepare(
     deterministic: bool,
 ) -> Trainer:
     """Builds all parts of a run and brings them to its newest checkpoint. Collective, within `process_group`."""
+    recipe = stage.recipe
     require_same_start(recipe)
     _seed_global_generators(recipe.seed)
     on_shard = partial(watchdog.enter, "checking a shard")
     if recipe.data.verify == "hash":
         verify_by_hash([recipe.data.train, recipe.data.validation], ranks, common_store(), on_progress=on_shard)
     watchdog.enter("loading weights", f"rank {ranks.rank}")
-    objective = build_objective(recipe)
+    objective = stage.build()
     load_initial_weights(objective, recipe, run_folder.parent)
-    set_trainable(objective, recipe)
+    stage.set_trainable(objective)
     weights = weights_digests(objective)
     require_same({"frozen weights": weights.frozen, "weights to train": weights.trainable})
     watchdog.enter("starting DeepSpeed", f"rank {ranks.rank}")
     engine = Engine(objective, recipe, ranks, deterministic=deterministic)
     ema = ShardedEma(engine.masters, decay=recipe.optimizer.ema_decay)
-    loader = make_loader(recipe, ranks, before_shard=on_shard)
+    loader = make_loader(stage, ranks, before_shard=on_shard)
     watchdog.enter("resuming", f"rank {ranks.rank}")
     checkpointer = Checkpointer(
         run_folder, engine, ema, ranks, recipe.checkpoint, recipe_digest=recipe_digest(recipe), weights=weights
@@ -127,7 +127,7 @@ def prepare(
     )
     metrics.message(describe_start(run_folder, resumed, loader, world_size=ranks.world_size), step=step)
     watchdog.enter("reading the held-out clips", f"rank {ranks.rank}")
-    validator = Validator(recipe, engine, ema, ranks, metrics, stop=stop)
+    validator = Validator(stage, engine, ema, ranks, metrics, stop=stop)
     if owes_validation:
         owes_validation = not on_main(partial(metrics.has_owed_validation, step))
     return Trainer(
@@ -146,15 +146,13 @@ def prepare(
     )
 
 
-def make_loader(
-    recipe: Stage1Recipe | Stage2Recipe, ranks: Ranks, *, before_shard: Callable[[str], None] | None = None
-) -> ClipLoader:
+def make_loader(stage: Stage[Any], ranks: Ranks, *, before_shard: Callable[[str], None] | None = None) -> ClipLoader:
     """The training clips of a recipe, in its order, with the maps that it trains on.
 
     Their shards are checked when they are opened; of `data.verify: hash` see `shard_check`.
     """
+    recipe = stage.recipe
     data = recipe.data
-    wanted = DOMAINS if isinstance(recipe, Stage1Recipe) else recipe.model.controls
     dataset = ClipDataset(
         data.train,
         width=data.width,
@@ -163,7 +161,7 @@ def make_loader(
         stride=data.stride,
         flip_probability=data.flip_probability,
         seed=recipe.seed,
-        maps=[name for name in OPTIONAL if name in wanted],
+        maps=stage.maps,
         verify=verify_at_opening(data.verify),
         ranks=ranks,
         before_shard=before_shard,
@@ -192,7 +190,7 @@ def describe_start(run_folder: Path, resumed: Resumed | None, loader: ClipLoader
     )
 
 
-def recipe_digest(recipe: Stage1Recipe | Stage2Recipe) -> str:
+def recipe_digest(recipe: TrainingRecipe) -> str:
     """A hash of everything in a recipe that changes the result."""
     return hashlib.sha256(result_json(recipe).encode()).hexdigest()
 

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from torch import Tensor
 from dreamdance.data.loading.batch import ClipBatch, collate_clips
 from dreamdance.data.loading.dataset import fixed_clips
 from dreamdance.modalities import DOMAINS
-from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
 from dreamdance.runtime.process_group import sum_over_ranks
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.runtime.stop_request import StopRequest
@@ -19,8 +19,9 @@ from dreamdance.training.ema import ShardedEma
 from dreamdance.training.engine import Engine
 from dreamdance.training.metrics import Losses, Metrics
 from dreamdance.training.networks.trainability import set_modes
-from dreamdance.training.sample_pictures import Samples, draw_samples
+from dreamdance.training.sample_pictures import Samples
 from dreamdance.training.shard_check import verify_at_opening
+from dreamdance.training.stages.stage import Stage
 
 _NUM_SUMS = 2 + 2 * len(DOMAINS)
 
@@ -30,7 +31,7 @@ class Validator:
 
     def __init__(
         self,
-        recipe: Stage1Recipe | Stage2Recipe,
+        stage: Stage[Any],
         engine: Engine,
         ema: ShardedEma,
         ranks: Ranks,
@@ -45,9 +46,9 @@ class Validator:
         Raises:
             ShardError: the validation shards are missing or damaged, or their clips too short.
         """
-        self.recipe, self.engine, self.ema, self.ranks, self.metrics = recipe, engine, ema, ranks, metrics
+        self.stage, self.engine, self.ema, self.ranks, self.metrics = stage, engine, ema, ranks, metrics
         self.stop = stop
-        data, section = recipe.data, recipe.validation
+        data, section = stage.recipe.data, stage.recipe.validation
         verify = verify_at_opening(data.verify)
         held_out = partial(fixed_clips, data.validation, width=data.width, height=data.height, verify=verify)
         self.loss_clips = held_out(num_frames=data.num_frames, count=section.num_loss_clips, share_of=ranks)
@@ -62,8 +63,8 @@ class Validator:
         Returns:
             whether it got through, on all ranks alike; if not, nothing of it is recorded.
         """
-        section = self.recipe.validation
-        last = step == self.recipe.max_steps
+        section = self.stage.recipe.validation
+        last = step == self.stage.recipe.max_steps
         wants_loss = last or step % section.loss_every_steps == 0
         wants_samples = last or step % section.sample_every_steps == 0
         if not (wants_loss or wants_samples):
@@ -99,7 +100,7 @@ class Validator:
     @torch.no_grad()
     def _loss_sums(self) -> Tensor:
         """Over this rank's share of the clips: loss, samples, and both by domain; every number is keyed by the clip."""
-        objective, size = self.engine.objective, self.recipe.micro_batch_size
+        objective, size = self.engine.objective, self.stage.recipe.micro_batch_size
         sums = torch.zeros(_NUM_SUMS, dtype=torch.float64)
         for start in range(0, len(self.loss_clips), size):
             if self.stop:
@@ -116,7 +117,7 @@ class Validator:
             return None
         with contextlib.suppress(_StoppedError):
             self._break_off()
-            return draw_samples(self.engine.objective, self.sample_clips, self.recipe, on_step=self._break_off)
+            return self.stage.sample(self.engine.objective, self.sample_clips, self._break_off)
         return None
 
     def _break_off(self, *step: object) -> None:

@@ -12,8 +12,7 @@ from support.recipes import tiny_clip_batch
 from dreamdance.runtime.process_group import process_group
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.engine import Engine
-from dreamdance.training.networks.build import build_objective
-from dreamdance.training.networks.trainability import set_trainable
+from dreamdance.training.stages.stage import stage_of
 
 pytestmark = pytest.mark.distributed
 
@@ -22,8 +21,8 @@ def train_a_step(ranks: Ranks, *, autoencoder: str) -> dict[str, object]:
     changes = {"precision": "bf16", "data.num_frames": 2, "micro_batch_size": 1, "batch_size": 1}
     recipe = recipe_with_autoencoder(Path(autoencoder), temporal=True, changes=changes)
     with process_group(ranks, timeout_seconds=60):
-        objective = build_objective(recipe)
-        set_trainable(objective, recipe)
+        objective = stage_of(recipe).build()
+        stage_of(recipe).set_trainable(objective)
         engine = Engine(objective, recipe, ranks, deterministic=True)
         output = engine.forward(tiny_clip_batch(num_clips=1, num_frames=2, width=WIDTH, height=HEIGHT))
         engine.backward(output.loss)

@@ -21,10 +21,8 @@ from dreamdance.runs.layout import checkpoint_folder, export_folder, newest_expo
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.checkpointing.checkpointer import read_average
 from dreamdance.training.ema import ShardedEma
-from dreamdance.training.networks.build import build_objective
-from dreamdance.training.networks.trainability import set_trainable
-from dreamdance.training.sample_pictures import draw_samples
 from dreamdance.training.schedule import learning_rate
+from dreamdance.training.stages.stage import stage_of
 from dreamdance.training.train import make_loader
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("one_thread")]
@@ -81,8 +79,8 @@ def train_plainly(
 ) -> tuple[list[dict[tuple[int, int], float]], dict[str, Any]]:
     """The same training in a few lines of torch, one process, no DeepSpeed; returns losses and the averaged weights."""
     recipe = recipe.model_copy(update={"micro_batch_size": micro_batch_size})
-    objective = build_objective(recipe)
-    names = set_trainable(objective, recipe)
+    objective = stage_of(recipe).build()
+    names = stage_of(recipe).set_trainable(objective)
     parameters = {name: value for name, value in objective.named_parameters() if name in set(names)}
     section = recipe.optimizer
     optimizer = torch.optim.AdamW(
@@ -90,7 +88,7 @@ def train_plainly(
     )
     ema = ShardedEma([value.data for value in parameters.values()], decay=section.ema_decay)
     losses: list[dict[tuple[int, int], float]] = []
-    batches = iter(make_loader(recipe, Ranks()))
+    batches = iter(make_loader(stage_of(recipe), Ranks()))
     for step in range(recipe.max_steps):
         losses.append({})
         micro_batches = next(batches)
@@ -159,7 +157,7 @@ def test_losses_on_any_number_of_ranks_equal_a_plain_loop_in_one_process(stage, 
 )
 def test_only_what_trains_has_masters_moments_and_averages(stage, more, shards, tmp_path):
     recipe = make_recipe(stage, shards, world_size=2, **more)
-    names = set_trainable(objective := build_objective(recipe), recipe)
+    names = stage_of(recipe).set_trainable(objective := stage_of(recipe).build())
     num_trainable = sum(dict(objective.named_parameters())[name].numel() for name in names)
     arguments = {"recipe": recipe, "run": tmp_path / "run", "steps": 2}
     found = run_ranks(prepare_and_inspect, 2, tmp_path / "output", **arguments)
@@ -271,9 +269,9 @@ def test_from_pretrained_reproduces_the_runs_own_samples_bit_for_bit(stage, prec
         num_frames=recipe.validation.num_frames,
         count=recipe.validation.num_sample_clips,
     )
-    objective = build_objective(recipe)
+    objective = stage_of(recipe).build()
     objective.make_pipeline = lambda: pipeline
-    theirs = draw_samples(objective, collate_clips(clips), recipe).predictions
+    theirs = stage_of(recipe).sample(objective, collate_clips(clips)).predictions
     assert own.keys() == theirs.keys()
     for name, frames in own.items():
         assert torch.equal(frames, theirs[name]), name
@@ -282,7 +280,7 @@ def test_from_pretrained_reproduces_the_runs_own_samples_bit_for_bit(stage, prec
 
 def samples_in_order(recipe: Recipe) -> Iterator[list[tuple[int, int]]]:
     """(epoch, sample id) of each step."""
-    loader = make_loader(recipe.model_copy(update={"micro_batch_size": BATCH_SIZE}), Ranks())
+    loader = make_loader(stage_of(recipe.model_copy(update={"micro_batch_size": BATCH_SIZE})), Ranks())
     for step in range(recipe.max_steps):
         yield [(key.epoch, key.sample_id) for key in loader.order.batch(step)]
 

@@ -13,6 +13,7 @@ from support.training_scenarios import Recipe, Spoiled, Strike
 
 from dreamdance.runs.layout import checkpoint_folder
 from dreamdance.runtime.ranks import Ranks
+from dreamdance.training.stages.stage import stage_of
 from dreamdance.training.train import make_loader
 
 pytestmark = pytest.mark.distributed
@@ -35,7 +36,7 @@ def make_recipe(shards: Path, **changes: object) -> Recipe:
 
 def spoiled(recipe: Recipe, *steps: int, factor: float = 100.0) -> Spoiled:
     """One sample of each of these steps, counted from 1, times `factor`."""
-    order = make_loader(recipe, Ranks()).order
+    order = make_loader(stage_of(recipe), Ranks()).order
     keys = [order.batch(step - 1)[-1] for step in steps]
     return Spoiled(frozenset((key.epoch, key.sample_id) for key in keys), factor)
 
@@ -49,7 +50,7 @@ def test_a_leap_of_the_loss_on_one_rank_is_skipped_on_all_and_named(shards, tmp_
     recipe, run = make_recipe(shards), tmp_path / "run"
     assert start(recipe, run, spoiled=spoiled(recipe, FIRST_SPOILED)) == [0, 0], output(run)
     (said,) = [text for text in messages(run) if "skipped" in text]
-    key = make_loader(recipe, Ranks()).order.batch(FIRST_SPOILED - 1)[-1]
+    key = make_loader(stage_of(recipe), Ranks()).order.batch(FIRST_SPOILED - 1)[-1]
     assert said.startswith(f"step {FIRST_SPOILED}: update skipped on all ranks (1 within 100 steps), loss ")
     assert f"most of all sample {key.sample_id} of epoch {key.epoch} (clip dancer_{key.sample_id})" in said
     assert updates(run, 16) == 15, "all but one"

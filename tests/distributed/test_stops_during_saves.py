@@ -22,6 +22,7 @@ from dreamdance.runs.layout import checkpoint_folder, export_folder, step_folder
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.checkpointing import complete_file as manifests
 from dreamdance.training.objectives.geometry import GeometryObjective
+from dreamdance.training.stages.stage import stage_of
 from dreamdance.training.train import make_loader
 
 pytestmark = pytest.mark.distributed
@@ -157,7 +158,7 @@ def test_a_run_that_comes_to_its_end_while_a_checkpoint_is_being_written_complet
 
 def test_a_run_that_ends_for_losses_that_are_not_finite_completes_the_checkpoint_first(whole, shards, tmp_path):
     recipe, run = make_recipe(shards, max_nonfinite_steps=0), tmp_path / "run"
-    key = make_loader(recipe, Ranks()).order.batch(2)[-1]
+    key = make_loader(stage_of(recipe), Ranks()).order.batch(2)[-1]
     spoiled = Spoiled(frozenset({(key.epoch, key.sample_id)}), math.nan)
     held = HeldSave(0, step=2, forward=2 * MICRO_BATCHES + 1)
     assert start(recipe, run, held, spoiled=spoiled) == [1, 1]

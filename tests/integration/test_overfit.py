@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.media.transforms import decode_normals
-from dreamdance.training.networks.build import build_objective
-from dreamdance.training.networks.trainability import Objective, set_modes, set_trainable
-from dreamdance.training.sample_pictures import draw_samples
+from dreamdance.training.networks.trainability import set_modes
+from dreamdance.training.objectives.output import Objective
+from dreamdance.training.stages.stage import stage_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -82,11 +82,11 @@ def test_stage_1_learns_one_clip_by_heart():
             "sampling.guidance_scales": {"rgb": 0.0, "normal": 0.0, "depth": 0.0},
         },
     )
-    objective = build_objective(recipe)
-    set_trainable(objective, recipe)
+    objective = stage_of(recipe).build()
+    stage_of(recipe).set_trainable(objective)
     batch = one_clip([0, 7, 14])
     fell = overfit(objective, batch, steps=400, copies=8, lr=3e-3)
-    shown = draw_samples(objective, batch, recipe).predictions
+    shown = stage_of(recipe).sample(objective, batch).predictions
 
     region = moving_region(batch)
     still = batch.reference[:, None].expand_as(batch.rgb)
@@ -113,11 +113,11 @@ def test_stage_2_learns_one_clip_by_heart():
             "sampling.num_inference_steps": 8,
         }
     )
-    objective = build_objective(recipe)
-    set_trainable(objective, recipe)
+    objective = stage_of(recipe).build()
+    stage_of(recipe).set_trainable(objective)
     batch = one_clip([0, 10])
     fell = overfit(objective, batch, steps=320, copies=4, lr=6e-3)
-    shown = draw_samples(objective, batch, recipe).predictions
+    shown = stage_of(recipe).sample(objective, batch).predictions
 
     region = moving_region(batch)
     still = batch.reference[:, None].expand_as(batch.rgb)

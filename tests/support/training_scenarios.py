@@ -27,7 +27,7 @@ from dreamdance.runtime.watchdog import Watchdog
 from dreamdance.training.objectives.animation import AnimationObjective
 from dreamdance.training.objectives.geometry import GeometryObjective
 from dreamdance.training.objectives.output import ObjectiveOutput
-from dreamdance.training.sample_pictures import draw_samples
+from dreamdance.training.stages.stage import stage_of
 from dreamdance.training.train import prepare, train
 from dreamdance.training.trainer import Trainer
 
@@ -300,7 +300,7 @@ def run_judged(ranks: Ranks, *, recipe: Recipe, run: Path, strike: StumblingDisk
 def prepare_and_inspect(ranks: Ranks, *, recipe: Recipe, run: Path, steps: int) -> dict[str, Any]:
     """Takes a few steps and looks into the engine; every value is this rank's own."""
     with StopRequest() as stop, process_group(ranks, timeout_seconds=60), repeatable_arithmetic(enabled=True):
-        trainer = prepare(recipe, run, ranks, stop, Watchdog.of(recipe.cluster), deterministic=True)
+        trainer = prepare(stage_of(recipe), run, ranks, stop, Watchdog.of(recipe.cluster), deterministic=True)
         batches = iter(trainer.loader)
         objective = trainer.engine.objective
         first = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
@@ -312,7 +312,7 @@ def prepare_and_inspect(ranks: Ranks, *, recipe: Recipe, run: Path, steps: int) 
             found["is_training_in_average"] = objective.training
             found["clips"] = [sample.clip_id for sample in trainer.validation.loss_clips]
             if trainer.validation.sample_clips is not None:
-                found["predictions"] = draw_samples(objective, trainer.validation.sample_clips, recipe).predictions
+                found["predictions"] = stage_of(recipe).sample(objective, trainer.validation.sample_clips).predictions
             found["average_gathered"] = {
                 name: value.clone() for name, value in trainer.engine.gathered(trainer.ema.shards)
             }

@@ -15,7 +15,7 @@ from torch import Tensor
 from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.models.autoencoding import decode_latents, encode_latents
 from dreamdance.pipelines import AnimationPipeline, DreamDancePipeline, GeometryPipeline
-from dreamdance.training.networks.build import build_objective
+from dreamdance.training.stages.stage import stage_of
 
 STAGES = pytest.mark.parametrize("temporal", [False, True], ids=["stage 1", "stage 2"])
 
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_objective(folder: Path, *, temporal: bool, form: str = "sample"):
     changes = {"objective.target_latents": form, "data.num_frames": 2}
-    return build_objective(recipe_with_autoencoder(folder / str(temporal), temporal=temporal, changes=changes))
+    return stage_of(recipe_with_autoencoder(folder / str(temporal), temporal=temporal, changes=changes)).build()
 
 
 def saved_autoencoder(folder: Path, *, temporal: bool) -> AutoencoderKL | AutoencoderKLTemporalDecoder:

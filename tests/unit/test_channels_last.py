@@ -6,7 +6,8 @@ from support.recipes import tiny_clip_batch, tiny_stage1_recipe, tiny_stage2_rec
 from torch import nn
 
 from dreamdance.models.fused_group_norm import FusedGroupNorm
-from dreamdance.training.networks.build import build_objective, exportable
+from dreamdance.training.networks.build import exportable
+from dreamdance.training.stages.stage import stage_of
 
 RECIPES = {
     "stage 1": lambda changes: tiny_stage1_recipe("temporal", changes),
@@ -15,7 +16,7 @@ RECIPES = {
 
 
 def objective_of(stage, *, channels_last):
-    return wake(build_objective(RECIPES[stage]({"model.channels_last": channels_last})))
+    return wake(stage_of(RECIPES[stage]({"model.channels_last": channels_last})).build())
 
 
 def loss_and_gradients(objective):

@@ -29,6 +29,7 @@ from dreamdance.training.checkpointing import complete_file as manifests
 from dreamdance.training.checkpointing.checkpointer import read_average
 from dreamdance.training.checkpointing.complete_file import FileRecord
 from dreamdance.training.checkpointing.rank_state import generator_states, restore_generators
+from dreamdance.training.stages.stage import stage_of
 from dreamdance.training.train import prepare, train
 from dreamdance.training.trainer import Trainer
 
@@ -75,7 +76,7 @@ def run(trained, tmp_path) -> Path:
 def resume(run: Path, recipe: Stage1Recipe) -> Trainer:
     ranks = Ranks()
     with StopRequest() as stop, process_group(ranks, timeout_seconds=60), repeatable_arithmetic(enabled=True):
-        trainer = prepare(recipe, run, ranks, stop, Watchdog.of(recipe.cluster), deterministic=True)
+        trainer = prepare(stage_of(recipe), run, ranks, stop, Watchdog.of(recipe.cluster), deterministic=True)
         trainer.metrics.close()
     return trainer
 
@@ -323,7 +324,7 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_skips_the_update(prec
     changes = {"precision": precision, "sharding.zero_stage": zero_stage}
     ranks, recipe, run = Ranks(), make_recipe(shards, max_steps=6, **changes), tmp_path / "run"
     with StopRequest() as stop, process_group(ranks, timeout_seconds=60), repeatable_arithmetic(enabled=True):
-        trainer = prepare(recipe, run, ranks, stop, Watchdog.of(recipe.cluster), deterministic=True)
+        trainer = prepare(stage_of(recipe), run, ranks, stop, Watchdog.of(recipe.cluster), deterministic=True)
         parameter = next(iter(trainer.engine.trainable.values()))
         before = {name: value.detach().clone() for name, value in trainer.engine.trainable.items()}
         hook = parameter.register_hook(lambda gradient: gradient * math.inf)

@@ -16,6 +16,7 @@ from dreamdance.runtime.stop_request import StopRequest
 from dreamdance.runtime.watchdog import Watchdog
 from dreamdance.training.checkpointing.saving_plan import describe_checkpoint, plan_checkpoint
 from dreamdance.training.planning.plan import describe
+from dreamdance.training.stages.stage import stage_of
 from dreamdance.training.train import prepare
 
 KINDS = [("bf16", 2), ("fp32", 0)]
@@ -34,7 +35,7 @@ def save_one_of_each(ranks: Ranks, *, recipes: list[Stage1Recipe], runs: Path) -
             run = runs / str(number)
             if ranks.is_main:
                 run.mkdir(parents=True)
-            trainer = prepare(recipe, run, ranks, stop, Watchdog.of(recipe.cluster), deterministic=True)
+            trainer = prepare(stage_of(recipe), run, ranks, stop, Watchdog.of(recipe.cluster), deterministic=True)
             trainer._take_step(iter(trainer.loader))
             trainer.checkpointer.begin(1, {"loader": trainer.loader.state_dict(), "guard": {}})
             trainer.checkpointer.finish()

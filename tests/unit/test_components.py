@@ -17,7 +17,8 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from dreamdance.errors import CheckpointError, MissingInputError, RecipeError
-from dreamdance.training.networks.build import build_objective, exportable, load_networks
+from dreamdance.training.networks.build import exportable, load_networks
+from dreamdance.training.stages.stage import stage_of
 
 VAE_CONFIG: dict[str, Any] = {
     "block_out_channels": [8, 8],
@@ -74,17 +75,17 @@ def from_folder(folder: Path) -> dict[str, Any]:
 
 
 def test_random_networks_follow_from_the_recipes_seed_alone():
-    first = build_objective(tiny_stage1_recipe("temporal"))
+    first = stage_of(tiny_stage1_recipe("temporal")).build()
     torch.manual_seed(99)
     before = torch.get_rng_state()
-    again = build_objective(tiny_stage1_recipe("temporal"))
+    again = stage_of(tiny_stage1_recipe("temporal")).build()
     assert torch.equal(torch.get_rng_state(), before)
     assert equal_weights(first, again)
-    assert not equal_weights(first, build_objective(tiny_stage1_recipe("temporal", {"seed": 1})))
+    assert not equal_weights(first, stage_of(tiny_stage1_recipe("temporal", {"seed": 1})).build())
 
 
 def test_reference_and_denoising_unet_begin_as_the_same_base():
-    objective = build_objective(tiny_stage1_recipe("domains"))
+    objective = stage_of(tiny_stage1_recipe("domains")).build()
     reference, unet = objective.reference_unet.state_dict(), objective.unet.state_dict()
     assert reference.keys() < unet.keys()
     assert all(torch.equal(reference[name], unet[name]) for name in reference)
@@ -92,7 +93,7 @@ def test_reference_and_denoising_unet_begin_as_the_same_base():
 
 def test_stage_1_reads_its_base_from_a_folder(tmp_path):
     unet, vae, clip = save_base_networks(tmp_path, temporal=False)
-    objective = build_objective(tiny_stage1_recipe("domains", {**from_folder(tmp_path), **DEEP_ENOUGH}))
+    objective = stage_of(tiny_stage1_recipe("domains", {**from_folder(tmp_path), **DEEP_ENOUGH})).build()
     loaded = objective.unet.state_dict()
     assert all(torch.equal(loaded[name], weight) for name, weight in unet.state_dict().items())
     assert equal_weights(objective.vae, vae)
@@ -103,7 +104,7 @@ def test_stage_1_reads_its_base_from_a_folder(tmp_path):
 
 def test_stage_2_reads_its_base_from_a_folder(tmp_path):
     unet, vae, clip = save_base_networks(tmp_path, temporal=True)
-    objective = build_objective(tiny_stage2_recipe({**from_folder(tmp_path), "objective.geometry_height": 16}))
+    objective = stage_of(tiny_stage2_recipe({**from_folder(tmp_path), "objective.geometry_height": 16})).build()
     assert equal_weights(objective.unet, unet)
     assert equal_weights(objective.vae, vae)
     assert equal_weights(objective.image_encoder, clip)
@@ -117,7 +118,7 @@ def test_a_missing_folder_is_named_with_the_recipes_key(tmp_path, missing, key):
     save_base_networks(tmp_path, temporal=False)
     (tmp_path / missing).rename(tmp_path / "elsewhere")
     with pytest.raises(MissingInputError, match=rf"{key}\.path.*{missing}.*recipes/demo"):
-        build_objective(tiny_stage1_recipe("domains", {**from_folder(tmp_path), **DEEP_ENOUGH}))
+        stage_of(tiny_stage1_recipe("domains", {**from_folder(tmp_path), **DEEP_ENOUGH})).build()
 
 
 def test_pickled_weights_are_not_read(tmp_path):
@@ -125,22 +126,22 @@ def test_pickled_weights_are_not_read(tmp_path):
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     torch.save(unet.state_dict(), tmp_path / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(MissingInputError, match=r"model\.unet\.path.*no safetensors"):
-        build_objective(tiny_stage1_recipe("domains", {**from_folder(tmp_path), **DEEP_ENOUGH}))
+        stage_of(tiny_stage1_recipe("domains", {**from_folder(tmp_path), **DEEP_ENOUGH})).build()
 
 
 def test_unknown_constructor_arguments_are_refused_by_key():
     changes = {"model.unet.config": tiny_unet_config() | {"widths": [1, 2]}}
     with pytest.raises(RecipeError, match=r"model\.unet\.config.*widths"):
-        build_objective(tiny_stage1_recipe("domains", changes))
+        stage_of(tiny_stage1_recipe("domains", changes)).build()
 
 
 @pytest.mark.parametrize("key", ["in_channels", "out_channels", "cross_attention_dim"])
 def test_networks_that_do_not_fit_together_are_refused_by_key(key):
     changes = {f"model.unet.config.{key}": 20}
     with pytest.raises(RecipeError, match=rf"model\.unet\.config\.{key} is 20"):
-        build_objective(tiny_stage1_recipe("domains", changes))
+        stage_of(tiny_stage1_recipe("domains", changes)).build()
     with pytest.raises(RecipeError, match=rf"model\.unet\.config\.{key} is 20"):
-        build_objective(tiny_stage2_recipe(changes))
+        stage_of(tiny_stage2_recipe(changes)).build()
 
 
 def test_on_the_meta_device_absent_weights_have_their_published_size(tmp_path):
@@ -151,8 +152,8 @@ def test_on_the_meta_device_absent_weights_have_their_published_size(tmp_path):
         "data.width": 256,
         "data.height": 384,
     }
-    stage1 = build_objective(
-        tiny_stage1_recipe("temporal", {**absent, "model.pose_channels": [16, 32, 96, 256]}), device="meta"
+    stage1 = stage_of(tiny_stage1_recipe("temporal", {**absent, "model.pose_channels": [16, 32, 96, 256]})).build(
+        device="meta"
     )
     added = [stage1.unet.geometry_parameters(), stage1.unet.temporal_parameters(), stage1.unet.domain_parameters()]
     assert count(stage1.unet) - sum(p.numel() for parameters in added for p in parameters.values()) == 859_520_964
@@ -164,7 +165,7 @@ def test_on_the_meta_device_absent_weights_have_their_published_size(tmp_path):
         "objective.geometry_height": 192,
         "model.controller_channels": [16, 32, 96, 256],
     }
-    stage2 = build_objective(tiny_stage2_recipe({**absent, **sizes}), device="meta")
+    stage2 = stage_of(tiny_stage2_recipe({**absent, **sizes})).build(device="meta")
     assert count(stage2.unet) == 1_524_623_082
     # published: 632.08 M for ViT-H's vision tower with its projection
     assert count(stage2.image_encoder) == 632_076_800
@@ -184,10 +185,10 @@ def export(objective: nn.Module, folder: Path) -> Path:
     ("before", "after"), [("domains", "geometry"), ("geometry", "temporal"), ("domains", "domains")]
 )
 def test_an_export_continues_in_the_next_step_with_new_branches_at_their_zero_start(tmp_path, before, after):
-    trained = wake(build_objective(tiny_stage1_recipe(before)))
+    trained = wake(stage_of(tiny_stage1_recipe(before)).build())
     folder = export(trained, tmp_path / "export")
-    objective = build_objective(tiny_stage1_recipe(after, {"seed": 5}))
-    fresh = build_objective(tiny_stage1_recipe(after, {"seed": 5}))
+    objective = stage_of(tiny_stage1_recipe(after, {"seed": 5})).build()
+    fresh = stage_of(tiny_stage1_recipe(after, {"seed": 5})).build()
     load_networks(objective, folder)
     for name, network in exportable(objective).items():
         old = exportable(trained)[name].state_dict()
@@ -200,30 +201,30 @@ def test_an_export_continues_in_the_next_step_with_new_branches_at_their_zero_st
 
 
 def test_stage_2_continues_from_its_own_export(tmp_path):
-    trained = wake(build_objective(tiny_stage2_recipe()))
-    objective = build_objective(tiny_stage2_recipe({"seed": 5}))
+    trained = wake(stage_of(tiny_stage2_recipe()).build())
+    objective = stage_of(tiny_stage2_recipe({"seed": 5})).build()
     load_networks(objective, export(trained, tmp_path / "export"))
     assert set(exportable(objective)) == {"unet", "controlnet", "controller"}
     assert all(equal_weights(network, exportable(trained)[name]) for name, network in exportable(objective).items())
 
 
 def test_leaving_out_a_trained_branch_is_refused(tmp_path):
-    folder = export(build_objective(tiny_stage1_recipe("temporal")), tmp_path / "export")
+    folder = export(stage_of(tiny_stage1_recipe("temporal")).build(), tmp_path / "export")
     with pytest.raises(CheckpointError, match=r"unet.*has unknown .*temporal.*and 15 more"):
-        load_networks(build_objective(tiny_stage1_recipe("geometry")), folder)
+        load_networks(stage_of(tiny_stage1_recipe("geometry")).build(), folder)
 
 
 def test_half_a_branch_is_refused(tmp_path):
-    folder = export(build_objective(tiny_stage1_recipe("geometry")), tmp_path / "export")
+    folder = export(stage_of(tiny_stage1_recipe("geometry")).build(), tmp_path / "export")
     edit(
         folder / "unet", lambda weights: weights.pop("mid_block.attentions.0.transformer_blocks.0.geometry.to_out.bias")
     )
     with pytest.raises(CheckpointError, match=r"lacks mid_block.*geometry\.to_out\.bias"):
-        load_networks(build_objective(tiny_stage1_recipe("geometry")), folder)
+        load_networks(stage_of(tiny_stage1_recipe("geometry")).build(), folder)
 
 
 def test_a_missing_base_weight_and_another_shape_are_refused_together(tmp_path):
-    folder = export(build_objective(tiny_stage1_recipe("domains")), tmp_path / "export")
+    folder = export(stage_of(tiny_stage1_recipe("domains")).build(), tmp_path / "export")
 
     def damage(weights: dict[str, torch.Tensor]) -> None:
         del weights["conv_in.bias"]
@@ -231,14 +232,14 @@ def test_a_missing_base_weight_and_another_shape_are_refused_together(tmp_path):
 
     edit(folder / "unet", damage)
     with pytest.raises(CheckpointError, match=r"lacks conv_in\.bias; it has another shape of conv_out\.bias"):
-        load_networks(build_objective(tiny_stage1_recipe("geometry")), folder)
+        load_networks(stage_of(tiny_stage1_recipe("geometry")).build(), folder)
 
 
 def test_an_export_without_a_network_is_refused(tmp_path):
-    folder = export(build_objective(tiny_stage1_recipe("domains")), tmp_path / "export")
+    folder = export(stage_of(tiny_stage1_recipe("domains")).build(), tmp_path / "export")
     (folder / "pose_encoder").rename(tmp_path / "elsewhere")
     with pytest.raises(MissingInputError, match=r"init_from.*pose_encoder"):
-        load_networks(build_objective(tiny_stage1_recipe("domains")), folder)
+        load_networks(stage_of(tiny_stage1_recipe("domains")).build(), folder)
 
 
 def edit(folder: Path, change: Any) -> None:

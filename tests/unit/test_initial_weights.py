@@ -12,9 +12,9 @@ from dreamdance.errors import MissingInputError
 from dreamdance.recipe.schema import Stage1Recipe
 from dreamdance.runs.layout import FINISHED_FILE, RECIPE_FILE, checkpoint_folder
 from dreamdance.training.checkpointing.checkpointer import read_average
-from dreamdance.training.networks.build import build_objective
 from dreamdance.training.networks.initial_weights import load_initial_weights
-from dreamdance.training.networks.trainability import Objective
+from dreamdance.training.objectives.output import Objective
+from dreamdance.training.stages.stage import stage_of
 from dreamdance.training.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,7 +56,7 @@ def runs(tmp_path_factory) -> Path:
 
 
 def initialised(recipe: Stage1Recipe, runs: Path) -> Objective:
-    objective = build_objective(recipe)
+    objective = stage_of(recipe).build()
     load_initial_weights(objective, recipe, runs)
     return objective
 
@@ -72,7 +72,7 @@ def test_a_finished_runs_averaged_weights_are_taken(runs):
 
 def test_without_init_from_the_networks_stay_as_they_were_built(runs):
     recipe = make_recipe(runs / "shards", "domains")
-    built, left = build_objective(recipe).state_dict(), initialised(recipe, runs).state_dict()
+    built, left = stage_of(recipe).build().state_dict(), initialised(recipe, runs).state_dict()
     assert all(torch.equal(built[name], left[name]) for name in built)
 
 

@@ -15,9 +15,8 @@ from dreamdance.errors import UserError
 from dreamdance.media.transforms import pass_through
 from dreamdance.models.autoencoding import encode_latents
 from dreamdance.models.image_embedding import embed_images
-from dreamdance.training.networks.build import build_objective
-from dreamdance.training.networks.trainability import set_trainable
 from dreamdance.training.objectives.animation import AnimationObjective
+from dreamdance.training.stages.stage import stage_of
 
 NOTHING_DROPPED = {
     "objective.latents_dropout": 0.0,
@@ -35,8 +34,8 @@ def batch() -> ClipBatch:
 
 def make_objective(changes: dict[str, Any] | None = None, *, awake: bool = True) -> AnimationObjective:
     recipe = tiny_stage2_recipe({**NOTHING_DROPPED, **(changes or {})})
-    objective = build_objective(recipe)
-    set_trainable(objective, recipe)
+    objective = stage_of(recipe).build()
+    stage_of(recipe).set_trainable(objective)
     return wake(objective) if awake else objective
 
 

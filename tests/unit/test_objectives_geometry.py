@@ -13,9 +13,8 @@ from dreamdance.diffusion.noise import draw_noise, draw_timesteps, min_snr_weigh
 from dreamdance.errors import UserError
 from dreamdance.models.autoencoding import encode_latents
 from dreamdance.models.image_embedding import embed_images
-from dreamdance.training.networks.build import build_objective
-from dreamdance.training.networks.trainability import set_trainable
 from dreamdance.training.objectives.geometry import GeometryObjective
+from dreamdance.training.stages.stage import stage_of
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +24,8 @@ def batch() -> ClipBatch:
 
 def make_objective(train: str = "geometry", changes: dict[str, Any] | None = None) -> GeometryObjective:
     recipe = tiny_stage1_recipe(train, changes)
-    objective = build_objective(recipe)
-    set_trainable(objective, recipe)
+    objective = stage_of(recipe).build()
+    stage_of(recipe).set_trainable(objective)
     return wake(objective)
 
 

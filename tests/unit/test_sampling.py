@@ -10,9 +10,8 @@ from support.recipes import tiny_clip_batch, tiny_stage1_recipe, tiny_stage2_rec
 from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.media.transforms import decode_normals, pass_through
 from dreamdance.runtime.sample_random import sample_generator
-from dreamdance.training.networks.build import build_objective
-from dreamdance.training.networks.trainability import set_trainable
-from dreamdance.training.sample_pictures import MAX_COLUMNS, draw_samples
+from dreamdance.training.sample_pictures import MAX_COLUMNS
+from dreamdance.training.stages.stage import stage_of
 
 QUICK = {"sampling.num_inference_steps": 2}
 
@@ -23,15 +22,15 @@ def batch() -> ClipBatch:
 
 
 def make(recipe: Any) -> Any:
-    objective = wake(build_objective(recipe))
-    set_trainable(objective, recipe)
+    objective = wake(stage_of(recipe).build())
+    stage_of(recipe).set_trainable(objective)
     return objective
 
 
 def test_stage_1_samples_are_the_pipelines_with_the_recipes_settings(batch):
     recipe = tiny_stage1_recipe("temporal", QUICK)
     objective = make(recipe)
-    samples = draw_samples(objective, batch, recipe)
+    samples = stage_of(recipe).sample(objective, batch)
     expected = objective.make_pipeline()(
         batch.reference,
         batch.pose,
@@ -60,7 +59,7 @@ def test_sampling_can_be_left_after_any_step(batch, recipe):
     objective, seen = make(recipe), []
     modes = [module.training for module in objective.modules()]
     with pytest.raises(LeftError):
-        draw_samples(objective, batch, recipe, on_step=leave)
+        stage_of(recipe).sample(objective, batch, leave)
     assert seen == [0, 1]
     assert [module.training for module in objective.modules()] == modes
 
@@ -68,7 +67,7 @@ def test_sampling_can_be_left_after_any_step(batch, recipe):
 def test_stage_2_samples_are_the_pipelines_on_maps_of_stage_1_s_size(batch):
     recipe = tiny_stage2_recipe(QUICK)
     objective = make(recipe)
-    samples = draw_samples(objective, batch, recipe)
+    samples = stage_of(recipe).sample(objective, batch)
     expected = objective.make_pipeline()(
         batch.reference[1:],
         batch.pose[1:],
@@ -88,7 +87,7 @@ def test_samples_repeat_and_leave_modes_and_random_state_alone(batch):
     recipe = tiny_stage1_recipe("geometry", QUICK)
     objective = make(recipe)
     state = torch.get_rng_state()
-    first, second = draw_samples(objective, batch, recipe), draw_samples(objective, batch, recipe)
+    first, second = stage_of(recipe).sample(objective, batch), stage_of(recipe).sample(objective, batch)
     assert np.array_equal(first.grid, second.grid)
     assert torch.equal(torch.get_rng_state(), state)
     assert objective.unet.training
@@ -98,14 +97,14 @@ def test_samples_repeat_and_leave_modes_and_random_state_alone(batch):
 def test_a_clips_sample_does_not_depend_on_its_batch(batch):
     recipe = tiny_stage1_recipe("geometry", QUICK)
     objective = make(recipe)
-    together = draw_samples(objective, batch, recipe).predictions["depth"][1:]
-    alone = draw_samples(objective, batch.select([1]), recipe).predictions["depth"]
+    together = stage_of(recipe).sample(objective, batch).predictions["depth"][1:]
+    alone = stage_of(recipe).sample(objective, batch.select([1])).predictions["depth"]
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_a_video_grid_has_a_block_per_clip_and_time_to_the_right(batch):
     recipe = tiny_stage1_recipe("geometry", QUICK)
-    grid = draw_samples(make(recipe), batch, recipe).grid
+    grid = stage_of(recipe).sample(make(recipe), batch).grid
     assert grid.dtype == np.uint8
     # pose, three predictions and three truths for each of two clips, each 24 pixels enlarged seven times
     rows, columns = 2 * 7, 1 + 5
@@ -119,7 +118,7 @@ def test_a_video_grid_has_a_block_per_clip_and_time_to_the_right(batch):
 def test_a_long_video_is_thinned_to_a_few_frames():
     long = tiny_clip_batch(num_clips=1, num_frames=12)
     recipe = tiny_stage1_recipe("geometry", QUICK)
-    grid = draw_samples(make(recipe), long, recipe).grid
+    grid = stage_of(recipe).sample(make(recipe), long).grid
     assert grid.shape[1] < (1 + MAX_COLUMNS + 2) * 7 * 16
     assert_shows(grid, long.rgb[0, 0])
     assert_shows(grid, long.rgb[0, 11])
@@ -128,7 +127,7 @@ def test_a_long_video_is_thinned_to_a_few_frames():
 def test_single_frames_take_a_line_each():
     single = tiny_clip_batch(num_clips=3, num_frames=1)
     recipe = tiny_stage1_recipe("domains", QUICK)
-    grid = draw_samples(make(recipe), single, recipe).grid
+    grid = stage_of(recipe).sample(make(recipe), single).grid
     assert grid.shape[0] < 4 * 7 * 24
     assert grid.shape[1] >= 8 * 7 * 16
     assert_shows(grid, single.maps["normal"][2, 0])
@@ -139,15 +138,10 @@ def test_the_grid_of_stage_2_shows_the_maps_that_its_controls_name(batch):
     with_depth, without_depth = (
         tiny_stage2_recipe({**QUICK, "model.controls": controls}) for controls in (["pose", "depth"], ["pose"])
     )
-    assert_shows(draw_samples(make(with_depth), batch, with_depth).grid, given)
-    grid = draw_samples(make(without_depth), without(batch, "normal", "depth"), without_depth).grid
+    assert_shows(stage_of(with_depth).sample(make(with_depth), batch).grid, given)
+    grid = stage_of(without_depth).sample(make(without_depth), without(batch, "normal", "depth")).grid
     with pytest.raises(AssertionError):
         assert_shows(grid, given)
-
-
-def test_recipe_and_objective_of_different_stages_are_refused(batch):
-    with pytest.raises(TypeError, match="GeometryObjective cannot be sampled by a Stage2Recipe"):
-        draw_samples(make(tiny_stage1_recipe()), batch, tiny_stage2_recipe())
 
 
 def assert_shows(grid: np.ndarray, picture: torch.Tensor) -> None:

@@ -16,8 +16,7 @@ from dreamdance.models.channels_last import use_channels_last
 from dreamdance.models.svd_unet import run_svd_unet
 from dreamdance.models.temporal_convolution import FoldedConv3d, fold_temporal_convolutions
 from dreamdance.pipelines import AnimationPipeline
-from dreamdance.training.networks.build import build_objective
-from dreamdance.training.networks.trainability import set_trainable
+from dreamdance.training.stages.stage import stage_of
 
 CONVOLUTIONS = [
     nn.Conv3d(8, 12, (3, 1, 1), padding=(1, 0, 0)),  # SVD's
@@ -181,8 +180,8 @@ def test_it_goes_with_channels_innermost(order):
 
 
 def test_trainers_and_pipelines_run_them_folded(tmp_path):
-    objective = build_objective(tiny_stage2_recipe({"model.unfreeze": "none"}))
-    set_trainable(objective, tiny_stage2_recipe({"model.unfreeze": "none"}))
+    objective = stage_of(tiny_stage2_recipe({"model.unfreeze": "none"})).build()
+    stage_of(tiny_stage2_recipe({"model.unfreeze": "none"})).set_trainable(objective)
     pipeline = tiny_animation_pipeline()
     pipeline.save_pretrained(tmp_path)
     read = AnimationPipeline.from_pretrained(tmp_path)

@@ -5,8 +5,8 @@ import torch
 from support.recipes import tiny_clip_batch, tiny_stage1_recipe, tiny_stage2_recipe
 from torch import nn
 
-from dreamdance.training.networks.build import build_objective
-from dreamdance.training.networks.trainability import set_modes, set_trainable
+from dreamdance.training.networks.trainability import set_modes
+from dreamdance.training.stages.stage import stage_of
 
 ATTENTION = {"to_q", "to_k", "to_v", "to_out.0"}
 # cross-attention over one token: its query, its key and the norm before the query cannot matter
@@ -87,8 +87,8 @@ def optimize(objective: nn.Module, batch: object, *, steps: int) -> tuple[set[st
 
 def test_first_step_trains_both_unets_pose_encoder_and_domain_embedding():
     recipe = tiny_stage1_recipe("domains")
-    objective = build_objective(recipe)
-    names = set_trainable(objective, recipe)
+    objective = stage_of(recipe).build()
+    names = stage_of(recipe).set_trainable(objective)
     expected = under("unet", unet_modules()) | under("reference_unet", reference_unet_modules())
     expected |= {f"pose_encoder.{part}" for part in ("conv_in", "blocks.0", "blocks.1", "conv_out")}
     expected |= {"unet.domain_embedder.mlp.linear_1", "unet.domain_embedder.mlp.linear_2"}
@@ -99,8 +99,8 @@ def test_first_step_trains_both_unets_pose_encoder_and_domain_embedding():
 @pytest.mark.parametrize(("train", "branch"), [("geometry", "geometry"), ("temporal", "temporal")])
 def test_second_and_third_step_train_only_their_own_branches(train, branch):
     recipe = tiny_stage1_recipe(train)
-    objective = build_objective(recipe)
-    names = set_trainable(objective, recipe)
+    objective = stage_of(recipe).build()
+    names = stage_of(recipe).set_trainable(objective)
     expected = set()
     for place in TRANSFORMERS:
         expected |= under(f"unet.{place}.transformer_blocks.0.{branch}", GEOMETRY_BRANCH)
@@ -131,13 +131,13 @@ def svd_transformer_modules(place: str) -> set[str]:
 
 def test_frozen_svd_trains_the_controller_and_the_whole_controlnet():
     recipe = tiny_stage2_recipe({"model.unfreeze": "none"})
-    objective = build_objective(recipe)
-    modules = module_names(set_trainable(objective, recipe))
+    objective = stage_of(recipe).build()
+    modules = module_names(stage_of(recipe).set_trainable(objective))
     zero_convolutions = {"mid_zero_convolution", *(f"down_zero_convolutions.{index}" for index in range(4))}
     of_controlnet = {name.removeprefix("controlnet.") for name in modules if name.startswith("controlnet.")}
     assert of_controlnet == svd_encoder_modules() | zero_convolutions
     of_controller = {name for name, _ in objective.controller.named_parameters()}
-    assert {name for name in set_trainable(objective, recipe) if name.startswith("controller.")} == under(
+    assert {name for name in stage_of(recipe).set_trainable(objective) if name.startswith("controller.")} == under(
         "controller", of_controller
     )
     assert not any(name.startswith(("unet.", "vae.", "image_encoder.")) for name in modules)
@@ -163,16 +163,16 @@ def test_unfreezing_all_adds_everything_that_can_learn():
 
 def unfrozen_modules(unfreeze: str) -> set[str]:
     recipe = tiny_stage2_recipe({"model.unfreeze": unfreeze})
-    objective = build_objective(recipe)
-    modules = module_names(set_trainable(objective, recipe))
+    objective = stage_of(recipe).build()
+    modules = module_names(stage_of(recipe).set_trainable(objective))
     return {name.removeprefix("unet.") for name in modules if name.startswith("unet.")}
 
 
 @pytest.mark.parametrize("train", ["domains", "geometry", "temporal"])
 def test_three_steps_of_stage_1_move_each_trainable_parameter_and_nothing_else(train):
     recipe = tiny_stage1_recipe(train)
-    objective = build_objective(recipe)
-    names = set_trainable(objective, recipe)
+    objective = stage_of(recipe).build()
+    names = stage_of(recipe).set_trainable(objective)
     # three, because zero-initialised projections hide the gradients of what lies before them at first
     moved, _ = optimize(objective, tiny_clip_batch(num_frames=recipe.data.num_frames), steps=3)
     assert moved == set(names)
@@ -182,8 +182,8 @@ def test_three_steps_of_stage_1_move_each_trainable_parameter_and_nothing_else(t
 @pytest.mark.parametrize("unfreeze", ["none", "temporal", "decoder", "all"])
 def test_four_steps_of_stage_2_move_each_trainable_parameter_and_nothing_else(unfreeze):
     recipe = tiny_stage2_recipe({"model.unfreeze": unfreeze})
-    objective = build_objective(recipe)
-    names = set_trainable(objective, recipe)
+    objective = stage_of(recipe).build()
+    names = stage_of(recipe).set_trainable(objective)
     # four: ControlNet's zero convolutions, the controller's, its attention's output, then what lies before that
     moved, _ = optimize(objective, tiny_clip_batch(), steps=4)
     assert moved == set(names)
@@ -192,8 +192,8 @@ def test_four_steps_of_stage_2_move_each_trainable_parameter_and_nothing_else(un
 
 def test_query_key_and_norm_of_one_token_cross_attention_get_only_rounding_noise():
     recipe = tiny_stage1_recipe("domains")
-    objective = build_objective(recipe)
-    names = set_trainable(objective, recipe)
+    objective = stage_of(recipe).build()
+    names = stage_of(recipe).set_trainable(objective)
     objective.unet.requires_grad_(True)
     objective(tiny_clip_batch(num_frames=1)).loss.backward()
     left_out = {name: p for name, p in objective.unet.named_parameters() if f"unet.{name}" not in names}
@@ -206,8 +206,8 @@ def test_query_key_and_norm_of_one_token_cross_attention_get_only_rounding_noise
 
 def test_networks_that_are_frozen_as_a_whole_are_in_evaluation_mode():
     recipe = tiny_stage1_recipe("geometry")
-    objective = build_objective(recipe)
-    set_trainable(objective, recipe)
+    objective = stage_of(recipe).build()
+    stage_of(recipe).set_trainable(objective)
     assert objective.training
     assert {name: network.training for name, network in objective.named_children()} == {
         "reference_unet": False,
@@ -226,8 +226,8 @@ def test_networks_that_are_frozen_as_a_whole_are_in_evaluation_mode():
 @pytest.mark.parametrize("frozen", [True, False])
 def test_frozen_parameters_save_no_input_for_a_weight_gradient(frozen):
     recipe = tiny_stage1_recipe("geometry")
-    objective = build_objective(recipe)
-    set_trainable(objective, recipe)
+    objective = stage_of(recipe).build()
+    stage_of(recipe).set_trainable(objective)
     if not frozen:
         objective.unet.requires_grad_(True)
     inputs, saved = record_saved_inputs(objective, tiny_clip_batch())

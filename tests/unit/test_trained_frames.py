@@ -15,7 +15,7 @@ from dreamdance.inference.stages import load_stages
 from dreamdance.models import SpatioTemporalControlNetModel
 from dreamdance.pipelines import AnimationPipeline, GeometryPipeline
 from dreamdance.recipe.schema import AnimateRecipe
-from dreamdance.training.networks.build import build_objective
+from dreamdance.training.stages.stage import stage_of
 
 IMAGE = random_pictures(3, HEIGHT, WIDTH)
 ONE_STEP = {"num_inference_steps": 1, "output_type": "latent"}
@@ -31,7 +31,7 @@ def trained(stage: int, num_frames: int) -> GeometryPipeline | AnimationPipeline
     if stage == 2:
         changes["model.controls"] = ["pose"]
     recipe = tiny_stage1_recipe("temporal", changes) if stage == 1 else tiny_stage2_recipe(changes)
-    pipeline = build_objective(recipe).make_pipeline()
+    pipeline = stage_of(recipe).build().make_pipeline()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -78,7 +78,7 @@ def test_the_configs_say_how_many_frames_were_trained_and_an_export_keeps_it(exp
 
 @pytest.mark.parametrize("train", ["domains", "geometry"])
 def test_where_no_temporal_attention_trains_any_window_will_do(train):
-    pipeline = build_objective(tiny_stage1_recipe(train)).make_pipeline()
+    pipeline = stage_of(tiny_stage1_recipe(train)).build().make_pipeline()
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.unet.config.trained_frames is None
     assert pipeline(IMAGE, poses(9), window_frames=9, **ONE_STEP).normals.shape[1] == 9
@@ -124,7 +124,7 @@ def test_older_exports_load_and_what_is_unknown_is_said(exports, tmp_path, caplo
 
 
 def test_a_controlnet_has_its_unets_config_beside_the_trained_frames():
-    objective = build_objective(tiny_stage2_recipe())
+    objective = stage_of(tiny_stage2_recipe()).build()
     own, base = dict(objective.controlnet.config), dict(objective.unet.config)
     assert own.pop("trained_frames") == 4
     hidden = ("_class_name", "_diffusers_version", "_use_default_values")

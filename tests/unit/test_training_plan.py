@@ -10,8 +10,6 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.recipe import load_recipe
-from dreamdance.training.networks.build import build_objective
-from dreamdance.training.networks.trainability import set_trainable
 from dreamdance.training.planning.activation_memory import (
     LiveBytes,
     _drop_gradient,
@@ -19,6 +17,7 @@ from dreamdance.training.planning.activation_memory import (
     peak_activation_bytes,
 )
 from dreamdance.training.planning.plan import describe, make_plan, network_sizes, state_memory, verdict
+from dreamdance.training.stages.stage import stage_of
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 DEMOS = ["stage1_domains", "stage1_geometry", "stage1_temporal", "stage2"]
@@ -30,13 +29,13 @@ def demo(name, *overrides):
 
 
 def built(recipe, device):
-    objective = build_objective(recipe, device=device)
-    set_trainable(objective, recipe)
+    objective = stage_of(recipe).build(device=device)
+    stage_of(recipe).set_trainable(objective)
     return objective
 
 
 def activations(recipe):
-    return peak_activation_bytes(built(recipe, "meta"), recipe)
+    return peak_activation_bytes(built(recipe, "meta"), stage_of(recipe))
 
 
 def states(recipe, trainable=1_000_000, total=3_000_000, exact=0):
@@ -82,7 +81,7 @@ def peak_beside_weights(recipe):
         for parameter in objective.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        batch, tracker = _empty_batch(recipe), _Tracker()
+        batch, tracker = _empty_batch(stage_of(recipe)), _Tracker()
         tracker.track_external(objective)
         with tracker:
             objective(batch).loss.backward()
@@ -108,7 +107,7 @@ def test_planned_activations_are_what_torch_s_own_tracker_counts_beside_the_weig
 def test_planned_weights_are_what_the_networks_weigh(precision):
     recipe = tiny_stage2_recipe({"precision": precision})
     objective = built(recipe, "cpu").to(torch.bfloat16 if precision == "bf16" else torch.float32)
-    planned = {part.name: part.num_bytes for part in make_plan(recipe).memory}
+    planned = {part.name: part.num_bytes for part in make_plan(stage_of(recipe)).memory}
     assert planned["weights"] == sum(parameter.nbytes for parameter in objective.parameters())
 
 
@@ -128,7 +127,7 @@ def test_a_rehearsed_step_takes_the_memory_of_a_real_one():
     batch = ClipBatch(maps=maps, reference=reference, fps=torch.ones(1), keys=keys, clip_ids=["a"])
     with LiveBytes(beside=(*objective.parameters(), *objective.buffers())) as live:
         objective(batch).loss.backward()
-    rehearsed = peak_activation_bytes(built(recipe, "meta"), recipe)
+    rehearsed = peak_activation_bytes(built(recipe, "meta"), stage_of(recipe))
     assert rehearsed == pytest.approx(live.peak, rel=0.02)
 
 

@@ -1,34 +1,22 @@
-"""Builds an objective's networks from a recipe, and moves trained weights from one run into the next.
-
-Weights are read from local safetensors only; what is missing is named together with the recipe's key.
-"""
+"""What both stages do to the networks that they build, and how a run takes over the networks of an export."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import ModelMixin, UNet2DConditionModel, UNetSpatioTemporalConditionModel
+from diffusers import ModelMixin
 from torch import nn
 
 from dreamdance.errors import CheckpointError, RecipeError
-from dreamdance.models import (
-    CrossDomainControllerModel,
-    GeometryUNetModel,
-    PoseEncoderModel,
-    ReferenceUNetModel,
-    SpatioTemporalControlNetModel,
-)
+from dreamdance.models import GeometryUNetModel
 from dreamdance.models.autoencoding import Autoencoder, downscale_factor
-from dreamdance.models.base_configs import STABLE_DIFFUSION_1_5_UNET, STABLE_VIDEO_DIFFUSION_UNET
 from dreamdance.models.channels_last import use_channels_last
-from dreamdance.models.image_embedding import embedding_width
 from dreamdance.models.temporal_convolution import fold_temporal_convolutions
-from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe, TrainingData
-from dreamdance.training.networks.sources import open_autoencoder, open_image_encoder, open_unet, read_weights
-from dreamdance.training.networks.trainability import Objective
-from dreamdance.training.objectives.animation import AnimationObjective
-from dreamdance.training.objectives.geometry import GeometryObjective
+from dreamdance.recipe.training_sections import Sharding, TrainingData
+from dreamdance.training.networks.sources import read_weights
+from dreamdance.training.objectives.output import Objective
 from dreamdance_kernels import checkpoint_keeping_attention
 
 logger = logging.getLogger(__name__)
@@ -36,38 +24,35 @@ logger = logging.getLogger(__name__)
 _FROZEN_COMPONENTS = ("vae", "image_encoder")
 
 
-def build_objective(recipe: Stage1Recipe | Stage2Recipe, *, device: str = "cpu") -> Objective:
-    """Builds all networks of a training recipe and the objective that holds them.
-
-    What the recipe gives as a path is read; the rest is random, seeded by the recipe alone, the same on every rank.
-
-    Args:
-        recipe: of either stage.
-        device: where the networks come to lie; `"meta"` builds shapes only, from the published configurations where
-            weights are absent.
-
-    Raises:
-        MissingInputError: a folder or its weights are not there.
-        RecipeError: the networks that the recipe names do not fit together.
-    """
+@contextmanager
+def seeded_networks(seed: int, device: str) -> Iterator[None]:
+    """Within, random weights come from `seed` alone, the same on every rank and device; `"meta"` makes shapes only."""
     # random weights are drawn on the CPU whatever the device, so that they are the same everywhere
     with torch.random.fork_rng(devices=()), torch.device("meta" if device == "meta" else "cpu"):
-        torch.default_generator.manual_seed(recipe.seed)
-        objective = _build_stage1(recipe, device) if isinstance(recipe, Stage1Recipe) else _build_stage2(recipe, device)
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def prepare_networks(objective: Objective, sharding: Sharding, *, channels_last: bool, device: str) -> None:
+    """Moves an objective's networks to the device, and sets how they compute and what they keep for the backward pass.
+
+    Args:
+        objective: changed in place.
+        sharding: the recipe's section; its `gradient_checkpointing` is applied.
+        channels_last: the recipe's `model.channels_last`.
+        device: `"cpu"`, `"cuda"` or `"meta"`.
+    """
     objective.to(device)
     fold_temporal_convolutions(objective)
-    if recipe.model.channels_last:
-        for network in exportable(objective).values():
+    for network in exportable(objective).values():
+        if channels_last:
             use_channels_last(network)
-    if recipe.sharding.gradient_checkpointing:
-        for network in exportable(objective).values():
-            if network._supports_gradient_checkpointing:
-                network.enable_gradient_checkpointing(
-                    checkpoint_keeping_attention
-                    if recipe.sharding.gradient_checkpointing == "keep_attention"
-                    else None  # diffusers' own: everything inside a block is computed twice
-                )
-    return objective
+        if sharding.gradient_checkpointing and network._supports_gradient_checkpointing:
+            network.enable_gradient_checkpointing(
+                checkpoint_keeping_attention
+                if sharding.gradient_checkpointing == "keep_attention"
+                else None  # diffusers' own: everything inside a block is computed twice
+            )
 
 
 def exportable(objective: Objective) -> dict[str, ModelMixin]:
@@ -114,63 +99,7 @@ def load_networks(objective: Objective, export: Path) -> None:
         logger.info("loaded %s from %s%s", name, export, f", {added} tensors are new" if added else "")
 
 
-def _build_stage1(recipe: Stage1Recipe, device: str) -> GeometryObjective:
-    model = recipe.model
-    vae = open_autoencoder(model.autoencoder, temporal=False, device=device)
-    image_encoder = open_image_encoder(model.image_encoder, huge=False, device=device)
-    base = open_unet(model.unet, UNet2DConditionModel, published=STABLE_DIFFUSION_1_5_UNET, device=device)
-    _check_fit(base, vae, embedding_width(image_encoder), recipe.data, latent_inputs=1)
-    unet = GeometryUNetModel.from_unet2d(
-        base,
-        geometry_attention=model.geometry_attention,
-        temporal_attention=model.temporal_attention,
-        max_frames=model.max_frames,
-        trained_frames=recipe.data.num_frames if model.temporal_attention else None,
-        attention_backend=model.attention_backend,
-    )
-    pose_encoder = PoseEncoderModel(
-        out_channels=base.config.block_out_channels[0],
-        channels=tuple(model.pose_channels),
-        downscale_factor=downscale_factor(vae),
-    )
-    return GeometryObjective(
-        ReferenceUNetModel.from_unet2d(base),
-        unet,
-        pose_encoder,
-        vae,
-        image_encoder,
-        step=recipe.train,
-        settings=recipe.objective,
-    )
-
-
-def _build_stage2(recipe: Stage2Recipe, device: str) -> AnimationObjective:
-    model = recipe.model
-    vae = open_autoencoder(model.autoencoder, temporal=True, device=device)
-    image_encoder = open_image_encoder(model.image_encoder, huge=True, device=device)
-    published = STABLE_VIDEO_DIFFUSION_UNET
-    unet = open_unet(model.unet, UNetSpatioTemporalConditionModel, published=published, device=device)
-    _check_fit(unet, vae, embedding_width(image_encoder), recipe.data, latent_inputs=2)
-    controller = CrossDomainControllerModel(
-        controls=model.controls,
-        out_channels=unet.config.block_out_channels[0],
-        channels=tuple(model.controller_channels),
-        head_width=model.controller_head_width,
-        downscale_factor=downscale_factor(vae),
-        geometry_attention=model.geometry_attention,
-        attention_backend=model.attention_backend,
-    )
-    return AnimationObjective(
-        unet,
-        SpatioTemporalControlNetModel.from_unet(unet, trained_frames=recipe.data.num_frames),
-        controller,
-        vae,
-        image_encoder,
-        settings=recipe.objective,
-    )
-
-
-def _check_fit(unet: ModelMixin, vae: Autoencoder, token_width: int, data: TrainingData, *, latent_inputs: int) -> None:
+def check_fit(unet: ModelMixin, vae: Autoencoder, token_width: int, data: TrainingData, *, latent_inputs: int) -> None:
     """Raises where channels, widths and picture sizes of a recipe's networks do not fit together."""
     channels = vae.config.latent_channels
     factor = downscale_factor(vae)

@@ -7,16 +7,16 @@ import torch
 
 from dreamdance.errors import MissingInputError, RecipeError
 from dreamdance.recipe import load_recipe
-from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
+from dreamdance.recipe.schema import TrainingRecipe
 from dreamdance.runs.layout import RECIPE_FILE, checkpoint_folder, export_folder, final_export
 from dreamdance.training.checkpointing.checkpointer import read_average
 from dreamdance.training.networks.build import load_networks
-from dreamdance.training.networks.trainability import Objective
+from dreamdance.training.objectives.output import Objective
 
 logger = logging.getLogger(__name__)
 
 
-def load_initial_weights(objective: Objective, recipe: Stage1Recipe | Stage2Recipe, runs: Path) -> None:
+def load_initial_weights(objective: Objective, recipe: TrainingRecipe, runs: Path) -> None:
     """Loads the averaged weights that `recipe.init_from` names; does nothing where it names none.
 
     A finished run's come from the export of its last step. With `init_step`, that step's export, else its checkpoint:
@@ -54,7 +54,7 @@ def load_initial_weights(objective: Objective, recipe: Stage1Recipe | Stage2Reci
             f"init_step: run '{run.name}' has neither an export nor a checkpoint of step {recipe.init_step}"
         )
     source = load_recipe(run / RECIPE_FILE)
-    if not isinstance(source, Stage1Recipe | Stage2Recipe):
+    if not isinstance(source, TrainingRecipe):
         raise RecipeError(f"init_from: run '{run.name}' does not train anything")
     load_initial_weights(objective, source, runs)
     _overlay(objective, checkpoint)

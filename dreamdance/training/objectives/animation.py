@@ -29,7 +29,7 @@ from dreamdance.models.image_embedding import ImageEncoder, embed_images
 from dreamdance.models.svd_unet import is_encoder_half_frozen, run_svd_unet
 from dreamdance.pipelines import AnimationPipeline
 from dreamdance.recipe import schema
-from dreamdance.training.objectives.output import LatentObjective, ObjectiveOutput, no_grad_if_frozen
+from dreamdance.training.objectives.output import Objective, ObjectiveOutput, no_grad_if_frozen
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class DenoiserInput:
     control_features: Tensor
 
 
-class AnimationObjective(LatentObjective):
+class AnimationObjective(Objective):
     """Denoising of videos under EDM noise with robust conditioning.
 
     Args:

@@ -28,12 +28,12 @@ from dreamdance.models.image_embedding import ImageEncoder, embed_images
 from dreamdance.pipelines import GeometryPipeline
 from dreamdance.recipe import schema
 from dreamdance.runtime.sample_random import sample_generator
-from dreamdance.training.objectives.output import LatentObjective, ObjectiveOutput, no_grad_if_frozen
+from dreamdance.training.objectives.output import Objective, ObjectiveOutput, no_grad_if_frozen
 
 Step = Literal["domains", "geometry", "temporal"]
 
 
-class GeometryObjective(LatentObjective):
+class GeometryObjective(Objective):
     """Noise prediction of the mutually aligned geometry diffusion model, in one of its three training steps.
 
     Args:

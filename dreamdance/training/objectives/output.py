@@ -1,10 +1,12 @@
 """What both objectives hand to the trainer, and what they share. Knows nothing of ranks, optimizers or recipes."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
+from diffusers import DiffusionPipeline, ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -39,10 +41,15 @@ def no_grad_if_frozen(*networks: nn.Module) -> AbstractContextManager[object]:
     return torch.set_grad_enabled(torch.is_grad_enabled() and trainable)
 
 
-class LatentObjective(nn.Module):
+class Objective(nn.Module, ABC):
     """An objective on the latents of a frozen autoencoder, which keeps float32 when the networks are cast."""
 
+    unet: ModelMixin
     vae: Autoencoder
+
+    @abstractmethod
+    def make_pipeline(self) -> DiffusionPipeline:
+        """The pipeline that samples from these very networks (shared, not copied)."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
         """What `to`, `bfloat16` and all casts and moves go through."""

@@ -9,26 +9,27 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dreamdance.data.loading.batch import ClipBatch
-from dreamdance.modalities import ALWAYS_READ, DOMAINS, MODALITIES
-from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
+from dreamdance.modalities import ALWAYS_READ
+from dreamdance.training.objectives.output import Objective
+from dreamdance.training.stages.stage import Stage
 
 
-def peak_activation_bytes(objective: nn.Module, recipe: Stage1Recipe | Stage2Recipe) -> int:
+def peak_activation_bytes(objective: Objective, stage: Stage[Any]) -> int:
     """The most memory that is alive at once during forward and backward of one micro batch.
 
     Without the weights, and without their gradients, which sharding takes away as they arrive.
 
     Args:
         objective: built on the meta device, `requires_grad` set; it is left without content and of no further use.
-        recipe: gives the shapes of a micro batch and the precision.
+        stage: gives the shapes of a micro batch and the precision.
     """
-    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if stage.recipe.precision == "bf16" else torch.float32
     objective.to(dtype)
     objective.training = False  # itself alone, not its networks: what to drop is decided by looking at drawn numbers
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -36,7 +37,7 @@ def peak_activation_bytes(objective: nn.Module, recipe: Stage1Recipe | Stage2Rec
         for parameter in objective.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        batch = _empty_batch(recipe)
+        batch = _empty_batch(stage)
         live = LiveBytes(beside=(*objective.parameters(), *objective.buffers()))
         with live:
             objective(batch).loss.backward()
@@ -47,11 +48,10 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _empty_batch(recipe: Stage1Recipe | Stage2Recipe) -> ClipBatch:
+def _empty_batch(stage: Stage[Any]) -> ClipBatch:
     """A micro batch of the recipe's shapes."""
-    data, clips = recipe.data, recipe.micro_batch_size
-    wanted = recipe.model.controls if isinstance(recipe, Stage2Recipe) else DOMAINS
-    names = [name for name in MODALITIES if name in ALWAYS_READ or name in wanted]
+    data, clips = stage.recipe.data, stage.recipe.micro_batch_size
+    names = (*ALWAYS_READ, *stage.maps)
     return ClipBatch(
         maps={name: torch.empty(clips, data.num_frames, 3, data.height, data.width) for name in names},
         reference=torch.empty(clips, 3, data.height, data.width),

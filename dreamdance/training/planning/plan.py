@@ -6,14 +6,15 @@ their weights are absent. Every number is an estimate except the counts.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe, TrainingRecipe
+from dreamdance.recipe.schema import TrainingRecipe
 from dreamdance.training.checkpointing.saving_plan import describe_checkpoint
-from dreamdance.training.networks.build import build_objective
-from dreamdance.training.networks.trainability import set_trainable
+from dreamdance.training.objectives.output import Objective
 from dreamdance.training.planning.activation_memory import peak_activation_bytes
+from dreamdance.training.stages.stage import Stage, stage_of
 
 GIB = 2**30
 FP32_BYTES, BF16_BYTES = 4, 2
@@ -55,20 +56,20 @@ class TrainingPlan:
         return sum(part.num_bytes for part in self.memory)
 
 
-def make_plan(recipe: Stage1Recipe | Stage2Recipe) -> TrainingPlan:
+def make_plan(stage: Stage[Any]) -> TrainingPlan:
     """Builds the recipe's networks as shapes, counts them, and rehearses one training step.
 
     Raises:
         RecipeError: the networks that the recipe names do not fit together.
     """
-    objective = build_objective(recipe, device="meta")
-    set_trainable(objective, recipe)
+    objective = stage.build(device="meta")
+    stage.set_trainable(objective)
     networks = network_sizes(objective)
     trainable = sum(network.trainable for network in networks)
     total = trainable + sum(network.frozen for network in networks)
     exact = sum(parameter.numel() for parameter in objective.vae.parameters())
-    memory = state_memory(recipe, trainable, total, exact=exact)
-    return TrainingPlan(networks, [*memory, _activations(objective, recipe)])
+    memory = state_memory(stage.recipe, trainable, total, exact=exact)
+    return TrainingPlan(networks, [*memory, _activations(objective, stage)])
 
 
 def network_sizes(objective: nn.Module) -> list[NetworkSize]:
@@ -78,15 +79,14 @@ def network_sizes(objective: nn.Module) -> list[NetworkSize]:
 
 def describe(recipe: TrainingRecipe, *, gpu_memory_gib: float | None = None) -> str:
     """The plan for a person; `gpu_memory_gib` is what one GPU of this machine has, if it has any."""
-    if not isinstance(recipe, Stage1Recipe | Stage2Recipe):
-        raise TypeError(f"no plan for {type(recipe).__name__}")
-    plan = make_plan(recipe)
+    stage = stage_of(recipe)
+    plan = make_plan(stage)
     lines = ["parameters:", f"  {'':<16}{'trainable':>16}{'frozen':>16}"]
     for network in plan.networks:
         lines.append(f"  {network.name:<16}{network.trainable:>16,}{network.frozen:>16,}")
     frozen = sum(network.frozen for network in plan.networks)
     lines.append(f"  {'all':<16}{plan.num_trainable:>16,}{frozen:>16,}")
-    if absent := _absent_folders(recipe):
+    if absent := _absent_folders(stage):
         lines.append(f"  (published configurations stand in for {', '.join(absent)}, which are not here)")
     lines.append("memory per process (estimate):")
     for part in plan.memory:
@@ -152,16 +152,16 @@ def state_memory(recipe: TrainingRecipe, trainable: int, total: int, *, exact: i
     ]
 
 
-def _activations(objective: nn.Module, recipe: Stage1Recipe | Stage2Recipe) -> MemoryPart:
+def _activations(objective: Objective, stage: Stage[Any]) -> MemoryPart:
+    recipe = stage.recipe
     data, clips = recipe.data, recipe.micro_batch_size
     frames = f"{clips} x {data.num_frames} frame{'s' * (data.num_frames > 1)} at {data.width}x{data.height}"
     checkpointing = "with" if recipe.sharding.gradient_checkpointing else "without"
     kept = " that keeps attention" if recipe.sharding.gradient_checkpointing == "keep_attention" else ""
     reason = f"peak of one rehearsed step, {frames}, {checkpointing} gradient checkpointing{kept}"
-    return MemoryPart("activations", peak_activation_bytes(objective, recipe), reason)
+    return MemoryPart("activations", peak_activation_bytes(objective, stage), reason)
 
 
-def _absent_folders(recipe: Stage1Recipe | Stage2Recipe) -> list[str]:
-    sources = (recipe.model.unet, recipe.model.autoencoder, recipe.model.image_encoder)
-    folders = [Path(source.path) / (source.subfolder or "") for source in sources if source.path is not None]
+def _absent_folders(stage: Stage[Any]) -> list[str]:
+    folders = [Path(source.path) / (source.subfolder or "") for source in stage.sources if source.path is not None]
     return [str(folder) for folder in folders if not (folder / "config.json").is_file()]

@@ -1,0 +1,90 @@
+"""Stage 2: Stable Video Diffusion, guided by a ControlNet and the cross-domain controller."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from diffusers import UNetSpatioTemporalConditionModel
+
+from dreamdance.data.loading.batch import ClipBatch
+from dreamdance.modalities import OPTIONAL
+from dreamdance.models import CrossDomainControllerModel, SpatioTemporalControlNetModel
+from dreamdance.models.autoencoding import downscale_factor
+from dreamdance.models.base_configs import STABLE_VIDEO_DIFFUSION_UNET
+from dreamdance.models.image_embedding import embedding_width
+from dreamdance.models.svd_unet import DECODER_HALF
+from dreamdance.pipelines.sampling import StepCallback
+from dreamdance.recipe.model_sections import AutoencoderSource, ImageEncoderSource, NetworkSource
+from dreamdance.recipe.schema import Stage2Recipe
+from dreamdance.training.networks.build import check_fit, prepare_networks, seeded_networks
+from dreamdance.training.networks.sources import open_autoencoder, open_image_encoder, open_unet
+from dreamdance.training.networks.trainability import names_with_gradient, train_only
+from dreamdance.training.objectives.animation import AnimationObjective
+from dreamdance.training.sample_pictures import Samples, passed_maps, sample_animation, show
+
+_TEMPORAL_LAYERS = re.compile(r"temporal_transformer_blocks|temporal_res_block|time_mixer|time_pos_embed")
+
+
+@dataclass(frozen=True)
+class AnimationStage:
+    """Implements `Stage` for stage 2."""
+
+    recipe: Stage2Recipe
+
+    @property
+    def sources(self) -> Sequence[NetworkSource | AutoencoderSource | ImageEncoderSource]:
+        """Stable Video Diffusion's UNet and autoencoder, and CLIP's image encoder, or their stand-ins."""
+        return (self.recipe.model.unet, self.recipe.model.autoencoder, self.recipe.model.image_encoder)
+
+    @property
+    def maps(self) -> Sequence[str]:
+        """Those that the recipe's controls name."""
+        return [name for name in OPTIONAL if name in self.recipe.model.controls]
+
+    def build(self, *, device: str = "cpu") -> AnimationObjective:
+        """See `Stage`."""
+        model, published = self.recipe.model, STABLE_VIDEO_DIFFUSION_UNET
+        with seeded_networks(self.recipe.seed, device):
+            vae = open_autoencoder(model.autoencoder, temporal=True, device=device)
+            image_encoder = open_image_encoder(model.image_encoder, huge=True, device=device)
+            unet = open_unet(model.unet, UNetSpatioTemporalConditionModel, published=published, device=device)
+            check_fit(unet, vae, embedding_width(image_encoder), self.recipe.data, latent_inputs=2)
+            controller = CrossDomainControllerModel(
+                controls=model.controls,
+                out_channels=unet.config.block_out_channels[0],
+                channels=tuple(model.controller_channels),
+                head_width=model.controller_head_width,
+                downscale_factor=downscale_factor(vae),
+                geometry_attention=model.geometry_attention,
+                attention_backend=model.attention_backend,
+            )
+            objective = AnimationObjective(
+                unet,
+                SpatioTemporalControlNetModel.from_unet(unet, trained_frames=self.recipe.data.num_frames),
+                controller,
+                vae,
+                image_encoder,
+                settings=self.recipe.objective,
+            )
+        prepare_networks(objective, self.recipe.sharding, channels_last=model.channels_last, device=device)
+        return objective
+
+    def set_trainable(self, objective: AnimationObjective) -> list[str]:
+        """ControlNet and controller train, and as much of the UNet as `model.unfreeze` names."""
+        names = {f"controlnet.{name}" for name in names_with_gradient(objective.controlnet)}
+        names |= {f"controller.{name}" for name, _ in objective.controller.named_parameters()}
+        unet, unfreeze = names_with_gradient(objective.unet), self.recipe.model.unfreeze
+        if unfreeze == "temporal":
+            unet = {name for name in unet if _TEMPORAL_LAYERS.search(name)}
+        elif unfreeze == "decoder":
+            unet = {name for name in unet if name.split(".", 1)[0] in DECODER_HALF}
+        elif unfreeze == "none":
+            unet = set()
+        return train_only(objective, names | {f"unet.{name}" for name in unet})
+
+    def sample(self, objective: AnimationObjective, batch: ClipBatch, on_step: StepCallback | None = None) -> Samples:
+        """Videos, from references, poses and the true maps as stage 1 would deliver them."""
+        maps = passed_maps(batch, self.recipe)
+        frames = sample_animation(objective, batch, maps, self.recipe.sampling, on_step)
+        given = {"pose": batch.pose} | {name: maps[name] for name in self.recipe.model.controls if name in maps}
+        return show(batch, given, {"rgb": frames})
