@@ -9,12 +9,12 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from dreamdance.recipe.schema import TrainingRecipe
+from dreamdance.recipe.training_sections import Recovery
 
 FEWEST_LOSSES = 10
 """Before so many steps, no loss counts as a leap."""
 
-Verdict = Literal["go on", "roll back", "stop"]
+Reaction = Literal["go on", "roll back", "stop"]
 
 
 class StepGuard:
@@ -26,9 +26,9 @@ class StepGuard:
         roll_backs: how often the run has gone back.
     """
 
-    def __init__(self, recipe: TrainingRecipe) -> None:
-        """Starts with a clean record; `recipe.recovery` and `recipe.max_nonfinite_steps` say what is tolerated."""
-        self.section, self.max_nonfinite_steps = recipe.recovery, recipe.max_nonfinite_steps
+    def __init__(self, section: Recovery, *, max_nonfinite_steps: int) -> None:
+        """Starts with a clean record; the recipe's `recovery` and `max_nonfinite_steps` set what is tolerated."""
+        self.section, self.max_nonfinite_steps = section, max_nonfinite_steps
         self.nonfinite_steps: list[int] = []
         self.spike_steps: list[int] = []
         self.roll_backs = 0
@@ -53,21 +53,21 @@ class StepGuard:
         if math.isfinite(loss):
             self._losses.append(loss)
 
-    def note_spike(self, step: int) -> Verdict:
+    def note_spike(self, step: int) -> Reaction:
         """Takes note of a step that was skipped for its loss, and says what follows."""
         self.spike_steps = [*self._recent(self.spike_steps, step), step]
-        return self._verdict(len(self.spike_steps) > self.section.max_spikes)
+        return self._reaction(len(self.spike_steps) > self.section.max_spikes)
 
-    def note_nonfinite(self, step: int) -> Verdict:
+    def note_nonfinite(self, step: int) -> Reaction:
         """Takes note of a step that was skipped because something was not finite, and says what follows."""
         self.nonfinite_steps = [*self._recent(self.nonfinite_steps, step), step]
-        return self._verdict(len(self.nonfinite_steps) > self.max_nonfinite_steps)
+        return self._reaction(len(self.nonfinite_steps) > self.max_nonfinite_steps)
 
     def _recent(self, steps: list[int], step: int) -> list[int]:
         """In weeks of training something odd happens now and then; what counts is that it happens often."""
         return [old for old in steps if old > step - self.section.spike_window_steps]
 
-    def _verdict(self, too_many: bool) -> Verdict:
+    def _reaction(self, too_many: bool) -> Reaction:
         if not too_many:
             return "go on"
         return "roll back" if self.roll_backs < self.section.max_roll_backs else "stop"

@@ -1,4 +1,4 @@
-"""What a run tells people: a line of text, TensorBoard, and the progress log that `--follow` reads.
+"""What a run shows: lines in the log, TensorBoard, and the progress log that `--follow` reads.
 
 The main process records; on the others every call returns at once. Knows nothing of how training works.
 """
@@ -26,7 +26,7 @@ from dreamdance.runs.durations import duration
 from dreamdance.runs.files import write_atomically
 from dreamdance.runs.layout import ProgressLog, step_name
 from dreamdance.runtime.ranks import Ranks
-from dreamdance.training.stragglers import NOT_TIMED, OwnSeconds, StragglerReport
+from dreamdance.training.stragglers import NOT_TIMED, RankSeconds, StragglerReport
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,12 @@ class Losses:
         sums = zip(DOMAINS, self.domain_sums, self.domain_counts, strict=True)
         return {domain: total / count for domain, total, count in sums if count}
 
+    @classmethod
+    def unpack(cls, sums: Sequence[float]) -> "Losses":
+        """From numbers in the order of `ObjectiveOutput.sums`."""
+        loss_sum, num_samples, *domains = sums
+        return cls(loss_sum, num_samples, domains[: len(DOMAINS)], domains[len(DOMAINS) :])
+
     def __add__(self, other: "Losses") -> "Losses":
         return Losses(
             self.loss_sum + other.loss_sum,
@@ -75,11 +81,11 @@ class StepReport:
     gradient_norm: float
     seconds: float
     data_wait_seconds: float
-    own_seconds: OwnSeconds = NOT_TIMED
+    rank_seconds: RankSeconds = NOT_TIMED
 
 
 @dataclass
-class _Window:
+class _Interval:
     """The steps since the last line."""
 
     losses: Losses = NO_LOSSES
@@ -114,12 +120,12 @@ class Metrics:
         """
         self.run, self.max_steps, self.every_steps = run, max_steps, every_steps
         self.recording = ranks.is_main
-        self._window, self._stragglers = _Window(), StragglerReport()
+        self._interval, self._stragglers = _Interval(), StragglerReport()
         if not self.recording:
             return
-        self._owed_file = run / "logs" / "owed_validation_of_step.txt"
-        if not self.has_owed_validation(first_step):
-            self._owed_file.unlink(missing_ok=True)  # of a start from elsewhere; that step's record is purged now
+        self._validated_file = run / "logs" / "pending_validation_done.txt"
+        if not self.is_pending_validation_done(first_step):
+            self._validated_file.unlink(missing_ok=True)  # of a start from another step, whose record is purged now
         self._progress = ProgressLog(run)
         folder = run / "tensorboard"
         num_starts = len(list(folder.glob("events.*")))
@@ -139,32 +145,32 @@ class Metrics:
         """Takes note of a step; prints and writes the means since the last line every `every_steps`."""
         if not self.recording:
             return
-        self._window.add(report)
-        self._stragglers.add(report.own_seconds, report.seconds)
+        self._interval.add(report)
+        self._stragglers.add(report.rank_seconds, report.seconds)
         if report.step % self.every_steps and report.step != self.max_steps:
             return
-        window, self._window = self._window, _Window()
-        elapsed = time.perf_counter() - window.started
-        samples_per_second = report.losses.num_samples * window.steps / elapsed
-        eta = (self.max_steps - report.step) * elapsed / window.steps
-        logger.info(self._line(report, window, samples_per_second, eta))
+        interval, self._interval = self._interval, _Interval()
+        elapsed = time.perf_counter() - interval.started
+        samples_per_second = report.losses.num_samples * interval.steps / elapsed
+        eta = (self.max_steps - report.step) * elapsed / interval.steps
+        logger.info(self._line(report, interval, samples_per_second, eta))
         self._progress.write(
             done=report.step,
             total=self.max_steps,
             unit="steps",
-            loss=window.losses.mean if window.losses.num_samples else None,
+            loss=interval.losses.mean if interval.losses.num_samples else None,
             samples_per_second=samples_per_second,
         )
         if (straggler := self._stragglers.take()) is not None:
             self.message(straggler, step=report.step, level=logging.WARNING)
-        self._scalar("train/loss", window.losses.mean, report.step)
-        for domain, loss in window.losses.domain_means.items():
+        self._scalar("train/loss", interval.losses.mean, report.step)
+        for domain, loss in interval.losses.domain_means.items():
             self._scalar(f"train/loss_{domain}", loss, report.step)
         self._scalar("optim/lr", report.learning_rate, report.step)
         self._scalar("optim/grad_norm", report.gradient_norm, report.step)
         self._scalar("perf/samples_per_second", samples_per_second, report.step)
-        self._scalar("perf/step_seconds", window.seconds / window.steps, report.step)
-        self._scalar("perf/data_wait_share", window.waited / window.seconds, report.step)
+        self._scalar("perf/step_seconds", interval.seconds / interval.steps, report.step)
+        self._scalar("perf/data_wait_share", interval.waited / interval.seconds, report.step)
         self._scalar("perf/memory_gib", used_memory_gib(), report.step)
         if torch.cuda.is_available():
             self._scalar("perf/memory_reserved_gib", torch.cuda.max_memory_reserved() / _GIB, report.step)
@@ -214,15 +220,15 @@ class Metrics:
         if self.recording:
             self._board.flush()
 
-    def note_owed_validation(self, step: int) -> None:
-        """Remembers that a validation which a stop had broken off was made up for."""
+    def note_pending_validation_done(self, step: int) -> None:
+        """Remembers that the validation which a stop had interrupted has been repeated, so that it is recorded once."""
         if self.recording:
             self.flush()  # first: a step that a start goes on from is not purged, and must not be there twice
-            write_atomically(self._owed_file, f"{step}\n")
+            write_atomically(self._validated_file, f"{step}\n")
 
-    def has_owed_validation(self, step: int) -> bool:
-        """Whether an earlier start that went on from `step` has made up for its validation. Of the main process."""
-        return self._owed_file.is_file() and self._owed_file.read_text(encoding="utf-8") == f"{step}\n"
+    def is_pending_validation_done(self, step: int) -> bool:
+        """Whether an earlier start from `step` has repeated its interrupted validation. For the main process."""
+        return self._validated_file.is_file() and self._validated_file.read_text(encoding="utf-8") == f"{step}\n"
 
     def close(self) -> None:
         """Flushes and closes the files."""
@@ -234,12 +240,12 @@ class Metrics:
     def _scalar(self, tag: str, value: float, step: int) -> None:
         self._board.add_scalar(tag, value, step)
 
-    def _line(self, report: StepReport, window: _Window, samples_per_second: float, eta_seconds: float) -> str:
-        steps = window.steps
+    def _line(self, report: StepReport, interval: _Interval, samples_per_second: float, eta_seconds: float) -> str:
+        steps = interval.steps
         return (
-            f"step {_of(report.step, self.max_steps)}  loss {window.losses.mean:.4f}{_domains(window.losses)}  "
+            f"step {_of(report.step, self.max_steps)}  loss {interval.losses.mean:.4f}{_domains(interval.losses)}  "
             f"gnorm {report.gradient_norm:.3g}  lr {report.learning_rate:.1e}  {samples_per_second:.1f} samples/s  "
-            f"step {window.seconds / steps:.2f}s (data {window.waited / steps:.2f})  "
+            f"step {interval.seconds / steps:.2f}s (data {interval.waited / steps:.2f})  "
             f"mem {_memory()}  eta {duration(eta_seconds)}"
         )
 

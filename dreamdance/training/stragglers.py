@@ -50,29 +50,29 @@ class Stopwatch:
 
 
 @dataclass(frozen=True)
-class OwnSeconds:
+class RankSeconds:
     """A step of every rank, in the order of ranks: the time in which it waited for no other."""
 
     data: Sequence[float]
     forward: Sequence[float]
 
 
-NOT_TIMED = OwnSeconds((), ())
+NOT_TIMED = RankSeconds((), ())
 
 
 class StragglerReport:
     """Adds up steps, and says which rank holds the others up and in what; each once, until another does or none."""
 
     def __init__(self) -> None:
-        self._told: tuple[int, str] | None = None
+        self._reported: tuple[int, str] | None = None
         self._reset()
 
-    def add(self, own: OwnSeconds, step_seconds: float) -> None:
+    def add(self, rank_seconds: RankSeconds, step_seconds: float) -> None:
         """Takes note of a step."""
         self._steps += 1
         self._step_seconds += step_seconds
-        phases = (("waiting for its data", own.data), ("in the forward pass", own.forward))
-        for phase, seconds in phases if own.data else ():
+        phases = (("waiting for its data", rank_seconds.data), ("in the forward pass", rank_seconds.forward))
+        for phase, seconds in phases if rank_seconds.data else ():
             before = self._sums.get(phase, [0.0] * len(seconds))
             self._sums[phase] = [sum(pair) for pair in zip(before, seconds, strict=True)]
 
@@ -94,8 +94,8 @@ class StragglerReport:
                 )
                 found.append((excess, (rank, phase), text))
         _, worst, text = max(found, default=(0.0, None, ""))
-        told, self._told = self._told, worst
-        return text if worst not in (None, told) else None
+        reported, self._reported = self._reported, worst
+        return text if worst not in (None, reported) else None
 
     def _reset(self) -> None:
         self._steps, self._step_seconds = 0, 0.0

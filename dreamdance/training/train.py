@@ -111,12 +111,14 @@ def prepare(
         run_folder, engine, ema, ranks, recipe.checkpoint, recipe_digest=recipe_digest(recipe), weights=weights
     )
     resumed = checkpointer.resume()
-    guard, step, owes_validation = StepGuard(recipe), 0, False
+    guard = StepGuard(recipe.recovery, max_nonfinite_steps=recipe.max_nonfinite_steps)
+    step, validation_pending = 0, False
     if resumed:
         step = resumed.manifest.step
-        owes_validation = bool(resumed.state.get("owes_validation"))
-        loader.load_state_dict(resumed.state["loader"])
-        guard.load_state_dict(resumed.state["guard"])
+        state = resumed.state  # checkpoints of the first release name the flag `owes_validation`
+        validation_pending = bool(state.get("validation_pending", state.get("owes_validation")))
+        loader.load_state_dict(state["loader"])
+        guard.load_state_dict(state["guard"])
     metrics = Metrics(
         run_folder,
         ranks,
@@ -128,8 +130,8 @@ def prepare(
     metrics.message(describe_start(run_folder, resumed, loader, world_size=ranks.world_size), step=step)
     watchdog.enter("reading the held-out clips", f"rank {ranks.rank}")
     validator = Validator(stage, engine, ema, ranks, metrics, stop=stop)
-    if owes_validation:
-        owes_validation = not on_main(partial(metrics.has_owed_validation, step))
+    if validation_pending:
+        validation_pending = not on_main(partial(metrics.is_pending_validation_done, step))
     return Trainer(
         recipe=recipe,
         engine=engine,
@@ -142,7 +144,7 @@ def prepare(
         guard=guard,
         watchdog=watchdog,
         step=step,
-        owes_validation=owes_validation,
+        validation_pending=validation_pending,
     )
 
 

@@ -80,9 +80,7 @@ class Validator:
         if stopped:
             return False
         if wants_loss:
-            loss_sum, num_samples, *domains = totals
-            losses = Losses(loss_sum, num_samples, domains[: len(DOMAINS)], domains[len(DOMAINS) :])
-            self.metrics.validation(losses, step=step)
+            self.metrics.validation(Losses.unpack(totals), step=step)
         if samples is not None:
             self.metrics.samples(samples.grid, samples.predictions, step=step)
         return True
@@ -106,10 +104,7 @@ class Validator:
             if self.stop:
                 break
             batch = collate_clips(self.loss_clips[start : start + size])
-            output = objective(batch)
-            sums[0] += output.sample_losses.sum().cpu()
-            sums[1] += len(batch)
-            sums[2:] += torch.cat([output.domain_sums, output.domain_counts]).cpu()
+            sums += objective(batch).sums().cpu()
         return sums
 
     def _samples(self) -> Samples | None:

@@ -10,7 +10,8 @@ from dreamdance.training.guard import FEWEST_LOSSES, StepGuard
 
 
 def make_guard(**changes: object) -> StepGuard:
-    return StepGuard(tiny_stage1_recipe(changes={"recovery.spike_factor": 3.0, **changes}))
+    recipe = tiny_stage1_recipe(changes={"recovery.spike_factor": 3.0, **changes})
+    return StepGuard(recipe.recovery, max_nonfinite_steps=recipe.max_nonfinite_steps)
 
 
 def fed(guard: StepGuard, loss: float = 1.0, count: int = FEWEST_LOSSES) -> StepGuard:

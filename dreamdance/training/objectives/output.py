@@ -34,6 +34,12 @@ class ObjectiveOutput(NamedTuple):
     domain_sums: Tensor
     domain_counts: Tensor
 
+    def sums(self) -> Tensor:
+        """All that adds up over micro batches and ranks, `8`, float64: losses, number of clips, and both by domain."""
+        count = self.sample_losses.new_tensor([len(self.sample_losses)])
+        parts = (self.sample_losses.sum().reshape(1), count, self.domain_sums, self.domain_counts)
+        return torch.cat([part.to(torch.float64) for part in parts])
+
 
 def no_grad_if_frozen(*networks: nn.Module) -> AbstractContextManager[object]:
     """A context which records nothing for a backward pass where none of `networks` has a trainable parameter."""

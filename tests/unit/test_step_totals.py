@@ -13,7 +13,7 @@ from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.runtime.process_group import from_main, gathered, process_group, sum_over_ranks
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.objectives.output import ObjectiveOutput
-from dreamdance.training.trainer import Tally, name_nonfinite
+from dreamdance.training.step_totals import RankReport, StepTotals, name_nonfinite
 
 
 @pytest.fixture
@@ -37,52 +37,60 @@ def output(losses: list[float], sums: tuple[float, float, float] = (0.0, 0.0, 0.
 
 @pytest.mark.usefixtures("group")
 def test_the_loss_of_a_step_is_the_mean_over_its_samples_not_over_its_micro_batches(batch: ClipBatch) -> None:
-    tally = Tally()
-    tally.add(batch, output([1.0, 3.0], (4.0, 0.0, 2.0), (2.0, 0.0, 1.0)))
-    tally.add(batch.select([0]), output([8.0], (8.0, 0.0, 0.0), (1.0, 0.0, 0.0)))
-    tally.agree(applied=True)
-    assert tally.losses.num_samples == 3
-    assert tally.losses.mean == pytest.approx(4.0)
-    assert tally.losses.domain_means == {"rgb": 4.0, "depth": 2.0}
-    assert not tally.should_stop
-    assert not tally.is_skipped
+    totals = StepTotals()
+    totals.add(batch, output([1.0, 3.0], (4.0, 0.0, 2.0), (2.0, 0.0, 1.0)))
+    totals.add(batch.select([0]), output([8.0], (8.0, 0.0, 0.0), (1.0, 0.0, 0.0)))
+    totals.reduce(applied=True)
+    assert totals.losses.num_samples == 3
+    assert totals.losses.mean == pytest.approx(4.0)
+    assert totals.losses.domain_means == {"rgb": 4.0, "depth": 2.0}
+    assert not totals.should_stop
+    assert not totals.is_skipped
 
 
 @pytest.mark.usefixtures("group")
 def test_sums_over_micro_batches_are_exact_where_float32_would_round(batch: ClipBatch) -> None:
-    tally = Tally()
+    totals = StepTotals()
     for loss in (2.0**24, 1.0, 1.0, 1.0):
-        tally.add(batch.select([0]), output([loss]))
-    tally.agree(applied=True)
-    assert tally.losses.loss_sum == 2.0**24 + 3
+        totals.add(batch.select([0]), output([loss]))
+    totals.reduce(applied=True)
+    assert totals.losses.loss_sum == 2.0**24 + 3
 
 
 @pytest.mark.usefixtures("group")
-def test_a_wish_to_stop_survives_the_agreement(batch: ClipBatch) -> None:
-    tally = Tally()
-    tally.add(batch, output([1.0, 1.0]))
-    tally.agree(applied=True, should_stop=True)
-    assert tally.should_stop
-    assert not tally.is_skipped
+def test_a_stop_of_any_rank_is_seen_by_all(batch: ClipBatch) -> None:
+    totals = StepTotals()
+    totals.add(batch, output([1.0, 1.0]))
+    totals.reduce(applied=True, should_stop=True)
+    assert totals.should_stop
+    assert not totals.is_skipped
 
 
 @pytest.mark.usefixtures("group")
 def test_a_step_that_was_not_applied_is_skipped_even_where_every_loss_is_finite(batch: ClipBatch) -> None:
-    tally = Tally()
-    tally.add(batch, output([1.0, 1.0]))
-    tally.agree(applied=False)
-    assert tally.is_skipped
-    assert tally.nonfinite_samples == []
+    totals = StepTotals()
+    totals.add(batch, output([1.0, 1.0]))
+    totals.reduce(applied=False)
+    assert totals.is_skipped
+    assert totals.nonfinite_samples == []
 
 
 @pytest.mark.usefixtures("group")
 def test_samples_whose_loss_is_not_finite_are_remembered_over_micro_batches(batch: ClipBatch) -> None:
-    tally = Tally()
-    tally.add(batch, output([math.nan, 1.0]))
-    tally.add(batch, output([1.0, math.inf]))
-    tally.agree(applied=True)
-    assert tally.is_skipped
-    assert [name.split(" (")[0] for name in tally.nonfinite_samples] == ["sample 11 of epoch 3", "sample 12 of epoch 4"]
+    totals = StepTotals()
+    totals.add(batch, output([math.nan, 1.0]))
+    totals.add(batch, output([1.0, math.inf]))
+    totals.reduce(applied=True)
+    assert totals.is_skipped
+    assert [name.split(" (")[0] for name in totals.nonfinite_samples] == [
+        "sample 11 of epoch 3",
+        "sample 12 of epoch 4",
+    ]
+
+
+def test_a_rank_report_is_unpacked_as_it_was_packed() -> None:
+    report = RankReport(1.0, 0.0, 2.0, data_seconds=[0.1, 0.2, 0.3], forward_seconds=[0.4, 0.5, 0.6])
+    assert RankReport.unpack(report.pack()) == report
 
 
 def test_a_bad_sample_is_named_by_its_number_epoch_and_clip(batch: ClipBatch) -> None:
