@@ -28,7 +28,7 @@ from dreamdance.evaluation.scores import Scores, as_bytes, mean_scores, score
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table
 from dreamdance.evaluation.times import pair_frames
 from dreamdance.evaluation.trivial import FRAMES_PER_TRAINING_CLIP, TrainingMean, average_training_set, trivial_answers
-from dreamdance.media.grids import Row, draw_grid
+from dreamdance.media.grids import GridRow, draw_grid
 from dreamdance.recipe.schema import EvaluateRecipe
 from dreamdance.runs.crew import Crew
 from dreamdance.runs.layout import ProgressLog
@@ -245,7 +245,7 @@ def _check_sizes(result: Result, first: Result) -> None:
         )
 
 
-def _overview_row(name: str, prediction: Prediction, truth: Truth, reference: Truth) -> Row:
+def _overview_row(name: str, prediction: Prediction, truth: Truth, reference: Truth) -> GridRow:
     """The middle frame: truth and prediction of each kind, beside the reference."""
     middle = len(_given(truth.pictures.frames)) // 2
     pictures = [_given(reference.pictures.frames)[0]]
@@ -256,7 +256,7 @@ def _overview_row(name: str, prediction: Prediction, truth: Truth, reference: Tr
         maps = (truth.pictures.disparity, prediction.disparity)
         pictures += [np.repeat(disparity[middle][..., None], 3, axis=-1) for disparity in maps]
     height, width = pictures[0].shape[:2]
-    return Row(name, [_enlarged(as_bytes(picture), height, width) for picture in pictures])
+    return GridRow(name, [_enlarged(as_bytes(picture), height, width) for picture in pictures])
 
 
 def _enlarged(picture: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:

@@ -17,7 +17,7 @@ import numpy as np
 from dreamdance.data.shards.index import read_index
 from dreamdance.evaluation.clips import ResultError
 from dreamdance.evaluation.scores import Scores
-from dreamdance.media.grids import Row
+from dreamdance.media.grids import GridRow
 from dreamdance.recipe.same_run import result_json
 from dreamdance.recipe.schema import EvaluateRecipe
 from dreamdance.runs.crew import Crew
@@ -42,7 +42,7 @@ class EvaluatedClip:
     """
 
     scores: dict[str, Scores]
-    row: Row
+    row: GridRow
     num_frames: int
     files: dict[Path, FileState] = field(default_factory=dict)
 
@@ -121,7 +121,7 @@ class MeasuredClips:
         with np.load(self.path(result), allow_pickle=False) as stored:
             text = json.loads(str(stored["text"]))
             pictures = [stored[f"picture_{number}"] for number in range(len(stored.files) - 1)]
-        return EvaluatedClip(text["scores"], Row(text["label"], pictures), text["num_frames"], _files(text))
+        return EvaluatedClip(text["scores"], GridRow(text["label"], pictures), text["num_frames"], _files(text))
 
     def wait_for(self, results: Sequence[Path], crew: Crew, report: Callable[[int], None]) -> None:
         """To be called by each rank after its share; the main rank returns when all are measured.

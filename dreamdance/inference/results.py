@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dreamdance.media.grids import Row, draw_grid
+from dreamdance.media.grids import GridRow, draw_grid
 from dreamdance.media.transforms import encode_normals, resize_images, resize_normals, tensor_to_pictures
 from dreamdance.media.video import VideoError, write_video
 from dreamdance.runs.file_states import FileState
@@ -136,7 +136,7 @@ def _columns(result: ClipResult) -> dict[str, NDArray[np.uint8]]:
 def _side_by_side(columns: dict[str, NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
     titles = list(columns)
     return [
-        draw_grid([Row("", pictures)], titles=titles, smallest_width=SMALLEST_WIDTH)
+        draw_grid([GridRow("", pictures)], titles=titles, smallest_width=SMALLEST_WIDTH)
         for pictures in zip(*columns.values(), strict=True)
     ]
 
@@ -145,8 +145,10 @@ def _contact_sheet(columns: dict[str, NDArray[np.uint8]]) -> NDArray[np.uint8]:
     """Time to the right, a line for each kind of picture."""
     num_frames = len(columns["result"])
     shown = [int(i) for i in np.linspace(0, num_frames - 1, min(num_frames, SHEET_COLUMNS)).round()]
-    rows = [Row(title, _chosen(frames, shown)) for title, frames in columns.items() if title != "reference"]
-    rows = [Row(row.label, [columns["reference"][0] if i == 0 else None, *row.pictures]) for i, row in enumerate(rows)]
+    rows = [GridRow(title, _chosen(frames, shown)) for title, frames in columns.items() if title != "reference"]
+    rows = [
+        GridRow(row.label, [columns["reference"][0] if i == 0 else None, *row.pictures]) for i, row in enumerate(rows)
+    ]
     titles = ["reference", *(f"frame {i}" for i in shown)]
     return draw_grid(rows, titles=titles, smallest_width=SMALLEST_WIDTH)
 

@@ -17,7 +17,7 @@ _BACKGROUND, _INK, _FAINT_INK, _LINE = (250, 250, 250), (25, 25, 25), (110, 110,
 
 
 @dataclass(frozen=True)
-class Row:
+class GridRow:
     """One line of a grid.
 
     Attributes:
@@ -32,7 +32,7 @@ class Row:
 
 
 def draw_grid(
-    rows: Sequence[Row], *, titles: Sequence[str] = (), smallest_width: int = SMALLEST_SIDE
+    rows: Sequence[GridRow], *, titles: Sequence[str] = (), smallest_width: int = SMALLEST_SIDE
 ) -> NDArray[np.uint8]:
     """Draws rows of pictures with their labels to the left and titles of the columns above.
 

@@ -34,7 +34,7 @@ from dreamdance.pipelines.sampling import (
     draw_initial_noise,
     predict_under_each,
 )
-from dreamdance.pipelines.windows import Window, plan_windows
+from dreamdance.pipelines.windows import SamplingWindow, plan_windows
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class AnimationPipeline(SamplingPipeline):
             shape = (len(reference), windows[-1].stop, channels, height // factor, width // factor)
             latents = draw_initial_noise(shape, generator) if latents is None else checked_latents(latents, shape)
 
-            def predict(scaled: Tensor, window: Window, timestep: Tensor) -> Tensor:
+            def predict(scaled: Tensor, window: SamplingWindow, timestep: Tensor) -> Tensor:
                 features = control_features[:, window.frames]
                 return self._predict(scaled, timestep, features, conditions, guidance_scale, sequential_guidance)
 
@@ -208,7 +208,7 @@ class AnimationPipeline(SamplingPipeline):
         height, width = self.size_of_result(height, width, reference)
         return resize_images(cut_to_aspect(reference, height, width), height, width)
 
-    def _plan_windows(self, maps: dict[str, Tensor], window_frames: int, overlap: int) -> list[Window]:
+    def _plan_windows(self, maps: dict[str, Tensor], window_frames: int, overlap: int) -> list[SamplingWindow]:
         windows = plan_windows(next(iter(maps.values())).shape[1], window_frames, overlap)
         if problem := self.describe_untrained(windows[0].num_frames):
             warnings.warn(problem, stacklevel=4)

@@ -24,7 +24,7 @@ from dreamdance.pipelines.sampling import (
     draw_initial_noise,
     predict_under_each,
 )
-from dreamdance.pipelines.windows import Window, plan_windows
+from dreamdance.pipelines.windows import SamplingWindow, plan_windows
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class GeometryPipeline(SamplingPipeline):
             shape = (*drawings.shape[:2], len(DOMAINS), channels, height // factor, width // factor)
             latents = draw_initial_noise(shape, generator) if latents is None else checked_latents(latents, shape)
 
-            def predict(noisy: Tensor, window: Window, timestep: Tensor) -> Tensor:
+            def predict(noisy: Tensor, window: SamplingWindow, timestep: Tensor) -> Tensor:
                 features = pose_features[:, window.frames]
                 return self._predict(noisy, timestep, features, references, guidance_scales, sequential_guidance)
 

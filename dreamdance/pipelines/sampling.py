@@ -14,7 +14,7 @@ from einops import repeat
 from torch import Tensor, nn
 
 from dreamdance.models.autoencoding import downscale_factor, kept_in_float32
-from dreamdance.pipelines.windows import Window, blend_windows
+from dreamdance.pipelines.windows import SamplingWindow, blend_windows
 
 PIPELINES_MODULE = "dreamdance.pipelines"
 COMPONENTS_MODULE = "dreamdance.pipelines.components"
@@ -86,8 +86,8 @@ class SamplingPipeline(DiffusionPipeline):
     def _denoise_windows(
         self,
         latents: Tensor,
-        windows: Sequence[Window],
-        predict: Callable[[Tensor, Window, Tensor], Tensor],
+        windows: Sequence[SamplingWindow],
+        predict: Callable[[Tensor, SamplingWindow, Tensor], Tensor],
         num_inference_steps: int,
         generator: Generators,
         callback: StepCallback | None,
@@ -114,7 +114,7 @@ class SamplingPipeline(DiffusionPipeline):
             for step, timestep in enumerate(self.scheduler.timesteps):
                 scaled = self.scheduler.scale_model_input(latents, timestep)
 
-                def predict_window(window: Window, scaled: Tensor = scaled, at: Tensor = timestep) -> Tensor:
+                def predict_window(window: SamplingWindow, scaled: Tensor = scaled, at: Tensor = timestep) -> Tensor:
                     return predict(scaled[:, window.frames], window, at)
 
                 prediction = blend_windows(predict_window, windows)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Window:
+class SamplingWindow:
     """Frames `start` (inclusive) to `stop` (exclusive), and how much each of them counts.
 
     Attributes:
@@ -63,7 +63,7 @@ def triangular_weights(window_frames: int) -> Tensor:
     return torch.minimum(position + 1, window_frames - position)
 
 
-def plan_windows(num_frames: int, window_frames: int, overlap: int) -> list[Window]:
+def plan_windows(num_frames: int, window_frames: int, overlap: int) -> list[SamplingWindow]:
     """Windows over a sequence with their normalised triangular weights.
 
     Raises:
@@ -76,11 +76,12 @@ def plan_windows(num_frames: int, window_frames: int, overlap: int) -> list[Wind
     for start in starts:
         total[start : start + length] += triangle
     return [
-        Window(start, start + length, (triangle / total[start : start + length]).to(torch.float32)) for start in starts
+        SamplingWindow(start, start + length, (triangle / total[start : start + length]).to(torch.float32))
+        for start in starts
     ]
 
 
-def blend_windows(predict: Callable[[Window], Tensor], windows: Sequence[Window]) -> Tensor:
+def blend_windows(predict: Callable[[SamplingWindow], Tensor], windows: Sequence[SamplingWindow]) -> Tensor:
     """Runs `predict` on every window and averages the predictions of each frame by the windows' weights.
 
     Args:

@@ -31,7 +31,7 @@ class DomainWeights(Section):
         return tuple(getattr(self, domain) for domain in DOMAINS)
 
 
-class GeometryObjective(Section):
+class GeometryObjectiveSettings(Section):
     """The DDPM noise and the loss of stage 1 (Eq. 1, 3). The defaults of the schedule are Stable Diffusion 1.5's."""
 
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = Field(
@@ -108,7 +108,7 @@ class GeometryObjective(Section):
     )
 
 
-class AnimationObjective(Section):
+class AnimationObjectiveSettings(Section):
     """The EDM noise of stage 2, as Stable Video Diffusion (SVD) was trained, and what training leaves out at random."""
 
     sigma_log_mean: float = Field(

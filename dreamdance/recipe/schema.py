@@ -18,10 +18,10 @@ from dreamdance.recipe.model_sections import (
     NetworkSource,
 )
 from dreamdance.recipe.objective_sections import (
-    AnimationObjective,
+    AnimationObjectiveSettings,
     AnimationSampling,
     DomainWeights,
-    GeometryObjective,
+    GeometryObjectiveSettings,
     GeometrySampling,
 )
 from dreamdance.recipe.sections import (
@@ -43,7 +43,7 @@ from dreamdance.recipe.training_sections import Checkpoint, Optimizer, Recovery,
 __all__ = [
     "AnimateRecipe",
     "AnimationModel",
-    "AnimationObjective",
+    "AnimationObjectiveSettings",
     "AnimationSampling",
     "AnyRecipe",
     "AutoencoderSource",
@@ -52,7 +52,7 @@ __all__ = [
     "DomainWeights",
     "EvaluateRecipe",
     "GeometryModel",
-    "GeometryObjective",
+    "GeometryObjectiveSettings",
     "GeometrySampling",
     "ImageEncoderSource",
     "NetworkSource",
@@ -183,8 +183,8 @@ class Stage1Recipe(TrainingRecipe):
         ),
     )
     model: GeometryModel = Field(description="Networks of the geometry diffusion model.")
-    objective: GeometryObjective = Field(
-        default=GeometryObjective(),
+    objective: GeometryObjectiveSettings = Field(
+        default=GeometryObjectiveSettings(),
         description="Noise and loss of the geometry diffusion model (Eq. 3).",
     )
     sampling: GeometrySampling = Field(default=GeometrySampling(), description=SAMPLING)
@@ -197,8 +197,8 @@ class Stage2Recipe(TrainingRecipe):
     model: AnimationModel = Field(
         description="Networks of the video diffusion model, its ControlNet and its controller.",
     )
-    objective: AnimationObjective = Field(
-        default=AnimationObjective(),
+    objective: AnimationObjectiveSettings = Field(
+        default=AnimationObjectiveSettings(),
         description="Noise of the video diffusion model, and what training leaves out at random.",
     )
     sampling: AnimationSampling = Field(default=AnimationSampling(), description=SAMPLING)

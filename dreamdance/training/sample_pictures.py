@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dreamdance.data.loading.batch import ClipBatch
-from dreamdance.media.grids import Row, draw_grid
+from dreamdance.media.grids import GridRow, draw_grid
 from dreamdance.media.transforms import encode_normals, pass_through, tensor_to_pictures
 from dreamdance.modalities import MODALITIES
 from dreamdance.pipelines.sampling import StepCallback
@@ -123,7 +123,7 @@ def _draw(batch: ClipBatch, given: dict[str, Tensor], predictions: dict[str, Ten
         lines = []
         for clip, name in enumerate(batch.clip_ids):
             pictures = [batch.reference[clip], *(frames[clip, 0] for frames in shown.values())]
-            lines.append(Row(name, [_picture(picture) for picture in pictures]))
+            lines.append(GridRow(name, [_picture(picture) for picture in pictures]))
         return draw_grid(lines, titles=["reference", *shown])
 
     times = torch.linspace(0, num_frames - 1, min(num_frames, MAX_COLUMNS)).round().long().tolist()
@@ -134,7 +134,7 @@ def _draw(batch: ClipBatch, given: dict[str, Tensor], predictions: dict[str, Ten
             label = f"{name}\n{batch.clip_ids[clip]}" if first else name
             reference = _picture(batch.reference[clip]) if first else None
             moments = [_picture(frames[clip, time]) for time in times]
-            rows.append(Row(label, [reference, *moments], rule_above=first and clip > 0))
+            rows.append(GridRow(label, [reference, *moments], rule_above=first and clip > 0))
     return draw_grid(rows, titles=["reference", *(f"frame {time}" for time in times)])
 
 

@@ -39,7 +39,7 @@ from dreamdance.training.metrics import Metrics
 from dreamdance.training.networks.initial_weights import load_initial_weights
 from dreamdance.training.same_start import require_same, require_same_start, weights_digests
 from dreamdance.training.shard_check import verify_at_opening, verify_by_hash
-from dreamdance.training.stages.stage import Stage, stage_of
+from dreamdance.training.stages.training_stage import TrainingStage, stage_of
 from dreamdance.training.trainer import Trainer
 from dreamdance.training.validation import Validator
 
@@ -81,7 +81,7 @@ def train(recipe: TrainingRecipe, run_folder: Path) -> None:
 
 
 def prepare(
-    stage: Stage[Any],
+    stage: TrainingStage[Any],
     run_folder: Path,
     ranks: Ranks,
     stop: StopRequest,
@@ -148,7 +148,9 @@ def prepare(
     )
 
 
-def make_loader(stage: Stage[Any], ranks: Ranks, *, before_shard: Callable[[str], None] | None = None) -> ClipLoader:
+def make_loader(
+    stage: TrainingStage[Any], ranks: Ranks, *, before_shard: Callable[[str], None] | None = None
+) -> ClipLoader:
     """The training clips of a recipe, in its order, with the maps that it trains on.
 
     Their shards are checked when they are opened; of `data.verify: hash` see `shard_check`.

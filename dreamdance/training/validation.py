@@ -21,7 +21,7 @@ from dreamdance.training.metrics import Losses, Metrics
 from dreamdance.training.networks.trainability import set_modes
 from dreamdance.training.sample_pictures import Samples
 from dreamdance.training.shard_check import verify_at_opening
-from dreamdance.training.stages.stage import Stage
+from dreamdance.training.stages.training_stage import TrainingStage
 
 _NUM_SUMS = 2 + 2 * len(DOMAINS)
 
@@ -31,7 +31,7 @@ class Validator:
 
     def __init__(
         self,
-        stage: Stage[Any],
+        stage: TrainingStage[Any],
         engine: Engine,
         ema: ShardedEma,
         ranks: Ranks,

@@ -67,7 +67,7 @@ NUMBERS = [field.name for field in fields(Resources) if field.type is int]
 
 
 @dataclass(frozen=True)
-class Job:
+class Compilation:
     """One build to compile, by name, because a `triton.jit` function cannot be sent to another process."""
 
     module: str
@@ -82,14 +82,14 @@ def kernel_modules() -> list[str]:
     return [name for name in names if callable(getattr(importlib.import_module(name), "builds", None))]
 
 
-def list_jobs(modules: Sequence[str], *, only: str) -> list[Job]:
+def list_jobs(modules: Sequence[str], *, only: str) -> list[Compilation]:
     """The builds of these modules, for every architecture, whose name matches `only`.
 
     Raises:
         ValueError: two builds for one architecture share a name.
     """
     jobs = [
-        Job(module, architecture, build.name)
+        Compilation(module, architecture, build.name)
         for module in modules
         for architecture in ARCHITECTURES
         for build in importlib.import_module(module).builds(architecture)
@@ -102,7 +102,7 @@ def list_jobs(modules: Sequence[str], *, only: str) -> list[Job]:
     return jobs
 
 
-def compile_job(job: Job) -> Resources:
+def compile_job(job: Compilation) -> Resources:
     """Compile one build and read the assembler's report."""
     import triton
     from triton import knobs

@@ -12,7 +12,7 @@ from support.recipes import tiny_clip_batch
 from dreamdance.runtime.process_group import process_group
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.engine import Engine
-from dreamdance.training.stages.stage import stage_of
+from dreamdance.training.stages.training_stage import stage_of
 
 pytestmark = pytest.mark.distributed
 

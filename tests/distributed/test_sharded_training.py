@@ -22,7 +22,7 @@ from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.checkpointing.checkpointer import read_average
 from dreamdance.training.ema import ShardedEma
 from dreamdance.training.schedule import learning_rate
-from dreamdance.training.stages.stage import stage_of
+from dreamdance.training.stages.training_stage import stage_of
 from dreamdance.training.train import make_loader
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("one_thread")]

@@ -13,7 +13,7 @@ from support.training_scenarios import Recipe, Spoiled, Strike
 
 from dreamdance.runs.layout import checkpoint_folder
 from dreamdance.runtime.ranks import Ranks
-from dreamdance.training.stages.stage import stage_of
+from dreamdance.training.stages.training_stage import stage_of
 from dreamdance.training.train import make_loader
 
 pytestmark = pytest.mark.distributed

@@ -22,7 +22,7 @@ from dreamdance.runs.layout import checkpoint_folder, export_folder, step_folder
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.checkpointing import complete_file as manifests
 from dreamdance.training.objectives.geometry import GeometryObjective
-from dreamdance.training.stages.stage import stage_of
+from dreamdance.training.stages.training_stage import stage_of
 from dreamdance.training.train import make_loader
 
 pytestmark = pytest.mark.distributed

@@ -35,7 +35,7 @@ from dreamdance.evaluation.trivial import (
 from dreamdance.inference.results import ClipResult
 from dreamdance.inference.results import write_result as write_clip_result
 from dreamdance.launch.finished import digest_inputs, is_finished, mark_finished
-from dreamdance.media.grids import Row
+from dreamdance.media.grids import GridRow
 from dreamdance.recipe.schema import EvaluateRecipe, PrepareRecipe
 from dreamdance.recipe.sections import Shards
 from dreamdance.runs.crew import Crew
@@ -272,7 +272,7 @@ def test_a_measured_result_is_known_by_its_content_and_one_that_changed_meanwhil
     for path in paths:
         write_result(path.parent, path.name, np.zeros((2, 4, 4, 3)))
         assert not measured.holds(path)
-        measured.write(path, EvaluatedClip({RESULT_ROW: {"l1": 0.5}}, Row(path.name, []), 2, read_files(path)))
+        measured.write(path, EvaluatedClip({RESULT_ROW: {"l1": 0.5}}, GridRow(path.name, []), 2, read_files(path)))
         (path / "arrays.npz").chmod(0o640)
         os.link(path / "result.json", tmp_path / f"{path.name}.json")
         os.utime(path / "result.json")

@@ -13,7 +13,7 @@ from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.media.transforms import decode_normals
 from dreamdance.training.networks.trainability import set_modes
 from dreamdance.training.objectives.output import Objective
-from dreamdance.training.stages.stage import stage_of
+from dreamdance.training.stages.training_stage import stage_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 

@@ -14,7 +14,7 @@ from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.diffusion.noise import draw_noise, make_svd_scheduler
 from dreamdance.models import CrossDomainControllerModel, SpatioTemporalControlNetModel
 from dreamdance.models.autoencoding import encode_latents
-from dreamdance.recipe.schema import AnimationObjective as Settings
+from dreamdance.recipe.schema import AnimationObjectiveSettings as Settings
 from dreamdance.runtime.sample_random import sample_generator
 from dreamdance.training.objectives.animation import AnimationObjective
 

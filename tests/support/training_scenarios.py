@@ -27,7 +27,7 @@ from dreamdance.runtime.watchdog import Watchdog
 from dreamdance.training.objectives.animation import AnimationObjective
 from dreamdance.training.objectives.geometry import GeometryObjective
 from dreamdance.training.objectives.output import ObjectiveOutput
-from dreamdance.training.stages.stage import stage_of
+from dreamdance.training.stages.training_stage import stage_of
 from dreamdance.training.train import prepare, train
 from dreamdance.training.trainer import Trainer
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.models.autoencoding import decode_latents, encode_latents
 from dreamdance.pipelines import AnimationPipeline, DreamDancePipeline, GeometryPipeline
-from dreamdance.training.stages.stage import stage_of
+from dreamdance.training.stages.training_stage import stage_of
 
 STAGES = pytest.mark.parametrize("temporal", [False, True], ids=["stage 1", "stage 2"])
 

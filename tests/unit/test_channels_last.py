@@ -7,7 +7,7 @@ from torch import nn
 
 from dreamdance.models.fused_group_norm import FusedGroupNorm
 from dreamdance.training.networks.build import exportable
-from dreamdance.training.stages.stage import stage_of
+from dreamdance.training.stages.training_stage import stage_of
 
 RECIPES = {
     "stage 1": lambda changes: tiny_stage1_recipe("temporal", changes),

@@ -29,7 +29,7 @@ from dreamdance.training.checkpointing import complete_file as manifests
 from dreamdance.training.checkpointing.checkpointer import read_average
 from dreamdance.training.checkpointing.complete_file import FileRecord
 from dreamdance.training.checkpointing.rank_state import generator_states, restore_generators
-from dreamdance.training.stages.stage import stage_of
+from dreamdance.training.stages.training_stage import stage_of
 from dreamdance.training.train import prepare, train
 from dreamdance.training.trainer import Trainer
 

@@ -16,7 +16,7 @@ from dreamdance.runtime.stop_request import StopRequest
 from dreamdance.runtime.watchdog import Watchdog
 from dreamdance.training.checkpointing.saving_plan import describe_checkpoint, plan_checkpoint
 from dreamdance.training.planning.plan import describe
-from dreamdance.training.stages.stage import stage_of
+from dreamdance.training.stages.training_stage import stage_of
 from dreamdance.training.train import prepare
 
 KINDS = [("bf16", 2), ("fp32", 0)]

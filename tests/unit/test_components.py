@@ -18,7 +18,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from dreamdance.errors import CheckpointError, MissingInputError, RecipeError
 from dreamdance.training.networks.build import exportable, load_networks
-from dreamdance.training.stages.stage import stage_of
+from dreamdance.training.stages.training_stage import stage_of
 
 VAE_CONFIG: dict[str, Any] = {
     "block_out_channels": [8, 8],

@@ -14,7 +14,7 @@ from dreamdance.runs.layout import FINISHED_FILE, RECIPE_FILE, checkpoint_folder
 from dreamdance.training.checkpointing.checkpointer import read_average
 from dreamdance.training.networks.initial_weights import load_initial_weights
 from dreamdance.training.objectives.output import Objective
-from dreamdance.training.stages.stage import stage_of
+from dreamdance.training.stages.training_stage import stage_of
 from dreamdance.training.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

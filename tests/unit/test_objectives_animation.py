@@ -16,7 +16,7 @@ from dreamdance.media.transforms import pass_through
 from dreamdance.models.autoencoding import encode_latents
 from dreamdance.models.image_embedding import embed_images
 from dreamdance.training.objectives.animation import AnimationObjective
-from dreamdance.training.stages.stage import stage_of
+from dreamdance.training.stages.training_stage import stage_of
 
 NOTHING_DROPPED = {
     "objective.latents_dropout": 0.0,

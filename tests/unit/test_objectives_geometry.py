@@ -14,7 +14,7 @@ from dreamdance.errors import UserError
 from dreamdance.models.autoencoding import encode_latents
 from dreamdance.models.image_embedding import embed_images
 from dreamdance.training.objectives.geometry import GeometryObjective
-from dreamdance.training.stages.stage import stage_of
+from dreamdance.training.stages.training_stage import stage_of
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 
 from dreamdance.recipe import TrainingRecipe, load_recipe
 from dreamdance.training.planning.plan import GIB, GPU_RESERVE_GIB, make_plan
-from dreamdance.training.stages.stage import stage_of
+from dreamdance.training.stages.training_stage import stage_of
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

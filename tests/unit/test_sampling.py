@@ -11,7 +11,7 @@ from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.media.transforms import decode_normals, pass_through
 from dreamdance.runtime.sample_random import sample_generator
 from dreamdance.training.sample_pictures import MAX_COLUMNS
-from dreamdance.training.stages.stage import stage_of
+from dreamdance.training.stages.training_stage import stage_of
 
 QUICK = {"sampling.num_inference_steps": 2}
 

@@ -6,7 +6,7 @@ from support.recipes import tiny_stage1_recipe, tiny_stage2_recipe
 from dreamdance.recipe import load_recipe
 from dreamdance.training.objectives.animation import AnimationObjective
 from dreamdance.training.objectives.geometry import GeometryObjective
-from dreamdance.training.stages.stage import stage_of
+from dreamdance.training.stages.training_stage import stage_of
 
 
 def test_the_task_of_a_recipe_chooses_the_stage_that_builds_and_samples() -> None:

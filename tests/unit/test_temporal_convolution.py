@@ -16,7 +16,7 @@ from dreamdance.models.channels_last import use_channels_last
 from dreamdance.models.svd_unet import run_svd_unet
 from dreamdance.models.temporal_convolution import FoldedConv3d, fold_temporal_convolutions
 from dreamdance.pipelines import AnimationPipeline
-from dreamdance.training.stages.stage import stage_of
+from dreamdance.training.stages.training_stage import stage_of
 
 CONVOLUTIONS = [
     nn.Conv3d(8, 12, (3, 1, 1), padding=(1, 0, 0)),  # SVD's

@@ -6,7 +6,7 @@ from support.recipes import tiny_clip_batch, tiny_stage1_recipe, tiny_stage2_rec
 from torch import nn
 
 from dreamdance.training.networks.trainability import set_modes
-from dreamdance.training.stages.stage import stage_of
+from dreamdance.training.stages.training_stage import stage_of
 
 ATTENTION = {"to_q", "to_k", "to_v", "to_out.0"}
 # cross-attention over one token: its query, its key and the norm before the query cannot matter

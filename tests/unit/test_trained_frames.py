@@ -15,7 +15,7 @@ from dreamdance.inference.stages import load_stages
 from dreamdance.models import SpatioTemporalControlNetModel
 from dreamdance.pipelines import AnimationPipeline, GeometryPipeline
 from dreamdance.recipe.schema import AnimateRecipe
-from dreamdance.training.stages.stage import stage_of
+from dreamdance.training.stages.training_stage import stage_of
 
 IMAGE = random_pictures(3, HEIGHT, WIDTH)
 ONE_STEP = {"num_inference_steps": 1, "output_type": "latent"}

@@ -17,7 +17,7 @@ from dreamdance.training.planning.activation_memory import (
     peak_activation_bytes,
 )
 from dreamdance.training.planning.plan import describe, make_plan, network_sizes, state_memory, verdict
-from dreamdance.training.stages.stage import stage_of
+from dreamdance.training.stages.training_stage import stage_of
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 DEMOS = ["stage1_domains", "stage1_geometry", "stage1_temporal", "stage2"]

@@ -76,7 +76,7 @@ class AnimationObjective(Objective):
         vae: Autoencoder,
         image_encoder: ImageEncoder,
         *,
-        settings: schema.AnimationObjective,
+        settings: schema.AnimationObjectiveSettings,
     ) -> None:
         super().__init__()
         self.unet = unet

@@ -63,7 +63,7 @@ class GeometryObjective(Objective):
         image_encoder: ImageEncoder,
         *,
         step: Step,
-        settings: schema.GeometryObjective,
+        settings: schema.GeometryObjectiveSettings,
     ) -> None:
         super().__init__()
         self.reference_unet = reference_unet

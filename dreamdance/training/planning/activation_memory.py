@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.modalities import ALWAYS_READ
 from dreamdance.training.objectives.output import Objective
-from dreamdance.training.stages.stage import Stage
+from dreamdance.training.stages.training_stage import TrainingStage
 
 
-def peak_activation_bytes(objective: Objective, stage: Stage[Any]) -> int:
+def peak_activation_bytes(objective: Objective, stage: TrainingStage[Any]) -> int:
     """The most memory that is alive at once during forward and backward of one micro batch.
 
     Without the weights, and without their gradients, which sharding takes away as they arrive.
@@ -48,7 +48,7 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _empty_batch(stage: Stage[Any]) -> ClipBatch:
+def _empty_batch(stage: TrainingStage[Any]) -> ClipBatch:
     """A micro batch of the recipe's shapes."""
     data, clips = stage.recipe.data, stage.recipe.micro_batch_size
     names = (*ALWAYS_READ, *stage.maps)

@@ -14,7 +14,7 @@ from dreamdance.recipe.schema import TrainingRecipe
 from dreamdance.training.checkpointing.saving_plan import describe_checkpoint
 from dreamdance.training.objectives.output import Objective
 from dreamdance.training.planning.activation_memory import peak_activation_bytes
-from dreamdance.training.stages.stage import Stage, stage_of
+from dreamdance.training.stages.training_stage import TrainingStage, stage_of
 
 GIB = 2**30
 FP32_BYTES, BF16_BYTES = 4, 2
@@ -56,7 +56,7 @@ class TrainingPlan:
         return sum(part.num_bytes for part in self.memory)
 
 
-def make_plan(stage: Stage[Any]) -> TrainingPlan:
+def make_plan(stage: TrainingStage[Any]) -> TrainingPlan:
     """Builds the recipe's networks as shapes, counts them, and rehearses one training step.
 
     Raises:
@@ -152,7 +152,7 @@ def state_memory(recipe: TrainingRecipe, trainable: int, total: int, *, exact: i
     ]
 
 
-def _activations(objective: Objective, stage: Stage[Any]) -> MemoryPart:
+def _activations(objective: Objective, stage: TrainingStage[Any]) -> MemoryPart:
     recipe = stage.recipe
     data, clips = recipe.data, recipe.micro_batch_size
     frames = f"{clips} x {data.num_frames} frame{'s' * (data.num_frames > 1)} at {data.width}x{data.height}"
@@ -162,6 +162,6 @@ def _activations(objective: Objective, stage: Stage[Any]) -> MemoryPart:
     return MemoryPart("activations", peak_activation_bytes(objective, stage), reason)
 
 
-def _absent_folders(stage: Stage[Any]) -> list[str]:
+def _absent_folders(stage: TrainingStage[Any]) -> list[str]:
     folders = [Path(source.path) / (source.subfolder or "") for source in stage.sources if source.path is not None]
     return [str(folder) for folder in folders if not (folder / "config.json").is_file()]

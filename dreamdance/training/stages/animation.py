@@ -27,7 +27,7 @@ _TEMPORAL_LAYERS = re.compile(r"temporal_transformer_blocks|temporal_res_block|t
 
 @dataclass(frozen=True)
 class AnimationStage:
-    """Implements `Stage` for stage 2."""
+    """Implements `TrainingStage` for stage 2."""
 
     recipe: Stage2Recipe
 
@@ -42,7 +42,7 @@ class AnimationStage:
         return [name for name in OPTIONAL if name in self.recipe.model.controls]
 
     def build(self, *, device: str = "cpu") -> AnimationObjective:
-        """See `Stage`."""
+        """See `TrainingStage`."""
         model, published = self.recipe.model, STABLE_VIDEO_DIFFUSION_UNET
         with seeded_networks(self.recipe.seed, device):
             vae = open_autoencoder(model.autoencoder, temporal=True, device=device)

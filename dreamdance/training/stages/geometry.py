@@ -23,7 +23,7 @@ from dreamdance.training.sample_pictures import Samples, sample_geometry, show
 
 @dataclass(frozen=True)
 class GeometryStage:
-    """Implements `Stage` for stage 1."""
+    """Implements `TrainingStage` for stage 1."""
 
     recipe: Stage1Recipe
 
@@ -38,7 +38,7 @@ class GeometryStage:
         return [name for name in OPTIONAL if name in DOMAINS]
 
     def build(self, *, device: str = "cpu") -> GeometryObjective:
-        """See `Stage`."""
+        """See `TrainingStage`."""
         model = self.recipe.model
         with seeded_networks(self.recipe.seed, device):
             vae = open_autoencoder(model.autoencoder, temporal=False, device=device)

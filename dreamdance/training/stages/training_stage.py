@@ -18,7 +18,7 @@ from dreamdance.training.stages.geometry import GeometryStage
 AnyObjective = TypeVar("AnyObjective", bound=Objective)
 
 
-class Stage(Protocol[AnyObjective]):
+class TrainingStage(Protocol[AnyObjective]):
     """One training: its recipe, and what only its stage knows how to do. `AnyObjective` is the objective it builds."""
 
     @property
@@ -60,7 +60,7 @@ class Stage(Protocol[AnyObjective]):
         """
 
 
-def stage_of(recipe: TrainingRecipe) -> Stage[Any]:
+def stage_of(recipe: TrainingRecipe) -> TrainingStage[Any]:
     """The stage that a recipe trains.
 
     Raises:
