@@ -103,7 +103,7 @@ class _Interval:
 
 
 class Metrics:
-    """Records one run; resumed, TensorBoard forgets the steps that are trained again."""
+    """Records one run; at a resume, TensorBoard drops the steps that are trained again."""
 
     def __init__(
         self, run: Path, ranks: Ranks, *, first_step: int, max_steps: int, every_steps: int, recipe_text: str
@@ -133,16 +133,14 @@ class Metrics:
         # TensorBoard never purges texts: numbered by the starts of the run, none is there twice.
         self._board.add_text("recipe", f"```yaml\n{recipe_text}\n```", global_step=num_starts)
 
-    # ---------------------------------------------------------------------------------------------- what happens
-
     def message(self, text: str, *, step: int, level: int = logging.INFO) -> None:
-        """Says something once, to the log and to whoever follows."""
+        """Writes one message to the log and to the progress log."""
         if self.recording:
             logger.log(level, text)
             self._progress.write(done=step, total=self.max_steps, unit="steps", message=text)
 
     def step(self, report: StepReport) -> None:
-        """Takes note of a step; prints and writes the means since the last line every `every_steps`."""
+        """Adds a step; every `every_steps`, prints and writes the means since the last line."""
         if not self.recording:
             return
         self._interval.add(report)
@@ -176,7 +174,7 @@ class Metrics:
             self._scalar("perf/memory_reserved_gib", torch.cuda.max_memory_reserved() / _GIB, report.step)
 
     def saved(self, step: int, *, seconds: float, waited_seconds: float) -> None:
-        """Tells of a complete checkpoint: how long it took, and how much of that training waited."""
+        """Reports a complete checkpoint: how long it took, and how long training waited for it."""
         name = step_name(step)
         self.message(f"saved {name} in {seconds:.1f} s; training waited {waited_seconds:.2f} s", step=step)
         if self.recording:
@@ -193,7 +191,7 @@ class Metrics:
         logger.info("step %s  held-out loss %.4f%s", _of(step, self.max_steps), losses.mean, _domains(losses))
 
     def samples(self, grid: NDArray[np.uint8], predictions: dict[str, Tensor], *, step: int) -> None:
-        """Shows what the pipeline makes of held-out clips, in TensorBoard and as files in `samples/`.
+        """Writes what the pipeline made of held-out clips to TensorBoard and to files in `samples/`.
 
         Args:
             grid: `H W 3` uint8.
@@ -216,7 +214,7 @@ class Metrics:
                 self._board._get_file_writer().add_summary(summary, step)
 
     def flush(self) -> None:
-        """Brings everything to disk: what a checkpoint has passed is never trained, nor written, again."""
+        """Brings everything to disk: steps before a checkpoint are never trained, nor written, again."""
         if self.recording:
             self._board.flush()
 
@@ -234,8 +232,6 @@ class Metrics:
         """Flushes and closes the files."""
         if self.recording:
             self._board.close()
-
-    # ---------------------------------------------------------------------------------------------- how it is put
 
     def _scalar(self, tag: str, value: float, step: int) -> None:
         self._board.add_scalar(tag, value, step)

@@ -1,6 +1,6 @@
-"""What must be the same on all ranks, and from start to start: code, recipe, versions, the weights to begin with.
+"""Checks that all ranks, and all starts of a run, have the same code, recipe, versions and initial weights.
 
-One rank with an older checkout, or with another copy of the base model on its disk, would train on without any error.
+A rank with an older checkout, or with another copy of the base model on its disk, would train without any error.
 """
 
 import json
@@ -42,7 +42,7 @@ def require_same_start(recipe: TrainingRecipe) -> None:
 
 
 def require_same(facts: Mapping[str, str]) -> None:
-    """Makes sure that every rank says the same. Collective.
+    """Makes sure that every rank has the same values. Collective.
 
     Args:
         facts: what is compared -> this rank's value.

@@ -1,4 +1,4 @@
-"""Samples an objective's networks by the real pipeline on held-out clips, and lays the result beside the truth."""
+"""Samples an objective's networks by the real pipeline on held-out clips, and draws the result beside the truth."""
 
 from dataclasses import dataclass
 from typing import cast
@@ -19,8 +19,8 @@ from dreamdance.runtime.sample_random import sample_generator
 from dreamdance.training.objectives.animation import AnimationObjective
 from dreamdance.training.objectives.geometry import GeometryObjective
 
+# Frames of a clip that are shown, evenly spaced.
 MAX_COLUMNS = 6
-"""Frames of a clip that are shown, evenly spaced."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Samples:
 
 
 def show(batch: ClipBatch, given: dict[str, Tensor], predictions: dict[str, Tensor]) -> Samples:
-    """Lays what a pipeline was given and what it made of some clips (both `b f c H W`, by name) beside the truth."""
+    """Draws what a pipeline was given and what it made of some clips (both `b f c H W`, by name) beside the truth."""
     return Samples(grid=_draw(batch, given, predictions), predictions=predictions)
 
 

@@ -16,7 +16,7 @@ from dreamdance.training.stragglers import RankSeconds
 
 
 class RankReport(NamedTuple):
-    """What a rank says of a step beside its losses. Summed over ranks, a flag counts the ranks that raise it.
+    """What a rank reports of a step beside its losses. Summed over ranks, a flag counts the ranks that raise it.
 
     Attributes:
         should_stop: whether the rank was asked to stop.
@@ -87,7 +87,7 @@ class StepTotals:
         """The mean loss over all ranks of what was added and this last micro batch. Collective."""
         losses = output.sample_losses.detach().to(torch.float64)
         sums = torch.stack([losses.sum(), losses.new_tensor(len(losses))])
-        total, count = sum_over_ranks(sum((part[:2] for part in self._sums), sums)).tolist()
+        total, count = map(float, sum_over_ranks(sum((part[:2] for part in self._sums), sums)).tolist())
         return total / count
 
     def reduce(

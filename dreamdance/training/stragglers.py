@@ -1,7 +1,7 @@
 """Finds the rank that all others wait for.
 
-A step takes equally long on all ranks, because they exchange gradients; what tells them apart is the time in which a
-rank waits for no other: for its data, and in the forward pass.
+A step takes equally long on all ranks, because they exchange gradients. Ranks differ in the time that they spend
+without waiting for one another: until their data is there, and in the forward pass.
 """
 
 import statistics
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
+# Fewer steps prove nothing: any rank is slow once.
 LEAST_STEPS = 5
-"""Fewer say nothing: any rank is slow once."""
+# A rank is a straggler if it needs this many times what the faster half of the ranks needs at most,
 NOTABLE_FACTOR = 2.0
-"""So many times what half of the ranks need at most makes a straggler,"""
+# and if the difference is at least this share of the step.
 NOTABLE_SHARE = 0.1
-"""if it costs at least this share of the step."""
 
 
 class Stopwatch:
@@ -51,7 +51,7 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class RankSeconds:
-    """A step of every rank, in the order of ranks: the time in which it waited for no other."""
+    """One step, by rank: how long each waited for its data, and how long it was in the forward pass."""
 
     data: Sequence[float]
     forward: Sequence[float]
@@ -61,14 +61,14 @@ NOT_TIMED = RankSeconds((), ())
 
 
 class StragglerReport:
-    """Adds up steps, and says which rank holds the others up and in what; each once, until another does or none."""
+    """Adds up steps and reports which rank delays the others, and in what: once, until another rank or none does."""
 
     def __init__(self) -> None:
         self._reported: tuple[int, str] | None = None
         self._reset()
 
     def add(self, rank_seconds: RankSeconds, step_seconds: float) -> None:
-        """Takes note of a step."""
+        """Adds a step."""
         self._steps += 1
         self._step_seconds += step_seconds
         phases = (("waiting for its data", rank_seconds.data), ("in the forward pass", rank_seconds.forward))
@@ -77,7 +77,7 @@ class StragglerReport:
             self._sums[phase] = [sum(pair) for pair in zip(before, seconds, strict=True)]
 
     def take(self) -> str | None:
-        """What there is to say of the steps since the last time, if they are enough to judge by."""
+        """The report on the steps since the last call; None if they are too few, or there is nothing new."""
         if self._steps < LEAST_STEPS:
             return None
         steps, step_seconds, sums = self._steps, self._step_seconds / self._steps, self._sums

@@ -1,4 +1,4 @@
-"""The entry of both stages' training: puts the parts together, resumes, trains, exports."""
+"""The entry of both stages' training: builds the parts, resumes, trains, exports."""
 
 import contextlib
 import hashlib
@@ -47,14 +47,14 @@ logger = logging.getLogger(__name__)
 
 
 def train(recipe: TrainingRecipe, run_folder: Path) -> None:
-    """Trains a run from where it is to `max_steps`, and exports its averaged weights.
+    """Trains a run from its newest checkpoint to `max_steps`, and exports its averaged weights.
 
-    Killed at any instant and called again, it goes on as if nothing had happened (C8). Asked to stop by a signal, it
-    saves and returns early, without an export.
+    Killed at any instant and called again, the run ends as if it had not been interrupted (C8). A stop signal makes it
+    save and return early, without an export.
 
     Args:
         recipe: stage 1 or stage 2.
-        run_folder: where everything of this run lies; the other runs lie beside it.
+        run_folder: holds everything of this run; the other runs lie beside it.
     """
     ranks = Ranks.from_environment()
     deterministic = is_deterministic(recipe.deterministic, ranks)
@@ -64,7 +64,7 @@ def train(recipe: TrainingRecipe, run_folder: Path) -> None:
     )
     with contextlib.ExitStack() as held:
         stop, watchdog = held.enter_context(stopping), held.enter_context(Watchdog.of(recipe.cluster))
-        # Within what is watched, for it is left when all ranks are there.
+        # The process group is entered after the watchdog, which so covers its exit too: that waits for all ranks.
         watchdog.enter("starting", f"rank {ranks.rank}")
         held.enter_context(process_group(ranks, timeout_seconds=timeout))
         held.enter_context(repeatable_arithmetic(deterministic))
@@ -89,7 +89,7 @@ def prepare(
     *,
     deterministic: bool,
 ) -> Trainer:
-    """Builds all parts of a run and brings them to its newest checkpoint. Collective, within `process_group`."""
+    """Builds all parts of a run and loads its newest checkpoint. Collective, within `process_group`."""
     recipe = stage.recipe
     require_same_start(recipe)
     _seed_global_generators(recipe.seed)
@@ -153,7 +153,7 @@ def make_loader(
 ) -> ClipLoader:
     """The training clips of a recipe, in its order, with the maps that it trains on.
 
-    Their shards are checked when they are opened; of `data.verify: hash` see `shard_check`.
+    Their shards are checked when they are opened; `shard_check` does what `data.verify: hash` asks for.
     """
     recipe = stage.recipe
     data = recipe.data
@@ -181,12 +181,12 @@ def make_loader(
 
 
 def describe_start(run_folder: Path, resumed: Resumed | None, loader: ClipLoader, *, world_size: int) -> str:
-    """One line about where the run goes on, and how it was found."""
+    """One line about the step that the run continues from, and how it was found."""
     if resumed is None:
         return f"no checkpoint in {run_folder / 'checkpoints'}; starting at step 0"
     manifest, order = resumed.manifest, loader.order
     epoch, batch = order.position(manifest.step)
-    moved = f", saved by {manifest.world_size} ranks and divided anew among {world_size}"
+    moved = f", saved by {manifest.world_size} ranks and redistributed over {world_size}"
     return (
         f"resuming {run_folder} from step {manifest.step:,} (epoch {epoch}, sample {batch * order.batch_size:,} of "
         f"{order.num_samples:,}; verified {len(manifest.files)} files, {_size(manifest.total_bytes)}"
@@ -200,7 +200,7 @@ def recipe_digest(recipe: TrainingRecipe) -> str:
 
 
 def _seed_global_generators(seed: int) -> None:
-    """Every draw about a sample is keyed by the sample; these serve only what might draw without being asked to."""
+    """Every draw about a sample is keyed by the sample; these are for any library that draws by itself."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -51,7 +51,7 @@ class Trainer:
         """Trains to `max_steps`, or until all ranks agree to stop early; returns whether it got to the end."""
         if self.validation_pending:
             if not self._validate():
-                return False  # the checkpoint that it came from says the same
+                return False  # the checkpoint that the run came from has the flag already
             self.metrics.note_pending_validation_done(self.step)
         first_step = self.step
         # Closed in any case: the traceback of an error keeps it, and its processes would keep this one from ending.
@@ -115,7 +115,7 @@ class Trainer:
         return totals
 
     def _after_skipped_step(self, totals: StepTotals) -> None:
-        """Reports it; at one more than the recipe tolerates, goes back to a checkpoint or ends the run."""
+        """Reports the step; at one more than the recipe tolerates, goes back to a checkpoint or ends the run."""
         section = self.recipe.recovery
         if totals.is_spike:
             reaction, count = self.guard.note_spike(self.step), len(self.guard.spike_steps)
@@ -146,9 +146,9 @@ class Trainer:
             )
 
     def _roll_back(self, bound: str) -> None:
-        """Takes weights, moments and average from the newest checkpoint, and goes on here with the next data.
+        """Loads weights, moments and average from the newest checkpoint, and continues with the next data.
 
-        Going back in the data as well would meet the same samples and, being deterministic, the same end.
+        Going back in the data as well would repeat the same samples and, being deterministic, the same failure.
         """
         self.watchdog.enter("going back", f"step {self.step}")
         resumed = self.checkpointer.resume()
@@ -164,11 +164,11 @@ class Trainer:
         )
 
     def _begin_save(self) -> None:
-        """Returns as soon as the state is copied; the save before must have come to its end."""
+        """Returns as soon as the state is copied; the previous save is finished first."""
         self.watchdog.enter("saving", f"step {self.step}")
         if self.checkpointer.is_saving:
             self._finish_save()
-        self.metrics.flush()  # steps that a checkpoint has passed are not written again
+        self.metrics.flush()  # steps before a checkpoint are not written again
         state = {
             "guard": self.guard.state_dict(),
             "loader": self.loader.state_dict(),

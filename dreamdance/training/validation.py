@@ -1,4 +1,4 @@
-"""Now and then, with the averaged weights: the loss on fixed held-out clips, and pictures made by the real pipeline."""
+"""Validation with the averaged weights: the loss on fixed held-out clips, and pictures made by the real pipeline."""
 
 import contextlib
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ _NUM_SUMS = 2 + 2 * len(DOMAINS)
 
 
 class Validator:
-    """Watches the average of the weights on clips that are never trained on."""
+    """Measures the averaged weights on clips that are never trained on."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Validator:
     ) -> None:
         """Reads the clips: the same ones, windows, noise and timesteps each time and on any number of ranks.
 
-        A rank holds no more than its share of those for the loss; the main process, those that samples are drawn of.
+        Each rank holds its share of the clips for the loss; the main process also holds the clips to sample.
 
         Raises:
             ShardError: the validation shards are missing or damaged, or their clips too short.
@@ -58,10 +58,10 @@ class Validator:
             self.sample_clips = collate_clips(samples)
 
     def after_step(self, step: int) -> bool:
-        """Does what the recipe wants after this step, or breaks off where a rank is asked to stop. Collective.
+        """Measures and samples where the recipe wants it; ends early if a rank is asked to stop. Collective.
 
         Returns:
-            whether it got through, on all ranks alike; if not, nothing of it is recorded.
+            whether it was completed, on all ranks alike; if not, nothing of it is recorded.
         """
         section = self.stage.recipe.validation
         last = step == self.stage.recipe.max_steps
@@ -121,4 +121,4 @@ class Validator:
 
 
 class _StoppedError(Exception):
-    """Leaves a pipeline that is at work."""
+    """Ends a pipeline early."""

@@ -98,7 +98,7 @@ def test_4_then_2_then_3_ranks_train_as_4_do(many_shards, tmp_path):
 
     resumed = [text for text in messages(changing) if text.startswith("resuming")]
     for before, after in pairwise(WORLD_SIZES):
-        assert any(f"saved by {before} ranks and divided anew among {after}" in text for text in resumed)
+        assert any(f"saved by {before} ranks and redistributed over {after}" in text for text in resumed)
     unbroken = samples_by_step(whole, (WORLD_SIZES[0],) * len(WORLD_SIZES))
     divided = samples_by_step(changing, WORLD_SIZES)
     assert [step.keys() for step in divided] == [step.keys() for step in unbroken]

@@ -157,4 +157,4 @@ def test_another_number_of_ranks_resumes_the_same_values(precision, zero_stage, 
         step = max(float((expected[name] - kept[0]["weights_after"][name]).abs().max()) for name in expected)
         moved = math.sqrt(sum(float((later[name] - expected[name]).double().square().sum()) for name in expected))
         assert moved < step, "one step later, all weights together differ by less than one of them has moved"
-        assert f"saved by 2 ranks and divided anew among {world_size}" in messages(run)[-1]
+        assert f"saved by 2 ranks and redistributed over {world_size}" in messages(run)[-1]

@@ -14,8 +14,8 @@ from dreamdance.diffusion.noise import draw_noise
 from dreamdance.models import PatchAutoencoder
 from dreamdance.models.autoencoding import Autoencoder, encode_latents, kept_in_float32, latent_shape
 
+# Pictures that the frozen autoencoder encodes at once: its activations at full size are larger than the UNet's.
 ENCODE_CHUNK_SIZE = 8
-"""Pictures that the frozen autoencoder encodes at once: its activations at full size are larger than the UNet's."""
 
 
 class ObjectiveOutput(NamedTuple):
@@ -64,7 +64,7 @@ class Objective(nn.Module, ABC):
         return self
 
     def encode_targets(self, images: Tensor, keys: Sequence[Sequence[int]], form: Literal["sample", "mode"]) -> Tensor:
-        """What is to be denoised: scaled latents of pictures, drawn from their distribution as the base networks' were.
+        """The targets to denoise: scaled latents of pictures, drawn from their distribution as the base networks' were.
 
         Args:
             images: `(b k) 3 H W` in [0, 1], k for each of the b samples.

@@ -1,4 +1,4 @@
-"""What a training run will be, told before it starts: parameters by network, and memory on each process's device.
+"""What a training run needs, estimated before it starts: parameters by network, and memory on each device.
 
 Nothing is allocated and nothing is read: networks are built as shapes only, from the published configurations where
 their weights are absent. Every number is an estimate except the counts.
@@ -78,7 +78,7 @@ def network_sizes(objective: nn.Module) -> list[NetworkSize]:
 
 
 def describe(recipe: TrainingRecipe, *, gpu_memory_gib: float | None = None) -> str:
-    """The plan for a person; `gpu_memory_gib` is what one GPU of this machine has, if it has any."""
+    """The plan as text; `gpu_memory_gib` is what one GPU of this machine has, if it has any."""
     stage = stage_of(recipe)
     plan = make_plan(stage)
     lines = ["parameters:", f"  {'':<16}{'trainable':>16}{'frozen':>16}"]
@@ -117,7 +117,7 @@ def state_memory(recipe: TrainingRecipe, trainable: int, total: int, *, exact: i
     """Weights and everything that ZeRO keeps of them on one process.
 
     Args:
-        recipe: says how they are kept.
+        recipe: its precision and sharding decide how they are kept.
         trainable: parameters that train.
         total: all parameters.
         exact: those that are float32 whatever the precision: the autoencoder's.
