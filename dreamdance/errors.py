@@ -1,10 +1,12 @@
-"""What a user can mend.
+"""Errors whose text tells the user what to fix.
 
-Every error here is printed as its text alone, without a traceback, and ends the command with a code that is not 0.
+The command prints such an error without a traceback and exits with a code that is not 0.
 """
 
 import errno
 
+# Causes in the user's setup: paths, permissions, space, the kind of file system. Every other number (EIO, ESTALE,
+# ETIMEDOUT, ENOTCONN, ...) counts as a failure of a machine or of storage that may be over at the next attempt.
 USER_FIXABLE_ERRNOS = frozenset(
     {
         *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP),
@@ -13,12 +15,10 @@ USER_FIXABLE_ERRNOS = frozenset(
         *(errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP),
     }
 )
-"""What the system says where a path, a right, room or a file system is the user's to mend. Whatever else it says (EIO,
-ESTALE, ETIMEDOUT, ENOTCONN, ...) tells of a machine or of storage that stumbles."""
 
 
 class UserError(ValueError):
-    """Something that the user gave is wrong: the text names the value, what is accepted and the key to change."""
+    """A value that the user gave is wrong. The text names the value, what is accepted, and the key to change."""
 
 
 class RecipeError(UserError):
@@ -30,11 +30,11 @@ class ShardError(UserError):
 
 
 class LostWorkerError(ShardError):
-    """A process that reads or writes shards died or hangs; another start, perhaps elsewhere, may fare better."""
+    """A process that reads or writes shards died or hangs; starting again, perhaps on another node, can help."""
 
 
 class LostDeviceError(UserError):
-    """A GPU that the job asked for is not there; another start, perhaps elsewhere, may fare better."""
+    """A GPU that the job asked for is missing; starting again, perhaps on another node, can help."""
 
 
 class CheckpointError(UserError):
@@ -46,13 +46,13 @@ class ManifestError(UserError):
 
 
 class MissingInputError(UserError):
-    """Weights, data, a run or a device that the recipe names is not there."""
+    """Weights, data, a run or a device that the recipe names is missing."""
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether another start may fare better though nobody changes anything: a machine failed, or its storage.
+    """Whether starting again can help though nobody changes anything: a machine failed, or its storage.
 
-    A `UserError` often says in the project's words what a file operation met, so what it follows from is judged too.
+    A `UserError` may have been raised because a file operation failed, so the errors that caused it count as well.
     """
     seen: BaseException | None = error
     while seen is not None:

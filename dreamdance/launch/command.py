@@ -1,6 +1,6 @@
-"""The command `dreamdance`, which `launchers/slurm.py` is too (C5).
+"""The command `dreamdance`, also `launchers/slurm.py` (C5).
 
-Words speak to the recipe, dashes to the launcher, each outcome has a code.
+Words without dashes change the recipe, options with dashes control the launcher, and each outcome has an exit code.
 """
 
 import argparse
@@ -31,10 +31,10 @@ from dreamdance.runs.layout import progress_file
 
 OK, FAILED, BAD_RECIPE, OTHER_RECIPE, HAS_JOB = 0, 1, 2, 3, 4
 INTERRUPTED = 128 + signal.SIGINT
-EPILOG = """Words speak to the recipe (optimizer.lr=1e-4), dashes to the launcher. The same command again goes on where
-the run stopped. Exit codes: 0 done or submitted, 1 the job failed, 2 a bad recipe or something missing, 3 the run
-folder belongs to a different recipe, 4 the run is queued or running already and was not submitted again (with --follow,
-that job is shown, and the code is its own)."""
+EPILOG = """Words such as optimizer.lr=1e-4 change the recipe, options with dashes control the launcher. The same
+command again resumes where the run stopped. Exit codes: 0 done or submitted, 1 the job failed, 2 the recipe is wrong or
+something is missing, 3 the run folder belongs to a different recipe, 4 the run is queued or running already and was not
+submitted again (with --follow, that job is shown, and the exit code is the job's)."""
 
 Planner = Callable[[TrainingRecipe, float | None], str]
 
@@ -49,8 +49,8 @@ def main(argv: Sequence[str], plan: Planner) -> int:
 
     Args:
         argv: the words after the program's name.
-        plan: describes a training recipe's parameters and memory, given the GPU's memory in GiB where it is known.
-            Passed in, because the launcher knows no models.
+        plan: describes a training recipe's parameters and memory, given the GPU's memory in GiB if it is known. The
+            caller passes it, because the launcher knows no models.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
@@ -83,26 +83,26 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
         "--cluster",
         choices=("auto", "slurm", "local", "debug"),
         default="auto",
-        help="auto (default): Slurm where a cluster answers, else this machine; debug: in this very process",
+        help="auto (default): Slurm if a cluster answers, else this machine; debug: in this process",
     )
     parser.add_argument("--dry-run", action="store_true", help="show recipe, plan and batch script; submit nothing")
     parser.add_argument("--follow", action="store_true", help="show progress and exit with the job's own status")
     parser.add_argument(
-        "--runs", type=Path, default=DEFAULT_RUNS, metavar="DIR", help="where runs live (default: runs)"
+        "--runs", type=Path, default=DEFAULT_RUNS, metavar="DIR", help="the folder of all runs (default: runs)"
     )
     parser.add_argument(
         "--sweep",
         action="append",
         default=[],
         metavar="key=v1,v2",
-        help="one run for each value (commas inside brackets divide nothing); may be repeated",
+        help="one run for each value (commas inside brackets do not separate values); may be repeated",
     )
     options, unknown = parser.parse_known_intermixed_args(list(argv))
     if unknown:
         known = [name for action in parser._actions for name in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
         key = unknown[0].lstrip("-").partition("=")[0]
-        hint = f"; did you mean '{near[0]}'?" if near else f"; a recipe's key is given without dashes: {key}=..."
+        hint = f"; did you mean '{near[0]}'?" if near else f"; a recipe key has no dashes: {key}=..."
         raise RecipeError(f"unknown option '{unknown[0]}'{hint}")
     if not options.words:
         parser.print_help()
@@ -117,15 +117,15 @@ def _ask(options: argparse.Namespace) -> int:
         _show("\n\n".join(answers) if names else status.table(options.runs))
         return OK
     if len(names) != 1:
-        raise RecipeError(f"cancel wants the name of one run\nusage: {_usage()}")
+        raise RecipeError(f"cancel needs the name of one run\nusage: {_usage()}")
     run_folder = status.find_run(names[0], options.runs)
     job = submission.last_job(run_folder)
     if job is None:
         raise UserError(f"run '{run_folder.name}' was never submitted")
-    recipe = status.readable_recipe(run_folder)  # a job that another version laid can be ended all the same
+    recipe = status.readable_recipe(run_folder)  # a job can be cancelled even if another version created its run
     standing = submission.status_of(job, recipe, run_folder) if recipe is not None else None
     if standing is not None and not standing.is_active:
-        _show(f"nothing to cancel: the job of run '{run_folder.name}' is over ({standing.state}, {standing.detail})")
+        _show(f"nothing to cancel: the job of run '{run_folder.name}' has ended ({standing.state}, {standing.detail})")
         return OK
     submission.cancel(job)
     _show(f"cancelled {job.cluster} job {job.job_id} of run '{run_folder.name}'")
@@ -133,11 +133,11 @@ def _ask(options: argparse.Namespace) -> int:
 
 
 def _recipes(options: argparse.Namespace) -> list[LoadedRecipe]:
-    """The recipe as the command line changes it, once for each combination of swept values."""
+    """The recipe with the command line's changes, once for each combination of swept values."""
     file, *overrides = options.words
     if "=" in file:
         raise RecipeError(f"the first word is the recipe's file, not '{file}'\nusage: {_usage()}")
-    if options.cluster == "debug":  # one process, on a GPU where the recipe wants any
+    if options.cluster == "debug":  # one process, with a GPU if the recipe uses GPUs
         gpus = given_value(file, overrides, "cluster.gpus_per_node")
         overrides += ["cluster.nodes=1", "cluster.tasks_per_node=1"]
         overrides += ["cluster.gpus_per_node=1"] if isinstance(gpus, int) and gpus > 1 else []
@@ -145,7 +145,7 @@ def _recipes(options: argparse.Namespace) -> list[LoadedRecipe]:
     for sweep in options.sweep:
         key, equals, values = sweep.partition("=")
         if not equals or not values:
-            raise RecipeError(f"--sweep wants key=v1,v2 and got '{sweep}'")
+            raise RecipeError(f"--sweep expects key=v1,v2, not '{sweep}'")
         choices = [f"{key}={value}" for value in split_choices(values)]
         combinations = [[*chosen, choice] for chosen in combinations for choice in choices]
     loaded = [load(file, [*overrides, *chosen]) for chosen in combinations]
@@ -155,13 +155,13 @@ def _recipes(options: argparse.Namespace) -> list[LoadedRecipe]:
     if twice := next((name for name in names if names.count(name) > 1), None):
         alike = [" ".join(chosen) for name, chosen in zip(names, combinations, strict=True) if name == twice]
         raise RecipeError(
-            f"--sweep: {' and '.join(alike)} would share the name '{twice}'; sweep them apart, with name="
+            f"--sweep: {' and '.join(alike)} would have the same name '{twice}'; run them separately, each with name="
         )
     return [load(file, [*overrides, *chosen, f"name={name}"]) for name, chosen in zip(names, combinations, strict=True)]
 
 
 def _sweep_name(name: str, chosen: Sequence[str]) -> str:
-    """The recipe's name with what was chosen; `1e-4` gives `1e_4`, `-1` gives `minus_1`."""
+    """The recipe's name with the chosen values; `1e-4` gives `1e_4`, `-1` gives `minus_1`."""
     for choice in chosen:
         key, _, value = choice.partition("=")
         value = re.sub(r"(?<![a-z0-9.])-(?=[0-9.])", "minus_", value.lower())
@@ -170,7 +170,7 @@ def _sweep_name(name: str, chosen: Sequence[str]) -> str:
 
 
 def _run_all(recipes: Sequence[LoadedRecipe], options: argparse.Namespace, plan: Planner, argv: Sequence[str]) -> int:
-    """All runs: on Slurm at once, else one after the other; the worst code, or the one of Ctrl-C, which ends it."""
+    """Runs all: on Slurm at once, else one after the other. Returns the highest exit code; Ctrl-C ends the sequence."""
     cluster = submission.choose_cluster(options.cluster)
     worst = OK
     for group in _groups(recipes, cluster):
@@ -186,7 +186,7 @@ def _run_all(recipes: Sequence[LoadedRecipe], options: argparse.Namespace, plan:
 
 
 def _groups(recipes: Sequence[LoadedRecipe], cluster: submission.ClusterName) -> list[list[LoadedRecipe]]:
-    """What is submitted together: to Slurm all runs that ask for the same, as one array; elsewhere each run alone."""
+    """Runs that are submitted together: on Slurm all with the same `cluster` section, as an array; else each alone."""
     if cluster != "slurm":
         return [[loaded] for loaded in recipes]
     groups: dict[str, list[LoadedRecipe]] = {}
@@ -200,8 +200,8 @@ class _Started:
     """A run whose job was submitted, now or before.
 
     Attributes:
-        offset: where in the progress log this command's own part begins.
-        state: of a job that was there before; None for the one that this command submitted.
+        offset: where in the progress log the lines of this command begin, in bytes.
+        state: the state of a job that existed before; None for a job that this command submitted.
     """
 
     job: submission.SubmittedJob
@@ -218,7 +218,7 @@ class _Started:
 def _run(
     group: Sequence[LoadedRecipe], cluster: submission.ClusterName, options: argparse.Namespace, argv: Sequence[str]
 ) -> Iterator[int]:
-    """Submits the runs of a group that are neither finished nor on their way; yields each one's code."""
+    """Submits the runs of a group that are neither finished, queued nor running; yields the exit code of each."""
     started = _start(group, cluster, options.runs, argv)
     for one in started:
         job, name = one.job, one.recipe.name
@@ -235,15 +235,15 @@ def _run(
             yield _follow(one, options.runs)
     elif started:
         asking = launcher_command(f"status {started[0].recipe.name}", options.runs)
-        _show(f"the same command with --follow shows it; so does: {asking}")
+        _show(f"to see its progress, add --follow to the same command, or run: {asking}")
         yield OK if all(one.is_new for one in started) else HAS_JOB
 
 
 def _start(
     group: Sequence[LoadedRecipe], cluster: submission.ClusterName, runs: Path, argv: Sequence[str]
 ) -> list[_Started]:
-    """Lays and submits what needs it. A run that has a job is left as it is: the job may read its recipe again."""
-    unfinished = [loaded for loaded in group if not _say_finished(loaded.recipe, _run_folder(loaded, runs))]
+    """Creates and submits the runs without a job. A run with a job is left as it is: the job may reread its recipe."""
+    unfinished = [loaded for loaded in group if not _show_finished(loaded.recipe, _run_folder(loaded, runs))]
     for loaded in unfinished:
         _check(loaded, cluster, runs)
     with _naming_what_fails(), contextlib.ExitStack() as locks:
@@ -254,7 +254,7 @@ def _start(
             recipe, run_folder = loaded.recipe, _run_folder(loaded, runs)
             run_folder.mkdir(parents=True, exist_ok=True)
             locks.enter_context(locked(run_folder))
-            if _say_finished(recipe, run_folder):  # by now: another launcher's job was waited for
+            if _show_finished(recipe, run_folder):  # another launcher's job may have finished while this one waited
                 continue
             job = submission.last_job(run_folder)
             status = submission.status_of(job, recipe, run_folder) if job is not None else None
@@ -288,7 +288,7 @@ def _naming_what_fails() -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"the run cannot be started: {error}; make that place writable, make room there, or give another --runs"
+            f"the run cannot be started: {error}; make that folder writable, free space there, or give another --runs"
         ) from error
 
 
@@ -300,7 +300,7 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _say_finished(recipe: Recipe, run_folder: Path) -> bool:
+def _show_finished(recipe: Recipe, run_folder: Path) -> bool:
     if not is_finished(recipe, run_folder):
         return False
     refuse_different(recipe, run_folder)
@@ -320,7 +320,7 @@ def _check(loaded: LoadedRecipe, cluster: submission.ClusterName, runs: Path) ->
 def _refuse_nodes_on_one_machine(recipe: Recipe, cluster: submission.ClusterName) -> None:
     if cluster == "local" and recipe.cluster.nodes > 1:
         raise UserError(
-            f"--cluster local is one machine, but cluster.nodes is {recipe.cluster.nodes}; add cluster.nodes=1"
+            f"--cluster local uses one machine, but cluster.nodes is {recipe.cluster.nodes}; add cluster.nodes=1"
         )
 
 
@@ -338,7 +338,7 @@ def _show_plan(loaded: LoadedRecipe, runs: Path, cluster: submission.ClusterName
 
 
 def _run_here(run_folder: Path) -> int:
-    """The same job in this process: breakpoints work, an unexpected error shows its traceback."""
+    """Runs the job in this process: breakpoints work, and an unexpected error shows its traceback."""
     try:
         with Heartbeat(run_folder):
             Job(run_folder)()
@@ -357,13 +357,13 @@ def _follow(started: _Started, runs: Path) -> int:
     except KeyboardInterrupt:
         if job.cluster == "slurm":
             ending = launcher_command(f"cancel {recipe.name}", runs)
-            _show(f"\njob {job.job_id} goes on; end it by: {ending}")
+            _show(f"\njob {job.job_id} continues; to end it: {ending}")
         else:
             submission.cancel(job)
-            _show(f"\nstopped {recipe.name}; the same command goes on from its last checkpoint")
+            _show(f"\nstopped {recipe.name}; the same command resumes from its last checkpoint")
         return INTERRUPTED
     if outcome.state == "cancelled":
-        _show(f"{recipe.name} was cancelled; the same command goes on from its last checkpoint")
+        _show(f"{recipe.name} was cancelled; the same command resumes from its last checkpoint")
         return FAILED
     if outcome.state == "failed":
         sys.stderr.write(f"{explain_failure(job, run_folder, outcome)}\n")
@@ -371,7 +371,7 @@ def _follow(started: _Started, runs: Path) -> int:
     if is_finished(recipe, run_folder):
         _show(f"{recipe.name} finished in {time.monotonic() - since:.0f} s: {run_folder}")
         return OK
-    _show(f"{recipe.name} stopped before its end; the same command goes on")
+    _show(f"{recipe.name} stopped before its end; the same command resumes")
     return FAILED
 
 

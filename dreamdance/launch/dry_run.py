@@ -1,4 +1,4 @@
-"""What `--dry-run` shows: the resolved recipe with the command line's lines marked, and the batch script."""
+"""The parts of `--dry-run`: the resolved recipe with the command line's values marked, the batch, the batch script."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ MARK = "  # <- command line"
 
 
 def resolved_recipe(loaded: LoadedRecipe) -> str:
-    """The whole recipe, defaults written out, with a mark on every line that the command line decided."""
+    """The whole recipe with its defaults, and a mark on every line whose value comes from the command line."""
     text = dump_recipe(loaded.recipe)
     starts = read_yaml(text).lines
     marked = {line for path, line in starts.items() if path and ".".join(map(str, path)) in loaded.overridden}
@@ -20,7 +20,7 @@ def resolved_recipe(loaded: LoadedRecipe) -> str:
 
 
 def batch_arithmetic(loaded: LoadedRecipe, cluster: ClusterName) -> str:
-    """Processes, and how they share a batch."""
+    """The number of processes, and how they divide a batch."""
     recipe = loaded.recipe
     nodes, tasks = recipe.cluster.nodes, recipe.cluster.tasks_per_node
     lines = [f"processes: {nodes} node{'s' * (nodes > 1)} x {tasks} = {recipe.cluster.world_size}, cluster: {cluster}"]
@@ -37,6 +37,6 @@ def batch_arithmetic(loaded: LoadedRecipe, cluster: ClusterName) -> str:
 
 
 def script(loaded: LoadedRecipe, run_folder: Path, cluster: ClusterName) -> str:
-    """The batch script, with a word on what runs instead where there is no Slurm."""
-    note = "" if cluster == "slurm" else f"# (cluster {cluster}: this is what Slurm would get)\n"
+    """The batch script; with a note where the cluster is not Slurm, so that it is not used."""
+    note = "" if cluster == "slurm" else f"# (cluster {cluster} does not use this script; Slurm would)\n"
     return note + batch_script(loaded.recipe, run_folder.absolute()).rstrip()

@@ -1,4 +1,9 @@
-"""When a run is finished: what it had to make is there, and its inputs are still those that it was made from."""
+"""Tells whether a run is finished: its results exist, and its inputs are still those that the results were made from.
+
+Smaller pieces of work have records of their own, because they compare other things: a checkpoint the hashes of its
+files (`COMPLETE`), a clip's result its request (`result.json`), a measurement the content of a result, a part of shards
+the content of its videos. `FINISHED` lets the launcher answer without torch and without opening each of these.
+"""
 
 import hashlib
 import json
@@ -13,12 +18,15 @@ from dreamdance.runs.layout import EXPORT_INDEX_FILE, FINISHED_FILE, RESULT_FILE
 
 
 def mark_finished(recipe: Recipe, run_folder: Path, inputs: str) -> bool:
-    """Writes `FINISHED`, unless the entry stopped early (training that was pre-empted returns before its last step).
+    """Writes `FINISHED`, unless the task stopped early (training that was pre-empted returns before its last step).
 
     Args:
-        recipe: of the run.
-        run_folder: takes the file.
-        inputs: what `digest_inputs` gave before the entry began: what came later, the entry may not have seen.
+        recipe: the run's recipe.
+        run_folder: where the file goes.
+        inputs: the result of `digest_inputs` before the task began; the task may not have read later inputs.
+
+    Returns:
+        Whether the run is finished.
     """
     if isinstance(recipe, TrainingRecipe) and not export_folder(run_folder, recipe.max_steps).is_dir():
         return False
@@ -28,7 +36,7 @@ def mark_finished(recipe: Recipe, run_folder: Path, inputs: str) -> bool:
 
 
 def is_finished(recipe: Recipe, run_folder: Path) -> bool:
-    """Whether starting the run again would do nothing: not after `max_steps` was raised, nor after new inputs."""
+    """Whether starting the run again would do nothing; False after `max_steps` was raised, or with new inputs."""
     marker = run_folder / FINISHED_FILE
     if not marker.is_file():
         return False
@@ -44,7 +52,7 @@ def is_finished(recipe: Recipe, run_folder: Path) -> bool:
 
 
 def digest_inputs(recipe: Recipe, runs: Path) -> str:
-    """Changes with what a run reads, as far as the run's own note of files does not know it."""
+    """A hash that changes with the inputs of a run, except for those that the run's own note of files covers."""
     parts: list[str] = []
     if isinstance(recipe, AnimateRecipe):
         manifest = Path(recipe.manifest)
@@ -53,14 +61,14 @@ def digest_inputs(recipe: Recipe, runs: Path) -> str:
             parts += _weights(name, runs) if name else []
     elif isinstance(recipe, EvaluateRecipe):
         found = sorted(path.parent.name for path in Path(recipe.results).glob(f"[!.]*/{RESULT_FILE}"))
-        parts += found  # the contents are noted
+        parts += found  # the note of files covers the contents
     elif isinstance(recipe, PrepareRecipe) and recipe.videos is not None:
         parts += describe_videos(Path(recipe.videos.folder))
     return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _weights(name: str, runs: Path) -> list[str]:
-    """Of a trained stage: a run's newest export is told by its name, an export given as a folder by its index file."""
+    """Lines that identify a trained stage: a run's newest export by its name, an export folder by its index file."""
     if is_export(Path(name)):
         return [name, *_listing(Path(name), EXPORT_INDEX_FILE)]
     return [f"{name} {folder.name}" for folder in step_folders(runs / name / "exports")[-1:]]

@@ -1,4 +1,4 @@
-"""Shows a running job: a live line on a terminal, plain lines elsewhere, at the end the failing rank's own words."""
+"""Shows a running job: a live line on a terminal, plain lines elsewhere, and at the end the failing rank's error."""
 
 import contextlib
 import json
@@ -20,8 +20,8 @@ POLL_SECONDS = {"local": 0.2, "debug": 0.2, "slurm": 5.0}
 DISTANT_POLL_SECONDS = 5.0
 PLAIN_LINE_EVERY_SECONDS = 5.0
 TAIL_LINES = 25
+# A rank's warning or error, in the format that `job` sets, or a line from Slurm.
 _TROUBLE = re.compile(r"[-\d]+ [:,\d]+ (\[rank \d+\] )?(WARNING|ERROR|CRITICAL) |(srun|slurmstepd): ")
-"""A rank's own line, as `job` has it written, or Slurm's about it."""
 _NOT_SHOWN = ("time", "done", "total", "unit", "message", "eta_seconds", "loss", "samples_per_second")
 
 
@@ -37,18 +37,18 @@ def follow(
     """Shows the job's progress, and every rank's warnings and errors, until it ends.
 
     Args:
-        job: what `submit` returned.
+        job: the result of `submit`.
         recipe: the run's recipe.
         run_folder: the run's folder.
-        offset: where in the progress log this job's own lines begin (bytes).
-        out: a terminal gets a line that is drawn anew, anything else plain lines.
-        is_new: whether its logs are shown from their beginning; else from now on.
+        offset: where in the progress log this job's lines begin, in bytes.
+        out: a terminal gets one line that is redrawn, anything else gets plain lines.
+        is_new: whether the logs are shown from their beginning; else only new lines are shown.
     """
     screen = _Screen(out)
     logs = _Logs(job, run_folder, from_now=not is_new)
     started = time.monotonic()
     while True:
-        # Asked before reading: what the job wrote before it ended is then read in this round.
+        # The status first: everything that the job wrote before it ended is then read in this round.
         status = status_of(job, recipe, run_folder)
         for trouble in logs.new_trouble():
             screen.message(trouble)
@@ -79,11 +79,11 @@ def progress_line(line: dict[str, Any]) -> str:
 
 
 def explain_failure(job: SubmittedJob, run_folder: Path, status: JobStatus) -> str:
-    """Why a job failed: the failing rank's error, or the end of its log, and where to read more."""
+    """Why a job failed: the failing rank's error, or the end of its log, and the log's path."""
     failures = read_failures(run_folder)
-    spoke = any(failure["rank"] == status.failed_rank for failure in failures)
-    # Of ranks that ended at nearly the same moment, their errors' times say which began it.
-    first = failures[0] if spoke or (failures and status.failed_rank is None) else None
+    has_record = any(failure["rank"] == status.failed_rank for failure in failures)
+    # Where ranks ended at nearly the same moment, the times of their errors show which failed first.
+    first = failures[0] if has_record or (failures and status.failed_rank is None) else None
     rank = first["rank"] if first else status.failed_rank or 0
     log = job.log_file(run_folder, rank)
     text = first["text"].rstrip() if first else _tail(log)
@@ -92,27 +92,27 @@ def explain_failure(job: SubmittedJob, run_folder: Path, status: JobStatus) -> s
     head = f"{run_folder.name} failed: {status.detail}"
     if not run_folder.is_dir():
         return f"{head}\n{run_folder} is gone: it was removed while the job ran, or its storage is away"
-    silent = _silent_ranks(job, run_folder) if status.failed_rank is None and failures else ""
-    where = f"log of rank {rank}: {log}" if job.cluster != "debug" else ""  # that one spoke on the launcher's screen
-    return "\n".join(line for line in (head, text, where, silent) if line)
+    killed = _ranks_without_error(job, run_folder) if status.failed_rank is None and failures else ""
+    where = f"log of rank {rank}: {log}" if job.cluster != "debug" else ""  # a debug job logs to this terminal
+    return "\n".join(line for line in (head, text, where, killed) if line)
 
 
-def _silent_ranks(job: SubmittedJob, run_folder: Path) -> str:
-    """Ranks that ended without an error of their own: probably killed, and the others' errors only follow from that."""
-    left = [failure_file(run_folder, job.job_id, rank).is_file() for rank in range(job.num_tasks)]
-    silent = [str(rank) for rank, spoke in enumerate(left) if not spoke]
-    return f"ended without an error of their own (killed?): ranks {', '.join(silent)}" if silent else ""
+def _ranks_without_error(job: SubmittedJob, run_folder: Path) -> str:
+    """Ranks that ended without recording an error: they were probably killed, which caused the others' errors."""
+    recorded = [failure_file(run_folder, job.job_id, rank).is_file() for rank in range(job.num_tasks)]
+    killed = [str(rank) for rank, has_record in enumerate(recorded) if not has_record]
+    return f"ended without an error of their own (killed?): ranks {', '.join(killed)}" if killed else ""
 
 
 def _tail(log: Path) -> str:
     if not log.is_file():
-        return "it left no log"
+        return "it wrote no log"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     return "\n".join(lines[-TAIL_LINES:])
 
 
 def _new_lines(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
-    """Whole lines after `offset` and the offset behind them; a half-written one waits for the next look."""
+    """The complete lines after `offset`, and the offset behind them; an incomplete line is read the next time."""
     if not path.is_file():
         return [], offset
     lines = []
@@ -122,14 +122,14 @@ def _new_lines(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
             if not raw.endswith(b"\n"):
                 break
             offset += len(raw)
-            # A killed run may leave half a line, with the next run's first line behind it.
+            # A killed run may leave half a line, followed by the next run's first line.
             with contextlib.suppress(ValueError):
                 lines.append(json.loads(raw))
     return lines, offset
 
 
 class _Logs:
-    """The logs of all ranks, of which lines that tell of trouble are shown."""
+    """The logs of all ranks; their warnings and errors are shown."""
 
     def __init__(self, job: SubmittedJob, run_folder: Path, *, from_now: bool) -> None:
         paths = [job.log_file(run_folder, rank) for rank in range(job.num_tasks)]
@@ -162,7 +162,7 @@ class _Screen:
         self.last_message: str | None = None
 
     def message(self, text: str | None) -> None:
-        """A line that stays. Tasks repeat what they are at with every report; it is shown once."""
+        """Writes a line that stays. Tasks repeat their message in every report; it is shown once."""
         if text is None or text == self.last_message:
             return
         self.last_message = text
@@ -184,7 +184,7 @@ class _Screen:
         self.out.flush()
 
     def waiting(self, text: str) -> None:
-        """Something to look at until the first progress arrives."""
+        """Shows the job's state until the first progress arrives."""
         if self.live and not self.has_progress:
             self._clear()
             self._draw(text)

@@ -1,4 +1,4 @@
-"""What a recipe needs from this machine, looked up before anything is started: weights, data, runs, packages, GPUs."""
+"""Checks what a recipe needs on this machine before anything starts: weights, data, runs, packages, GPUs."""
 
 import shutil
 import subprocess
@@ -40,7 +40,7 @@ DOWNLOADS = {
 
 @dataclass(frozen=True)
 class Missing:
-    """One thing that is not there: what, where it was looked for, and how to get it."""
+    """A missing thing: what it is, where it was looked for, and how to get it."""
 
     what: str
     looked: str
@@ -51,7 +51,7 @@ class Missing:
 
 
 def missing(recipe: Recipe, recipe_file: Path, runs: Path, *, check_gpu: bool) -> list[Missing]:
-    """Everything that the recipe needs and that is not there; empty when the run can start."""
+    """Everything that the recipe needs and that is missing; empty if the run can start."""
     found = [
         *_weights(recipe),
         *_data(recipe, recipe_file, runs),
@@ -62,16 +62,16 @@ def missing(recipe: Recipe, recipe_file: Path, runs: Path, *, check_gpu: bool) -
 
 
 def report(recipe: Recipe, recipe_file: Path, runs: Path, problems: list[Missing]) -> str:
-    """The problems for a person, with the demo recipe of the same task where the recipe has one beside it."""
+    """The text for the user, with the demo recipe of the same task if there is one beside the recipe."""
     lines = [f"{recipe_file} ({recipe.name}) cannot start here:", *(f"  - {problem}" for problem in problems)]
     demo = recipe_file.parent / "demo" / recipe_file.name
     if demo.is_file():
-        lines.append(f"to try the same without any of that: {launcher_command(demo, runs)} --follow")
+        lines.append(f"a demo of the same task that needs none of these: {launcher_command(demo, runs)} --follow")
     return "\n".join(lines)
 
 
 def _weights(recipe: Recipe) -> Iterator[Missing]:
-    """One entry for each folder of weights, however many networks lie in it."""
+    """One entry for each folder of weights, however many networks it contains."""
     absent: dict[str, dict[str, Path]] = {}
     for key, source in weight_sources(recipe).items():
         folder = Path(source.path) / (source.subfolder or "")
@@ -79,9 +79,9 @@ def _weights(recipe: Recipe) -> Iterator[Missing]:
             absent.setdefault(source.path, {})[key] = folder
     for path, folders in absent.items():
         repository = DOWNLOADS.get(Path(path).name)
-        remedy = f"hf download {repository} --local-dir {path}" if repository else "put the weights there"
+        remedy = f"hf download {repository} --local-dir {path}" if repository else "put the weights into that folder"
         if repository and "stable-video" in repository:
-            remedy += " (first accept its licence on huggingface.co and run `hf auth login`)"
+            remedy += " (first accept the licence on huggingface.co and run `hf auth login`)"
         looked = ", ".join(str(folder) for folder in folders.values())
         yield Missing(f"weights for {', '.join(folders)}", f"{looked} (config.json and *.safetensors)", remedy)
 
@@ -98,10 +98,10 @@ def _data(recipe: Recipe, recipe_file: Path, runs: Path) -> Iterator[Missing]:
     elif isinstance(recipe, PrepareRecipe) and recipe.videos is not None:
         folder = Path(recipe.videos.folder)
         if not any(folder.glob("*.rgb.mp4")):
-            remedy = "put pairs <clip>.rgb.mp4 and <clip>.pose.mp4 there, or set videos.folder=..."
+            remedy = "put pairs <clip>.rgb.mp4 and <clip>.pose.mp4 into that folder, or set videos.folder=..."
             yield Missing("videos", f"{folder}/*.rgb.mp4 (videos.folder)", remedy)
     elif isinstance(recipe, AnimateRecipe) and not Path(recipe.manifest).is_file():
-        remedy = f"write one, set manifest=..., or take the validation clips: {_launch(recipe_file, 'prepare', runs)}"
+        remedy = f"write one, set manifest=..., or use the validation clips: {_launch(recipe_file, 'prepare', runs)}"
         yield Missing("manifest", f"{recipe.manifest} (manifest)", remedy)
     places = {key: shards.remote or shards.local for key, shards in folders}
     absent = [key for key, place in places.items() if "://" not in place and not (Path(place) / "index.json").is_file()]
@@ -136,13 +136,13 @@ def _runs(recipe: Recipe, recipe_file: Path, runs: Path) -> Iterator[Missing]:
 
 
 def _launch(recipe_file: Path, name: str, runs: Path) -> str:
-    """The command that makes what is missing: a recipe of that name or file name beside this one, or above it."""
+    """The command that creates what is missing: a recipe of that name beside this recipe, or in the folder above."""
     short_name = name.removeprefix(f"{recipe_file.parent.name}_")  # recipes/demo/stage2.yaml is named demo_stage2
     for folder in (recipe_file.parent, recipe_file.parent.parent):
         for candidate in (folder / f"{name}.yaml", folder / f"{short_name}.yaml"):
             if candidate.is_file():
                 return launcher_command(candidate, runs)
-    return f"launch the recipe named '{name}' first"
+    return f"run the recipe named '{name}' first"
 
 
 def _packages(recipe: Recipe) -> Iterator[Missing]:
@@ -151,7 +151,7 @@ def _packages(recipe: Recipe) -> Iterator[Missing]:
 
 
 def _backend(recipe: Recipe) -> Iterator[Missing]:
-    """The attention backend that the recipe names, if any. (Of a job on Slurm, its node must know; it asks there.)"""
+    """The attention backend that the recipe names, if any. (A job on Slurm checks this on its own node.)"""
     backend = named_backend(recipe)
     if backend is not None and (reason := why_backend_cannot_run_in_a_job(recipe, backend)):
         looked = f"{sys.executable} on this machine: {reason}"
@@ -159,29 +159,29 @@ def _backend(recipe: Recipe) -> Iterator[Missing]:
 
 
 def _kernels(recipe: Recipe) -> Iterator[Missing]:
-    """What starts the kernels that channels_last asks for."""
+    """The tools that start the kernels for channels_last."""
     if wants_fused_norms(recipe) and (reason := why_kernels_cannot_start_in_a_job(recipe)):
         looked = f"{sys.executable} on this machine: {reason}"
-        remedy = f"install it, or {CHANNELS_LAST_KEY}=false does without"
-        yield Missing(f"what starts Triton's group norm ({CHANNELS_LAST_KEY})", looked, remedy)
+        remedy = f"install it, or set {CHANNELS_LAST_KEY}=false, which does not need it"
+        yield Missing(f"the tools that start Triton's group norm ({CHANNELS_LAST_KEY})", looked, remedy)
 
 
 def _gpus(recipe: Recipe) -> Iterator[Missing]:
     wanted, have = recipe.cluster.gpus_per_node, num_gpus()
     if wanted > have:
-        remedy = "run it on a machine or cluster that has them"
+        remedy = "run this recipe on a machine or cluster that has them"
         if isinstance(recipe, TrainingRecipe) and have > 0:
-            remedy = f"cluster.gpus_per_node={have} cluster.tasks_per_node={have} accumulates over more micro batches"
+            remedy = f"cluster.gpus_per_node={have} cluster.tasks_per_node={have} accumulates more micro batches"
         yield Missing(f"{wanted} GPUs (cluster.gpus_per_node)", f"nvidia-smi shows {have}", remedy)
 
 
 def num_gpus() -> int:
-    """How many GPUs this machine shows, without loading torch."""
+    """The number of GPUs of this machine, from nvidia-smi: torch is not loaded."""
     return len(_nvidia_smi("name"))
 
 
 def gpu_memory_gib() -> float | None:
-    """The smallest memory among this machine's GPUs, or None where there is none."""
+    """The smallest memory of this machine's GPUs in GiB; None without a GPU."""
     sizes = [float(line) / 1024 for line in _nvidia_smi("memory.total")]
     return min(sizes) if sizes else None
 

@@ -1,4 +1,4 @@
-"""Whether what `prepare` wrote is still there, and which files it was made from. No torch here."""
+"""Whether the output of `prepare` is complete and matches its videos. No torch here."""
 
 import json
 import os
@@ -15,9 +15,9 @@ MANIFEST_FILE = "manifest.jsonl"
 
 
 def is_prepared(recipe: PrepareRecipe) -> bool:
-    """Whether every file is there that the indices and the manifest name, and the videos are those that were read.
+    """Whether every file exists that the indices and the manifest name, and the videos are those that were read.
 
-    What lies in the shards is checked when they are read.
+    The content of the shards is checked when they are read.
     """
     output = Path(recipe.output)
     has_validation = recipe.dancers is not None or (recipe.videos is not None and recipe.videos.validation_fraction > 0)
@@ -29,19 +29,19 @@ def is_prepared(recipe: PrepareRecipe) -> bool:
         if recipe.videos is not None and not _are_as_noted(Path(recipe.videos.folder), output / INPUTS_FILE):
             return False
         return not has_validation or all(path.is_file() for path in _examples(output / MANIFEST_FILE))
-    except (OSError, ValueError, TypeError, KeyError):  # not there, or no longer what was written
+    except (OSError, ValueError, TypeError, KeyError):  # a file is missing or damaged
         return False
 
 
 def describe_videos(folder: Path) -> list[str]:
-    """A line for each video, which changes when it is replaced; hidden files, as macOS leaves them, are no videos."""
+    """A line for each video, which changes when the video is replaced. Hidden files (from macOS) do not count."""
     paths = sorted(path for path in folder.glob("*.mp4") if not path.name.startswith("."))
-    looks = [(path.name, path.stat() if path.exists() else path.lstat()) for path in paths]
-    return [f"{name} {look.st_size} {look.st_mtime_ns} {look.st_ctime_ns}" for name, look in looks]
+    found = [(path.name, FileStamp.from_stat(path.stat() if path.exists() else path.lstat())) for path in paths]
+    return [f"{name} {stamp.size} {stamp.mtime_ns} {stamp.ctime_ns}" for name, stamp in found]
 
 
 def _are_as_noted(videos: Path, note: Path) -> bool:
-    """By size and times: a video that was replaced while others were still being read is not the one that was read."""
+    """Compares size and times: a video may have been replaced while `prepare` was still reading others."""
     for name, values in json.loads(note.read_text(encoding="utf-8")).items():
         noted = FileState.from_json(values)
         if noted is None or noted.stamp != FileStamp.of(videos / name):

@@ -1,7 +1,6 @@
-"""What a task needs of the Python that runs it: optional packages, and an attention backend that runs there,
-and what starts Triton's kernels.
+"""What a task needs from the Python that runs it: optional packages, its attention backend, and Triton's tools.
 
-Asked by the launcher before it submits, and by each job on its own machine before it begins.
+The launcher checks this before it submits, and each job on its own machine before it begins.
 """
 
 import importlib.util
@@ -13,6 +12,8 @@ import sys
 from dreamdance.errors import MissingInputError
 from dreamdance.recipe import Recipe, Stage1Recipe, Stage2Recipe
 
+# By task: each optional package that its modules import -> our extra that installs it. By hand, because the launcher
+# must not import those modules, and a checkout has no package metadata.
 EXTRAS = {
     "stage1": {"deepspeed": "train", "streaming": "train", "tensorboard": "train", "cv2": "train"},
     "stage2": {"deepspeed": "train", "streaming": "train", "tensorboard": "train", "cv2": "train"},
@@ -20,7 +21,6 @@ EXTRAS = {
     "animate": {"av": "video", "cv2": "video"},
     "evaluate": {"streaming": "train", "cv2": "train"},
 }
-"""By task: each optional package that its modules import -> the extra of ours that installs it."""
 
 BACKEND_KEY = "model.attention_backend"
 CHANNELS_LAST_KEY = "model.channels_last"
@@ -28,7 +28,7 @@ _ASK_SECONDS = 120
 
 
 def missing_packages(recipe: Recipe) -> dict[str, str]:
-    """Packages that the task imports and this Python lacks -> the extra that installs each."""
+    """Packages that the task imports and this Python lacks -> our extra that installs each."""
     extras = EXTRAS[recipe.task]
     return {package: extra for package, extra in extras.items() if importlib.util.find_spec(package) is None}
 
@@ -39,11 +39,11 @@ def installation(extras: set[str]) -> str:
 
 
 def refuse_missing(recipe: Recipe) -> None:
-    """Makes sure that the job which calls this can begin in this process.
+    """Checks that the job that calls this can run in this process.
 
     Raises:
         MissingInputError: a package is not installed, the attention backend that the recipe names cannot run, or
-            nothing can start the kernels that channels_last asks for.
+            Triton cannot start the kernels for channels_last.
     """
     here = f"this Python ({sys.executable} on {socket.gethostname()})"
     if missing := missing_packages(recipe):
@@ -52,40 +52,40 @@ def refuse_missing(recipe: Recipe) -> None:
     if backend is not None and (reason := why_backend_cannot_run(backend)):
         raise MissingInputError(f"attention backend '{backend}' ({BACKEND_KEY}) cannot run in {here}: {reason}")
     if wants_fused_norms(recipe) and (reason := why_kernels_cannot_start()):
-        raise MissingInputError(f"{CHANNELS_LAST_KEY} wants Triton's group norm, which {here} cannot start: {reason}")
+        raise MissingInputError(f"{CHANNELS_LAST_KEY} needs Triton's group norm, which {here} cannot start: {reason}")
 
 
 def named_backend(recipe: Recipe) -> str | None:
-    """The attention backend that the recipe asks for, None where the library may choose."""
+    """The attention backend that the recipe names; None if the library chooses."""
     return recipe.model.attention_backend if isinstance(recipe, Stage1Recipe | Stage2Recipe) else None
 
 
 def wants_fused_norms(recipe: Recipe) -> bool:
-    """Whether the recipe asks for group norms that Triton runs: channels_last, on GPUs."""
+    """Whether the recipe needs group norms that Triton runs: channels_last, on GPUs."""
     if not isinstance(recipe, Stage1Recipe | Stage2Recipe):
         return False
     return recipe.model.channels_last and recipe.cluster.gpus_per_node > 0
 
 
 def why_kernels_cannot_start() -> str:
-    """What this machine lacks to start Triton's kernels, a compiler or headers; empty where it lacks nothing."""
+    """What this machine lacks to start Triton's kernels, a compiler or headers; empty if it lacks nothing."""
     from dreamdance_kernels import triton_package
 
     return triton_package.why_unable_to_start() or "" if triton_package.why_unusable() is None else ""
 
 
 def why_backend_cannot_run(name: str) -> str:
-    """Why an attention backend cannot run in this process, which loads torch to know; empty where it can."""
+    """Why an attention backend cannot run in this process; empty if it can. Loads torch."""
     from dreamdance_kernels import available_backends
 
     backends = available_backends()
     if name in backends:
         return backends[name] or ""
-    return f"no such backend; there are {', '.join(map(repr, backends))}, or null to let the library choose"
+    return f"no such backend; known are {', '.join(map(repr, backends))}, or null to let the library choose"
 
 
 def why_backend_cannot_run_in_a_job(recipe: Recipe, name: str) -> str:
-    """The same for a job on this machine."""
+    """As `why_backend_cannot_run`, for a job on this machine."""
     return _ask_in_a_job(recipe, f"why_backend_cannot_run({name!r})")
 
 
@@ -95,7 +95,7 @@ def why_kernels_cannot_start_in_a_job(recipe: Recipe) -> str:
 
 
 def _ask_in_a_job(recipe: Recipe, question: str) -> str:
-    """Asks in a process of its own, with the job's environment: the launcher loads no torch and no driver."""
+    """Calls a function of this module in a new process with the job's environment: the launcher loads no torch."""
     environment = os.environ | recipe.cluster.environment
     if recipe.cluster.gpus_per_node == 0:
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -106,7 +106,7 @@ def _ask_in_a_job(recipe: Recipe, question: str) -> str:
             words, env=environment, capture_output=True, text=True, timeout=_ASK_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
-        return f"this Python did not say within {_ASK_SECONDS} s whether it can"
+        return f"the check did not end within {_ASK_SECONDS} s"
     if asked.returncode:
         return (asked.stderr.strip().splitlines() or [f"exit code {asked.returncode}"])[-1]
     return asked.stdout.strip()

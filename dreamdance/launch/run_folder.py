@@ -1,4 +1,4 @@
-"""Lays a run folder (contract C7): the resolved recipe and where it all came from are written before anything runs."""
+"""Creates or checks a run folder (contract C7): recipe and provenance are written before anything runs."""
 
 import errno
 import functools
@@ -36,20 +36,20 @@ _TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 
 
 class DifferentRecipeError(UserError):
-    """The run folder belongs to a different recipe (exit code 3)."""
+    """The run folder belongs to another recipe (exit code 3)."""
 
 
 @contextmanager
 def locked(run_folder: Path, *, wait_seconds: float = LOCK_SECONDS) -> Iterator[None]:
-    """Keeps a second launcher from laying or submitting the same run at the same time.
+    """Prevents two launchers from creating or submitting the same run at the same time.
 
     Args:
-        run_folder: of the run; it must be there.
-        wait_seconds: how long another process, which has it now, is waited for.
+        run_folder: the run's folder; it must exist.
+        wait_seconds: how long to wait for another process that holds the lock.
 
     Raises:
-        UserError: that one kept it for longer.
-        OSError: the file system does not let files be made.
+        UserError: the other process held the lock for longer.
+        OSError: no file can be created in the folder.
     """
     lock = run_folder / LOCK_FILE
     try:
@@ -58,16 +58,16 @@ def locked(run_folder: Path, *, wait_seconds: float = LOCK_SECONDS) -> Iterator[
     except HeldLockError as error:
         raise UserError(
             f"another launcher has been starting {run_folder} for over {wait_seconds:.0f} s ({error}); try again, or "
-            f"end it if it hangs (`fuser {lock}` names its process on its machine)"
+            f"end that launcher if it hangs (`fuser {lock}` names its process on its machine)"
         ) from BlockingIOError(errno.EAGAIN, str(error))
 
 
 def create_or_check(recipe: Recipe, run_folder: Path, argv: Sequence[str]) -> None:
-    """Makes the folder, or makes sure that it is this recipe's, and records this start.
+    """Creates the run folder, or checks that it belongs to this recipe, and records this start.
 
     Raises:
-        DifferentRecipeError: it was laid by another recipe; names the keys that differ, old -> new.
-        OSError: it cannot be written; better now than at the first save.
+        DifferentRecipeError: the folder belongs to another recipe; the text names the keys that differ, old -> new.
+        OSError: the folder cannot be written; this shows before the first save.
     """
     stored = run_folder / RECIPE_FILE
     if stored.is_file():
@@ -113,7 +113,7 @@ def stored_recipe(run_folder: Path) -> Recipe:
 
 
 def record_job(run_folder: Path, job_id: str, hosts: Sequence[str]) -> None:
-    """Notes with the run's last start, on which machines its job began to run; once more after each requeue."""
+    """Records on which machines the job of the run's last start began, and again after each requeue."""
     provenance = run_folder / PROVENANCE_FILE
     with locked(run_folder):
         content = json.loads(provenance.read_text(encoding="utf-8"))
@@ -123,7 +123,7 @@ def record_job(run_folder: Path, job_id: str, hosts: Sequence[str]) -> None:
 
 
 def refuse_different(recipe: Recipe, run_folder: Path) -> None:
-    """Raises DifferentRecipeError where the folder's recipe and this one would not continue one another."""
+    """Raises DifferentRecipeError if this recipe does not continue the run in the folder."""
     changes = differences(_stored_values(run_folder / RECIPE_FILE), recipe.model_dump(mode="json"))
     permitted = recipe.checkpoint.allow_changed if isinstance(recipe, TrainingRecipe) else []
     refused = {key: change for key, change in changes.items() if not _covered(key, permitted)}
@@ -131,14 +131,14 @@ def refuse_different(recipe: Recipe, run_folder: Path) -> None:
         return
     lines = [f"{run_folder} belongs to a different recipe:"]
     lines += [f"  {key}: {old} -> {new}" for key, (old, new) in refused.items()]
-    lines.append("give this run another name (name=...), remove that folder, or go back to its values")
+    lines.append("give this run another name (name=...), remove that folder, or use its values")
     if isinstance(recipe, TrainingRecipe):
-        lines[-1] += f"; checkpoint.allow_changed=[{', '.join(refused)}] goes on with the new ones"
+        lines[-1] += f"; checkpoint.allow_changed=[{', '.join(refused)}] continues with the new values"
     raise DifferentRecipeError("\n".join(lines))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """The dotted keys that tell two resolved recipes apart, with both values as text.
+    """The dotted keys in which two resolved recipes differ, with both values as text.
 
     Keys that may change within a run are left out, but a `max_steps` that was lowered is a difference.
     """
@@ -161,7 +161,7 @@ def _text(value: Any) -> str:
 
 
 def _stored_values(path: Path) -> dict[str, Any]:
-    """The folder's recipe with values for keys that did not exist when it was written, if it still loads."""
+    """The values of the folder's recipe, with defaults for newer keys if this version can still load it."""
     try:
         return _load_stored(path).model_dump(mode="json")
     except UserError:
@@ -169,7 +169,7 @@ def _stored_values(path: Path) -> dict[str, Any]:
 
 
 def _load_stored(path: Path) -> Recipe:
-    """A run's recipe as it was meant: keys that it lacks have their former values, or today's defaults."""
+    """A run's recipe, in which missing keys have the values that they meant then, or today's defaults."""
     recipe = load_recipe(path)
     if not isinstance(recipe, TrainingRecipe):
         return recipe
@@ -178,7 +178,7 @@ def _load_stored(path: Path) -> Recipe:
 
 
 def _is_written(recipe: Recipe, key: str) -> bool:
-    """Whether a recipe's file has a key, and does not leave it to its default."""
+    """Whether a recipe's file contains a key."""
     *sections, name = key.split(".")
     return name in functools.reduce(getattr, sections, recipe).model_fields_set
 
@@ -189,15 +189,15 @@ def _written_values(path: Path) -> dict[str, Any]:
 
 
 def _warn_of_new_keys(recipe: Recipe, stored: Path) -> None:
-    """Says which keys a run's stored recipe does not know, and what they are from now on."""
+    """Warns about keys that a run's stored recipe lacks, and names the values that hold from now on."""
     written, now = flatten(_written_values(stored)), flatten(recipe.model_dump(mode="json"))
     compared = (*CHANGEABLE_KEYS, *FORMER_VALUES, *written)  # a section that was null, and is not now, is no new key
     new = [key for key in now if not _covered(key, compared) and not any(_covered(old, [key]) for old in written)]
     if new:
         values = ", ".join(f"{key}={_text(now[key])}" for key in new)
         logger.warning(
-            "%s was written by an earlier version, which had no keys for this; from now on: %s. Where that version did "
-            "otherwise, the run goes on with the new values",
+            "%s was written by an earlier version, which lacked these keys; from now on: %s. If that version behaved "
+            "otherwise, the run continues with the new values",
             stored,
             values,
         )
@@ -217,7 +217,7 @@ def _this_start(recipe: Recipe, argv: Sequence[str], known_weights: dict[str, An
 
 
 def _base_weights(recipe: Recipe, known: dict[str, Any]) -> dict[str, Any]:
-    """Hashes of the weight files that the recipe names; a file that has not changed since is not read again."""
+    """States of the weight files that the recipe names; a file that has not changed is not read again."""
     found = {}
     for source in weight_sources(recipe).values():
         folder = Path(source.path) / (source.subfolder or "")

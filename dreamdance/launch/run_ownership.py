@@ -1,7 +1,7 @@
-"""Keeps two starts of one run apart: a rank that Slurm lost sight of must not write beside the one that replaced it.
+"""Prevents two starts of one run from writing into its folder at the same time.
 
-When a node's slurmd dies, Slurm gives the node up and starts the job elsewhere; the ranks on that node know nothing of
-it and go on. The last to begin has the run folder; a start that finds itself replaced ends at once.
+When a node's slurmd dies, Slurm gives the node up and starts the job on other nodes, but the ranks on the lost node
+continue. The start that began last owns the run folder; a start that finds another owner ends at once.
 """
 
 import logging
@@ -17,15 +17,15 @@ from dreamdance.runtime.exits import TRY_AGAIN_EXIT_CODE, exit_process
 
 logger = logging.getLogger(__name__)
 
-# Of all ranks' codes `srun` reports the highest; a rank that is killed along with this one has up to 128 + 64.
+# `srun` reports the highest exit code of all ranks; a rank that is killed together with this one has up to 128 + 64.
 REPLACED_EXIT_CODE = 200
 LOOK_EVERY_SECONDS = 2.0
-GONE_LOOKS = 30
-"""A run folder that is not there for so many looks was removed, or its storage was: nothing can be saved any more."""
+# After so many checks without a run folder, the folder or its storage was removed: nothing can be saved any more.
+NUM_CHECKS_WITHOUT_FOLDER = 30
 
 
 class RunOwnership:
-    """Claims a run folder for this start, and ends the process when another one claims it; a context manager."""
+    """Makes this start the owner of a run folder, and ends the process when another start becomes the owner."""
 
     def __init__(self, run_folder: Path) -> None:
         self._run_folder, self._file = run_folder, run_folder / "logs" / "owner.txt"
@@ -39,27 +39,27 @@ class RunOwnership:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._over.set()  # not waited for: storage that hangs must not keep a job from ending
+        self._over.set()  # without joining the thread: storage that hangs must not keep a job from ending
 
     def _watch(self) -> None:
-        looks_left = GONE_LOOKS
+        checks_left = NUM_CHECKS_WITHOUT_FOLDER
         while not self._over.wait(LOOK_EVERY_SECONDS):
             try:
                 owner = self._file.read_text(encoding="utf-8")
-            except OSError:  # a file system that stumbles says nothing about who owns the run
-                looks_left = looks_left - 1 if _is_gone(self._run_folder) else GONE_LOOKS
-                if not looks_left:
-                    text = "the run folder %s is gone (removed, or its storage is away): ending here"
+            except OSError:  # an I/O error does not tell who owns the run
+                checks_left = checks_left - 1 if _is_gone(self._run_folder) else NUM_CHECKS_WITHOUT_FOLDER
+                if not checks_left:
+                    text = "the run folder %s is gone (removed, or its storage is away): this process ends"
                     exit_process(logger, text, self._run_folder, exit_code=TRY_AGAIN_EXIT_CODE)
                 continue
-            looks_left = GONE_LOOKS
+            checks_left = NUM_CHECKS_WITHOUT_FOLDER
             if owner != self._own and not self._over.is_set():
-                text = "this run goes on elsewhere (%s): ending here, without saving"
+                text = "another start owns this run now (%s): this process ends without saving"
                 exit_process(logger, text, owner.strip(), exit_code=REPLACED_EXIT_CODE)
 
 
 def _is_gone(folder: Path) -> bool:
-    """Whether the file system says that there is no such folder, and not that it cannot tell."""
+    """Whether the folder does not exist; False where an I/O error leaves that open."""
     try:
         folder.stat()
     except OSError as error:

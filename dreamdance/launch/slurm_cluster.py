@@ -1,4 +1,4 @@
-"""What is said to Slurm and asked of it: the batch script, one job or an array, its state. No accounting is needed."""
+"""Talks to Slurm: writes the batch script, submits a job or an array, queries and cancels. Needs no accounting."""
 
 import os
 import re
@@ -21,14 +21,15 @@ from dreamdance.recipe.sections import Cluster
 from dreamdance.runs.layout import FAILURES_FOLDER
 
 ASK_TIMEOUT_SECONDS = 60
-INSIST_TIMES, INSIST_EVERY_SECONDS = 12, 5
+# How often the batch script repeats a request to Slurm's controller, which may be restarting: for a minute.
+NUM_REQUESTS, REQUEST_SECONDS = 12, 5
 # Without -P, `python -m` would put the working directory on sys.path, where a checkout has a folder `kernels/`.
 PYTHON = (sys.executable, "-P", "-u")
 
 
 @dataclass(frozen=True)
 class SlurmRecord:
-    """What Slurm knows of a job; `state` in its own words, `nodes` as it abbreviates them, empty before it runs."""
+    """A job in Slurm; `state` in Slurm's words, `nodes` as Slurm abbreviates them, empty before the job runs."""
 
     state: str
     reason: str
@@ -36,12 +37,12 @@ class SlurmRecord:
     restarts: int
 
 
-class SlurmSilentError(Exception):
-    """The controller did not answer; whatever was asked may be true or not."""
+class SlurmUnavailableError(Exception):
+    """The controller did not answer; the state of the job is unknown."""
 
 
 def answers() -> bool:
-    """Whether there is a cluster to submit to."""
+    """Whether a Slurm cluster answers here."""
     if shutil.which("sinfo") is None or shutil.which("sbatch") is None:
         return False
     try:
@@ -51,32 +52,29 @@ def answers() -> bool:
     return answer.returncode == 0 and bool(answer.stdout.strip())
 
 
-# ------------------------------------------------------------------------------------------ submitting
-
-
 class _Executor(SlurmExecutor):
     """Renders and submits the batch script of one run, or of an array of runs.
 
-    The ranks are handed the run folder and nothing else, so no pickles are written, and no result of another job that
-    had the same id can be read.
+    The ranks get only the path of the run folder. So submitit writes no pickles, and cannot read the result of another
+    job that had the same id.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, *, num_runs: int | None) -> None:
-        """Prepares.
+        """Sets submitit's parameters.
 
         Args:
-            folder: the run's `logs`; of an array, a folder with a link 0, 1, ... to each run's.
-            recipe: whose `cluster` section is asked for; that of any run of an array.
-            num_runs: how many runs the array has, None for a single job.
+            folder: the run's `logs`; for an array, a folder with a link 0, 1, ... to the `logs` of each run.
+            recipe: its `cluster` section is what the job requests; all runs of an array have the same section.
+            num_runs: the number of runs in the array; None for a single job.
         """
         super().__init__(folder)
         self.script: Path | None = None
         self._num_runs = num_runs
         self._logs = shlex.quote(str(self.folder)) + ("" if num_runs is None else '/"$SLURM_ARRAY_TASK_ID"')
-        # The id of an array's last task is the array's own, and would stand for all of its tasks.
+        # $SLURM_JOB_ID of an array's last task is the id of the array, and would mean all of its tasks.
         self._job = "$SLURM_JOB_ID" if num_runs is None else "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
         asked = _parameters(recipe)
-        # Before any rank can speak: a start is judged by its own words, though it was put back into the queue by hand.
+        # Removed before any rank starts: after a requeue by hand, too, only failures of the present start count.
         setup = [f"rm -rf {self._logs}/{FAILURES_FOLDER}", *asked.pop("setup")]
         self.update_parameters(**asked, setup=setup, teardown=self._ending(recipe))
         if num_runs is not None:
@@ -84,17 +82,17 @@ class _Executor(SlurmExecutor):
 
     @classmethod
     def affinity(cls) -> int:
-        return 2  # renders on machines without Slurm too; `choose_cluster` guards submission
+        return 2  # so that a machine without Slurm can render the script; `choose_cluster` guards submission
 
     @property
     def _submitit_command_str(self) -> str:
         return f"{shlex.join([*PYTHON, '-m', 'dreamdance.launch.rank'])} {self._logs}"
 
     def _ending(self, recipe: Recipe) -> list[str]:
-        """Puts the job back into the queue, unless it was cancelled, or somebody else has put it back already.
+        """The script's last lines: put the job back into the queue, unless it was cancelled or is back already.
 
-        The latter may be on another node by now, if Slurm lost sight of this one: hence the number of restarts. A
-        controller that is just being restarted says nothing, which is neither of both: it is asked again for a minute.
+        The requeued job may run on another node by now, if Slurm gave this node up; the number of restarts shows that.
+        A controller that is being restarted does not answer; the script repeats its request for a minute.
         """
         cluster = recipe.cluster
         words = [*PYTHON, "-m", "dreamdance.launch.requeue"]
@@ -106,10 +104,10 @@ class _Executor(SlurmExecutor):
             f'answers() {{ state=$(echo $(squeue --noheader --jobs="{self._job}" --Format=State:20,RestartCnt:20)); '
             '[ -n "$state" ]; }',
             'is_running() { [ "$state" = "RUNNING ${SLURM_RESTART_COUNT:-0}" ]; }',
-            # A request may have been heard though its answer was lost: hence the look before each.
+            # Slurm may have received a request whose answer was lost: so each request checks the state first.
             f'put_back() {{ answers && {{ ! is_running || scontrol requeue "{self._job}"; }}; }}',
-            f'insist() {{ for attempt in {{1..{INSIST_TIMES}}}; do "$@" && return; sleep {INSIST_EVERY_SECONDS}; done; '
-            'echo "Slurm does not answer or refuses: gave up after a minute; is this job back in the queue?" >&2; '
+            f'insist() {{ for attempt in {{1..{NUM_REQUESTS}}}; do "$@" && return; sleep {REQUEST_SECONDS}; done; '
+            'echo "Slurm did not answer, or refused, for a minute; is this job back in the queue?" >&2; '
             "return 1; }",
             f'if insist answers && is_running && {shlex.join(words)} {self._logs} "$code"; then',
             "    insist put_back",
@@ -120,7 +118,7 @@ class _Executor(SlurmExecutor):
     def text(self) -> str:
         """The batch script."""
         text: str = super()._make_submission_file_text(self._submitit_command_str, "")
-        # An array's runs keep their logs apart, as they would alone.
+        # Each run of an array logs to its own folder. submitit has no parameter for that path.
         return text if self._num_runs is None else text.replace(f"{self.folder}/%A_", f"{self.folder}/%a/%A_")
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
@@ -128,15 +126,15 @@ class _Executor(SlurmExecutor):
 
     def _make_submission_command(self, submission_file_path: Path) -> list[str]:
         self.script = submission_file_path
-        # A job may submit another one; its own place in Slurm is not the other's.
+        # A job may submit another job, which must not inherit this job's settings.
         inherited = [name for name in os.environ if name.startswith(("SLURM_", "SUBMITIT_")) and name != "SLURM_CONF"]
         return ["env", *(f"--unset={name}" for name in inherited), "sbatch", str(submission_file_path)]
 
     def submit_script(self) -> str:
-        """Submits, and returns the job's id.
+        """Submits the script and returns the job's id.
 
         Raises:
-            UserError: Slurm refuses, in its own words.
+            UserError: Slurm refuses; the text is Slurm's own.
         """
         try:
             return str(self._submit_command(self._submitit_command_str).job_id)
@@ -145,7 +143,7 @@ class _Executor(SlurmExecutor):
 
 
 def _parameters(recipe: Recipe) -> dict[str, Any]:
-    """What the recipe's `cluster` section asks for, in submitit's names."""
+    """The recipe's `cluster` section as submitit's parameters."""
     cluster = recipe.cluster
     # Ranks that train end together; of those that share work, one may have much more left than another.
     wait = 60 if isinstance(recipe, TrainingRecipe) else 0
@@ -164,7 +162,7 @@ def _parameters(recipe: Recipe) -> dict[str, Any]:
         "qos": cluster.qos,
         "constraint": cluster.constraint,
         "mem": None if cluster.memory_gib is None else f"{cluster.memory_gib}G",
-        # Asked for by kind, they are not asked for twice.
+        # If the recipe names the kind of GPU (sbatch_arguments), the number is in that argument.
         "gpus_per_node": None if cluster.gpus_by_kind else cluster.gpus_per_node or None,
         "mail_user": cluster.mail_user,
         "mail_type": cluster.mail_user and "END,FAIL,REQUEUE,TIME_LIMIT",
@@ -184,27 +182,27 @@ def _parameters(recipe: Recipe) -> dict[str, Any]:
         "srun_args": srun,
         "setup": [*(f"export {name}={shlex.quote(value)}" for name, value in environment.items()), *cluster.setup],
         "additional_parameters": more,
-        "wckey": None,  # submitit's own is `submitit`, which clusters that check such keys refuse
+        "wckey": None,  # submitit's default is `submitit`, which clusters that check such keys refuse
         **{name: value for name, value in optional.items() if value is not None},
     }
 
 
 def _has_distribution(cluster: Cluster) -> bool:
-    """Whether the recipe itself says how ranks are distributed over nodes and sockets."""
+    """Whether the recipe itself sets how ranks are distributed over nodes and sockets."""
     words = [*cluster.sbatch_arguments, *(word.removeprefix("--") for word in cluster.srun_arguments)]
     return any(word == "m" or word.startswith(("distribution", "-m")) for word in words)
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A job's id, and the script by which it is told from another job of that id in a cluster that was set up anew."""
+    """A job's id, and the path of its batch script, which distinguishes jobs when Slurm reuses ids."""
 
     job_id: str
     script: Path
 
 
 def batch_script(recipe: Recipe, run_folder: Path) -> str:
-    """The text that `sbatch` would be given."""
+    """The batch script, as `sbatch` would get it."""
     return _Executor(run_folder / "logs", recipe, num_runs=None).text()
 
 
@@ -214,7 +212,7 @@ def submit(recipe: Recipe, run_folder: Path) -> Submission:
 
 
 def submit_array(recipes: Sequence[Recipe], run_folders: Sequence[Path]) -> list[Submission]:
-    """Submits several runs that ask for the same as one array; returns each one's part of it."""
+    """Submits several runs with the same `cluster` section as one array; returns the task of each run."""
     folder = run_folders[0].parent / ".arrays" / uuid.uuid4().hex
     folder.mkdir(parents=True)
     for number, run_folder in enumerate(run_folders):
@@ -229,24 +227,21 @@ def _submitted(executor: _Executor) -> Submission:
     return Submission(job_id, executor.script)
 
 
-# ------------------------------------------------------------------------------------------ asking and ending
-
-
 def ask(job_id: str, script: str | None) -> SlurmRecord | None:
-    """What Slurm knows of a job; None if it knows none of that id, or only one that was made of another script.
+    """Queries Slurm for a job; None if it knows no job of that id, or only one with another script.
 
     Raises:
-        SlurmSilentError: it does not answer.
+        SlurmUnavailableError: Slurm does not answer.
     """
     words = ["scontrol", "--oneliner", "show", "job", job_id]
     try:
         answer = subprocess.run(words, capture_output=True, text=True, timeout=ASK_TIMEOUT_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        raise SlurmSilentError from None
+        raise SlurmUnavailableError from None
     if answer.returncode != 0:
         if "Invalid job id" in answer.stderr:
             return None
-        raise SlurmSilentError
+        raise SlurmUnavailableError
     fields = _fields(answer.stdout.partition("\n")[0])
     if script is not None and fields.get("Command") != script:
         return None
@@ -265,7 +260,7 @@ def _fields(line: str) -> dict[str, str]:
 
 
 def cancel(job_id: str, script: str | None) -> None:
-    """Ends a job, unless the id is another job's by now.
+    """Ends a job, unless its id belongs to another job by now.
 
     Raises:
         UserError: Slurm does not answer.
@@ -274,5 +269,5 @@ def cancel(job_id: str, script: str | None) -> None:
         if ask(job_id, script) is None:
             return
         subprocess.run(["scancel", job_id], check=True, timeout=ASK_TIMEOUT_SECONDS)
-    except (SlurmSilentError, subprocess.SubprocessError):
+    except (SlurmUnavailableError, subprocess.SubprocessError):
         raise UserError(f"Slurm does not answer, so that job {job_id} could not be cancelled; try again") from None

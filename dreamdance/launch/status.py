@@ -1,4 +1,4 @@
-"""`slurm.py status`: which runs there are, how far they are, and how their jobs stand."""
+"""`dreamdance status`: the runs, their progress, and the state of their jobs."""
 
 import json
 import time
@@ -26,10 +26,10 @@ from dreamdance.runs.layout import (
 
 
 def find_run(name: str, runs: Path) -> Path:
-    """A run by its name under `runs`, or by its path.
+    """Finds a run by its name under `runs`, or by its path.
 
     Raises:
-        UserError: there is no such run; names those that are.
+        UserError: the run does not exist; the text names the runs that do.
     """
     for folder in (runs / name, Path(name)):
         if (folder / RECIPE_FILE).is_file():
@@ -39,7 +39,7 @@ def find_run(name: str, runs: Path) -> Path:
 
 
 def table(runs: Path) -> str:
-    """One line for each run: name, task, state, progress, the newest checkpoint, and how often its job began anew."""
+    """One line for each run: name, task, state, progress, newest checkpoint, and how often its job restarted."""
     rows = [("run", "task", "state", "progress")]
     for folder in _run_folders(runs):
         task, state, progress = _row(folder, _look_at(folder))
@@ -56,7 +56,7 @@ def table(runs: Path) -> str:
 
 
 def details(run_folder: Path) -> str:
-    """Everything that a person asks about one run."""
+    """The state of one run in full."""
     look = _look_at(run_folder)
     task, state, progress = _row(run_folder, look)
     lines = [f"{run_folder} ({task}): {state}", f"  progress     {progress}"]
@@ -77,9 +77,9 @@ def details(run_folder: Path) -> str:
 
 @dataclass(frozen=True)
 class _Look:
-    """A run as it stands: its recipe if this version can read it, its last job, and how that does.
+    """The state of a run: its recipe if this version can read it, its last job, and that job's status.
 
-    The cluster is asked once, and not about a run that is finished.
+    The cluster is queried once, and not for a finished run.
     """
 
     recipe: Recipe | None
@@ -97,7 +97,7 @@ def _look_at(run_folder: Path) -> _Look:
 
 
 def _places(run_folder: Path) -> list[str]:
-    """Where the run's last job runs or ran, how often it began anew, and why."""
+    """Where the run's last job runs or ran, how often it restarted, and why."""
     begun = _starts_of_job(run_folder)
     if not begun:
         return []
@@ -107,7 +107,7 @@ def _places(run_folder: Path) -> list[str]:
 
 
 def _starts_of_job(run_folder: Path) -> list[dict[str, Any]]:
-    """What is recorded each time that the ranks of the run's last job begin."""
+    """The records of each time that the ranks of the run's last job began."""
     provenance = run_folder / PROVENANCE_FILE
     starts = json.loads(provenance.read_text(encoding="utf-8"))["starts"] if provenance.is_file() else []
     found: list[dict[str, Any]] = starts[-1].get("jobs", []) if starts else []
@@ -116,7 +116,7 @@ def _starts_of_job(run_folder: Path) -> list[dict[str, Any]]:
 
 def _row(run_folder: Path, look: _Look) -> tuple[str, str, str]:
     if look.recipe is None:
-        return "?", "its recipe.yaml is not of this version", ""
+        return "?", "this version cannot read its recipe.yaml", ""
     line = last_progress(run_folder)
     progress = progress_line(line) if line else ""
     task, job, status = look.recipe.task, look.job, look.status
@@ -125,7 +125,7 @@ def _row(run_folder: Path, look: _Look) -> tuple[str, str, str]:
     if job is None or status is None:
         return task, "not started", progress
     place = f"{job.cluster} job {job.job_id}" if job.cluster != "debug" else "in the launcher"
-    # The marker above has the last word on finished: a job that ended well may have stopped before the last step.
+    # Only `is_finished` above means finished: a job that succeeded may have stopped before the last step.
     state = "stopped" if status.state == "finished" else f"{status.state} ({place}: {status.detail})"
     return task, state, progress
 
@@ -135,7 +135,7 @@ def _run_folders(runs: Path) -> list[Path]:
 
 
 def readable_recipe(run_folder: Path) -> Recipe | None:
-    """The recipe of a run, or None where another version of the project wrote it."""
+    """The recipe of a run, or None if this version cannot read it."""
     try:
         return load_recipe(run_folder / RECIPE_FILE)
     except UserError:

@@ -1,4 +1,4 @@
-"""Hands run folders' jobs to this machine or to Slurm, and tells how a submitted job is doing."""
+"""Submits the jobs of run folders to this machine or to Slurm; finds out the status of a job, and cancels it."""
 
 import json
 import os
@@ -32,7 +32,7 @@ CANCEL_TIMEOUT_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class SubmittedJob:
-    """What is remembered of a submission, in `logs/job.json`."""
+    """The record of a submission, in `logs/job.json`."""
 
     cluster: ClusterName
     job_id: str
@@ -40,17 +40,17 @@ class SubmittedJob:
     host: str
     submitted: float
     launcher_pid: int
-    process_start: str | None  # tells a local job from a later process of the same number
-    script: str | None = None  # tells a Slurm job from one of the same number after the cluster was set up anew
+    process_start: str | None  # distinguishes a local job from a later process with the same number
+    script: str | None = None  # path of the batch script; distinguishes jobs when Slurm reuses ids
 
     @property
     def pid(self) -> int:
-        """The process that stands for the job on its host: the controller, or the launcher itself."""
+        """The job's main process on its host: the controller, or the launcher itself."""
         return self.launcher_pid if self.cluster == "debug" else int(self.job_id)
 
     @property
     def is_elsewhere(self) -> bool:
-        """Whether it runs in processes of another machine than this."""
+        """Whether the job is a local job of another machine."""
         return self.cluster != "slurm" and self.host != socket.gethostname()
 
     def log_file(self, run_folder: Path, rank: int = 0) -> Path:
@@ -59,7 +59,7 @@ class SubmittedJob:
 
 @dataclass(frozen=True)
 class JobStatus:
-    """Where a job stands; `detail` in the cluster's words."""
+    """The state of a job; `detail` in the cluster's words."""
 
     state: State
     detail: str
@@ -67,12 +67,12 @@ class JobStatus:
 
     @property
     def is_active(self) -> bool:
-        """Whether it runs, or will."""
+        """Whether the job runs, or is queued."""
         return self.state in ("running", "pending")
 
 
 def choose_cluster(wanted: ClusterName | Literal["auto"]) -> ClusterName:
-    """`auto` takes Slurm where a cluster answers, else this machine."""
+    """The cluster for `--cluster`: `auto` is Slurm if a cluster answers, else this machine."""
     if wanted == "auto":
         return "slurm" if slurm_cluster.answers() else "local"
     if wanted == "slurm" and not slurm_cluster.answers():
@@ -80,14 +80,11 @@ def choose_cluster(wanted: ClusterName | Literal["auto"]) -> ClusterName:
     return wanted
 
 
-# ------------------------------------------------------------------------------------------ submitting
-
-
 def submit(recipes: Sequence[Recipe], run_folders: Sequence[Path], cluster: ClusterName) -> list[SubmittedJob]:
-    """Submits the runs' jobs, several to Slurm as one array, and remembers each in its run folder.
+    """Submits the jobs of several runs, on Slurm as one array, and records each in its run folder.
 
-    `debug` is only remembered, the caller runs it. The runs are the caller's alone (`run_folder.locked`), none of them
-    has a job, and all ask for the same.
+    A `debug` job is only recorded; the caller runs it. The caller holds the locks of all runs (`run_folder.locked`),
+    none of them has a job, and all have the same `cluster` section.
     """
     for run_folder in run_folders:
         _put_away_leftovers(run_folder)
@@ -128,7 +125,7 @@ def _remembered(
 
 
 def _put_away_leftovers(run_folder: Path) -> None:
-    """Moves what earlier jobs left into `logs/earlier`: ids and process numbers come again, and would be believed."""
+    """Moves the files of earlier jobs into `logs/earlier`: a new job may have the same id or process number."""
     logs = run_folder / "logs"
     for path in (*run_folder.glob(PARTIAL_FILES), *logs.glob(PARTIAL_FILES)):
         path.unlink(missing_ok=True)
@@ -145,13 +142,13 @@ def _put_away_leftovers(run_folder: Path) -> None:
 
 
 def last_job(run_folder: Path) -> SubmittedJob | None:
-    """The job that was submitted last for this run."""
+    """The job that was submitted last for this run; None if none was."""
     path = job_file(run_folder)
     return SubmittedJob(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
 def _start_controller(recipe: Recipe, run_folder: Path) -> int:
-    """Starts submitit's local controller, as we changed it, in a session of its own; returns its process number."""
+    """Starts our subclass of submitit's local controller in its own session; returns the process number."""
     cluster, logs = recipe.cluster, run_folder / "logs"
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SUBMITIT_"))}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(cluster.gpus_per_node))))
@@ -175,11 +172,8 @@ def _start_controller(recipe: Recipe, run_folder: Path) -> int:
     return process.pid
 
 
-# ------------------------------------------------------------------------------------------ watching and ending
-
-
 def status_of(job: SubmittedJob, recipe: Recipe, run_folder: Path) -> JobStatus:
-    """Where a job stands now."""
+    """The present status of a job."""
     if job.cluster == "slurm":
         return _slurm_status(job, recipe, run_folder)
     ending = status_file(run_folder, job.job_id)
@@ -189,7 +183,7 @@ def status_of(job: SubmittedJob, recipe: Recipe, run_folder: Path) -> JobStatus:
         return _distant_status(job, run_folder)
     if job.process_start is not None and _process_start(job.pid) == job.process_start:
         return JobStatus("running", f"process {job.pid}")
-    if ending.is_file():  # it ended between the two looks
+    if ending.is_file():  # the job ended between the two checks
         return _local_ending(json.loads(ending.read_text(encoding="utf-8")))
     if is_finished(recipe, run_folder):
         return JobStatus("finished", "exit code 0")
@@ -197,15 +191,15 @@ def status_of(job: SubmittedJob, recipe: Recipe, run_folder: Path) -> JobStatus:
 
 
 def _distant_status(job: SubmittedJob, run_folder: Path) -> JobStatus:
-    """Of a local job on another machine, which may not exist any more: by what is heard of it."""
+    """The status of a local job on another machine, which may be gone, from the job's heartbeat."""
     try:
         silent = silent_seconds(run_folder)
     except OSError as error:
-        return JobStatus("running", f"on {job.host}; whether it lives cannot be told: {error}")
+        return JobStatus("running", f"on {job.host}; its heartbeat cannot be read: {error}")
     if silent <= SILENT_SECONDS:
-        return JobStatus("running", f"on {job.host}, heard of {duration(silent)} ago")
-    ago = "" if silent == float("inf") else f" for {duration(silent)}"
-    return JobStatus("failed", f"nothing was heard of it{ago}: {job.host}, or the job there, is gone")
+        return JobStatus("running", f"on {job.host}, last heartbeat {duration(silent)} ago")
+    how_long = "" if silent == float("inf") else f" for {duration(silent)}"
+    return JobStatus("failed", f"no heartbeat{how_long}: {job.host}, or the job there, is gone")
 
 
 def _local_ending(status: dict[str, Any]) -> JobStatus:
@@ -221,15 +215,15 @@ def _local_ending(status: dict[str, Any]) -> JobStatus:
     code = codes[rank]
     name = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     if code == -signal.SIGKILL:
-        name += " (out of memory? `dmesg` knows)"
+        name += " (out of memory? see `dmesg`)"
     return JobStatus("failed", f"rank {rank} {name}", rank)
 
 
 def _slurm_status(job: SubmittedJob, recipe: Recipe, run_folder: Path) -> JobStatus:
-    """Asks Slurm, without accounting; a job that it has forgotten is judged by what it left behind."""
+    """Queries Slurm, without accounting; if Slurm has forgotten the job, the run folder decides."""
     try:
         record = slurm_cluster.ask(job.job_id, job.script)
-    except slurm_cluster.SlurmSilentError:
+    except slurm_cluster.SlurmUnavailableError:
         return JobStatus("running", "Slurm does not answer")
     if record is None:
         if is_finished(recipe, run_folder):
@@ -249,17 +243,17 @@ def _slurm_status(job: SubmittedJob, recipe: Recipe, run_folder: Path) -> JobSta
 
 
 def cancel(job: SubmittedJob) -> None:
-    """Ends a job; a local one with everything that it started, before this returns."""
+    """Ends a job. A local job has ended, with all processes that it started, when this returns."""
     if job.cluster == "slurm":
         slurm_cluster.cancel(job.job_id, job.script)
         return
     if job.is_elsewhere:
         raise UserError(
-            f"a {job.cluster} job on {job.host} cannot be cancelled from here: do it there. If that machine is gone, "
-            f"the run can be started again once nothing was heard of it for {SILENT_SECONDS:.0f} s"
+            f"a {job.cluster} job on {job.host} cannot be cancelled from this machine: do that there. If that machine "
+            f"is gone, the run can be started again {SILENT_SECONDS:.0f} s after the job's last heartbeat"
         )
     if job.cluster == "debug":
-        raise UserError(f"a debug job runs in its launcher, process {job.pid}: end that")
+        raise UserError(f"a debug job runs in its launcher: end process {job.pid}")
     pid = job.pid
     if _process_start(pid) != job.process_start:
         return
@@ -272,7 +266,7 @@ def cancel(job: SubmittedJob) -> None:
 
 
 def _process_start(pid: int) -> str | None:
-    """When a process started, in the kernel's ticks; None if there is no such process, or only its remains."""
+    """When a process started, in the kernel's ticks; None if it does not exist, or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""How long something takes, in few letters. No torch here."""
+"""Short texts for durations. No torch here."""
 
 
 def duration(seconds: float) -> str:

@@ -1,6 +1,6 @@
-"""A run's note of the files that it read and wrote, so that it is noticed when one is replaced or removed.
+"""A run's note of the files that it read and wrote; tells later whether one was replaced or removed.
 
-No torch here: a login node asks, too.
+No torch here: the launcher uses this on a login node.
 """
 
 import contextlib
@@ -16,65 +16,64 @@ from dreamdance.runs.file_states import FileStamp, FileState, read_state
 from dreamdance.runs.files import write_atomically
 from dreamdance.runs.layout import FILES_FILE
 
-NUM_THREADS = 16
-"""A network file system answers many questions at once in the time of one."""
+NUM_THREADS = 16  # a network file system answers many requests at once in the time of one
 
+# What must still hold for a file: its size; if the note has them, also its times, or its sha256 if the times differ.
 Expectation = dict[str, int | str]
-"""What must still be so of a file: its size; where they are given, its times too, or at other times its sha256."""
 
 
 def of_content(state: FileState) -> Expectation:
-    """For what a result was made from: the same content."""
+    """For an input of a result: the content must be the same."""
     return state.to_json()
 
 
 def of_times(path: Path) -> Expectation:
-    """For large files whose users check their content: not written to.
+    """For a large file whose readers check its content themselves: size and times must be the same.
 
     Raises:
-        OSError: there is no such file.
+        OSError: the file does not exist.
     """
     return asdict(FileStamp.of(path))
 
 
 def write_note(run_folder: Path, files: Mapping[Path, Expectation]) -> None:
-    """Notes what must still be so for the run's work to be done."""
+    """Notes the files that must be unchanged for the run to count as done."""
     content = {str(path.absolute()): expected for path, expected in files.items()}
     write_atomically(run_folder / FILES_FILE, json.dumps(content) + "\n")
 
 
 def forget_note(run_folder: Path) -> None:
-    """Has the run count as not done."""
+    """Removes the note, so that the run counts as not done."""
     (run_folder / FILES_FILE).unlink(missing_ok=True)
 
 
 def noted_states(run_folder: Path) -> dict[Path, FileState]:
-    """The contents that the run's last note knows, by absolute path; none where there is no note."""
+    """The file states in the run's last note, by absolute path; empty without a note."""
     states = {path: FileState.from_json(expected) for path, expected in _read(run_folder).items()}
     return {Path(path): state for path, state in states.items() if state is not None}
 
 
 def is_as_noted(run_folder: Path) -> bool:
-    """Whether there is a note, and every file is as it says; only files of other times are read, and that once."""
+    """Whether a note exists and every file matches it. A file is read only if its times differ, and only once."""
     note = _read(run_folder)
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         shares = [list(note.items())[start::NUM_THREADS] for start in range(NUM_THREADS)]
         found = dict(chain.from_iterable(pool.map(_look_again, shares)))
     if not note or len(found) < len(note):
         return False
-    if found != note:  # the same content at other times: the next look need not read it again
-        with contextlib.suppress(OSError):  # of a run of somebody else
+    if found != note:  # the same content at other times: note these, so that the next call need not read the file
+        with contextlib.suppress(OSError):  # the run may belong to another user
             write_note(run_folder, {Path(path): found[path] for path in note})
     return True
 
 
 def _look_again(files: list[tuple[str, Any]]) -> list[tuple[str, Expectation]]:
-    """Those that are as expected, with their present times; ends at the first that is not."""
+    """The files that match, with their present times; stops at the first that does not."""
     alike = []
     for path, expected in files:
         try:
             present = _present(Path(path), expected)
-        except (OSError, TypeError, KeyError):  # not there, out of reach, or a damaged note
+        except (OSError, TypeError, KeyError):  # the file is missing or out of reach, or the note is damaged
             break
         if present is None:
             break

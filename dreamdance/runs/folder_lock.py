@@ -1,4 +1,4 @@
-"""Keeps two runs from writing into one folder at once. No torch here."""
+"""Prevents two runs from writing into one folder at the same time. No torch here."""
 
 import contextlib
 from collections.abc import Iterator
@@ -19,16 +19,16 @@ class OutputError(UserError):
 
 @contextmanager
 def lock_folder(folder: Path, *, key: str) -> Iterator[None]:
-    """Makes a folder and holds it until the block is left; a claim dies with the process that holds it.
+    """Creates a folder and locks it until the block ends. The lock ends with the process that holds it.
 
-    Another process's claim is waited for, but not for long.
+    If another process holds the lock, this one waits for `WAIT_SECONDS`.
 
     Args:
         folder: where results go.
-        key: of the recipe, which names the folder.
+        key: the recipe key that names the folder, for the error's text.
 
     Raises:
-        OutputError: another run holds it, or it cannot be made or written.
+        OutputError: another run holds the lock, or the folder cannot be created or written.
     """
     with contextlib.ExitStack() as held:
         try:
@@ -36,8 +36,8 @@ def lock_folder(folder: Path, *, key: str) -> Iterator[None]:
             held.enter_context(locked_file(folder / FOLDER_LOCK_FILE, wait_seconds=WAIT_SECONDS, remove=True))
         except HeldLockError as error:
             raise OutputError(
-                f"another run is writing into {folder} at this moment ({error}); wait for it, cancel it, or give "
-                f"another `{key}`"
+                f"another run is writing into {folder} now ({error}); wait for that run, cancel it, or give another "
+                f"`{key}`"
             ) from error
         except OSError as error:
             raise OutputError(f"{folder} cannot be written: {error}; give another `{key}`") from error

@@ -1,4 +1,4 @@
-"""Where things lie in a run folder (contract C7) and in a result, and the log that `--follow` reads. No torch here."""
+"""Names of files in a run folder (contract C7) and in a result, and the log that `--follow` reads. No torch here."""
 
 import json
 import signal
@@ -19,16 +19,16 @@ FAILURES_FOLDER = "failures"
 DONE_FOLDER = "done"
 WARNED_FILE = "warned_of_the_time_limit"
 EXPORT_INDEX_FILE = "model_index.json"
-# In the output of `prepare`: size, times and hash of each video that was read.
+# In the output of `prepare`: size, times and hash of each video that it read.
 INPUTS_FILE = "inputs.json"
-# Of a clip's result, which `animate` writes and `evaluate` reads.
+# In the result of a clip, which `animate` writes and `evaluate` reads.
 RESULT_FILE = "result.json"
 ARRAYS_FILE = "arrays.npz"
 _LAST_BYTES = 65_536
 
 
 def step_name(step: int) -> str:
-    """`step_00000500`: names sort as their steps do."""
+    """`step_00000500`: the names sort in the order of the steps."""
     return f"step_{step:08d}"
 
 
@@ -47,7 +47,7 @@ def export_folder(run: Path, step: int) -> Path:
 
 
 def step_folders(parent: Path) -> list[Path]:
-    """All `step_...` folders of `parent`, oldest first; empty where there are none."""
+    """All `step_...` folders of `parent`, oldest first."""
     if not parent.is_dir():
         return []
     found = [(step_of(entry), entry) for entry in parent.iterdir() if entry.is_dir()]
@@ -55,7 +55,7 @@ def step_folders(parent: Path) -> list[Path]:
 
 
 def complete_steps(run: Path) -> list[int]:
-    """The steps of a run's complete checkpoints, in order; whether their files are sound, resuming will find out."""
+    """The steps of a run's complete checkpoints, in order. Only resuming checks whether their files are sound."""
     folders = step_folders(run / "checkpoints")
     return [step for folder in folders if (folder / COMPLETE_FILE).is_file() and (step := step_of(folder)) is not None]
 
@@ -64,7 +64,7 @@ def newest_export(run: Path) -> Path:
     """The newest export of a run.
 
     Raises:
-        MissingInputError: there is no such run, or it has not exported anything yet.
+        MissingInputError: the run does not exist, or has no export yet.
     """
     exports = step_folders(run / "exports")
     if not exports:
@@ -74,9 +74,9 @@ def newest_export(run: Path) -> Path:
 
 
 def final_export(run: Path) -> Path | None:
-    """The export of the last step that a run's own recipe asks for; None while the run is unfinished.
+    """The export of the last step in a run's own recipe; None while the run is unfinished.
 
-    A run that finished once and was started again with a raised `max_steps` still has its marker and its older export.
+    A finished run that was started again with a raised `max_steps` still has its `FINISHED` file and its older export.
     """
     if not (run / FINISHED_FILE).is_file() or not (run / RECIPE_FILE).is_file():
         return None
@@ -87,21 +87,21 @@ def final_export(run: Path) -> Path | None:
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder is itself an export, and not a run that has some."""
+    """Whether a folder is itself an export, not a run that contains exports."""
     return (folder / EXPORT_INDEX_FILE).is_file()
 
 
 class ProgressLog:
-    """Appends one JSON line per report to `logs/progress.jsonl`: the main process does, the others keep silent."""
+    """Appends one JSON line per report to `logs/progress.jsonl`, on the main process only."""
 
     def __init__(self, run: Path, ranks: Ranks | None = None) -> None:
-        """Makes the folder.
+        """Creates the folder `logs`.
 
         Args:
             run: the run folder.
             ranks: this process; by default the only one.
         """
-        self.silent = ranks is not None and not ranks.is_main
+        self.is_off = ranks is not None and not ranks.is_main
         self.path = progress_file(run)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._start = time.monotonic()
@@ -109,7 +109,7 @@ class ProgressLog:
 
     def write(self, *, done: int, total: int, unit: str, message: str | None = None, **numbers: Any) -> None:
         """Reports that `done` of `total` units (steps, clips, images) are finished, with any numbers worth showing."""
-        if self.silent:
+        if self.is_off:
             return
         if self._first_done is None:
             self._first_done, self._start = done, time.monotonic()
@@ -129,15 +129,15 @@ class ProgressLog:
 
 
 def failures_folder(run: Path) -> Path:
-    """Where the ranks of the present start say why they ended; whatever starts them has removed it before."""
+    """Where the ranks of the present start record why they ended. Each start removes the folder first."""
     return run / "logs" / FAILURES_FOLDER
 
 
 def note_signal(run: Path, number: signal.Signals) -> None:
-    """Remembers Slurm's warning that the time is up, whatever the end of the present start then looks like.
+    """Records Slurm's warning (SIGUSR2) that the time limit is near, however the present start then ends.
 
-    No other signal: SIGTERM is also what `srun` sends to the ranks that are left when one has failed, and a failure
-    must count as one.
+    SIGTERM is not recorded: `srun` also sends it to the remaining ranks when one has failed, and that must count as a
+    failure.
     """
     if number == signal.SIGUSR2 and run.is_dir():
         failures_folder(run).mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,7 @@ def note_signal(run: Path, number: signal.Signals) -> None:
 
 
 def was_warned(run: Path) -> bool:
-    """Whether the present start was told by Slurm that its time is up."""
+    """Whether Slurm warned the present start that its time limit is near."""
     return (failures_folder(run) / WARNED_FILE).is_file()
 
 
@@ -154,7 +154,7 @@ def progress_file(run: Path) -> Path:
 
 
 def note_done(run: Path, rank: int, name: str) -> None:
-    """Notes a piece of work as done that ranks share, when it is on the disk; each rank has a file of its own."""
+    """Notes that a piece of shared work is done and on the disk; each rank writes its own file."""
     path = run / "logs" / DONE_FOLDER / f"rank_{rank}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as notes:
@@ -162,13 +162,13 @@ def note_done(run: Path, rank: int, name: str) -> None:
 
 
 def read_done(run: Path) -> list[str]:
-    """What all ranks have done, over all starts, by name."""
+    """The names of all pieces of work that are done, by all ranks, over all starts."""
     notes = sorted((run / "logs" / DONE_FOLDER).glob("rank_*.txt"))
     return [name for path in notes for name in path.read_text(encoding="utf-8", errors="replace").splitlines()]
 
 
 def last_progress(run: Path) -> dict[str, Any] | None:
-    """The newest whole line of the progress log, with the last loss of all lines: one that tells of a save has none."""
+    """The newest complete line of the progress log, with the newest loss: a line about a save has no loss."""
     path = progress_file(run)
     if not path.is_file():
         return None

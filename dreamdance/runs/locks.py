@@ -1,8 +1,9 @@
-"""One process at a time, on one machine or on many: a lock of the operating system, which dies with its holder.
+"""A lock for processes on one machine or on many: the operating system's, which ends with the process that holds it.
 
-Some file systems have none (Lustre without `flock`, some FUSE mounts, NFS without its lock service). There a file that
-only one can make says who has the lock; its holder touches it as long as it lives, and when that stops another process
-takes it over. Machines' clocks are never compared: some file systems stamp files by the toucher's. No torch here.
+Some file systems have no such locks (Lustre without `flock`, some FUSE mounts, NFS without its lock service). There, a
+file that only one process can create stands for the lock. Its holder touches the file while it lives; when that stops,
+another process takes the lock over. The clocks of two machines are never compared, because some file systems stamp
+files with the clock of the machine that writes. No torch here.
 """
 
 import contextlib
@@ -20,30 +21,29 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-BEAT_SECONDS = 5.0
-SILENT_SECONDS = 60.0
-"""A process that gave no sign for so long counts as lost."""
+BEAT_SECONDS = 5.0  # how often the holder touches its file
+SILENT_SECONDS = 60.0  # a process that has not touched its file for so long counts as lost
 POLL_SECONDS, SLOW_POLL_SECONDS = 0.1, 0.5
 NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK})
 
 
 class HeldLockError(TimeoutError):
-    """Another process kept the lock for longer than was waited."""
+    """Another process kept the lock for the whole waiting time."""
 
 
 @contextmanager
 def locked_file(path: Path, *, wait_seconds: float, remove: bool = False) -> Iterator[None]:
-    """Holds a lock until the block is left.
+    """Holds a lock until the block ends.
 
     Args:
-        path: the lock's file; its folder must be there.
-        wait_seconds: how long another process that holds it is waited for. Where the file system has no locks, one
-            that gives no sign is waited for until it counts as lost.
-        remove: the file, in the end.
+        path: the lock's file; its folder must exist.
+        wait_seconds: how long to wait for another process that holds the lock. Where the file system has no locks, a
+            process that does not touch its file is waited for until it counts as lost.
+        remove: whether to remove the file in the end.
 
     Raises:
-        HeldLockError: another process has it; says which, if that is known.
-        OSError: the file cannot be made.
+        HeldLockError: another process holds the lock; names that process if it is known.
+        OSError: the file cannot be created.
     """
     give_up = time.monotonic() + wait_seconds
     handle = _acquire(path, give_up)
@@ -53,14 +53,14 @@ def locked_file(path: Path, *, wait_seconds: float, remove: bool = False) -> Ite
             yield
         finally:
             if remove:
-                path.unlink(missing_ok=True)  # still held: who opened it before finds that its name is gone
+                path.unlink(missing_ok=True)  # while held: a process that opened it before finds its name removed
 
 
 def file_system_time(folder: Path) -> float:
-    """Now, by the clock with which the file system stamps files: two machines' clocks may differ by more than that.
+    """The present time by the file system's clock, which stamps files: the clocks of two machines may differ.
 
     Raises:
-        OSError: no file can be made there.
+        OSError: no file can be created in the folder.
     """
     with tempfile.TemporaryFile(dir=folder) as probe:
         os.utime(probe.fileno())
@@ -85,7 +85,7 @@ def _acquire(path: Path, give_up: float) -> int | None:
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
-                logger.warning("%s: no locks on its file system (%s); a file with a heartbeat is used", path, error)
+                logger.warning("%s: its file system has no locks (%s); using a file with a heartbeat", path, error)
                 return None
         time.sleep(POLL_SECONDS)
 
@@ -95,19 +95,19 @@ def _held(handle: int) -> Iterator[None]:
     try:
         yield
     finally:
-        fcntl.flock(handle, fcntl.LOCK_UN)  # also for processes that inherited the handle
+        fcntl.flock(handle, fcntl.LOCK_UN)  # releases the lock also where a child process inherited the handle
         os.close(handle)
 
 
 @contextmanager
 def _made_file(path: Path, give_up: float) -> Iterator[None]:
-    """Makes a file that is not there yet, and touches it until the block is left."""
+    """Creates a file that does not exist yet, and touches it until the block ends."""
     handle = _make(path, give_up)
     over = threading.Event()
 
     def beat() -> None:
         while not over.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # the storage fails for a moment: the next beat may succeed
+            with contextlib.suppress(OSError):  # on an I/O error, skip this beat
                 os.utime(handle)
 
     thread = threading.Thread(target=beat, name="lock", daemon=True)
@@ -117,14 +117,14 @@ def _made_file(path: Path, give_up: float) -> Iterator[None]:
     finally:
         over.set()
         thread.join(BEAT_SECONDS)
-        if _is_at(path, handle):  # and not another process's, which took this one for lost
+        if _is_at(path, handle):  # else another process took the lock over, because this one counted as lost
             path.unlink(missing_ok=True)
         os.close(handle)
 
 
 def _make(path: Path, give_up: float) -> int:
     holder, guard = _Watched(path), _Watched(path.with_name(f"{path.name}.taken"))
-    first = _look(path)
+    first = _mark(path)
     while True:
         with contextlib.suppress(FileExistsError):
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -132,56 +132,59 @@ def _make(path: Path, give_up: float) -> int:
             return handle
         if holder.is_lost():
             _take_over(holder, guard)
-        elif time.monotonic() >= give_up and holder.look not in (None, first):  # else it may soon count as lost
+        elif time.monotonic() >= give_up and holder.mark not in (None, first):  # else it may soon count as lost
             raise HeldLockError(f"{_holder(path)} holds {path}")
         else:
             time.sleep(SLOW_POLL_SECONDS)
 
 
 class _Watched:
-    """Another process's file: whether its stamp changes, by this process's own clock.
+    """Another process's file: whether its time stamp changes, measured by this process's own clock.
 
     Attributes:
-        look: how it was found last; None if it was gone.
+        mark: which file it was and its time stamp, when it was read last; None if there was no file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.look: tuple[int, int] | None = None
+        self.mark: tuple[int, int] | None = None
         self._silent_seconds = 0.0
-        self._looked_at = time.monotonic()
+        self._read_at = time.monotonic()
 
     def is_lost(self) -> bool:
-        """Whether its process gave no sign for long; to be called again and again."""
-        before, self.look = self.look, _look(self.path)
+        """Whether the file was not touched for `SILENT_SECONDS`; call it repeatedly."""
+        before, self.mark = self.mark, _mark(self.path)
         now = time.monotonic()
-        # Between two looks, this process may have been stopped together with the other one: that is no silence.
-        elapsed, self._looked_at = min(now - self._looked_at, BEAT_SECONDS), now
-        self._silent_seconds = self._silent_seconds + elapsed if self.look == before else 0.0
-        return self.look is not None and self._silent_seconds > SILENT_SECONDS
+        # Between two calls, this process may have been stopped together with the other one; that time does not count.
+        elapsed, self._read_at = min(now - self._read_at, BEAT_SECONDS), now
+        self._silent_seconds = self._silent_seconds + elapsed if self.mark == before else 0.0
+        return self.mark is not None and self._silent_seconds > SILENT_SECONDS
 
 
 def _take_over(lost: _Watched, guard: _Watched) -> None:
-    """Removes a lost process's file; of several that want to, one at a time looks again and does."""
+    """Removes a lost process's file. The guard file lets one process at a time compare once more and remove it."""
     try:
         os.close(os.open(guard.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
     except FileExistsError:
-        if guard.is_lost():  # its process was lost in the moment between these lines
+        if guard.is_lost():  # the guard's process was lost between creating and removing it
             guard.path.unlink(missing_ok=True)
         time.sleep(POLL_SECONDS)
         return
     try:
-        if _look(lost.path) == lost.look:
+        if _mark(lost.path) == lost.mark:
             logger.warning(
-                "%s gave no sign for %.0f s: its lock %s is taken over", _holder(lost.path), SILENT_SECONDS, lost.path
+                "%s has not touched its lock for %.0f s: taking over %s",
+                _holder(lost.path),
+                SILENT_SECONDS,
+                lost.path,
             )
             lost.path.unlink(missing_ok=True)
     finally:
         guard.path.unlink(missing_ok=True)
 
 
-def _look(path: Path) -> tuple[int, int] | None:
-    """Which file it is, and its stamp; None if it is gone. Opening it makes a network file system ask its server."""
+def _mark(path: Path) -> tuple[int, int] | None:
+    """The file's inode and time stamp; None without a file. Opening it makes a network file system ask its server."""
     try:
         with path.open("rb") as file:
             state = os.fstat(file.fileno())

@@ -1,4 +1,4 @@
-"""Ends this process now, whatever its other threads hold or wait for: said as a last word, if it can be said at all."""
+"""Ends this process at once, even if other threads hang; logs one line first if possible."""
 
 import faulthandler
 import logging
@@ -6,9 +6,9 @@ import os
 import signal
 import sys
 
-TRY_AGAIN_EXIT_CODE = 75
-"""sysexits.h: a temporary failure, try again."""
-LAST_WORDS_SECONDS = 15.0
+TRY_AGAIN_EXIT_CODE = 75  # EX_TEMPFAIL in sysexits.h: a temporary failure
+# How long logging may take before the kernel ends the process.
+LAST_LINE_SECONDS = 15.0
 
 
 def exit_process(
@@ -19,19 +19,19 @@ def exit_process(
     level: int = logging.CRITICAL,
     with_stacks: bool = False,
 ) -> None:
-    """Logs a line and ends the process, without returning to anyone.
+    """Logs a line and ends the process; no `finally` block and no exit handler runs.
 
-    A thread that hangs may hold the log's lock, and the disk that the log lies on may be what hangs. Hence the kernel
-    is asked first to end the process (by SIGALRM, for which no lock is needed) should the last words not get through.
+    A hanging thread may hold the log's lock, or the log's disk may hang. A timer is therefore set first: if logging
+    takes too long, the kernel ends the process by SIGALRM, which needs no lock.
 
     Args:
-        logger: whose line it is.
-        text: with `values` put in as logging does.
-        exit_code: of the process; 128 + SIGALRM where the last words did not get through.
-        level: of the line.
-        with_stacks: also shows, on stderr, where every thread is.
+        logger: logs the line.
+        text: the line, with `%` placeholders for `values`.
+        exit_code: the process's exit code; 128 + SIGALRM if the line could not be logged in time.
+        level: the line's level.
+        with_stacks: whether every thread's stack is written to stderr, too.
     """
-    signal.setitimer(signal.ITIMER_REAL, LAST_WORDS_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, LAST_LINE_SECONDS)
     logger.log(level, text, *values)
     logging.shutdown()
     if with_stacks:

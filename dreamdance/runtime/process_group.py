@@ -1,6 +1,6 @@
-"""Processes talking to one another: opening the process group, agreeing on numbers, repeatable arithmetic.
+"""Opens the process group, exchanges small values between ranks, and makes arithmetic repeatable.
 
-Knows nothing of models, DeepSpeed or what is being agreed upon.
+Knows nothing of models, DeepSpeed or what the values mean.
 """
 
 import errno
@@ -27,11 +27,11 @@ Result = TypeVar("Result")
 def process_group(ranks: Ranks, *, timeout_seconds: int) -> Iterator[None]:
     """Holds the process group open: NCCL where there are GPUs, gloo otherwise.
 
-    A single process needs no address to meet at. Its group stays open, so that one process can run several recipes in
-    turn (the `debug` cluster); a group of several ends here, after every rank has got this far.
+    A single process needs no address. Its group stays open, so that one process can run several recipes in turn (the
+    `debug` cluster). A group of several processes ends here, after every rank has arrived.
 
     Args:
-        ranks: this process among all.
+        ranks: this process.
         timeout_seconds: how long a collective may wait for another rank before it raises.
     """
     on_gpu = ranks.device.type == "cuda"
@@ -48,40 +48,40 @@ def process_group(ranks: Ranks, *, timeout_seconds: int) -> Iterator[None]:
         rank=ranks.rank,
         world_size=ranks.world_size,
         timeout=timeout,
-        # NCCL connects here and now: what is wrong shows as the run starts, and a barrier need not guess the GPU.
+        # With a device, NCCL connects at once: errors appear at the start, and a barrier need not guess the GPU.
         device_id=ranks.device if on_gpu else None,
     )
     yield
     if ranks.world_size > 1:
-        dist.barrier()  # protects slower ranks, still in their last collective, from a peer that has gone
+        dist.barrier()  # protects slower ranks, still in their last collective, from a peer that has left
         dist.destroy_process_group()
 
 
 def _meeting_place(ranks: Ranks, timeout: timedelta) -> dist.Store:
-    """Where ranks leave their addresses for one another: at rank 0, under a name that no other job's ranks use.
+    """The store at rank 0 through which ranks exchange addresses, under a name that no other job's ranks use.
 
-    Two jobs may have drawn the same port of one node. Rank 0 of the later one finds it taken and ends; its other ranks
-    have come to the earlier job's rank 0 by then, and must neither be counted nor be taken for ranks of that job.
+    Two jobs may have drawn the same port of one node. Rank 0 of the later job finds the port taken and ends. Its other
+    ranks may have connected to the earlier job's rank 0 by then; that job must not count them as its own ranks.
 
     Raises:
-        UserError: MASTER_PORT is taken; another start draws another one.
+        UserError: MASTER_PORT is taken; another start draws another port.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        # Whoever knocks would be counted as a rank, so none is: the group itself waits for each of its own, by name.
+        # `wait_for_workers` would count every connection as a rank; the group itself waits for each rank by name.
         store = dist.TCPStore(host, port, is_master=ranks.is_main, timeout=timeout, wait_for_workers=False)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
         taken = f"port {port} of {socket.gethostname()} (MASTER_PORT) is taken by another program"
-        raise UserError(f"{taken}; the next start takes another") from OSError(
+        raise UserError(f"{taken}; the next start takes another port") from OSError(
             errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)
         )
     return dist.PrefixStore(ranks.start, store)
 
 
 def common_store() -> dist.Store:
-    """Where the ranks of the process group leave small values for one another, without a collective."""
+    """The store through which ranks of the process group exchange small values without a collective."""
     return distributed_c10d._get_default_store()
 
 
@@ -108,7 +108,7 @@ def from_main(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What became of a call: its value, or the error's text, and whether a user can mend it."""
+    """The outcome of a call: its value, or the error's text and whether a user can fix it."""
 
     value: Any = None
     error: str | None = None
@@ -118,12 +118,12 @@ class _Outcome:
 def on_main(function: Callable[[], Result]) -> Result:
     """Calls `function` on the main process alone and returns its value (a small plain object) on every rank.
 
-    Collective: no rank goes on before the call is through. Where it raises, every rank does: else the others would wait
-    for the main process until the time-out.
+    Collective: no rank continues before the call has returned. If the call raises, every rank raises; otherwise the
+    other ranks would wait for the main process until the time-out.
 
     Raises:
-        UserError: the main process met one; there it is the error itself.
-        RuntimeError: the same for any other error.
+        UserError: the call raised one; on the main process it is the error itself.
+        RuntimeError: the call raised any other error; on the main process it is the error itself.
     """
     if dist.get_rank() == 0:
         try:
@@ -143,15 +143,15 @@ def on_main(function: Callable[[], Result]) -> Result:
 
 
 def is_deterministic(setting: bool | None, ranks: Ranks) -> bool:
-    """The recipe's `deterministic`; unset, it is on for the CPU and off for GPUs, where it costs speed."""
+    """The recipe's `deterministic`. If unset: on for the CPU, off for GPUs, where it costs speed."""
     return ranks.device.type == "cpu" if setting is None else setting
 
 
 @contextmanager
 def repeatable_arithmetic(enabled: bool) -> Iterator[None]:
-    """Within: the same inputs give the same bits, or an operation that cannot promise that raises.
+    """Within the block, the same inputs give the same bits, or an operation that cannot guarantee that raises.
 
-    Where this is not enabled, cuDNN measures which of its convolutions is the fastest: shapes in training are constant.
+    If not enabled, cuDNN measures which of its convolutions is the fastest: shapes in training are constant.
     """
     settings: Any = torch.utils.deterministic
     before, filled = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory

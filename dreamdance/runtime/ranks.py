@@ -1,4 +1,4 @@
-"""Which process of how many this is, as the launcher's environment says. Opens no process group, loads no torch."""
+"""Which process of how many this is, from the environment. Opens no process group, loads no torch."""
 
 import os
 import socket
@@ -18,7 +18,7 @@ class Ranks:
     """This process among all, and among those of its node.
 
     Attributes:
-        start: tells this start of this job from any other, so that ranks find only their own.
+        start: names this start of this job, so that ranks meet only ranks of the same start.
     """
 
     rank: int = 0
@@ -29,7 +29,7 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> "Ranks":
-        """Reads RANK, WORLD_SIZE and their like, as the job has set them; one process where they are unset."""
+        """Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; where they are unset, this is the only process."""
         return cls(
             rank=int(os.environ.get("RANK", 0)),
             world_size=int(os.environ.get("WORLD_SIZE", 1)),
@@ -45,28 +45,26 @@ class Ranks:
     @property
     def device(self) -> "torch.device":
         """The local rank's GPU, or the CPU where there is none."""
-        import torch  # whoever wants a device has it loaded; the launcher has not
+        import torch  # a caller that wants a device has loaded torch already; the launcher has not
 
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
     def take_gpu(self) -> None:
-        """Makes the local rank's GPU this process's own: whatever asks for "the current device" gets it, not GPU 0.
-
-        Refuses to compute on the CPU in silence what was meant for a GPU.
+        """Makes the local rank's GPU the current device of this process, in place of GPU 0.
 
         Raises:
-            LostDeviceError: this rank has none.
+            LostDeviceError: torch finds no GPU for this rank; the rank must not silently compute on the CPU.
         """
         import torch
 
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if self.local_rank >= count:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
-            advice = "look at the node's driver, or use CPUs by cluster.gpus_per_node=0"
+            advice = "check the node's driver, or use CPUs with cluster.gpus_per_node=0"
             if count:
-                advice = "every task must see all GPUs of its node: take --gpus-per-task, --gpu-bind and their like out"
+                advice = "every task must see all GPUs of its node: remove options such as --gpus-per-task, --gpu-bind"
             raise LostDeviceError(
-                f"rank {self.rank} on {socket.gethostname()} wants GPU {self.local_rank} and torch finds {count} "
+                f"rank {self.rank} on {socket.gethostname()} needs GPU {self.local_rank}, but torch finds {count} "
                 f"(CUDA_VISIBLE_DEVICES '{visible}'): {advice}"
             )
         torch.cuda.set_device(self.local_rank)

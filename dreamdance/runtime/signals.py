@@ -1,7 +1,7 @@
-"""Hears signals in a thread, because Python's own handlers wait for the main thread, and that may sit in a collective.
+"""Receives signals in a thread, because Python's own handlers wait for the main thread, which may be in a collective.
 
-Python runs a handler between two instructions of the main thread: never, as long as that thread waits inside gloo, NCCL
-or a socket. What C code does at once is write a byte into the "wakeup" file; a thread that reads it needs nobody.
+Python runs a handler between two instructions of the main thread, so never while that thread waits inside gloo, NCCL or
+a socket. The interpreter's C code, however, writes a byte into the "wakeup" file at once, and a thread can read that.
 """
 
 import signal
@@ -20,8 +20,8 @@ _NO_SIGNAL = b"\0"
 class SignalListener:
     """Calls a function, in a thread of its own, for every signal of some kinds; a context manager of the main thread.
 
-    Processes that are started within have these signals blocked: Slurm sends them to everything that belongs to a job,
-    and a data worker must not die of the warning that is meant for the rank. They leave when their rank does.
+    Processes that are started within have these signals blocked: Slurm sends them to every process of a job, and the
+    warning for a rank must not end its data workers. Workers end when their rank ends.
     """
 
     def __init__(
@@ -35,11 +35,12 @@ class SignalListener:
         self._receiving, self._sending = socket.socketpair()
         self._sending.setblocking(False)
         self._thread = threading.Thread(target=self._listen, name="signal listener", daemon=True)
-        # A handler must exist, or the signal would end the process; it is the wakeup file that matters.
+        # Without a handler the signal would end the process; the handler does nothing, the wakeup file is read.
         self._previous = {number: signal.signal(number, lambda *_: None) for number in self._numbers}
         self._previous_file = signal.set_wakeup_fd(self._sending.fileno(), warn_on_full_buffer=False)
         self._previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
-        # The first worker starts it otherwise; it inherits what is blocked, but starting it unblocks SIGTERM.
+        # Started here and not by the first worker: the tracker must inherit the blocked signals. Starting it unblocks
+        # SIGTERM in this thread.
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
         self._thread.start()
@@ -57,6 +58,6 @@ class SignalListener:
 
     def _listen(self) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._numbers)
-        while (heard := self._receiving.recv(1)) not in (_NO_SIGNAL, b""):
-            if heard[0] in self._numbers:  # any signal that Python handles comes along here, an interrupt too
-                self._on_signal(signal.Signals(heard[0]))
+        while (received := self._receiving.recv(1)) not in (_NO_SIGNAL, b""):
+            if received[0] in self._numbers:  # every signal that Python handles arrives here, also SIGINT
+                self._on_signal(signal.Signals(received[0]))

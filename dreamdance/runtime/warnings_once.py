@@ -1,4 +1,4 @@
-"""Warnings about a file that a user is to see once, however many processes read it."""
+"""Warnings about a file, shown to the user once, however many processes read the file."""
 
 import logging
 from collections.abc import Iterator
@@ -10,16 +10,16 @@ logger = logging.getLogger(__name__)
 
 @cache
 def warn_once(text: str) -> None:
-    """Logs a warning, unless this process has logged it before."""
+    """Logs a warning, unless this process has logged the same text before."""
     logger.warning("%s", text)
 
 
 @contextmanager
 def held_warnings() -> Iterator[list[str]]:
-    """Collects what this project's code warns of, for the process that this one works for; nothing of it is logged.
+    """Collects this project's warnings in a worker, for the process that started it, in place of logging them.
 
     Yields:
-        the texts; the list grows.
+        the texts; the list grows during the block.
     """
     texts: list[str] = []
     ours, holder = logging.getLogger("dreamdance"), _Holder(texts)

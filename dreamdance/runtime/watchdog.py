@@ -1,8 +1,8 @@
-"""Notices that this process has come to a stop, says where, and ends it, so that the job can start again.
+"""Ends this process when it hangs, and logs where, so that the job can start again.
 
-A rank that hangs, or whose peer hangs, waits in a collective until the time-out, or for ever. Every rank watches itself
-from a thread; of a peer that cannot (stopped, or swapped out) the others' watchdogs see that they wait.
-It must not know what the activities are.
+A rank that hangs, or that waits for a rank that hangs, would stay in a collective until the time-out, or without limit.
+Every rank watches itself from a thread. Where a rank cannot (it is stopped, or swapped out), the watchdogs of the ranks
+that wait for it act. The watchdog does not know what the activities are.
 """
 
 import logging
@@ -17,25 +17,24 @@ from dreamdance.runtime.exits import TRY_AGAIN_EXIT_CODE, exit_process
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY_SECONDS = 0.5
-TOLERANCE = 10
-"""An activity may take so many times what it usually does."""
+TOLERANCE = 10  # an activity may take so many times its median duration
 _REMEMBERED = 50
 
 
 class Watchdog:
     """Ends the process when an activity takes too long; a context manager around the training loop.
 
-    How long is too long is measured: `TOLERANCE` times the median of this activity so far, at least
-    `least_seconds`. The first time, and for activities that are rare, it is at least `unmeasured_seconds`: first steps
-    compile and tune, a save waits for a slow disk.
+    The limit is measured: `TOLERANCE` times the median duration of the activity so far, but at least `least_seconds`.
+    The first time, and for rare activities, the limit is `unmeasured_seconds`: first steps compile and tune, a save
+    waits for a slow disk.
     """
 
     def __init__(self, *, least_seconds: float, unmeasured_seconds: float) -> None:
-        """Watches nothing yet.
+        """Prepares; the thread starts with the `with` block.
 
         Args:
-            least_seconds: what even the fastest activity is given; 0 watches nothing at all.
-            unmeasured_seconds: what an activity is given that has not been measured.
+            least_seconds: the lowest limit of any activity; 0 turns the watchdog off.
+            unmeasured_seconds: the limit of an activity that has not been measured.
         """
         self.least_seconds, self.unmeasured_seconds = least_seconds, max(least_seconds, unmeasured_seconds)
         self._measured: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
@@ -48,7 +47,7 @@ class Watchdog:
 
     @classmethod
     def of(cls, cluster: Cluster) -> "Watchdog":
-        """Watches for as long as a recipe's `cluster` section says."""
+        """A watchdog with the limits of a recipe's `cluster` section."""
         return cls(least_seconds=cluster.step_timeout_seconds, unmeasured_seconds=cluster.collective_timeout_seconds)
 
     def __enter__(self) -> "Watchdog":
@@ -60,12 +59,12 @@ class Watchdog:
         self._over.set()
 
     def enter(self, activity: str, where: str, *, is_measured: bool = False) -> None:
-        """Ends the activity before, and gives this one its time.
+        """Ends the previous activity and starts the limit of this one.
 
         Args:
-            activity: in words; the same words each time.
-            where: what tells this time from the others, e.g. the step.
-            is_measured: whether the time that it took before says how long it may take.
+            activity: its name; the same words each time.
+            where: distinguishes this time from the others, e.g. the step.
+            is_measured: whether the limit follows from the activity's earlier durations.
         """
         now = time.monotonic()
         with self._lock:
@@ -77,7 +76,7 @@ class Watchdog:
             self._entered, self._elapsed = now, 0.0
 
     def limit_seconds(self, activity: str) -> float:
-        """How long an activity may take the next time, by what was measured."""
+        """How long an activity may take the next time, from its measured durations."""
         if not (durations := self._measured[activity]):
             return self.unmeasured_seconds
         return max(self.least_seconds, TOLERANCE * statistics.median(durations))
@@ -87,7 +86,7 @@ class Watchdog:
         while not self._over.wait(LOOK_EVERY_SECONDS):
             now = time.monotonic()
             with self._lock:
-                # Time in which not even this thread ran does not count: a job that was suspended does not hang.
+                # Time in which this thread did not run either does not count: a suspended job does not hang.
                 self._elapsed += min(now - last, 2 * LOOK_EVERY_SECONDS)
                 is_late = self._elapsed > self._limit
             last = now
@@ -97,8 +96,8 @@ class Watchdog:
     def _end(self) -> None:
         exit_process(
             logger,
-            "%s (%s) has taken over %.0f s: this process, or one it waits for, hangs. Ending, to go on from what "
-            "is saved; see cluster.%s_timeout_seconds. Every thread's stack follows",
+            "%s (%s) has taken over %.0f s: this process, or one that it waits for, hangs. This process ends, the next "
+            "start resumes from what is saved; see cluster.%s_timeout_seconds. Every thread's stack follows",
             self._activity,
             self._where,
             self._limit,

@@ -271,7 +271,7 @@ def test_a_run_of_a_machine_that_is_gone_is_taken_over_and_only_one_start_goes_o
     wait_until(lambda: processes_state(lost.pid) == "T", 10, "the stop")
     for path in (record, run_folder / "logs" / "heartbeat"):
         os.utime(path, (past, past))
-    assert "nothing was heard of it for 1m 0" in launch(folder, "status", "distant").stdout
+    assert "no heartbeat for 1m 0" in launch(folder, "status", "distant").stdout
     assert "nothing to cancel" in launch(folder, "cancel", "distant").stdout
     struck = time.monotonic()
     taken = launch(folder, *words)

@@ -41,7 +41,7 @@ def run(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, shards: Path
 def running(run: Run) -> None:
     """Each test finds it in full swing, with a checkpoint of this very start, and a few steps past it."""
     run.wait_for_steps(EVERY_STEPS // 2)
-    newest = run.complete_steps()[-1]  # a run that fails twice without getting any further ends for good
+    newest = run.complete_steps()[-1]  # a run that fails twice without progress ends for good
     wait_until(lambda: run.complete_steps()[-1] > newest, "a newer checkpoint")
     wait_until(lambda: run.steps()[-1].number > run.complete_steps()[-1], "a step past the checkpoint")
 

@@ -58,10 +58,10 @@ def test_every_rank_sees_all_gpus_of_its_node_and_says_so_where_torch_finds_none
     for failure in failures:
         rank = int(failure["rank"])
         host, wanted = f"node{1 + rank // 2}", rank % 2
-        assert failure["text"].startswith(f"rank {rank} on {host} wants GPU {wanted} and torch finds 0 ")
+        assert failure["text"].startswith(f"rank {rank} on {host} needs GPU {wanted}, but torch finds 0 ")
         assert "(CUDA_VISIBLE_DEVICES '0,1')" in failure["text"]
-    assert "wants GPU" in done.stderr
-    assert "requeued 0 times already, see cluster.max_requeues" in run.log() + done.stdout
+    assert "needs GPU" in done.stderr
+    assert "it was requeued 0 times already, see cluster.max_requeues" in run.log() + done.stdout
     record_fault(
         "GPUs that the job asked for are not there",
         how="2 nodes x 2 tasks with 2 stand-ins each that Slurm hands out as GPUs",
@@ -108,7 +108,7 @@ def test_a_rank_that_slurm_lost_sight_of_gives_way_to_its_successor(short_traini
     assert Path(f"/proc/{orphan}").exists(), "Slurm did not end it"
     wait_until(lambda: not Path(f"/proc/{orphan}").exists(), "the orphan's end")
     ended = time.time()
-    assert "this run goes on elsewhere" in run.log()
+    assert "another start owns this run now" in run.log()
     before = len(run.steps())
     wait_until(lambda: len(run.steps()) > before + 3, "the successor's steps")
     assert run.restarts() == 1, "the orphan's batch script must not requeue its successor"
@@ -162,7 +162,7 @@ def test_what_only_the_user_can_mend_is_told_and_not_tried_again(cluster, tmp_pa
     assert "set `videos.split_by` to time" in done.stderr
     assert "Traceback" not in done.stderr
     assert run.restarts() == 0
-    assert "says what to change" in run.log()
+    assert "names what to change" in run.log()
 
 
 def test_a_queued_run_is_not_submitted_again_and_can_be_cancelled(cluster, tmp_path):

@@ -9,7 +9,7 @@ import logging, sys, threading
 from dreamdance.runtime import exits
 
 logging.basicConfig(stream=sys.stderr)
-exits.LAST_WORDS_SECONDS = 1.0
+exits.LAST_LINE_SECONDS = 1.0
 
 def the_thread_that_hangs(handler):
     handler.acquire()

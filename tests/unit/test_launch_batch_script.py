@@ -100,7 +100,7 @@ def test_a_controller_that_stays_silent_ends_the_job_and_the_log_says_so(site, n
     done = site.run(batch_script(RECIPE, make_run(site.folder / "run")))
     assert done.returncode == 1
     assert len(site.called(name)) == 12
-    assert "gave up after a minute" in done.stderr
+    assert "did not answer, or refused, for a minute" in done.stderr
     record_fault(
         "Slurm's controller silent for good as a job ends",
         how=f"{name} never reaches it; programs in Slurm's place",

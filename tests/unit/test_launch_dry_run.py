@@ -72,7 +72,7 @@ def test_a_task_that_trains_nothing_has_processes_only() -> None:
 def test_the_script_says_where_it_is_not_what_runs(tmp_path: Path) -> None:
     recipe = loaded("demo/stage2.yaml")
     local, slurm = (script(recipe, tmp_path / "runs" / "x", cluster) for cluster in ("local", "slurm"))
-    assert local == f"# (cluster local: this is what Slurm would get)\n{slurm}"
+    assert local == f"# (cluster local does not use this script; Slurm would)\n{slurm}"
     assert slurm.startswith("#!")
     assert str(tmp_path / "runs" / "x") in slurm
     assert not (tmp_path / "runs").exists()

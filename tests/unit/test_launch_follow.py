@@ -136,4 +136,4 @@ def test_ranks_that_left_no_error_are_named_where_the_cluster_does_not_say_which
 
 
 def test_without_any_log_the_answer_says_so(run_folder):
-    assert "it left no log" in explain_failure(JOB, run_folder, JobStatus("failed", "it could not start"))
+    assert "it wrote no log" in explain_failure(JOB, run_folder, JobStatus("failed", "it could not start"))

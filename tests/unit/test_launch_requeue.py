@@ -74,7 +74,7 @@ def test_a_job_that_fails_is_tried_again_as_long_as_it_gets_further(run):
     (checkpoint_folder(run, 30)).mkdir()  # begun, never completed
     verdict = decide(run, 137)
     assert not verdict.again
-    assert "twice without getting any further" in verdict.reason
+    assert "twice without progress" in verdict.reason
 
 
 def test_a_stop_in_between_is_no_failure(run):
@@ -91,7 +91,7 @@ def test_a_start_that_its_time_limit_met_before_it_could_save_is_no_failure(run)
         assert not was_warned(run), "the next start is judged by its own"
     assert {requeue.failed for requeue in read_requeues(run)} == {False}
     note_signal(run, signal.SIGUSR2)
-    assert decide(run, 75).reason == "it was stopped 3 times before it got any further"
+    assert decide(run, 75).reason == "it was stopped 3 times without progress"
     save(run, 10)
     note_signal(run, signal.SIGUSR2)
     assert decide(run, 75).again
@@ -110,7 +110,7 @@ def test_what_the_user_must_change_ends_it_and_what_follows_from_a_lost_rank_doe
     record_failure(run, "7", 1, "shard 3 is damaged", user_error=True)
     verdict = decide(run, 1)
     assert not verdict.again
-    assert verdict.reason == "rank 1 says what to change"
+    assert verdict.reason == "the error of rank 1 names what to change"
 
 
 def test_the_first_to_fail_is_told_by_the_file_systems_clock_and_not_by_the_ranks_own(run, monkeypatch):

@@ -111,7 +111,7 @@ def test_the_recipes_own_environment_counts_when_a_backend_is_asked_for() -> Non
     assert why_backend_cannot_run_in_a_job(interpreted, "triton") == ""
 
 
-@pytest.mark.parametrize(("name", "reason"), [("flash", "flash-attn"), ("flsh", "no such backend; there are 'ref")])
+@pytest.mark.parametrize(("name", "reason"), [("flash", "flash-attn"), ("flsh", "no such backend; known are 'ref")])
 def test_a_job_refuses_a_backend_that_cannot_run_by_the_recipes_key(name: str, reason: str) -> None:
     with pytest.raises(MissingInputError, match=rf"'{name}' \(model.attention_backend\) cannot run in .*{reason}"):
         refuse_missing(stage2(f"model.attention_backend={name}"))
@@ -128,7 +128,7 @@ def test_channels_last_on_gpus_without_a_compiler_is_found_before_submission(pat
 
     (problem,) = found(on_gpus())
     assert "neither gcc nor clang is on PATH" in problem
-    assert "model.channels_last=false does without" in problem
+    assert "model.channels_last=false, which does not need it" in problem
     assert found(stage2("model.channels_last=true")) == []  # on CPU torch's own runs
     assert found(on_gpus("model.channels_last=false")) == []
     (other,) = found(on_gpus("cluster.environment={CC: icx}"))

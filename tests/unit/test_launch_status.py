@@ -128,7 +128,7 @@ def test_a_run_of_another_version_spoils_neither_the_table_nor_the_others(runs: 
     (broken / RECIPE_FILE).write_text("task: stage2\nname: ancient\nlayers: 3\n")
     make_run(runs, "prepare")
     found = states(runs)
-    assert found["ancient"] == "? its recipe.yaml is not of this version"
+    assert found["ancient"] == "? this version cannot read its recipe.yaml"
     assert found["demo_prepare"] == "prepare not started"
 
 
@@ -183,7 +183,7 @@ def test_details_of_a_run_of_another_version_still_tell_where_its_job_logged(run
     submit(run)
     (run / RECIPE_FILE).write_text("task: stage2\nname: of_another_version\n")
     text = details(run)
-    assert "its recipe.yaml is not of this version" in text
+    assert "this version cannot read its recipe.yaml" in text
     assert f"{JOB_ID}_0_log.out" in text
 
 

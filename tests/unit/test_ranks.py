@@ -20,7 +20,7 @@ def test_a_rank_without_the_gpu_that_it_wants_says_where_and_what_it_sees(monkey
     with pytest.raises(LostDeviceError, match=r"CUDA_VISIBLE_DEVICES '0,1'.*cluster\.gpus_per_node=0") as told:
         Ranks(rank=9, world_size=16, local_rank=local_rank, local_world_size=8).take_gpu()
     assert "rank 9 on " in str(told.value)
-    assert f"wants GPU {local_rank} and torch finds {local_rank}" in str(told.value)
+    assert f"needs GPU {local_rank}, but torch finds {local_rank}" in str(told.value)
     assert is_transient(told.value), "another node may have it"
 
 

@@ -28,7 +28,7 @@ def test_a_start_that_is_replaced_ends_and_says_where_the_run_goes_on(tmp_path):
         with RunOwnership(tmp_path):
             _, errors = first.communicate(timeout=20)
     assert first.returncode == REPLACED_EXIT_CODE
-    assert "goes on elsewhere" in errors
+    assert "another start owns this run now" in errors
 
 
 def test_a_start_that_is_alone_goes_on_though_its_file_cannot_be_read(tmp_path, monkeypatch):

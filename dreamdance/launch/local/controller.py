@@ -1,7 +1,7 @@
-"""Watches over the processes of a local job, as `srun --kill-on-bad-exit` does: the first to fail ends the others.
+"""Starts and supervises the processes of a local job, as `srun --kill-on-bad-exit` does: one failure ends them all.
 
-Runs as a process and session of its own, so that a job outlives the launcher and its terminal.
-Usage: python -P -m dreamdance.launch.local.controller RUN_FOLDER (the rest comes in submitit's environment variables).
+The controller is a process with its own session, so that a job outlives the launcher and its terminal.
+Usage: python -P -m dreamdance.launch.local.controller RUN_FOLDER (submitit's environment variables hold the rest).
 """
 
 import json
@@ -29,12 +29,12 @@ CANCELLED, TIMED_OUT, REPLACED = "cancelled", "timed out", "replaced by another 
 
 
 def status_file(run_folder: Path, job_id: str) -> Path:
-    """Where the controller leaves how the job ended."""
+    """The file in which the controller records how the job ended."""
     return run_folder / "logs" / f"{job_id}_status.json"
 
 
 class LocalController(Controller):
-    """submitit's controller, with an end to a job of which one process died."""
+    """submitit's controller, which in addition ends a job when one of its processes fails."""
 
     def __init__(self, run_folder: Path) -> None:
         super().__init__(run_folder / "logs")
@@ -50,11 +50,11 @@ class LocalController(Controller):
 
     def start_tasks(self) -> None:
         os.environ["MASTER_PORT"] = str(free_port())
-        shutil.rmtree(failures_folder(self.run_folder), ignore_errors=True)  # a start is judged by its own words
+        shutil.rmtree(failures_folder(self.run_folder), ignore_errors=True)  # each start records its own
         super().start_tasks()
 
     def wait(self, freq: int = 24) -> Sequence[int | None]:
-        """Until all processes ended, or one failed and the others had a moment to say why, or time is up."""
+        """Waits until all processes ended, or one failed and the others had time to log why, or the time is up."""
         start = time.monotonic()
         failed_at: float | None = None
         self.warned = False
@@ -62,7 +62,7 @@ class LocalController(Controller):
             codes = [task.poll() for task in self.tasks]
             now = time.monotonic()
             failed = [rank for rank, code in enumerate(codes) if code]
-            if REPLACED_EXIT_CODE in codes:  # the others have nothing to say, and must not write any more
+            if REPLACED_EXIT_CODE in codes:  # another start owns the run: the other processes must not write any more
                 self.ended_by = REPLACED
                 return codes
             if failed and failed_at is None:
@@ -79,7 +79,7 @@ class LocalController(Controller):
             time.sleep(POLL_SECONDS)
 
     def run(self, max_retry: int = 0) -> None:
-        """Starts the processes, again after each time-out that they heeded, and leaves nothing running behind."""
+        """Starts the processes, again after each time limit at which they saved; in the end none of them is running."""
         codes: Sequence[int | None] = []
         try:
             while True:
@@ -98,7 +98,7 @@ class LocalController(Controller):
             self._write_status(codes)
 
     def _write_status(self, codes: Sequence[int | None]) -> None:
-        if self.ended_by == REPLACED:  # the folder is the other's, whose process number may be the same over there
+        if self.ended_by == REPLACED:  # another start owns the folder; its process number may be the same
             return
         good = bool(codes) and all(code == 0 for code in codes) and self.ended_by is None
         status = {
@@ -112,19 +112,19 @@ class LocalController(Controller):
 
 
 def worst_code(codes: Sequence[int | None]) -> int:
-    """One code for all, as `srun` gives it: 0 only where every rank ended well."""
+    """One exit code for all ranks, as from `srun`: 0 only if all ranks succeeded."""
     return max((128 - code if code is not None and code < 0 else code or 0 for code in codes), default=0)
 
 
 def _kill_group_members() -> None:
-    """Ends what the ranks started themselves (data workers, encoders): all are in this session's process group."""
+    """Kills the processes that ranks started (data workers, encoders): all are in this session's process group."""
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
             pid, group = int(entry.parent.name), int(entry.read_text().rpartition(")")[2].split()[2])
             if group == os.getpgrp() and pid != os.getpid():
                 os.kill(pid, signal.SIGKILL)
         except (OSError, ValueError, IndexError):
-            continue  # it ended while we looked
+            continue  # the process ended meanwhile
 
 
 def main() -> int:

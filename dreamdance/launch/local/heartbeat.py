@@ -1,6 +1,7 @@
-"""Tells a local job on another machine that lives from one that is gone: as long as it lives, it touches a file.
+"""Shows other machines whether a local job is alive: while it is, it touches a file.
 
-A process can be asked for only on its own machine, and that machine may not exist any more.
+Only the job's own machine can look up its process, and that machine may be gone: a container has a new host name after
+each start. Without this file, a run that died there could not be told from one that is running.
 """
 
 import contextlib
@@ -18,12 +19,12 @@ def heartbeat_file(run_folder: Path) -> Path:
 
 
 def job_file(run_folder: Path) -> Path:
-    """What is remembered of the last submission; writing it is a job's first sign of life."""
+    """The record of the last submission; its time is the job's first heartbeat."""
     return run_folder / "logs" / "job.json"
 
 
 class Heartbeat:
-    """Says from a thread that this process is there; a context manager."""
+    """Touches the run's heartbeat file from a thread; a context manager."""
 
     def __init__(self, run_folder: Path) -> None:
         self._file = heartbeat_file(run_folder)
@@ -35,29 +36,29 @@ class Heartbeat:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._over.set()  # not waited for: storage that hangs must not keep a job from ending
+        self._over.set()  # without joining the thread: storage that hangs must not keep a job from ending
 
     def _beat(self) -> None:
         while True:
-            with contextlib.suppress(OSError):  # the storage fails for a moment: the next beat may succeed
+            with contextlib.suppress(OSError):  # on an I/O error, skip this beat
                 self._file.touch()
             if self._over.wait(BEAT_SECONDS):
                 return
 
 
 def silent_seconds(run_folder: Path) -> float:
-    """How long nothing was heard of the run's job, by the file system's clock alone; infinite if nothing ever was.
+    """The time since the last heartbeat of the run's job, by the file system's clock; infinite without any.
 
-    Two machines' clocks may differ by more than any patience. The file system stamps heartbeats with its own, and so it
-    does a file that is made for the comparison. A stamp from the future is as far from now as one from the past: the
-    clock has been set back, and a job that lives beats again by the new one.
+    The clocks of two machines may differ, so both times come from the file system: it stamps the heartbeat, and a new
+    file that is created for the comparison. A heartbeat from the future counts by its distance, too: the clock was set
+    back, and a job that is alive beats again by the new clock.
 
     Raises:
-        OSError: no file can be made there.
+        OSError: no file can be created in the run folder.
     """
     now = file_system_time(run_folder / "logs")
-    signs = [_changed(path) for path in (heartbeat_file(run_folder), job_file(run_folder))]
-    return min(abs(now - sign) for sign in signs)
+    beats = [_changed(path) for path in (heartbeat_file(run_folder), job_file(run_folder))]
+    return min(abs(now - beat) for beat in beats)
 
 
 def _changed(path: Path) -> float:

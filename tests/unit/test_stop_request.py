@@ -46,7 +46,7 @@ with StopRequest(patience_seconds=0.3):
     _, errors = process.communicate(timeout=20)
     assert process.returncode == TRY_AGAIN_EXIT_CODE
     assert "the_step_that_hangs" in errors
-    assert "not saved 0 s after SIGUSR2" in errors
+    assert "not saved within 0 s of SIGUSR2" in errors
 
 
 def test_a_run_that_is_saved_in_time_is_not_ended():
