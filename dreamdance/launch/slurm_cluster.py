@@ -145,12 +145,12 @@ class _Executor(SlurmExecutor):
 def _parameters(recipe: Recipe) -> dict[str, Any]:
     """The recipe's `cluster` section as submitit's parameters."""
     cluster = recipe.cluster
-    # Ranks that train end together; of those that share work, one may have much more left than another.
+    # Ranks that train end together. Where ranks share work, one rank may have much more left than the others.
     wait = 60 if isinstance(recipe, TrainingRecipe) else 0
     srun = ["--kill-on-bad-exit=1", f"--wait={wait}", f"--cpus-per-task={cluster.cpus_per_task}"]
     if cluster.gpus_per_node > 1 and not _has_distribution(cluster):
-        # A node's GPUs are divided among its sockets in their order. Ranks are so too, by this alone: by default they
-        # are given to the sockets in turn, and half of them are far from their GPU.
+        # A node's GPUs are assigned to its sockets in blocks. Slurm's default assigns ranks to the sockets in turn, so
+        # that half of the ranks would be far from their GPU.
         srun.append("--distribution=block:block")
     srun += cluster.srun_arguments
     if cluster.container_image:

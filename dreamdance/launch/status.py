@@ -42,7 +42,7 @@ def table(runs: Path) -> str:
     """One line for each run: name, task, state, progress, newest checkpoint, and how often its job restarted."""
     rows = [("run", "task", "state", "progress")]
     for folder in _run_folders(runs):
-        task, state, progress = _row(folder, _look_at(folder))
+        task, state, progress = _row(folder, _state_of(folder))
         if steps := complete_steps(folder):
             progress += f"  checkpoint {steps[-1]}"
         if (restarts := len(_starts_of_job(folder)) - 1) > 0:
@@ -57,8 +57,8 @@ def table(runs: Path) -> str:
 
 def details(run_folder: Path) -> str:
     """The state of one run in full."""
-    look = _look_at(run_folder)
-    task, state, progress = _row(run_folder, look)
+    run = _state_of(run_folder)
+    task, state, progress = _row(run_folder, run)
     lines = [f"{run_folder} ({task}): {state}", f"  progress     {progress}"]
     lines += _places(run_folder)
     if steps := complete_steps(run_folder):
@@ -68,15 +68,15 @@ def details(run_folder: Path) -> str:
         folders = [folder.name for folder in step_folders(run_folder / name)]
         if folders:
             lines.append(f"  {name:<12} {', '.join(folders[-5:])}")
-    if look.job is not None and look.job.cluster != "debug":
-        lines.append(f"  log          {look.job.log_file(run_folder)}")
-    if look.job is not None and look.status is not None and look.status.state == "failed":
-        lines.append(explain_failure(look.job, run_folder, look.status))
+    if run.job is not None and run.job.cluster != "debug":
+        lines.append(f"  log          {run.job.log_file(run_folder)}")
+    if run.job is not None and run.status is not None and run.status.state == "failed":
+        lines.append(explain_failure(run.job, run_folder, run.status))
     return "\n".join(lines)
 
 
 @dataclass(frozen=True)
-class _Look:
+class _RunState:
     """The state of a run: its recipe if this version can read it, its last job, and that job's status.
 
     The cluster is queried once, and not for a finished run.
@@ -88,12 +88,12 @@ class _Look:
     status: JobStatus | None
 
 
-def _look_at(run_folder: Path) -> _Look:
+def _state_of(run_folder: Path) -> _RunState:
     recipe, job = readable_recipe(run_folder), last_job(run_folder)
     finished = recipe is not None and is_finished(recipe, run_folder)
     if recipe is None or job is None or finished:
-        return _Look(recipe, finished, job, None)
-    return _Look(recipe, finished, job, status_of(job, recipe, run_folder))
+        return _RunState(recipe, finished, job, None)
+    return _RunState(recipe, finished, job, status_of(job, recipe, run_folder))
 
 
 def _places(run_folder: Path) -> list[str]:
@@ -114,13 +114,13 @@ def _starts_of_job(run_folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _row(run_folder: Path, look: _Look) -> tuple[str, str, str]:
-    if look.recipe is None:
+def _row(run_folder: Path, run: _RunState) -> tuple[str, str, str]:
+    if run.recipe is None:
         return "?", "this version cannot read its recipe.yaml", ""
     line = last_progress(run_folder)
     progress = progress_line(line) if line else ""
-    task, job, status = look.recipe.task, look.job, look.status
-    if look.is_finished:
+    task, job, status = run.recipe.task, run.job, run.status
+    if run.is_finished:
         return task, "finished", progress
     if job is None or status is None:
         return task, "not started", progress
