@@ -49,7 +49,7 @@ MODALITIES: dict[str, Modality] = {
         # a wall that faces the camera
         Modality("normal", "normals", domain=True, control=True, background=(128, 128, 255)),
         Modality("depth", "values", channels=1, bits=16, domain=True, control=True),
-        Modality("mask", "region", channels=1),
+        Modality("mask", "region", channels=1, control=True),
     )
 }
 
