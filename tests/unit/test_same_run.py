@@ -16,7 +16,7 @@ DEMO = Path(__file__).resolve().parents[2] / "recipes" / "demo"
 @pytest.mark.parametrize(
     "word",
     [
-        "cluster.tasks_per_node=4",
+        "cluster.tasks_per_node=1",
         "logging.every_steps=1",
         "max_steps=100000",
         "checkpoint.allow_changed=[seed]",
