@@ -32,7 +32,7 @@ from dreamdance.recipe.schema import AnimateRecipe
 from dreamdance.recipe.sections import Shards
 from dreamdance.runs.layout import export_folder
 from dreamdance.runtime.ranks import Ranks
-from dreamdance.training.networks.build import build_objective
+from dreamdance.training.stages.training_stage import stage_of
 
 MASKED = {"model.controls": ["pose", "mask"]}
 
@@ -65,7 +65,7 @@ def test_a_recipe_that_names_the_mask_trains_validates_and_exports(runs):
 
 def test_the_controller_reads_the_mask_as_it_is_and_learns_from_it():
     batch = tiny_clip_batch()
-    objective = wake(build_objective(tiny_stage2_recipe(MASKED))).eval()
+    objective = wake(stage_of(tiny_stage2_recipe(MASKED)).build()).eval()
     calls = record_inputs(objective.controller)
     objective(batch).loss.backward()
     mask = calls[0][0][0]["mask"]

@@ -185,5 +185,5 @@ def test_a_finished_training_of_two_ranks_goes_on_with_more_steps_on_one(command
     assert code == 0, output
     run = folder / "runs" / "older_domains"
     messages = [line["message"] for line in reports(run / "logs" / "progress.jsonl", "message")]
-    assert any("from step 2 " in text and "saved by 2 ranks and divided" in text for text in messages)
+    assert any("from step 2 " in text and "saved by 2 ranks and redistributed" in text for text in messages)
     assert (run / "exports" / "step_00000003" / "model_index.json").is_file()
