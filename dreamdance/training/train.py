@@ -98,7 +98,7 @@ def prepare(
         verify_by_hash([recipe.data.train, recipe.data.validation], ranks, common_store(), on_progress=on_shard)
     watchdog.enter("loading weights", f"rank {ranks.rank}")
     objective = stage.build()
-    load_initial_weights(objective, recipe, run_folder.parent)
+    load_initial_weights(objective, run_folder.parent, init_from=recipe.init_from, init_step=recipe.init_step)
     stage.set_trainable(objective)
     weights = weights_digests(objective)
     require_same({"frozen weights": weights.frozen, "weights to train": weights.trainable})
@@ -112,13 +112,7 @@ def prepare(
     )
     resumed = checkpointer.resume()
     guard = StepGuard(recipe.recovery, max_nonfinite_steps=recipe.max_nonfinite_steps)
-    step, validation_pending = 0, False
-    if resumed:
-        step = resumed.manifest.step
-        state = resumed.state  # checkpoints of the first release name the flag `owes_validation`
-        validation_pending = bool(state.get("validation_pending", state.get("owes_validation")))
-        loader.load_state_dict(state["loader"])
-        guard.load_state_dict(state["guard"])
+    step, validation_pending = _restore(resumed, loader, guard)
     metrics = Metrics(
         run_folder,
         ranks,
@@ -146,6 +140,19 @@ def prepare(
         step=step,
         validation_pending=validation_pending,
     )
+
+
+def _restore(resumed: Resumed | None, loader: ClipLoader, guard: StepGuard) -> tuple[int, bool]:
+    """Takes over what a checkpoint holds beside the weights; the step, and whether its validation is still to be made.
+
+    Checkpoints of the first release name that flag `owes_validation`.
+    """
+    if resumed is None:
+        return 0, False
+    state = resumed.state
+    loader.load_state_dict(state["loader"])
+    guard.load_state_dict(state["guard"])
+    return resumed.manifest.step, bool(state.get("validation_pending", state.get("owes_validation")))
 
 
 def make_loader(

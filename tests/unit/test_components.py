@@ -17,7 +17,8 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from dreamdance.errors import CheckpointError, MissingInputError, RecipeError
-from dreamdance.training.networks.build import exportable, load_networks
+from dreamdance.training.networks.build import exportable
+from dreamdance.training.networks.initial_weights import load_networks
 from dreamdance.training.stages.training_stage import stage_of
 
 VAE_CONFIG: dict[str, Any] = {

@@ -57,7 +57,7 @@ def runs(tmp_path_factory) -> Path:
 
 def initialised(recipe: Stage1Recipe, runs: Path) -> Objective:
     objective = stage_of(recipe).build()
-    load_initial_weights(objective, recipe, runs)
+    load_initial_weights(objective, runs, init_from=recipe.init_from, init_step=recipe.init_step)
     return objective
 
 

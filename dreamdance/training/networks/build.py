@@ -1,25 +1,18 @@
-"""What both stages do to the networks that they build, and how a run takes over the networks of an export."""
+"""What both stages do to the networks that they build."""
 
-import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
-from torch import nn
 
-from dreamdance.errors import CheckpointError, RecipeError
-from dreamdance.models import GeometryUNetModel
+from dreamdance.errors import RecipeError
 from dreamdance.models.autoencoding import Autoencoder, downscale_factor
 from dreamdance.models.channels_last import use_channels_last
 from dreamdance.models.temporal_convolution import fold_temporal_convolutions
 from dreamdance.recipe.training_sections import Sharding, TrainingData
-from dreamdance.training.networks.sources import read_weights
 from dreamdance.training.objectives.output import Objective
 from dreamdance_kernels import checkpoint_keeping_attention
-
-logger = logging.getLogger(__name__)
 
 _FROZEN_COMPONENTS = ("vae", "image_encoder")
 
@@ -64,41 +57,6 @@ def exportable(objective: Objective) -> dict[str, ModelMixin]:
     }
 
 
-def load_networks(objective: Objective, export: Path) -> None:
-    """Loads the trained networks of another run's export, network by network.
-
-    Parameters of the geometry and temporal branches may be missing, all of a branch at once: the run before had not
-    added them yet, and they stay at their zero-initialised start. Anything else missing or left over is an error.
-
-    Args:
-        objective: built for this run; changed in place.
-        export: a folder in the diffusers layout, one subfolder per network.
-
-    Raises:
-        MissingInputError: the export lacks a network.
-        CheckpointError: names or shapes of parameters do not fit.
-    """
-    for name, network in exportable(objective).items():
-        weights = read_weights(export / name, key="init_from")
-        expected = network.state_dict()
-        missing = expected.keys() - weights.keys() - _new_branches(network, weights.keys())
-        unexpected = weights.keys() - expected.keys()
-        reshaped = {key for key in weights.keys() & expected.keys() if weights[key].shape != expected[key].shape}
-        problems = [
-            f"{kind} {_name_some(keys)}"
-            for kind, keys in (("lacks", missing), ("has unknown", unexpected), ("has another shape of", reshaped))
-            if keys
-        ]
-        if problems:
-            raise CheckpointError(
-                f"the {name} of {export} does not fit this recipe's: it {'; it '.join(problems)}. Give `model` the "
-                "values which the run in init_from had; only geometry_attention and temporal_attention may be newly on"
-            )
-        network.load_state_dict(weights, strict=False)
-        added = len(expected) - len(weights)
-        logger.info("loaded %s from %s%s", name, export, f", {added} tensors are new" if added else "")
-
-
 def check_fit(unet: ModelMixin, vae: Autoencoder, token_width: int, data: TrainingData, *, latent_inputs: int) -> None:
     """Raises where channels, widths and picture sizes of a recipe's networks do not fit together."""
     channels = vae.config.latent_channels
@@ -120,17 +78,3 @@ def check_fit(unet: ModelMixin, vae: Autoencoder, token_width: int, data: Traini
     ]
     if problems:
         raise RecipeError("; ".join(problems))
-
-
-def _new_branches(network: nn.Module, present: Collection[str]) -> set[str]:
-    """Names of the whole branches of `network` of which `present` has nothing: newly added ones."""
-    if not isinstance(network, GeometryUNetModel):
-        return set()
-    branches = (network.geometry_parameters().keys(), network.temporal_parameters().keys())
-    return {name for branch in branches if branch.isdisjoint(present) for name in branch}
-
-
-def _name_some(keys: Collection[str], limit: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    shown = ", ".join(sorted(keys)[:limit])
-    return shown if len(keys) <= limit else f"{shown} and {len(keys) - limit} more"

@@ -1,40 +1,46 @@
 """Where a run's first weights come from when it continues another run: `init_from` and `init_step` (C6)."""
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from dreamdance.errors import MissingInputError, RecipeError
+from dreamdance.errors import CheckpointError, MissingInputError, RecipeError
+from dreamdance.models import GeometryUNetModel
 from dreamdance.recipe import load_recipe
 from dreamdance.recipe.schema import TrainingRecipe
 from dreamdance.runs.layout import RECIPE_FILE, checkpoint_folder, export_folder, final_export
 from dreamdance.training.checkpointing.checkpointer import read_average
-from dreamdance.training.networks.build import load_networks
+from dreamdance.training.networks.build import exportable
+from dreamdance.training.networks.sources import read_weights
 from dreamdance.training.objectives.output import Objective
 
 logger = logging.getLogger(__name__)
 
 
-def load_initial_weights(objective: Objective, recipe: TrainingRecipe, runs: Path) -> None:
-    """Loads the averaged weights that `recipe.init_from` names; does nothing where it names none.
+def load_initial_weights(objective: Objective, runs: Path, *, init_from: str | None, init_step: int | None) -> None:
+    """Loads the averaged weights of the run that `init_from` names; does nothing where it is None.
 
-    A finished run's come from the export of its last step. With `init_step`, that step's export, else its checkpoint:
-    there only trained weights lie, so those that were frozen then are fetched from where that run had them.
+    The weights of a finished run come from the export of its last step. With `init_step` they come from that step's
+    export, else from its checkpoint. A checkpoint holds trained weights only, so that the frozen ones are loaded from
+    where that run had them.
 
     Args:
         objective: changed in place; module weights only, no optimizer state.
-        recipe: of the run that starts.
         runs: the folder of all runs.
+        init_from: the recipe's key: the run to start from.
+        init_step: the recipe's key: a step of that run; None for its last one.
 
     Raises:
         MissingInputError: no such run, export or checkpoint, or the run is unfinished and `init_step` not given.
         CheckpointError: what is found is damaged or does not fit.
     """
-    if recipe.init_from is None:
+    if init_from is None:
         return
-    run = runs / recipe.init_from
-    if recipe.init_step is None:
+    run = runs / init_from
+    if init_step is None:
         final = final_export(run)
         if final is None:
             state = "is not finished" if run.is_dir() else f"does not exist (looked in {run})"
@@ -44,20 +50,55 @@ def load_initial_weights(objective: Objective, recipe: TrainingRecipe, runs: Pat
             )
         load_networks(objective, final)
         return
-    export = export_folder(run, recipe.init_step)
+    export = export_folder(run, init_step)
     if export.is_dir():
         load_networks(objective, export)
         return
-    checkpoint = checkpoint_folder(run, recipe.init_step)
+    checkpoint = checkpoint_folder(run, init_step)
     if not checkpoint.is_dir():
         raise MissingInputError(
-            f"init_step: run '{run.name}' has neither an export nor a checkpoint of step {recipe.init_step}"
+            f"init_step: run '{run.name}' has neither an export nor a checkpoint of step {init_step}"
         )
     source = load_recipe(run / RECIPE_FILE)
     if not isinstance(source, TrainingRecipe):
         raise RecipeError(f"init_from: run '{run.name}' does not train anything")
-    load_initial_weights(objective, source, runs)
+    load_initial_weights(objective, runs, init_from=source.init_from, init_step=source.init_step)
     _overlay(objective, checkpoint)
+
+
+def load_networks(objective: Objective, export: Path) -> None:
+    """Loads the trained networks of another run's export, network by network.
+
+    Parameters of the geometry and temporal branches may be missing, all of a branch at once: the run before had not
+    added them yet, and they stay at their zero-initialised start. Anything else missing or left over is an error.
+
+    Args:
+        objective: built for this run; changed in place.
+        export: a folder in the diffusers layout, one subfolder per network.
+
+    Raises:
+        MissingInputError: the export lacks a network.
+        CheckpointError: names or shapes of parameters do not fit.
+    """
+    for name, network in exportable(objective).items():
+        weights = read_weights(export / name, key="init_from")
+        expected = network.state_dict()
+        missing = expected.keys() - weights.keys() - _new_branches(network, weights.keys())
+        unexpected = weights.keys() - expected.keys()
+        reshaped = {key for key in weights.keys() & expected.keys() if weights[key].shape != expected[key].shape}
+        problems = [
+            f"{kind} {_name_some(keys)}"
+            for kind, keys in (("lacks", missing), ("has unknown", unexpected), ("has another shape of", reshaped))
+            if keys
+        ]
+        if problems:
+            raise CheckpointError(
+                f"the {name} of {export} does not fit this recipe's: it {'; it '.join(problems)}. Give `model` the "
+                "values which the run in init_from had; only geometry_attention and temporal_attention may be newly on"
+            )
+        network.load_state_dict(weights, strict=False)
+        added = len(expected) - len(weights)
+        logger.info("loaded %s from %s%s", name, export, f", {added} tensors are new" if added else "")
 
 
 def _overlay(objective: Objective, checkpoint: Path) -> None:
@@ -69,3 +110,17 @@ def _overlay(objective: Objective, checkpoint: Path) -> None:
                 raise RecipeError(f"init_from: this recipe's networks have no {name} of shape {tuple(value.shape)}")
             parameters[name].copy_(value)
     logger.info("loaded averaged weights from %s", checkpoint)
+
+
+def _new_branches(network: nn.Module, present: Collection[str]) -> set[str]:
+    """Names of the whole branches of `network` of which `present` has nothing: newly added ones."""
+    if not isinstance(network, GeometryUNetModel):
+        return set()
+    branches = (network.geometry_parameters().keys(), network.temporal_parameters().keys())
+    return {name for branch in branches if branch.isdisjoint(present) for name in branch}
+
+
+def _name_some(keys: Collection[str], limit: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    shown = ", ".join(sorted(keys)[:limit])
+    return shown if len(keys) <= limit else f"{shown} and {len(keys) - limit} more"
