@@ -3,7 +3,7 @@
 Letters of all shapes here and elsewhere: `b` clips or images, `f` frames, `m` domains (always in the order rgb, normal,
 depth), `c` channels, `h w` latent height and width, `H W` pixel height and width, `n` tokens, `t` tokens of the
 conditioning, `heads`, `d` head width. Batches that mix clips, frames and domains are ordered `(b f m)` (contract C1).
-Nothing here knows of data, recipes, ranks or sharding.
+This package knows no data, recipes, ranks or sharding.
 """
 
 from dreamdance.models.cross_domain_controller import CrossDomainControllerModel

@@ -1,4 +1,4 @@
-"""Pictures to latents and back, the same way for Stable Diffusion's autoencoder, SVD's and the patch autoencoder.
+"""Encodes pictures to latents and decodes them, with Stable Diffusion's autoencoder, SVD's or the patch autoencoder.
 
 Autoencoders compute in float32 whatever the precision of the networks around them: in bfloat16 their latents are off by
 1 % and their pictures by 3 %.
@@ -20,7 +20,7 @@ from dreamdance.models.patch_autoencoder import PatchAutoencoder
 Autoencoder: TypeAlias = AutoencoderKL | AutoencoderKLTemporalDecoder | PatchAutoencoder
 
 DECODE_OVERLAP = 2
-"""Frames that neighbouring chunks of a video decoder share."""
+"""Number of frames that neighbouring chunks of a video decoder share."""
 
 
 def downscale_factor(vae: Autoencoder) -> int:
@@ -38,9 +38,9 @@ def latent_shape(vae: Autoencoder, images: Tensor) -> tuple[int, int, int]:
 
 @contextmanager
 def kept_in_float32(network: nn.Module) -> Iterator[None]:
-    """Within, other code may cast the network; after, what was in float32 and is less has its own values again.
+    """Restores the float32 values of a network that other code casts to a narrower type inside this context.
 
-    Casting there and back would leave the values rounded.
+    Casting back alone would leave the values rounded.
     """
     kept = [
         (owner, name, value.data)
@@ -69,11 +69,11 @@ def encode_latents(
     """Encodes pictures to the mode of their latent distribution, or to a sample of it, without gradients.
 
     Args:
-        vae: the frozen autoencoder; one of less than float32 is widened, and stays so.
+        vae: the frozen autoencoder; a narrower one than float32 is converted to float32 and stays so.
         images: `n 3 H W` in [0, 1]; a picture with added noise may leave that range.
-        scaled: times the scaling factor, as diffusion targets are; SVD's conditioning latents are **not** scaled.
+        scaled: multiply by the scaling factor, as for diffusion targets; SVD's conditioning latents are **not** scaled.
         chunk_size: pictures encoded at once; all by default.
-        noise: `n c h w`, unit normal: makes the sample mean + deviation * noise. None is the mode, which is the mean.
+        noise: `n c h w`, unit normal; the result is mean + deviation * noise. None gives the mode (the mean).
 
     Returns:
         `n c h w`, float32 or wider, on the device of the autoencoder.
@@ -95,16 +95,16 @@ def decode_latents(vae: Autoencoder, latents: Tensor, *, chunk_size: int = 8, nu
     """Decodes scaled latents to pictures, a few frames at a time.
 
     SVD's decoder mixes neighbouring frames. Its chunks therefore share two frames (one or none in chunks of less than
-    five), over which one fades into the next: nearer to decoding all at once than a cut between the two.
+    five), over which one chunk fades into the next: this is closer to decoding all frames at once than a cut.
 
     Args:
-        vae: the autoencoder; one of less than float32 is widened, and stays so.
-        latents: `(b f) c h w`, times the scaling factor.
-        chunk_size: the most frames decoded at once. Larger chunks of SVD's decoder are nearer to decoding all at once.
+        vae: the autoencoder; a narrower one than float32 is converted to float32 and stays so.
+        latents: `(b f) c h w`, multiplied by the scaling factor.
+        chunk_size: largest number of frames decoded at once; with SVD's decoder, larger chunks are more accurate.
         num_frames: frames of each clip, so that no chunk mixes two clips; None means one clip.
 
     Returns:
-        `(b f) 3 H W` float32, clamped to [0, 1], on the CPU: of a long clip the device never holds more than a chunk.
+        `(b f) 3 H W` float32, clamped to [0, 1], on the CPU; the device never holds more than one chunk.
 
     Raises:
         ValueError: `chunk_size` is below 1, or the latents are no whole number of clips.
@@ -134,7 +134,7 @@ def decode_latents(vae: Autoencoder, latents: Tensor, *, chunk_size: int = 8, nu
 
 
 def _plan_chunks(num_frames: int, chunk_size: int, overlap: int) -> list[range]:
-    """Chunks of at most `chunk_size` frames, as equal in length as can be; neighbours share `overlap` frames."""
+    """Splits frames into chunks of at most `chunk_size`, of nearly equal length; neighbours share `overlap` frames."""
     if num_frames <= chunk_size:
         return [range(num_frames)]
     count = math.ceil((num_frames - overlap) / (chunk_size - overlap))
@@ -143,6 +143,6 @@ def _plan_chunks(num_frames: int, chunk_size: int, overlap: int) -> list[range]:
 
 
 def _widen(vae: Autoencoder) -> None:
-    """As diffusers' own pipelines do with autoencoders whose config says `force_upcast`."""
+    """Converts the autoencoder to float32, as diffusers' pipelines do if its config has `force_upcast`."""
     if vae.dtype.itemsize < torch.float32.itemsize:
         vae.to(torch.float32)

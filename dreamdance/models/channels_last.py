@@ -1,4 +1,4 @@
-"""Networks whose activations lie with their channels innermost, as a GPU's convolutions want them."""
+"""Switches networks to channels_last: activations keep their channels innermost, as fast GPU convolutions need."""
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
@@ -10,12 +10,12 @@ _LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}  # by number of a
 
 
 def use_channels_last(network: nn.Module) -> None:
-    """Turn a network to channels_last: its weights, its group norms, what enters its convolutions and residual blocks.
+    """Switch a network to channels_last: its weights, group norms, and the inputs of convolutions and residual blocks.
 
-    What lies so stays so through convolutions, sums, attention (`n h w c` to `n (h w) c` is a view then) and fused
-    norms. What does not is turned on its way in: sharding flattens weights and forgets how they lay, diffusers makes
-    inputs of shortcuts and outputs of SVD's transformers contiguous. Outputs on CPU are the same to rounding.
-    Call it before the network is wrapped or compiled.
+    Convolutions, sums, attention (`n h w c` to `n (h w) c` is then a view) and fused norms keep the layout. Hooks
+    convert the tensors that lose it: sharding flattens weights, and diffusers makes inputs of shortcuts and outputs of
+    SVD's transformers contiguous. Outputs on CPU are equal up to rounding. Call this function before the network is
+    wrapped or compiled.
 
     Args:
         network: a diffusers UNet, a ControlNet or one of this package's networks; changed in place.

@@ -25,11 +25,11 @@ class CrossDomainControllerModel(ModelMixin, ConfigMixin):
         channels: widths of the encoders, from full resolution to that of the latents; attention has the last one.
         head_width: width of an attention head; divides the last of `channels`.
         downscale_factor: pixels per latent along a side (the autoencoder's).
-        geometry_attention: whether the modalities attend to one another; without it each is encoded for itself.
+        geometry_attention: whether the modalities attend to one another; without it the encoders stay independent.
         attention_backend: backend of `dreamdance_kernels`; None lets it choose.
 
     Raises:
-        UserError: The controls repeat, or the widths do not divide into heads.
+        UserError: a control repeats, or the widths do not divide into heads.
     """
 
     _supports_gradient_checkpointing = True
@@ -56,7 +56,7 @@ class CrossDomainControllerModel(ModelMixin, ConfigMixin):
         self.encoders = nn.ModuleDict({name: _MapEncoder(channels, downscale_factor) for name in controls})
         self.attention = GeometryAttention(channels[-1], channels[-1] // head_width) if geometry_attention else None
         if self.attention is not None:
-            # no trained network to leave unchanged: the zero convolution alone makes the start silent
+            # the zero convolution alone makes the initial output zero; no trained network has to stay unchanged
             self.attention.to_out.reset_parameters()
         self.zero_convolution = nn.Conv2d(channels[-1], out_channels, kernel_size=1)
         for parameter in self.zero_convolution.parameters():
@@ -111,7 +111,7 @@ class _MapEncoder(nn.Module):
         self.conv_in = nn.Conv2d(3, channels[0], kernel_size=3, padding=1)
         self.blocks = nn.ModuleList()
         for width, next_width, stride in zip(channels[:-1], channels[1:], strides, strict=True):
-            # wide enough to see every pixel with its neighbours; h is H / stride
+            # the kernel covers every pixel and its neighbours; h is H / stride
             kernel_size = max(3, 2 * stride - 1)
             self.blocks.append(nn.Conv2d(width, next_width, kernel_size, stride=stride, padding=kernel_size // 2))
             self.blocks.append(_ResidualBlock(next_width))

@@ -1,6 +1,6 @@
-"""What both stage-1 UNets share: diffusers' 2D UNet, checked, given other transformer blocks, loaded strictly and run.
+"""Common code of both stage-1 UNets: it checks diffusers' 2D UNet, replaces its transformer blocks, loads and runs it.
 
-The surgery keeps every module's name, so that weights of the plain UNet load by their own names.
+Every module keeps its name, so that weights of the plain UNet load by their own names.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -37,7 +37,7 @@ def check_stable_diffusion_config(config: Mapping[str, Any]) -> None:
     """Refuse variants of diffusers' UNet that the stage-1 networks do not run.
 
     Raises:
-        UserError: naming the config key, its value and what is accepted.
+        UserError: a variant is not supported; the message names the config key, its value and the accepted one.
     """
     for key, accepted in _UNUSED_VARIANTS.items():
         if config.get(key) not in accepted:
@@ -59,17 +59,17 @@ def replace_transformer_blocks(
 
 
 def _running_order(name: str) -> tuple[int, ...]:
-    """Down, middle, up, and within each by number: `named_modules` lists the up blocks before the middle one."""
+    """Sort key: down, middle, up, then by number; `named_modules` lists the up blocks before the middle one."""
     stage, *rest = name.split(".")
     return (("down_blocks", "mid_block", "up_blocks").index(stage), *(int(part) for part in rest if part.isdigit()))
 
 
 def load_base_weights(model: nn.Module, base: nn.Module, *, added: Iterable[str], unused: Iterable[str]) -> None:
-    """Copy the weights of a plain UNet, every one of them accounted for.
+    """Copy the weights of a plain UNet and account for every one of them.
 
     Args:
-        model: takes the weights.
-        base: gives them; not changed.
+        model: the network that receives the weights.
+        base: the network that has the weights; it is not changed.
         added: names of weights that only `model` has and that keep their initial value.
         unused: names of modules that only `base` has.
 
@@ -96,7 +96,7 @@ def expand_to_batch(values: Tensor, batch_size: int, name: str) -> Tensor:
     if values.shape[0] == batch_size:
         return values
     if values.shape[0] == 0 or batch_size % values.shape[0]:
-        raise ValueError(f"{name}: {values.shape[0]} rows cannot be shared out evenly to a batch of {batch_size}")
+        raise ValueError(f"{name}: {values.shape[0]} rows do not divide a batch of {batch_size}")
     return repeat(values, "b ... -> (b r) ...", r=batch_size // values.shape[0])
 
 
@@ -113,11 +113,11 @@ def run_blocks(
     """Down, middle and up blocks between `conv_in` and `conv_norm_out`, as diffusers runs them.
 
     Args:
-        unet: its blocks are run, as far as they exist.
+        unet: the network; its missing blocks are skipped.
         sample: `((b f m) c h w)`, after `conv_in`.
         time_embedding: `((b f m), time_embed_dim)`.
         encoder_hidden_states: `((b f m) t c)`.
-        context: handed to every transformer block as `cross_attention_kwargs["context"]`.
+        context: every transformer block receives it as `cross_attention_kwargs["context"]`.
 
     Returns:
         `((b f m) c h w)`.

@@ -1,4 +1,4 @@
-"""The domain embedding of the unified diffusion (Eq. 3): tells the denoiser which map it is looking at."""
+"""The domain embedding of the unified diffusion (Eq. 3): it encodes which map the denoiser processes."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from dreamdance.modalities import DOMAINS
 class DomainEmbedding(nn.Module):
     """One-hot domain, positionally encoded as cat(sin, cos), through an MLP; added after the time embedding's own MLP.
 
-    Not zero-initialised: Wonder3D reports that with a zero projection the domains came out at random.
+    The projection is not zero-initialised: Wonder3D reports that with zeros the domains came out at random.
 
     Args:
         time_embed_dim: width of the UNet's time embedding.

@@ -1,7 +1,7 @@
-"""Group normalisation that runs as one operator with the SiLU behind it, and its place in diffusers' networks.
+"""Group normalisation and the following SiLU as one operator, and the code that puts it into diffusers' networks.
 
-Parameters keep their names, so weights load and save as before. It pays on a GPU for a network in channels_last, where
-torch's own turns every input to the contiguous layout and the convolution behind it turns it back.
+Parameters keep their names, so that weights load and save as before. The operator is made for networks in channels_last
+on a GPU, where torch's own converts every input to the contiguous layout and the next convolution converts it back.
 """
 
 from typing import TypeGuard
@@ -37,7 +37,7 @@ class FusedGroupNorm(nn.GroupNorm):
 
     @classmethod
     def sharing(cls, norm: nn.GroupNorm, *, activation: bool) -> "FusedGroupNorm":
-        """The fused form of a normalisation, on its very parameters."""
+        """Builds the fused form of a normalisation; both share their parameters."""
         fused = cls(norm.num_groups, norm.num_channels, norm.eps, activation=activation, device="meta")
         fused.weight, fused.bias = norm.weight, norm.bias
         return fused.train(norm.training)
@@ -47,16 +47,16 @@ class FusedGroupNorm(nn.GroupNorm):
         return group_norm_silu(input, self.num_groups, self.weight, self.bias, self.eps, activation=self.activation)
 
     def extra_repr(self) -> str:
-        """As torch's, and whether SiLU follows."""
+        """Torch's text, and whether SiLU follows."""
         return f"{super().extra_repr()}, activation={self.activation}"
 
 
 class ActivatedLinear(nn.Linear):
-    """`nn.Linear` behind a SiLU of its own, for a block whose activation has gone into its normalisations."""
+    """`nn.Linear` that applies SiLU to its input, for a block whose activation moved into its normalisations."""
 
     @classmethod
     def sharing(cls, linear: nn.Linear) -> "ActivatedLinear":
-        """The activated form of a linear layer, on its very parameters."""
+        """Builds the activated form of a linear layer; both share their parameters."""
         activated = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         activated.weight, activated.bias = linear.weight, linear.bias
         return activated.train(linear.training)
@@ -67,10 +67,10 @@ class ActivatedLinear(nn.Linear):
 
 
 def fuse_group_norms(network: nn.Module) -> None:
-    """Puts fused normalisations in the place of all plain ones of a diffusers UNet, on the same parameters and names.
+    """Replaces all plain normalisations of a diffusers UNet by fused ones with the same parameters and names.
 
-    SiLU goes into those of residual blocks and into the one before the last convolution; the others keep channels_last.
-    Outputs on CPU stay the same, bit for bit. Call it before the network is wrapped or compiled.
+    The normalisations of residual blocks and the one before the last convolution include SiLU; all keep channels_last.
+    Outputs on CPU stay bit-identical. Call this function before the network is wrapped or compiled.
     """
     for module in list(network.modules()):
         if isinstance(module, ResnetBlock2D) and _has_silu_behind_both_norms(module):
@@ -90,7 +90,7 @@ def _is_plain(module: object) -> TypeGuard[nn.GroupNorm]:
 
 
 def _has_silu_behind_both_norms(block: ResnetBlock2D) -> bool:
-    """Whether nothing but a sum stands between: a scale and shift by the time embedding comes before its SiLU."""
+    """Whether only a sum lies between norm and SiLU, not a scale and shift by the time embedding."""
     embeds_plainly = block.time_emb_proj is None or type(block.time_emb_proj) is nn.Linear
     return (
         type(block.nonlinearity) is nn.SiLU

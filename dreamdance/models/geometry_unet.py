@@ -27,7 +27,7 @@ from dreamdance.models.temporal_attention import TemporalAttention
 
 @dataclass(frozen=True)
 class GeometryContext:
-    """What every transformer block of one forward pass needs to know beside its hidden states.
+    """Inputs of every transformer block in one forward pass, beside its hidden states.
 
     Attributes:
         num_frames: f.
@@ -46,11 +46,11 @@ class GeometryTransformerBlock(nn.Module):
     """A transformer block in the paper's order: spatial (Eq. 4), geometry (Eq. 5), cross, feed-forward, temporal.
 
     Args:
-        name: of the block in the UNet; the key of its reference feature.
-        block: its parts are taken over under the same names.
+        name: the block's name in the UNet, which is the key of its reference feature.
+        block: diffusers' block; this one takes over its parts under the same names.
         geometry_attention: whether the branch exists.
         temporal_attention: whether the branch exists.
-        max_frames: of the temporal branch.
+        max_frames: longest clip of the temporal branch.
     """
 
     def __init__(
@@ -108,8 +108,8 @@ class GeometryTransformerBlock(nn.Module):
 class GeometryUNetModel(UNet2DConditionModel):
     """Denoises the latents of rgb, normal and depth of every frame together, guided by pose and reference (Eq. 3 to 5).
 
-    With the added branches as they are initialised, `domains=None`, no pose and no reference it computes exactly what
-    the plain UNet computes on the same batch (contract C3).
+    At initialisation, with `domains=None`, no pose and no reference, its output equals the plain UNet's on the same
+    batch bit for bit (contract C3).
 
     Args:
         domain_embedding: whether the domain embedding exists.
@@ -117,7 +117,7 @@ class GeometryUNetModel(UNet2DConditionModel):
         temporal_attention: whether every transformer block has a temporal attention.
         max_frames: longest clip of the temporal attention.
         trained_frames: length of the clips that the temporal attention was trained on; positions beyond are untrained.
-            None where there is none, or where nobody knows (older exports).
+            None without temporal attention, and for older exports, which do not record it.
         attention_backend: of `dreamdance_kernels`, or None for its default.
         kwargs: the configuration of `UNet2DConditionModel`.
 
@@ -156,7 +156,7 @@ class GeometryUNetModel(UNet2DConditionModel):
 
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:
-        """The configuration is ours and the parent's, which `kwargs` hides from diffusers: it reads signatures."""
+        """Adds the parent's keys to the configuration: diffusers reads signatures, where `kwargs` hides them."""
         parents = UNet2DConditionModel._get_init_keys(UNet2DConditionModel)
         return parents | (UNet2DConditionModel._get_init_keys(GeometryUNetModel) - {"kwargs"})
 
@@ -219,20 +219,20 @@ class GeometryUNetModel(UNet2DConditionModel):
 
         Args:
             sample: `((b f m) c h w)`, noisy latents, domains innermost.
-            timestep: `(b,)` or a scalar, one per clip; `((b f m),)` is taken too.
-            encoder_hidden_states: `(b t c)`, the CLIP embedding of each clip's reference; `((b f m) t c)` is taken too.
+            timestep: `(b,)` or a scalar, one per clip; `((b f m),)` is accepted too.
+            encoder_hidden_states: `(b t c)`, CLIP embedding of each clip's reference; `((b f m) t c)` is accepted too.
             domains: `((b f m),)` int64 into `DOMAINS`, or None to switch the domain embedding off.
             num_frames: f.
             num_domains: m.
-            pose_features: `((b f) c h w)` of the pose encoder, shared by the domains, or None.
-            reference_features: `(b n c)` by block name, of the reference UNet, or None.
+            pose_features: `((b f) c h w)` from the pose encoder, shared by the domains, or None.
+            reference_features: `(b n c)` by block name, from the reference UNet, or None.
 
         Returns:
             `((b f m) c h w)`.
 
         Raises:
-            ValueError: inputs that do not fit together.
-            UserError: more frames than the temporal attention has positions for.
+            ValueError: the inputs do not fit together.
+            UserError: the clip has more frames than the temporal attention has positions.
         """
         self._check_inputs(sample, domains, num_frames, num_domains, pose_features, reference_features)
         context = GeometryContext(num_frames, num_domains, reference_features, self.config["attention_backend"])

@@ -1,4 +1,4 @@
-"""The pose encoder: drawn poses to features that are added to the noisy latents after `conv_in`."""
+"""The pose encoder turns drawn poses into features, which the denoiser adds to the noisy latents after `conv_in`."""
 
 import math
 from itertools import pairwise
@@ -20,7 +20,7 @@ class PoseEncoderModel(ModelMixin, ConfigMixin):
         downscale_factor: H / h, a power of two of at most `2 ** (len(channels) - 1)`.
 
     Raises:
-        UserError: the factor cannot be reached with that many widths.
+        UserError: that many widths cannot reach the factor.
     """
 
     @register_to_config

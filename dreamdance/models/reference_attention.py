@@ -1,4 +1,4 @@
-"""Spatial self-attention of the denoiser that also looks at the reference image (Eq. 4)."""
+"""The denoiser's spatial self-attention, which also attends to the reference image (Eq. 4)."""
 
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
@@ -9,15 +9,15 @@ from dreamdance_kernels import reference_attention
 def attend_to_reference(
     attention: Attention, hidden_states: Tensor, reference: Tensor | None, *, backend: str | None = None
 ) -> Tensor:
-    """Self-attention of the denoiser whose keys and values include the reference's, Eq. 4.
+    """The denoiser's self-attention with keys and values of both the sample and the reference, Eq. 4.
 
-    The reference is projected by the denoiser's own W_k and W_v, once per reference image, not once per sample.
+    The denoiser's own W_k and W_v project the reference, once per reference image, not once per sample.
 
     Args:
         attention: diffusers' module, the `attn1` of a transformer block.
         hidden_states: `((b f m) n c)`, after `norm1`.
         reference: `(b n_ref c)`, the reference UNet's features at the same place, or None for plain self-attention.
-        backend: of `dreamdance_kernels`.
+        backend: backend of `dreamdance_kernels`; None lets it choose.
 
     Returns:
         `((b f m) n c)`, without the residual.

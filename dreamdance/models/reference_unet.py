@@ -1,4 +1,4 @@
-"""The reference UNet: the reference image's features, read at the input of every spatial self-attention (Eq. 4)."""
+"""The reference UNet computes the reference image's features: the input of every spatial self-attention (Eq. 4)."""
 
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -21,17 +21,17 @@ from dreamdance.models.diffusers_unet import (
 
 @dataclass(frozen=True)
 class FeatureSink:
-    """Where the blocks of one forward pass leave what they read."""
+    """Collects the features that the blocks of one forward pass read."""
 
     features: dict[str, Tensor] = field(default_factory=dict)
 
 
 class ReferenceTransformerBlock(nn.Module):
-    """A transformer block of Stable Diffusion that hands out the input of its self-attention.
+    """A transformer block of Stable Diffusion that records the input of its self-attention.
 
     Args:
-        name: of the block in the UNet; the key of its feature.
-        block: its parts are taken over under the same names.
+        name: the block's name in the UNet, which is the key of its feature.
+        block: diffusers' block; this one takes over its parts under the same names.
     """
 
     def __init__(self, name: str, block: BasicTransformerBlock) -> None:
@@ -62,7 +62,7 @@ class ReferenceTransformerBlock(nn.Module):
         return hidden_states + self.ff(self.norm3(hidden_states))
 
     def stop_after_reading(self) -> tuple[str, ...]:
-        """Remove what comes after the feature; returns the names of the removed parts."""
+        """Remove the parts after the feature; returns their names."""
         removed = ("attn1", "norm2", "attn2", "norm3", "ff")
         for part in removed:
             delattr(self, part)
@@ -94,7 +94,7 @@ class ReferenceUNetModel(UNet2DConditionModel):
 
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:
-        """The configuration is the parent's: diffusers reads its keys from a signature, and `kwargs` has none."""
+        """Returns the parent's keys: diffusers reads keys from a signature, and `kwargs` has none."""
         return UNet2DConditionModel._get_init_keys(UNet2DConditionModel)
 
     def _remove_what_follows_the_last_feature(self) -> tuple[str, ...]:
@@ -108,7 +108,9 @@ class ReferenceUNetModel(UNet2DConditionModel):
         removed = [f"{last}.{part}" for part in self.get_submodule(last).stop_after_reading()]
 
         transformer_name = f"up_blocks.{level}.attentions.{attention}"
-        self.get_submodule(transformer_name).proj_out = nn.Identity()  # diffusers' class calls it; nobody reads it
+        self.get_submodule(
+            transformer_name
+        ).proj_out = nn.Identity()  # diffusers' class calls this layer; its output is not used
         removed.append(f"{transformer_name}.proj_out")
 
         if self.up_blocks[int(level)].upsamplers is not None:
@@ -127,7 +129,7 @@ class ReferenceUNetModel(UNet2DConditionModel):
         """Take the weights of a plain UNet, on its device and in its dtype.
 
         Raises:
-            CheckpointError: a weight is missing, or left over that is not under `removed_modules`.
+            CheckpointError: a weight is missing, or one is left over that does not belong to `removed_modules`.
         """
         with torch.device(unet.device):
             model = cls.from_config(unet.config).to(dtype=unet.dtype)

@@ -25,18 +25,18 @@ class ControlResiduals(NamedTuple):
 class SpatioTemporalControlNetModel(UNetSpatioTemporalConditionModel):
     """Copy of SVD's `conv_in`, time embeddings, down blocks and mid block; a zero convolution on each output.
 
-    The constructor takes the SVD UNet's own arguments, and `trained_frames`: the config of a UNet is that of its
-    ControlNet. Gradient checkpointing is diffusers' own (`enable_gradient_checkpointing`).
+    The constructor takes the SVD UNet's arguments and `trained_frames`, so that a UNet's config builds its ControlNet.
+    Gradient checkpointing is diffusers' own (`enable_gradient_checkpointing`).
     """
 
-    # what the SVD UNet has and is not needed here; what is here and the SVD UNet lacks
+    # modules that only the SVD UNet has, and modules that only this class has
     unused_unet_weights = ("up_blocks.", "conv_norm_out.", "conv_out.")
     added_weights = ("down_zero_convolutions.", "mid_zero_convolution.")
 
     @wraps(UNetSpatioTemporalConditionModel.__init__)  # type: ignore[misc]  # mypy takes the class for an instance
     def __init__(self, *args: Any, trained_frames: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # the length of the clips of its training, None where nobody knows
+        # the length of the clips of its training; None if it is not recorded
         self.register_to_config(trained_frames=trained_frames)
         del self.up_blocks, self.conv_norm_out, self.conv_act, self.conv_out
         widths = self.config.block_out_channels
@@ -60,14 +60,13 @@ class SpatioTemporalControlNetModel(UNetSpatioTemporalConditionModel):
         change.
 
         Args:
-            unet: an SVD UNet. It is not altered and shares no weight with the copy; device and type are taken from
-                it.
-            trained_frames: length of the clips that it is about to be trained on.
+            unet: an SVD UNet. It is not changed and shares no weight with the copy, which has its device and type.
+            trained_frames: length of the clips of the coming training.
 
         Raises:
-            ValueError: Its weights are not those of its config (a key is missing, or there is one too many).
+            ValueError: the UNet's weights do not fit its config (a key is missing or left over).
         """
-        # without values first: the base network's up blocks are never allocated
+        # built on the meta device first, so that the base network's up blocks are never allocated
         with torch.device("meta"):
             controlnet = cls.from_config(unet.config, trained_frames=trained_frames)
         copied = {

@@ -1,7 +1,7 @@
 """Drives diffusers' SVD UNet in two halves: residuals can be added between them, the first can run without gradients.
 
-diffusers' class takes no residuals. Here its own modules are called in its own order: no weight and no layer is ours.
-The ControlNet, a copy of the encoder half, is driven by the same functions.
+diffusers' class takes no residuals. These functions call its modules in its order and add no weight and no layer. They
+also drive the ControlNet, which is a copy of the encoder half.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ DECODER_HALF = ("up_blocks", "conv_norm_out", "conv_out")
 
 
 class EncoderHalf(NamedTuple):
-    """What the decoder half needs.
+    """Outputs of the encoder half, which the decoder half needs.
 
     Attributes:
         mid: `(b f) c h w`, the mid block's output.
@@ -70,9 +70,9 @@ def run_svd_unet(
         added_time_ids: `b 3`, (fps - 1, motion bucket, noise augmentation).
         down_residuals: one `(b f) c h w` for each skip connection, from shallow to deep.
         mid_residual: `(b f) c h w` for the mid block's output.
-        encoder_without_grad: run everything up to the mid block without gradients, keeping no activations. For an
-            encoder half with nothing to train: gradients of the residuals and of the decoder half are the same,
-            nothing else gets one.
+        encoder_without_grad: run everything up to the mid block without gradients and keep no activations. It is meant
+            for an encoder half without trainable parameters: the residuals and the decoder half get the same
+            gradients.
 
     Returns:
         `b f c h w`, the network's raw output (a v prediction in SVD).
@@ -192,7 +192,7 @@ def _run_decoder_half(
     unet: UNetSpatioTemporalConditionModel, encoded: EncoderHalf, *, spatial_size: Sequence[int]
 ) -> Tensor:
     """Runs up blocks and output convolution; returns `(b f) c h w`."""
-    # sizes that do not halve evenly: the upsamplers must be told what they aim at
+    # for sizes that do not halve evenly, the upsamplers need their target size
     forward_upsample_size = any(size % 2**unet.num_upsamplers != 0 for size in spatial_size)
     hidden_states, skips = encoded.mid, encoded.skips
     for index, block in enumerate(unet.up_blocks):

@@ -10,7 +10,7 @@ from dreamdance_kernels import temporal_attention
 
 
 class TemporalAttention(nn.Module):
-    """Every token attends over the frames of its clip at its own place, in its own domain.
+    """Every token attends over the frames of its clip, at its own position and in its own domain.
 
     LayerNorm first, then a sinusoidal frame position (without it the branch could not tell the order of frames); the
     output projection starts at zero, so that the branch adds nothing before it is trained.

@@ -1,21 +1,21 @@
-"""Convolutions over frames alone, computed as 2D convolutions.
+"""Computes convolutions over frames alone as 2D convolutions.
 
-SVD's UNet, the ControlNet and the video decoder hold 93 of them, with (3, 1, 1) kernels. As 3D convolutions they are
-slow on CPUs, and on GPUs a known trap: some releases of cuDNN give wrong results for them in bf16, or take gigabytes of
-workspace. Seen with height and width as one axis, they are 2D convolutions.
+SVD's UNet, the ControlNet and the video decoder hold 93 of them, with (3, 1, 1) kernels. 3D convolutions are slow on
+CPUs, and on GPUs some releases of cuDNN compute them wrongly in bf16 or take gigabytes of workspace. With height and
+width as one axis they are 2D convolutions.
 """
 
 from torch import Tensor, nn
 
 
 def fold_temporal_convolutions(network: nn.Module) -> None:
-    """Has a network compute its convolutions over frames as 2D ones; the result is the same to rounding.
+    """Makes a network compute its convolutions over frames as 2D ones; the result is equal up to rounding.
 
-    Weights, their names and shapes, hooks and modes stay as they are; called again it changes nothing. Networks are not
-    folded as they are constructed or loaded: until this is called they equal diffusers' own bit for bit.
+    Weights, their names and shapes, hooks and modes do not change; a second call changes nothing. Constructors and
+    loaders do not call this function: until then a network equals diffusers' own bit for bit.
 
     Args:
-        network: an SVD UNet, a ControlNet, a video autoencoder, or whatever holds some; changed in place.
+        network: an SVD UNet, a ControlNet, a video autoencoder or another network; changed in place.
     """
     for module in network.modules():
         if type(module) is nn.Conv3d and _spans_frames_alone(module):
@@ -23,7 +23,7 @@ def fold_temporal_convolutions(network: nn.Module) -> None:
 
 
 def _spans_frames_alone(convolution: nn.Conv3d) -> bool:
-    """Whether each output pixel is made of that pixel in other frames, and none is padded with anything but zeros."""
+    """Whether each output pixel depends on that pixel in other frames alone, and padding is zero."""
     if convolution.padding_mode != "zeros" or isinstance(convolution.padding, str):
         return False
     space = (convolution.kernel_size[1:], convolution.stride[1:], convolution.padding[1:])
@@ -45,5 +45,5 @@ class FoldedConv3d(nn.Conv3d):
     @property
     def settings(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
         """Stride, padding, dilation and groups of the 2D convolution."""
-        assert not isinstance(self.padding, str)  # such are not folded
+        assert not isinstance(self.padding, str)  # these are not folded
         return self.stride[:2], self.padding[:2], self.dilation[:2], self.groups
