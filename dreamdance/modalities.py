@@ -1,19 +1,19 @@
 """The one table of modalities: the kinds of aligned pictures that a clip has for each of its frames.
 
-Names and numbers alone, no torch, so that recipes, models and data may all read it; what is done with the pixels of
-each kind is in `media.transforms` (tensors) and `data.shards.columns` (stored frames). A new control map is an entry
-here, and whatever makes it (an annotator, the dancers, or `<clip>.<name>.mp4` beside the pictures).
+The table holds names and numbers alone and needs no torch, so that recipes, models and data can all read it.
+`media.transforms` (tensors) and `data.shards.columns` (stored frames) treat the pixels of each kind. A new control map
+needs an entry here and something that makes it: a video `<clip>.<name>.mp4` beside the pictures, or the dancers.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-# What the pixels mean, and with it how they are treated:
-# - colours: resized as pictures, mirrored by a flip;
-# - drawing: the same, but a flip draws it again, since its colours tell left from right;
-# - normals: (n+1)/2, resized as vectors and brought back to unit length; a flip negates x as well;
-# - values: one number per pixel, resized as pictures;
-# - region: one bit per pixel, rounded after it was resized.
+# What the pixels of a modality mean decides how they are resized and flipped:
+# - colours: resized and mirrored as pictures;
+# - drawing: resized as pictures; a flip draws it again, because its colours distinguish left from right;
+# - normals: (n+1)/2, resized as vectors and brought back to unit length; a flip also negates x;
+# - values: one number per pixel, resized and mirrored as pictures;
+# - region: 0 or 1 per pixel, rounded after the resizing.
 Kind = Literal["colours", "drawing", "normals", "values", "region"]
 
 
@@ -26,8 +26,7 @@ class Modality:
         kind: what its pixels mean.
         channels: of its stored frames: 3 for `(H, W, 3)`, 1 for `(H, W)`.
         bits: of its stored values.
-        domain: whether stage 1 predicts it (Eq. 3). As a control of stage 2 it is then blurred in training as stage 1
-            delivers it.
+        domain: whether stage 1 predicts it (Eq. 3). Training of stage 2 then blurs it as stage 1 delivers it.
         control: whether `model.controls` of stage 2 may name it (Eq. 7).
         background: the colour behind transparent parts of a picture that is given for it.
     """
@@ -55,10 +54,10 @@ MODALITIES: dict[str, Modality] = {
 
 # What stage 1 predicts, in the order of contract C1.
 DOMAINS = tuple(name for name, modality in MODALITIES.items() if modality.domain)
-# What stage 2 may be controlled by.
+# What `model.controls` of stage 2 may name.
 CONTROLS = tuple(name for name, modality in MODALITIES.items() if modality.control)
 # Controls that `animate` must be given as videos: neither stage 1 nor the drawing of the pose makes them.
 GIVEN = tuple(name for name in CONTROLS if name not in DOMAINS and MODALITIES[name].kind != "drawing")
-# What every clip has that is trained on; it may lack the others.
+# Every clip that training reads has these; a clip may lack the others.
 ALWAYS_READ = ("rgb", "pose")
 OPTIONAL = tuple(name for name in MODALITIES if name not in ALWAYS_READ)

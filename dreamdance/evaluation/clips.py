@@ -29,8 +29,8 @@ from dreamdance.runtime.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
+# (height, width) in pixels.
 Size = tuple[int, int]
-"""(height, width) in pixels."""
 
 MAX_ARRAY_BYTES = 1 << 33
 _ARRAYS = {"frames": (np.dtype(np.uint8), 4), "normals": (np.dtype(np.float16), 4), "depths": (np.dtype(np.float16), 3)}

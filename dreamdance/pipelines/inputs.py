@@ -20,11 +20,11 @@ Video = Sequence[Picture]
 Images = Picture | Sequence[Picture] | NDArray[Any] | Sequence[NDArray[Any]] | Tensor | Sequence[Tensor]
 Clips = Video | Sequence[Video] | NDArray[Any] | Sequence[NDArray[Any]] | Tensor | Sequence[Tensor]
 
+# Sizes are multiples of the autoencoder's factor, so that the aspects of the two stages differ a little. Within this
+# tolerance, their pictures show the same part of the world.
 MAP_ASPECT_TOLERANCE = 0.03
-"""Sizes are multiples of the autoencoder's factor, so that those of the two stages have one aspect only nearly. Within
-this, their pictures are of the same part of the world."""
 
-# What transparent parts stand before, by argument.
+# The colour behind transparent parts of a picture, by argument.
 _BEHIND: dict[str, Colour] = {"image": WHITE, **{f"{name}s": each.background for name, each in MODALITIES.items()}}
 
 

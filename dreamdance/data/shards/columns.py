@@ -21,6 +21,9 @@ from dreamdance.modalities import MODALITIES, Modality
 
 SCHEMA_VERSION = 1
 
+# Column name -> MDS encoding. The columns of modalities hold packed frames: rgb, pose, normal `(H, W, 3)` uint8; depth
+# `(H, W)` uint16; mask `(H, W)` uint8, 0 or 255. Empty bytes mean that the clip has no such modality; rgb is always
+# there.
 COLUMNS: dict[str, str] = {
     "schema_version": "int",
     "clip_id": "str",
@@ -32,15 +35,12 @@ COLUMNS: dict[str, str] = {
     **dict.fromkeys(MODALITIES, "bytes"),
     "keypoints": "bytes",
 }
-"""Column name -> MDS encoding. The columns of modalities hold packed frames: rgb, pose, normal `(H, W, 3)` uint8; depth
-`(H, W)` uint16; mask `(H, W)` uint8, 0/255. Empty `bytes` mean that the clip has no such modality; rgb is always there.
-"""
 
-# The modalities that the schema began with, for which every shard has a column; it may lack that of a later one.
+# Every shard has a column for each of these modalities. It may lack the column of a modality that was added later.
 FIRST_MODALITIES = ("rgb", "pose", "normal", "depth", "mask")
 
+# Names kept for precomputed VAE latents and image embeddings; this version neither writes nor reads them.
 RESERVED_COLUMNS = ("latents", "embeddings")
-"""Names kept for precomputed VAE latents and image embeddings; this version neither writes nor reads them."""
 
 MAX_FRAMES = 100_000
 MAX_FRAME_PIXELS = 1 << 26

@@ -120,7 +120,7 @@ class PartNote:
 
 
 def same_files(one: Mapping[str, str | None], other: Mapping[str, str | None]) -> bool:
-    """Whether two notes are of the same contents; it is all one whether a file that is not there is named."""
+    """Whether two notes have the same hashes. A missing file counts as None, whether or not a note names it."""
     return all(one.get(name) == other.get(name) for name in {*one, *other})
 
 

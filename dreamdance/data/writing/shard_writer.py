@@ -47,8 +47,8 @@ __all__ = ["ClipRecord", "Part", "PartSource", "ShardFolder", "ShardFormat", "Su
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "settings.json"
+# In an index's details: by part, the name and the id of what it was made from, its files' hashes, its damage.
 SOURCES_KEY = "sources"
-"""In an index's details: by part, the name and the id of what it was made from, its files' hashes, its damage."""
 
 
 @dataclass
