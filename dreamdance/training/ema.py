@@ -5,8 +5,6 @@ Cost: 4 bytes x trainable parameters / ranks on each rank, and one multiply-add 
 Knows nothing of DeepSpeed; bf16 weights never enter, because an update of 1e-4 would be rounded away in them.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -38,19 +36,3 @@ class ShardedEma:
         """Averages in the masters of one more optimizer step."""
         torch._foreach_lerp_(self.shards, [master.detach() for master in masters], 1.0 - self.current_decay)
         self.num_updates += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"num_updates": self.num_updates, "shards": self.shards}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave, on the same partitions.
-
-        Raises:
-            ValueError: the partitions differ in number or size.
-        """
-        saved, own = [shard.shape for shard in state["shards"]], [shard.shape for shard in self.shards]
-        if saved != own:
-            raise ValueError(f"the saved average has partitions {saved}, this run has {own}")
-        self.num_updates = int(state["num_updates"])
-        for shard, value in zip(self.shards, state["shards"], strict=True):
-            shard.copy_(value)

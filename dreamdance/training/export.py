@@ -46,18 +46,28 @@ def export_average(
         if ranks.is_main:
             weights[name] = parameter.cpu()
     # Also protects other ranks from ending the job while the main process is still writing.
-    on_main(partial(_write, folder, engine.objective, weights, {"default_height": height, "default_width": width}))
+    on_main(
+        partial(write_pipeline, folder, engine.objective, weights, {"default_height": height, "default_width": width})
+    )
     return folder
 
 
-def _write(folder: Path, objective: Objective, weights: Mapping[str, Tensor], size: Mapping[str, int]) -> None:
+def write_pipeline(folder: Path, objective: Objective, weights: Mapping[str, Tensor], size: Mapping[str, int]) -> None:
+    """Writes a folder in the diffusers layout, with `weights` in place of the objective's own; complete or not at all.
+
+    Args:
+        folder: which does not exist yet.
+        objective: has the networks; as it was afterwards.
+        weights: name within the objective -> value.
+        size: `default_height` and `default_width`, in pixels.
+    """
     with replace_atomically(folder, is_only_writer=True) as temporary:
         with _replaced(objective, weights):
             pipeline = objective.make_pipeline()
             pipeline.register_to_config(**size)
             pipeline.save_pretrained(temporary, safe_serialization=True)
         follow_umask(temporary)
-    logger.info("exported the averaged weights to %s", folder)
+    logger.info("exported the weights to %s", folder)
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from support.dancer_shards import write_dancer_shards
 from support.fault_log import record_fault
 from support.interruptions import messages, output, settings, start
@@ -49,19 +51,13 @@ def consolidated(folder: Path, world_size: int) -> dict[str, dict[str, Tensor]]:
     kinds = ("master", "exp_avg", "exp_avg_sq", "average")
     whole = {kind: {name: torch.full(shape, torch.nan).flatten() for name, shape in shapes.items()} for kind in kinds}
     for rank in range(world_size):
-        own = torch.load(folder / f"rank_{rank:05d}.pt", weights_only=True)
-        path = next(folder.glob(f"deepspeed/*zero_pp_rank_{rank}_*"))
-        saved = torch.load(path, weights_only=False)["optimizer_state_dict"]  # written by this very test
-        states = list(saved["base_optimizer_state"]["state"].values())
-        for name, shard, offset, start_, length in own["fragments"]:
-            shards = (
-                saved["single_partition_of_fp32_groups"][shard],
-                states[shard]["exp_avg"],
-                states[shard]["exp_avg_sq"],
-                own["ema"]["shards"][shard],
-            )
-            for kind, values in zip(kinds, shards, strict=True):
-                whole[kind][name][start_ : start_ + length] = values.flatten()[offset : offset + length]
+        path = folder / f"rank_{rank:05d}.safetensors"
+        with safe_open(path, framework="pt") as file:
+            pieces = json.loads(file.metadata()["dreamdance"])["pieces"]
+        for place, values in load_file(path).items():
+            kind, name = place.split("/")
+            first = pieces[name][0]
+            whole[kind][name][first : first + len(values)] = values
     return {kind: {name: values.reshape(shapes[name]) for name, values in whole[kind].items()} for kind in kinds}
 
 

@@ -29,7 +29,7 @@ from support.recipes import tiny_stage1_recipe, tiny_stage2_recipe
 from support.training_scenarios import Recipe, Strike, prepare_and_inspect, run_recorded
 
 from dreamdance.runs.layout import checkpoint_folder, export_folder, step_folders
-from dreamdance.training.checkpointing.checkpointer import read_average
+from dreamdance.training.checkpointing.checkpointer import read_checkpoint_weights
 
 pytestmark = pytest.mark.distributed
 
@@ -39,8 +39,8 @@ def in_save(step: int, operation: str, *path_contains: str, rank: int = 0) -> St
 
 
 SAVE_PHASES = {
-    "nothing written yet": in_save(2, "os.mkdir", "deepspeed"),
-    "a rank's files written, not yet read back": in_save(4, "open", "zero_pp_rank_1", "'r'", rank=1),
+    "nothing written yet": in_save(2, "open", "rank_00000", "'w'"),
+    "a rank's files written, not yet read back": in_save(4, "open", "rank_00001", "'r'", rank=1),
     "every file there, no manifest": in_save(4, "open", "COMPLETE.partial"),
     "the manifest there under its temporary name": in_save(6, "os.rename", "COMPLETE"),
     "complete, an older one half deleted": in_save(2, "shutil.rmtree"),  # by the save of step 6
@@ -66,7 +66,7 @@ def test_killed_again_and_again_stage_1_is_bit_identical_to_an_uninterrupted_run
     assert start(recipe, broken, Strike(1, signal.SIGUSR2, forward=micro_batches)) == [0, 0]
     assert not export_folder(broken, MAX_STEPS).exists(), "asked to stop, it must not have finished"
     stopped = step_folders(broken / "checkpoints")[-1]
-    damaged = next(stopped.glob("deepspeed/*rank_1_*"))
+    damaged = next(stopped.glob("rank_00001*"))
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
@@ -76,7 +76,7 @@ def test_killed_again_and_again_stage_1_is_bit_identical_to_an_uninterrupted_run
     assert said[0].startswith("no checkpoint in")
     assert any("resuming" in text and "from step 6 (epoch " in text and "verified" in text for text in said)
     output = (broken / "output" / "output_0.txt").read_text()
-    assert f"skipping checkpoint {stopped.name}: {stopped.name}/deepspeed/{damaged.name} differs" in output
+    assert f"skipping checkpoint {stopped.name}: {stopped.name}/{damaged.name} differs" in output
     assert_same_checkpoint(checkpoint_folder(whole, MAX_STEPS), checkpoint_folder(broken, MAX_STEPS))
     assert_same_export(export_folder(whole, MAX_STEPS), export_folder(broken, MAX_STEPS))
     for unbroken, interrupted in zip(samples_in_order(whole), samples_in_order(broken), strict=True):
@@ -144,7 +144,7 @@ def test_another_number_of_ranks_resumes_the_same_values(precision, zero_stage, 
     run = tmp_path / "run"
     run_ranks(run_recorded, 2, run / "output", recipe=on(2, 4), run=run)
     folder = checkpoint_folder(run, 4)
-    average = read_average(folder)
+    average = read_checkpoint_weights(folder)
     kept = [run_ranks(prepare_and_inspect, 2, run / "kept", recipe=on(2, 6), run=run, steps=0)[0]]
     for world_size in world_sizes:
         found = run_ranks(prepare_and_inspect, world_size, run / "divided", recipe=on(world_size, 6), run=run, steps=0)

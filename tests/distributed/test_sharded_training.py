@@ -19,7 +19,7 @@ from dreamdance.data.loading.dataset import fixed_clips
 from dreamdance.pipelines import AnimationPipeline, GeometryPipeline
 from dreamdance.runs.layout import checkpoint_folder, export_folder, newest_export, progress_file
 from dreamdance.runtime.ranks import Ranks
-from dreamdance.training.checkpointing.checkpointer import read_average
+from dreamdance.training.checkpointing.checkpointer import read_checkpoint_weights
 from dreamdance.training.ema import ShardedEma
 from dreamdance.training.schedule import learning_rate
 from dreamdance.training.stages.training_stage import stage_of
@@ -139,7 +139,7 @@ def test_losses_on_any_number_of_ranks_equal_a_plain_loop_in_one_process(stage, 
         run = tmp_path / f"ranks_{world_size}"
         run_ranks(run_recorded, world_size, run / "output", recipe=recipe, run=run)
         assert largest_difference(losses_of(run, world_size), plain) < ROUNDING
-        saved = read_average(checkpoint_folder(run, recipe.max_steps))
+        saved = read_checkpoint_weights(checkpoint_folder(run, recipe.max_steps))
         assert distance(saved, average) < 3 * distance(split_average, average)
         held_out.append(held_out_loss(run))
     assert held_out == pytest.approx([held_out[0]] * len(held_out), rel=ROUNDING), "of 3 clips: 4 ranks leave one idle"
@@ -215,7 +215,7 @@ def test_a_nan_on_one_rank_skips_the_update_on_all_and_names_the_sample(shards, 
     assert all("update skipped on all ranks" in text for text in said)
     state = json.loads((checkpoint_folder(run, 4) / "state.json").read_text())
     assert len(state["guard"]["nonfinite_steps"]) == len(said) > 0
-    assert all(bool(value.isfinite().all()) for value in read_average(checkpoint_folder(run, 4)).values())
+    assert all(bool(value.isfinite().all()) for value in read_checkpoint_weights(checkpoint_folder(run, 4)).values())
     assert export_folder(run, 4).is_dir()
     record_fault(
         "non-finite loss",

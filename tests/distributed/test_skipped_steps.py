@@ -5,7 +5,6 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
 from support.fault_log import record_fault
 from support.interruptions import assert_same_checkpoint, messages, output, settings, start
 from support.recipes import tiny_stage1_recipe
@@ -13,6 +12,7 @@ from support.training_scenarios import Recipe, Spoiled, Strike
 
 from dreamdance.runs.layout import checkpoint_folder
 from dreamdance.runtime.ranks import Ranks
+from dreamdance.training.checkpointing.rank_file import read_rank_file
 from dreamdance.training.stages.training_stage import stage_of
 from dreamdance.training.train import make_loader
 
@@ -43,7 +43,7 @@ def spoiled(recipe: Recipe, *steps: int, factor: float = 100.0) -> Spoiled:
 
 def updates(run: Path, step: int) -> int:
     """How many updates the average has seen at a checkpoint."""
-    return torch.load(checkpoint_folder(run, step) / "rank_00000.pt", weights_only=True)["ema"]["num_updates"]
+    return read_rank_file(checkpoint_folder(run, step), 0).average_updates
 
 
 def test_a_leap_of_the_loss_on_one_rank_is_skipped_on_all_and_named(shards, tmp_path):

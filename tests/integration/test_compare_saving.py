@@ -28,8 +28,7 @@ def test_both_ways_of_saving_are_measured_in_one_run_and_written_down(tmp_path):
     for row in (theirs, ours):
         assert (row["ranks"], row["rounds"], row["million_parameters"]) == ("2", "1", "0.01")
         assert 0.0 < float(row["wait_seconds"]) <= float(row["total_seconds"])
-        # Weights and two moments in fp32 are three times 4 bytes.
-        assert float(row["megabytes"]) >= 12 * 0.01
+        # In fp32: weights and masters, or master and average, and two moments are four times 4 bytes.
+        assert float(row["megabytes"]) >= 16 * 0.01
     assert theirs["wait_seconds"] == theirs["total_seconds"], "it returns when all is written"
-    assert float(ours["megabytes"]) > float(theirs["megabytes"]), "ours saves the average of the weights too"
     assert [line.split()[0] for line in done.stdout.splitlines()[-2:]] == ["DeepSpeed", "DreamDance"]

@@ -3,7 +3,9 @@
 `older_files/files.tar.xz` holds what that commit's own commands made; `older_files/make.sh` makes it again.
 """
 
+import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -163,27 +165,54 @@ def test_a_training_starts_from_an_export_as_it_did(command, folder):
     assert losses_by_step(folder / "runs" / "again" / "logs" / "progress.jsonl")[1] == pytest.approx(first, rel=1e-5)
 
 
-# The two tests of checkpoints: DeepSpeed's files, which hold weights, masters and moments, beside our own.
+# The two tests of checkpoints: DeepSpeed's files, which held weights, masters and moments. A command converts them.
 
 
-def test_a_training_that_was_stopped_goes_on_to_the_weights_that_it_would_have_had(command, folder):
+@pytest.fixture
+def convert(capsys):
+    """Runs the command that an error names, in this process."""
+    path = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+    spec = importlib.util.spec_from_file_location("convert_checkpoint", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(output: str) -> str:
+        (named,) = set(re.findall(r"`python tools/convert_checkpoint\.py ([^`]+)`", output))
+        assert module.main([named]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_training_that_was_stopped_goes_on_to_the_weights_that_it_would_have_had(command, convert, folder):
     run = folder / "runs" / "older_geometry"
     shutil.move(run / "logs", run / "logs_then")
+    code, output = command("recipes/geometry.yaml", AS_THEN)
+    assert code == 1
+    assert "step_00000004 was saved by another version of this software: its format is 2, not 3" in output
+    shutil.rmtree(run / "logs")
+    converted = convert(output).splitlines()
+    assert [line.rpartition("/")[2] for line in converted] == ["step_00000002: converted", "step_00000004: converted"]
     code, output = command("recipes/geometry.yaml", AS_THEN)
     assert code == 0, output
     log = run / "logs" / "progress.jsonl"
     messages = [line["message"] for line in reports(log, "message")]
-    assert "from step 4 (epoch 4, sample 0 of 9; verified 4 files" in messages[0]
+    assert "from step 4 (epoch 4, sample 0 of 9; verified 2 files" in messages[0]
     then = losses_by_step(folder / "continued" / "logs" / "progress.jsonl")
     assert losses_by_step(log) == pytest.approx({step: then[step] for step in range(5, 13)}, rel=1e-5)
     assert_same_weights(run / "exports" / "step_00000012", folder / "continued" / "exports" / "step_00000012")
 
 
-def test_a_finished_training_of_two_ranks_goes_on_with_more_steps_on_one(command, folder):
-    words = (AS_THEN, "max_steps=3", "cluster.tasks_per_node=1")
+def test_a_finished_training_of_two_ranks_goes_on_with_more_steps_on_one(command, convert, folder):
+    words, run = (AS_THEN, "max_steps=3", "cluster.tasks_per_node=1"), folder / "runs" / "older_domains"
+    code, output = command("recipes/domains.yaml", *words)
+    assert code == 1
+    shutil.rmtree(run / "logs")  # a debug job that failed counts as running as long as its process, this one, lives
+    assert convert(output).endswith("step_00000002: converted\n")
     code, output = command("recipes/domains.yaml", *words)
     assert code == 0, output
-    run = folder / "runs" / "older_domains"
     messages = [line["message"] for line in reports(run / "logs" / "progress.jsonl", "message")]
     assert any("from step 2 " in text and "saved by 2 ranks and redistributed" in text for text in messages)
     assert (run / "exports" / "step_00000003" / "model_index.json").is_file()

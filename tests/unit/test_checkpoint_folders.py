@@ -8,18 +8,19 @@ import pytest
 
 from dreamdance.errors import CheckpointError
 from dreamdance.recipe.schema import Checkpoint
+from dreamdance.runs import files as file_work
 from dreamdance.runs.files import hash_file
 from dreamdance.runs.layout import COMPLETE_FILE, checkpoint_folder, step_folders, step_of
 from dreamdance.training.checkpointing import complete_file as manifests
 from dreamdance.training.checkpointing.complete_file import FileRecord, Manifest
 from dreamdance.training.checkpointing.folders import CheckpointFolders
 
-WEIGHTS = "rank_00000.pt"
+WEIGHTS = "rank_00000.safetensors"
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(manifests, "RETRY_AFTER_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(file_work, "FIRST_PAUSE_SECONDS", 0.0)
 
 
 def save(run: Path, *steps: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dreamdance.errors import CheckpointError
+from dreamdance.runs import files as file_work
 from dreamdance.runs.files import hash_file
 from dreamdance.runs.layout import COMPLETE_FILE
 from dreamdance.training.checkpointing import complete_file as manifests
@@ -90,15 +91,15 @@ def test_a_file_that_cannot_be_read_for_a_moment_is_read_again_and_else_told(tmp
     folder.mkdir()
     record = manifests.FileRecord("file", 0, hashlib.sha256(b"").hexdigest())
     (folder / "file").symlink_to("/proc/self/mem")
-    monkeypatch.setattr(manifests, "RETRY_AFTER_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(file_work, "FIRST_PAUSE_SECONDS", 0.0)
     (problem,) = manifests.damage(folder, [record])
     assert "step_00000004/file cannot be read: [Errno 5]" in problem
-    monkeypatch.setattr(manifests, "RETRY_AFTER_SECONDS", (20.0,))
+    monkeypatch.setattr(file_work, "FIRST_PAUSE_SECONDS", 20.0)
 
-    def mend(seconds):
+    def repair(seconds):
         assert seconds == 20.0
         (folder / "file").unlink()
         (folder / "file").touch()
 
-    monkeypatch.setattr("dreamdance.training.checkpointing.complete_file.time.sleep", mend)
+    monkeypatch.setattr(file_work.time, "sleep", repair)
     assert manifests.damage(folder, [record]) == []

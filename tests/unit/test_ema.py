@@ -1,4 +1,4 @@
-"""The average of the weights: its recursion, its warm-up, its place in a checkpoint."""
+"""The average of the weights: its recursion and its warm-up."""
 
 import pytest
 import torch
@@ -65,24 +65,3 @@ def test_an_update_far_below_bf16s_resolution_is_not_rounded_away():
     expected = 1.01 - 0.01 * 0.9999**10
     assert ema.shards[0].dtype == torch.float32
     torch.testing.assert_close(ema.shards[0], torch.full((4,), expected), rtol=1e-6, atol=0)
-
-
-def test_saved_average_continues_as_if_never_interrupted():
-    whole = ShardedEma(random_masters(0), decay=0.9)
-    first = ShardedEma(random_masters(0), decay=0.9)
-    for seed in range(5):
-        whole.update(random_masters(seed))
-        first.update(random_masters(seed))
-    second = ShardedEma(random_masters(9), decay=0.9)
-    second.load_state_dict(first.state_dict())
-    for seed in range(5, 9):
-        whole.update(random_masters(seed))
-        second.update(random_masters(seed))
-    assert second.num_updates == whole.num_updates
-    assert all(torch.equal(a, b) for a, b in zip(second.shards, whole.shards, strict=True))
-
-
-def test_an_average_of_other_partitions_is_refused():
-    ema = ShardedEma(random_masters(0), decay=0.9)
-    with pytest.raises(ValueError, match="partitions"):
-        ema.load_state_dict({"num_updates": 1, "shards": [torch.zeros(8), torch.zeros(2)]})

@@ -1,8 +1,6 @@
 """The DeepSpeed configuration that a recipe means, and what the engine refuses."""
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -14,8 +12,9 @@ from dreamdance.errors import RecipeError
 from dreamdance.recipe.batch import accumulation_steps
 from dreamdance.runtime.process_group import process_group
 from dreamdance.runtime.ranks import Ranks
+from dreamdance.training.checkpointing.rank_file import Piece, RankFile, rank_path, read_pieces
 from dreamdance.training.deepspeed_config import deepspeed_config
-from dreamdance.training.engine import Engine, _weights_only_loading
+from dreamdance.training.engine import Engine
 
 
 def config(*, world_size: int = 2, num_trainable: int = 1000, deterministic: bool = False, **changes: object) -> dict:
@@ -76,17 +75,6 @@ def test_a_run_in_which_nothing_trains_is_refused():
         Engine(network, tiny_stage1_recipe(), Ranks(), deterministic=True)
 
 
-def test_the_loading_switch_is_put_back_as_the_user_had_it(monkeypatch):
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    for before in (None, "0"):
-        monkeypatch.delenv(name, raising=False)
-        if before is not None:
-            monkeypatch.setenv(name, before)
-        with _weights_only_loading():
-            assert os.environ[name] == "1"
-        assert os.environ.get(name) == before
-
-
 class Output(NamedTuple):
     loss: torch.Tensor
 
@@ -119,10 +107,12 @@ def step(engine: Engine) -> None:
     assert engine.update(0.1).applied
 
 
-def write(engine: Engine, folder: Path) -> None:
-    for path, content in engine.files_to_save(folder).items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, path)
+def pieces(engine: Engine) -> dict[str, Piece]:
+    """What a checkpoint holds of an engine's only rank."""
+    shares = {"master": engine.masters, **engine.moments()}
+    (fragment,) = engine.fragments()
+    values = {kind: fragment.of(share) for kind, share in shares.items()}
+    return {fragment.name: Piece(fragment.start, values, engine.step_counts()[fragment.shard])}
 
 
 @pytest.mark.usefixtures("group")
@@ -140,28 +130,48 @@ def test_deepspeed_does_not_stop_the_device_to_measure_throughput(monkeypatch):
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("zero_stage", [0, 2])
 def test_adamw_computes_as_this_device_does_whatever_the_checkpoint_s_device_did(zero_stage, tmp_path):
-    """Saved on a GPU, the state says `fused`, and its step counts lay there; on a CPU bits must not change."""
+    """Saved on a GPU, AdamW was fused, and its step counts lay there; a checkpoint holds neither, so bits stay."""
     saving, straight = line_engine(zero_stage), line_engine(zero_stage)
     for engine in (saving, straight):
         step(engine)
     saving._engine.optimizer.param_groups[0]["fused"] = True
-    write(saving, tmp_path)
+    content = RankFile.of(pieces(saving), average_updates=1, generators={})
+    with rank_path(tmp_path, 0).open("wb") as file:
+        content.write(file)
     resumed = line_engine(zero_stage)
-    resumed.load(tmp_path)
+    with torch.no_grad():
+        resumed.restored(read_pieces(tmp_path, 1, pieces(resumed)))
     assert resumed._engine.optimizer.param_groups[0]["fused"] is None
     for engine in (resumed, straight):
         step(engine)
+    assert resumed.step_counts() == straight.step_counts() == [2.0]
     for found, expected in zip(resumed.masters, straight.masters, strict=True):
         assert torch.equal(found, expected)
+    assert torch.equal(resumed.trainable["weight"], straight.trainable["weight"])
 
 
 @pytest.mark.usefixtures("group")
-def test_step_counts_lie_where_fused_adamw_wants_them():
-    engine = line_engine(zero_stage=2)
-    step(engine)
-    engine._fused = True  # as on a GPU; the weights of this one are on the CPU, as are then its counts
-    engine.set_optimizer([[torch.zeros(3)], [torch.ones(3)]], step=5)
-    (state,) = engine._engine.optimizer.optimizer.state.values()
-    assert state["step"].dtype == torch.float32
-    assert state["step"].device == engine.masters[0].device
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_an_optimizer_state_that_is_there_before_the_first_step_changes_no_bit(zero_stage):
+    """AdamW makes its state at the first step; ours is there before, so that every checkpoint holds one."""
+    ours, lazy = line_engine(zero_stage), line_engine(zero_stage)
+    assert ours.step_counts() == [0.0]
+    lazy._adamw.state.clear()
+    for engine in (ours, lazy):
+        step(engine)
+    assert ours.step_counts() == lazy.step_counts() == [1.0]
+    for name, moments in ours.moments().items():
+        assert all(map(torch.equal, moments, lazy.moments()[name])), name
+    assert all(map(torch.equal, ours.masters, lazy.masters))
+
+
+@pytest.mark.usefixtures("group")
+def test_step_counts_lie_where_adamw_wants_them():
+    """Fused on the device of the weights, else on the CPU; as it makes them itself."""
+    engine, lazy = line_engine(zero_stage=2), line_engine(zero_stage=2)
+    lazy._adamw.state.clear()
+    step(lazy)
+    engine.restored({"weight": 5.0})
+    (state,), (own,) = engine._adamw.state.values(), lazy._adamw.state.values()
     assert state["step"].item() == 5
+    assert (state["step"].dtype, state["step"].device) == (own["step"].dtype, own["step"].device)

@@ -1,22 +1,24 @@
-"""Checkpoints of strangers, with manifests that agree: no code of theirs runs, and none unpacks to any size."""
+"""Checkpoints of strangers, with manifests that agree: no code of theirs runs, and no number of theirs is believed."""
 
 import json
 import os
-import zipfile
+import struct
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.fault_log import record_fault
 
 from dreamdance.errors import CheckpointError
 from dreamdance.runs.files import hash_file
 from dreamdance.training.checkpointing import complete_file as manifests
-from dreamdance.training.checkpointing.checkpointer import read_average
+from dreamdance.training.checkpointing.checkpointer import read_checkpoint_weights
 from dreamdance.training.checkpointing.complete_file import FileRecord, Manifest
+from dreamdance.training.checkpointing.rank_file import Piece, RankFile
 
-RANK_FILE = "rank_00000.pt"
+RANK_FILE = "rank_00000.safetensors"
 
 
 @pytest.fixture
@@ -24,59 +26,97 @@ def folder(tmp_path) -> Path:
     """As one rank saves a run that trains two numbers."""
     folder = tmp_path / "step_00000001"
     folder.mkdir()
-    fragments = [["weight", 0, 0, 0, 2]]
-    content = {"ema": {"shards": [torch.tensor([1.0, 2.0])]}, "fragments": fragments, "generators": {}}
-    torch.save(content, folder / RANK_FILE)
+    piece = Piece(0, {"average": torch.tensor([1.0, 2.0])})
+    with (folder / RANK_FILE).open("wb") as file:
+        RankFile.of({"weight": piece}, average_updates=1, generators={}).write(file)
     (folder / "state.json").write_text(json.dumps({"trainable": {"weight": [2]}}))
     manifests.complete(folder, Manifest(1, 1, "digest", ()))
     agree(folder)
     return folder
 
 
-def agree(folder: Path) -> None:
+def agree(folder: Path, *names: str) -> None:
     """Has the manifest say what lies there."""
-    paths = [folder / name for name in (RANK_FILE, "state.json")]
+    paths = [folder / name for name in names or (RANK_FILE, "state.json")]
     files = tuple(FileRecord(path.name, path.stat().st_size, hash_file(path)) for path in paths)
     manifests.complete(folder, replace(manifests.read_manifest(folder), files=files))
 
 
 def test_the_average_of_a_sound_one_is_read(folder):
-    assert read_average(folder)["weight"].tolist() == [1.0, 2.0]
+    assert read_checkpoint_weights(folder)["weight"].tolist() == [1.0, 2.0]
 
 
-def test_one_that_unpacks_to_a_thousand_times_its_size_is_refused_unread(folder):
-    path, packed = folder / RANK_FILE, folder / "packed"
-    torch.save({"shards": [torch.zeros(1 << 22)]}, path)
-    with zipfile.ZipFile(path) as plain, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as small:
-        for entry in plain.infolist():
-            small.writestr(entry.filename, plain.read(entry))
-    assert packed.stat().st_size < path.stat().st_size / 500
-    assert torch.load(packed, weights_only=True)["shards"][0].numel() == 1 << 22, "torch does unpack it"
-    packed.replace(path)
+def with_header(header: bytes, *, claimed: int | None = None) -> bytes:
+    return struct.pack("<Q", len(header) if claimed is None else claimed) + header
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x80\x02cposix\nsystem\n",
+        with_header(b"{}", claimed=1 << 62),
+        with_header(b"[" * 100_000),
+        with_header(
+            json.dumps({"average/weight": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode()
+        ),
+        with_header(json.dumps({"average/weight": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}).encode()),
+        with_header(b"{}"),
+        with_header(json.dumps({"__metadata__": {"dreamdance": "[" * 100_000}}).encode()),
+        with_header(json.dumps({"__metadata__": {"dreamdance": "[1, 2]"}}).encode()),
+        with_header(json.dumps({"__metadata__": {"dreamdance": '{"pieces": {"weight": [0]}}'}}).encode()),
+    ],
+)
+def test_one_that_is_no_rank_s_file_is_refused_by_its_name(folder, content):
+    (folder / RANK_FILE).write_bytes(content)
     agree(folder)
-    with pytest.raises(CheckpointError, match=r"step_00000001/rank_00000\.pt is compressed, as none of ours is"):
-        read_average(folder)
-    record_fault(
-        "decompression bomb in place of a checkpoint's file",
-        how="16 MiB of zeros, compressed to less than a five-hundredth, with a manifest that agrees",
-        promised="refused by its table of contents, nothing unpacked",
-        happened="CheckpointError naming the file",
-    )
+    with pytest.raises(CheckpointError, match=r"step_00000001/rank_00000\.safetensors is not a rank's file"):
+        read_checkpoint_weights(folder)
+    if len(content) < 200 and b"2199023255552" in content:
+        record_fault(
+            "header of a checkpoint's file that claims 4 TiB of tensors",
+            how="a file of 100 bytes, with a manifest that agrees",
+            promised="refused by its header, no memory taken",
+            happened="CheckpointError naming the file",
+        )
 
 
-def test_one_that_is_no_file_of_tensors_is_refused(folder):
-    (folder / RANK_FILE).write_bytes(b"\x80\x02cposix\nsystem\n")
+@pytest.mark.parametrize(
+    ("values", "start", "refusal"),
+    [
+        (torch.zeros(2, dtype=torch.float16), 0, r"average/weight is F16 \[2\], not flat F32"),
+        (torch.zeros(2, 1), 0, r"average/weight is F32 \[2, 1\], not flat F32"),
+        (torch.zeros(1), 0, "holds 1 of 2 elements of weight"),
+        (torch.zeros(2), 1, "starts at element 1, not at 0"),
+        (torch.zeros(2), 1 << 70, "holds 0 of 2 elements of weight"),
+        (torch.zeros(2), -(1 << 70), "holds 0 of 2 elements of weight"),
+        (None, 0, "is not a rank's file .* average/weight"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused_by_name(folder, values, start, refusal):
+    own = {"pieces": {"weight": [start, 1.0]}, "average_updates": 1, "generators": {}}
+    tensors = {"average/weight": values} if values is not None else {"average/other": torch.zeros(2)}
+    save_file(tensors, folder / RANK_FILE, metadata={"dreamdance": json.dumps(own)})
     agree(folder)
-    with pytest.raises(CheckpointError, match=r"rank_00000\.pt is no file of tensors"):
-        read_average(folder)
+    with pytest.raises(CheckpointError, match=refusal):
+        read_checkpoint_weights(folder)
+
+
+def test_a_manifest_that_does_not_list_a_rank_s_file_is_refused(folder):
+    agree(folder, "state.json")
+    with pytest.raises(CheckpointError, match=r"COMPLETE does not list rank_00000\.safetensors"):
+        read_checkpoint_weights(folder)
+    manifests.complete(folder, replace(manifests.read_manifest(folder), world_size=1 << 60))
+    with pytest.raises(CheckpointError, match=r"COMPLETE does not list rank_00000\.safetensors"):
+        read_checkpoint_weights(folder)
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"3", b"\x80\x05\x95", b"", b"[1, 2]"])
 def test_a_state_that_is_none_is_named(folder, content):
     (folder / "state.json").write_bytes(content)
     agree(folder)
-    with pytest.raises(CheckpointError, match=r"state\.json is none of ours"):
-        read_average(folder)
+    with pytest.raises(CheckpointError, match=r"state\.json is not in our format"):
+        read_checkpoint_weights(folder)
 
 
 def test_code_in_a_ranks_file_is_refused_and_does_not_run(folder, tmp_path):
@@ -84,10 +124,11 @@ def test_code_in_a_ranks_file_is_refused_and_does_not_run(folder, tmp_path):
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "ran"),))
 
-    torch.save({"ema": Runs()}, folder / RANK_FILE)
-    torch.load(folder / RANK_FILE, weights_only=False)
+    torch.save({"ema": Runs()}, tmp_path / "pickled.pt")
+    torch.load(tmp_path / "pickled.pt", weights_only=False)
     (tmp_path / "ran").rmdir()  # it does run where that is asked for
+    (tmp_path / "pickled.pt").replace(folder / RANK_FILE)
     agree(folder)
-    with pytest.raises(CheckpointError, match="holds more than numbers"):
-        read_average(folder)
+    with pytest.raises(CheckpointError, match="is not a rank's file"):
+        read_checkpoint_weights(folder)
     assert not (tmp_path / "ran").exists()

@@ -11,7 +11,7 @@ from support.recipes import tiny_stage1_recipe
 from dreamdance.errors import MissingInputError
 from dreamdance.recipe.schema import Stage1Recipe
 from dreamdance.runs.layout import FINISHED_FILE, RECIPE_FILE, checkpoint_folder
-from dreamdance.training.checkpointing.checkpointer import read_average
+from dreamdance.training.checkpointing.checkpointer import read_checkpoint_weights
 from dreamdance.training.networks.initial_weights import load_initial_weights
 from dreamdance.training.objectives.output import Objective
 from dreamdance.training.stages.training_stage import stage_of
@@ -64,7 +64,7 @@ def initialised(recipe: Stage1Recipe, runs: Path) -> Objective:
 def test_a_finished_runs_averaged_weights_are_taken(runs):
     recipe = make_recipe(runs / "shards", "geometry", init_from="first")
     objective = initialised(recipe, runs)
-    average = read_average(checkpoint_folder(runs / "first", 2))
+    average = read_checkpoint_weights(checkpoint_folder(runs / "first", 2))
     parameters = dict(objective.named_parameters())
     assert average
     assert all(torch.equal(parameters[name], value) for name, value in average.items())
@@ -103,8 +103,8 @@ def test_a_run_that_goes_on_to_more_steps_than_it_had_finished_is_refused(runs):
 def test_a_named_step_takes_its_checkpoint_and_what_was_frozen_then_from_the_run_before(runs):
     recipe = make_recipe(runs / "shards", "temporal", init_from="second", init_step=1)
     parameters = dict(initialised(recipe, runs).named_parameters())
-    trained_second = read_average(checkpoint_folder(runs / "second", 1))
-    trained_first = read_average(checkpoint_folder(runs / "first", 2))
+    trained_second = read_checkpoint_weights(checkpoint_folder(runs / "second", 1))
+    trained_first = read_checkpoint_weights(checkpoint_folder(runs / "first", 2))
     assert trained_second
     assert not trained_second.keys() & trained_first.keys(), "the second run trains what the first did not have"
     for trained in (trained_first, trained_second):

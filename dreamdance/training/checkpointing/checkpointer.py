@@ -1,19 +1,16 @@
 """Saving and resuming a run (C8): all ranks save, a step counts once complete, the newest that verifies is resumed.
 
 Training waits only while each rank copies its state in memory; a thread writes, hashes and reads back the files while
-training goes on. Knows when a checkpoint counts and what belongs to it; the weights' own format is the engine's.
+training continues. This module knows when a checkpoint counts and what belongs to it, `rank_file` the tensors' format.
 """
 
 import errno
 import json
 import logging
-import pickle
 import time
-import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,23 +20,22 @@ from torch import Tensor
 
 from dreamdance.errors import CheckpointError, is_transient
 from dreamdance.recipe.schema import Checkpoint
-from dreamdance.runs.layout import checkpoint_folder
+from dreamdance.runs.layout import COMPLETE_FILE, checkpoint_folder
 from dreamdance.runtime.process_group import gathered, on_main
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.checkpointing import complete_file as manifests
-from dreamdance.training.checkpointing.complete_file import FileRecord, Manifest
+from dreamdance.training.checkpointing.complete_file import FileRecord, HashedFile, Manifest
 from dreamdance.training.checkpointing.folders import CheckpointFolders
 from dreamdance.training.checkpointing.host_copy import HostMemory
-from dreamdance.training.checkpointing.rank_state import (
-    RankState,
+from dreamdance.training.checkpointing.rank_file import (
+    Piece,
+    RankFile,
     generator_states,
-    rank_content,
-    rank_file,
-    read_rank_state,
+    rank_path,
+    read_pieces,
+    read_rank_file,
     restore_generators,
 )
-from dreamdance.training.checkpointing.resharding import load_divided_anew
-from dreamdance.training.checkpointing.state_files import write_files
 from dreamdance.training.ema import ShardedEma
 from dreamdance.training.engine import Engine
 from dreamdance.training.same_start import WeightsDigests
@@ -80,7 +76,7 @@ class _Save:
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where a run goes on, and what had been saved beside the weights."""
+    """The checkpoint that a run continues from, and what was saved beside the weights."""
 
     folder: Path
     manifest: Manifest
@@ -101,7 +97,7 @@ class Checkpointer:
         recipe_digest: str,
         weights: WeightsDigests,
     ) -> None:
-        """Makes sure that there is a place to save to.
+        """Checks that checkpoints can be written.
 
         Args:
             run: the run folder.
@@ -124,8 +120,6 @@ class Checkpointer:
         self._reserved: Future[None] | None = None
         self._save: _Save | None = None
 
-    # ---------------------------------------------------------------------------------------------- save
-
     @property
     def is_saving(self) -> bool:
         """Whether a save has begun that does not count yet; the same on all ranks."""
@@ -137,15 +131,11 @@ class Checkpointer:
         return self._save is not None and not self._save.written.done()
 
     def reserve(self) -> None:
-        """Has the memory for a save made ready in the background, so that not even the first one waits for it.
-
-        To be called when the optimizer has its state, which is after the first step.
-        """
-        files = _by_name(self._content(self.run, {}))
-        self._reserved = self._thread.submit(self._memory.reserve, files)
+        """Allocates the memory for a save in the background, so that even the first save need not wait for it."""
+        self._reserved = self._thread.submit(self._memory.reserve, self._content().tensors)
 
     def begin(self, step: int, state: Mapping[str, Any]) -> None:
-        """Copies the state of `step`, and has it written while training goes on; `finish` makes it count.
+        """Copies the state of `step` and starts to write it in the background; `finish` makes it count.
 
         Killed at any instant, either this checkpoint or the one before it counts.
 
@@ -154,25 +144,27 @@ class Checkpointer:
             state: what else must come back, the loader's and the guard's; plain JSON values.
         """
         if self.is_saving:
-            raise RuntimeError("the save before must be finished first")
+            raise RuntimeError("the previous save must be finished first")
         started = time.perf_counter()
         folder = checkpoint_folder(self.run, step)
-        on_main(
-            partial(self._folders.make, step)
-        )  # protects the first files from a main process that is still clearing
-        files = self._content(folder, {**state, "step": step})
-        names = dict(zip(_by_name(files), files, strict=True))
+        # Protects the first files from a main process that is still clearing the folder.
+        on_main(partial(self._folders.make, step))
         if self._reserved is not None:
             self._reserved.result()
-        copies = self._memory.copy(_by_name(files))
-        written = self._thread.submit(write_files, folder, {names[name]: copy for name, copy in copies.items()})
+        content = self._content()
+        copied = replace(content, tensors=self._memory.copy(content.tensors))
+        files: dict[str, Callable[[HashedFile], None]] = {rank_path(folder, self.ranks.rank).name: copied.write}
+        if self.ranks.is_main:
+            text = self._state_text({**state, "step": step})
+            files[_STATE_FILE] = lambda file: file.write(text.encode())
+        written = self._thread.submit(manifests.write_files, folder, files)
         self._save = _Save(folder, step, written, started, time.perf_counter() - started)
 
     def finish(self) -> Saved:
         """Waits until every rank's files are on disk, and makes the checkpoint count. Collective.
 
         Raises:
-            CheckpointError: some rank could not write its files, though it tried again; on all ranks.
+            CheckpointError: a rank could not write its files in several attempts; raised on all ranks.
         """
         if self._save is None:
             raise RuntimeError("no save has begun")
@@ -184,11 +176,11 @@ class Checkpointer:
         parts = gathered(_plain(error) if error else save.written.result())
         failures = {rank: part for rank, part in enumerate(parts) if isinstance(part, OSError)}
         if failures:
-            told = "; ".join(f"rank {rank}: {failure}" for rank, failure in failures.items())
-            # All ranks judge alike: by a disk that stumbled, if one did, since the others may only have followed.
+            reasons = "; ".join(f"rank {rank}: {failure}" for rank, failure in failures.items())
+            # All ranks raise from the same error: a transient one if there is one, since it may have caused the others.
             reason = next(filter(is_transient, failures.values()), next(iter(failures.values())))
             raise CheckpointError(
-                f"{save.folder.name} could not be saved: {told}. The run ends here rather than train on "
+                f"{save.folder.name} could not be saved: {reasons}. The run ends here rather than train "
                 f"unsaved; started again, it goes on from {self._folders.newest()}. Make room on that disk, or keep "
                 "fewer by checkpoint.keep_last"
             ) from reason
@@ -201,27 +193,33 @@ class Checkpointer:
         """Waits until old checkpoints are deleted; nothing can be saved any more."""
         self._thread.shutdown()
 
-    def _content(self, folder: Path, state: Mapping[str, Any]) -> dict[Path, Any]:
-        """This rank's files under `folder`, and what belongs into them: live tensors, and JSON as text. Collective."""
-        files = self.engine.files_to_save(folder)
-        rank_state = RankState(self.ema.state_dict(), self.engine.fragments(), generator_states())
-        files[rank_file(folder, self.ranks.rank)] = rank_content(rank_state)
-        if self.ranks.is_main:
-            shapes = {name: list(parameter.shape) for name, parameter in self.engine.trainable.items()}
-            digests = {"frozen_digest": self._weights.frozen, "initial_digest": self._weights.trainable}
-            files[folder / _STATE_FILE] = json.dumps({**state, **digests, "trainable": shapes})
-        return files
+    def _pieces(self) -> dict[str, Piece]:
+        """This rank's share of all parameters: the live tensors themselves."""
+        shares = {"master": self.engine.masters, **self.engine.moments(), "average": self.ema.shards}
+        counts = self.engine.step_counts()
+        return {
+            part.name: Piece(part.start, {kind: part.of(share) for kind, share in shares.items()}, counts[part.shard])
+            for part in self.engine.fragments()
+        }
+
+    def _content(self) -> RankFile:
+        """What this rank saves, in live tensors; where nothing is sharded, all is rank 0's."""
+        pieces = self._pieces() if self.engine.sharded or self.ranks.is_main else {}
+        return RankFile.of(pieces, average_updates=self.ema.num_updates, generators=generator_states())
+
+    def _state_text(self, state: Mapping[str, Any]) -> str:
+        shapes = {name: list(parameter.shape) for name, parameter in self.engine.trainable.items()}
+        digests = {"frozen_digest": self._weights.frozen, "initial_digest": self._weights.trainable}
+        return json.dumps({**state, **digests, "trainable": shapes})
 
     def _complete(self, save: _Save, records: list[FileRecord]) -> None:
-        """On the main process, when all ranks' files are on disk: makes the folder count, and older ones go."""
+        """Makes the folder count, and deletes older ones; on the main process, when all ranks' files are on disk."""
         files = tuple(sorted(records, key=lambda record: record.path))
         try:
             manifests.complete(save.folder, Manifest(save.step, self.ranks.world_size, self.recipe_digest, files))
         except OSError as error:
             raise CheckpointError(f"{save.folder.name} could not be completed: {error}") from error
         self._thread.submit(self._folders.delete_old)
-
-    # ---------------------------------------------------------------------------------------------- resume
 
     def resume(self) -> Resumed | None:
         """Restores the newest checkpoint that verifies, on all ranks the same; None where there is none to resume.
@@ -235,7 +233,7 @@ class Checkpointer:
             manifest, problem = on_main(partial(_read, folder))
             if manifest is not None:
                 share = manifest.files[self.ranks.rank :: self.ranks.world_size]
-                found = [text for part in gathered(_problems(folder, share)) for text in part]
+                found = [text for part in gathered(manifests.damage(folder, share)) for text in part]
                 if not found:
                     return self._restore(folder, manifest)
                 problem = "; ".join(found)
@@ -252,13 +250,10 @@ class Checkpointer:
     def _restore(self, folder: Path, manifest: Manifest) -> Resumed:
         state = _read_state(folder, _STATE_KEYS)
         self._check_same_networks(folder, state)
-        with _refusing_code(folder):
-            own = read_rank_state(folder, min(self.ranks.rank, manifest.world_size - 1))
-            if manifest.world_size == self.ranks.world_size:
-                self.engine.load(folder)
-                self.ema.load_state_dict(own.ema)
-            else:
-                load_divided_anew(self.engine, self.ema, folder, saved_world_size=manifest.world_size)
+        with torch.no_grad():
+            self.engine.restored(read_pieces(folder, manifest.world_size, self._pieces()))
+        own = read_rank_file(folder, min(self.ranks.rank, manifest.world_size - 1))
+        self.ema.num_updates = own.average_updates
         restore_generators(own.generators)
         self._folders.resumed = folder.name
         if manifest.recipe_digest != self.recipe_digest:
@@ -266,7 +261,7 @@ class Checkpointer:
         return Resumed(folder, manifest, state)
 
     def _check_same_networks(self, folder: Path, state: Mapping[str, Any]) -> None:
-        """DeepSpeed would load what fits and leave the rest as it is."""
+        """Refuses a checkpoint whose parameters, or whose frozen weights, are not this run's."""
         own = {name: list(parameter.shape) for name, parameter in self.engine.trainable.items()}
         if own != state["trainable"]:
             names = sorted(
@@ -289,8 +284,12 @@ class Checkpointer:
             )
 
 
-def read_average(folder: Path) -> dict[str, Tensor]:
-    """Reads the averaged trainable weights of a complete checkpoint of any number of ranks, in one process.
+def read_checkpoint_weights(folder: Path, kind: str = "average") -> dict[str, Tensor]:
+    """Reads the trainable weights of a complete checkpoint of any number of ranks, in one process.
+
+    Args:
+        folder: the checkpoint.
+        kind: "average", or "master" for the weights that training goes on with.
 
     Returns:
         name within the objective -> parameter, fp32 on the CPU.
@@ -298,77 +297,46 @@ def read_average(folder: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the folder is incomplete or damaged.
     """
-    manifest = manifests.read_manifest(folder)
-    if problems := _problems(folder, manifest.files):
+    manifest, problem = _read(folder)
+    problems = [problem] if manifest is None else manifests.damage(folder, manifest.files)
+    if manifest is None or problems:
         raise CheckpointError("; ".join(problems))
     shapes = _read_state(folder, ["trainable"])["trainable"]
     weights = {name: torch.empty(shape, dtype=torch.float32) for name, shape in shapes.items()}
-    for rank in range(manifest.world_size):
-        with _refusing_code(folder):
-            saved = read_rank_state(folder, rank)
-        for part in saved.fragments:
-            piece = saved.ema["shards"][part.shard].flatten().narrow(0, part.offset, part.length)
-            weights[part.name].view(-1).narrow(0, part.start, part.length).copy_(piece)
+    read_pieces(folder, manifest.world_size, {name: Piece(0, {kind: value}) for name, value in weights.items()})
     return weights
 
 
 def _read(folder: Path) -> tuple[Manifest | None, str]:
-    """The manifest, or in what it is damaged; a sound one of another version is an error, not passed over."""
+    """Returns the manifest, or how it is damaged; raises for a sound one of another version, which is never skipped."""
     try:
-        return manifests.read_manifest(folder), ""
+        manifest = manifests.read_manifest(folder)
     except manifests.FormatError:
         raise
     except CheckpointError as error:
         return None, str(error)
-
-
-def _problems(folder: Path, records: Collection[FileRecord]) -> list[str]:
-    """What is wrong with files of a checkpoint: they differ from what was saved, or could unpack to any size."""
-    problems = manifests.damage(folder, records)
-    for path in [] if problems else [folder / record.path for record in records if record.path.endswith(".pt")]:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                is_packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
-        except (OSError, zipfile.BadZipFile) as error:
-            problems.append(f"{folder.name}/{path.relative_to(folder)} is no file of tensors: {error}")
-            continue
-        if is_packed:
-            problems.append(f"{folder.name}/{path.relative_to(folder)} is compressed, as none of ours is")
-    return problems
+    listed = {record.path for record in manifest.files}
+    wanted = (_STATE_FILE, *(rank_path(folder, rank).name for rank in range(min(manifest.world_size, len(listed)))))
+    if lacking := [name for name in wanted if name not in listed]:
+        return None, f"{folder.name}/{COMPLETE_FILE} does not list {', '.join(lacking)}"
+    return manifest, ""
 
 
 def _read_state(folder: Path, keys: Collection[str]) -> dict[str, Any]:
-    """What was saved beside the weights, with all that is wanted of it."""
+    """Reads what was saved beside the tensors, and checks that it has all `keys`."""
     try:
         state: dict[str, Any] = dict(json.loads((folder / _STATE_FILE).read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(
-            f"{folder}/{_STATE_FILE} is none of ours, though it is as it was saved: {error}"
+            f"{folder}/{_STATE_FILE} is not in our format, though its hash is that in the manifest: {error}"
         ) from error
     if lacking := [key for key in keys if key not in state]:
         raise manifests.FormatError(folder, f"its {_STATE_FILE} has no {', '.join(lacking)}")
     return state
 
 
-@contextmanager
-def _refusing_code(folder: Path) -> Iterator[None]:
-    """Says in our own words what torch's loader of weights found; nothing of it has run."""
-    try:
-        yield
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"a file of {folder} holds more than numbers: loading it could run foreign code, so nothing of it was "
-            f"loaded. If you do not know where this checkpoint comes from, delete it. {error}"
-        ) from error
-
-
-def _by_name(files: Mapping[Path, Any]) -> dict[str, Any]:
-    """The files by their names alone, which stay the same from save to save."""
-    return {path.name: content for path, content in files.items()}
-
-
 def _plain(error: BaseException) -> OSError:
-    """An error as it can be told to the other ranks, who judge it by its number."""
+    """Returns an error that can be sent to other ranks; its number tells whether it is transient."""
     if isinstance(error, OSError) and error.errno is not None:
         return OSError(error.errno, error.strerror, str(error.filename) if error.filename else None)
-    return OSError(errno.EIO, f"{type(error).__name__}: {error}")  # nobody's mistake, as far as can be told
+    return OSError(errno.EIO, f"{type(error).__name__}: {error}")  # counts as transient

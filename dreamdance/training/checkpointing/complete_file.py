@@ -6,33 +6,33 @@ Pure file work: knows nothing of tensors, ranks or what the files hold.
 import errno
 import json
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
-from dreamdance.errors import CheckpointError, is_transient
-from dreamdance.runs.files import hash_file, sync_folder, write_atomically
+from dreamdance.errors import CheckpointError
+from dreamdance.runs.files import hash_file, retry_transient, sync_folder, write_atomically
 from dreamdance.runs.layout import COMPLETE_FILE, step_of
 
-Result = TypeVar("Result")
-
-# A full disk or a file server that restarts may be well again after so long.
-RETRY_AFTER_SECONDS = (1.0, 5.0)
-FORMAT = 2
-"""To be raised whenever a run that resumes asks for something that older checkpoints do not hold, or hold otherwise."""
+# Raised whenever a run that resumes needs something that older checkpoints do not hold, or hold in another form.
+FORMAT = 3
+# The weights and the optimizer's state lay in DeepSpeed's own files.
+DEEPSPEED_FORMAT = 2
 
 
 class FormatError(CheckpointError):
     """A checkpoint that is sound, but of another version of this software: passing over it would lose its steps."""
 
-    def __init__(self, folder: Path, difference: str) -> None:
+    def __init__(self, folder: Path, difference: str, *, can_be_converted: bool = False) -> None:
+        command = f"python tools/convert_checkpoint.py {folder.parent.parent}"
         super().__init__(
-            f"{folder} was saved by another version of this software: {difference}. Go on with the version that saved "
-            "it (provenance.json in the run folder names its commit), or start a new run with init_from"
+            f"{folder} was saved by another version of this software: {difference}. "
+            + (f"Convert this run's checkpoints by `{command}`, or go on" if can_be_converted else "Go on")
+            + " with the version that saved it (provenance.json in the run folder names its commit), or start a new "
+            "run with init_from"
         )
 
 
@@ -60,56 +60,56 @@ class Manifest:
 
 
 class HashedFile:
-    """What is written goes to a file and into a hash at once; as much of a file as `torch.save` wants.
+    """Writes to a file and into a hash at once.
 
     Attributes:
         bytes: written so far.
-        error: why the last write failed; `torch.save` hides it behind one of its own.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
         self.bytes = 0
-        self.error: OSError | None = None
         self._file, self._hash = file, sha256()
 
-    def write(self, data: Any) -> int:
+    def write(self, data: Any, /) -> None:
         """Writes bytes, or a flat view of memory."""
         self._hash.update(data)
-        try:
-            self._file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
+        self._file.write(data)
         self.bytes += len(data)
-        return len(data)
-
-    def flush(self) -> None:
-        self._file.flush()
 
     @property
     def sha256(self) -> str:
         return self._hash.hexdigest()
 
 
-def write_file(path: Path, folder: Path, write: Callable[[HashedFile], None]) -> FileRecord:
-    """Writes a file of `folder`, hashing on the way, and makes sure that the same lies on the disk.
+def write_files(folder: Path, files: Mapping[str, Callable[[HashedFile], None]]) -> list[FileRecord]:
+    """Writes files of a checkpoint, each again where that fails, and reads back what lies on the disk.
 
     Args:
-        path: in `folder`, or in a folder there.
-        folder: of the checkpoint, which is there.
-        write: is given the open file.
+        folder: the checkpoint's, which exists.
+        files: name -> a function that writes the content to the open file.
 
     Raises:
-        OSError: it cannot be written, or what is read back is not what was written.
+        OSError: a file could not be written in spite of further attempts, or not as it was meant.
     """
-    path.parent.mkdir(exist_ok=True)  # without its parents: a run folder that was removed does not come back
-    with path.open("wb") as file:
+    return [
+        retry_transient(
+            partial(_write_file, folder, name, write),
+            f"writing {folder / name}",
+            # Any: a full disk may have room again after a while.
+            should_retry=lambda error: isinstance(error, OSError),
+        )
+        for name, write in files.items()
+    ]
+
+
+def _write_file(folder: Path, name: str, write: Callable[[HashedFile], None]) -> FileRecord:
+    with (folder / name).open("wb") as file:
         hashed = HashedFile(file)
         write(hashed)
         file.flush()
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read back from the disk, not from memory
-    record = FileRecord(path.relative_to(folder).as_posix(), hashed.bytes, hashed.sha256)
+    record = FileRecord(name, hashed.bytes, hashed.sha256)
     if problems := damage(folder, [record]):
         raise OSError(errno.EIO, f"what was written did not come to disk: {problems[0]}")
     return record
@@ -117,15 +117,18 @@ def write_file(path: Path, folder: Path, write: Callable[[HashedFile], None]) ->
 
 def complete(folder: Path, manifest: Manifest) -> None:
     """Makes `folder` count, in one atomic step, after every file in it has come to disk."""
-    for parent in {folder, *((folder / record.path).parent for record in manifest.files)}:
-        sync_folder(parent)
+    sync_folder(folder)
     values = {"format": FORMAT, **asdict(manifest)}
     write_atomically(folder / COMPLETE_FILE, json.dumps({**values, "sha256": _digest(values)}, indent=1))
     sync_folder(folder.parent)
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path, *, expected: int = FORMAT) -> Manifest:
     """Reads `COMPLETE`.
+
+    Args:
+        folder: the checkpoint's.
+        expected: its format.
 
     Raises:
         FormatError: it is of another version of this software.
@@ -135,7 +138,8 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise CheckpointError(f"{folder.name} has no {COMPLETE_FILE}: its save was cut short")
     try:
-        manifest = _parse(folder, _insist(partial(path.read_text, encoding="utf-8")))
+        text = retry_transient(partial(path.read_text, encoding="utf-8"), f"reading {path}")
+        manifest = _parse(folder, text, expected)
     except FormatError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -147,13 +151,14 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _parse(folder: Path, text: str) -> Manifest:
+def _parse(folder: Path, text: str, expected: int) -> Manifest:
     values: dict[str, Any] = json.loads(text)
     digest = values.pop("sha256", None)
     if digest != (None if values["format"] == 1 else _digest(values)):  # the first format had none
         raise ValueError("it differs from what was saved (sha256)")
-    if (found := values.pop("format")) != FORMAT:
-        raise FormatError(folder, f"its format is {found}, not {FORMAT}")
+    if (found := values.pop("format")) != expected:
+        difference = f"its format is {found}, not {FORMAT}"
+        raise FormatError(folder, difference, can_be_converted=found == DEEPSPEED_FORMAT)
     files = tuple(FileRecord(str(record.pop("path")), **record) for record in values.pop("files"))
     manifest = Manifest(files=files, **values)
     if step_of(folder) not in (None, manifest.step):
@@ -182,20 +187,8 @@ def damage(folder: Path, records: Iterable[FileRecord], *, by_size_alone: bool =
                 problems.append(f"{folder.name}/{record.path} is missing")
             elif (size := path.stat().st_size) != record.bytes:
                 problems.append(f"{folder.name}/{record.path} has {size:,} bytes instead of {record.bytes:,}")
-            elif not by_size_alone and _insist(partial(hash_file, path)) != record.sha256:
+            elif not by_size_alone and retry_transient(partial(hash_file, path), f"reading {path}") != record.sha256:
                 problems.append(f"{folder.name}/{record.path} differs from what was saved (sha256)")
         except OSError as error:
             problems.append(f"{folder.name}/{record.path} cannot be read: {error}")
     return problems
-
-
-def _insist(read: Callable[[], Result]) -> Result:
-    """Reads again where storage stumbles: taking an older checkpoint instead would cost steps."""
-    for pause in RETRY_AFTER_SECONDS:
-        try:
-            return read()
-        except OSError as error:
-            if not is_transient(error):
-                raise
-            time.sleep(pause)
-    return read()

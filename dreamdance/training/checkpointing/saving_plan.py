@@ -1,16 +1,17 @@
 """How large a run's checkpoints will be and how long one takes, before there is any.
 
-What is saved is the trainable weights, their fp32 masters and AdamW's two moments, and the moving average; frozen
-weights never are. Every number is exact but for names and padding, well below one per cent at the sizes that matter.
+What is saved is the fp32 masters of the trainable weights, AdamW's two moments and the moving average, each element
+once over all processes; frozen weights never are. Names come on top: well below one per cent at the sizes that matter.
 """
 
 from dataclasses import dataclass
 
 from dreamdance.recipe.schema import TrainingRecipe
 
-FP32_BYTES, BF16_BYTES = 4, 2
+# Master, two moments and average, in fp32.
+BYTES_PER_ELEMENT = 4 * 4
+# Share of `cluster.stop_seconds` in which the ranks save; the rest is for ending the job and putting it back.
 SAVING_SHARE = 0.8
-"""Of `cluster.stop_seconds`, what the ranks have to save; the rest is for ending the job and putting it back."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,7 @@ class CheckpointPlan:
 
 def plan_checkpoint(recipe: TrainingRecipe, num_trainable: int) -> CheckpointPlan:
     """The checkpoints of a recipe that trains so many elements."""
-    weights = BF16_BYTES if recipe.precision == "bf16" else FP32_BYTES
-    moments = 2 * FP32_BYTES
-    if recipe.sharding.zero_stage > 0:  # each process saves its share
-        each = weights + FP32_BYTES + moments + FP32_BYTES
-    else:  # the weights are their own masters, and every process saves the whole average
-        each = weights + moments + FP32_BYTES * recipe.cluster.world_size
-    num_bytes = each * num_trainable
+    num_bytes = BYTES_PER_ELEMENT * num_trainable
     cluster = recipe.cluster
     return CheckpointPlan(
         num_bytes=num_bytes,
@@ -50,7 +45,7 @@ def plan_checkpoint(recipe: TrainingRecipe, num_trainable: int) -> CheckpointPla
 
 
 def describe_checkpoint(recipe: TrainingRecipe, num_trainable: int) -> list[str]:
-    """The same for a person, with a warning where a save would not be through before the job ends."""
+    """The plan in words, with a warning where a save would not be complete before the job ends."""
     plan, cluster, kept = plan_checkpoint(recipe, num_trainable), recipe.cluster, recipe.checkpoint.keep_last
     lines = [
         "checkpoints (estimate):",
@@ -63,7 +58,7 @@ def describe_checkpoint(recipe: TrainingRecipe, num_trainable: int) -> list[str]
         lines.append(
             f"  WARNING: that is more than the {plan.patience_seconds:,.0f} s ({SAVING_SHARE:.0%} of "
             f"cluster.stop_seconds {cluster.stop_seconds}) which ranks have to save at the job's time limit: such a "
-            f"save never counts, and the job goes on from the one before. Set cluster.stop_seconds={wanted} or "
+            f"save never counts, and the job goes on from the previous one. Set cluster.stop_seconds={wanted} or "
             "more, or cluster.storage_mb_per_second to what your storage does"
         )
     return lines

@@ -12,7 +12,7 @@ from dreamdance.models import GeometryUNetModel
 from dreamdance.recipe import load_recipe
 from dreamdance.recipe.schema import TrainingRecipe
 from dreamdance.runs.layout import RECIPE_FILE, checkpoint_folder, export_folder, final_export
-from dreamdance.training.checkpointing.checkpointer import read_average
+from dreamdance.training.checkpointing.checkpointer import read_checkpoint_weights
 from dreamdance.training.networks.build import exportable
 from dreamdance.training.networks.sources import read_weights
 from dreamdance.training.objectives.output import Objective
@@ -105,7 +105,7 @@ def _overlay(objective: Objective, checkpoint: Path) -> None:
     """Copies a checkpoint's averaged weights over the parameters of the same names."""
     parameters = dict(objective.named_parameters())
     with torch.no_grad():
-        for name, value in read_average(checkpoint).items():
+        for name, value in read_checkpoint_weights(checkpoint).items():
             if name not in parameters or parameters[name].shape != value.shape:
                 raise RecipeError(f"init_from: this recipe's networks have no {name} of shape {tuple(value.shape)}")
             parameters[name].copy_(value)

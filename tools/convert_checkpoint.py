@@ -1,0 +1,147 @@
+"""Converts a run's checkpoints from the format of DeepSpeed, which this software once wrote, to its own.
+
+    python tools/convert_checkpoint.py runs/stage1_domains
+
+All values stay as they are, bit for bit. Each folder is converted in place: the new files are written and read back
+beside the old ones, then COMPLETE is replaced in one step, then the old files are deleted. Killed at any instant and
+called again, the command goes on. Nothing is unpickled but tensors and plain containers. Exit codes: 0 done, 1 not.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # unset, DeepSpeed warns that it saw no GPU
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from torch import Tensor
+
+from dreamdance.errors import CheckpointError, UserError
+from dreamdance.runs.layout import checkpoint_folder, complete_steps
+from dreamdance.training.checkpointing import complete_file as manifests
+from dreamdance.training.checkpointing.rank_file import Piece, RankFile, rank_path
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+# What DeepSpeed pickled into its files; everything else in them is tensors and plain containers.
+DEEPSPEED_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the run folder")
+    run = parser.parse_args(arguments).run
+    try:
+        steps = complete_steps(run)
+        if not steps:
+            raise CheckpointError(f"{run / 'checkpoints'} holds no complete checkpoint")
+        for step in steps:
+            print(f"{checkpoint_folder(run, step)}: {convert(checkpoint_folder(run, step))}")
+    except (UserError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def convert(folder: Path) -> str:
+    """Converts one checkpoint; returns what was done.
+
+    Raises:
+        CheckpointError: it is damaged, or its files are not those of the old format.
+    """
+    try:
+        manifests.read_manifest(folder)
+    except manifests.FormatError:
+        _write_anew(folder)
+        done = "converted"
+    else:
+        done = "is in today's format"
+    shutil.rmtree(folder / "deepspeed", ignore_errors=True)
+    for path in folder.glob("rank_*.pt"):
+        path.unlink()
+    return done
+
+
+def _write_anew(folder: Path) -> None:
+    manifest = manifests.read_manifest(folder, expected=manifests.DEEPSPEED_FORMAT)
+    if problems := manifests.damage(folder, manifest.files):
+        raise CheckpointError(
+            f"{folder} is damaged: {'; '.join(problems)}. Bring these files back, or delete the folder"
+        )
+    records = [record for record in manifest.files if record.path == "state.json"]
+    for rank in range(manifest.world_size):
+        with _naming(folder):
+            content = _read(folder, [record.path for record in manifest.files], rank)
+        records += manifests.write_files(folder, {rank_path(folder, rank).name: content.write})
+    manifests.complete(folder, replace(manifest, files=tuple(sorted(records, key=lambda record: record.path))))
+
+
+def _read(folder: Path, files: list[str], rank: int) -> RankFile:
+    """What one rank saved in the old format."""
+    own = _load(folder / f"rank_{rank:05d}.pt")
+    share = next((name for name in files if re.search(rf"zero_pp_rank_{rank}_mp_rank_00_", name)), None)
+    if share is not None:
+        saved = _load(folder / share)["optimizer_state_dict"]
+        masters, states = saved["single_partition_of_fp32_groups"], saved["base_optimizer_state"]["state"]
+    else:  # nothing was sharded: the weights were their own masters, in one file for all ranks
+        saved = _load(folder / "deepspeed" / "mp_rank_00_model_states.pt")
+        module = {name.removeprefix("objective."): value for name, value in saved["module"].items()}
+        masters = [module[name] for name, *_ in own["fragments"]]
+        states = saved["optimizer"]["state"]
+    pieces = {}
+    for name, shard, offset, start, length in own["fragments"] if share is not None or rank == 0 else []:
+        state = states.get(shard, {})  # none before the first step that was applied
+        values = {
+            "master": masters[shard],
+            **{kind: state.get(kind) for kind in MOMENTS},
+            "average": own["ema"]["shards"][shard],
+        }
+        flat = {kind: _part(value, offset, length) for kind, value in values.items()}
+        pieces[name] = Piece(start, flat, float(state.get("step", 0.0)))
+    generators = {key: _plain(value) for key, value in own["generators"].items()}
+    return RankFile.of(pieces, average_updates=int(own["ema"]["num_updates"]), generators=generators)
+
+
+def _part(value: Tensor | None, offset: int, length: int) -> Tensor:
+    return torch.zeros(length) if value is None else value.flatten().narrow(0, offset, length).to(torch.float32)
+
+
+def _plain(value: Any) -> Any:
+    """Tensors among the states of generators, as lists."""
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def _load(path: Path) -> dict[str, Any]:
+    with torch.serialization.safe_globals(DEEPSPEED_CLASSES):
+        content: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    return content
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Errors about the content, which its manifest says is as it was saved, name the checkpoint."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder} is not a checkpoint of the old format: {type(error).__name__}: {error}"
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
