@@ -264,7 +264,7 @@ def test_a_run_of_a_machine_that_is_gone_is_taken_over_and_only_one_start_goes_o
     assert "running (local job" in launch(folder, "status", "distant").stdout
     refused = launch(folder, "cancel", "distant")
     assert refused.returncode == 2
-    assert "on gone-host cannot be cancelled from here" in refused.stderr
+    assert "on gone-host cannot be cancelled from this machine" in refused.stderr
 
     os.kill(lost.pid, signal.SIGSTOP)  # its heart beats no more, and its ranks go on
     past = time.time() - 61
