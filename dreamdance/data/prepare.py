@@ -34,7 +34,7 @@ from dreamdance.data.prepare_notes import (
 )
 from dreamdance.data.shards.columns import encode_disparity, encode_normal
 from dreamdance.data.writing.shard_parts import ClipRecord, Part, PartSource, ShardFormat
-from dreamdance.data.writing.shard_writer import ShardFolder, Survey
+from dreamdance.data.writing.shard_writer import WRITE, ShardFolder
 from dreamdance.data.writing.video_clips import Split, VideoPart, choose_validation, find_videos
 from dreamdance.data.writing.video_opening import check_videos, video_files
 from dreamdance.errors import ShardError, UserError
@@ -42,15 +42,17 @@ from dreamdance.media.pose_drawing import draw_poses
 from dreamdance.media.video import VideoError
 from dreamdance.media.video_names import part_name, video_ids
 from dreamdance.recipe.schema import DancersSource, PrepareRecipe, VideosSource
-from dreamdance.runs.crew import Crew
 from dreamdance.runs.folder_lock import lock_folder
 from dreamdance.runs.layout import ProgressLog
+from dreamdance.runs.work_queue import WorkQueue
 from dreamdance.runtime.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
-REPORT_EVERY = 50
 LOOK_SECONDS = 3.0
+# A rank looks at so many parts of each split together.
+CHECKED_TOGETHER = 64
+CHECK = "check"
 
 
 def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
@@ -62,26 +64,26 @@ def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
 
     Raises:
         UserError: no or unusable videos (all of them named), or an output folder of other settings or other videos.
-        LostWorkerError: another rank is lost, or a process of this one.
+        LostWorkerError: another rank is silent, or a process of this one died or hangs.
     """
     ranks = Ranks.from_environment()
     progress = ProgressLog(run_folder, ranks)
     output = Path(recipe.output)
     parts = plan_parts(recipe)
     claim = lock_folder(output, key="output") if ranks.is_main else nullcontext()
-    with claim, Crew(ranks, cluster=recipe.cluster, run_folder=run_folder) as crew:
+    with claim, WorkQueue(ranks, cluster=recipe.cluster, run_folder=run_folder) as queue:
         folders = {
             split: ShardFolder(
                 output / split,
                 planned,
                 settings={**describe_source(recipe), "split": split, "shard_size_mib": recipe.shard_size_mib},
                 shard_format=ShardFormat(shard_size_mib=recipe.shard_size_mib, compression=recipe.compression),
-                crew=crew,
+                queue=queue,
                 on_error=recipe.videos.on_error if recipe.videos else "stop",
             )
             for split, planned in parts.items()
         }
-        error = write_output(recipe, folders, crew, progress, ProgressLog(run_folder, ranks))
+        error = write_output(recipe, folders, queue, progress, ProgressLog(run_folder, ranks))
     if error is None:
         total = sum(len(planned) for planned in parts.values())
         progress.write(done=total, total=total, unit="parts", message=f"{output} is complete")
@@ -92,27 +94,29 @@ def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
 def write_output(
     recipe: PrepareRecipe,
     folders: Mapping[Split, ShardFolder],
-    crew: Crew,
+    queue: WorkQueue,
     progress: ProgressLog,
     opening: ProgressLog,
 ) -> UserError | None:
     """Compares, writes and completes; returns what all ranks know to be wrong, for one to raise when all have left."""
     output = Path(recipe.output)
-    missing = check_inputs(recipe, folders, crew, opening)
+    missing = check_inputs(recipe, folders, queue, opening)
     if isinstance(missing, UserError):
         return missing
-    damaged = write_missing(recipe, folders, missing, crew, progress)
-    if damaged and crew.ranks.is_main:
-        write_damaged(output, damaged)
-    if damaged and crew.is_called_off():
-        return VideoError(stopped_text(damaged, output))
-    if crew.ranks.is_main:
-        complete(recipe, folders, crew, damaged)
+    damaged = write_missing(recipe, folders, missing, queue, progress)
+    if (reason := queue.called_off(WRITE)) is not None:
+        if damaged and queue.ranks.is_main:
+            write_damaged(output, damaged)
+        return ShardError(reason) if reason else VideoError(stopped_text(damaged, output))
+    last = queue.share("complete", ["output"])
+    for item in last.take():
+        complete(recipe, folders, queue, damaged)
+        last.finish(item)
     return None
 
 
 def check_inputs(
-    recipe: PrepareRecipe, folders: Mapping[Split, ShardFolder], crew: Crew, progress: ProgressLog
+    recipe: PrepareRecipe, folders: Mapping[Split, ShardFolder], queue: WorkQueue, progress: ProgressLog
 ) -> dict[Split, list[str]] | UserError:
     """Compares what is there with what it was made from, and opens the videos of what is missing; ranks divide both.
 
@@ -120,139 +124,143 @@ def check_inputs(
         The names of the parts that are to be made, of all ranks; or, the same on all ranks, the error that ends the
         run: ranks found different videos in the folder, or a complete output was made from other videos, or headers
         show what is wrong, though not with `videos.on_error: skip`. It names all of them.
-
-    Raises:
-        LostWorkerError: another rank is lost.
     """
     output = Path(recipe.output)
-    known = read_inputs(output)
-    surveys = {split: folder.survey(known) for split, folder in folders.items()}
-    broken = {} if recipe.videos is None else open_missing(recipe, recipe.videos, folders, surveys, crew, progress)
-    found = {
-        "plan": plan_hash(folders),
-        "missing": {split: survey.missing for split, survey in surveys.items()},
-        "changed": [name for survey in surveys.values() for name in survey.changed],
-        "added": [name for survey in surveys.values() for name in survey.added],
-        "broken": broken,
-        "states": {name: state.to_json() for survey in surveys.values() for name, state in survey.states.items()},
-    }
-    answers = [json.loads(text) for text in crew.exchange("inputs", json.dumps(found))]
-    if len({answer["plan"] for answer in answers}) > 1:
-        return other_plans(recipe, folders, crew)
+    agree_on_plan(recipe, folders, queue)
+    answers = check_shares(recipe, folders, queue, progress)
+    if reason := queue.called_off(CHECK):
+        return ShardError(reason)
     changed, added = ({name for answer in answers for name in answer[key]} for key in ("changed", "added"))
     removed = {name for folder in folders.values() for name in folder.removed()}
     if others := changed_text(output, changed=changed, added=added, removed=removed):
         return ShardError(others)
     broken = {name: reason for answer in answers for name, reason in answer["broken"].items()}
-    if broken and recipe.videos is not None:
-        if crew.ranks.is_main:
-            write_damaged(output, broken)
-        if recipe.videos.on_error == "stop":
-            return VideoError(broken_text(broken, output))
-    if broken and crew.ranks.is_main:
+    is_stopped = bool(broken) and recipe.videos is not None and recipe.videos.on_error == "stop"
+    if recipe.videos is not None:
+        noting = queue.share("note", ["inputs"])  # before anybody completes the output, and notes the rest
+        for item in noting.take():
+            if broken:
+                write_damaged(output, broken)
+            if not is_stopped:
+                states = {name: state for answer in answers for name, state in answer["states"].items()}
+                write_inputs(output, states, planned=source_files(folders))
+            noting.finish(item)
+    if is_stopped:
+        return VideoError(broken_text(broken, output))
+    if broken and queue.ranks.is_main:
         logger.warning(
             "%d videos are left out (videos.on_error=skip), see %s:\n%s",
             len(broken),
             output / DAMAGED_FILE,
             table(broken),
         )
-    if crew.ranks.is_main and recipe.videos is not None:
-        states = {name: state for answer in answers for name, state in answer["states"].items()}
-        write_inputs(output, states, planned=source_files(folders))
-    return {split: [name for answer in answers for name in answer["missing"][split]] for split in folders}
+    return {split: [name for answer in answers for name in answer["missing"].get(split, [])] for split in folders}
 
 
-def plan_hash(folders: Mapping[Split, ShardFolder]) -> str:
-    """Of all that ranks must agree on to divide the work."""
+def agree_on_plan(recipe: PrepareRecipe, folders: Mapping[Split, ShardFolder], queue: WorkQueue) -> None:
+    """Has the work called off where ranks have looked into the folder of videos at different moments."""
+    parts = [(split, part) for split, folder in folders.items() for part in folder.parts]
     planned = [
         [split, part.name, None if part.source is None else [part.source.clip_id, len(part.source.files)]]
-        for split, folder in folders.items()
-        for part in folder.parts
+        for split, part in parts
     ]
-    return sha256(json.dumps(planned).encode()).hexdigest()
+    names = sorted({part.source.name for _, part in parts if part.source is not None and part.source.files})
+    own = {"rank": queue.ranks.rank, "names": names, "plan": sha256(json.dumps(planned).encode()).hexdigest()}
+    first = json.loads(queue.agree("plan", json.dumps(own)))
+    if first["plan"] != own["plan"]:
+        seen = {first["rank"]: set(first["names"]), queue.ranks.rank: set(names)}
+        for work in (CHECK, WRITE):
+            queue.call_off(work, moved_text(recipe.videos.folder if recipe.videos else recipe.output, seen))
 
 
-def other_plans(recipe: PrepareRecipe, folders: Mapping[Split, ShardFolder], crew: Crew) -> UserError:
-    """What is wrong where ranks have looked into the folder of videos at different moments."""
-    parts = [part for folder in folders.values() for part in folder.parts]
-    own = {part.source.name for part in parts if part.source is not None and part.source.files}
-    seen = [set(json.loads(text)) for text in crew.exchange("plans", json.dumps(sorted(own)))]
-    return ShardError(moved_text(recipe.videos.folder if recipe.videos else recipe.output, seen))
+def check_shares(
+    recipe: PrepareRecipe, folders: Mapping[Split, ShardFolder], queue: WorkQueue, progress: ProgressLog
+) -> list[dict[str, Any]]:
+    """Surveys all parts, some at a time, and opens the videos of the missing ones; returns what all ranks found."""
+    num_parts = max(len(folder.parts) for folder in folders.values())
+    known = read_inputs(Path(recipe.output))
+    share = queue.share(CHECK, [str(start) for start in range(0, num_parts, CHECKED_TOGETHER)])
+    for item in share.take():
+        chosen = slice(int(item), int(item) + CHECKED_TOGETHER)
+        surveys = {split: folder.survey(folder.parts[chosen], known) for split, folder in folders.items()}
+        missing: dict[Split, list[str]] = {split: survey.missing for split, survey in surveys.items()}
+        parts = [
+            part for split, folder in folders.items() for part in folder.parts[chosen] if part.name in missing[split]
+        ]
+        broken = {} if recipe.videos is None else open_parts(recipe.videos, parts, recipe.num_workers, queue)
+        found = {
+            "missing": missing,
+            "changed": [name for survey in surveys.values() for name in survey.changed],
+            "added": [name for survey in surveys.values() for name in survey.added],
+            "broken": broken,
+            "states": {name: state.to_json() for survey in surveys.values() for name, state in survey.states.items()},
+        }
+        share.finish(item, json.dumps(found))
+        if recipe.videos is not None and any(missing.values()):
+            done = min(num_parts, share.num_done() * CHECKED_TOGETHER)
+            progress.write(done=done, total=num_parts, unit="videos", message=f"opening {recipe.videos.folder}")
+    return [json.loads(text) for text in share.results().values()]
 
 
-def open_missing(
-    recipe: PrepareRecipe,
-    source: VideosSource,
-    folders: Mapping[Split, ShardFolder],
-    surveys: Mapping[Split, Survey],
-    crew: Crew,
-    progress: ProgressLog,
-) -> dict[str, str]:
-    """Opens the videos of this rank's missing parts; returns what is wrong with which."""
-    missing = {split: set(survey.missing) for split, survey in surveys.items()}
-    wanted = {
-        part.source.name
-        for split, folder in folders.items()
-        for part in folder.parts
-        if part.source is not None and part.name in missing[split]
-    }
+def open_parts(source: VideosSource, parts: Sequence[Part], num_threads: int, queue: WorkQueue) -> dict[str, str]:
+    """Opens the videos of parts; returns what is wrong with which."""
+    wanted = sorted({part.source.name for part in parts if part.source is not None})
 
     def report(number: int) -> None:
-        crew.watchdog.enter("opening videos", f"{number} of {len(wanted)}")
-        crew.check()
-        if number % REPORT_EVERY == 0 or number == len(wanted):
-            progress.write(done=number, total=len(wanted), unit="videos", message=f"opening {source.folder}")
+        queue.watchdog.enter("opening videos", f"{number} of {len(wanted)}")
 
-    if not wanted:
-        return {}
     report(0)
-    return check_videos(source, sorted(wanted), num_threads=recipe.num_workers, on_video=report)
+    return check_videos(source, wanted, num_threads=num_threads, on_video=report)
 
 
 def write_missing(
     recipe: PrepareRecipe,
     folders: Mapping[Split, ShardFolder],
     missing: Mapping[Split, Sequence[str]],
-    crew: Crew,
+    queue: WorkQueue,
     progress: ProgressLog,
 ) -> dict[str, str]:
-    """Writes this rank's share of the missing parts of both splits, and waits for the others'.
+    """Writes missing parts of both splits with all other ranks, until all are there, or the work is called off.
 
     Returns:
         What was found damaged while it was decoded, of all ranks: name -> reason.
     """
-    total, damaged = sum(len(folder.parts) for folder in folders.values()), dict[str, str]()
+    total = sum(len(folder.parts) for folder in folders.values())
+    shares = {split: folder.expect(missing[split]) for split, folder in folders.items()}
     last, looked = -1, -math.inf
 
     def report(message: str) -> None:
         nonlocal last, looked
-        if not crew.ranks.is_main or time.monotonic() - looked < LOOK_SECONDS:
+        if not queue.ranks.is_main or time.monotonic() - looked < LOOK_SECONDS:
             return
         looked = time.monotonic()
-        done = sum(folder.num_there() for folder in folders.values())  # lists folders
+        done = total - sum(len(share.items) - share.num_done() for share in shares.values())
         if done != last:
             progress.write(done=done, total=total, unit="parts", message=message)
         last = done
 
-    for split, folder in folders.items():
-        folder.expect(missing[split])
-    for folder in folders.values():
-        damaged.update(folder.write(recipe.num_workers, partial(report, f"writing {folder.folder}")))
-    waiting = partial(report, "waiting for the other ranks")
-    answers = [json.loads(text) for text in crew.exchange("damaged", json.dumps(damaged), waiting)]
-    return {name: reason for damages in answers for name, reason in damages.items()}
+    while True:
+        for split, folder in folders.items():
+            folder.write(shares[split], recipe.num_workers, partial(report, f"writing {folder.folder}"))
+        if all(share.is_over() for share in shares.values()):
+            break
+        report("waiting for the other ranks")
+        queue.pause("parts of other ranks are missing")
+    return {
+        name: reason
+        for split, folder in folders.items()
+        for name, reason in folder.found_damaged(shares[split]).items()
+    }
 
 
 def complete(
-    recipe: PrepareRecipe, folders: Mapping[Split, ShardFolder], crew: Crew, damaged: Mapping[str, str]
+    recipe: PrepareRecipe, folders: Mapping[Split, ShardFolder], queue: WorkQueue, damaged: Mapping[str, str]
 ) -> None:
-    """Makes the output whole: indices, examples, and the notes of the videos; on the main rank alone.
+    """Makes the output whole: indices, examples, and the notes of the videos; on one rank alone.
 
     Of a damaged video nothing is written, though the part that one split has of it may be sound.
     """
     output = Path(recipe.output)
-    for folder in folders.values():
-        folder.wait(lambda: None)
     left_out = {name: reason for folder in folders.values() for name, reason in folder.damaged().items()} | {**damaged}
     states = {
         name: state.to_json()
@@ -275,7 +283,7 @@ def complete(
     if recipe.videos is not None:
         write_inputs(output, states, planned=source_files(folders))
     if "validation" in folders:
-        count = write_examples(output, before_clip=partial(crew.watchdog.enter, "writing an example"))
+        count = write_examples(output, before_clip=partial(queue.watchdog.enter, "writing an example"))
         logger.info("%s lists %d validation clips for `animate`", output / MANIFEST_FILE, count)
 
 

@@ -102,16 +102,17 @@ def changed_text(output: Path, *, changed: Set[str], added: Set[str], removed: S
     )
 
 
-def moved_text(folder: str, seen: Sequence[Set[str]]) -> str:
+def moved_text(folder: str, seen: Mapping[int, Set[str]]) -> str:
     """What to do where ranks found different videos in a folder.
 
     Args:
         folder: of the videos.
         seen: names of videos, by rank.
     """
-    differing = sorted(set[str]().union(*seen).difference(set[str].intersection(*map(set, seen))))
+    found = [set(names) for names in seen.values()]
+    differing = sorted(set[str]().union(*found).difference(set[str].intersection(*found)))
     lines = [
-        f"{printable(name)}, not on rank {', '.join(str(rank) for rank, names in enumerate(seen) if name not in names)}"
+        f"{printable(name)}, not on rank {', '.join(str(rank) for rank, names in seen.items() if name not in names)}"
         for name in differing
     ]
     return (

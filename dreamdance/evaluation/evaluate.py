@@ -30,8 +30,8 @@ from dreamdance.evaluation.times import pair_frames
 from dreamdance.evaluation.trivial import FRAMES_PER_TRAINING_CLIP, TrainingMean, average_training_set, trivial_answers
 from dreamdance.media.grids import GridRow, draw_grid
 from dreamdance.recipe.schema import EvaluateRecipe
-from dreamdance.runs.crew import Crew
 from dreamdance.runs.layout import ProgressLog
+from dreamdance.runs.work_queue import WorkQueue
 from dreamdance.runtime.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ SMALLEST_WIDTH = 128
 
 
 def evaluate(recipe: EvaluateRecipe, run_folder: Path) -> None:
-    """Measures all results that have a true clip of the same id, each rank its share; the main one writes the table.
+    """Measures all results that have a true clip of the same id, ranks share the work; one writes the table.
 
     Args:
         recipe: names the results, the truth shards, and perhaps the training set.
@@ -52,12 +52,12 @@ def evaluate(recipe: EvaluateRecipe, run_folder: Path) -> None:
     Raises:
         MissingInputError: no results, or none that has its truth.
         ResultError: a result is damaged, changed meanwhile, or does not fit the others or the truth.
-        LostWorkerError: another rank is lost.
+        LostWorkerError: another rank is silent.
     """
     ranks = Ranks.from_environment()
     progress = ProgressLog(run_folder, ranks)
-    with Crew(ranks, cluster=recipe.cluster, run_folder=run_folder) as crew:
-        crew.watchdog.enter("looking for results", recipe.results)
+    with WorkQueue(ranks, cluster=recipe.cluster, run_folder=run_folder) as queue:
+        queue.watchdog.enter("looking for results", recipe.results)
         folders = {path.name: path for path in find_results(Path(recipe.results))}
         first = read_result(next(iter(folders.values())))
         training_mean = None
@@ -67,16 +67,21 @@ def evaluate(recipe: EvaluateRecipe, run_folder: Path) -> None:
                 recipe.training_set,
                 frame_size=first.frame_size,
                 map_size=first.map_size,
-                before_clip=partial(crew.watchdog.enter, "averaging the training set"),
+                before_clip=partial(queue.watchdog.enter, "averaging the training set"),
             )
         measured = MeasuredClips(run_folder / MEASURED_FOLDER, recipe)
         compared = Compared(recipe, folders, first, training_mean)
-        found = measure_share(compared, measured, crew, progress)
-        measured.wait_for(found, crew, lambda done: progress.write(done=done, total=len(found), unit="clips"))
-        if ranks.is_main:
-            crew.watchdog.enter("writing the table", str(run_folder))
-            tabulate(compared, {folder.name: measured.read(folder) for folder in found}, run_folder, progress)
-    if ranks.is_main:  # only now: had a rank been lost after its share, the next start would find all measured
+        found = measure_clips(compared, measured, queue, progress)
+        last = queue.share("table", ["table"])
+        for item in last.take():
+            measured.check(found, partial(queue.watchdog.enter, "comparing a result with its measurement"))
+            queue.watchdog.enter("writing the table", str(run_folder))
+            tabulate(compared, {folder.name: measured.read(folder) for folder in found}, run_folder)
+            last.finish(item)
+    if ranks.is_main:  # only now: if a rank is lost, the next start finds all measured
+        text = (run_folder / TABLE_MARKDOWN).read_text(encoding="utf-8")
+        # `--follow` shows messages, and so the table
+        progress.write(done=len(found), total=len(found), unit="clips", message=f"{run_folder}:\n\n{text}")
         measured.close()
 
 
@@ -97,33 +102,37 @@ class Compared:
     training_mean: TrainingMean | None
 
 
-def measure_share(compared: Compared, measured: MeasuredClips, crew: Crew, progress: ProgressLog) -> list[Path]:
-    """Measures what of this rank's share has not been measured; returns all results that have their truth.
+def measure_clips(compared: Compared, measured: MeasuredClips, queue: WorkQueue, progress: ProgressLog) -> list[Path]:
+    """Measures with all other ranks what has not been measured; returns all results that have their truth.
 
     Raises:
         MissingInputError: none has.
         ResultError: a result is damaged or does not fit the others or the truth.
     """
     recipe, folders = compared.recipe, compared.folders
-    clips = open_clips(recipe.truth, before_shard=partial(crew.watchdog.enter, "checking a shard"))
-    found: list[Path] = []
-    for number in range(len(clips)):
-        crew.watchdog.enter("measuring a clip", f"{number} of the truth")  # clips differ in length, so in time
-        clip = clips.clip(number)
+    clips = open_clips(recipe.truth, before_shard=partial(queue.watchdog.enter, "checking a shard"))
+    share = queue.share("measure", [str(number) for number in range(len(clips))])
+
+    def report(message: str) -> None:
+        progress.write(done=share.num_done(), total=len(clips), unit="clips", message=message)
+
+    for item in share.take(partial(report, "waiting for the other ranks")):
+        queue.watchdog.enter("measuring a clip", f"{item} of the truth")  # clips differ in length, so in time
+        clip = clips.clip(int(item))
         if clip.clip_id not in folders:
+            share.finish(item)
             continue
-        found.append(folders[clip.clip_id])
-        if len(found) % crew.ranks.world_size != crew.ranks.rank:
-            continue
-        is_new = not measured.holds(found[-1])
+        folder = folders[clip.clip_id]
+        is_new = not measured.holds(folder)
         if is_new:
-            files = read_files(found[-1])
-            result = read_result(found[-1])
+            files = read_files(folder)
+            result = read_result(folder)
             _check_sizes(result, compared.first)
-            measured.write(found[-1], replace(evaluate_clip(result, clip, compared.training_mean), files=files))
-        crew.finish(clip.clip_id if is_new else None)
-        progress.write(done=crew.num_through(), total=len(folders), unit="clips", message=f"measured {clip.clip_id}")
-    if not found:
+            measured.write(folder, replace(evaluate_clip(result, clip, compared.training_mean), files=files))
+        share.finish(item, clip.clip_id, made=clip.clip_id if is_new else None)
+        report(f"measured {clip.clip_id}")
+    found = [folders[clip_id] for clip_id in share.results().values() if clip_id]
+    if not found and not queue.is_over():
         raise MissingInputError(
             f"none of the {len(folders)} results in {recipe.results} has a clip of its id in {recipe.truth.local} "
             f"(results begin with '{next(iter(folders))}')"
@@ -131,8 +140,8 @@ def measure_share(compared: Compared, measured: MeasuredClips, crew: Crew, progr
     return found
 
 
-def tabulate(compared: Compared, evaluated: dict[str, EvaluatedClip], run_folder: Path, progress: ProgressLog) -> None:
-    """Writes the table of what all ranks measured, and tells it."""
+def tabulate(compared: Compared, evaluated: dict[str, EvaluatedClip], run_folder: Path) -> None:
+    """Writes the table of what all ranks measured."""
     for missing in sorted(set(compared.folders) - set(evaluated)):
         logger.warning("result '%s' has no clip of its id in %s: left out", missing, compared.recipe.truth.local)
     table = Table(
@@ -142,10 +151,7 @@ def tabulate(compared: Compared, evaluated: dict[str, EvaluatedClip], run_folder
     )
     write_report(table, evaluated, run_folder)
     note_work(compared.recipe, evaluated.values(), run_folder)
-    text = table.as_markdown()
-    logger.info("%s\n\n%s", run_folder / TABLE_MARKDOWN, text)
-    # `--follow` shows messages, and so the table
-    progress.write(done=len(evaluated), total=len(evaluated), unit="clips", message=f"{run_folder}:\n\n{text}")
+    logger.info("%s\n\n%s", run_folder / TABLE_MARKDOWN, table.as_markdown())
 
 
 def evaluate_clip(result: Result, clip: StoredClip, training_mean: TrainingMean | None) -> EvaluatedClip:

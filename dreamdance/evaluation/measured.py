@@ -20,7 +20,6 @@ from dreamdance.evaluation.scores import Scores
 from dreamdance.media.grids import GridRow
 from dreamdance.recipe.same_run import result_json
 from dreamdance.recipe.schema import EvaluateRecipe
-from dreamdance.runs.crew import Crew
 from dreamdance.runs.file_notes import of_content, of_times, write_note
 from dreamdance.runs.file_states import FileState, read_state
 from dreamdance.runs.files import replace_atomically
@@ -75,10 +74,10 @@ class MeasuredClips:
     """
 
     def __init__(self, folder: Path, recipe: EvaluateRecipe) -> None:
-        """Makes the folder.
+        """Knows the recipe and the truth.
 
         Args:
-            folder: of the run; deleted by `close`.
+            folder: of the run; made when something is measured, deleted by `close`.
             recipe: what is measured.
         """
         self.folder = folder
@@ -86,7 +85,6 @@ class MeasuredClips:
         truths = [recipe.truth, *([recipe.training_set] if recipe.training_set else [])]
         indexes = [Path(truth.local) / INDEX_FILE for truth in truths]
         self._truth = [index.read_text(encoding="utf-8") if index.is_file() else "" for index in indexes]
-        folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, result: Path) -> Path:
         """Where a result's measurement lies."""
@@ -107,6 +105,7 @@ class MeasuredClips:
     def write(self, result: Path, clip: EvaluatedClip) -> None:
         """Keeps what was measured, whole or not at all."""
         target = self.path(result)
+        self.folder.mkdir(parents=True, exist_ok=True)
         pictures = {f"picture_{number}": picture for number, picture in enumerate(clip.row.pictures)}
         files = {str(path): state.to_json() for path, state in clip.files.items()}
         content = {"scores": clip.scores, "num_frames": clip.num_frames, "label": clip.row.label, "files": files}
@@ -123,32 +122,19 @@ class MeasuredClips:
             pictures = [stored[f"picture_{number}"] for number in range(len(stored.files) - 1)]
         return EvaluatedClip(text["scores"], GridRow(text["label"], pictures), text["num_frames"], _files(text))
 
-    def wait_for(self, results: Sequence[Path], crew: Crew, report: Callable[[int], None]) -> None:
-        """To be called by each rank after its share; the main rank returns when all are measured.
+    def check(self, results: Sequence[Path], before_result: Callable[[str], None]) -> None:
+        """Compares all results with their measurements, when all are measured.
 
         Args:
             results: the folders of all.
-            crew: the ranks that measure.
-            report: called on the main rank with the number of those that are through, whenever it has changed.
+            before_result: called with each result's name.
 
         Raises:
-            LostWorkerError: a rank is lost.
-            ResultError: on the main rank: all shares are through, and results are not measured as they are now.
+            ResultError: results are not measured as they are now.
         """
-        before = -1
-
-        def report_change() -> None:
-            nonlocal before
-            if (done := crew.num_through()) != before:
-                report(done)
-            before = done
-
-        crew.gather("measured", on_wait=report_change)
-        if not crew.ranks.is_main:
-            return
         others = []
         for result in results:
-            crew.watchdog.enter("comparing a result with its measurement", result.name)
+            before_result(result.name)
             if not self.holds(result):
                 others.append(result.name)
         if others:
@@ -159,7 +145,7 @@ class MeasuredClips:
 
     def close(self) -> None:
         """Deletes everything, now that the table is written."""
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _files(text: dict[str, Any]) -> dict[Path, FileState]:

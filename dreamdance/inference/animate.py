@@ -1,6 +1,6 @@
-"""The `animate` task: every entry of a manifest, split over the ranks; what is done is skipped, what fails is told.
+"""The `animate` task: every entry of a manifest, shared by the ranks; what is done is skipped, what fails is told.
 
-Ranks share nothing but the manifest and the output folder, and hear of each other as a `crew`; the noise of an entry
+Ranks share the manifest, the output folder and a `WorkQueue`; the noise of an entry
 depends on its seed and id alone, so that neither the number of ranks nor a restart changes a result.
 """
 
@@ -27,11 +27,11 @@ from dreamdance.inference.work_done import note_work
 from dreamdance.media.transforms import encode_normals, resize_images
 from dreamdance.modalities import GIVEN
 from dreamdance.recipe.schema import AnimateRecipe
-from dreamdance.runs.crew import Crew
 from dreamdance.runs.file_states import FileState
 from dreamdance.runs.files import write_atomically
 from dreamdance.runs.folder_lock import OutputError, lock_folder
 from dreamdance.runs.layout import ProgressLog
+from dreamdance.runs.work_queue import Share, WorkQueue
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.runtime.sample_random import sample_generator
 from dreamdance.runtime.watchdog import Watchdog
@@ -65,22 +65,24 @@ def animate(recipe: AnimateRecipe, run_folder: Path) -> None:
         ManifestError: the manifest is wrong; nothing was animated.
         MissingInputError: a run or its export is not there.
         OutputError: the output folder cannot be written, or another run is writing into it.
-        LostWorkerError: another rank is lost.
+        LostWorkerError: another rank is silent.
         AnimateError: on the main rank, when all entries are through, if some failed.
     """
     ranks = Ranks.from_environment()
     entries = read_manifest(Path(recipe.manifest), default_seed=recipe.seed)
     progress = partial(ProgressLog(run_folder, ranks).write, total=len(entries), unit="clips")
-    # The main rank claims the folder for all: until it has, the others wait to meet it.
+    # The main rank claims the folder for all: until it has, the others wait for the queue that it opens.
     with lock_folder(Path(recipe.output), key="output") if ranks.is_main else nullcontext():
-        with Crew(ranks, cluster=recipe.cluster, run_folder=run_folder) as crew:
-            crew.watchdog.enter("loading the networks", recipe.name)
+        with WorkQueue(ranks, cluster=recipe.cluster, run_folder=run_folder) as queue:
+            queue.watchdog.enter("loading the networks", recipe.name)
             stages = load_stages(recipe, run_folder, ranks.device)
-            failures = animate_entries(entries[ranks.rank :: ranks.world_size], recipe, stages, crew, progress)
-            failures = gather_failures(failures, crew, progress)
-            if ranks.is_main and not failures:
-                noting = partial(crew.watchdog.enter, "noting what was done")
-                note_work(entries, Path(recipe.output), stages, run_folder, noting)
+            failures = animate_entries(entries, recipe, stages, queue, progress)
+            last = queue.share("note", ["work"])
+            for item in last.take():
+                if not failures:
+                    noting = partial(queue.watchdog.enter, "noting what was done")
+                    note_work(entries, Path(recipe.output), stages, run_folder, noting)
+                last.finish(item)
         if ranks.is_main:
             report_failures(failures, Path(recipe.output), run_folder, num_entries=len(entries))
 
@@ -89,35 +91,42 @@ def animate_entries(
     entries: Sequence[ManifestEntry],
     recipe: AnimateRecipe,
     stages: Stages,
-    crew: Crew,
+    queue: WorkQueue,
     progress: Callable[..., None],
 ) -> list[Failure]:
-    """Animates this rank's share, one entry after the other; a bad one does not stop the others.
+    """Animates entries until all ranks together have done all; a bad one does not stop the others.
+
+    Returns:
+        The failures of all ranks, for the main one to report: a rank with failures must not end early and with an
+        error, or the launcher would stop those still at work.
 
     Raises:
         OutputError: results cannot be written; further entries would fare no better.
-        LostWorkerError: another rank is lost.
     """
-    failures = []
-    computing = partial(crew.watchdog.enter, "computing", "a network's pass", is_measured=True)
+    by_id = {entry.id: entry for entry in entries}
+    share = queue.share("animate", list(by_id))
+    computing = partial(queue.watchdog.enter, "computing", "a network's pass", is_measured=True)
     before_each_computation(stages, computing)
-    for entry in entries:
-        progress(done=crew.num_through(), message=f"animating {entry.id}")
-        is_new = False
+    for item in share.take(lambda: progress(done=share.num_done(), message="waiting for the other ranks")):
+        entry, failure, is_new = by_id[item], None, False
+        progress(done=share.num_done(), message=f"animating {entry.id}")
         try:
-            is_new = animate_entry(entry, recipe, stages, crew.watchdog)
+            is_new = animate_entry(entry, recipe, stages, queue.watchdog, share)
         except OutputError:
             raise
         except (UserError, torch.OutOfMemoryError) as error:
             if is_transient(error):  # a machine, or its storage: the entry is as good as the next start finds it
                 raise
             logger.error("entry '%s' (line %d) failed: %s", entry.id, entry.line, error)
-            failures.append(Failure(entry.id, entry.line, str(error)))
-        crew.finish(entry.id if is_new else None)
-    return failures
+            failure = Failure(entry.id, entry.line, str(error))
+        share.finish(item, json.dumps(asdict(failure)) if failure else "", made=item if is_new else None)
+    progress(done=share.num_done(), message="all clips are through")
+    return [Failure(**json.loads(text)) for text in share.results().values() if text]
 
 
-def animate_entry(entry: ManifestEntry, recipe: AnimateRecipe, stages: Stages, watchdog: Watchdog) -> bool:
+def animate_entry(
+    entry: ManifestEntry, recipe: AnimateRecipe, stages: Stages, watchdog: Watchdog, share: Share
+) -> bool:
     """Animates one entry and writes its result, unless exactly this was done before; returns whether it did.
 
     Raises:
@@ -148,6 +157,7 @@ def animate_entry(entry: ManifestEntry, recipe: AnimateRecipe, stages: Stages, w
         "versions": installed_versions(),
     }
     watchdog.enter("writing a result", entry.id)
+    share.check(entry.id)
     write_result(folder, result, request=request, details=details)
     logger.info("animated '%s': %d frames in %.1f s", entry.id, len(result.frames), details["seconds"])
     return True
@@ -216,29 +226,6 @@ def run_stages(entry: ManifestEntry, inputs: EntryInputs, recipe: AnimateRecipe,
         normals=None if normals is None else normals[0],
         depths=None if depths is None else depths[0],
         fps=inputs.fps,
-    )
-
-
-def gather_failures(failures: list[Failure], crew: Crew, progress: Callable[..., None]) -> list[Failure]:
-    """On the main rank, the failures of all, after all have finished; on the others nothing.
-
-    A rank with failures must not end early and with an error: the launcher would stop those still at work.
-
-    Raises:
-        LostWorkerError: another rank is lost.
-    """
-    before = -1
-
-    def report() -> None:
-        nonlocal before
-        if (done := crew.num_through()) != before:
-            progress(done=done, message="waiting for the other ranks" if before < 0 else None)
-        before = done
-
-    told = crew.gather(json.dumps([asdict(failure) for failure in failures]), on_wait=report)
-    progress(done=crew.num_through(), message="all clips are through")
-    return sorted(
-        (Failure(**failure) for share in told for failure in json.loads(share)), key=lambda failure: failure.line
     )
 
 

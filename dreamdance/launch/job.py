@@ -116,6 +116,8 @@ def set_environment(recipe: Recipe, *, logs: Path | None = None) -> str:
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         if executor == "local":
             os.environ["MASTER_ADDR"] = "127.0.0.1"
+            # A local job starts again under the same number, each time with another port.
+            os.environ[START] += f" port {os.environ['MASTER_PORT']}"
             _end_with_parent()
     else:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")

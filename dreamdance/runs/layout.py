@@ -17,6 +17,7 @@ FINISHED_FILE = "FINISHED"
 FILES_FILE = "files.json"
 FAILURES_FOLDER = "failures"
 DONE_FOLDER = "done"
+QUEUE_FOLDER = "queue"
 WARNED_FILE = "warned_of_the_time_limit"
 EXPORT_INDEX_FILE = "model_index.json"
 # In the output of `prepare`: size, times and hash of each video that it read.

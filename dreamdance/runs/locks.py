@@ -123,7 +123,7 @@ def _made_file(path: Path, give_up: float) -> Iterator[None]:
 
 
 def _make(path: Path, give_up: float) -> int:
-    holder, guard = _Watched(path), _Watched(path.with_name(f"{path.name}.taken"))
+    holder, guard = WatchedFile(path), WatchedFile(path.with_name(f"{path.name}.taken"))
     first = _mark(path)
     while True:
         with contextlib.suppress(FileExistsError):
@@ -138,30 +138,37 @@ def _make(path: Path, give_up: float) -> int:
             time.sleep(SLOW_POLL_SECONDS)
 
 
-class _Watched:
+class WatchedFile:
     """Another process's file: whether its time stamp changes, measured by this process's own clock.
 
     Attributes:
         mark: which file it was and its time stamp, when it was read last; None if there was no file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, silent_seconds: float | None = None) -> None:
+        """Reads nothing yet.
+
+        Args:
+            path: of the file that the other process touches.
+            silent_seconds: after how long without a touch it counts as lost; by default `SILENT_SECONDS`.
+        """
         self.path = path
+        self._limit_seconds = SILENT_SECONDS if silent_seconds is None else silent_seconds
         self.mark: tuple[int, int] | None = None
         self._silent_seconds = 0.0
         self._read_at = time.monotonic()
 
     def is_lost(self) -> bool:
-        """Whether the file was not touched for `SILENT_SECONDS`; call it repeatedly."""
+        """Whether the file was not touched for too long; call it repeatedly."""
         before, self.mark = self.mark, _mark(self.path)
         now = time.monotonic()
         # Between two calls, this process may have been stopped together with the other one; that time does not count.
         elapsed, self._read_at = min(now - self._read_at, BEAT_SECONDS), now
         self._silent_seconds = self._silent_seconds + elapsed if self.mark == before else 0.0
-        return self.mark is not None and self._silent_seconds > SILENT_SECONDS
+        return self.mark is not None and self._silent_seconds > self._limit_seconds
 
 
-def _take_over(lost: _Watched, guard: _Watched) -> None:
+def _take_over(lost: WatchedFile, guard: WatchedFile) -> None:
     """Removes a lost process's file. The guard file lets one process at a time compare once more and remove it."""
     try:
         os.close(os.open(guard.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))

@@ -1,14 +1,29 @@
 """Ends this process at once, even if other threads hang; logs one line first if possible."""
 
+import contextlib
 import faulthandler
 import logging
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
 
 TRY_AGAIN_EXIT_CODE = 75  # EX_TEMPFAIL in sysexits.h: a temporary failure
 # How long logging may take before the kernel ends the process.
 LAST_LINE_SECONDS = 15.0
+
+
+_before_good_exit: list[Callable[[], None]] = []
+
+
+@contextlib.contextmanager
+def before_good_exit(action: Callable[[], None]) -> Iterator[None]:
+    """Within the block, `exit_process` calls `action` before it ends this process with exit code 0."""
+    _before_good_exit.append(action)
+    try:
+        yield
+    finally:
+        _before_good_exit.remove(action)
 
 
 def exit_process(
@@ -33,6 +48,9 @@ def exit_process(
     """
     signal.setitimer(signal.ITIMER_REAL, LAST_LINE_SECONDS)
     logger.log(level, text, *values)
+    for action in _before_good_exit if exit_code == 0 else ():
+        with contextlib.suppress(Exception):  # whatever it is, this process ends
+            action()
     logging.shutdown()
     if with_stacks:
         faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)

@@ -10,7 +10,6 @@ from dreamdance.dancers.render import HELD_OUT_SEEDS, TRAINING_SEEDS, render_cli
 from dreamdance.data.shards.columns import encode_disparity, encode_normal
 from dreamdance.data.writing.shard_writer import ClipRecord, Part, ShardFormat, write_shards
 from dreamdance.media.pose_drawing import draw_pose
-from dreamdance.runtime.ranks import Ranks
 
 WIDTH, HEIGHT, NUM_FRAMES = 16, 24, 6
 
@@ -23,7 +22,7 @@ def write_dancer_shards(folder: Path, *, num_train: int = 10, num_validation: in
             for start in range(0, len(seeds), 4)
         ]
         shard_format = ShardFormat(compression="none")
-        write_shards(folder / name, parts, settings={"dancers": len(seeds)}, shard_format=shard_format, ranks=Ranks())
+        write_shards(folder / name, parts, settings={"dancers": len(seeds)}, shard_format=shard_format)
 
 
 def _render(seeds: range) -> Iterator[ClipRecord]:

@@ -20,7 +20,8 @@ from support.ranks import StartedRanks
 WORLD_SIZE = 2
 STEP_TIMEOUT_SECONDS = 6
 WATCHED = {"step_timeout_seconds": STEP_TIMEOUT_SECONDS, "collective_timeout_seconds": 60}
-LOST = 1  # how a rank ends that cannot go on without another one
+LOST = 1  # how a rank ends that took over another one's work
+PAUSE_SECONDS = 1.0  # so that each rank gets some of the work
 
 Recipe = AnimateRecipe | EvaluateRecipe | PrepareRecipe
 
@@ -91,29 +92,30 @@ class Noticed:
 
 
 def strike_and_start_again(recipe: Recipe, folder: Path, strike: Strike, look: Callable[[], object]) -> Noticed:
-    """Has a rank struck, sees the others end in time, starts all again, and sees that nothing is done twice.
+    """Has a rank struck, sees the other do its work and end in time, and starts all again, which does nothing twice.
 
     Args:
         recipe: of the task.
         folder: for the run and what the ranks write.
         strike: what happens in the first start.
-        look: asked after the first start and after the second, for what must be complete only then.
+        look: whether all is complete.
     """
     watched = recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update=WATCHED)})
-    with start(watched, folder, strike=strike) as ranks:
-        codes = {rank: LOST if rank == 0 else TRY_AGAIN_EXIT_CODE for rank in range(WORLD_SIZE)}
-        if strike.number is not None:
-            del codes[strike.rank]  # what is stopped can do nothing; srun ends it with the others
+    with start(watched, folder, strike=strike, pause=PAUSE_SECONDS) as ranks:
+        # What is stopped can do nothing: the other's error has srun end it. What hangs ends itself.
+        codes = dict.fromkeys(range(WORLD_SIZE), LOST)
+        del codes[strike.rank]
+        if strike.number is None:
+            codes = dict.fromkeys(codes, 0) | {strike.rank: TRY_AGAIN_EXIT_CODE}
         for rank, code in codes.items():
             ranks.processes[rank].join(150)
             assert ranks.processes[rank].exitcode == code, ranks.output()
         noticed = Noticed(time.time() - strike.flag.stat().st_mtime, ranks.output())
     done = read_done(folder / "run")
-    assert not look()
+    assert look()
     with start(recipe, folder) as ranks:
         ranks.results()
     assert look()
-    again = read_done(folder / "run")
-    assert len(again) > len(done)
-    assert set(Counter(again).values()) == {1}, "nothing is done twice"
+    assert read_done(folder / "run") == done
+    assert set(Counter(done).values()) == {1}, "nothing is done twice"
     return noticed

@@ -10,7 +10,6 @@ import numpy as np
 
 from dreamdance.data.writing.shard_writer import ClipRecord, Part, ShardFormat, write_shards
 from dreamdance.recipe.sections import Shards
-from dreamdance.runtime.ranks import Ranks
 
 WIDTH, HEIGHT = 8, 12
 
@@ -62,7 +61,6 @@ def write_random_shards(
         random_parts(num_clips, clips_per_part=clips_per_part, **options),
         settings={"clips": num_clips},
         shard_format=ShardFormat(shard_size_mib=4, compression=compression),
-        ranks=Ranks(),
     )
     return Shards(local=str(folder))
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dreamdance.runtime.ranks import Ranks
+from dreamdance.runtime.ranks import START, Ranks
 
 TIMEOUT_SECONDS = 240
 PRELOADED = ["torch", "deepspeed", "dreamdance.training.train", __name__]
@@ -43,7 +43,8 @@ class StartedRanks:
         port = _free_port()
         self.processes: list[BaseProcess] = [
             context.Process(
-                target=_run_rank, args=(target, Ranks(rank, world_size, rank, world_size), port, folder, arguments)
+                target=_run_rank,
+                args=(target, Ranks(rank, world_size, rank, world_size, str(port)), port, folder, arguments),
             )
             for rank in range(world_size)
         ]
@@ -110,6 +111,7 @@ def _run_rank(target: Callable[..., Any], ranks: Ranks, port: int, folder: Path,
         LOCAL_WORLD_SIZE=str(ranks.local_world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        **{START: ranks.start},
     )
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True)

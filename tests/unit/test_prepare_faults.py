@@ -17,14 +17,14 @@ from support.video_folders import videos_recipe, write_videos
 
 from dreamdance.data.prepare import prepare
 from dreamdance.data.writing import shard_writer
-from dreamdance.data.writing.shard_writer import ClipRecord, Part, PartSource, ShardFormat, write_shards
+from dreamdance.data.writing.shard_writer import ClipRecord, Part, PartSource, ShardFolder, ShardFormat, write_shards
 from dreamdance.data.writing.video_clips import VideoPart
 from dreamdance.errors import LostWorkerError, ShardError
 from dreamdance.recipe.schema import PrepareRecipe
 from dreamdance.recipe.sections import Cluster
-from dreamdance.runs.crew import Crew
 from dreamdance.runs.file_states import read_state
 from dreamdance.runs.folder_lock import OutputError, lock_folder
+from dreamdance.runs.work_queue import WorkQueue
 from dreamdance.runtime.ranks import Ranks
 
 SMALL = ShardFormat(shard_size_mib=1, compression="zstd")
@@ -35,7 +35,7 @@ def content(folder: Path) -> dict[str, str]:
 
 
 def write(folder: Path, parts: list[Part], **options) -> None:
-    write_shards(folder, parts, **{"settings": {"clips": 12}, "shard_format": SMALL, "ranks": Ranks(), **options})
+    write_shards(folder, parts, **{"settings": {"clips": 12}, "shard_format": SMALL, **options})
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +69,12 @@ class Disturbed:
     ],
 )
 def test_a_writer_that_dies_or_hangs_is_an_error_and_the_next_start_completes(tmp_path, expected, number, message):
-    crew = Crew(Ranks(), cluster=Cluster(step_timeout_seconds=1, collective_timeout_seconds=5))
+    cluster = Cluster(step_timeout_seconds=1, collective_timeout_seconds=5)
     folder, flag, parts = tmp_path / "shards", tmp_path / "flag", random_parts(12)
     disturbed = [parts[0], Part(parts[1].name, Disturbed(flag, number)), parts[2]]
     start = time.monotonic()
-    with pytest.raises(LostWorkerError, match=message) as told:
-        write(folder, disturbed, num_workers=2, crew=crew)
+    with pytest.raises(LostWorkerError, match=message) as told, WorkQueue(Ranks(), cluster=cluster) as queue:
+        write(folder, disturbed, num_workers=2, queue=queue)
     detected = time.monotonic() - start
     assert not Path(f"/proc/{flag.read_text()}").exists()
     assert not (folder / "index.json").exists()
@@ -96,11 +96,13 @@ def test_ranks_with_one_process_id_begin_one_folder_together(tmp_path, expected,
     def meet(source: Path, target: Path) -> None:
         if target.name == shard_writer.SETTINGS_FILE and not met:
             met.append(target)
-            write(folder, random_parts(12), ranks=Ranks(1, 2, 1, 2))
+            with WorkQueue(Ranks()) as queue:
+                settings = {"settings": {"clips": 12}, "shard_format": SMALL}
+                ShardFolder(folder, random_parts(12), **settings, queue=queue).expect(["part_00004"])
         replace(source, target)
 
     monkeypatch.setattr(shard_writer.os, "replace", meet)
-    write(folder, random_parts(12), ranks=Ranks(0, 2, 0, 2))
+    write(folder, random_parts(12))
     assert met
     assert content(folder) == expected
 
@@ -109,12 +111,18 @@ def test_ranks_with_one_process_id_begin_one_folder_together(tmp_path, expected,
 @pytest.mark.parametrize("damaged", ["settings.json", "part_00004/index.json"])
 def test_notes_that_a_crash_of_the_machine_left_damaged_are_named_with_what_to_do(tmp_path, text, damaged):
     folder = tmp_path / "shards"
-    write(folder, random_parts(12), ranks=Ranks(1, 2, 1, 2))
+    parts = random_parts(12)
+    with pytest.raises(RuntimeError, match="the machine crashed"):
+        write(folder, [*parts[:2], Part(parts[2].name, crash)])
     assert (folder / ".parts" / damaged).is_file()
     (folder / ".parts" / damaged).write_text(text)
     with pytest.raises(ShardError, match=rf"{damaged} is damaged.*; delete .*, what it holds is made again"):
-        write(folder, random_parts(12), ranks=Ranks(0, 2, 0, 2))
+        write(folder, random_parts(12))
     assert not (folder / "index.json").exists()
+
+
+def crash() -> Iterator[ClipRecord]:
+    raise RuntimeError("the machine crashed")
 
 
 def make_recipe(output: Path, *, num_clips: int) -> PrepareRecipe:
@@ -137,7 +145,7 @@ def make_recipe(output: Path, *, num_clips: int) -> PrepareRecipe:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_rank_that_stops_is_noticed_and_its_share_is_written_by_the_next_start(tmp_path):
+def test_a_rank_that_stops_is_noticed_and_its_share_is_written_by_the_other(tmp_path):
     alone, output = tmp_path / "alone", tmp_path / "data"
     prepare(make_recipe(alone, num_clips=4), tmp_path / "alone_run")
     strike = Strike(1, signal.SIGSTOP, 2, tmp_path / "struck")
@@ -150,7 +158,7 @@ def test_a_rank_that_stops_is_noticed_and_its_share_is_written_by_the_next_start
     record_fault(
         "rank of prepare stopped (SIGSTOP)",
         how=f"at its second part, on 2 ranks; cluster.step_timeout_seconds={STEP_TIMEOUT_SECONDS}",
-        promised="the other ends in time; the next start writes the missing parts",
+        promised="the other writes its parts and ends; the next start finds all done",
         happened="so it did; no part was written twice, and all files are those of one rank alone",
         detected_seconds=noticed.seconds,
     )
@@ -204,16 +212,17 @@ def test_a_search_that_goes_on_is_no_hang_in_this_process(tmp_path, monkeypatch)
         "dreamdance.runtime.watchdog.exit_process", lambda logger, text, *rest, **options: ends.append(rest)
     )
     cluster = Cluster(step_timeout_seconds=1, collective_timeout_seconds=1)
-    with Crew(Ranks(), cluster=cluster) as crew:
-        write(tmp_path / "shards", long_searches(tmp_path, seconds=2.2), crew=crew)
+    with WorkQueue(Ranks(), cluster=cluster) as queue:
+        write(tmp_path / "shards", long_searches(tmp_path, seconds=2.2), queue=queue)
     assert ends == []
     assert (tmp_path / "shards" / "index.json").is_file()
 
 
 @pytest.mark.slow
 def test_a_search_that_goes_on_is_no_hang_in_workers(tmp_path):
-    crew = Crew(Ranks(), cluster=Cluster(step_timeout_seconds=1, collective_timeout_seconds=5))
-    write(tmp_path / "shards", long_searches(tmp_path, seconds=8.0), num_workers=2, crew=crew)
+    cluster = Cluster(step_timeout_seconds=1, collective_timeout_seconds=5)
+    with WorkQueue(Ranks(), cluster=cluster) as queue:
+        write(tmp_path / "shards", long_searches(tmp_path, seconds=8.0), num_workers=2, queue=queue)
     assert (tmp_path / "shards" / "index.json").is_file()
 
 

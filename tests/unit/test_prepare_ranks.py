@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -12,15 +11,26 @@ import pytest
 from support.video_folders import damage, videos_recipe, write_videos
 
 from dreamdance.data.prepare import prepare
+from dreamdance.runtime.ranks import START
 
 MAIN_RANK = """
-import sys
+import sys, time
 from pathlib import Path
-from dreamdance.data.prepare import prepare
+from dreamdance.data import prepare
 from dreamdance.errors import UserError
 from dreamdance.recipe.schema import PrepareRecipe
+
+check_shares = prepare.check_shares
+
+def wait_and_check_shares(*arguments):
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not list(Path(sys.argv[2]).glob("queue/*/write.off")):
+        time.sleep(0.1)
+    return check_shares(*arguments)
+
+prepare.check_shares = wait_and_check_shares
 try:
-    prepare(PrepareRecipe.model_validate_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
+    prepare.prepare(PrepareRecipe.model_validate_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
 except UserError as error:
     sys.exit(str(error))
 """
@@ -35,25 +45,19 @@ class TwoRanks:
             write_videos(self.folder, name, seed=seed)
         self.recipe = videos_recipe(self.output, self.folder, validation_fraction=0.0, **changes)
         self.run = tmp_path / "run"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.address = free.getsockname()
-        place = {"MASTER_ADDR": self.address[0], "MASTER_PORT": str(self.address[1]), "WORLD_SIZE": "2"}
-        for name, value in {**place, "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", START: "this one"}
+        for name, value in place.items():
             monkeypatch.setenv(name, value)
 
     def start_main(self) -> "subprocess.Popen[str]":
-        """Starts the main rank, and returns when it waits for the other: it has looked into the folder by then."""
+        """Starts the main rank, and returns when it has looked into the folder; it goes on when the work is off."""
         recipe = self.run.with_name("recipe.json")
         recipe.write_text(self.recipe.model_dump_json())
         environment = {**os.environ, "RANK": "0", "LOCAL_RANK": "0"}
         command = [sys.executable, "-c", MAIN_RANK, recipe, self.run]
         main = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         until = time.monotonic() + 60
-        while time.monotonic() < until and main.poll() is None:
-            with socket.socket() as question:
-                if question.connect_ex(self.address) == 0:
-                    break
+        while time.monotonic() < until and main.poll() is None and not list(self.run.glob("queue/*/plan")):
             time.sleep(0.1)
         return main
 

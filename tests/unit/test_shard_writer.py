@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from support.random_shards import random_clip, random_clips, random_parts, write_random_shards
+from support.ranks import run_ranks
 
 from dreamdance.data.loading.dataset import StoredClips
 from dreamdance.data.shards.index import read_index
@@ -23,6 +24,7 @@ from dreamdance.data.shards.verify import verify_shards
 from dreamdance.data.writing.shard_writer import ClipRecord, Part, ShardFormat, write_shards
 from dreamdance.errors import ShardError
 from dreamdance.recipe.sections import Shards
+from dreamdance.runs.work_queue import WorkQueue
 from dreamdance.runtime.ranks import Ranks
 
 SMALL = ShardFormat(shard_size_mib=1, compression="zstd")
@@ -37,7 +39,7 @@ def content(folder: Path) -> dict[str, str]:
 
 
 def write(folder: Path, parts: list[Part], **options) -> None:
-    write_shards(folder, parts, **{"settings": {"clips": 12}, "shard_format": SMALL, "ranks": Ranks(), **options})
+    write_shards(folder, parts, **{"settings": {"clips": 12}, "shard_format": SMALL, **options})
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +58,29 @@ def test_workers_change_nothing(tmp_path, expected):
     assert content(tmp_path / "shards") == expected
 
 
+@pytest.mark.distributed
 def test_ranks_divide_the_parts_and_change_nothing(tmp_path, expected):
     folder = tmp_path / "shards"
-    write(folder, random_parts(12), ranks=Ranks(2, 3, 2, 3))
-    write(folder, random_parts(12), ranks=Ranks(1, 3, 1, 3))
-    assert not (folder / "index.json").exists()
-    write(folder, random_parts(12), ranks=Ranks(0, 3, 0, 3))
+    counted = run_ranks(share, 3, tmp_path / "ranks", shards=str(folder))
     assert content(folder) == expected
+    assert counted == [[3, 3]] * 3, "the parts of all ranks"
 
 
-def test_the_first_rank_does_not_wait_for_parts_of_others_that_are_not_there(tmp_path):
-    with pytest.raises(ShardError, match=r"2 parts of .* are still missing, and there is no other rank here"):
-        write(tmp_path / "shards", random_parts(12), ranks=Ranks(0, 3, 0, 3))
+def share(ranks: Ranks, *, shards: str) -> list[int]:
+    counted: list[tuple[int, int]] = []
+    with WorkQueue(ranks, run_folder=Path(shards).parent / "run") as queue:
+        write(Path(shards), random_parts(12), queue=queue, on_part=lambda *counts: counted.append(counts))
+    return list(counted[-1])
+
+
+def crash() -> Iterator[ClipRecord]:
+    raise RuntimeError("the machine crashed")
+
+
+def crash_at_the_last_part(folder: Path) -> None:
+    parts = random_parts(12)
+    with pytest.raises(RuntimeError, match="the machine crashed"):
+        write(folder, [*parts[:2], Part(parts[2].name, crash)])
 
 
 @dataclass(frozen=True)
@@ -104,7 +117,6 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from support.random_shards import random_clip, random_parts
 from dreamdance.data.writing.shard_writer import Part, ShardFormat, write_shards
-from dreamdance.runtime.ranks import Ranks
 
 def slowly(make):
     for clip in make():
@@ -114,7 +126,7 @@ def slowly(make):
 if __name__ == "__main__":
     parts = [Part(part.name, partial(slowly, part.make)) for part in random_parts(12)]
     write_shards(Path(sys.argv[1]), parts, settings={"clips": 12}, shard_format=ShardFormat(1, "zstd"),
-                 num_workers=int(sys.argv[3]), ranks=Ranks(), on_part=lambda done, total: print(done, flush=True))
+                 num_workers=int(sys.argv[3]), on_part=lambda done, total: print(done, flush=True))
 """
 
 
@@ -185,17 +197,19 @@ def test_a_complete_folder_is_left_as_it_is_with_a_line_that_says_so(tmp_path, c
 @pytest.mark.parametrize("finish", [False, True])
 def test_other_settings_are_refused_by_name(tmp_path, finish):
     folder = tmp_path / "shards"
-    write(folder, random_parts(12), ranks=Ranks(0, 1) if finish else Ranks(1, 2))
+    if finish:
+        write(folder, random_parts(12))
+    else:
+        crash_at_the_last_part(folder)
     with pytest.raises(ShardError, match=r"clips was 12, is 13; compression was 'zstd', is 'none'.*`output`"):
         write(folder, random_parts(13), settings={"clips": 13}, shard_format=ShardFormat(1, "none"))
 
 
-def test_progress_counts_the_parts_of_all_ranks(tmp_path):
+def test_progress_counts_the_parts_of_all_starts(tmp_path):
     seen: list[tuple[int, int]] = []
-    write(tmp_path / "shards", random_parts(12), ranks=Ranks(1, 2), on_part=lambda *counts: seen.append(counts))
-    assert seen == []
-    write(tmp_path / "shards", random_parts(12), ranks=Ranks(0, 2), on_part=lambda *counts: seen.append(counts))
-    assert seen[0] == (1, 3)
+    crash_at_the_last_part(tmp_path / "shards")
+    write(tmp_path / "shards", random_parts(12), on_part=lambda *counts: seen.append(counts))
+    assert seen[0] == (2, 3)
     assert seen[-1] == (3, 3)
 
 

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -23,9 +23,9 @@ from dreamdance.data.shards.columns import COLUMNS, SCHEMA_VERSION, pack_frames,
 from dreamdance.data.shards.mds import INDEX_FILE, MDSWriter
 from dreamdance.errors import LostWorkerError, ShardError, UserError, is_transient
 from dreamdance.modalities import MODALITIES
-from dreamdance.runs.crew import Crew
 from dreamdance.runs.file_states import FileState, read_state
 from dreamdance.runs.files import replace_atomically
+from dreamdance.runs.work_queue import WorkQueue
 from dreamdance.runtime.warnings_once import held_warnings, warn_once
 from dreamdance.runtime.worker_processes import start_worker, worker_context
 
@@ -280,30 +280,36 @@ def _write_clips(
 
 def write_parts(
     folder: Path,
-    parts: Sequence[Part],
+    next_part: Callable[[], Part | None],
     shard_format: ShardFormat,
     *,
     num_workers: int,
     on_error: OnError,
-    crew: Crew,
+    queue: WorkQueue,
 ) -> Iterator[tuple[Part, str | None]]:
-    """Writes parts until the work is called off; what is in hand then is finished.
+    """Writes parts until there is none to begin; what is in hand then is finished.
+
+    Args:
+        folder: of the shards.
+        next_part: claims a part for this process; None if there is none to claim now.
+        shard_format: size and compression.
+        num_workers: processes; 1 writes in this one.
+        on_error: what becomes of a part whose source is damaged.
+        queue: its watchdog, and how long a process may take.
 
     Yields:
         each part when it is through, and its damage.
 
     Raises:
-        LostWorkerError: a worker died or hangs, or another rank is lost.
+        LostWorkerError: a worker died or hangs.
     """
-    if num_workers > 1 and len(parts) > 1:
-        yield from _write_in_processes(folder, parts, shard_format, num_workers, on_error, crew)
+    if num_workers > 1:
+        yield from _write_in_processes(folder, next_part, shard_format, num_workers, on_error, queue)
         return
-    for part in parts:
-        if crew.is_called_off():
-            return
-        on_clip = partial(crew.watchdog.enter, "making a clip", f"of {part.name}", is_measured=True)
+    while (part := next_part()) is not None:
+        on_clip = partial(queue.watchdog.enter, "making a clip", f"of {part.name}", is_measured=True)
         # Not "making a clip": that is measured, and what precedes the first one of a video may take any time.
-        on_sign = partial(crew.watchdog.enter, "reading files up to their first clip", part.name)
+        on_sign = partial(queue.watchdog.enter, "reading files up to their first clip", part.name)
         if part.source is None:
             on_clip()
         else:
@@ -312,37 +318,39 @@ def write_parts(
 
 
 def _write_in_processes(
-    folder: Path, parts: Sequence[Part], shard_format: ShardFormat, num_workers: int, on_error: OnError, crew: Crew
+    folder: Path,
+    next_part: Callable[[], Part | None],
+    shard_format: ShardFormat,
+    num_workers: int,
+    on_error: OnError,
+    queue: WorkQueue,
 ) -> Iterator[tuple[Part, str | None]]:
-    num_workers, coming = min(num_workers, len(parts)), list(reversed(parts))
     context = worker_context(__name__)
     with ProcessPoolExecutor(num_workers, mp_context=context, initializer=start_worker) as pool:
         in_hand: dict[Future[tuple[str | None, list[str]]], Part] = {}
         sign, since = 0, time.monotonic()
-        looked, between_looks = since, min(LOOK_SECONDS, crew.stall_seconds / 4)
+        looked, between_looks = since, min(LOOK_SECONDS, queue.stall_seconds / 4)
         try:
             while True:
-                while coming and len(in_hand) < num_workers and not crew.is_called_off():
-                    part = coming.pop()
+                while len(in_hand) < num_workers and (part := next_part()) is not None:
                     in_hand[pool.submit(_write_for_another, folder, part, shard_format, on_error)] = part
                 if not in_hand:
                     return
-                crew.watchdog.enter("waiting for its own processes", f"{len(in_hand)} parts are in hand")
+                queue.watchdog.enter("waiting for its own processes", f"{len(in_hand)} parts are in hand")
                 done, _ = wait(in_hand, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
                 now = time.monotonic()
                 if done:
                     since = now
                 elif now - looked > between_looks:
-                    looked, newest = now, max(_signs_of_life(folder, parts), default=0)
+                    looked, newest = now, max(_signs_of_life(folder, in_hand.values()), default=0)
                     if newest != sign:
                         sign, since = newest, now
-                    elif now - since > crew.stall_seconds:
+                    elif now - since > queue.stall_seconds:
                         raise LostWorkerError(
-                            f"{len(in_hand) + len(coming)} parts of {folder} are missing and not one clip was made for "
-                            f"{crew.stall_seconds:.0f} s (`cluster.collective_timeout_seconds`): a process or the "
+                            f"{len(in_hand)} parts of {folder} are in hand and not one clip was made for "
+                            f"{queue.stall_seconds:.0f} s (`cluster.collective_timeout_seconds`): a process or the "
                             "storage hangs, or a clip is too large"
                         )
-                crew.check()
                 for future in done:
                     damage, warnings = future.result()
                     for text in warnings:
@@ -368,7 +376,7 @@ def _write_for_another(
         return write_part(folder, part, shard_format, on_error=on_error), warnings
 
 
-def _signs_of_life(folder: Path, parts: Sequence[Part]) -> Iterator[int]:
+def _signs_of_life(folder: Path, parts: Iterable[Part]) -> Iterator[int]:
     """When each part in hand last got a clip, or a sign that one is made; nanoseconds since 1970."""
     own = {part.name for part in parts}
     for entry in os.scandir(folder / PARTS_FOLDER):

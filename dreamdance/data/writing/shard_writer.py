@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,9 @@ from dreamdance.data.writing.shard_parts import (
 )
 from dreamdance.errors import ShardError
 from dreamdance.media.video_names import printable
-from dreamdance.runs.crew import Crew
 from dreamdance.runs.file_states import FileState, read_state
 from dreamdance.runs.files import replace_atomically, write_atomically
+from dreamdance.runs.work_queue import Share, WorkQueue
 from dreamdance.runtime.ranks import Ranks
 
 __all__ = ["ClipRecord", "Part", "PartSource", "ShardFolder", "ShardFormat", "Survey", "write_shards"]
@@ -47,6 +48,8 @@ __all__ = ["ClipRecord", "Part", "PartSource", "ShardFolder", "ShardFormat", "Su
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "settings.json"
+# Under this name the writing of all splits is called off.
+WRITE = "write"
 # In an index's details: by part, the name and the id of what it was made from, its files' hashes, its damage.
 SOURCES_KEY = "sources"
 
@@ -69,7 +72,7 @@ class Survey:
 
 
 class ShardFolder:
-    """A folder of shards in the making. The ranks divide its parts; each surveys and writes its own."""
+    """A folder of shards in the making. The ranks share the work on its parts."""
 
     def __init__(
         self,
@@ -78,7 +81,7 @@ class ShardFolder:
         *,
         settings: Mapping[str, Any],
         shard_format: ShardFormat,
-        crew: Crew,
+        queue: WorkQueue,
         on_error: OnError = "stop",
     ) -> None:
         """Looks at what is there; nothing is written yet.
@@ -88,19 +91,19 @@ class ShardFolder:
             parts: the same list on every rank, with different names without dots.
             settings: all that decides the content (JSON-able) but the content of sources.
             shard_format: size and compression of the files.
-            crew: the ranks that share the work.
+            queue: of the ranks that share the work.
             on_error: what becomes of a part whose source is damaged.
 
         Raises:
             ShardError: the folder was begun with other settings; names them.
         """
-        self.folder, self.parts, self._format, self._crew, self._on_error = folder, parts, shard_format, crew, on_error
+        self.folder, self.parts, self._format, self._queue = folder, parts, shard_format, queue
+        self._on_error = on_error
         whole = {**settings, "compression": shard_format.compression, "hashes": HASHES}
         self._settings: dict[str, Any] = json.loads(json.dumps(whole))
         self.is_complete = (folder / INDEX_FILE).exists()
         self._sources: dict[str, dict[str, Any]] = {}
         self._shards: dict[str, list[dict[str, Any]]] = {}
-        self._missing: set[str] = set()
         if self.is_complete:
             self._read_complete()
         elif (noted := folder / PARTS_FOLDER / SETTINGS_FILE).exists():
@@ -113,18 +116,19 @@ class ShardFolder:
         for shard in read_object(self.folder / INDEX_FILE)["shards"]:
             self._shards.setdefault(_stored(shard)["basename"].partition(".")[0], []).append(shard)
 
-    def survey(self, known: Mapping[str, FileState]) -> Survey:
-        """Looks which parts of this rank's share are to be made; what was made from other files is removed.
+    def survey(self, parts: Iterable[Part], known: Mapping[str, FileState]) -> Survey:
+        """Looks which parts are to be made; what was made from other files is removed.
 
         Args:
+            parts: of this folder.
             known: states of source files that need not be read again while size and times are the same.
 
         Raises:
             ShardError: a note is damaged.
         """
         found = Survey()
-        for part in self._own():
-            self._crew.watchdog.enter("looking at what is there", f"{self.folder.name}/{part.name}")
+        for part in parts:
+            self._queue.watchdog.enter("looking at what is there", f"{self.folder.name}/{part.name}")
             states = {} if part.source is None else self._states(part, part.source, known)
             read = {name: state for name, state in states.items() if state is not known.get(name)}
             found.states.update((name, state) for name, state in read.items() if state is not None)
@@ -137,9 +141,6 @@ class ShardFolder:
             if not is_made:
                 found.missing.append(part.name)
         return found
-
-    def _own(self) -> Sequence[Part]:
-        return self.parts[self._crew.ranks.rank :: self._crew.ranks.world_size]
 
     def _states(self, part: Part, source: PartSource, known: Mapping[str, FileState]) -> dict[str, FileState | None]:
         """The states of a part's files, which are read only if there is something to compare them with."""
@@ -197,11 +198,11 @@ class ShardFolder:
         planned = {part.name for part in self.parts}
         return [record["name"] for name, record in self._sources.items() if name not in planned]
 
-    def expect(self, missing: Iterable[str]) -> None:
-        """Says which parts are to be made, by name, of all ranks; all others are there."""
-        self._missing = set(missing)
-        if self._missing:
+    def expect(self, missing: Sequence[str]) -> Share:
+        """Takes the names of the parts that are to be made, the same on every rank; returns them to be shared."""
+        if missing:
             self._begin()
+        return self._queue.share(f"write {self.folder.name}", missing, stop=WRITE)
 
     def _begin(self) -> None:
         """Makes the place for parts, and notes their settings if it is new."""
@@ -211,49 +212,48 @@ class ShardFolder:
             return
         write_atomically(noted, json.dumps(self._settings, indent=1, sort_keys=True))
 
-    def write(self, num_workers: int, on_part: Callable[[], None]) -> dict[str, str]:
-        """Writes this rank's share of the missing parts, or of it what is in hand when the work is called off.
+    def write(self, share: Share, num_workers: int, on_part: Callable[[], None]) -> None:
+        """Writes missing parts until no more can be claimed; a damaged one may call the work off.
 
         Args:
+            share: of `expect`; what comes of a part is its damage, if there is any.
             num_workers: processes on this rank; 1 writes in this one.
             on_part: called before the first part, and after each.
 
-        Returns:
-            What is damaged: name -> reason.
-
         Raises:
-            LostWorkerError: a worker died or hangs, or another rank is lost.
+            LostWorkerError: a worker died or hangs.
         """
-        own = [p for p in self._own() if p.name in self._missing and not part_folder(self.folder, p).exists()]
-        damaged = {}
+        by_name = {part.name: part for part in self.parts}
+
+        def next_part() -> Part | None:
+            while (name := share.claim()) is not None:
+                if not part_folder(self.folder, by_name[name]).exists():
+                    return by_name[name]
+                share.finish(name)  # by a worker of a killed rank, which had it in hand
+            return None
+
         on_part()
         for part, damage in write_parts(
-            self.folder, own, self._format, num_workers=num_workers, on_error=self._on_error, crew=self._crew
+            self.folder,
+            next_part,
+            self._format,
+            num_workers=min(num_workers, len(share.items)),
+            on_error=self._on_error,
+            queue=self._queue,
         ):
             if damage is not None and part.source is not None:
-                damaged[part.source.name] = damage
                 logger.warning("%s cannot be used: %s", printable(part.source.name), printable(damage))
-            if damage is None or self._on_error == "skip":
-                self._crew.finish(f"{self.folder.name}/{part.name}")
-            else:
-                self._crew.call_off()
+            is_made = damage is None or self._on_error == "skip"
+            share.finish(part.name, damage or "", made=f"{self.folder.name}/{part.name}" if is_made else None)
+            if not is_made:
+                self._queue.call_off(WRITE)
             on_part()
-        return damaged
 
-    def num_there(self) -> int:
-        """How many parts are there, of all ranks."""
-        there = os.listdir(self.folder / PARTS_FOLDER) if self._missing else []
-        return len(self.parts) - len(self._missing.difference(there))
-
-    def wait(self, on_wait: Callable[[], None]) -> None:
-        """Waits until the parts of all ranks are there.
-
-        Raises:
-            LostWorkerError: another rank is lost, or there is none.
-        """
-        while missing := len(self.parts) - self.num_there():
-            on_wait()
-            self._crew.pause(f"{missing} parts of {self.folder} are still missing")
+    def found_damaged(self, share: Share) -> dict[str, str]:
+        """What all ranks found damaged while they wrote: name -> damage."""
+        sources = {part.name: part.source for part in self.parts}
+        found = {sources[name]: damage for name, damage in share.results().items() if damage}
+        return {source.name: damage for source, damage in found.items() if source is not None}
 
     @functools.cached_property
     def notes(self) -> dict[str, PartNote]:
@@ -269,7 +269,7 @@ class ShardFolder:
         return {name: damage for name, damage in damages.items() if damage is not None and name in names}
 
     def complete(self, left_out: Mapping[str, str], *, may_be_empty: bool = False) -> None:
-        """Gives the parts' shards their final names and writes the index: on the main rank, when all parts are there.
+        """Gives the parts' shards their final names and writes the index: by one rank, when all parts are there.
 
         Args:
             left_out: name -> damage of what nothing is written of, though its part in this folder may have clips.
@@ -283,7 +283,7 @@ class ShardFolder:
         if self.is_complete and not any(part_folder(self.folder, part).exists() for part in self.parts):
             logger.info("%s is complete already, with the same settings: nothing to write", self.folder)
         else:
-            self._crew.watchdog.enter("completing a folder of shards", str(self.folder))
+            self._queue.watchdog.enter("completing a folder of shards", str(self.folder))
             self._complete(left_out, may_be_empty)
         if (self.folder / PARTS_FOLDER).exists():
             os.replace(self.folder / PARTS_FOLDER, remains)  # at once: what is half removed must not be taken for parts
@@ -343,11 +343,10 @@ def write_shards(
     settings: Mapping[str, Any],
     shard_format: ShardFormat,
     num_workers: int = 1,
-    ranks: Ranks | None = None,
-    crew: Crew | None = None,
-    on_part: Callable[[int, int], None] | None = None,
+    queue: WorkQueue | None = None,
+    on_part: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Writes all parts into `folder`; ranks divide them, and the first rank completes the folder when all are there.
+    """Writes all parts into `folder`; ranks share them, and one of them completes the folder when all are there.
 
     Args:
         folder: an existing one is continued, or left as it is if complete.
@@ -355,31 +354,31 @@ def write_shards(
         settings: all that decides the content (JSON-able); a folder of other settings is refused.
         shard_format: size and compression of the files.
         num_workers: processes on this rank; 1 writes in this one.
-        ranks: this process; by default the crew's, or from the environment.
-        crew: the ranks that share the work; without one, the first rank does not wait for parts of others.
-        on_part: called on the first rank with the number of finished parts, of all ranks, and of all parts.
+        queue: of the ranks that share the work, entered; by default this process works alone.
+        on_part: called with the number of finished parts, of all ranks, and of all parts.
 
     Raises:
         ShardError: the folder was begun with other settings (naming them), or there is nothing to write.
-        LostWorkerError: a worker died or hangs, or another rank is lost.
+        LostWorkerError: a worker died or hangs.
     """
-    crew = crew or Crew(ranks or Ranks.from_environment())
-    shards = ShardFolder(folder, parts, settings=settings, shard_format=shard_format, crew=crew)
+    with ExitStack() as entered:
+        queue = queue or entered.enter_context(WorkQueue(Ranks()))
+        shards = ShardFolder(folder, parts, settings=settings, shard_format=shard_format, queue=queue)
+        surveyed = queue.agree("survey", json.dumps(shards.survey(parts, {}).missing))
+        share = shards.expect(json.loads(surveyed))
 
-    def report() -> None:
-        if on_part is not None and crew.ranks.is_main:
-            on_part(shards.num_there(), len(parts))
+        def report() -> None:
+            on_part(len(parts) - len(share.items) + share.num_done(), len(parts))
 
-    answers = crew.exchange(f"parts of {folder}", json.dumps(shards.survey({}).missing))
-    missing = [name for text in answers for name in json.loads(text)]
-    if len(answers) < crew.ranks.world_size and not shards.is_complete:  # parts of others may be there, or not
-        missing = [part.name for part in parts]
-    shards.expect(missing)
-    shards.write(num_workers, report)
-    if crew.ranks.is_main:
-        shards.wait(report)
+        while not share.is_over():
+            shards.write(share, num_workers, report)
+            if not share.is_over():
+                queue.pause("parts of other ranks are missing")
         report()
-        shards.complete({})
+        last = queue.share("complete", ["the folder"])
+        for item in last.take():
+            shards.complete({})
+            last.finish(item)
 
 
 def _stored(shard: Mapping[str, Any]) -> Mapping[str, Any]:
