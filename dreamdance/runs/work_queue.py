@@ -19,14 +19,14 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from dreamdance.errors import LostWorkerError, UserError
 from dreamdance.recipe.sections import Cluster
 from dreamdance.runs.files import write_atomically
 from dreamdance.runs.layout import QUEUE_FOLDER, note_done
-from dreamdance.runs.locks import WatchedFile, locked_file
+from dreamdance.runs.locks import HeldLockError, WatchedFile, locked_file
 from dreamdance.runtime.exits import before_good_exit
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.runtime.watchdog import Watchdog
@@ -126,10 +126,19 @@ class WorkQueue:
     def agree(self, name: str, text: str) -> str:
         """The text that the first process gave under this name."""
         path = self.folder / name
-        with locked_file(self.folder / LOCK, wait_seconds=LOCK_SECONDS):
+        with self.locked():
             if not path.exists():
                 write_atomically(path, text)
             return path.read_text(encoding="utf-8")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from agreeing on anything, and from taking items over."""
+        try:
+            with locked_file(self.folder / LOCK, wait_seconds=LOCK_SECONDS):
+                yield
+        except HeldLockError as error:
+            raise LostWorkerError(f"a process was stopped while it held the queue's lock: {error}") from error
 
     def call_off(self, name: str, reason: str = "") -> None:
         """Has no process claim any more items of a share; what the processes have in hand they finish."""
@@ -281,8 +290,9 @@ class Share:
         """Yields items to do, each to be finished before the next; returns when all are done, or called off.
 
         Args:
-            on_wait: called now and then while other processes are at work.
+            on_wait: called while other processes are at work, whenever they have done more.
         """
+        before = -1
         while True:
             item = self.claim()
             if item is not None:
@@ -290,7 +300,9 @@ class Share:
             elif self.is_over():
                 return
             else:
-                on_wait()
+                if (done := self.num_done()) != before:
+                    on_wait()
+                before = done
                 self._queue.pause(f"{len(self._pending)} of {len(self.items)} items ({self._share}) are not done")
 
     def is_over(self) -> bool:
@@ -361,7 +373,7 @@ class Share:
                 f"'{item}' ({self._share}) was given up: {times} processes were lost while they did it; of the last "
                 f"one, {why}. Look into their logs: did the memory not suffice?"
             )
-        with locked_file(self._queue.folder / LOCK, wait_seconds=LOCK_SECONDS):
+        with self._queue.locked():
             if self._read_claim(number) != claimed or self._path(number, "done").exists():
                 return False
             write_atomically(self._path(number, "claim"), f"{self._queue.me} {times}")
