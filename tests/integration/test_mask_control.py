@@ -31,7 +31,6 @@ from dreamdance.media.video import write_video
 from dreamdance.recipe.schema import AnimateRecipe
 from dreamdance.recipe.sections import Shards
 from dreamdance.runs.layout import export_folder
-from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.stages.training_stage import stage_of
 
 MASKED = {"model.controls": ["pose", "mask"]}
@@ -81,7 +80,7 @@ def clips_without_a_mask() -> Iterator[ClipRecord]:
 
 def test_shards_without_a_mask_are_refused_with_the_key_to_change(tmp_path):
     part = Part("part_0", partial(clips_without_a_mask))
-    write_shards(tmp_path / "bare", [part], settings={}, shard_format=ShardFormat(), ranks=Ranks())
+    write_shards(tmp_path / "bare", [part], settings={}, shard_format=ShardFormat())
     clips = ClipDataset(Shards(local=str(tmp_path / "bare")), width=8, height=12, num_frames=2, maps=["mask"])
     with pytest.raises(ShardError, match=r"clip_0000.* has no mask frames, .*`model\.controls` of stage 2"):
         clips.training_sample(SampleKey(0, 0))

@@ -128,7 +128,7 @@ def test_more_shared_memory_than_the_architecture_has_is_a_violation_whatever_th
     too_large = replace(fits, shared_bytes=most * 1024 + 1)
     assert ahead_of_time.violations([fits], [fits]) == []
     assert ahead_of_time.violations([too_large], [too_large]) == [
-        f"tile {architecture}: {most * 1024 + 1} shared_bytes, above the {most * 1024} that the architecture has"
+        f"tile {architecture}: {most * 1024 + 1} shared_bytes, above the {most * 1024} of the architecture"
     ]
 
 
