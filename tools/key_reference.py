@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from dreamdance.recipe.keys import REQUIRED, Key, keys
 from dreamdance.recipe.parse import TASKS
-from dreamdance.recipe.reference import REQUIRED, Key, keys
 from dreamdance.recipe.schema import Recipe, TrainingRecipe
 
 OUTPUT = Path(__file__).resolve().parent.parent / "recipes" / "README.md"

@@ -33,8 +33,8 @@ PATTERNS: tuple[Pattern, ...] = ("plain", "rings", "stripes", "checks", "gingham
 HairStyle = Literal["short", "bob", "long", "ponytail", "bun", "cap"]
 _HAIR_STYLES: tuple[HairStyle, ...] = ("short", "bob", "long", "ponytail", "bun", "cap")
 
+# Materials, by their place in `Identity.materials`.
 SKIN, HAIR, TOP, BOTTOM, SHOES = range(5)
-"""Materials, by their place in `Identity.materials`."""
 
 _SKIN_TONES = ("f6d7c0", "ecc0a0", "dda883", "c98f66", "ae7549", "8d5a37", "74492d", "5a3926")
 _HAIR_COLOURS = ("15110f", "2c1e16", "4a2e1c", "7a4a28", "a9773f", "d0a864", "8e2f20", "b8b4ae", "3b3f6b", "a8557e")

@@ -14,23 +14,23 @@ from dreamdance.dancers.motion import Proportions, Skeleton
 
 _Array = NDArray[np.floating[Any]]
 
+# Measures of a head in its own frame (left, up, forward), in metres, for a head factor of 1.
 SKULL, SKULL_RADIUS = np.array([0.0, 0.022, 0.0]), 0.084
 CHIN, CHIN_RADIUS = np.array([0.0, -0.066, 0.029]), 0.045
 HEAD_STRETCH = np.array([0.89, 1.0, 1.06])
 NOSE = (np.array([0.0, 0.000, 0.080]), np.array([0.0, -0.034, 0.092]))
 NOSE_RADII = (0.007, 0.012)
 EAR = np.array([0.076, -0.008, -0.008])
-"""Measures of a head in its own frame (left, up, forward), in metres, for a head factor of 1."""
 
+# Roots of the fingers, thumb first: (towards the thumb's side, along the hand), in hand lengths from the wrist.
 FINGER_ROOTS = np.array([[0.30, 0.16], [0.24, 0.50], [0.08, 0.52], [-0.08, 0.49], [-0.22, 0.44]])
-"""Where the fingers begin, thumb first: (towards the thumb's side, along the hand), in hand lengths from the wrist."""
 
 _FINGER_SPREAD = np.array([0.75, 0.16, 0.03, -0.09, -0.24])
 _FINGER_BONES = np.array(
     [[0.20, 0.16, 0.13], [0.22, 0.13, 0.10], [0.24, 0.14, 0.11], [0.22, 0.13, 0.10], [0.17, 0.10, 0.09]]
 )
+# Radius of a finger, in hand lengths.
 FINGER_RADIUS = 0.045
-"""In hand lengths."""
 
 
 @dataclass(frozen=True)

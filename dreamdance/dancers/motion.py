@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 _Array = NDArray[np.floating[Any]]
 _Pair = tuple[_Array, _Array]
 
+# Left is towards the dancer's own +x, right towards -x.
 SIDES = (1.0, -1.0)
-"""Left is towards the dancer's own +x, right towards -x."""
 
 _LARGEST_YAW = np.radians(75.0)
 

@@ -27,17 +27,17 @@ from dreamdance.dancers.stage import (
     fit_focal,
 )
 
+# Identities and motions to train on.
 TRAINING_SEEDS = range(1_000_000_000)
-"""Identities and motions to train on."""
 
+# Identities and motions that no training clip may have.
 HELD_OUT_SEEDS = range(1_000_000_000, 1_100_000_000)
-"""Identities and motions that no training clip may have."""
 
 VISIBLE_CONFIDENCE = 1.0
+# Confidence of a hidden limb joint: estimators such as DWPose guess it with less confidence and still draw it.
 HIDDEN_JOINT_CONFIDENCE = 0.5
-"""Confidence of a hidden limb joint: estimators such as DWPose guess it with less confidence and still draw it."""
+# Confidence of a hidden point of head or hands: estimators miss it, so it lies below the drawing's threshold.
 HIDDEN_DETAIL_CONFIDENCE = 0.1
-"""Confidence of a hidden point of head or hands: estimators miss it, so it lies below the drawing's threshold."""
 
 _PIXELS_PER_CHUNK = 1 << 18  # of samples cast at once: the arrays of one chunk stay in the cache
 _HEAD_POINTS = np.array([0, 14, 15, 16, 17])

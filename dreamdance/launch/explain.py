@@ -6,8 +6,8 @@ from typing import NoReturn
 
 from dreamdance.errors import RecipeError
 from dreamdance.launch.program import program
+from dreamdance.recipe.keys import explain
 from dreamdance.recipe.parse import TASKS
-from dreamdance.recipe.reference import explain
 
 
 class _Parser(argparse.ArgumentParser):

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+# Narrower pictures are enlarged by a whole factor with nearest neighbour, so that every pixel stays visible.
 SMALLEST_SIDE = 112
-"""Narrower pictures are enlarged by a whole factor with nearest neighbour, so that every pixel stays visible."""
 
 _MARGIN = 4
 _TITLE_SIZE = 15

@@ -39,6 +39,7 @@ _FACE_MIRROR = (
     *range(54, 47, -1), *range(59, 54, -1),  # outer lips
     *range(64, 59, -1), *range(67, 64, -1),  # inner lips
 )  # fmt: skip
+# `MIRROR[i]` is the point that takes place i when a picture is flipped from left to right.
 MIRROR = np.array(
     [
         *_BODY_MIRROR,
@@ -47,7 +48,6 @@ MIRROR = np.array(
         *(FACE.start + index for index in _FACE_MIRROR),
     ]
 )
-"""`MIRROR[i]` is the point that takes place i when a picture is flipped from left to right."""
 
 MAX_FILE_BYTES = 1 << 28
 MAX_FILE_FRAMES = 50_000

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from dreamdance.errors import UserError
 from dreamdance.media.cropping import Crop
 
+# Brightness from 0 to 255. A pixel that is brighter in any channel is content; codec noise in black bars is darker.
 NOISE_BRIGHTNESS = 64
-"""Of 255: a pixel that is brighter in any channel, in any frame, is content: no codec's noise in a black bar is."""
+# A pixel is content too if it and the mean of its 3x3 area are brighter: compression leaves single grey pixels only.
 BAR_BRIGHTNESS = 24
-"""Of 255: so is a pixel that is brighter where the mean of 3x3 is: compression leaves single grey pixels, not areas."""
 MAX_BAR_SHARE = 0.75
 
 

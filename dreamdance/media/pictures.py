@@ -23,16 +23,18 @@ MAX_PICTURE_PIXELS = 1 << 26
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # others run programs (EPS), or have little-tested readers
 
 Colour = tuple[int, int, int]
+# The background of a transparent reference: viewers and browsers show white, and cut-out tools assume it.
 WHITE: Colour = (255, 255, 255)
-"""What a transparent reference stands before: what viewers and browsers show, and what cut-out tools assume."""
 
+# Errors that Pillow's readers raise on damaged files; those of the second line come from inside its readers.
 _DECODING_ERRORS = (
     *(OSError, SyntaxError, Image.DecompressionBombError),
     *(ValueError, KeyError, IndexError, TypeError, OverflowError, EOFError, struct.error),
 )
-"""What Pillow's readers raise on damaged files; the second line is what they do not catch themselves."""
 
 
+# The rotation that turns a picture of each EXIF orientation upright. Pillow's `exif_transpose` does the same, but
+# rewrites the other tags and fails if one of them is malformed.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -42,8 +44,6 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What brings a picture of an EXIF orientation upright. Pillow's `exif_transpose` does the same, but writes the other
-tags again and fails where one of them is odd."""
 
 
 class PictureError(UserError):

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from dreamdance.media.keypoints import BODY, FACE, LEFT_HAND, NUM_KEYPOINTS, RIGHT_HAND
 
+# Points of lower confidence are not drawn; the value is DWPose's.
 CONFIDENCE_THRESHOLD = 0.3
-"""Points of lower confidence are not drawn; the value is DWPose's."""
 
 _DESIGN_SIDE = 512
 _SMALLEST_CANVAS = 192  # pixels of the short side below which a picture is drawn larger and averaged down

@@ -20,11 +20,11 @@ from dreamdance.errors import UserError
 MAX_FRAME_PIXELS = 1 << 26
 MAX_VIDEO_FRAMES = 1_000_000
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
+# Decoders that report an error only if they are set to stop at it; others mark the frame as corrupt. (H.264's decoder,
+# if set to stop, also stops at the first frames of undamaged files that were cut out of longer ones.)
 STRICT_DECODERS = frozenset({"hevc", "mjpeg"})
-"""These hide an error unless they are asked to stop at it; others mark the frame as corrupt. (Asked to stop, H.264's
-would also stop at the first frames of sound files that were cut out of longer ones.)"""
+# Decoders that check every slice of a frame and only log damage.
 LOGGING_DECODERS = frozenset({"ffv1"})
-"""These check every slice of a frame and only log what they find."""
 
 EBML_HEADER, EBML_SEGMENT = bytes.fromhex("1a45dfa3"), bytes.fromhex("18538067")
 

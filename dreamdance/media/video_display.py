@@ -27,6 +27,7 @@ TONE_MAP = (
     "ffmpeg -i IN -vf zscale=t=linear:npl=100,tonemap=hable:desat=0,zscale=p=bt709:t=bt709:m=bt709:r=tv,format=yuv420p "
     "-crf 12 OUT.mp4"
 )
+# FFmpeg's numbers of colour matrices that its scaler would read as BT.601.
 FOREIGN_MATRICES = {
     8: "YCgCo",
     10: "BT.2020 constant luminance",
@@ -38,7 +39,6 @@ FOREIGN_MATRICES = {
     16: "YCgCo-Re",
     17: "YCgCo-Ro",
 }
-"""By FFmpeg's numbers: its scaler would take them for BT.601."""
 WIDE_PRIMARIES = {
     ColorPrimaries.BT2020: ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046)),
     ColorPrimaries.SMPTE431: ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060)),  # its videos are shown on D65 screens

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Iterable
 from hashlib import sha256
 
+# `inference.manifest` accepts 200 characters; the suffix `.validation.000000` takes the others.
 MAX_ID_CHARACTERS = 182
-"""`inference.manifest` accepts 200 characters; the suffix `.validation.000000` takes the others."""
 _GOOD_ID = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{MAX_ID_CHARACTERS - 1}}}")
 _READABLE_CHARACTERS = 40
 _PART_DIGITS = 12

@@ -19,8 +19,8 @@ from dreamdance.models.patch_autoencoder import PatchAutoencoder
 
 Autoencoder: TypeAlias = AutoencoderKL | AutoencoderKLTemporalDecoder | PatchAutoencoder
 
+# Number of frames that neighbouring chunks of a video decoder share.
 DECODE_OVERLAP = 2
-"""Number of frames that neighbouring chunks of a video decoder share."""
 
 
 def downscale_factor(vae: Autoencoder) -> int:

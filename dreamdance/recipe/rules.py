@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterator
 
 from dreamdance.errors import RecipeError
-from dreamdance.recipe.batch import accumulation_steps
+from dreamdance.recipe.batch_arithmetic import accumulation_steps
 from dreamdance.recipe.schema import (
     AnimateRecipe,
     AnimationSampling,

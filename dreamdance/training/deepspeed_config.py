@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dreamdance.recipe.batch import accumulation_steps
+from dreamdance.recipe.batch_arithmetic import accumulation_steps
 from dreamdance.recipe.schema import TrainingRecipe
 
 

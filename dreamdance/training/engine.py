@@ -23,7 +23,7 @@ from deepspeed.utils import groups
 
 from dreamdance.errors import RecipeError
 from dreamdance.models.autoencoding import kept_in_float32
-from dreamdance.recipe.batch import accumulation_steps
+from dreamdance.recipe.batch_arithmetic import accumulation_steps
 from dreamdance.recipe.schema import TrainingRecipe
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.deepspeed_config import deepspeed_config

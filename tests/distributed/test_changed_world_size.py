@@ -19,7 +19,7 @@ from support.training_scenarios import Recipe, prepare_and_inspect
 from torch import Tensor
 
 from dreamdance.errors import RecipeError
-from dreamdance.recipe.batch import accumulation_steps
+from dreamdance.recipe.batch_arithmetic import accumulation_steps
 from dreamdance.runs.layout import checkpoint_folder
 
 pytestmark = pytest.mark.distributed

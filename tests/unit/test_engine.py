@@ -9,7 +9,7 @@ from deepspeed.accelerator import get_accelerator
 from support.recipes import tiny_stage1_recipe
 
 from dreamdance.errors import RecipeError
-from dreamdance.recipe.batch import accumulation_steps
+from dreamdance.recipe.batch_arithmetic import accumulation_steps
 from dreamdance.runtime.process_group import process_group
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.checkpointing.rank_file import Piece, RankFile, rank_path, read_pieces

@@ -2,7 +2,9 @@
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LIBRARY = sorted([*(ROOT / "dreamdance").rglob("*.py"), *(ROOT / "kernels" / "dreamdance_kernels").rglob("*.py")])
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
+SUPPORT = sorted((ROOT / "tests" / "support").glob("*.py"))
 ENTRIES = sorted([*(ROOT / "launchers").glob("*.py"), *(ROOT / "tools").glob("*.py")])
 NAMELESS = {"utils", "util", "helpers", "common", "misc", "base"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -139,6 +142,39 @@ def test_no_work_is_left_as_a_note() -> None:
     found = [f"{path.relative_to(ROOT)}: {line.strip()}" for path in [*LIBRARY, *ENTRIES]
              for line in path.read_text(encoding="utf-8").splitlines() if words.search(line)]  # fmt: skip
     assert found == []
+
+
+def test_no_comment_is_a_banner() -> None:
+    banner = re.compile(r"^\s*#\s*([-=#*~])\1{3,}|^\s*#.*([-=#*~])\2{7,}\s*$")
+    found = [f"{path.relative_to(ROOT)}: {line.strip()}" for path in [*LIBRARY, *ENTRIES, *TESTS, *SUPPORT]
+             for line in path.read_text(encoding="utf-8").splitlines() if banner.search(line)]  # fmt: skip
+    assert found == []
+
+
+def test_constants_are_documented_by_a_comment_above_them() -> None:
+    """A string below a constant is no docstring: Python throws it away."""
+    found = []
+    for path in [*LIBRARY, *ENTRIES]:
+        body = parse(path).body
+        for before, node in pairwise(body):
+            is_text = (
+                isinstance(node, ast.Expr)
+                and isinstance(node.value, ast.Constant)
+                and isinstance(node.value.value, str)
+            )
+            if is_text and isinstance(before, ast.Assign | ast.AnnAssign):
+                found.append(place(path, node))
+    assert found == []
+
+
+def test_no_two_classes_of_the_library_have_one_name() -> None:
+    names = Counter(
+        node.name
+        for path in LIBRARY
+        for node in parse(path).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert [name for name, times in names.items() if times > 1] == []
 
 
 def test_no_two_tests_of_a_file_have_one_name() -> None:

@@ -6,8 +6,8 @@ import pytest
 
 from dreamdance.errors import RecipeError
 from dreamdance.recipe import load_recipe
-from dreamdance.recipe.batch import accumulation_steps
-from dreamdance.recipe.reference import keys
+from dreamdance.recipe.batch_arithmetic import accumulation_steps
+from dreamdance.recipe.keys import keys
 from dreamdance.recipe.same_run import CHANGEABLE_KEYS, is_changeable, result_json
 
 DEMO = Path(__file__).resolve().parents[2] / "recipes" / "demo"

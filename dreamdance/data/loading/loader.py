@@ -13,7 +13,7 @@ from dreamdance.data.loading.dataset import ClipDataset
 from dreamdance.data.loading.order import ClipOrder, SampleKey
 from dreamdance.data.loading.workers import BatchWorkers
 from dreamdance.errors import LostWorkerError
-from dreamdance.recipe.batch import accumulation_steps
+from dreamdance.recipe.batch_arithmetic import accumulation_steps
 from dreamdance.runtime.ranks import Ranks
 
 

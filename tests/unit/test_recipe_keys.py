@@ -16,9 +16,9 @@ from pydantic.fields import FieldInfo
 
 from dreamdance.launch.command import main
 from dreamdance.recipe import load_recipe
+from dreamdance.recipe.keys import describe_type, explain, keys
 from dreamdance.recipe.overrides import section_class
 from dreamdance.recipe.parse import TASKS, known_keys
-from dreamdance.recipe.reference import describe_type, explain, keys
 from dreamdance.recipe.same_run import CHANGEABLE_KEYS
 from dreamdance.recipe.schema import AnimateRecipe
 from dreamdance.recipe.sections import Fraction, Pixels
