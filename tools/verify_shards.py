@@ -1,10 +1,10 @@
-"""Checks a folder of shards from end to end: index, files, and, with --decode, every frame of every clip.
+"""Checks a whole folder of shards: the index, the files, and, with --decode, every frame of every clip.
 
     python tools/verify_shards.py data/dancers/train
     python tools/verify_shards.py /scratch/cache --remote s3://bucket/train --decode
 
-Hashes every file, and notes those that are ready to be read, so that no training hashes them again.
-Exits with 1 and the name of the first bad file, or with 0 and what the folder holds.
+The command hashes every file and records the files that passed, so that no training hashes them again.
+The exit code is 1 if a file is bad, and the output then names the first one; else it is 0.
 """
 
 import argparse
@@ -19,10 +19,10 @@ from dreamdance.recipe.sections import Shards
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="where the shards lie, or are fetched to")
-    parser.add_argument("--remote", help="where they come from, as in a recipe's `remote`")
+    parser.add_argument("folder", help="folder of the shards; with --remote, the folder to download to")
+    parser.add_argument("--remote", help="folder or URL to download the shards from, as in a recipe's `remote`")
     parser.add_argument("--size-only", action="store_true", help="compare sizes, not hashes")
-    parser.add_argument("--decode", action="store_true", help="decode every frame of every clip as well")
+    parser.add_argument("--decode", action="store_true", help="also decode every frame of every clip")
     options = parser.parse_args(arguments)
     try:
         shards = Shards(local=options.folder, remote=options.remote)
@@ -32,15 +32,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     decoded = "" if num_frames is None else f", {num_frames} frames decoded"
-    print(f"{options.folder}: {len(clips)} clips in {len(clips.index.shards)} shards are sound{decoded}")
+    print(f"{options.folder}: {len(clips)} clips in {len(clips.index.shards)} shards are valid{decoded}")
     return 0
 
 
 def decode_all(clips: StoredClips) -> int:
-    """Decodes everything; returns the number of frames.
+    """Decodes every frame of every clip; returns the number of frames.
 
     Raises:
-        ShardError: naming the clip that cannot be decoded.
+        ShardError: a clip cannot be decoded; the error names it.
     """
     num_frames = 0
     for number in range(len(clips)):

@@ -1,4 +1,4 @@
-"""Writes what `animate` needs to try held-out clips: reference, poses, and the manifest that lists them."""
+"""Writes example inputs for `animate`: reference and poses of each validation clip, and a manifest that lists them."""
 
 import json
 from collections.abc import Callable
@@ -21,20 +21,20 @@ EXAMPLES_FOLDER = "examples"
 
 
 def write_examples(output: Path, *, before_clip: Callable[[str], None]) -> int:
-    """Writes reference and poses of each validation clip, and the manifest, last; it is empty where there are none.
+    """Writes the reference and the poses of each validation clip, then the manifest. Without clips it is empty.
 
-    The reference is the clip's last frame: the one that `data.clips.fixed_clips` shows too.
+    The reference is the clip's last frame, as in `data.loading.dataset.fixed_clips`.
 
     Args:
-        output: where `validation` lies.
-        before_clip: called with the clip's number in words, before each.
+        output: the folder that contains `validation`.
+        before_clip: called before each clip with a text that contains its number.
 
     Returns:
         The number of clips.
     """
     manifest, index = output / MANIFEST_FILE, output / "validation" / INDEX_FILE
     num_clips = read_index(index, may_be_empty=True).num_samples
-    if manifest.exists() and manifest.stat().st_mtime_ns >= index.stat().st_mtime_ns and _all_there(manifest):
+    if manifest.exists() and manifest.stat().st_mtime_ns >= index.stat().st_mtime_ns and _named_files_exist(manifest):
         return num_clips
     lines = []
     if num_clips > 0:
@@ -47,7 +47,7 @@ def write_examples(output: Path, *, before_clip: Callable[[str], None]) -> int:
 
 
 def _write_example(clip: StoredClip, number: int, output: Path) -> dict[str, str | int | float]:
-    """Writes reference and poses of a clip; returns its entry in the manifest."""
+    """Writes the reference and the poses of a clip; returns its entry in the manifest."""
     folder = Path(EXAMPLES_FOLDER) / clip.clip_id
     (output / folder).mkdir(parents=True, exist_ok=True)
     reference = clip.frames("rgb", [clip.num_frames - 1])[0]
@@ -63,14 +63,14 @@ def _write_example(clip: StoredClip, number: int, output: Path) -> dict[str, str
     }
 
 
-def _all_there(manifest: Path) -> bool:
+def _named_files_exist(manifest: Path) -> bool:
     entries = [json.loads(line) for line in manifest.read_text(encoding="utf-8").split("\n") if line]
     named = [entry[field] for entry in entries for field in ("image", "pose", "keypoints") if field in entry]
     return all((manifest.parent / path).is_file() for path in named)
 
 
 def _write_poses(clip: StoredClip, output: Path, folder: Path) -> dict[str, str]:
-    """Writes the key points, or, where there are none, the drawings as a lossless video; returns the entry for it."""
+    """Writes the key points, or, without key points, the drawings as a lossless video; returns the manifest field."""
     if clip.keypoints is not None:
         sequence = KeypointSequence(clip.keypoints, width=clip.width, height=clip.height, fps=clip.fps)
         write_keypoint_file(output / folder / "keypoints.json", sequence)

@@ -1,7 +1,7 @@
-"""The `prepare` task: writes the shards that training reads (C9), and what `animate` needs to try held-out clips.
+"""The `prepare` task: writes the shards that training reads (C9), and example inputs for `animate`.
 
-`output/train` and `output/validation` are folders of shards; `output/manifest.jsonl` lists the validation clips, each
-with a reference picture and its poses in `output/examples/<clip>`.
+`output/train` and `output/validation` are folders of shards; `output/manifest.jsonl` lists the validation clips.
+`output/examples/<clip>` contains the reference picture and the poses of each.
 """
 
 import json
@@ -49,22 +49,22 @@ from dreamdance.runtime.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 3.0
-# A rank looks at so many parts of each split together.
-CHECKED_TOGETHER = 64
+COUNT_SECONDS = 3.0  # the main rank counts the finished parts at most this often
+PARTS_PER_CHECK = 64  # a rank checks this number of parts of each split at a time
 CHECK = "check"
 
 
 def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
-    """Writes the shards of a recipe; started again after a kill it goes on, and does nothing where all is done.
+    """Writes the shards of a recipe. After a kill, the next start continues; a complete output is not written again.
 
     Args:
-        recipe: names dancers or videos, and the output folder.
-        run_folder: for the progress log, and the note of what is done.
+        recipe: the dancers or videos, and the output folder.
+        run_folder: the folder for the progress log and the work queue.
 
     Raises:
-        UserError: no or unusable videos (all of them named), or an output folder of other settings or other videos.
-        LostWorkerError: another rank is silent, or a process of this one died or hangs.
+        UserError: there are no videos, some cannot be used (the error names all of them), or the output folder was
+            made with other settings or from other videos.
+        LostWorkerError: another rank gives no sign, or a worker process of this rank died or hangs.
     """
     ranks = Ranks.from_environment()
     progress = ProgressLog(run_folder, ranks)
@@ -87,7 +87,7 @@ def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
     if error is None:
         total = sum(len(planned) for planned in parts.values())
         progress.write(done=total, total=total, unit="parts", message=f"{output} is complete")
-    elif ranks.is_main:  # the others end well: a rank that ends with an error may have the main one stopped at work
+    elif ranks.is_main:  # only this one: the launcher may stop the main rank when another rank fails
         raise error
 
 
@@ -98,7 +98,7 @@ def write_output(
     progress: ProgressLog,
     opening: ProgressLog,
 ) -> UserError | None:
-    """Compares, writes and completes; returns what all ranks know to be wrong, for one to raise when all have left."""
+    """Checks inputs, writes missing parts, completes the output; returns the error, the same on all ranks, or None."""
     output = Path(recipe.output)
     missing = check_inputs(recipe, folders, queue, opening)
     if isinstance(missing, UserError):
@@ -118,12 +118,12 @@ def write_output(
 def check_inputs(
     recipe: PrepareRecipe, folders: Mapping[Split, ShardFolder], queue: WorkQueue, progress: ProgressLog
 ) -> dict[Split, list[str]] | UserError:
-    """Compares what is there with what it was made from, and opens the videos of what is missing; ranks divide both.
+    """Compares the existing parts with their sources, and opens the videos of missing parts; the ranks share the work.
 
     Returns:
-        The names of the parts that are to be made, of all ranks; or, the same on all ranks, the error that ends the
-        run: ranks found different videos in the folder, or a complete output was made from other videos, or headers
-        show what is wrong, though not with `videos.on_error: skip`. It names all of them.
+        The names of the parts to write, for all ranks; or the error that ends the run, the same on all ranks. It names
+        all videos concerned: the ranks found different videos in the folder, a complete output was made from other
+        videos, or, unless `videos.on_error` is `skip`, headers show that videos cannot be used.
     """
     output = Path(recipe.output)
     agree_on_plan(recipe, folders, queue)
@@ -137,19 +137,19 @@ def check_inputs(
     broken = {name: reason for answer in answers for name, reason in answer["broken"].items()}
     is_stopped = bool(broken) and recipe.videos is not None and recipe.videos.on_error == "stop"
     if recipe.videos is not None:
-        noting = queue.share("note", ["inputs"])  # before anybody completes the output, and notes the rest
-        for item in noting.take():
+        records = queue.share("note", ["inputs"])  # before `complete` writes these files again
+        for item in records.take():
             if broken:
                 write_damaged(output, broken)
             if not is_stopped:
                 states = {name: state for answer in answers for name, state in answer["states"].items()}
                 write_inputs(output, states, planned=source_files(folders))
-            noting.finish(item)
+            records.finish(item)
     if is_stopped:
         return VideoError(broken_text(broken, output))
     if broken and queue.ranks.is_main:
         logger.warning(
-            "%d videos are left out (videos.on_error=skip), see %s:\n%s",
+            "`prepare` leaves out %d videos (videos.on_error=skip), see %s:\n%s",
             len(broken),
             output / DAMAGED_FILE,
             table(broken),
@@ -158,7 +158,7 @@ def check_inputs(
 
 
 def agree_on_plan(recipe: PrepareRecipe, folders: Mapping[Split, ShardFolder], queue: WorkQueue) -> None:
-    """Has the work called off where ranks have looked into the folder of videos at different moments."""
+    """Calls off the work if the ranks made different plans, because the folder of videos changed between them."""
     parts = [(split, part) for split, folder in folders.items() for part in folder.parts]
     planned = [
         [split, part.name, None if part.source is None else [part.source.clip_id, len(part.source.files)]]
@@ -176,12 +176,12 @@ def agree_on_plan(recipe: PrepareRecipe, folders: Mapping[Split, ShardFolder], q
 def check_shares(
     recipe: PrepareRecipe, folders: Mapping[Split, ShardFolder], queue: WorkQueue, progress: ProgressLog
 ) -> list[dict[str, Any]]:
-    """Surveys all parts, some at a time, and opens the videos of the missing ones; returns what all ranks found."""
+    """Surveys all parts in shares, and opens the videos of missing parts; returns the findings of all ranks."""
     num_parts = max(len(folder.parts) for folder in folders.values())
     known = read_inputs(Path(recipe.output))
-    share = queue.share(CHECK, [str(start) for start in range(0, num_parts, CHECKED_TOGETHER)])
+    share = queue.share(CHECK, [str(start) for start in range(0, num_parts, PARTS_PER_CHECK)])
     for item in share.take():
-        chosen = slice(int(item), int(item) + CHECKED_TOGETHER)
+        chosen = slice(int(item), int(item) + PARTS_PER_CHECK)
         surveys = {split: folder.survey(folder.parts[chosen], known) for split, folder in folders.items()}
         missing: dict[Split, list[str]] = {split: survey.missing for split, survey in surveys.items()}
         parts = [
@@ -197,13 +197,13 @@ def check_shares(
         }
         share.finish(item, json.dumps(found))
         if recipe.videos is not None and any(missing.values()):
-            done = min(num_parts, share.num_done() * CHECKED_TOGETHER)
+            done = min(num_parts, share.num_done() * PARTS_PER_CHECK)
             progress.write(done=done, total=num_parts, unit="videos", message=f"opening {recipe.videos.folder}")
     return [json.loads(text) for text in share.results().values()]
 
 
 def open_parts(source: VideosSource, parts: Sequence[Part], num_threads: int, queue: WorkQueue) -> dict[str, str]:
-    """Opens the videos of parts; returns what is wrong with which."""
+    """Opens the videos of parts; returns the problems: name -> reasons."""
     wanted = sorted({part.source.name for part in parts if part.source is not None})
 
     def report(number: int) -> None:
@@ -220,20 +220,20 @@ def write_missing(
     queue: WorkQueue,
     progress: ProgressLog,
 ) -> dict[str, str]:
-    """Writes missing parts of both splits with all other ranks, until all are there, or the work is called off.
+    """Writes missing parts of both splits with all other ranks, until all are written or the work is called off.
 
     Returns:
-        What was found damaged while it was decoded, of all ranks: name -> reason.
+        The videos that any rank found damaged while it decoded them: name -> reason.
     """
     total = sum(len(folder.parts) for folder in folders.values())
     shares = {split: folder.expect(missing[split]) for split, folder in folders.items()}
-    last, looked = -1, -math.inf
+    last, counted = -1, -math.inf
 
     def report(message: str) -> None:
-        nonlocal last, looked
-        if not queue.ranks.is_main or time.monotonic() - looked < LOOK_SECONDS:
+        nonlocal last, counted
+        if not queue.ranks.is_main or time.monotonic() - counted < COUNT_SECONDS:
             return
-        looked = time.monotonic()
+        counted = time.monotonic()
         done = total - sum(len(share.items) - share.num_done() for share in shares.values())
         if done != last:
             progress.write(done=done, total=total, unit="parts", message=message)
@@ -256,9 +256,9 @@ def write_missing(
 def complete(
     recipe: PrepareRecipe, folders: Mapping[Split, ShardFolder], queue: WorkQueue, damaged: Mapping[str, str]
 ) -> None:
-    """Makes the output whole: indices, examples, and the notes of the videos; on one rank alone.
+    """Writes the indices, the examples and the records of the videos; only one rank runs this.
 
-    Of a damaged video nothing is written, though the part that one split has of it may be sound.
+    The output contains no clips of a damaged video, even if its part in one split could be written.
     """
     output = Path(recipe.output)
     left_out = {name: reason for folder in folders.values() for name, reason in folder.damaged().items()} | {**damaged}
@@ -273,7 +273,7 @@ def complete(
         write_damaged(output, left_out)
     if left_out:
         logger.warning(
-            "nothing was written of %d damaged videos, see %s:\n%s",
+            "the output contains no clips of %d damaged videos, see %s:\n%s",
             len(left_out),
             output / DAMAGED_FILE,
             table(left_out),
@@ -288,16 +288,16 @@ def complete(
 
 
 def source_files(folders: Mapping[Split, ShardFolder]) -> set[str]:
-    """The names of all files that the parts are made of."""
+    """The names of all files that the parts are made from."""
     parts = [part for folder in folders.values() for part in folder.parts]
     return {path.name for part in parts if part.source is not None for path in part.source.files}
 
 
 def describe_source(recipe: PrepareRecipe) -> dict[str, Any]:
-    """All settings that decide the content of the clips, and no others; the videos' own content is noted by part."""
+    """Exactly the settings that decide the content of the clips; the note of each part has the videos' hashes."""
     source = recipe.dancers or recipe.videos
     if source is None:
-        raise ValueError("a prepare recipe names either `dancers` or `videos`")  # recipe.rules has refused it
+        raise ValueError("a prepare recipe names either `dancers` or `videos`")  # `recipe.rules` checks this first
     details: dict[str, Any] = {"clips_per_part": recipe.clips_per_part, **source.model_dump(mode="json")}
     if isinstance(source, VideosSource):
         details.pop("on_error")
@@ -306,10 +306,10 @@ def describe_source(recipe: PrepareRecipe) -> dict[str, Any]:
 
 
 def plan_parts(recipe: PrepareRecipe) -> dict[Split, list[Part]]:
-    """Divides the work of both splits into parts, the same on every rank.
+    """Divides the work of both splits into parts; every rank gets the same parts.
 
     Raises:
-        MissingInputError: no usable videos.
+        MissingInputError: the folder has no usable videos.
     """
     if recipe.dancers is not None:
         return plan_dancers(recipe.dancers, recipe.clips_per_part)
@@ -319,7 +319,7 @@ def plan_parts(recipe: PrepareRecipe) -> dict[Split, list[Part]]:
 
 
 def plan_dancers(source: DancersSource, clips_per_part: int) -> dict[Split, list[Part]]:
-    """Parts of `clips_per_part` dancers; training and validation take theirs from disjoint ranges of seeds."""
+    """Makes parts of `clips_per_part` dancers; training and validation use disjoint ranges of seeds."""
     seeds: dict[Split, range] = {
         "train": TRAINING_SEEDS[: source.num_train_clips],
         "validation": HELD_OUT_SEEDS[: source.num_validation_clips],
@@ -334,13 +334,13 @@ def plan_dancers(source: DancersSource, clips_per_part: int) -> dict[Split, list
 
 
 def plan_videos(source: VideosSource, seed: int, *, skipped: Collection[str] = ()) -> dict[Split, list[Part]]:
-    """One part for each video and split that it belongs to.
+    """Makes one part for each video and each split that the video belongs to.
 
     Args:
-        source: the folder, and how it is divided.
-        seed: of the draw for validation.
-        skipped: names of damaged videos that a complete output does without. Where they have been removed since, they
-            still count, so that all others stay in the split that they were drawn for.
+        source: the folder of the videos and the settings of the split.
+        seed: seed of the draw for validation.
+        skipped: names of damaged videos that a complete output was made without. They take part in the draw even if
+            their files have been removed since, so that all other videos stay in their splits.
     """
     found = set(find_videos(source.folder))
     names = sorted(found.union(skipped))
@@ -365,7 +365,7 @@ def plan_videos(source: VideosSource, seed: int, *, skipped: Collection[str] = (
 
 @dataclass(frozen=True)
 class DancerPart:
-    """Some dancers, rendered in the worker that writes them."""
+    """The dancers of one part; the worker that writes the part renders them."""
 
     source: DancersSource
     seeds: range
@@ -376,7 +376,7 @@ class DancerPart:
 
 
 def render_record(seed: int, source: DancersSource) -> ClipRecord:
-    """Renders one dancer in the encodings of the shards."""
+    """Renders one dancer as a clip in the encodings of the shards."""
     clip = render_clip(seed, num_frames=source.num_frames, width=source.width, height=source.height, fps=source.fps)
     disparity, depth_range = encode_disparity(clip.depth)
     return ClipRecord(

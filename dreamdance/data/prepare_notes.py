@@ -1,4 +1,4 @@
-"""What `prepare` notes beside its shards: the state of the videos that were read, and which of them are damaged."""
+"""The files that `prepare` writes beside its shards, and its error texts: states of videos, and damaged videos."""
 
 import json
 import logging
@@ -18,11 +18,12 @@ logger = logging.getLogger(__name__)
 
 DAMAGED_FILE = "damaged_videos.tsv"
 SPLITS = ("train", "validation")
+# An error lists at most this number of videos.
 MAX_LINES = 200
 
 
 def read_inputs(output: Path) -> dict[str, FileState]:
-    """The states of the videos when they were last read; where they cannot be had, all videos are read again."""
+    """The states of the videos when they were last read; empty if the file is missing or damaged."""
     path = output / INPUTS_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -30,13 +31,13 @@ def read_inputs(output: Path) -> dict[str, FileState]:
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError, AttributeError) as error:
-        logger.warning("%s is damaged (%s): all videos are compared by what is in them", path, error)
+        logger.warning("%s is damaged (%s): `prepare` reads all videos again", path, error)
         return {}
     return {name: state for name, state in states.items() if state is not None}
 
 
 def write_inputs(output: Path, states: Mapping[str, Any], *, planned: Collection[str]) -> None:
-    """Adds states to those that are noted, and drops those of files that are planned no longer."""
+    """Adds states to the recorded ones, and drops the states of files that are not planned any more."""
     before = {name: state.to_json() for name, state in read_inputs(output).items()}
     after = {name: state for name, state in {**before, **states}.items() if name in planned}
     if after != before:
@@ -44,14 +45,14 @@ def write_inputs(output: Path, states: Mapping[str, Any], *, planned: Collection
 
 
 def read_skipped(output: Path) -> set[str]:
-    """The names of the damaged videos that a complete output does without."""
+    """The names of the damaged videos that a complete output was made without."""
     indices = [output / split / INDEX_FILE for split in SPLITS]
     sources = [read_index(path, may_be_empty=True).details.get(SOURCES_KEY, {}) for path in indices if path.is_file()]
     return {record["name"] for records in sources for record in records.values() if record["damage"] is not None}
 
 
 def write_damaged(output: Path, damaged: Mapping[str, str]) -> None:
-    """Keeps the table of the damaged videos in a file of two columns; where there are none, it goes."""
+    """Writes the table of the damaged videos, a file of two columns; deletes the file if there are none."""
     path = output / DAMAGED_FILE
     if not damaged:
         path.unlink(missing_ok=True)
@@ -66,30 +67,30 @@ def table(damaged: Mapping[str, str]) -> str:
 
 
 def broken_text(broken: Mapping[str, str], output: Path) -> str:
-    """What to do about videos whose headers show that they cannot be used."""
+    """The error text for videos whose headers show that they cannot be used."""
     return (
-        f"{len(broken)} of the videos cannot be used; nothing was begun:\n{table(broken)}\n"
-        f"Repair, replace or remove them, or leave them out with videos.on_error=skip; the table is in "
+        f"{len(broken)} of the videos cannot be used; `prepare` has written nothing:\n{table(broken)}\n"
+        f"Repair, replace or remove these videos, or set videos.on_error=skip to leave them out. The table is in "
         f"{output / DAMAGED_FILE}"
     )
 
 
 def stopped_text(damaged: Mapping[str, str], output: Path) -> str:
-    """What to do about videos that were found to be damaged while they were decoded."""
+    """The error text for videos that turned out to be damaged when they were decoded."""
     return (
-        f"{len(damaged)} of the videos are damaged; nothing was written of them, and what others gave is kept:\n"
-        f"{table(damaged)}\nRepair, replace or remove them, or leave them out with videos.on_error=skip; the same "
-        f"command then goes on. The table is in {output / DAMAGED_FILE}"
+        f"{len(damaged)} of the videos are damaged; `prepare` has written no clips of them and keeps all other clips:\n"
+        f"{table(damaged)}\nRepair, replace or remove these videos, or set videos.on_error=skip to leave them out; the "
+        f"same command then continues. The table is in {output / DAMAGED_FILE}"
     )
 
 
 def changed_text(output: Path, *, changed: Set[str], added: Set[str], removed: Set[str]) -> str:
-    """What is other in the videos than in those that an output was made from, and what to do; empty if nothing is.
+    """The error text for videos that differ from the videos that an output was made from; empty if none differ.
 
     Args:
-        output: of the recipe.
-        changed: names of files.
-        added, removed: names of videos, of both splits: one that is in both was drawn for the other split.
+        output: the output folder of the recipe.
+        changed: names of files whose content changed.
+        added, removed: names of videos in either split. A video in both was drawn for the other split.
     """
     lines = [f"{printable(name)} has changed" for name in sorted(changed)]
     lines += [f"{printable(name)} was added" for name in sorted(added - removed)]
@@ -97,27 +98,27 @@ def changed_text(output: Path, *, changed: Set[str], added: Set[str], removed: S
     if not lines:
         return ""
     return (
-        f"{output} was made from other videos than `videos.folder` holds now:\n{_listed(lines)}\n"
-        "Give another `output`, or delete it, or put the videos back"
+        f"{output} was made from other videos than `videos.folder` contains now:\n{_listed(lines)}\n"
+        "Set another `output`, delete that folder, or put the videos back"
     )
 
 
 def moved_text(folder: str, seen: Mapping[int, Set[str]]) -> str:
-    """What to do where ranks found different videos in a folder.
+    """The error text for ranks that found different videos in a folder.
 
     Args:
-        folder: of the videos.
-        seen: names of videos, by rank.
+        folder: the folder of the videos.
+        seen: names of the videos that each rank found, by rank.
     """
     found = [set(names) for names in seen.values()]
     differing = sorted(set[str]().union(*found).difference(set[str].intersection(*found)))
     lines = [
-        f"{printable(name)}, not on rank {', '.join(str(rank) for rank, names in seen.items() if name not in names)}"
+        f"{printable(name)}: not on rank {', '.join(str(rank) for rank, names in seen.items() if name not in names)}"
         for name in differing
     ]
     return (
-        f"videos were added to {folder} or removed from it while the job started, so that its ranks do not agree on "
-        f"what to write; nothing was begun. Start it again when the folder (`videos.folder`) stays as it is\n"
+        f"the ranks found different videos in {folder}, because videos were added or removed while the job started; "
+        f"`prepare` has written nothing. Start it again when the folder (`videos.folder`) does not change any more\n"
         f"{_listed(lines)}"
     ).rstrip()
 

@@ -72,9 +72,9 @@ def test_ranks_that_look_into_a_folder_before_and_after_a_video_was_added_name_i
     prepare(ranks.recipe, ranks.run)
     _, text = main.communicate(timeout=60)
     assert main.returncode == 1
-    first, *lines = text[text.index("videos were added to") :].splitlines()
-    assert first.endswith("Start it again when the folder (`videos.folder`) stays as it is")
-    assert lines == ["  a, not on rank 0"]
+    first, *lines = text[text.index("the ranks found different videos in") :].splitlines()
+    assert first.endswith("Start it again when the folder (`videos.folder`) does not change any more")
+    assert lines == ["  a: not on rank 0"]
     assert not list(ranks.output.glob("*/index.json"))
     assert text.count("c.rgb.mp4 is left out") == 1
     assert "is left out" not in caplog.text, "one rank says it for all"

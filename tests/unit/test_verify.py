@@ -364,7 +364,7 @@ def load_command() -> ModuleType:
 def test_the_command_says_what_a_folder_holds_or_which_file_is_bad(folder, capsys):
     command = load_command()
     assert command.main([str(folder), "--decode"]) == 0
-    assert capsys.readouterr().out == f"{folder}: 12 clips in 3 shards are sound, 72 frames decoded\n"
+    assert capsys.readouterr().out == f"{folder}: 12 clips in 3 shards are valid, 72 frames decoded\n"
     for path in folder.glob(f"{SECOND}*"):
         flip(path)
     assert command.main([str(folder)]) == 1
