@@ -124,7 +124,7 @@ def test_a_damaged_shard_is_named_by_all_ranks(tmp_path):
     with StartedRanks(check, 2, tmp_path / "ranks", **arguments) as started:
         assert started.wait() == [1, 1]
         texts = [(tmp_path / "ranks" / f"output_{rank}.txt").read_text() for rank in (0, 1)]
-    assert all("part_00005.shard.00000.mds is damaged: its sha1 is not the one in the index" in text for text in texts)
+    assert all("part_00005.shard.00000.mds is damaged: its sha1 differs from the index" in text for text in texts)
 
 
 def test_a_training_starts_though_its_verification_takes_longer_than_a_collective_may(shards, tmp_path):
@@ -157,5 +157,5 @@ def test_a_training_ends_with_the_name_of_a_shard_that_was_damaged_before_it_was
     run = tmp_path / "run"
     codes = start(recipe, run)
     assert all(codes), codes
-    told = f"ShardError: shard {damaged} is damaged: its sha1 is not the one in the index"
+    told = f"ShardError: shard {damaged} is damaged: its sha1 differs from the index"
     assert any(told in output(run, rank) for rank in (0, 1)), output(run)

@@ -100,7 +100,7 @@ def test_a_png_larger_than_announced_is_refused_without_decoding_it() -> None:
     payload = encoded.tobytes()
     data = struct.pack("<4sBBHIII", b"DDFR", 8, 3, 0, 4, 6, 1)
     data += struct.pack("<II", len(payload), zlib.crc32(payload)) + payload
-    with pytest.raises(ShardError, match="not the 6x4 PNG that its column announces"):
+    with pytest.raises(ShardError, match="not the 6x4 PNG that its column's header claims"):
         unpack_frames(data)
 
 
@@ -239,6 +239,6 @@ def test_pictures_of_one_number_per_pixel_are_stored_over_the_whole_range() -> N
 def test_another_schema_version_is_refused_with_what_to_do() -> None:
     check_schema_version(SCHEMA_VERSION, where="shards")
     with pytest.raises(
-        ShardError, match=rf"version {SCHEMA_VERSION + 1}, this code reads {SCHEMA_VERSION}; run prepare"
+        ShardError, match=rf"version {SCHEMA_VERSION + 1}, this code reads {SCHEMA_VERSION}; run `prepare`"
     ):
         check_schema_version(SCHEMA_VERSION + 1, where="shards")

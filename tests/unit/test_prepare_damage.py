@@ -52,7 +52,7 @@ def test_a_damaged_video_stops_the_work_and_after_its_repair_it_goes_on(tmp_path
     with pytest.raises(VideoError) as told:
         prepare(recipe, tmp_path / "run")
     lines = str(told.value).splitlines()
-    assert lines[0].startswith("1 of the videos are damaged; nothing was written of them")
+    assert lines[0].startswith("1 of the videos are damaged; `prepare` has written no clips of them")
     assert lines[1].startswith("  b: ")
     assert "b.rgb.mp4" in lines[1]
     assert "videos.on_error=skip" in lines[2]
@@ -95,7 +95,9 @@ def test_damaged_videos_are_skipped_as_a_whole_and_added_when_they_are_repaired(
     damage(videos / "c.rgb.mp4", packet=18)
     prepare(recipe, tmp_path / "run")
     assert names(output, "train", "validation") == set("abd")
-    assert f"nothing was written of 1 damaged videos, see {output / 'damaged_videos.tsv'}:\n  c: " in caplog.text
+    assert (
+        f"the output contains no clips of 1 damaged videos, see {output / 'damaged_videos.tsv'}:\n  c: " in caplog.text
+    )
     assert (output / "damaged_videos.tsv").read_text().splitlines()[1].startswith("c\t")
     index = (output / "train" / "index.json").read_bytes()
     prepare(recipe, tmp_path / "run")

@@ -86,7 +86,7 @@ def test_each_shard_is_announced_before_it_is_checked(folder):
 def test_an_evaluation_too_is_refused_shards_of_the_right_size_and_the_wrong_bytes(folder):
     flip(stored_file(folder))
     clips = open_clips(Shards(local=str(folder)))
-    with pytest.raises(ShardError, match=rf"{SECOND}.* its sha1 is not the one in the index"):
+    with pytest.raises(ShardError, match=rf"{SECOND}.* its sha1 differs from the index"):
         clips.clip(5)
 
 
@@ -288,7 +288,9 @@ def test_a_folder_of_another_project_is_refused(tmp_path):
         columns={"image": "bytes", "label": "int"}, out=str(tmp_path / "foreign"), hashes=["sha1"]
     ) as writer:
         writer.write({"image": b"1", "label": 1})
-    with pytest.raises(ShardError, match=r"not shards of this version's schema.*rgb is missing.*label is unknown"):
+    with pytest.raises(
+        ShardError, match=r"the columns are not those of schema version 1.*rgb is missing.*label is unknown"
+    ):
         StoredClips(Shards(local=str(tmp_path / "foreign")))
 
 
@@ -304,7 +306,7 @@ def test_a_wrong_count_is_found_even_where_the_index_agrees_with_itself(folder):
         index["dreamdance"]["num_samples"] = 11
 
     edit_index(folder, edit)
-    with pytest.raises(ShardError, match=rf"{SECOND}.*holds 4 samples, the index says 3"):
+    with pytest.raises(ShardError, match=rf"{SECOND}.*has 4 samples, the index lists 3"):
         list(StoredClips(Shards(local=str(folder))))
 
 

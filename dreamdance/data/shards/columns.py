@@ -1,7 +1,7 @@
-"""What a stored clip is: shard columns, packed frames, encodings of normals and depth, key points and their file.
+"""The storage format of clips: shard columns, packed frames, encodings of normals and depth, packed key points.
 
-The one place that knows bytes and layouts (contract C9). Whatever it is given may be damaged or hostile: sizes are
-checked before memory is taken, and nothing is ever unpickled.
+Only this module knows byte layouts (contract C9). Its input may be damaged or hostile: it checks sizes before it
+allocates memory, and it never unpickles anything.
 """
 
 import io
@@ -22,8 +22,7 @@ from dreamdance.modalities import MODALITIES, Modality
 SCHEMA_VERSION = 1
 
 # Column name -> MDS encoding. The columns of modalities hold packed frames: rgb, pose, normal `(H, W, 3)` uint8; depth
-# `(H, W)` uint16; mask `(H, W)` uint8, 0 or 255. Empty bytes mean that the clip has no such modality; rgb is always
-# there.
+# `(H, W)` uint16; mask `(H, W)` uint8, 0 or 255. Empty bytes mean that the clip lacks the modality; every clip has rgb.
 COLUMNS: dict[str, str] = {
     "schema_version": "int",
     "clip_id": "str",
@@ -36,10 +35,10 @@ COLUMNS: dict[str, str] = {
     "keypoints": "bytes",
 }
 
-# Every shard has a column for each of these modalities. It may lack the column of a modality that was added later.
+# Every shard has a column for each of these modalities. A shard may lack the columns of modalities added later.
 FIRST_MODALITIES = ("rgb", "pose", "normal", "depth", "mask")
 
-# Names kept for precomputed VAE latents and image embeddings; this version neither writes nor reads them.
+# Names reserved for precomputed VAE latents and image embeddings; this version neither writes nor reads them.
 RESERVED_COLUMNS = ("latents", "embeddings")
 
 MAX_FRAMES = 100_000
@@ -49,12 +48,12 @@ _MAGIC = b"DDFR"
 _HEADER = struct.Struct("<4sBBHIII")  # magic, bits per value, channels, reserved, height, width, number of frames
 _ENTRY = struct.Struct("<II")  # size of a frame's PNG, its CRC-32
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_LEVEL = 3  # measured on dancers: level 9 saves 4 % and takes 5 times as long
+_PNG_LEVEL = 3  # measured on dancers: files of level 9 are 4 % smaller and take 5 times as long
 
 
 @dataclass(frozen=True)
 class FrameFormat:
-    """What a packed column says about its frames, read without decoding any."""
+    """The header of a packed column: number, size and type of its frames. Reading it decodes no frame."""
 
     num_frames: int
     height: int
@@ -69,20 +68,20 @@ class FrameFormat:
 
 
 def pack_frames(frames: Sequence[NDArray[Any]]) -> bytes:
-    """Packs frames without loss, each compressed by itself, so that a window of a clip decodes only its own frames.
+    """Packs frames losslessly, each compressed separately, so that a window of a clip decodes only its own frames.
 
     Args:
         frames: arrays of one shape, `(H, W)` or `(H, W, 3)` in the order red, green, blue; uint8 or uint16.
 
     Raises:
-        ValueError: no frames, or of mixed or other shapes and types.
+        ValueError: there are no frames, or their shapes or types differ or are not supported.
     """
     frames = [np.asarray(frame) for frame in frames]
     if not frames:
-        raise ValueError("pack_frames was given no frames; an absent modality is stored as empty bytes instead")
+        raise ValueError("pack_frames needs at least one frame; an absent modality is stored as empty bytes instead")
     first = frames[0]
     if first.dtype not in (np.uint8, np.uint16) or not (first.ndim == 2 or (first.ndim == 3 and first.shape[2] == 3)):
-        raise ValueError(f"frames are (H, W) or (H, W, 3), uint8 or uint16; got {first.shape} {first.dtype}")
+        raise ValueError(f"frames must be (H, W) or (H, W, 3), uint8 or uint16; got {first.shape} {first.dtype}")
     for index, frame in enumerate(frames):
         if frame.shape != first.shape or frame.dtype != first.dtype:
             raise ValueError(f"frame {index} is {frame.shape} {frame.dtype}, frame 0 is {first.shape} {first.dtype}")
@@ -98,49 +97,61 @@ def read_frame_format(data: bytes, *, where: str = "packed frames") -> FrameForm
     """Reads and checks the header of packed frames.
 
     Args:
-        data: what `pack_frames` returned.
-        where: clip and column, for the error's text.
+        data: the bytes that `pack_frames` returned.
+        where: clip and column, for the error text.
 
     Raises:
-        ShardError: the header is damaged, foreign, or claims more than `MAX_FRAMES` or `MAX_FRAME_PIXELS`.
+        ShardError: the header is damaged, of another format, or claims more than `MAX_FRAMES` or `MAX_FRAME_PIXELS`.
     """
     if len(data) < _HEADER.size:
-        raise ShardError(f"{where}: {len(data)} bytes are too few for a header; the shard is damaged, write it again")
+        raise ShardError(
+            f"{where}: {len(data)} bytes are too few for a header; the shard is damaged, run `prepare` again"
+        )
     magic, bits, channels, reserved, height, width, num_frames = _HEADER.unpack_from(data)
     if magic != _MAGIC:
-        raise ShardError(f"{where}: begins with {magic!r} where {_MAGIC!r} is expected; damaged or not written by us")
+        raise ShardError(
+            f"{where}: the data begins with {magic!r}, expected is {_MAGIC!r}; it is damaged or of another format"
+        )
     if bits not in (8, 16) or channels not in (1, 3) or reserved != 0:
-        raise ShardError(f"{where}: {bits} bits and {channels} channels; 8 or 16 bits and 1 or 3 channels are known")
+        raise ShardError(
+            f"{where}: frames of {bits} bits and {channels} channels; accepted are 8 or 16 bits and 1 or 3 channels"
+        )
     if not 0 < num_frames <= MAX_FRAMES:
-        raise ShardError(f"{where}: claims {num_frames} frames; 1 to {MAX_FRAMES} are accepted")
+        raise ShardError(f"{where}: the header claims {num_frames} frames; accepted are 1 to {MAX_FRAMES}")
     if height < 1 or width < 1 or height * width > MAX_FRAME_PIXELS:
-        raise ShardError(f"{where}: claims frames of {width}x{height}; up to {MAX_FRAME_PIXELS} pixels are accepted")
+        raise ShardError(
+            f"{where}: the header claims frames of {width}x{height}; accepted are up to {MAX_FRAME_PIXELS} pixels"
+        )
     if len(data) < _HEADER.size + num_frames * _ENTRY.size:
-        raise ShardError(f"{where}: {len(data)} bytes are too few for the table of {num_frames} frames; truncated")
+        raise ShardError(
+            f"{where}: {len(data)} bytes are too few for the table of {num_frames} frames; the data is truncated"
+        )
     return FrameFormat(num_frames, height, width, channels, np.dtype(f"u{bits // 8}"))
 
 
 def unpack_frames(data: bytes, indices: Sequence[int] | None = None, *, where: str = "packed frames") -> NDArray[Any]:
-    """Decodes the chosen frames, and only those.
+    """Decodes the chosen frames and no others.
 
     Args:
-        data: what `pack_frames` returned.
-        indices: which frames, in the order wanted, repeats allowed; None means all.
-        where: clip and column, for the error's text.
+        data: the bytes that `pack_frames` returned.
+        indices: the numbers of the frames, in any order, repeats allowed; None means all.
+        where: clip and column, for the error text.
 
     Returns:
         `(n, H, W)` or `(n, H, W, 3)`, uint8 or uint16 as packed.
 
     Raises:
-        ShardError: damaged, truncated or foreign bytes.
-        IndexError: a frame that is not there.
+        ShardError: the bytes are damaged, truncated or of another format.
+        IndexError: there is no frame of that number.
     """
     kind = read_frame_format(data, where=where)
     chosen = range(kind.num_frames) if indices is None else [int(index) for index in indices]
     table = np.frombuffer(data, dtype="<u4", count=2 * kind.num_frames, offset=_HEADER.size).reshape(-1, 2)
     ends = _HEADER.size + kind.num_frames * _ENTRY.size + np.cumsum(table[:, 0], dtype=np.int64)
     if ends[-1] != len(data):
-        raise ShardError(f"{where}: has {len(data)} bytes where its table says {ends[-1]}; truncated or damaged")
+        raise ShardError(
+            f"{where}: the data has {len(data)} bytes, its table lists {ends[-1]}; it is truncated or damaged"
+        )
     frames = np.empty((len(chosen), *kind.frame_shape), dtype=kind.dtype)
     for row, index in enumerate(chosen):
         if not 0 <= index < kind.num_frames:
@@ -161,12 +172,14 @@ def _encode_png(frame: NDArray[Any]) -> bytes:
 
 
 def _decode_png(payload: bytes, kind: FrameFormat, *, where: str) -> NDArray[Any]:
-    """Decodes one PNG after comparing its own header with the expected size, so that a bomb is never inflated."""
+    """Compares a PNG's own header with the expected size, then decodes it; so no decompression bomb is inflated."""
     expected = struct.pack(">II", kind.width, kind.height) + bytes(
         [kind.dtype.itemsize * 8, 0 if kind.channels == 1 else 2]
     )
     if payload[:8] != _PNG_SIGNATURE or payload[16:26] != expected:
-        raise ShardError(f"{where} is not the {kind.width}x{kind.height} PNG that its column announces; damaged")
+        raise ShardError(
+            f"{where} is not the {kind.width}x{kind.height} PNG that its column's header claims; the shard is damaged"
+        )
     try:
         image = cv2.imdecode(np.frombuffer(payload, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error as error:
@@ -186,10 +199,12 @@ def pack_keypoints(keypoints: NDArray[Any]) -> bytes:
 
 
 def unpack_keypoints(data: bytes, *, where: str = "keypoints") -> NDArray[np.float32]:
-    """Reads what `pack_keypoints` wrote: `(f, 128, 3)` float32, x and y in [0,1] of the frame, confidence in [0,1].
+    """Reads the bytes of `pack_keypoints`: `(f, 128, 3)` float32, x and y in [0,1] of the frame, confidence in [0,1].
+
+    The function neither allocates memory for a claimed shape before it is checked, nor unpickles anything.
 
     Raises:
-        ShardError: not such an array. Neither memory for a claimed shape nor an unpickler is ever reached.
+        ShardError: the bytes are no such array.
     """
     buffer = io.BytesIO(data)
     try:
@@ -198,14 +213,16 @@ def unpack_keypoints(data: bytes, *, where: str = "keypoints") -> NDArray[np.flo
             raise ValueError(f"npy format {version}")
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(buffer)
     except (ValueError, EOFError) as error:
-        raise ShardError(f"{where}: not an .npy array of key points ({error}); the shard is damaged") from error
+        raise ShardError(f"{where}: the key points are not an .npy array ({error}); the shard is damaged") from error
     _check_keypoint_shape(shape, error=ShardError, where=where)
     body = memoryview(data)[buffer.tell() :]
     if dtype != np.dtype("<f4") or fortran_order or len(body) != 4 * int(np.prod(shape, dtype=np.int64)):
-        raise ShardError(f"{where}: {len(body)} bytes of {dtype} do not fill {shape} float32; the shard is damaged")
+        raise ShardError(
+            f"{where}: {len(body)} bytes of {dtype} are not an array {shape} of float32; the shard is damaged"
+        )
     keypoints = np.frombuffer(body, dtype="<f4").reshape(shape).astype(np.float32)
     if not np.isfinite(keypoints).all():
-        raise ShardError(f"{where}: holds numbers that are not finite; the shard is damaged")
+        raise ShardError(f"{where}: the key points contain values that are not finite; the shard is damaged")
     return keypoints
 
 
@@ -222,10 +239,10 @@ def encode_normal(normal: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
 
 
 def encode_grey(pictures: NDArray[np.uint8], modality: Modality) -> NDArray[Any]:
-    """Encodes pictures `(f, H, W, 3)` uint8 of a modality that has one number per pixel as its stored `(f, H, W)`.
+    """Encodes pictures `(f, H, W, 3)` uint8 of a modality with one value per pixel as its stored `(f, H, W)`.
 
-    The number is the mean of the channels, stretched to the whole range of the stored type; a region has that of 128
-    and more.
+    The value is the mean of the channels, scaled to the whole range of the stored type. For a region it becomes 255
+    where the mean is at least 128, else 0.
     """
     means: NDArray[Any] = pictures.mean(axis=-1, dtype=np.float32).round().astype(np.dtype(f"u{modality.bits // 8}"))
     if modality.kind == "region":
@@ -234,17 +251,17 @@ def encode_grey(pictures: NDArray[np.uint8], modality: Modality) -> NDArray[Any]
 
 
 def encode_disparity(depth: NDArray[np.floating[Any]]) -> tuple[NDArray[np.uint16], tuple[float, float]]:
-    """Encodes a clip's depth as 16-bit disparity, near bright, normalised over the whole clip.
+    """Encodes a clip's depth as 16-bit disparity, near points bright, normalised over the whole clip.
 
     Args:
         depth: `(f, H, W)`, metres, positive.
 
     Returns:
-        The disparity `(f, H, W)`, uint16 over its full range, and (smallest, largest) disparity in 1/metre, which the
-        clip's metadata keeps as `depth_range`.
+        The disparity `(f, H, W)`, uint16 over its full range, and (smallest, largest) disparity in 1/metre; the clip's
+        metadata stores the pair as `depth_range`.
 
     Raises:
-        ValueError: a depth that is not positive and finite.
+        ValueError: a depth is not positive or not finite.
     """
     if not (np.isfinite(depth).all() and (depth > 0).all()):
         raise ValueError("depth must be positive and finite everywhere; fill holes before storing a clip")
@@ -255,25 +272,25 @@ def encode_disparity(depth: NDArray[np.floating[Any]]) -> tuple[NDArray[np.uint1
 
 
 def metric_disparity(disparity: NDArray[Any], depth_range: tuple[float, float]) -> NDArray[np.float64]:
-    """Returns disparity in 1/metre, whose inverse is depth.
+    """Returns disparity in 1/metre, the inverse of depth.
 
     Args:
-        disparity: in [0,1], of a clip as `encode_disparity` stores it, or predicted for it.
-        depth_range: of the clip, as `encode_disparity` returned it.
+        disparity: disparity in [0,1], stored by `encode_disparity` or predicted.
+        depth_range: the range that `encode_disparity` returned for the clip.
     """
     low, high = depth_range
     return low + (high - low) * disparity.astype(np.float64)
 
 
 def check_columns(encodings: Mapping[str, str], *, where: str) -> None:
-    """Refuses a shard folder whose index does not have our columns; those of later modalities may be missing.
+    """Refuses an index that does not have our columns; columns of modalities that were added later may be missing.
 
     Args:
         encodings: column name -> MDS encoding, as an index.json lists them.
-        where: the folder or index, for the error's text.
+        where: the folder or index, for the error text.
 
     Raises:
-        ShardError: naming what is missing, unknown or of another encoding.
+        ShardError: columns are missing, unknown or of another encoding; the error names them.
     """
     added_later = set(MODALITIES).difference(FIRST_MODALITIES)
     wrong = [f"{name} is missing" for name in COLUMNS if name not in encodings and name not in added_later]
@@ -284,16 +301,19 @@ def check_columns(encodings: Mapping[str, str], *, where: str) -> None:
         if encodings.get(name, kind) != kind
     ]
     if wrong:
-        raise ShardError(f"{where}: not shards of this version's schema ({SCHEMA_VERSION}): {'; '.join(wrong)}")
+        raise ShardError(
+            f"{where}: the columns are not those of schema version {SCHEMA_VERSION}, which this code reads: "
+            f"{'; '.join(wrong)}"
+        )
 
 
 def check_schema_version(version: int, *, where: str) -> None:
-    """Refuses a clip written by another version of the schema.
+    """Refuses a clip that was written with another version of the schema.
 
     Raises:
-        ShardError: naming both versions.
+        ShardError: the versions differ; the error names both.
     """
     if version != SCHEMA_VERSION:
         raise ShardError(
-            f"{where}: written with schema version {version}, this code reads {SCHEMA_VERSION}; run prepare again"
+            f"{where}: the shards have schema version {version}, this code reads {SCHEMA_VERSION}; run `prepare` again"
         )

@@ -1,6 +1,6 @@
-"""Compares files of shards with what their index holds about them: size, hash, table of samples.
+"""Compares shard files with their index: size, hash, table of samples.
 
-Knows neither where files come from nor what was compared before.
+This module knows neither where the files come from nor which files were compared before.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ def compare_file(path: Path, entry: ShardEntry, file: ShardFile, *, by_hash: boo
     """
     with path.open("rb") as opened:
         stamp = FileStamp.of(opened.fileno())
-        # Read first and judged after: storage that fails must not pass for a file of another size.
+        # Read before the comparison: a storage error must not be reported as a file of another size.
         head = opened.read(samples_table_bytes(entry)) if file is entry.raw else b""
         opened.seek(0)
         digest = _digest(opened, file) if by_hash else None
@@ -46,17 +46,17 @@ def check_size(num_bytes: int, file: ShardFile, *, where: str) -> None:
     """Compares a file's size with the index.
 
     Raises:
-        ShardError: it is another one.
+        ShardError: the sizes differ.
     """
     if num_bytes != file.num_bytes:
-        raise ShardError(f"shard {where} is damaged: {num_bytes} bytes, the index says {file.num_bytes}")
+        raise ShardError(f"shard {where} is damaged: it has {num_bytes} bytes, the index lists {file.num_bytes}")
 
 
 def check_bytes(data: bytes, file: ShardFile, *, where: str) -> None:
     """Compares a file's content with the size and the strongest hash of the index.
 
     Raises:
-        ShardError: it is not the same.
+        ShardError: size or hash differs.
     """
     check_size(len(data), file, where=where)
     _check_digest(get_hash(strongest_hash(file), data), file, where=where)
@@ -66,32 +66,32 @@ def check_samples(head: bytes, num_bytes: int, entry: ShardEntry, *, where: str)
     """Compares the table of samples at the head of an MDS file with the index.
 
     Args:
-        head: the file's first bytes, `samples_table_bytes(entry)` of them at least.
+        head: the first bytes of the file, at least `samples_table_bytes(entry)`.
         num_bytes: the size of the whole file.
 
     Raises:
-        ShardError: another number of samples, or a table that points outside of the file.
+        ShardError: the number of samples differs, or the table points outside the file.
     """
     found = struct.unpack_from("<I", head)[0] if len(head) >= 4 else 0
     if found != entry.num_samples or len(head) < samples_table_bytes(entry):
-        raise ShardError(f"shard {where} holds {found} samples, the index says {entry.num_samples}")
+        raise ShardError(f"shard {where} has {found} samples, the index lists {entry.num_samples}")
     offsets = np.frombuffer(head, dtype="<u4", count=entry.num_samples + 1, offset=4).astype(np.int64)
     if offsets[0] < samples_table_bytes(entry) or (np.diff(offsets) <= 0).any() or offsets[-1] != num_bytes:
-        raise ShardError(f"shard {where} is damaged: its table of samples points outside of the file")
+        raise ShardError(f"shard {where} is damaged: its table of samples points outside the file")
 
 
 def samples_table_bytes(entry: ShardEntry) -> int:
-    """Size of the table at the head of an MDS file: the count, and one offset more than there are samples."""
+    """Size of the table at the head of an MDS file: the number of samples n, then n + 1 offsets."""
     return 4 * (entry.num_samples + 2)
 
 
 def strongest_hash(file: ShardFile) -> str:
-    """The name of the hash that a file is compared by."""
+    """The name of the hash algorithm that the comparison of a file uses."""
     return next(name for name in HASH_DIGITS if name in file.hashes)
 
 
 def _digest(opened: IO[bytes], file: ShardFile) -> str:
-    """The file's hash, read in pieces: a shard may be as large as 4 GiB, and every worker may have one open."""
+    """The hash of the file, which is read in pieces: a shard has up to 4 GiB, and every worker may hash one."""
     algorithm = strongest_hash(file)
     if algorithm not in hashlib.algorithms_guaranteed:
         return get_hash(algorithm, opened.read(file.num_bytes + 1))
@@ -105,4 +105,4 @@ def _digest(opened: IO[bytes], file: ShardFile) -> str:
 def _check_digest(digest: str, file: ShardFile, *, where: str) -> None:
     algorithm = strongest_hash(file)
     if digest != file.hashes[algorithm]:
-        raise ShardError(f"shard {where} is damaged: its {algorithm} is not the one in the index")
+        raise ShardError(f"shard {where} is damaged: its {algorithm} differs from the index")

@@ -1,8 +1,8 @@
-"""Checks shards before anything is read from them, so that damage is an error that names the shard.
+"""Checks shards before they are read, so that a damaged shard is an error that names it.
 
-The library itself ends an epoch early or hangs on a damaged shard, and never checks one that lies on the local disk
-(dreamdance/README.md, "The stack"). A start compares only the files' sizes. The process that opens a file first hashes
-it and notes that.
+The library itself ends an epoch early or hangs on a damaged shard, and never checks shards on the local disk
+(dreamdance/README.md, "The stack"). A start compares only the sizes of the files. The first process that opens a file
+hashes it and writes a note that it matched.
 """
 
 import logging
@@ -23,8 +23,8 @@ from dreamdance.runtime.ranks import Ranks
 logger = logging.getLogger(__name__)
 
 REPORT_EVERY_SECONDS = 10.0
-STAT_THREADS = 16  # a file's size on shared storage is a round trip, of which many fit into one time
-NAMED_FILES = 10
+STAT_THREADS = 16  # on shared storage each size costs a round trip; the threads overlap them
+MAX_NAMED_FILES = 10  # in one error
 
 
 def open_shards(
@@ -34,16 +34,16 @@ def open_shards(
     ranks: Ranks | None = None,
     before_shard: Callable[[str], None] | None = None,
 ) -> ShardIndex:
-    """Fetches and checks the index on every rank; the files themselves are checked by one rank of each node.
+    """Downloads and checks the index on every rank; one rank of each node checks the files.
 
     Args:
-        shards: where they are read, and where they come from.
+        shards: the local folder, and the remote folder if there is one.
         how: see `verify_shards`.
         ranks: this process; by default from the environment.
         before_shard: see `verify_shards`.
 
     Raises:
-        ShardError: naming the file and what is wrong with it.
+        ShardError: a file is missing or damaged; the error names it and the problem.
     """
     index = open_index(shards)
     if (ranks or Ranks.from_environment()).local_rank == 0:
@@ -59,18 +59,19 @@ def verify_shards(
     before_shard: Callable[[str], None] | None = None,
     numbers: Iterable[int] | None = None,
 ) -> None:
-    """Checks the files that lie in the index's folder.
+    """Checks the files in the index's folder.
 
-    Without a remote folder every shard must be there and whole. What can be fetched or unpacked again (a download, or
-    the unpacked form of a compressed shard) is removed with a warning instead, and made again when it is read.
+    Without a remote folder every shard must be present and undamaged. A damaged file that can be downloaded or
+    unpacked again is removed with a warning; the process that reads the shard makes it again.
 
     Args:
-        index: of the folder.
-        how: `first_use` asks for the sizes of what must be there, and reads nothing; `size` reads each shard's table
-            of samples too; `hash` reads everything, whatever is noted, and notes it.
-        remote: where the shards come from.
-        before_shard: called with each shard's number in words before it is read, and once before sizes are compared.
-        numbers: of the shards to read; then no others are looked at. All by default.
+        index: the index of the folder.
+        how: `first_use` compares the sizes of the required files and reads none of them; `size` also reads each shard's
+            table of samples; `hash` reads every file, also one that a note confirms, and writes a note.
+        remote: the folder or URL from which the shards can be downloaded.
+        before_shard: called with a text that names the next shard before each is read, and once before the sizes are
+            compared.
+        numbers: numbers of the shards to read; the function ignores all others. By default it reads all shards.
 
     Raises:
         ShardError: a shard is missing or damaged.
@@ -98,31 +99,31 @@ def verify_shards(
 
 
 class CheckedShards:
-    """The shards of an index, each compared with it in the state in which it is opened; missing ones are fetched.
+    """The shards of an index. Each file is compared with the index when it is opened; missing files are downloaded.
 
-    Every process that reads has one. What was compared by any of them, in any run, is known by its note.
+    Every reading process has its own object. Notes record which files any process of any run has already compared.
     """
 
     def __init__(self, index: ShardIndex, *, remote: str | None, by_hash: bool) -> None:
-        """Looks at nothing yet.
+        """Stores the arguments; reads no file yet.
 
         Args:
-            index: of the local folder.
-            remote: where the shards come from, if not from there.
-            by_hash: whether files that are not noted are hashed; if not, only their sizes and tables are compared.
+            index: the index of the local folder.
+            remote: the folder or URL to download from, or None.
+            by_hash: whether to hash files without a note; if false, only sizes and tables of samples are compared.
         """
         self.index, self.remote, self.by_hash = index, remote, by_hash
         self._notes = ShardNotes(index.folder)
         self._sound: dict[int, FileStamp] = {}
 
     def require(self, number: int) -> None:
-        """Makes sure that a shard's MDS file is there, and that it is the one of the index.
+        """Ensures that a shard's MDS file is present and is the one that the index describes.
 
-        Costs a look at the file's state where that has not changed since the last time.
+        If the file has not changed since the last call, this costs one `stat`.
 
         Raises:
-            ShardError: it is missing or damaged, and so is what it would be made from.
-            OSError: it cannot be read.
+            ShardError: the file is missing or damaged, and so is the file that it would be made from.
+            OSError: the file cannot be read.
         """
         entry = self.index.shards[number]
         path = self.index.folder / entry.raw.name
@@ -135,20 +136,20 @@ class CheckedShards:
             except ShardError as error:
                 if self.remote is None and entry.compressed is None:
                     raise
-                logger.warning("%s; it is made again", error)
+                logger.warning("%s; this process makes it again", error)
                 self.fetch(number, damaged=state)
         except FileNotFoundError:
             self.fetch(number)
 
     def fetch(self, number: int, *, damaged: FileStamp | None = None) -> None:
-        """Makes a shard's MDS file, unless another process has made it: downloaded, unpacked, compared.
+        """Downloads, unpacks and compares a shard's MDS file, unless another process has done so.
 
         Args:
-            number: of the shard.
-            damaged: the state of a file under its name that is to be replaced.
+            number: the number of the shard.
+            damaged: the state of a damaged file of that name, which is replaced.
 
         Raises:
-            ShardError: what it would be made from is missing or damaged.
+            ShardError: the file that it would be made from is missing or damaged.
         """
         entry = self.index.shards[number]
         self._sound[number] = fetch_shard(self.index, entry, self.remote, self._notes, damaged=damaged)
@@ -164,14 +165,14 @@ class CheckedShards:
 
 
 def _check_sizes(index: ShardIndex) -> None:
-    """Names all files at once that are missing or have another size; reads none of them."""
+    """Raises one error that names all files that are missing or have another size; reads no file."""
     with ThreadPoolExecutor(STAT_THREADS) as threads:
         problems = [
             problem for problem in threads.map(lambda entry: _size_problem(index, entry), index.shards) if problem
         ]
     if problems:
-        more = f"; and {len(problems) - NAMED_FILES} more" if len(problems) > NAMED_FILES else ""
-        raise ShardError("; ".join(problems[:NAMED_FILES]) + more)
+        more = f"; and {len(problems) - MAX_NAMED_FILES} more" if len(problems) > MAX_NAMED_FILES else ""
+        raise ShardError("; ".join(problems[:MAX_NAMED_FILES]) + more)
 
 
 def _size_problem(index: ShardIndex, entry: ShardEntry) -> str:
@@ -188,13 +189,15 @@ def _size_problem(index: ShardIndex, entry: ShardEntry) -> str:
 
 
 def _missing(index: ShardIndex, entry: ShardEntry) -> ShardError:
-    return ShardError(f"shard {index.folder / entry.stored.name} is missing; prepare it again or copy it there")
+    return ShardError(
+        f"shard {index.folder / entry.stored.name} is missing; run `prepare` again or copy the file there"
+    )
 
 
 def _check_file(
     index: ShardIndex, entry: ShardEntry, file: ShardFile, notes: ShardNotes, *, how: Verify, replaceable: bool
 ) -> bool:
-    """Whether the file is there and sound; a damaged one is removed if it is replaceable, else an error."""
+    """Whether the file is present and undamaged. A damaged file is removed if replaceable; else it is an error."""
     path = index.folder / file.name
     try:
         if not path.is_file():
@@ -202,12 +205,12 @@ def _check_file(
         state = compare_file(path, entry, file, by_hash=how == "hash")
         if how == "hash" and file is entry.raw:
             notes.write(file, state)
-    except FileNotFoundError:  # another process that shares the folder has just removed it
+    except FileNotFoundError:  # another process that shares the folder has just removed the file
         return False
     except ShardError as error:
         if not replaceable:
             raise
-        logger.warning("%s; it is removed, and made again when it is read", error)
+        logger.warning("%s; this process removes the file, and the process that reads the shard makes it again", error)
         path.unlink(missing_ok=True)
         return False
     return True
