@@ -196,7 +196,7 @@ def test_where_it_can_be_noted_nowhere_each_process_hashes_and_says_so_once(fold
     assert first > 2 * total_bytes(folder)
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 2  # two openings
-    assert f"neither beside the shards of {folder} nor in /proc/nowhere" in warnings[0]
+    assert f"cannot write notes about verified shards, neither in {folder} nor in /proc/nowhere" in warnings[0]
 
 
 def test_nothing_is_noted_through_a_link_that_leads_out_of_the_folder(folder, tmp_path):
@@ -284,7 +284,7 @@ def test_a_process_that_hangs_while_it_hashes_does_not_stop_the_others(folder, m
     (folder / ".verified").mkdir()
     with locked_file(folder / ".verified" / f"{SECOND}.lock", wait_seconds=0):
         assert read_everything(folder) > 2 * total_bytes(folder)
-    assert "the shard is hashed here as well" in caplog.text
+    assert "this process hashes the shard too" in caplog.text
     assert (folder / ".verified" / f"{SECOND}.json").is_file()
 
 

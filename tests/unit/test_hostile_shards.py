@@ -123,7 +123,7 @@ def test_a_shard_that_unpacks_to_a_thousand_times_its_size_takes_no_memory(tmp_p
     clips = StoredClips(Shards(local=str(tmp_path / "shards")))
     tracemalloc.start()
     try:
-        with pytest.raises(ShardError, match="would decompress to 268435456 bytes, the index says") as told:
+        with pytest.raises(ShardError, match="would decompress to 268435456 bytes, the index lists") as told:
             clips.clip(0)
         peak = tracemalloc.get_traced_memory()[1]
     finally:

@@ -83,8 +83,8 @@ def test_leftovers_of_another_user_are_replaced_or_named_with_the_way_around_the
     went_on, sticky, locked, claimed, launched = map(json.loads, done.stdout.splitlines())
     assert went_on == f"{CLIPS} clips"
     for told, file, way in (
-        (sticky, f"sticky/{TEMPORARY}", "give a `local` folder that is"),
-        (locked, f"cache/.{SHARD}.lock", "give a `local` folder that is"),
+        (sticky, f"sticky/{TEMPORARY}", "set a `local` folder that can be written"),
+        (locked, f"cache/.{SHARD}.lock", "set a `local` folder that can be written"),
         (claimed, f"output/{FOLDER_LOCK_FILE}", "give another `output`"),
         (launched, f"runs/run/{LOCK_FILE}", "give another --runs"),
     ):

@@ -155,7 +155,7 @@ def test_validation_may_be_left_without_clips_until_its_videos_are_repaired(tmp_
         assert (output / "manifest.jsonl").read_text() == ""
         assert is_prepared(recipe)
     assert caplog.text.count(f"{output / 'validation'} is left without clips") == 1
-    with pytest.raises(ShardError, match=r"validation.*lists no shards; where `prepare` skipped all videos"):
+    with pytest.raises(ShardError, match=r"validation.*lists no shards; if `prepare` skipped all videos"):
         stored(output, "validation")
     shutil.copy(whole, path)
     assert not is_prepared(recipe)

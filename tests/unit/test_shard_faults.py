@@ -108,7 +108,7 @@ def test_a_remote_that_keeps_failing_is_an_error_after_a_few_attempts(shards, re
     with (
         broken_for_a_while(stored_file(remote), seconds=None),
         pytest.raises(
-            ShardError, match=rf"{SECOND}.* cannot be fetched, 4 attempts failed: .*[Ii]s a directory"
+            ShardError, match=rf"{SECOND}.* cannot be downloaded, 4 attempts failed: .*[Ii]s a directory"
         ) as told,
     ):
         clip_ids(clips)
@@ -139,7 +139,7 @@ def test_a_download_that_was_torn_is_fetched_again(shards, remote, caplog):
     finally:
         shard_cache.logger.removeFilter(mend_when_warned)
     assert f"{SECOND}" in caplog.text
-    assert "fetched again" in caplog.text
+    assert "this process downloads the file again" in caplog.text
     record_fault(
         "download torn once",
         how="the remote file is 50 bytes short at the first attempt",
@@ -222,7 +222,7 @@ def test_a_lock_whose_holder_is_stopped_is_an_error_that_says_how_to_find_it(sha
     with (
         FileLock(Path(shards.local) / f".{SECOND}.lock"),
         pytest.raises(
-            ShardError, match=rf"another process to fetch '{SECOND}'.*stopped.*fuser .*another `local`"
+            ShardError, match=rf"another process to download '{SECOND}'.*stopped.*fuser .*another `local`"
         ) as told,
     ):
         clip_ids(clips)
@@ -238,7 +238,7 @@ def test_a_lock_whose_holder_is_stopped_is_an_error_that_says_how_to_find_it(sha
 def test_a_cache_that_cannot_be_made_is_named_with_the_key_to_change(remote):
     """/proc takes no folder of anybody's, root's neither, as a read-only disk."""
     with pytest.raises(
-        ShardError, match=r"'index\.json' cannot be fetched or unpacked into /proc/cache.*another|local"
+        ShardError, match=r"'index\.json' cannot be downloaded or unpacked into /proc/cache.*another|local"
     ):
         StoredClips(Shards(local="/proc/cache", remote=str(remote)))
 
@@ -296,7 +296,7 @@ def test_a_shard_that_is_a_link_to_something_else_is_damaged_and_not_believed(so
     (tmp_path / "secret").write_text("not a shard")
     stored_file(folder).unlink()
     (folder / stored_file(sound).name).symlink_to(tmp_path / "secret")
-    with pytest.raises(ShardError, match=rf"{SECOND}.* is damaged: 11 bytes, the index says \d+"):
+    with pytest.raises(ShardError, match=rf"{SECOND}.* is damaged: it has 11 bytes, the index lists \d+"):
         StoredClips(Shards(local=str(folder)))
 
 

@@ -111,7 +111,7 @@ def test_storage_that_stays_away_is_the_machines_fault(fault, num_workers, folde
 def test_one_missing_shard_beside_its_index_is_the_users_to_mend(folder, short_pauses):
     clips = StoredClips(Shards(local=str(folder)))
     (folder / SECOND).unlink()
-    with pytest.raises(ShardError, match=rf"{SECOND} is missing; prepare it again") as told:
+    with pytest.raises(ShardError, match=rf"{SECOND} is missing; run `prepare` again") as told:
         clip_ids(clips)
     assert not is_transient(told.value)
 
@@ -125,5 +125,5 @@ def test_a_remote_folder_that_is_gone_for_a_while_is_asked_again(folder, tmp_pat
 def test_a_remote_folder_that_stays_away_is_the_machines_fault(folder, tmp_path, short_pauses):
     clips = StoredClips(Shards(local=str(tmp_path / "cache"), remote=str(folder)))
     unmount(folder)
-    with pytest.raises(LostWorkerError, match="cannot be fetched, 4 attempts failed"):
+    with pytest.raises(LostWorkerError, match="cannot be downloaded, 4 attempts failed"):
         clip_ids(clips)

@@ -109,7 +109,9 @@ def test_all_missing_and_truncated_shards_are_named_at_once(folder):
     paths = sorted(folder.glob("*.mds*"))
     remove(paths[0])
     truncate(paths[2])
-    with pytest.raises(ShardError, match=rf"{paths[0].name} is missing.*; .*{paths[2].name} is damaged: \d+ bytes"):
+    with pytest.raises(
+        ShardError, match=rf"{paths[0].name} is missing.*; .*{paths[2].name} is damaged: it has \d+ bytes"
+    ):
         open_shards(Shards(local=str(folder)))
 
 
@@ -180,7 +182,7 @@ def test_what_was_unpacked_from_a_sound_shard_is_made_anew_when_damaged(tmp_path
 def test_a_cache_of_another_dataset_is_refused(folder, tmp_path):
     list(StoredClips(Shards(local=str(tmp_path / "cache"), remote=str(folder))))
     write_random_shards(tmp_path / "other", 8)
-    with pytest.raises(ShardError, match=r"cache caches other shards than .*other holds now"):
+    with pytest.raises(ShardError, match=r"cache caches other shards than .*other contains now"):
         StoredClips(Shards(local=str(tmp_path / "cache"), remote=str(tmp_path / "other")))
 
 
@@ -229,28 +231,28 @@ def no_hashes(index: dict) -> None:
 
 
 HOSTILE = [
-    (set_name("../evil.mds"), r"shard 1.*'\.\./evil\.mds.*only plain file names"),
-    (set_name("/tmp/evil.mds"), r"'/tmp/evil\.mds.*only plain file names"),
-    (set_name("sub/evil.mds"), "only plain file names"),
-    (set_name("..\\evil.mds"), "only plain file names"),
-    (set_name("evil\n.mds"), "only plain file names"),
-    (set_name(".hidden.mds"), "only plain file names"),
+    (set_name("../evil.mds"), r"shard 1.*'\.\./evil\.mds.*accepted are plain file names"),
+    (set_name("/tmp/evil.mds"), r"'/tmp/evil\.mds.*accepted are plain file names"),
+    (set_name("sub/evil.mds"), "accepted are plain file names"),
+    (set_name("..\\evil.mds"), "accepted are plain file names"),
+    (set_name("evil\n.mds"), "accepted are plain file names"),
+    (set_name(".hidden.mds"), "accepted are plain file names"),
     (set_name("index.json"), r"does not end in '\.mds'"),
     (pickled_column, "column 'clip_id' is pickled"),
     (unknown_column, "label is unknown"),
     (other_encoding, "clip_id is jpeg, not str"),
-    (duplicate_name, "given to more than one shard"),
+    (duplicate_name, "more than one shard has the file name"),
     (no_hashes, "has no hash"),
-    (set_file(hashes={"sha1": "0" * 39}), "which is none"),
+    (set_file(hashes={"sha1": "0" * 39}), "accepted are 40 hexadecimal digits"),
     (set_file(bytes=1 << 40), "size of .* is 1099511627776"),
     (set_file(bytes=-1), "size of .* is -1"),
     (set_file(bytes=True), "size of .* is True"),
     (set_shard(samples=0), "number of samples is 0"),
     (set_shard(samples="4"), "number of samples is '4'"),
-    (set_shard(samples=5), "its shards hold 13 samples together, its own total is 12"),
+    (set_shard(samples=5), "the shards have 13 samples in total, but `num_samples` is 12"),
     (set_shard(compression="gz"), "compression 'gz'"),
     (set_shard(format="json"), "format 'json'"),
-    (set_shard(column_sizes=[None] * len(COLUMNS)), "of another width"),
+    (set_shard(column_sizes=[None] * len(COLUMNS)), "order or width of the columns differ"),
     (set_shard(raw_data=None), "not a JSON object"),
     (lambda index: index.update(version=1), "version 1"),
     (lambda index: index.update(shards=[]), "lists no shards"),
@@ -375,5 +377,5 @@ def test_the_command_says_what_a_folder_holds_or_which_file_is_bad(folder, capsy
 
 @pytest.mark.parametrize("remote", ["/nowhere/at/all", "ftp://example/shards"])
 def test_a_remote_folder_that_cannot_be_reached_is_named(tmp_path, remote):
-    with pytest.raises(ShardError, match=rf"{remote}/index\.json cannot be fetched"):
+    with pytest.raises(ShardError, match=rf"{remote}/index\.json cannot be downloaded"):
         StoredClips(Shards(local=str(tmp_path / "cache"), remote=remote))

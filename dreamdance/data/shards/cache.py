@@ -1,9 +1,9 @@
-"""Brings shards from where they live to where they are read, and gives a file its name only once it is checked.
+"""Downloads and unpacks shards into the local folder; a file gets its final name only after it was checked.
 
-The library writes downloads straight under their names, where the next reader finds a damaged one, and
-coordinates processes through shared memory, in which one that failed leaves "being prepared" behind for ever. Here
-files are checked under a temporary name and renamed; a lock of the operating system, which dies with its holder, keeps
-two processes from fetching the same shard. What fails now and then is tried again, a few times.
+The library writes downloads directly under their final names, where the next reader finds a damaged file. It
+coordinates processes through shared memory; a process that fails leaves the state "being prepared" there for ever. This
+module checks files under a temporary name and then renames them. A lock of the operating system, which is released when
+its holder ends, keeps two processes from downloading the same shard. Transient errors are retried a few times.
 """
 
 import logging
@@ -26,15 +26,16 @@ logger = logging.getLogger(__name__)
 
 DOWNLOAD_TIMEOUT_SECONDS = 300.0
 LOCK_TIMEOUT_SECONDS = 600.0
-DAMAGED_DOWNLOADS = 2  # one may be torn on its way; two alike are damaged where they come from
+# One damaged download may be a transmission error; after this number the remote file itself counts as damaged.
+DAMAGED_DOWNLOADS = 2
 _ZSTD_MAGIC = 0xFD2FB528
 
 
 def open_index(shards: Shards) -> ShardIndex:
-    """Returns the checked index of `shards`, fetched from its remote folder where there is one.
+    """Returns the checked index of `shards`; downloads it first if there is a remote folder.
 
     Raises:
-        ShardError: no index, a refused one, or a local folder that caches another dataset than the remote one.
+        ShardError: the index is missing or refused, or the local folder caches another dataset than the remote one.
     """
     folder = Path(shards.local)
     if shards.remote is None:
@@ -46,35 +47,36 @@ def open_index(shards: Shards) -> ShardIndex:
         if index.exists():
             if index.read_bytes() != temporary.read_bytes():
                 raise ShardError(
-                    f"{folder} caches other shards than {shards.remote} holds now; delete it or give another `local` "
-                    "folder"
+                    f"{folder} caches other shards than {shards.remote} contains now; delete that folder or set "
+                    "another `local` folder"
                 )
-            temporary.unlink()  # the index stays as it is: by its state, ranks see whether they share a folder
+            temporary.unlink()  # keeps the old file: ranks compare its state to find out whether they share a folder
     return read_index(index)
 
 
 def fetch_shard(
     index: ShardIndex, entry: ShardEntry, remote: str | None, notes: ShardNotes, *, damaged: FileStamp | None = None
 ) -> FileStamp:
-    """Puts a shard's MDS file into the local folder: downloaded if need be, hash-checked, decompressed.
+    """Puts a shard's MDS file into the local folder: downloads it if necessary, checks its hash and decompresses it.
 
     Args:
-        index: of the local folder.
-        entry: which shard.
-        remote: where it comes from, if not from there.
-        notes: of the local folder; in the end the file is noted.
-        damaged: the state of a file under its name that is to be replaced; one in another state is another process's.
+        index: the index of the local folder.
+        entry: the shard.
+        remote: the folder or URL to download from, or None.
+        notes: the notes of the local folder; the function adds a note about the file.
+        damaged: the state of a damaged file of that name, which is replaced. A file in another state was written by
+            another process and is kept.
 
     Returns:
-        The state of the file, which was compared with the index by its hash.
+        The state of the file, whose hash matched the index.
 
     Raises:
-        ShardError: it is nowhere, damaged, or its folder cannot be written.
+        ShardError: the shard is missing or damaged, or the local folder cannot be written.
     """
     target = index.folder / entry.raw.name
     stored = index.folder / entry.stored.name
     if remote is None and not stored.is_file():
-        raise ShardError(f"shard {stored} is missing; prepare it again or copy it there")
+        raise ShardError(f"shard {stored} is missing; run `prepare` again or copy the file there")
     with _locked(index.folder, entry.raw.name):
         if target.is_file() and (state := FileStamp.of(target)) != damaged:  # another process was faster
             state = compare_file(target, entry, entry.raw, by_hash=not notes.has(entry.raw, state))
@@ -86,7 +88,7 @@ def fetch_shard(
             if data is None and remote is not None:
                 data = _download_checked(remote, entry.stored, temporary, where=label)
             if data is None:
-                raise ShardError(f"shard {stored} is missing; prepare it again or copy it there")
+                raise ShardError(f"shard {stored} is missing; run `prepare` again or copy the file there")
             if entry.compressed is not None:
                 data = _decompress(entry, data, where=label)
             check_samples(data, len(data), entry, where=label)
@@ -98,7 +100,7 @@ def fetch_shard(
 
 
 def is_gone(folder: Path | str) -> bool:
-    """Whether a folder of shards does not show its index any more, once that was read: as if it were not mounted."""
+    """Whether a folder of shards whose index was read before has no index now, for example because of a lost mount."""
     try:
         return not (Path(folder) / INDEX_FILE).is_file()
     except OSError:
@@ -113,7 +115,7 @@ def _read_checked(path: Path, file: ShardFile, *, where: str) -> bytes:
 
 
 def _read_stored(stored: Path, file: ShardFile, remote: str | None, *, where: str) -> bytes | None:
-    """The compressed form that lies in the local folder; None where it can be had from the remote one only."""
+    """Reads the compressed file in the local folder; None if it must be downloaded."""
     if not stored.is_file():
         return None
     try:
@@ -121,31 +123,31 @@ def _read_stored(stored: Path, file: ShardFile, remote: str | None, *, where: st
     except ShardError as error:
         if remote is None:
             raise
-        logger.warning("%s; removed, it is fetched again", error)
+        logger.warning("%s; this process removes the file and downloads it again", error)
         stored.unlink(missing_ok=True)
         return None
 
 
 def _download_checked(remote: str, file: ShardFile, destination: Path, *, where: str) -> bytes:
-    """Downloads a file and compares it with the index; one that came damaged is fetched again."""
+    """Downloads a file and compares it with the index; downloads a damaged file again."""
     for _ in range(DAMAGED_DOWNLOADS - 1):
         _download(remote, file.name, destination)
         try:
             return _read_checked(destination, file, where=where)
         except ShardError as error:
-            logger.warning("%s; fetched again", error)
+            logger.warning("%s; this process downloads the file again", error)
     _download(remote, file.name, destination)
-    return _read_checked(destination, file, where=f"{where}, fetched {DAMAGED_DOWNLOADS} times,")
+    return _read_checked(destination, file, where=f"{where}, downloaded {DAMAGED_DOWNLOADS} times,")
 
 
 def _download(remote: str, name: str, destination: Path) -> None:
-    """Downloads a file; tries again where connection or storage fail, but not where that file alone is missing."""
+    """Downloads a file; retries if the connection or the storage fails, but not if only that file is missing."""
     source = f"{remote.rstrip('/')}/{name}"
 
-    half = destination.with_name(f"{destination.name}.tmp")  # the library's own temporary name
+    unfinished = destination.with_name(f"{destination.name}.tmp")  # the library's temporary file
 
     def download() -> None:
-        for path in (destination, half):  # the library takes a file that exists for a finished download
+        for path in (destination, unfinished):  # the library treats an existing file as a finished download
             path.unlink(missing_ok=True)
         CloudDownloader.direct_download(source, str(destination), DOWNLOAD_TIMEOUT_SECONDS)
 
@@ -153,39 +155,39 @@ def _download(remote: str, name: str, destination: Path) -> None:
         return name != INDEX_FILE and "://" not in remote and is_gone(remote)
 
     def should_retry(error: Exception) -> bool:
-        """Connection and time-out errors are OSErrors, often without a number."""
+        """Whether the error may be transient. Connection and timeout errors are OSErrors, often without an errno."""
         is_final = isinstance(error, PermissionError) or (isinstance(error, FileNotFoundError) and not is_remote_gone())
         return isinstance(error, OSError) and not is_final
 
     try:
-        retry_transient(download, f"fetching {source}", should_retry=should_retry)
+        retry_transient(download, f"downloading {source}", should_retry=should_retry)
     except (OSError, ValueError, ImportError) as error:
         if not should_retry(error):
-            raise ShardError(f"{source} cannot be fetched: {error}; see `remote`") from error
-        is_users = getattr(error, "errno", None) in USER_FIXABLE_ERRNOS and not is_remote_gone()
-        kind = ShardError if is_users else LostWorkerError
-        raise kind(f"{source} cannot be fetched, {NUM_ATTEMPTS} attempts failed: {error}") from error
-    except Exception as error:  # every cloud's library has errors of its own, and has tried again by itself
-        error.add_note(f"while {source} was fetched")
+            raise ShardError(f"{source} cannot be downloaded: {error}; see `remote`") from error
+        is_user_fixable = getattr(error, "errno", None) in USER_FIXABLE_ERRNOS and not is_remote_gone()
+        kind = ShardError if is_user_fixable else LostWorkerError
+        raise kind(f"{source} cannot be downloaded, {NUM_ATTEMPTS} attempts failed: {error}") from error
+    except Exception as error:  # the cloud libraries raise their own errors, after their own retries
+        error.add_note(f"while downloading {source}")
         raise
     finally:
-        half.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def _decompress(entry: ShardEntry, data: bytes, *, where: str) -> bytes:
-    """Decompresses one zstd frame whose own header announces no more than the index does."""
-    announced = zstd_content_size(data)
-    if announced != entry.raw.num_bytes:
-        raise ShardError(f"shard {where} would decompress to {announced} bytes, the index says {entry.raw.num_bytes}")
+    """Decompresses one zstd frame, if the size in its header is the size in the index."""
+    claimed = zstd_content_size(data)
+    if claimed != entry.raw.num_bytes:
+        raise ShardError(f"shard {where} would decompress to {claimed} bytes, the index lists {entry.raw.num_bytes}")
     raw = decompress("zstd", data)
     check_bytes(raw, entry.raw, where=f"{where}, decompressed,")
     return raw
 
 
 def zstd_content_size(data: bytes) -> int | None:
-    """The size that a zstd frame decompresses to, by its header (RFC 8878); None if it has none or more frames follow.
+    """The decompressed size in a zstd frame's header (RFC 8878); None if it has no size or more frames follow.
 
-    The library allocates what all frames of a file announce together, before any hash of the result can be compared.
+    The library allocates the sum of the sizes that all frames of a file claim, before the result can be hashed.
     """
     if len(data) < 6 or struct.unpack_from("<I", data)[0] != _ZSTD_MAGIC:
         return None
@@ -214,11 +216,11 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
             yield
     except HeldLockError as error:
         raise LostWorkerError(
-            f"waited {LOCK_TIMEOUT_SECONDS:.0f} s for another process to fetch '{name}' to {folder}; is one stopped? "
-            f"`fuser {folder / f'.{name}.lock'}` names it; or give another `local` folder"
+            f"waited {LOCK_TIMEOUT_SECONDS:.0f} s for another process to download '{name}' to {folder}; it may be "
+            f"stopped. `fuser {folder / f'.{name}.lock'}` shows its process id; or set another `local` folder"
         ) from error
     except OSError as error:
         raise ShardError(
-            f"'{name}' cannot be fetched or unpacked into {folder}: {error}. Is the disk full? If that folder is not "
-            "to be written, name it as `remote` and give a `local` folder that is"
+            f"'{name}' cannot be downloaded or unpacked into {folder}: {error}. Is the disk full? If that folder is "
+            "read-only, name it as `remote` and set a `local` folder that can be written"
         ) from error

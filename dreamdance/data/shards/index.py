@@ -1,7 +1,7 @@
-"""Reads a folder's `index.json` and believes nothing in it: names, sizes, counts, columns and encodings are checked.
+"""Reads and validates a folder's `index.json`: names, sizes, counts, columns and encodings.
 
-The library trusts its index: a shard named `../evil.mds` is written outside of the local folder (dreamdance/README.md,
-"The stack"). So every index is checked here first; that of a remote folder, before anything else is downloaded.
+The library trusts its index: it writes a shard named `../evil.mds` outside the local folder (dreamdance/README.md,
+"The stack"). So this module checks every index first; a remote index is checked before any shard is downloaded.
 """
 
 import json
@@ -17,11 +17,11 @@ from dreamdance.errors import ShardError
 MAX_INDEX_BYTES = 256 << 20
 MAX_SHARD_BYTES = (1 << 32) - 1  # MDS keeps sample offsets as uint32
 MAX_SAMPLES_PER_SHARD = 1 << 24
-HASH_DIGITS = {"sha1": 40, "xxh64": 16}  # the strongest first
+HASH_DIGITS = {"sha1": 40, "xxh64": 16}  # hexadecimal digits; the strongest algorithm first
 DETAILS_KEY = "dreamdance"
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
-_COLUMN_BYTES = {"int": 8, "float64": 8}  # encodings of a fixed width; all the others write their size
+_COLUMN_BYTES = {"int": 8, "float64": 8}  # encodings of fixed width; a value of any other encoding stores its size
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard: its MDS file, and the compressed form that is stored where there is one."""
+    """One shard: its MDS file, and its compressed file if the shard is compressed."""
 
     num_samples: int
     raw: ShardFile
@@ -43,7 +43,7 @@ class ShardEntry:
 
     @property
     def stored(self) -> ShardFile:
-        """The file that a complete folder holds."""
+        """The file that a complete folder contains."""
         return self.compressed or self.raw
 
 
@@ -73,30 +73,31 @@ def read_index(path: Path, *, may_be_empty: bool = False) -> ShardIndex:
 
     Args:
         path: the `index.json`, or a copy of it under another name.
-        may_be_empty: whether an index without shards is one, as `prepare` writes it where all videos are skipped.
+        may_be_empty: whether to accept an index without shards; `prepare` writes one if it skips all videos.
 
     Raises:
-        ShardError: it is missing, no JSON, of another schema, or asks for something that no writer of ours would.
+        ShardError: the file is missing, is not JSON, has another schema, or contains a value that `prepare` never
+            writes.
     """
     if not path.is_file():
         raise ShardError(
-            f"no shards in {path.parent}: {path.name} is missing; `prepare` writes it last, so run it (again)"
+            f"no shards in {path.parent}: {path.name} is missing; run `prepare` (again), which writes this file last"
         )
     if path.stat().st_size > MAX_INDEX_BYTES:
-        raise ShardError(f"{path} is larger than {MAX_INDEX_BYTES} bytes: that is no index of shards")
+        raise ShardError(f"{path} has more than {MAX_INDEX_BYTES} bytes: it is not an index of shards")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # ValueErrors also of text and of numbers
+    except (ValueError, RecursionError) as error:  # text that is not UTF-8, and too long numbers, are ValueErrors
         raise ShardError(f"{path} is damaged: it is not valid JSON ({error})") from error
     top = _mapping(content, f"{path}: the index")
     if top.get("version") != 2:
-        raise ShardError(f"{path}: MDS version {top.get('version')!r}; version 2 is read here")
+        raise ShardError(f"{path}: MDS version {top.get('version')!r}; this code reads version 2")
     details = _mapping(top.get(DETAILS_KEY, {}), f"{path}: '{DETAILS_KEY}'")
     check_schema_version(details.get("schema_version", SCHEMA_VERSION), where=str(path))
     shards = top.get("shards")
     if not isinstance(shards, list) or not (shards or may_be_empty):
         raise ShardError(
-            f"{path}: it lists no shards; where `prepare` skipped all videos of this split, repair them and run it "
+            f"{path}: the index lists no shards; if `prepare` skipped all videos of this split, repair them and run it "
             "again"
         )
     entries = tuple(_parse_shard(f"{path}: shard {number}", shard) for number, shard in enumerate(shards))
@@ -109,11 +110,11 @@ def _check_totals(index: ShardIndex) -> None:
     names = Counter(file.name for entry in index.shards for file in (entry.raw, entry.compressed) if file is not None)
     for name, times in names.most_common(1):
         if times > 1:
-            raise ShardError(f"{index.path}: the file name {name!r} is given to more than one shard")
+            raise ShardError(f"{index.path}: more than one shard has the file name {name!r}")
     counted = index.details.get("num_samples", index.num_samples)
     if counted != index.num_samples:
         raise ShardError(
-            f"{index.path}: its shards hold {index.num_samples} samples together, its own total is {counted!r}"
+            f"{index.path}: the shards have {index.num_samples} samples in total, but `num_samples` is {counted!r}"
         )
 
 
@@ -132,7 +133,7 @@ def _parse_shard(label: str, content: Any) -> ShardEntry:
     if compression is not None:
         compressed = _parse_file(f"{label} ('zip_data')", shard.get("zip_data"), ".mds.zstd")
     elif shard.get("zip_data") is not None:
-        raise ShardError(f"{label} has no compression, and yet a compressed file")
+        raise ShardError(f"{label} has a compressed file ('zip_data') but no compression")
     samples = _integer(f"{label}: the number of samples", shard.get("samples"), 1, MAX_SAMPLES_PER_SHARD)
     return ShardEntry(num_samples=samples, raw=raw, compressed=compressed)
 
@@ -144,11 +145,11 @@ def _check_columns(label: str, shard: dict[str, Any]) -> None:
     found = {str(name): str(encoding) for name, encoding in zip(names, encodings, strict=True)}
     pickled = sorted(name for name, encoding in found.items() if encoding.startswith("pkl"))
     if pickled:
-        raise ShardError(f"{label}: column '{pickled[0]}' is pickled ('pkl'), which could run any code; it is not read")
+        raise ShardError(f"{label}: column '{pickled[0]}' is pickled ('pkl') and could run any code; it is refused")
     check_columns(found, where=label)
     sizes = [_COLUMN_BYTES.get(encoding) for encoding in found.values()]
     if names != sorted(found) or shard.get("column_sizes") != sizes:
-        raise ShardError(f"{label} has columns in another order or of another width than the format has")
+        raise ShardError(f"{label}: order or width of the columns differ from the format")
 
 
 def _parse_file(label: str, content: Any, suffix: str) -> ShardFile:
@@ -156,7 +157,7 @@ def _parse_file(label: str, content: Any, suffix: str) -> ShardFile:
     name = file.get("basename")
     if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name) or ".." in name:
         raise ShardError(
-            f"{label} is named {name!r}; only plain file names are read, no folders, no '..', no absolute paths"
+            f"{label} is named {name!r}; accepted are plain file names: no folders, no '..', no absolute paths"
         )
     if not name.endswith(suffix):
         raise ShardError(f"{label} is named {name!r}, which does not end in '{suffix}'")
@@ -165,10 +166,13 @@ def _parse_file(label: str, content: Any, suffix: str) -> ShardFile:
     known = {algorithm: digest for algorithm, digest in hashes.items() if algorithm in HASH_DIGITS}
     for algorithm, digest in known.items():
         if not isinstance(digest, str) or not re.fullmatch(rf"[0-9a-f]{{{HASH_DIGITS[algorithm]}}}", digest):
-            raise ShardError(f"{label}: the {algorithm} of '{name}' is {digest!r}, which is none")
+            raise ShardError(
+                f"{label}: the {algorithm} of '{name}' is {digest!r}; accepted are {HASH_DIGITS[algorithm]} "
+                "hexadecimal digits"
+            )
     if not known:
         raise ShardError(
-            f"{label}: '{name}' has no hash; one of {', '.join(HASH_DIGITS)} is needed to trust what is read"
+            f"{label}: '{name}' has no hash; one of {', '.join(HASH_DIGITS)} is required to verify the file"
         )
     return ShardFile(name=name, num_bytes=num_bytes, hashes=known)
 

@@ -1,7 +1,8 @@
-"""The one door to mosaicml-streaming: everything of it that this package uses is imported from here.
+"""The only module that imports mosaicml-streaming; all other modules import its names from here.
 
-Its package imports torchvision for datasets that are not used here. Where torchvision is missing, or broken (the CUDA
-wheel beside a CPU torch), three of its subpackages are stood in for while it is imported; elsewhere nothing is touched.
+The library imports torchvision for datasets that we do not use. If torchvision is missing or broken (the CUDA wheel
+beside a CPU torch), empty modules replace three of the library's subpackages during the import; otherwise nothing is
+replaced.
 """
 
 import importlib

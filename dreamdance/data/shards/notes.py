@@ -1,10 +1,11 @@
-"""Notes which shard files were compared with the index by hash, so that no start reads them all again.
+"""Notes record which shard files matched the hash of the index, so that a new start does not hash them again.
 
-A note is a small file per shard, `.verified/NAME.json` beside the index; where that folder cannot be written, in the
-user's cache, which machines may share whose folders are their own: there a note's name has a hash of its content. It
-holds the file's size and times then, and its hash: of a file that was changed or replaced since, or of another index,
-it says nothing. Written whole or not at all, so that any number of processes on any number of nodes may write at once;
-the lock is for those who would hash the same file. Whoever can write a note can write the shard, so notes are believed.
+A note is a small file per shard, `.verified/NAME.json` beside the index. If that folder cannot be written, the note is
+in the user's cache folder; machines with different local folders may share that folder, so the note's name there
+contains a hash of its content. A note contains the hash, size and times of the file. It does not apply to a file that
+was changed or replaced since, nor to another index. Notes are replaced atomically, so any number of processes may
+write them at once; a lock keeps two processes from hashing the same file. A process that can write a note can also
+write the shard, so notes are trusted.
 """
 
 import contextlib
@@ -25,51 +26,52 @@ logger = logging.getLogger(__name__)
 
 NOTES_FOLDER = ".verified"
 MAX_NOTE_BYTES = 1024
+# Time to wait for another process that hashes the same shard; that process may hang. The timeout for a batch is longer.
 HASHING_SECONDS = 30.0
-"""How long another process that hashes the same shard is waited for. It may hang; a batch is awaited longer."""
 
 
 class ShardNotes:
-    """The notes about one folder of shards; read and written in the same places by every process."""
+    """The notes about one folder of shards; every process reads and writes them in the same folders."""
 
     def __init__(self, folder: Path) -> None:
-        """Looks at nothing yet.
+        """Stores the folder; reads no note yet.
 
         Args:
-            folder: where the shards lie.
+            folder: the folder of the shards.
         """
         self.folder = folder
         self._unwritable: set[Path] = set()
 
     def has(self, file: ShardFile, state: FileStamp) -> bool:
-        """Whether the file was found to be the index's while it was in this state."""
+        """Whether a note records that the file, in this state, matched the index."""
         wanted = _text(file, state)
-        return any(_read(self._note(folder, file, state)) == wanted for folder in self._places())
+        return any(_read(self._note(folder, file, state)) == wanted for folder in self._note_folders())
 
     @contextlib.contextmanager
     def hashing(self, file: ShardFile, state: FileStamp) -> Iterator[None]:
-        """Keeps other processes from hashing the same file in the block; ask `has` in it, another may have been faster.
+        """Keeps other processes from hashing the same file during the block.
 
-        Without that where another process keeps it for long, or where no lock can be made: then a file may be hashed
-        more often than it needs to be, no more.
+        Call `has` again inside the block: another process may have written the note in the meantime. If another
+        process holds the lock for too long, or no lock can be created, the block runs without the lock; the only
+        consequence is that a file may be hashed more than once.
         """
         with contextlib.ExitStack() as held:
-            for folder in self._places():
+            for folder in self._note_folders():
                 lock = self._note(folder, file, state).with_suffix(".lock")
                 try:
                     folder.mkdir(parents=True, exist_ok=True)
                     held.enter_context(locked_file(lock, wait_seconds=HASHING_SECONDS, remove=True))
                     break
                 except HeldLockError as error:
-                    logger.info("%s, for over %.0f s; the shard is hashed here as well", error, HASHING_SECONDS)
+                    logger.info("%s, for over %.0f s; this process hashes the shard too", error, HASHING_SECONDS)
                     break
                 except OSError:
                     continue
             yield
 
     def write(self, file: ShardFile, state: FileStamp) -> None:
-        """Notes that the file was found to be the index's; says so once where it can be noted nowhere."""
-        for folder in self._places():
+        """Notes that the file matched the index; warns once if no folder for notes can be written."""
+        for folder in self._note_folders():
             if folder in self._unwritable:
                 continue
             try:
@@ -78,11 +80,11 @@ class ShardNotes:
                 return
             except OSError as error:
                 self._unwritable.add(folder)
-                logger.info("verified shards are not noted in %s: %s", folder, error)
+                logger.info("cannot write notes about verified shards into %s: %s", folder, error)
                 if folder == cache_folder(self.folder):
                     logger.warning(
-                        "neither beside the shards of %s nor in %s can be noted which of them were verified: each "
-                        "process will hash again what it opens; see XDG_CACHE_HOME",
+                        "cannot write notes about verified shards, neither in %s nor in %s: each process hashes again "
+                        "every shard that it opens. Set XDG_CACHE_HOME to a folder that can be written",
                         self.folder,
                         folder,
                     )
@@ -92,16 +94,16 @@ class ShardNotes:
             return folder / f"{file.name}.json"
         return folder / f"{file.name}.{sha256(_text(file, state).encode()).hexdigest()[:16]}.json"
 
-    def _places(self) -> Iterator[Path]:
+    def _note_folders(self) -> Iterator[Path]:
         beside = self.folder / NOTES_FOLDER
-        if not beside.is_symlink():  # it would let a foreign folder have us write elsewhere
+        if not beside.is_symlink():  # a link in someone else's folder could make us write elsewhere
             yield beside
         if (cache := cache_folder(self.folder)) is not None:
             yield cache
 
 
 def cache_folder(folder: Path) -> Path | None:
-    """Where notes about a folder lie that cannot be written; None where the user has no home."""
+    """The cache folder for notes about a folder that cannot be written; None if the user has no home folder."""
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
