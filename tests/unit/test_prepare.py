@@ -177,12 +177,14 @@ def test_videos_without_poses_are_left_out_with_a_line(tmp_path, caplog):
     write_videos(tmp_path / "videos", "b")
     (tmp_path / "videos" / "b.pose.mp4").unlink()
     prepare(videos_recipe(tmp_path / "data", tmp_path / "videos", validation_fraction=0.0), tmp_path / "run")
-    assert "b.rgb.mp4 is left out: there is no b.pose.mp4" in caplog.text
+    assert "b.rgb.mp4 is left out: the folder has no b.pose.mp4" in caplog.text
     assert {clip.clip_id.split(".")[0] for clip in stored(tmp_path / "data", "train")} == {"a"}
 
 
 def test_a_folder_without_videos_says_what_it_needs(tmp_path):
-    with pytest.raises(MissingInputError, match=r"`videos\.folder` needs <clip>\.rgb\.mp4 with <clip>\.pose\.mp4"):
+    with pytest.raises(
+        MissingInputError, match=r"`videos\.folder` must contain <clip>\.rgb\.mp4 and <clip>\.pose\.mp4"
+    ):
         prepare(videos_recipe(tmp_path / "data", tmp_path), tmp_path / "run")
 
 
@@ -191,7 +193,9 @@ def test_added_videos_are_other_videos(tmp_path):
     recipe = videos_recipe(tmp_path / "data", tmp_path / "videos", validation_fraction=0.0)
     prepare(recipe, tmp_path / "run")
     write_videos(tmp_path / "videos", "b")
-    with pytest.raises(ShardError, match=r"was made from other videos .*:\n  b was added\nGive another `output`, or"):
+    with pytest.raises(
+        ShardError, match=r"was made from other videos .*:\n  b was added\nSet another `output`, delete"
+    ):
         prepare(recipe, tmp_path / "run")
 
 

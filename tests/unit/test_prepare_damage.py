@@ -187,7 +187,7 @@ def spoil_headers(videos: Path) -> None:
 
 
 WRONG = {
-    "a": "a.pose.mp4 is a link that leads nowhere: ",
+    "a": "a.pose.mp4 is a link to a missing file: ",
     "b": "b.rgb.mp4 cannot be read: ",
     "c": "c.pose.mp4 has 19 frames of 64x96, c.rgb.mp4 20 of 64x96; their last frames are shown at 2.250 s and 2.375 s",
     "d": "d.pose.mp4 has 20 frames of 64x48, d.rgb.mp4 20 of 64x96",
@@ -222,7 +222,7 @@ def test_files_that_may_not_be_read_are_named():
             problems = check_videos(source, ["a", "b"], num_threads=1, on_video=lambda number: None)
         finally:
             os.seteuid(user)
-    assert problems == {"a": f"{folder / 'a.pose.mp4'} may not be read (permission denied)"}
+    assert problems == {"a": f"{folder / 'a.pose.mp4'} cannot be read (permission denied)"}
 
 
 def test_what_headers_show_is_skipped_where_the_recipe_says_so(tmp_path, videos):

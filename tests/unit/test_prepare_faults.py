@@ -72,7 +72,7 @@ def patient_queue(stall_seconds: float) -> WorkQueue:
     ("number", "message"),
     [
         (signal.SIGKILL, "a process that wrote parts of .* died"),
-        (signal.SIGSTOP, r"not one clip was made for 5 s .*: a process or the storage hangs"),
+        (signal.SIGSTOP, r"no clip was written for 5 s .*: a process or the storage hangs"),
     ],
 )
 def test_a_writer_that_dies_or_hangs_is_an_error_and_the_next_start_completes(tmp_path, expected, number, message):
@@ -122,7 +122,7 @@ def test_notes_that_a_crash_of_the_machine_left_damaged_are_named_with_what_to_d
         write(folder, [*parts[:2], Part(parts[2].name, crash)])
     assert (folder / ".parts" / damaged).is_file()
     (folder / ".parts" / damaged).write_text(text)
-    with pytest.raises(ShardError, match=rf"{damaged} is damaged.*; delete .*, what it holds is made again"):
+    with pytest.raises(ShardError, match=rf"{damaged} is damaged.*; delete .*, `prepare` then makes it again"):
         write(folder, random_parts(12))
     assert not (folder / "index.json").exists()
 

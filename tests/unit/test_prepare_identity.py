@@ -65,7 +65,7 @@ def test_a_video_replaced_by_one_of_the_same_size_and_time_is_named(folder):
     content[len(content) // 2] ^= 1
     replace_in_place(path, bytes(content))
     before = files(folder / "data")
-    with pytest.raises(ShardError, match=r"other videos .*:\n  a\.pose\.mp4 has changed\nGive another `output`, or"):
+    with pytest.raises(ShardError, match=r"other videos .*:\n  a\.pose\.mp4 has changed\nSet another `output`, delete"):
         prepare(recipe_of(), Path("run"))
     assert files(folder / "data") == before
 

@@ -1,7 +1,8 @@
-"""The seam for networks that make maps from pictures: pose, normals, depth. None is built in; each has its own weights.
+"""The interface for annotators: networks that make maps (pose, normals, depth) from pictures.
 
-An annotator is named by where it is made, `package.module:factory`, so that one that lives in another package needs no
-change here. It is called with a clip's frames and returns its result in this package's conventions (contract C9).
+None is included, because each needs its own weights. The name of an annotator is `package.module:factory`, so an
+annotator of another package needs no change here. It takes the frames of a clip and returns its result in the
+conventions of this package (contract C9).
 """
 
 import importlib
@@ -20,61 +21,62 @@ from dreamdance.media.pose_drawing import draw_poses
 
 @runtime_checkable
 class PoseAnnotator(Protocol):
-    """Finds the person's key points."""
+    """Detects the key points of the person."""
 
     def annotate_pose(self, rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """From frames `(f, H, W, 3)` uint8: `(f, 128, 3)` float32, x and y in [0,1] of the frame, confidence."""
+        """Maps frames `(f, H, W, 3)` uint8 to `(f, 128, 3)` float32: x and y in [0,1] of the frame, confidence."""
 
 
 @runtime_checkable
 class NormalAnnotator(Protocol):
-    """Estimates the normals of all that is seen."""
+    """Estimates the surface normal at every pixel."""
 
     def annotate_normal(self, rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """From frames `(f, H, W, 3)` uint8: `(f, H, W, 3)` float32, unit length, x right, y up, z to the camera."""
+        """Maps frames `(f, H, W, 3)` uint8 to `(f, H, W, 3)` float32: unit length, x right, y up, z to the camera."""
 
 
 @runtime_checkable
 class DepthAnnotator(Protocol):
-    """Estimates the depth of all that is seen."""
+    """Estimates the depth at every pixel."""
 
     def annotate_depth(self, rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """From frames `(f, H, W, 3)` uint8: `(f, H, W)` float32, positive; metres, or any unit of its own."""
+        """Maps frames `(f, H, W, 3)` uint8 to `(f, H, W)` float32: positive, in metres or any other unit."""
 
 
 Annotator = PoseAnnotator | NormalAnnotator | DepthAnnotator
 
 
 def load_annotator(name: str, **options: Any) -> Annotator:
-    """Makes the annotator of a name.
+    """Makes the annotator of the given name.
 
     Args:
         name: `package.module:factory`.
-        options: the factory's arguments (paths of weights, devices).
+        options: the arguments of the factory (paths of weights, devices).
 
     Raises:
-        MissingInputError: no such module or factory, or what it makes annotates nothing.
+        MissingInputError: there is no such module or factory, or the factory returns no annotator.
     """
     module_name, _, attribute = name.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise MissingInputError(
-            f"annotator '{name}' cannot be made, it is named 'package.module:factory': {error}"
+            f"annotator '{name}' cannot be loaded: {error}; its name must have the form 'package.module:factory'"
         ) from error
     annotator = factory(**options)
     if not isinstance(annotator, PoseAnnotator | NormalAnnotator | DepthAnnotator):
         raise MissingInputError(
-            f"'{name}' makes a {type(annotator).__name__}, which has no annotate_pose, _normal or _depth"
+            f"'{name}' returns a {type(annotator).__name__}, which has no method annotate_pose, annotate_normal or "
+            "annotate_depth"
         )
     return annotator
 
 
 def annotate_clip(record: ClipRecord, annotator: Annotator) -> ClipRecord:
-    """Returns the clip with what the annotator adds to it; maps that were there are replaced.
+    """Returns the clip with the maps of the annotator, which replace existing ones.
 
     Raises:
-        ValueError: the annotator's result has another shape than it promises.
+        ValueError: the annotator's result has the wrong shape.
     """
     rgb, maps, metadata = record.maps["rgb"], dict(record.maps), record.metadata
     num_frames, height, width = rgb.shape[:3]
@@ -97,4 +99,4 @@ def annotate_clip(record: ClipRecord, annotator: Annotator) -> ClipRecord:
 
 def _check_shape(annotator: Annotator, result: NDArray[Any], shape: tuple[int, ...]) -> None:
     if result.shape != shape:
-        raise ValueError(f"{type(annotator).__name__} returned {result.shape} where {shape} is expected")
+        raise ValueError(f"{type(annotator).__name__} returned shape {result.shape}, expected is {shape}")

@@ -1,5 +1,7 @@
-"""Writes the parts of a folder of shards: each under a temporary name, renamed when it is whole, with a note of the
-files that it was made from. Parts are made by processes of this rank; what is in them is their makers' matter.
+"""Writes the parts of a folder of shards, in worker processes of this rank.
+
+A part gets its final name when it is complete. Its note records the files that it was made from. This module does not
+know how the clips of a part are made.
 """
 
 import contextlib
@@ -33,23 +35,23 @@ PARTS_FOLDER = ".parts"
 NOTE_FILE = "source.json"
 HASHES = ["sha1", "xxh64"]
 POLL_SECONDS = 0.2
-BEAT_SECONDS = 0.5
-LOOK_SECONDS = 5.0
+HEARTBEAT_SECONDS = 0.5  # shortest time between two heartbeats of a part
+HEARTBEAT_CHECK_SECONDS = 5.0
 
 OnError = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
 class ClipRecord:
-    """A clip to be stored.
+    """A clip to store.
 
     Attributes:
-        clip_id: unique in its set.
+        clip_id: name of the clip, unique in its set.
         fps: frames per second.
-        maps: by modality, in the encodings of `data.shards.columns`: rgb, pose, normal `(f, H, W, 3)` uint8; depth
-            `(f, H, W)` uint16; mask `(f, H, W)` uint8, 255 on the body. rgb must be there.
+        maps: frames by modality, in the encodings of `data.shards.columns`: rgb, pose, normal `(f, H, W, 3)` uint8;
+            depth `(f, H, W)` uint16; mask `(f, H, W)` uint8, 255 on the body. rgb is required.
         keypoints: `(f, 128, 3)` float32.
-        metadata: what else is known, as JSON.
+        metadata: any further information, JSON-able.
     """
 
     clip_id: str
@@ -77,12 +79,13 @@ class ClipRecord:
 
 @dataclass(frozen=True)
 class PartSource:
-    """What a part is made of.
+    """The source of a part.
 
     Attributes:
-        name: by which the user knows it.
-        clip_id: with which its clips' ids begin.
-        files: whose content decides the clips, of different names; none if they were removed after a part was skipped.
+        name: the name that the user knows.
+        clip_id: the beginning of the ids of its clips.
+        files: the files that the clips are made from, with different names; empty if the files of a skipped part were
+            removed.
     """
 
     name: str
@@ -92,9 +95,9 @@ class PartSource:
 
 @dataclass(frozen=True)
 class Part:
-    """Clips that one worker writes together: `make` is called there, and must be picklable.
+    """Clips that one worker writes together. The worker calls `make`, which must be picklable.
 
-    What it yields as None is no clip, but a sign that it works on one, however long that takes.
+    `make` yields clips, and None as a heartbeat while it works on one.
     """
 
     name: str
@@ -104,7 +107,7 @@ class Part:
 
 @dataclass(frozen=True)
 class PartNote:
-    """What a part was made from, and the damage for which nothing of it was written."""
+    """The files that a part was made from, and the damage because of which it has no clips."""
 
     name: str
     clip_id: str
@@ -120,13 +123,13 @@ class PartNote:
 
 
 def same_files(one: Mapping[str, str | None], other: Mapping[str, str | None]) -> bool:
-    """Whether two notes have the same hashes. A missing file counts as None, whether or not a note names it."""
+    """Whether two notes have the same hashes. A missing file and a file that a note omits both count as None."""
     return all(one.get(name) == other.get(name) for name in {*one, *other})
 
 
 @dataclass(frozen=True)
 class ShardFormat:
-    """How the files of a folder are made."""
+    """Size and compression of the files of a folder."""
 
     shard_size_mib: int = 64
     compression: Literal["none", "zstd"] = "zstd"
@@ -137,10 +140,10 @@ def part_folder(folder: Path, part: Part) -> Path:
 
 
 def read_note(folder: Path) -> PartNote | None:
-    """The note in a part's folder; None where it has none.
+    """The note in a part's folder; None if there is none.
 
     Raises:
-        ShardError: it is damaged.
+        ShardError: the note is damaged.
     """
     path = folder / NOTE_FILE
     if not path.is_file():
@@ -150,26 +153,26 @@ def read_note(folder: Path) -> PartNote | None:
         files = {str(name): FileState.from_json(state) for name, state in content["files"].items()}
         return PartNote(content["name"], content["clip_id"], files, content["damage"])
     except (KeyError, AttributeError) as error:
-        raise ShardError(f"{path} is damaged; delete {folder}, its clips are made again") from error
+        raise ShardError(f"{path} is damaged; delete {folder}, `prepare` then makes its clips again") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Reads a JSON object of a folder of parts.
+    """Reads a JSON object from a file in a folder of parts.
 
     Raises:
-        ShardError: it is none.
+        ShardError: the file contains no JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ShardError(f"{path} is damaged ({error}); delete {path.parent}, what it holds is made again") from error
+        raise ShardError(f"{path} is damaged ({error}); delete {path.parent}, `prepare` then makes it again") from error
     if not isinstance(content, dict):
-        raise ShardError(f"{path} is damaged: no JSON object; delete {path.parent}, what it holds is made again")
+        raise ShardError(f"{path} is damaged: no JSON object; delete {path.parent}, `prepare` then makes it again")
     return content
 
 
 def check_settings(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raises ShardError where a folder was made with other settings; names them."""
+    """Raises a ShardError that names the differences if a folder was made with other settings."""
     differing = [
         f"{name} was {found.get(name)!r}, is {wanted.get(name)!r}"
         for name in sorted({*found, *wanted})
@@ -177,7 +180,7 @@ def check_settings(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, 
     ]
     if differing:
         raise ShardError(
-            f"{folder} was made with other settings: {'; '.join(differing)}. Give another `output`, or delete it"
+            f"{folder} was made with other settings: {'; '.join(differing)}. Set another `output` or delete that folder"
         )
 
 
@@ -188,18 +191,18 @@ def write_part(
     *,
     on_error: OnError = "stop",
     on_clip: Callable[[], None] = lambda: None,
-    on_sign: Callable[[], None] = lambda: None,
+    on_heartbeat: Callable[[], None] = lambda: None,
 ) -> str | None:
     """Writes one part under a temporary name and renames it.
 
     Args:
-        folder: of the shards.
-        part: what to write.
+        folder: the folder of the shards.
+        part: the part to write.
         shard_format: size and compression.
-        on_error: what becomes of a part whose source is damaged: with `stop` nothing is left of it, with `skip` a part
-            without clips that notes the damage.
+        on_error: the result for a damaged source: with `stop` nothing is written, with `skip` a part without clips
+            whose note records the damage.
         on_clip: called after each clip, for the watchdog.
-        on_sign: called now and then while files are read and no clip comes.
+        on_heartbeat: called every `HEARTBEAT_SECONDS` or less often while files are read and no clip is ready.
 
     Returns:
         The damage, or None.
@@ -208,8 +211,8 @@ def write_part(
     target.parent.mkdir(parents=True, exist_ok=True)
     with replace_atomically(target) as temporary:
         temporary.mkdir()
-        damage = _write_part(temporary, part, shard_format, on_clip, _beat(temporary, on_sign))
-        # The worker of a killed run that had this part in hand may have written it meanwhile.
+        damage = _write_part(temporary, part, shard_format, on_clip, _heartbeat(temporary, on_heartbeat))
+        # A worker of a killed run may have finished the same part in the meantime.
         if target.exists() or (damage is not None and on_error == "stop"):
             shutil.rmtree(temporary)
     return damage
@@ -218,7 +221,7 @@ def write_part(
 def _write_part(
     folder: Path, part: Part, shard_format: ShardFormat, on_clip: Callable[[], None], beat: Callable[[], None]
 ) -> str | None:
-    """Writes a part's clips and its note; of a damaged source only the note. Returns the damage."""
+    """Writes a part's clips and its note, or only the note if the source is damaged. Returns the damage."""
     files = () if part.source is None else part.source.files
     states = {path.name: read_state(path, on_block=beat) for path in files}
     damage = _write_clips(folder, part, shard_format, on_clip, beat)
@@ -236,16 +239,16 @@ def _write_part(
     return damage
 
 
-def _beat(incoming: Path, on_sign: Callable[[], None]) -> Callable[[], None]:
-    """What may be called as often as one likes, to show here and to other processes that a part is in hand."""
+def _heartbeat(incoming: Path, on_heartbeat: Callable[[], None]) -> Callable[[], None]:
+    """A function that shows this and other processes that a part is being written; it may be called at any rate."""
     last = -math.inf
 
     def beat() -> None:
         nonlocal last
-        if (now := time.monotonic()) - last > BEAT_SECONDS:
+        if (now := time.monotonic()) - last > HEARTBEAT_SECONDS:
             last = now
             os.utime(incoming)
-            on_sign()
+            on_heartbeat()
 
     return beat
 
@@ -253,7 +256,7 @@ def _beat(incoming: Path, on_sign: Callable[[], None]) -> Callable[[], None]:
 def _write_clips(
     incoming: Path, part: Part, shard_format: ShardFormat, on_clip: Callable[[], None], beat: Callable[[], None]
 ) -> str | None:
-    """Writes a part's clips; returns what is wrong with its source, if anything."""
+    """Writes a part's clips; returns the damage of its source, or None."""
     writer = MDSWriter(
         columns=COLUMNS,
         out=str(incoming),
@@ -268,7 +271,7 @@ def _write_clips(
                 beat()
                 continue
             writer.write(record.to_sample())
-            os.utime(incoming)  # for who watches from another process
+            os.utime(incoming)  # the heartbeat that the parent process watches
             on_clip()
     except UserError as error:
         if part.source is None or is_transient(error):
@@ -287,18 +290,18 @@ def write_parts(
     on_error: OnError,
     queue: WorkQueue,
 ) -> Iterator[tuple[Part, str | None]]:
-    """Writes parts until there is none to begin; what is in hand then is finished.
+    """Writes parts until `next_part` returns None; parts that were begun before are finished.
 
     Args:
-        folder: of the shards.
-        next_part: claims a part for this process; None if there is none to claim now.
+        folder: the folder of the shards.
+        next_part: claims a part for this process; returns None if there is none to claim now.
         shard_format: size and compression.
-        num_workers: processes; 1 writes in this one.
-        on_error: what becomes of a part whose source is damaged.
-        queue: its watchdog, and how long a process may take.
+        num_workers: number of processes; with 1 this process writes.
+        on_error: the result for a damaged source, see `write_part`.
+        queue: the work queue; gives the watchdog and the time limit.
 
     Yields:
-        each part when it is through, and its damage.
+        Each finished part and its damage.
 
     Raises:
         LostWorkerError: a worker died or hangs.
@@ -308,13 +311,14 @@ def write_parts(
         return
     while (part := next_part()) is not None:
         on_clip = partial(queue.watchdog.enter, "making a clip", f"of {part.name}", is_measured=True)
-        # Not "making a clip": that is measured, and what precedes the first one of a video may take any time.
-        on_sign = partial(queue.watchdog.enter, "reading files up to their first clip", part.name)
+        # Not "making a clip": the watchdog measures that, and the work before a video's first clip may take any time.
+        on_heartbeat = partial(queue.watchdog.enter, "reading files up to their first clip", part.name)
         if part.source is None:
             on_clip()
         else:
-            on_sign()
-        yield part, write_part(folder, part, shard_format, on_error=on_error, on_clip=on_clip, on_sign=on_sign)
+            on_heartbeat()
+        damage = write_part(folder, part, shard_format, on_error=on_error, on_clip=on_clip, on_heartbeat=on_heartbeat)
+        yield part, damage
 
 
 def _write_in_processes(
@@ -327,27 +331,27 @@ def _write_in_processes(
 ) -> Iterator[tuple[Part, str | None]]:
     context = worker_context(__name__)
     with ProcessPoolExecutor(num_workers, mp_context=context, initializer=start_worker) as pool:
-        in_hand: dict[Future[tuple[str | None, list[str]]], Part] = {}
-        sign, since = 0, time.monotonic()
-        looked, between_looks = since, min(LOOK_SECONDS, queue.stall_seconds / 4)
+        in_progress: dict[Future[tuple[str | None, list[str]]], Part] = {}
+        heartbeat, since = 0, time.monotonic()
+        checked, check_seconds = since, min(HEARTBEAT_CHECK_SECONDS, queue.stall_seconds / 4)
         try:
             while True:
-                while len(in_hand) < num_workers and (part := next_part()) is not None:
-                    in_hand[pool.submit(_write_for_another, folder, part, shard_format, on_error)] = part
-                if not in_hand:
+                while len(in_progress) < num_workers and (part := next_part()) is not None:
+                    in_progress[pool.submit(_write_in_worker, folder, part, shard_format, on_error)] = part
+                if not in_progress:
                     return
-                queue.watchdog.enter("waiting for its own processes", f"{len(in_hand)} parts are in hand")
-                done, _ = wait(in_hand, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+                queue.watchdog.enter("waiting for its own processes", f"which write {len(in_progress)} parts")
+                done, _ = wait(in_progress, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
                 now = time.monotonic()
                 if done:
                     since = now
-                elif now - looked > between_looks:
-                    looked, newest = now, max(_signs_of_life(folder, in_hand.values()), default=0)
-                    if newest != sign:
-                        sign, since = newest, now
+                elif now - checked > check_seconds:
+                    checked, newest = now, max(_last_heartbeats(folder, in_progress.values()), default=0)
+                    if newest != heartbeat:
+                        heartbeat, since = newest, now
                     elif now - since > queue.stall_seconds:
                         raise LostWorkerError(
-                            f"{len(in_hand)} parts of {folder} are in hand and not one clip was made for "
+                            f"{len(in_progress)} parts of {folder} are in progress and no clip was written for "
                             f"{queue.stall_seconds:.0f} s (`cluster.collective_timeout_seconds`): a process or the "
                             "storage hangs, or a clip is too large"
                         )
@@ -355,31 +359,31 @@ def _write_in_processes(
                     damage, warnings = future.result()
                     for text in warnings:
                         warn_once(text)
-                    yield in_hand.pop(future), damage
+                    yield in_progress.pop(future), damage
         except (LostWorkerError, GeneratorExit):
-            for process in pool._processes.values():  # else the pool would wait for what they have in hand
+            for process in pool._processes.values():  # else the pool would wait for their parts
                 process.kill()
             raise
         except BrokenProcessPool as error:
             raise LostWorkerError(
-                f"a process that wrote parts of {folder} died; out of memory? See `num_workers`"
+                f"a process that wrote parts of {folder} died, perhaps out of memory; lower `num_workers`"
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _write_for_another(
+def _write_in_worker(
     folder: Path, part: Part, shard_format: ShardFormat, on_error: OnError
 ) -> tuple[str | None, list[str]]:
-    """What a worker does: returns the damage, and the warnings, which the parent logs: it may have done so before."""
+    """Runs in a worker: returns the damage and the warnings; the parent logs each different warning once."""
     with held_warnings() as warnings:
         return write_part(folder, part, shard_format, on_error=on_error), warnings
 
 
-def _signs_of_life(folder: Path, parts: Iterable[Part]) -> Iterator[int]:
-    """When each part in hand last got a clip, or a sign that one is made; nanoseconds since 1970."""
+def _last_heartbeats(folder: Path, parts: Iterable[Part]) -> Iterator[int]:
+    """The time of the last clip or heartbeat of each part in progress, in nanoseconds since 1970."""
     own = {part.name for part in parts}
     for entry in os.scandir(folder / PARTS_FOLDER):
         if entry.name.startswith(".") and entry.name.split(".")[1] in own:
-            with contextlib.suppress(FileNotFoundError):  # it just got its final name
+            with contextlib.suppress(FileNotFoundError):  # the part just got its final name
                 yield entry.stat().st_mtime_ns

@@ -1,6 +1,6 @@
-"""Clips from a folder of videos: `<clip>.rgb.mp4` with aligned `<clip>.pose.mp4`, `.normal.mp4` and `.depth.mp4`.
+"""Makes clips from a folder of videos: `<clip>.rgb.mp4`, `<clip>.pose.mp4` and optional `<clip>.<modality>.mp4`.
 
-All videos of a clip are cut at the same times, cropped to the same part and brought to the same size.
+All videos of a clip are cut at the same times, cropped to the same region and resized to the same size.
 """
 
 import logging
@@ -35,32 +35,32 @@ Split = Literal["train", "validation"]
 
 
 def find_videos(folder: Path | str) -> list[str]:
-    """The names of the clips that have pictures and a pose, in alphabetical order; hidden files are no videos.
+    """The names of the clips that have pictures and a pose, in alphabetical order; hidden files are ignored.
 
-    Of several ranks that look, the main one warns of pictures without a pose.
-    A link that leads nowhere counts as a video: it is named with what else is wrong before work begins.
+    Only the main rank warns about pictures without a pose. A link to a missing file counts as a video; `check_videos`
+    reports it with all other problems.
 
     Raises:
-        MissingInputError: there is none.
+        MissingInputError: there is no such clip.
     """
     folder = Path(folder)
     names = sorted(path.name.removesuffix(".rgb.mp4") for path in folder.glob("*.rgb.mp4") if path.name[0] != ".")
     usable = [name for name in names if os.path.lexists(folder / f"{name}.pose.mp4")]
     for name in sorted(set(names) - set(usable)) if Ranks.from_environment().is_main else ():
         path = printable(folder / f"{name}.rgb.mp4")
-        logger.warning("%s is left out: there is no %s.pose.mp4 beside it", path, printable(name))
+        logger.warning("%s is left out: the folder has no %s.pose.mp4", path, printable(name))
     if not usable:
         raise MissingInputError(
-            f"no videos in {folder.absolute()}: `videos.folder` needs <clip>.rgb.mp4 with <clip>.pose.mp4 beside it"
+            f"no videos in {folder.absolute()}: `videos.folder` must contain <clip>.rgb.mp4 and <clip>.pose.mp4"
         )
     return usable
 
 
 def choose_validation(names: list[str], *, fraction: float, seed: int) -> set[str]:
-    """Draws whole videos for validation: the fraction's share, one at least, never all.
+    """Draws whole videos for validation: the given fraction of them, but at least one, and never all.
 
     Raises:
-        MissingInputError: too few videos to divide.
+        MissingInputError: there is only one video.
     """
     if fraction == 0:
         return set()
@@ -75,7 +75,7 @@ def choose_validation(names: list[str], *, fraction: float, seed: int) -> set[st
 
 @dataclass(frozen=True)
 class VideoPart:
-    """The clips that one video gives to one split; called in the worker that writes them."""
+    """The clips of one video in one split; the worker that writes them calls this object."""
 
     source: VideosSource
     name: str
@@ -83,7 +83,7 @@ class VideoPart:
     split: Split
 
     def __call__(self) -> Iterator[ClipRecord | None]:
-        """Yields the clips; before them None for each frame that is searched for black bars.
+        """Yields None for each frame in which it searches for black bars, then the clips.
 
         Raises:
             VideoError: a video cannot be decoded, or is not aligned with the pictures.
@@ -94,13 +94,13 @@ class VideoPart:
         pieces = split_frames(frames, self.split, self.source)
         if not pieces:
             logger.warning(
-                "%s gives no %s clip: a clip has at least %d frames (`videos.min_clip_frames`)",
+                "%s is too short for a %s clip: a clip has at least %d frames (`videos.min_clip_frames`)",
                 printable(rgb.path),
                 self.split,
                 self.source.min_clip_frames,
             )
             return
-        part = yield from self._find_part(rgb)
+        part = yield from self._find_crop(rgb)
         for number, (first, piece) in enumerate(pieces):
             times = rgb.times(piece)
             pictures = {
@@ -118,8 +118,8 @@ class VideoPart:
                 },
             )
 
-    def _find_part(self, rgb: VideoInfo) -> Generator[None, None, Crop]:
-        """The part of the frame that is kept: the recipe's or what is no black bar, then centred to the aspect."""
+    def _find_crop(self, rgb: VideoInfo) -> Generator[None, None, Crop]:
+        """Finds the kept part of the frame: the recipe's crop or the area without black bars, cut to the aspect."""
         part = Crop(left=0, top=0, width=rgb.width, height=rgb.height)
         if self.source.crop is not None:
             part = Crop(*self.source.crop)
@@ -131,7 +131,7 @@ class VideoPart:
         return part
 
     def _read(self, name: str, video: VideoInfo, frames: list[int], part: Crop) -> NDArray[Any]:
-        """Frames of one modality, in its stored encoding."""
+        """Reads frames of one modality and returns them in its stored encoding."""
         width, height = self.source.width or part.width, self.source.height or part.height
         cuts = (part.cut(frame) for frame in iterate_frames(video, frames))
         modality = MODALITIES[name]
@@ -144,7 +144,7 @@ class VideoPart:
 
 
 def resize_picture(picture: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
-    """Resizes `(H, W, 3)` uint8: by areas when shrinking, so that nothing is skipped; cubic when growing."""
+    """Resizes `(H, W, 3)` uint8: by area averages when shrinking, so that no pixel is skipped; else bicubically."""
     if picture.shape[:2] == (height, width):
         return np.ascontiguousarray(picture)
     shrinks = height * width < picture.shape[0] * picture.shape[1]
@@ -155,11 +155,11 @@ def resize_picture(picture: NDArray[np.uint8], width: int, height: int) -> NDArr
 def split_frames(frames: list[int], split: Split, source: VideosSource) -> list[tuple[int, list[int]]]:
     """Cuts a video's frames into clips.
 
-    With `split_by: time` the last `validation_fraction` of the frames is for validation, the rest for training; else
-    all frames belong to the split that the video was drawn for. A rest shorter than `min_clip_frames` is left out.
+    With `split_by: time` the last `validation_fraction` of the frames is for validation and the rest for training; else
+    all frames belong to the split that the video was drawn for. A remainder shorter than `min_clip_frames` is left out.
 
     Returns:
-        (number of the first frame in the video, frame numbers) of each clip.
+        For each clip (number of its first frame in the video, numbers of its frames).
     """
     if source.split_by == "time":
         boundary = len(frames) - round(source.validation_fraction * len(frames))
