@@ -83,7 +83,7 @@ def test_prepared_again_nothing_is_written(dancers, tmp_path, caplog):
     before = {path: path.stat().st_mtime_ns for path in dancers.rglob("*") if path.is_file()}
     prepare(dancers_recipe(dancers), tmp_path / "run")
     assert {path: path.stat().st_mtime_ns for path in dancers.rglob("*") if path.is_file()} == before
-    assert caplog.text.count("is complete already") == 2
+    assert caplog.text.count("is already complete") == 2
 
 
 def test_another_recipe_for_the_same_output_is_refused_by_name(dancers, tmp_path):
@@ -168,7 +168,7 @@ def test_maps_that_are_not_aligned_are_refused_by_name(tmp_path):
 def test_a_crop_outside_of_the_picture_is_refused(tmp_path):
     write_videos(tmp_path / "videos", "a")
     recipe = videos_recipe(tmp_path / "data", tmp_path / "videos", crop=(0, 0, 65, 96), validation_fraction=0.0)
-    with pytest.raises(VideoError, match=r"`videos\.crop` \[0, 0, 65, 96\] leaves .*64x96"):
+    with pytest.raises(VideoError, match=r"`videos\.crop` \[0, 0, 65, 96\] reaches beyond the frame of .*64x96"):
         prepare(recipe, tmp_path / "run")
 
 

@@ -282,4 +282,4 @@ def test_files_are_as_readable_as_the_umask_says(tmp_path):
 def test_a_complete_output_says_so(folder, caplog):
     caplog.set_level(logging.INFO)
     prepare(recipe_of(), Path("run"))
-    assert caplog.text.count("is complete already") == 2
+    assert caplog.text.count("is already complete") == 2

@@ -190,7 +190,7 @@ def test_a_complete_folder_is_left_as_it_is_with_a_line_that_says_so(tmp_path, c
     write_random_shards(tmp_path / "shards", 8)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}
     write_random_shards(tmp_path / "shards", 8)
-    assert "is complete already" in caplog.text
+    assert "is already complete" in caplog.text
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()} == before
 
 

@@ -1,9 +1,8 @@
-"""Writes a folder of shards in parallel parts: killed at any time and started again, it ends in the same folder.
+"""Writes a folder of shards in parallel parts; a run that is killed at any time and started again gives the same result.
 
-Each part is written under a temporary name and renamed; what is there is not written again. When all parts are there,
-their shards get their final names and the index is written last, so that a folder with an index is complete. A complete
-folder is completed again when shards were removed, or when videos that had been skipped are repaired: with new parts
-beside the shards that it has.
+Each part is written under a temporary name and renamed; existing parts are not written again. When all parts exist,
+their shards get their final names, and the index is written last, so a folder with an index is complete. If shards of a
+complete folder were removed, or videos that were skipped have been repaired, only those parts are written and added.
 """
 
 import functools
@@ -48,21 +47,21 @@ __all__ = ["ClipRecord", "Part", "PartSource", "ShardFolder", "ShardFormat", "Su
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "settings.json"
-# Under this name the writing of all splits is called off.
+# `WorkQueue.call_off` with this name stops the writing of all splits.
 WRITE = "write"
-# In an index's details: by part, the name and the id of what it was made from, its files' hashes, its damage.
+# Key in an index's details: for each part the name and id of its source, the hashes of its files, and its damage.
 SOURCES_KEY = "sources"
 
 
 @dataclass
 class Survey:
-    """What a start finds of its parts.
+    """The state of the parts at a start.
 
     Attributes:
-        missing: names of the parts that are to be made.
-        changed: of a complete folder, the files that are no longer those that it was made from.
+        missing: names of the parts to write.
+        changed: names of source files that changed since a complete folder was made.
         added: names of sources that a complete folder was made without.
-        states: of the files that were read, by name.
+        states: states of the files that were read, by name.
     """
 
     missing: list[str] = field(default_factory=list)
@@ -72,7 +71,7 @@ class Survey:
 
 
 class ShardFolder:
-    """A folder of shards in the making. The ranks share the work on its parts."""
+    """A folder of shards that is being written. The ranks share the work on its parts."""
 
     def __init__(
         self,
@@ -84,18 +83,18 @@ class ShardFolder:
         queue: WorkQueue,
         on_error: OnError = "stop",
     ) -> None:
-        """Looks at what is there; nothing is written yet.
+        """Reads the index or the settings of an existing folder; writes nothing yet.
 
         Args:
-            folder: of the shards.
-            parts: the same list on every rank, with different names without dots.
-            settings: all that decides the content (JSON-able) but the content of sources.
+            folder: the folder of the shards.
+            parts: the parts, the same list on every rank; their names are unique and contain no dots.
+            settings: everything except the sources that decides the content (JSON-able).
             shard_format: size and compression of the files.
-            queue: of the ranks that share the work.
-            on_error: what becomes of a part whose source is damaged.
+            queue: the work queue of the ranks that share the work.
+            on_error: the result for a damaged source, see `shard_parts.write_part`.
 
         Raises:
-            ShardError: the folder was begun with other settings; names them.
+            ShardError: the folder was begun with other settings; the error names the differences.
         """
         self.folder, self.parts, self._format, self._queue = folder, parts, shard_format, queue
         self._on_error = on_error
@@ -117,18 +116,18 @@ class ShardFolder:
             self._shards.setdefault(_stored(shard)["basename"].partition(".")[0], []).append(shard)
 
     def survey(self, parts: Iterable[Part], known: Mapping[str, FileState]) -> Survey:
-        """Looks which parts are to be made; what was made from other files is removed.
+        """Finds the parts to write; removes parts that were made from other files.
 
         Args:
-            parts: of this folder.
-            known: states of source files that need not be read again while size and times are the same.
+            parts: parts of this folder.
+            known: states of source files; a file with the same size and times is not read again.
 
         Raises:
             ShardError: a note is damaged.
         """
         found = Survey()
         for part in parts:
-            self._queue.watchdog.enter("looking at what is there", f"{self.folder.name}/{part.name}")
+            self._queue.watchdog.enter("comparing existing parts", f"{self.folder.name}/{part.name}")
             states = {} if part.source is None else self._states(part, part.source, known)
             read = {name: state for name, state in states.items() if state is not known.get(name)}
             found.states.update((name, state) for name, state in read.items() if state is not None)
@@ -143,7 +142,7 @@ class ShardFolder:
         return found
 
     def _states(self, part: Part, source: PartSource, known: Mapping[str, FileState]) -> dict[str, FileState | None]:
-        """The states of a part's files, which are read only if there is something to compare them with."""
+        """The states of a part's files; empty, without reading them, if there is nothing to compare them with."""
         note = read_note(part_folder(self.folder, part))
         if note is None and part.name not in self._sources:
             return {}
@@ -151,7 +150,7 @@ class ShardFolder:
         return {path.name: read_state(path, noted.get(path.name)) for path in source.files}
 
     def _is_noted(self, part: Part, states: Mapping[str, FileState | None]) -> bool:
-        """Whether a part that waits for completion was made from what is there now."""
+        """Whether a written part was made from the present files; removes it if not."""
         if part.source is None:
             return True
         made = part_folder(self.folder, part)
@@ -164,19 +163,21 @@ class ShardFolder:
             if note.damage is None or self._on_error == "skip":
                 return True
         else:
-            logger.warning("%s has changed since its clips were made; they are made again", printable(part.source.name))
+            logger.warning(
+                "%s has changed since its clips were made; they will be replaced", printable(part.source.name)
+            )
         shutil.rmtree(made)
         return False
 
     def _is_recorded(self, part: Part, states: Mapping[str, FileState | None], found: Survey) -> bool:
-        """Whether a complete folder holds a part, made from what is there now."""
+        """Whether a complete folder contains a part that was made from the present files."""
         record = self._sources.get(part.name)
         if part.source is None or record is None:
             if part.source is not None:
                 found.added.append(part.source.name)
             return self._has_shards(part)
         if record["damage"] is not None and not part.source.files:
-            return True  # it was removed, after it had been skipped
+            return True  # the source was skipped, and then its files were removed
         now = PartNote(part.source.name, part.source.clip_id, states)
         if record["clip_id"] == now.clip_id and same_files(record["files"], now.hashes()):
             return self._on_error == "skip" if record["damage"] is not None else self._has_shards(part)
@@ -190,22 +191,22 @@ class ShardFolder:
         paths = [(self.folder / file["basename"], file["bytes"]) for file in files]
         lost = [path for path, size in paths if not path.is_file() or path.stat().st_size != size]
         if lost:
-            logger.warning("%s is missing, or is not whole; it is written again", ", ".join(map(str, lost)))
+            logger.warning("%s is missing or incomplete; `prepare` writes it again", ", ".join(map(str, lost)))
         return not lost
 
     def removed(self) -> list[str]:
-        """Names of sources that a complete folder was made from and that are not planned any more."""
+        """The names of sources that a complete folder was made from and that are not in the plan any more."""
         planned = {part.name for part in self.parts}
         return [record["name"] for name, record in self._sources.items() if name not in planned]
 
     def expect(self, missing: Sequence[str]) -> Share:
-        """Takes the names of the parts that are to be made, the same on every rank; returns them to be shared."""
+        """Returns the parts to write as a share of the queue; `missing` has their names, the same on every rank."""
         if missing:
             self._begin()
         return self._queue.share(f"write {self.folder.name}", missing, stop=WRITE)
 
     def _begin(self) -> None:
-        """Makes the place for parts, and notes their settings if it is new."""
+        """Creates the folder for parts, and writes the settings into a new one."""
         noted = self.folder / PARTS_FOLDER / SETTINGS_FILE
         noted.parent.mkdir(parents=True, exist_ok=True)
         if noted.exists():
@@ -213,11 +214,11 @@ class ShardFolder:
         write_atomically(noted, json.dumps(self._settings, indent=1, sort_keys=True))
 
     def write(self, share: Share, num_workers: int, on_part: Callable[[], None]) -> None:
-        """Writes missing parts until no more can be claimed; a damaged one may call the work off.
+        """Writes missing parts until no more can be claimed; calls the work off at a damaged one unless it is skipped.
 
         Args:
-            share: of `expect`; what comes of a part is its damage, if there is any.
-            num_workers: processes on this rank; 1 writes in this one.
+            share: the share that `expect` returned; the result of a part is its damage, or an empty text.
+            num_workers: number of processes on this rank; with 1 this process writes.
             on_part: called before the first part, and after each.
 
         Raises:
@@ -229,7 +230,7 @@ class ShardFolder:
             while (name := share.claim()) is not None:
                 if not part_folder(self.folder, by_name[name]).exists():
                     return by_name[name]
-                share.finish(name)  # by a worker of a killed rank, which had it in hand
+                share.finish(name)  # a worker of a killed rank has completed this part
             return None
 
         on_part()
@@ -250,44 +251,45 @@ class ShardFolder:
             on_part()
 
     def found_damaged(self, share: Share) -> dict[str, str]:
-        """What all ranks found damaged while they wrote: name -> damage."""
+        """The sources that any rank found damaged while it wrote: name -> damage."""
         sources = {part.name: part.source for part in self.parts}
         found = {sources[name]: damage for name, damage in share.results().items() if damage}
         return {source.name: damage for source, damage in found.items() if source is not None}
 
     @functools.cached_property
     def notes(self) -> dict[str, PartNote]:
-        """The notes of all parts that wait for completion, by the parts' names; to be asked for when all are there."""
+        """The notes of all written parts that the index does not list yet, by part name; valid when all are written."""
         notes = {part.name: read_note(part_folder(self.folder, part)) for part in self.parts}
         return {name: note for name, note in notes.items() if note is not None}
 
     def damaged(self) -> dict[str, str]:
-        """What nothing is written of, though it is there: name -> damage."""
+        """The existing sources without clips in this folder because they are damaged: name -> damage."""
         names = {part.source.name for part in self.parts if part.source is not None and part.source.files}
         damages = {record["name"]: record["damage"] for record in self._sources.values()}
         damages.update({note.name: note.damage for note in self.notes.values()})
         return {name: damage for name, damage in damages.items() if damage is not None and name in names}
 
     def complete(self, left_out: Mapping[str, str], *, may_be_empty: bool = False) -> None:
-        """Gives the parts' shards their final names and writes the index: by one rank, when all parts are there.
+        """Gives the parts' shards their final names and writes the index; one rank calls this when all parts exist.
 
         Args:
-            left_out: name -> damage of what nothing is written of, though its part in this folder may have clips.
-            may_be_empty: whether an index without clips is written where damage has left none.
+            left_out: name -> damage of the sources to leave out, although their parts in this folder may have clips.
+            may_be_empty: whether to write an index without clips if all sources are damaged.
 
         Raises:
-            ShardError: there is nothing to write.
+            ShardError: there are no clips to write.
         """
-        remains = self.folder / f"{PARTS_FOLDER}.done"
-        shutil.rmtree(remains, ignore_errors=True)
+        used_parts = self.folder / f"{PARTS_FOLDER}.done"
+        shutil.rmtree(used_parts, ignore_errors=True)
         if self.is_complete and not any(part_folder(self.folder, part).exists() for part in self.parts):
-            logger.info("%s is complete already, with the same settings: nothing to write", self.folder)
+            logger.info("%s is already complete and has the same settings: nothing to write", self.folder)
         else:
             self._queue.watchdog.enter("completing a folder of shards", str(self.folder))
             self._complete(left_out, may_be_empty)
         if (self.folder / PARTS_FOLDER).exists():
-            os.replace(self.folder / PARTS_FOLDER, remains)  # at once: what is half removed must not be taken for parts
-            shutil.rmtree(remains)
+            # Renamed first: a kill during the removal must not leave half of the parts under their names.
+            os.replace(self.folder / PARTS_FOLDER, used_parts)
+            shutil.rmtree(used_parts)
 
     def _complete(self, left_out: Mapping[str, str], may_be_empty: bool) -> None:
         notes, shards = self.notes, list[dict[str, Any]]()
@@ -296,12 +298,12 @@ class ShardFolder:
             if part.source is not None:
                 sources[part.name] = self._record(part.source, part.name, notes.get(part.name), left_out)
             if part.source is None or sources[part.name]["damage"] is None:
-                shards += self._take(part)
+                shards += self._publish(part)
         if not shards:
-            why = f"are all shorter than `videos.min_clip_frames`{', or damaged' if left_out else ''}?"
+            reason = f"perhaps all videos are shorter than `videos.min_clip_frames`{' or damaged' if left_out else ''}"
             if not may_be_empty or not any(record["damage"] for record in sources.values()):
-                raise ShardError(f"there are no clips to write into {self.folder}; {why}")
-            logger.warning("%s is left without clips; %s The same command adds what was repaired", self.folder, why)
+                raise ShardError(f"there are no clips to write into {self.folder}: {reason}")
+            logger.warning("%s has no clips: %s. The same command adds videos once repaired", self.folder, reason)
         num_samples = sum(shard["samples"] for shard in shards)
         details = {"schema_version": SCHEMA_VERSION, "num_samples": num_samples, "settings": self._settings}
         if sources:
@@ -319,14 +321,14 @@ class ShardFolder:
         damage = note.damage or left_out.get(source.name)
         return {"name": note.name, "clip_id": note.clip_id, "files": note.hashes(), "damage": damage}
 
-    def _take(self, part: Part) -> Iterator[dict[str, Any]]:
-        """The entries of a part's shards, which get their final names here if they are new."""
+    def _publish(self, part: Part) -> Iterator[dict[str, Any]]:
+        """Gives a part's new shards their final names; yields the index entries of all its shards."""
         made = part_folder(self.folder, part)
         if not made.exists():
             yield from self._shards.get(part.name, [])
             return
         for shard in read_object(made / INDEX_FILE)["shards"]:
-            if not shard["samples"]:  # the library begins with an empty one where the first clip exceeds the size
+            if not shard["samples"]:  # the library writes an empty shard first if the first clip exceeds the size
                 continue
             stored = _stored(shard)
             _link(made / stored["basename"], self.folder / f"{part.name}.{stored['basename']}")
@@ -346,19 +348,19 @@ def write_shards(
     queue: WorkQueue | None = None,
     on_part: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Writes all parts into `folder`; ranks share them, and one of them completes the folder when all are there.
+    """Writes all parts into `folder`; the ranks share them, and one rank completes the folder when all are written.
 
     Args:
-        folder: an existing one is continued, or left as it is if complete.
-        parts: the same list on every rank, with different names; none has a source that may be damaged.
-        settings: all that decides the content (JSON-able); a folder of other settings is refused.
+        folder: the folder of the shards; an incomplete one is continued, a complete one is not changed.
+        parts: the parts, the same list on every rank, with unique names; no source may be damaged.
+        settings: everything that decides the content (JSON-able); a folder with other settings is refused.
         shard_format: size and compression of the files.
-        num_workers: processes on this rank; 1 writes in this one.
-        queue: of the ranks that share the work, entered; by default this process works alone.
-        on_part: called with the number of finished parts, of all ranks, and of all parts.
+        num_workers: number of processes on this rank; with 1 this process writes.
+        queue: the entered work queue of the ranks that share the work; by default this process works alone.
+        on_part: called with the number of parts that all ranks have finished, and the number of all parts.
 
     Raises:
-        ShardError: the folder was begun with other settings (naming them), or there is nothing to write.
+        ShardError: the folder was begun with other settings (the error names them), or there are no clips to write.
         LostWorkerError: a worker died or hangs.
     """
     with ExitStack() as entered:
@@ -382,13 +384,13 @@ def write_shards(
 
 
 def _stored(shard: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The file of a shard that a complete folder holds."""
+    """The file of a shard that a complete folder contains."""
     stored: Mapping[str, Any] = shard["zip_data"] or shard["raw_data"]
     return stored
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name for a file, so that a start after a kill finds its part whole; else a copy."""
+    """Gives a file a second name, or copies it; the part stays complete, in case this process is killed."""
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)
