@@ -228,7 +228,7 @@ def test_storage_that_hangs_is_an_error_that_names_the_wait(remote):
     loader.dataset = _Stalled(loader.dataset)
     start = time.monotonic()
     with pytest.raises(
-        ShardError, match=r"no batch for 3 s while waiting for step 0 \(sample .*batch_timeout_seconds"
+        ShardError, match=r"no batch arrived for 3 s while waiting for step 0 \(sample .*batch_timeout_seconds"
     ) as told:
         next(iter(loader))
     record_fault(

@@ -214,7 +214,7 @@ def test_a_stopped_worker_is_an_error_within_the_time_out_and_does_not_outlive_i
     seconds, step, pids, message = log.read_text().split("\n", 3)
     workers = [int(pid) for pid in pids.split()]
     assert len(workers) == 2
-    assert "no batch for 2 s" in message
+    assert "no batch arrived for 2 s" in message
     assert "data.batch_timeout_seconds" in message
     assert int(step) > 1, "what it had read ahead is used"
     assert float(seconds) < 10
@@ -314,7 +314,7 @@ def test_a_training_whose_storage_hangs_is_ended_in_time(num_workers, shards, tm
     detected = struck.ended - struck_at(run, 1)
     assert all(struck.codes), struck.codes
     if num_workers:
-        ended = [rank for rank in range(2) if "no batch for 3 s while waiting for step" in output(run, rank)]
+        ended = [rank for rank in range(2) if "no batch arrived for 3 s while waiting for step" in output(run, rank)]
     else:
         ended = [rank for rank in range(2) if struck.codes[rank] == TRY_AGAIN_EXIT_CODE]
         assert all("training a step" in output(run, rank) for rank in ended)

@@ -200,7 +200,7 @@ def test_columns_that_contradict_one_another_are_refused():
         StoredClip({**sample, "num_frames": 5}, where="sample 0")
     with pytest.raises(ShardError, match="no frames"):
         StoredClip({**sample, "rgb": b""}, where="sample 0")
-    with pytest.raises(ShardError, match="metadata is no JSON"):
+    with pytest.raises(ShardError, match="metadata is not JSON"):
         StoredClip({**sample, "metadata": "{"}, where="sample 0")
     with pytest.raises(ShardError, match="schema version 99"):
         StoredClip({**sample, "schema_version": 99}, where="sample 0")

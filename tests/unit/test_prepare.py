@@ -253,7 +253,7 @@ class OnlyDepth:
 
 def test_an_annotator_that_returns_another_shape_is_named():
     record = ClipRecord(clip_id="a", fps=8.0, maps={"rgb": np.zeros((2, 12, 8, 3), np.uint8)})
-    with pytest.raises(ValueError, match=r"OnlyDepth returned \(1, 1, 1\) where \(2, 12, 8\)"):
+    with pytest.raises(ValueError, match=r"OnlyDepth returned shape \(1, 1, 1\), expected is \(2, 12, 8\)"):
         annotate_clip(record, OnlyDepth())
 
 

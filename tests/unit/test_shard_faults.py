@@ -311,5 +311,5 @@ def test_numbers_of_thousands_of_digits_in_an_index_are_no_traceback(sound, tmp_
 
 @pytest.mark.parametrize("text", ["9" * 10_000, "[" * 100_000, '{"a":' * 100_000])
 def test_metadata_that_no_reader_survives_is_refused_with_the_clips_name(text):
-    with pytest.raises(ShardError, match=r"clip 'clip_0000'.*metadata is no JSON"):
+    with pytest.raises(ShardError, match=r"clip 'clip_0000'.*metadata is not JSON"):
         StoredClip({**random_clip(0).to_sample(), "metadata": text}, where="sample 0")

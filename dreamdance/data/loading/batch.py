@@ -1,4 +1,4 @@
-"""The batch that the objectives train on, and how clips become one. Knows nothing of shards or files."""
+"""The batch that the objectives train on, and the function that stacks clips into one. No shards or files here."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from dreamdance.errors import ShardError
 
 @dataclass(frozen=True)
 class ClipSample:
-    """One training window: the fields of `ClipBatch` without their first dimension."""
+    """One training window: the fields of `ClipBatch` without the first dimension."""
 
     maps: Mapping[str, Tensor]
     reference: Tensor
@@ -25,12 +25,12 @@ class ClipBatch:
     """Windows of b clips, float32.
 
     Attributes:
-        maps: by modality, in the order of `modalities.MODALITIES`: `b f 3 H W` in [0,1]. Those that were not asked for
-            are not there; rgb and pose always are. Normals are (n+1)/2, of unit length after decoding; depth is
-            disparity, near bright; a mask is 1 on the body, else 0. One number per pixel is the same in all 3 channels.
-        reference: `b 3 H W` in [0,1], some frame of the same clip.
+        maps: `b f 3 H W` in [0,1] by modality, in the order of `modalities.MODALITIES`: rgb, pose and the requested
+            ones. Normals are (n+1)/2, of unit length after decoding; depth is disparity, near points bright; a mask is
+            1 on the body, else 0. Maps with one value per pixel repeat it in all 3 channels.
+        reference: `b 3 H W` in [0,1], a frame of the same clip.
         fps: `b`, frames per second after the stride.
-        keys: `b 3` int64: seed, epoch, sample id; whatever is drawn about a sample is drawn from these.
+        keys: `b 3` int64: seed, epoch, sample id; the source of every random number about a sample.
         clip_ids: b names.
     """
 
@@ -45,14 +45,14 @@ class ClipBatch:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], clip_ids: list[str]) -> "ClipBatch":
-        """The batch of which `tensors` gave these."""
+        """The inverse of `tensors`."""
         maps = dict(tensors)
         reference, fps, keys = (maps.pop(name) for name in ("reference", "fps", "keys"))
         return cls(maps, reference, fps, keys, clip_ids)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the batch by its name: the maps and the others."""
+        """All tensors of the batch by name."""
         return {**self.maps, "reference": self.reference, "fps": self.fps, "keys": self.keys}
 
     @property
@@ -62,11 +62,11 @@ class ClipBatch:
 
     @property
     def pose(self) -> Tensor:
-        """`b f 3 H W` in [0,1], drawing on black."""
+        """`b f 3 H W` in [0,1], the pose drawings on black."""
         return self.maps["pose"]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "ClipBatch":
-        """Returns the batch on another device; `keys` stay on the CPU, where random draws are made."""
+        """Returns the batch on another device; `keys` stay on the CPU, where random numbers are drawn."""
         moved = {
             name: tensor.to(device, non_blocking=non_blocking)
             for name, tensor in self.tensors.items()
@@ -75,16 +75,16 @@ class ClipBatch:
         return self.from_tensors({**moved, "keys": self.keys}, self.clip_ids)
 
     def pin_memory(self) -> "ClipBatch":
-        """Returns the batch in page-locked memory (the loader asks for it where there is a GPU)."""
-        return self._changed(Tensor.pin_memory)
+        """Returns the batch in page-locked memory; the loader calls this if there is a GPU."""
+        return self._map_tensors(Tensor.pin_memory)
 
     def select(self, indices: Sequence[int]) -> "ClipBatch":
-        """Returns the batch of the given clips of this one."""
+        """Returns the batch of the clips with the given indices."""
         chosen = torch.tensor(list(indices), dtype=torch.long)
-        selected = self._changed(lambda tensor: tensor[chosen.to(tensor.device)])
+        selected = self._map_tensors(lambda tensor: tensor[chosen.to(tensor.device)])
         return replace(selected, clip_ids=[self.clip_ids[index] for index in indices])
 
-    def _changed(self, change: Callable[[Tensor], Tensor]) -> "ClipBatch":
+    def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> "ClipBatch":
         return self.from_tensors({name: change(tensor) for name, tensor in self.tensors.items()}, self.clip_ids)
 
 
@@ -92,7 +92,7 @@ def collate_clips(samples: Sequence[ClipSample]) -> ClipBatch:
     """Stacks windows of equal size into a batch.
 
     Raises:
-        ShardError: some of the clips have a map that others lack.
+        ShardError: a clip lacks a map that another clip has.
     """
     return ClipBatch(
         maps={name: _stack_maps(samples, name) for name in dict.fromkeys(n for sample in samples for n in sample.maps)},

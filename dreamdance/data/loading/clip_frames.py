@@ -17,8 +17,8 @@ class ClipFrames:
     """Aligned frames of one clip.
 
     Attributes:
-        maps: by modality, `(f, c, H, W)` float32 in [0,1]; what the clip lacks is not there.
-        keypoints: `(f, 128, 3)`, see `media.keypoints`.
+        maps: the clip's maps by modality, `(f, c, H, W)` float32 in [0,1].
+        keypoints: `(f, 128, 3)`, see `media.keypoints`; None if the clip has none.
     """
 
     maps: Mapping[str, Tensor]
@@ -26,11 +26,11 @@ class ClipFrames:
 
 
 def flip_clip(clip: ClipFrames, *, drawn_pose: Tensor | None = None) -> ClipFrames:
-    """Mirrors a clip from left to right: pictures, normals' x, left and right key points; the pose is drawn again.
+    """Mirrors a clip horizontally: pictures, the normals' x, left and right key points; draws the pose again.
 
     Args:
-        clip: with key points.
-        drawn_pose: `(f, 3, H, W)`, the drawing of the mirrored key points where it is at hand already.
+        clip: a clip with key points.
+        drawn_pose: `(f, 3, H, W)`, the drawing of the mirrored key points, if the caller has it already.
 
     Raises:
         ValueError: the clip has no key points. A drawing cannot be mirrored, because left and right differ in colour.

@@ -1,6 +1,6 @@
-"""The dataset of stored clips and of the training windows cut from them; `clip_loader` brings these to the ranks.
+"""The datasets of stored clips and of training windows cut from them; `loader` delivers the windows to the ranks.
 
-Nothing here knows the process group: ranks need not be in step, and one rank alone may open a dataset.
+This module does not use the process group: ranks need no synchronisation, and a single rank may open a dataset.
 """
 
 import logging
@@ -36,10 +36,10 @@ _DAMAGED = (OSError, ValueError, RuntimeError, IndexError, KeyError)
 class StoredClips(StreamingDataset):
     """The stored clips of a folder of shards, by number.
 
-    Of mosaicml-streaming's dataset this keeps the storage: format, index, shard readers, remote folders, random access,
-    which fetches a missing shard and raises where one is bad. It does not run its constructor: that sets up shared
-    memory, file locks and barriers (and a process group of its own) for `__iter__`, which ends an epoch early or hangs
-    on a bad shard, and whose leftovers of a killed run can refuse the next start. `ClipOrder` gives the order instead.
+    This class uses the storage part of mosaicml-streaming's dataset: format, index, shard readers, remote folders and
+    random access. A missing shard is downloaded; a damaged shard raises. The library's constructor is not called: it
+    sets up shared memory, file locks, barriers and a process group for its `__iter__`, which ends an epoch early or
+    hangs on a damaged shard. After a killed run, their remains can block the next start. `ClipOrder` gives the order.
     """
 
     def __init__(
@@ -51,19 +51,19 @@ class StoredClips(StreamingDataset):
         cache_bytes: int = 0,
         before_shard: Callable[[str], None] | None = None,
     ) -> None:
-        """Checks the shards' sizes; reads none of their samples yet.
+        """Checks the sizes of the shards; reads no sample yet.
 
         Args:
-            shards: where the clips are.
-            verify: how the files are checked now (`verify.verify_shards`). Unless it is `size`, each file is compared
-                with its hash when it is opened first.
+            shards: the local folder, and the remote folder if there is one.
+            verify: how to check the files now (`verify.verify_shards`). Unless it is `size`, each file is also compared
+                with its hash when it is first opened.
             ranks: this process; by default from the environment.
-            cache_bytes: decoded clips kept in memory, in each process that reads. Filled once and never evicted, which
-                serves a set that is passed over again and again better than keeping the latest.
+            cache_bytes: size of the cache of decoded clips in each reading process. Clips are never evicted: every
+                epoch reads all clips, so a cache of the latest ones would have few hits.
             before_shard: see `verify.open_shards`.
 
         Raises:
-            ShardError: missing, damaged, foreign or hostile shards.
+            ShardError: shards are missing, damaged, of another format or hostile.
         """
         self.index = open_shards(shards, how=verify, ranks=ranks, before_shard=before_shard)
         self._checked = CheckedShards(self.index, remote=shards.remote, by_hash=verify != "size")
@@ -74,7 +74,7 @@ class StoredClips(StreamingDataset):
         self.samples_per_shard = np.array(self.index.samples_per_shard, np.int64)
         self.spanner = Spanner(self.samples_per_shard)
         self.cache_limit = None
-        self._shard_access_times: Any = np.zeros(len(self.shards), np.uint64)  # the base class notes each access here
+        self._shard_access_times: Any = np.zeros(len(self.shards), np.uint64)  # the base class writes to it
         self._cached: dict[int, StoredClip] = {}
         self._cache_left = cache_bytes
 
@@ -82,22 +82,22 @@ class StoredClips(StreamingDataset):
         return self.num_samples
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """All stored samples in the order of the shards; a bad one raises."""
+        """Yields all stored samples in the order of the shards; raises at a damaged one."""
         return (self[sample_id] for sample_id in range(self.num_samples))
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Fetches and unpacks a shard; the base class calls this where the file is not there."""
+        """Downloads and unpacks a shard; the base class calls this if the file is missing."""
         self._checked.fetch(shard_id)
 
     def get_item(self, sample_id: int, retry: int = 2) -> dict[str, Any]:
         """The stored columns of one sample.
 
-        A read that fails because of storage, or because the whole folder is gone, is repeated for some seconds.
+        If the storage fails or the whole folder is gone, the read is retried for some seconds.
 
         Raises:
-            IndexError: no such sample.
-            ShardError: its shard is missing or damaged.
-            LostWorkerError: storage has not come back.
+            IndexError: there is no such sample.
+            ShardError: the sample's shard is missing or damaged.
+            LostWorkerError: the storage failed at every attempt.
         """
         if not 0 <= sample_id < self.num_samples:
             raise IndexError(f"sample {sample_id} of {self.num_samples}")
@@ -110,7 +110,7 @@ class StoredClips(StreamingDataset):
 
         def should_retry(error: Exception) -> bool:
             if isinstance(error, LostWorkerError) or not isinstance(error, _DAMAGED):
-                return False  # a LostWorkerError comes from attempts that were repeated already
+                return False  # a LostWorkerError comes after retries
             return is_transient(error) or shard_cache.is_gone(self.index.folder)
 
         try:
@@ -123,15 +123,15 @@ class StoredClips(StreamingDataset):
             raise ShardError(f"{where} cannot be read: {error}") from error
 
     def describe(self, sample_id: int) -> str:
-        """Where a sample lies, for messages."""
+        """The place of a sample, for messages."""
         shard_id, position = self.spanner[sample_id]
         return f"sample {position} of shard {self.index.folder / self.index.shards[shard_id].raw.name}"
 
     def clip(self, sample_id: int) -> StoredClip:
-        """One stored clip; from memory, with all its frames decoded, where there was room for it.
+        """One stored clip. If the cache has room, the clip is kept there with all its frames decoded.
 
         Raises:
-            ShardError: its shard is missing or damaged.
+            ShardError: the clip's shard is missing or damaged.
         """
         cached = self._cached.get(sample_id)
         if cached is not None:
@@ -145,7 +145,7 @@ class StoredClips(StreamingDataset):
 
 
 class ClipDataset(StoredClips):
-    """Training windows of stored clips. What is drawn about a sample depends on its key alone."""
+    """Training windows of stored clips. The random numbers of a sample depend only on its key."""
 
     def __init__(
         self,
@@ -167,15 +167,15 @@ class ClipDataset(StoredClips):
 
         Args:
             shards, verify, ranks, cache_bytes, before_shard: see `StoredClips`.
-            width, height: size of the frames given out, in pixels.
-            num_frames: frames in a window.
-            stride: smallest and largest distance between its frames.
-            flip_probability: how often a clip that has key points is mirrored.
+            width, height: size of the returned frames in pixels.
+            num_frames: number of frames in a window.
+            stride: smallest and largest distance between the frames of a window.
+            flip_probability: probability of mirroring a clip that has key points.
             seed: the first part of every sample's key.
-            maps: which modalities to read beside rgb and pose; a clip without one of them is an error.
+            maps: the modalities to read besides rgb and pose; a clip that lacks one of them is an error.
 
         Raises:
-            ShardError: missing, damaged, foreign or hostile shards.
+            ShardError: shards are missing, damaged, of another format or hostile.
         """
         super().__init__(shards, verify=verify, ranks=ranks, cache_bytes=cache_bytes, before_shard=before_shard)
         self.width, self.height, self.num_frames = width, height, num_frames
@@ -186,7 +186,7 @@ class ClipDataset(StoredClips):
         """The training window of a sample in an epoch.
 
         Raises:
-            ShardError: its shard is missing or damaged, the clip is too short or lacks a map.
+            ShardError: the sample's shard is missing or damaged, or its clip is too short or lacks a map.
         """
         clip = self.clip(key.sample_id)
         full_key = (self.seed, key.epoch, key.sample_id)
@@ -200,7 +200,7 @@ class ClipDataset(StoredClips):
         return self.cut(clip, window, full_key)
 
     def cut(self, clip: StoredClip, window: Window, key: tuple[int, int, int]) -> ClipSample:
-        """Cuts a window from a clip: frames as tensors, mirrored if it says so, cropped to the aspect and resized."""
+        """Cuts a window from a clip: reads its frames, mirrors them if `window.flip`, crops to the aspect, resizes."""
         names = [name for name in MODALITIES if name in ALWAYS_READ or name in self.maps]
         frames = ClipFrames(
             maps={name: pictures_to_tensor(clip.pictures(name, window.frames)) for name in names},
@@ -241,20 +241,20 @@ def fixed_clips(
     verify: Verify = "first_use",
     share_of: Ranks | None = None,
 ) -> list[ClipSample]:
-    """The first clips of a set, always the same: for validation and samples.
+    """The first clips of a set, always the same ones, for validation and samples.
 
     Args:
-        shards, width, height, num_frames, verify: as for `ClipDataset`.
-        count: how many clips; all of them where the set has fewer.
+        shards, width, height, num_frames, verify: see `ClipDataset`.
+        count: number of clips; a smaller set gives all its clips.
         stride: distance between the frames of the window.
-        maps: None reads those that all of these clips have.
-        share_of: cuts only every n-th clip, from the rank's own number on, where there are n ranks; that may be none.
+        maps: the modalities to read besides rgb and pose; None reads those that all of these clips have.
+        share_of: if given, rank r of n ranks gets only the clips r, r + n, ...; that may be none.
 
     Returns:
-        Each clip's first window; the reference is the clip's last frame; keys are (0, 0, number of the clip).
+        The first window of each clip; the reference is the clip's last frame; the key is (0, 0, number of the clip).
 
     Raises:
-        ShardError: missing, damaged or foreign shards, or a clip shorter than the window.
+        ShardError: shards are missing, damaged or of another format, or a clip is shorter than the window.
     """
     dataset = ClipDataset(
         shards, width=width, height=height, num_frames=num_frames, maps=maps or (), verify=verify, cache_bytes=0
@@ -262,7 +262,9 @@ def fixed_clips(
     clips = [dataset.clip(number) for number in range(min(count, len(dataset)))]
     if maps is None:
         dataset.maps = tuple(name for name in OPTIONAL if all(clip.has(name) for clip in clips))
-    windows = [first_window(clip, num_frames=num_frames, stride=stride) for clip in clips]  # all ranks refuse alike
+    windows = [
+        first_window(clip, num_frames=num_frames, stride=stride) for clip in clips
+    ]  # for all clips, so that all ranks raise the same errors
     ranks = share_of or Ranks()
     share = range(ranks.rank, len(clips), ranks.world_size)
     return [dataset.cut(clips[number], windows[number], (0, 0, number)) for number in share]

@@ -1,4 +1,4 @@
-"""The loader: brings each optimizer step's micro batches to a rank, in the run's order, from any step on."""
+"""The loader: delivers the micro batches of each optimizer step to a rank, in the run's order, from any step on."""
 
 import contextlib
 import time
@@ -18,13 +18,13 @@ from dreamdance.runtime.ranks import Ranks
 
 
 class ClipLoader:
-    """Brings each optimizer step's micro batches to one rank.
+    """Delivers the micro batches of each optimizer step to one rank.
 
-    Iterating never ends by itself: epoch follows epoch. The position is `step`, the number of steps handed out.
+    The iteration never ends: epoch follows epoch. The position is `step`, the number of steps delivered.
 
     Attributes:
-        step: the optimizer step that comes next.
-        wait_seconds: how long the latest step's data was waited for.
+        step: the number of the next optimizer step.
+        wait_seconds: the time that the latest step waited for its data.
     """
 
     def __init__(
@@ -37,15 +37,15 @@ class ClipLoader:
         num_workers: int = 0,
         timeout_seconds: float = 300.0,
     ) -> None:
-        """Checks that the ranks' shares come out even.
+        """Checks that the batch divides evenly among the ranks.
 
         Args:
-            dataset: what to read.
-            order: which samples, by step.
-            micro_batch_size: clips in one `ClipBatch`.
-            ranks: which rank of how many this is; by default from the environment.
-            num_workers: processes that read ahead; 0 reads in this one.
-            timeout_seconds: how long to wait for workers before it is an error (recipe: `data.batch_timeout_seconds`).
+            dataset: the training windows.
+            order: the samples of each step.
+            micro_batch_size: number of clips in one `ClipBatch`.
+            ranks: rank of this process and number of ranks; by default from the environment.
+            num_workers: number of processes that read ahead; with 0 this process reads.
+            timeout_seconds: longest time to wait for a batch of the workers (recipe: `data.batch_timeout_seconds`).
 
         Raises:
             RecipeError: `batch_size` is not micro batch x accumulation x ranks.
@@ -58,10 +58,11 @@ class ClipLoader:
         self.wait_seconds = 0.0
 
     def __iter__(self) -> Generator[list[ClipBatch]]:
-        """Yields the micro batches of each step, from `step` on; to be closed, or its processes keep this one alive.
+        """Yields the micro batches of each step from `step` on. Close the generator: it keeps worker processes alive.
 
         Raises:
-            ShardError: a bad shard, by name; workers that died, or gave nothing within the time.
+            ShardError: a shard is missing or damaged; the error names it.
+            LostWorkerError: a worker died, or delivered no batch in time.
         """
         with contextlib.closing(self._read_ahead() if self.num_workers else self._read_here()) as batches:
             while True:
@@ -72,7 +73,7 @@ class ClipLoader:
                 yield micro_batches
 
     def micro_batch_keys(self, step: int) -> list[list[SampleKey]]:
-        """This rank's share of a step: a contiguous part of the batch, cut into micro batches."""
+        """This rank's share of a step: a contiguous part of the batch, split into micro batches."""
         per_rank = self.order.batch_size // self.ranks.world_size
         share = self.order.batch(step)[self.ranks.rank * per_rank :][:per_rank]
         return [share[start : start + self.micro_batch_size] for start in range(0, per_rank, self.micro_batch_size)]
@@ -82,15 +83,15 @@ class ClipLoader:
         return self.order.state_dict(self.step)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues where a saved position was; call it before iterating.
+        """Continues at a saved position; call this before iterating.
 
         Raises:
-            ShardError: the training set or the order's settings are not those of the saved position.
+            ShardError: the training set or the order's settings differ from the saved ones.
         """
         self.step = self.order.resume(state)
 
     def _keys_from(self, step: int) -> Iterator[list[SampleKey]]:
-        """The keys of this rank's micro batches, step after step, without end."""
+        """The keys of this rank's micro batches from a step on, without end."""
         return chain.from_iterable(map(self.micro_batch_keys, count(step)))
 
     def _read_here(self) -> Generator[ClipBatch]:
@@ -106,21 +107,21 @@ class ClipLoader:
         ) as workers:
             try:
                 for _ in range(workers.capacity):
-                    workers.ask(next(keys))
+                    workers.request(next(keys))
                 while True:
                     yield workers.take(timeout_seconds=self.timeout_seconds)
-                    workers.ask(next(keys))
+                    workers.request(next(keys))
             except TimeoutError as error:
-                raise LostWorkerError(self._describe_wait()) from error
+                raise LostWorkerError(self._timeout_text()) from error
             except (EOFError, OSError) as error:
                 raise LostWorkerError(
-                    f"a process that reads data died at step {self.step}, out of memory? {error!r}"
+                    f"a process that reads data died at step {self.step}, perhaps out of memory: {error!r}"
                 ) from error
 
-    def _describe_wait(self) -> str:
+    def _timeout_text(self) -> str:
         first = self.micro_batch_keys(self.step)[0][0]
         return (
-            f"no batch for {self.timeout_seconds:.0f} s while waiting for step {self.step} "
+            f"no batch arrived for {self.timeout_seconds:.0f} s while waiting for step {self.step} "
             f"({self.dataset.describe(first.sample_id)} and others): the storage hangs or is too slow; "
-            "see `data.batch_timeout_seconds`, `data.num_workers`"
+            "raise `data.batch_timeout_seconds` or `data.num_workers`"
         )

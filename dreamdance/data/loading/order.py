@@ -1,8 +1,8 @@
-"""Which samples make up each optimizer step: a pure function of (seed, step), the same on any number of ranks.
+"""The samples of each optimizer step: a pure function of (seed, step), the same on any number of ranks.
 
-The library's own iteration also gives a fixed order, but ends an epoch silently, or hangs, on a bad shard, and keeps
-its position in the shared memory of one node. Here the position is the number of optimizer steps and nothing else, so
-that a run resumes exactly, in the middle of an epoch and on another world size too, and no epoch can be short.
+The library's own iteration also has a fixed order, but it ends an epoch silently or hangs on a damaged shard, and it
+keeps its position in the shared memory of one node. Here the position is only the number of optimizer steps. So a run
+resumes exactly, also in the middle of an epoch and with another world size, and no epoch can be too short.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ SHUFFLE_BLOCK_SHARDS = 8
 
 
 class SampleKey(NamedTuple):
-    """A sample of an epoch; with the seed, the key of all that is drawn about it."""
+    """A sample of an epoch. With the seed, it is the key of all random numbers about the sample."""
 
     epoch: int
     sample_id: int
@@ -31,11 +31,11 @@ class SampleKey(NamedTuple):
 class ClipOrder:
     """The order of training samples.
 
-    In each epoch the shards are permuted, samples are shuffled within blocks of consecutive shards, and the sequence is
-    cut into lanes, one after the other; a batch takes equally many samples from each lane. The number of lanes is
-    gcd(num_canonical_nodes, batch_size), whatever the number of ranks: so a batch holds the same samples on any number
-    of ranks, and a rank, which takes a contiguous share of every batch, reads few shards at a time. What does not fill
-    a batch at the end of an epoch is left out: other samples in each epoch.
+    In each epoch the shards are permuted, the samples are shuffled within blocks of consecutive shards, and the
+    sequence is split into contiguous lanes; a batch takes equally many samples from each lane. The number of lanes is
+    gcd(num_canonical_nodes, batch_size) and does not depend on the number of ranks. So a batch has the same samples on
+    any number of ranks, and a rank, which takes a contiguous share of every batch, reads few shards at a time. The
+    samples that do not fill a batch at the end of an epoch are left out; they differ from epoch to epoch.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class ClipOrder:
         """Checks the sizes.
 
         Args:
-            samples_per_shard: as in the index (`ShardIndex.samples_per_shard`).
+            samples_per_shard: number of samples of each shard (`ShardIndex.samples_per_shard`).
             batch_size: samples per optimizer step, over all ranks.
-            seed: the recipe's.
-            num_canonical_nodes: the largest number of nodes that keep shards apart; fixed at a run's first start.
-            shuffle_block_shards: how many shards are shuffled together: what a rank has open at a time.
+            seed: the recipe's seed.
+            num_canonical_nodes: largest number of nodes that read different shards; fixed at the first start of a run.
+            shuffle_block_shards: number of shards that are shuffled together, and that a rank has open at a time.
 
         Raises:
-            ShardError: fewer samples than one batch.
+            ShardError: the set has fewer samples than one batch.
         """
         self.samples_per_shard = list(samples_per_shard)
         self.num_samples = sum(self.samples_per_shard)
@@ -76,7 +76,7 @@ class ClipOrder:
         self._batches = torch.empty(0)
 
     def position(self, step: int) -> tuple[int, int]:
-        """The epoch, and the batch in it, of an optimizer step counted from 0."""
+        """The epoch of an optimizer step (counted from 0), and the number of its batch in the epoch."""
         return divmod(step, self.batches_per_epoch)
 
     def batch(self, step: int) -> list[SampleKey]:
@@ -104,7 +104,7 @@ class ClipOrder:
         )
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """The position after `step` optimizer steps, and what the order depends on (JSON-able)."""
+        """The position after `step` optimizer steps, and everything that the order depends on (JSON-able)."""
         shards = ",".join(str(samples) for samples in self.samples_per_shard)
         return {
             "step": step,
@@ -120,7 +120,7 @@ class ClipOrder:
         """Returns the step of a saved state.
 
         Raises:
-            ShardError: the order is another one than when the state was saved, naming what differs.
+            ShardError: the order differs from the order when the state was saved; the error names the differences.
         """
         own = self.state_dict(0)
         differing = [

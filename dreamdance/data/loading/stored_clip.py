@@ -1,4 +1,4 @@
-"""One stored clip: its numbers, checked, and its frames, decoded as they are asked for; and windows cut from it."""
+"""One stored clip: its checked columns, its frames, which are decoded on demand, and the windows cut from it."""
 
 import json
 import math
@@ -27,19 +27,19 @@ class StoredClip:
     """A clip of a shard.
 
     Attributes:
-        clip_id, num_frames, width, height, fps, metadata: as the writer gave them.
+        clip_id, num_frames, width, height, fps, metadata: the values of the columns.
         keypoints: `(f, 128, 3)` float32, or None.
     """
 
     def __init__(self, sample: Mapping[str, Any], *, where: str) -> None:
-        """Checks a sample of the schema's columns.
+        """Checks the columns of a sample.
 
         Args:
-            sample: what the shard holds.
-            where: its shard and place, for the errors' text.
+            sample: the columns as the shard stores them.
+            where: the shard and the sample's place in it, for error texts.
 
         Raises:
-            ShardError: the columns contradict one another.
+            ShardError: a column is damaged, or columns contradict one another.
         """
         check_schema_version(sample["schema_version"], where=where)
         self.clip_id = str(sample["clip_id"])
@@ -49,7 +49,7 @@ class StoredClip:
         self.fps = float(sample["fps"])
         self.metadata = self._parse_metadata(sample["metadata"])
         if not (math.isfinite(self.fps) and self.fps > 0):
-            raise ShardError(f"{self.where}: {self.fps} frames per second; damaged")
+            raise ShardError(f"{self.where}: the frame rate is {self.fps}; the shard is damaged")
         self._packed: dict[str, bytes] = {name: sample[name] for name in MODALITIES if sample.get(name)}
         self._decoded: dict[str, NDArray[Any]] = {}
         self._mirrored: dict[int, NDArray[Any]] = {}
@@ -59,28 +59,30 @@ class StoredClip:
             if (kind.num_frames, kind.width, kind.height) != (self.num_frames, self.width, self.height):
                 raise ShardError(
                     f"{self.where}: {name} has {kind.num_frames} frames of {kind.width}x{kind.height}, "
-                    f"the clip {self.num_frames} of {self.width}x{self.height}"
+                    f"but the clip has {self.num_frames} of {self.width}x{self.height}"
                 )
             self._decoded_bytes += kind.num_frames * math.prod(kind.frame_shape) * kind.dtype.itemsize
         if "rgb" not in self._packed:
-            raise ShardError(f"{self.where} has no frames")
+            raise ShardError(f"{self.where} has no rgb frames; the shard is damaged")
         packed_keypoints = sample["keypoints"]
         self.keypoints = unpack_keypoints(packed_keypoints, where=self.where) if packed_keypoints else None
         if self.keypoints is not None and len(self.keypoints) != self.num_frames:
-            raise ShardError(f"{self.where} has key points of {len(self.keypoints)} of its {self.num_frames} frames")
+            raise ShardError(
+                f"{self.where} has key points for {len(self.keypoints)} frames, but {self.num_frames} frames"
+            )
 
     def _parse_metadata(self, text: str) -> dict[str, Any]:
         try:
             metadata = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ShardError(f"{self.where}: its metadata is no JSON ({error})") from error
+            raise ShardError(f"{self.where}: its metadata is not JSON ({error})") from error
         if not isinstance(metadata, dict):
-            raise ShardError(f"{self.where}: its metadata is no JSON object")
+            raise ShardError(f"{self.where}: its metadata is not a JSON object")
         return metadata
 
     @property
     def decoded_bytes(self) -> int:
-        """What all frames take once they are decoded, mirrored poses included."""
+        """The size of all decoded frames in bytes, including mirrored poses."""
         mirrored = 0 if self.keypoints is None else self.num_frames * self.width * self.height * 3
         return self._decoded_bytes + mirrored
 
@@ -89,37 +91,39 @@ class StoredClip:
         return column in self._packed or column in self._decoded
 
     def frames(self, column: str, indices: Sequence[int] | None = None) -> NDArray[Any]:
-        """Frames of one column, `(n, H, W, 3)`, or `(n, H, W)` for depth and mask, as they are stored.
+        """The stored frames of one column, `(n, H, W, 3)`, or `(n, H, W)` for depth and mask.
 
         Raises:
-            ShardError: the clip has no such column, or it is damaged.
+            ShardError: the clip has no such column, or the column is damaged.
         """
         if column in self._decoded:
             return self._decoded[column] if indices is None else self._decoded[column][list(indices)]
         if column not in self._packed:
             raise ShardError(
-                f"{self.where} has no {column} frames, which this recipe needs; prepare clips that have "
-                f"them (`model.controls` of stage 2 may leave {column} out)"
+                f"{self.where} has no {column} frames, which this recipe needs; prepare clips with {column} frames, or "
+                f"remove {column} from `model.controls` of stage 2"
             )
         return unpack_frames(self._packed[column], indices, where=f"{self.where}, {column}")
 
     def pictures(self, column: str, indices: Sequence[int] | None = None) -> NDArray[Any]:
-        """Frames of one column, `(n, H, W, c)`, as they are stored; depth and mask have one channel.
+        """The stored frames of one column, `(n, H, W, c)`; depth and mask have one channel.
 
         Raises:
-            ShardError: the clip has no such column, or it is damaged.
+            ShardError: the clip has no such column, or the column is damaged.
         """
         frames = self.frames(column, indices)
         return frames[..., None] if frames.ndim == 3 else frames
 
     def mirrored_pose(self, indices: Sequence[int]) -> NDArray[Any]:
-        """The pose of a mirrored clip, drawn from its key points, `(n, H, W, 3)` uint8; kept if the frames are kept.
+        """The poses of the mirrored clip, drawn from its key points, `(n, H, W, 3)` uint8.
+
+        If the clip's frames are kept decoded, the drawings are kept too.
 
         Raises:
             ShardError: the clip has no key points.
         """
         if self.keypoints is None:
-            raise ShardError(f"{self.where} has no key points; a drawing alone cannot be mirrored")
+            raise ShardError(f"{self.where} has no key points; a pose drawing without key points cannot be mirrored")
         drawn = {
             index: draw_pose(flip_keypoints(self.keypoints[index]), width=self.width, height=self.height)
             for index in indices
@@ -130,14 +134,21 @@ class StoredClip:
         return np.stack([drawn[index] if index in drawn else self._mirrored[index] for index in indices])
 
     def decode_all(self) -> None:
-        """Decodes every frame once and for all, and lets go of the packed form."""
+        """Decodes every frame, keeps the result and frees the packed frames."""
         self._decoded = {name: self.frames(name) for name in [*self._packed, *self._decoded]}
         self._packed = {}
 
 
 @dataclass(frozen=True)
 class Window:
-    """What one training sample takes from its clip: frame numbers, the reference's frame number, mirrored or not."""
+    """The part of a clip that one training sample uses.
+
+    Attributes:
+        frames: frame numbers.
+        stride: distance between the frames.
+        reference: frame number of the reference.
+        flip: whether the clip is mirrored.
+    """
 
     frames: list[int]
     stride: int
@@ -148,17 +159,17 @@ class Window:
 def draw_window(
     clip: StoredClip, key: Sequence[int], *, num_frames: int, stride: tuple[int, int], flip_probability: float
 ) -> Window:
-    """Draws a training window, by the sample's key alone.
+    """Draws a training window; the result depends only on the clip and the sample's key.
 
-    The stride is drawn from its range and made smaller where the clip is too short for it. Only clips with key points
-    are mirrored: a drawing's colours tell left from right.
+    The stride is drawn from its range, and reduced if the clip is too short for it. Only clips with key points are
+    mirrored: the colours of a drawing distinguish left from right.
 
     Args:
         clip: the whole clip.
         key: (seed, epoch, sample id).
-        num_frames: frames in the window.
-        stride: smallest and largest distance between its frames.
-        flip_probability: in [0,1].
+        num_frames: number of frames in the window.
+        stride: smallest and largest distance between the frames of the window.
+        flip_probability: probability of mirroring, in [0,1].
 
     Raises:
         ShardError: the clip has fewer frames than the window.
@@ -179,7 +190,7 @@ def draw_window(
 
 
 def first_window(clip: StoredClip, *, num_frames: int, stride: int = 1) -> Window:
-    """The window that validation looks at: the clip's first frames, and its last one as the reference.
+    """The window for validation: the clip's first frames, and its last frame as the reference.
 
     Raises:
         ShardError: the clip has fewer frames than the window.
@@ -194,12 +205,12 @@ def check_length(clip: StoredClip, num_frames: int) -> None:
     """Refuses a clip that is shorter than a window.
 
     Raises:
-        ShardError: naming the clip and both lengths.
+        ShardError: the clip is shorter; the error names it and both lengths.
     """
     if clip.num_frames < num_frames:
         raise ShardError(
             f"{clip.where} has {clip.num_frames} frames, fewer than the window of {num_frames}; lower `num_frames`, "
-            "or prepare with a larger `min_clip_frames`"
+            "or prepare the clips with a larger `min_clip_frames`"
         )
 
 

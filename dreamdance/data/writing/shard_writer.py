@@ -1,4 +1,4 @@
-"""Writes a folder of shards in parallel parts; a run that is killed at any time and started again gives the same result.
+"""Writes a folder of shards in parallel parts; after a kill at any time, the next start gives the same folder.
 
 Each part is written under a temporary name and renamed; existing parts are not written again. When all parts exist,
 their shards get their final names, and the index is written last, so a folder with an index is complete. If shards of a
