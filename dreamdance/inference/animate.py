@@ -1,7 +1,7 @@
-"""The `animate` task: every entry of a manifest, shared by the ranks; what is done is skipped, what fails is told.
+"""The `animate` task: the ranks share the entries of a manifest, skip finished ones and report failed ones.
 
-Ranks share the manifest, the output folder and a `WorkQueue`; the noise of an entry
-depends on its seed and id alone, so that neither the number of ranks nor a restart changes a result.
+The ranks have the manifest, the output folder and a `WorkQueue` in common. The noise of an entry depends only on its
+seed and id, so neither the number of ranks nor a restart changes a result.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ FAILURES_FILE = "failures.json"
 
 
 class AnimateError(UserError):
-    """Some entries of the manifest failed; the text lists them with the reasons."""
+    """Some entries of the manifest failed; the text lists them and the reasons."""
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,20 @@ def animate(recipe: AnimateRecipe, run_folder: Path) -> None:
     """Animates all entries of a recipe's manifest.
 
     Args:
-        recipe: names the manifest, the output folder and the two trained runs.
-        run_folder: for the progress log and the note of what is done; trained runs are found beside it.
+        recipe: the manifest, the output folder and the two trained runs.
+        run_folder: the folder for the progress log and the note of finished work; its parent contains the trained runs.
 
     Raises:
         ManifestError: the manifest is wrong; nothing was animated.
-        MissingInputError: a run or its export is not there.
+        MissingInputError: a run or its export does not exist.
         OutputError: the output folder cannot be written, or another run is writing into it.
-        LostWorkerError: another rank is silent.
-        AnimateError: on the main rank, when all entries are through, if some failed.
+        LostWorkerError: another rank gives no sign.
+        AnimateError: some entries failed; raised on the main rank after all entries have been tried.
     """
     ranks = Ranks.from_environment()
     entries = read_manifest(Path(recipe.manifest), default_seed=recipe.seed)
     progress = partial(ProgressLog(run_folder, ranks).write, total=len(entries), unit="clips")
-    # The main rank claims the folder for all: until it has, the others wait for the queue that it opens.
+    # The main rank locks the folder for all ranks. The others wait for the queue, which the main rank opens afterwards.
     with lock_folder(Path(recipe.output), key="output") if ranks.is_main else nullcontext():
         with WorkQueue(ranks, cluster=recipe.cluster, run_folder=run_folder) as queue:
             queue.watchdog.enter("loading the networks", recipe.name)
@@ -94,14 +94,14 @@ def animate_entries(
     queue: WorkQueue,
     progress: Callable[..., None],
 ) -> list[Failure]:
-    """Animates entries until all ranks together have done all; a bad one does not stop the others.
+    """Animates entries until the ranks together have tried all of them; a failed entry does not stop the others.
 
     Returns:
-        The failures of all ranks, for the main one to report: a rank with failures must not end early and with an
-        error, or the launcher would stop those still at work.
+        The failures of all ranks; the main rank reports them. A rank with failures must not end with an error before
+        that, because the launcher would then stop the ranks that are still working.
 
     Raises:
-        OutputError: results cannot be written; further entries would fare no better.
+        OutputError: results cannot be written; further entries would fail too.
     """
     by_id = {entry.id: entry for entry in entries}
     share = queue.share("animate", list(by_id))
@@ -115,29 +115,29 @@ def animate_entries(
         except OutputError:
             raise
         except (UserError, torch.OutOfMemoryError) as error:
-            if is_transient(error):  # a machine, or its storage: the entry is as good as the next start finds it
+            if is_transient(error):  # an error of a machine or of storage, not of the entry: the next start may succeed
                 raise
             logger.error("entry '%s' (line %d) failed: %s", entry.id, entry.line, error)
             failure = Failure(entry.id, entry.line, str(error))
         share.finish(item, json.dumps(asdict(failure)) if failure else "", made=item if is_new else None)
-    progress(done=share.num_done(), message="all clips are through")
+    progress(done=share.num_done(), message="all clips are finished")
     return [Failure(**json.loads(text)) for text in share.results().values() if text]
 
 
 def animate_entry(
     entry: ManifestEntry, recipe: AnimateRecipe, stages: Stages, watchdog: Watchdog, share: Share
 ) -> bool:
-    """Animates one entry and writes its result, unless exactly this was done before; returns whether it did.
+    """Animates one entry and writes its result, unless the same result exists; returns whether it wrote one.
 
     Raises:
-        UserError: its inputs cannot be used.
+        UserError: the inputs of the entry cannot be used.
     """
     watchdog.enter("reading an entry", entry.id)
     folder = Path(recipe.output) / entry.id
     states = read_files(entry, known_states(folder))
     request = describe_request(entry, recipe, stages, states)
     if is_done(folder, request):
-        logger.info("skipped '%s': %s holds its result", entry.id, folder)
+        logger.info("skipped '%s': %s contains its result", entry.id, folder)
         return False
     started = time.monotonic()
     frame_size = Size(recipe.width, recipe.height)
@@ -145,7 +145,7 @@ def animate_entry(
     given = [name for name in GIVEN if name in stages.animation.controls]
     inputs = load_inputs(entry, aspect=frame_size, pose_sizes={frame_size, map_size}, maps=given)
     if read_files(entry, {entry.files[name].absolute(): state for name, state in states.items()}) != states:
-        raise EntryError("one of its files was replaced while they were read")
+        raise EntryError("one of the entry's files was replaced while they were read")
     result = run_stages(entry, inputs, recipe, stages)
     details = {
         "id": entry.id,
@@ -166,7 +166,7 @@ def animate_entry(
 def describe_request(
     entry: ManifestEntry, recipe: AnimateRecipe, stages: Stages, states: Mapping[str, FileState]
 ) -> dict[str, Any]:
-    """Everything that a result depends on: two equal requests have equal results."""
+    """Everything that a result depends on: equal requests have equal results."""
     settings = ("geometry_width", "geometry_height", "width", "height", "precision", "tf32")
     return {
         "inputs": {name: state.sha256 for name, state in states.items()},
@@ -181,7 +181,7 @@ def describe_request(
 
 
 def run_stages(entry: ManifestEntry, inputs: EntryInputs, recipe: AnimateRecipe, stages: Stages) -> ClipResult:
-    """Runs both pipelines on one entry; stage 1's noise is drawn first, from the same generator."""
+    """Runs both pipelines on one entry; both draw noise from one generator, stage 1 first."""
     generator = sample_generator((entry.seed, 0, _number_of(entry.id)), "animate")
     poses = inputs.poses[Size(recipe.width, recipe.height)]
     normals = depths = None
@@ -190,7 +190,7 @@ def run_stages(entry: ManifestEntry, inputs: EntryInputs, recipe: AnimateRecipe,
         normals, depths, _ = cast(
             tuple[Tensor, Tensor, Tensor],
             stages.geometry(
-                # the same part of it as stage 2 sees, though the sizes' aspects may agree only nearly
+                # The same part of the picture as stage 2 gets, even if the aspects of the two sizes differ a little.
                 resize_images(inputs.reference, recipe.geometry_height, recipe.geometry_width),
                 inputs.poses[Size(recipe.geometry_width, recipe.geometry_height)],
                 height=recipe.geometry_height,
@@ -230,12 +230,12 @@ def run_stages(entry: ManifestEntry, inputs: EntryInputs, recipe: AnimateRecipe,
 
 
 def report_failures(failures: Sequence[Failure], output: Path, run_folder: Path, *, num_entries: int) -> None:
-    """Writes `failures.json` (removes an older one where all went well) and raises if there are any.
+    """Writes `failures.json` and raises if there are failures; otherwise removes an older file.
 
-    It lies in the run folder: in the output folder an entry may have that very name.
+    The file is in the run folder, because an entry may have the same name in the output folder.
 
     Raises:
-        AnimateError: naming each failed entry and the reason.
+        AnimateError: there are failures; the error names each failed entry and the reason.
     """
     path = run_folder / FAILURES_FILE
     if not failures:
@@ -245,11 +245,11 @@ def report_failures(failures: Sequence[Failure], output: Path, run_folder: Path,
     write_atomically(path, json.dumps([asdict(failure) for failure in failures], indent=2) + "\n")
     listed = "\n".join(f"  {failure.id} (line {failure.line}): {failure.reason}" for failure in failures)
     raise AnimateError(
-        f"{len(failures)} of {num_entries} entries failed, the others are in {output} (see {path}); the same command "
-        f"tries these again:\n{listed}"
+        f"{len(failures)} of {num_entries} entries failed (see {path}), the results of the others are in {output}; the "
+        f"same command tries these again:\n{listed}"
     )
 
 
 def _number_of(entry_id: str) -> int:
-    """A number that belongs to an id, the same on every machine."""
+    """A number computed from an id, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(entry_id.encode(), digest_size=8).digest(), "little")

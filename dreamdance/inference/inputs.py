@@ -1,4 +1,4 @@
-"""Loads what an entry of a manifest names: the reference picture and the pose drawings, hashed and cut to size."""
+"""Loads the inputs of a manifest entry: the reference picture, the pose drawings and the control maps."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,12 +25,12 @@ MAX_FRAMES = 50_000
 
 
 class EntryError(UserError):
-    """A file that an entry names cannot be used; the other entries are not concerned."""
+    """A file that an entry names cannot be used; the other entries are not affected."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of pictures, in pixels."""
+    """Size of a picture in pixels."""
 
     width: int
     height: int
@@ -38,13 +38,13 @@ class Size:
 
 @dataclass(frozen=True)
 class EntryInputs:
-    """What the pipelines read.
+    """The inputs of the pipelines.
 
     Attributes:
-        reference: `3 H W` in [0, 1], of the result's aspect, at its own resolution.
-        poses: for each size asked for, `f 3 H W` in [0, 1].
+        reference: `3 H W` in [0, 1], with the aspect of the result and the resolution of the picture.
+        poses: `f 3 H W` in [0, 1] for each requested size.
         fps: frames per second.
-        maps: the control maps that were asked for, by modality, `f 3 H W` in [0, 1] of the result's size.
+        maps: the requested control maps by modality, `f 3 H W` in [0, 1], in the size of the result.
     """
 
     reference: Tensor
@@ -54,11 +54,11 @@ class EntryInputs:
 
 
 def read_files(entry: ManifestEntry, known: Mapping[Path, FileState] | None = None) -> dict[str, FileState]:
-    """The states of all files an entry's result depends on, by its field.
+    """The states of all files that an entry's result depends on, by field of the entry.
 
     Args:
-        entry: of the manifest.
-        known: states by absolute path; a file of the same size and times is not read again.
+        entry: an entry of the manifest.
+        known: known states by absolute path; a file with the same size and times is not read again.
 
     Raises:
         EntryError: a file is missing or cannot be read.
@@ -68,10 +68,10 @@ def read_files(entry: ManifestEntry, known: Mapping[Path, FileState] | None = No
         try:
             state = read_state(path, (known or {}).get(path.absolute()))
             if state is None and path.exists() and not path.is_file():
-                raise EntryError(f"{path} cannot be read: it is no regular file")
+                raise EntryError(f"{path} cannot be read: it is not a regular file")
             if state is None:
-                path.open("rb").close()  # says why not
-                raise EntryError(f"{path} cannot be read: it was not there a moment ago")
+                path.open("rb").close()  # raises the reason
+                raise EntryError(f"{path} cannot be read: it did not exist a moment ago")
         except OSError as error:
             raise EntryError(f"{path} cannot be read: {error.strerror}") from error
         states[name] = state
@@ -79,12 +79,12 @@ def read_files(entry: ManifestEntry, known: Mapping[Path, FileState] | None = No
 
 
 def load_inputs(entry: ManifestEntry, *, aspect: Size, pose_sizes: set[Size], maps: Sequence[str] = ()) -> EntryInputs:
-    """Loads an entry. Pictures of another aspect lose their margins evenly, as in training.
+    """Loads an entry. Pictures of another aspect are cropped around their centre, as in training.
 
     Args:
-        entry: of the manifest.
-        aspect: size of the result; of the reference only its proportion counts.
-        pose_sizes: sizes at which the pose drawings are wanted, each resized from the original.
+        entry: an entry of the manifest.
+        aspect: size of the result; the reference is cropped to its aspect but not resized.
+        pose_sizes: the sizes of the pose drawings; each is resized from the original drawing.
         maps: control maps that the entry must give as videos.
 
     Raises:
@@ -111,34 +111,39 @@ def load_inputs(entry: ManifestEntry, *, aspect: Size, pose_sizes: set[Size], ma
 
 
 def _given(path: Path | None) -> Path:
-    assert path is not None, "the manifest's check lets no entry pass without a pose"
+    assert path is not None, "the check of the manifest refuses an entry without a pose"
     return path
 
 
 def _draw(sequence: KeypointSequence, path: Path) -> Iterator[NDArray[np.uint8]]:
-    """Drawings of the size at which the key points were taken, as the shards store them."""
+    """Draws poses in the size of the key points' original frames, as the shards store them."""
     if sequence.width * sequence.height > MAX_PICTURE_PIXELS:
-        raise EntryError(f"{path}: frames of {sequence.width}x{sequence.height} are larger than {MAX_PICTURE_PIXELS}")
+        raise EntryError(
+            f"{path}: frames of {sequence.width}x{sequence.height}; accepted are up to {MAX_PICTURE_PIXELS} pixels"
+        )
     return (draw_pose(points, width=sequence.width, height=sequence.height) for points in sequence.keypoints)
 
 
 def _decode(path: Path) -> tuple[Iterator[NDArray[np.uint8]], float]:
     video = probe_video(path)
     if video.num_frames > MAX_FRAMES:
-        raise EntryError(f"{path} has {video.num_frames} frames; up to {MAX_FRAMES} are accepted")
+        raise EntryError(f"{path} has {video.num_frames} frames; accepted are up to {MAX_FRAMES}")
     return iterate_frames(video, video.constant_rate_frames()), video.fps
 
 
 def _read_map(entry: ManifestEntry, name: str, size: Size, *, num_frames: int) -> Tensor:
-    """A control map that the entry gives as a video, `f 3 H W` in [0, 1]."""
+    """Reads a control map that the entry gives as a video, `f 3 H W` in [0, 1]."""
     if name not in entry.maps:
-        raise EntryError(f"stage 2 reads {name} maps, which stage 1 does not make: give '{name}', a video of them")
+        raise EntryError(f"stage 2 reads {name} maps, which stage 1 does not make: add '{name}', a video of them")
     frames, _ = _decode(entry.maps[name])
     kind = MODALITIES[name].kind
     cuts = (pictures_to_tensor(_cut(frame, size)) for frame in frames)
     images = torch.stack([resize_map(cut, size.height, size.width, kind=kind) for cut in cuts]).clamp(0, 1)
     if len(images) != num_frames:
-        raise EntryError(f"{entry.maps[name]} has {len(images)} frames and the poses have {num_frames}: give as many")
+        raise EntryError(
+            f"{entry.maps[name]} has {len(images)} frames and the pose sequence has {num_frames}; the numbers must be "
+            "equal"
+        )
     return images
 
 

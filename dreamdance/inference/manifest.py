@@ -1,8 +1,8 @@
-"""The manifest of a batch: one JSON object per line, checked as a whole before anything runs.
+"""The manifest of `animate`: one JSON object per line; all lines are checked before anything runs.
 
-It is the user's own file: its paths may lead anywhere, its ids may not, as they become names of folders. What is wrong
-with the manifest itself stops the run, all problems at once. What is wrong with a file that an entry names (missing,
-damaged) is that entry's failure, not the others'.
+Users write the manifest: its paths may point anywhere, but its ids become folder names and are restricted. A problem in
+the manifest itself stops the run; one error lists all problems. If a file that an entry names is missing or damaged,
+only that entry fails.
 """
 
 import difflib
@@ -35,14 +35,14 @@ class ManifestEntry:
         id: name of the result's folder, unique.
         image: the reference picture.
         pose: video of pose drawings, or None.
-        keypoints: key-point file (`media.keypoints`), or None; one of the two is given.
-        seed: of the noise, together with the id.
-        align: rescale the driving skeleton to the reference's body.
-        reference_keypoints: key-point file of the reference picture; its first frame is read.
-        fps: frames per second, if not the sequence's own.
+        keypoints: key-point file (`media.keypoints`), or None; an entry has either this or `pose`.
+        seed: seed of the noise, which also depends on the id.
+        align: whether to rescale the driving skeleton to the body of the reference.
+        reference_keypoints: key-point file of the reference picture; only its first frame is used.
+        fps: frames per second; None keeps the frame rate of the sequence.
         maps: videos of the control maps that stage 2 reads and stage 1 does not make, by modality.
-        reference_frame: number of the reference among the frames of the clip it was taken from, for the evaluation.
-        line: in the manifest, for messages.
+        reference_frame: frame number of the reference in the clip that it was taken from, for the evaluation.
+        line: line number in the manifest, for messages.
     """
 
     id: str
@@ -59,7 +59,7 @@ class ManifestEntry:
 
     @property
     def files(self) -> dict[str, Path]:
-        """Every file that the result depends on, by its field."""
+        """All files that the result depends on, by field."""
         named = {name: getattr(self, name) for name in PATH_FIELDS if name not in GIVEN} | self.maps
         if not self.align:
             named.pop("reference_keypoints")
@@ -70,12 +70,12 @@ def read_manifest(path: Path, *, default_seed: int = 0) -> list[ManifestEntry]:
     """Reads and checks a manifest.
 
     Args:
-        path: JSON lines, UTF-8, with or without a byte-order mark; empty lines are skipped. Relative paths in it start
-            at its folder.
-        default_seed: for entries that name none.
+        path: JSON lines, UTF-8, with or without a byte-order mark; empty lines are skipped. Relative paths in it are
+            relative to its folder.
+        default_seed: the seed of entries without one.
 
     Raises:
-        ManifestError: the file cannot be read, or anything in it is wrong; all problems are named with their lines.
+        ManifestError: the file cannot be read or has problems; the error lists all of them with line numbers.
     """
     entries: list[ManifestEntry] = []
     problems: list[str] = []
@@ -85,7 +85,7 @@ def read_manifest(path: Path, *, default_seed: int = 0) -> list[ManifestEntry]:
         name = values.get("id")
         if isinstance(name, str) and not found:
             if name in first_lines:
-                found.append(f"id '{name}' is that of line {first_lines[name]} already; ids must be unique")
+                found.append(f"line {first_lines[name]} already has the id '{name}'; ids must be unique")
             first_lines.setdefault(name, number)
         problems += [f"{path}:{number}: {problem}" for problem in found]
         if not found:
@@ -93,14 +93,14 @@ def read_manifest(path: Path, *, default_seed: int = 0) -> list[ManifestEntry]:
     if problems:
         raise ManifestError("\n".join(problems))
     if not entries:
-        raise ManifestError(f"{path} has no entries; one JSON object per line is needed, with {_listed(FIELDS)}")
+        raise ManifestError(f"{path} has no entries; each line must be a JSON object with fields of {_listed(FIELDS)}")
     return entries
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise ManifestError(f"manifest {path} is larger than {MAX_MANIFEST_BYTES} bytes")
+            raise ManifestError(f"manifest {path} has more than {MAX_MANIFEST_BYTES} bytes (key: manifest)")
         text = path.read_bytes().decode("utf-8")
     except OSError as error:
         raise ManifestError(f"manifest {path} cannot be read: {error.strerror} (key: manifest)") from error
@@ -108,14 +108,14 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise ManifestError(
             f"manifest {path} is not UTF-8 text: {error.reason} at byte {error.start}; save it as UTF-8 (key: manifest)"
         ) from error
-    # At line feeds alone: `str.splitlines` also splits at what is text inside a JSON string (U+2028, U+0085, ...).
-    # The mark may stand at any line's start, where files were joined.
+    # Splits only at line feeds: `str.splitlines` also splits at characters of JSON strings (U+2028, U+0085, ...).
+    # A byte-order mark may be at the start of any line, if files were joined.
     lines = (line.removeprefix("\ufeff").strip(" \t\r") for line in text.split("\n"))
     return ((number, line) for number, line in enumerate(lines, start=1) if line)
 
 
 def _check_line(text: str) -> tuple[list[str], dict[str, Any]]:
-    """Problems of one line, and its values."""
+    """The problems of one line, and its values."""
     try:
         values = json.loads(text, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
@@ -126,7 +126,7 @@ def _check_line(text: str) -> tuple[list[str], dict[str, Any]]:
     for name in values:
         if name not in FIELDS:
             near = difflib.get_close_matches(name, FIELDS, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known are {_listed(FIELDS)}"
+            hint = f"did you mean '{near[0]}'?" if near else f"accepted are {_listed(FIELDS)}"
             problems.append(f"unknown field '{name}'; {hint}")
     problems += [f"'{name}' is missing" for name in REQUIRED_FIELDS if name not in values]
     problems += [problem for name, value in values.items() for problem in _check_value(name, value)]
@@ -134,15 +134,15 @@ def _check_line(text: str) -> tuple[list[str], dict[str, Any]]:
         problems.append("exactly one of 'pose' (a video) and 'keypoints' (a key-point file) must be given")
     if values.get("align") is True:
         if "pose" in values:
-            problems.append("'align' needs 'keypoints': a pose video is drawn already and cannot be rescaled")
+            problems.append("'align' needs 'keypoints': the drawings of a pose video cannot be rescaled")
         if "reference_keypoints" not in values:
             problems.append("'align' needs 'reference_keypoints', a key-point file of the reference image")
-        problems += [f"'align' moves the pose alone, and '{name}' would not fit it" for name in GIVEN if name in values]
+        problems += [f"'align' moves only the pose, so '{name}' would not match it" for name in GIVEN if name in values]
     return problems, values
 
 
 def _check_value(name: str, value: Any) -> Iterator[str]:
-    """What is wrong with the value of one known field."""
+    """Yields the problems of the value of one field."""
     is_integer = type(value) is int
     match name:
         case "id" if not isinstance(value, str) or not ID_PATTERN.fullmatch(value):
@@ -166,7 +166,7 @@ def _check_path(name: str, value: Any) -> Iterator[str]:
         try:
             os.fsencode(value)
         except UnicodeEncodeError:
-            yield f"{name} {value!r} must be a path: it has half of a surrogate pair"
+            yield f"{name} {value!r} must be a path: it contains half of a surrogate pair"
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a result folder holds, when it counts as done, and how it is written: complete or not at all."""
+"""Result folders: their files, the check whether a result is complete, and atomic writing."""
 
 import json
 from collections.abc import Sequence
@@ -30,13 +30,13 @@ SHEET_COLUMNS = 6
 
 @dataclass(frozen=True)
 class ClipResult:
-    """What the pipelines made of one entry.
+    """The output of the pipelines for one entry.
 
     Attributes:
         reference: `3 H W` in [0, 1].
         poses: `f 3 H W` in [0, 1].
         frames: `f 3 H W` in [0, 1].
-        normals: `f 3 h w` unit vectors of stage 1's size, or None without stage 1.
+        normals: `f 3 h w` unit vectors in the size of stage 1, or None without stage 1.
         depths: `f 1 h w` disparity in [0, 1], or None without stage 1.
         fps: frames per second.
     """
@@ -50,7 +50,7 @@ class ClipResult:
 
 
 def is_done(folder: Path, request: dict[str, Any]) -> bool:
-    """Whether a folder holds the complete result of exactly this request (inputs, seed, settings, weights)."""
+    """Whether a folder contains the complete result of exactly this request (inputs, seed, settings, weights)."""
     try:
         found = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
         if not isinstance(found, dict) or found.get("request") != json.loads(json.dumps(request)):
@@ -61,7 +61,7 @@ def is_done(folder: Path, request: dict[str, Any]) -> bool:
 
 
 def known_states(folder: Path) -> dict[Path, FileState]:
-    """The files that a result was made from, by absolute path, as they were then; none where there is no result."""
+    """The recorded states of the files that a result was made from, by absolute path; empty without a result."""
     try:
         files = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))["files"].values()
         noted = {Path(file.pop("path")).absolute(): FileState.from_json(file) for file in files}
@@ -71,13 +71,13 @@ def known_states(folder: Path) -> dict[Path, FileState]:
 
 
 def write_result(folder: Path, result: ClipResult, *, request: dict[str, Any], details: dict[str, Any]) -> None:
-    """Writes a result folder, which appears when it is complete and replaces one of another request.
+    """Writes a result folder atomically; it replaces a result of another request.
 
     Args:
         folder: `<output>/<id>`.
         result: the pictures.
-        request: what determines the result; `is_done` compares it.
-        details: what else is worth knowing.
+        request: everything that determines the result; `is_done` compares it.
+        details: further information for `result.json`.
 
     Raises:
         OutputError: the disk is full, or the folder cannot be written.
@@ -88,8 +88,8 @@ def write_result(folder: Path, result: ClipResult, *, request: dict[str, Any], d
             _write_files(temporary, result, request=request, details=details)
     except (OSError, VideoError) as error:
         raise OutputError(
-            f"the result of '{folder.name}' cannot be written: {error}; free the disk or give another `output`, "
-            "the same command then goes on"
+            f"the result of '{folder.name}' cannot be written: {error}; free disk space or give another `output`, "
+            "the same command then continues"
         ) from error
 
 
@@ -109,17 +109,17 @@ def _write_files(folder: Path, result: ClipResult, *, request: dict[str, Any], d
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Of the files beside the result's own description, in bytes."""
+    """The sizes in bytes of all files in the folder except the result's description."""
     return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != RESULT_FILE}
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of this package and of those that it computes with, and the commit of a source checkout."""
+    """Versions of this package and of the packages that it computes with, and the commit of a source checkout."""
     return {**package_versions(), "commit": code_version()["commit"]}
 
 
 def _columns(result: ClipResult) -> dict[str, NDArray[np.uint8]]:
-    """Pictures `f H W 3` uint8 of the result's size, by title."""
+    """Pictures `f H W 3` uint8 in the size of the result, by title."""
     height, width = result.frames.shape[-2:]
     reference = resize_images(result.reference, height, width).clamp(0, 1)
     columns = {
@@ -142,7 +142,7 @@ def _side_by_side(columns: dict[str, NDArray[np.uint8]]) -> list[NDArray[np.uint
 
 
 def _contact_sheet(columns: dict[str, NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Time to the right, a line for each kind of picture."""
+    """A grid with one row for each kind of picture and one column for each shown frame."""
     num_frames = len(columns["result"])
     shown = [int(i) for i in np.linspace(0, num_frames - 1, min(num_frames, SHEET_COLUMNS)).round()]
     rows = [GridRow(title, _chosen(frames, shown)) for title, frames in columns.items() if title != "reference"]

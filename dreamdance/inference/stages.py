@@ -1,4 +1,4 @@
-"""Opens the trained stages that an `animate` recipe names, and refuses settings that they cannot run before they do."""
+"""Loads the trained stages that an `animate` recipe names, and checks that they can run with the recipe's settings."""
 
 import hashlib
 import json
@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CODE_SUFFIXES = (".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".ckpt", ".pkl")
 COMPONENT_LIBRARIES = ("diffusers", "transformers", COMPONENTS_MODULE)
-NUMBERS = ("default_height", "default_width")  # of `model_index.json`, beside the components
-SAFELY = {"local_files_only": True, "use_safetensors": True}  # a pickled file of weights could run any code
+NUMBER_ENTRIES = ("default_height", "default_width")  # entries of `model_index.json` that are not components
+SAFE_LOADING = {"local_files_only": True, "use_safetensors": True}  # a pickled file of weights could run any code
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Stages:
     """The loaded pipelines, on this rank's device.
 
     Attributes:
-        geometry: stage 1, or None where the recipe names none.
+        geometry: stage 1, or None if the recipe names none.
         animation: stage 2.
-        weights: stage -> sha256 over the export's files.
-        files: the state of each of these files.
-        exports: stage -> its folder.
+        weights: stage -> sha256 over the files of its export.
+        files: the state of each file of the exports, by path.
+        exports: stage -> folder of its export.
     """
 
     geometry: GeometryPipeline | None
@@ -51,26 +51,26 @@ class Stages:
 
 
 def load_stages(recipe: AnimateRecipe, run_folder: Path, device: torch.device) -> Stages:
-    """Loads the newest exports of the runs that the recipe names, or exports given as folders.
+    """Loads the newest exports of the runs that the recipe names, or the exports whose folders it names.
 
     Raises:
         MissingInputError: there is no such export.
-        RecipeError: an export is of the other stage, stage 2 reads maps that nobody makes, or sizes or windows do not
-            fit the networks.
+        RecipeError: an export is of the other stage, stage 2 needs maps of stage 1 but the recipe names no stage 1, or
+            sizes or windows do not fit the networks.
     """
     dtype = PRECISIONS[recipe.precision]
     exports = {"animation": find_export(recipe.animation_from, run_folder, AnimationPipeline, key="animation_from")}
     if recipe.geometry_from is not None:
         exports["geometry"] = find_export(recipe.geometry_from, run_folder, GeometryPipeline, key="geometry_from")
-    animation = AnimationPipeline.from_pretrained(exports["animation"], torch_dtype=dtype, **SAFELY).to(device)
+    animation = AnimationPipeline.from_pretrained(exports["animation"], torch_dtype=dtype, **SAFE_LOADING).to(device)
     animation.set_progress_bar_config(disable=True)
     geometry = None
     if recipe.geometry_from is not None:
-        geometry = GeometryPipeline.from_pretrained(exports["geometry"], torch_dtype=dtype, **SAFELY).to(device)
+        geometry = GeometryPipeline.from_pretrained(exports["geometry"], torch_dtype=dtype, **SAFE_LOADING).to(device)
         geometry.set_progress_bar_config(disable=True)
-    if problems := list(_misfits(recipe, animation, geometry)):
+    if problems := list(_incompatible_settings(recipe, animation, geometry)):
         raise RecipeError("\n".join(problems))
-    for text in _doubts(recipe, animation, geometry):
+    for text in _risky_settings(recipe, animation, geometry):
         logger.warning("%s", text)
     known = noted_states(run_folder)
     states = {stage: read_export(folder, known) for stage, folder in exports.items()}
@@ -82,26 +82,26 @@ def load_stages(recipe: AnimateRecipe, run_folder: Path, device: torch.device) -
 
 
 def before_each_computation(stages: Stages, call: Callable[[], None]) -> None:
-    """Has something called before each pass of a network or of one of its parts.
+    """Registers `call` to run before each forward pass of a network and of its direct parts.
 
-    How long a pass takes does not depend on how long a clip is, as a denoising step does.
+    The duration of such a pass does not depend on the length of the clip; that of a denoising step does.
     """
     pipelines = [stages.animation, *([stages.geometry] if stages.geometry is not None else [])]
     networks = [part for pipeline in pipelines for part in pipeline.components.values() if isinstance(part, nn.Module)]
     for network in networks:
-        for part in (network, *network.children()):  # an autoencoder's encoder and decoder are called by themselves
+        for part in (network, *network.children()):  # the encoder and decoder of an autoencoder are called directly
             part.register_forward_pre_hook(lambda *_: call())
 
 
 def find_export(
     name: str, run_folder: Path, pipeline_class: type[AnimationPipeline | GeometryPipeline], *, key: str
 ) -> Path:
-    """The folder of an export: `name` itself if it is one, else the newest of the run of that name.
+    """The folder of an export: `name` itself if it is one, else the newest export of the run of that name.
 
     Raises:
-        MissingInputError: neither is there.
-        CheckpointError: the export is damaged, or names code or pickled weights of its own.
-        RecipeError: it is the export of another stage.
+        MissingInputError: there is neither.
+        CheckpointError: the export is damaged, names foreign code, or contains pickled weights.
+        RecipeError: the export is of the other stage.
     """
     folder = Path(name)
     if not is_export(folder):
@@ -111,27 +111,27 @@ def find_export(
             raise MissingInputError(f"{key}: {error}") from error
     try:
         index = json.loads((folder / EXPORT_INDEX_FILE).read_text(encoding="utf-8"))
-        found = str(index["_class_name"]).removeprefix(f"{PIPELINES_MODULE}.")  # older exports name the class alone
+        found = str(index["_class_name"]).removeprefix(f"{PIPELINES_MODULE}.")  # older exports have only the class name
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{key}: {folder / EXPORT_INDEX_FILE} is damaged ({error!r}); export that run again"
         ) from error
     if found != pipeline_class.__name__:
-        raise RecipeError(f"{key}: {folder} is an export of {found}, but {pipeline_class.__name__} is wanted here")
+        raise RecipeError(f"{key}: {folder} is an export of {found}, but {pipeline_class.__name__} is needed here")
     check_components(folder, index, key=key)
     return folder
 
 
 def check_components(folder: Path, index: dict[str, Any], *, key: str) -> None:
-    """Refuses an export that brings code: diffusers imports whatever module its index names for a component.
+    """Refuses an export that contains code: diffusers imports any module that the index names for a component.
 
     Raises:
-        CheckpointError: naming the component, or the file.
+        CheckpointError: the export is refused; the error names the component or the file.
     """
     for component, named in index.items():
         if component.startswith("_") or named == [None, None]:
             continue
-        if component in NUMBERS and (named is None or isinstance(named, int)):
+        if component in NUMBER_ENTRIES and (named is None or isinstance(named, int)):
             continue
         if not isinstance(named, list) or len(named) != 2 or named[0] not in COMPONENT_LIBRARIES:
             raise CheckpointError(
@@ -141,12 +141,12 @@ def check_components(folder: Path, index: dict[str, Any], *, key: str) -> None:
     foreign = sorted(path for path in folder.rglob("*") if path.suffix in CODE_SUFFIXES)
     if foreign:
         raise CheckpointError(
-            f"{key}: {foreign[0]} could run any code; an export holds .json and .safetensors files alone, remove it"
+            f"{key}: {foreign[0]} could run any code; an export has only .json and .safetensors files, remove this one"
         )
 
 
 def read_export(folder: Path, known: Mapping[Path, FileState]) -> dict[Path, FileState]:
-    """The states of an export's files, by absolute path; those that are known and not written to are not read again."""
+    """The states of an export's files, by absolute path; a file whose known state is still valid is not read again."""
     files = sorted(path.absolute() for path in folder.rglob("*") if path.is_file())
     states = {path: read_state(path, known.get(path)) for path in files}
     return {path: state for path, state in states.items() if state is not None}
@@ -158,8 +158,10 @@ def hash_export(folder: Path, states: Mapping[Path, FileState]) -> str:
     return hashlib.sha256("\n".join(listing).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _misfits(recipe: AnimateRecipe, animation: AnimationPipeline, geometry: GeometryPipeline | None) -> Iterator[str]:
-    """What the recipe asks of the networks and they cannot do, each with the key to change."""
+def _incompatible_settings(
+    recipe: AnimateRecipe, animation: AnimationPipeline, geometry: GeometryPipeline | None
+) -> Iterator[str]:
+    """Yields an error text for each setting with which the networks cannot run; each names the key to change."""
     sides = {"width": animation, "height": animation, "geometry_width": geometry, "geometry_height": geometry}
     for key, pipeline in sides.items():
         if pipeline is None:
@@ -171,25 +173,27 @@ def _misfits(recipe: AnimateRecipe, animation: AnimationPipeline, geometry: Geom
         if any(MODALITIES[name].domain for name in animation.controls):
             yield (
                 f"animation_from {recipe.animation_from} was trained to read {', '.join(animation.controls)}: give "
-                "geometry_from, the run or export of stage 1 which makes normal and depth maps"
+                "geometry_from, the run or export of stage 1 that makes normal and depth maps"
             )
         return
     network = geometry.unet.config
     if network.temporal_attention and recipe.geometry.window_frames > network.max_frames:
         yield (
             f"geometry.window_frames {recipe.geometry.window_frames} is more than the {network.max_frames} frames "
-            "(model.max_frames of its recipe) that stage 1's temporal attention knows"
+            "(model.max_frames of its recipe) that stage 1's temporal attention has positions for"
         )
     elif network.trained_frames is not None and recipe.geometry.window_frames > network.trained_frames:
         yield (
             f"geometry.window_frames {recipe.geometry.window_frames} is more than the {network.trained_frames} frames "
-            "(data.num_frames of its recipe) that stage 1's temporal attention was trained on: its positions beyond "
-            f"are untrained; set geometry.window_frames to {network.trained_frames} or less"
+            "(data.num_frames of its recipe) that stage 1's temporal attention was trained on: further positions are "
+            f"untrained; set geometry.window_frames to {network.trained_frames} or less"
         )
 
 
-def _doubts(recipe: AnimateRecipe, animation: AnimationPipeline, geometry: GeometryPipeline | None) -> Iterator[str]:
-    """What the networks can do, but may do badly, each with the key to change."""
+def _risky_settings(
+    recipe: AnimateRecipe, animation: AnimationPipeline, geometry: GeometryPipeline | None
+) -> Iterator[str]:
+    """Yields a warning for each setting with which the result may be bad; each names the key to change."""
     if problem := animation.describe_untrained(recipe.animation.window_frames):
         yield f"animation.{problem}"
     networks = {"animation": animation.controlnet.config}
@@ -198,7 +202,7 @@ def _doubts(recipe: AnimateRecipe, animation: AnimationPipeline, geometry: Geome
     for stage, network in networks.items():
         if network.trained_frames is None:
             yield (
-                f"{stage}_from: this export does not say on how many frames it was trained (older ones do not): make "
-                f"sure that {stage}.window_frames {getattr(recipe, stage).window_frames} is no more than "
-                "data.num_frames of its recipe"
+                f"{stage}_from: this export is older and does not record on how many frames it was trained: make sure "
+                f"that {stage}.window_frames {getattr(recipe, stage).window_frames} is at most data.num_frames of its "
+                "training recipe"
             )

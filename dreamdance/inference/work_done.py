@@ -1,4 +1,4 @@
-"""Notes what a manifest's results were made from and what they are, so that the launcher need not start it again."""
+"""Records the inputs and the results of a manifest, so that the launcher need not start a finished run again."""
 
 import json
 import logging
@@ -23,17 +23,17 @@ def note_work(
     run_folder: Path,
     before_entry: Callable[[str], None],
 ) -> None:
-    """Notes all files, when every entry has its result.
+    """Writes the note with all input and result files; every entry must have its result.
 
     Args:
-        entries: of all ranks.
+        entries: all entries of the manifest.
         output: the folder of the results.
         stages: the exports that were used.
-        run_folder: takes the note.
-        before_entry: called with each entry's id.
+        run_folder: the folder that gets the note.
+        before_entry: called with the id of each entry.
 
     Raises:
-        UserError: a file that was there for its rank is gone.
+        UserError: an input file does not exist any more.
     """
     files: dict[Path, Expectation] = {path: of_content(state) for path, state in stages.files.items()}
     for entry in entries:
@@ -42,7 +42,7 @@ def note_work(
         states = read_files(entry, known_states(folder))
         result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
         if result["request"]["inputs"] != {name: state.sha256 for name, state in states.items()}:
-            logger.warning("a file of '%s' was replaced after it was read; the same command does it again", entry.id)
+            logger.warning("a file of '%s' was replaced after it was read; run the same command again", entry.id)
             forget_note(run_folder)
             return
         files |= {entry.files[name].absolute(): of_content(state) for name, state in states.items()}

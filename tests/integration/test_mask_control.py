@@ -137,7 +137,7 @@ class Entries:
 @pytest.mark.slow
 def test_animate_takes_the_mask_from_the_manifest(tmp_path, runs):
     entries = Entries(tmp_path, runs)
-    with pytest.raises(AnimateError, match=r"stage 2 reads mask maps, which stage 1 does not make: give 'mask'"):
+    with pytest.raises(AnimateError, match=r"stage 2 reads mask maps, which stage 1 does not make: add 'mask'"):
         entries.frames()
     entries.write("mask", entries.mask)
     seen = entries.frames(mask="mask.mkv")
@@ -145,7 +145,7 @@ def test_animate_takes_the_mask_from_the_manifest(tmp_path, runs):
     entries.write("mask", 255 - entries.mask)
     assert not np.array_equal(entries.frames(mask="mask.mkv"), seen)
     entries.write("mask", entries.mask[:-1])
-    with pytest.raises(AnimateError, match=rf"has {NUM_FRAMES - 1} frames and the poses have {NUM_FRAMES}"):
+    with pytest.raises(AnimateError, match=rf"has {NUM_FRAMES - 1} frames and the pose sequence has {NUM_FRAMES}"):
         entries.frames(mask="mask.mkv")
-    with pytest.raises(ManifestError, match="'align' moves the pose alone, and 'mask' would not fit it"):
+    with pytest.raises(ManifestError, match="'align' moves only the pose, so 'mask' would not match it"):
         entries.frames(mask="mask.mkv", align=True)

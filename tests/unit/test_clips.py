@@ -196,9 +196,9 @@ def test_a_map_that_a_clip_lacks_is_an_error_that_names_both(tmp_path):
 
 def test_columns_that_contradict_one_another_are_refused():
     sample = random_clip(0).to_sample()
-    with pytest.raises(ShardError, match=r"rgb has 6 frames of 8x12, the clip 5 of 8x12"):
+    with pytest.raises(ShardError, match=r"rgb has 6 frames of 8x12, but the clip has 5 of 8x12"):
         StoredClip({**sample, "num_frames": 5}, where="sample 0")
-    with pytest.raises(ShardError, match="no frames"):
+    with pytest.raises(ShardError, match="no rgb frames"):
         StoredClip({**sample, "rgb": b""}, where="sample 0")
     with pytest.raises(ShardError, match="metadata is not JSON"):
         StoredClip({**sample, "metadata": "{"}, where="sample 0")

@@ -169,11 +169,11 @@ def test_too_long_videos_and_too_large_drawings_are_refused_before_they_fill_the
 ) -> None:
     write_video(tmp_path / "pose.mp4", [np.zeros((64, 64, 3), np.uint8)] * 3, fps=10.0)
     monkeypatch.setattr(inputs, "MAX_FRAMES", 2)
-    with pytest.raises(EntryError, match=r"pose\.mp4 has 3 frames; up to 2 are accepted"):
+    with pytest.raises(EntryError, match=r"pose\.mp4 has 3 frames; accepted are up to 2"):
         load_inputs(changed(entry, keypoints=None, pose=tmp_path / "pose.mp4"), aspect=SQUARE, pose_sizes={SQUARE})
     monkeypatch.setattr(inputs, "MAX_PICTURE_PIXELS", 2400)
     write_keypoint_file(tmp_path / "large.json", sequence(width=41))
-    with pytest.raises(EntryError, match=r"large\.json: frames of 41x60 are larger than 2400"):
+    with pytest.raises(EntryError, match=r"large\.json: frames of 41x60; accepted are up to 2400 pixels"):
         load_inputs(changed(entry, keypoints=tmp_path / "large.json"), aspect=SQUARE, pose_sizes={SQUARE})
 
 
@@ -203,5 +203,5 @@ def test_hashes_name_every_file_that_counts_and_change_with_its_content(entry: M
     with pytest.raises(EntryError, match="nothing cannot be read: No such file or directory"):
         read_files(missing)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(EntryError, match="pipe cannot be read: it is no regular file"):
+    with pytest.raises(EntryError, match="pipe cannot be read: it is not a regular file"):
         read_files(changed(entry, image=tmp_path / "pipe"))

@@ -124,7 +124,7 @@ def test_a_control_character_in_a_string_is_one_problem_of_one_line(tmp_path, ch
     ("line", "named"),
     [
         ({"imgae": "a.png"}, "unknown field 'imgae'; did you mean 'image'?"),
-        ({"prompt": "dance"}, "unknown field 'prompt'; known are id, image"),
+        ({"prompt": "dance"}, "unknown field 'prompt'; accepted are id, image"),
         ({"keypoints": None}, "exactly one of 'pose' (a video) and 'keypoints'"),
         ({"pose": "a.mp4"}, "exactly one of 'pose' (a video) and 'keypoints'"),
         ({"image": None}, "'image' is missing"),
@@ -134,7 +134,7 @@ def test_a_control_character_in_a_string_is_one_problem_of_one_line(tmp_path, ch
         ({"seed": 1 << 63}, "seed 9223372036854775808"),
         ({"align": 1}, "align 1 must be true or false"),
         ({"align": True}, "needs 'reference_keypoints'"),
-        ({"align": True, "pose": "a.mp4", "keypoints": None}, "a pose video is drawn already"),
+        ({"align": True, "pose": "a.mp4", "keypoints": None}, "the drawings of a pose video cannot be rescaled"),
         ({"fps": 0}, "fps 0"),
         ({"fps": "8"}, "fps '8'"),
         ({"reference_frame": -1}, "reference_frame -1"),
@@ -158,7 +158,7 @@ def test_all_problems_are_reported_at_once_with_their_lines(tmp_path):
     )
     found = text.splitlines()
     assert [line.split(": ")[0].rsplit(":", 1)[1] for line in found] == ["2", "3", "4", "5", "5", "6"]
-    assert "is that of line 1 already" in text
+    assert "line 1 already has the id" in text
     assert "field 'id' is given twice" in text
 
 

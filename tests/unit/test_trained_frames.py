@@ -120,7 +120,7 @@ def test_older_exports_load_and_what_is_unknown_is_said(exports, tmp_path, caplo
     stages = load_stages(animate_recipe(tmp_path, geometry_frames=6), tmp_path, torch.device("cpu"))
     assert stages.geometry.unet.config.trained_frames is None
     assert [text.split()[0] for text in caplog.messages] == ["animation_from:", "geometry_from:"]
-    assert "geometry.window_frames 6 is no more than data.num_frames" in caplog.messages[1]
+    assert "geometry.window_frames 6 is at most data.num_frames" in caplog.messages[1]
 
 
 def test_a_controlnet_has_its_unets_config_beside_the_trained_frames():
