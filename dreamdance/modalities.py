@@ -26,7 +26,7 @@ class Modality:
         kind: the meaning of the pixels.
         channels: number of channels of a stored frame: 3 for `(H, W, 3)`, 1 for `(H, W)`.
         bits: number of bits of a stored value.
-        domain: whether stage 1 predicts it (Eq. 3). The training of stage 2 then blurs it, as stage 1's output is.
+        domain: whether stage 1 predicts it (Eq. 3). The training of stage 2 then blurs it to stage 1's resolution.
         control: whether `model.controls` of stage 2 may name it (Eq. 7).
         background: the colour that fills the transparent parts of an input picture of this modality.
     """

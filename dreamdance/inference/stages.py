@@ -84,7 +84,7 @@ def load_stages(recipe: AnimateRecipe, run_folder: Path, device: torch.device) -
 def before_each_computation(stages: Stages, call: Callable[[], None]) -> None:
     """Registers `call` to run before each forward pass of a network and of its direct parts.
 
-    The duration of such a pass does not depend on the length of the clip; that of a denoising step does.
+    The duration of such a pass does not depend on the length of the clip; the duration of a denoising step does.
     """
     pipelines = [stages.animation, *([stages.geometry] if stages.geometry is not None else [])]
     networks = [part for pipeline in pipelines for part in pipeline.components.values() if isinstance(part, nn.Module)]

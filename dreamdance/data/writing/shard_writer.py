@@ -150,7 +150,7 @@ class ShardFolder:
         return {path.name: read_state(path, noted.get(path.name)) for path in source.files}
 
     def _is_noted(self, part: Part, states: Mapping[str, FileState | None]) -> bool:
-        """Whether a written part was made from the present files; removes it if not."""
+        """Whether a written part can be kept because it was made from the present files; removes it if not."""
         if part.source is None:
             return True
         made = part_folder(self.folder, part)
