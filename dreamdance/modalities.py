@@ -57,7 +57,7 @@ DOMAINS = tuple(name for name, modality in MODALITIES.items() if modality.domain
 # The modalities that `model.controls` of stage 2 may name.
 CONTROLS = tuple(name for name, modality in MODALITIES.items() if modality.control)
 # The controls that `animate` needs as videos: neither stage 1 nor the pose drawing produces them.
-GIVEN = tuple(name for name in CONTROLS if name not in DOMAINS and MODALITIES[name].kind != "drawing")
+GIVEN_CONTROLS = tuple(name for name in CONTROLS if name not in DOMAINS and MODALITIES[name].kind != "drawing")
 # The modalities that every training clip has; a clip may lack the others.
 ALWAYS_READ = ("rgb", "pose")
 OPTIONAL = tuple(name for name in MODALITIES if name not in ALWAYS_READ)

@@ -22,13 +22,13 @@ from dreamdance.dancers.render import HELD_OUT_SEEDS, TRAINING_SEEDS, render_cli
 from dreamdance.data.examples import MANIFEST_FILE, write_examples
 from dreamdance.data.prepare_notes import (
     DAMAGED_FILE,
-    broken_text,
-    changed_text,
-    moved_text,
+    changed_videos_message,
+    damage_table,
+    damaged_videos_message,
     read_inputs,
     read_skipped,
-    stopped_text,
-    table,
+    unequal_ranks_message,
+    unusable_videos_message,
     write_damaged,
     write_inputs,
 )
@@ -107,7 +107,7 @@ def write_output(
     if (reason := queue.called_off(WRITE)) is not None:
         if damaged and queue.ranks.is_main:
             write_damaged(output, damaged)
-        return ShardError(reason) if reason else VideoError(stopped_text(damaged, output))
+        return ShardError(reason) if reason else VideoError(damaged_videos_message(damaged, output))
     last = queue.share("complete", ["output"])
     for item in last.take():
         complete(recipe, folders, queue, damaged)
@@ -132,7 +132,7 @@ def check_inputs(
         return ShardError(reason)
     changed, added = ({name for answer in answers for name in answer[key]} for key in ("changed", "added"))
     removed = {name for folder in folders.values() for name in folder.removed()}
-    if others := changed_text(output, changed=changed, added=added, removed=removed):
+    if others := changed_videos_message(output, changed=changed, added=added, removed=removed):
         return ShardError(others)
     broken = {name: reason for answer in answers for name, reason in answer["broken"].items()}
     is_stopped = bool(broken) and recipe.videos is not None and recipe.videos.on_error == "stop"
@@ -146,13 +146,13 @@ def check_inputs(
                 write_inputs(output, states, planned=source_files(folders))
             records.finish(item)
     if is_stopped:
-        return VideoError(broken_text(broken, output))
+        return VideoError(unusable_videos_message(broken, output))
     if broken and queue.ranks.is_main:
         logger.warning(
             "`prepare` leaves out %d videos (videos.on_error=skip), see %s:\n%s",
             len(broken),
             output / DAMAGED_FILE,
-            table(broken),
+            damage_table(broken),
         )
     return {split: [name for answer in answers for name in answer["missing"].get(split, [])] for split in folders}
 
@@ -170,7 +170,7 @@ def agree_on_plan(recipe: PrepareRecipe, folders: Mapping[Split, ShardFolder], q
     if first["plan"] != own["plan"]:
         seen = {first["rank"]: set(first["names"]), queue.ranks.rank: set(names)}
         for work in (CHECK, WRITE):
-            queue.call_off(work, moved_text(recipe.videos.folder if recipe.videos else recipe.output, seen))
+            queue.call_off(work, unequal_ranks_message(recipe.videos.folder if recipe.videos else recipe.output, seen))
 
 
 def check_shares(
@@ -276,7 +276,7 @@ def complete(
             "the output contains no clips of %d damaged videos, see %s:\n%s",
             len(left_out),
             output / DAMAGED_FILE,
-            table(left_out),
+            damage_table(left_out),
         )
     for split, folder in folders.items():
         folder.complete(left_out, may_be_empty=split == "validation")

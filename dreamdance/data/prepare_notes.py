@@ -61,30 +61,30 @@ def write_damaged(output: Path, damaged: Mapping[str, str]) -> None:
     write_atomically(path, "".join("\t".join(map(printable, row)) + "\n" for row in rows))
 
 
-def table(damaged: Mapping[str, str]) -> str:
+def damage_table(damaged: Mapping[str, str]) -> str:
     """A line for each damaged video."""
     return _listed([printable(f"{name}: {reason}") for name, reason in sorted(damaged.items())])
 
 
-def broken_text(broken: Mapping[str, str], output: Path) -> str:
+def unusable_videos_message(broken: Mapping[str, str], output: Path) -> str:
     """The error text for videos whose headers show that they cannot be used."""
     return (
-        f"{len(broken)} of the videos cannot be used; `prepare` has written nothing:\n{table(broken)}\n"
+        f"{len(broken)} of the videos cannot be used; `prepare` has written no clips:\n{damage_table(broken)}\n"
         f"Repair, replace or remove these videos, or set videos.on_error=skip to leave them out. The table is in "
         f"{output / DAMAGED_FILE}"
     )
 
 
-def stopped_text(damaged: Mapping[str, str], output: Path) -> str:
+def damaged_videos_message(damaged: Mapping[str, str], output: Path) -> str:
     """The error text for videos that turned out to be damaged when they were decoded."""
     return (
         f"{len(damaged)} of the videos are damaged; `prepare` has written no clips of them and keeps all other clips:\n"
-        f"{table(damaged)}\nRepair, replace or remove these videos, or set videos.on_error=skip to leave them out; the "
-        f"same command then continues. The table is in {output / DAMAGED_FILE}"
+        f"{damage_table(damaged)}\nRepair, replace or remove these videos, or set videos.on_error=skip to leave them "
+        f"out; the same command then continues. The table is in {output / DAMAGED_FILE}"
     )
 
 
-def changed_text(output: Path, *, changed: Set[str], added: Set[str], removed: Set[str]) -> str:
+def changed_videos_message(output: Path, *, changed: Set[str], added: Set[str], removed: Set[str]) -> str:
     """The error text for videos that differ from the videos that an output was made from; empty if none differ.
 
     Args:
@@ -103,7 +103,7 @@ def changed_text(output: Path, *, changed: Set[str], added: Set[str], removed: S
     )
 
 
-def moved_text(folder: str, seen: Mapping[int, Set[str]]) -> str:
+def unequal_ranks_message(folder: str, seen: Mapping[int, Set[str]]) -> str:
     """The error text for ranks that found different videos in a folder.
 
     Args:
@@ -118,7 +118,7 @@ def moved_text(folder: str, seen: Mapping[int, Set[str]]) -> str:
     ]
     return (
         f"the ranks found different videos in {folder}, because videos were added or removed while the job started; "
-        f"`prepare` has written nothing. Start it again when the folder (`videos.folder`) does not change any more\n"
+        f"`prepare` has written no clips. Start it again when the folder (`videos.folder`) does not change any more\n"
         f"{_listed(lines)}"
     ).rstrip()
 

@@ -25,7 +25,7 @@ from dreamdance.inference.results import ClipResult, installed_versions, is_done
 from dreamdance.inference.stages import Stages, before_each_computation, load_stages
 from dreamdance.inference.work_done import note_work
 from dreamdance.media.transforms import encode_normals, resize_images
-from dreamdance.modalities import GIVEN
+from dreamdance.modalities import GIVEN_CONTROLS
 from dreamdance.recipe.schema import AnimateRecipe
 from dreamdance.runs.file_states import FileState
 from dreamdance.runs.files import write_atomically
@@ -142,7 +142,7 @@ def animate_entry(
     started = time.monotonic()
     frame_size = Size(recipe.width, recipe.height)
     map_size = Size(recipe.geometry_width, recipe.geometry_height)
-    given = [name for name in GIVEN if name in stages.animation.controls]
+    given = [name for name in GIVEN_CONTROLS if name in stages.animation.controls]
     inputs = load_inputs(entry, aspect=frame_size, pose_sizes={frame_size, map_size}, maps=given)
     if read_files(entry, {entry.files[name].absolute(): state for name, state in states.items()}) != states:
         raise EntryError("one of the entry's files was replaced while they were read")

@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from dreamdance.errors import ManifestError
-from dreamdance.modalities import GIVEN
+from dreamdance.modalities import GIVEN_CONTROLS
 
 MAX_MANIFEST_BYTES = 1 << 28
 MAX_SEED = (1 << 63) - 1
 ID_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 
 REQUIRED_FIELDS = ("id", "image")
-PATH_FIELDS = ("image", "pose", "keypoints", "reference_keypoints", *GIVEN)
+PATH_FIELDS = ("image", "pose", "keypoints", "reference_keypoints", *GIVEN_CONTROLS)
 OTHER_FIELDS = ("seed", "align", "fps", "reference_keypoints", "reference_frame")
-FIELDS = (*REQUIRED_FIELDS, "pose", "keypoints", *OTHER_FIELDS, *GIVEN)
+FIELDS = (*REQUIRED_FIELDS, "pose", "keypoints", *OTHER_FIELDS, *GIVEN_CONTROLS)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ManifestEntry:
     @property
     def files(self) -> dict[str, Path]:
         """All files that the result depends on, by field."""
-        named = {name: getattr(self, name) for name in PATH_FIELDS if name not in GIVEN} | self.maps
+        named = {name: getattr(self, name) for name in PATH_FIELDS if name not in GIVEN_CONTROLS} | self.maps
         if not self.align:
             named.pop("reference_keypoints")
         return {name: path for name, path in named.items() if path is not None}
@@ -137,7 +137,9 @@ def _check_line(text: str) -> tuple[list[str], dict[str, Any]]:
             problems.append("'align' needs 'keypoints': the drawings of a pose video cannot be rescaled")
         if "reference_keypoints" not in values:
             problems.append("'align' needs 'reference_keypoints', a key-point file of the reference image")
-        problems += [f"'align' moves only the pose, so '{name}' would not match it" for name in GIVEN if name in values]
+        problems += [
+            f"'align' moves only the pose, so '{name}' would not match it" for name in GIVEN_CONTROLS if name in values
+        ]
     return problems, values
 
 
@@ -180,7 +182,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _make_entry(values: dict[str, Any], folder: Path, line: int, default_seed: int) -> ManifestEntry:
     paths = {name: folder / values[name] for name in PATH_FIELDS if name in values}
-    maps = {name: paths.pop(name) for name in GIVEN if name in paths}
+    maps = {name: paths.pop(name) for name in GIVEN_CONTROLS if name in paths}
     others = {name: value for name, value in values.items() if name not in PATH_FIELDS}
     return ManifestEntry(**{"seed": default_seed, **others, **paths}, maps=maps, line=line)
 

@@ -199,7 +199,7 @@ def test_what_headers_show_is_named_all_at_once_before_anything_is_written(tmp_p
     with pytest.raises(VideoError) as told:
         prepare(videos_recipe(tmp_path / "data", videos, num_workers=2, validation_fraction=0.0), tmp_path / "run")
     first, *lines, last = str(told.value).splitlines()
-    assert first == "4 of the videos cannot be used; `prepare` has written nothing:"
+    assert first == "4 of the videos cannot be used; `prepare` has written no clips:"
     assert [line[:5] for line in lines] == [f"  {name}: " for name in WRONG]
     assert all(words in line for words, line in zip(WRONG.values(), lines, strict=True))
     assert last.startswith("Repair, replace or remove these videos")

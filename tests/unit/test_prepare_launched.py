@@ -118,7 +118,7 @@ def test_two_ranks_name_in_one_list_what_headers_show_of_their_shares():
     done = on_two_ranks()
     assert done.returncode == 1
     first, *lines = done.stderr[done.stderr.index("2 of the videos cannot be used") :].splitlines()
-    assert first == "2 of the videos cannot be used; `prepare` has written nothing:"
+    assert first == "2 of the videos cannot be used; `prepare` has written no clips:"
     assert [line[:5] for line in lines[:2]] == ["  a: ", "  b: "]
     (path,) = Path("runs/prepare/logs/failures").iterdir()
     assert path.name.endswith("_0.json"), "the main rank alone ends with an error"
