@@ -39,7 +39,8 @@ class StoredClips(StreamingDataset):
     This class uses the storage part of mosaicml-streaming's dataset: format, index, shard readers, remote folders and
     random access. A missing shard is downloaded; a damaged shard raises. The library's constructor is not called: it
     sets up shared memory, file locks, barriers and a process group for its `__iter__`, which ends an epoch early or
-    hangs on a damaged shard. After a killed run, their remains can block the next start. `ClipOrder` gives the order.
+    hangs on a damaged shard, and the shared memory of a killed run can block the next start. `ClipOrder` gives the
+    order instead.
     """
 
     def __init__(
