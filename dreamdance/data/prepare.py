@@ -131,7 +131,7 @@ def check_inputs(
     if reason := queue.called_off(CHECK):
         return ShardError(reason)
     changed, added = ({name for answer in answers for name in answer[key]} for key in ("changed", "added"))
-    removed = {name for folder in folders.values() for name in folder.removed()}
+    removed = {name for folder in folders.values() for name in folder.removed_sources()}
     if others := changed_videos_message(output, changed=changed, added=added, removed=removed):
         return ShardError(others)
     broken = {name: reason for answer in answers for name, reason in answer["broken"].items()}
@@ -226,7 +226,7 @@ def write_missing(
         The videos that any rank found damaged while it decoded them: name -> reason.
     """
     total = sum(len(folder.parts) for folder in folders.values())
-    shares = {split: folder.expect(missing[split]) for split, folder in folders.items()}
+    shares = {split: folder.share_missing(missing[split]) for split, folder in folders.items()}
     last, counted = -1, -math.inf
 
     def report(message: str) -> None:
@@ -249,7 +249,7 @@ def write_missing(
     return {
         name: reason
         for split, folder in folders.items()
-        for name, reason in folder.found_damaged(shares[split]).items()
+        for name, reason in folder.newly_damaged(shares[split]).items()
     }
 
 
@@ -261,7 +261,8 @@ def complete(
     The output contains no clips of a damaged video, even if its part in one split could be written.
     """
     output = Path(recipe.output)
-    left_out = {name: reason for folder in folders.values() for name, reason in folder.damaged().items()} | {**damaged}
+    left_out = {name: reason for folder in folders.values() for name, reason in folder.damaged_sources().items()}
+    left_out |= damaged
     states = {
         name: state.to_json()
         for folder in folders.values()

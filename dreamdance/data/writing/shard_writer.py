@@ -194,12 +194,12 @@ class ShardFolder:
             logger.warning("%s is missing or incomplete; `prepare` writes it again", ", ".join(map(str, lost)))
         return not lost
 
-    def removed(self) -> list[str]:
+    def removed_sources(self) -> list[str]:
         """The names of sources that a complete folder was made from and that are not in the plan any more."""
         planned = {part.name for part in self.parts}
         return [record["name"] for name, record in self._sources.items() if name not in planned]
 
-    def expect(self, missing: Sequence[str]) -> Share:
+    def share_missing(self, missing: Sequence[str]) -> Share:
         """Returns the parts to write as a share of the queue; `missing` has their names, the same on every rank."""
         if missing:
             self._begin()
@@ -217,7 +217,7 @@ class ShardFolder:
         """Writes missing parts until no more can be claimed; calls the work off at a damaged one unless it is skipped.
 
         Args:
-            share: the share that `expect` returned; the result of a part is its damage, or an empty text.
+            share: the share that `share_missing` returned; the result of a part is its damage, or an empty text.
             num_workers: number of processes on this rank; with 1 this process writes.
             on_part: called before the first part, and after each.
 
@@ -250,7 +250,7 @@ class ShardFolder:
                 self._queue.call_off(WRITE)
             on_part()
 
-    def found_damaged(self, share: Share) -> dict[str, str]:
+    def newly_damaged(self, share: Share) -> dict[str, str]:
         """The sources that any rank found damaged while it wrote: name -> damage."""
         sources = {part.name: part.source for part in self.parts}
         found = {sources[name]: damage for name, damage in share.results().items() if damage}
@@ -262,7 +262,7 @@ class ShardFolder:
         notes = {part.name: read_note(part_folder(self.folder, part)) for part in self.parts}
         return {name: note for name, note in notes.items() if note is not None}
 
-    def damaged(self) -> dict[str, str]:
+    def damaged_sources(self) -> dict[str, str]:
         """The existing sources without clips in this folder because they are damaged: name -> damage."""
         names = {part.source.name for part in self.parts if part.source is not None and part.source.files}
         damages = {record["name"]: record["damage"] for record in self._sources.values()}
@@ -367,7 +367,7 @@ def write_shards(
         queue = queue or entered.enter_context(WorkQueue(Ranks()))
         shards = ShardFolder(folder, parts, settings=settings, shard_format=shard_format, queue=queue)
         surveyed = queue.agree("survey", json.dumps(shards.survey(parts, {}).missing))
-        share = shards.expect(json.loads(surveyed))
+        share = shards.share_missing(json.loads(surveyed))
 
         def report() -> None:
             on_part(len(parts) - len(share.items) + share.num_done(), len(parts))
