@@ -1,8 +1,8 @@
-"""Processes share the items of a task through a folder of claim files; any process may join or leave at any time.
+"""Divides the items of a task among processes by claim files in a folder; a process may join or leave at any time.
 
-A process claims an item by creating a file that only one process can create, does the item, and writes what came of it
-into a second file. Each process touches a file of its own as long as it lives. When it dies, or gives no sign for too
-long, others take over its claims. The queue knows nothing of what the items are.
+A process claims an item by creating a file that only one process can create, does the item, and writes the result
+into a second file. When a process is lost (`members.py` finds that out), others take over its claims. The queue does
+not know what the items are.
 """
 
 import contextlib
@@ -12,11 +12,8 @@ import logging
 import math
 import os
 import shutil
-import socket
 import tempfile
-import threading
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,58 +23,53 @@ from dreamdance.errors import LostWorkerError, UserError
 from dreamdance.recipe.sections import Cluster
 from dreamdance.runs.files import write_atomically
 from dreamdance.runs.layout import QUEUE_FOLDER, note_done
-from dreamdance.runs.locks import HeldLockError, WatchedFile, locked_file
+from dreamdance.runs.locks import HeldLockError, locked_file
+from dreamdance.runs.members import PREFIX, Members
 from dreamdance.runtime.exits import before_good_exit
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.runtime.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
-BEAT_SECONDS = 1.0
 POLL_SECONDS, LONGEST_POLL_SECONDS = 0.05, 1.0
-# A listing of the queue's folder serves this long while there are items to claim.
+# While there are items to claim, a listing of the queue's folder is used again for so long.
 LISTING_SECONDS = 1.0
-# An item whose process was lost so many times is not given to yet another process.
+# How often an item may pass to another process because the last one was lost.
 MAX_TAKEOVERS = 3
 LOCK_SECONDS = 600.0
-MEMBER, OVER, LOCK = "member.", "over", "lock"
+OVER, LOCK = "over", "lock"
 
 
 class QueueError(UserError):
-    """An item ends every process that does it, or processes disagree about the items."""
+    """Every process that did an item was lost, or processes found different items."""
 
 
 class WorkQueue:
-    """A context manager around a process's part of the work; left without an error, it waits for all other processes.
+    """A context manager around a process's part of the work; a block that ends without an error waits for the others.
 
-    A process whose watchdog finds that it hangs ends itself. One that is stopped, or whose node is, gives no sign for
-    `cluster.step_timeout_seconds`: others do its items, and then fail with an error that has the job start again, so
-    that the launcher ends the stopped process. Of one that has died, the launcher knows.
+    A process that hangs is ended by its own watchdog. A process that is stopped, or whose node is stopped, gives no
+    sign for `cluster.step_timeout_seconds`: the others do its items, then they raise an error after which the job
+    starts again, so that the launcher ends the stopped process. The launcher notices by itself when a process dies.
     """
 
     def __init__(self, ranks: Ranks, *, cluster: Cluster | None = None, run_folder: Path | None = None) -> None:
-        """Joins nothing yet.
+        """Does not join yet.
 
         Args:
             ranks: this process; all processes of one `start` share one queue.
-            cluster: how long is too long.
-            run_folder: takes the queue, and the note of what is done, by which the launcher sees whether the run got
-                any further. None for a process that works alone.
+            cluster: the time limits.
+            run_folder: holds the queue, and the list of finished items, from which the launcher sees whether the run
+                has made progress. None for a process that works alone.
         """
         cluster = cluster or Cluster()
         self.ranks, self.watchdog = ranks, Watchdog.of(cluster)
-        is_watched = cluster.step_timeout_seconds > 0
-        self.silence_seconds = float(cluster.step_timeout_seconds) if is_watched else math.inf
-        self.stall_seconds = float(self.watchdog.unmeasured_seconds) if is_watched else math.inf
+        silence_seconds = float(cluster.step_timeout_seconds) or math.inf
+        self.stall_seconds = max(silence_seconds, self.watchdog.unmeasured_seconds)
         self.run_folder, self.folder = run_folder, Path()
-        self.me = f"{MEMBER}{uuid.uuid4().hex}"
+        self.members = Members(ranks.rank, silence_seconds=silence_seconds)
         self.held = set[Path]()
-        self._machine = _machine()
         self._names, self._listed_at = set[str](), -math.inf
-        self._watched: dict[str, WatchedFile] = {}
-        self._silent: dict[str, str] = {}
         self._poll_seconds = POLL_SECONDS
-        self._over = threading.Event()
         self._entered = ExitStack()
 
     def __enter__(self) -> "WorkQueue":
@@ -85,12 +77,9 @@ class WorkQueue:
             entered.enter_context(self.watchdog)
             parent = None if self.run_folder is None else self.run_folder / QUEUE_FOLDER
             self._open(parent or Path(entered.enter_context(tempfile.TemporaryDirectory())) / QUEUE_FOLDER)
-            process = {"process": os.getpid(), "began": _began(os.getpid())}
-            member = {"rank": self.ranks.rank, "machine": self._machine, **process}
-            write_atomically(self.folder / self.me, json.dumps(member))
+            self.members.join(self.folder)
             entered.callback(self._leave)
             entered.enter_context(before_good_exit(self._leave))
-            threading.Thread(target=self._beat, name="work queue", daemon=True).start()
             self._entered = entered.pop_all()
         return self
 
@@ -101,21 +90,21 @@ class WorkQueue:
                 self._wait_for_others()
 
     def share(self, name: str, items: Sequence[str], *, stop: str | None = None) -> "Share":
-        """Items that the processes divide.
+        """Items that the processes divide among themselves.
 
         Args:
-            name: of this part of the task, for file names.
-            items: the same list in every process, without doubles.
-            stop: under which name `call_off` ends it; by default its own.
+            name: name of this part of the task, for file names.
+            items: the same list in every process, without duplicates.
+            stop: the name by which `call_off` ends this share; `name` by default.
 
         Raises:
-            QueueError: another process has another list.
+            QueueError: another process has a different list.
         """
         digest = hashlib.sha256(json.dumps(list(items)).encode()).hexdigest()
         if self.agree(f"{name}.items", digest) != digest and not self.is_over():
             raise QueueError(
-                f"the processes of this run found different items ({name}): what the recipe names changed while the "
-                "job started. Start it again when nothing writes there"
+                f"the processes of this run found different items ({name}): the files that the recipe names changed "
+                "while the job started. Start it again when no other program writes them"
             )
         return Share(self, name, items, stop or name)
 
@@ -133,7 +122,7 @@ class WorkQueue:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes from agreeing on anything, and from taking items over."""
+        """Only one process at a time can be in this block: to agree on a text, or to take over an item."""
         try:
             with locked_file(self.folder / LOCK, wait_seconds=LOCK_SECONDS):
                 yield
@@ -141,18 +130,18 @@ class WorkQueue:
             raise LostWorkerError(f"a process was stopped while it held the queue's lock: {error}") from error
 
     def call_off(self, name: str, reason: str = "") -> None:
-        """Has no process claim any more items of a share; what the processes have in hand they finish."""
+        """Ends a share: no process claims another item of it, and each process finishes the item that it has."""
         self.agree(f"{name}.off", reason)
         self._listed_at = -math.inf
 
     def called_off(self, name: str) -> str | None:
-        """The reason for which a share was called off; None if it was not."""
+        """The reason that was given to `call_off`; None if the share was not called off."""
         if f"{name}.off" not in self.names():
             return None
         return (self.folder / f"{name}.off").read_text(encoding="utf-8")
 
     def pause(self, what: str) -> None:
-        """A moment's wait for other processes; `what` names in words what is missing."""
+        """Waits a moment for other processes; `what` describes what is missing, for the watchdog's message."""
         self.watchdog.enter("waiting for the other ranks", what)
         time.sleep(self._poll_seconds)
         self._poll_seconds = min(2 * self._poll_seconds, LONGEST_POLL_SECONDS)
@@ -169,34 +158,15 @@ class WorkQueue:
         return self._names
 
     def hold(self, claim: Path) -> None:
-        """Remembers a claim, to be given back when this process leaves."""
+        """Remembers a claim of this process: it is given back when the process leaves before it finished the item."""
         self.held.add(claim)
         self._poll_seconds = POLL_SECONDS
 
-    def why_lost(self, name: str) -> str | None:
-        """Why a process will not finish what it has claimed; None while it may.
-
-        Args:
-            name: of the process's file; or of a claim that is empty still, because it was lost before it wrote there.
-        """
-        file = self._watched.setdefault(name, WatchedFile(self.folder / name, silent_seconds=self.silence_seconds))
-        is_silent = file.is_lost()
-        try:
-            text = file.path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return "a process has left"
-        told = json.loads(text or '{"rank": "?", "machine": "?"}')
-        if told["machine"] == self._machine and told["began"] != _began(told["process"]):
-            return f"rank {told['rank']} has died"
-        if is_silent:
-            self._silent[name] = f"rank {told['rank']} has given no sign for {self.silence_seconds:.0f} s"
-        return self._silent[name] if is_silent else None
-
     def _open(self, parent: Path) -> None:
-        """The main rank makes the queue's folder, when the output is its own; until then the others wait for it."""
+        """Creates the queue's folder on the main rank; other ranks wait for it."""
         self.folder = parent / hashlib.sha256(self.ranks.start.encode()).hexdigest()[:16]
         if self.ranks.is_main:
-            shutil.rmtree(parent, ignore_errors=True)  # of earlier starts
+            shutil.rmtree(parent, ignore_errors=True)  # the queues of earlier starts
             self.folder.mkdir(parents=True, exist_ok=True)
             return
         give_up = time.monotonic() + self.stall_seconds
@@ -205,40 +175,33 @@ class WorkQueue:
                 raise LostWorkerError(f"the main rank has given no sign for {self.stall_seconds:.0f} s")
             self.pause("the main rank has not begun")
 
-    def _beat(self) -> None:
-        while not self._over.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # the storage fails for a moment: the next beat may succeed
-                os.utime(self.folder / self.me)
-
     def _leave(self) -> None:
-        """Gives back what this process has claimed and not done."""
-        self._over.set()
+        """Gives back the items that this process has claimed and not finished."""
         for claim in list(self.held):
             with contextlib.suppress(OSError):
-                if claim.read_text(encoding="utf-8").startswith(self.me):
+                if claim.read_text(encoding="utf-8").startswith(self.members.name):
                     claim.unlink()
-        with contextlib.suppress(OSError):
-            (self.folder / self.me).unlink()
+        self.members.leave()
 
     def _wait_for_others(self) -> None:
-        def members() -> list[str]:
-            return [name for name in self.names(max_age_seconds=0.0) if name.startswith(MEMBER)]
+        def found() -> list[str]:
+            return [name for name in self.names(max_age_seconds=0.0) if name.startswith(PREFIX)]
 
-        while others := [name for name in members() if self.why_lost(name) is None]:
+        while others := [name for name in found() if self.members.why_lost(name) is None]:
             self.pause(f"{len(others)} processes are still at work")
-        if silent := [self._silent[name] for name in members() if name in self._silent]:
+        if silent := [self.members.silent[name] for name in found() if name in self.members.silent]:
             raise LostWorkerError(
                 f"{'; '.join(silent)}: the other ranks have done its share; the next start finds all of it done"
             )
         if self.ranks.is_main:
-            (self.folder / OVER).touch()  # for a process that comes only now
+            (self.folder / OVER).touch()  # for a process that joins later
             for name in self.names():
-                if not name.startswith(MEMBER) and name not in (LOCK, OVER):
+                if not name.startswith(PREFIX) and name not in (LOCK, OVER):
                     (self.folder / name).unlink(missing_ok=True)
 
 
 class Share:
-    """The items of one part of a task, as this process sees them."""
+    """The items of one part of a task, and this process's claims among them."""
 
     def __init__(self, queue: WorkQueue, name: str, items: Sequence[str], stop: str) -> None:
         self.items, self._queue, self._share, self._stop = items, queue, name, stop
@@ -247,10 +210,10 @@ class Share:
         self._pending = list(range(len(items)))
 
     def claim(self) -> str | None:
-        """An item that no other process has, or whose process is lost; None if there is none now.
+        """Claims an item that no process has, or whose process is lost; None if there is no such item now.
 
         Raises:
-            QueueError: one item was the end of too many processes.
+            QueueError: too many processes were lost while they did the same item.
         """
         names = self._queue.names()
         if OVER in names or f"{self._stop}.off" in names:
@@ -267,12 +230,12 @@ class Share:
         return None
 
     def finish(self, item: str, text: str = "", *, made: str | None = None) -> None:
-        """An item is done, and on the disk.
+        """Marks an item as done; its files must be on the disk.
 
         Args:
-            item: that this process claimed.
-            text: what came of it, for `results`.
-            made: names what was made now, for the launcher's count; None where it was there before.
+            item: an item that this process claimed.
+            text: the item's result, for `results`.
+            made: name of what was made now, for the launcher's count of progress; None if it existed before.
         """
         if made is not None and self._queue.run_folder is not None:
             note_done(self._queue.run_folder, self._queue.ranks.rank, made)
@@ -282,15 +245,15 @@ class Share:
         self._queue.held.discard(self._path(number, "claim"))
 
     def check(self, item: str) -> None:
-        """Raises LostWorkerError where another process has taken this one for lost, and the item over."""
-        if not (self._read_claim(self._numbers[item]) or "").startswith(self._queue.me):
+        """Raises LostWorkerError if another process has taken over the item, because this one counted as lost."""
+        if not (self._read_claim(self._numbers[item]) or "").startswith(self._queue.members.name):
             raise LostWorkerError(f"this process was stopped for so long that another one does '{item}'")
 
     def take(self, on_wait: Callable[[], None] = lambda: None) -> Iterator[str]:
-        """Yields items to do, each to be finished before the next; returns when all are done, or called off.
+        """Yields items to do; finish each before the next. Returns when all are done, or the share was called off.
 
         Args:
-            on_wait: called while other processes are at work, whenever they have done more.
+            on_wait: called during the wait for other processes, whenever they have done more.
         """
         before = -1
         while True:
@@ -306,7 +269,7 @@ class Share:
                 self._queue.pause(f"{len(self._pending)} of {len(self.items)} items ({self._share}) are not done")
 
     def is_over(self) -> bool:
-        """Whether nothing is left: all items are done, or the share was called off and nobody has one in hand."""
+        """Whether all items are done, or the share was called off and no process is doing an item."""
         pending, names = self._not_done(), self._queue.names()
         if not pending or OVER in names:
             return True
@@ -319,10 +282,10 @@ class Share:
         return len(self.items) - len(self._not_done())
 
     def results(self) -> dict[str, str]:
-        """What came of each item that is done, in the order of the items."""
+        """The result of each item that is done, in the order of the items."""
         pending, found = set(self._not_done()), {}
         for number, item in enumerate(self.items):
-            with contextlib.suppress(FileNotFoundError):  # the main rank has cleared up: all is over
+            with contextlib.suppress(FileNotFoundError):  # all is over, and the main rank has removed the files
                 if number not in pending:
                     found[item] = self._path(number, "done").read_text(encoding="utf-8")
         return found
@@ -343,7 +306,7 @@ class Share:
         claim = self._path(number, "claim")
         try:
             with claim.open("x", encoding="utf-8") as file:
-                file.write(f"{self._queue.me} 0")
+                file.write(f"{self._queue.members.name} 0")
         except FileExistsError:
             return False
         self._queue.hold(claim)
@@ -356,11 +319,11 @@ class Share:
             return None
 
     def _find_loss(self, number: int) -> tuple[str, str] | None:
-        """A claim whose process is lost, and how that is known; None where the item is in good hands, or in none."""
+        """The claim of a lost process, and the reason; None if its process is not lost, or there is no claim."""
         claimed = self._read_claim(number)
         if claimed is None:
             return None
-        why = self._queue.why_lost(claimed.split()[0] if claimed else self._name(number, "claim"))
+        why = self._queue.members.why_lost(claimed.split()[0] if claimed else self._name(number, "claim"))
         return None if why is None else (claimed, why)
 
     def _take_over(self, number: int) -> bool:
@@ -370,31 +333,13 @@ class Share:
         times = int(claimed.split()[1]) + 1 if claimed else 1
         if times > MAX_TAKEOVERS:
             raise QueueError(
-                f"'{item}' ({self._share}) was given up: {times} processes were lost while they did it; of the last "
-                f"one, {why}. Look into their logs: did the memory not suffice?"
+                f"'{item}' ({self._share}) was given up: {times} processes were lost while they did it; for the last "
+                f"one, {why}. Read their logs: was there too little memory?"
             )
         with self._queue.locked():
             if self._read_claim(number) != claimed or self._path(number, "done").exists():
                 return False
-            write_atomically(self._path(number, "claim"), f"{self._queue.me} {times}")
+            write_atomically(self._path(number, "claim"), f"{self._queue.members.name} {times}")
         logger.warning("%s: this process takes over '%s'", why, item)
         self._queue.hold(self._path(number, "claim"))
         return True
-
-
-def _machine() -> str:
-    """Tells this machine from others, and this container from others on it: process numbers count only within."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return uuid.uuid4().hex  # nothing is known of any process but by its signs
-
-
-def _began(process: int) -> str | None:
-    """When a process of this machine began, which tells it from a later one of the same number; None if it is gone."""
-    try:
-        state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state[0] in "ZX" else state[19]

@@ -1,0 +1,101 @@
+"""The processes that work in one folder: each touches a file of its own while it lives, and sees which others are lost.
+
+A process that has died is recognised at once on its own machine. On another machine, or when it is stopped, it counts
+as lost after a time without a touch. This module does not know what the processes do.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import uuid
+from pathlib import Path
+
+from dreamdance.runs.files import write_atomically
+from dreamdance.runs.locks import WatchedFile
+
+BEAT_SECONDS = 1.0
+PREFIX = "member."  # of the files' names
+
+
+class Members:
+    """This process among the processes of a folder.
+
+    Attributes:
+        name: name of this process's file.
+        silent: for each file that was not touched for too long, a sentence that names its process.
+    """
+
+    def __init__(self, rank: int, *, silence_seconds: float) -> None:
+        """Does not join yet.
+
+        Args:
+            rank: this process's rank, for the messages of other processes.
+            silence_seconds: after how long without a touch a process counts as lost.
+        """
+        self.name = f"{PREFIX}{uuid.uuid4().hex}"
+        self.silent: dict[str, str] = {}
+        self._rank, self._silence_seconds = rank, silence_seconds
+        self._machine = _machine()
+        self._folder = Path()
+        self._watched: dict[str, WatchedFile] = {}
+        self._over = threading.Event()
+
+    def join(self, folder: Path) -> None:
+        """Creates this process's file, and touches it from a thread until `leave`."""
+        self._folder = folder
+        process = {"process": os.getpid(), "began": _start_time(os.getpid())}
+        write_atomically(folder / self.name, json.dumps({"rank": self._rank, "machine": self._machine, **process}))
+        threading.Thread(target=self._beat, name="work queue", daemon=True).start()
+
+    def leave(self) -> None:
+        """Removes this process's file."""
+        self._over.set()
+        with contextlib.suppress(OSError):
+            (self._folder / self.name).unlink()
+
+    def why_lost(self, name: str) -> str | None:
+        """Why a process will not finish its work, in words; None while it may finish it.
+
+        Args:
+            name: the process's file, or an empty file that the process created and was lost before it wrote there.
+        """
+        file = self._watched.setdefault(name, WatchedFile(self._folder / name, silent_seconds=self._silence_seconds))
+        is_silent = file.is_lost()
+        try:
+            text = file.path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return "a process has left"
+        member = json.loads(text or '{"rank": "?", "machine": "?"}')
+        if member["machine"] == self._machine and member["began"] != _start_time(member["process"]):
+            return f"rank {member['rank']} has died"
+        if is_silent:
+            self.silent[name] = f"rank {member['rank']} has given no sign for {self._silence_seconds:.0f} s"
+        return self.silent[name] if is_silent else None
+
+    def _beat(self) -> None:
+        while not self._over.wait(BEAT_SECONDS):
+            with contextlib.suppress(OSError):  # on an I/O error, skip this beat
+                os.utime(self._folder / self.name)
+
+
+def _machine() -> str:
+    """Identifies this machine, its start and this container: a process number is unique only within these."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return uuid.uuid4().hex  # equals no other process's: then only touches show that a process lives
+
+
+def _start_time(process: int) -> str | None:
+    """When a process of this machine started, in the kernel's ticks; None if it is gone.
+
+    The time distinguishes the process from a later one of the same number.
+    """
+    try:
+        state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state[0] in "ZX" else state[19]
