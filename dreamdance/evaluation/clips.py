@@ -1,4 +1,4 @@
-"""What is compared: results as `animate` left them, and the true clips of the same ids, brought to their sizes."""
+"""Reads what `evaluate` compares: results of `animate`, and the true clips of the same ids, resized to their sizes."""
 
 import json
 import logging
@@ -32,17 +32,19 @@ logger = logging.getLogger(__name__)
 # (height, width) in pixels.
 Size = tuple[int, int]
 
+# The largest array that is read, in bytes.
 MAX_ARRAY_BYTES = 1 << 33
+# Type and number of dimensions of each array in a result.
 _ARRAYS = {"frames": (np.dtype(np.uint8), 4), "normals": (np.dtype(np.float16), 4), "depths": (np.dtype(np.float16), 3)}
 
 
 class ResultError(UserError):
-    """A result folder is damaged or does not fit the truth."""
+    """A result folder is damaged, or does not match the true clip."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Frames and maps of a clip, of a result or of a trivial answer.
+    """Frames and maps of one clip, from a result, from the truth or from a trivial answer.
 
     Attributes:
         frames: `f H W 3` float32 in [0, 1], or None.
@@ -55,19 +57,19 @@ class Prediction:
     disparity: NDArray[np.float32] | None = None
 
     def at(self, indices: list[int]) -> "Prediction":
-        """The chosen frames."""
+        """Returns the frames with these numbers."""
         parts = (self.frames, self.normals, self.disparity)
         return Prediction(*(None if part is None else part[indices] for part in parts))
 
 
 @dataclass(frozen=True)
 class Truth:
-    """A true clip at the sizes of a result; what the shards lack is None.
+    """A true clip at the sizes of a result; parts that the shards do not hold are None.
 
     Attributes:
-        pictures: frames, normals and disparity, the latter normalised over the clip to [0, 1].
-        frame_mask: `f H W`, the body, at the frames' size.
-        map_mask: `f h w`, the body, at the maps' size.
+        pictures: frames, normals and disparity; disparity is normalised over the clip to [0, 1].
+        frame_mask: `f H W`, the body mask at the frames' size.
+        map_mask: `f h w`, the body mask at the maps' size.
         depth_range: smallest and largest disparity of the clip in 1/metre.
         camera: intrinsics at the maps' size.
     """
@@ -80,13 +82,13 @@ class Truth:
 
     @property
     def metric_disparity(self) -> NDArray[np.float64] | None:
-        """`f h w` in 1/metre."""
+        """The disparity `f h w` in 1/metre."""
         if self.pictures.disparity is None or self.depth_range is None:
             return None
         return metric_disparity(self.pictures.disparity, self.depth_range)
 
     def at(self, indices: list[int]) -> "Truth":
-        """The chosen frames."""
+        """Returns the frames with these numbers."""
         return replace(
             self,
             pictures=self.pictures.at(indices),
@@ -97,13 +99,13 @@ class Truth:
 
 @dataclass(frozen=True)
 class Result:
-    """One folder of an `animate` run.
+    """The content of one result folder of an `animate` run.
 
     Attributes:
-        id: of the clip.
+        id: the clip's id.
         prediction: frames and maps.
         fps: frames per second.
-        reference_frame: number of the reference among the clip's frames, where the manifest said so.
+        reference_frame: number of the reference frame in the clip; None if the manifest did not contain it.
     """
 
     id: str
@@ -117,7 +119,7 @@ class Result:
 
     @property
     def frames(self) -> NDArray[np.float32]:
-        assert self.prediction.frames is not None, "read_result gives every result its frames"
+        assert self.prediction.frames is not None, "read_result reads the frames of every result"
         return self.prediction.frames
 
     @property
@@ -126,16 +128,16 @@ class Result:
 
     @property
     def map_size(self) -> Size:
-        """Of the maps; without maps that of the frames."""
+        """Size of the maps; the frames' size if there are no maps."""
         maps = self.prediction.normals
         return self.frame_size if maps is None else (maps.shape[1], maps.shape[2])
 
 
 def find_results(folder: Path) -> list[Path]:
-    """Complete result folders, by name.
+    """The complete result folders in `folder`, sorted by name.
 
     Raises:
-        MissingInputError: there are none.
+        MissingInputError: there is no such folder.
     """
     found = sorted(path.parent for path in folder.glob(f"*/{RESULT_FILE}") if not path.parent.name.startswith("."))
     if not found:
@@ -144,10 +146,10 @@ def find_results(folder: Path) -> list[Path]:
 
 
 def read_result(folder: Path) -> Result:
-    """Reads one result.
+    """Reads one result folder.
 
     Raises:
-        ResultError: it is damaged, or no result of ours.
+        ResultError: it is damaged, or `animate` did not write it.
     """
     try:
         details = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
@@ -156,10 +158,10 @@ def read_result(folder: Path) -> Result:
         maps = {name: arrays[name].astype(np.float32) for name in ("normals", "depths") if name in arrays}
         reference_frame = details.get("reference_frame")
         if reference_frame is not None and (type(reference_frame) is not int or reference_frame < 0):
-            raise ValueError(f"reference_frame {reference_frame!r} is no number of a frame")
+            raise ValueError(f"reference_frame {reference_frame!r} is not the number of a frame")
         fps = details.get("fps")
         if type(fps) not in (int, float) or not 0 < fps < math.inf:
-            raise ValueError(f"fps {fps!r} is no number of frames per second")
+            raise ValueError(f"fps {fps!r} is not a positive number")
     except (OSError, ValueError, KeyError, AttributeError, RecursionError, zipfile.BadZipFile, zlib.error) as error:
         raise ResultError(f"result {folder} is damaged ({error}); delete it and run animate again") from error
     prediction = Prediction(frames, maps.get("normals"), maps.get("depths"))
@@ -167,10 +169,11 @@ def read_result(folder: Path) -> Result:
 
 
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of a result; their headers are compared with what they are to hold before memory is taken.
+    """Reads the arrays of a result. Each header is checked before memory is allocated for its array.
 
     Raises:
-        ValueError: another kind or shape, more than `MAX_ARRAY_BYTES`, or fewer bytes than the shape says.
+        ValueError: an array has another type or number of dimensions, is larger than `MAX_ARRAY_BYTES`, or has more or
+            fewer bytes than its shape needs.
     """
     arrays = {}
     with zipfile.ZipFile(path) as archive:
@@ -179,16 +182,16 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
                 continue
             with archive.open(f"{name}.npy") as stored:
                 if np.lib.format.read_magic(stored) != (1, 0):
-                    raise ValueError(f"'{name}' is of another npy format")
+                    raise ValueError(f"'{name}' is not in version 1.0 of the npy format")
                 shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stored)
                 num_bytes = math.prod(shape) * dtype.itemsize
                 if dtype != kind or len(shape) != dimensions:
-                    raise ValueError(f"'{name}' is {dtype} {shape}; {kind} of {dimensions} dimensions is wanted")
+                    raise ValueError(f"'{name}' is {dtype} {shape}; it must be {kind} of {dimensions} dimensions")
                 if num_bytes > MAX_ARRAY_BYTES:
                     raise ValueError(f"'{name}' would take {num_bytes} bytes; up to {MAX_ARRAY_BYTES} are read")
                 held = archive.getinfo(f"{name}.npy").file_size - stored.tell()
                 if held != num_bytes:
-                    raise ValueError(f"'{name}' holds {held} bytes where its shape {shape} wants {num_bytes}")
+                    raise ValueError(f"'{name}' holds {held} bytes, but its shape {shape} needs {num_bytes}")
                 arrays[name] = np.frombuffer(stored.read(num_bytes), dtype).reshape(
                     shape, order="F" if fortran_order else "C"
                 )
@@ -196,23 +199,23 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def open_clips(shards: Shards, *, before_shard: Callable[[str], None] | None = None) -> StoredClips:
-    """The stored clips of a set, checked; this process alone reads them.
+    """Opens and checks the stored clips of a set, for this process alone.
 
     Args:
-        shards: where they are.
-        before_shard: called with each shard's number in words, before it is checked.
+        shards: the set.
+        before_shard: called before each shard is checked, with a text that contains its number.
     """
     return StoredClips(shards, ranks=Ranks(), before_shard=before_shard)
 
 
 def read_truth(clip: StoredClip, *, frame_size: Size, map_size: Size, frames: list[int] | None = None) -> Truth:
-    """A stored clip, cropped to the result's aspect and resized as in training.
+    """Reads a stored clip, crops it to the result's aspect ratio, and resizes it as in training.
 
     Args:
-        clip: of the truth shards.
-        frame_size: of the result's frames.
-        map_size: of the result's maps.
-        frames: which frames; all by default.
+        clip: a clip of the truth shards.
+        frame_size: size of the result's frames.
+        map_size: size of the result's maps.
+        frames: numbers of the frames to read; all by default.
     """
     rgb = _read(clip, "rgb", frame_size, frames)
     normals = _read(clip, "normal", map_size, frames) if clip.has("normal") else None
@@ -232,7 +235,7 @@ def read_truth(clip: StoredClip, *, frame_size: Size, map_size: Size, frames: li
 
 
 def _read(clip: StoredClip, name: str, size: Size, frames: list[int] | None) -> Tensor:
-    """`f c H W` in [0, 1]."""
+    """The pictures of one column, `f c H W` in [0, 1]."""
     crop = centred_crop(clip.width, clip.height, to_width=size[1], to_height=size[0])
     return resize_map(pictures_to_tensor(crop.cut(clip.pictures(name, frames))), *size, kind=MODALITIES[name].kind)
 
@@ -244,7 +247,7 @@ def _read_mask(clip: StoredClip, size: Size, frames: list[int] | None) -> NDArra
 
 
 def _read_camera(clip: StoredClip, size: Size) -> PinholeCamera | None:
-    """Intrinsics at `size`; stored ones put pixel centres at halves, ours at whole numbers."""
+    """Intrinsics at `size`. Stored intrinsics have pixel centres at half numbers, ours at whole numbers."""
     matrix: Any = clip.metadata.get("intrinsics")
     if matrix is None:
         return None
@@ -259,5 +262,5 @@ def _read_camera(clip: StoredClip, size: Size) -> PinholeCamera | None:
 
 
 def _as_array(pictures: Tensor) -> NDArray[np.float32]:
-    """`f c H W` to `f H W c`."""
+    """Turns `f c H W` into `f H W c`."""
     return torch.movedim(pictures, 1, -1).contiguous().numpy()

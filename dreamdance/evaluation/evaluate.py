@@ -1,4 +1,4 @@
-"""The `evaluate` task: results of an `animate` run against the truth of held-out clips, beside the trivial answers."""
+"""The `evaluate` task: compares results of an `animate` run, and trivial answers, with the truth of held-out clips."""
 
 import json
 import logging
@@ -38,21 +38,23 @@ logger = logging.getLogger(__name__)
 
 TABLE_JSON, TABLE_MARKDOWN, OVERVIEW_FILE = "table.json", "table.md", "overview.png"
 MEASURED_FOLDER = "measured"
+# The overview shows so many clips, each picture at least so wide in pixels.
 OVERVIEW_CLIPS = 12
 SMALLEST_WIDTH = 128
 
 
 def evaluate(recipe: EvaluateRecipe, run_folder: Path) -> None:
-    """Measures all results that have a true clip of the same id, ranks share the work; one writes the table.
+    """Measures all results that have a true clip of the same id. The ranks share the work; one writes the table.
 
     Args:
-        recipe: names the results, the truth shards, and perhaps the training set.
-        run_folder: takes `table.json`, `table.md` and `overview.png`, and until then what was measured.
+        recipe: names the results, the truth shards, and optionally the training set.
+        run_folder: folder for `table.json`, `table.md` and `overview.png`, and for the measurements until these exist.
 
     Raises:
-        MissingInputError: no results, or none that has its truth.
-        ResultError: a result is damaged, changed meanwhile, or does not fit the others or the truth.
-        LostWorkerError: another rank is silent.
+        MissingInputError: there are no results, or no result has a true clip.
+        ResultError: a result is damaged, has changed while it was measured, or does not match the other results or the
+            truth.
+        LostWorkerError: another rank gives no sign.
     """
     ranks = Ranks.from_environment()
     progress = ProgressLog(run_folder, ranks)
@@ -78,22 +80,22 @@ def evaluate(recipe: EvaluateRecipe, run_folder: Path) -> None:
             queue.watchdog.enter("writing the table", str(run_folder))
             tabulate(compared, {folder.name: measured.read(folder) for folder in found}, run_folder)
             last.finish(item)
-    if ranks.is_main:  # only now: if a rank is lost, the next start finds all measured
+    if ranks.is_main:  # not earlier: if a rank is lost, the next start finds all measurements
         text = (run_folder / TABLE_MARKDOWN).read_text(encoding="utf-8")
-        # `--follow` shows messages, and so the table
+        # `--follow` shows messages, and therefore the table
         progress.write(done=len(found), total=len(found), unit="clips", message=f"{run_folder}:\n\n{text}")
         measured.close()
 
 
 @dataclass(frozen=True)
 class Compared:
-    """What is compared with what.
+    """The inputs of the comparison.
 
     Attributes:
         recipe: names the results and the truth.
-        folders: of the results, by id.
-        first: of the results, whose sizes all must have.
-        training_mean: None where the recipe names no training set.
+        folders: id -> result folder.
+        first: the first result; all others must have its sizes.
+        training_mean: mean pictures of the training set; None if the recipe names no training set.
     """
 
     recipe: EvaluateRecipe
@@ -103,11 +105,14 @@ class Compared:
 
 
 def measure_clips(compared: Compared, measured: MeasuredClips, queue: WorkQueue, progress: ProgressLog) -> list[Path]:
-    """Measures with all other ranks what has not been measured; returns all results that have their truth.
+    """Measures, together with all other ranks, the results that were not measured before.
+
+    Returns:
+        The folders of all results that have a true clip.
 
     Raises:
-        MissingInputError: none has.
-        ResultError: a result is damaged or does not fit the others or the truth.
+        MissingInputError: no result has a true clip.
+        ResultError: a result is damaged, or does not match the other results or the truth.
     """
     recipe, folders = compared.recipe, compared.folders
     clips = open_clips(recipe.truth, before_shard=partial(queue.watchdog.enter, "checking a shard"))
@@ -117,7 +122,7 @@ def measure_clips(compared: Compared, measured: MeasuredClips, queue: WorkQueue,
         progress.write(done=share.num_done(), total=len(clips), unit="clips", message=message)
 
     for item in share.take(partial(report, "waiting for the other ranks")):
-        queue.watchdog.enter("measuring a clip", f"{item} of the truth")  # clips differ in length, so in time
+        queue.watchdog.enter("measuring a clip", f"{item} of the truth")  # not measured: clips differ in length
         clip = clips.clip(int(item))
         if clip.clip_id not in folders:
             share.finish(item)
@@ -134,16 +139,16 @@ def measure_clips(compared: Compared, measured: MeasuredClips, queue: WorkQueue,
     found = [folders[clip_id] for clip_id in share.results().values() if clip_id]
     if not found and not queue.is_over():
         raise MissingInputError(
-            f"none of the {len(folders)} results in {recipe.results} has a clip of its id in {recipe.truth.local} "
-            f"(results begin with '{next(iter(folders))}')"
+            f"none of the {len(folders)} results in {recipe.results} has a clip with its id in {recipe.truth.local} "
+            f"(the first result is '{next(iter(folders))}'; keys: results, truth.local)"
         )
     return found
 
 
 def tabulate(compared: Compared, evaluated: dict[str, EvaluatedClip], run_folder: Path) -> None:
-    """Writes the table of what all ranks measured."""
+    """Writes the table from the measurements of all ranks."""
     for missing in sorted(set(compared.folders) - set(evaluated)):
-        logger.warning("result '%s' has no clip of its id in %s: left out", missing, compared.recipe.truth.local)
+        logger.warning("result '%s' is left out: no clip in %s has its id", missing, compared.recipe.truth.local)
     table = Table(
         rows=_mean_rows(evaluated),
         clips={name: clip.scores for name, clip in evaluated.items()},
@@ -155,21 +160,21 @@ def tabulate(compared: Compared, evaluated: dict[str, EvaluatedClip], run_folder
 
 
 def evaluate_clip(result: Result, clip: StoredClip, training_mean: TrainingMean | None) -> EvaluatedClip:
-    """Scores the result, the trivial answers and the truth itself, on all frames but the reference.
+    """Scores the result, the trivial answers and the truth itself, on all frames except the reference frame.
 
     Raises:
-        ResultError: the result has no frame that could be compared.
+        ResultError: no frame of the result can be compared.
     """
     reference_frame = clip.num_frames - 1 if result.reference_frame is None else result.reference_frame
     if result.reference_frame is None:
-        logger.warning("result '%s' does not say which frame was the reference: the last is assumed", result.id)
+        logger.warning("result '%s' does not name its reference frame: the last frame is assumed", result.id)
     pairs = pair_frames(result, num_frames=clip.num_frames, fps=clip.fps)
     pairs = [(frame, true_frame) for frame, true_frame in pairs if true_frame != reference_frame]
     if not pairs or reference_frame >= clip.num_frames:
         raise ResultError(
             f"result '{result.id}' has {result.num_frames} frames at {result.fps:g} per second and frame "
-            f"{reference_frame} as its reference; its clip has {clip.num_frames} frames at {clip.fps:g}: nothing is "
-            "left to compare"
+            f"{reference_frame} as its reference; its clip has {clip.num_frames} frames at {clip.fps:g}: no frame can "
+            "be compared"
         )
     compared = [true_frame for _, true_frame in pairs]
     sizes = {"frame_size": result.frame_size, "map_size": result.map_size}
@@ -182,7 +187,7 @@ def evaluate_clip(result: Result, clip: StoredClip, training_mean: TrainingMean 
         TRUTH_ROW: Prediction(normals=truth.pictures.normals, disparity=truth.pictures.disparity),
     }
     scores = {name: score(answer, truth) for name, answer in answers.items()}
-    # of the truth, only what sampling at this size leaves of perfect consistency says anything
+    # The truth's other scores are perfect. Its consistency is not: the maps are sampled at this size.
     scores[TRUTH_ROW] = {key: value for key, value in scores[TRUTH_ROW].items() if key == "consistency_angle"}
     return EvaluatedClip(scores, _overview_row(result.id, prediction, truth, reference), len(compared))
 
@@ -190,43 +195,43 @@ def evaluate_clip(result: Result, clip: StoredClip, training_mean: TrainingMean 
 def describe_protocol(
     recipe: EvaluateRecipe, first: Result, evaluated: dict[str, EvaluatedClip], training_mean: TrainingMean | None
 ) -> dict[str, Any]:
-    """What was measured and how; printed with every table."""
+    """What was measured, and how; every table contains it."""
     (height, width), (map_height, map_width) = first.frame_size, first.map_size
     protocol = {
         "results": recipe.results,
         "truth": recipe.truth.local,
         "clips": f"{len(evaluated)}, mean over clips; {sum(clip.num_frames for clip in evaluated.values())} frames",
-        "frames": f"{width}x{height} pixels, the reference frame left out, compared at equal times; truth resized "
+        "frames": f"{width}x{height} pixels, compared at equal times, without the reference frame; truth resized "
         "with antialiasing",
-        "L1, PSNR, SSIM": "of values in [0, 1]; PSNR is the mean over frames; SSIM as scikit-image's default",
+        "L1, PSNR, SSIM": "for values in [0, 1]; PSNR is the mean over frames; SSIM has the defaults of scikit-image",
     }
     names = {name for clip in evaluated.values() for name in clip.scores[RESULT_ROW]}
     if "l1_body" in names:
         protocol["body"] = "inside the true body mask; SSIM there is the mean over windows centred in it"
     else:
         protocol["body"] = (
-            "not measured: the clips have no body mask; in whole frames a still background counts as well"
+            "not measured: the clips have no body mask; scores of whole frames include the still background"
         )
     if "angular_error_mean" not in names:
-        protocol["geometry"] = "not measured: it needs results, and true clips, with normals, depth and a body mask"
+        protocol["geometry"] = "not measured: results and true clips need normals and depth, and true clips a body mask"
     if first.prediction.normals is not None:
         protocol |= {
             "maps": f"{map_width}x{map_height} pixels, stage 1's size",
             "depth": "disparity aligned to the truth by one scale and shift per clip, fitted to whole frames, clamped "
             "to the clip's farthest point, inverted, measured inside the body; for the body's relief fitted inside it",
-            "normals to depth": "angle between predicted normals and those of predicted depth, by the true camera and "
-            "the true range of disparity; one pixel inside the outline",
+            "normals to depth": "angle between predicted normals and the normals of predicted depth, with the true "
+            "camera and the true range of disparity; at least one pixel inside the outline",
         }
     if training_mean is not None:
         protocol["training set's mean"] = (
-            f"of {training_mean.num_clips} clips, up to {FRAMES_PER_TRAINING_CLIP} frames each"
+            f"over {training_mean.num_clips} clips, up to {FRAMES_PER_TRAINING_CLIP} frames each"
         )
     protocol["not measured"] = "LPIPS, FID-VID, FVD: they need the weights of feature networks"
     return protocol
 
 
 def write_report(table: Table, evaluated: dict[str, EvaluatedClip], run_folder: Path) -> None:
-    """Writes the table in both forms and the overview."""
+    """Writes the table as JSON and as Markdown, and the overview picture."""
     run_folder.mkdir(parents=True, exist_ok=True)
     (run_folder / TABLE_JSON).write_text(json.dumps(table.as_json(), indent=2) + "\n", encoding="utf-8")
     (run_folder / TABLE_MARKDOWN).write_text(table.as_markdown(), encoding="utf-8")
@@ -246,13 +251,13 @@ def _mean_rows(evaluated: dict[str, EvaluatedClip]) -> dict[str, Scores]:
 def _check_sizes(result: Result, first: Result) -> None:
     if (result.frame_size, result.map_size) != (first.frame_size, first.map_size):
         raise ResultError(
-            f"result '{result.id}' is of another size than '{first.id}' ({result.frame_size} and {first.frame_size}, "
-            "rows x columns): results of one animate run are needed"
+            f"result '{result.id}' has another size than '{first.id}' ({result.frame_size} and {first.frame_size}, "
+            "rows x columns): `results` must name the folder of one animate run"
         )
 
 
 def _overview_row(name: str, prediction: Prediction, truth: Truth, reference: Truth) -> GridRow:
-    """The middle frame: truth and prediction of each kind, beside the reference."""
+    """The reference, and the middle frame of the truth and of the prediction, for each kind of picture."""
     middle = len(_given(truth.pictures.frames)) // 2
     pictures = [_given(reference.pictures.frames)[0]]
     pictures += [_given(truth.pictures.frames)[middle], _given(prediction.frames)[middle]]
@@ -266,7 +271,7 @@ def _overview_row(name: str, prediction: Prediction, truth: Truth, reference: Tr
 
 
 def _enlarged(picture: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-    """A map at the frames' size, every pixel visible."""
+    """Enlarges a map to the frames' size without interpolation, so that every pixel is visible."""
     return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST))
 
 

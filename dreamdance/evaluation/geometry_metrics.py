@@ -1,7 +1,7 @@
-"""Errors of predicted normals and depth against the truth, and whether the two agree with each other.
+"""Errors of predicted normals and depth against the truth, and how well both predictions agree with each other.
 
-Normals are unit vectors in camera space, x right, y up, z towards the camera. Depth comes as disparity (near is large),
-known up to scale and shift. All numbers are taken inside a mask, the body.
+Normals are unit vectors in camera space, x right, y up, z towards the camera. Predicted depth is a
+disparity (near is large), known up to scale and shift. All errors are measured inside a mask, the body.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ DELTA_THRESHOLD = 1.25
 
 @dataclass(frozen=True)
 class AngularError:
-    """Angles between predicted and true normals, in degrees; NaN where no pixel counts."""
+    """Angles between predicted and true normals, in degrees; NaN if the mask is empty."""
 
     mean: float
     median: float
@@ -26,11 +26,11 @@ class AngularError:
 
 @dataclass(frozen=True)
 class DepthError:
-    """Relative depth errors after alignment; NaN where no pixel counts.
+    """Relative depth errors after alignment; NaN if the mask is empty.
 
     Attributes:
         abs_rel: mean of |predicted - true| / true depth.
-        delta: share of pixels of which max(predicted / true, true / predicted) < 1.25.
+        delta: fraction of pixels for which max(predicted / true, true / predicted) < 1.25.
     """
 
     abs_rel: float
@@ -39,7 +39,7 @@ class DepthError:
 
 @dataclass(frozen=True)
 class PinholeCamera:
-    """Intrinsics in pixels of the frame they belong to; the principal point in pixel-centre coordinates."""
+    """Intrinsics in pixels of their frame; pixel centres have whole-number coordinates."""
 
     focal_x: float
     focal_y: float
@@ -47,7 +47,7 @@ class PinholeCamera:
     centre_y: float
 
     def resized(self, from_size: tuple[int, int], to_size: tuple[int, int]) -> "PinholeCamera":
-        """The same camera for frames resized between (height, width) sizes."""
+        """The same camera for frames that were resized from one (height, width) to another."""
         down, right = to_size[0] / from_size[0], to_size[1] / from_size[1]
         return PinholeCamera(
             self.focal_x * right,
@@ -62,7 +62,7 @@ def _as_float64(values: FloatArray) -> NDArray[np.float64]:
 
 
 def angles(first: FloatArray, second: FloatArray) -> NDArray[np.float64]:
-    """Degrees between vectors `... 3` of any length; accurate for nearly parallel vectors, where arccos is not."""
+    """Angles in degrees between vectors `... 3` of any length; accurate for nearly parallel ones, unlike arccos."""
     a, b = _as_float64(first), _as_float64(second)
     cross = np.linalg.norm(np.cross(a, b), axis=-1)
     angles: NDArray[np.float64] = np.degrees(np.arctan2(cross, (a * b).sum(axis=-1)))
@@ -84,10 +84,11 @@ def angular_error(prediction: FloatArray, truth: FloatArray, mask: MaskArray) ->
 
 
 def align_disparity(prediction: FloatArray, truth: FloatArray) -> tuple[float, float]:
-    """Scale and shift which bring predicted closest to true disparity, in least squares.
+    """Scale and shift that bring predicted disparity closest to true disparity, by least squares.
 
     Args:
-        prediction, truth: flat, the pixels that count. A constant prediction gets scale 0 and the truth's mean.
+        prediction, truth: flat arrays of the pixels to fit. For a constant prediction, the scale is 0 and the shift is
+            the truth's mean.
     """
     p, t = _as_float64(prediction), _as_float64(truth)
     centred = p - p.mean()
@@ -106,18 +107,18 @@ def depth_error(
     min_disparity: float,
     fit_mask: MaskArray | None = None,
 ) -> DepthError:
-    """AbsRel and delta < 1.25 of depth inside the mask, after predicted disparity was aligned to the true one.
+    """AbsRel and delta < 1.25 of depth inside the mask, after predicted disparity is aligned to true disparity.
 
-    Alignment is in disparity, as the evaluation of MiDaS does it, by one scale and shift for the whole clip, so that
-    flicker counts as an error; then depth is its inverse. Fitted to the whole frame, the error tells whether the body
-    stands at the right distance from what surrounds it; fitted inside the mask, its relief alone.
+    Disparity is aligned as in the evaluation of MiDaS, by one scale and shift for the whole clip, so that flicker
+    counts as an error; depth is the inverse. If the fit is over the whole frame, the error includes the body's distance from
+    its surroundings; if the fit is inside the mask, the error measures the body's relief alone.
 
     Args:
         prediction: `f H W` disparity up to scale and shift.
         truth: `f H W` disparity in 1/metre, positive.
-        mask: `f H W`, where errors count.
-        min_disparity: aligned disparity is clamped from below to this, the scene's farthest point: without it a
-            prediction near zero would be a depth without bounds.
+        mask: `f H W`, where errors are measured.
+        min_disparity: lower limit of the aligned disparity, the scene's farthest point: without it, a prediction near
+            zero would give an unlimited depth.
         fit_mask: `f H W`, where scale and shift are fitted; the whole frame by default.
 
     Raises:
@@ -139,14 +140,14 @@ def depth_error(
 
 
 def normals_from_depth(depth: FloatArray, camera: PinholeCamera) -> NDArray[np.float64]:
-    """Unit normals of the surface that a depth map describes, by central differences of its points.
+    """Unit normals of the surface of a depth map, by central differences of its points.
 
     Args:
         depth: `... H W`, metres along the optical axis.
         camera: intrinsics of these frames.
 
     Returns:
-        `... H W 3`, facing the camera; the outermost pixels take one-sided differences.
+        `... H W 3`, facing the camera; the outermost pixels have one-sided differences.
     """
     z = _as_float64(depth)
     height, width = z.shape[-2], z.shape[-1]
@@ -161,9 +162,9 @@ def normals_from_depth(depth: FloatArray, camera: PinholeCamera) -> NDArray[np.f
 
 
 def consistency_angle(normals: FloatArray, depth: FloatArray, mask: MaskArray, camera: PinholeCamera) -> float:
-    """Mean angle in degrees between predicted normals and the normals which predicted depth implies.
+    """Mean angle in degrees between predicted normals and the normals of predicted depth.
 
-    Only pixels whose eight neighbours lie in the mask count: differences across the body's outline are no surface.
+    Only pixels whose eight neighbours lie in the mask count: differences across the body's outline are not a surface.
 
     Args:
         normals: `f H W 3`.
@@ -179,7 +180,7 @@ def consistency_angle(normals: FloatArray, depth: FloatArray, mask: MaskArray, c
 
 
 def erode(mask: MaskArray) -> MaskArray:
-    """`f H W` with every pixel dropped that has a neighbour (of eight) outside of the mask or of the frame."""
+    """Removes from a mask `f H W` all pixels with a neighbour (of eight) outside of the mask or of the frame."""
     padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
     height, width = mask.shape[1:]
     shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]

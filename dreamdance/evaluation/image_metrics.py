@@ -1,6 +1,6 @@
 """Distances between predicted and true frames: L1, PSNR and SSIM, over the whole frame or inside a mask.
 
-The true metrics bear their plain names. The numbers of the TikTok benchmark's line of work come from DisCo's code
+The correct metrics have plain names. Papers on the TikTok benchmark report numbers of DisCo's code
 (dreamdance/README.md, "The metric trap"): a function that repeats that code exactly has `disco` in its name, and does
 not measure quality.
 """
@@ -16,31 +16,32 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.floating[Any]]
 MaskArray = NDArray[np.bool_]
 
+# PSNR of two identical frames, in decibel.
 IDENTICAL_FRAMES_PSNR = 100.0
 SSIM_WINDOW = 7
 _SSIM_K1, _SSIM_K2 = 0.01, 0.03
 
 
 def l1(prediction: FloatArray, truth: FloatArray, mask: MaskArray | None = None) -> float:
-    """Mean absolute difference in [0, 1] units, over all pixels (of the mask) of all frames.
+    """Mean absolute difference, in [0, 1], over all pixels (inside the mask) of all frames.
 
     Args:
         prediction, truth: `f H W c` in [0, 1].
-        mask: `f H W`, True where pixels count. NaN is returned where none does.
+        mask: `f H W`, True where pixels count. The result for an empty mask is NaN.
     """
     _check_frames(prediction, truth, mask)
     return _mean_inside(np.abs(_as_float64(prediction) - _as_float64(truth)), mask)
 
 
 def psnr(prediction: FloatArray, truth: FloatArray, mask: MaskArray | None = None) -> float:
-    """Peak signal-to-noise ratio in decibel, in float64: per frame, then averaged over frames.
+    """Peak signal-to-noise ratio in decibel, computed in float64 for each frame, then averaged over frames.
 
     Args:
         prediction, truth: `f H W c` in [0, 1].
-        mask: `f H W`; frames of which no pixel counts are left out, NaN where that leaves none.
+        mask: `f H W`; frames with an empty mask are left out. The result is NaN if no frame remains.
 
     Returns:
-        10 log10(1 / mean squared error); identical frames count `IDENTICAL_FRAMES_PSNR`.
+        10 log10(1 / mean squared error); `IDENTICAL_FRAMES_PSNR` for identical frames.
     """
     _check_frames(prediction, truth, mask)
     squares = (_as_float64(prediction) - _as_float64(truth)) ** 2
@@ -54,7 +55,7 @@ def ssim(prediction: FloatArray, truth: FloatArray, mask: MaskArray | None = Non
 
     Args:
         prediction, truth: `f H W c` in [0, 1], at least 7 pixels high and wide.
-        mask: `f H W`: the mean is taken over windows whose centre counts. NaN where none does.
+        mask: `f H W`: the mean is over windows whose centre lies inside; NaN if there is none.
     """
     _check_frames(prediction, truth, mask)
     similarity = _ssim_map(_as_float64(prediction), _as_float64(truth), data_range=1.0)
@@ -65,7 +66,7 @@ def ssim(prediction: FloatArray, truth: FloatArray, mask: MaskArray | None = Non
 def l1_disco(prediction: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:
     """DisCo's "L1": mean absolute difference of 0..255 values divided by the frame's pixels H x W.
 
-    It shrinks as frames grow: compare at equal resolution only.
+    It becomes smaller for larger frames: compare at equal resolution only.
 
     Args:
         prediction, truth: `f H W c` uint8.
@@ -76,13 +77,13 @@ def l1_disco(prediction: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:
 
 
 def psnr_disco_overflow(prediction: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:
-    """DisCo's first "PSNR": differences and squares wrap around in uint8, so that unlike frames measure about 30 dB.
+    """DisCo's first "PSNR": differences and squares wrap around in uint8, so that different frames get about 30 dB.
 
     Args:
         prediction, truth: `f H W c` uint8.
 
     Returns:
-        Mean over frames, in decibel of nothing in particular; identical frames count 100.
+        Mean over frames, without a meaning in decibel; `IDENTICAL_FRAMES_PSNR` for identical frames.
     """
     _check_bytes(prediction, truth)
     wrapped = (prediction - truth) ** 2
@@ -91,7 +92,7 @@ def psnr_disco_overflow(prediction: NDArray[np.uint8], truth: NDArray[np.uint8])
 
 
 def ssim_disco(prediction: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:
-    """DisCo's SSIM: of the frames in grey, rounded to bytes, with scikit-image's defaults.
+    """DisCo's SSIM: frames are converted to grey and rounded to bytes; the rest as scikit-image's defaults.
 
     Args:
         prediction, truth: `f H W 3` uint8 RGB, at least 7 pixels high and wide.
@@ -102,7 +103,7 @@ def ssim_disco(prediction: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float
 
 
 def mean_colour(frames: FloatArray, mask: MaskArray | None = None) -> NDArray[np.float64]:
-    """Mean colour `c` of `f H W c` frames, inside the mask `f H W` where it has any pixel."""
+    """Mean colour `c` of frames `f H W c`, inside the mask `f H W` unless the mask is empty or None."""
     if mask is not None and mask.any():
         inside: NDArray[np.float64] = _as_float64(frames)[mask].mean(axis=0)
         return inside
@@ -118,7 +119,7 @@ def _decibel(ratio: float) -> float:
 
 
 def _mean_inside(values: NDArray[np.float64], mask: MaskArray | None) -> float:
-    """Mean of `... H W c` over the mask `... H W` and all channels; NaN for an empty mask."""
+    """Mean of `... H W c` over the mask `... H W` and all channels; NaN if the mask is empty."""
     if mask is None:
         return float(values.mean())
     return float(values[mask].mean()) if mask.any() else float("nan")
@@ -131,7 +132,7 @@ def _grey_bytes(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _ssim_map(prediction: NDArray[np.float64], truth: NDArray[np.float64], *, data_range: float) -> NDArray[np.float64]:
-    """Similarity at each full window, `f H-6 W-6 c`."""
+    """Similarity of each full window, `f H-6 W-6 c`."""
     height, width = truth.shape[1:3]
     if min(height, width) < SSIM_WINDOW:
         raise ValueError(f"SSIM needs frames of at least {SSIM_WINDOW}x{SSIM_WINDOW} pixels, not {width}x{height}")

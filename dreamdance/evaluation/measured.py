@@ -1,6 +1,6 @@
-"""What the ranks measured, clip by clip, on the disk: so shares meet, and a job that starts again goes on.
+"""Measurements of single clips as files: ranks combine their work through them, and a restarted job continues.
 
-Ranks of a job share nothing but a folder here: one may have much more to do than another, and one may be lost.
+The ranks share nothing but this folder: one may have much more to do than another, and one may be lost.
 """
 
 import hashlib
@@ -26,18 +26,18 @@ from dreamdance.runs.files import replace_atomically
 from dreamdance.runs.layout import ARRAYS_FILE, RESULT_FILE
 
 INDEX_FILE = "index.json"
-MAX_NAMES = 10
+MAX_NAMES = 10  # of results, in an error message
 
 
 @dataclass(frozen=True)
 class EvaluatedClip:
-    """What became of one clip.
+    """The measurement of one clip.
 
     Attributes:
-        scores: by row.
-        row: its line of the overview.
-        num_frames: that were compared.
-        files: of the result, as they were read, by absolute path.
+        scores: name of the table's row -> scores.
+        row: the clip's line in the overview picture.
+        num_frames: number of compared frames.
+        files: absolute path -> state of each file of the result when it was read.
     """
 
     scores: dict[str, Scores]
@@ -47,19 +47,19 @@ class EvaluatedClip:
 
 
 def read_files(result: Path, known: Mapping[Path, FileState] = MappingProxyType({})) -> dict[Path, FileState]:
-    """The states of the files of a result that are measured, by absolute path; known ones are not read again."""
+    """Absolute path -> state, of the measured files of a result; files in a known state are not read again."""
     paths = [(result / name).absolute() for name in (RESULT_FILE, ARRAYS_FILE)]
     return {path: state for path in paths if (state := read_state(path, known.get(path))) is not None}
 
 
 def note_work(recipe: EvaluateRecipe, evaluated: Iterable[EvaluatedClip], run_folder: Path) -> None:
-    """Notes what the table was made from, so that the launcher need not start it again."""
+    """Records the files that the table was made from, so that the launcher does not start the same work again."""
     files = {path: of_content(state) for clip in evaluated for path, state in clip.files.items()}
     for shards in (recipe.truth, recipe.training_set):
         if shards is None or (state := read_state(Path(shards.local) / INDEX_FILE)) is None:
             continue
         files[Path(shards.local) / INDEX_FILE] = of_content(state)
-        if shards.remote is None:  # else this folder is a cache, which may be emptied
+        if shards.remote is None:  # otherwise this folder is a cache, which may be emptied
             stored = (
                 Path(shards.local) / shard.stored.name for shard in read_index(Path(shards.local) / INDEX_FILE).shards
             )
@@ -68,17 +68,18 @@ def note_work(recipe: EvaluateRecipe, evaluated: Iterable[EvaluatedClip], run_fo
 
 
 class MeasuredClips:
-    """A folder with a file for each result that was measured, by the same recipe against the same truth.
+    """A folder with one file for each measured result.
 
-    The file's name depends on nothing else, so that all ranks look for the same one; what the result held is inside.
+    The file's name depends on the recipe, the truth and the result's name alone, so that all ranks look for the same
+    file. The file contains the hashes of the result's files.
     """
 
     def __init__(self, folder: Path, recipe: EvaluateRecipe) -> None:
-        """Knows the recipe and the truth.
+        """Reads the indexes of the truth and of the training set.
 
         Args:
-            folder: of the run; made when something is measured, deleted by `close`.
-            recipe: what is measured.
+            folder: a folder inside the run folder; `write` creates it, `close` deletes it.
+            recipe: the recipe of this evaluation.
         """
         self.folder = folder
         self._recipe = result_json(recipe)
@@ -87,12 +88,12 @@ class MeasuredClips:
         self._truth = [index.read_text(encoding="utf-8") if index.is_file() else "" for index in indexes]
 
     def path(self, result: Path) -> Path:
-        """Where a result's measurement lies."""
+        """The file of a result's measurement."""
         content = [self._recipe, *self._truth, result.name]
         return self.folder / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()}.npz"
 
     def holds(self, result: Path) -> bool:
-        """Whether a result was measured with the content that its files have now, at whatever times."""
+        """Whether a result was measured with the content that its files have now; their time stamps do not matter."""
         if not self.path(result).is_file():
             return False
         with np.load(self.path(result), allow_pickle=False) as stored:
@@ -103,7 +104,7 @@ class MeasuredClips:
         }
 
     def write(self, result: Path, clip: EvaluatedClip) -> None:
-        """Keeps what was measured, whole or not at all."""
+        """Writes a measurement, complete or not at all."""
         target = self.path(result)
         self.folder.mkdir(parents=True, exist_ok=True)
         pictures = {f"picture_{number}": picture for number, picture in enumerate(clip.row.pictures)}
@@ -116,21 +117,21 @@ class MeasuredClips:
             )
 
     def read(self, result: Path) -> EvaluatedClip:
-        """What was measured."""
+        """Reads the measurement of a result."""
         with np.load(self.path(result), allow_pickle=False) as stored:
             text = json.loads(str(stored["text"]))
             pictures = [stored[f"picture_{number}"] for number in range(len(stored.files) - 1)]
         return EvaluatedClip(text["scores"], GridRow(text["label"], pictures), text["num_frames"], _files(text))
 
     def check(self, results: Sequence[Path], before_result: Callable[[str], None]) -> None:
-        """Compares all results with their measurements, when all are measured.
+        """Checks that no result has changed since it was measured; to be called when all are measured.
 
         Args:
-            results: the folders of all.
-            before_result: called with each result's name.
+            results: the folders of all results.
+            before_result: called before each result, with its name.
 
         Raises:
-            ResultError: results are not measured as they are now.
+            ResultError: results have changed.
         """
         others = []
         for result in results:
@@ -140,11 +141,11 @@ class MeasuredClips:
         if others:
             raise ResultError(
                 f"{len(others)} of the {len(results)} results changed while they were measured ({_listed(others)}); "
-                "run evaluate again when nothing writes into them any more"
+                "run evaluate again when no other program writes to them"
             )
 
     def close(self) -> None:
-        """Deletes everything, now that the table is written."""
+        """Deletes the folder; to be called when the table is written."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""Scores of one prediction of one clip, by name, and what each of them is called and means."""
+"""The metrics of the table, and the scores of one prediction of one clip."""
 
 from dataclasses import dataclass
 
@@ -16,11 +16,11 @@ class Metric:
     """A column of the table.
 
     Attributes:
-        key: in `table.json`.
-        title: in `table.md`.
-        digits: after the point.
-        higher_is_better: the direction.
-        scientific: printed as 1.23e-4.
+        key: the name in `table.json`.
+        title: the name in `table.md`.
+        digits: number of digits after the decimal point.
+        higher_is_better: whether a larger value is the better one.
+        scientific: whether to print as 1.23e-4.
     """
 
     key: str
@@ -53,18 +53,18 @@ FRAME_METRICS = (
 )
 METRICS = GEOMETRY_METRICS + BODY_METRICS + FRAME_METRICS
 
+# Scores that the table compares with the best trivial answer.
 IMPROVEMENT_KEYS = ("angular_error_mean", "abs_rel", "abs_rel_aligned_in_body", "l1_body", "psnr_body", "l1", "psnr")
-"""Numbers that are set against the best trivial answer."""
 
 Scores = dict[str, float]
 
 
 def score(prediction: Prediction, truth: Truth) -> Scores:
-    """All metrics that the prediction and the truth allow.
+    """All metrics that can be computed from the prediction and the truth.
 
     Args:
-        prediction: of the same frames and sizes as the truth.
-        truth: of one clip.
+        prediction: has the same frames and sizes as the truth.
+        truth: the truth of one clip.
     """
     return {**_score_frames(prediction, truth), **_score_maps(prediction, truth)}
 
@@ -111,13 +111,13 @@ def _score_maps(prediction: Prediction, truth: Truth) -> Scores:
 
 
 def as_bytes(frames: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Frames in [0, 1] as 0..255, rounded."""
+    """Frames in [0, 1] as bytes 0..255, rounded."""
     rounded: NDArray[np.uint8] = np.rint(frames.clip(0, 1) * 255).astype(np.uint8)
     return rounded
 
 
 def mean_scores(clips: list[Scores]) -> Scores:
-    """Mean over clips of each metric, over those clips that have it and are not NaN there."""
+    """Mean of each metric over the clips that have it; NaN values are left out."""
     means = {}
     for metric in METRICS:
         values = [scores[metric.key] for scores in clips if metric.key in scores]

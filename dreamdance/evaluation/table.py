@@ -1,4 +1,4 @@
-"""The table: rows of mean scores, improvements over the best trivial answer, as JSON and as Markdown."""
+"""The table of scores and of improvements over the best trivial answer, as JSON and as Markdown."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,19 +17,19 @@ from dreamdance.evaluation.scores import (
 RESULT_ROW = "this run"
 TRUTH_ROW = "truth itself"
 NOT_MEASURED = "-"
-MAX_CLIPS_SHOWN = 12
+MAX_CLIPS_SHOWN = 12  # above this number, the Markdown has no table of single clips
 
 
 @dataclass(frozen=True)
 class Improvement:
-    """One number of the result beside the best trivial answer's.
+    """One score of the result, and the same score of the best trivial answer.
 
     Attributes:
-        value: the result's.
-        trivial: the best trivial answer's.
-        answer: its name.
-        relative: share by which the result is better (negative: worse), NaN beside a perfect answer; decibels are
-            compared by difference.
+        value: the result's score.
+        trivial: the best trivial answer's score.
+        answer: name of that answer.
+        relative: improvement over the best trivial answer as a fraction of its score; negative if the result is worse,
+            NaN if that score is zero. The Markdown compares decibels by their difference instead.
     """
 
     value: float
@@ -40,12 +40,12 @@ class Improvement:
 
 @dataclass(frozen=True)
 class Table:
-    """All rows, first the result's.
+    """All scores of an evaluation.
 
     Attributes:
-        rows: row name -> mean scores.
+        rows: row name -> mean scores; the first row is the result's.
         clips: clip id -> row name -> scores.
-        protocol: what was measured and how, in sentences and numbers.
+        protocol: how the scores were measured: title -> text or values.
     """
 
     rows: Mapping[str, Scores]
@@ -53,11 +53,11 @@ class Table:
     protocol: Mapping[str, Any] = field(default_factory=dict)
 
     def improvements(self) -> dict[str, Improvement]:
-        """For the numbers that matter, how much better than the best trivial answer the result is."""
+        """The result's improvement over the best trivial answer, for each of `IMPROVEMENT_KEYS`."""
         return compare_with_trivial(self.rows)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; a number that could not be measured is absent."""
+        """JSON values; scores that could not be measured are absent."""
         improvements = {
             key: {
                 "value": entry.value,
@@ -101,7 +101,7 @@ class Table:
         return _markdown(["", *(_arrowed(metric) for metric in metrics)], lines)
 
     def _clips_as_markdown(self) -> str:
-        """Each clip's L1 and PSNR beside its own best trivial answer; inside the body where there are masks."""
+        """L1 and PSNR of each clip and of its best trivial answer; inside the body if there are masks."""
         keys = ("l1_body", "psnr_body") if "l1_body" in self.rows[RESULT_ROW] else ("l1", "psnr")
         metrics = [metric for metric in METRICS if metric.key in keys]
         header, lines = [""], []
@@ -118,10 +118,10 @@ class Table:
 
 
 def compare_with_trivial(rows: Mapping[str, Scores]) -> dict[str, Improvement]:
-    """For the numbers that matter, the result beside the best trivial answer.
+    """Compares the result with the best trivial answer, for each of `IMPROVEMENT_KEYS`.
 
     Args:
-        rows: row name -> scores, of one clip or means over clips.
+        rows: row name -> scores of one clip, or means over clips.
     """
     trivial = {name: scores for name, scores in rows.items() if name not in (RESULT_ROW, TRUTH_ROW)}
     metrics = {metric.key: metric for metric in METRICS}
@@ -154,7 +154,7 @@ def _improvements_as_markdown(improvements: Mapping[str, Improvement]) -> str:
 
 
 def _markdown(header: list[str], lines: Iterable[list[str]]) -> str:
-    """A Markdown table whose columns line up as text too."""
+    """A Markdown table whose columns are also aligned as plain text."""
     cells = [header, *lines]
     widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
     padded = [[text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in cells]

@@ -1,4 +1,4 @@
-"""Answers that need no model: what a result must beat before it means anything."""
+"""Trivial answers, which need no model; a useful result must be better than all of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ MEAN_COLOUR = "reference's mean body colour"
 MEAN_COLOUR_OF_FRAME = "reference's mean colour"
 MEAN_OF_TRAINING = "training set's mean"
 
+# Numbers of clips, and of frames in each, over which the training set's mean is taken.
 MAX_TRAINING_CLIPS = 256
 FRAMES_PER_TRAINING_CLIP = 8
 
@@ -25,8 +26,8 @@ class TrainingMean:
     """Mean pictures of a training set.
 
     Attributes:
-        pictures: one frame of each kind; normals averaged as vectors and brought to unit length.
-        num_clips: how many clips were averaged.
+        pictures: one frame of each kind; normals are averaged as vectors, then normalised.
+        num_clips: number of clips in the mean.
     """
 
     pictures: Prediction
@@ -34,12 +35,12 @@ class TrainingMean:
 
 
 def trivial_answers(reference: Truth, num_frames: int, training_mean: TrainingMean | None) -> dict[str, Prediction]:
-    """Predictions of a clip that look at nothing but its reference, or not even at that.
+    """Predictions of a clip from its reference frame alone, or from the training set alone.
 
     Args:
         reference: the clip's reference frame with its true maps, a `Truth` of one frame.
-        num_frames: of the clip.
-        training_mean: None where the recipe names no training set.
+        num_frames: number of frames of the clip.
+        training_mean: None if the recipe names no training set.
     """
     colour_name = MEAN_COLOUR_OF_FRAME if reference.frame_mask is None else MEAN_COLOUR
     answers = {
@@ -57,10 +58,11 @@ def average_training_set(
     """Averages evenly spaced frames of evenly spaced clips of a training set.
 
     Args:
-        shards: of the training set.
-        frame_size: of the result's frames.
-        map_size: of the result's maps.
-        before_clip: called with the clip's number in words, before each; before, with each shard's that is checked.
+        shards: the training set.
+        frame_size: size of the result's frames.
+        map_size: size of the result's maps.
+        before_clip: called before each shard is checked, and before each clip is read, with a text that contains its
+            number.
 
     Raises:
         ShardError: the shards cannot be read.
@@ -94,7 +96,7 @@ def _repeated(one: Prediction, num_frames: int) -> Prediction:
 
 
 def _colour_frames(reference: Truth, num_frames: int) -> NDArray[np.float32]:
-    """Frames of one colour: the mean of the reference's body, of the whole picture where there is no mask."""
+    """Frames of one colour: the mean colour of the reference's body, or of the whole picture if there is no mask."""
     frames = reference.pictures.frames
     assert frames is not None, "every stored clip has rgb"
     colour = mean_colour(frames, reference.frame_mask).astype(np.float32)

@@ -240,7 +240,9 @@ def test_a_result_of_half_the_frame_rate_is_compared_at_the_times_that_it_has(tm
 def test_a_result_that_plays_its_clips_frames_at_another_rate_is_refused_by_name(tmp_path, data, truths):
     name, truth = next(iter(truths.items()))
     write_result(tmp_path / "results", name, truth.pictures.frames, fps=2 * FPS)
-    with pytest.raises(ResultError, match=rf"'{name}' plays the 5 frames of its clip at 16 .* give 8, and run animate"):
+    with pytest.raises(
+        ResultError, match=rf"'{name}' plays the 5 frames of its clip at 16 .* set it to 8, and run animate"
+    ):
         run(tmp_path, data)
 
 
@@ -292,8 +294,8 @@ def test_results_without_truth_are_told_and_left_out(tmp_path, data, truths, cap
     write_result(tmp_path / "results", "somebody_else", truth.pictures.frames)
     table = run(tmp_path, data)
     assert set(table["clips"]) == {name}
-    assert "'somebody_else' has no clip of its id" in caplog.text
-    assert "the last is assumed" in caplog.text
+    assert "'somebody_else' is left out: no clip in " in caplog.text
+    assert "the last frame is assumed" in caplog.text
 
 
 def test_unusable_results_are_named(tmp_path, data, truths):
@@ -350,11 +352,11 @@ def hostile_arrays(path, kind: str, ran) -> None:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("pickle", "'frames' is object .* uint8 of 4 dimensions is wanted"),
+        ("pickle", "'frames' is object .* it must be uint8 of 4 dimensions"),
         ("other type", "'frames' is float64"),
         ("bomb", "'frames' would take 3000000000000 bytes; up to 8589934592 are read"),
-        ("claims more than it holds", "'frames' holds 3 bytes where its shape .* wants 30000000"),
-        ("holds more than it claims", "'frames' holds 67108864 bytes where its shape .* wants 3"),
+        ("claims more than it holds", "'frames' holds 3 bytes, but its shape .* needs 30000000"),
+        ("holds more than it claims", "'frames' holds 67108864 bytes, but its shape .* needs 3"),
     ],
 )
 def test_hostile_arrays_are_refused_before_they_run_or_fill_the_memory(tmp_path, kind, said):

@@ -284,7 +284,7 @@ def test_rates_that_drift_apart_over_a_long_clip_are_two_rates():
     assert max(abs(Fraction(frame) / Fraction("29.95") - Fraction(true, 30)) for frame, true in pairs) < Fraction(
         1, 290
     )
-    with pytest.raises(ResultError, match=r"plays the 3000 frames .* at 30 .* give 29\.97, and run animate"):
+    with pytest.raises(ResultError, match=r"plays the 3000 frames .* at 30 .* set it to 29\.97, and run animate"):
         pair_frames(blank_result(3000, 30.0), num_frames=3000, fps=30_000 / 1001)
 
 
