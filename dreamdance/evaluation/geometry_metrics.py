@@ -110,8 +110,8 @@ def depth_error(
     """AbsRel and delta < 1.25 of depth inside the mask, after predicted disparity is aligned to true disparity.
 
     Disparity is aligned as in the evaluation of MiDaS, by one scale and shift for the whole clip, so that flicker
-    counts as an error; depth is the inverse. If the fit is over the whole frame, the error includes the body's distance from
-    its surroundings; if the fit is inside the mask, the error measures the body's relief alone.
+    counts as an error; depth is the inverse. If the fit is over the whole frame, the error includes the body's distance
+    from its surroundings; if the fit is inside the mask, the error measures the body's relief alone.
 
     Args:
         prediction: `f H W` disparity up to scale and shift.

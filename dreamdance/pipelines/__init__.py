@@ -1,10 +1,10 @@
-"""The three pipelines: geometry (stage 1), animation (stage 2), and both in one."""
+"""The three pipelines: geometry (stage 1), animation (stage 2), and both together."""
 
 from dreamdance.pipelines.animation import AnimationPipeline
 from dreamdance.pipelines.dreamdance import DreamDancePipeline
 from dreamdance.pipelines.geometry import GeometryPipeline
 from dreamdance.pipelines.outputs import AnimationOutput, DreamDanceOutput, GeometryOutput
-from dreamdance.pipelines.sampling import announce
+from dreamdance.pipelines.sampling import register_pipeline
 
 __all__ = [
     "AnimationOutput",
@@ -16,4 +16,4 @@ __all__ = [
 ]
 
 for _pipeline_class in (GeometryPipeline, AnimationPipeline, DreamDancePipeline):
-    announce(_pipeline_class)
+    register_pipeline(_pipeline_class)

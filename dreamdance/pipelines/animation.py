@@ -1,4 +1,4 @@
-"""Stage 2: a reference image and the control maps of every frame to high-resolution frames (Eq. 2, second line)."""
+"""Stage 2: makes high-resolution frames from a reference image and control maps (Eq. 2, second line)."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -32,18 +32,18 @@ from dreamdance.pipelines.sampling import (
     StepCallback,
     checked_latents,
     draw_initial_noise,
-    predict_under_each,
+    predict_for_each,
 )
 from dreamdance.pipelines.windows import SamplingWindow, plan_windows
 
 
 @dataclass(frozen=True)
 class AnimationCondition:
-    """What SVD reads of the reference image, or of its absence.
+    """SVD's inputs from the reference image, or zeros in their place if the reference is dropped for guidance.
 
     Attributes:
-        latents: `b c h w`, of the noised reference, not scaled; zeros for a dropped reference.
-        embedding: `b 1 c`, of the clean reference; zeros for a dropped one.
+        latents: `b c h w`, latents of the noised reference, not scaled.
+        embedding: `b 1 c`, embedding of the clean reference.
         added_time_ids: `b 3`, (fps - 1, motion bucket, noise augmentation).
     """
 
@@ -53,7 +53,7 @@ class AnimationCondition:
 
     @classmethod
     def merged(cls, conditions: "Sequence[AnimationCondition]") -> "AnimationCondition":
-        """All of them as one, `b` outermost."""
+        """Concatenates conditions along `b`."""
         return cls(
             torch.cat([condition.latents for condition in conditions]),
             torch.cat([condition.embedding for condition in conditions]),
@@ -64,16 +64,17 @@ class AnimationCondition:
 class AnimationPipeline(SamplingPipeline):
     """Stable Video Diffusion, guided by the cross-domain controller through an SVD ControlNet (Eq. 7).
 
-    The networks are shared, and their temporal convolutions folded (`fold_temporal_convolutions`).
+    The pipeline shares the networks with the caller, and folds their temporal convolutions
+    (`fold_temporal_convolutions`).
 
     Args:
         unet: SVD's denoiser.
-        controlnet: the copy of its encoder half.
-        controller: encodes the control maps; its config says which.
+        controlnet: the trained copy of the denoiser's encoder half.
+        controller: encodes the control maps; its config names them.
         vae: the video autoencoder.
         image_encoder: CLIP's vision tower, or its stand-in.
         scheduler: SVD's Euler scheduler.
-        default_height, default_width: the size in pixels that the networks were trained at; exports hold it.
+        default_height, default_width: size in pixels at which the networks were trained; exports contain it.
     """
 
     model_cpu_offload_seq = "image_encoder->controller->controlnet->unet->vae"
@@ -104,20 +105,20 @@ class AnimationPipeline(SamplingPipeline):
 
     @property
     def controls(self) -> tuple[str, ...]:
-        """The maps that the controller reads: some of `modalities.CONTROLS`."""
+        """Names of the maps that the controller reads, from `modalities.CONTROLS`."""
         return tuple(self.controller.config.controls)
 
     def describe_untrained(self, window_frames: int) -> str | None:
-        """Says where windows are longer than the clips that the ControlNet learned from, or nothing.
+        """A warning if windows are longer than the ControlNet's training clips, otherwise None.
 
-        No error, because SVD, which it is a copy of, knows longer clips.
+        This is not an error: the ControlNet is a copy of SVD, which was trained on longer clips.
         """
         trained, base = self.controlnet.config.trained_frames, self.unet.config.num_frames
         if trained is None or window_frames <= trained:
             return None
         return (
             f"window_frames {window_frames} is more than the {trained} frames (data.num_frames) that the ControlNet "
-            f"was trained on; its SVD was made for {base}. Frames may drift: {trained} or less is what it knows"
+            f"was trained on; its SVD was made for {base} frames. Frames may drift; use {trained} or less"
         )
 
     @torch.no_grad()
@@ -146,28 +147,30 @@ class AnimationPipeline(SamplingPipeline):
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
     ) -> AnimationOutput | tuple[Frames]:
-        """Animates the reference by the control maps.
+        """Animates the reference with the control maps.
 
         Args:
             image: the reference: a picture, b pictures, or `(b) 3 H W` in [0, 1]; see `pipelines.inputs`.
-            poses, normals, depths, maps: the control maps that `controls` names, `maps` by these names, of any size: f
-                pictures, b lists of them, or `(b) f 3 H W` (depths also `(b) f 1 H W`) in [0, 1].
-            height, width: of the frames in pixels, by default as `size_of_result` says. Inputs of another aspect lose
-                their margins evenly; normals and depths whose aspect is nearly this one are kept whole.
-            fps: frames per second, of all clips or of each; like the next two, SVD's own condition.
-            motion_bucket, noise_augmentation: SVD's; the noise is in units of pixels in [-1, 1].
-            num_inference_steps: Euler steps.
-            guidance_scale: w of `uncond + w (cond - uncond)`, the same for all frames; 1 saves the unconditional pass.
-            window_frames, window_overlap: frames denoised together, and those shared by neighbouring windows.
-            sequential_guidance: run conditional and unconditional predictions one after the other: less memory.
-            decode_chunk_size: frames decoded at once.
-            generator: one, or one for each clip.
-            latents: initial unit noise `b f c h w` instead of drawn one.
-            output_type, return_dict: `pil`, `np`, `pt` or `latent`; False returns (frames,).
+            poses, normals, depths, maps: the control maps in `controls`, of any size: f pictures, b lists of them, or
+                `(b) f 3 H W` (depths also `(b) f 1 H W`) in [0, 1]. `maps` contains further maps by name.
+            height, width: size of the frames in pixels, by default from `size_of_result`. Inputs of another aspect
+                ratio are cropped at the centre; normals and depths of nearly this aspect ratio are not cropped.
+            fps: frames per second, one number for all clips or one for each; a condition of SVD, like the next two.
+            motion_bucket, noise_augmentation: conditions of SVD; the noise is in units of pixels in [-1, 1].
+            num_inference_steps: number of Euler steps.
+            guidance_scale: w of `uncond + w (cond - uncond)`, the same for all frames; with 1, no unconditional
+                prediction is computed.
+            window_frames, window_overlap: number of frames denoised together, and shared by neighbouring windows.
+            sequential_guidance: compute conditional and unconditional predictions one after the other, to save memory.
+            decode_chunk_size: number of frames decoded at once.
+            generator: one generator, or one for each clip.
+            latents: initial unit noise `b f c h w`; drawn from `generator` by default.
+            output_type: `pil`, `np`, `pt` or `latent`.
+            return_dict: False returns (frames,).
             callback_on_step_end: (pipeline, step, timestep, {"latents": `b f c h w`}) -> changed latents or None.
 
         Raises:
-            ValueError: inputs, sizes or windows that do not fit together, or a missing control map.
+            ValueError: inputs, sizes or windows do not match each other, or a control map is missing.
         """
         check_output_type(output_type)
         reference = self._fitted_reference(image, height, width)
@@ -178,13 +181,13 @@ class AnimationPipeline(SamplingPipeline):
         windows = self._plan_windows(controls, window_frames, window_overlap)
 
         with self._evaluation_mode():
-            # 1. conditions, once for all steps and windows; the pixels' noise is drawn first, as SVD's pipeline does
+            # 1. conditions, once for all steps and windows; the noise of pixels is drawn first, as in SVD's pipeline
             pixel_noise = draw_initial_noise(reference.shape, generator)
             numbers = _added_numbers(fps, motion_bucket, noise_augmentation, len(reference))
             conditions = self._encode_conditions(reference, pixel_noise, numbers, with_dropped=guidance_scale > 1)
             control_features = self._encode_controls(controls, decode_chunk_size)
 
-            # 2. denoising, from noise of the whole sequence
+            # 2. denoising, from noise for the whole sequence
             factor, channels = downscale_factor(self.vae), self.unet.config.out_channels
             shape = (len(reference), windows[-1].stop, channels, height // factor, width // factor)
             latents = draw_initial_noise(shape, generator) if latents is None else checked_latents(latents, shape)
@@ -203,7 +206,7 @@ class AnimationPipeline(SamplingPipeline):
         return AnimationOutput(frames=frames) if return_dict else (frames,)
 
     def _fitted_reference(self, image: Images, height: int | None, width: int | None) -> Tensor:
-        """`b 3 H W` of the frames' size, cut to its aspect."""
+        """The reference `b 3 H W`, cropped and resized to the frames' size."""
         reference = image_tensor(image)
         height, width = self.size_of_result(height, width, reference)
         return resize_images(cut_to_aspect(reference, height, width), height, width)
@@ -215,7 +218,7 @@ class AnimationPipeline(SamplingPipeline):
         return windows
 
     def _control_maps(self, given: Mapping[str, Clips | None], height: int, width: int) -> dict[str, Tensor]:
-        """The controller's maps as `b f 3 H W` of the frames' size; maps that it does not read are left alone."""
+        """The controller's maps as `b f 3 H W` in the frames' size; maps that it does not read are ignored."""
         maps = {}
         for name in self.controls:
             frames, modality = given.get(name), MODALITIES[name]
@@ -234,15 +237,15 @@ class AnimationPipeline(SamplingPipeline):
         if len(reference) != num_clips:
             raise ValueError(f"{len(reference)} reference images were given for {num_clips} clips of control maps")
         if guidance_scale < 1:
-            raise ValueError(f"guidance_scale is {guidance_scale}; 1 is no guidance, and it cannot be less")
+            raise ValueError(f"guidance_scale is {guidance_scale}; it must be at least 1 (1 is no guidance)")
 
     def _encode_conditions(
         self, reference: Tensor, pixel_noise: Tensor, numbers: Tensor, *, with_dropped: bool
     ) -> list[AnimationCondition]:
-        """Conditioning latents, embedding and numbers: of the reference, and of zeros for guidance (put first)."""
+        """The condition with the reference; for guidance, a condition with zeros comes before it."""
         device = self._execution_device
         noise_augmentation = numbers[0, 2]
-        # strengths are in units of pixels in [-1, 1], half of which is one in [0, 1]
+        # the strength is in units of pixels in [-1, 1], which are twice as large as pixels in [0, 1]
         noised = reference.to(device) + 0.5 * noise_augmentation.to(device) * pixel_noise.to(device)
         latents = encode_latents(self.vae, noised, scaled=False).to(device, torch.float32)
         embedding = embed_images(self.image_encoder, reference, resizing="svd").to(device, self.unet.dtype)
@@ -253,7 +256,7 @@ class AnimationPipeline(SamplingPipeline):
         ]
 
     def _encode_controls(self, maps: dict[str, Tensor], chunk_size: int) -> Tensor:
-        """The controller's guidance features `b f c h w`; it sees frames one by one, so chunks change nothing."""
+        """The controller's guidance features `b f c h w`; it encodes frame by frame, so chunks do not change them."""
         num_clips, num_frames = next(iter(maps.values())).shape[:2]
         device, dtype = self._execution_device, self.controller.dtype
         frames = {name: rearrange(clips, "b f c H W -> (b f) c H W") for name, clips in maps.items()}
@@ -272,8 +275,8 @@ class AnimationPipeline(SamplingPipeline):
         guidance_scale: float,
         sequential: bool,
     ) -> Tensor:
-        """Guided prediction for one window: `b f c h w` -> `b f c h w` float32."""
-        predictions = predict_under_each(
+        """The guided prediction for one window: `b f c h w` -> `b f c h w` float32."""
+        predictions = predict_for_each(
             conditions,
             lambda noisy, features, condition: self._denoise(noisy, timestep, features, condition),
             scaled,
@@ -289,7 +292,7 @@ class AnimationPipeline(SamplingPipeline):
     def _denoise(
         self, scaled: Tensor, timestep: Tensor, control_features: Tensor, condition: AnimationCondition
     ) -> Tensor:
-        """One pass of ControlNet and SVD: `b f c h w` -> `b f c h w` float32."""
+        """Runs ControlNet and SVD once: `b f c h w` -> `b f c h w` float32."""
         dtype = self.unet.dtype
         conditioning = repeat(condition.latents, "b c h w -> b f c h w", f=scaled.shape[1])
         sample = torch.cat([scaled, conditioning], dim=2).to(dtype)
@@ -302,7 +305,7 @@ class AnimationPipeline(SamplingPipeline):
         return prediction.float()
 
     def _decode(self, latents: Tensor, chunk_size: int, output_type: str) -> Frames:
-        """`b f c h w` latents to frames."""
+        """Decodes latents `b f c h w` to frames."""
         if output_type == "latent":
             return latents
         num_clips, num_frames = latents.shape[:2]
@@ -318,7 +321,7 @@ class AnimationPipeline(SamplingPipeline):
 def _added_numbers(
     fps: float | Sequence[float], motion_bucket: int, noise_augmentation: float, num_clips: int
 ) -> Tensor:
-    """`b 3`: what SVD is told about each clip; it was trained on frames per second minus one."""
+    """SVD's conditions `b 3` of each clip. SVD was trained on frames per second minus one."""
     rates = [float(fps)] * num_clips if isinstance(fps, int | float) else [float(rate) for rate in fps]
     if len(rates) != num_clips:
         raise ValueError(f"fps has {len(rates)} values for {num_clips} clips")

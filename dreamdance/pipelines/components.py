@@ -1,7 +1,7 @@
-"""The classes that a saved pipeline's `model_index.json` names, under one address that stays when modules move.
+"""The classes that `model_index.json` of a saved pipeline names, in one module that does not move.
 
-diffusers imports the module which `model_index.json` names for a component and looks there both for the class and for
-the base class which says how to load it; so everything is found here, `ModelMixin` and `DiffusionPipeline` included.
+For each component, diffusers imports the module in `model_index.json`, and looks in that module for the class and for
+the base class that loads it. Therefore this module also contains `ModelMixin` and `DiffusionPipeline`.
 """
 
 from diffusers import DiffusionPipeline, ModelMixin

@@ -1,4 +1,4 @@
-"""Both stages in one: a reference image and a pose sequence to frames, normals and depths (Eq. 2)."""
+"""Both stages together: makes frames, normals and depths from a reference image and a pose sequence (Eq. 2)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, TypeVar, cast
@@ -19,7 +19,7 @@ from dreamdance.models.autoencoding import Autoencoder
 from dreamdance.models.image_embedding import ImageEncoder
 from dreamdance.pipelines.animation import AnimationPipeline
 from dreamdance.pipelines.geometry import GeometryPipeline
-from dreamdance.pipelines.inputs import Clips, Images, clip_tensor, cut_to_aspect, have_one_aspect, image_tensor
+from dreamdance.pipelines.inputs import Clips, Images, clip_tensor, cut_to_aspect, have_same_aspect, image_tensor
 from dreamdance.pipelines.outputs import DreamDanceOutput, Frames, check_output_type, frames_output, normals_output
 from dreamdance.pipelines.sampling import Generators, SamplingPipeline, StepCallback
 
@@ -29,10 +29,10 @@ Stage = TypeVar("Stage", bound=SamplingPipeline)
 
 
 class DreamDancePipeline(SamplingPipeline):
-    """`GeometryPipeline`, its low-resolution rgb dropped, then `AnimationPipeline`.
+    """Runs `GeometryPipeline`, drops its low-resolution rgb, then runs `AnimationPipeline`.
 
-    The components of stage 2 bear the names they have there; those of stage 1 begin with `geometry_`, and so do the
-    `default_height` and `default_width` of stage 1.
+    The components of stage 2 have the same names as in `AnimationPipeline`. The names of stage 1's components, and of
+    its `default_height` and `default_width`, begin with `geometry_`.
     """
 
     model_cpu_offload_seq = (
@@ -83,14 +83,14 @@ class DreamDancePipeline(SamplingPipeline):
 
     @classmethod
     def from_stages(cls, geometry: GeometryPipeline, animation: AnimationPipeline) -> Self:
-        """Joins the exports of the two stages; networks are shared, not copied."""
+        """Joins the pipelines of the two stages; networks are shared, not copied."""
         stage1 = {**geometry.components, **_default_size(geometry)}
         prefixed = {GEOMETRY_PREFIX + name: value for name, value in stage1.items()}
         return cls(**prefixed, **animation.components, **_default_size(animation))
 
     @property
     def geometry(self) -> GeometryPipeline:
-        """Stage 1 alone, of the same networks."""
+        """The pipeline of stage 1, with the same networks."""
         components = {
             name.removeprefix(GEOMETRY_PREFIX): component
             for name, component in self.components.items()
@@ -100,14 +100,14 @@ class DreamDancePipeline(SamplingPipeline):
 
     @property
     def animation(self) -> AnimationPipeline:
-        """Stage 2 alone, of the same networks."""
+        """The pipeline of stage 2, with the same networks."""
         components = {
             name: component for name, component in self.components.items() if not name.startswith(GEOMETRY_PREFIX)
         }
         return self._with_progress_bar(AnimationPipeline(**components, **_default_size(self)))
 
     def _with_progress_bar(self, stage: Stage) -> Stage:
-        """Gives a stage what `set_progress_bar_config` was called with."""
+        """Gives a stage this pipeline's settings of `set_progress_bar_config`."""
         stage.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
         return stage
 
@@ -138,21 +138,26 @@ class DreamDancePipeline(SamplingPipeline):
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
     ) -> DreamDanceOutput | tuple[Frames, Frames, Frames]:
-        """Animates the reference by the poses.
+        """Animates the reference with the poses.
 
         Args:
-            image, poses, maps, height, width: as in `AnimationPipeline`; `maps` are those that stage 1 does not make.
-            geometry_height, geometry_width: of stage 1's maps, of nearly that aspect; by default as it was trained at.
-            windows, decode_chunk_size, sequential_guidance: as in the two pipelines.
-            fps, motion_bucket, noise_augmentation, guidance_scale: of stage 2; a guidance scale of 1 is none.
-            guidance_scales: of stage 1, for rgb, normal, depth (Eq. 6); 0 is no guidance.
-            num_inference_steps, geometry_num_inference_steps: of stage 2, and of stage 1 where it takes other ones.
-            generator: one, or one for each clip; stage 1 draws from it first.
+            image, poses, height, width: as in `AnimationPipeline`.
+            maps: control maps that stage 1 does not make, by name.
+            geometry_height, geometry_width: size of stage 1's maps, of nearly the same aspect ratio; by default the
+                size at which stage 1 was trained.
+            window_frames, window_overlap, sequential_guidance, decode_chunk_size: as in the two pipelines.
+            fps, motion_bucket, noise_augmentation, guidance_scale: settings of stage 2; a scale of 1 is no guidance.
+            guidance_scales: stage 1's scales for rgb, normal, depth (Eq. 6); 0 is no guidance.
+            num_inference_steps: number of steps of stage 2.
+            geometry_num_inference_steps: number of steps of stage 1; by default the same as in stage 2.
+            generator: one generator, or one for each clip; stage 1 draws from it first.
             output_type: `pil`, `np` or `pt`.
             return_dict: False returns (frames, normals, depths).
+            callback_on_step_end: as in the two pipelines; called in both.
 
         Raises:
-            ValueError: see the two stages; or their sizes have two aspects, or stage 1's is not known.
+            ValueError: as in the two stages; also if their sizes have different aspect ratios, or the size of stage 1
+                is not known.
         """
         check_output_type(output_type, accepted=("pil", "np", "pt"))
         reference, drawings = image_tensor(image), clip_tensor(poses, "poses")
@@ -196,19 +201,19 @@ class DreamDancePipeline(SamplingPipeline):
     def _sizes(
         self, reference: Tensor, asked: tuple[int | None, int | None], asked_of_maps: tuple[int | None, int | None]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Height and width of the frames, and of stage 1's maps."""
+        """Height and width of the frames, and those of stage 1's maps."""
         height, width = self.animation.size_of_result(*asked, reference)
         map_height = asked_of_maps[0] or self.config.geometry_default_height
         map_width = asked_of_maps[1] or self.config.geometry_default_width
         if map_height is None or map_width is None:
             raise ValueError(
-                "this export of stage 1 does not say at which size it was trained: give geometry_height and "
+                "this export of stage 1 does not contain the size at which it was trained: give geometry_height and "
                 "geometry_width"
             )
-        if not have_one_aspect((map_height, map_width), (height, width)):
+        if not have_same_aspect((map_height, map_width), (height, width)):
             raise ValueError(
-                f"geometry_width x geometry_height {map_width}x{map_height} has another aspect than width x height "
-                f"{width}x{height}: stage 1 would see a squeezed person"
+                f"geometry_width x geometry_height {map_width}x{map_height} has another aspect ratio than width x "
+                f"height {width}x{height}: stage 1 would get a distorted picture"
             )
         return {"height": height, "width": width}, {"height": map_height, "width": map_width}
 

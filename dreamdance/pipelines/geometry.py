@@ -1,4 +1,4 @@
-"""Stage 1: a reference image and a pose sequence to normals and depths of every frame (Eq. 2, first line)."""
+"""Stage 1: makes normals and depths of every frame from a reference image and a pose sequence (Eq. 2, first line)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,18 +22,18 @@ from dreamdance.pipelines.sampling import (
     StepCallback,
     checked_latents,
     draw_initial_noise,
-    predict_under_each,
+    predict_for_each,
 )
 from dreamdance.pipelines.windows import SamplingWindow, plan_windows
 
 
 @dataclass(frozen=True)
 class ReferenceCondition:
-    """What the denoiser reads of the reference image, or of its absence.
+    """The denoiser's inputs from the reference image, or from zeros if the reference is dropped for guidance.
 
     Attributes:
-        embedding: `b t c`, the image embedding; zeros for a dropped reference.
-        features: block name -> `b n c`, cached over all steps and windows.
+        embedding: `b t c`, the image embedding.
+        features: block name -> `b n c`, the same for all steps and windows.
     """
 
     embedding: Tensor
@@ -41,7 +41,7 @@ class ReferenceCondition:
 
     @classmethod
     def merged(cls, conditions: "Sequence[ReferenceCondition]") -> "ReferenceCondition":
-        """All of them as one, `b` outermost."""
+        """Concatenates conditions along `b`."""
         return cls(
             torch.cat([condition.embedding for condition in conditions]),
             {name: torch.cat([other.features[name] for other in conditions]) for name in conditions[0].features},
@@ -52,13 +52,13 @@ class GeometryPipeline(SamplingPipeline):
     """Mutually aligned geometry diffusion: rgb, normal and depth of all frames are denoised together (Eq. 3).
 
     Args:
-        reference_unet: gives the reference's features (Eq. 4).
+        reference_unet: computes the reference's features (Eq. 4).
         unet: the denoiser.
         pose_encoder: encodes the pose drawings.
         vae: the image autoencoder.
         image_encoder: CLIP's vision tower, or its stand-in.
-        scheduler: DDIM, of the noise the denoiser was trained with.
-        default_height, default_width: the size in pixels that the networks were trained at; exports hold it.
+        scheduler: DDIM, with the noise schedule of the training.
+        default_height, default_width: size in pixels at which the networks were trained; exports contain it.
     """
 
     model_cpu_offload_seq = "image_encoder->pose_encoder->reference_unet->unet->vae"
@@ -110,22 +110,23 @@ class GeometryPipeline(SamplingPipeline):
         Args:
             image: the reference: a picture, b pictures, or `(b) 3 H W` in [0, 1]; see `pipelines.inputs`.
             poses: pose drawings: f pictures, b lists of them, or `(b) f 3 H W` in [0, 1].
-            height, width: size of the maps in pixels, by default as `size_of_result` says. Inputs of another aspect
-                lose their margins evenly.
-            num_inference_steps: DDIM steps.
-            guidance_scales: of rgb, normal, depth (Eq. 6); 0 is no guidance, all 0 saves the unconditional pass.
-            window_frames: frames denoised together.
-            window_overlap: frames shared by neighbouring windows.
-            sequential_guidance: run conditional and unconditional predictions one after the other: less memory.
-            decode_chunk_size: pictures decoded at once.
-            generator: one, or one for each clip.
-            latents: initial noise `b f m c h w` instead of drawn one.
+            height, width: size of the maps in pixels, by default from `size_of_result`. Inputs of another aspect ratio
+                are cropped at the centre.
+            num_inference_steps: number of DDIM steps.
+            guidance_scales: scales for rgb, normal, depth (Eq. 6); 0 is no guidance. If all are 0, no unconditional
+                prediction is computed.
+            window_frames: number of frames denoised together.
+            window_overlap: number of frames shared by neighbouring windows.
+            sequential_guidance: compute conditional and unconditional predictions one after the other, to save memory.
+            decode_chunk_size: number of pictures decoded at once.
+            generator: one generator, or one for each clip.
+            latents: initial noise `b f m c h w`; drawn from `generator` by default.
             output_type: `pil`, `np`, `pt` or `latent`.
             return_dict: False returns (normals, depths, images).
             callback_on_step_end: (pipeline, step, timestep, {"latents": `b f m c h w`}) -> changed latents or None.
 
         Raises:
-            ValueError: inputs, sizes, scales or windows that do not fit together.
+            ValueError: inputs, sizes, scales or windows do not match each other.
         """
         check_output_type(output_type)
         reference, drawings = image_tensor(image), clip_tensor(poses, "poses")
@@ -140,7 +141,7 @@ class GeometryPipeline(SamplingPipeline):
             references = self._encode_reference(resize_images(reference, height, width), with_dropped=guided)
             pose_features = self._encode_poses(resize_images(drawings, height, width), decode_chunk_size)
 
-            # 2. denoising, from noise of the whole sequence
+            # 2. denoising, from noise for the whole sequence
             factor, channels = downscale_factor(self.vae), self.unet.config.in_channels
             shape = (*drawings.shape[:2], len(DOMAINS), channels, height // factor, width // factor)
             latents = draw_initial_noise(shape, generator) if latents is None else checked_latents(latents, shape)
@@ -168,12 +169,14 @@ class GeometryPipeline(SamplingPipeline):
         if len(reference) != len(poses):
             raise ValueError(f"{len(reference)} reference images were given for {len(poses)} pose sequences")
         if len(guidance_scales) != len(DOMAINS):
-            raise ValueError(f"guidance_scales are those of rgb, normal and depth, not {tuple(guidance_scales)}")
+            raise ValueError(
+                f"guidance_scales must be three numbers (rgb, normal, depth), not {tuple(guidance_scales)}"
+            )
         longest, network = min(window_frames, poses.shape[1]), self.unet.config
         if network.temporal_attention and longest > network.max_frames:
             raise ValueError(
                 f"windows of {longest} frames are longer than the {network.max_frames} (model.max_frames) "
-                "that temporal attention knows: lower window_frames"
+                f"that temporal attention supports: lower window_frames to {network.max_frames} or less"
             )
         if network.trained_frames is not None and longest > network.trained_frames:
             raise ValueError(
@@ -182,7 +185,7 @@ class GeometryPipeline(SamplingPipeline):
             )
 
     def _encode_reference(self, reference: Tensor, *, with_dropped: bool) -> list[ReferenceCondition]:
-        """Runs the reference UNet at timestep 0: on the reference, and on zeros for guidance (put first)."""
+        """Runs the reference UNet at timestep 0 on the reference; for guidance, before it, on zeros."""
         latents = encode_latents(self.vae, reference)
         embedding = embed_images(self.image_encoder, reference, resizing="clip")
         device, dtype = self._execution_device, self.unet.dtype
@@ -195,7 +198,7 @@ class GeometryPipeline(SamplingPipeline):
         return conditions
 
     def _encode_poses(self, drawings: Tensor, chunk_size: int) -> Tensor:
-        """`b f 3 H W` -> `b f c h w`, a few frames at a time."""
+        """Encodes `b f 3 H W` to `b f c h w`, `chunk_size` frames at a time."""
         frames = rearrange(drawings, "b f c H W -> (b f) c H W").split(chunk_size)
         encode_to = {"device": self._execution_device, "dtype": self.pose_encoder.dtype}
         features = torch.cat([self.pose_encoder(chunk.to(**encode_to)) for chunk in frames])
@@ -210,9 +213,9 @@ class GeometryPipeline(SamplingPipeline):
         guidance_scales: Sequence[float],
         sequential: bool,
     ) -> Tensor:
-        """Guided prediction for one window: `b f m c h w` -> `b f m c h w` float32 (Eq. 6)."""
+        """The guided prediction for one window: `b f m c h w` -> `b f m c h w` float32 (Eq. 6)."""
         num_frames, num_domains = latents.shape[1:3]
-        predictions = predict_under_each(
+        predictions = predict_for_each(
             references,
             lambda noisy, features, reference: self._denoise(noisy, timestep, features, reference),
             latents,
@@ -230,7 +233,7 @@ class GeometryPipeline(SamplingPipeline):
     def _denoise(
         self, latents: Tensor, timestep: Tensor, pose_features: Tensor, reference: ReferenceCondition
     ) -> Tensor:
-        """One pass of the denoiser: `b f m c h w` -> `(b f m) c h w` float32."""
+        """Runs the denoiser once: `b f m c h w` -> `(b f m) c h w` float32."""
         batch_size, num_frames, num_domains = latents.shape[:3]
         domains = torch.arange(num_domains, device=latents.device)
         prediction = self.unet(
@@ -246,7 +249,7 @@ class GeometryPipeline(SamplingPipeline):
         return prediction.float()
 
     def _decode(self, latents: Tensor, chunk_size: int, output_type: str) -> GeometryOutput:
-        """`b f m c h w` latents to maps."""
+        """Decodes latents `b f m c h w` to maps."""
         rgb, normal, depth = latents.unbind(dim=2)
         if output_type == "latent":
             return GeometryOutput(normals=normal, depths=depth, images=rgb)

@@ -1,4 +1,4 @@
-"""What goes into the pipelines: PIL pictures, arrays and tensors become tensors of the result's aspect."""
+"""Inputs of the pipelines: turns PIL pictures, arrays and tensors into tensors of the result's aspect ratio."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,11 +20,11 @@ Video = Sequence[Picture]
 Images = Picture | Sequence[Picture] | NDArray[Any] | Sequence[NDArray[Any]] | Tensor | Sequence[Tensor]
 Clips = Video | Sequence[Video] | NDArray[Any] | Sequence[NDArray[Any]] | Tensor | Sequence[Tensor]
 
-# Sizes are multiples of the autoencoder's factor, so that the aspects of the two stages differ a little. Within this
-# tolerance, their pictures show the same part of the world.
+# Sizes are multiples of the autoencoder's factor, therefore the aspect ratios of the two stages differ a little. Within
+# this tolerance, their pictures count as the same part of the scene.
 MAP_ASPECT_TOLERANCE = 0.03
 
-# The colour behind transparent parts of a picture, by argument.
+# Name of the argument -> colour behind transparent parts of its pictures.
 _BEHIND: dict[str, Colour] = {"image": WHITE, **{f"{name}s": each.background for name, each in MODALITIES.items()}}
 
 
@@ -32,12 +32,12 @@ def image_tensor(image: Images) -> Tensor:
     """Reference images as `b 3 H W` float32 in [0, 1].
 
     Args:
-        image: one picture, a list of b, or a tensor `3 H W` or `b 3 H W` of floats in [0, 1]. A picture is a PIL one of
-            any mode (see `data.pictures`) or an array `H W 3` of bytes, of 16 bits, or of floats in [0, 1]; arrays may
-            be stacked.
+        image: one picture, a list of b pictures, or a tensor `3 H W` or `b 3 H W` of floats in [0, 1]. A picture is a
+            PIL picture of any mode (see `media.pictures`), or an array `H W 3` of uint8, of uint16, or of floats in
+            [0, 1]; arrays may be stacked.
 
     Raises:
-        ValueError: not pictures of three channels and of one size, or values outside of the range.
+        ValueError: the pictures do not have three channels and one size, or values are out of range.
     """
     tensor = _as_tensor(image, "image")
     if tensor.ndim == 3:
@@ -50,8 +50,8 @@ def clip_tensor(frames: Clips, name: str) -> Tensor:
 
     Args:
         frames: a list of f pictures, b lists of them, or a tensor `f c H W` or `b f c H W` of 1 or 3 channels. Pictures
-            as in `image_tensor`; arrays `H W c` may be stacked over f, and over b.
-        name: the argument's name, for messages.
+            are as in `image_tensor`; arrays `H W c` may be stacked over f, and over b.
+        name: name of the argument, for messages.
 
     Raises:
         ValueError: as `image_tensor`.
@@ -65,27 +65,27 @@ def clip_tensor(frames: Clips, name: str) -> Tensor:
 
 
 def cut_to_aspect(images: Tensor, height: int, width: int, *, tolerance: float = 0.0) -> Tensor:
-    """The centred part `... H W` of pictures that has the aspect of `height` x `width`: nothing is ever squeezed.
+    """Crops pictures at the centre to the aspect ratio of `height` x `width`, so that resizing never distorts them.
 
     Args:
         images: `... H W`.
-        height, width: of the result in pixels; only their proportion counts.
-        tolerance: pictures whose aspect differs by no more than this share are kept whole.
+        height, width: size of the result in pixels; only their ratio matters.
+        tolerance: pictures whose aspect ratio differs by at most this fraction are not cropped.
     """
     own_height, own_width = images.shape[-2:]
-    if have_one_aspect((own_height, own_width), (height, width), tolerance=tolerance):
+    if have_same_aspect((own_height, own_width), (height, width), tolerance=tolerance):
         return images
     crop = centred_crop(own_width, own_height, to_width=width, to_height=height)
     return images[..., crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
 
 
-def have_one_aspect(size: tuple[int, int], other: tuple[int, int], *, tolerance: float = MAP_ASPECT_TOLERANCE) -> bool:
-    """Whether two (height, width) have the same proportion, but for a share `tolerance`."""
+def have_same_aspect(size: tuple[int, int], other: tuple[int, int], *, tolerance: float = MAP_ASPECT_TOLERANCE) -> bool:
+    """Whether the aspect ratios of two (height, width) differ by at most the fraction `tolerance`."""
     return abs(size[1] * other[0] / (size[0] * other[1]) - 1.0) <= tolerance
 
 
 def _as_tensor(given: Any, name: str) -> Tensor:
-    """A picture, an array, a tensor, or a list (of lists) of any of them, with channels before height and width."""
+    """Turns a picture, an array, a tensor, or a list (of lists) of these into a tensor `... c H W`."""
     if isinstance(given, Tensor):
         return given
     if isinstance(given, Image.Image):
@@ -105,10 +105,10 @@ def _as_tensor(given: Any, name: str) -> Tensor:
 
 
 def _array_tensor(array: NDArray[Any], name: str) -> Tensor:
-    """`... H W c` to `... c H W`, floats."""
+    """Turns an array `... H W c` into a tensor `... c H W` of floats."""
     if array.ndim < 3 or array.shape[-1] not in (1, 3):
-        raise ValueError(f"{name}: an array must be of shape H W 3 (maps also H W 1), not {array.shape}; others can be "
-                         "given as PIL pictures")  # fmt: skip
+        raise ValueError(f"{name}: an array must be of shape H W 3 (maps also H W 1), not {array.shape}; give "
+                         "others as PIL pictures")  # fmt: skip
     if array.dtype in (np.uint8, np.uint16):
         return pictures_to_tensor(array)
     if not np.issubdtype(array.dtype, np.floating):
@@ -119,10 +119,10 @@ def _array_tensor(array: NDArray[Any], name: str) -> Tensor:
 def _checked(tensor: Tensor, name: str, ndim: int) -> Tensor:
     shape = "b 3 H W" if ndim == 4 else "b f 3 H W"
     if tensor.ndim != ndim or tensor.shape[-3] != 3 or tensor.numel() == 0:
-        raise ValueError(f"{name} must be pictures or a tensor {shape}, not of shape {tuple(tensor.shape)}")
+        raise ValueError(f"{name} must be pictures or a tensor {shape}, but its shape is {tuple(tensor.shape)}")
     if not tensor.is_floating_point():
         raise ValueError(f"{name} must be floats in [0, 1], not {tensor.dtype}")
     low, high = tensor.min().item(), tensor.max().item()
-    if not (low >= -0.01 and high <= 1.01):  # NaN fails every comparison: refused too
-        raise ValueError(f"{name} must lie in [0, 1], but reaches from {low:.3g} to {high:.3g}")
+    if not (low >= -0.01 and high <= 1.01):  # NaN fails every comparison, and is refused too
+        raise ValueError(f"{name} must lie in [0, 1], but its values are from {low:.3g} to {high:.3g}")
     return tensor.float()

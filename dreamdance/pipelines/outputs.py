@@ -1,4 +1,4 @@
-"""What comes out of the pipelines: tensors, arrays or PIL pictures."""
+"""Outputs of the pipelines, as tensors, arrays or PIL pictures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 @dataclass
 class GeometryOutput(BaseOutput):
-    """Result of `GeometryPipeline`: lists of clips of pictures (`pil`), `b f H W c` (`np`) or `b f c H W` (`pt`).
+    """Result of `GeometryPipeline`: a list of pictures for each clip (`pil`), `b f H W c` (`np`) or `b f c H W` (`pt`).
 
     Attributes:
-        normals: unit vectors in camera space (x right, y up, z towards the camera); pictures of (n + 1) / 2 for `pil`.
-        depths: disparity in [0, 1], near bright, one channel.
-        images: low-resolution rgb in [0, 1], which stage 2 does not read.
+        normals: unit vectors in camera space (x right, y up, z towards the camera); for `pil`, pictures of (n + 1) / 2.
+        depths: disparity in [0, 1], near is bright; one channel.
+        images: low-resolution rgb in [0, 1]; stage 2 does not read it.
     """
 
     normals: Frames
@@ -35,14 +35,14 @@ class GeometryOutput(BaseOutput):
 
 @dataclass
 class AnimationOutput(BaseOutput):
-    """Result of `AnimationPipeline`: frames in [0, 1], of the same forms as `GeometryOutput`'s."""
+    """Result of `AnimationPipeline`: frames in [0, 1], in the forms of `GeometryOutput`."""
 
     frames: Frames
 
 
 @dataclass
 class DreamDanceOutput(BaseOutput):
-    """Result of `DreamDancePipeline`: frames beside stage 1's normals and depths, in the forms of `GeometryOutput`."""
+    """Result of `DreamDancePipeline`: frames, and stage 1's normals and depths, in the forms of `GeometryOutput`."""
 
     frames: Frames
     normals: Frames
@@ -50,13 +50,13 @@ class DreamDanceOutput(BaseOutput):
 
 
 def check_output_type(output_type: str, *, accepted: Sequence[str] = OUTPUT_TYPES) -> None:
-    """Raises ValueError for an output type that the pipeline does not make."""
+    """Raises ValueError for an output type that is not accepted."""
     if output_type not in accepted:
         raise ValueError(f"output_type is {output_type!r}; it must be one of {', '.join(accepted)}")
 
 
 def frames_output(frames: Tensor, output_type: str) -> Frames:
-    """`b f c H W` in [0, 1] as tensors, arrays or PIL pictures."""
+    """Turns `b f c H W` in [0, 1] into tensors, arrays or PIL pictures."""
     frames = frames.float().cpu()
     if output_type == "pt":
         return frames
@@ -70,5 +70,5 @@ def frames_output(frames: Tensor, output_type: str) -> Frames:
 
 
 def normals_output(normals: Tensor, output_type: str) -> Frames:
-    """`b f 3 H W` unit vectors as they are, or as pictures."""
+    """Returns unit vectors `b f 3 H W` as tensors or arrays, or as pictures of (n + 1) / 2."""
     return frames_output(encode_normals(normals) if output_type == "pil" else normals, output_type)

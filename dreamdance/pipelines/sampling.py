@@ -1,4 +1,4 @@
-"""What the pipelines share: saved under stable names, sampled in evaluation mode, noise drawn for whole sequences."""
+"""The base class of the pipelines: stable names in saved files, the denoising loop, and the drawing of noise."""
 
 import inspect
 import json
@@ -29,20 +29,20 @@ class SamplingPipeline(DiffusionPipeline):
     """A `DiffusionPipeline` whose components may be this package's own classes, shared with a trainer.
 
     `save_pretrained` writes the diffusers folder layout; `from_pretrained` of the same class reads it, and so does
-    `DiffusionPipeline.from_pretrained` once `dreamdance.pipelines` is imported. `default_height` and `default_width` in
-    the config are the size in pixels that the networks were trained at, and that a call has by default. In a pipeline
-    of half precision the autoencoders stay in float32.
+    `DiffusionPipeline.from_pretrained` after `dreamdance.pipelines` is imported. `default_height` and `default_width`
+    in the config are the size in pixels at which the networks were trained; a call uses this size by default. In a
+    pipeline of half precision the autoencoders stay in float32.
     """
 
     _callback_tensor_inputs = ["latents"]
 
     def register_to_config(self, **kwargs: Any) -> None:
-        """Records components; our own classes under the one module in which diffusers can resolve them."""
-        super().register_to_config(**{name: _public_address(value) for name, value in kwargs.items()})
+        """Records components; for our own classes, the module in which diffusers finds them is `components`."""
+        super().register_to_config(**{name: _public_module(value) for name, value in kwargs.items()})
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
-        """As diffusers', with the autoencoders in float32 unless `torch_dtype` is a dict that says otherwise."""
+        """Works as in diffusers; the autoencoders are in float32, unless `torch_dtype` is a dict with other types."""
         dtype = kwargs.get("torch_dtype")
         if isinstance(dtype, torch.dtype):
             wide = dict.fromkeys(AUTOENCODERS, torch.promote_types(dtype, torch.float32))
@@ -50,7 +50,7 @@ class SamplingPipeline(DiffusionPipeline):
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """As diffusers'; a cast to half precision leaves the autoencoders in float32."""
+        """Works as in diffusers; a cast to half precision leaves the autoencoders in float32."""
         with ExitStack() as kept:
             for name in AUTOENCODERS:
                 if isinstance(autoencoder := getattr(self, name, None), nn.Module):
@@ -58,10 +58,10 @@ class SamplingPipeline(DiffusionPipeline):
             return super().to(*args, **kwargs)
 
     def to_json_string(self) -> str:
-        """What `model_index.json` holds; our own classes bear their whole name in it.
+        """The content of `model_index.json`, with the full name of our own class.
 
-        So whoever loads an export by `DiffusionPipeline` without importing this package reads in diffusers' error where
-        the class is: "module diffusers has no attribute dreamdance.pipelines.GeometryPipeline".
+        If a user loads an export with `DiffusionPipeline` and has not imported this package, the error of diffusers
+        then contains this name: "module diffusers has no attribute dreamdance.pipelines.GeometryPipeline".
         """
         index = json.loads(super().to_json_string())
         if type(self).__module__.startswith(f"{PIPELINES_MODULE}."):
@@ -69,14 +69,14 @@ class SamplingPipeline(DiffusionPipeline):
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def size_of_result(self, height: int | None, width: int | None, reference: Tensor) -> tuple[int, int]:
-        """What the caller asks for, else what the networks were trained at, else (older exports) the reference's own.
+        """The given size; else the size at which the networks were trained; else (older exports) the reference's size.
 
         Args:
-            height, width: in pixels, or None.
+            height, width: size in pixels; each may be None.
             reference: `... H W`.
 
         Raises:
-            ValueError: latents cannot have this size.
+            ValueError: the size is not a multiple of the autoencoder's factor.
         """
         height = height or self.config.default_height or reference.shape[-2]
         width = width or self.config.default_width or reference.shape[-1]
@@ -92,14 +92,14 @@ class SamplingPipeline(DiffusionPipeline):
         generator: Generators,
         callback: StepCallback | None,
     ) -> Tensor:
-        """Denoises whole sequences; the windows' predictions are averaged at every step.
+        """Denoises whole sequences; at every step, the predictions of the windows are averaged.
 
         Args:
             latents: `b f ...`, unit noise.
-            windows: over the f frames.
-            predict: (the scheduler's scaled latents of a window, the window, timestep) -> prediction of that window.
-            num_inference_steps: of the scheduler.
-            generator: of what the scheduler draws at each step, where it draws anything (ancestral ones do).
+            windows: windows over the f frames.
+            predict: (the scheduler's scaled latents of a window, the window, timestep) -> prediction for that window.
+            num_inference_steps: number of steps of the scheduler.
+            generator: source of the scheduler's own random numbers, if it draws any (ancestral schedulers do).
             callback: `callback_on_step_end`, or None.
 
         Returns:
@@ -109,7 +109,7 @@ class SamplingPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         latents = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        drawing = {"generator": _as_diffusers_takes_it(generator)} if takes_generator else {}
+        drawing = {"generator": _diffusers_generator(generator)} if takes_generator else {}
         with self.progress_bar(total=num_inference_steps) as progress:
             for step, timestep in enumerate(self.scheduler.timesteps):
                 scaled = self.scheduler.scale_model_input(latents, timestep)
@@ -125,7 +125,7 @@ class SamplingPipeline(DiffusionPipeline):
 
     @contextmanager
     def _evaluation_mode(self) -> Iterator[None]:
-        """All components in evaluation mode; every module's own mode comes back, whatever happens."""
+        """Puts all components in evaluation mode; restores the mode of every module afterwards, also after an error."""
         networks = [component for component in self.components.values() if isinstance(component, nn.Module)]
         modes = [(module, module.training) for network in networks for module in network.modules()]
         try:
@@ -137,25 +137,25 @@ class SamplingPipeline(DiffusionPipeline):
                 module.training = training
 
 
-def _public_address(value: Any) -> Any:
+def _public_module(value: Any) -> Any:
     if isinstance(value, tuple) and len(value) == 2 and str(value[0]).startswith("dreamdance."):
         return (COMPONENTS_MODULE, value[1])
     return value
 
 
-def _as_diffusers_takes_it(generator: Generators) -> torch.Generator | list[torch.Generator] | None:
+def _diffusers_generator(generator: Generators) -> torch.Generator | list[torch.Generator] | None:
     return generator if isinstance(generator, torch.Generator | None) else list(generator)
 
 
 def public_name(pipeline_class: type[DiffusionPipeline]) -> str:
-    """Where users import one of our pipelines from, whatever module it is written in."""
+    """The full name under which users import one of our pipelines."""
     return f"{PIPELINES_MODULE}.{pipeline_class.__name__}"
 
 
-def announce(pipeline_class: type[SamplingPipeline]) -> None:
-    """Lets `DiffusionPipeline.from_pretrained` find a class, which it looks for in diffusers' namespace alone.
+def register_pipeline(pipeline_class: type[SamplingPipeline]) -> None:
+    """Puts a class into the namespace of diffusers, the only place where `DiffusionPipeline.from_pretrained` looks.
 
-    Exports name it in full; older ones name it without its module.
+    Exports contain its full name; older exports contain its name without the module.
     """
     for name in (public_name(pipeline_class), pipeline_class.__name__):
         if not hasattr(diffusers, name):
@@ -163,10 +163,11 @@ def announce(pipeline_class: type[SamplingPipeline]) -> None:
 
 
 def draw_initial_noise(shape: Sequence[int], generator: Generators) -> Tensor:
-    """Unit normal noise `b ...` float32 for whole sequences.
+    """Draws unit normal noise `b ...` float32 for whole sequences.
 
-    It is drawn on the generator's device (the CPU without one), so that neither windows nor the networks' device change
-    what is drawn. One generator per clip makes a clip's result independent of what else is in the batch.
+    The noise is drawn on the generator's device (the CPU if there is no generator), so that it depends neither on the
+    windows nor on the networks' device. With one generator per clip, a clip's result does not depend on the rest of the
+    batch.
 
     Raises:
         ValueError: the number of generators is not b.
@@ -180,7 +181,7 @@ def draw_initial_noise(shape: Sequence[int], generator: Generators) -> Tensor:
     return randn_tensor(tuple(shape), generator=generator, device=device, dtype=torch.float32)
 
 
-def predict_under_each(
+def predict_for_each(
     conditions: Sequence[Condition],
     denoise: Callable[[Tensor, Tensor, Condition], Tensor],
     latents: Tensor,
@@ -189,18 +190,18 @@ def predict_under_each(
     merge: Callable[[Sequence[Condition]], Condition],
     sequential: bool,
 ) -> list[Tensor]:
-    """One prediction for each condition, in one batch or, with less memory, one after the other.
+    """Makes one prediction for each condition, in one batch or, to save memory, one after the other.
 
     Args:
-        conditions: what guidance compares.
-        denoise: (latents, features, condition) -> prediction, all with the batch outermost.
-        latents, features: `b ...`, the same under every condition.
-        merge: puts conditions one behind the other along the batch.
-        sequential: one after the other.
+        conditions: the conditions between which guidance extrapolates.
+        denoise: (latents, features, condition) -> prediction, all with the batch as first dimension.
+        latents, features: `b ...`, the same for every condition.
+        merge: concatenates conditions along the batch.
+        sequential: whether to predict one after the other.
     """
     if sequential or len(conditions) == 1:
         return [denoise(latents, features, condition) for condition in conditions]
-    # the copies are outermost: guidance cannot tear the domains of one sample apart (C1)
+    # the copies are the outermost dimension, so that the domains of one sample stay together (C1)
     copies = len(conditions)
     latents, features = (repeat(values, "b ... -> (g b) ...", g=copies) for values in (latents, features))
     return list(denoise(latents, features, merge(conditions)).chunk(copies))
@@ -209,7 +210,7 @@ def predict_under_each(
 def run_callback(
     callback: StepCallback | None, pipeline: DiffusionPipeline, step: int, timestep: Tensor, latents: Tensor
 ) -> Tensor:
-    """Calls `callback_on_step_end` as diffusers does; the latents it returns replace the given ones."""
+    """Calls `callback_on_step_end` as diffusers does; latents that it returns replace the given ones."""
     if callback is None:
         return latents
     returned = callback(pipeline, step, timestep, {"latents": latents})
@@ -217,13 +218,13 @@ def run_callback(
 
 
 def check_size(height: int, width: int, factor: int) -> None:
-    """Raises ValueError where a picture does not divide into latents."""
+    """Raises ValueError if a picture's size is not a multiple of the autoencoder's factor."""
     if height % factor or width % factor or height < factor or width < factor:
         raise ValueError(f"height and width must be multiples of {factor}, the autoencoder's factor: {width}x{height}")
 
 
 def checked_latents(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Given initial noise, or a ValueError where it is not of the shape that is needed."""
+    """Returns the given initial noise; raises ValueError if its shape is wrong."""
     if tuple(latents.shape) != shape:
         raise ValueError(f"latents must have the shape {shape}, not {tuple(latents.shape)}")
     return latents

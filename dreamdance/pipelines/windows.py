@@ -1,7 +1,7 @@
 """Overlapping windows over a sequence of any length, and the blending of their predictions.
 
-At every denoising step each window predicts on its own; where windows overlap the predictions are averaged with
-triangular weights, so that no frame is decided by a window's rim. Knows nothing of models or pipelines.
+At every denoising step there is one prediction for each window. Where windows overlap, their predictions are averaged
+with triangular weights: frames near the edge of a window count less. This module does not know models or pipelines.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,10 +13,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SamplingWindow:
-    """Frames `start` (inclusive) to `stop` (exclusive), and how much each of them counts.
+    """Frames `start` (inclusive) to `stop` (exclusive) of a sequence, with their weights.
 
     Attributes:
-        weights: `f` float32, positive; over all windows of a plan the weights of a frame sum to one.
+        start: first frame.
+        stop: the frame after the last.
+        weights: `f` float32, positive; the weights of a frame sum to one over all windows of a plan.
     """
 
     start: int
@@ -33,15 +35,15 @@ class SamplingWindow:
 
 
 def window_starts(num_frames: int, window_frames: int, overlap: int) -> list[int]:
-    """First frames of windows which cover `num_frames`; the last one is shifted to end exactly at the end.
+    """First frames of windows that cover `num_frames`; the last window is shifted to end at the last frame.
 
     Args:
         num_frames: length of the sequence, at least 1.
-        window_frames: frames of a window; a shorter sequence is one window of its own length.
-        overlap: frames shared by neighbouring windows (the last two may share more).
+        window_frames: length of a window; a shorter sequence is one window of its own length.
+        overlap: number of frames shared by neighbouring windows (the last two may share more).
 
     Raises:
-        ValueError: a length is not positive, or the windows would not advance.
+        ValueError: a length is not positive, or the overlap is not less than a window.
     """
     if num_frames < 1:
         raise ValueError(f"a sequence needs at least one frame, not {num_frames}")
@@ -58,13 +60,13 @@ def window_starts(num_frames: int, window_frames: int, overlap: int) -> list[int
 
 
 def triangular_weights(window_frames: int) -> Tensor:
-    """Weights 1, 2, ..., 2, 1 over a window, `f` float64: highest in the middle, positive at the rims."""
+    """Weights 1, 2, ..., 2, 1 over a window, `f` float64: highest in the middle, positive at the edges."""
     position = torch.arange(window_frames, dtype=torch.float64)
     return torch.minimum(position + 1, window_frames - position)
 
 
 def plan_windows(num_frames: int, window_frames: int, overlap: int) -> list[SamplingWindow]:
-    """Windows over a sequence with their normalised triangular weights.
+    """Windows over a sequence, with normalised triangular weights.
 
     Raises:
         ValueError: see `window_starts`.
@@ -82,14 +84,14 @@ def plan_windows(num_frames: int, window_frames: int, overlap: int) -> list[Samp
 
 
 def blend_windows(predict: Callable[[SamplingWindow], Tensor], windows: Sequence[SamplingWindow]) -> Tensor:
-    """Runs `predict` on every window and averages the predictions of each frame by the windows' weights.
+    """Runs `predict` on every window, and averages the predictions for each frame with the windows' weights.
 
     Args:
         predict: window -> prediction `b f ...` over the window's frames.
         windows: as `plan_windows` returns them.
 
     Returns:
-        `b f ...` over all frames, float32. A single window's prediction comes back unchanged.
+        `b f ...` over all frames, float32. The prediction of a single window is returned unchanged.
     """
     if len(windows) == 1:
         return predict(windows[0]).float()

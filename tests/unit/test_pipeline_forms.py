@@ -57,9 +57,9 @@ def test_pictures_clips_and_tensors_of_them_are_the_same_poses():
         (torch.zeros(3, 2, 4, 4), r"not of shape \(1, 3, 2, 4, 4\)"),
         (torch.zeros(0, 3, 4, 4), r"not of shape \(1, 0, 3, 4, 4\)"),
         (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), r"normals must be floats in \[0, 1\], not torch.uint8"),
-        (torch.full((1, 3, 4, 4), 255.0), r"normals must lie in \[0, 1\], but reaches from 255 to 255"),
-        (torch.full((1, 3, 4, 4), -1.0), "but reaches from -1 to -1"),
-        (torch.full((1, 3, 4, 4), torch.nan), r"normals must lie in \[0, 1\], but reaches from nan to nan"),
+        (torch.full((1, 3, 4, 4), 255.0), r"normals must lie in \[0, 1\], but its values are from 255 to 255"),
+        (torch.full((1, 3, 4, 4), -1.0), "but its values are from -1 to -1"),
+        (torch.full((1, 3, 4, 4), torch.nan), r"normals must lie in \[0, 1\], but its values are from nan to nan"),
     ],
 )
 def test_tensors_of_another_kind_are_refused_by_name_shape_and_range(tensor, message):

@@ -72,11 +72,11 @@ def test_what_stage_1_returns_as_arrays_or_pictures_stage_2_takes():
     ("image", "message"),
     [
         (pixels(5, 4), r"image: an array must be of shape H W 3 .*not \(5, 4\)"),
-        (pixels(5, 4, 4), r"not \(5, 4, 4\); others can be given as PIL pictures"),
+        (pixels(5, 4, 4), r"not \(5, 4, 4\); give others as PIL pictures"),
         (pixels(5, 4, 3).astype(np.int64), "image: an array must hold uint8, uint16, or floats in .*, not int64"),
-        (pixels(5, 4, 3).astype(np.float32), r"image must lie in \[0, 1\], but reaches from 4 to 248"),
-        (np.full((5, 4, 3), -0.5), r"image must lie in \[0, 1\], but reaches from -0.5"),
-        (np.full((5, 4, 3), np.nan), "but reaches from nan to nan"),
+        (pixels(5, 4, 3).astype(np.float32), r"image must lie in \[0, 1\], but its values are from 4 to 248"),
+        (np.full((5, 4, 3), -0.5), r"image must lie in \[0, 1\], but its values are from -0.5"),
+        (np.full((5, 4, 3), np.nan), "but its values are from nan to nan"),
         ([pixels(5, 4, 3), pixels(4, 4, 3)], r"image must all be of one size .* are \(3, 4, 4\), \(3, 5, 4\)"),
         ([], "image is empty: at least one picture is needed"),
         ("a.png", r"image must be pictures \(PIL\), arrays or tensors, or lists of them, not <class 'str'>"),
@@ -198,7 +198,9 @@ def test_both_stages_joined_saved_and_loaded_know_both_sizes(exports, tmp_path):
     middle = (slice(None), slice(None), slice(None), slice(8, 40))
     alone = geometry(image[None][middle], poses[middle], num_inference_steps=1, output_type="pt", generator=seeded())
     assert torch.equal(alone.depths, output.depths)
-    with pytest.raises(ValueError, match=r"geometry_width x geometry_height 24x24 has another aspect than .* 32x48"):
+    with pytest.raises(
+        ValueError, match=r"geometry_width x geometry_height 24x24 has another aspect ratio than .* 32x48"
+    ):
         joined(image, poses, geometry_height=24, geometry_width=24)
 
 
@@ -220,7 +222,7 @@ def test_without_a_recorded_size_the_stages_take_the_reference_s_and_both_togeth
         assert type(DiffusionPipeline.from_pretrained(older)) is kind
     maps = stages[0](image, poses, num_inference_steps=1, output_type="pt")
     assert maps.depths.shape[-2:] == (HEIGHT, WIDTH)
-    with pytest.raises(ValueError, match="does not say at which size it was trained: give geometry_height and"):
+    with pytest.raises(ValueError, match="does not contain the size at which it was trained: give geometry_height and"):
         DreamDancePipeline.from_stages(*stages)(image, poses)
 
 
