@@ -29,7 +29,7 @@ from torch import Tensor
 
 from dreamdance.errors import CheckpointError, UserError
 from dreamdance.runs.layout import checkpoint_folder, complete_steps
-from dreamdance.training.checkpointing import complete_file as manifests
+from dreamdance.training.checkpointing import complete_file
 from dreamdance.training.checkpointing.rank_file import Piece, RankFile, rank_path
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -61,8 +61,8 @@ def convert(folder: Path) -> str:
         CheckpointError: it is damaged, or its files are not those of the old format.
     """
     try:
-        manifests.read_manifest(folder)
-    except manifests.FormatError:
+        complete_file.read_manifest(folder)
+    except complete_file.FormatError:
         _write_anew(folder)
         done = "converted"
     else:
@@ -74,8 +74,8 @@ def convert(folder: Path) -> str:
 
 
 def _write_anew(folder: Path) -> None:
-    manifest = manifests.read_manifest(folder, expected=manifests.DEEPSPEED_FORMAT)
-    if problems := manifests.damage(folder, manifest.files):
+    manifest = complete_file.read_manifest(folder, expected=complete_file.DEEPSPEED_FORMAT)
+    if problems := complete_file.damage(folder, manifest.files):
         raise CheckpointError(
             f"{folder} is damaged: {'; '.join(problems)}. Bring these files back, or delete the folder"
         )
@@ -83,8 +83,8 @@ def _write_anew(folder: Path) -> None:
     for rank in range(manifest.world_size):
         with _naming(folder):
             content = _read(folder, [record.path for record in manifest.files], rank)
-        records += manifests.write_files(folder, {rank_path(folder, rank).name: content.write})
-    manifests.complete(folder, replace(manifest, files=tuple(sorted(records, key=lambda record: record.path))))
+        records += complete_file.write_files(folder, {rank_path(folder, rank).name: content.write})
+    complete_file.complete(folder, replace(manifest, files=tuple(sorted(records, key=lambda record: record.path))))
 
 
 def _read(folder: Path, files: list[str], rank: int) -> RankFile:

@@ -28,7 +28,7 @@ from support.training_scenarios import ReadOnlyFolder, Recipe, SlowDisk, SmallDi
 from dreamdance.errors import CheckpointError
 from dreamdance.runs.files import hash_file
 from dreamdance.runs.layout import checkpoint_folder, progress_file, step_folders
-from dreamdance.training.checkpointing import complete_file as manifests
+from dreamdance.training.checkpointing import complete_file
 from dreamdance.training.checkpointing.checkpointer import read_checkpoint_weights
 from dreamdance.training.checkpointing.complete_file import FileRecord
 
@@ -176,10 +176,10 @@ def poison(folder: Path, name: str, trace: Path) -> None:
     """Puts code in the place of a file of a checkpoint and makes the manifest agree with it."""
     path = folder / name
     torch.save({"extra": Hostile(trace)}, path)
-    manifest = manifests.read_manifest(folder)
+    manifest = complete_file.read_manifest(folder)
     files = [record for record in manifest.files if record.path != name]
     record = FileRecord(name, path.stat().st_size, hash_file(path))
-    manifests.complete(folder, replace(manifest, files=(*files, record)))
+    complete_file.complete(folder, replace(manifest, files=(*files, record)))
 
 
 @pytest.mark.parametrize("world_size", [2, 1])

@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dreamdance.runs.layout import checkpoint_folder, export_folder, step_folders, step_name, step_of
 from dreamdance.runtime.ranks import Ranks
-from dreamdance.training.checkpointing import complete_file as manifests
+from dreamdance.training.checkpointing import complete_file
 from dreamdance.training.objectives.geometry import GeometryObjective
 from dreamdance.training.stages.training_stage import stage_of
 from dreamdance.training.train import make_loader
@@ -98,7 +98,7 @@ def assert_sound(run: Path, steps: list[int]) -> None:
     folders = step_folders(run / "checkpoints")
     assert [step_of(folder) for folder in folders] == steps
     for folder in folders:
-        assert manifests.damage(folder, manifests.read_manifest(folder).files) == []
+        assert complete_file.damage(folder, complete_file.read_manifest(folder).files) == []
 
 
 def assert_same_run(whole: Path, run: Path) -> None:

@@ -26,7 +26,7 @@ from dreamdance.runtime.process_group import process_group, repeatable_arithmeti
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.runtime.stop_request import StopRequest
 from dreamdance.runtime.watchdog import Watchdog
-from dreamdance.training.checkpointing import complete_file as manifests
+from dreamdance.training.checkpointing import complete_file
 from dreamdance.training.checkpointing.checkpointer import read_checkpoint_weights
 from dreamdance.training.checkpointing.complete_file import FileRecord
 from dreamdance.training.checkpointing.rank_file import generator_states, restore_generators
@@ -116,11 +116,11 @@ def delete(path: Path) -> None:
 )
 def test_a_damaged_file_is_found_and_named(run, file, damage: Callable[[Path], None], reason):
     folder = checkpoint_folder(run, 4)
-    manifest = manifests.read_manifest(folder)
+    manifest = complete_file.read_manifest(folder)
     assert sorted(record.path for record in manifest.files) == sorted(FILES)
-    assert manifests.damage(folder, manifest.files) == []
+    assert complete_file.damage(folder, manifest.files) == []
     damage(folder / file)
-    (problem,) = manifests.damage(folder, manifest.files)
+    (problem,) = complete_file.damage(folder, manifest.files)
     assert problem.startswith(f"step_00000004/{file} ")
     assert reason in problem
 
@@ -157,10 +157,10 @@ def test_resume_skips_a_damaged_checkpoint_says_why_and_takes_the_one_before(run
 @pytest.mark.parametrize("other", [1, 2, 4])
 def test_a_checkpoint_of_another_format_is_refused_and_not_passed_over(run, shards, monkeypatch, other):
     folder = checkpoint_folder(run, 4)
-    sound = manifests.read_manifest(folder)
+    sound = complete_file.read_manifest(folder)
     with monkeypatch.context() as version:
-        version.setattr(manifests, "FORMAT", other)
-        manifests.complete(folder, sound)
+        version.setattr(complete_file, "FORMAT", other)
+        complete_file.complete(folder, sound)
     if other == 1:  # had no hash of itself
         values = json.loads((folder / COMPLETE_FILE).read_text())
         (folder / COMPLETE_FILE).write_text(json.dumps({key: values[key] for key in values if key != "sha256"}))
@@ -181,7 +181,7 @@ def test_a_checkpoint_without_all_that_is_asked_for_is_refused_by_what_it_lacks(
     del state["guard"], state["initial_digest"]
     (folder / STATE_FILE).write_text(json.dumps(state))
     files = tuple(recorded(folder, name) for name in FILES)
-    manifests.complete(folder, replace(manifests.read_manifest(folder), files=files))
+    complete_file.complete(folder, replace(complete_file.read_manifest(folder), files=files))
     named = r"step_00000004 was saved by another version .* state\.json has no guard, initial_digest\. .* init_from"
     with pytest.raises(CheckpointError, match=named):
         resume(run, make_recipe(shards))
@@ -368,8 +368,8 @@ class Hostile:
 def test_nothing_in_a_checkpoint_is_unpickled_into_code(run, shards, file, capfd):
     folder = checkpoint_folder(run, 4)
     torch.save({"extra": Hostile()}, folder / file)
-    manifest = manifests.read_manifest(folder)
-    manifests.complete(
+    manifest = complete_file.read_manifest(folder)
+    complete_file.complete(
         folder, replace(manifest, files=tuple(recorded(folder, record.path) for record in manifest.files))
     )
     with pytest.raises(CheckpointError, match=rf"{file} is not (in our format|a rank's file of a checkpoint)"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dreamdance.runs import files as file_work
-from dreamdance.training.checkpointing import complete_file as manifest
+from dreamdance.training.checkpointing import complete_file
 from dreamdance.training.checkpointing.complete_file import FileRecord, write_files
 from dreamdance.training.checkpointing.host_copy import HostMemory
 
@@ -44,10 +44,10 @@ def test_what_did_not_come_to_disk_as_it_was_written_is_written_again(tmp_path, 
             damaged.append(handle)
             os.pwrite(handle, b"\xff", 100)
 
-    monkeypatch.setattr(manifest.os, "fsync", sync_badly)
+    monkeypatch.setattr(complete_file.os, "fsync", sync_badly)
     (record,) = write_files(tmp_path, {"weights": lambda file: file.write(bytes(1000))})
     assert damaged
-    assert not manifest.damage(tmp_path, [record])
+    assert not complete_file.damage(tmp_path, [record])
     assert (tmp_path / "weights").read_bytes() == bytes(1000)
 
 

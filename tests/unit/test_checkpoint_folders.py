@@ -11,7 +11,7 @@ from dreamdance.recipe.schema import Checkpoint
 from dreamdance.runs import files as file_work
 from dreamdance.runs.files import hash_file
 from dreamdance.runs.layout import COMPLETE_FILE, checkpoint_folder, step_folders, step_of
-from dreamdance.training.checkpointing import complete_file as manifests
+from dreamdance.training.checkpointing import complete_file
 from dreamdance.training.checkpointing.complete_file import FileRecord, Manifest
 from dreamdance.training.checkpointing.folders import CheckpointFolders
 
@@ -30,7 +30,7 @@ def save(run: Path, *steps: int) -> None:
         path = folder / WEIGHTS
         path.write_bytes(b"weights of step %d" % step)
         record = FileRecord(WEIGHTS, path.stat().st_size, hash_file(path))
-        manifests.complete(folder, Manifest(step, 1, "digest", (record,)))
+        complete_file.complete(folder, Manifest(step, 1, "digest", (record,)))
 
 
 def steps(run: Path) -> list[int]:
@@ -138,7 +138,7 @@ def test_a_checkpoint_that_is_a_link_to_another_runs_is_unlinked_and_that_run_ke
     link.symlink_to(checkpoint_folder(tmp_path / "other", 1))
     folders_of(tmp_path / "own").delete_old()
     assert steps(tmp_path / "own") == [2, 3]
-    assert manifests.read_manifest(checkpoint_folder(tmp_path / "other", 1)).step == 1
+    assert complete_file.read_manifest(checkpoint_folder(tmp_path / "other", 1)).step == 1
 
 
 def test_what_cannot_be_deleted_is_said_and_ends_nothing(tmp_path, caplog):

@@ -11,7 +11,7 @@ from dreamdance.errors import CheckpointError
 from dreamdance.runs import files as file_work
 from dreamdance.runs.files import hash_file
 from dreamdance.runs.layout import COMPLETE_FILE
-from dreamdance.training.checkpointing import complete_file as manifests
+from dreamdance.training.checkpointing import complete_file
 from dreamdance.training.checkpointing.complete_file import FileRecord, Manifest
 
 
@@ -20,7 +20,7 @@ def save(folder: Path) -> Manifest:
     folder.mkdir()
     (folder / "weights").write_bytes(b"abc")
     manifest = Manifest(1, 1, "digest", (FileRecord("weights", 3, hash_file(folder / "weights")),))
-    manifests.complete(folder, manifest)
+    complete_file.complete(folder, manifest)
     return manifest
 
 
@@ -28,7 +28,7 @@ def test_complete_appears_last_and_at_once(tmp_path):
     folder = tmp_path / "step_00000001"
     manifest = save(folder)
     assert manifest.files[0].sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert manifests.read_manifest(folder) == manifest
+    assert complete_file.read_manifest(folder) == manifest
     assert sorted(path.name for path in folder.iterdir()) == ["COMPLETE", "weights"]
 
 
@@ -43,8 +43,8 @@ def test_no_flipped_bit_of_a_manifest_passes_for_another_manifest(tmp_path):
         flipped[position // 8] ^= 1 << position % 8
         (folder / COMPLETE_FILE).write_bytes(flipped)
         try:
-            assert manifests.read_manifest(folder) == sound, position
-        except manifests.FormatError:
+            assert complete_file.read_manifest(folder) == sound, position
+        except complete_file.FormatError:
             pytest.fail(f"bit {position}: taken for another version's")
         except CheckpointError:
             found += 1
@@ -55,14 +55,14 @@ def test_a_checkpoint_that_lies_under_another_steps_name_is_damaged(tmp_path):
     save(tmp_path / "step_00000001")
     renamed = (tmp_path / "step_00000001").rename(tmp_path / "step_00000006")
     with pytest.raises(CheckpointError, match="step_00000006/COMPLETE is damaged: it is of step 1"):
-        manifests.read_manifest(renamed)
+        complete_file.read_manifest(renamed)
 
 
 @pytest.mark.parametrize("path", ["../secret", "/etc/passwd", ""])
 def test_a_manifest_that_points_outside_of_its_folder_is_refused(tmp_path, path):
-    manifests.complete(tmp_path, Manifest(1, 1, "digest", (FileRecord(path, 1, ""),)))
+    complete_file.complete(tmp_path, Manifest(1, 1, "digest", (FileRecord(path, 1, ""),)))
     with pytest.raises(CheckpointError, match="outside of its folder"):
-        manifests.read_manifest(tmp_path)
+        complete_file.read_manifest(tmp_path)
 
 
 def test_a_manifest_that_is_a_pickle_is_damaged_and_never_unpickled(tmp_path):
@@ -72,7 +72,7 @@ def test_a_manifest_that_is_a_pickle_is_damaged_and_never_unpickled(tmp_path):
 
     (tmp_path / COMPLETE_FILE).write_bytes(pickle.dumps(Hostile()))
     with pytest.raises(CheckpointError, match="COMPLETE is damaged: "):
-        manifests.read_manifest(tmp_path)
+        complete_file.read_manifest(tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -82,17 +82,17 @@ def test_a_manifest_that_is_a_pickle_is_damaged_and_never_unpickled(tmp_path):
 def test_a_damaged_manifest_is_a_checkpoint_error(tmp_path, text):
     (tmp_path / COMPLETE_FILE).write_text(text)
     with pytest.raises(CheckpointError, match="COMPLETE is damaged: "):
-        manifests.read_manifest(tmp_path)
+        complete_file.read_manifest(tmp_path)
 
 
 def test_a_file_that_cannot_be_read_for_a_moment_is_read_again_and_else_told(tmp_path, monkeypatch):
     """The memory of a process is the one file of Linux that fails with EIO."""
     folder = tmp_path / "step_00000004"
     folder.mkdir()
-    record = manifests.FileRecord("file", 0, hashlib.sha256(b"").hexdigest())
+    record = complete_file.FileRecord("file", 0, hashlib.sha256(b"").hexdigest())
     (folder / "file").symlink_to("/proc/self/mem")
     monkeypatch.setattr(file_work, "FIRST_PAUSE_SECONDS", 0.0)
-    (problem,) = manifests.damage(folder, [record])
+    (problem,) = complete_file.damage(folder, [record])
     assert "step_00000004/file cannot be read: [Errno 5]" in problem
     monkeypatch.setattr(file_work, "FIRST_PAUSE_SECONDS", 20.0)
 
@@ -102,4 +102,4 @@ def test_a_file_that_cannot_be_read_for_a_moment_is_read_again_and_else_told(tmp
         (folder / "file").touch()
 
     monkeypatch.setattr(file_work.time, "sleep", repair)
-    assert manifests.damage(folder, [record]) == []
+    assert complete_file.damage(folder, [record]) == []

@@ -18,7 +18,7 @@ from dreamdance.runs.files import hash_file
 from dreamdance.runs.layout import COMPLETE_FILE, checkpoint_folder, export_folder
 from dreamdance.runtime.process_group import process_group
 from dreamdance.runtime.ranks import Ranks
-from dreamdance.training.checkpointing import complete_file as manifests
+from dreamdance.training.checkpointing import complete_file
 from dreamdance.training.checkpointing.checkpointer import read_checkpoint_weights
 from dreamdance.training.checkpointing.complete_file import FileRecord, Manifest
 from dreamdance.training.checkpointing.rank_file import Piece, RankFile, generator_states, rank_path
@@ -81,8 +81,8 @@ def save_as_before(engine: Engine, ema: ShardedEma, run: Path) -> Path:
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in (".pt", ".json"))
     records = tuple(FileRecord(name, (folder / name).stat().st_size, hash_file(folder / name)) for name in names)
     with pytest.MonkeyPatch.context() as version:
-        version.setattr(manifests, "FORMAT", 2)
-        manifests.complete(folder, Manifest(4, 1, "digest", records))
+        version.setattr(complete_file, "FORMAT", 2)
+        complete_file.complete(folder, Manifest(4, 1, "digest", records))
     return folder
 
 
@@ -119,9 +119,9 @@ def test_a_converted_checkpoint_is_byte_for_byte_what_is_saved_today(precision, 
         assert sorted(path.name for path in folder.iterdir()) == [COMPLETE_FILE, "rank_00000.safetensors", "state.json"]
         assert rank_path(folder, 0).read_bytes() == (tmp_path / "expected").read_bytes()
         assert (folder / "state.json").read_bytes() == state
-    manifest = manifests.read_manifest(folder)
+    manifest = complete_file.read_manifest(folder)
     assert (manifest.step, manifest.world_size, manifest.recipe_digest) == (4, 1, "digest")
-    assert manifests.damage(folder, manifest.files) == []
+    assert complete_file.damage(folder, manifest.files) == []
     for name, value in read_checkpoint_weights(folder, "master").items():
         assert torch.equal(value.to(engine.trainable[name].dtype), engine.trainable[name])
 

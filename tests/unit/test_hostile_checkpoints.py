@@ -13,7 +13,7 @@ from support.fault_log import record_fault
 
 from dreamdance.errors import CheckpointError
 from dreamdance.runs.files import hash_file
-from dreamdance.training.checkpointing import complete_file as manifests
+from dreamdance.training.checkpointing import complete_file
 from dreamdance.training.checkpointing.checkpointer import read_checkpoint_weights
 from dreamdance.training.checkpointing.complete_file import FileRecord, Manifest
 from dreamdance.training.checkpointing.rank_file import Piece, RankFile
@@ -30,7 +30,7 @@ def folder(tmp_path) -> Path:
     with (folder / RANK_FILE).open("wb") as file:
         RankFile.of({"weight": piece}, average_updates=1, generators={}).write(file)
     (folder / "state.json").write_text(json.dumps({"trainable": {"weight": [2]}}))
-    manifests.complete(folder, Manifest(1, 1, "digest", ()))
+    complete_file.complete(folder, Manifest(1, 1, "digest", ()))
     agree(folder)
     return folder
 
@@ -39,7 +39,7 @@ def agree(folder: Path, *names: str) -> None:
     """Has the manifest say what lies there."""
     paths = [folder / name for name in names or (RANK_FILE, "state.json")]
     files = tuple(FileRecord(path.name, path.stat().st_size, hash_file(path)) for path in paths)
-    manifests.complete(folder, replace(manifests.read_manifest(folder), files=files))
+    complete_file.complete(folder, replace(complete_file.read_manifest(folder), files=files))
 
 
 def test_the_average_of_a_sound_one_is_read(folder):
@@ -106,7 +106,7 @@ def test_a_manifest_that_does_not_list_a_rank_s_file_is_refused(folder):
     agree(folder, "state.json")
     with pytest.raises(CheckpointError, match=r"COMPLETE does not list rank_00000\.safetensors"):
         read_checkpoint_weights(folder)
-    manifests.complete(folder, replace(manifests.read_manifest(folder), world_size=1 << 60))
+    complete_file.complete(folder, replace(complete_file.read_manifest(folder), world_size=1 << 60))
     with pytest.raises(CheckpointError, match=r"COMPLETE does not list rank_00000\.safetensors"):
         read_checkpoint_weights(folder)
 

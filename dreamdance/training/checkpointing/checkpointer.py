@@ -23,7 +23,7 @@ from dreamdance.recipe.schema import Checkpoint
 from dreamdance.runs.layout import COMPLETE_FILE, checkpoint_folder
 from dreamdance.runtime.process_group import gathered, on_main
 from dreamdance.runtime.ranks import Ranks
-from dreamdance.training.checkpointing import complete_file as manifests
+from dreamdance.training.checkpointing import complete_file
 from dreamdance.training.checkpointing.complete_file import FileRecord, HashedFile, Manifest
 from dreamdance.training.checkpointing.folders import CheckpointFolders
 from dreamdance.training.checkpointing.host_copy import HostMemory
@@ -157,7 +157,7 @@ class Checkpointer:
         if self.ranks.is_main:
             text = self._state_text({**state, "step": step})
             files[_STATE_FILE] = lambda file: file.write(text.encode())
-        written = self._thread.submit(manifests.write_files, folder, files)
+        written = self._thread.submit(complete_file.write_files, folder, files)
         self._save = _Save(folder, step, written, started, time.perf_counter() - started)
 
     def finish(self) -> Saved:
@@ -216,7 +216,7 @@ class Checkpointer:
         """Makes the folder count, and deletes older ones; on the main process, when all ranks' files are on disk."""
         files = tuple(sorted(records, key=lambda record: record.path))
         try:
-            manifests.complete(save.folder, Manifest(save.step, self.ranks.world_size, self.recipe_digest, files))
+            complete_file.complete(save.folder, Manifest(save.step, self.ranks.world_size, self.recipe_digest, files))
         except OSError as error:
             raise CheckpointError(f"{save.folder.name} could not be completed: {error}") from error
         self._thread.submit(self._folders.delete_old)
@@ -233,7 +233,7 @@ class Checkpointer:
             manifest, problem = on_main(partial(_read, folder))
             if manifest is not None:
                 share = manifest.files[self.ranks.rank :: self.ranks.world_size]
-                found = [text for part in gathered(manifests.damage(folder, share)) for text in part]
+                found = [text for part in gathered(complete_file.damage(folder, share)) for text in part]
                 if not found:
                     return self._restore(folder, manifest)
                 problem = "; ".join(found)
@@ -298,7 +298,7 @@ def read_checkpoint_weights(folder: Path, kind: str = "average") -> dict[str, Te
         CheckpointError: the folder is incomplete or damaged.
     """
     manifest, problem = _read(folder)
-    problems = [problem] if manifest is None else manifests.damage(folder, manifest.files)
+    problems = [problem] if manifest is None else complete_file.damage(folder, manifest.files)
     if manifest is None or problems:
         raise CheckpointError("; ".join(problems))
     shapes = _read_state(folder, ["trainable"])["trainable"]
@@ -310,8 +310,8 @@ def read_checkpoint_weights(folder: Path, kind: str = "average") -> dict[str, Te
 def _read(folder: Path) -> tuple[Manifest | None, str]:
     """Returns the manifest, or how it is damaged; raises for a sound one of another version, which is never skipped."""
     try:
-        manifest = manifests.read_manifest(folder)
-    except manifests.FormatError:
+        manifest = complete_file.read_manifest(folder)
+    except complete_file.FormatError:
         raise
     except CheckpointError as error:
         return None, str(error)
@@ -331,7 +331,7 @@ def _read_state(folder: Path, keys: Collection[str]) -> dict[str, Any]:
             f"{folder}/{_STATE_FILE} is not in our format, though its hash is that in the manifest: {error}"
         ) from error
     if lacking := [key for key in keys if key not in state]:
-        raise manifests.FormatError(folder, f"its {_STATE_FILE} has no {', '.join(lacking)}")
+        raise complete_file.FormatError(folder, f"its {_STATE_FILE} has no {', '.join(lacking)}")
     return state
 
 

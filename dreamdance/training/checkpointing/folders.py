@@ -13,7 +13,7 @@ from pathlib import Path
 from dreamdance.errors import CheckpointError
 from dreamdance.recipe.schema import Checkpoint
 from dreamdance.runs.layout import COMPLETE_FILE, checkpoint_folder, step_folders, step_of
-from dreamdance.training.checkpointing import complete_file as manifests
+from dreamdance.training.checkpointing import complete_file
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class CheckpointFolders:
         if folder.name in self.damaged:
             return False
         try:
-            return not manifests.damage(folder, manifests.read_manifest(folder).files, by_size_alone=True)
+            return not complete_file.damage(folder, complete_file.read_manifest(folder).files, by_size_alone=True)
         except CheckpointError:
             return False
 
