@@ -119,7 +119,7 @@ def _array_tensor(array: NDArray[Any], name: str) -> Tensor:
 def _checked(tensor: Tensor, name: str, ndim: int) -> Tensor:
     shape = "b 3 H W" if ndim == 4 else "b f 3 H W"
     if tensor.ndim != ndim or tensor.shape[-3] != 3 or tensor.numel() == 0:
-        raise ValueError(f"{name} must be pictures or a tensor {shape}, but its shape is {tuple(tensor.shape)}")
+        raise ValueError(f"{name} must be pictures or a tensor {shape}, not of shape {tuple(tensor.shape)}")
     if not tensor.is_floating_point():
         raise ValueError(f"{name} must be floats in [0, 1], not {tensor.dtype}")
     low, high = tensor.min().item(), tensor.max().item()

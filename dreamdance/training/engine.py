@@ -1,6 +1,6 @@
-"""The only module that calls DeepSpeed: its steps, and the memory in which it keeps this rank's share of the optimizer.
+"""The only module that calls DeepSpeed: optimizer steps, and access to this rank's share of weights and moments.
 
-It must not know what is trained, where data comes from, or when and how checkpoints are written.
+This module does not know what is trained, where data comes from, or when and how checkpoints are written.
 """
 
 import logging
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # unset, DeepSpeed warns at every start that it saw no GPU
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns at every start that there is no GPU
 import deepspeed
 from deepspeed.utils import groups
 
@@ -28,21 +28,21 @@ from dreamdance.recipe.schema import TrainingRecipe
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.deepspeed_config import deepspeed_config
 
-# Names of DeepSpeed that it does not document, all in this file:
-#   ops.__compatible_ops__     what it would compile;
+# Undocumented names of DeepSpeed; no other file uses any:
+#   ops.__compatible_ops__     the operations that DeepSpeed compiles;
 #   utils.groups._WORLD_GROUP  the process group of its collectives;
-#   parameter._hp_mapping      where a parameter lies in this rank's flat partition;
-#   optimizer.update_lp_params makes the weights of all ranks from their partitions.
+#   parameter._hp_mapping      the place of a parameter in this rank's flat partition;
+#   optimizer.update_lp_params computes the weights on all ranks from the partitions.
 
-# DeepSpeed's only use of its op table is to build a shared-memory operation for *inference*. Left on, every first start
-# on a CPU compiles it for minutes, and a killed compilation leaves a lock behind that blocks all later starts.
+# DeepSpeed uses this table only to build a shared-memory operation for *inference*. Without this line, the first start
+# on a CPU compiles it for minutes, and a killed compilation leaves a lock that blocks all later starts.
 deepspeed.ops.__compatible_ops__ = {}
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
 @dataclass(frozen=True)
 class Update:
-    """Result of one optimizer step: the norm of the whole gradient before clipping, and whether it was applied."""
+    """Result of one optimizer step: norm of the whole gradient before clipping, and whether the step was applied."""
 
     gradient_norm: float
     applied: bool
@@ -50,7 +50,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Fragment:
-    """`length` elements of the flattened parameter `name`, from `start`; they lie at `offset` of partition `shard`."""
+    """`length` elements of the flattened parameter `name` from `start`, stored at `offset` in partition `shard`."""
 
     name: str
     shard: int
@@ -59,7 +59,7 @@ class Fragment:
     length: int
 
     def of(self, partitions: list[Tensor]) -> Tensor:
-        """The elements themselves, as they lie in memory: flat, or a whole parameter where nothing is sharded."""
+        """A view of the elements: flat, or a whole parameter if nothing is sharded."""
         partition = partitions[self.shard]
         if partition.numel() == self.length:
             return partition
@@ -67,31 +67,32 @@ class Fragment:
 
 
 class Engine:
-    """An objective under DeepSpeed's ZeRO, with torch's AdamW on this rank's share of the fp32 masters."""
+    """Trains an objective with DeepSpeed's ZeRO, and torch's AdamW on this rank's share of the fp32 masters."""
 
     MOMENTS = ("exp_avg", "exp_avg_sq")
 
     def __init__(self, objective: nn.Module, recipe: TrainingRecipe, ranks: Ranks, *, deterministic: bool) -> None:
-        """Moves the objective to the device and in the recipe's precision, and gives its trainable parameters masters.
+        """Moves the objective to the device, casts it to the recipe's precision, and creates the fp32 masters.
 
         Args:
-            objective: `forward(batch)` returns a tuple that holds the loss; `requires_grad` says what trains.
-            recipe: optimizer, precision and sharding.
-            ranks: this process among all; the process group must be open.
+            objective: `forward(batch)` returns a tuple that contains the loss; parameters with `requires_grad` train.
+            recipe: the recipe, for its optimizer, precision and sharding.
+            ranks: this process among all processes; the process group must be open.
             deterministic: see `deepspeed_config`.
 
         Raises:
-            RecipeError: nothing trains, the batch does not divide, or plain data parallelism is asked for in bf16.
+            RecipeError: no parameter trains, the batch cannot be divided among the ranks, or the recipe has
+                `precision: bf16` without sharding.
         """
         self.objective: Any = objective
         self.ranks = ranks
         section = self.optimizer_section = recipe.optimizer
         self.trainable = {name: value for name, value in objective.named_parameters() if value.requires_grad}
         if not self.trainable:
-            raise RecipeError("nothing to train: no parameter of the recipe's networks requires a gradient")
+            raise RecipeError("nothing to train: the recipe's networks have no trainable parameter (key: train)")
         self.sharded = recipe.sharding.zero_stage > 0
         if not self.sharded and recipe.precision == "bf16":
-            raise RecipeError("sharding.zero_stage=0 keeps no fp32 masters for precision=bf16; use zero_stage 1 or 2")
+            raise RecipeError("sharding.zero_stage=0 has no fp32 masters for precision=bf16; use zero_stage 1 or 2")
         self.accumulation_steps = accumulation_steps(recipe.batch_size, recipe.micro_batch_size, ranks.world_size)
         config = deepspeed_config(
             recipe,
@@ -99,7 +100,7 @@ class Engine:
             num_trainable=sum(parameter.numel() for parameter in self.trainable.values()),
             deterministic=deterministic,
         )
-        # One pass over weights and moments instead of about 20; None leaves the choice to torch, which loops on a CPU.
+        # True: one pass over weights and moments instead of about 20. None: torch chooses, and loops on a CPU.
         fused = True if ranks.device.type == "cuda" else None
         self._adamw = torch.optim.AdamW(
             list(self.trainable.values()),
@@ -112,29 +113,29 @@ class Engine:
         exact: dict[str, Tensor] = {}
         if recipe.precision == "bf16":
             exact = {name: parameter.detach().clone() for name, parameter in self.trainable.items()}
-            objective.to(torch.bfloat16)  # DeepSpeed would leave buffers in fp32, from_pretrained does not
-        os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists on the variable
-        if groups._WORLD_GROUP is None:  # DeepSpeed's own would wait for as long as the backend's default
+            objective.to(torch.bfloat16)  # as from_pretrained; DeepSpeed would leave buffers in fp32
+        os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed requires the variable
+        if groups._WORLD_GROUP is None:  # DeepSpeed's own group would have the backend's default time-out
             groups._WORLD_GROUP = dist.new_group(timeout=timedelta(seconds=recipe.cluster.collective_timeout_seconds))
-        with kept_in_float32(objective):  # what the objective itself did not let be cast: autoencoders
+        with kept_in_float32(objective):  # autoencoders keep their precision
             self._engine, *_ = deepspeed.initialize(model=objective, optimizer=self._adamw, config=config)
         if exact:
             self._set_masters(exact)
-        for weight in self._partitions:  # as AdamW would at its first step, so that there is always a state to save
+        for weight in self._partitions:  # as in AdamW's first step, so that there is always a state to save
             count = torch.zeros((), dtype=torch.float32, device=weight.device if fused else "cpu")
             self._adamw.state[weight] = {"step": count, **{name: torch.zeros_like(weight) for name in self.MOMENTS}}
 
     def forward(self, batch: Any) -> Any:
-        """Runs the objective on one micro batch and returns its own output."""
+        """Runs the objective on one micro batch and returns its output."""
         return self._engine(batch)
 
     def backward(self, loss: Tensor, *, drop: bool = False) -> None:
         """Accumulates the gradient of one micro batch's mean loss.
 
-        A loss that is not finite, or is to be dropped, is made to poison the whole gradient: then its norm, which all
-        ranks share, is not finite either, and every rank skips this update.
+        If a loss is not finite, or is to be dropped, the whole gradient becomes NaN: then its norm, which is the same
+        on all ranks, is not finite, and every rank skips this update.
         """
-        # chosen on the device: asking for the number here would hold up the queue of the backward pass
+        # computed on the device: reading the number here would wait for the device
         usual = math.nan if drop else 1.0
         self._engine.backward(loss * torch.where(loss.detach().isfinite(), usual, math.nan))
         if not self._engine.is_gradient_accumulation_boundary():
@@ -151,7 +152,7 @@ class Engine:
         return self._update_unsharded()
 
     def _update_unsharded(self) -> Update:
-        """Measures, clips and, where it must, drops the gradient itself: DeepSpeed does so only where it shards."""
+        """Measures, clips and, if necessary, drops the gradient: DeepSpeed does this only if it shards."""
         trainable = list(self.trainable.values())
         norm = torch.nn.utils.get_total_norm([value.grad for value in trainable if value.grad is not None])
         applied = bool(norm.isfinite())
@@ -164,23 +165,23 @@ class Engine:
 
     @property
     def _partitions(self) -> list[Tensor]:
-        """What AdamW updates: DeepSpeed gives it this rank's partitions in place of the parameters."""
+        """The tensors that AdamW updates: DeepSpeed replaces the parameters by this rank's partitions."""
         return [weight for group in self._adamw.param_groups for weight in group["params"]]
 
     @property
     def masters(self) -> list[Tensor]:
-        """This rank's fp32 master weights: flat partitions, or every parameter where nothing is sharded."""
+        """This rank's fp32 master weights: flat partitions, or all parameters if nothing is sharded."""
         return [partition.data for partition in self._partitions]
 
     @torch.no_grad()
     def _set_masters(self, parameters: dict[str, Tensor]) -> None:
-        """Gives the masters the precision of the weights that were read: DeepSpeed makes them from the bf16 ones."""
+        """Copies the fp32 weights to the masters, which DeepSpeed has made from the bf16 weights."""
         for fragment in self.fragments():
             values = parameters[fragment.name].flatten().narrow(0, fragment.start, fragment.length)
             fragment.of(self.masters).copy_(values)
 
     def fragments(self) -> list[Fragment]:
-        """Where the parameters lie in this rank's partitions; over all ranks every element occurs."""
+        """The places of parameters in this rank's partitions; over all ranks they cover every element."""
         if not self.sharded:
             owned = enumerate(self.trainable.items())
             return [Fragment(name, shard, 0, 0, value.numel()) for shard, (name, value) in owned]
@@ -194,9 +195,12 @@ class Engine:
 
     @contextmanager
     def weights(self, shards: list[Tensor]) -> Iterator[None]:
-        """Within, the objective's weights are `shards` (as `masters` lie); after, bit for bit what they were.
+        """Inside the block, the objective's weights are `shards`; afterwards, bit for bit the same as before.
 
-        Collective. Sharded, the weights return from the masters and cost no memory; else a copy is kept meanwhile.
+        Collective. If sharded, the old weights are computed again from the masters; otherwise a copy is kept.
+
+        Args:
+            shards: values in the layout of `masters`.
         """
         if self.sharded:
             masters = self.masters
@@ -220,9 +224,9 @@ class Engine:
             partition.data = shard
 
     def gathered(self, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Puts whole fp32 parameters together from every rank's `shards`, one at a time, so that memory hardly grows.
+        """Assembles whole fp32 parameters from the `shards` of all ranks, one at a time, so that memory hardly grows.
 
-        Collective: every rank must run through it, but only the main process is given the true values.
+        Collective: every rank must iterate to the end, but only the main process gets the right values.
         """
         if not self.sharded:
             yield from zip(self.trainable, shards, strict=True)
@@ -236,20 +240,20 @@ class Engine:
             yield name, values.reshape(parameter.shape)
 
     def moments(self) -> dict[str, list[Tensor]]:
-        """AdamW's two moments, as `masters` lie."""
+        """AdamW's two moments, in the layout of `masters`."""
         states = [self._adamw.state[partition] for partition in self._partitions]
         return {name: [state[name] for state in states] for name in self.MOMENTS}
 
     def step_counts(self) -> list[float]:
-        """How many steps AdamW has applied to each of `masters`."""
+        """The number of steps that AdamW has applied to each of `masters`."""
         counts: list[float] = torch.stack([self._adamw.state[one]["step"] for one in self._partitions]).tolist()
         return counts
 
     def restored(self, step_counts: Mapping[str, float]) -> None:
-        """Makes the weights from `masters`, which the caller has set, as well as `moments`. Collective.
+        """Computes the weights from `masters`; the caller has set these and `moments` before. Collective.
 
         Args:
-            step_counts: how many steps AdamW has applied, by the name of the parameter.
+            step_counts: name of the parameter -> number of steps that AdamW has applied to it.
         """
         partitions = self._partitions
         for fragment in self.fragments():

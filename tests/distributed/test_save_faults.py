@@ -75,7 +75,7 @@ def test_a_disk_that_stays_full_ends_the_run_on_all_ranks_and_the_next_start_los
     for rank in range(WORLD_SIZE):
         assert "CheckpointError: step_00000004 could not be saved: rank 1: " in output(run, rank)
         assert "File too large" in output(run, rank)
-        assert "started again, it goes on from step_00000002" in output(run, rank)
+        assert "started again, it continues from step_00000002" in output(run, rank)
     detected = (run / "output" / "output_0.txt").stat().st_mtime - struck
     restarted = time.time()
     assert start(recipe, run) == [0, 0], output(run)

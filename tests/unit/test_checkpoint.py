@@ -165,11 +165,11 @@ def test_a_checkpoint_of_another_format_is_refused_and_not_passed_over(run, shar
         values = json.loads((folder / COMPLETE_FILE).read_text())
         (folder / COMPLETE_FILE).write_text(json.dumps({key: values[key] for key in values if key != "sha256"}))
     converts = (
-        rf"Convert this run's checkpoints by `python tools/convert_checkpoint\.py {run}`, or go" if other == 2 else "Go"
+        rf"Convert this run's checkpoints by `python tools/convert_checkpoint\.py {run}`, or continue"
+        if other == 2
+        else "Continue"
     )
-    named = (
-        rf"step_00000004 was saved by another version of this software: its format is {other}, not 3\. {converts} on .*"
-    )
+    named = rf"step_00000004 was saved by another version of this software: its format is {other}, not 3\. {converts} with .*"
     with pytest.raises(CheckpointError, match=named):
         resume(run, make_recipe(shards))
     assert folder.is_dir()
@@ -285,7 +285,7 @@ def test_resumed_state_is_bit_for_bit_what_was_saved(run, trained, shards):
 
 
 def test_a_checkpoint_of_other_trainable_parameters_is_refused(run, shards):
-    with pytest.raises(CheckpointError, match=r"trains other parameters than this recipe; \d+ differ"):
+    with pytest.raises(CheckpointError, match=r"contains other parameters than this recipe trains; \d+ differ"):
         resume(run, make_recipe(shards, **{"model.pose_channels": [8, 24]}))
 
 
@@ -321,7 +321,7 @@ def test_a_base_models_file_that_changed_between_runs_is_refused_where_it_is_fro
             resume(run, make_recipe(shards, **changes))
     else:
         assert resume(run, make_recipe(shards, **changes)).step == 2
-        assert "the weights that this run once began with have changed" in caplog.text
+        assert "the weights with which this run began have changed" in caplog.text
     record_fault(
         f"base model's file changed between runs ({'frozen' if trained_step == 'temporal' else 'trained'})",
         how="one weight of the UNet in that folder changed",

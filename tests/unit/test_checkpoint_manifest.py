@@ -54,7 +54,7 @@ def test_no_flipped_bit_of_a_manifest_passes_for_another_manifest(tmp_path):
 def test_a_checkpoint_that_lies_under_another_steps_name_is_damaged(tmp_path):
     save(tmp_path / "step_00000001")
     renamed = (tmp_path / "step_00000001").rename(tmp_path / "step_00000006")
-    with pytest.raises(CheckpointError, match="step_00000006/COMPLETE is damaged: it is of step 1"):
+    with pytest.raises(CheckpointError, match="step_00000006/COMPLETE is damaged: it belongs to step 1"):
         complete_file.read_manifest(renamed)
 
 

@@ -1,7 +1,7 @@
-"""Saving and resuming a run (C8): all ranks save, a step counts once complete, the newest that verifies is resumed.
+"""Saves and resumes a run (C8): all ranks save, then the checkpoint counts; a run resumes the newest that verifies.
 
 Training waits only while each rank copies its state in memory; a thread writes, hashes and reads back the files while
-training continues. This module knows when a checkpoint counts and what belongs to it, `rank_file` the tensors' format.
+training continues. This module decides when a checkpoint counts and what it contains; `rank_file` has the file format.
 """
 
 import errno
@@ -48,13 +48,13 @@ _STATE_KEYS = ("step", "loader", "guard", "trainable", "frozen_digest", "initial
 
 @dataclass(frozen=True)
 class Saved:
-    """A complete checkpoint, and what it cost.
+    """A complete checkpoint, and how long its save took.
 
     Attributes:
-        folder: where it lies.
-        step: finished optimizer steps.
-        waited_seconds: how long training waited for it, on this rank.
-        seconds: from the start of the save until it counted.
+        folder: the checkpoint's folder.
+        step: number of finished optimizer steps.
+        waited_seconds: how long training on this rank waited for the save.
+        seconds: time from the start of the save until the checkpoint counted.
     """
 
     folder: Path
@@ -65,7 +65,7 @@ class Saved:
 
 @dataclass
 class _Save:
-    """A save in the making, on this rank."""
+    """A save that has begun on this rank and does not count yet."""
 
     folder: Path
     step: int
@@ -76,7 +76,7 @@ class _Save:
 
 @dataclass(frozen=True)
 class Resumed:
-    """The checkpoint that a run continues from, and what was saved beside the weights."""
+    """The checkpoint from which a run continues, and the state that was saved with the weights."""
 
     folder: Path
     manifest: Manifest
@@ -102,14 +102,14 @@ class Checkpointer:
         Args:
             run: the run folder.
             engine: the trained weights and the optimizer's state.
-            ema: the average, saved by each rank for its own share.
-            ranks: this process among all.
-            section: what to keep.
-            recipe_digest: of the resolved recipe.
-            weights: what the networks hold before any checkpoint; frozen ones are never saved.
+            ema: the moving average of this rank's share of the weights.
+            ranks: this process among all processes.
+            section: the recipe's `checkpoint` section.
+            recipe_digest: hash of the resolved recipe.
+            weights: hashes of the networks' weights before any checkpoint; frozen weights are never saved.
 
         Raises:
-            CheckpointError: nothing can be written there.
+            CheckpointError: the folder of checkpoints cannot be written.
         """
         self.run, self.engine, self.ema, self.ranks = run, engine, ema, ranks
         self.recipe_digest, self._weights = recipe_digest, weights
@@ -122,32 +122,32 @@ class Checkpointer:
 
     @property
     def is_saving(self) -> bool:
-        """Whether a save has begun that does not count yet; the same on all ranks."""
+        """Whether a save has begun and `finish` was not called yet; the same on all ranks."""
         return self._save is not None
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank's files of that save are still being written."""
+        """Whether the files of this rank are still being written."""
         return self._save is not None and not self._save.written.done()
 
     def reserve(self) -> None:
-        """Allocates the memory for a save in the background, so that even the first save need not wait for it."""
+        """Allocates the memory for saves in the background, so that the first save does not wait for it."""
         self._reserved = self._thread.submit(self._memory.reserve, self._content().tensors)
 
     def begin(self, step: int, state: Mapping[str, Any]) -> None:
         """Copies the state of `step` and starts to write it in the background; `finish` makes it count.
 
-        Killed at any instant, either this checkpoint or the one before it counts.
+        If the run is killed at any instant, either this checkpoint or the one before it counts.
 
         Args:
-            step: finished optimizer steps.
-            state: what else must come back, the loader's and the guard's; plain JSON values.
+            step: number of finished optimizer steps.
+            state: further state to restore, of the loader and the guard, as JSON values.
         """
         if self.is_saving:
-            raise RuntimeError("the previous save must be finished first")
+            raise RuntimeError("call finish for the previous save first")
         started = time.perf_counter()
         folder = checkpoint_folder(self.run, step)
-        # Protects the first files from a main process that is still clearing the folder.
+        # Waits until the main process has emptied the folder: otherwise it could delete the first files.
         on_main(partial(self._folders.make, step))
         if self._reserved is not None:
             self._reserved.result()
@@ -161,7 +161,7 @@ class Checkpointer:
         self._save = _Save(folder, step, written, started, time.perf_counter() - started)
 
     def finish(self) -> Saved:
-        """Waits until every rank's files are on disk, and makes the checkpoint count. Collective.
+        """Waits until the files of all ranks are on disk, and makes the checkpoint count. Collective.
 
         Raises:
             CheckpointError: a rank could not write its files in several attempts; raised on all ranks.
@@ -172,17 +172,17 @@ class Checkpointer:
         waiting = time.perf_counter()
         if error := save.written.exception():
             logger.error("saving %s failed", save.folder.name, exc_info=error)
-        # Protects COMPLETE from being written before the slowest rank's files are on disk.
+        # Waits for the slowest rank: COMPLETE may be written only after all files are on disk.
         parts = gathered(_plain(error) if error else save.written.result())
         failures = {rank: part for rank, part in enumerate(parts) if isinstance(part, OSError)}
         if failures:
             reasons = "; ".join(f"rank {rank}: {failure}" for rank, failure in failures.items())
-            # All ranks raise from the same error: a transient one if there is one, since it may have caused the others.
+            # All ranks raise from the same error; from a transient one if there is one, because it may be the cause.
             reason = next(filter(is_transient, failures.values()), next(iter(failures.values())))
             raise CheckpointError(
-                f"{save.folder.name} could not be saved: {reasons}. The run ends here rather than train "
-                f"unsaved; started again, it goes on from {self._folders.newest()}. Make room on that disk, or keep "
-                "fewer by checkpoint.keep_last"
+                f"{save.folder.name} could not be saved: {reasons}. The run stops, because it cannot save "
+                f"its progress; started again, it continues from {self._folders.newest()}. Make room on that disk, or "
+                "lower checkpoint.keep_last"
             ) from reason
         records = [record for part in parts for record in part]
         on_main(partial(self._complete, save, records))
@@ -190,7 +190,7 @@ class Checkpointer:
         return Saved(save.folder, save.step, save.waited_seconds + now - waiting, now - save.started)
 
     def close(self) -> None:
-        """Waits until old checkpoints are deleted; nothing can be saved any more."""
+        """Waits until old checkpoints are deleted; no save can begin afterwards."""
         self._thread.shutdown()
 
     def _pieces(self) -> dict[str, Piece]:
@@ -203,7 +203,7 @@ class Checkpointer:
         }
 
     def _content(self) -> RankFile:
-        """What this rank saves, in live tensors; where nothing is sharded, all is rank 0's."""
+        """The content of this rank's file, as live tensors; rank 0 saves everything if nothing is sharded."""
         pieces = self._pieces() if self.engine.sharded or self.ranks.is_main else {}
         return RankFile.of(pieces, average_updates=self.ema.num_updates, generators=generator_states())
 
@@ -222,11 +222,11 @@ class Checkpointer:
         self._thread.submit(self._folders.delete_old)
 
     def resume(self) -> Resumed | None:
-        """Restores the newest checkpoint that verifies, on all ranks the same; None where there is none to resume.
+        """Restores the newest checkpoint that verifies, the same on all ranks; returns None if the run has none.
 
         Raises:
-            CheckpointError: checkpoints exist but none can be used, or the one found belongs to another version of this
-                software, to other trainable parameters or to other frozen weights.
+            CheckpointError: checkpoints exist but all are damaged, or the newest sound one has the format of another
+                version of this software, other trainable parameters or other frozen weights.
         """
         damaged = []
         for folder in on_main(self._folders.candidates):
@@ -242,8 +242,8 @@ class Checkpointer:
             on_main(partial(logger.warning, "skipping checkpoint %s", damaged[-1]))
         if damaged:
             raise CheckpointError(
-                f"every checkpoint in {self.run / 'checkpoints'} is damaged: {'; '.join(damaged)}. Bring one back, or "
-                "delete that folder to start over from step 0"
+                f"every checkpoint in {self.run / 'checkpoints'} is damaged: {'; '.join(damaged)}. Restore one from "
+                "a backup, or delete that folder to start over from step 0"
             )
         return None
 
@@ -261,35 +261,35 @@ class Checkpointer:
         return Resumed(folder, manifest, state)
 
     def _check_same_networks(self, folder: Path, state: Mapping[str, Any]) -> None:
-        """Refuses a checkpoint whose parameters, or whose frozen weights, are not this run's."""
+        """Refuses a checkpoint with other trainable parameters, or other frozen weights, than this run."""
         own = {name: list(parameter.shape) for name, parameter in self.engine.trainable.items()}
         if own != state["trainable"]:
             names = sorted(
                 name for name in own.keys() | state["trainable"].keys() if own.get(name) != state["trainable"].get(name)
             )
             raise CheckpointError(
-                f"{folder} trains other parameters than this recipe; {len(names)} differ, the first is {names[0]}. "
-                "Give `model` and `train` back their values, or start a new run with init_from"
+                f"{folder} contains other parameters than this recipe trains; {len(names)} differ, the first is "
+                f"{names[0]}. Set `model` and `train` to their old values, or start a new run with init_from"
             )
         if self._weights.frozen != state["frozen_digest"]:
             raise CheckpointError(
-                f"the frozen weights are not those {folder} was trained with: the files under model.*.path, or the "
-                "export of the run in init_from, have changed. Bring the old ones back, or start a new run"
+                f"the frozen weights are not those with which {folder} was trained: the files under model.*.path, or "
+                "the export of the run in init_from, have changed. Restore the old files, or start a new run"
             )
         if self._weights.trainable != state["initial_digest"] and self.ranks.is_main:
             logger.warning(
-                "the weights that this run once began with have changed (the files under model.*.path, or the export "
-                "of the run in init_from); it goes on with its own, from %s",
+                "the weights with which this run began have changed (the files under model.*.path, or the export of "
+                "the run in init_from); the run continues with its own weights, from %s",
                 folder.name,
             )
 
 
 def read_checkpoint_weights(folder: Path, kind: str = "average") -> dict[str, Tensor]:
-    """Reads the trainable weights of a complete checkpoint of any number of ranks, in one process.
+    """Reads the trainable weights of a complete checkpoint in one process; any number of ranks may have saved it.
 
     Args:
         folder: the checkpoint.
-        kind: "average", or "master" for the weights that training goes on with.
+        kind: "average", or "master" for the weights with which training continues.
 
     Returns:
         name within the objective -> parameter, fp32 on the CPU.
@@ -308,7 +308,7 @@ def read_checkpoint_weights(folder: Path, kind: str = "average") -> dict[str, Te
 
 
 def _read(folder: Path) -> tuple[Manifest | None, str]:
-    """Returns the manifest, or how it is damaged; raises for a sound one of another version, which is never skipped."""
+    """Returns the manifest, or None and the damage. Raises if it is sound but of another version: never skip that."""
     try:
         manifest = complete_file.read_manifest(folder)
     except complete_file.FormatError:
@@ -323,12 +323,12 @@ def _read(folder: Path) -> tuple[Manifest | None, str]:
 
 
 def _read_state(folder: Path, keys: Collection[str]) -> dict[str, Any]:
-    """Reads what was saved beside the tensors, and checks that it has all `keys`."""
+    """Reads the state that was saved with the tensors, and checks that it has all `keys`."""
     try:
         state: dict[str, Any] = dict(json.loads((folder / _STATE_FILE).read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(
-            f"{folder}/{_STATE_FILE} is not in our format, though its hash is that in the manifest: {error}"
+            f"{folder}/{_STATE_FILE} is not in our format, although its hash agrees with the manifest: {error}"
         ) from error
     if lacking := [key for key in keys if key not in state]:
         raise complete_file.FormatError(folder, f"its {_STATE_FILE} has no {', '.join(lacking)}")
@@ -336,7 +336,7 @@ def _read_state(folder: Path, keys: Collection[str]) -> dict[str, Any]:
 
 
 def _plain(error: BaseException) -> OSError:
-    """Returns an error that can be sent to other ranks; its number tells whether it is transient."""
+    """Returns an error that can be sent to other ranks; its errno shows whether it is transient."""
     if isinstance(error, OSError) and error.errno is not None:
         return OSError(error.errno, error.strerror, str(error.filename) if error.filename else None)
     return OSError(errno.EIO, f"{type(error).__name__}: {error}")  # counts as transient

@@ -1,6 +1,6 @@
-"""The COMPLETE file: a folder counts only once this list of its files, with sizes and hashes, is renamed into place.
+"""The COMPLETE file: a list of a checkpoint's files, with sizes and hashes. A checkpoint counts only if it has one.
 
-Pure file work: knows nothing of tensors, ranks or what the files hold.
+COMPLETE is written last, and renamed into place. This module does not know tensors, ranks or the content of files.
 """
 
 import errno
@@ -17,20 +17,20 @@ from dreamdance.errors import CheckpointError
 from dreamdance.runs.files import hash_file, retry_transient, sync_folder, write_atomically
 from dreamdance.runs.layout import COMPLETE_FILE, step_of
 
-# Raised whenever a run that resumes needs something that older checkpoints do not hold, or hold in another form.
+# The format's number. Increase it whenever older checkpoints lack something that is needed to resume.
 FORMAT = 3
-# The weights and the optimizer's state lay in DeepSpeed's own files.
+# The format with weights and optimizer state in DeepSpeed's own files.
 DEEPSPEED_FORMAT = 2
 
 
 class FormatError(CheckpointError):
-    """A checkpoint that is sound, but of another version of this software: passing over it would lose its steps."""
+    """A sound checkpoint has the format of another version of this software; to skip it would lose its steps."""
 
     def __init__(self, folder: Path, difference: str, *, can_be_converted: bool = False) -> None:
         command = f"python tools/convert_checkpoint.py {folder.parent.parent}"
         super().__init__(
             f"{folder} was saved by another version of this software: {difference}. "
-            + (f"Convert this run's checkpoints by `{command}`, or go on" if can_be_converted else "Go on")
+            + (f"Convert this run's checkpoints by `{command}`, or continue" if can_be_converted else "Continue")
             + " with the version that saved it (provenance.json in the run folder names its commit), or start a new "
             "run with init_from"
         )
@@ -47,7 +47,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a complete checkpoint says of itself."""
+    """The content of a COMPLETE file."""
 
     step: int
     world_size: int
@@ -60,10 +60,10 @@ class Manifest:
 
 
 class HashedFile:
-    """Writes to a file and into a hash at once.
+    """Writes to a file and updates a hash at the same time.
 
     Attributes:
-        bytes: written so far.
+        bytes: number of bytes written so far.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -71,7 +71,7 @@ class HashedFile:
         self._file, self._hash = file, sha256()
 
     def write(self, data: Any, /) -> None:
-        """Writes bytes, or a flat view of memory."""
+        """Writes bytes or a flat view of memory."""
         self._hash.update(data)
         self._file.write(data)
         self.bytes += len(data)
@@ -82,20 +82,20 @@ class HashedFile:
 
 
 def write_files(folder: Path, files: Mapping[str, Callable[[HashedFile], None]]) -> list[FileRecord]:
-    """Writes files of a checkpoint, each again where that fails, and reads back what lies on the disk.
+    """Writes files of a checkpoint, and reads each back from the disk to compare hashes; retries after errors.
 
     Args:
-        folder: the checkpoint's, which exists.
+        folder: the checkpoint's folder, which exists.
         files: name -> a function that writes the content to the open file.
 
     Raises:
-        OSError: a file could not be written in spite of further attempts, or not as it was meant.
+        OSError: after several attempts, a file could not be written, or its content on the disk was different.
     """
     return [
         retry_transient(
             partial(_write_file, folder, name, write),
             f"writing {folder / name}",
-            # Any: a full disk may have room again after a while.
+            # Any error: a full disk may have room again after a while.
             should_retry=lambda error: isinstance(error, OSError),
         )
         for name, write in files.items()
@@ -111,12 +111,12 @@ def _write_file(folder: Path, name: str, write: Callable[[HashedFile], None]) ->
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read back from the disk, not from memory
     record = FileRecord(name, hashed.bytes, hashed.sha256)
     if problems := damage(folder, [record]):
-        raise OSError(errno.EIO, f"what was written did not come to disk: {problems[0]}")
+        raise OSError(errno.EIO, f"the file on the disk is not what was written: {problems[0]}")
     return record
 
 
 def complete(folder: Path, manifest: Manifest) -> None:
-    """Makes `folder` count, in one atomic step, after every file in it has come to disk."""
+    """Makes `folder` count, in one atomic step; all its files must be on the disk."""
     sync_folder(folder)
     values = {"format": FORMAT, **asdict(manifest)}
     write_atomically(folder / COMPLETE_FILE, json.dumps({**values, "sha256": _digest(values)}, indent=1))
@@ -127,16 +127,16 @@ def read_manifest(folder: Path, *, expected: int = FORMAT) -> Manifest:
     """Reads `COMPLETE`.
 
     Args:
-        folder: the checkpoint's.
-        expected: its format.
+        folder: the checkpoint's folder.
+        expected: the format to accept.
 
     Raises:
-        FormatError: it is of another version of this software.
-        CheckpointError: there is none (the save was cut short), or it is damaged.
+        FormatError: the file is in another format.
+        CheckpointError: the file is missing (the save was interrupted), or it is damaged.
     """
     path = folder / COMPLETE_FILE
     if not path.is_file():
-        raise CheckpointError(f"{folder.name} has no {COMPLETE_FILE}: its save was cut short")
+        raise CheckpointError(f"{folder.name} has no {COMPLETE_FILE}: its save was interrupted")
     try:
         text = retry_transient(partial(path.read_text, encoding="utf-8"), f"reading {path}")
         manifest = _parse(folder, text, expected)
@@ -162,22 +162,22 @@ def _parse(folder: Path, text: str, expected: int) -> Manifest:
     files = tuple(FileRecord(str(record.pop("path")), **record) for record in values.pop("files"))
     manifest = Manifest(files=files, **values)
     if step_of(folder) not in (None, manifest.step):
-        raise ValueError(f"it is of step {manifest.step}")
+        raise ValueError(f"it belongs to step {manifest.step}")
     return manifest
 
 
 def _digest(values: Mapping[str, Any]) -> str:
-    """A hash of everything else in a manifest, however it is laid out; the same in all formats from 2 on."""
+    """Hash of all other values in a manifest, independent of the text's layout; the same in all formats from 2 on."""
     return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def damage(folder: Path, records: Iterable[FileRecord], *, by_size_alone: bool = False) -> list[str]:
-    """Says which files are missing, of the wrong size, or different by their hash; empty where all is well.
+    """Describes each file that is missing, or has another size or hash; the list is empty if all files are sound.
 
     Args:
-        folder: the checkpoint's.
-        records: what should lie there.
-        by_size_alone: does not read the files, which may take minutes.
+        folder: the checkpoint's folder.
+        records: the files to check.
+        by_size_alone: whether to compare sizes only; reading the files may take minutes.
     """
     problems = []
     for record in records:

@@ -1,6 +1,7 @@
-"""The checkpoint folders of a run: which count, which are kept, and how one goes without ever counting by half.
+"""The checkpoint folders of a run: finds those that count, creates new ones and deletes old ones.
 
-Pure file work, on the main process alone: knows nothing of tensors, of ranks, or of what the files hold.
+A folder that is only partly deleted never counts. Only the main process uses this module; it does not know tensors,
+ranks or the content of files.
 """
 
 import logging
@@ -22,16 +23,16 @@ class CheckpointFolders:
     """All checkpoints of one run.
 
     Attributes:
-        damaged: names of complete folders that were found damaged; they are never counted among those to keep.
-        resumed: the name of the one that this start went on from: proved to load, so it stays as long as this start.
+        damaged: names of complete folders that were found to be damaged; they do not count as checkpoints to keep.
+        resumed: name of the checkpoint from which this start resumed; it has been loaded, so this start keeps it.
     """
 
     def __init__(self, run: Path, section: Checkpoint) -> None:
-        """Looks at nothing yet.
+        """Reads nothing yet.
 
         Args:
             run: the run folder.
-            section: what to keep.
+            section: the recipe's `checkpoint` section.
         """
         self.run, self.section = run, section
         self.parent = run / "checkpoints"
@@ -39,57 +40,57 @@ class CheckpointFolders:
         self.resumed: str | None = None
 
     def check_writable(self) -> None:
-        """Finds out before the first step, not at the first save.
+        """Checks before the first step that checkpoints can be written.
 
         Raises:
-            CheckpointError: nothing can be written there.
+            CheckpointError: the folder cannot be written.
         """
         probe = self.parent / ".writable"
-        with _naming_what_fails():
+        with _as_checkpoint_error():
             self.parent.mkdir(parents=True, exist_ok=True)
             probe.touch()
             probe.unlink()
 
     def make(self, step: int) -> None:
-        """Makes an empty folder for a step; what an earlier save of it left, cut short or damaged, goes.
+        """Creates an empty folder for a step; deletes what an earlier save of this step left.
 
         Raises:
-            CheckpointError: that cannot be done.
+            CheckpointError: the folder cannot be created or emptied.
         """
         folder = checkpoint_folder(self.run, step)
-        with _naming_what_fails():
+        with _as_checkpoint_error():
             _delete(folder)
-            folder.mkdir()  # without its parents: a run folder that was removed does not come back
+            folder.mkdir()  # without its parents: a run folder that was removed is not created again
         self.damaged.discard(folder.name)
 
     def newest(self) -> str:
-        """The name of what a next start would go on from, as far as can be told without reading all of it."""
+        """Name of the checkpoint from which the next start would continue, judged by file sizes alone."""
         sound = [folder for folder in self._complete() if self._looks_sound(folder)]
         return sound[-1].name if sound else "step 0"
 
     def candidates(self) -> list[Path]:
-        """All folders that count, newest first, after deleting those cut short in the making.
+        """All folders that count, newest first; deletes the folders of interrupted saves.
 
         Raises:
-            CheckpointError: there are several, of which none counts; no kill leaves that behind.
+            CheckpointError: there are several folders and none counts; a run that is killed cannot leave this.
         """
         complete = self._complete()
-        cut_short = [folder for folder in step_folders(self.parent) if folder not in complete]
-        if not complete and len(cut_short) > 1:
+        interrupted = [folder for folder in step_folders(self.parent) if folder not in complete]
+        if not complete and len(interrupted) > 1:
             raise CheckpointError(
-                f"none of the {len(cut_short)} checkpoints in {self.parent} has its {COMPLETE_FILE}: a run that is "
-                "killed never leaves that. Bring those files back, or delete that folder to start over from step 0"
+                f"none of the {len(interrupted)} checkpoints in {self.parent} has its {COMPLETE_FILE}: a run that is "
+                "killed cannot leave this. Restore those files, or delete that folder to start over from step 0"
             )
-        for folder in cut_short:
+        for folder in interrupted:
             logger.warning("deleting %s: it was being written or deleted when the run was killed", folder)
             _delete_if_possible(folder)
         return complete[::-1]
 
     def delete_old(self) -> None:
-        """Keeps the last few sound ones, every n-th step and the one resumed from.
+        """Deletes all but the last sound checkpoints, every n-th step and the one that this start resumed from.
 
-        To be called only after a new one has been read back and is complete. Damaged ones go when they are older than
-        all of the last few: until then, they may still be mended.
+        To be called only after a new checkpoint is complete and has been read back. A damaged checkpoint is deleted
+        when it is older than all of the last sound ones: until then, the user may still repair it.
         """
         folders = self._complete()
         last = list(islice(filter(self._looks_sound, reversed(folders)), self.section.keep_last))
@@ -105,7 +106,7 @@ class CheckpointFolders:
         return [folder for folder in step_folders(self.parent) if (folder / COMPLETE_FILE).is_file()]
 
     def _looks_sound(self, folder: Path) -> bool:
-        """Whether all files are there in their sizes; their content was verified when they were written."""
+        """Whether all files exist with the right sizes; their content was verified when they were written."""
         if folder.name in self.damaged:
             return False
         try:
@@ -115,7 +116,7 @@ class CheckpointFolders:
 
 
 def _delete_if_possible(folder: Path) -> None:
-    """What remains of it only takes room: that is no reason to end a run."""
+    """Deletes a folder; an error is only logged, because a folder that remains does no harm but takes room."""
     try:
         _delete(folder)
     except OSError as error:
@@ -123,12 +124,12 @@ def _delete_if_possible(folder: Path) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Deletes a checkpoint so that, cut short, what remains does not count.
+    """Deletes a checkpoint, COMPLETE first, so that a partly deleted one does not count.
 
     Raises:
-        OSError: that is not permitted.
+        OSError: the folder cannot be deleted.
     """
-    if folder.is_symlink():  # what it leads to belongs to another run
+    if folder.is_symlink():  # its target belongs to another run
         folder.unlink()
         return
     (folder / COMPLETE_FILE).unlink(missing_ok=True)
@@ -137,10 +138,10 @@ def _delete(folder: Path) -> None:
 
 
 @contextmanager
-def _naming_what_fails() -> Iterator[None]:
+def _as_checkpoint_error() -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"checkpoints cannot be saved: {error}. Make that folder writable, or give another --runs"
+            f"checkpoints cannot be saved: {error}. Make that folder writable, or choose another with --runs"
         ) from error

@@ -1,8 +1,8 @@
 """One rank's file of a checkpoint: its elements of every parameter that trains, in the safetensors format.
 
-The tensor `KIND/NAME` holds consecutive elements of the flattened parameter NAME; the file's metadata say at which
-element they start. So one function reads a checkpoint on any number of ranks: each rank takes the elements that it owns
-now out of the files that hold them. Nothing in such a file can run code, or become larger than the file.
+The tensor `KIND/NAME` holds consecutive elements of the flattened parameter NAME; the file's metadata contain the index
+of the first one. Therefore one function reads a checkpoint on any number of ranks: each rank reads the elements that it
+owns now from the files that hold them. Such a file cannot run code, and cannot fill more memory than its size.
 """
 
 import json
@@ -21,12 +21,12 @@ from torch import Tensor
 
 from dreamdance.errors import CheckpointError
 
-# Of the safetensors metadata: our own values, as JSON.
+# Key of our own values, as JSON, in the safetensors metadata.
 _METADATA_KEY = "dreamdance"
 
 
 class Output(Protocol):
-    """What a file's content is written to."""
+    """Something with `write`, to which a file's content is written."""
 
     def write(self, data: Any, /) -> Any: ...
 
@@ -36,9 +36,9 @@ class Piece:
     """Consecutive elements of one parameter, in memory.
 
     Attributes:
-        start: the place of the first one in the flattened parameter.
-        values: kind ("master", "exp_avg", "exp_avg_sq", "average") -> fp32; all of one size.
-        step_count: how many steps AdamW has applied to them.
+        start: index of the first element in the flattened parameter.
+        values: kind ("master", "exp_avg", "exp_avg_sq", "average") -> fp32 elements; all kinds have the same size.
+        step_count: number of steps that AdamW has applied to them.
     """
 
     start: int
@@ -51,10 +51,10 @@ class RankFile:
     """The content of one rank's file.
 
     Attributes:
-        tensors: `KIND/NAME` -> fp32, flat.
-        pieces: parameter -> (where the elements start, AdamW's count of steps).
-        average_updates: how many steps the average has seen.
-        generators: `generator_states`.
+        tensors: `KIND/NAME` -> flat fp32 tensor.
+        pieces: parameter -> (index of the first element, AdamW's count of steps).
+        average_updates: number of updates of the moving average.
+        generators: the result of `generator_states`.
     """
 
     tensors: Mapping[str, Tensor]
@@ -64,14 +64,14 @@ class RankFile:
 
     @classmethod
     def of(cls, pieces: Mapping[str, Piece], *, average_updates: int, generators: Mapping[str, Any]) -> "RankFile":
-        """Makes the content of a file; where pieces are contiguous, the tensors share their memory."""
+        """Makes the content of a file from pieces; the tensors share the memory of contiguous pieces."""
         tensors = {f"{kind}/{name}": value.detach().flatten()
                    for name, piece in pieces.items() for kind, value in piece.values.items()}  # fmt: skip
         places = {name: (piece.start, piece.step_count) for name, piece in pieces.items()}
         return cls(tensors, places, average_updates, generators)
 
     def write(self, file: Output) -> None:
-        """Writes the safetensors format piece by piece: the library would first build the whole file in memory."""
+        """Writes the safetensors format tensor by tensor; the library would first build the whole file in memory."""
         own = {"pieces": self.pieces, "average_updates": self.average_updates, "generators": self.generators}
         header: dict[str, Any] = {"__metadata__": {_METADATA_KEY: json.dumps(own)}}
         offset = 0
@@ -87,12 +87,12 @@ class RankFile:
 
 
 def rank_path(folder: Path, rank: int) -> Path:
-    """The path of one rank's file in a checkpoint."""
+    """Path of one rank's file in a checkpoint."""
     return folder / f"rank_{rank:05d}.safetensors"
 
 
 def read_rank_file(folder: Path, rank: int) -> RankFile:
-    """Reads what one rank saved beside its tensors.
+    """Reads one rank's file without its tensors.
 
     Raises:
         CheckpointError: the file is not in this format.
@@ -102,13 +102,13 @@ def read_rank_file(folder: Path, rank: int) -> RankFile:
 
 
 def read_pieces(folder: Path, world_size: int, pieces: Mapping[str, Piece]) -> dict[str, float]:
-    """Reads the elements of `pieces` from a complete checkpoint, each from the file that holds it.
+    """Reads the elements of `pieces` from the files of a complete checkpoint.
 
-    The files are mapped into memory; only the elements that are copied are read.
+    The files are mapped into memory; only the needed elements are read.
 
     Args:
         folder: the checkpoint.
-        world_size: how many ranks saved it.
+        world_size: number of ranks that saved it.
         pieces: parameter -> elements to read; their values are overwritten.
 
     Returns:
@@ -134,12 +134,12 @@ class _Wanted:
 
     def __init__(self, name: str, piece: Piece) -> None:
         self.name, self.piece, self.found = name, piece, 0
-        # A parameter may have another memory format (channels_last): then it is read flat, and copied at the end.
+        # A parameter in another memory format (channels_last) is read into a flat tensor, and copied in `finish`.
         self._flat = {kind: value.contiguous().view(-1) for kind, value in piece.values.items()}
         self._size = max(len(value) for value in self._flat.values())
 
     def take(self, tensors: Any, path: Path, start: int) -> None:
-        """Copies the common elements from an open file, whose own start at element `start` of the parameter."""
+        """Copies the needed elements from an open file; the file's elements start at `start` in the parameter."""
         length = 0
         for kind, target in self._flat.items():
             source = tensors.get_slice(f"{kind}/{self.name}")
@@ -170,7 +170,7 @@ class _Wanted:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, RankFile]]:
-    """A rank's file: the open safetensors file, and its metadata without the tensors."""
+    """Opens a rank's file; yields the safetensors file, and its content without the tensors."""
     with ExitStack() as held:
         try:
             file = held.enter_context(safe_open(path, framework="pt", device="cpu"))
@@ -182,13 +182,13 @@ def _opened(path: Path) -> Iterator[tuple[Any, RankFile]]:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(
-                f"{path} is not a rank's file of a checkpoint, though its hash is that in the manifest: {error}. "
-                "Nothing in it has run. If you do not know where this checkpoint comes from, delete it"
+                f"{path} is not a rank's file of a checkpoint, although its hash agrees with the manifest: {error}. "
+                "No code in it was run. If you do not know the origin of this checkpoint, delete it"
             ) from error
 
 
 def generator_states() -> dict[str, Any]:
-    """The states of the global generators, as plain JSON values."""
+    """The states of the global random number generators, as JSON values."""
     name, *numbers = np.random.get_state(legacy=True)
     keys, position, has_gauss, gauss = numbers
     version, words, next_gauss = random.getstate()
@@ -201,7 +201,7 @@ def generator_states() -> dict[str, Any]:
 
 
 def restore_generators(states: Mapping[str, Any]) -> None:
-    """Puts the global generators back to `generator_states`."""
+    """Sets the global random number generators to the result of `generator_states`."""
     torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))

@@ -1,7 +1,7 @@
-"""How large a run's checkpoints will be and how long one takes, before there is any.
+"""Estimates, before a run starts, the size of its checkpoints and how long a save takes.
 
-What is saved is the fp32 masters of the trainable weights, AdamW's two moments and the moving average, each element
-once over all processes; frozen weights never are. Names come on top: well below one per cent at the sizes that matter.
+A checkpoint contains the fp32 masters of the trainable weights, AdamW's two moments and the moving average, each
+element once over all processes. Frozen weights are never saved. Names add less than one per cent in large checkpoints.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from dreamdance.recipe.schema import TrainingRecipe
 
 # Master, two moments and average, in fp32.
 BYTES_PER_ELEMENT = 4 * 4
-# Share of `cluster.stop_seconds` in which the ranks save; the rest is for ending the job and putting it back.
+# Fraction of `cluster.stop_seconds` in which the ranks save; the rest is for ending and requeueing the job.
 SAVING_SHARE = 0.8
 
 
@@ -19,9 +19,9 @@ class CheckpointPlan:
     """One checkpoint of all processes together.
 
     Attributes:
-        num_bytes: on the disk.
-        seconds: to write it and to read it back for its hash, at the recipe's `cluster.storage_mb_per_second`.
-        patience_seconds: how long the ranks may take to save when the job is about to end.
+        num_bytes: size on the disk.
+        seconds: time to write it and to read it back for its hash, at the recipe's `cluster.storage_mb_per_second`.
+        patience_seconds: how long the ranks may take to save before the job ends.
     """
 
     num_bytes: int
@@ -34,7 +34,7 @@ class CheckpointPlan:
 
 
 def plan_checkpoint(recipe: TrainingRecipe, num_trainable: int) -> CheckpointPlan:
-    """The checkpoints of a recipe that trains so many elements."""
+    """Estimates the checkpoints of a recipe with `num_trainable` trainable elements."""
     num_bytes = BYTES_PER_ELEMENT * num_trainable
     cluster = recipe.cluster
     return CheckpointPlan(
@@ -45,7 +45,7 @@ def plan_checkpoint(recipe: TrainingRecipe, num_trainable: int) -> CheckpointPla
 
 
 def describe_checkpoint(recipe: TrainingRecipe, num_trainable: int) -> list[str]:
-    """The plan in words, with a warning where a save would not be complete before the job ends."""
+    """The estimate as lines of text, with a warning if a save would not be complete before the job ends."""
     plan, cluster, kept = plan_checkpoint(recipe, num_trainable), recipe.cluster, recipe.checkpoint.keep_last
     lines = [
         "checkpoints (estimate):",
@@ -56,9 +56,9 @@ def describe_checkpoint(recipe: TrainingRecipe, num_trainable: int) -> list[str]
     if not plan.fits:
         wanted = -(-int(plan.seconds / SAVING_SHARE + 1) // 60) * 60
         lines.append(
-            f"  WARNING: that is more than the {plan.patience_seconds:,.0f} s ({SAVING_SHARE:.0%} of "
-            f"cluster.stop_seconds {cluster.stop_seconds}) which ranks have to save at the job's time limit: such a "
-            f"save never counts, and the job goes on from the previous one. Set cluster.stop_seconds={wanted} or "
-            "more, or cluster.storage_mb_per_second to what your storage does"
+            f"  WARNING: this is more than the {plan.patience_seconds:,.0f} s ({SAVING_SHARE:.0%} of "
+            f"cluster.stop_seconds {cluster.stop_seconds}) in which ranks must save at the job's time limit: such a "
+            "save would not count, and the job would continue from the previous one. Set "
+            f"cluster.stop_seconds={wanted} or more, or set cluster.storage_mb_per_second to the speed of your storage"
         )
     return lines
