@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Format, lint, types and import contracts: exactly what CI runs before the tests.
+# Checks format, lint, types and import contracts, as CI does before the tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tools/setup.sh

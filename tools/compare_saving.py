@@ -1,11 +1,11 @@
-"""How long training waits for a checkpoint: ours, written in the background, beside DeepSpeed's own save, in one run.
+"""Measures how long training waits for a checkpoint: with our background save, and with DeepSpeed's own save.
 
     python tools/compare_saving.py [--parameters 50] [--ranks 2] [--rounds 5] [--csv tools/compare_saving.csv]
 
 Both save the same engine on the same ranks to the same disk, in turn, at step boundaries of a real run of DeepSpeed
-under ZeRO-2. DeepSpeed's `engine.save_checkpoint` neither hashes, nor brings to disk, nor reads back what it wrote, and
-does not save our average of the weights; ours does all of it. Beside the wait stands the time of the steps meanwhile,
-because what is written in the background takes its share of the machine.
+with ZeRO-2. DeepSpeed's `engine.save_checkpoint` does not hash its files, sync them to disk or read them back, and it
+does not save our average of the weights; our save does all of this. The table also has the time of a step during the
+background save, because that save uses part of the machine.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 @dataclass(frozen=True)
 class Row:
-    """Medians over the rounds, of the slowest rank each time; `load` is the machine's over the last minute."""
+    """Medians over the rounds, each of the slowest rank; `load` is the machine's mean load over the last minute."""
 
     method: str
     million_parameters: float
@@ -47,7 +47,7 @@ class Row:
 
 
 def main() -> None:
-    """Runs both on fresh processes and prints the table; with --csv, writes it as well."""
+    """Runs both in new processes and prints the table; with --csv, also writes it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=float, nargs="+", default=[0.1, 50], help="millions, one or several sizes")
     parser.add_argument("--ranks", type=int, default=2)
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def measure(folder: Path, millions: float, num_ranks: int, rounds: int) -> list[Row]:
-    """Both methods on the same ranks."""
+    """Measures both methods on the same ranks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -86,7 +86,7 @@ def measure(folder: Path, millions: float, num_ranks: int, rounds: int) -> list[
 
 
 def run_rank(rank: int, num_ranks: int, port: int, folder: Path, millions: float, rounds: int) -> None:
-    """One rank of the measurement; the first writes the result down."""
+    """Runs one rank of the measurement; the main rank writes the result to a file."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(num_ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     import torch
@@ -97,19 +97,19 @@ def run_rank(rank: int, num_ranks: int, port: int, folder: Path, millions: float
     torch.set_num_threads(1)
     ranks = Ranks.from_environment()
     with process_group(ranks, timeout_seconds=600):
-        contest = Contest(folder, millions, ranks)
+        comparison = Comparison(folder, millions, ranks)
         ours, theirs = [], []
-        for number in range(rounds + 1):  # the first round is the first save of a run, and told apart
-            theirs.append(gathered(contest.save_as_deepspeed(number)))
-            ours.append(gathered(contest.save_in_background(number)))
-        contest.checkpointer.close()
+        for number in range(rounds + 1):  # round 0 is the first save of a run, and has a column of its own
+            theirs.append(gathered(comparison.save_as_deepspeed(number)))
+            ours.append(gathered(comparison.save_in_background(number)))
+        comparison.checkpointer.close()
         if ranks.is_main:
-            rows = [contest.row(name, found) for name, found in (("DeepSpeed", theirs), ("DreamDance", ours))]
+            rows = [comparison.row(name, found) for name, found in (("DeepSpeed", theirs), ("DreamDance", ours))]
             (folder / "rows.json").write_text(json.dumps([asdict(row) for row in rows]))
 
 
-class Contest:
-    """An engine with a stack of linear layers, and two ways to save it."""
+class Comparison:
+    """An engine that trains a stack of linear layers, and two ways to save it."""
 
     def __init__(self, folder: Path, millions: float, ranks: Any) -> None:
         import torch
@@ -138,7 +138,7 @@ class Contest:
         self.usual_step = statistics.median(self.step() for _ in range(10))
 
     def step(self) -> float:
-        """One optimizer step; seconds."""
+        """Takes one optimizer step; returns its seconds."""
         from torch import distributed as dist
 
         dist.barrier()
@@ -149,7 +149,7 @@ class Contest:
         return time.perf_counter() - started
 
     def save_as_deepspeed(self, number: int) -> dict[str, float]:
-        """`engine.save_checkpoint`, which returns when all is written."""
+        """Saves with `engine.save_checkpoint`, which returns when everything is written."""
         folder = self.folder / "deepspeed"
         if self.ranks.is_main:
             shutil.rmtree(folder, ignore_errors=True)
@@ -160,7 +160,7 @@ class Contest:
         return {"wait": seconds, "total": seconds, "step": self.step(), "bytes": _size(folder)}
 
     def save_in_background(self, number: int) -> dict[str, float]:
-        """Our own, with steps until all is on disk and counts."""
+        """Saves with our checkpointer, and trains until the checkpoint counts."""
         from dreamdance.runtime.process_group import gathered
 
         self.step()
@@ -173,7 +173,7 @@ class Contest:
         return {**times, "bytes": _size(saved.folder)}
 
     def row(self, method: str, found: list[list[dict[str, float]]]) -> Row:
-        """Medians over all rounds but the first."""
+        """Medians over all rounds except the first."""
         slowest = [{name: max(rank[name] for rank in ranks) for name in ranks[0]} for ranks in found]
         first, later = slowest[0], slowest[1:]
         median = {name: statistics.median(one[name] for one in later) for name in first}
@@ -212,7 +212,7 @@ def make_objective(width: int) -> Any:
     import torch
 
     class Objective(torch.nn.Module):
-        """Eight square layers; the loss is the mean square of what comes out."""
+        """Eight square layers; the loss is the mean square of the output."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -229,7 +229,7 @@ def _size(folder: Path) -> int:
 
 
 def table(rows: list[Row]) -> str:
-    """One line for each size and method."""
+    """The rows as text, one line for each size and method."""
     lines = [
         f"{'':<12}{'parameters':>12}{'on disk':>12}{'wait':>10}{'first wait':>12}{'total':>10}{'step':>10}"
         f"{'step meanwhile':>16}"

@@ -1,10 +1,10 @@
-"""Converts a run's checkpoints from the format of DeepSpeed, which this software once wrote, to its own.
+"""Converts a run's checkpoints from DeepSpeed's format, which older versions of this software wrote, to our own.
 
     python tools/convert_checkpoint.py runs/stage1_domains
 
-All values stay as they are, bit for bit. Each folder is converted in place: the new files are written and read back
-beside the old ones, then COMPLETE is replaced in one step, then the old files are deleted. Killed at any instant and
-called again, the command goes on. Nothing is unpickled but tensors and plain containers. Exit codes: 0 done, 1 not.
+All values stay bit-identical. Each folder is converted in place: the command writes the new files beside the old ones
+and reads them back, replaces COMPLETE in one step, then deletes the old files. It may be killed at any instant; the
+next call continues. Only tensors and plain containers are unpickled. Exit codes: 0 done, 1 error.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # unset, DeepSpeed warns that it saw no GPU
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that there is no GPU
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
@@ -33,7 +33,7 @@ from dreamdance.training.checkpointing import complete_file
 from dreamdance.training.checkpointing.rank_file import Piece, RankFile, rank_path
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# What DeepSpeed pickled into its files; everything else in them is tensors and plain containers.
+# Classes of the objects in DeepSpeed's files; everything else in these files is tensors and plain containers.
 DEEPSPEED_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
 
 
@@ -55,53 +55,51 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def convert(folder: Path) -> str:
-    """Converts one checkpoint; returns what was done.
+    """Converts one checkpoint; returns a text that describes the result.
 
     Raises:
-        CheckpointError: it is damaged, or its files are not those of the old format.
+        CheckpointError: the checkpoint is damaged, or not in the old format.
     """
     try:
         complete_file.read_manifest(folder)
     except complete_file.FormatError:
-        _write_anew(folder)
+        _write_in_own_format(folder)
         done = "converted"
     else:
-        done = "is in today's format"
+        done = "already in the current format"
     shutil.rmtree(folder / "deepspeed", ignore_errors=True)
     for path in folder.glob("rank_*.pt"):
         path.unlink()
     return done
 
 
-def _write_anew(folder: Path) -> None:
+def _write_in_own_format(folder: Path) -> None:
     manifest = complete_file.read_manifest(folder, expected=complete_file.DEEPSPEED_FORMAT)
     if problems := complete_file.damage(folder, manifest.files):
-        raise CheckpointError(
-            f"{folder} is damaged: {'; '.join(problems)}. Bring these files back, or delete the folder"
-        )
+        raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}. Restore these files, or delete the folder")
     records = [record for record in manifest.files if record.path == "state.json"]
     for rank in range(manifest.world_size):
-        with _naming(folder):
+        with _as_checkpoint_error(folder):
             content = _read(folder, [record.path for record in manifest.files], rank)
         records += complete_file.write_files(folder, {rank_path(folder, rank).name: content.write})
     complete_file.complete(folder, replace(manifest, files=tuple(sorted(records, key=lambda record: record.path))))
 
 
 def _read(folder: Path, files: list[str], rank: int) -> RankFile:
-    """What one rank saved in the old format."""
+    """Reads the files of one rank in the old format."""
     own = _load(folder / f"rank_{rank:05d}.pt")
     share = next((name for name in files if re.search(rf"zero_pp_rank_{rank}_mp_rank_00_", name)), None)
     if share is not None:
         saved = _load(folder / share)["optimizer_state_dict"]
         masters, states = saved["single_partition_of_fp32_groups"], saved["base_optimizer_state"]["state"]
-    else:  # nothing was sharded: the weights were their own masters, in one file for all ranks
+    else:  # nothing was sharded: the weights are the masters, in one file for all ranks
         saved = _load(folder / "deepspeed" / "mp_rank_00_model_states.pt")
         module = {name.removeprefix("objective."): value for name, value in saved["module"].items()}
         masters = [module[name] for name, *_ in own["fragments"]]
         states = saved["optimizer"]["state"]
     pieces = {}
     for name, shard, offset, start, length in own["fragments"] if share is not None or rank == 0 else []:
-        state = states.get(shard, {})  # none before the first step that was applied
+        state = states.get(shard, {})  # empty if no step was applied yet
         values = {
             "master": masters[shard],
             **{kind: state.get(kind) for kind in MOMENTS},
@@ -118,7 +116,7 @@ def _part(value: Tensor | None, offset: int, length: int) -> Tensor:
 
 
 def _plain(value: Any) -> Any:
-    """Tensors among the states of generators, as lists."""
+    """Turns the tensors in a random number generator's state into lists."""
     if isinstance(value, list):
         return [_plain(part) for part in value]
     return value.tolist() if isinstance(value, Tensor) else value
@@ -131,8 +129,8 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _naming(folder: Path) -> Iterator[None]:
-    """Errors about the content, which its manifest says is as it was saved, name the checkpoint."""
+def _as_checkpoint_error(folder: Path) -> Iterator[None]:
+    """Turns any error about the files' content into a CheckpointError that names the checkpoint."""
     try:
         yield
     except UserError:

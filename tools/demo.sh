@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The whole method on an embedded default: rendered dancers, tiny random models, no GPU, no Slurm, no downloads.
-# Trains stage 1 in its three steps and stage 2, animates held-out dancers, evaluates. At most 20 minutes on two cores after
-# set-up; killed and started again, it goes on where it was.
-#   bash tools/demo.sh [RUNS [KEY=VALUE...]]     RUNS: where the run folders go (default: runs); the rest, such as seed=1,
-#                                                is set in every recipe. Results go to results/demo in any case.
+# Runs the whole method with rendered dancers and tiny, randomly initialised models; needs no GPU, Slurm or downloads.
+# Trains the three steps of stage 1, then stage 2; animates held-out dancers; evaluates. Takes at most 20 minutes on two cores
+# after set-up. If it is killed, the same command continues.
+#   bash tools/demo.sh [RUNS [KEY=VALUE...]]     RUNS: the folder for run folders (default: runs). KEY=VALUE, such as seed=1,
+#                                                is set in every recipe. Results are always in results/demo.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 runs=${1:-runs}

@@ -1,11 +1,11 @@
-"""Writes plain weights from any checkpoint of a run, on one process, whichever number of ranks saved it.
+"""Writes plain weights from any checkpoint of a run, in one process; any number of ranks may have saved it.
 
     python tools/export_checkpoint.py runs/stage1_domains trained.safetensors
     python tools/export_checkpoint.py runs/stage1_domains pipeline --step 5000 --weights current
 
-OUT with the suffix .safetensors is one file of all weights that the run trains, by their names in the objective, in
-fp32. Any other OUT is a new folder in the diffusers layout, like those in the run's `exports/`: trained networks from
-the checkpoint, frozen ones from where the recipe has them. Exit codes: 0 done, 1 not.
+If OUT ends in .safetensors, it becomes one file with all weights that the run trains, in fp32, by their names in the
+objective. Any other OUT becomes a folder in the diffusers layout, like those in the run's `exports/`: trained networks
+come from the checkpoint, frozen ones from the paths in the recipe. Exit codes: 0 done, 1 error.
 """
 
 import argparse
@@ -30,10 +30,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the run folder")
-    parser.add_argument("out", type=Path, help="what to write: NAME.safetensors, or a folder")
-    parser.add_argument("--step", type=int, help="of the checkpoint; by default the newest")
+    parser.add_argument("out", type=Path, help="the output: NAME.safetensors, or a folder")
+    parser.add_argument("--step", type=int, help="the checkpoint's step; by default the newest")
     parser.add_argument(
-        "--weights", choices=KINDS, default="average", help="the moving average, or what training goes on with"
+        "--weights",
+        choices=KINDS,
+        default="average",
+        help="the moving average, or the weights with which training continues",
     )
     options = parser.parse_args(arguments)
     try:
@@ -64,7 +67,7 @@ def export(run: Path, out: Path, *, step: int | None, kind: str) -> None:
     else:
         recipe = load_recipe(run / RECIPE_FILE)
         if not isinstance(recipe, TrainingRecipe):
-            raise RecipeError(f"{run / RECIPE_FILE} does not train anything")
+            raise RecipeError(f"{run / RECIPE_FILE} is not a recipe of a training (key: task)")
         objective = stage_of(recipe).build()
         load_initial_weights(objective, run.parent, init_from=recipe.init_from, init_step=recipe.init_step)
         size = {"default_height": recipe.data.height, "default_width": recipe.data.width}

@@ -1,9 +1,9 @@
-"""Prints the table of faults, in Markdown, from what the fault tests have written down; `tools/faults.sh` calls it.
+"""Prints the table of faults, in Markdown, from the log of the fault tests; `tools/faults.sh` calls it.
 
     python tools/fault_table.py FAULTS.jsonl RESULTS.xml...
 
 FAULTS.jsonl is the file named by DREAMDANCE_FAULT_LOG; each RESULTS.xml is pytest's `--junitxml` of one part.
-Ends non-zero if a test failed, or if nothing was written down.
+The exit code is 1 if a test failed, or if the log is empty.
 """
 
 import json
@@ -21,13 +21,13 @@ from typing import Any
 
 LONGEST_CELL = 160
 NOT_MEASURED = "-"
-# The temporary folders of tests: what of their paths means something begins after them.
+# Temporary folders of tests, which the table leaves out of paths.
 TEMPORARY = re.compile(r"/\S*?/(?:test_\w+|pytest-\d+)/")
 
 
 @dataclass
 class Row:
-    """All that was written down of one fault."""
+    """All log lines of one fault."""
 
     fault: str
     how: list[str] = field(default_factory=list)
@@ -39,7 +39,7 @@ class Row:
     times: int = 0
 
     def add(self, line: dict[str, Any]) -> None:
-        """Takes a line; of words those that are new, of numbers all that mean something."""
+        """Adds a line of the log: texts that are new, and all numbers that are not null."""
         self.times += 1
         for name in ("how", "promised", "happened"):
             text = TEMPORARY.sub(".../", " ".join(str(line[name]).split()))
@@ -50,7 +50,7 @@ class Row:
                 getattr(self, name).append(line[name])
 
     def cells(self) -> list[str]:
-        """The row, each number the worst of its kind."""
+        """The cells of the row; each number is the worst one."""
         fault = f"{self.fault} (x{self.times})" if self.times > 1 else self.fault
         texts = [_cell(texts) for texts in (self.how, self.promised, self.happened)]
         return [_shortened(fault), *texts, _worst(self.detected_seconds, ".1f"), _worst(self.resumed_seconds, ".1f"),
@@ -58,14 +58,14 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Tally:
-    """How the tests ended.
+class TestResults:
+    """The results of all tests.
 
     Attributes:
-        passed: how many.
-        seconds: all together.
-        failed: the names of those that did not pass.
-        skipped: why some were left out, each reason once.
+        passed: number of tests that passed.
+        seconds: duration of all tests together.
+        failed: names of the tests that did not pass.
+        skipped: reasons for skipped tests, each once.
     """
 
     passed: int
@@ -75,17 +75,17 @@ class Tally:
 
 
 def read_rows(log: Path) -> list[Row]:
-    """One row for each fault, in the order in which they were first written down."""
+    """One row for each fault, in the order of the log."""
     rows: dict[str, Row] = {}
-    own_folder = f"{log.resolve().parent}/"  # where the tests' folders may lie, too
+    own_folder = f"{log.resolve().parent}/"  # may also contain the tests' folders
     for text in log.read_text(encoding="utf-8").splitlines():
         line = json.loads(text.replace(own_folder, ".../"))
         rows.setdefault(line["fault"], Row(line["fault"])).add(line)
     return list(rows.values())
 
 
-def read_results(files: list[Path]) -> Tally:
-    """Adds up what pytest wrote; a part that left no results has failed."""
+def read_results(files: list[Path]) -> TestResults:
+    """Adds up the results of pytest; a part without results counts as failed."""
     passed, seconds, failed = 0, 0.0, list[str]()
     skipped: dict[str, None] = {}
     for file in files:
@@ -101,11 +101,11 @@ def read_results(files: list[Path]) -> Tally:
                 skipped[reason.get("message", "")] = None
             else:
                 passed += 1
-    return Tally(passed, seconds, failed, list(skipped))
+    return TestResults(passed, seconds, failed, list(skipped))
 
 
 def describe_commits(results: list[Path]) -> str:
-    """What was run: of each part, if they differ, since a part that passed is not run again; else the present one."""
+    """The commit of each part if they differ, because a part that passed is not run again; otherwise one commit."""
     commits = {}
     for file in results:
         if (note := file.with_suffix(".commit")).is_file():
@@ -117,9 +117,9 @@ def describe_commits(results: list[Path]) -> str:
 
 
 def describe_machine(results: list[Path]) -> str:
-    """When and where: date, commit, machine, its load and the versions that matter."""
+    """Date, commit, machine, its load, and the versions of the most important packages."""
     changed = subprocess.check_output(["git", "status", "--porcelain", "--untracked-files=no"], text=True).split("\n")
-    # What this command itself writes is no change of what it ran.
+    # The table that this command itself writes is not a change.
     state = " with uncommitted changes" if [line for line in changed if line and not line.endswith("faults.md")] else ""
     versions = " ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "mosaicml-streaming"))
     load = os.environ.get("DREAMDANCE_LOAD_BEFORE", "unknown")
@@ -131,38 +131,38 @@ def describe_machine(results: list[Path]) -> str:
 
 
 def main() -> int:
-    """Prints it all and returns 1 if anything failed."""
+    """Prints the page; returns 1 if anything failed."""
     log, results = Path(sys.argv[1]), [Path(word) for word in sys.argv[2:]]
     rows = read_rows(log) if log.is_file() else []
-    tally = read_results(results)
-    print("# Faults: what was done, what was promised, what happened\n")
+    tests = read_results(results)
+    print("# Faults: injected, promised, happened\n")
     print(f"Written by `bash tools/faults.sh`: {describe_machine(results)}.\n")
-    verdict = f"{len(tally.failed)} FAILED" if tally.failed else "none failed"
+    verdict = f"{len(tests.failed)} FAILED" if tests.failed else "none failed"
     injected = sum(row.times for row in rows)
-    minutes = tally.seconds / 60
+    minutes = tests.seconds / 60
     print(
         f"{len(rows)} faults, injected {injected} times; "
-        f"{tally.passed} tests passed, {verdict}; {minutes:.0f} minutes. "
-        "A line is written after the test's assertions about it have held. Where a fault was injected several "
-        "times, (xN), the numbers are the worst of them. Seconds count from the fault: until it was reported or all "
-        "ranks had ended, and until the first step after it. Lost steps are done again, to the same result. "
-        f"'{NOT_MEASURED}': a number would mean nothing there.\n"
+        f"{tests.passed} tests passed, {verdict}; {minutes:.0f} minutes. "
+        "A test writes its line after its assertions have passed. If a fault was injected several times (xN), the "
+        "numbers are the worst ones. Seconds count from the fault: until it was reported or all ranks had ended, and "
+        "until the first step after it. Lost steps are repeated, with the same result. "
+        f"'{NOT_MEASURED}': this number does not apply.\n"
     )
-    for name in tally.failed:
+    for name in tests.failed:
         print(f"* FAILED: {name}")
-    for reason in tally.skipped:
+    for reason in tests.skipped:
         print(f"* left out: {reason}")
-    if tally.failed or tally.skipped:
+    if tests.failed or tests.skipped:
         print()
     print("| fault | injected | promised | happened | detected, s | resumed, s | steps lost |")
     print("|---|---|---|---|--:|--:|--:|")
     for row in rows:
         print(f"| {' | '.join(row.cells())} |")
-    return 1 if tally.failed or not rows else 0
+    return 1 if tests.failed or not rows else 0
 
 
 def _cell(texts: list[str]) -> str:
-    """The first text, and how many others there are."""
+    """The first text, and the number of others."""
     more = f" (and {len(texts) - 1} other{'s' * (len(texts) > 2)})" if len(texts) > 1 else ""
     return _shortened(texts[0]) + more
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Breaks whatever can be broken on this machine and says what came of it: every test that injects a fault, Slurm's where a
-# cluster can be started, then a chaos run, in which faults at random instants strike a training that the command starts.
-# Under an hour on two cores. Ends non-zero if anything failed.
-#   bash tools/faults.sh [TABLE]       the table, in Markdown, goes to the screen and to TABLE (default: tools/faults.md)
-#   DREAMDANCE_CHAOS_FAULTS=40 DREAMDANCE_CHAOS_SEED=1 DREAMDANCE_CHAOS_RANKS=4 bash tools/faults.sh      another chaos
-#   DREAMDANCE_FAULTS_FOLDER=DIR bash tools/faults.sh      keeps what came of each part in DIR; one that passed is not run again
+# Runs every test that injects a fault (the tests with Slurm if a cluster can be started here), then a chaos run: a training
+# with faults at random instants. Prints a table of the results. Takes under an hour on two cores. The exit code is not 0 if
+# anything failed.
+#   bash tools/faults.sh [TABLE]       also writes the table, in Markdown, to TABLE (default: tools/faults.md)
+#   DREAMDANCE_CHAOS_FAULTS=40 DREAMDANCE_CHAOS_SEED=1 DREAMDANCE_CHAOS_RANKS=4 bash tools/faults.sh      another chaos run
+#   DREAMDANCE_FAULTS_FOLDER=DIR bash tools/faults.sh      keeps the results of each part in DIR; parts that passed are skipped
 set -euo pipefail
 cd "$(dirname "$0")/.."
 table=${1:-tools/faults.md}
@@ -20,7 +20,7 @@ export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_O
 DREAMDANCE_LOAD_BEFORE=$(cut -d' ' -f1-3 /proc/loadavg)
 export DREAMDANCE_LOAD_BEFORE
 
-part() { # NAME MINUTES FILES...: a part that runs longer, or breaks off, leaves no results, which counts as a failure
+part() { # NAME MINUTES FILES...   a part that exceeds MINUTES, or is interrupted, has no results and counts as failed
     local name=$1 minutes=$2 code=0
     shift 2
     if [ -f "$folder/$name.passed" ]; then

@@ -1,6 +1,6 @@
 """Prints the size of the code: lines, longest file and function, test-to-library ratio.
 
-`--check` fails above the house's limits.
+With `--check` it fails if a file or a function is longer than the limit.
 """
 
 import ast
@@ -19,7 +19,7 @@ def python_files() -> list[Path]:
 
 
 def functions(path: Path) -> list[tuple[int, str]]:
-    """(lines, file:name) of every function of a file."""
+    """(number of lines, file:name) of every function in a file."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
     found = [node for node in ast.walk(tree) if isinstance(node, kinds)]

@@ -1,6 +1,6 @@
-"""Writes recipes/README.md: how recipes work, and every key with type, default and meaning, read from the schema.
+"""Writes recipes/README.md: how recipes work, and every key with its type, default and meaning, from the schema.
 
-`--check` writes nothing and fails if the file differs from what would be written.
+With `--check` it writes nothing, and fails if the file is out of date.
 """
 
 import sys
@@ -62,13 +62,13 @@ every key by itself is right, such as `batch_size` = `micro_batch_size` x accumu
 
 
 def page() -> str:
-    """The whole text of recipes/README.md."""
+    """The text of recipes/README.md."""
     known = keys()
     return "\n".join([HEAD, _sections_by_task(known), *_own_keys(known), *_section_keys(known)]).rstrip() + "\n"
 
 
 def _sections_by_task(known: Sequence[Key]) -> str:
-    """A table of which task has which section."""
+    """A table that shows which tasks have which sections."""
     tops = [key for key in known if key.section is not None and "." not in key.path]
     lines = ["| section | " + " | ".join(TASKS) + " |", "|---" * (len(TASKS) + 1) + "|"]
     for path in dict.fromkeys(key.path for key in tops):
@@ -85,7 +85,7 @@ def _mark(key: Key | None) -> str:
 
 
 def _own_keys(known: Sequence[Key]) -> Iterator[str]:
-    """The keys outside of sections: of every recipe, of training, of each task."""
+    """Tables of the keys outside of sections: for every recipe, for training, for each task."""
     groups: dict[str, set[str]] = {
         "Every recipe": set(Recipe.model_fields),
         "Every training (stage1, stage2)": set(TrainingRecipe.model_fields),
@@ -105,7 +105,7 @@ def _own_keys(known: Sequence[Key]) -> Iterator[str]:
 
 
 def _section_keys(known: Sequence[Key]) -> Iterator[str]:
-    """One table for each class of sections, under the names of all keys that have such a section."""
+    """One table for each class of sections; its title contains all keys that have such a section."""
     places: dict[type[BaseModel], list[Key]] = {}
     for key in known:
         if key.section is not None:
@@ -136,7 +136,7 @@ def main() -> int:
         return 0
     if OUTPUT.is_file() and OUTPUT.read_text(encoding="utf-8") == text:
         return 0
-    sys.stderr.write(f"{OUTPUT} is not what the schema says now; run tools/key_reference.py\n")
+    sys.stderr.write(f"{OUTPUT} is out of date; run tools/key_reference.py\n")
     return 1
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes .venv with everything that the project needs, once; a second call finds it done and returns at once.
-#   bash tools/setup.sh                    the exact versions of tools/pins.txt, on machines with and without GPUs
-#   TORCH_INDEX=URL bash tools/setup.sh    torch of the same version from another index of wheels, built for another CUDA:
-#                                          where the driver is too old for the public build (remembered in .venv)
+# Creates .venv with everything that the project needs; later calls return at once.
+#   bash tools/setup.sh                    installs the versions in tools/pins.txt, on machines with and without GPUs
+#   TORCH_INDEX=URL bash tools/setup.sh    installs the same version of torch from another index of wheels, for another CUDA:
+#                                          for drivers that are too old for the public build (remembered in .venv)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -11,7 +11,7 @@ pins=tools/pins.txt
 index=${TORCH_INDEX-$(cat .venv/torch_index 2>/dev/null || true)}
 fail() { echo "setup: $*" >&2; exit 1; }
 
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "Python 3.11 or newer is needed, $("$python" --version) is here; name another one with PYTHON=..."
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "Python 3.11 or newer is needed, but $python is $("$python" --version); choose another with PYTHON=..."
 command -v git >/dev/null || fail "git is needed: apt-get install git"
 "$python" -c 'import ensurepip, venv' 2>/dev/null || fail "Python's venv module is needed: apt-get install python3-venv"
 
@@ -23,10 +23,10 @@ started=$SECONDS
 say() { echo "setup: $* ($((SECONDS - started)) s)"; }
 pip() { PYTHONWARNINGS=ignore .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
 rm -f "$stamp"
-[ -x .venv/bin/python ] || { say "making .venv"; "$python" -m venv .venv; }
+[ -x .venv/bin/python ] || { say "creating .venv"; "$python" -m venv .venv; }
 
-# torch brings the CUDA libraries that its build wants, if any, in the versions that it names itself; everything else is
-# pinned and nothing is searched for.
+# torch installs the CUDA libraries that its build needs, in the versions that it names itself; all other packages are
+# pinned, so that pip does not search for versions.
 if [ "$index" != "$(cat .venv/torch_index 2>/dev/null || true)" ]; then pip uninstall --yes torch triton; fi
 say "installing torch"
 pip install --constraint "$pins" ${index:+--extra-index-url "$index"} "$(grep '^torch==' "$pins")"
@@ -35,10 +35,10 @@ say "installing the pinned packages"
 pip install --no-deps -r "$pins"
 pip install --no-deps --no-build-isolation -e .
 
-# A driver that is too old is noticed here, not in the first job.
+# Reports a driver that is too old here, not in the first job.
 if command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; then
     .venv/bin/python -c 'import torch; torch.zeros(1, device="cuda")' 2>/dev/null ||
-        say "WARNING: torch ($(.venv/bin/python -c 'import torch; print(torch.__version__, "for CUDA", torch.version.cuda)')) cannot use this machine's GPU. Where its driver is too old, name an index of torch's wheels for an older CUDA: TORCH_INDEX=https://download.pytorch.org/whl/cu126 bash tools/setup.sh"
+        say "WARNING: torch ($(.venv/bin/python -c 'import torch; print(torch.__version__, "for CUDA", torch.version.cuda)')) cannot use this machine's GPU. If its driver is too old, choose an index of torch's wheels for an older CUDA: TORCH_INDEX=https://download.pytorch.org/whl/cu126 bash tools/setup.sh"
 fi
 echo "$wanted" > "$stamp"
 say "done"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# All checks and all tests (under an hour on two cores), or a working subset:
+# Runs all checks and all tests (under an hour on two cores), or a part of them:
 #   bash tools/test.sh                everything
-#   bash tools/test.sh quick          what takes seconds, under five minutes in all
-#   bash tools/test.sh PYTEST-ARGS    just pytest, with these arguments
+#   bash tools/test.sh quick          the checks and the fast tests, in under five minutes
+#   bash tools/test.sh PYTEST-ARGS    only pytest, with these arguments
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tools/setup.sh
 
-# The tests of tests/slurm start a cluster of their own; without Slurm, or without root, they are skipped and say so.
+# The tests in tests/slurm start a cluster of their own; without Slurm, or without root, they are skipped.
 install_slurm() {
     [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0
     command -v slurmctld >/dev/null || {
@@ -18,7 +18,7 @@ install_slurm() {
     export DREAMDANCE_SLURM_REQUIRED=1  # from here on, a cluster that does not start is a failure
 }
 
-# The tests of videos compare with the ffmpeg program, which shares no code with ours; without it they are skipped.
+# Tests of videos compare with the ffmpeg program, which shares no code with ours; without it they are skipped.
 install_ffmpeg() {
     command -v ffmpeg >/dev/null && command -v ffprobe >/dev/null || {
         [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0
@@ -37,7 +37,7 @@ all)
     install_slurm
     install_ffmpeg
     bash tools/check.sh
-    # First what runs alone in its process, on both cores; then what starts processes of its own, one test after the other.
+    # First tests that start no processes, on both cores; then tests that start processes, one after the other.
     "$python" -m pytest -n 2 --dist loadfile -m "not distributed"
     "$python" -m pytest -m distributed
     ;;

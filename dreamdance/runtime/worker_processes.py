@@ -1,4 +1,4 @@
-"""Processes that read or write data for this one."""
+"""Starts worker processes, which read or write data for this process."""
 
 import contextlib
 import multiprocessing
@@ -15,10 +15,10 @@ WORKER_NAME = "data worker"
 
 
 def worker_context(*modules: str) -> ForkServerContext:
-    """How workers are started: forked from a server process that was started clean and has imported `modules`.
+    """Returns a context that forks workers from a server process, which has no threads and has imported `modules`.
 
-    Forking this process, with the threads of DeepSpeed, gloo, CUDA or OpenCV in it, can leave a worker waiting for a
-    lock that nobody holds.
+    This process itself has threads of DeepSpeed, gloo, CUDA or OpenCV. A worker forked from it can wait forever for a
+    lock that one of these threads held.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(modules))
@@ -26,19 +26,20 @@ def worker_context(*modules: str) -> ForkServerContext:
 
 
 def start_worker(worker_id: int = 0) -> None:
-    """Makes this process a worker: one thread, and gone when the process that it works for is gone.
+    """Sets this process up as a worker: it uses one thread for computing, and exits when its parent process ends.
 
-    Neither torch's nor Python's workers notice that when a server has forked them, so a killed run would leave them.
+    Workers of torch and of Python do not notice the parent's end if a server has forked them: after a killed run they
+    would remain.
     """
-    with contextlib.suppress(OSError):  # for whoever looks with `ps` or `top`
+    with contextlib.suppress(OSError):  # the name that `ps` and `top` show
         Path("/proc/self/comm").write_text(WORKER_NAME)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_leave_with, args=(parent.sentinel,), daemon=True).start()
+        threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
 
 
-def _leave_with(sentinel: int) -> None:
+def _exit_with(sentinel: int) -> None:
     connection.wait([sentinel])
     os._exit(1)

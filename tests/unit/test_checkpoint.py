@@ -169,7 +169,10 @@ def test_a_checkpoint_of_another_format_is_refused_and_not_passed_over(run, shar
         if other == 2
         else "Continue"
     )
-    named = rf"step_00000004 was saved by another version of this software: its format is {other}, not 3\. {converts} with .*"
+    named = (
+        rf"step_00000004 was saved by another version of this software: its format is {other}, not 3\. "
+        rf"{converts} with .*"
+    )
     with pytest.raises(CheckpointError, match=named):
         resume(run, make_recipe(shards))
     assert folder.is_dir()
