@@ -18,7 +18,7 @@ HEAD = """# Recipes
 
 *`tools/key_reference.py` generates this page from the recipe schema; change the descriptions there.*
 
-A recipe is one YAML file that says everything about a run. `task` decides which keys exist:
+A recipe is one YAML file that describes a run completely. `task` decides which keys exist:
 
 | task | what it does | recipes |
 |---|---|---|
@@ -28,7 +28,7 @@ A recipe is one YAML file that says everything about a run. `task` decides which
 | `animate` | animates a manifest of reference pictures and poses | `animate.yaml`, `footage/`, `demo/` |
 | `evaluate` | scores the results of an animate run | `evaluate.yaml`, `footage/`, `demo/` |
 
-The comment at the head of each recipe says what it is, how to launch it, and what to expect.
+The comment at the head of each recipe describes the run, how to launch it, and what to expect.
 
 ## How a recipe is read
 

@@ -158,15 +158,13 @@ class AnimationPipeline(SamplingPipeline):
             fps: frames per second, one number for all clips or one for each; a condition of SVD, like the next two.
             motion_bucket, noise_augmentation: conditions of SVD; the noise is in units of pixels in [-1, 1].
             num_inference_steps: number of Euler steps.
-            guidance_scale: w of `uncond + w (cond - uncond)`, the same for all frames; with 1, no unconditional
-                prediction is computed.
+            guidance_scale: w of `uncond + w (cond - uncond)`, the same for all frames; 1 is no guidance.
             window_frames, window_overlap: number of frames denoised together, and shared by neighbouring windows.
             sequential_guidance: compute conditional and unconditional predictions one after the other, to save memory.
             decode_chunk_size: number of frames decoded at once.
             generator: one generator, or one for each clip.
             latents: initial unit noise `b f c h w`; drawn from `generator` by default.
-            output_type: `pil`, `np`, `pt` or `latent`.
-            return_dict: False returns (frames,).
+            output_type, return_dict: `pil`, `np`, `pt` or `latent`; False returns (frames,).
             callback_on_step_end: (pipeline, step, timestep, {"latents": `b f c h w`}) -> changed latents or None.
 
         Raises:

@@ -141,23 +141,18 @@ class DreamDancePipeline(SamplingPipeline):
         """Animates the reference with the poses.
 
         Args:
-            image, poses, height, width: as in `AnimationPipeline`.
-            maps: control maps that stage 1 does not make, by name.
-            geometry_height, geometry_width: size of stage 1's maps, of nearly the same aspect ratio; by default the
-                size at which stage 1 was trained.
+            image, poses, maps, height, width: as in `AnimationPipeline`; `maps` has no maps that stage 1 makes.
+            geometry_height, geometry_width: size of stage 1's maps, by default the size at which it was trained.
             window_frames, window_overlap, sequential_guidance, decode_chunk_size: as in the two pipelines.
             fps, motion_bucket, noise_augmentation, guidance_scale: settings of stage 2; a scale of 1 is no guidance.
             guidance_scales: stage 1's scales for rgb, normal, depth (Eq. 6); 0 is no guidance.
-            num_inference_steps: number of steps of stage 2.
-            geometry_num_inference_steps: number of steps of stage 1; by default the same as in stage 2.
+            num_inference_steps, geometry_num_inference_steps: for stage 2; for stage 1, by default the same.
             generator: one generator, or one for each clip; stage 1 draws from it first.
-            output_type: `pil`, `np` or `pt`.
-            return_dict: False returns (frames, normals, depths).
-            callback_on_step_end: as in the two pipelines; called in both.
+            output_type, return_dict: `pil`, `np` or `pt`; False returns (frames, normals, depths).
+            callback_on_step_end: as in the two pipelines; both call it.
 
         Raises:
-            ValueError: as in the two stages; also if their sizes have different aspect ratios, or the size of stage 1
-                is not known.
+            ValueError: as in the two stages; or their aspect ratios differ, or stage 1's size is not known.
         """
         check_output_type(output_type, accepted=("pil", "np", "pt"))
         reference, drawings = image_tensor(image), clip_tensor(poses, "poses")
