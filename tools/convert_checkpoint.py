@@ -75,7 +75,7 @@ def convert(folder: Path) -> str:
 
 def _write_in_own_format(folder: Path) -> None:
     manifest = complete_file.read_manifest(folder, expected=complete_file.DEEPSPEED_FORMAT)
-    if problems := complete_file.damage(folder, manifest.files):
+    if problems := complete_file.find_damage(folder, manifest.files):
         raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}. Restore these files, or delete the folder")
     records = [record for record in manifest.files if record.path == "state.json"]
     for rank in range(manifest.world_size):

@@ -72,13 +72,13 @@ def evaluate(recipe: EvaluateRecipe, run_folder: Path) -> None:
                 before_clip=partial(queue.watchdog.enter, "averaging the training set"),
             )
         measured = MeasuredClips(run_folder / MEASURED_FOLDER, recipe)
-        compared = Compared(recipe, folders, first, training_mean)
-        found = measure_clips(compared, measured, queue, progress)
+        comparison = Comparison(recipe, folders, first, training_mean)
+        found = measure_clips(comparison, measured, queue, progress)
         last = queue.share("table", ["table"])
         for item in last.take():
             measured.check(found, partial(queue.watchdog.enter, "comparing a result with its measurement"))
             queue.watchdog.enter("writing the table", str(run_folder))
-            tabulate(compared, {folder.name: measured.read(folder) for folder in found}, run_folder)
+            tabulate(comparison, {folder.name: measured.read(folder) for folder in found}, run_folder)
             last.finish(item)
     if ranks.is_main:  # not earlier: if a rank is lost, the next start finds all measurements
         text = (run_folder / TABLE_MARKDOWN).read_text(encoding="utf-8")
@@ -88,7 +88,7 @@ def evaluate(recipe: EvaluateRecipe, run_folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Compared:
+class Comparison:
     """The inputs of the comparison.
 
     Attributes:
@@ -104,7 +104,9 @@ class Compared:
     training_mean: TrainingMean | None
 
 
-def measure_clips(compared: Compared, measured: MeasuredClips, queue: WorkQueue, progress: ProgressLog) -> list[Path]:
+def measure_clips(
+    comparison: Comparison, measured: MeasuredClips, queue: WorkQueue, progress: ProgressLog
+) -> list[Path]:
     """Measures, together with all other ranks, the results that were not measured before.
 
     Returns:
@@ -114,7 +116,7 @@ def measure_clips(compared: Compared, measured: MeasuredClips, queue: WorkQueue,
         MissingInputError: no result has a true clip.
         ResultError: a result is damaged, or does not match the other results or the truth.
     """
-    recipe, folders = compared.recipe, compared.folders
+    recipe, folders = comparison.recipe, comparison.folders
     clips = open_clips(recipe.truth, before_shard=partial(queue.watchdog.enter, "checking a shard"))
     share = queue.share("measure", [str(number) for number in range(len(clips))])
 
@@ -132,8 +134,8 @@ def measure_clips(compared: Compared, measured: MeasuredClips, queue: WorkQueue,
         if is_new:
             files = read_files(folder)
             result = read_result(folder)
-            _check_sizes(result, compared.first)
-            measured.write(folder, replace(evaluate_clip(result, clip, compared.training_mean), files=files))
+            _check_sizes(result, comparison.first)
+            measured.write(folder, replace(evaluate_clip(result, clip, comparison.training_mean), files=files))
         share.finish(item, clip.clip_id, made=clip.clip_id if is_new else None)
         report(f"measured {clip.clip_id}")
     found = [folders[clip_id] for clip_id in share.results().values() if clip_id]
@@ -145,17 +147,17 @@ def measure_clips(compared: Compared, measured: MeasuredClips, queue: WorkQueue,
     return found
 
 
-def tabulate(compared: Compared, evaluated: dict[str, EvaluatedClip], run_folder: Path) -> None:
+def tabulate(comparison: Comparison, evaluated: dict[str, EvaluatedClip], run_folder: Path) -> None:
     """Writes the table from the measurements of all ranks."""
-    for missing in sorted(set(compared.folders) - set(evaluated)):
-        logger.warning("result '%s' is left out: no clip in %s has its id", missing, compared.recipe.truth.local)
+    for missing in sorted(set(comparison.folders) - set(evaluated)):
+        logger.warning("result '%s' is left out: no clip in %s has its id", missing, comparison.recipe.truth.local)
     table = Table(
         rows=_mean_rows(evaluated),
         clips={name: clip.scores for name, clip in evaluated.items()},
-        protocol=describe_protocol(compared.recipe, compared.first, evaluated, compared.training_mean),
+        protocol=describe_protocol(comparison.recipe, comparison.first, evaluated, comparison.training_mean),
     )
     write_report(table, evaluated, run_folder)
-    note_work(compared.recipe, evaluated.values(), run_folder)
+    note_work(comparison.recipe, evaluated.values(), run_folder)
     logger.info("%s\n\n%s", run_folder / TABLE_MARKDOWN, table.as_markdown())
 
 
@@ -258,9 +260,9 @@ def _check_sizes(result: Result, first: Result) -> None:
 
 def _overview_row(name: str, prediction: Prediction, truth: Truth, reference: Truth) -> GridRow:
     """The reference, and the middle frame of the truth and of the prediction, for each kind of picture."""
-    middle = len(_given(truth.pictures.frames)) // 2
-    pictures = [_given(reference.pictures.frames)[0]]
-    pictures += [_given(truth.pictures.frames)[middle], _given(prediction.frames)[middle]]
+    middle = len(_not_none(truth.pictures.frames)) // 2
+    pictures = [_not_none(reference.pictures.frames)[0]]
+    pictures += [_not_none(truth.pictures.frames)[middle], _not_none(prediction.frames)[middle]]
     if prediction.normals is not None and truth.pictures.normals is not None:
         pictures += [(maps[middle] + 1) / 2 for maps in (truth.pictures.normals, prediction.normals)]
     if prediction.disparity is not None and truth.pictures.disparity is not None:
@@ -275,6 +277,6 @@ def _enlarged(picture: NDArray[np.uint8], height: int, width: int) -> NDArray[np
     return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST))
 
 
-def _given(part: NDArray[np.float32] | None) -> NDArray[np.float32]:
+def _not_none(part: NDArray[np.float32] | None) -> NDArray[np.float32]:
     assert part is not None, "results and stored clips always have frames"
     return part

@@ -98,7 +98,7 @@ def assert_sound(run: Path, steps: list[int]) -> None:
     folders = step_folders(run / "checkpoints")
     assert [step_of(folder) for folder in folders] == steps
     for folder in folders:
-        assert complete_file.damage(folder, complete_file.read_manifest(folder).files) == []
+        assert complete_file.find_damage(folder, complete_file.read_manifest(folder).files) == []
 
 
 def assert_same_run(whole: Path, run: Path) -> None:

@@ -118,9 +118,9 @@ def test_a_damaged_file_is_found_and_named(run, file, damage: Callable[[Path], N
     folder = checkpoint_folder(run, 4)
     manifest = complete_file.read_manifest(folder)
     assert sorted(record.path for record in manifest.files) == sorted(FILES)
-    assert complete_file.damage(folder, manifest.files) == []
+    assert complete_file.find_damage(folder, manifest.files) == []
     damage(folder / file)
-    (problem,) = complete_file.damage(folder, manifest.files)
+    (problem,) = complete_file.find_damage(folder, manifest.files)
     assert problem.startswith(f"step_00000004/{file} ")
     assert reason in problem
 

@@ -47,7 +47,7 @@ def test_what_did_not_come_to_disk_as_it_was_written_is_written_again(tmp_path, 
     monkeypatch.setattr(complete_file.os, "fsync", sync_badly)
     (record,) = write_files(tmp_path, {"weights": lambda file: file.write(bytes(1000))})
     assert damaged
-    assert not complete_file.damage(tmp_path, [record])
+    assert not complete_file.find_damage(tmp_path, [record])
     assert (tmp_path / "weights").read_bytes() == bytes(1000)
 
 

@@ -92,7 +92,7 @@ def test_a_file_that_cannot_be_read_for_a_moment_is_read_again_and_else_told(tmp
     record = complete_file.FileRecord("file", 0, hashlib.sha256(b"").hexdigest())
     (folder / "file").symlink_to("/proc/self/mem")
     monkeypatch.setattr(file_work, "FIRST_PAUSE_SECONDS", 0.0)
-    (problem,) = complete_file.damage(folder, [record])
+    (problem,) = complete_file.find_damage(folder, [record])
     assert "step_00000004/file cannot be read: [Errno 5]" in problem
     monkeypatch.setattr(file_work, "FIRST_PAUSE_SECONDS", 20.0)
 
@@ -102,4 +102,4 @@ def test_a_file_that_cannot_be_read_for_a_moment_is_read_again_and_else_told(tmp
         (folder / "file").touch()
 
     monkeypatch.setattr(file_work.time, "sleep", repair)
-    assert complete_file.damage(folder, [record]) == []
+    assert complete_file.find_damage(folder, [record]) == []

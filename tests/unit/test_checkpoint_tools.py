@@ -121,7 +121,7 @@ def test_a_converted_checkpoint_is_byte_for_byte_what_is_saved_today(precision, 
         assert (folder / "state.json").read_bytes() == state
     manifest = complete_file.read_manifest(folder)
     assert (manifest.step, manifest.world_size, manifest.recipe_digest) == (4, 1, "digest")
-    assert complete_file.damage(folder, manifest.files) == []
+    assert complete_file.find_damage(folder, manifest.files) == []
     for name, value in read_checkpoint_weights(folder, "master").items():
         assert torch.equal(value.to(engine.trainable[name].dtype), engine.trainable[name])
 

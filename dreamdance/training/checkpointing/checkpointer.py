@@ -173,7 +173,7 @@ class Checkpointer:
         if error := save.written.exception():
             logger.error("saving %s failed", save.folder.name, exc_info=error)
         # Waits for the slowest rank: COMPLETE may be written only after all files are on disk.
-        parts = gathered(_plain(error) if error else save.written.result())
+        parts = gathered(_sendable(error) if error else save.written.result())
         failures = {rank: part for rank, part in enumerate(parts) if isinstance(part, OSError)}
         if failures:
             reasons = "; ".join(f"rank {rank}: {failure}" for rank, failure in failures.items())
@@ -233,7 +233,7 @@ class Checkpointer:
             manifest, problem = on_main(partial(_read, folder))
             if manifest is not None:
                 share = manifest.files[self.ranks.rank :: self.ranks.world_size]
-                found = [text for part in gathered(complete_file.damage(folder, share)) for text in part]
+                found = [text for part in gathered(complete_file.find_damage(folder, share)) for text in part]
                 if not found:
                     return self._restore(folder, manifest)
                 problem = "; ".join(found)
@@ -298,7 +298,7 @@ def read_checkpoint_weights(folder: Path, kind: str = "average") -> dict[str, Te
         CheckpointError: the folder is incomplete or damaged.
     """
     manifest, problem = _read(folder)
-    problems = [problem] if manifest is None else complete_file.damage(folder, manifest.files)
+    problems = [problem] if manifest is None else complete_file.find_damage(folder, manifest.files)
     if manifest is None or problems:
         raise CheckpointError("; ".join(problems))
     shapes = _read_state(folder, ["trainable"])["trainable"]
@@ -335,7 +335,7 @@ def _read_state(folder: Path, keys: Collection[str]) -> dict[str, Any]:
     return state
 
 
-def _plain(error: BaseException) -> OSError:
+def _sendable(error: BaseException) -> OSError:
     """Returns an error that can be sent to other ranks; its errno shows whether it is transient."""
     if isinstance(error, OSError) and error.errno is not None:
         return OSError(error.errno, error.strerror, str(error.filename) if error.filename else None)

@@ -110,7 +110,7 @@ def _write_file(folder: Path, name: str, write: Callable[[HashedFile], None]) ->
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read back from the disk, not from memory
     record = FileRecord(name, hashed.bytes, hashed.sha256)
-    if problems := damage(folder, [record]):
+    if problems := find_damage(folder, [record]):
         raise OSError(errno.EIO, f"the file on the disk is not what was written: {problems[0]}")
     return record
 
@@ -171,7 +171,7 @@ def _digest(values: Mapping[str, Any]) -> str:
     return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def damage(folder: Path, records: Iterable[FileRecord], *, by_size_alone: bool = False) -> list[str]:
+def find_damage(folder: Path, records: Iterable[FileRecord], *, by_size_alone: bool = False) -> list[str]:
     """Describes each file that is missing, or has another size or hash; the list is empty if all files are sound.
 
     Args:

@@ -110,7 +110,7 @@ class CheckpointFolders:
         if folder.name in self.damaged:
             return False
         try:
-            return not complete_file.damage(folder, complete_file.read_manifest(folder).files, by_size_alone=True)
+            return not complete_file.find_damage(folder, complete_file.read_manifest(folder).files, by_size_alone=True)
         except CheckpointError:
             return False
 

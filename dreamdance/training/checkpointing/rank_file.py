@@ -117,20 +117,20 @@ def read_pieces(folder: Path, world_size: int, pieces: Mapping[str, Piece]) -> d
     Raises:
         CheckpointError: a file is not in this format, or no file holds some of the elements.
     """
-    wanted, step_counts = {name: _Wanted(name, piece) for name, piece in pieces.items()}, {}
+    readers, step_counts = {name: _PieceReader(name, piece) for name, piece in pieces.items()}, {}
     for rank in range(world_size):
         path = rank_path(folder, rank)
         with _opened(path) as (tensors, content):
-            for name in content.pieces.keys() & wanted.keys():
+            for name in content.pieces.keys() & readers.keys():
                 start, step_counts[name] = content.pieces[name]
-                wanted[name].take(tensors, path, start)
-    for one in wanted.values():
-        one.finish(folder)
+                readers[name].take(tensors, path, start)
+    for reader in readers.values():
+        reader.finish(folder)
     return step_counts
 
 
-class _Wanted:
-    """Elements of one parameter that are being read from the files of all ranks, in the order of ranks."""
+class _PieceReader:
+    """Reads the elements of one piece from the files of all ranks, in the order of ranks."""
 
     def __init__(self, name: str, piece: Piece) -> None:
         self.name, self.piece, self.found = name, piece, 0
