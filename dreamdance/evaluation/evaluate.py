@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 TABLE_JSON, TABLE_MARKDOWN, OVERVIEW_FILE = "table.json", "table.md", "overview.png"
 MEASURED_FOLDER = "measured"
-# The overview shows so many clips, each picture at least so wide in pixels.
+# Number of clips in the overview, and least width of its pictures in pixels.
 OVERVIEW_CLIPS = 12
 SMALLEST_WIDTH = 128
 

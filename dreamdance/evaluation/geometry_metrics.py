@@ -1,7 +1,7 @@
 """Errors of predicted normals and depth against the truth, and how well both predictions agree with each other.
 
-Normals are unit vectors in camera space, x right, y up, z towards the camera. Predicted depth is a
-disparity (near is large), known up to scale and shift. All errors are measured inside a mask, the body.
+Normals are unit vectors in camera space, x right, y up, z towards the camera. Predicted depth is a disparity (near is
+large), known up to scale and shift. All errors are measured inside a mask, the body.
 """
 
 from dataclasses import dataclass

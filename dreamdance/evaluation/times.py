@@ -6,9 +6,9 @@ from dreamdance.evaluation.clips import Result, ResultError
 
 logger = logging.getLogger(__name__)
 
-# Two frame rates count as equal (29.97 and 30) if, over all common frames, they differ by less than so many frames.
+# Two frame rates count as equal (29.97 and 30) if, over all common frames, they differ by less than this many frames.
 SAME_RATE_FRAMES = 0.5
-# Two frames show the same moment if their times differ by at most so many frames of the clip.
+# Two frames show the same moment if their times differ by at most this fraction of a frame of the clip.
 TOLERANCE_FRAMES = 0.1
 
 
@@ -32,8 +32,8 @@ def pair_frames(result: Result, *, num_frames: int, fps: float) -> list[tuple[in
     elif result.num_frames == num_frames:
         raise ResultError(
             f"result '{result.id}' plays the {num_frames} frames of its clip at {result.fps:g} frames per second, not "
-            f"at the clip's {fps:g}: only the first frames show the same moment. Remove 'fps' from the manifest's "
-            f"entry, or set it to {fps:g}, and run animate again"
+            f"at the clip's {fps:g}: frames with equal numbers show different moments. Remove 'fps' from the "
+            f"manifest's entry, or set it to {fps:g}, and run animate again"
         )
     times = ((frame, frame * ratio) for frame in range(result.num_frames))
     pairs = [(frame, round(time)) for frame, time in times if abs(time - round(time)) <= TOLERANCE_FRAMES]

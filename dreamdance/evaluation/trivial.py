@@ -16,7 +16,7 @@ MEAN_COLOUR = "reference's mean body colour"
 MEAN_COLOUR_OF_FRAME = "reference's mean colour"
 MEAN_OF_TRAINING = "training set's mean"
 
-# Numbers of clips, and of frames in each, over which the training set's mean is taken.
+# The training set's mean is taken over about this many clips, and up to this many frames of each.
 MAX_TRAINING_CLIPS = 256
 FRAMES_PER_TRAINING_CLIP = 8
 

@@ -32,7 +32,7 @@ from dreamdance.runtime.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS, LONGEST_POLL_SECONDS = 0.05, 1.0
-# While there are items to claim, a listing of the queue's folder is used again for so long.
+# How long a listing of the queue's folder is used again while there are items to claim.
 LISTING_SECONDS = 1.0
 # How often an item may pass to another process because the last one was lost.
 MAX_TAKEOVERS = 3

@@ -28,7 +28,7 @@ from dreamdance.recipe.schema import TrainingRecipe
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.deepspeed_config import deepspeed_config
 
-# Undocumented names of DeepSpeed; no other file uses any:
+# Undocumented names of DeepSpeed that this module uses:
 #   ops.__compatible_ops__     the operations that DeepSpeed compiles;
 #   utils.groups._WORLD_GROUP  the process group of its collectives;
 #   parameter._hp_mapping      the place of a parameter in this rank's flat partition;
