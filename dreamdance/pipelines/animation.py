@@ -152,7 +152,7 @@ class AnimationPipeline(SamplingPipeline):
         Args:
             image: the reference: a picture, b pictures, or `(b) 3 H W` in [0, 1]; see `pipelines.inputs`.
             poses, normals, depths, maps: the control maps in `controls`, of any size: f pictures, b lists of them, or
-                `(b) f 3 H W` (depths also `(b) f 1 H W`) in [0, 1]. `maps` contains further maps by name.
+                `(b) f 3 H W` (depths also `(b) f 1 H W`) in [0, 1]. `maps` contains maps by name.
             height, width: size of the frames in pixels, by default from `size_of_result`. Inputs of another aspect
                 ratio are cropped at the centre; normals and depths of nearly this aspect ratio are not cropped.
             fps: frames per second, one number for all clips or one for each; a condition of SVD, like the next two.
@@ -243,7 +243,7 @@ class AnimationPipeline(SamplingPipeline):
         """The condition with the reference; for guidance, a condition with zeros comes before it."""
         device = self._execution_device
         noise_augmentation = numbers[0, 2]
-        # the strength is in units of pixels in [-1, 1], which are twice as large as pixels in [0, 1]
+        # the strength is for pixels in [-1, 1]; pixels in [0, 1] have half their range
         noised = reference.to(device) + 0.5 * noise_augmentation.to(device) * pixel_noise.to(device)
         latents = encode_latents(self.vae, noised, scaled=False).to(device, torch.float32)
         embedding = embed_images(self.image_encoder, reference, resizing="svd").to(device, self.unet.dtype)

@@ -141,7 +141,7 @@ class DreamDancePipeline(SamplingPipeline):
         """Animates the reference with the poses.
 
         Args:
-            image, poses, maps, height, width: as in `AnimationPipeline`; `maps` has no maps that stage 1 makes.
+            image, poses, maps, height, width: as in `AnimationPipeline`; stage 1 makes normal and depth.
             geometry_height, geometry_width: size of stage 1's maps, by default the size at which it was trained.
             window_frames, window_overlap, sequential_guidance, decode_chunk_size: as in the two pipelines.
             fps, motion_bucket, noise_augmentation, guidance_scale: settings of stage 2; a scale of 1 is no guidance.

@@ -16,7 +16,7 @@ from dreamdance.runs.files import write_atomically
 from dreamdance.runs.locks import WatchedFile
 
 BEAT_SECONDS = 1.0
-PREFIX = "member."  # of the files' names
+MEMBER_PREFIX = "member."  # of the files' names
 
 
 class Members:
@@ -34,7 +34,7 @@ class Members:
             rank: this process's rank, for the messages of other processes.
             silence_seconds: after how long without a touch a process counts as lost.
         """
-        self.name = f"{PREFIX}{uuid.uuid4().hex}"
+        self.name = f"{MEMBER_PREFIX}{uuid.uuid4().hex}"
         self.silent: dict[str, str] = {}
         self._rank, self._silence_seconds = rank, silence_seconds
         self._machine = _machine()

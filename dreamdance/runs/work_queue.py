@@ -24,7 +24,7 @@ from dreamdance.recipe.sections import Cluster
 from dreamdance.runs.files import write_atomically
 from dreamdance.runs.layout import QUEUE_FOLDER, note_done
 from dreamdance.runs.locks import HeldLockError, locked_file
-from dreamdance.runs.members import PREFIX, Members
+from dreamdance.runs.members import MEMBER_PREFIX, Members
 from dreamdance.runtime.exits import before_good_exit
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.runtime.watchdog import Watchdog
@@ -185,7 +185,7 @@ class WorkQueue:
 
     def _wait_for_others(self) -> None:
         def found() -> list[str]:
-            return [name for name in self.names(max_age_seconds=0.0) if name.startswith(PREFIX)]
+            return [name for name in self.names(max_age_seconds=0.0) if name.startswith(MEMBER_PREFIX)]
 
         while others := [name for name in found() if self.members.why_lost(name) is None]:
             self.pause(f"{len(others)} processes are still at work")
@@ -196,7 +196,7 @@ class WorkQueue:
         if self.ranks.is_main:
             (self.folder / OVER).touch()  # for a process that joins later
             for name in self.names():
-                if not name.startswith(PREFIX) and name not in (LOCK, OVER):
+                if not name.startswith(MEMBER_PREFIX) and name not in (LOCK, OVER):
                     (self.folder / name).unlink(missing_ok=True)
 
 

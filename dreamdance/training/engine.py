@@ -89,7 +89,7 @@ class Engine:
         section = self.optimizer_section = recipe.optimizer
         self.trainable = {name: value for name, value in objective.named_parameters() if value.requires_grad}
         if not self.trainable:
-            raise RecipeError("nothing to train: the recipe's networks have no trainable parameter (key: train)")
+            raise RecipeError("nothing to train: no parameter of the recipe's networks requires a gradient")
         self.sharded = recipe.sharding.zero_stage > 0
         if not self.sharded and recipe.precision == "bf16":
             raise RecipeError("sharding.zero_stage=0 has no fp32 masters for precision=bf16; use zero_stage 1 or 2")
