@@ -307,7 +307,7 @@ def test_unusable_results_are_named(tmp_path, data, truths):
         run(tmp_path, data)
     write_result(tmp_path / "results", name, truth.pictures.frames)
     write_result(tmp_path / "results", other, truth.pictures.frames[:, ::2, ::2])
-    with pytest.raises(ResultError, match="of another size"):
+    with pytest.raises(ResultError, match="has another size"):
         run(tmp_path, data)
     (tmp_path / "results" / name / "arrays.npz").write_bytes(b"PK\x03\x04 broken")
     with pytest.raises(ResultError, match="is damaged"):
