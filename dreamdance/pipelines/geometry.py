@@ -170,7 +170,7 @@ class GeometryPipeline(SamplingPipeline):
             raise ValueError(f"{len(reference)} reference images were given for {len(poses)} pose sequences")
         if len(guidance_scales) != len(DOMAINS):
             raise ValueError(
-                f"guidance_scales must be three numbers (rgb, normal, depth), not {tuple(guidance_scales)}"
+                f"guidance_scales must be three numbers, for rgb, normal and depth, not {tuple(guidance_scales)}"
             )
         longest, network = min(window_frames, poses.shape[1]), self.unet.config
         if network.temporal_attention and longest > network.max_frames:

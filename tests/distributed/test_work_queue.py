@@ -25,7 +25,7 @@ pytestmark = pytest.mark.distributed
 SILENCE_SECONDS = 2
 WATCHED = Cluster(step_timeout_seconds=SILENCE_SECONDS, collective_timeout_seconds=60)
 START = "one start"
-# A process that does items. Rank 0 never ends the one that the last argument names, so that a fault can be injected there.
+# A process that does items. Rank 0 never ends the item that the last argument names: a fault can be injected there.
 WORKER = """
 import logging, sys, time
 from functools import partial
