@@ -251,7 +251,9 @@ KINDS = {
     "killed while it starts": Kind(
         kill_all_while_starting, "SIGKILL of every rank between its start and its first step"
     ),
-    "rank stopped": Kind(stop_a_rank, "SIGSTOP of one rank", f"the watchdog ends it; {GOES_ON}", told="hangs. This process ends"),
+    "rank stopped": Kind(
+        stop_a_rank, "SIGSTOP of one rank", f"the watchdog ends it; {GOES_ON}", told="hangs. This process ends"
+    ),
     "asked to stop by SIGUSR2": Kind(
         ask_a_rank_to_stop, "SIGUSR2 to one rank", "all save, no step is lost", loses_steps=False
     ),
