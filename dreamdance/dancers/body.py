@@ -249,7 +249,7 @@ def _add_trunk(body: Body, identity: Identity, skeleton: Skeleton) -> None:
     _add_limb(body, skin, low, skeleton.waist, (hips, waist), stretch=stretch, closed=(False, True))
     body.shapes.add_ellipsoid(skin, low, skeleton.pelvis_frame * np.array([hips, 0.62 * hips, hips * depth]))
     upper = limb_frame(skeleton.waist, skeleton.neck, skeleton.chest_frame[:, :, 2])
-    # The same origin for both halves, so that a pattern goes on over the waist.
+    # The same origin for both halves, so that a pattern continues over the waist.
     trunk = body.skins.add(
         skeleton.waist - upper @ np.array([0.0, 0.36 * size.spine, 0.0]), upper, hips * 0.85, BOTTOM, TOP, hem
     )

@@ -78,7 +78,7 @@ class Recipe(Section):
 
     task: str = Field(description=TASK)
     name: Name = Field(
-        description="Name of the run and of its folder under --runs. The same name goes on with the same run."
+        description="Name of the run and of its folder under --runs. The same name continues the same run."
     )
     seed: NonNegative = Field(
         default=0,
@@ -103,7 +103,7 @@ class TrainingRecipe(Recipe):
 
     max_steps: Steps = Field(
         description=(
-            "Optimizer steps of the whole run. It may be raised to go on with a finished run. The paper: 50,000 in "
+            "Optimizer steps of the whole run. It may be raised to continue a finished run. The paper: 50,000 in "
             "stage 2; it states none for stage 1."
         ),
     )

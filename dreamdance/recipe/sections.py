@@ -41,7 +41,7 @@ class Section(BaseModel):
 class Cluster(Section):
     """Where the job runs: its processes, what the launcher asks of Slurm, and how long the job may wait or hang.
 
-    A run may go on with other values of this section.
+    A run may continue with other values of this section.
     """
 
     nodes: Positive = Field(default=1, description="Number of machines. More than one needs Slurm.")
@@ -72,7 +72,7 @@ class Cluster(Section):
         default=1440,
         description=(
             "Time limit of the job. Training saves before it. On Slurm an unfinished job then returns to the queue by "
-            "itself; on one machine the same command goes on."
+            "itself; on one machine the same command continues."
         ),
     )
     stop_seconds: Seconds = Field(
@@ -153,7 +153,7 @@ class Cluster(Section):
         default=600,
         description=(
             "A training step or network pass that takes longer than this, and longer than 10 times the median, ends "
-            "the job, which then goes on from its last checkpoint. 0 switches the watchdog off, for all activities."
+            "the job, which then continues from its last checkpoint. 0 switches the watchdog off, for all activities."
         ),
     )
     storage_mb_per_second: Annotated[Positive, Unit("MB/s")] = Field(
@@ -183,7 +183,7 @@ class Cluster(Section):
 
 
 class Logging(Section):
-    """How often training reports. A run may go on with another value."""
+    """How often training reports. A run may continue with another value."""
 
     every_steps: Steps = Field(
         default=10,

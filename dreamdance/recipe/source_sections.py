@@ -51,9 +51,9 @@ class VideosSource(Section):
         default="stop",
         description=(
             "What happens to videos that cannot be used. stop: the run ends with a list of them, and the same command "
-            "goes on after their repair. skip: they are left out as a whole and listed in `output`/damaged_videos.tsv, "
-            "and the same command adds them after their repair; all others stay in their split. A run may go on with "
-            "the other value."
+            "continues after their repair. skip: they are left out as a whole and listed in "
+            "`output`/damaged_videos.tsv, and the same command adds them after their repair; all others stay in their "
+            "split. A run may continue with the other value."
         ),
     )
     crop: tuple[NonNegative, NonNegative, Positive, Positive] | None = Field(

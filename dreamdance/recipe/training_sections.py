@@ -80,7 +80,7 @@ class TrainingData(Section):
         description=(
             "How shards are checked; sizes are compared at every start. first_use: each shard is hashed when a process "
             "opens it first, and noted beside the index (`.verified`) until the file changes. hash: all shards at "
-            "every start, divided over the ranks. size: none is hashed. A run may go on with another value."
+            "every start, divided over the ranks. size: none is hashed. A run may continue with another value."
         ),
     )
 
@@ -155,7 +155,7 @@ class Sharding(Section):
     overlap_communication: bool = Field(
         default=True,
         description=(
-            "Sends gradients while the backward pass goes on. It needs a second bucket and is off where training is "
+            "Sends gradients during the backward pass. It needs a second bucket and is off where training is "
             "deterministic."
         ),
     )
@@ -225,7 +225,7 @@ class Recovery(Section):
     max_roll_backs: NonNegative = Field(
         default=0,
         description=(
-            "How often the run may go back to its newest checkpoint after too many skipped updates. It goes on with "
+            "How often the run may go back to its newest checkpoint after too many skipped updates. It continues with "
             "the next data, not with the same. 0 ends the run instead."
         ),
     )

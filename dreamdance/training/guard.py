@@ -14,7 +14,7 @@ from dreamdance.recipe.training_sections import Recovery
 # Before this many steps, no loss counts as a spike.
 FEWEST_LOSSES = 10
 
-Reaction = Literal["go on", "roll back", "stop"]
+Reaction = Literal["continue", "roll back", "stop"]
 
 
 class StepGuard:
@@ -69,7 +69,7 @@ class StepGuard:
 
     def _reaction(self, too_many: bool) -> Reaction:
         if not too_many:
-            return "go on"
+            return "continue"
         return "roll back" if self.roll_backs < self.section.max_roll_backs else "stop"
 
     def roll_back(self, state: Mapping[str, Any]) -> None:

@@ -113,7 +113,7 @@ class Metrics:
         Args:
             run: the run folder.
             ranks: this process among all.
-            first_step: the step that the run goes on from; later ones in TensorBoard are purged.
+            first_step: the step from which the run continues; later ones in TensorBoard are purged.
             max_steps: where the run ends.
             every_steps: how often a line is printed and scalars are written.
             recipe_text: the resolved recipe as YAML.
@@ -221,7 +221,7 @@ class Metrics:
     def note_pending_validation_done(self, step: int) -> None:
         """Remembers that the validation which a stop had interrupted has been repeated, so that it is recorded once."""
         if self.recording:
-            self.flush()  # first: a step that a start goes on from is not purged, and must not be there twice
+            self.flush()  # first: the step from which a start continues is not purged, and must not be there twice
             write_atomically(self._validated_file, f"{step}\n")
 
     def is_pending_validation_done(self, step: int) -> bool:

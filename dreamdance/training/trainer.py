@@ -133,7 +133,7 @@ class Trainer:
         count_in = f"{count} within {section.spike_window_steps} steps"
         text = f"step {self.step}: update skipped on all ranks ({count_in}), {reason}"
         self.metrics.message(text, step=self.step, level=logging.WARNING)
-        if reaction == "go on":
+        if reaction == "continue":
             return
         if self.checkpointer.is_saving:
             self._finish_save()

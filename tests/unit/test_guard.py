@@ -47,18 +47,18 @@ def test_what_is_not_finite_is_no_leap_and_no_usual_loss(loss):
 def test_only_what_is_skipped_within_the_window_counts_together(kind):
     bounds = {"recovery.max_spikes": 1, "max_nonfinite_steps": 1, "recovery.spike_window_steps": 10}
     note = getattr(make_guard(**bounds), f"note_{kind}")
-    assert note(5) == "go on"
-    assert note(15) == "go on", "10 steps later the first is forgotten"
+    assert note(5) == "continue"
+    assert note(15) == "continue", "10 steps later the first is forgotten"
     assert note(24) == "stop"
 
 
 def test_roll_backs_come_before_the_end_and_are_counted():
     guard = make_guard(max_nonfinite_steps=1, **{"recovery.max_roll_backs": 1})
     state = json.loads(json.dumps(fed(guard).state_dict()))
-    assert [guard.note_nonfinite(step) for step in (7, 8)] == ["go on", "roll back"]
+    assert [guard.note_nonfinite(step) for step in (7, 8)] == ["continue", "roll back"]
     guard.roll_back(state)
     assert (guard.roll_backs, guard.nonfinite_steps, guard.spike_steps) == (1, [], [])
-    assert [guard.note_nonfinite(step) for step in (7, 8)] == ["go on", "stop"]
+    assert [guard.note_nonfinite(step) for step in (7, 8)] == ["continue", "stop"]
 
 
 def test_a_guard_that_comes_back_from_a_checkpoint_decides_like_the_one_that_was_saved():

@@ -1,7 +1,7 @@
 """Shows other machines whether a local job is alive: while it is, it touches a file.
 
 Only the job's own machine can look up its process, and that machine may be gone: a container has a new host name after
-each start. Without this file, a run that died there could not be told from one that is running.
+each start. Without this file, a run that died there could not be distinguished from a running one.
 """
 
 import contextlib
