@@ -1,4 +1,4 @@
-"""Fixtures that several parts' tests share."""
+"""Fixtures that tests of several folders share."""
 
 import logging
 import os
@@ -10,16 +10,16 @@ import pytest
 import torch
 from support.dancer_shards import write_dancer_shards
 
-# Triton's kernels run in its interpreter here; it reads this when a kernel's module is imported, so before any is.
+# Triton's kernels run in its interpreter here. Triton reads the variable when a module of kernels is imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# A shell starts what it puts into the background deaf to Ctrl-C, and so would be everything that the tests start.
+# A shell starts background processes with Ctrl-C ignored; all processes that the tests start would inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def own_logging() -> Iterator[None]:
-    """A job that runs in a test's own process sets up its process's log; the next test must not inherit that."""
+    """Restores the logging that a job sets up when it runs in the process of a test."""
     root, submitit = logging.getLogger(), logging.getLogger("submitit")
     handlers, level, propagate = root.handlers[:], root.level, submitit.propagate
     yield
@@ -31,7 +31,7 @@ def own_logging() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """One thread of arithmetic, as in the rank processes: one order of summation, and small steps are no slower."""
+    """Sets one thread of arithmetic, as in the rank processes: sums have one order, and small steps are no slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -48,7 +48,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def own_environment() -> Iterator[None]:
-    """For tests of what sets environment variables of this process: afterwards they are as before."""
+    """Restores the environment variables of this process after the test."""
     before = dict(os.environ)
     yield
     os.environ.clear()

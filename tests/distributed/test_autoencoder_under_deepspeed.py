@@ -1,4 +1,4 @@
-"""DeepSpeed casts all parameters of a bf16 training; the autoencoder keeps those of float32, to the bit."""
+"""DeepSpeed casts all parameters of a bf16 training; the autoencoder keeps its float32 parameters, bit for bit."""
 
 from pathlib import Path
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from support.dancer_shards import write_dancer_shards
 from support.fault_log import record_fault
-from support.interruptions import messages, output, settings, start
+from support.interruptions import messages, output, run_settings, start_and_wait
 from support.ranks import run_ranks
 from support.recipes import tiny_stage1_recipe
 from support.training_scenarios import Recipe, prepare_and_inspect
@@ -27,8 +27,8 @@ pytestmark = pytest.mark.distributed
 BATCH_SIZE = 12
 WORLD_SIZES = (4, 2, 3)
 STEPS_EACH = 3
+# Largest relative difference of a loss: 17 units in the last place of fp32.
 ROUNDING = 2e-6
-"""How much a sample's loss may differ, relative: 17 units of fp32's last place."""
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +41,12 @@ def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_recipe(shards: Path, world_size: int, max_steps: int) -> Recipe:
     more = {"cluster.tasks_per_node": world_size, "batch_size": BATCH_SIZE, "optimizer.decay": "constant"}
-    changes = settings(shards, max_steps=max_steps, **more)
+    changes = run_settings(shards, max_steps=max_steps, **more)
     return tiny_stage1_recipe("domains", {**changes, "checkpoint.every_steps": STEPS_EACH, "checkpoint.keep_last": 5})
 
 
 def consolidated(folder: Path, world_size: int) -> dict[str, dict[str, Tensor]]:
-    """Masters, moments and average, put together from what the files of all ranks say, by no code of the library."""
+    """Masters, moments and average, assembled from the files of all ranks without code of the library."""
     shapes = json.loads((folder / "state.json").read_text())["trainable"]
     kinds = ("master", "exp_avg", "exp_avg_sq", "average")
     whole = {kind: {name: torch.full(shape, torch.nan).flatten() for name, shape in shapes.items()} for kind in kinds}
@@ -62,7 +62,7 @@ def consolidated(folder: Path, world_size: int) -> dict[str, dict[str, Tensor]]:
 
 
 def samples_by_step(run: Path, segments: tuple[int, ...]) -> list[dict[tuple[int, int], float]]:
-    """Step by step: (epoch, sample id) -> loss, over starts on so many ranks each."""
+    """For each step: (epoch, sample id) -> loss, over starts on the given numbers of ranks."""
     records = [
         [json.loads(line) for line in (run / f"record_{rank}.jsonl").read_text().splitlines()]
         for rank in range(max(segments))
@@ -82,14 +82,16 @@ def samples_by_step(run: Path, segments: tuple[int, ...]) -> list[dict[tuple[int
 def test_4_then_2_then_3_ranks_train_as_4_do(many_shards, tmp_path):
     whole, changing = tmp_path / "whole", tmp_path / "changing"
     all_steps = STEPS_EACH * len(WORLD_SIZES)
-    assert start(make_recipe(many_shards, WORLD_SIZES[0], all_steps), whole) == [0] * 4, output(whole)
+    assert start_and_wait(make_recipe(many_shards, WORLD_SIZES[0], all_steps), whole) == [0] * 4, output(whole)
     saved: tuple[int, Path] | None = None
     for segment, world_size in enumerate(WORLD_SIZES):
         last_step = STEPS_EACH * (segment + 1)
         if saved is not None:
             before, folder = saved
             assert_same_values(make_recipe(many_shards, world_size, last_step), changing, folder, before)
-        assert start(make_recipe(many_shards, world_size, last_step), changing) == [0] * world_size, output(changing)
+        assert start_and_wait(make_recipe(many_shards, world_size, last_step), changing) == [0] * world_size, output(
+            changing
+        )
         saved = world_size, checkpoint_folder(changing, last_step)
 
     resumed = [text for text in messages(changing) if text.startswith("resuming")]
@@ -110,14 +112,14 @@ def test_4_then_2_then_3_ranks_train_as_4_do(many_shards, tmp_path):
     record_fault(
         "world size changed 4 -> 2 -> 3",
         how="started again on another number of ranks, twice; 12 samples per step",
-        promised="same weights, moments and average, no sample repeated or skipped, losses to rounding",
+        promised="same weights, moments and average; no sample repeated or skipped; losses equal to rounding",
         happened=f"values bit-identical to the consolidated ones; losses within {max(differences):.1e} of 4 ranks'",
         steps_lost=0,
     )
 
 
 def assert_same_values(recipe: Recipe, run: Path, folder: Path, saved_world_size: int) -> None:
-    """What the new ranks hold together is what the old ones saved together, bit for bit."""
+    """Checks that the new ranks together hold the values that the old ranks saved, bit for bit."""
     world_size = recipe.cluster.world_size
     longer = recipe.model_copy(update={"max_steps": recipe.max_steps + 1})
     arguments: dict[str, Any] = {"recipe": longer, "run": run, "steps": 0}
@@ -143,6 +145,6 @@ def test_a_number_of_ranks_that_cannot_give_the_batch_is_refused_naming_those_th
     record_fault(
         "world size that cannot give the batch",
         how="5 ranks for 12 samples",
-        promised="refused with those that can",
+        promised="refused, naming the numbers of ranks that can",
         happened="RecipeError naming 1, 2, 3, 4, 6, 12",
     )

@@ -1,8 +1,8 @@
-"""A chaos run: hundreds of steps of training under faults at random instants end as if undisturbed, bit for bit.
+"""A chaos run: training with faults at random instants ends bit-identical to an undisturbed training.
 
-In CI the ranks are forked and six faults strike; `tools/faults.sh` has twenty and more strike a run of the command.
-The number of ranks stays: on another one a run resumes the same values, but sums in another order (see
-test_changed_world_size.py), so it can be no part of what must be bit-identical.
+In CI the ranks are forked and six faults are injected; `tools/faults.sh` injects 24 into a run of the command.
+The number of ranks is constant: on another number a run resumes the same values, but sums in another order (see
+test_changed_world_size.py), so its losses are not bit-identical.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.chaos import KINDS, Struck, endure, make_plan
+from support.chaos import KINDS, FaultyRun, inject_and_check, make_plan
 from support.chaos_starts import CommandStart, ForkedStart, Start
 from support.fault_log import record_fault
 from support.interruptions import (
@@ -20,7 +20,7 @@ from support.interruptions import (
     assert_same_export,
     assert_same_tensorboard,
     progress,
-    settings,
+    run_settings,
 )
 from support.recipes import tiny_stage1_recipe
 from support.training_scenarios import Recipe
@@ -44,12 +44,12 @@ FEW_KINDS = (
     "data worker killed",
     "bit flipped in the newest checkpoint",
 )
-STRIKING = FEW_KINDS if len(FEW_KINDS) >= NUM_FAULTS else tuple(KINDS)
-PATIENCE_SECONDS = 3000
+CHOSEN_KINDS = FEW_KINDS if len(FEW_KINDS) >= NUM_FAULTS else tuple(KINDS)
+TIME_LIMIT_SECONDS = 3000
 
 
 def make_recipe(shards: Path) -> Recipe:
-    """Faults of the step time-out are noticed within seconds; a busy machine takes its time with a first step."""
+    """A recipe whose step time-out detects a hang within seconds; the first step may take longer on a busy machine."""
     changes: dict[str, Any] = {
         "name": "chaos",
         "max_steps": STEPS_BETWEEN_FAULTS * (NUM_FAULTS + 4),
@@ -64,11 +64,11 @@ def make_recipe(shards: Path) -> Recipe:
         "validation.loss_every_steps": 25,
         "validation.sample_every_steps": 100,
     }
-    return tiny_stage1_recipe("domains", settings(shards, **changes))
+    return tiny_stage1_recipe("domains", run_settings(shards, **changes))
 
 
 def starter(recipe: Recipe, run: Path) -> Callable[[], Start]:
-    """The same start, as often as it is called."""
+    """A function that starts the run, the same way at each call."""
     run.parent.mkdir()
     if not BY_COMMAND:
         return lambda: ForkedStart(recipe, run)
@@ -77,8 +77,8 @@ def starter(recipe: Recipe, run: Path) -> Callable[[], Start]:
     return lambda: CommandStart(file, run)
 
 
-@pytest.mark.timeout(PATIENCE_SECONDS)
-def test_a_run_struck_again_and_again_at_random_is_bit_identical_to_an_undisturbed_one(shards, tmp_path):
+@pytest.mark.timeout(TIME_LIMIT_SECONDS)
+def test_a_run_with_faults_at_random_instants_is_bit_identical_to_an_undisturbed_one(shards, tmp_path):
     recipe = make_recipe(shards)
     whole, broken = tmp_path / "whole" / recipe.name, tmp_path / "broken" / recipe.name
     undisturbed = starter(recipe, whole)()
@@ -89,11 +89,11 @@ def test_a_run_struck_again_and_again_at_random_is_bit_identical_to_an_undisturb
         undisturbed.end()
     assert export_folder(whole, recipe.max_steps).is_dir(), undisturbed.log()
 
-    with Struck(broken, starter(recipe, broken), seed=SEED) as struck:
-        for fault in make_plan(STRIKING, NUM_FAULTS, last_step=STEPS_BETWEEN_FAULTS * NUM_FAULTS, seed=SEED):
-            endure(struck, fault, every_steps=EVERY_STEPS)
-        struck.wait_for_end()
-    assert export_folder(broken, recipe.max_steps).is_dir(), struck.start.log()
+    with FaultyRun(broken, starter(recipe, broken), seed=SEED) as run:
+        for fault in make_plan(CHOSEN_KINDS, NUM_FAULTS, last_step=STEPS_BETWEEN_FAULTS * NUM_FAULTS, seed=SEED):
+            inject_and_check(run, fault, every_steps=EVERY_STEPS)
+        run.wait_for_end()
+    assert export_folder(broken, recipe.max_steps).is_dir(), run.start.log()
 
     last = recipe.max_steps
     assert_same_checkpoint(checkpoint_folder(whole, last), checkpoint_folder(broken, last), world_size=WORLD_SIZE)
@@ -101,12 +101,12 @@ def test_a_run_struck_again_and_again_at_random_is_bit_identical_to_an_undisturb
     assert_same_tensorboard(whole, broken)
     losses = {line["done"]: line["loss"] for line in progress(whole) if "loss" in line}
     assert sorted(losses) == list(range(1, last + 1))
-    told = [(line["done"], line["loss"]) for line in progress(broken) if "loss" in line]
-    assert [pair for pair in told if pair[1] != losses[pair[0]]] == [], "steps done again, too, give the same losses"
+    reported = [(line["done"], line["loss"]) for line in progress(broken) if "loss" in line]
+    assert [pair for pair in reported if pair[1] != losses[pair[0]]] == [], "repeated steps give the same losses"
     record_fault(
         f"chaos run: {NUM_FAULTS} faults in {last} steps",
-        how=f"seed {SEED}, {WORLD_SIZE} ranks, {'by the command' if BY_COMMAND else 'forked'}, {len(STRIKING)} kinds",
-        promised="weights, moments, average, losses in TensorBoard and export as those of an undisturbed run",
+        how=f"seed {SEED}, {WORLD_SIZE} ranks, {'by command' if BY_COMMAND else 'forked'}, {len(CHOSEN_KINDS)} kinds",
+        promised="weights, moments, average, losses in TensorBoard and export equal those of an undisturbed run",
         happened="all bit-identical",
-        steps_lost=len(told) - last,
+        steps_lost=len(reported) - last,
     )

@@ -1,4 +1,4 @@
-"""Readers of shards that are killed, stopped or slow: the same order goes on, or a clear error, never a hang."""
+"""Readers of shards that are killed, stopped or slow: the same order continues, or a clear error; never a hang."""
 
 import multiprocessing
 import os
@@ -15,14 +15,14 @@ from filelock import FileLock
 from support.fault_log import record_fault
 from support.interruptions import (
     assert_same_export,
+    fault_time,
     first_step_after,
     output,
+    run_settings,
+    run_with_fault,
     samples_in_order,
-    settings,
-    start,
+    start_and_wait,
     steps_lost,
-    strike_down,
-    struck_at,
     without_repeats,
 )
 from support.random_shards import HEIGHT, WIDTH, flip_byte, write_random_shards
@@ -65,7 +65,7 @@ def clip_ids(shards: dict[str, Any]) -> list[str]:
 
 
 class _StopsHalfWay:
-    """The library's downloader on a line that goes dead when half of the file is through."""
+    """Replaces the library's downloader by one that hangs after half of the file."""
 
     @staticmethod
     def direct_download(source: str, destination: str, timeout: float) -> None:
@@ -80,8 +80,8 @@ def fetch_half(ranks: Ranks, *, shards: dict[str, Any]) -> None:
     clips.clip(3)
 
 
-def test_a_run_that_was_killed_in_the_middle_of_a_download_blocks_nobody(remote, tmp_path):
-    """The killed process holds the shard's lock, and half of the shard lies in the cache."""
+def test_a_run_killed_during_a_download_does_not_block_others(remote, tmp_path):
+    """The killed process holds the lock of the shard, and half of the shard is in the cache."""
     cache = tmp_path / "cache"
     shards = {"local": str(cache), "remote": remote}
     half = cache / ".part_00003.shard.00000.partial.mds.tmp"
@@ -101,7 +101,7 @@ def test_a_run_that_was_killed_in_the_middle_of_a_download_blocks_nobody(remote,
     assert not list(cache.glob(PARTIAL_FILES))
     record_fault(
         "stale lock and half-downloaded shard of a killed run",
-        how="SIGKILL while the download is half through and its lock held",
+        how="SIGKILL in the middle of the download, while its lock is held",
         promised="the next start reads the same clips and leaves no half file",
         happened="all clips in order, the half file is gone",
         resumed_seconds=resumed,
@@ -110,7 +110,7 @@ def test_a_run_that_was_killed_in_the_middle_of_a_download_blocks_nobody(remote,
 
 
 def read_when_all_are_there(ranks: Ranks, *, shards: dict[str, Any], meeting: str) -> list[str]:
-    """Two runs of one process each: neither knows of the other, and both check and fill the cache."""
+    """Two runs of one process each, independent of each other, check and fill the same cache."""
     Path(meeting, str(ranks.rank)).touch()
     while len(list(Path(meeting).iterdir())) < ranks.world_size:
         time.sleep(0.001)
@@ -118,7 +118,7 @@ def read_when_all_are_there(ranks: Ranks, *, shards: dict[str, Any], meeting: st
 
 
 def test_two_processes_may_fill_one_cache_at_once(remote, tmp_path):
-    """Shards are missing, and one is damaged: each process may remove and fetch it beside the other."""
+    """Some shards are missing, and one is damaged: each process may remove and fetch it while the other does."""
     cache, meeting = tmp_path / "cache", tmp_path / "meeting"
     meeting.mkdir()
     shards = {"local": str(cache), "remote": remote}
@@ -166,7 +166,7 @@ def read_steps(loader: ClipLoader, count: int) -> list[Any]:
 
 
 def test_slow_workers_change_neither_order_nor_content(remote, monkeypatch):
-    """Slower than the wait after which the workers are looked at, faster than the time-out."""
+    """The delay is longer than the interval between checks of the workers, and shorter than the time-out."""
     monkeypatch.setattr(batch_workers, "LOOK_EVERY_SECONDS", 0.1)
     expected = read_steps(open_loader({"local": remote}, num_workers=0), 8)
     slow = open_loader({"local": remote}, num_workers=2, kind=SlowClips, timeout_seconds=60)
@@ -175,20 +175,20 @@ def test_slow_workers_change_neither_order_nor_content(remote, monkeypatch):
     assert time.monotonic() - start > 0.8
     record_fault(
         "slow data worker",
-        how="one clip in five takes 0.4 s, four times as long as workers are waited for between looks",
-        promised="training waits and goes on in the same order",
+        how="one clip in five takes 0.4 s, four times the interval between checks of the workers",
+        promised="training waits and continues in the same order",
         happened="8 steps bit-identical to those of fast storage",
         steps_lost=0,
     )
 
 
 def stop_worker(ranks: Ranks, *, shards: dict[str, Any], log: str) -> None:
-    """Ends as a training does whose data fails: the error leaves the loop, and Python waits for its children."""
+    """Ends like a training whose data fails: the error leaves the loop, and Python waits for its children."""
     loader = open_loader(shards, num_workers=2, timeout_seconds=2)
     steps = iter(loader)
     next(steps)
     workers = [worker.pid for worker in multiprocessing.active_children()]
-    time.sleep(0.5)  # it has read ahead: taking that over must not need it
+    time.sleep(0.5)  # it has read ahead: the reader must get these batches without it
     os.kill(workers[0], signal.SIGSTOP)
     stopped = time.monotonic()
     try:
@@ -207,7 +207,7 @@ def _exists(pid: int) -> bool:
         return False
 
 
-def test_a_stopped_worker_is_an_error_within_the_time_out_and_does_not_outlive_it(remote, tmp_path):
+def test_a_stopped_worker_is_an_error_within_the_time_out_and_is_ended(remote, tmp_path):
     log = tmp_path / "log"
     with StartedRanks(stop_worker, 1, tmp_path / "ranks", shards={"local": remote}, log=str(log)) as started:
         assert started.wait() == [1], started.output()
@@ -216,11 +216,11 @@ def test_a_stopped_worker_is_an_error_within_the_time_out_and_does_not_outlive_i
     assert len(workers) == 2
     assert "no batch arrived for 2 s" in message
     assert "data.batch_timeout_seconds" in message
-    assert int(step) > 1, "what it had read ahead is used"
+    assert int(step) > 1, "batches that it had read ahead are used"
     assert float(seconds) < 10
     deadline = time.monotonic() + 10
     while any(_exists(pid) for pid in workers):
-        assert time.monotonic() < deadline, "a stopped worker outlives the process that it read for"
+        assert time.monotonic() < deadline, "a stopped worker is still there after its reader ended"
         time.sleep(0.05)
     record_fault(
         "data worker hangs",
@@ -233,7 +233,7 @@ def test_a_stopped_worker_is_an_error_within_the_time_out_and_does_not_outlive_i
 
 @dataclass(frozen=True)
 class KilledWorker:
-    """One rank loses the process that reads its data, in its n-th training forward pass."""
+    """Kills the process that reads the data of one rank, in its n-th training forward pass."""
 
     rank: int
     forward: int
@@ -254,16 +254,16 @@ class KilledWorker:
         register_module_forward_pre_hook(kill_in_forward)
 
 
-def test_a_training_whose_data_worker_dies_ends_on_all_ranks_and_resumes_as_if_it_had_not(shards, tmp_path):
+def test_a_training_whose_data_worker_dies_ends_on_all_ranks_and_resumes_bit_for_bit(shards, tmp_path):
     changes = {"data.num_workers": 1, "max_steps": 6, "checkpoint.every_steps": 2}
-    recipe = tiny_stage1_recipe("domains", settings(shards, **changes))
+    recipe = tiny_stage1_recipe("domains", run_settings(shards, **changes))
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert start(recipe, whole) == [0, 0], output(whole)
-    struck = strike_down(recipe, broken, KilledWorker(rank=1, forward=7))  # of 2 a step: in step 4
-    detected = struck.ended - struck_at(broken, 1)
-    assert all(code == 1 for code in struck.codes), struck.codes
+    assert start_and_wait(recipe, whole) == [0, 0], output(whole)
+    faulty = run_with_fault(recipe, broken, KilledWorker(rank=1, forward=7))  # of 2 a step: in step 4
+    detected = faulty.ended - fault_time(broken, 1)
+    assert all(code == 1 for code in faulty.codes), faulty.codes
     assert "a process that reads data died at step" in output(broken, rank=1)
-    assert start(recipe, broken) == [0, 0], output(broken)
+    assert start_and_wait(recipe, broken) == [0, 0], output(broken)
     for unbroken, interrupted in zip(samples_in_order(whole), samples_in_order(broken), strict=True):
         assert without_repeats(interrupted) == unbroken
     assert_same_export(export_folder(whole, 6), export_folder(broken, 6))
@@ -273,14 +273,14 @@ def test_a_training_whose_data_worker_dies_ends_on_all_ranks_and_resumes_as_if_i
         promised="all ranks end with an error; started again, bit-identical to an uninterrupted run",
         happened="both ranks ended with 1; same losses, samples and weights in the end",
         detected_seconds=detected,
-        resumed_seconds=first_step_after(broken, struck.ended),
-        steps_lost=steps_lost(broken, struck.ended),
+        resumed_seconds=first_step_after(broken, faulty.ended),
+        steps_lost=steps_lost(broken, faulty.ended),
     )
 
 
 @dataclass(frozen=True)
 class HangingStorage:
-    """From one rank's n-th training forward pass on, whoever opens a shard of a folder waits for ever."""
+    """From the n-th training forward pass of one rank on, opening a shard of the folder hangs for ever."""
 
     folder: Path
     rank: int
@@ -298,7 +298,7 @@ class HangingStorage:
                 if count == self.forward:
                     for path in self.folder.glob("*.mds"):
                         pipe = path.with_suffix(".pipe")
-                        os.mkfifo(pipe)  # opening it to read waits for somebody who writes
+                        os.mkfifo(pipe)  # opening a pipe for reading waits for a writer
                         os.replace(pipe, path)
 
         register_module_forward_pre_hook(hang)
@@ -306,25 +306,25 @@ class HangingStorage:
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_training_whose_storage_hangs_is_ended_in_time(num_workers, shards, tmp_path):
-    """The ranks themselves hang without workers, which their watchdogs notice; with workers the time-out does."""
+    """Without workers the ranks hang, and their watchdogs end them; with workers the batch time-out does."""
     copy, run = Path(shutil.copytree(shards, tmp_path / "shards")), tmp_path / "run"
     changes = {"data.num_workers": num_workers, "data.batch_timeout_seconds": 3, "cluster.step_timeout_seconds": 3}
-    recipe = tiny_stage1_recipe("domains", settings(copy, **changes))
-    struck = strike_down(recipe, run, HangingStorage(copy / "train", rank=1, forward=4))
-    detected = struck.ended - struck_at(run, 1)
-    assert all(struck.codes), struck.codes
+    recipe = tiny_stage1_recipe("domains", run_settings(copy, **changes))
+    faulty = run_with_fault(recipe, run, HangingStorage(copy / "train", rank=1, forward=4))
+    detected = faulty.ended - fault_time(run, 1)
+    assert all(faulty.codes), faulty.codes
     if num_workers:
         ended = [rank for rank in range(2) if "no batch arrived for 3 s while waiting for step" in output(run, rank)]
     else:
-        ended = [rank for rank in range(2) if struck.codes[rank] == TRY_AGAIN_EXIT_CODE]
+        ended = [rank for rank in range(2) if faulty.codes[rank] == TRY_AGAIN_EXIT_CODE]
         assert all("training a step" in output(run, rank) for rank in ended)
-        assert any("in training_sample" in output(run, rank) for rank in ended), "the stack of where it waits"
+        assert any("in training_sample" in output(run, rank) for rank in ended), "the stack of the hanging call"
     assert ended, output(run)
     assert detected < 90
     record_fault(
         f"storage hangs in a training with {num_workers} workers",
-        how="every shard is a pipe into which nobody writes, from step 2 on; both time-outs 3 s",
-        promised="a rank that waits ends within the time and says for what, and the other with it",
-        happened=f"the ranks ended with {struck.codes}",
+        how="every shard is a pipe without a writer, from step 2 on; both time-outs 3 s",
+        promised="a rank that waits ends in time with the cause, and the other rank ends too",
+        happened=f"the ranks ended with {faulty.codes}",
         detected_seconds=detected,
     )

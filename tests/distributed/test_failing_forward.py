@@ -1,4 +1,4 @@
-"""One rank's forward raises: whoever follows the run sees that rank's own error, first and once, and the job ends."""
+"""An error in the forward pass of one rank: `--follow` shows it first and once, and the job ends."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.fault_log import record_fault
-from support.interruptions import settings
+from support.interruptions import run_settings
 from support.recipes import tiny_stage1_recipe
 
 from dreamdance.launch.requeue import read_failures
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 LAUNCHER = Path(__file__).parents[2] / "launchers" / "slurm.py"
 FAILING_RANK = 1
-# Every Python process runs this when it starts; only that one rank does anything with it.
+# Every Python process runs this when it starts; it has an effect on one rank only.
 IN_THE_FORWARD = """
 import os
 
@@ -55,7 +55,7 @@ def test_an_error_in_one_ranks_forward_is_shown_first_and_once_and_ends_the_job(
     hook = IN_THE_FORWARD.format(rank=FAILING_RANK, moment=tmp_path / "moment", raising=raising)
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook" / "sitecustomize.py").write_text(hook)
-    recipe = tiny_stage1_recipe("domains", settings(shards, name="failing", **{"data.num_workers": 1}))
+    recipe = tiny_stage1_recipe("domains", run_settings(shards, name="failing", **{"data.num_workers": 1}))
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     command = [sys.executable, LAUNCHER, "recipe.yaml", "--cluster", "local", "--follow"]
     environment = environment_with(tmp_path / "hook")
@@ -64,30 +64,30 @@ def test_an_error_in_one_ranks_forward_is_shown_first_and_once_and_ends_the_job(
     )
     detected = time.time() - float((tmp_path / "moment").read_text())
 
-    told = done.stdout + done.stderr
-    assert done.returncode == 1, told
-    assert len(re.findall(error, told)) == 1, told
-    shown = told.partition("failing failed: ")[2]
-    assert "in forward" in shown, "where it happened"
+    output = done.stdout + done.stderr
+    assert done.returncode == 1, output
+    assert len(re.findall(error, output)) == 1, output
+    shown = output.partition("failing failed: ")[2]
+    assert "in forward" in shown, "the line that raised"
     assert f"log of rank {FAILING_RANK}: " in shown
-    assert "Connection closed by peer" not in told, "the other rank only followed"
-    assert detected < 45, "neither the collective's time-out nor a process that reads data is waited for"
+    assert "Connection closed by peer" not in output, "the other rank only failed because of it"
+    assert detected < 45, "the end waits neither for the collective's time-out nor for a process that reads data"
     run = tmp_path / "runs" / "failing"
     first, *_ = read_failures(run)
     assert first["rank"] == FAILING_RANK
     assert re.search(error, first["text"])
-    assert complete_steps(run) in ([], [2]), "nothing is saved of the step that failed"
+    assert complete_steps(run) in ([], [2]), "the failed step is not saved"
     record_fault(
         f"one rank {kind} in its forward",
         how=f"{raising.split('(')[0]} in the forward of step 3 on rank {FAILING_RANK} of 2 local ranks",
-        promised="its stack is shown first and once, the others end fast, the exit code is not 0",
+        promised="its stack is shown first and once, the others end quickly, the exit code is not 0",
         happened=f"exit code {done.returncode}, the stack of rank {FAILING_RANK} alone",
         detected_seconds=detected,
     )
 
 
 def environment_with(hook: Path) -> dict[str, str]:
-    """The user's, without what another test or a surrounding job may have set."""
+    """The environment of a user, without variables of other tests or of a surrounding job."""
     names = ("SUBMITIT", "SLURM", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(names)}
     path = os.pathsep.join([str(hook), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -1,4 +1,4 @@
-"""From the job to the network there are few own frames: a traceback of a training fits on a screen."""
+"""The number of own stack frames between the job and the network, so that a traceback fits on a screen."""
 
 import inspect
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""C8's promise: killed at any instant and started again, a run is bit-identical to one never interrupted."""
+"""The promise of contract C8: a run killed at any instant and started again equals an uninterrupted one bit for bit."""
 
 import math
 import random
@@ -17,16 +17,16 @@ from support.interruptions import (
     assert_same_tensorboard,
     first_step_after,
     messages,
+    run_settings,
+    run_with_fault,
     samples_in_order,
-    settings,
-    start,
+    start_and_wait,
     steps_lost,
-    strike_down,
     without_repeats,
 )
 from support.ranks import run_ranks
 from support.recipes import tiny_stage1_recipe, tiny_stage2_recipe
-from support.training_scenarios import Recipe, Strike, prepare_and_inspect, run_recorded
+from support.training_scenarios import Fault, Recipe, prepare_and_inspect, run_recorded
 
 from dreamdance.runs.layout import checkpoint_folder, export_folder, step_folders
 from dreamdance.training.checkpointing.checkpointer import read_checkpoint_weights
@@ -34,8 +34,8 @@ from dreamdance.training.checkpointing.checkpointer import read_checkpoint_weigh
 pytestmark = pytest.mark.distributed
 
 
-def in_save(step: int, operation: str, *path_contains: str, rank: int = 0) -> Strike:
-    return Strike(rank, operation=operation, path_contains=(f"step_{step:08d}", *path_contains))
+def in_save(step: int, operation: str, *path_contains: str, rank: int = 0) -> Fault:
+    return Fault(rank, operation=operation, path_contains=(f"step_{step:08d}", *path_contains))
 
 
 SAVE_PHASES = {
@@ -43,34 +43,34 @@ SAVE_PHASES = {
     "a rank's files written, not yet read back": in_save(4, "open", "rank_00001", "'r'", rank=1),
     "every file there, no manifest": in_save(4, "open", "COMPLETE.partial"),
     "the manifest there under its temporary name": in_save(6, "os.rename", "COMPLETE"),
-    "complete, an older one half deleted": in_save(2, "shutil.rmtree"),  # by the save of step 6
+    "complete, an older one half deleted": in_save(2, "shutil.rmtree"),  # in the save of step 6
 }
 
 
-def test_killed_again_and_again_stage_1_is_bit_identical_to_an_uninterrupted_run(shards, tmp_path):
-    recipe = tiny_stage1_recipe("temporal", settings(shards))
+def test_stage_1_killed_many_times_is_bit_identical_to_an_uninterrupted_run(shards, tmp_path):
+    recipe = tiny_stage1_recipe("temporal", run_settings(shards))
     micro_batches = BATCH_SIZE // WORLD_SIZE
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert start(recipe, whole) == [0, 0], (whole / "output" / "output_0.txt").read_text()
+    assert start_and_wait(recipe, whole) == [0, 0], (whole / "output" / "output_0.txt").read_text()
 
     step = random.Random(7).randint(1, 2)
-    codes = start(recipe, broken, Strike(1, forward=step * micro_batches))
+    codes = start_and_wait(recipe, broken, Fault(1, forward=step * micro_batches))
     assert codes[1] == -signal.SIGKILL
     assert codes[0] not in (0, -signal.SIGKILL), "the surviving rank must fail by itself"
-    struck = {}
-    for phase, strike in SAVE_PHASES.items():
-        struck[phase] = strike_down(recipe, broken, strike)
-        codes = struck[phase].codes
-        assert codes[strike.rank] == -signal.SIGKILL, (strike, codes)
-        assert codes[1 - strike.rank] != 0 or strike.operation == "shutil.rmtree", (strike, codes)
-    assert start(recipe, broken, Strike(1, signal.SIGUSR2, forward=micro_batches)) == [0, 0]
-    assert not export_folder(broken, MAX_STEPS).exists(), "asked to stop, it must not have finished"
+    endings = {}
+    for phase, fault in SAVE_PHASES.items():
+        endings[phase] = run_with_fault(recipe, broken, fault)
+        codes = endings[phase].codes
+        assert codes[fault.rank] == -signal.SIGKILL, (fault, codes)
+        assert codes[1 - fault.rank] != 0 or fault.operation == "shutil.rmtree", (fault, codes)
+    assert start_and_wait(recipe, broken, Fault(1, signal.SIGUSR2, forward=micro_batches)) == [0, 0]
+    assert not export_folder(broken, MAX_STEPS).exists(), "it was asked to stop, so it must not have finished"
     stopped = step_folders(broken / "checkpoints")[-1]
     damaged = next(stopped.glob("rank_00001*"))
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    assert start(recipe, broken) == [0, 0], (broken / "output" / "output_0.txt").read_text()
+    assert start_and_wait(recipe, broken) == [0, 0], (broken / "output" / "output_0.txt").read_text()
 
     said = messages(broken)
     assert said[0].startswith("no checkpoint in")
@@ -83,20 +83,20 @@ def test_killed_again_and_again_stage_1_is_bit_identical_to_an_uninterrupted_run
         assert len(unbroken) == MAX_STEPS * micro_batches
         assert without_repeats(interrupted) == unbroken
     kept = [folder.name for folder in step_folders(broken / "checkpoints")]
-    assert kept == ["step_00000006", "step_00000010", "step_00000012"], "the last two, and the one resumed from"
+    assert kept == ["step_00000006", "step_00000010", "step_00000012"], "the last two, and the one that it resumed from"
     assert_same_tensorboard(whole, broken)
     assert len(list((broken / "tensorboard").iterdir())) > 5, "one file for each start"
     record_fault(
         "TensorBoard after crashes",
         how="a run killed six times, stopped once, one checkpoint damaged",
-        promised="steps beyond the resume point are purged, none is there twice",
+        promised="steps after the resumed one are removed, no step occurs twice",
         happened="every tag has the steps and values of the uninterrupted run",
     )
-    for phase, ending in struck.items():
+    for phase, ending in endings.items():
         record_fault(
             f"killed during a save: {phase}",
-            how=f"SIGKILL of rank {SAVE_PHASES[phase].rank} of 2 in that very operation",
-            promised="the checkpoint before counts, or this one; started again, bit-identical to an uninterrupted run",
+            how=f"SIGKILL of rank {SAVE_PHASES[phase].rank} of 2 in this operation",
+            promised="this checkpoint or the one before counts; started again, bit-identical to an uninterrupted run",
             happened="the other rank ended by itself; weights, losses and samples bit-identical in the end",
             detected_seconds=ending.detected_seconds,
             resumed_seconds=first_step_after(broken, ending.ended),
@@ -104,17 +104,17 @@ def test_killed_again_and_again_stage_1_is_bit_identical_to_an_uninterrupted_run
         )
 
 
-def test_killed_stage_2_in_bf16_is_bit_identical_to_an_uninterrupted_run(shards, tmp_path):
-    changes = settings(shards, precision="bf16", max_steps=4, **{"sharding.gradient_checkpointing": True})
+def test_stage_2_in_bf16_killed_three_times_is_bit_identical_to_an_uninterrupted_run(shards, tmp_path):
+    changes = run_settings(shards, precision="bf16", max_steps=4, **{"sharding.gradient_checkpointing": True})
     recipe = tiny_stage2_recipe(changes)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert start(recipe, whole) == [0, 0], (whole / "output" / "output_0.txt").read_text()
-    assert start(recipe, broken, Strike(0, forward=6))[0] == -signal.SIGKILL
-    assert start(recipe, broken, in_save(4, "open", "state.json"))[0] == -signal.SIGKILL
-    exporting = Strike(0, operation="os.rename", path_contains=("exports",))
-    assert start(recipe, broken, exporting)[0] == -signal.SIGKILL
-    assert step_folders(broken / "exports") == [], "written, but not yet under its name"
-    assert start(recipe, broken) == [0, 0]
+    assert start_and_wait(recipe, whole) == [0, 0], (whole / "output" / "output_0.txt").read_text()
+    assert start_and_wait(recipe, broken, Fault(0, forward=6))[0] == -signal.SIGKILL
+    assert start_and_wait(recipe, broken, in_save(4, "open", "state.json"))[0] == -signal.SIGKILL
+    exporting = Fault(0, operation="os.rename", path_contains=("exports",))
+    assert start_and_wait(recipe, broken, exporting)[0] == -signal.SIGKILL
+    assert step_folders(broken / "exports") == [], "written, but not yet renamed"
+    assert start_and_wait(recipe, broken) == [0, 0]
     assert_same_checkpoint(checkpoint_folder(whole, 4), checkpoint_folder(broken, 4))
     assert_same_export(export_folder(whole, 4), export_folder(broken, 4))
     for unbroken, interrupted in zip(samples_in_order(whole), samples_in_order(broken), strict=True):
@@ -122,10 +122,10 @@ def test_killed_stage_2_in_bf16_is_bit_identical_to_an_uninterrupted_run(shards,
 
 
 def test_no_sample_is_repeated_or_skipped_within_an_epoch(shards, tmp_path):
-    recipe = tiny_stage1_recipe("domains", settings(shards, max_steps=4, **{"checkpoint.every_steps": 3}))
+    recipe = tiny_stage1_recipe("domains", run_settings(shards, max_steps=4, **{"checkpoint.every_steps": 3}))
     run = tmp_path / "run"
-    assert start(recipe, run, Strike(0, forward=8))[0] == -signal.SIGKILL
-    assert start(recipe, run) == [0, 0]
+    assert start_and_wait(recipe, run, Fault(0, forward=8))[0] == -signal.SIGKILL
+    assert start_and_wait(recipe, run) == [0, 0]
     seen = Counter((epoch, sample) for rank in samples_in_order(run) for epoch, sample, _ in without_repeats(rank))
     assert set(seen.values()) == {1}
     assert len(seen) == 4 * BATCH_SIZE
@@ -139,7 +139,7 @@ def test_no_sample_is_repeated_or_skipped_within_an_epoch(shards, tmp_path):
 def test_another_number_of_ranks_resumes_the_same_values(precision, zero_stage, world_sizes, shards, tmp_path):
     def on(world_size: int, max_steps: int) -> Recipe:
         more = {"sharding.zero_stage": zero_stage, "cluster.tasks_per_node": world_size, "optimizer.decay": "constant"}
-        return tiny_stage1_recipe("domains", settings(shards, max_steps=max_steps, precision=precision, **more))
+        return tiny_stage1_recipe("domains", run_settings(shards, max_steps=max_steps, precision=precision, **more))
 
     run = tmp_path / "run"
     run_ranks(run_recorded, 2, run / "output", recipe=on(2, 4), run=run)
@@ -156,5 +156,5 @@ def test_another_number_of_ranks_resumes_the_same_values(precision, zero_stage, 
         later, expected = found[0]["weights_one_step_later"], kept[0]["weights_one_step_later"]
         step = max(float((expected[name] - kept[0]["weights_after"][name]).abs().max()) for name in expected)
         moved = math.sqrt(sum(float((later[name] - expected[name]).double().square().sum()) for name in expected))
-        assert moved < step, "one step later, all weights together differ by less than one of them has moved"
+        assert moved < step, "one step later, all weights together differ by less than the movement of a single one"
         assert f"saved by 2 ranks and redistributed over {world_size}" in messages(run)[-1]

@@ -1,4 +1,4 @@
-"""Long runs in small: what a process holds after many batches, loaders and saves is what it held after a few."""
+"""Leaks: a process uses no more resources after many batches, loaders and saves than after a few."""
 
 import json
 import multiprocessing
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support.fault_log import record_fault
-from support.interruptions import output, settings, start
+from support.interruptions import output, run_settings, start_and_wait
 from support.random_shards import write_random_shards
 from support.ranks import run_ranks
 from support.recipes import tiny_stage1_recipe
@@ -34,15 +34,15 @@ NUM_SAVES, FEW_SAVES = 40, 10
 
 
 @dataclass(frozen=True)
-class Held:
-    """What a process holds.
+class Resources:
+    """The resources of a process.
 
     Attributes:
-        descriptors: open ones.
-        threads: of the process.
-        children: processes that multiprocessing knows to live.
-        mappings: of files in /dev/shm, which outlive a process that is killed.
-        resident_mib: memory.
+        descriptors: number of open file descriptors.
+        threads: number of threads.
+        children: number of running child processes of multiprocessing.
+        mappings: number of mapped files in /dev/shm, which remain after the process is killed.
+        resident_mib: resident memory in MiB.
     """
 
     descriptors: int
@@ -52,10 +52,10 @@ class Held:
     resident_mib: float
 
 
-def held_by(process: int | str) -> Held:
+def resources_of(process: int | str) -> Resources:
     folder = Path(f"/proc/{process}")
     status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
-    return Held(
+    return Resources(
         descriptors=len(os.listdir(folder / "fd")),
         threads=int(status["Threads"]),
         children=len(multiprocessing.active_children()),
@@ -65,7 +65,7 @@ def held_by(process: int | str) -> Held:
 
 
 def load_much(ranks: Ranks, *, shards: str) -> dict[str, Any]:
-    """What this process holds after each of several loaders, and it and a worker early and late in the last of them."""
+    """The resources of this process after each of several loaders, and of both it and a worker in the last one."""
     clips = ClipDataset(
         Shards(local=shards), width=WIDTH, height=HEIGHT, num_frames=NUM_FRAMES, cache_bytes=0, ranks=ranks
     )
@@ -76,10 +76,10 @@ def load_much(ranks: Ranks, *, shards: str) -> dict[str, Any]:
         steps = iter(loader)
         for _ in islice(steps, NUM_STEPS if number == NUM_LOADERS - 1 else 3):
             if loader.step in (NUM_STEPS // 4, NUM_STEPS):
-                within.append(asdict(held_by("self")))
-                worker.append(asdict(held_by(multiprocessing.active_children()[0].pid)))
+                within.append(asdict(resources_of("self")))
+                worker.append(asdict(resources_of(multiprocessing.active_children()[0].pid)))
         steps.close()
-        after.append(asdict(held_by("self")))
+        after.append(asdict(resources_of("self")))
     return {"after": after, "within": within, "worker": worker}
 
 
@@ -89,12 +89,12 @@ def assert_no_more(late: dict[str, Any], early: dict[str, Any], *, mib: float) -
     assert late["resident_mib"] < early["resident_mib"] + mib, f"{early} -> {late}"
 
 
-def test_many_loaders_and_many_batches_leave_nothing(tmp_path):
+def test_many_loaders_and_many_batches_leak_nothing(tmp_path):
     write_random_shards(tmp_path / "shards", 8)
     (held,) = run_ranks(load_much, 1, tmp_path / "ranks", shards=str(tmp_path / "shards"))
     num_batches = 2 * (NUM_STEPS - NUM_STEPS // 4)
     some_batches = num_batches * BATCH_MIB / 3
-    assert some_batches > 40, "a leak must show beside what the allocator keeps"
+    assert some_batches > 40, "a leak must be larger than the memory that the allocator keeps"
     after = held["after"]
     assert after[-1]["children"] == after[-1]["mappings"] == 0
     assert_no_more(after[-1], after[0], mib=some_batches)
@@ -102,7 +102,7 @@ def test_many_loaders_and_many_batches_leave_nothing(tmp_path):
         assert_no_more(late, early, mib=some_batches)
     record_fault(
         "long run: many batches",
-        how=f"{NUM_LOADERS} loaders of 2 workers; {num_batches} batches of {BATCH_MIB:.0f} MiB between two looks",
+        how=f"{NUM_LOADERS} loaders of 2 workers; {num_batches} batches of {BATCH_MIB:.0f} MiB in between",
         promised="no more descriptors, threads, processes, shared memory or memory than early on, in reader and worker",
         happened=f"descriptors {after[0]['descriptors']} -> {after[-1]['descriptors']}, "
         f"threads {after[0]['threads']} -> {after[-1]['threads']}, no process, nothing in /dev/shm, "
@@ -112,7 +112,7 @@ def test_many_loaders_and_many_batches_leave_nothing(tmp_path):
 
 @dataclass(frozen=True)
 class Counted:
-    """Every rank notes what it holds in each training forward pass."""
+    """Every rank records its resources in each training forward pass."""
 
     run: Path
 
@@ -121,13 +121,13 @@ class Counted:
 
         def note(module: nn.Module, inputs: Any) -> None:
             if isinstance(module, GeometryObjective) and module.training:
-                notes.write(json.dumps(asdict(held_by("self"))) + "\n")
+                notes.write(json.dumps(asdict(resources_of("self"))) + "\n")
                 notes.flush()
 
         register_module_forward_pre_hook(note)
 
 
-def test_a_training_with_many_saves_holds_no_more_than_after_a_few(shards, tmp_path):
+def test_a_training_holds_no_more_after_many_saves_than_after_a_few(shards, tmp_path):
     run = tmp_path / "run"
     changes = {
         "max_steps": NUM_SAVES,
@@ -137,12 +137,12 @@ def test_a_training_with_many_saves_holds_no_more_than_after_a_few(shards, tmp_p
         "cluster.tasks_per_node": 1,
         "validation.loss_every_steps": 100,
     }
-    recipe = tiny_stage1_recipe("domains", settings(shards, **changes))
-    assert start(recipe, run, Counted(run)) == [0], output(run)
+    recipe = tiny_stage1_recipe("domains", run_settings(shards, **changes))
+    assert start_and_wait(recipe, run, Counted(run)) == [0], output(run)
     held = [json.loads(line) for line in (run / "held_0.jsonl").read_text().splitlines()]
     assert len(held) == NUM_SAVES
     early, late = held[2:FEW_SAVES], held[-FEW_SAVES:]
-    # A save is finished in the background: how much of it is there differs from look to look.
+    # A save is finished in the background: its resources differ between measurements.
     for name in ("descriptors", "threads", "children", "mappings"):
         assert min(one[name] for one in late) <= max(one[name] for one in early), name
         assert max(one[name] for one in late) <= max(one[name] for one in early) + 2, name

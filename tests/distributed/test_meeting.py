@@ -1,4 +1,4 @@
-"""How ranks find one another: only their own, whatever else listens or knocks at the port that their job has drawn."""
+"""Ranks connect to ranks of their own job only, whatever other process uses the port that their job has chosen."""
 
 import os
 import socket
@@ -20,7 +20,7 @@ TIMEOUT_SECONDS = 120
 
 
 def meet(ranks: Ranks, *, start: str, port: int, last_waits_for: Path | None = None) -> float:
-    """Sums over the ranks of a job; the last of them comes only when a file is there."""
+    """Sums over the ranks of a job; the last rank joins only when a file exists."""
     if last_waits_for is not None and ranks.rank == ranks.world_size - 1:
         _wait_until(last_waits_for.exists)
     os.environ["MASTER_PORT"] = str(port)
@@ -35,12 +35,10 @@ def _wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_two_jobs_that_drew_one_port_do_not_take_each_others_ranks_for_their_own(tmp_path):
+def test_two_jobs_with_the_same_port_do_not_mix_their_ranks(tmp_path):
     port, everybody = free_port(), tmp_path / "everybody may come"
     with StartedRanks(meet, 2, tmp_path / "first", start="first", port=port, last_waits_for=everybody) as first:
-        store = dist.TCPStore(
-            "127.0.0.1", port, is_master=False, wait_for_workers=False
-        )  # answers when rank 0 is there
+        store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)  # answers when rank 0 listens
 
         def has_come(start: str) -> bool:
             return any(key.startswith(f"{start}/") for key in store.list_keys())
@@ -55,8 +53,8 @@ def test_two_jobs_that_drew_one_port_do_not_take_each_others_ranks_for_their_own
             everybody.touch()
             assert first.results() == [11.0, 11.0]
     record_fault(
-        "two jobs draw one port of a node",
-        how="ranks of a second job come to the first job's rank 0 before that one's own",
-        promised="neither job counts or hears the other's ranks; the later one says so and draws another port",
+        "two jobs choose the same port of a node",
+        how="ranks of a second job connect to rank 0 of the first job before its own ranks",
+        promised="neither job accepts ranks of the other; the later one names the port and chooses another",
         happened="the first job summed over its own ranks, the second named the port",
     )

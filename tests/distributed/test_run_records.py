@@ -1,4 +1,4 @@
-"""What a short real run leaves behind for people: every promised number in TensorBoard, pictures, progress, recipe."""
+"""Records of a short real run for people: every promised number in TensorBoard, pictures, progress, recipe."""
 
 import json
 import math
@@ -68,13 +68,13 @@ def test_every_promised_number_is_there_for_every_step(finished: tuple[Recipe, P
     assert set(board.Tags()["scalars"]) == SCALARS | of_domains
     for tag in board.Tags()["scalars"]:
         found = scalars(board, tag)
-        # Held-out losses every second step, and at the last one; the only checkpoint is that of the last.
+        # Held-out losses every second step and at the last one; the only checkpoint is that of the last step.
         steps = [2, 3] if tag.startswith("val/") else [3] if tag.startswith("perf/checkpoint") else [1, 2, 3]
         assert list(found) == steps, tag
         assert all(math.isfinite(value) for value in found.values()), tag
 
 
-def test_numbers_mean_what_their_tags_say(finished: tuple[Recipe, Path, EventAccumulator]) -> None:
+def test_numbers_have_the_meaning_of_their_tags(finished: tuple[Recipe, Path, EventAccumulator]) -> None:
     recipe, run, board = finished
     rates = [learning_rate(recipe.optimizer, step, max_steps=MAX_STEPS) for step in range(MAX_STEPS)]
     assert list(scalars(board, "optim/lr").values()) == pytest.approx(rates, rel=1e-6)

@@ -1,4 +1,4 @@
-"""`data.verify: hash` of two ranks: divided, longer than a collective may take, named on both if it fails."""
+"""`data.verify: hash` on two ranks: shared work, allowed to take longer than a collective, errors named on both."""
 
 import time
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from support.fault_log import record_fault
-from support.interruptions import output, settings, start
+from support.interruptions import output, run_settings, start_and_wait
 from support.random_shards import flip_byte, write_random_shards
 from support.ranks import StartedRanks, run_ranks
 from support.recipes import tiny_stage1_recipe
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 @dataclass(frozen=True)
 class SlowHash:
-    """Storage from which a whole shard comes slowly: every hash takes so much longer."""
+    """Slow storage: every hash takes so many seconds longer."""
 
     seconds: float
 
@@ -44,7 +44,7 @@ class SlowHash:
 
 
 def bytes_read() -> int:
-    """By this process, from anywhere."""
+    """The bytes that this process has read, from any file."""
     lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(lines["rchar"])
 
@@ -52,7 +52,7 @@ def bytes_read() -> int:
 def check(
     ranks: Ranks, *, folders: list[str], slow: SlowHash, timeout_seconds: int, slow_rank: int | None = None
 ) -> dict[str, Any]:
-    """Checks a folder, each rank its own, under a watchdog that allows no more than a collective may take."""
+    """Checks a folder on each rank, under a watchdog with the time limit of a collective."""
     if slow_rank in (None, ranks.rank):
         slow.prepare(ranks)
     shards, begun, before = Shards(local=folders[ranks.rank]), time.monotonic(), bytes_read()
@@ -84,8 +84,8 @@ def test_two_ranks_of_one_folder_read_each_shard_once(tmp_path):
     assert total < sum(result["bytes"] for result in results) < 1.5 * total + 100_000
 
 
-def test_a_rank_that_is_through_waits_longer_than_a_collective_may_for_one_that_gets_on(tmp_path):
-    """Folders of their own, as on two nodes: one rank has a single shard to hash, the other eight that come slowly."""
+def test_a_finished_rank_waits_longer_than_a_collective_may_take_for_one_that_makes_progress(tmp_path):
+    """Each rank has its own folder, as on two nodes: one has a single shard to hash, the other eight slow ones."""
     folders = [tmp_path / "eight", tmp_path / "one"]
     for folder, num_shards in zip(folders, (8, 1), strict=True):
         write_random_shards(folder, num_shards, clips_per_part=1)
@@ -97,7 +97,7 @@ def test_a_rank_that_is_through_waits_longer_than_a_collective_may_for_one_that_
     assert sum("waiting for the other ranks" in text for text in waiting["seen"]) >= 4
 
 
-def test_a_rank_that_hangs_over_a_shard_is_waited_for_no_longer_than_a_collective_may_take(tmp_path):
+def test_ranks_wait_for_one_that_hangs_at_a_shard_no_longer_than_a_collective_may_take(tmp_path):
     folders = [tmp_path / "waits", tmp_path / "hangs"]
     for folder in folders:
         write_random_shards(folder, 1)
@@ -128,34 +128,34 @@ def test_a_damaged_shard_is_named_by_all_ranks(tmp_path):
 
 
 def test_a_training_starts_though_its_verification_takes_longer_than_a_collective_may(shards, tmp_path):
-    """Three shards to train on and one held out, of 4.5 s each, over two ranks."""
+    """Two ranks hash three training shards and one held-out shard; each takes 4.5 s."""
     timeout = 8
     changes = {"data.verify": "hash", "max_steps": 3, "cluster.collective_timeout_seconds": timeout}
-    recipe = tiny_stage1_recipe("domains", settings(shards, **changes))
+    recipe = tiny_stage1_recipe("domains", run_settings(shards, **changes))
     run, begun = tmp_path / "run", time.monotonic()
-    assert start(recipe, run, SlowHash(4.5)) == [0, 0], output(run)
+    assert start_and_wait(recipe, run, SlowHash(4.5)) == [0, 0], output(run)
     seconds = time.monotonic() - begun
     assert export_folder(run, 3).is_dir()
     assert seconds > timeout
     record_fault(
         "verification of all shards takes longer than a collective may",
         how=f"verify: hash, each of 4 shards takes 4.5 s, 2 ranks, collective time-out {timeout} s",
-        promised="the training starts, nobody is ended",
+        promised="the training starts, no rank is ended",
         happened=f"trained to its end in {seconds:.0f} s",
     )
 
 
 def test_a_training_ends_with_the_name_of_a_shard_that_was_damaged_before_it_was_ever_opened(shards, tmp_path):
-    """By default each shard is checked when it is opened, here in a process that reads data."""
+    """By default each shard is checked when it is first opened, here in a process that reads data."""
     write_random_shards(tmp_path / "shards" / "train", 12, width=16, height=24)
     damaged = tmp_path / "shards" / "train" / "part_00004.shard.00000.mds"
     content = damaged.read_bytes()
     assert content.count(b'"seed": 5') == 1
-    damaged.write_bytes(content.replace(b'"seed": 5', b'"seed": 6'))  # which no picture shows
+    damaged.write_bytes(content.replace(b'"seed": 5', b'"seed": 6'))  # the damage shows in no picture
     changes = {"data.num_workers": 1, "data.train.local": str(tmp_path / "shards" / "train")}
-    recipe = tiny_stage1_recipe("domains", settings(shards, **changes))
+    recipe = tiny_stage1_recipe("domains", run_settings(shards, **changes))
     run = tmp_path / "run"
-    codes = start(recipe, run)
+    codes = start_and_wait(recipe, run)
     assert all(codes), codes
-    told = f"ShardError: shard {damaged} is damaged: its sha1 differs from the index"
-    assert any(told in output(run, rank) for rank in (0, 1)), output(run)
+    error = f"ShardError: shard {damaged} is damaged: its sha1 differs from the index"
+    assert any(error in output(run, rank) for rank in (0, 1)), output(run)

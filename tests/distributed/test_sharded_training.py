@@ -1,4 +1,4 @@
-"""ZeRO on real ranks is plain training: same losses on any number of ranks, nothing frozen sharded, NaN survived."""
+"""ZeRO on real ranks equals plain training: same losses on any number of ranks, nothing frozen sharded, NaN skipped."""
 
 import json
 import math
@@ -28,8 +28,8 @@ from dreamdance.training.train import make_loader
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("one_thread")]
 
 BATCH_SIZE = 4
+# Largest relative difference of a loss after 20 steps: 17 units in the last place of fp32.
 ROUNDING = 2e-6
-"""How much a sample's loss may differ, relative: 17 units of fp32's last place, after 20 steps."""
 
 
 def settings(shards: Path, *, world_size: int, **more: Any) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def make_recipe(stage: str, shards: Path, *, world_size: int, **more: Any) -> Re
 
 
 def losses_of(run: Path, world_size: int) -> list[dict[tuple[int, int], float]]:
-    """Step by step: (epoch, sample id) -> loss."""
+    """For each step: (epoch, sample id) -> loss."""
     steps: list[dict[tuple[int, int], float]] = []
     for rank in range(world_size):
         records = [json.loads(line) for line in (run / f"record_{rank}.jsonl").read_text().splitlines()]
@@ -77,7 +77,7 @@ def losses_of(run: Path, world_size: int) -> list[dict[tuple[int, int], float]]:
 def train_plainly(
     recipe: Recipe, *, micro_batch_size: int
 ) -> tuple[list[dict[tuple[int, int], float]], dict[str, Any]]:
-    """The same training in a few lines of torch, one process, no DeepSpeed; returns losses and the averaged weights."""
+    """The same training in a few lines of torch, without DeepSpeed; returns losses and the averaged weights."""
     recipe = recipe.model_copy(update={"micro_batch_size": micro_batch_size})
     objective = stage_of(recipe).build()
     names = stage_of(recipe).set_trainable(objective)
@@ -107,21 +107,21 @@ def train_plainly(
 
 
 def largest_difference(some: list[dict[Any, float]], others: list[dict[Any, float]]) -> float:
-    """Of all samples of all steps, relative."""
+    """The largest relative difference over all samples of all steps."""
     assert [step.keys() for step in some] == [step.keys() for step in others]
     pairs = [(loss, other[key]) for step, other in zip(some, others, strict=True) for key, loss in step.items()]
     return max(abs(loss - other) / abs(other) for loss, other in pairs)
 
 
 def held_out_loss(run: Path) -> float:
-    """At the last step."""
+    """The largest relative difference at the last step."""
     board = EventAccumulator(str(run / "tensorboard"))
     board.Reload()
     return board.Scalars("val/loss")[-1].value
 
 
 def distance(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
-    """Of all weights together, Euclidean."""
+    """The relative Euclidean distance of all weights together."""
     assert some.keys() == others.keys()
     return math.sqrt(sum(float((some[name] - others[name]).double().square().sum()) for name in some))
 
@@ -132,7 +132,9 @@ def test_losses_on_any_number_of_ranks_equal_a_plain_loop_in_one_process(stage, 
     alone = make_recipe(stage, shards, world_size=1, **frames)
     plain, average = train_plainly(alone, micro_batch_size=BATCH_SIZE)
     split, split_average = train_plainly(alone, micro_batch_size=1)
-    assert largest_difference(split, plain) < ROUNDING, "the plain loop itself, with its sums in another order"
+    assert largest_difference(split, plain) < ROUNDING, (
+        "the difference of the plain loop from itself with sums in another order"
+    )
     held_out = []
     for world_size in world_sizes:
         recipe = make_recipe(stage, shards, world_size=world_size, **frames)
@@ -142,7 +144,7 @@ def test_losses_on_any_number_of_ranks_equal_a_plain_loop_in_one_process(stage, 
         saved = read_checkpoint_weights(checkpoint_folder(run, recipe.max_steps))
         assert distance(saved, average) < 3 * distance(split_average, average)
         held_out.append(held_out_loss(run))
-    assert held_out == pytest.approx([held_out[0]] * len(held_out), rel=ROUNDING), "of 3 clips: 4 ranks leave one idle"
+    assert held_out == pytest.approx([held_out[0]] * len(held_out), rel=ROUNDING), "3 clips leave one of 4 ranks idle"
 
 
 @pytest.mark.parametrize(
@@ -155,7 +157,7 @@ def test_losses_on_any_number_of_ranks_equal_a_plain_loop_in_one_process(stage, 
         ("stage2", {"model.unfreeze": "none", "sharding.gradient_checkpointing": True}),
     ],
 )
-def test_only_what_trains_has_masters_moments_and_averages(stage, more, shards, tmp_path):
+def test_only_trained_weights_have_masters_moments_and_averages(stage, more, shards, tmp_path):
     recipe = make_recipe(stage, shards, world_size=2, **more)
     names = stage_of(recipe).set_trainable(objective := stage_of(recipe).build())
     num_trainable = sum(dict(objective.named_parameters())[name].numel() for name in names)
@@ -182,7 +184,7 @@ def test_only_what_trains_has_masters_moments_and_averages(stage, more, shards, 
 @pytest.mark.parametrize(
     "more", [{}, {"precision": "bf16"}, {"sharding.zero_stage": 1, "precision": "bf16"}, {"sharding.zero_stage": 0}]
 )
-def test_the_average_moves_in_and_the_weights_come_back_bit_for_bit(more, shards, tmp_path):
+def test_the_weights_are_restored_bit_for_bit_after_the_average_was_used(more, shards, tmp_path):
     recipe = make_recipe("domains", shards, world_size=2, **more)
     arguments = {"recipe": recipe, "run": tmp_path / "run", "steps": 3}
     for rank in run_ranks(prepare_and_inspect, 2, tmp_path / "output", **arguments):
@@ -201,7 +203,7 @@ def test_the_average_moves_in_and_the_weights_come_back_bit_for_bit(more, shards
             for name, weights in rank["weights_after"].items()
             if not torch.equal(rank["weights_one_step_later"][name], weights)
         ]
-        assert moved, "training goes on from the weights"
+        assert moved, "training continues from the weights, not from the average"
 
 
 def test_a_nan_on_one_rank_skips_the_update_on_all_and_names_the_sample(shards, tmp_path):
@@ -210,19 +212,19 @@ def test_a_nan_on_one_rank_skips_the_update_on_all_and_names_the_sample(shards, 
     bad = first_steps[-1]
     run = tmp_path / "run"
     run_ranks(run_recorded, 2, run / "output", recipe=recipe, run=run, poisoned=(bad[1],))
-    said = [text for text in messages(run) if "not finite" in text]
-    assert any(f"sample {bad[1]} of epoch {bad[0]} (clip dancer_{bad[1]})" in text for text in said), said
-    assert all("update skipped on all ranks" in text for text in said)
+    reports = [text for text in messages(run) if "not finite" in text]
+    assert any(f"sample {bad[1]} of epoch {bad[0]} (clip dancer_{bad[1]})" in text for text in reports), reports
+    assert all("update skipped on all ranks" in text for text in reports)
     state = json.loads((checkpoint_folder(run, 4) / "state.json").read_text())
-    assert len(state["guard"]["nonfinite_steps"]) == len(said) > 0
+    assert len(state["guard"]["nonfinite_steps"]) == len(reports) > 0
     assert all(bool(value.isfinite().all()) for value in read_checkpoint_weights(checkpoint_folder(run, 4)).values())
     assert export_folder(run, 4).is_dir()
     record_fault(
         "non-finite loss",
         how="the pose of one sample is NaN, on one of two ranks",
-        promised="the update is skipped on all ranks, reported with the sample; the run goes on",
-        happened=f"{len(said)} of 4 updates skipped, the sample named, all weights finite",
-        steps_lost=len(said),
+        promised="the update is skipped on all ranks and reported with the sample; the run continues",
+        happened=f"{len(reports)} of 4 updates skipped, the sample named, all weights finite",
+        steps_lost=len(reports),
     )
 
 
@@ -238,7 +240,7 @@ def test_too_many_nan_steps_end_the_run_with_the_samples_and_the_key_to_change(s
     record_fault(
         "non-finite losses again and again",
         how="every sample's pose is NaN; max_nonfinite_steps=1",
-        promised="the run ends on all ranks at one more than tolerated, with samples and the key to change",
+        promised="the run ends on all ranks at one more than allowed, with samples and the key to change",
         happened="UserError on both ranks at the second",
     )
 
@@ -250,7 +252,7 @@ def test_from_pretrained_reproduces_the_runs_own_samples_bit_for_bit(stage, prec
     recipe = make_recipe(stage, shards, world_size=2, precision=precision, max_steps=3)
     run = tmp_path / "run"
     run_ranks(run_recorded, 2, run / "output", recipe=recipe, run=run)
-    # A run that is at its end only draws, from its last checkpoint.
+    # A run that is at its last step only draws samples from its last checkpoint.
     arguments = {"recipe": recipe, "run": run, "steps": 0}
     found = run_ranks(prepare_and_inspect, 2, tmp_path / "output", **arguments)
     own = found[0]["predictions"]

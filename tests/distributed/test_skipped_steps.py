@@ -1,4 +1,4 @@
-"""A leap of the loss is skipped on all ranks; too many end the run, or have it go back to its last good weights."""
+"""A spike of the loss is skipped on all ranks; too many end the run or roll it back to its last good weights."""
 
 import math
 import signal
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from support.fault_log import record_fault
-from support.interruptions import assert_same_checkpoint, messages, output, settings, start
+from support.interruptions import assert_same_checkpoint, messages, output, run_settings, start_and_wait
 from support.recipes import tiny_stage1_recipe
-from support.training_scenarios import Recipe, Spoiled, Strike
+from support.training_scenarios import Fault, Recipe, ScaledSamples
 
 from dreamdance.runs.layout import checkpoint_folder
 from dreamdance.runtime.ranks import Ranks
@@ -19,8 +19,8 @@ from dreamdance.training.train import make_loader
 pytestmark = pytest.mark.distributed
 
 MICRO_BATCHES = 2
-FIRST_SPOILED = 13
-"""Ten steps make a usual loss; that of step 12 is saved, that of step 13 leaps."""
+# The median of the loss needs ten steps; step 12 is saved, the loss of step 13 is the first spike.
+FIRST_SCALED = 13
 
 
 def make_recipe(shards: Path, **changes: object) -> Recipe:
@@ -31,33 +31,33 @@ def make_recipe(shards: Path, **changes: object) -> Recipe:
         "optimizer.lr": 1e-4,
         **changes,
     }
-    return tiny_stage1_recipe("domains", settings(shards, **more))
+    return tiny_stage1_recipe("domains", run_settings(shards, **more))
 
 
-def spoiled(recipe: Recipe, *steps: int, factor: float = 100.0) -> Spoiled:
-    """One sample of each of these steps, counted from 1, times `factor`."""
+def scaled_samples(recipe: Recipe, *steps: int, factor: float = 100.0) -> ScaledSamples:
+    """Scales the pictures of one sample of each of these steps (counted from 1) by `factor`."""
     order = make_loader(stage_of(recipe), Ranks()).order
     keys = [order.batch(step - 1)[-1] for step in steps]
-    return Spoiled(frozenset((key.epoch, key.sample_id) for key in keys), factor)
+    return ScaledSamples(frozenset((key.epoch, key.sample_id) for key in keys), factor)
 
 
 def updates(run: Path, step: int) -> int:
-    """How many updates the average has seen at a checkpoint."""
+    """The number of updates of the average at a checkpoint."""
     return read_rank_file(checkpoint_folder(run, step), 0).average_updates
 
 
-def test_a_leap_of_the_loss_on_one_rank_is_skipped_on_all_and_named(shards, tmp_path):
+def test_a_spike_of_the_loss_on_one_rank_is_skipped_on_all_and_named(shards, tmp_path):
     recipe, run = make_recipe(shards), tmp_path / "run"
-    assert start(recipe, run, spoiled=spoiled(recipe, FIRST_SPOILED)) == [0, 0], output(run)
-    (said,) = [text for text in messages(run) if "skipped" in text]
-    key = make_loader(stage_of(recipe), Ranks()).order.batch(FIRST_SPOILED - 1)[-1]
-    assert said.startswith(f"step {FIRST_SPOILED}: update skipped on all ranks (1 within 100 steps), loss ")
-    assert f"most of all sample {key.sample_id} of epoch {key.epoch} (clip dancer_{key.sample_id})" in said
-    assert updates(run, 16) == 15, "all but one"
+    assert start_and_wait(recipe, run, scaled=scaled_samples(recipe, FIRST_SCALED)) == [0, 0], output(run)
+    (report,) = [text for text in messages(run) if "skipped" in text]
+    key = make_loader(stage_of(recipe), Ranks()).order.batch(FIRST_SCALED - 1)[-1]
+    assert report.startswith(f"step {FIRST_SCALED}: update skipped on all ranks (1 within 100 steps), loss ")
+    assert f"most of all sample {key.sample_id} of epoch {key.epoch} (clip dancer_{key.sample_id})" in report
+    assert updates(run, 16) == 15, "one of 16 is skipped"
     record_fault(
         "loss spike",
         how="the pictures of one sample times 100, on one of two ranks; recovery.spike_factor=10",
-        promised="the update is skipped on all ranks, reported with the sample; the run goes on",
+        promised="the update is skipped on all ranks and reported with the sample; the run continues",
         happened="15 of 16 updates applied, the sample named",
         steps_lost=1,
     )
@@ -65,45 +65,45 @@ def test_a_leap_of_the_loss_on_one_rank_is_skipped_on_all_and_named(shards, tmp_
 
 def test_without_the_key_no_update_is_skipped(shards, tmp_path):
     recipe, run = make_recipe(shards, **{"recovery.spike_factor": None}), tmp_path / "run"
-    assert start(recipe, run, spoiled=spoiled(make_recipe(shards), FIRST_SPOILED)) == [0, 0], output(run)
+    assert start_and_wait(recipe, run, scaled=scaled_samples(make_recipe(shards), FIRST_SCALED)) == [0, 0], output(run)
     assert updates(run, 16) == 16
 
 
-def test_more_leaps_than_the_recipe_tolerates_end_the_run_with_the_keys_to_change(shards, tmp_path):
+def test_more_spikes_than_the_recipe_allows_end_the_run_with_the_keys_to_change(shards, tmp_path):
     recipe, run = make_recipe(shards, **{"recovery.max_spikes": 1}), tmp_path / "run"
-    assert start(recipe, run, spoiled=spoiled(recipe, 13, 15)) == [1, 1]
+    assert start_and_wait(recipe, run, scaled=scaled_samples(recipe, 13, 15)) == [1, 1]
     for rank in (0, 1):
         assert "More than recovery.max_spikes=1: look at these samples" in output(run, rank)
     assert (checkpoint_folder(run, 12) / "COMPLETE").is_file()
     record_fault(
         "loss spikes again and again",
-        how="steps 13 and 15 spoiled; recovery.max_spikes=1",
-        promised="the run ends on all ranks at one more than tolerated, with the keys to change",
+        how="pictures of steps 13 and 15 scaled; recovery.max_spikes=1",
+        promised="the run ends on all ranks at one more than allowed, with the keys to change",
         happened="UserError on both ranks",
     )
 
 
 @pytest.mark.parametrize("factor", [100.0, math.nan])
 def test_a_roll_back_takes_the_last_good_weights_and_the_next_data_and_survives_a_kill(factor, shards, tmp_path):
-    """Steps 14 and 15 are too many: back to the weights of step 12, without the update of step 13."""
+    """Spikes in steps 14 and 15 are too many: the run rolls back to step 12, without the update of step 13."""
     bounds = {"recovery.max_spikes": 1, "max_nonfinite_steps": 1, "recovery.max_roll_backs": 1}
     recipe = make_recipe(shards, **bounds)
-    spoil = spoiled(recipe, 14, 15, factor=factor)
+    scale = scaled_samples(recipe, 14, 15, factor=factor)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert start(recipe, whole, spoiled=spoil) == [0, 0], output(whole)
-    (said,) = [text for text in messages(whole) if "back to the weights" in text]
-    assert said.startswith("step 15: more than ")
-    assert "back to the weights of step 12, on with the next data (roll-back 1," in said
-    assert updates(whole, 16) == 12 + 1, "those of steps 1 to 12, and of step 16"
+    assert start_and_wait(recipe, whole, scaled=scale) == [0, 0], output(whole)
+    (report,) = [text for text in messages(whole) if "back to the weights" in text]
+    assert report.startswith("step 15: more than ")
+    assert "back to the weights of step 12, on with the next data (roll-back 1," in report
+    assert updates(whole, 16) == 12 + 1, "the updates of steps 1 to 12, and of step 16"
 
-    killed = Strike(0, forward=16 * MICRO_BATCHES)
-    assert start(recipe, broken, killed, spoiled=spoil)[0] == -signal.SIGKILL
-    assert start(recipe, broken, spoiled=spoil) == [0, 0], output(broken)
+    killed = Fault(0, forward=16 * MICRO_BATCHES)
+    assert start_and_wait(recipe, broken, killed, scaled=scale)[0] == -signal.SIGKILL
+    assert start_and_wait(recipe, broken, scaled=scale) == [0, 0], output(broken)
     assert_same_checkpoint(checkpoint_folder(whole, 16), checkpoint_folder(broken, 16))
     record_fault(
         "loss spikes" if math.isfinite(factor) else "non-finite losses",
-        how="steps 14 and 15 spoiled, one tolerated; recovery.max_roll_backs=1; killed in step 16 as well",
-        promised="back to the newest checkpoint, on with the next data; the same after a kill",
+        how="pictures of steps 14 and 15 scaled, one allowed; recovery.max_roll_backs=1; killed in step 16 as well",
+        promised="rolled back to the newest checkpoint, continued with the next data; the same after a kill",
         happened="weights of step 12, then step 16; killed and started again, bit-identical",
         steps_lost=3,
     )

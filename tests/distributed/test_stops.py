@@ -1,4 +1,4 @@
-"""Asked to stop at an awkward moment, a run saves at the next step boundary, and nothing of it shows in the end."""
+"""A run asked to stop at start or in validation saves at the next step boundary and ends like an uninterrupted one."""
 
 import signal
 
@@ -12,11 +12,11 @@ from support.interruptions import (
     messages,
     output,
     resumed_step,
-    settings,
-    start,
+    run_settings,
+    start_and_wait,
 )
 from support.recipes import tiny_stage1_recipe
-from support.training_scenarios import Strike
+from support.training_scenarios import Fault
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dreamdance.runs.layout import checkpoint_folder, complete_steps, export_folder, was_warned
@@ -34,24 +34,24 @@ def validated_steps(run) -> list[int]:
 
 
 def test_a_stop_before_the_first_step_and_one_in_validation_cost_nothing(shards, tmp_path):
-    recipe = tiny_stage1_recipe("temporal", settings(shards, **{"checkpoint.every_steps": 5}))
+    recipe = tiny_stage1_recipe("temporal", run_settings(shards, **{"checkpoint.every_steps": 5}))
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert start(recipe, whole) == [0, 0], output(whole)
+    assert start_and_wait(recipe, whole) == [0, 0], output(whole)
 
-    starting = Strike(1, WARNING, operation="open", path_contains=("validation", "index.json"))
-    assert start(recipe, broken, starting) == [0, 0], output(broken)
+    starting = Fault(1, WARNING, operation="open", path_contains=("validation", "index.json"))
+    assert start_and_wait(recipe, broken, starting) == [0, 0], output(broken)
     assert "SIGUSR2" in output(broken, 1)
     assert complete_steps(broken) == [1]
-    assert was_warned(broken), "whoever decides about another start reads it"
+    assert was_warned(broken), "the decision about another start reads it"
 
-    assert start(recipe, broken, Strike(1, WARNING, forward=1, in_validation=True)) == [0, 0], output(broken)
+    assert start_and_wait(recipe, broken, Fault(1, WARNING, forward=1, in_validation=True)) == [0, 0], output(broken)
     assert complete_steps(broken) == [1, VALIDATED_STEP]
-    assert validated_steps(broken) == [], "broken off: nothing of it is recorded"
+    assert validated_steps(broken) == [], "the interrupted validation records nothing"
 
-    codes = start(recipe, broken, Strike(1, signal.SIGKILL, forward=1))
+    codes = start_and_wait(recipe, broken, Fault(1, signal.SIGKILL, forward=1))
     assert codes[1] == -signal.SIGKILL
-    assert validated_steps(broken) == [VALIDATED_STEP], "made up for before the next step"
-    assert start(recipe, broken) == [0, 0], output(broken)
+    assert validated_steps(broken) == [VALIDATED_STEP], "the validation is repeated before the next step"
+    assert start_and_wait(recipe, broken) == [0, 0], output(broken)
     assert resumed_step(broken) == VALIDATED_STEP
     assert sum("from step 3 " in text for text in messages(broken)) == 2
 
@@ -61,7 +61,7 @@ def test_a_stop_before_the_first_step_and_one_in_validation_cost_nothing(shards,
     record_fault(
         "asked to stop before the first step, and in validation",
         how="SIGUSR2 to rank 1 of 2 as it opens the held-out clips, and in its first forward pass on them",
-        promised="saved at the next step boundary; the validation is made up for, once; bit-identical in the end",
+        promised="saved at the next step boundary; the validation is repeated once; bit-identical in the end",
         happened="saved at steps 1 and 3; losses, TensorBoard, weights and export as those of an uninterrupted run",
         steps_lost=0,
     )

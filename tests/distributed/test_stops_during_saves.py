@@ -1,4 +1,4 @@
-"""What ends a run while a checkpoint is being written waits for it: nothing hangs, is lost, or is there twice."""
+"""A run that ends while a checkpoint is written completes it first: nothing hangs, is lost, or occurs twice."""
 
 import math
 import os
@@ -12,9 +12,16 @@ from typing import Any
 
 import pytest
 from support.fault_log import record_fault
-from support.interruptions import assert_same_checkpoint, messages, output, samples_in_order, settings, start
+from support.interruptions import (
+    assert_same_checkpoint,
+    messages,
+    output,
+    run_settings,
+    samples_in_order,
+    start_and_wait,
+)
 from support.recipes import tiny_stage1_recipe
-from support.training_scenarios import Recipe, Spoiled, Strike
+from support.training_scenarios import Fault, Recipe, ScaledSamples
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -33,13 +40,13 @@ MICRO_BATCHES = 2
 
 @dataclass(frozen=True)
 class HeldSave:
-    """A rank that is not done with its file of a checkpoint before a later forward pass has been through for a while.
+    """A rank that completes its file of a checkpoint only some time after a later forward pass.
 
     Attributes:
-        rank: which.
-        step: of the checkpoint.
-        forward: the training forward pass, which waits for the save to have got that far; 0 for none.
-        signals: what the rank is sent meanwhile.
+        rank: the rank whose save is held.
+        step: the step of the checkpoint.
+        forward: number of the training forward pass, which waits until the save is held; 0 for none.
+        signals: signals that the rank gets meanwhile.
     """
 
     rank: int
@@ -77,24 +84,24 @@ class HeldSave:
 
 
 def make_recipe(shards: Path, **changes: object) -> Recipe:
-    return tiny_stage1_recipe("domains", settings(shards, max_steps=MAX_STEPS, **changes))
+    return tiny_stage1_recipe("domains", run_settings(shards, max_steps=MAX_STEPS, **changes))
 
 
 @pytest.fixture(scope="module")
 def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run without any fault."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    assert start(make_recipe(shards), run) == [0, 0], output(run)
+    assert start_and_wait(make_recipe(shards), run) == [0, 0], output(run)
     return run
 
 
 def saved(run: Path) -> list[str]:
-    """The checkpoints that counted, in their order, over all starts."""
+    """The completed checkpoints in their order, over all starts."""
     return [text.split()[1] for text in messages(run) if text.startswith("saved step_")]
 
 
 def assert_sound(run: Path, steps: list[int]) -> None:
-    """These checkpoints are there, each file as it was written, and nothing else."""
+    """Checks that these checkpoints exist, each file as it was written, and nothing else."""
     folders = step_folders(run / "checkpoints")
     assert [step_of(folder) for folder in folders] == steps
     for folder in folders:
@@ -114,16 +121,18 @@ def test_a_stop_during_a_save_waits_for_it_saves_its_own_step_once_and_loses_not
 ):
     recipe, run = make_recipe(shards), tmp_path / "run"
     third_step = 2 * MICRO_BATCHES + 1
-    assert start(recipe, run, HeldSave(rank, step=2, forward=third_step, signals=signals)) == [0, 0], output(run)
+    assert start_and_wait(recipe, run, HeldSave(rank, step=2, forward=third_step, signals=signals)) == [0, 0], output(
+        run
+    )
     assert saved(run) == ["step_00000002", "step_00000003"]
     assert_sound(run, [2, 3])
     assert not export_folder(run, MAX_STEPS).exists()
-    assert start(recipe, run) == [0, 0], output(run)
+    assert start_and_wait(recipe, run) == [0, 0], output(run)
     assert_same_run(whole, run)
     names = ", then ".join(number.name for number in signals)
     record_fault(
         f"{names} to rank {rank} while a checkpoint is being written",
-        how="sent by the thread that writes, which then holds its file until the next step is over",
+        how="sent by the writing thread, which then holds its file until the next step is over",
         promised="no deadlock, the checkpoint is completed, the step of the stop is saved once",
         happened="steps 2 and 3 saved, once each; started again, bit-identical",
         steps_lost=0,
@@ -132,10 +141,10 @@ def test_a_stop_during_a_save_waits_for_it_saves_its_own_step_once_and_loses_not
 
 def test_a_stop_in_a_step_that_is_saved_anyway_saves_it_once(whole, shards, tmp_path):
     recipe, run = make_recipe(shards), tmp_path / "run"
-    assert start(recipe, run, Strike(1, signal.SIGUSR2, forward=2 * MICRO_BATCHES)) == [0, 0], output(run)
+    assert start_and_wait(recipe, run, Fault(1, signal.SIGUSR2, forward=2 * MICRO_BATCHES)) == [0, 0], output(run)
     assert saved(run) == ["step_00000002"]
     assert_sound(run, [2])
-    assert start(recipe, run) == [0, 0], output(run)
+    assert start_and_wait(recipe, run) == [0, 0], output(run)
     assert_same_run(whole, run)
 
 
@@ -147,9 +156,9 @@ def test_a_stop_in_a_step_that_is_saved_anyway_saves_it_once(whole, shards, tmp_
     ],
     ids=["still writing", "stopped while writing the last"],
 )
-def test_a_run_that_comes_to_its_end_while_a_checkpoint_is_being_written_completes_it(held, whole, shards, tmp_path):
+def test_a_run_that_ends_while_a_checkpoint_is_being_written_completes_it(held, whole, shards, tmp_path):
     run = tmp_path / "run"
-    assert start(make_recipe(shards, **{"checkpoint.every_steps": 5}), run, held) == [0, 0], output(run)
+    assert start_and_wait(make_recipe(shards, **{"checkpoint.every_steps": 5}), run, held) == [0, 0], output(run)
     assert saved(run) == ["step_00000005", "step_00000006"]
     assert_sound(run, [5, 6])
     assert messages(run)[-1].startswith("finished at step 6; exported to ")
@@ -159,12 +168,12 @@ def test_a_run_that_comes_to_its_end_while_a_checkpoint_is_being_written_complet
 def test_a_run_that_ends_for_losses_that_are_not_finite_completes_the_checkpoint_first(whole, shards, tmp_path):
     recipe, run = make_recipe(shards, max_nonfinite_steps=0), tmp_path / "run"
     key = make_loader(stage_of(recipe), Ranks()).order.batch(2)[-1]
-    spoiled = Spoiled(frozenset({(key.epoch, key.sample_id)}), math.nan)
+    scaled = ScaledSamples(frozenset({(key.epoch, key.sample_id)}), math.nan)
     held = HeldSave(0, step=2, forward=2 * MICRO_BATCHES + 1)
-    assert start(recipe, run, held, spoiled=spoiled) == [1, 1]
+    assert start_and_wait(recipe, run, held, scaled=scaled) == [1, 1]
     for rank in (0, 1):
         assert "More than max_nonfinite_steps=0: look at these samples" in output(run, rank)
     assert saved(run) == ["step_00000002"]
     assert_sound(run, [2])
-    assert start(recipe, run) == [0, 0], output(run)
+    assert start_and_wait(recipe, run) == [0, 0], output(run)
     assert_same_checkpoint(checkpoint_folder(whole, MAX_STEPS), checkpoint_folder(run, MAX_STEPS))

@@ -1,4 +1,4 @@
-"""Processes share items through a folder of claims: they join late, leave, die, stop, and nothing is done twice."""
+"""Processes share items through a folder of claims; they join late, leave, die or stop, and no item is done twice."""
 
 import contextlib
 import json
@@ -61,7 +61,7 @@ except UserError as error:
 
 
 class Workers:
-    """The processes of one start; leaving the block leaves none of them running."""
+    """The processes of one start; at the end of the block all that still run are killed."""
 
     def __init__(self, folder: Path, num_items: int, seconds: float = 0.0, endless: str = "") -> None:
         self.folder, self.options = folder, (str(num_items), str(seconds), START, endless)
@@ -102,7 +102,7 @@ def folder(tmp_path) -> Path:
     return tmp_path / "run"
 
 
-def see_all_done_once(folder: Path, num_items: int) -> None:
+def assert_each_done_once(folder: Path, num_items: int) -> None:
     assert Counter(read_done(folder)) == Counter(f"item {number}" for number in range(num_items))
     assert (folder / "assembled").read_text() == f"{num_items}\n", "once, when all was done"
 
@@ -112,12 +112,12 @@ def test_four_processes_do_two_hundred_items_once_each_and_clear_up(folder):
         for rank in range(4):
             workers.join(rank)
         assert workers.wait() == [0] * 4, [workers.output(rank) for rank in range(4)]
-    see_all_done_once(folder, 200)
+    assert_each_done_once(folder, 200)
     (queue,) = (folder / "queue").iterdir()
     assert sorted(path.name for path in queue.iterdir()) == ["lock", "over"]
 
 
-def test_a_process_joins_in_the_middle_and_one_that_comes_when_all_is_over_has_nothing_to_do(folder):
+def test_a_process_can_join_in_the_middle_and_one_that_joins_at_the_end_has_nothing_to_do(folder):
     with Workers(folder, 40, 0.1) as workers:
         workers.join(0)
         wait_until(lambda: read_done(folder))
@@ -128,10 +128,10 @@ def test_a_process_joins_in_the_middle_and_one_that_comes_when_all_is_over_has_n
         assert late.returncode == 0
         assert workers.wait() == [0, 0, 0]
         assert workers.output(2) == "joined\n"
-    see_all_done_once(folder, 40)
+    assert_each_done_once(folder, 40)
 
 
-def test_a_process_that_is_asked_to_leave_gives_its_item_back(folder):
+def test_a_process_that_is_asked_to_leave_releases_its_item(folder):
     with Workers(folder, 6, 0.1, endless="item 0") as workers:
         leaving = workers.join(0)
         wait_until(lambda: "item 0" in workers.output(0))
@@ -141,7 +141,7 @@ def test_a_process_that_is_asked_to_leave_gives_its_item_back(folder):
         assert not [path.name for path in queue.iterdir() if path.suffix == ".claim" or path.name.startswith("member")]
         workers.join(1)
         assert workers.wait() == [0, 0], workers.output(1)
-    see_all_done_once(folder, 6)
+    assert_each_done_once(folder, 6)
 
 
 def test_the_item_of_a_killed_process_is_taken_over_at_once(folder):
@@ -155,10 +155,10 @@ def test_the_item_of_a_killed_process_is_taken_over_at_once(folder):
         assert workers.wait() == [-signal.SIGKILL, 0], workers.output(1)
         assert time.monotonic() - began < SILENCE_SECONDS + 1
         assert "rank 0 has died: this process takes over 'item 0'" in workers.output(1)
-    see_all_done_once(folder, 6)
+    assert_each_done_once(folder, 6)
 
 
-def test_the_item_of_a_stopped_process_is_done_by_another_one_which_then_has_the_job_start_again(folder):
+def test_the_item_of_a_stopped_process_is_done_by_another_which_then_makes_the_job_start_again(folder):
     with Workers(folder, 6, 0.1, endless="item 0") as workers:
         stopped = workers.join(0)
         wait_until(lambda: "item 0" in workers.output(0))
@@ -167,10 +167,10 @@ def test_the_item_of_a_stopped_process_is_done_by_another_one_which_then_has_the
         assert "LostWorkerError: rank 0 has given no sign for 2 s: the other ranks have done its share" in (
             workers.output(1)
         )
-    see_all_done_once(folder, 6)
+    assert_each_done_once(folder, 6)
 
 
-class Elsewhere:
+class OtherMachine:
     """A process of another machine, which holds the first item of "do"."""
 
     def __init__(self, queue: WorkQueue, *, takeovers: int = 0) -> None:
@@ -188,10 +188,10 @@ def work_until_lost(share, item: str) -> float:
     return time.monotonic() - began
 
 
-def test_a_process_of_another_machine_keeps_its_item_as_long_as_it_gives_signs(folder):
+def test_a_process_of_another_machine_keeps_its_item_as_long_as_it_renews_its_file(folder):
     with contextlib.ExitStack() as left:
         queue = left.enter_context(WorkQueue(Ranks(), cluster=WATCHED, run_folder=folder))
-        elsewhere, share = Elsewhere(queue), queue.share("do", ["far", "near"])
+        elsewhere, share = OtherMachine(queue), queue.share("do", ["far", "near"])
         assert share.claim() == "near"
         share.finish("near")
         began = time.monotonic()
@@ -207,17 +207,17 @@ def test_a_process_of_another_machine_keeps_its_item_as_long_as_it_gives_signs(f
             left.pop_all().close()
 
 
-def test_an_item_that_was_the_end_of_several_processes_is_given_up_by_name(folder):
+def test_an_item_that_ended_several_processes_is_given_up_by_name(folder):
     given_up = pytest.raises(
         QueueError, match=r"'far' \(do\) was given up: 4 processes were lost .* a process has left"
     )
     with given_up, WorkQueue(Ranks(), run_folder=folder) as queue:
-        elsewhere, share = Elsewhere(queue, takeovers=MAX_TAKEOVERS), queue.share("do", ["far"])
+        elsewhere, share = OtherMachine(queue, takeovers=MAX_TAKEOVERS), queue.share("do", ["far"])
         elsewhere.file.unlink()
         share.claim()
 
 
-def test_a_claim_whose_process_was_lost_before_it_wrote_into_it_is_taken_over(folder):
+def test_an_empty_claim_of_a_lost_process_is_taken_over(folder):
     with WorkQueue(Ranks(), cluster=WATCHED, run_folder=folder) as queue:
         (queue.folder / "do.0000000.claim").touch()
         share = queue.share("do", ["far"])
@@ -225,7 +225,7 @@ def test_a_claim_whose_process_was_lost_before_it_wrote_into_it_is_taken_over(fo
         share.finish("far")
 
 
-def test_a_process_whose_item_was_taken_over_is_told_before_it_writes(folder):
+def test_a_process_whose_item_was_taken_over_gets_an_error_before_it_writes(folder):
     with WorkQueue(Ranks(), run_folder=folder) as queue:
         share = queue.share("do", ["near"])
         assert share.claim() == "near"
@@ -236,7 +236,7 @@ def test_a_process_whose_item_was_taken_over_is_told_before_it_writes(folder):
         share.finish("near")
 
 
-def test_what_is_called_off_is_over_when_nobody_has_an_item_in_hand(folder):
+def test_a_share_that_was_called_off_is_over_when_no_item_is_claimed(folder):
     with WorkQueue(Ranks(), run_folder=folder) as queue:
         share = queue.share("do", ["a", "b"], stop="all")
         assert share.claim() == "a"
@@ -256,7 +256,7 @@ def test_processes_that_found_different_items_do_none_of_them(folder):
             queue.share("do", ["a", "c"])
 
 
-def test_a_rank_whose_main_rank_never_begins_waits_no_longer_than_a_start_takes(folder):
+def test_a_rank_waits_for_its_main_rank_no_longer_than_the_time_of_a_start(folder):
     cluster = Cluster(step_timeout_seconds=1, collective_timeout_seconds=2)
     queue = WorkQueue(Ranks(1, 2, 1, 2, START), cluster=cluster, run_folder=folder)
     with pytest.raises(LostWorkerError, match="the main rank has given no sign for 2 s"), queue:
@@ -267,6 +267,6 @@ def test_a_start_uses_nothing_of_an_earlier_one(folder):
     for start in ("first", "second"):
         with WorkQueue(Ranks(start=start), run_folder=folder) as queue:
             share = queue.share("do", ["a"])
-            assert share.claim() == "a", "it may have to be done again: that is for its maker to see"
+            assert share.claim() == "a", "it may have to be done again: the code that made it checks that"
             share.finish("a")
         assert len(list((folder / "queue").iterdir())) == 1

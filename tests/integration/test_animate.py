@@ -1,4 +1,4 @@
-"""Offline batch inference from a manifest to results: split over ranks, skipped when done, one bad entry told."""
+"""Offline batch inference from a manifest to results: split over ranks, skipped when done, bad entries reported."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ NUM_FRAMES = 5
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A runs folder with the exports of a finished stage 1 and stage 2, as training leaves them."""
+    """A runs folder with the exports of a finished stage 1 and stage 2, as training writes them."""
     folder = tmp_path_factory.mktemp("runs")
     tiny_geometry_pipeline().save_pretrained(folder / "stage1" / "exports" / "step_00000004")
     tiny_animation_pipeline().save_pretrained(folder / "stage2" / "exports" / "step_00000004")
@@ -144,7 +144,7 @@ def test_a_result_holds_videos_arrays_a_contact_sheet_and_how_it_was_made(job):
     assert (result["fps"], result["reference_frame"], result["num_frames"]) == (8.0, NUM_FRAMES - 1, NUM_FRAMES)
 
 
-def test_what_is_done_is_skipped_and_what_changed_is_done_again(job, runs):
+def test_finished_entries_are_skipped_and_changed_ones_are_done_again(job, runs):
     job.add("a")
     job.add("b", seed=1)
     job.run()
@@ -164,12 +164,12 @@ def test_what_is_done_is_skipped_and_what_changed_is_done_again(job, runs):
     assert not list((job.folder / "results").glob(".*"))
 
 
-def test_a_replaced_input_and_a_removed_result_are_noticed_by_launcher_and_run(job):
-    """A replaced file has the old one's name, size and time; and what was only copied is not computed again."""
+def test_a_replaced_input_and_a_removed_result_are_detected_by_launcher_and_run(job):
+    """A replaced file has the name, size and time of the old one; the result of a file that was only copied is kept."""
     for number, name in enumerate("abc"):
         job.add(name, seed=number, video=name == "c")
     with Image.open(job.folder / "a.png") as opened:
-        opened.save(job.folder / "a.bmp")  # of one size, whatever it shows
+        opened.save(job.folder / "a.bmp")  # of the same size for any picture
     job.entries[0]["image"] = "a.bmp"
     job.run()
     mark_finished(job.recipe(), job.run_folder, digest_inputs(job.recipe(), job.run_folder.parent))
@@ -208,7 +208,7 @@ def test_a_replaced_input_and_a_removed_result_are_noticed_by_launcher_and_run(j
     assert job.ages() == third
 
 
-def test_what_a_killed_run_left_half_written_is_made_anew(job):
+def test_half_written_results_of_a_killed_run_are_made_again(job):
     job.add("a")
     (job.folder / "results" / ".a.partial").mkdir(parents=True)
     (job.folder / "results" / ".a.partial" / "arrays.npz").write_bytes(b"half")
@@ -219,7 +219,7 @@ def test_what_a_killed_run_left_half_written_is_made_anew(job):
     assert [path.name for path in (job.folder / "results").iterdir()] == ["a"]
 
 
-def test_other_weights_are_not_taken_for_the_same_result(job, tmp_path):
+def test_other_weights_make_another_result(job, tmp_path):
     job.add("a")
     job.run(animation_from="pose_only")
     before = job.ages()
@@ -228,7 +228,7 @@ def test_other_weights_are_not_taken_for_the_same_result(job, tmp_path):
     assert job.ages()["a"] > before["a"]
 
 
-def test_one_bad_entry_is_told_and_the_others_are_done(job, caplog):
+def test_one_bad_entry_is_reported_and_the_others_are_done(job, caplog):
     job.add("good")
     job.add("no_picture", seed=1)
     job.add("no_such_file", seed=2, image="missing.png")
@@ -241,8 +241,8 @@ def test_one_bad_entry_is_told_and_the_others_are_done(job, caplog):
     with caplog.at_level(logging.ERROR), pytest.raises(AnimateError, match="4 of 6 entries failed") as caught:
         job.run()
     failed = {"no_picture", "no_such_file", "bad_keypoints", "bad_video"}
-    told = json.loads((job.run_folder / "failures.json").read_text())
-    assert {failure["id"] for failure in told} == failed
+    failures = json.loads((job.run_folder / "failures.json").read_text())
+    assert {failure["id"] for failure in failures} == failed
     assert all(name in str(caught.value) and name in caplog.text for name in failed)
     assert set(job.ages()) == {"good", "also_good"}
     assert job.result("also_good")["fps"] == pytest.approx(10.0)
@@ -252,7 +252,7 @@ def test_one_bad_entry_is_told_and_the_others_are_done(job, caplog):
     assert not (job.run_folder / "failures.json").exists()
 
 
-def test_an_entry_may_be_called_as_files_of_ours_are(job):
+def test_the_id_of_an_entry_may_equal_the_name_of_one_of_our_files(job):
     names = ["failures.json", "FAILURES.JSON", "result.json"]
     for number, name in enumerate(names):
         job.add(name, seed=number)
@@ -286,7 +286,7 @@ def test_a_wrong_manifest_stops_everything_before_networks_are_loaded(job):
     assert not (job.folder / "results").exists()
 
 
-def test_results_depend_on_seed_and_id_and_not_on_what_else_is_in_the_manifest(job):
+def test_results_depend_on_seed_and_id_and_not_on_other_entries_of_the_manifest(job):
     job.add("a", seed=1)
     job.add("b", seed=1)
     job.run()
@@ -301,7 +301,7 @@ def test_results_depend_on_seed_and_id_and_not_on_what_else_is_in_the_manifest(j
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_ranks_share_the_entries_and_the_failures_of_all_end_the_command(job):
-    """Two real processes: the one without a failure of its own is the one that reports it, when both are through."""
+    """Two real processes: the one without a failure of its own reports the failure, when both are done."""
     for index in range(3):
         job.add(f"clip_{index}", seed=index)
     job.entries[1]["image"] = "missing.png"
@@ -359,9 +359,9 @@ def test_sizes_and_windows_that_the_networks_cannot_do_are_refused_together_befo
     geometry = {"num_inference_steps": 1, "window_frames": 20, "window_overlap": 1}
     with pytest.raises(RecipeError) as refused:
         job.run(width=WIDTH * 2 + 1, geometry_height=HEIGHT + 1, geometry=geometry)
-    said = str(refused.value).splitlines()
-    assert [line.split()[0] for line in said] == ["width", "geometry_height", "geometry.window_frames"]
-    assert "more than the 16 frames" in said[2]
+    problems = str(refused.value).splitlines()
+    assert [line.split()[0] for line in problems] == ["width", "geometry_height", "geometry.window_frames"]
+    assert "more than the 16 frames" in problems[2]
     assert job.ages() == {}
 
 
@@ -385,7 +385,7 @@ def test_an_aligned_skeleton_is_drawn_at_the_size_of_the_reference(job):
 
 
 def test_pictures_of_another_aspect_lose_their_margins_evenly_and_keypoints_with_them(job):
-    """A wide picture with bars left and right: what is left is the middle, of the drawing too."""
+    """A wide picture with bars left and right: the middle is kept, also of the drawing."""
     job.add("dancer")
     size = Size(WIDTH * 2, HEIGHT * 2)
     job.write_manifest()

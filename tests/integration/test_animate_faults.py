@@ -1,4 +1,4 @@
-"""Faults of a batch: ranks killed or stopped, a full disk, damaged results, exports and links that are hostile."""
+"""Faults of batch inference: ranks killed or stopped, a full disk, damaged results, hostile exports and links."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from support.fault_log import record_fault
-from support.faulty_shares import STEP_TIMEOUT_SECONDS, Strike, start, strike_and_start_again
+from support.faulty_shares import STEP_TIMEOUT_SECONDS, FaultInShare, fail_and_start_again, start_task
 from support.recipes import HEIGHT, WIDTH
 from support.tiny_pipelines import tiny_animation_pipeline
 
@@ -86,7 +86,7 @@ def ages(output: Path) -> dict[str, int]:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_ranks_killed_at_item_7_of_20_lose_only_what_they_had_in_hand(recipe, tmp_path):
+def test_two_ranks_killed_at_item_7_of_20_lose_only_their_current_items(recipe, tmp_path):
     lines = [json.loads(line) for line in Path(recipe.manifest).read_text().splitlines()]
     longer = Path(recipe.manifest).with_name("longer.jsonl")
     entries = [{**lines[number % NUM_ENTRIES], "id": f"clip_{number}"} for number in range(20)]
@@ -94,7 +94,7 @@ def test_two_ranks_killed_at_item_7_of_20_lose_only_what_they_had_in_hand(recipe
     recipe = recipe.model_copy(update={"manifest": str(longer)})
     whole = frames(run(recipe, tmp_path, output=str(tmp_path / "in_one_go")))
     output = Path(recipe.output)
-    with start(recipe, tmp_path / "struck", pause=0.3) as started:
+    with start_task(recipe, tmp_path / "faulty", pause=0.3) as started:
         deadline = time.monotonic() + 120
         while len(ages(output)) < 7:
             assert time.monotonic() < deadline, started.output()
@@ -105,20 +105,22 @@ def test_two_ranks_killed_at_item_7_of_20_lose_only_what_they_had_in_hand(recipe
     done = ages(output)
     assert 7 <= len(done) < 20
     began = time.monotonic()
-    with start(recipe, tmp_path / "struck") as started:
+    with start_task(recipe, tmp_path / "faulty") as started:
         started.results()
     resumed = time.monotonic() - began
     assert {name: ages(output)[name] for name in done} == done
     again = frames(output)
     assert set(again) == set(whole)
     assert all(np.array_equal(again[name], whole[name]) for name in whole)
-    told = [json.loads(line)["done"] for line in progress_file(tmp_path / "struck" / "run").read_text().splitlines()]
-    assert told[-1] == 20, "of all ranks"
+    reported = [
+        json.loads(line)["done"] for line in progress_file(tmp_path / "faulty" / "run").read_text().splitlines()
+    ]
+    assert reported[-1] == 20, "of all ranks"
     record_fault(
         "animate killed in the middle of a batch",
         how=f"SIGKILL of both ranks when {len(done)} of 20 entries are done; then the same again",
-        promised="what is done stays, the rest is done, all as in one go",
-        happened="results of the first attempt untouched, all frames bit-identical to those of one go",
+        promised="finished entries stay, the rest is done, all equal to an uninterrupted run",
+        happened="results of the first attempt unchanged, all frames bit-identical to those of an uninterrupted run",
         resumed_seconds=resumed,
     )
 
@@ -126,7 +128,7 @@ def test_two_ranks_killed_at_item_7_of_20_lose_only_what_they_had_in_hand(recipe
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("rank", "number", "said"),
+    ("rank", "number", "expected"),
     [
         (1, signal.SIGSTOP, r"LostWorkerError: rank 1 has given no sign for \d+ s"),
         (0, signal.SIGSTOP, r"LostWorkerError: rank 0 has given no sign for \d+ s"),
@@ -134,26 +136,28 @@ def test_two_ranks_killed_at_item_7_of_20_lose_only_what_they_had_in_hand(recipe
     ],
     ids=["rank 1 stopped", "rank 0 stopped", "rank 1 hangs"],
 )
-def test_a_rank_that_stops_is_noticed_and_its_share_is_animated_by_the_other(recipe, tmp_path, rank, number, said):
-    strike = Strike(rank, number, 1, tmp_path / "struck")
+def test_the_share_of_a_stopped_rank_is_animated_by_the_other(recipe, tmp_path, rank, number, expected):
+    fault = FaultInShare(rank, number, 1, tmp_path / "faulty")
     output = Path(recipe.output)
-    noticed = strike_and_start_again(recipe, tmp_path, strike, lambda: len(ages(output)) == NUM_ENTRIES)
-    assert re.search(said, noticed.output), noticed.output
+    detection = fail_and_start_again(recipe, tmp_path, fault, lambda: len(ages(output)) == NUM_ENTRIES)
+    assert re.search(expected, detection.output), detection.output
     record_fault(
         f"rank {rank} of animate {'hangs' if number is None else 'stopped (SIGSTOP)'}",
         how=f"at its first entry, on 2 ranks; cluster.step_timeout_seconds={STEP_TIMEOUT_SECONDS}",
         promised="the other does its entries and ends in time; the next start finds all done",
-        happened="so it did, and nothing was made twice",
-        detected_seconds=noticed.seconds,
+        happened="as promised, and nothing was made twice",
+        detected_seconds=detection.seconds,
     )
 
 
-def test_a_full_disk_ends_the_batch_at_once_and_the_same_command_goes_on(recipe, tmp_path):
+def test_a_full_disk_ends_the_batch_at_once_and_the_same_command_resumes(recipe, tmp_path):
     output = Path(recipe.output)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (512, before[1]))
     try:
-        with pytest.raises(OutputError, match=r"result of 'clip_0' cannot be written: .*give another `output`") as told:
+        with pytest.raises(
+            OutputError, match=r"result of 'clip_0' cannot be written: .*give another `output`"
+        ) as raised:
             run(recipe, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -162,12 +166,12 @@ def test_a_full_disk_ends_the_batch_at_once_and_the_same_command_goes_on(recipe,
     record_fault(
         "disk full in animate",
         how="no file may grow beyond 512 bytes",
-        promised="ends at the first result that cannot be written; goes on when there is room",
-        happened=str(told.value),
+        promised="ends at the first result that cannot be written; resumes when there is room",
+        happened=str(raised.value),
     )
 
 
-def test_another_run_that_writes_there_and_a_place_that_takes_nothing_are_refused(recipe, tmp_path, monkeypatch):
+def test_an_output_of_another_run_and_an_output_that_cannot_be_written_are_refused(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("dreamdance.runs.folder_lock.WAIT_SECONDS", 0.1)
     with (
         lock_folder(Path(recipe.output), key="output"),
@@ -179,7 +183,7 @@ def test_another_run_that_writes_there_and_a_place_that_takes_nothing_are_refuse
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "no description"])
-def test_a_result_that_was_damaged_later_is_made_anew_and_the_others_are_not(recipe, tmp_path, damage):
+def test_a_result_that_was_damaged_later_is_made_again_and_the_others_are_not(recipe, tmp_path, damage):
     output = run(recipe, tmp_path)
     before, expected = ages(output), frames(output)
     arrays = output / "clip_1" / "arrays.npz"
@@ -213,7 +217,7 @@ def test_links_in_the_output_are_replaced_and_nothing_is_written_through_them(re
 
 
 class _Runs:
-    """Unpickled, it writes a file."""
+    """An object that writes a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -228,24 +232,24 @@ def test_pickled_weights_in_an_export_are_refused_unopened(recipe, export, tmp_p
     weights.with_suffix(".safetensors").unlink()
     content = pickle.dumps({"conv_in.weight": _Runs(ran)})
     pickle.loads(content)
-    assert ran.is_dir(), "the pickle does run code where it is opened"
+    assert ran.is_dir(), "the pickle does run code when it is unpickled"
     ran.rmdir()
     torch.save({"conv_in.weight": _Runs(ran)}, weights.with_suffix(".bin"))
     with pytest.raises(
         CheckpointError, match=r"animation_from: .*diffusion_pytorch_model\.bin could run any code"
-    ) as told:
+    ) as raised:
         run(recipe, tmp_path, animation_from=str(hostile))
     assert not ran.exists()
     record_fault(
         "pickled weights in an export",
         how="safetensors replaced by a .bin that makes a folder when it is unpickled",
         promised="refused, nothing unpickled",
-        happened=str(told.value),
+        happened=str(raised.value),
     )
 
 
 @pytest.mark.parametrize(
-    ("named", "said"),
+    ("named", "expected"),
     [
         (["this", "s"], r"takes 'vae' from \['this', 's'\]; only components of diffusers, transformers"),
         (["own_code", "Network"], r"takes 'vae' from \['own_code', 'Network'\]"),
@@ -254,12 +258,12 @@ def test_pickled_weights_in_an_export_are_refused_unopened(recipe, export, tmp_p
     ],
 )
 def test_an_export_that_names_modules_of_its_own_is_refused_before_they_are_imported(
-    recipe, export, tmp_path, named, said, capsys
+    recipe, export, tmp_path, named, expected, capsys
 ):
     hostile = Path(shutil.copytree(export, tmp_path / "hostile"))
     index = json.loads((hostile / "model_index.json").read_text())
     (hostile / "model_index.json").write_text(json.dumps({**index, "vae": named}))
-    with pytest.raises(CheckpointError, match=rf"animation_from: .*model_index\.json {said}"):
+    with pytest.raises(CheckpointError, match=rf"animation_from: .*model_index\.json {expected}"):
         run(recipe, tmp_path, animation_from=str(hostile))
     assert "Zen" not in capsys.readouterr().out  # what importing `this` prints
     record_fault(
@@ -278,7 +282,7 @@ def test_code_that_lies_beside_the_weights_is_refused(recipe, export, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "[]", '{"_class_name": ["pipeline", "Evil"]}', "\0"])
-def test_an_index_of_an_export_that_is_none_is_named(recipe, export, tmp_path, content):
+def test_an_invalid_index_of_an_export_is_named(recipe, export, tmp_path, content):
     hostile = Path(shutil.copytree(export, tmp_path / "hostile"))
     (hostile / "model_index.json").write_text(content)
     with pytest.raises(ValueError, match=r"animation_from: .*(is damaged|is an export of \['pipeline', 'Evil'\])"):

@@ -1,4 +1,4 @@
-"""The measurement of how long training waits for a checkpoint, in its smallest form."""
+"""The measurement of the time that training waits for a checkpoint, in its smallest form."""
 
 import csv
 import subprocess
@@ -13,7 +13,7 @@ COMMITTED = TOOL.with_suffix(".csv")
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
-def test_both_ways_of_saving_are_measured_in_one_run_and_written_down(tmp_path):
+def test_both_ways_of_saving_are_measured_in_one_run_and_recorded(tmp_path):
     table = tmp_path / "table.csv"
     words = ["--parameters", "0.01", "--ranks", "2", "--rounds", "1", "--csv", table]
     done = subprocess.run(
@@ -24,11 +24,11 @@ def test_both_ways_of_saving_are_measured_in_one_run_and_written_down(tmp_path):
         theirs, ours = csv.DictReader(file)
     assert (theirs["method"], ours["method"]) == ("DeepSpeed", "DreamDance")
     with COMMITTED.open(encoding="utf-8", newline="") as file:
-        assert list(next(csv.DictReader(file))) == list(theirs), "the committed table is of another form"
+        assert list(next(csv.DictReader(file))) == list(theirs), "the committed table has other columns"
     for row in (theirs, ours):
         assert (row["ranks"], row["rounds"], row["million_parameters"]) == ("2", "1", "0.01")
         assert 0.0 < float(row["wait_seconds"]) <= float(row["total_seconds"])
         # In fp32: weights and masters, or master and average, and two moments are four times 4 bytes.
         assert float(row["megabytes"]) >= 16 * 0.01
-    assert theirs["wait_seconds"] == theirs["total_seconds"], "it returns when all is written"
+    assert theirs["wait_seconds"] == theirs["total_seconds"], "it returns after all files are written"
     assert [line.split()[0] for line in done.stdout.splitlines()[-2:]] == ["DeepSpeed", "DreamDance"]

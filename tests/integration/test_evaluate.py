@@ -1,4 +1,4 @@
-"""The evaluation of results against rendered truth: perfect answers score perfectly, trivial ones as their own rows."""
+"""The evaluation of results against rendered truth: perfect answers score perfectly, trivial ones like their rows."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from support.fault_log import record_fault
-from support.faulty_shares import STEP_TIMEOUT_SECONDS, Strike, start, strike_and_start_again
+from support.faulty_shares import STEP_TIMEOUT_SECONDS, FaultInShare, fail_and_start_again, start_task
 
 from dreamdance.data.loading.stored_clip import StoredClip
 from dreamdance.data.prepare import prepare
@@ -81,7 +81,7 @@ def truths(data):
 def write_result(
     folder, name: str, frames, normals=None, depths=None, *, reference_frame: int | None = NUM_FRAMES - 1, fps=FPS
 ):
-    """A result as `animate` leaves it."""
+    """Writes a result in the form of `animate`."""
     (folder / name).mkdir(parents=True)
     arrays = {"frames": np.rint(np.asarray(frames) * 255).astype(np.uint8)}
     if normals is not None:
@@ -148,7 +148,7 @@ def test_repeating_the_reference_scores_as_that_trivial_answer_and_improves_on_n
 
 
 def test_the_reference_frame_itself_is_left_out(tmp_path, data, truths):
-    """Only the reference frame is right: nothing of that may show."""
+    """Only the reference frame is right: the score must not show that."""
     for name, truth in truths.items():
         frames = np.zeros_like(truth.pictures.frames)
         frames[-1] = truth.pictures.frames[-1]
@@ -206,7 +206,7 @@ def test_frames_without_maps_are_measured_as_frames(tmp_path, data, truths):
 
 
 def test_footage_without_mask_or_maps_is_measured_over_whole_frames():
-    """What `prepare` writes from plain videos: rgb and pose alone."""
+    """The output of `prepare` for plain videos: rgb and pose alone."""
     frames = np.random.default_rng(0).integers(0, 256, (NUM_FRAMES, HEIGHT, WIDTH, 3), dtype=np.uint8)
     columns = dict.fromkeys(("pose", "normal", "depth", "mask", "keypoints"), b"")
     numbers = {"schema_version": 1, "num_frames": NUM_FRAMES, "width": WIDTH, "height": HEIGHT, "fps": 8.0}
@@ -246,7 +246,7 @@ def test_a_result_that_plays_its_clips_frames_at_another_rate_is_refused_by_name
         run(tmp_path, data)
 
 
-def test_a_table_is_out_of_date_when_what_it_was_made_from_was_replaced(tmp_path, data, truths):
+def test_a_table_is_out_of_date_when_its_inputs_were_replaced(tmp_path, data, truths):
     local = shutil.copytree(data / "validation", tmp_path / "data" / "validation")
     for name, truth in truths.items():
         write_result(tmp_path / "results", name, truth.pictures.frames)
@@ -266,7 +266,7 @@ def test_a_table_is_out_of_date_when_what_it_was_made_from_was_replaced(tmp_path
 
 
 def test_a_measured_result_is_known_by_its_content_and_one_that_changed_meanwhile_is_named(tmp_path, data):
-    """A `chmod` or a hard link changes times; rank 0 must neither measure anew for that nor wait for ever."""
+    """A `chmod` or a hard link changes times; rank 0 must neither measure again because of that nor wait for ever."""
     paths = [tmp_path / "results" / name for name in ("kept", "replaced")]
     measured = MeasuredClips(tmp_path / "measured", make_recipe(tmp_path, data))
     for path in paths:
@@ -288,7 +288,7 @@ def test_a_measured_result_is_known_by_its_content_and_one_that_changed_meanwhil
     assert measured.read(paths[0]).scores == {RESULT_ROW: {"l1": 0.5}}
 
 
-def test_results_without_truth_are_told_and_left_out(tmp_path, data, truths, caplog):
+def test_results_without_truth_are_reported_and_left_out(tmp_path, data, truths, caplog):
     name, truth = next(iter(truths.items()))
     write_result(tmp_path / "results", name, truth.pictures.frames, reference_frame=None)
     write_result(tmp_path / "results", "somebody_else", truth.pictures.frames)
@@ -315,7 +315,7 @@ def test_unusable_results_are_named(tmp_path, data, truths):
 
 
 class _Runs:
-    """Unpickled, it makes a folder."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, path) -> None:
         self.path = str(path)
@@ -325,13 +325,13 @@ class _Runs:
 
 
 def hostile_arrays(path, kind: str, ran) -> None:
-    """An archive of arrays as no `animate` writes it."""
+    """An archive of arrays that `animate` never writes."""
     frames = np.zeros((2, 4, 4, 3), np.uint8)
     match kind:
         case "pickle":
             np.savez(path, frames=np.array([_Runs(ran)], dtype=object))
             np.load(path, allow_pickle=True)["frames"]
-            assert ran.is_dir(), "the pickle does run code where it is opened"
+            assert ran.is_dir(), "the pickle does run code when it is unpickled"
             ran.rmdir()
             return
         case "other type":
@@ -350,7 +350,7 @@ def hostile_arrays(path, kind: str, ran) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("kind", "expected"),
     [
         ("pickle", "'frames' is object .* it must be uint8 of 4 dimensions"),
         ("other type", "'frames' is float64"),
@@ -359,19 +359,19 @@ def hostile_arrays(path, kind: str, ran) -> None:
         ("holds more than it claims", "'frames' holds 67108864 bytes, but its shape .* needs 3"),
     ],
 )
-def test_hostile_arrays_are_refused_before_they_run_or_fill_the_memory(tmp_path, kind, said):
+def test_hostile_arrays_are_refused_before_they_run_or_fill_the_memory(tmp_path, kind, expected):
     folder, ran = tmp_path / "results" / "clip", tmp_path / "ran"
     folder.mkdir(parents=True)
     (folder / "result.json").write_text("{}")
     hostile_arrays(folder / "arrays.npz", kind, ran)
-    with pytest.raises(ResultError, match=rf"result .*clip is damaged \({said}.*run animate again") as told:
+    with pytest.raises(ResultError, match=rf"result .*clip is damaged \({expected}.*run animate again") as raised:
         read_result(folder)
     assert not ran.exists()
     record_fault(
         "hostile arrays in a result",
         how=kind,
-        promised="refused by the header, nothing unpickled or unpacked",
-        happened=str(told.value),
+        promised="refused because of the header, nothing unpickled or unpacked",
+        happened=str(raised.value),
     )
 
 
@@ -386,7 +386,7 @@ REFERENCES, RATES = ('"1"', "-1", "1.5"), ("0", '"8"', "NaN", "Infinity", "true"
         *(f'{{"fps": {number}}}' for number in RATES),
     ],
 )
-def test_a_description_that_is_none_is_named(tmp_path, text):
+def test_an_invalid_description_is_named(tmp_path, text):
     write_result(tmp_path, "clip", np.zeros((2, 4, 4, 3)))
     assert read_result(tmp_path / "clip").reference_frame == NUM_FRAMES - 1
     (tmp_path / "clip" / "result.json").write_text(text)
@@ -419,7 +419,7 @@ def test_an_improvement_is_a_share_of_the_best_trivial_answer_in_the_metrics_own
     assert "2.00 dB worse" in Table({**rows, RESULT_ROW: {"psnr": 18.0}}).as_markdown()
 
 
-def test_few_clips_are_listed_one_by_one_each_beside_its_own_best_trivial_answer():
+def test_a_few_clips_are_listed_singly_each_with_its_best_trivial_answer():
     good = {RESULT_ROW: {"l1": 0.01, "psnr": 30.0}, "a": {"l1": 0.02, "psnr": 25.0}, "b": {"l1": 0.03, "psnr": 26.0}}
     bad = {RESULT_ROW: {"l1": 0.09, "psnr": 10.0}, "a": {"l1": 0.02, "psnr": 25.0}, "b": {"l1": 0.01, "psnr": 27.0}}
     markdown = Table(good, clips={"good": good, "bad": bad}).as_markdown()
@@ -440,8 +440,8 @@ def test_where_there_are_masks_single_clips_are_compared_inside_the_body():
 
 
 @dataclass(frozen=True)
-class ChangeTimes(Strike):
-    """Once the other rank has measured its two clips, files of all results change their times and rights."""
+class ChangeTimes(FaultInShare):
+    """After the other rank has measured its two clips, files of all results change their times and permissions."""
 
     def __call__(self) -> None:
         while len(list(self.flag.glob("run/measured/[!.]*.npz"))) < 2:
@@ -455,8 +455,8 @@ class ChangeTimes(Strike):
 def test_rights_that_change_between_a_measurement_and_the_table_keep_no_rank_waiting(tmp_path, data, truths):
     for name, truth in truths.items():
         write_result(tmp_path / "results", name, truth.pictures.frames)
-    strike = ChangeTimes(rank=0, number=None, piece=1, flag=tmp_path)
-    with start(make_recipe(tmp_path, data), tmp_path, strike=strike) as ranks:
+    fault = ChangeTimes(rank=0, number=None, piece=1, flag=tmp_path)
+    with start_task(make_recipe(tmp_path, data), tmp_path, fault=fault) as ranks:
         for process in ranks.processes:
             process.join(60)
             assert process.exitcode == 0, ranks.output()
@@ -466,14 +466,14 @@ def test_rights_that_change_between_a_measurement_and_the_table_keep_no_rank_wai
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("rank", "said"),
+    ("rank", "expected"),
     [
         (1, r"LostWorkerError: rank 1 has given no sign for \d+ s: the other ranks have done its share"),
         (0, r"LostWorkerError: rank 0 has given no sign for \d+ s: the other ranks have done its share"),
     ],
     ids=["rank 1", "rank 0"],
 )
-def test_a_rank_that_stops_is_noticed_and_its_share_is_measured_by_the_other(tmp_path, data, truths, rank, said):
+def test_the_share_of_a_stopped_rank_is_measured_by_the_other(tmp_path, data, truths, rank, expected):
     for name, truth in truths.items():
         last = truth.at([NUM_FRAMES - 1] * NUM_FRAMES).pictures
         write_result(tmp_path / "results", name, last.frames, last.normals, last.disparity)
@@ -482,15 +482,15 @@ def test_a_rank_that_stops_is_noticed_and_its_share_is_measured_by_the_other(tmp
         shutil.rmtree(tmp_path / "run" / made, ignore_errors=True)
     table = tmp_path / "run" / "table.json"
     table.unlink()
-    strike = Strike(rank, signal.SIGSTOP, 1, tmp_path / "struck")
-    noticed = strike_and_start_again(make_recipe(tmp_path, data), tmp_path, strike, table.is_file)
-    assert re.search(said, noticed.output), noticed.output
+    fault = FaultInShare(rank, signal.SIGSTOP, 1, tmp_path / "faulty")
+    detection = fail_and_start_again(make_recipe(tmp_path, data), tmp_path, fault, table.is_file)
+    assert re.search(expected, detection.output), detection.output
     assert json.loads(table.read_text()) == alone
     assert not (tmp_path / "run" / "measured").exists()
     record_fault(
         f"rank {rank} of evaluate stopped (SIGSTOP)",
         how=f"in the middle of its share, on 2 ranks; cluster.step_timeout_seconds={STEP_TIMEOUT_SECONDS}",
         promised="the other measures its clips and ends; the next start finds all done",
-        happened="so it did, nothing was measured twice, and the table is that of an undisturbed run",
-        detected_seconds=noticed.seconds,
+        happened="as promised, nothing was measured twice, and the table equals that of an undisturbed run",
+        detected_seconds=detection.seconds,
     )

@@ -1,7 +1,7 @@
-"""Real dance videos, the whole way by the command: shards, stage 2 guided by the pose alone, held-out parts, the table.
+"""Real dance videos, all tasks by the command: shards, stage 2 guided by the pose alone, held-out parts, the table.
 
-A short run of recipes/footage, small enough for a test; those recipes say what a longer one reaches. No frame of the
-videos is kept: everything is written to the test's own folder.
+A short run of recipes/footage, small enough for a test; those recipes state the scores of a longer one. No frame of the
+videos is kept: everything is written to the folder of the test.
 """
 
 import json
@@ -114,7 +114,7 @@ def test_the_first_four_fifths_train_and_the_rest_is_held_out(folder):
         assert spans["validation"][-1][1] == num_frames
 
 
-def test_black_bars_are_gone_and_hardly_anything_else(folder):
+def test_black_bars_are_cut_and_hardly_anything_else(folder):
     for clip in (*stored(folder, "train"), *stored(folder, "validation")):
         assert (clip.width, clip.height, clip.fps) == (WIDTH, HEIGHT, 8.0)
         brightest = clip.frames("rgb").max(axis=(0, 3))
@@ -149,7 +149,7 @@ def test_every_held_out_clip_is_animated_by_its_pose_alone(folder):
         assert json.loads((result / "result.json").read_text())["reference_frame"] == clip.num_frames - 1
 
 
-def test_the_table_measures_whole_frames_and_says_what_it_cannot_measure(folder):
+def test_the_table_measures_whole_frames_and_names_what_it_cannot_measure(folder):
     found = table(folder)
     assert list(found["rows"]) == [RESULT_ROW, REPEATED_REFERENCE, MEAN_COLOUR_OF_FRAME, MEAN_OF_TRAINING]
     whole = {"l1", "psnr", "ssim", "l1_disco", "psnr_disco_overflow", "ssim_disco"}
@@ -161,8 +161,8 @@ def test_the_table_measures_whole_frames_and_says_what_it_cannot_measure(folder)
     assert "body (" not in text
 
 
-def test_even_a_minutes_training_beats_answers_that_do_not_look_at_the_scene(folder):
-    """A repeated reference has the still background for free: what it takes to beat it is in the recipe's header."""
+def test_a_minute_of_training_is_better_than_trivial_answers(folder):
+    """A repeated reference reproduces the still background; the recipe's header states what it takes to be better."""
     rows = table(folder)["rows"]
     for trivial in (MEAN_COLOUR_OF_FRAME, MEAN_OF_TRAINING):
         assert rows[RESULT_ROW]["l1"] < rows[trivial]["l1"]

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 LAUNCHER = [sys.executable, str(ROOT / "launchers" / "slurm.py")]
 DEMO = ROOT / "recipes" / "demo"
 FEW = ["dancers.num_train_clips=6", "dancers.num_validation_clips=2", "clips_per_part=4"]
-# Long enough to be killed in the middle, whatever the demo's own numbers are.
+# Long enough to be killed in the middle, independent of the demo's own numbers.
 ENDLESS = [
     "max_steps=100000",
     "batch_size=4",
@@ -44,11 +44,11 @@ def folder(tmp_path_factory):
     assert done.returncode == 0, done.stdout + done.stderr
     yield folder
     for run in (folder / "runs").iterdir():
-        assert processes_of(run) == [], "a test left processes behind"
+        assert processes_of(run) == [], "the test left processes running"
 
 
 def environment():
-    """The user's, without what another test or a surrounding job may have set."""
+    """The environment of a user, without variables of other tests or of a surrounding job."""
     names = ("SUBMITIT", "SLURM", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(names)}
     return kept | {"OMP_NUM_THREADS": "1"}
@@ -67,7 +67,7 @@ def launch(folder, *words):
 
 
 def processes_of(run_folder):
-    """Everything that runs for a run: controller, ranks, and what they started."""
+    """All processes of a run: controller, ranks, and the processes that they started."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -82,7 +82,7 @@ def processes_of(run_folder):
 
 
 def processes_state(pid):
-    """As the kernel writes it: T is stopped, Z is a process that has ended; None where there is none."""
+    """The state letter of a process: T is stopped, Z is ended and not yet collected; None if there is no process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -106,7 +106,7 @@ def steps_shown(run_folder):
 
 
 def start_training(folder, name):
-    """Starts an endless training and returns once it has taken steps and has a checkpoint."""
+    """Starts an endless training and returns after it has taken steps and has a checkpoint."""
     run_folder = folder / "runs" / name
     before = steps_shown(run_folder)
     started = launch(folder, DEMO / "stage1_domains.yaml", f"name={name}", *ENDLESS, "--cluster", "local")
@@ -116,7 +116,7 @@ def start_training(folder, name):
     return run_folder
 
 
-def test_a_finished_run_says_so_in_one_line_and_a_changed_one_is_refused(folder):
+def test_a_finished_run_is_reported_in_one_line_and_a_changed_one_is_refused(folder):
     again = launch(folder, DEMO / "prepare.yaml", *FEW)
     assert (again.returncode, again.stdout.count("\n")) == (0, 1)
     assert "is finished" in again.stdout
@@ -126,7 +126,7 @@ def test_a_finished_run_says_so_in_one_line_and_a_changed_one_is_refused(folder)
     assert "demo_prepare  prepare  finished" in launch(folder, "status").stdout
 
 
-def test_a_users_error_in_the_job_is_shown_in_its_own_words_and_ends_with_1(folder):
+def test_an_error_of_the_user_in_the_job_is_shown_with_its_text_and_ends_with_1(folder):
     (folder / "videos").mkdir()
     for name in ("a.rgb.mp4", "a.pose.mp4"):
         (folder / "videos" / name).write_bytes(b"no video")
@@ -138,17 +138,17 @@ def test_a_users_error_in_the_job_is_shown_in_its_own_words_and_ends_with_1(fold
     assert "_log.out" in done.stderr
 
 
-def test_a_killed_rank_ends_the_others_within_seconds_and_the_same_command_goes_on(folder):
-    run_folder = start_training(folder, "killed")  # its launcher has ended: the job outlived it
+def test_a_killed_rank_ends_the_others_within_seconds_and_the_same_command_resumes(folder):
+    run_folder = start_training(folder, "killed")  # its launcher has ended: the job runs on
     assert len(ranks_of(run_folder)) == 2
     again = launch(folder, DEMO / "stage1_domains.yaml", "name=killed", *ENDLESS, "--cluster", "local")
     assert again.returncode == 4
     job = last_job(run_folder)
     assert f"killed: not submitted again, local job {job.job_id} is already running" in again.stdout
-    struck = time.monotonic()
+    fault_time = time.monotonic()
     os.kill(ranks_of(run_folder)[1], signal.SIGKILL)
     wait_until(lambda: processes_of(run_folder) == [], 15, "the other rank's end")
-    detected = time.monotonic() - struck
+    detected = time.monotonic() - fault_time
     shown = launch(folder, "status", "killed").stdout
     assert "rank 1 was killed by SIGKILL" in shown
 
@@ -162,7 +162,7 @@ def test_a_killed_rank_ends_the_others_within_seconds_and_the_same_command_goes_
     record_fault(
         "rank killed, on one machine",
         how="SIGKILL of rank 1 of 2; then the same command again",
-        promised="the other rank ends within seconds, status names the rank; the same command goes on",
+        promised="the other rank ends within seconds, status names the rank; the same command resumes",
         happened="ended by the controller; 'rank 1 was killed by SIGKILL'; resumed",
         detected_seconds=detected,
     )
@@ -193,19 +193,19 @@ def test_an_interrupted_sweep_starts_none_of_its_other_runs(folder):
     assert not (folder / "runs" / "swept_seed_2").exists()
 
 
-def test_a_killed_controller_takes_its_ranks_along_and_cancel_ends_a_job(folder):
+def test_a_killed_controller_ends_its_ranks_and_cancel_ends_a_job(folder):
     run_folder = start_training(folder, "cancelled")
-    struck = time.monotonic()
+    fault_time = time.monotonic()
     os.kill(last_job(run_folder).pid, signal.SIGKILL)
     wait_until(lambda: processes_of(run_folder) == [], 10, "the ranks' end")
-    detected = time.monotonic() - struck
+    detected = time.monotonic() - fault_time
     assert "failed" in launch(folder, "status").stdout.split("cancelled", 1)[1].splitlines()[0]
 
     run_folder = start_training(folder, "cancelled")
     record_fault(
         "controller of a local job killed",
-        how="SIGKILL of the process that watches over two ranks; then the same command again",
-        promised="its ranks go with it, status says failed; the same command goes on",
+        how="SIGKILL of the process that controls two ranks; then the same command again",
+        promised="its ranks end too, status shows failed; the same command resumes",
         happened="no process left; started again, it took further steps and saved",
         detected_seconds=detected,
     )
@@ -214,7 +214,7 @@ def test_a_killed_controller_takes_its_ranks_along_and_cancel_ends_a_job(folder)
     assert "cancelled (local job" in launch(folder, "status").stdout
 
 
-def test_a_run_whose_folder_is_removed_ends_with_a_word_about_it_and_does_not_come_back(folder):
+def test_a_run_whose_folder_was_removed_ends_with_a_message_and_does_not_recreate_it(folder):
     run_folder = start_training(folder, "removed")
     command = [*LAUNCHER, str(DEMO / "stage1_domains.yaml"), "name=removed", *ENDLESS, "--cluster", "local", "--follow"]
     follower = subprocess.Popen(
@@ -225,11 +225,9 @@ def test_a_run_whose_folder_is_removed_ends_with_a_word_about_it_and_does_not_co
     before = steps_shown(run_folder)
     wait_until(lambda: steps_shown(run_folder) > before + 1, 60, "steps while it is followed")
     removed = time.monotonic()
-    while run_folder.exists():  # a checkpoint may be written at this very moment
+    while run_folder.exists():  # a checkpoint may be written at this moment
         shutil.rmtree(run_folder, ignore_errors=True)
-    wait_until(
-        lambda: processes_of(run_folder) == [], 90, "the end of the job"
-    )  # a minute, if nothing is saved by then
+    wait_until(lambda: processes_of(run_folder) == [], 90, "the end of the job")  # a minute, if nothing is saved before
     detected = time.monotonic() - removed
     _, errors = follower.communicate(timeout=30)
     assert follower.returncode == 1
@@ -238,8 +236,8 @@ def test_a_run_whose_folder_is_removed_ends_with_a_word_about_it_and_does_not_co
     assert not run_folder.exists(), sorted(run_folder.rglob("*"))
     record_fault(
         "run folder removed while the job runs",
-        how="rm -rf of the folder of a training on two ranks, which is followed",
-        promised="the job ends within a minute, not with 0; the folder is named; nothing of it comes back",
+        how="rm -rf of the folder of a training on two ranks under --follow",
+        promised="the job ends within a minute, not with 0; the folder is named and not created again",
         happened=errors.strip().replace(str(folder), ""),
         detected_seconds=detected,
     )
@@ -248,8 +246,8 @@ def test_a_run_whose_folder_is_removed_ends_with_a_word_about_it_and_does_not_co
 MANY = ["dancers.num_train_clips=500", "cluster.tasks_per_node=2", "--cluster", "local"]
 
 
-def test_a_run_of_a_machine_that_is_gone_is_taken_over_and_only_one_start_goes_on(folder):
-    """The machine is not gone, only out of sight: the worst case, since what runs there still writes."""
+def test_a_run_of_a_machine_that_is_gone_is_taken_over_and_only_one_start_continues(folder):
+    """The machine is only unreachable: the worst case, because its processes still write."""
     run_folder = folder / "runs" / "distant"
     words = [DEMO / "prepare.yaml", "name=distant", "output=data/distant", *MANY]
     assert launch(folder, *words).returncode == 0
@@ -266,38 +264,38 @@ def test_a_run_of_a_machine_that_is_gone_is_taken_over_and_only_one_start_goes_o
     assert refused.returncode == 2
     assert "on gone-host cannot be cancelled from this machine" in refused.stderr
 
-    os.kill(lost.pid, signal.SIGSTOP)  # its heart beats no more, and its ranks go on
+    os.kill(lost.pid, signal.SIGSTOP)  # its heartbeat stops, and its ranks continue
     past = time.time() - 61
     wait_until(lambda: processes_state(lost.pid) == "T", 10, "the stop")
     for path in (record, run_folder / "logs" / "heartbeat"):
         os.utime(path, (past, past))
     assert "no heartbeat for 1m 0" in launch(folder, "status", "distant").stdout
     assert "nothing to cancel" in launch(folder, "cancel", "distant").stdout
-    struck = time.monotonic()
+    fault_time = time.monotonic()
     taken = launch(folder, *words)
     assert taken.returncode == 0, taken.stdout + taken.stderr
-    # Of the old start, the rank that has the run ends by itself, and its controller, seen again, ends the other.
+    # The rank of the old start that owns the run ends itself; its controller, continued, ends the other rank.
     ranks = [pid for pid, line in old if "dreamdance.launch.rank" in line]
     wait_until(lambda: any(processes_state(pid) in (None, "Z") for pid in ranks), 60, "the old main rank's end")
-    detected = time.monotonic() - struck
+    detected = time.monotonic() - fault_time
     os.kill(lost.pid, signal.SIGCONT)
     wait_until(lambda: all(processes_state(pid) in (None, "Z") for pid, _ in old), 30, "the old start's end")
     new = last_job(run_folder)
     assert new.host == socket.gethostname()
-    assert "already running" in launch(folder, *words).stdout, "the old one's end is not the new one's"
+    assert "already running" in launch(folder, *words).stdout, "the end of the old start is not that of the new one"
     assert not (run_folder / "logs" / f"{lost.job_id}_status.json").exists()
     assert launch(folder, "cancel", "distant").returncode == 0
     assert processes_of(run_folder) == []
     record_fault(
-        "machine of a local job gone, or only out of sight",
+        "machine of a local job gone, or only unreachable",
         how="another host's name in the job's record, its controller stopped, its heartbeat 61 s old; its ranks live",
-        promised="the run can be started again after 60 s of silence; the older start ends itself",
-        happened="taken over; the older start ended by itself and left no word in the newer one's folder",
+        promised="the run can be started again after 60 s without a heartbeat; the older start ends itself",
+        happened="taken over; the older start ended by itself and wrote nothing into the newer one's folder",
         detected_seconds=detected,
     )
 
 
-def test_launchers_of_one_run_at_once_start_one_job_and_the_others_are_told_its_id(folder):
+def test_concurrent_launchers_of_one_run_start_one_job_and_the_others_show_its_id(folder):
     words = [*LAUNCHER, str(DEMO / "prepare.yaml"), "name=twice", "output=data/twice", *MANY]
     started = [
         subprocess.Popen(
@@ -305,10 +303,10 @@ def test_launchers_of_one_run_at_once_start_one_job_and_the_others_are_told_its_
         )
         for _ in range(3)
     ]
-    told = [process.communicate(timeout=120) for process in started]
+    outputs = [process.communicate(timeout=120) for process in started]
     job_id = last_job(folder / "runs" / "twice").job_id
-    assert sorted(process.returncode for process in started) == [0, 4, 4], told
-    for process, (output, _) in zip(started, told, strict=True):
+    assert sorted(process.returncode for process in started) == [0, 4, 4], outputs
+    for process, (output, _) in zip(started, outputs, strict=True):
         refusal = f"twice: not submitted again, local job {job_id} is already running"
         assert (f"twice: local job {job_id}, 2 processes" if process.returncode == 0 else refusal) in output
     assert launch(folder, "cancel", "twice").returncode == 0

@@ -1,4 +1,4 @@
-"""Jobs on this machine whose time is over, or that are asked to go: real controllers, real ranks, tiny recipes."""
+"""Jobs on this machine that reach their time limit or are asked to stop: real controllers, real ranks, tiny recipes."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.fault_log import record_fault
-from support.interruptions import resumed_step, settings
+from support.interruptions import resumed_step, run_settings
 from support.recipes import tiny_stage1_recipe
 
 from dreamdance.launch import status
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 ENDLESS = {"max_steps": 1_000_000, "checkpoint.every_steps": 1_000_000, "validation.loss_every_steps": 1_000_000}
 ENDLESS |= {"validation.sample_every_steps": 1_000_000}
 
-# How long a start takes is the machine's affair, and no part of what is tested: the clock starts with the first step.
+# The duration of a start depends on the machine and is not tested: the clock starts with the first step.
 CONTROLLER = """#!{python} -P
 import os, sys, time
 from pathlib import Path
@@ -36,7 +36,7 @@ log = progress_file(Path(sys.argv[1]))
 start_tasks = local_controller.LocalController.start_tasks
 os.environ["SUBMITIT_LOCAL_TIMEOUT_S"] = str({limit_seconds} or os.environ["SUBMITIT_LOCAL_TIMEOUT_S"])
 
-def start_and_wait_for_a_step(self):
+def start_for_a_step(self):
     before = steps_shown()
     start_tasks(self)
     while steps_shown() == before and all(task.poll() is None for task in self.tasks):
@@ -45,21 +45,21 @@ def start_and_wait_for_a_step(self):
 def steps_shown():
     return log.read_text().count('"loss"') if log.is_file() else 0
 
-local_controller.LocalController.start_tasks = start_and_wait_for_a_step
+local_controller.LocalController.start_tasks = start_for_a_step
 sys.exit(local_controller.main())
 """
 
 
 @pytest.fixture
 def start(tmp_path, shards, monkeypatch):
-    """Starts an endless training as `--cluster local` does; leaves nothing running."""
+    """Starts an endless training like `--cluster local`; at the end of the test all its processes are killed."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     started: list[SubmittedJob] = []
     run = tmp_path / "runs" / "tiny"
 
     def start(*, limit_seconds: int | None = None, **cluster: int) -> Path:
         changes = ENDLESS | {f"cluster.{key}": value for key, value in cluster.items()}
-        recipe = tiny_stage1_recipe("domains", settings(shards, **changes))
+        recipe = tiny_stage1_recipe("domains", run_settings(shards, **changes))
         program = tmp_path / "controller"
         program.write_text(CONTROLLER.format(python=sys.executable, limit_seconds=limit_seconds))
         program.chmod(0o755)
@@ -98,7 +98,7 @@ def state(run: Path) -> str:
 
 
 def is_running(run: Path) -> bool:
-    """By what the controller leaves: `status` reads and checks the recipe, too much for asking again and again."""
+    """Reads the files of the controller: `status` also reads and checks the recipe, which is too slow for polling."""
     job = last_job(run)
     return job is not None and not status_file(run, job.job_id).is_file()
 
@@ -113,7 +113,7 @@ def wait_until(condition: Callable[[], bool], run: Path, what: str) -> None:
 
 
 def wait_for_the_end(run: Path) -> float:
-    """How long it took, in seconds."""
+    """Waits for the end of the job, and returns the seconds that it took."""
     began = time.monotonic()
     while is_running(run):
         assert time.monotonic() < began + 60, status.details(run)
@@ -121,11 +121,11 @@ def wait_for_the_end(run: Path) -> float:
     return time.monotonic() - began
 
 
-def test_a_job_whose_time_is_over_saves_and_is_started_again_as_often_as_the_recipe_says(start):
+def test_a_job_at_its_time_limit_saves_and_is_started_again_as_often_as_the_recipe_allows(start):
     run = start(time_minutes=1, stop_seconds=58, max_requeues=1)
     wait_until(lambda: len(complete_steps(run)) == 1, run, "first checkpoint")
     (first,) = complete_steps(run)
-    wait_until(lambda: resumed_step(run) == first, run, "start that goes on")
+    wait_until(lambda: resumed_step(run) == first, run, "a resumed start")
     assert state(run).startswith("running (local job")
     wait_until(lambda: len(complete_steps(run)) == 2, run, "second checkpoint")
     wait_for_the_end(run)
@@ -138,13 +138,13 @@ def test_a_job_whose_time_is_over_saves_and_is_started_again_as_often_as_the_rec
     record_fault(
         "time limit, on one machine",
         how="a limit of a minute whose warning comes 2 s after the first step; twice",
-        promised="saved in time; started again by the controller as often as the recipe says, no step lost",
-        happened=f"saved at step {first}, went on from there, saved again, and rested as max_requeues=1 says",
+        promised="saved in time; started again by the controller as often as the recipe allows, no step lost",
+        happened=f"saved at step {first}, resumed, saved again, and stopped because of max_requeues=1",
         steps_lost=0,
     )
 
 
-def test_a_job_that_hears_sigterm_saves_and_rests_and_one_that_hears_nothing_times_out(start):
+def test_a_job_that_receives_sigterm_saves_and_stops_and_one_without_a_warning_times_out(start):
     run = start()
     wait_until(lambda: steps_since_the_last_message(run) > 2, run, "steps")
     os.kill(ranks_of(run)[1], signal.SIGTERM)
@@ -153,12 +153,12 @@ def test_a_job_that_hears_sigterm_saves_and_rests_and_one_that_hears_nothing_tim
     (saved,) = complete_steps(run)
 
     start(limit_seconds=4, stop_seconds=2)
-    wait_until(lambda: resumed_step(run) == saved and steps_since_the_last_message(run) > 0, run, "steps that go on")
+    wait_until(lambda: resumed_step(run) == saved and steps_since_the_last_message(run) > 0, run, "further steps")
     record_fault(
         "pre-empted by SIGTERM alone, on one machine",
         how="SIGTERM to rank 1 of 2, without a warning before",
-        promised="both save at the next step boundary and end well; the next start goes on, no step lost",
-        happened=f"saved at step {saved}, status said stopped; started again, it went on from there",
+        promised="both save at the next step boundary and end without an error; the next start resumes, no step lost",
+        happened=f"saved at step {saved}, status showed stopped; started again, it resumed from there",
         detected_seconds=detected,
         steps_lost=0,
     )
@@ -172,9 +172,9 @@ def test_a_job_that_hears_sigterm_saves_and_rests_and_one_that_hears_nothing_tim
     assert complete_steps(run) == [saved]
     assert ranks_of(run) == []
     record_fault(
-        "time limit that no rank heeds, on one machine",
+        "time limit to which no rank reacts, on one machine",
         how="SIGSTOP of both ranks; a limit 4 s after the first step",
-        promised="the job ends with its time, status says why, nothing is left running",
-        happened="failed: timed out; no process left; the checkpoint before is as it was",
+        promised="the job ends at its time limit, status shows why, nothing is left running",
+        happened="failed: timed out; no process left; the previous checkpoint is unchanged",
         detected_seconds=detected,
     )

@@ -1,4 +1,4 @@
-"""The body mask as a control of stage 2, from a video to an animation; all of it follows from the table's entry."""
+"""The body mask as a control of stage 2, from a video to an animation; its entry in the table is all that it needs."""
 
 import json
 import math
@@ -15,9 +15,9 @@ from PIL import Image
 from support.dancer_shards import HEIGHT, NUM_FRAMES, WIDTH
 from support.random_shards import random_clip
 from support.ranks import run_ranks
-from support.recipes import record_inputs, tiny_clip_batch, tiny_stage2_recipe, wake
+from support.recipes import perturb, record_inputs, tiny_clip_batch, tiny_stage2_recipe
 from support.training_scenarios import run_recorded
-from support.video_folders import stored, videos_recipe, write_videos
+from support.video_folders import stored_clips, videos_recipe, write_videos
 
 from dreamdance.dancers.render import HELD_OUT_SEEDS, render_clip
 from dreamdance.data.loading.dataset import ClipDataset
@@ -64,7 +64,7 @@ def test_a_recipe_that_names_the_mask_trains_validates_and_exports(runs):
 
 def test_the_controller_reads_the_mask_as_it_is_and_learns_from_it():
     batch = tiny_clip_batch()
-    objective = wake(stage_of(tiny_stage2_recipe(MASKED)).build()).eval()
+    objective = perturb(stage_of(tiny_stage2_recipe(MASKED)).build()).eval()
     calls = record_inputs(objective.controller)
     objective(batch).loss.backward()
     mask = calls[0][0][0]["mask"]
@@ -94,7 +94,7 @@ def test_a_video_of_masks_is_stored_beside_its_pictures(tmp_path):
     write_video(tmp_path / "videos" / "a.mask.mp4", bright, fps=8)
     recipe = videos_recipe(tmp_path / "data", tmp_path / "videos", split_by="time", validation_fraction=0.4)
     prepare(recipe, tmp_path / "run")
-    with_mask = [clip for clip in stored(tmp_path / "data", "train") if clip.has("mask")]
+    with_mask = [clip for clip in stored_clips(tmp_path / "data", "train") if clip.has("mask")]
     assert {clip.metadata["source"] for clip in with_mask} == {"a.rgb.mp4"}
     rows = with_mask[0].frames("mask")[0, :, 20]
     assert set(rows.tolist()) == {0, 255}

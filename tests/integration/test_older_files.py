@@ -1,6 +1,6 @@
-"""What commit 5194bb1 wrote: it still loads, or it is refused with the words that load it.
+"""Files of commit 5194bb1 still load, or are refused with the command or keys that load them.
 
-`older_files/files.tar.xz` holds what that commit's own commands made; `older_files/make.sh` makes it again.
+`older_files/files.tar.xz` contains the output of that commit's commands; `older_files/make.sh` makes it again.
 """
 
 import importlib.util
@@ -22,8 +22,8 @@ from dreamdance.pipelines import AnimationPipeline, DreamDancePipeline, Geometry
 from dreamdance.recipe.sections import Shards
 
 FILES = Path(__file__).parent / "older_files"
-# That commit took the mode of the autoencoder's distribution; today's default is a sample.
-AS_THEN = "objective.target_latents=mode"
+# That commit used the mode of the autoencoder's distribution; today's default is a sample.
+FORMER_TARGETS = "objective.target_latents=mode"
 DANCER = "dancer_1000000000"
 GEOMETRY_EXPORT, ANIMATION_EXPORT = "older_domains/exports/step_00000002", "older_animation/exports/step_00000001"
 NETWORKS = {
@@ -46,7 +46,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def command(capsys):
-    """Runs the command in this process; returns its exit code and all that it printed."""
+    """Runs the command in this process; returns its exit code and its output."""
 
     def run(*words: str) -> tuple[int, str]:
         code = main([*words, "--cluster", "debug"], lambda recipe, gpu_memory_gib: "")
@@ -63,19 +63,19 @@ def reports(log: Path, key: str) -> list[dict]:
 
 
 def losses_by_step(log: Path) -> dict[int, float]:
-    """Of the last start that trained a step."""
+    """The losses of the last start that trained a step."""
     return {line["done"]: line["loss"] for line in reports(log, "loss")}
 
 
 def assert_same_weights(folder: Path, expected: Path) -> None:
-    """On the machine that made the files they are the same bit for bit; others round otherwise."""
+    """On the machine that made the files, values are the same bit for bit; other machines round differently."""
     for network in NETWORKS[GEOMETRY_EXPORT]:
         name = f"{network}/diffusion_pytorch_model.safetensors"
         torch.testing.assert_close(load_file(folder / name), load_file(expected / name), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("words", [("prepare",), ("domains", AS_THEN), ("animation", AS_THEN)])
-def test_a_run_that_finished_says_so_and_is_left_alone(command, folder, words):
+@pytest.mark.parametrize("words", [("prepare",), ("domains", FORMER_TARGETS), ("animation", FORMER_TARGETS)])
+def test_a_finished_run_is_reported_as_finished_and_left_unchanged(command, folder, words):
     recipe, *changes = words
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".launch_lock"}
     code, output = command(f"recipes/{recipe}.yaml", *changes)
@@ -94,7 +94,7 @@ def test_status_shows_all_runs(command):
     assert "step 4/12" in states["older_geometry"]
 
 
-def test_a_run_is_refused_where_a_default_has_changed_since_with_the_key_that_goes_on(command):
+def test_a_run_whose_default_has_changed_since_is_refused_with_the_key_that_resumes_it(command):
     code, output = command("recipes/geometry.yaml")
     assert code == 3
     assert 'objective.target_latents: "mode" -> "sample"' in output
@@ -134,7 +134,7 @@ def test_animate_makes_the_same_pictures_of_the_exports(command, folder):
     with np.load(stored, allow_pickle=False) as arrays:
         before = {name: arrays[name].astype(np.float32) for name in arrays.files}
     code, _ = command("recipes/animate.yaml", "output=again")
-    assert code == 3  # the run has its own output; another run may have another
+    assert code == 3  # the run has its own output; another run may use a different one
     code, output = command("recipes/animate.yaml", "name=again", "output=again")
     assert code == 0, output
     with np.load(folder / "again" / DANCER / "arrays.npz", allow_pickle=False) as arrays:
@@ -158,14 +158,14 @@ def test_evaluate_measures_the_results_as_it_did(command, folder):
 
 
 def test_a_training_starts_from_an_export_as_it_did(command, folder):
-    """Its first loss is that of the run which the commit itself started from that export."""
-    code, output = command("recipes/geometry.yaml", AS_THEN, "name=again", "max_steps=1")
+    """Its first loss equals that of the run that the old commit started from that export."""
+    code, output = command("recipes/geometry.yaml", FORMER_TARGETS, "name=again", "max_steps=1")
     assert code == 0, output
     first = losses_by_step(folder / "continued" / "logs" / "progress.jsonl")[1]
     assert losses_by_step(folder / "runs" / "again" / "logs" / "progress.jsonl")[1] == pytest.approx(first, rel=1e-5)
 
 
-# The two tests of checkpoints: DeepSpeed's files, which held weights, masters and moments. A command converts them.
+# The two tests of checkpoints: DeepSpeed's files with weights, masters and moments, which a command converts.
 
 
 @pytest.fixture
@@ -186,16 +186,16 @@ def convert(capsys):
     return run
 
 
-def test_a_training_that_was_stopped_goes_on_to_the_weights_that_it_would_have_had(command, convert, folder):
+def test_a_stopped_training_resumes_and_ends_with_the_same_weights(command, convert, folder):
     run = folder / "runs" / "older_geometry"
     shutil.move(run / "logs", run / "logs_then")
-    code, output = command("recipes/geometry.yaml", AS_THEN)
+    code, output = command("recipes/geometry.yaml", FORMER_TARGETS)
     assert code == 1
     assert "step_00000004 was saved by another version of this software: its format is 2, not 3" in output
     shutil.rmtree(run / "logs")
     converted = convert(output).splitlines()
     assert [line.rpartition("/")[2] for line in converted] == ["step_00000002: converted", "step_00000004: converted"]
-    code, output = command("recipes/geometry.yaml", AS_THEN)
+    code, output = command("recipes/geometry.yaml", FORMER_TARGETS)
     assert code == 0, output
     log = run / "logs" / "progress.jsonl"
     messages = [line["message"] for line in reports(log, "message")]
@@ -205,11 +205,11 @@ def test_a_training_that_was_stopped_goes_on_to_the_weights_that_it_would_have_h
     assert_same_weights(run / "exports" / "step_00000012", folder / "continued" / "exports" / "step_00000012")
 
 
-def test_a_finished_training_of_two_ranks_goes_on_with_more_steps_on_one(command, convert, folder):
-    words, run = (AS_THEN, "max_steps=3", "cluster.tasks_per_node=1"), folder / "runs" / "older_domains"
+def test_a_finished_training_of_two_ranks_continues_with_more_steps_on_one(command, convert, folder):
+    words, run = (FORMER_TARGETS, "max_steps=3", "cluster.tasks_per_node=1"), folder / "runs" / "older_domains"
     code, output = command("recipes/domains.yaml", *words)
     assert code == 1
-    shutil.rmtree(run / "logs")  # a debug job that failed counts as running as long as its process, this one, lives
+    shutil.rmtree(run / "logs")  # a failed debug job counts as running while its process, this one, is running
     assert convert(output).endswith("step_00000002: converted\n")
     code, output = command("recipes/domains.yaml", *words)
     assert code == 0, output

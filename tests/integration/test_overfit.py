@@ -1,4 +1,4 @@
-"""Both stages learn one clip by heart: the loss falls tenfold and the real pipelines show the clip."""
+"""Both stages overfit one clip: the loss falls tenfold and the real pipelines show the clip."""
 
 import math
 from dataclasses import replace
@@ -31,7 +31,7 @@ def with_draws(batch: ClipBatch, *, epoch: int, copies: int) -> ClipBatch:
 
 
 def fixed_loss(objective: Objective, batch: ClipBatch) -> float:
-    """The loss over draws that training never sees."""
+    """The loss over draws that do not occur in training."""
     objective.eval()
     with torch.no_grad():
         loss = objective(with_draws(batch, epoch=10**6, copies=16)).loss.item()
@@ -40,7 +40,7 @@ def fixed_loss(objective: Objective, batch: ClipBatch) -> float:
 
 
 def overfit(objective: Objective, batch: ClipBatch, *, steps: int, copies: int, lr: float) -> float:
-    """Trains on one clip; returns how many times the loss fell."""
+    """Trains on one clip; returns the factor by which the loss fell."""
     trainable = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0)
     before = fixed_loss(objective, batch)
@@ -56,7 +56,7 @@ def overfit(objective: Objective, batch: ClipBatch, *, steps: int, copies: int, 
 
 
 def moving_region(batch: ClipBatch) -> Tensor:
-    """`b f 1 H W`: wherever the body is in some frame, so that a still background earns nothing."""
+    """`b f 1 H W`: all pixels that show the body in some frame, so that a still background does not count."""
     mask = batch.maps["mask"][:, :, :1]
     return (mask.amax(dim=1, keepdim=True) > 0).expand_as(mask)
 
@@ -72,13 +72,13 @@ def mean_angle(encoded: Tensor, truth: Tensor, region: Tensor) -> float:
     return torch.rad2deg(torch.arccos(cosine.clamp(-1, 1)))[region].mean().item()
 
 
-def test_stage_1_learns_one_clip_by_heart():
+def test_stage_1_overfits_one_clip():
     recipe = tiny_stage1_recipe(
         "domains",
         {
             "data.num_frames": 3,
             "objective.reference_dropout": 0.0,
-            # guidance leads away from what was learnt by heart
+            # guidance leads away from the overfitted clip
             "sampling.guidance_scales": {"rgb": 0.0, "normal": 0.0, "depth": 0.0},
         },
     )
@@ -97,7 +97,7 @@ def test_stage_1_learns_one_clip_by_heart():
     assert (shown["depth"] - batch.maps["depth"][:, :, :1]).abs()[region].mean() < 0.05
 
 
-def test_stage_2_learns_one_clip_by_heart():
+def test_stage_2_overfits_one_clip():
     no_dropout: dict[str, Any] = {
         f"objective.{name}_dropout": 0.0
         for name in ("latents", "embedding", "both", "frame_control", "modality_control")
@@ -106,7 +106,7 @@ def test_stage_2_learns_one_clip_by_heart():
         {
             **no_dropout,
             "data.num_frames": 2,
-            # fewer of the lowest noise levels, where learning by heart takes longest
+            # fewer of the lowest noise levels, where overfitting takes longest
             "objective.sigma_log_mean": 1.0,
             "objective.sigma_log_std": 1.2,
             "sampling.guidance_scale": 1.0,

@@ -1,4 +1,4 @@
-"""What pip installs is what the code imports: the wheel, its command, and environments that lack single packages."""
+"""Packaging: declared requirements equal imports; the wheel, its command, environments that lack single packages."""
 
 import ast
 import os
@@ -40,7 +40,7 @@ def names(requirements: list[str]) -> set[str]:
 
 
 def source(module: str) -> Path | None:
-    """The file of one of our modules, None of others'."""
+    """The file of one of our modules; None for modules of other projects."""
     root = ROOT / "kernels" if module.startswith("dreamdance_kernels") else ROOT
     path = root / module.replace(".", "/")
     return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
@@ -59,7 +59,7 @@ def imports(tree: ast.AST, *, at_once: bool = False) -> Iterator[str]:
 
 
 def reached(*modules: str) -> set[Path]:
-    """Our files that an import of these modules loads, whole packages on the way included."""
+    """Our files that an import of these modules loads, including the packages that contain them."""
     files: set[Path] = set()
     left = list(modules)
     while left:
@@ -96,11 +96,13 @@ def test_every_import_is_declared() -> None:
     assert distributions(others).keys() - of_the_library - names(dev) - beside_tests == set()
 
 
-def test_nothing_is_declared_that_nobody_imports() -> None:
+def test_every_declared_package_is_imported() -> None:
     files = {file for folder in ("dreamdance", "kernels", "tests") for file in (ROOT / folder).rglob("*.py")}
     tools = {"pytest-timeout", "pytest-xdist", "ruff", "mypy", "import-linter", "types-pyyaml"}
     unused = {name for requirements in declared_by_setup().values() for name in names(requirements)}
-    assert unused - distributions(files).keys() - tools == {"accelerate"}  # by which diffusers loads networks lean
+    assert unused - distributions(files).keys() - tools == {
+        "accelerate"
+    }  # diffusers needs it to load networks without extra memory
 
 
 @pytest.mark.parametrize("module", ["dreamdance.console", "dreamdance.pipelines", "dreamdance.training.planning.plan"])
@@ -131,7 +133,7 @@ def test_the_pins_satisfy_every_bound() -> None:
     versions = {canonicalize_name(name): version for name, version in pins.items()}
     for extra, requirements in declared_by_setup().items():
         for requirement in map(Requirement, requirements):
-            if extra != "flash":  # built by whoever has a GPU's tools
+            if extra != "flash":  # built by users with the tools for a GPU
                 assert versions[canonicalize_name(requirement.name)] in requirement.specifier
 
 
@@ -226,7 +228,7 @@ def test_a_job_on_a_machine_that_lacks_a_package_names_the_extra(base: Path, tmp
 def test_each_package_alone_is_missed_by_the_tasks_that_need_it_and_by_no_other(
     wheel: Path, tmp_path: Path, package: str
 ) -> None:
-    """Asked without torch, which the launcher does not need to know it."""
+    """The launcher finds it without importing torch."""
     wanted = {name for requirements in declared_by_setup().values() for name in names(requirements)}
     left_out = {OPTIONAL[package], "torch", "flash-attn"}
     python = make_environment(tmp_path / "venv", declared(sorted(wanted - left_out)) - left_out)
@@ -266,7 +268,9 @@ def test_a_job_runs_from_any_folder_with_a_safe_path_and_both_commands_know_it(p
 
 
 @pytest.mark.parametrize("launcher", ["dreamdance", "launchers/slurm.py"])
-def test_both_commands_have_the_same_codes_and_advise_themselves(base: Path, tmp_path: Path, launcher: str) -> None:
+def test_both_commands_have_the_same_exit_codes_and_name_themselves_in_advice(
+    base: Path, tmp_path: Path, launcher: str
+) -> None:
     words = [base.parent / "dreamdance"] if launcher == "dreamdance" else [base, ROOT / launcher]
     name = "dreamdance" if launcher == "dreamdance" else "python launchers/slurm.py"
     assert run(*words, "status", cwd=tmp_path, PYTHONSAFEPATH="1").returncode == 0
@@ -275,7 +279,7 @@ def test_both_commands_have_the_same_codes_and_advise_themselves(base: Path, tmp
     assert f"usage: {name} RECIPE" in bad.stderr
 
 
-def test_the_script_of_a_checkout_without_the_project_says_how_to_install_it(tmp_path: Path) -> None:
+def test_the_script_of_a_checkout_without_the_project_names_the_install_command(tmp_path: Path) -> None:
     python = make_environment(tmp_path / "venv", [])
     done = run(python, ROOT / "launchers/slurm.py", "status", cwd=tmp_path)
     assert done.returncode == 2

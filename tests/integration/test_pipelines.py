@@ -1,4 +1,4 @@
-"""The three pipelines on tiny real networks: saved and loaded, in windows, in batches, refusing what does not fit."""
+"""The three pipelines on tiny real networks: saved and loaded, in windows, in batches, with refused inputs."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,12 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler
 from einops import repeat
 from PIL import Image
-from support.tiny_pipelines import random_pictures, tiny_animation_pipeline, tiny_geometry_pipeline, wake_up
+from support.tiny_pipelines import (
+    fill_zero_parameters,
+    random_pictures,
+    tiny_animation_pipeline,
+    tiny_geometry_pipeline,
+)
 
 from dreamdance.media.transforms import encode_normals
 from dreamdance.pipelines import AnimationPipeline, DreamDancePipeline, GeometryPipeline
@@ -48,7 +53,7 @@ def test_a_saved_animation_pipeline_gives_the_same_frames_bit_for_bit(tmp_path):
     assert torch.equal(before, after)
 
 
-def test_both_stages_joined_saved_and_loaded_give_what_the_stages_give(tmp_path):
+def test_both_stages_joined_saved_and_loaded_give_the_results_of_the_single_stages(tmp_path):
     geometry, animation = tiny_geometry_pipeline(), tiny_animation_pipeline()
     generator = seeded()
     maps_of_stage1 = geometry(IMAGE, poses(3), num_inference_steps=2, generator=generator, output_type="pt")
@@ -96,7 +101,7 @@ def test_networks_that_see_frames_alone_give_the_same_in_windows_and_whole():
 
 
 def seam_and_other_jumps(frames: torch.Tensor, boundaries: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean change from frame to frame, `f-1`: where one window takes over from another, and elsewhere."""
+    """Mean change from frame to frame, `f-1`, at the changes of windows and elsewhere."""
     jumps = frames.diff(dim=1).abs().mean(dim=(0, 2, 3, 4))
     seams = torch.zeros(len(jumps), dtype=torch.bool)
     seams[boundaries] = True
@@ -105,7 +110,7 @@ def seam_and_other_jumps(frames: torch.Tensor, boundaries: list[int]) -> tuple[t
 
 @pytest.mark.parametrize("stage", ["geometry", "animation"])
 def test_a_clip_longer_than_a_window_shows_no_seam(stage):
-    """Frames that are alike but for their place in the window: blending leaves no jump where windows meet."""
+    """Frames differ only by their place in the window: blending leaves no jump where windows meet."""
     num_frames, window, overlap = 20, 8, 4
     drawings, normals, depths = (repeat(frames, "1 c h w -> f c h w", f=num_frames) for frames in maps(1))
 
@@ -116,14 +121,16 @@ def test_a_clip_longer_than_a_window_shows_no_seam(stage):
             noise = torch.randn(1, 1, 3, 12, 12, 8, generator=seeded()).expand(-1, num_frames, -1, -1, -1, -1)
             return pipeline(IMAGE, drawings, latents=noise, output_type="latent", **options).normals
         pipeline = tiny_animation_pipeline()
-        wake_up(pipeline.unet)
+        fill_zero_parameters(pipeline.unet)
         noise = torch.randn(1, 1, 12, 12, 8, generator=seeded()).expand(-1, num_frames, -1, -1, -1)
         return pipeline(IMAGE, drawings, normals, depths, latents=noise, output_type="latent", **options).frames
 
-    # a window's rim is where it has just begun, or has just ended, to count
+    # the rim of a window: the frames where its weight begins or ends
     blended_seams, blended_jumps = seam_and_other_jumps(sample(overlap), [3, 7, 11, 15])
     cut_seams, cut_jumps = seam_and_other_jumps(sample(0), [7, 11])
-    assert cut_seams.max() > cut_jumps.max(), "without an overlap there is a seam, else this test shows nothing"
+    assert cut_seams.max() > cut_jumps.max(), (
+        "without an overlap there is a seam; otherwise this test would prove nothing"
+    )
     assert blended_seams.max() <= blended_jumps.max()
     assert blended_seams.max() < 0.5 * cut_seams.max()
 
@@ -185,7 +192,7 @@ def test_smaller_maps_of_stage1_are_enlarged():
     assert frames.shape == (1, 3, HEIGHT, WIDTH, 3)
 
 
-def test_pictures_arrays_and_tensors_tell_the_same():
+def test_pictures_arrays_and_tensors_contain_the_same_values():
     pipeline = tiny_geometry_pipeline()
     picture = Image.fromarray((IMAGE.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
     drawings = [picture.rotate(90 * i).resize((WIDTH, HEIGHT)) for i in range(3)]
@@ -285,7 +292,7 @@ def test_inputs_that_do_not_fit_are_refused_by_name(arguments, named):
         ({"normals": maps(2)[1] * 2 - 1}, r"normals must lie in \[0, 1\]"),
     ],
 )
-def test_what_stage_2_cannot_use_is_refused_by_name(arguments, named):
+def test_inputs_that_stage_2_cannot_use_are_refused_by_name(arguments, named):
     drawings, normals, depths = maps(2)
     given = {"image": IMAGE, "poses": drawings, "normals": normals, "depths": depths, "num_inference_steps": 1}
     with pytest.raises(ValueError, match=named):
@@ -306,7 +313,7 @@ def test_ancestral_schedulers_draw_from_the_given_generator(stage):
         return pipeline(*inputs, num_inference_steps=3, generator=generator, output_type="latent")[0]
 
     first = sample(seeded())
-    torch.manual_seed(1)  # the global generator has no say
+    torch.manual_seed(1)  # the global generator has no influence
     assert torch.equal(sample(seeded()), first)
     assert torch.equal(sample([seeded()]), first)
     assert not torch.equal(sample(torch.Generator().manual_seed(99)), first)

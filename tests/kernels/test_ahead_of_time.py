@@ -1,4 +1,4 @@
-"""Every kernel compiles for A100 and H100/H200 without a GPU, within the committed table; and the check can fail."""
+"""Every kernel compiles for A100 and H100/H200 without a GPU, within the limits of the committed table."""
 
 import os
 import subprocess
@@ -70,7 +70,7 @@ def test_every_kernel_compiles_for_both_architectures_within_the_committed_table
 
 
 @pytest.mark.slow
-def test_the_table_tells_the_architectures_matrix_instructions_apart(table):
+def test_the_table_distinguishes_the_matrix_instructions_of_the_architectures(table):
     assert {row.architecture: row.instruction for row in table} == {"sm_80": "mma.sync", "sm_90": "wgmma"}
     assert all(0 < row.registers < 255 and row.shared_bytes > 0 and row.spill_stores_bytes == 0 for row in table)
     assert ahead_of_time.violations(table, table) == []
@@ -88,7 +88,7 @@ def test_a_change_that_spills_fails_the_check(folder):
 
 
 @pytest.mark.slow
-def test_what_did_not_change_is_not_compiled_again(folder):
+def test_unchanged_kernels_are_not_compiled_again(folder):
     compiled = {path.name for path in (folder / "cache").iterdir()}
     again = run("--kernels", "thrifty", "--check", "--table", folder / "table.csv", folder=folder)
     assert again.returncode == 0, again.stdout
@@ -141,12 +141,12 @@ def test_less_of_everything_is_no_violation():
 @pytest.mark.parametrize(
     ("capability", "tiles"), [((8, 0), (8, 0)), ((8, 9), (8, 9)), ((9, 0), (9, 0)), ((12, 0), (8, 0))]
 )
-def test_workstation_blackwell_takes_the_tiles_of_an_a100(capability, tiles, monkeypatch):
+def test_workstation_blackwell_uses_the_tiles_of_an_a100(capability, tiles, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert architecture_of(torch.device("cuda")) == tiles
 
 
-def test_the_tiles_of_an_a100_fit_the_smaller_gpus_that_take_them_too():
+def test_the_tiles_of_an_a100_fit_the_smaller_gpus_that_also_use_them():
     """8.6, 8.9 and 12.x: 99 KB for a program."""
     table = ahead_of_time.read_table(Path(ahead_of_time.__file__).with_name("resources.csv"))
     assert all(row.shared_bytes <= 99 * 1024 for row in table if row.architecture == "sm_80")

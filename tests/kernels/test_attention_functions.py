@@ -38,13 +38,13 @@ def qkv(batch, num_tokens, width, *, dtype=torch.float64, seed=0):
 
 
 def attend_one_query(query, keys, values):
-    """One query `(d,)` over keys and values `(n, d)`: the formula, with nothing to be confused about."""
+    """The plain formula for one query `(d,)` over keys and values `(n, d)`."""
     weights = torch.softmax(keys @ query / query.shape[0] ** 0.5, dim=0)
     return weights @ values
 
 
 def call(name, inputs, *, num_heads, backend):
-    """The function of that name on `(query, key, value)` or, for the reference, on five tensors."""
+    """The function of this name on `(query, key, value)` or, for reference attention, on five tensors."""
     if name == "geometry":
         return geometry_attention(*inputs[:3], num_domains=3, num_heads=num_heads, backend=backend)
     if name == "temporal":
@@ -128,7 +128,7 @@ def test_no_reference_and_an_empty_reference_are_bit_for_bit_the_same(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_reference_equal_to_the_sample_itself_changes_nothing(backend):
-    """Every key twice halves every weight twice over."""
+    """With every key twice, every weight is halved and occurs twice."""
     query, key, value = qkv(4, 7, 10, dtype=DTYPES[backend])
     doubled = reference_attention(query, key, value, key, value, num_heads=2, backend=backend)
     plain = reference_attention(query, key, value, None, None, num_heads=2, backend=backend)
@@ -207,7 +207,7 @@ def test_gradients_are_those_of_finite_differences(name, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["geometry", "reference", "temporal"])
-def test_a_packed_projection_split_in_three_gives_what_contiguous_inputs_give(name, backend):
+def test_a_packed_projection_split_in_three_gives_the_result_of_contiguous_inputs(name, backend):
     packed = tokens(6, 5, 30, dtype=DTYPES[backend]).requires_grad_()
     reference = tokens(2, 4, 20, seed=1, dtype=DTYPES[backend])
     views = [*packed.chunk(3, dim=-1), *(reference.chunk(2, dim=-1) if name == "reference" else ())]
@@ -222,7 +222,7 @@ def test_a_packed_projection_split_in_three_gives_what_contiguous_inputs_give(na
 
 
 def storages_seen_by_torch(monkeypatch):
-    """Records what torch's attention is given; it still computes."""
+    """Records the arguments of torch's attention, which still computes."""
     seen, attention = [], F.scaled_dot_product_attention
 
     def watched(query, key, value):
@@ -256,11 +256,11 @@ def test_sdpa_cuts_a_batch_that_is_too_long_for_one_call_and_changes_nothing(mon
 
 @pytest.fixture
 def no_interpreter(monkeypatch):
-    """As on a user's machine: Triton compiles its kernels, which takes a GPU."""
+    """As on a user's machine: Triton compiles its kernels, which needs a GPU."""
     monkeypatch.delenv("TRITON_INTERPRET")
 
 
-def test_the_backends_that_cannot_run_say_why(no_interpreter, monkeypatch):
+def test_backends_that_cannot_run_are_listed_with_the_reason(no_interpreter, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     backends = available_backends()
     assert backends["reference"] is None
@@ -305,12 +305,12 @@ GPU, H200 = torch.device("cuda"), (9, 0)
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """The choice for a GPU asks for its capability alone; nothing is computed there."""
+    """The choice for a GPU depends on its capability alone; nothing is computed there."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: H200)
 
 
-def test_a_gpu_runs_what_was_measured_to_be_the_fastest_and_torchs_own_where_nothing_was(gpu, monkeypatch):
+def test_a_gpu_uses_the_backend_measured_fastest_and_torchs_own_without_measurements(gpu, monkeypatch):
     case = MeasuredCase("temporal", 40, 16, 16, "sm_90", "triton", "0.10 ms against sdpa's 0.30 ms")
     monkeypatch.setattr(dispatch_table, "PACKAGED", (case,))
     measured = default_choice("temporal", 40, 24, 24, torch.bfloat16, GPU)
@@ -320,7 +320,7 @@ def test_a_gpu_runs_what_was_measured_to_be_the_fastest_and_torchs_own_where_not
     assert "not measured on sm_90" in other.reason
 
 
-def test_a_winner_that_cannot_take_the_inputs_leaves_them_to_torchs_own_and_says_so(gpu, monkeypatch):
+def test_inputs_that_the_fastest_backend_cannot_take_go_to_torchs_attention_with_the_reason(gpu, monkeypatch):
     case = MeasuredCase("temporal", 40, 16, 16, "sm_90", "triton", "0.10 ms against sdpa's 0.30 ms")
     monkeypatch.setattr(dispatch_table, "PACKAGED", (case,))
     choice = default_choice("temporal", 40, 16, 16, torch.float64, GPU)
@@ -339,7 +339,7 @@ class FlashAttention(ModuleType):
 
 @pytest.mark.parametrize("name", ["geometry", "reference", "temporal"])
 def test_flash_attention_is_given_its_own_layout(name, monkeypatch):
-    """The package itself needs a GPU; what stands in for it here is its interface, computed by torch."""
+    """The package needs a GPU; here torch computes behind its interface."""
     monkeypatch.setitem(sys.modules, "flash_attn", FlashAttention("flash_attn"))
     inputs = inputs_for(name, num_tokens=5, width=10)
     monkeypatch.setitem(dispatch._CANDIDATES, "flash", dispatch._Candidate(flash))

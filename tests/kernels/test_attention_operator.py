@@ -1,6 +1,6 @@
-"""The one operator as torch sees it: opaque, differentiable, counted, kept by checkpointing, small in memory.
+"""The attention operator in torch: opaque, differentiable, counted, kept by checkpointing, small in memory.
 
-Its results are those of torch's CPU kernels here; what Triton computes has test files of its own.
+Here torch's CPU kernels compute it; Triton's kernels have test files of their own.
 """
 
 from collections import Counter
@@ -43,12 +43,12 @@ def packed(*shape, dtype=torch.float64):
 
 
 def shared(b, s, c, dtype=torch.float64):
-    """Key and value that the samples of each of b share, as halves of one projection."""
+    """Key and value, shared by the samples of each of b, as halves of one projection."""
     return random(b, s, 2 * c, dtype=dtype, seed=1).requires_grad_().chunk(2, dim=-1)
 
 
 def permuted(*shape, dtype=torch.float64):
-    """As temporal attention gives them: `(b f) n c` in memory, `b n f c` in shape."""
+    """Query, key and value of temporal attention: `(b f) n c` in memory, `b n f c` in shape."""
     b, n, f, c = shape
     return [rearrange(x, "(b f) n c -> b n f c", b=b) for x in packed(b * f, n, c, dtype=dtype)]
 
@@ -66,7 +66,7 @@ def as_leaves(inputs):
 
 
 class Calls(TorchDispatchMode):
-    """Counts the operators that reach the kernels, and remembers the last arguments of each."""
+    """Counts the operators that reach the kernels, and records the last arguments of each."""
 
     def __init__(self):
         super().__init__()
@@ -103,7 +103,7 @@ def test_the_cpu_path_is_torchs_own_attention_to_the_bit_where_the_layout_is_the
 
     ours, theirs = run(lambda leaves: segmented_attention(*leaves, num_heads=2)), run(with_torch)
     torch.testing.assert_close(ours, theirs)
-    if layout != "permuted":  # there the matrices lie otherwise in memory; and a shared gradient is summed otherwise
+    if layout != "permuted":  # there the memory layout differs, and a shared gradient is summed in another order
         assert all(torch.equal(mine, other) for mine, other in zip(ours[:4], theirs[:4], strict=True))
 
 
@@ -129,22 +129,22 @@ def test_the_gradient_of_a_shared_segment_is_the_sum_over_the_samples_that_read_
     torch.testing.assert_close(together, tuple(apart))
 
 
-def test_an_empty_shared_segment_is_none_at_all():
+def test_an_empty_shared_segment_equals_no_segment():
     query, key, value = packed(2, 3, 5, 12)
     none = segmented_attention(query, key, value, num_heads=2)
     empty = segmented_attention(query, key, value, key[:, 0, :0], value[:, 0, :0], num_heads=2)
     assert torch.equal(none, empty)
 
 
-def test_the_result_lies_in_memory_as_the_query_does():
-    """So temporal attention's result is contiguous as `(b f) n c`, and nobody copies it."""
+def test_the_result_has_the_memory_layout_of_the_query():
+    """So the result of temporal attention is contiguous as `(b f) n c`, and is never copied."""
     query, key, value = permuted(2, 3, 5, 12)
     output = segmented_attention(query, key, value, num_heads=2)
     assert rearrange(output, "b n f c -> (b f) n c").is_contiguous()
 
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
-def test_what_does_not_fit_together_is_refused_before_a_kernel_reads_beyond_it(implementation):
+def test_inputs_that_do_not_fit_together_are_refused_before_a_kernel_reads_beyond_them(implementation):
     query, key, value, *common = LAYOUTS["packed with a shared segment"](torch.float32)
 
     def refused(text, *inputs, num_heads=2):
@@ -164,14 +164,14 @@ def test_what_does_not_fit_together_is_refused_before_a_kernel_reads_beyond_it(i
 
 @pytest.mark.parametrize("implementation", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 @layouts
-def test_the_forward_is_registered_as_torch_wants_it(layout, implementation):
+def test_the_forward_passes_torchs_operator_checks(layout, implementation):
     inputs = as_leaves(LAYOUTS[layout](torch.float32))
     torch.library.opcheck(attention_operator._attention, (*inputs, 2, False, implementation))
 
 
 @pytest.mark.parametrize("implementation", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 @layouts
-def test_the_backward_is_registered_as_torch_wants_it(layout, implementation):
+def test_the_backward_passes_torchs_operator_checks(layout, implementation):
     inputs = [None if x is None else x.detach() for x in LAYOUTS[layout](torch.float32)]
     output, log_sum_exp = attention_operator._attention(*inputs, 2, False, implementation)
     arguments = (torch.ones_like(output), *inputs, output, log_sum_exp, 2, False, implementation)
@@ -274,8 +274,8 @@ def test_a_block_compiles_into_one_graph_with_the_same_outputs_and_gradients(bac
 
 
 @pytest.mark.parametrize("backend", [None, "triton"])
-def test_a_graph_compiled_for_one_length_takes_others(backend):
-    """torch makes a symbol of a length that changes, and the choice of a backend looks lengths up."""
+def test_a_graph_compiled_for_one_length_accepts_others(backend):
+    """torch replaces a changing length by a symbol, and the choice of a backend looks lengths up."""
 
     def attend(query, key, value):
         return geometry_attention(query, key, value, num_domains=3, num_heads=2, backend=backend)
@@ -316,7 +316,7 @@ def as_one_operator(query, key, value, *, num_domains, num_heads):
 
 
 def by_concatenating_and_repeating(query, key, value, *, num_domains, num_heads):
-    """Geometry attention as Wonder3D has it: the keys of all domains side by side, once more for every domain."""
+    """Geometry attention as in Wonder3D: the keys of all domains side by side, repeated for every domain."""
     joined = [rearrange(x, "(b m) n c -> b (m n) c", m=num_domains) for x in (key, value)]
     key, value = (repeat(x, "b n c -> (b m) n c", m=num_domains).contiguous() for x in joined)
     heads = (rearrange(x, "b n (heads d) -> b heads n d", heads=num_heads).contiguous() for x in (query, key, value))
@@ -324,10 +324,10 @@ def by_concatenating_and_repeating(query, key, value, *, num_domains, num_heads)
 
 
 def bytes_saved_and_peak(attend):
-    """What the backward keeps, and the most that is alive at once, for the widest geometry attention of 8 frames.
+    """Memory kept for the backward, and peak memory, of the widest geometry attention of 8 frames.
 
-    On fake tensors, so at its true size: 24 samples of 1536 tokens, 8 heads of 40, bfloat16. Scratch memory inside a
-    kernel is not seen.
+    On fake tensors, so at full size: 24 samples of 1536 tokens, 8 heads of 40, bfloat16. Scratch memory inside a kernel
+    is not counted.
     """
     with FakeTensorMode():
         projection = torch.empty(24, 1536, 960, dtype=torch.bfloat16, requires_grad=True)
@@ -344,7 +344,7 @@ def bytes_saved_and_peak(attend):
     return sum(saved.values()), live.peak
 
 
-def test_memory_of_our_form_beside_that_of_concatenating_and_repeating():
+def test_our_form_uses_less_memory_than_concatenating_and_repeating():
     samples, statistics = 24 * 1536 * 320 * 2, 24 * 1536 * 8 * 4  # bytes of one of q, k, v, o; of the log-sum-exp
     ours, our_peak = bytes_saved_and_peak(as_one_operator)
     theirs, their_peak = bytes_saved_and_peak(by_concatenating_and_repeating)

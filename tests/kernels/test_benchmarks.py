@@ -1,4 +1,4 @@
-"""The benchmark tells the truth: tried on a CPU from end to end, and its arithmetic on made-up measurements."""
+"""The benchmark: run on a CPU from end to end, and its arithmetic checked on made-up measurements."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ def run(*arguments):
 
 
 def rows_of(workload, times, *, errors=None, directions=("forward", "backward")):
-    """Rows as a run on a GPU would write them: milliseconds by contestant, for each direction."""
+    """Rows in the form of a run on a GPU: milliseconds by contestant, for each direction."""
     return [
         replace(
             describe(workload, backend=name, direction=direction, environment=H200),
@@ -64,7 +64,7 @@ def test_the_whole_path_runs_on_a_cpu_and_every_result_agrees_with_float64(tried
 
 
 @pytest.mark.slow
-def test_a_cpu_is_never_taken_for_a_gpu(tried):
+def test_a_measurement_on_a_cpu_never_counts_as_one_on_a_gpu(tried):
     text, output = tried
     rows = records.read_rows(output)
     assert {row.gpu for row in rows} == {"none (CPU)"}
@@ -76,7 +76,7 @@ def test_a_cpu_is_never_taken_for_a_gpu(tried):
 
 
 @pytest.mark.slow
-def test_a_rival_that_cannot_run_says_why(tried):
+def test_a_rival_that_cannot_run_is_listed_with_the_reason(tried):
     why_not = {row.backend: row.why_not for row in records.read_rows(tried[1]) if row.ms is None}
     assert "not installed" in why_not["flash_attn_4"]
     assert "backend" in why_not["sdpa_cudnn"]
@@ -84,7 +84,7 @@ def test_a_rival_that_cannot_run_says_why(tried):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_cut_off_goes_on_where_it_was(tried, tmp_path):
+def test_a_run_that_was_cut_off_resumes_where_it_was(tried, tmp_path):
     rows = records.read_rows(tried[1])
     records.write_rows([row for row in rows if row.backend != "torch"], tmp_path / "part.csv")
     resumed = run("--tiny", "--resume", "--output", tmp_path / "part.csv")
@@ -175,10 +175,10 @@ def test_every_target_of_the_issue_has_a_workload():
     assert covered == {target.label for target in records.TARGETS}
 
 
-def test_the_dispatch_table_takes_the_fastest_backend_of_both_directions_over_all_batches(tmp_path):
+def test_the_dispatch_table_has_the_fastest_backend_of_both_directions_over_all_batches(tmp_path):
     larger = replace(GEOMETRY, name="geometry d40 1536x3 B32", outer=32)
     rows = [
-        *rows_of(GEOMETRY, {"triton": 1.0, "sdpa": 0.9, "sdpa_cudnn": 0.1}),  # a rival that is no backend of ours
+        *rows_of(GEOMETRY, {"triton": 1.0, "sdpa": 0.9, "sdpa_cudnn": 0.1}),  # a rival that is not one of our backends
         *rows_of(larger, {"triton": 2.0, "sdpa": 3.0}),
     ]
     (case,) = records.dispatch_cases(rows)

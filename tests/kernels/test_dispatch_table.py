@@ -1,4 +1,4 @@
-"""The table that says which backend is fastest: what counts as measured, and what is said of everything else."""
+"""The table of the fastest backends: which cases count as measured, and the answer for all others."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_the_measured_lengths_choose_the_backend_that_was_fastest_there(table):
         assert (choice.backend, choice.reason) == (case.backend, case.reason)
 
 
-def test_the_nearest_measured_length_speaks_for_lengths_within_a_factor_of_two(table):
+def test_the_nearest_measured_length_applies_to_lengths_within_a_factor_of_two(table):
     backends = {n: fastest("geometry", 40, n, n, H200, table=table).backend for n in (768, 1536, 2500, 2800, 9216)}
     assert backends == {768: "sdpa", 1536: "sdpa", 2500: "sdpa", 2800: "triton", 9216: "triton"}
 
@@ -59,7 +59,7 @@ def test_an_empty_table_leaves_every_attention_to_torch(tmp_path):
     assert (choice.backend, choice.reason) == ("sdpa", "not measured on sm_90")
 
 
-def test_the_packaged_table_names_known_backends_and_states_what_was_measured():
+def test_the_packaged_table_names_known_backends_with_their_measurements():
     assert all(case.backend in ("triton", "sdpa", "flash") and " ms" in case.reason for case in PACKAGED)
     assert len({(c.function, c.head_width, c.num_queries, c.num_keys, c.architecture) for c in PACKAGED}) == len(
         PACKAGED

@@ -1,6 +1,6 @@
 """Group normalisation with SiLU: Triton's kernels (interpreted) beside torch's, both against float64; the operator.
 
-float32 and float16 only: the interpreter cuts bfloat16 off where a GPU rounds.
+float32 and float16 only: the interpreter truncates to bfloat16, while a GPU rounds.
 """
 
 import logging
@@ -19,7 +19,7 @@ from dreamdance_kernels.triton_kernels import group_norm
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = ("output", "gradient of the input", "gradient of the weight", "gradient of the bias")
-# what no computation escapes: the roundings along the way in single precision, that of the result in half precision
+# unavoidable roundings: those of intermediate values in single precision, that of the result in half precision
 FLOOR = {torch.float32: 4 * torch.finfo(torch.float32).eps, torch.float16: torch.finfo(torch.float16).eps / 2}
 OPERATORS = torch.ops.dreamdance
 
@@ -48,8 +48,8 @@ CASES = [
     Case((2, 80, 7, 9), 8),  # groups of 10 across two blocks of channels, the second cut off
     Case((1, 80, 1, 17), 4),  # groups of 20
     Case((2, 160, 1, 1), 4),  # groups of 40 at a single position
-    Case((2, 40, 17, 1), 40, mean=1.0),  # every channel for itself
-    Case((1, 200, 3, 5), 2),  # groups wider than what is combined at a time
+    Case((2, 40, 17, 1), 40, mean=1.0),  # every channel is its own group
+    Case((1, 200, 3, 5), 2),  # groups wider than the number of channels that are combined at once
     Case((1, 80, 12, 25), 8, mean=1000.0),  # three splits; a variance that E[x^2] - E[x]^2 has no digits for
     Case((2, 6, 9, 7), 1, mean=-3.0, activation=False),
 ]
@@ -61,7 +61,7 @@ def channels_last(images: Tensor) -> Tensor:
 
 @pytest.fixture
 def poison() -> Iterator[None]:
-    """Fresh memory is full of NaN: what a kernel leaves unwritten shows."""
+    """Fills new memory with NaN, so that elements which a kernel does not write show."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(4).isnan().all()
     yield
@@ -80,7 +80,7 @@ def run_kernels(case: Case, dtype: torch.dtype) -> list[Tensor]:
 
 
 def run_torch(case: Case, dtype: torch.dtype, *, computed_in: torch.dtype) -> list[Tensor]:
-    """torch's own, contiguous: on CPU its kernel for channels_last loses large means, which would be no bar at all."""
+    """torch's own result, contiguous: its CPU kernel for channels_last loses large means and would allow any error."""
     *inputs, gradient = (x.to(computed_in).contiguous() for x in case.inputs(dtype))
     inputs = [x.requires_grad_() for x in inputs]
     output = F.group_norm(inputs[0], case.num_groups, *inputs[1:], eps=1e-5)
@@ -89,7 +89,7 @@ def run_torch(case: Case, dtype: torch.dtype, *, computed_in: torch.dtype) -> li
 
 
 def check_errors(case: Case, dtype: torch.dtype) -> None:
-    """At most 1.1 times torch's error against float64, in norm and at worst, or the roundings nobody escapes."""
+    """Checks that norm and maximum of the error are at most 1.1 times torch's, or unavoidable roundings."""
     exact = run_torch(case, dtype, computed_in=torch.float64)
     plain = run_torch(case, dtype, computed_in=dtype)
     for name, ours, theirs, truth in zip(NAMES, run_kernels(case, dtype), plain, exact, strict=True):
@@ -121,7 +121,7 @@ def test_outputs_and_gradients_are_channels_last_and_the_same_bits_each_time():
 
 
 def test_one_outlier_in_front_does_not_spoil_the_deviation_of_the_rest():
-    """The sums are shifted by a channel's first value; squares around a far one alone would have no digits left."""
+    """The sums are shifted by the first value of a channel; squares around a single outlier would lose all digits."""
     hidden_states, weight, bias, _ = Case((1, 4, 16, 16), 4).inputs()
     hidden_states[..., 0, 0] = 1e4
     found = group_norm.forward(hidden_states, weight, bias, num_groups=4, eps=1e-5, activation=False)
@@ -136,7 +136,7 @@ def test_the_kernels_refuse_another_layout():
 
 
 @pytest.mark.parametrize("dtype", FLOOR, ids=str)
-def test_the_operator_on_a_gpu_gives_what_it_gives_on_cpu(dtype):
+def test_the_operator_gives_the_same_on_a_gpu_and_on_cpu(dtype):
     """The functions registered for GPUs, called here on CPU; a gradient may come in any layout."""
     hidden_states, weight, bias, gradient = CASES[1].inputs(dtype)
     arguments = hidden_states, weight, bias, 4, 1e-5, True
@@ -150,7 +150,7 @@ def test_the_operator_on_a_gpu_gives_what_it_gives_on_cpu(dtype):
 
 
 def check_alike(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """Within ten roundings, in dtype and strides."""
+    """Checks that results agree within ten roundings, and in dtype and strides."""
     tolerance = 10 * torch.finfo(found[0].dtype).eps
     for one, other in zip(found, expected, strict=True):
         assert one.stride() == other.stride()
@@ -228,7 +228,7 @@ def test_gradients_on_cpu_keep_dtype_and_layout_of_their_inputs(dtype):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("activation", [True, False])
-def test_both_operators_are_what_torch_expects_of_them(layout, activation):
+def test_both_operators_pass_torchs_checks(layout, activation):
     hidden_states, weight, bias, gradient = Case((2, 8, 5, 3), 4).inputs()
     inputs = [x.requires_grad_() for x in (hidden_states.contiguous(memory_format=layout), weight, bias)]
     torch.library.opcheck(OPERATORS.group_norm_silu, (*inputs, 4, 1e-5, activation))
@@ -261,7 +261,7 @@ def test_the_backward_keeps_the_input_and_no_second_image():
     assert sum(x.numel() for x in saved) == inputs[0].numel() + 2 * 80 + 2 * 16
 
 
-def test_which_implementation_runs_is_logged_once_with_the_reason(caplog, monkeypatch):
+def test_the_chosen_implementation_is_logged_once_with_the_reason(caplog, monkeypatch):
     monkeypatch.setattr(group_norm_operator, "_announced", set())
     hidden_states, weight, bias, _ = CASES[0].inputs()
     with caplog.at_level(logging.INFO, logger=group_norm_operator.__name__):

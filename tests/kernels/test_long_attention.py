@@ -23,9 +23,9 @@ from dreamdance_kernels.triton_kernels.tiles import Tile
 HEADS = 2
 SMALL_TILE = Tile(block_queries=32, block_keys=16, num_warps=4, num_stages=1)  # 63 rows: several blocks, a ragged end
 MAX_ERROR_RATIO = 1.1
-# What float32 may cost in any case, beside a plain torch that computes in float32 too and keeps its weights. Here they
-# are computed again from the log-sum-exp, around 8 and rounded three times on its way (from base 2, saved, to base 2):
-# half a unit in the last place is 4 eps of a weight each time. Of the exact result's norm; next to nothing in float16.
+# The unavoidable error of float32, compared with plain torch in float32, which keeps its weights. Here the weights
+# are computed again from the log-sum-exp, which is around 8 and rounded three times (from base 2, saved, to base 2):
+# half a unit in the last place is 4 eps of a weight each time. Relative to the exact norm; negligible in float16.
 FLOAT32_COST = 12 * torch.finfo(torch.float32).eps
 
 
@@ -67,7 +67,7 @@ SIZES = [
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Every tensor allocated and not yet written holds NaN, those of the launchers too."""
+    """Fills every newly allocated tensor with NaN, also those of the launchers."""
     torch.use_deterministic_algorithms(True)  # with torch.utils.deterministic.fill_uninitialized_memory, on by default
     assert torch.empty(3).isnan().all()
     yield
@@ -92,7 +92,7 @@ def plain_attention(operands: Operands) -> Tensor:
     """The backend `reference`, which takes both batch axes as one."""
     own = (rearrange(x, "b i n c -> (b i) n c") for x in (operands.query, operands.key, operands.value))
     shared = operands.shared_key, operands.shared_value
-    if operands.shared_key is None:  # samples without a shared segment, said through an empty one
+    if operands.shared_key is None:  # samples without a shared segment, given as an empty one
         shared = (operands.key[:, 0, :0], operands.value[:, 0, :0])
     output = reference.reference_attention(*own, *shared, num_heads=HEADS)
     return rearrange(output, "(b i) n c -> b i n c", b=operands.query.shape[0])
@@ -104,7 +104,7 @@ def plain_gradients(operands: Operands, grad_output: Tensor) -> list[Tensor]:
 
 
 def our_gradients(operands: Operands, grad_output: Tensor, *, deterministic: bool) -> list[Tensor]:
-    """In the order of the operands, those that were given."""
+    """The given operands in their order."""
     output, log_sum_exp = long_forward.forward(*operands, num_heads=HEADS, tile=SMALL_TILE)
     gradients = long_backward.backward(
         grad_output, *operands, output, log_sum_exp, num_heads=HEADS, deterministic=deterministic, tile=SMALL_TILE
@@ -127,10 +127,10 @@ def largest(errors: Tensor) -> Tensor:
 
 
 def assert_as_exact_as(plain: Tensor, *, ours: Tensor, exact: Tensor) -> None:
-    """At most 1.1 times plain torch's error, in the largest element and in the Frobenius norm."""
+    """Checks that largest element and Frobenius norm of the error are at most 1.1 times those of plain torch."""
     assert ours.dtype == plain.dtype
     assert ours.shape == exact.shape
-    # One element's error is a matter of luck below what rounding the result to its dtype costs.
+    # The error of one element is random below the rounding of the result to its dtype.
     granted = {torch.linalg.vector_norm: FLOAT32_COST, largest: max(FLOAT32_COST, torch.finfo(plain.dtype).eps / 2)}
     for norm, share in granted.items():
         error, plain_error = norm(ours - exact), norm(plain - exact)
@@ -163,7 +163,7 @@ def test_every_gradient_is_as_exact_as_plain_torch(sizes, dtype, deterministic):
 
 @pytest.fixture
 def reversed_programs(monkeypatch):
-    """Run the last program of every grid first, as a GPU may."""
+    """Runs the last program of every grid first, which a GPU may do."""
     builder = interpreter.interpreter_builder
     in_order = builder.set_grid_idx
     monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: in_order(builder.grid_dim[0] - 1 - x, y, z))
@@ -183,7 +183,7 @@ def test_deterministic_backward_is_the_same_to_the_bit_whichever_program_runs_fi
 
 def test_fast_backward_leaves_only_the_query_gradient_to_the_order_of_programs(request):
     (query, query_reversed), *others = gradients_in_both_orders(request, deterministic=False)
-    assert not torch.equal(query, query_reversed)  # else the test above would prove nothing
+    assert not torch.equal(query, query_reversed)  # otherwise the test above would prove nothing
     assert all(torch.equal(one, other) for one, other in others)
 
 
@@ -195,7 +195,7 @@ def test_a_key_that_is_alone_gets_all_the_weight(deterministic):
     assert torch.equal(output, operands.value)
     query, key, value = our_gradients(operands, grad_output, deterministic=deterministic)
     assert torch.equal(value, grad_output)
-    # Zero, as the difference of two sums of the same 40 products: what is left is their rounding.
+    # The exact value is zero, the difference of two sums of the same 40 products: the result is their rounding.
     rounding = torch.finfo(torch.float32).eps * (grad_output * operands.value).abs().sum() * 40**-0.5
     assert query.abs().max() <= rounding * operands.key.abs().max()
     assert key.abs().max() <= rounding * operands.query.abs().max()
@@ -241,7 +241,7 @@ def test_frames_behind_tokens_are_read_and_written_in_place():
 def assert_views_are_as_exact_as_plain_torch(
     views: Operands, chunks: Sequence[Tensor], *, back: Callable[[Tensor], Tensor], plain: Callable[..., Tensor]
 ) -> None:
-    """Output and gradients on views of a packed projection; they are contiguous once turned back, hence not copied."""
+    """Output and gradients on views of a packed projection; rearranged back they are contiguous, never copied."""
     assert all(x.untyped_storage().data_ptr() == chunks[0].untyped_storage().data_ptr() for x in views[:3])
     grad_output = random_gradient(views)
     ours = [long_forward.forward(*views, num_heads=HEADS, tile=SMALL_TILE)[0]]
@@ -274,7 +274,10 @@ def test_the_table_s_tiles_span_several_blocks_too(head_width):
 
 
 def test_rows_that_lie_two_gibi_elements_apart_are_reached(tmp_path):
-    width, row = HEADS * 24, 2**31 // 31 + 1  # one block of 32 rows passes 2^31; of the sparse file only the rows exist
+    width, row = (
+        HEADS * 24,
+        2**31 // 31 + 1,
+    )  # one block of 32 rows crosses 2^31; only the used rows of the sparse file take space
     storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=32 * row + 3 * width, dtype=torch.float16)
     far = Operands(*(storage.as_strided((1, 1, 33, width), (1, 1, row, 1), part * width) for part in range(3)))
     near = random_operands(Sizes(1, 1, 33, 33, None, head_width=24), torch.float16)
@@ -300,7 +303,7 @@ def test_padded_keys_leave_no_trace_where_every_score_is_far_below_zero(determin
     assert all(one.isfinite().all() for one in ours)
 
 
-@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # by a number of samples that is not used then
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # the number of samples is not used then
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_without_queries_or_samples_there_is_no_gradient(deterministic):
     for sizes in (Sizes(1, 2, 0, 5, 3, 40), Sizes(0, 2, 5, 5, 3, 40), Sizes(1, 0, 5, 5, 3, 40)):
@@ -325,7 +328,7 @@ def test_heads_are_split_into_powers_of_two():
         split_width(257)
 
 
-def test_what_the_kernels_would_misread_is_refused():
+def test_inputs_that_the_kernels_would_misread_are_refused():
     operands = random_operands(SIZES[0], torch.float32)
     query, key, value, _, _ = operands
     with pytest.raises(ValueError, match="query has strides"):

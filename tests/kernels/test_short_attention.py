@@ -1,7 +1,7 @@
 """Path S of the attention operator in Triton's interpreter, against float64 and beside plain torch in the same dtype.
 
 float32 and float16 only: the interpreter multiplies the bit patterns of bfloat16 and would test nothing. It runs the
-programs one after the other, so what it shows of races is that no program reads or writes another's rows.
+programs one after the other, so it can show only that no program reads or writes the rows of another.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ MACHINES = {"sm_80": (8, 0), "sm_90": (9, 0)}  # tiles of 32 and of 64 rows
 
 @dataclass(frozen=True)
 class Sizes:
-    """Two clips of so many frames and places, and so many heads of one width."""
+    """Two clips with the given numbers of frames, places and heads."""
 
     frames: int
     places: int
@@ -57,7 +57,7 @@ def packed(sizes: Sizes, dtype: torch.dtype, *, seed: int = 0) -> Tensor:
 
 
 def cotangent(sizes: Sizes, dtype: torch.dtype) -> Tensor:
-    """Of the output, `(b f) n c`."""
+    """A gradient of the output, `(b f) n c`."""
     return packed(sizes, dtype, seed=1).chunk(3, dim=-1)[0].contiguous()
 
 
@@ -92,9 +92,9 @@ def from_torch(projection: Tensor, grad_output: Tensor, sizes: Sizes) -> list[Te
 def assert_as_exact_as_torch(projection: Tensor, grad_output: Tensor, sizes: Sizes) -> None:
     """Root mean square and largest error of the output and of each gradient, against float64.
 
-    What is a matter of luck between two correct orders of summation is allowed for: a quarter of a float32 unit in the
-    last place in the root mean square (nothing beside the errors of float16), and in the largest of some thousand
-    errors two of these and a quarter of one in the result's own dtype.
+    The random difference between two correct orders of summation is allowed: in the root mean square a quarter of a
+    float32 unit in the last place (negligible beside the errors of float16), and in the largest of some thousand errors
+    two of these units and a quarter of one in the dtype of the result.
     """
     ours = from_kernel(projection, grad_output, sizes)
     plain = from_torch(projection, grad_output, sizes)
@@ -166,8 +166,8 @@ def test_every_tensor_may_have_strides_of_its_own():
         assert torch.equal(result, plain)
 
 
-def test_nothing_beside_the_inputs_is_read():
-    """Not a number lies before and after every row, place and frame; one read of it would show in its tile."""
+def test_nothing_outside_of_the_inputs_is_read():
+    """NaN surrounds every row, place and frame; one read of it would show in its tile."""
     projection, grad_output = packed(STRIDED, torch.float32), cotangent(STRIDED, torch.float32)
     operands = [by_place(x, STRIDED.frames) for x in (*projection.chunk(3, dim=-1), grad_output)]
     among_nan = []
@@ -229,8 +229,8 @@ def test_more_places_than_a_second_grid_axis_has_are_all_computed(monkeypatch):
 
 @pytest.mark.parametrize("axis", ["clip", "place", "frame"])
 def test_clips_places_and_frames_may_lie_more_than_2_to_the_31_elements_away(axis):
-    """In a buffer of 4 GiB of which only the pages that are touched ever exist."""
-    far = 2**30 + 64  # itself below 2^31; twice as far is not
+    """Uses a buffer of 4 GiB, of which only the used pages take memory."""
+    far = 2**30 + 64  # the offset is below 2^31; twice the offset is not
     buffer = torch.empty(2 * far + 1024, dtype=torch.float16)
     shape = {"clip": (3, 2, 2, 16), "place": (2, 3, 2, 16), "frame": (2, 2, 3, 16)}[axis]
     strides = {"clip": (far, 64, 16, 1), "place": (64, far, 16, 1), "frame": (64, 16, far, 1)}[axis]
@@ -249,7 +249,7 @@ def test_no_clips_or_no_places_give_empty_results(clips, places):
     assert [x.shape for x in run(empty, empty, empty, empty, 1)] == [empty.shape] * 4
 
 
-def test_what_the_kernel_cannot_take_is_refused():
+def test_inputs_that_the_kernel_cannot_take_are_refused():
     fits = torch.zeros(1, 2, 4, 16)
     with pytest.raises(ValueError, match=r"\(1, 2, 33, 16\); path S takes .* l in 1\.\.\.32"):
         short.forward(*[torch.zeros(1, 2, 33, 16)] * 3, num_heads=1)

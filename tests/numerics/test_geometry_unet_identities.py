@@ -1,4 +1,4 @@
-"""Identities of stage 1's denoiser: Stable Diffusion until its branches move (C3), and then what the paper says."""
+"""Identities of stage 1's denoiser: Stable Diffusion until its branches move (C3), then the paper's."""
 
 import pytest
 import torch
@@ -135,7 +135,7 @@ def test_the_branches_matter_once_their_projections_have_moved():
         assert not torch.allclose(run(moved, *inputs), untouched, rtol=1e-3)
 
 
-def test_the_domain_embedding_tells_domains_apart_from_the_first_step():
+def test_the_domain_embedding_distinguishes_domains_from_the_first_step():
     unet = make_unet()
     one_latent = draw(1, 4, 6, 4).expand(BATCH, -1, -1, -1)
     _, _, conditioning = make_inputs()
@@ -206,7 +206,7 @@ def test_temporal_attention_mixes_the_frames_of_a_clip_within_each_domain_only()
 
 
 def reference_features(unet, num_clips=NUM_CLIPS, seed=3):
-    """As many tokens as the reference UNet gives at each block for 6 x 4 latents."""
+    """Random features with the numbers of tokens of the reference UNet at each block for 6 x 4 latents."""
     base = make_base(**LOWER_LEVEL_ONLY).double()
     reference_unet = ReferenceUNetModel.from_unet2d(base)
     assert reference_unet.block_names == unet.block_names
@@ -285,7 +285,7 @@ def test_in_bfloat16_by_autocast_or_by_weights_the_result_is_that_of_float32_to_
 
 
 def all_gradients(*, checkpointing):
-    """Gradients of all three networks of step 1 to 3 in one backward pass."""
+    """Gradients of all three networks of steps 1 to 3 in one backward pass."""
     base = make_base(**LOWER_LEVEL_ONLY).double()
     unet = make_unet(base, moved=["geometry", "temporal"], geometry_attention=True, temporal_attention=True)
     reference_unet = ReferenceUNetModel.from_unet2d(base)

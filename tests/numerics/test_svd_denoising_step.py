@@ -1,4 +1,4 @@
-"""Steps of diffusers' own StableVideoDiffusionPipeline, taken again with the parts of which stage 2 is made."""
+"""Steps of diffusers' own StableVideoDiffusionPipeline, repeated with the parts of stage 2."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ FPS, MOTION_BUCKET, NOISE_AUGMENTATION = 8, 100, 0.1
 
 
 class FirstCall:
-    """Keeps what a UNet was first called with, and what it returned."""
+    """Records the arguments and the result of the first call of a UNet."""
 
     def __init__(self, unet: nn.Module) -> None:
         self.inputs: dict[str, Tensor] = {}
@@ -70,7 +70,7 @@ def run_diffusers(svd: StableVideoDiffusionPipeline, *, guidance: float, **argum
 def our_conditions(svd: StableVideoDiffusionPipeline) -> dict[str, Tensor]:
     """Conditioning latents `b f c h w`, image embedding and added time ids, as stage 2 makes them."""
     pixel_noise = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(4))
-    # strengths are in units of pixels in [-1, 1], half of which is one in [0, 1]
+    # strengths are in units of pixels in [-1, 1], which are half of those in [0, 1]
     noised = reference_image() + 0.5 * NOISE_AUGMENTATION * pixel_noise
     latents = encode_latents(svd.vae, noised, scaled=False)
     return {
@@ -80,7 +80,7 @@ def our_conditions(svd: StableVideoDiffusionPipeline) -> dict[str, Tensor]:
     }
 
 
-def test_the_unet_is_given_what_svd_s_pipeline_gives_it(svd):
+def test_the_unet_gets_the_same_inputs_as_in_svd_s_pipeline(svd):
     call = FirstCall(svd.unet)
     run_diffusers(svd, guidance=1.0, output_type="latent")
     sigma = svd.scheduler.sigmas[0]
@@ -93,7 +93,7 @@ def test_the_unet_is_given_what_svd_s_pipeline_gives_it(svd):
     assert torch.equal(conditions["added_time_ids"], call.inputs["added_time_ids"])
 
 
-def test_a_dropped_reference_is_what_svd_s_pipeline_guides_away_from(svd):
+def test_a_dropped_reference_equals_the_unconditional_input_of_svd_s_pipeline(svd):
     call = FirstCall(svd.unet)
     run_diffusers(svd, guidance=2.5, output_type="latent")
     conditions = our_conditions(svd)
@@ -104,7 +104,7 @@ def test_a_dropped_reference_is_what_svd_s_pipeline_guides_away_from(svd):
     assert_close_to_rounding(conditions["embedding"], embedding[1:])
 
 
-def test_one_denoising_step_is_svd_s(svd):
+def test_one_denoising_step_equals_that_of_svd(svd):
     call, after = FirstCall(svd.unet), []
     run_diffusers(
         svd,

@@ -1,4 +1,4 @@
-"""Stage 2's objective, as it runs, against one step of diffusers' SVD pipeline and Euler scheduler."""
+"""The objective of stage 2 against one step of diffusers' SVD pipeline and Euler scheduler."""
 
 import math
 from typing import Any
@@ -21,7 +21,7 @@ from dreamdance.training.objectives.animation import AnimationObjective
 SIZE, NUM_FRAMES = 32, 3
 FPS, MOTION_BUCKET, NOISE_AUGMENTATION = 8.0, 100, 0.1
 KEY = [7, 1, 42]
-# a draw's logarithm varies by this only, so that sigma and the augmentation's strength are what a test wants
+# logarithms of draws vary only by this, so that a test can choose sigma and the strength of the augmentation
 NEARLY_FIXED = 1e-9
 
 
@@ -60,7 +60,7 @@ def make_batch() -> ClipBatch:
 
 
 def noisy_latents(svd: StableVideoDiffusionPipeline, batch: ClipBatch, sigma: float) -> tuple[Tensor, Tensor]:
-    """Clean target latents and what the objective makes of them at `sigma`."""
+    """Clean target latents and the intermediate values of the objective at `sigma`."""
     latents = encode_latents(svd.vae, rearrange(batch.rgb, "b f c h w -> (b f) c h w"))
     latents = rearrange(latents, "(b f) c h w -> b f c h w", b=1)
     return latents, latents + sigma * draw_noise([KEY], latents.shape[1:])
@@ -69,12 +69,12 @@ def noisy_latents(svd: StableVideoDiffusionPipeline, batch: ClipBatch, sigma: fl
 def run_diffusers_once(
     svd: StableVideoDiffusionPipeline, batch: ClipBatch, noisy: Tensor, sigma: float
 ) -> dict[str, Any]:
-    """What diffusers gives its UNet at `sigma`, and the denoised latents it makes of the output."""
+    """The inputs of diffusers' UNet at `sigma`, and the denoised latents that it computes from the output."""
     record: dict[str, Any] = {}
 
     def keep(_: Any, positional: tuple[Tensor, ...], named: dict[str, Any], output: tuple[Tensor]) -> None:
         record.update(sample=positional[0], timestep=positional[1], **named)
-        # the step that follows, taken here because the pipeline hands on the next latents alone
+        # the step itself, repeated here because the pipeline returns only the next latents
         scheduler = make_svd_scheduler()
         scheduler.set_timesteps(sigmas=[sigma, 0.0])
         scheduler.scale_model_input(noisy, scheduler.timesteps[0])
@@ -103,7 +103,7 @@ def run_diffusers_once(
 
 
 @pytest.mark.parametrize("sigma", [0.05, 1.0, 20.0])
-def test_objective_gives_its_networks_what_diffusers_gives_svd(svd, sigma):
+def test_the_objective_gives_its_networks_the_inputs_that_diffusers_gives_svd(svd, sigma):
     batch = make_batch()
     _, noisy = noisy_latents(svd, batch, sigma)
     expected = run_diffusers_once(svd, batch, noisy, sigma)
@@ -116,7 +116,7 @@ def test_objective_gives_its_networks_what_diffusers_gives_svd(svd, sigma):
     assert_close_to_rounding(sample, expected["sample"])
     assert_close_to_rounding(embeddings, expected["encoder_hidden_states"])
     torch.testing.assert_close(added_time_ids, expected["added_time_ids"], rtol=1e-6, atol=0)
-    # ln(1) / 4 is 0 but for rounding
+    # ln(1) / 4 is 0 up to rounding
     torch.testing.assert_close(timestep[0], expected["timestep"], rtol=1e-5, atol=1e-7)
 
 

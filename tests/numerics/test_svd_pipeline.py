@@ -25,9 +25,9 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def animation_of(svd: StableVideoDiffusionPipeline) -> AnimationPipeline:
-    """Our pipeline of the same networks, its control links at their zero initialisation.
+    """Our pipeline with copies of the same networks, its control branches at their zero initialisation.
 
-    Of copies: it folds temporal convolutions, and theirs is to run as diffusers wrote it.
+    Copies, because it folds temporal convolutions, and the networks of diffusers must stay unchanged.
     """
     torch.manual_seed(1)
     pipeline = AnimationPipeline(
@@ -44,7 +44,7 @@ def animation_of(svd: StableVideoDiffusionPipeline) -> AnimationPipeline:
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
 def test_without_control_every_step_is_that_of_diffusers_svd_pipeline(svd, guidance_scale):
-    """The reference has CLIP's own size, since the two resize for CLIP by different filters."""
+    """The reference has the input size of CLIP, because the two pipelines resize with different filters."""
     num_frames, num_steps = 3, 4
     image = random_pictures(1, 3, SIZE, SIZE, seed=5)
     initial = torch.randn(1, num_frames, 4, SIZE // 2, SIZE // 2, generator=seeded(6))

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # A real Slurm cluster on one machine, for tests: munge, a controller, and several nodes, without systemd or accounting.
 #   cluster.sh start DIR [NODES]    up in about a second; then: export SLURM_CONF=DIR/slurm.conf
-#   cluster.sh stop DIR             ends everything and forgets all jobs
-#   cluster.sh kill-node DIR K      power failure of node K: all of its processes are gone
-#   cluster.sh kill-daemon DIR K    only the slurmd of node K is gone
+#   cluster.sh stop DIR             ends all processes and deletes the records of all jobs
+#   cluster.sh kill-node DIR K      power failure of node K: kills all of its processes
+#   cluster.sh kill-daemon DIR K    kills only the slurmd of node K
 #   cluster.sh start-node DIR K     starts node K, or its slurmd
 # Needs root and the Debian packages slurm-wlm and munge. Each node is a slurmd in namespaces of its own: a host name, a
-# /proc, a /dev/shm, and an /etc/hosts that knows the other nodes. What jobs do to one another there is what they would
-# do on as many machines that share a file system.
+# /proc, a /dev/shm, and an /etc/hosts with the other nodes. Jobs affect each other as on as many machines that share a
+# file system.
 # Environment: CPUS=4 per node, MEMORY_MIB=8000 per node, GRACE_SECONDS=15 for a pre-empted job to save, PORT=17800 is
-# the first of NODES + 1 ports, FIRST_JOB_ID=1 (a wiped cluster hands out the same ids again).
+# the first of NODES + 1 ports, FIRST_JOB_ID=1 (a new cluster assigns the same ids again).
 set -euo pipefail
 
 PATH=$PATH:/usr/sbin
@@ -48,7 +48,7 @@ configure() { # NODES
         echo "127.0.0.$((10 + number)) node$number" >>"$folder/hosts"
     done
     [ -f "$folder/munge/key" ] || (umask 077 && head -c 128 /dev/urandom >"$folder/munge/key")
-    # What stands for two GPUs need only be files: Slurm hands their numbers out, as it would hand out GPUs.
+    # Two files in the place of GPUs are enough: Slurm allocates their numbers like those of GPUs.
     echo 'Name=gpu File=/dev/tty[0-1]' >"$folder/gres.conf"
     cat >"$SLURM_CONF" <<CONF
 ClusterName=test
@@ -57,7 +57,7 @@ SlurmctldPort=$port
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# Slurm starts a requeued job only after its old credential has expired: 120 s where nobody says otherwise.
+# Slurm starts a requeued job only after its old credential has expired: 120 s by default.
 AuthInfo=socket=$folder/munge/socket,cred_expire=5
 CredType=cred/munge
 SlurmctldPidFile=$folder/run/slurmctld.pid
@@ -79,12 +79,12 @@ AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 FirstJobId=${FIRST_JOB_ID:-1}
 MinJobAge=3600
-# A slurmd answers only when what it is to end has ended, after KillWait at the latest. Slurm repeats what it got no
-# answer to after a minute, and would end the step of the same number that a requeued job has begun by then.
+# A slurmd answers only after the processes that it must end have ended, after KillWait at the latest. Slurm repeats a
+# request without an answer after a minute, and would then end the step of the same number of the requeued job.
 MessageTimeout=15
 KillWait=5
 SlurmdTimeout=10
-# 2: a node that was killed serves again as soon as its slurmd is back
+# 2: a node that was killed is used again as soon as its slurmd runs
 ReturnToService=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -98,7 +98,7 @@ CONF
 
 start_node() { # K
     local name=node$1 first=$folder/run/node$1.pid
-    if is_alive "$first"; then # the node is up; perhaps only its daemon is gone
+    if is_alive "$first"; then # the node is up; its daemon may have been killed
         local inside
         inside=$(pgrep -P "$(cat "$first")")
         nsenter -t "$inside" -a pgrep -x slurmd >/dev/null ||
@@ -106,7 +106,7 @@ start_node() { # K
         return
     fi
     rm -f "$folder/run/slurmd-$name.pid"
-    # The namespace's first process only reaps, so that slurmd can be killed without the node.
+    # The first process of the namespace only collects ended children, so that slurmd can be killed without the node.
     setsid unshare --uts --pid --mount --mount-proc --fork --kill-child bash -c "
         hostname $name
         mount --bind '$folder/hosts' /etc/hosts
@@ -125,7 +125,7 @@ start)
     done
     unshare --uts --pid --mount --mount-proc --fork true || fail "this machine permits no namespaces (unshare)"
     configure "${3:-4}"
-    # Forced, because a test may have a folder that others cannot enter; here everything is root's.
+    # Forced, because the folder of a test may be closed to other users; all files here belong to root.
     is_alive "$folder/run/munged.pid" || munged --force --key-file="$folder/munge/key" --socket="$folder/munge/socket" \
         --pid-file="$folder/run/munged.pid" --log-file="$folder/munge/log" --seed-file="$folder/munge/seed"
     wait_for 10 test -S "$folder/munge/socket" || fail "munged does not answer: $folder/munge/log"
@@ -137,14 +137,14 @@ start)
 stop)
     [ -f "$SLURM_CONF" ] || exit 0
     end_process "$folder/run/slurmctld.pid" KILL
-    # `unshare --kill-child` takes everything in the node's process namespace with it.
+    # `unshare --kill-child` kills all processes in the process namespace of the node.
     for first in "$folder"/run/node*.pid; do end_process "$first" KILL; done
     end_process "$folder/run/munged.pid" TERM
     rm -rf "${folder:?}"/{run,state,spool}
     ;;
 kill-node) end_process "$folder/run/node${3:?which node}.pid" KILL ;;
 kill-daemon)
-    # Its job steps are processes of their own (slurmstepd) and go on.
+    # Its job steps are processes of their own (slurmstepd) and continue.
     inside=$(pgrep -P "$(cat "$folder/run/node${3:?which node}.pid")")
     nsenter -t "$inside" -a pkill -KILL -x slurmd
     ;;

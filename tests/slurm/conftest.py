@@ -1,4 +1,4 @@
-"""One real Slurm for all tests of this folder; where it cannot be had, they are skipped and say why."""
+"""One real Slurm cluster for all tests of this folder; without one, the tests are skipped with the reason."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ REQUIRED = "DREAMDANCE_SLURM_REQUIRED"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """They start processes, so they run with the distributed tests, one after the other."""
+    """Marks the tests of this folder: they start processes, so they run with the distributed tests, one at a time."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             for name in ("slurm", "distributed", "slow"):
@@ -21,15 +21,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def unavailable() -> str | None:
-    """Why there can be no cluster here."""
+    """The reason why no cluster can be started here, or None."""
     missing = [program for program in PROGRAMS if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin") is None]
     if missing:
         return f"no Slurm here: {', '.join(missing)} missing (Debian: apt-get install slurm-wlm munge)"
-    return None if os.geteuid() == 0 else "starting nodes of a Slurm cluster takes root"
+    return None if os.geteuid() == 0 else "starting nodes of a Slurm cluster needs root"
 
 
-def start(cluster: Cluster) -> None:
-    """Starts a cluster, or skips the test that wants it; where it is required, it fails."""
+def start_or_skip(cluster: Cluster) -> None:
+    """Starts a cluster, or skips the test; where Slurm is required, the test fails instead."""
     reason = unavailable()
     if reason is None:
         done = cluster.control("start", cluster.nodes, check=False)
@@ -43,17 +43,17 @@ def start(cluster: Cluster) -> None:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Four nodes of four processors."""
+    """A cluster of four nodes with four processors each."""
     cluster = Cluster(tmp_path_factory.mktemp("slurm"))
-    start(cluster)
+    start_or_skip(cluster)
     yield cluster
     cluster.stop()
 
 
 @pytest.fixture
 def small_cluster(tmp_path: Path) -> Iterator[Cluster]:
-    """A node of a test's own, that it may wipe."""
+    """A cluster of one node for one test, which may destroy it."""
     cluster = Cluster(tmp_path / "slurm", nodes=1)
-    start(cluster)
+    start_or_skip(cluster)
     yield cluster
     cluster.stop()

@@ -1,4 +1,4 @@
-"""A training on two nodes is struck again and again, goes on by itself each time, and computes what it would have."""
+"""A training on two nodes with many faults: it resumes by itself after each, and computes the same losses."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ def run(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, shards: Path
         "cluster.step_timeout_seconds": STEP_TIMEOUT_SECONDS,
         "cluster.partition": "low",
     }
-    run = Run(cluster, folder, write_training(folder, shards, changes), "struck")
+    run = Run(cluster, folder, write_training(folder, shards, changes), "faulty")
     submitted = run.launch()
     assert submitted.returncode == 0, submitted.stderr
     yield run
@@ -39,7 +39,7 @@ def run(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, shards: Path
 
 @pytest.fixture(autouse=True)
 def running(run: Run) -> None:
-    """Each test finds it in full swing, with a checkpoint of this very start, and a few steps past it."""
+    """Each test begins while the run takes steps, some steps after a checkpoint of the current start."""
     run.wait_for_steps(EVERY_STEPS // 2)
     newest = run.complete_steps()[-1]  # a run that fails twice without progress ends for good
     wait_until(lambda: run.complete_steps()[-1] > newest, "a newer checkpoint")
@@ -47,7 +47,7 @@ def running(run: Run) -> None:
 
 
 def assert_resumed_without_a_difference(run: Run, recovery: Recovery) -> None:
-    """Nothing but the steps since the newest checkpoint is done again, and those give the same losses."""
+    """Checks that only the steps since the newest checkpoint are done again, and that they give the same losses."""
     assert recovery.first_step - 1 in (*run.complete_steps(), 0)
     losses: dict[int, set[float]] = {}
     for step in run.steps():
@@ -61,7 +61,7 @@ def record(fault: str, how: str, promised: str, recovery: Recovery) -> None:
         fault,
         how=how,
         promised=promised,
-        happened="the job went back into the queue by itself and on with the same losses",
+        happened="the job was requeued by itself and resumed with the same losses",
         detected_seconds=recovery.detected_seconds,
         resumed_seconds=recovery.resumed_seconds,
         steps_lost=recovery.steps_lost,
@@ -69,7 +69,7 @@ def record(fault: str, how: str, promised: str, recovery: Recovery) -> None:
 
 
 def test_a_time_limit_that_comes_while_a_rank_waits_in_a_collective_costs_no_step(run, cluster):
-    """Rank 1 is held up, so that rank 0 sits in a collective when Slurm's warning arrives; then rank 1 goes on."""
+    """Rank 1 is stopped, so that rank 0 waits in a collective when Slurm's warning arrives; then rank 1 continues."""
     job_id = run.job.job_id
     held = run.rank_pids()[1]
 
@@ -78,7 +78,7 @@ def test_a_time_limit_that_comes_while_a_rank_waits_in_a_collective_costs_no_ste
         cluster.slurm("scontrol", "update", f"JobId={job_id}", f"TimeLimit={minutes}")
         wait_until(lambda: "SIGUSR2" in run.log(0), "the warning", 70)
 
-    # Rank 0's wait for rank 1 is short enough for its watchdog, and there when the signal arrives.
+    # Rank 0 waits for rank 1 when the signal arrives, for less time than its watchdog allows.
     def warn() -> None:
         os.kill(held, signal.SIGSTOP)
         try:
@@ -94,7 +94,7 @@ def test_a_time_limit_that_comes_while_a_rank_waits_in_a_collective_costs_no_ste
     record(
         "the warning before the time limit, in a collective",
         "USR2 to the job while rank 0 waits for rank 1",
-        "all ranks save at a step's end, the job goes on",
+        "all ranks save at the end of a step, the job resumes",
         recovery,
     )
 
@@ -109,7 +109,7 @@ def _run_seconds(cluster: Cluster, job_id: str) -> int:
     return 3600 * int(hours) + 60 * int(minutes) + int(seconds)
 
 
-def test_a_rank_that_hangs_ends_the_job_within_the_step_time_out_and_it_goes_on(run, cluster):
+def test_a_rank_that_hangs_ends_the_job_within_the_step_time_out_and_the_job_resumes(run, cluster):
     held = run.rank_pids()[1]
 
     def hang() -> None:
@@ -123,20 +123,20 @@ def test_a_rank_that_hangs_ends_the_job_within_the_step_time_out_and_it_goes_on(
     record("rank stopped", "SIGSTOP to one rank", "the watchdog ends the job", recovery)
 
 
-def test_a_killed_rank_ends_the_others_and_the_job_goes_on(run):
-    recovery = measure_recovery(run, lambda: run.strike_rank(1, signal.SIGKILL))
+def test_a_killed_rank_ends_the_others_and_the_job_resumes(run):
+    recovery = measure_recovery(run, lambda: run.signal_rank(1, signal.SIGKILL))
     assert recovery.detected_seconds < 20
     assert_resumed_without_a_difference(run, recovery)
-    record("rank killed", "SIGKILL to one rank", "the others end, the job goes on", recovery)
+    record("rank killed", "SIGKILL to one rank", "the others end, the job resumes", recovery)
 
 
 def test_a_requeue_without_warning_resumes_from_the_newest_checkpoint(run, cluster):
     recovery = measure_recovery(run, lambda: cluster.slurm("scontrol", "requeue", run.job.job_id))
     assert_resumed_without_a_difference(run, recovery)
-    record("requeued by somebody", "scontrol requeue", "goes on from the newest checkpoint", recovery)
+    record("requeued by somebody", "scontrol requeue", "resumes from the newest checkpoint", recovery)
 
 
-def test_a_job_of_a_higher_partition_may_take_the_nodes_for_a_while(run, cluster):
+def test_a_job_of_a_higher_partition_preempts_the_run_which_resumes_later(run, cluster):
     def take_all_nodes() -> None:
         cluster.slurm(
             "sbatch", "--partition=high", "--nodes=4", "--exclusive", "--time=1", "--output=/dev/null", "--wrap=sleep 3"
@@ -145,20 +145,20 @@ def test_a_job_of_a_higher_partition_may_take_the_nodes_for_a_while(run, cluster
     recovery = measure_recovery(run, take_all_nodes)
     assert recovery.steps_lost == 0, "it was warned, so it saved"
     assert_resumed_without_a_difference(run, recovery)
-    record("pre-emption", "a job of a higher partition wants all nodes", "saves, gives way, goes on", recovery)
+    record("pre-emption", "a job of a higher partition wants all nodes", "saves, ends, resumes later", recovery)
 
 
 def test_a_lost_node_is_replaced_by_another(run, cluster):
     lost = cluster.show(run.job.job_id)["BatchHost"]
     recovery = measure_recovery(run, lambda: cluster.control("kill-node", lost.removeprefix("node")))
-    assert lost not in run.say("status").partition("nodes")[2].splitlines()[0]
+    assert lost not in run.run_verb("status").partition("nodes")[2].splitlines()[0]
     assert_resumed_without_a_difference(run, recovery)
     record("node lost", "all processes of the batch host's node killed", "requeued on other nodes", recovery)
     cluster.control("start-node", lost.removeprefix("node"))
     wait_until(lambda: cluster.node_states()[lost] != "down", "the node's return", 30)
 
 
-def test_a_lost_daemon_is_as_a_lost_node(run, cluster):
+def test_a_lost_daemon_is_handled_like_a_lost_node(run, cluster):
     lost = cluster.show(run.job.job_id)["BatchHost"]
     recovery = measure_recovery(run, lambda: cluster.control("kill-daemon", lost.removeprefix("node")))
     assert_resumed_without_a_difference(run, recovery)
@@ -168,11 +168,11 @@ def test_a_lost_daemon_is_as_a_lost_node(run, cluster):
 
 
 @pytest.mark.parametrize("verb", ["kill-node", "kill-daemon"])
-def test_a_node_lost_under_another_rank_than_the_first_ends_the_job_there_and_it_goes_on(run, cluster, verb):
-    """The batch script is on the first node, and must not put back what Slurm has put back already."""
+def test_a_lost_node_without_the_first_rank_ends_the_job_which_resumes(run, cluster, verb):
+    """The batch script runs on the first node, and must not requeue a job that Slurm has requeued already."""
     lost, restarts, newest = other_node(run), run.restarts(), run.complete_steps()[-1]
     recovery = measure_recovery(run, lambda: cluster.control(verb, lost.removeprefix("node")))
-    assert recovery.first_step > newest, "nothing before the checkpoint is done again"
+    assert recovery.first_step > newest, "no step before the checkpoint is done again"
     assert_resumed_without_a_difference(run, recovery)
     assert run.restarts() == restarts + 1
     record(
@@ -186,27 +186,27 @@ def test_a_node_lost_under_another_rank_than_the_first_ends_the_job_there_and_it
 
 
 def other_node(run: Run) -> str:
-    """A node of a job that its batch script is not on."""
+    """A node of the job other than that of its batch script."""
     job = run.cluster.show(run.job.job_id)
     (other,) = set(run.cluster.slurm("scontrol", "show", "hostnames", job["NodeList"]).split()) - {job["BatchHost"]}
     return other
 
 
-def test_a_cancelled_job_saves_and_does_not_come_back(run, cluster):
+def test_a_cancelled_job_saves_and_is_not_requeued(run, cluster):
     before = run.restarts()
     cancelled = time.time()
-    assert "cancelled slurm job" in run.say("cancel")
+    assert "cancelled slurm job" in run.run_verb("cancel")
     wait_until(lambda: not run.rank_pids(), "the ranks' end", 30)
     ended = time.time() - cancelled
     time.sleep(3)
     assert run.state() == "CANCELLED"
     assert run.restarts() == before
-    assert "cancelled" in run.say("status")
-    assert run.complete_steps()[-1] == run.steps()[-1].number, "it was given time to save"
+    assert "cancelled" in run.run_verb("status")
+    assert run.complete_steps()[-1] == run.steps()[-1].number, "it had time to save"
     record_fault(
         "scancel",
         how="launchers/slurm.py cancel RUN",
-        promised="saves where Slurm leaves the time, and stays away",
+        promised="saves if Slurm leaves the time, and is not requeued",
         happened="saved, not requeued",
         detected_seconds=ended,
         steps_lost=0,

@@ -1,4 +1,4 @@
-"""What a user sees who follows a training on several nodes: rank 0's progress, every rank's trouble, and its end."""
+"""The output of `--follow` for a training on several nodes: progress of rank 0, problems of all ranks, the end."""
 
 import os
 import signal
@@ -16,10 +16,10 @@ STOP_SECONDS = 10
 EVERY_STEPS, MAX_STEPS = 10, 60
 
 
-def test_a_training_of_two_by_two_is_followed_past_a_busy_port_and_a_rank_that_hangs_to_its_end(
+def test_a_training_of_two_by_two_ranks_is_followed_over_a_busy_port_and_a_hanging_rank_to_its_end(
     cluster: Cluster, tmp_path: Path, shards: Path
 ):
-    """The first start finds its port taken; the second is warned while a rank is stopped; the third gets to the end."""
+    """The port of the first start is taken; the second is warned while a rank is stopped; the third reaches the end."""
     changes = {
         "max_steps": MAX_STEPS,
         "batch_size": 4,
@@ -42,12 +42,12 @@ def test_a_training_of_two_by_two_is_followed_past_a_busy_port_and_a_rank_that_h
     ):
         try:
             port = occupy_port_of_first_start(run, stranger)
-            meet_stranger(run, port)
+            start_on_a_taken_port(run, port)
             hang_when_warned(run)
             shown, _ = follower.communicate(timeout=180)
         finally:
             follower.kill()
-            run.say("cancel")
+            run.run_verb("cancel")
     assert follower.returncode == 0, shown + run.logs()
     assert run.restarts() == 2
     assert run.state() == "COMPLETED"
@@ -57,7 +57,7 @@ def test_a_training_of_two_by_two_is_followed_past_a_busy_port_and_a_rank_that_h
     assert any(line.startswith("step ") and "  loss " in line for line in lines), shown
     assert any(line.startswith(f"step {MAX_STEPS}/{MAX_STEPS}") for line in lines), shown
     assert f"[rank 0] ERROR dreamdance.launch.job: port {port} of " in shown, shown
-    for rank in range(3):  # rank 3 was stopped, and cannot say anything
+    for rank in range(3):  # rank 3 was stopped and cannot write anything
         assert any(f"[rank {rank}] WARNING" in line and "SIGUSR2: saving and stopping" in line for line in lines), shown
         assert any(f"[rank {rank}] " in line and "not saved within 8 s of SIGUSR2" in line for line in lines), shown
     for reason in ("it failed", "it was asked to stop"):
@@ -65,7 +65,7 @@ def test_a_training_of_two_by_two_is_followed_past_a_busy_port_and_a_rank_that_h
 
 
 def occupy_port_of_first_start(run: Run, stranger: socket.socket) -> int:
-    """Listens on the port that the waiting job has drawn; the nodes of this cluster share a machine's ports."""
+    """Listens on the port that the waiting job has chosen; the nodes of this cluster share the ports of the machine."""
     wait_until(lambda: last_job(run.run_folder), "the submission", 60)
     port = slurm_port(run.job.job_id, 0)
     stranger.bind(("", port))
@@ -73,23 +73,23 @@ def occupy_port_of_first_start(run: Run, stranger: socket.socket) -> int:
     return port
 
 
-def meet_stranger(run: Run, port: int) -> None:
-    """Lets the job start; it must come back into the queue by itself, and draw another port."""
+def start_on_a_taken_port(run: Run, port: int) -> None:
+    """Lets the job start; it must be requeued by itself, and choose another port."""
     run.cluster.slurm("scontrol", "update", f"JobId={run.job.job_id}", "StartTime=now")
     ended = wait_until(lambda: run.restarts() == 1, "the first start's end")
     assert slurm_port(run.job.job_id, 1) != port
     assert run.steps() == []
     record_fault(
         "MASTER_PORT taken",
-        how="something listens on the port that the job has drawn",
+        how="another process listens on the port that the job has chosen",
         promised="rank 0 names the port; requeued, on another one",
-        happened="said so and went on at another port",
+        happened="named the port and continued on another one",
         detected_seconds=ended,
     )
 
 
 def hang_when_warned(run: Run) -> None:
-    """The others cannot save without the rank that is stopped: they leave in time for the job to be requeued."""
+    """The others cannot save without the stopped rank: they end in time for the job to be requeued."""
     wait_until(run.complete_steps, "the first checkpoint")
 
     def warn_with_a_rank_stopped() -> None:
@@ -104,7 +104,7 @@ def hang_when_warned(run: Run) -> None:
         "the warning before the time limit, and a rank that hangs",
         how="SIGSTOP to one of four ranks, then USR2 to all",
         promised="the others end unsaved after 0.8 x cluster.stop_seconds; requeued",
-        happened="went on from the newest complete checkpoint",
+        happened="resumed from the newest complete checkpoint",
         detected_seconds=recovery.detected_seconds,
         resumed_seconds=recovery.resumed_seconds,
         steps_lost=recovery.steps_lost,

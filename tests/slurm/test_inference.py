@@ -1,4 +1,4 @@
-"""Clips are prepared, animated and measured on several nodes; what is done when a rank is lost stays done."""
+"""Clips are prepared, animated and measured on several nodes; finished work is kept when a rank is lost."""
 
 import json
 import signal
@@ -26,7 +26,7 @@ STEP_TIMEOUT_SECONDS = 8
 
 @dataclass(frozen=True)
 class Measured:
-    """The table of some results, and the words that name these to the command."""
+    """The file of the table of some results, and the overrides that name these results."""
 
     words: tuple[str, ...]
     table: dict[str, Any]
@@ -34,7 +34,7 @@ class Measured:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of a user's, with held-out clips and two trained stages."""
+    """A user's folder with held-out clips and two trained stages."""
     folder = tmp_path_factory.mktemp("work")
     words = [f"output={folder / 'data' / 'demo'}", "dancers.num_train_clips=2", "num_workers=1"]
     prepare(
@@ -47,14 +47,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_lost_ranks_clips_are_animated_by_the_next_attempt(cluster: Cluster, folder: Path):
     words = ("geometry_from=stage1", "animation_from=stage2", "cluster.nodes=2", "cluster.tasks_per_node=1")
-    words = (*words, f"output={folder / 'results' / 'struck'}")
+    words = (*words, f"output={folder / 'results' / 'faulty'}")
     run = Run(cluster, folder, DEMO / "animate.yaml", "animated", *words, "animation.num_inference_steps=8")
     submitted = run.launch()
     assert submitted.returncode == 0, submitted.stderr
-    results = folder / "results" / "struck"
+    results = folder / "results" / "faulty"
     wait_until(lambda: len(list(results.glob("*/result.json"))) >= 3, f"the first results\n{run.logs()}")
-    pids, struck = set(run.rank_pids().values()), time.time()
-    run.strike_rank(1, signal.SIGKILL)
+    pids, fault_time = set(run.rank_pids().values()), time.time()
+    run.signal_rank(1, signal.SIGKILL)
     detected = wait_until(lambda: not pids & set(run.rank_pids().values()), "the other rank's end")
     before = {path: path.stat().st_mtime_ns for path in results.glob("*/result.json")}
     assert 3 <= len(before) < NUM_CLIPS
@@ -62,20 +62,20 @@ def test_a_lost_ranks_clips_are_animated_by_the_next_attempt(cluster: Cluster, f
     assert run.restarts() == 1
     after = {path: path.stat().st_mtime_ns for path in results.glob("*/result.json")}
     assert len(after) == NUM_CLIPS
-    assert {path: after[path] for path in before} == before, "none was made again"
+    assert {path: after[path] for path in before} == before, "no clip was made again"
     record_fault(
         "rank killed that animates",
         how="SIGKILL to one of two ranks",
-        promised="requeued; only what is missing is made",
+        promised="requeued; only missing clips are made",
         happened="all clips made, none twice",
         detected_seconds=detected,
-        resumed_seconds=time.time() - struck,
+        resumed_seconds=time.time() - fault_time,
     )
 
 
 @pytest.fixture(scope="module")
 def measured(folder: Path) -> Measured:
-    """All clips, animated and measured by one process that nothing happens to."""
+    """All clips, animated and measured by one undisturbed process."""
     words = [f"output={folder / 'results' / 'whole'}", f"manifest={folder / 'data' / 'demo' / 'manifest.jsonl'}"]
     words += [f"{stage}_from={folder / name}" for stage, name in (("geometry", "stage1"), ("animation", "stage2"))]
     animate(load_recipe(DEMO / "animate.yaml", words), folder / "animated_whole")
@@ -104,41 +104,41 @@ def test_a_lost_ranks_clips_are_measured_by_the_next_attempt_with_the_same_table
     submitted = run.launch()
     assert submitted.returncode == 0, submitted.stderr
     wait_until(lambda: len(list(run.run_folder.glob("queue/*/member.*"))) == 2, f"both ranks\n{run.logs()}")
-    run.strike_rank(1, signal.SIGSTOP)  # the other goes on, and cannot end without it
+    run.signal_rank(1, signal.SIGSTOP)  # the other rank continues, and cannot end without it
     wait_until(lambda: len(read_done(run.run_folder)) >= NUM_CLIPS // 2, f"half of the clips\n{run.logs()}")
     of_main = read_done(run.run_folder)
-    pids, struck = set(run.rank_pids().values()), time.time()
-    run.strike_rank(1, signal.SIGKILL)
+    pids, fault_time = set(run.rank_pids().values()), time.time()
+    run.signal_rank(1, signal.SIGKILL)
     detected = wait_until(lambda: not pids & set(run.rank_pids().values()), "the other rank's end")
     follow(run)
     assert run.restarts() == 1
     assert table(run.run_folder) == measured.table
-    assert Counter(read_done(run.run_folder)) == Counter(measured.table["clips"].keys()), "none was measured twice"
+    assert Counter(read_done(run.run_folder)) == Counter(measured.table["clips"].keys()), "no clip was measured twice"
     assert set(of_main) <= set(read_done(run.run_folder))
     record_fault(
         "rank killed that evaluates",
         how="SIGKILL to one of two ranks, when half of the clips are measured",
-        promised="requeued; only what is missing is measured",
-        happened="all clips measured, none twice; the table is that of an undisturbed run",
+        promised="requeued; only missing clips are measured",
+        happened="all clips measured, none twice; the table equals that of an undisturbed run",
         detected_seconds=detected,
-        resumed_seconds=time.time() - struck,
+        resumed_seconds=time.time() - fault_time,
     )
 
 
-def test_the_parts_of_a_rank_that_stops_are_prepared_by_the_other(cluster: Cluster, folder: Path):
+def test_the_parts_of_a_stopped_rank_are_prepared_by_the_other(cluster: Cluster, folder: Path):
     clips = ("dancers.num_train_clips=40", "dancers.num_validation_clips=4", "clips_per_part=2", "num_workers=1")
-    clips += ("dancers.num_frames=64",)  # seconds of work, for the strike to come in the middle
+    clips += ("dancers.num_frames=64",)  # seconds of work, so that the fault comes in the middle
     alone = load_recipe(DEMO / "prepare.yaml", [*clips, f"output={folder / 'data' / 'alone'}"])
     prepare(alone, folder / "prepared_alone")
     output = folder / "data" / "shared"
     words = (*clips, f"output={output}", "cluster.nodes=2", f"cluster.step_timeout_seconds={STEP_TIMEOUT_SECONDS}")
-    run = Run(cluster, folder, DEMO / "prepare.yaml", "prepared_struck", *words)
+    run = Run(cluster, folder, DEMO / "prepare.yaml", "prepared_faulty", *words)
     submitted = run.launch()
     assert submitted.returncode == 0, submitted.stderr
-    of_struck = run.run_folder / "logs" / DONE_FOLDER / "rank_1.txt"
-    wait_until(of_struck.is_file, f"its first part\n{run.logs()}")
-    pids, struck = set(run.rank_pids().values()), time.time()
-    run.strike_rank(1, signal.SIGSTOP)
+    first_part = run.run_folder / "logs" / DONE_FOLDER / "rank_1.txt"
+    wait_until(first_part.is_file, f"its first part\n{run.logs()}")
+    pids, fault_time = set(run.rank_pids().values()), time.time()
+    run.signal_rank(1, signal.SIGSTOP)
     detected = wait_until(lambda: not pids & set(run.rank_pids().values()), f"the end of all ranks\n{run.logs()}")
     before = read_done(run.run_folder)
     assert len(before) == 22, "of both splits, all"
@@ -152,8 +152,8 @@ def test_the_parts_of_a_rank_that_stops_are_prepared_by_the_other(cluster: Clust
     record_fault(
         "rank stopped (SIGSTOP) that prepares",
         how=f"one of two ranks, after its first part; cluster.step_timeout_seconds={STEP_TIMEOUT_SECONDS}",
-        promised="the other writes its parts; noticed in time, ended, requeued; the next start finds all done",
-        happened="the shards are those of one rank alone, no part was written twice",
+        promised="the other writes its parts; detected in time, ended, requeued; the next start finds all done",
+        happened="the shards equal those of a single rank, no part was written twice",
         detected_seconds=detected,
-        resumed_seconds=time.time() - struck,
+        resumed_seconds=time.time() - fault_time,
     )

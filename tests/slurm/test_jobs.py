@@ -1,4 +1,4 @@
-"""The command on a real cluster: a job on four nodes, an array, shares of work, and what is not submitted twice."""
+"""The command on a real cluster: a job on four nodes, an array, shared work, and runs that are not submitted twice."""
 
 import signal
 import subprocess
@@ -21,7 +21,7 @@ NEVER = "cluster.sbatch_arguments={begin: now+1hour}"
 
 @pytest.fixture
 def short_training(cluster: Cluster, tmp_path: Path, shards: Path):
-    """A training of a few steps, as many ranks as samples in a batch."""
+    """A training of a few steps, with as many ranks as samples in a batch."""
     recipe = write_training(tmp_path, shards, {"max_steps": 6, "batch_size": 4, "validation.loss_every_steps": 6})
     return Run(cluster, tmp_path, recipe, "short")
 
@@ -36,19 +36,19 @@ def test_a_training_on_four_nodes_is_followed_to_its_end_without_accounting(shor
     assert any(line.startswith("step 6/6 ") for line in lines)
     assert lines[-1].startswith("short finished in ")
     assert [step.number for step in run.steps()] == [1, 2, 3, 4, 5, 6]
-    with capsys.disabled():  # for whoever reads CI's output
+    with capsys.disabled():  # for readers of CI's output
         sys.stdout.write(f"\n{done.stdout}\nlog of rank 0 of 4:\n{run.log()}\n")
     again = run.launch()
     assert (again.returncode, again.stdout.count("\n")) == (0, 1)
-    shown = run.say("status")
+    shown = run.run_verb("status")
     assert "(stage1): finished" in shown
     assert "nodes        node1, node2, node3, node4" in shown
     assert "restarts     0" in shown
     assert "checkpoint   step_00000006, complete since " in shown
 
 
-def test_every_rank_sees_all_gpus_of_its_node_and_says_so_where_torch_finds_none(short_training):
-    """DeepSpeed and torch take the one with the number of the local rank."""
+def test_every_rank_sees_all_gpus_of_its_node_and_the_error_names_them_if_torch_finds_none(short_training):
+    """DeepSpeed and torch use the GPU with the number of the local rank."""
     run = short_training
     run.words = ("cluster.nodes=2", "cluster.tasks_per_node=2", "cluster.gpus_per_node=2", "cluster.max_requeues=0")
     done = run.launch("--follow")
@@ -64,8 +64,8 @@ def test_every_rank_sees_all_gpus_of_its_node_and_says_so_where_torch_finds_none
     assert "it was requeued 0 times already, see cluster.max_requeues" in run.log() + done.stdout
     record_fault(
         "GPUs that the job asked for are not there",
-        how="2 nodes x 2 tasks with 2 stand-ins each that Slurm hands out as GPUs",
-        promised="no rank computes on the CPU in silence: it names host, GPU and what is visible; may be tried again",
+        how="2 nodes x 2 tasks with 2 stand-ins each that Slurm allocates as GPUs",
+        promised="no rank computes on the CPU silently: it names host, GPU and visible GPUs; may be tried again",
         happened=failures[0]["text"],
     )
 
@@ -82,7 +82,7 @@ def test_a_sweep_is_one_array_with_a_run_folder_each_even_on_one_node(short_trai
     for one in runs:
         assert f"{one.name} finished in " in done.stdout
         assert one.steps()[-1].number == 6
-        assert "step 6/6" in one.log(), "its log lies in its own folder"
+        assert "step 6/6" in one.log(), "its log is in its own folder"
         assert run.cluster.show(one.job.job_id)["NodeList"] == "node1"
     shared = [run.cluster.show(one.job.job_id) for one in runs]
     assert min(job["EndTime"] for job in shared) > max(job["StartTime"] for job in shared), "at the same time"
@@ -90,18 +90,18 @@ def test_a_sweep_is_one_array_with_a_run_folder_each_even_on_one_node(short_trai
     record_fault(
         "two jobs on one node",
         how="an array of two runs of two ranks on one node, at the same time",
-        promised="neither disturbs the other",
+        promised="the runs do not disturb each other",
         happened="both finished",
     )
 
 
-def test_a_rank_that_slurm_lost_sight_of_gives_way_to_its_successor(short_training, cluster):
-    """Nothing else would end it: there is no other rank that could miss it, and no slurmd that could be told."""
+def test_a_rank_that_slurm_lost_ends_when_its_successor_starts(short_training, cluster):
+    """Nothing else would end it: no other rank waits for it, and no slurmd can get a request."""
     run = short_training
     run.words = ("max_steps=100000", "checkpoint.every_steps=20", "cluster.partition=low")
     assert run.launch().returncode == 0
     run.wait_for_steps(3)
-    lost, struck = cluster.show(run.job.job_id)["BatchHost"], time.time()
+    lost, fault_time = cluster.show(run.job.job_id)["BatchHost"], time.time()
     (orphan,) = run.rank_pids().values()
     cluster.control("kill-daemon", lost.removeprefix("node"))
     wait_until(lambda: cluster.show(run.job.job_id).get("BatchHost") not in (lost, None), "another node")
@@ -111,17 +111,17 @@ def test_a_rank_that_slurm_lost_sight_of_gives_way_to_its_successor(short_traini
     assert "another start owns this run now" in run.log()
     before = len(run.steps())
     wait_until(lambda: len(run.steps()) > before + 3, "the successor's steps")
-    assert run.restarts() == 1, "the orphan's batch script must not requeue its successor"
+    assert run.restarts() == 1, "the batch script of the lost start must not requeue its successor"
     assert "resuming" in run.log()
     record_fault(
         "slurmd lost under a job of one node",
-        how="SIGKILL to the slurmd; its rank goes on unseen",
+        how="SIGKILL to the slurmd; its rank continues unnoticed",
         promised="the rank ends when its successor has begun",
         happened="ended by itself, without saving",
-        detected_seconds=ended - struck,
-        resumed_seconds=run.steps()[before].time - struck,
+        detected_seconds=ended - fault_time,
+        resumed_seconds=run.steps()[before].time - fault_time,
     )
-    run.say("cancel")
+    run.run_verb("cancel")
     cluster.control("start-node", lost.removeprefix("node"))
     wait_until(lambda: cluster.node_states()[lost] == "idle", "the node's return", 60)
 
@@ -132,11 +132,11 @@ def test_a_lost_ranks_share_of_the_clips_is_made_by_the_next_attempt(cluster, tm
     assert run.launch().returncode == 0
     parts = tmp_path / "data" / "demo" / "train" / PARTS_FOLDER
     wait_until(lambda: len(list(parts.glob("part_*"))) >= 4, "the first parts")
-    struck = time.time()
+    fault_time = time.time()
     pids = set(run.rank_pids().values())
-    run.strike_rank(2, signal.SIGKILL)
+    run.signal_rank(2, signal.SIGKILL)
     wait_until(lambda: not pids & set(run.rank_pids().values()), "the others' end")
-    detected = time.time() - struck
+    detected = time.time() - fault_time
     done = run.launch("--follow")
     assert "not submitted again, slurm job" in done.stdout
     assert done.returncode == 0, done.stdout + done.stderr + run.logs()
@@ -145,13 +145,13 @@ def test_a_lost_ranks_share_of_the_clips_is_made_by_the_next_attempt(cluster, tm
     record_fault(
         "rank killed that makes shards",
         how="SIGKILL to one of four ranks",
-        promised="the job is requeued, what is made stays made",
+        promised="the job is requeued, finished shards are kept",
         happened="all shards made by the second attempt",
         detected_seconds=detected,
     )
 
 
-def test_what_only_the_user_can_mend_is_told_and_not_tried_again(cluster, tmp_path):
+def test_an_error_of_the_user_is_shown_and_not_tried_again(cluster, tmp_path):
     (tmp_path / "videos").mkdir()
     for name in ("a.rgb.mp4", "a.pose.mp4"):
         (tmp_path / "videos" / name).write_bytes(b"no video")
@@ -172,14 +172,14 @@ def test_a_queued_run_is_not_submitted_again_and_can_be_cancelled(cluster, tmp_p
     again = run.launch()
     assert again.returncode == 4
     assert f"queued: not submitted again, slurm job {job_id} is already pending" in again.stdout
-    assert "pending: BeginTime" in run.say("status")
+    assert "pending: BeginTime" in run.run_verb("status")
     changed = Run(cluster, tmp_path, PREPARE, "queued", NEVER, "seed=1").launch()
     assert changed.returncode == 3
     assert "seed: 0 -> 1" in changed.stderr
     assert len(cluster.slurm("squeue", "--noheader", "--name=queued").splitlines()) == 1
-    assert f"cancelled slurm job {job_id}" in run.say("cancel")
+    assert f"cancelled slurm job {job_id}" in run.run_verb("cancel")
     assert run.state() == "CANCELLED"
-    assert "nothing to cancel" in run.say("cancel")
+    assert "nothing to cancel" in run.run_verb("cancel")
 
 
 def test_two_launchers_at_once_submit_one_job(cluster, tmp_path):
@@ -192,7 +192,7 @@ def test_two_launchers_at_once_submit_one_job(cluster, tmp_path):
     for one in done:
         refusal = f"twice: not submitted again, slurm job {job_id} is already "
         assert (f"twice: slurm job {job_id}" if one.returncode == 0 else refusal) in one.stdout
-    run.say("cancel")
+    run.run_verb("cancel")
     record_fault(
         "two runs of one name",
         how="four launchers of one run at once",
@@ -201,19 +201,19 @@ def test_two_launchers_at_once_submit_one_job(cluster, tmp_path):
     )
 
 
-def test_a_job_of_the_same_number_in_a_wiped_cluster_is_not_the_runs(small_cluster, tmp_path):
+def test_a_job_of_the_same_number_in_a_new_cluster_does_not_belong_to_the_run(small_cluster, tmp_path):
     run = Run(small_cluster, tmp_path, PREPARE, "wiped", NEVER)
     assert run.launch().returncode == 0
     number = run.job.job_id
     small_cluster.stop()
-    assert "Slurm does not answer" in run.say("status")
+    assert "Slurm does not answer" in run.run_verb("status")
     small_cluster.start()
     small_cluster.slurm("sbatch", "--begin=now+1hour", "--output=/dev/null", "--wrap=true")
-    assert small_cluster.show(number)["JobState"] == "PENDING", "the same number, somebody else's job"
-    assert "gone from the queue without finishing" in run.say("status")
-    assert "nothing to cancel" in run.say("cancel")
+    assert small_cluster.show(number)["JobState"] == "PENDING", "the same number, the job of another user"
+    assert "gone from the queue without finishing" in run.run_verb("status")
+    assert "nothing to cancel" in run.run_verb("cancel")
     assert small_cluster.show(number)["JobState"] == "PENDING"
-    # What a job of that number left is not believed of the next one either.
+    # Files of a job with that number do not count for the next job either.
     small_cluster.stop()
     logs = run.run_folder / "logs"
     (logs / f"{number}_0_log.out").write_text("2026-11-22 17:00:00,123 WARNING old: old news\n")
@@ -221,24 +221,24 @@ def test_a_job_of_the_same_number_in_a_wiped_cluster_is_not_the_runs(small_clust
     small_cluster.start()
     assert run.launch().returncode == 0
     assert run.job.job_id == number
-    assert "old news" not in run.log() + run.say("status")
+    assert "old news" not in run.log() + run.run_verb("status")
     assert "old news" in (logs / "earlier" / "0000" / f"{number}_0_log.out").read_text()
     record_fault(
-        "job ids reused by a wiped cluster",
+        "job ids reused by a new cluster",
         how="the controller's state deleted, another job given the number",
-        promised="neither the other job nor old files are taken for the run's",
-        happened="told apart by the script, old files put away",
+        promised="neither the other job nor old files count as those of the run",
+        happened="distinguished by the script, old files moved away",
     )
 
 
-def test_slurms_own_refusal_is_shown(cluster, tmp_path):
+def test_the_error_of_slurm_is_shown(cluster, tmp_path):
     done = Run(cluster, tmp_path, PREPARE, "refused", "cluster.partition=nowhere").launch()
     assert done.returncode == 2
     assert "invalid partition specified: nowhere" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_what_a_site_wants_is_accepted_by_sbatch(cluster, tmp_path):
+def test_options_of_a_site_are_accepted_by_sbatch(cluster, tmp_path):
     words = [
         "account=lab",
         "memory_gib=2",
@@ -258,7 +258,7 @@ def test_what_a_site_wants_is_accepted_by_sbatch(cluster, tmp_path):
     assert job["MinMemoryNode"] == "2G"
     assert job["MailUser"] == "me@lab"
     assert job["Requeue"] == "1"
-    run.say("cancel")
+    run.run_verb("cancel")
 
 
 def test_a_cluster_can_be_started_and_stopped_again_in_seconds(small_cluster):

@@ -1,4 +1,4 @@
-"""Recipes of both stages with real, small, random autoencoders in a folder: those of patches have no distribution."""
+"""Recipes of both stages with real, small, random autoencoders in a folder; they have a latent distribution."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ BLOCKS = 4
 
 
 def save_autoencoder(folder: Path, *, temporal: bool) -> None:
-    """One of the published depth, which makes a latent of 8x8 pixels."""
+    """Saves an autoencoder of the published depth, in which a latent pixel covers 8x8 pixels."""
     torch.manual_seed(0)
     shape = {
         "block_out_channels": (32,) * BLOCKS,

@@ -1,7 +1,7 @@
-"""Virtual environments that hold chosen packages only: what a user has who installed some extras and not others.
+"""Virtual environments that hold chosen packages only, like that of a user who installed only some extras.
 
-Packages are links to this environment's own, chosen by what they declare, so nothing is downloaded; what was left out
-is as absent as if it had never been installed.
+Packages are links to those of this environment, chosen by their declared requirements, so nothing is downloaded. A
+package that was left out cannot be imported.
 """
 
 import shutil
@@ -21,7 +21,7 @@ FILES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 
 
 def build_wheel(folder: Path) -> Path:
-    """Builds the project's wheel from a copy of the checkout, which stays as it is."""
+    """Builds the wheel of the project from a copy of the checkout; the checkout does not change."""
     tree = folder / "tree"
     for name in SOURCES:
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
@@ -34,7 +34,7 @@ def build_wheel(folder: Path) -> Path:
 
 
 def declared(requirements: Iterable[str]) -> set[str]:
-    """The distributions that these requirements stand for, with all that they declare themselves, where installed."""
+    """The names of the installed distributions that these requirements need, directly or indirectly."""
     names: set[str] = set()
     seen: set[tuple[str, str]] = set()
     left = [(requirement, "") for requirement in requirements]
@@ -46,7 +46,7 @@ def declared(requirements: Iterable[str]) -> set[str]:
         seen.add((text, extra))
         try:
             found = metadata.distribution(requirement.name)
-        except metadata.PackageNotFoundError:  # such as the cloud SDKs, of which no module of ours has use
+        except metadata.PackageNotFoundError:  # such as the cloud SDKs, which no module of ours uses
             continue
         names.add(canonicalize_name(requirement.name))
         left += [(inner, wanted) for inner in found.requires or () for wanted in ("", *requirement.extras)]
@@ -54,10 +54,10 @@ def declared(requirements: Iterable[str]) -> set[str]:
 
 
 def make_environment(folder: Path, distributions: Iterable[str]) -> Path:
-    """A virtual environment of these distributions alone, without the project.
+    """Makes a virtual environment of these distributions alone, without the project.
 
     Returns:
-        its interpreter.
+        The interpreter of the environment.
     """
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
@@ -71,12 +71,12 @@ def make_environment(folder: Path, distributions: Iterable[str]) -> Path:
 
 
 def site_packages(python: Path) -> Path:
-    """Where an environment keeps its packages."""
+    """The folder in which an environment keeps its packages."""
     (site,) = python.parents[1].glob("lib/python*/site-packages")
     return site
 
 
 def install(python: Path, wheel: Path) -> None:
-    """Installs the project's wheel into an environment, as pip does for a user who has its requirements."""
+    """Installs the wheel of the project into an environment with pip, without its requirements."""
     words = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index", wheel]
     subprocess.run(words, check=True)

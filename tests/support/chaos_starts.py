@@ -1,4 +1,4 @@
-"""Two ways to start a run that is struck from outside: as a user does, or quickly from the tests' fork server."""
+"""Two ways to start a run for faults from outside: by the command, or quickly from the fork server of the tests."""
 
 import signal
 import subprocess
@@ -23,26 +23,26 @@ class Start(Protocol):
     """A start of a run."""
 
     def pids(self) -> list[int]:
-        """The ranks' process numbers, in order; none while they are not all there."""
+        """The process numbers of the ranks, in order; empty until all ranks have been started."""
 
     def is_over(self) -> bool:
-        """Whether no rank is left, which it sees to when one has failed."""
+        """Whether all ranks have ended; after a failed rank, ends those that still run."""
 
     def log(self) -> str:
-        """What all ranks wrote."""
+        """The output of all ranks."""
 
     def end(self) -> None:
-        """Leaves nothing running."""
+        """Ends all processes of the start."""
 
 
 class CommandStart:
-    """The command that a user types, on this machine: `launchers/slurm.py RECIPE --cluster local --follow`."""
+    """A start by the command that a user types: `launchers/slurm.py RECIPE --cluster local --follow`."""
 
     def __init__(self, recipe_file: Path, run: Path) -> None:
-        """Starts it.
+        """Starts the command.
 
         Args:
-            recipe_file: the recipe, whose name is the run folder's.
+            recipe_file: the recipe; its `name` is the name of the run folder.
             run: the run folder.
         """
         self.run = run
@@ -74,12 +74,12 @@ class CommandStart:
 
     def end(self) -> None:
         if not self.is_over():
-            self.process.send_signal(signal.SIGINT)  # as Ctrl-C: it ends the job, and then itself
+            self.process.send_signal(signal.SIGINT)  # as Ctrl-C: the command ends the job, and then itself
             self.process.wait()
 
 
 class ForkedStart:
-    """Ranks that have imported everything already; the first to fail ends the others, as the launcher has it."""
+    """Forked ranks that have imported everything already; the first that fails ends the others, as in the launcher."""
 
     def __init__(self, recipe: Recipe, run: Path) -> None:
         self._ranks = StartedRanks(train_rank, recipe.cluster.world_size, run / "output", recipe=recipe, run=run)
@@ -105,7 +105,7 @@ class ForkedStart:
 
 
 def train_rank(ranks: Ranks, *, recipe: Recipe, run: Path) -> None:
-    """What every forked rank does."""
+    """Trains; the function that every forked rank runs."""
     train(recipe, run)
 
 
@@ -118,7 +118,7 @@ class Process:
 
 
 def running() -> dict[int, Process]:
-    """All processes by number, without the remains of ended ones."""
+    """All processes by number, without zombies."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -132,7 +132,7 @@ def running() -> dict[int, Process]:
 
 
 def data_workers(ranks: list[int]) -> list[int]:
-    """The processes that read data for some ranks: forked by a server of a rank's, or by that of the ranks."""
+    """The processes that read data for these ranks: forked by the server of a rank, or by the server of all ranks."""
     processes = running()
     servers = {number for number, process in processes.items() if process.parent in ranks}
     servers |= {processes[rank].parent for rank in ranks if rank in processes}

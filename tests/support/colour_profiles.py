@@ -1,10 +1,10 @@
-"""ICC profiles written by hand, and the colour arithmetic that they stand for, in float64."""
+"""ICC profiles written by hand, and the colour arithmetic that they describe, in float64."""
 
 import struct
 
 import numpy as np
 
-# Columns: red, green, blue as XYZ under D50 (Bradford), as Apple's and HP's published profiles have them.
+# Columns: red, green, blue as XYZ under D50 (Bradford), as in the published profiles of Apple and HP.
 DISPLAY_P3 = np.array([[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]])
 SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])
 D50 = (0.9642, 1.0, 0.8249)
@@ -36,7 +36,7 @@ def gray_profile(*, gamma: float) -> bytes:
 
 
 def cmyk_profile(*, lab: tuple[float, float, float]) -> bytes:
-    """A press on which every mixture of inks gives one colour."""
+    """The profile of a printing press on which every mixture of inks gives the same colour."""
     level, a, b = lab
     colour = bytes([round(level * 2.55), round(a + 128), round(b + 128)])
     identity = bytes(range(256))
@@ -54,7 +54,7 @@ def _xyz(values: np.ndarray | tuple[float, float, float]) -> bytes:
 
 
 def _profile(device: bytes, space: bytes, connection: bytes, tags: dict[str, bytes]) -> bytes:
-    """Header of 128 bytes, the table of tags, their contents at multiples of four."""
+    """A profile: header of 128 bytes, table of tags, contents of the tags at multiples of four."""
     table, contents, start = b"", b"", 128 + 4 + 12 * len(tags)
     for name, content in tags.items():
         padded = content + bytes(-len(content) % 4)

@@ -1,4 +1,4 @@
-"""Lines for the table of faults: what was done to the software in a test, what it promised, and what it did."""
+"""Lines for the table of faults: how a test injected a fault, what the software promised, and what happened."""
 
 import json
 import os
@@ -17,16 +17,18 @@ def record_fault(
     resumed_seconds: float | None = None,
     steps_lost: int | None = None,
 ) -> None:
-    """Appends a line of JSON to the file that the environment names; without that, does nothing.
+    """Appends a line of JSON to the file that `DREAMDANCE_FAULT_LOG` names; without the variable, does nothing.
+
+    Call it after the assertions of the test.
 
     Args:
-        fault: what broke.
-        how: it was injected.
-        promised: what must hold.
-        happened: what did; call this after the test's own assertions.
-        detected_seconds: from the fault to the error or the end, None where that means nothing.
-        resumed_seconds: from the fault to the first step after it.
-        steps_lost: steps done again.
+        fault: name of the fault.
+        how: how the test injected it.
+        promised: the behaviour that the software promises.
+        happened: the behaviour that the test observed.
+        detected_seconds: time from the fault to the error or the end; None if there is nothing to detect.
+        resumed_seconds: time from the fault to the first step after it.
+        steps_lost: number of steps done again.
     """
     path = os.environ.get(FAULT_LOG)
     if path is None:

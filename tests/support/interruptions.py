@@ -1,4 +1,4 @@
-"""Runs that are struck and started again, and the proof that nothing of it shows in the end."""
+"""Runs that are interrupted by a fault and started again, and checks that they end like an uninterrupted run."""
 
 import json
 import re
@@ -22,8 +22,8 @@ MAX_STEPS = 12
 BATCH_SIZE = 4
 
 
-def settings(shards: Path, **more: Any) -> dict[str, Any]:
-    """Changes to a tiny recipe: 12 steps of 4 samples on two ranks, saved every second step, told of every step."""
+def run_settings(shards: Path, **more: Any) -> dict[str, Any]:
+    """Changes to a tiny recipe: 12 steps of 4 samples on two ranks, saved every second step, every step reported."""
     return {
         "data.train.local": str(shards / "train"),
         "data.validation.local": str(shards / "validation"),
@@ -46,31 +46,31 @@ def settings(shards: Path, **more: Any) -> dict[str, Any]:
     }
 
 
-def start(recipe: Recipe, run: Path, strike: Any = None, **arguments: Any) -> list[int]:
-    """Starts a run on as many ranks as it wants and returns how they ended."""
-    started = {"recipe": recipe, "run": run, "strike": strike, **arguments}
+def start_and_wait(recipe: Recipe, run: Path, fault: Any = None, **arguments: Any) -> list[int]:
+    """Starts a run on as many ranks as its recipe asks for, waits, and returns their exit codes."""
+    started = {"recipe": recipe, "run": run, "fault": fault, **arguments}
     with StartedRanks(run_recorded, recipe.cluster.world_size, run / "output", **started) as ranks:
         return ranks.wait()
 
 
 def output(run: Path, rank: int = 0) -> str:
-    """What a rank wrote in the last start."""
+    """The output of a rank in the last start."""
     return (run / "output" / f"output_{rank}.txt").read_text(errors="replace")
 
 
 def samples_in_order(run: Path) -> list[list[tuple[int, int, float]]]:
-    """Per rank: (epoch, sample id, loss) as computed, over all starts."""
+    """For each rank: (epoch, sample id, loss) in the order of computation, over all starts."""
     records = [(run / f"record_{rank}.jsonl").read_text().splitlines() for rank in range(WORLD_SIZE)]
     return [[(line["epoch"], line["sample"], line["loss"]) for line in map(json.loads, record)] for record in records]
 
 
 def without_repeats(samples: list[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
-    """Drops what a start computed after the last checkpoint and the next start computed again; order of first sight."""
+    """The samples in the order of their first computation, without those that a later start computed again."""
     return list(dict.fromkeys(samples))
 
 
 def assert_same_checkpoint(one: Path, other: Path, *, world_size: int = WORLD_SIZE) -> None:
-    """Every tensor and every number, bit for bit."""
+    """Checks that every tensor and every number of two checkpoints is the same, bit for bit."""
     names = sorted(path.relative_to(one).as_posix() for path in one.rglob("*.safetensors"))
     assert names == sorted(path.relative_to(other).as_posix() for path in other.rglob("*.safetensors"))
     assert len(names) == world_size
@@ -89,7 +89,7 @@ def assert_same_checkpoint(one: Path, other: Path, *, world_size: int = WORLD_SI
 
 
 def assert_same_export(one: Path, other: Path) -> None:
-    """Byte for byte."""
+    """Checks that all weights of two exports are the same, byte for byte."""
     files = sorted(path.relative_to(one) for path in one.rglob("*.safetensors"))
     assert files
     for file in files:
@@ -97,7 +97,7 @@ def assert_same_export(one: Path, other: Path) -> None:
 
 
 def assert_same_tensorboard(whole: Path, broken: Path) -> None:
-    """Every step once, with the value of the uninterrupted run; only times and what was saved when may differ."""
+    """Checks that every step occurs once, with the value of the uninterrupted run; only times and saves may differ."""
     boards = [EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}) for run in (whole, broken)]
     for board in boards:
         board.Reload()
@@ -116,23 +116,23 @@ def assert_same_tensorboard(whole: Path, broken: Path) -> None:
 
 
 def messages(run: Path) -> list[str]:
-    """What the run has told whoever follows, over all starts."""
+    """The messages in the progress file, over all starts."""
     return [line["message"] for line in progress(run) if "message" in line]
 
 
-def struck_at(run: Path, rank: int) -> float:
-    """When a rank that was struck in a forward pass had last written a loss down; seconds since 1970."""
+def fault_time(run: Path, rank: int) -> float:
+    """The time of a fault in a forward pass of `rank`: when it last wrote a loss; seconds since 1970."""
     return (run / f"record_{rank}.jsonl").stat().st_mtime
 
 
 @dataclass(frozen=True)
-class Struck:
-    """How a start ended in which a rank was struck.
+class FaultyStart:
+    """The end of a start in which one rank had a fault.
 
     Attributes:
-        codes: of all ranks.
-        ended: when the last of them was gone; seconds since 1970.
-        detected_seconds: from the end of the first to the end of the last.
+        codes: exit codes of all ranks.
+        ended: the time at which the last rank ended; seconds since 1970.
+        detected_seconds: time from the end of the first rank to the end of the last.
     """
 
     codes: list[int]
@@ -140,35 +140,35 @@ class Struck:
     detected_seconds: float
 
 
-def strike_down(recipe: Recipe, run: Path, strike: Any) -> Struck:
-    """Starts a run that is struck, and measures how long the other ranks outlive the one that is hit."""
-    started = {"recipe": recipe, "run": run, "strike": strike}
+def run_with_fault(recipe: Recipe, run: Path, fault: Any) -> FaultyStart:
+    """Starts a run with a fault in one rank, and measures how long the other ranks run on after that rank ended."""
+    started = {"recipe": recipe, "run": run, "fault": fault}
     with StartedRanks(run_recorded, recipe.cluster.world_size, run / "output", **started) as ranks:
         wait([process.sentinel for process in ranks.processes], timeout=240)
         first = time.time()
         codes = ranks.wait()
         ended = time.time()
-    return Struck(codes, ended, ended - first)
+    return FaultyStart(codes, ended, ended - first)
 
 
 def progress(run: Path) -> list[dict[str, Any]]:
-    """Everything that the run has told whoever follows, over all starts."""
+    """All lines of the progress file, over all starts."""
     return [json.loads(line) for line in progress_file(run).read_text().splitlines()]
 
 
 def first_step_after(run: Path, moment: float) -> float:
-    """Seconds from a moment to the first step that the run told of after it."""
+    """Seconds from a moment (seconds since 1970) to the first step that the run reported after it."""
     return min(line["time"] for line in progress(run) if "loss" in line and line["time"] > moment) - moment
 
 
 def steps_lost(run: Path, moment: float) -> int:
-    """How many steps were done before a moment that the start after it did again."""
+    """The number of steps done before a moment that the next start did again."""
     done = [line["done"] for line in progress(run) if "loss" in line and line["time"] <= moment]
     again = next(line["done"] for line in progress(run) if "message" in line and line["time"] > moment)
     return max(0, (done[-1] if done else 0) - again)
 
 
 def resumed_step(run: Path) -> int:
-    """The step that the last start went on from; 0 where it began anew."""
+    """The step from which the last start resumed; 0 if it started from the beginning."""
     found = [re.search(r" from step ([\d,]+) ", text) for text in messages(run) if text.startswith("resuming")]
     return int(found[-1][1].replace(",", "")) if found and found[-1] else 0

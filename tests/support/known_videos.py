@@ -1,7 +1,7 @@
-"""Videos whose content is known, written and decoded by the ffmpeg program: a reference that shares no code with ours.
+"""Videos of known content, written and decoded by the ffmpeg program: a reference that shares no code with ours.
 
-A frame has quadrants in four colours (which way is up, which colours are these?), a grey disc (are pixels square?) and
-an 8-bit counter at the bottom (which frame is this?).
+A frame has quadrants in four colours (for orientation and colours), a grey disc (for the aspect of pixels) and an 8-bit
+counter at the bottom (for the number of the frame).
 """
 
 import json
@@ -26,7 +26,7 @@ CORNERS = {
 
 
 def require_ffmpeg() -> None:
-    """Skips the test where there is no ffmpeg; where it is required, the test fails."""
+    """Skips the test if ffmpeg is missing; if ffmpeg is required, the test fails."""
     missing = [program for program in ("ffmpeg", "ffprobe") if shutil.which(program) is None]
     if missing:
         reason = f"no {' and no '.join(missing)} here (Debian: apt-get install ffmpeg)"
@@ -56,7 +56,7 @@ def known_frames(num_frames: int, width: int = WIDTH, height: int = HEIGHT) -> n
 
 
 def counters(frames: np.ndarray) -> list[int]:
-    """What the counters of upright frames `(f, H, W, 3)` say."""
+    """The values of the counters of upright frames `(f, H, W, 3)`."""
     height, width = frames.shape[1:3]
     row = round(height * 0.915)
     columns = [round(width * (0.04 + 0.115 * bit)) + round(width * 0.0475) for bit in range(8)]
@@ -102,12 +102,12 @@ def run_ffmpeg(arguments: Sequence[str], content: bytes = b"") -> bytes:
 
 
 def decode_by_ffmpeg(path: Path, *, width: int, height: int, filters: str = "null") -> np.ndarray:
-    """All frames as ffmpeg shows them by itself, `(f, H, W, 3)` uint8: turned and mirrored, pixels oblong as stored."""
+    """All frames as ffmpeg shows them by default, `(f, H, W, 3)` uint8: turned and mirrored, pixels not made square."""
     form = ["-vf", filters, "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     return np.frombuffer(run_ffmpeg(["-i", str(path), *form]), np.uint8).reshape(-1, height, width, 3)
 
 
 def describe_stream(path: Path) -> dict[str, Any]:
-    """What ffprobe says of the video stream."""
+    """The fields of the video stream in the output of ffprobe."""
     command = ["ffprobe", "-v", "error", "-select_streams", "v:0", "-show_streams", "-of", "json", str(path)]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)["streams"][0]

@@ -1,11 +1,10 @@
-"""Real processes with real process groups, cheap to start: forked from a server that has imported everything."""
+"""Real processes with real process groups, cheap to start: a server that has imported everything forks them."""
 
 import contextlib
 import logging
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from dreamdance.launch.job import free_port
 from dreamdance.runtime.ranks import START, Ranks
 
 TIMEOUT_SECONDS = 240
@@ -23,16 +23,16 @@ PRELOADED = ["torch", "deepspeed", "dreamdance.training.train", __name__]
 
 
 class StartedRanks:
-    """The processes of one group; leaving the `with` block leaves none of them running."""
+    """The processes of one group; at the end of the `with` block, all that still run are killed."""
 
     def __init__(self, target: Callable[..., Any], world_size: int, folder: Path, **arguments: Any) -> None:
         """Calls `target(ranks, **arguments)` in every rank.
 
         Args:
-            target: importable by name; what it returns must be what torch saves without pickling code.
-            world_size: how many processes.
-            folder: for their output and results.
-            arguments: handed on.
+            target: a function that can be imported by name; torch must be able to save its result without pickled code.
+            world_size: number of processes.
+            folder: a folder for their output and results.
+            arguments: further arguments of `target`.
         """
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ class StartedRanks:
             stale.unlink()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        port = _free_port()
+        port = free_port()
         self.processes: list[BaseProcess] = [
             context.Process(
                 target=_run_rank,
@@ -65,10 +65,10 @@ class StartedRanks:
             os.kill(self.processes[rank].pid or 0, number)
 
     def wait(self) -> list[int]:
-        """Waits for all; returns their exit codes, -9 for one that was killed.
+        """Waits for all ranks and returns their exit codes: -9 for one that was killed.
 
         Raises:
-            TimeoutError: some are still running; says what they last wrote.
+            TimeoutError: some are still running; the message contains their output.
         """
         deadline = time.monotonic() + TIMEOUT_SECONDS
         for process in self.processes:
@@ -78,15 +78,15 @@ class StartedRanks:
         return [process.exitcode or 0 for process in self.processes]
 
     def output(self) -> str:
-        """What all ranks wrote."""
+        """The output of all ranks."""
         texts = [(path.name, path.read_text(errors="replace")) for path in sorted(self.folder.glob("output_*.txt"))]
         return "\n".join(f"---- {name}\n{text}" for name, text in texts)
 
     def results(self) -> list[Any]:
-        """What `target` returned in each rank, after all have ended well.
+        """The result of `target` in each rank, after all ranks have succeeded.
 
         Raises:
-            AssertionError: some rank failed; says what all of them wrote.
+            AssertionError: a rank failed; the message contains the output of all ranks.
         """
         codes = self.wait()
         assert not any(codes), f"exit codes {codes}\n{self.output()}"
@@ -95,7 +95,7 @@ class StartedRanks:
 
 
 def run_ranks(target: Callable[..., Any], world_size: int, folder: Path, **arguments: Any) -> list[Any]:
-    """Starts ranks, waits for them and returns what each returned."""
+    """Starts ranks, waits for them and returns the result of each."""
     with StartedRanks(target, world_size, folder, **arguments) as started:
         return started.results()
 
@@ -120,11 +120,5 @@ def _run_rank(target: Callable[..., Any], ranks: Ranks, port: int, folder: Path,
     except BaseException:  # noqa: BLE001 - the outermost frame of a process
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)  # as a crash: the other ranks must notice by themselves
+        os._exit(1)  # as in a crash: the other ranks must notice the loss themselves
     torch.save(result, folder / f"result_{ranks.rank}.pt")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

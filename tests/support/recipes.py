@@ -1,4 +1,4 @@
-"""Small recipes of the real schema, small batches of rendered dancers, and a look into networks, for all tests."""
+"""Small recipes of the real schema, small batches of rendered dancers, and helpers for networks, for all tests."""
 
 import json
 from dataclasses import replace
@@ -50,7 +50,7 @@ def tiny_stage1_recipe(train: str = "domains", changes: dict[str, Any] | None = 
 
 
 def tiny_stage2_recipe(changes: dict[str, Any] | None = None) -> Stage2Recipe:
-    """A recipe of stage 2: 4 frames of 16x24 pixels, patches of 2, an SVD UNet of two levels, all of it trained."""
+    """A recipe of stage 2: 4 frames of 16x24 pixels, patches of 2, an SVD UNet of two levels, all weights trained."""
     recipe = {
         **_shared(num_frames=4),
         "task": "stage2",
@@ -110,15 +110,15 @@ def tiny_clip_batch(
     held_out: bool = False,
     first_id: int = 0,
 ) -> ClipBatch:
-    """Rendered dancers as the loader would deliver them; the reference is each clip's last frame.
+    """Rendered dancers in a batch like those of the loader; the reference is the last frame of each clip.
 
     Args:
-        num_clips: b.
-        num_frames: f.
-        width: pixels.
-        height: pixels.
-        held_out: identities and motions that training never shows.
-        first_id: sample id of the first clip: it chooses the person and the key (0, 0, id).
+        num_clips: number of clips b.
+        num_frames: number of frames f.
+        width: width in pixels.
+        height: height in pixels.
+        held_out: takes identities and motions that training never shows.
+        first_id: sample id of the first clip; it determines the person and the key (0, 0, id).
     """
     seeds = HELD_OUT_SEEDS if held_out else TRAINING_SEEDS
     ids = range(first_id, first_id + num_clips)
@@ -142,12 +142,12 @@ def tiny_clip_batch(
 
 
 def without(batch: ClipBatch, *names: str) -> ClipBatch:
-    """The batch of clips that lack some maps."""
+    """The same batch without some maps."""
     return replace(batch, maps={name: frames for name, frames in batch.maps.items() if name not in names})
 
 
-def wake(network: nn.Module) -> Any:
-    """Moves every weight a little, so that no zero initialisation hides anything; returns the network."""
+def perturb(network: nn.Module) -> Any:
+    """Adds a little noise to every weight, so that no branch outputs zero; returns the network."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -156,7 +156,7 @@ def wake(network: nn.Module) -> Any:
 
 
 def record_inputs(network: nn.Module) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """A list that grows by the positional and the named arguments of every later call of the network."""
+    """A list to which every later call of the network appends its positional and named arguments."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     network.register_forward_pre_hook(lambda module, *arguments: calls.append(arguments), with_kwargs=True)
     return calls
@@ -200,7 +200,7 @@ def _checked(recipe_class: type, values: dict[str, Any], changes: dict[str, Any]
         for section in sections:
             place = place.setdefault(section, {})
         place[name] = value
-    # as JSON, because strict validation then still takes a list for a tuple; as the parser does
+    # as JSON, like the parser: strict validation of JSON accepts a list for a tuple
     recipe = recipe_class.model_validate_json(json.dumps(values))
     problems = rules.problems(recipe)
     assert not problems, problems

@@ -1,4 +1,4 @@
-"""A real Slurm cluster for tests, runs that are launched on it by the command, and what is done to them."""
+"""A real Slurm cluster for tests, runs that the command launches on it, and faults that are injected into them."""
 
 import json
 import os
@@ -21,15 +21,15 @@ from support.recipes import tiny_stage1_recipe
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests" / "slurm" / "cluster.sh"
 LAUNCHER = [sys.executable, str(ROOT / "launchers" / "slurm.py")]
-PATIENCE_SECONDS = 120
-STRANGERS = ("SLURM", "SUBMITIT", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
+TIME_LIMIT_SECONDS = 120
+FOREIGN_PREFIXES = ("SLURM", "SUBMITIT", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
 
 
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_SECONDS) -> float:
-    """Waits for something, and returns how long it took.
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = TIME_LIMIT_SECONDS) -> float:
+    """Waits for a condition, and returns the seconds that it took.
 
     Raises:
-        TimeoutError: it did not happen in time.
+        TimeoutError: the condition was not met in time.
     """
     started = time.monotonic()
     while not condition():
@@ -43,8 +43,8 @@ def write_training(folder: Path, shards: Path, changes: dict[str, Any]) -> Path:
     """Writes the recipe of a tiny training that reports every step and validates nothing; returns the file.
 
     Args:
-        folder: where it goes.
-        shards: with `train` and `validation`.
+        folder: the folder of the file.
+        shards: a folder with `train` and `validation`.
         changes: dotted keys and their values.
     """
     recipe = tiny_stage1_recipe(
@@ -65,16 +65,16 @@ def write_training(folder: Path, shards: Path, changes: dict[str, Any]) -> Path:
 
 
 class Cluster:
-    """Some nodes on this machine, as `cluster.sh` brings them up; without accounting."""
+    """Slurm nodes on this machine, started by `cluster.sh`; without accounting."""
 
     def __init__(self, folder: Path, *, nodes: int = 4) -> None:
         self.folder, self.nodes = folder, nodes
-        self.port = _free_ports(nodes + 1)
-        self.environment = {name: value for name, value in os.environ.items() if not name.startswith(STRANGERS)}
+        self.port = _neighbouring_free_ports(nodes + 1)
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN_PREFIXES)}
         self.environment |= {"SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
 
     def control(self, verb: str, *words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """`cluster.sh VERB`. Daemons must not hold this process's pipes open, so output goes through a file."""
+        """Runs `cluster.sh VERB`. Output goes through a file, because daemons would keep pipes open."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "control.log").open("w+") as log:
             done = subprocess.run(
@@ -99,7 +99,7 @@ class Cluster:
         self.control("stop")
 
     def slurm(self, *words: str) -> str:
-        """One of Slurm's commands."""
+        """Runs one of Slurm's commands and returns its output."""
         done = subprocess.run(
             words,
             env=self.environment,
@@ -113,7 +113,7 @@ class Cluster:
         return done.stdout.strip()
 
     def show(self, job_id: str) -> dict[str, str]:
-        """What Slurm knows of a job."""
+        """The fields of a job in `scontrol show job`."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.slurm("scontrol", "--oneliner", "show", "job", job_id)))
 
     def node_states(self) -> dict[str, str]:
@@ -121,8 +121,8 @@ class Cluster:
         return dict(line.split() for line in lines)
 
 
-def _free_ports(count: int) -> int:
-    """The first of some neighbouring ports that nobody listens on."""
+def _neighbouring_free_ports(count: int) -> int:
+    """The first of `count` neighbouring ports on which no process listens."""
     for first in range(17_800, 19_800, 20):
         probes = [socket.socket() for _ in range(count)]
         try:
@@ -140,7 +140,7 @@ def _free_ports(count: int) -> int:
 
 @dataclass(frozen=True)
 class Step:
-    """A step that was reported; `time` in seconds since 1970."""
+    """A reported step; `time` is in seconds since 1970."""
 
     number: int
     loss: float
@@ -148,7 +148,7 @@ class Step:
 
 
 class Run:
-    """A run of one recipe on the cluster, launched by the command from a folder of the user's."""
+    """A run of one recipe on the cluster, launched by the command from a user's folder."""
 
     def __init__(self, cluster: Cluster, folder: Path, recipe: Path, name: str, *words: str) -> None:
         self.cluster, self.folder, self.recipe, self.name = cluster, folder, recipe, name
@@ -156,11 +156,11 @@ class Run:
         self.run_folder = folder / "runs" / name
 
     def command(self, *options: str) -> list[str]:
-        """What a user types."""
+        """The words that a user types."""
         return [*LAUNCHER, str(self.recipe), f"name={self.name}", *self.words, "--cluster", "slurm", *options]
 
     def launch(self, *options: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        """The command that a user types; it ends when the job is submitted, or with `--follow` when that ends."""
+        """Runs the command of a user; it ends when the job is submitted, or with `--follow` when the job ends."""
         return subprocess.run(
             self.command(*options),
             cwd=self.folder,
@@ -171,8 +171,8 @@ class Run:
             check=False,
         )
 
-    def say(self, verb: str) -> str:
-        """`status RUN` or `cancel RUN`."""
+    def run_verb(self, verb: str) -> str:
+        """Runs `status RUN` or `cancel RUN` and returns the output."""
         done = subprocess.run(
             [*LAUNCHER, verb, self.name],
             cwd=self.folder,
@@ -205,7 +205,7 @@ class Run:
         return "\n".join(f"---- rank {rank}\n{self.log(rank)}" for rank in range(self.job.num_tasks))
 
     def steps(self) -> list[Step]:
-        """All steps that were reported, those done again too."""
+        """All reported steps, those that were done again included."""
         path = progress_file(self.run_folder)
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
         return [Step(line["done"], line["loss"], line["time"]) for line in lines if "loss" in line]
@@ -214,7 +214,7 @@ class Run:
         return complete_steps(self.run_folder)
 
     def rank_pids(self) -> dict[int, int]:
-        """Rank -> process number, of the ranks that live."""
+        """Rank -> process number of all ranks that are running."""
         found, logs = {}, (self.run_folder / "logs").resolve()
         for entry in Path("/proc").glob("[0-9]*"):
             try:
@@ -236,11 +236,11 @@ class Run:
         for name in names:
             self.cluster.slurm("scancel", f"--signal={name}", self.job.job_id)
 
-    def strike_rank(self, rank: int, number: signal.Signals) -> None:
+    def signal_rank(self, rank: int, number: signal.Signals) -> None:
         os.kill(self.rank_pids()[rank], number)
 
     def wait_for_steps(self, more: int, *, checkpoint: bool = True) -> None:
-        """Until it has taken some more steps than now, and has a checkpoint."""
+        """Waits until the run has taken `more` steps from now on, and has a checkpoint."""
         before = len(self.steps())
         try:
             wait_until(lambda: len(self.steps()) >= before + more, f"{more} steps of {self.name}")
@@ -252,13 +252,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Recovery:
-    """What a fault cost.
+    """The cost of a fault.
 
     Attributes:
-        detected_seconds: until no rank of the start that was struck was left.
-        resumed_seconds: until the first step after it.
-        steps_lost: steps that were done again.
-        first_step: the first one after it.
+        detected_seconds: time from the fault until all ranks of that start had ended.
+        resumed_seconds: time from the fault to the first step after it.
+        steps_lost: number of steps that were done again.
+        first_step: number of the first step after the fault.
     """
 
     detected_seconds: float
@@ -267,18 +267,18 @@ class Recovery:
     first_step: int
 
 
-def measure_recovery(run: Run, strike: Callable[[], None]) -> Recovery:
-    """Strikes a training that takes steps, and waits until it takes steps again by itself."""
-    pids, struck = set(run.rank_pids().values()), time.time()
-    assert pids, "nothing runs that could be struck"
-    strike()
+def measure_recovery(run: Run, inject: Callable[[], None]) -> Recovery:
+    """Injects a fault into a training that takes steps, and waits until the training takes steps again by itself."""
+    pids, fault_time = set(run.rank_pids().values()), time.time()
+    assert pids, "no rank is running"
+    inject()
     try:
         wait_until(lambda: not pids & set(run.rank_pids().values()), "the end of all ranks")
-        detected = time.time() - struck
+        detected = time.time() - fault_time
         count = len(run.steps())
-        wait_until(lambda: len(run.steps()) > count, "the first step after the fault", 2 * PATIENCE_SECONDS)
+        wait_until(lambda: len(run.steps()) > count, "the first step after the fault", 2 * TIME_LIMIT_SECONDS)
     except TimeoutError as error:
         raise TimeoutError(f"{error}; the job is {run.state()}\n{run.logs()}") from None
     steps = run.steps()
     last, first = steps[count - 1], steps[count]
-    return Recovery(detected, first.time - struck, last.number + 1 - first.number, first.number)
+    return Recovery(detected, first.time - fault_time, last.number + 1 - first.number, first.number)

@@ -21,15 +21,15 @@ from support.recipes import EMBEDDING_WIDTH, PATCH_SIZE, tiny_svd_config, tiny_u
 def tiny_geometry_pipeline(
     *, temporal_attention: bool = True, prediction_type: str = "sample", seed: int = 0
 ) -> GeometryPipeline:
-    """Stage 1 for pictures of 16x24 pixels, every branch awake: what is zero at the start has random values."""
+    """Stage 1 for pictures of 16x24 pixels; weights that are initialised to zero have random values."""
     torch.manual_seed(seed)
     base = UNet2DConditionModel(**tiny_unet_config())
     unet = GeometryUNetModel.from_unet2d(
         base, geometry_attention=True, temporal_attention=temporal_attention, max_frames=16
     )
     pose_encoder = PoseEncoderModel(out_channels=16, channels=(8, 16), downscale_factor=PATCH_SIZE)
-    wake_up(unet)
-    wake_up(pose_encoder)
+    fill_zero_parameters(unet)
+    fill_zero_parameters(pose_encoder)
     noise_scheduler = make_ddpm_scheduler(
         prediction_type=prediction_type, zero_terminal_snr=prediction_type != "epsilon"
     )
@@ -46,9 +46,9 @@ def tiny_geometry_pipeline(
 
 
 def tiny_animation_pipeline(
-    *, controls: tuple[str, ...] = ("pose", "depth", "normal"), awake: bool = True, seed: int = 0
+    *, controls: tuple[str, ...] = ("pose", "depth", "normal"), perturbed: bool = True, seed: int = 0
 ) -> AnimationPipeline:
-    """Stage 2 for pictures of 16x24 pixels; `awake` gives the zero-initialised links random values."""
+    """Stage 2 for pictures of 16x24 pixels; `perturbed` replaces weights that are zero by random values."""
     torch.manual_seed(seed)
     unet = UNetSpatioTemporalConditionModel(**tiny_svd_config())
     controller = CrossDomainControllerModel(
@@ -59,9 +59,9 @@ def tiny_animation_pipeline(
         downscale_factor=PATCH_SIZE,
     )
     controlnet = SpatioTemporalControlNetModel.from_unet(unet)
-    if awake:
-        wake_up(controller)
-        wake_up(controlnet)
+    if perturbed:
+        fill_zero_parameters(controller)
+        fill_zero_parameters(controlnet)
     pipeline = AnimationPipeline(
         unet=unet,
         controlnet=controlnet,
@@ -75,8 +75,8 @@ def tiny_animation_pipeline(
 
 
 @torch.no_grad()
-def wake_up(network: nn.Module, std: float = 0.1) -> None:
-    """Gives parameters that are all zero, as zero-initialised projections are, small random values."""
+def fill_zero_parameters(network: nn.Module, std: float = 0.1) -> None:
+    """Gives small random values to parameters that are all zero, such as zero-initialised projections."""
     for parameter in network.parameters():
         if not parameter.any():
             parameter.normal_(std=std)

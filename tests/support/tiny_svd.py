@@ -48,7 +48,7 @@ def tiny_svd_inputs(
 
 
 def tiny_svd_pipeline(size: int) -> StableVideoDiffusionPipeline:
-    """diffusers' pipeline of `tiny_svd_unet`, as small an autoencoder (factor 2) and a CLIP that sees `size` pixels."""
+    """diffusers' pipeline of `tiny_svd_unet`, a small autoencoder (factor 2) and a CLIP for `size` pixels."""
     unet = tiny_svd_unet()
     torch.manual_seed(1)
     vae = AutoencoderKLTemporalDecoder(
@@ -75,6 +75,6 @@ def tiny_svd_pipeline(size: int) -> StableVideoDiffusionPipeline:
 
 
 def assert_close_to_rounding(found: Tensor, expected: Tensor) -> None:
-    """Within 1e-5 of the largest expected value: some 80 units in the last place of float32."""
+    """Checks that values differ by at most 1e-5 of the largest expected value, about 80 float32 roundings."""
     assert found.shape == expected.shape
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -1,4 +1,4 @@
-"""What the ranks of the distributed tests do: real runs, recorded, and struck at a chosen instant."""
+"""Functions that the ranks of the distributed tests run: real trainings, recorded, with a fault at a chosen instant."""
 
 import ctypes
 import json
@@ -35,16 +35,16 @@ Recipe = Stage1Recipe | Stage2Recipe
 
 
 @dataclass(frozen=True)
-class Strike:
-    """What a rank does to itself in its n-th forward pass, or at the first matching file operation.
+class Fault:
+    """A fault of one rank in its n-th forward pass, or at the first matching file operation.
 
     Attributes:
-        rank: which.
-        number: the signal that it sends itself; None for one that hangs instead, for ever.
+        rank: the rank that has the fault.
+        number: a signal that the rank sends to itself; None makes it hang for ever instead.
         forward: n, counted from 1.
-        in_validation: whether forward passes on held-out clips are counted, and not those of training.
-        operation: an audit event's name.
-        path_contains: all of this must occur in the event's arguments.
+        in_validation: counts forward passes on held-out clips instead of those of training.
+        operation: name of an audit event.
+        path_contains: strings that must all occur in the arguments of the event.
     """
 
     rank: int
@@ -60,23 +60,23 @@ class Strike:
         if self.forward is not None:
             count = 0
 
-            def strike_in_forward(module: nn.Module, inputs: Any) -> None:
+            def fail_in_forward(module: nn.Module, inputs: Any) -> None:
                 nonlocal count
                 if _is_validating(module) if self.in_validation else _is_training(module):
                     count += 1
                     if count == self.forward:
-                        self._strike()
+                        self._fail()
 
-            register_module_forward_pre_hook(strike_in_forward)
+            register_module_forward_pre_hook(fail_in_forward)
         else:
 
-            def strike_at_file(event: str, arguments: tuple[Any, ...]) -> None:
+            def fail_at_file(event: str, arguments: tuple[Any, ...]) -> None:
                 if event == self.operation and all(part in str(arguments) for part in self.path_contains):
-                    self._strike()
+                    self._fail()
 
-            sys.addaudithook(strike_at_file)
+            sys.addaudithook(fail_at_file)
 
-    def _strike(self) -> None:
+    def _fail(self) -> None:
         if self.number is None:
             threading.Event().wait()
         else:
@@ -100,12 +100,12 @@ class SlowRank:
 
 @dataclass(frozen=True)
 class SmallDisk:
-    """A rank whose files may not grow any more, from the first time on that it opens a certain one to write.
+    """A rank whose files may not grow any more, from the first time on that it opens a certain file for writing.
 
     Attributes:
-        rank: which.
-        path_contains: all of this must occur in the file's path.
-        times: how often that file meets the limit before there is room again.
+        rank: the rank that has the fault.
+        path_contains: strings that must all occur in the path of the file.
+        times: number of attempts that meet the limit before there is room again.
     """
 
     rank: int
@@ -130,14 +130,14 @@ class SmallDisk:
 
 
 @dataclass(frozen=True)
-class StumblingDisk:
-    """A rank that cannot open a certain file, for a reason that is not the user's: the storage's, EIO, ESTALE, ...
+class FailingDisk:
+    """A rank that cannot open a certain file because of an error of the storage: EIO, ESTALE, ...
 
     Attributes:
-        rank: which.
-        path_contains: all of this must occur in the file's path.
-        number: what the system says.
-        times: how often.
+        rank: the rank that has the fault.
+        path_contains: strings that must all occur in the path of the file.
+        number: errno of the error.
+        times: number of attempts that fail.
     """
 
     rank: int
@@ -154,7 +154,7 @@ class StumblingDisk:
             nonlocal failed
             if event == "open" and failed < self.times and all(part in str(arguments) for part in self.path_contains):
                 failed += 1
-                sys.stderr.write(f"stumbling over {arguments[0]}\n")
+                sys.stderr.write(f"failing to open {arguments[0]}\n")
                 raise OSError(self.number, os.strerror(self.number), str(arguments[0]))
 
         sys.addaudithook(fail_at_open)
@@ -162,7 +162,7 @@ class StumblingDisk:
 
 @dataclass(frozen=True)
 class SlowDisk:
-    """A file of rank 0 that cannot be opened to write before a training forward pass has begun: at most a minute."""
+    """A file that rank 0 can open for writing only after the n-th training forward pass has begun, within a minute."""
 
     path_contains: tuple[str, ...]
     forward: int
@@ -172,7 +172,7 @@ class SlowDisk:
             return
         count, begun = 0, threading.Event()
 
-        def notice(module: nn.Module, inputs: Any) -> None:
+        def count_forwards(module: nn.Module, inputs: Any) -> None:
             nonlocal count
             count += _is_training(module)
             if count == self.forward:
@@ -182,13 +182,13 @@ class SlowDisk:
             if event == "open" and arguments[1] == "w" and all(part in str(arguments) for part in self.path_contains):
                 assert begun.wait(60), "training waits for the disk"
 
-        register_module_forward_pre_hook(notice)
+        register_module_forward_pre_hook(count_forwards)
         sys.addaudithook(wait_at_open)
 
 
 @dataclass(frozen=True)
 class ReadOnlyFolder:
-    """No rank may write into a folder any more, from a training forward pass on; 0 is from the beginning."""
+    """A folder that no rank may write into from the n-th training forward pass on; 0 means from the beginning."""
 
     folder: Path
     forward: int
@@ -211,7 +211,7 @@ class ReadOnlyFolder:
 
 
 def _drop_all_rights() -> None:
-    """Of root, whom permissions would not stop: `capset` with nothing effective and nothing permitted."""
+    """Drops all capabilities, because file permissions do not stop root: `capset` with empty sets."""
     version_3, this_process = 0x20080522, 0
     header = (ctypes.c_uint32 * 2)(version_3, this_process)
     if ctypes.CDLL(None, use_errno=True).capset(header, (ctypes.c_uint32 * 6)()):
@@ -219,8 +219,8 @@ def _drop_all_rights() -> None:
 
 
 @dataclass(frozen=True)
-class Spoiled:
-    """Samples, by (epoch, sample id), whose pictures are multiplied by a number: a large one makes the loss leap."""
+class ScaledSamples:
+    """Samples, by (epoch, sample id), whose pictures are multiplied by a factor: a large one makes the loss jump."""
 
     keys: frozenset[tuple[int, int]]
     factor: float
@@ -231,28 +231,28 @@ def run_recorded(
     *,
     recipe: Recipe,
     run: Path,
-    strike: Strike | SlowRank | SmallDisk | StumblingDisk | SlowDisk | ReadOnlyFolder | None = None,
+    fault: Fault | SlowRank | SmallDisk | FailingDisk | SlowDisk | ReadOnlyFolder | None = None,
     poisoned: tuple[int, ...] = (),
-    spoiled: Spoiled | None = None,
+    scaled: ScaledSamples | None = None,
     umask: int | None = None,
 ) -> None:
-    """`train`, with every training sample's loss written down as it is computed.
+    """Calls `train` and records the loss of every training sample as it is computed.
 
     Args:
         ranks: this process.
-        recipe: what to train.
+        recipe: the training.
         run: the run folder; `run`/record_<rank>.jsonl grows over restarts.
-        strike: what happens to this start.
+        fault: the fault in this start.
         poisoned: ids of samples whose pose drawings are NaN.
-        spoiled: samples whose pictures are something else.
-        umask: of this process, if it is to have one of its own.
+        scaled: samples whose pictures are multiplied by a factor.
+        umask: umask of this process; None keeps the inherited one.
     """
     if umask is not None:
         os.umask(umask)
     run.mkdir(parents=True, exist_ok=True)
     record = (run / f"record_{ranks.rank}.jsonl").open("a", encoding="utf-8")
 
-    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+    def record_losses(module: nn.Module, inputs: Any, output: Any) -> None:
         if _is_training(module):
             assert isinstance(output, ObjectiveOutput)
             for key, loss in zip(inputs[0].keys.tolist(), output.sample_losses.tolist(), strict=True):
@@ -268,37 +268,37 @@ def run_recorded(
         pose[hit] = torch.nan
         return (replace(batch, maps={**batch.maps, "pose": pose}),)
 
-    def spoil(module: nn.Module, inputs: Any) -> Any:
+    def scale(module: nn.Module, inputs: Any) -> Any:
         if not _is_training(module):
             return None
         batch: ClipBatch = inputs[0]
-        assert spoiled is not None
-        hit = torch.tensor([(epoch, sample) in spoiled.keys for _, epoch, sample in batch.keys.tolist()])
-        factors = torch.where(hit, spoiled.factor, 1.0).reshape(-1, 1, 1, 1, 1)
-        spoilt = {name: batch.maps[name] * factors for name in DOMAINS}
-        return (replace(batch, maps={**batch.maps, **spoilt}),)
+        assert scaled is not None
+        hit = torch.tensor([(epoch, sample) in scaled.keys for _, epoch, sample in batch.keys.tolist()])
+        factors = torch.where(hit, scaled.factor, 1.0).reshape(-1, 1, 1, 1, 1)
+        changed = {name: batch.maps[name] * factors for name in DOMAINS}
+        return (replace(batch, maps={**batch.maps, **changed}),)
 
-    register_module_forward_hook(note)
-    if spoiled is not None:
-        register_module_forward_pre_hook(spoil)
+    register_module_forward_hook(record_losses)
+    if scaled is not None:
+        register_module_forward_pre_hook(scale)
     if poisoned:
         register_module_forward_pre_hook(poison)
-    if strike is not None:
-        strike.prepare(ranks)
+    if fault is not None:
+        fault.prepare(ranks)
     train(recipe, run)
 
 
-def run_judged(ranks: Ranks, *, recipe: Recipe, run: Path, strike: StumblingDisk) -> dict[str, Any]:
-    """Has a start fail, and says whether its error is one that this rank's user could mend, and its text."""
+def classify_error(ranks: Ranks, *, recipe: Recipe, run: Path, fault: FailingDisk) -> dict[str, Any]:
+    """Makes a start fail; returns the text of its error and whether the error is one that the user must fix."""
     try:
-        run_recorded(ranks, recipe=recipe, run=run, strike=strike)
-    except Exception as error:  # noqa: BLE001 - as the outermost frame of a job judges it
+        run_recorded(ranks, recipe=recipe, run=run, fault=fault)
+    except Exception as error:  # noqa: BLE001 - classified as in the outermost frame of a job
         return {"is_users": isinstance(error, UserError) and not is_transient(error), "text": str(error)}
     return {"is_users": False, "text": ""}
 
 
 def prepare_and_inspect(ranks: Ranks, *, recipe: Recipe, run: Path, steps: int) -> dict[str, Any]:
-    """Takes a few steps and looks into the engine; every value is this rank's own."""
+    """Takes a few steps and returns values of the engine; every value belongs to this rank."""
     with StopRequest() as stop, process_group(ranks, timeout_seconds=60), repeatable_arithmetic(enabled=True):
         trainer = prepare(stage_of(recipe), run, ranks, stop, Watchdog.of(recipe.cluster), deterministic=True)
         batches = iter(trainer.loader)
@@ -350,7 +350,7 @@ def _inspect(trainer: Trainer, first: dict[str, torch.Tensor]) -> dict[str, Any]
 
 
 def _moments(trainer: Trainer) -> dict[str, dict[str, torch.Tensor]]:
-    """The optimizer's moments as whole parameters; empty before the first step that was applied."""
+    """The moments of the optimizer as whole parameters; empty before the first applied step."""
     engine = trainer.engine
     states = list(engine._engine.optimizer.state.values())
     return {

@@ -1,4 +1,4 @@
-"""Small folders of videos as users have them, some of them damaged, for the tests of `prepare`."""
+"""Small folders of videos like those of users, some damaged, for the tests of `prepare`."""
 
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ def write_videos(folder: Path, name: str, *, num_frames: int = 20, with_maps: bo
         write_video(folder / f"{name}.{modality}.mp4", frames, fps=FPS)
 
 
-def damage(path: Path, *, packet: int = 12) -> None:
-    """Overwrites what a video stores for one frame; nothing in its header tells of it."""
+def damage_video(path: Path, *, packet: int = 12) -> None:
+    """Overwrites the stored data of one frame of a video; the header does not show the damage."""
     with av.open(str(path)) as container:
         packets = [one for one in container.demux(video=0) if one.size]
         place, size = packets[packet].pos, packets[packet].size
@@ -41,7 +41,7 @@ def videos_recipe(output: Path, folder: Path, *, num_workers: int = 1, **changes
     return PrepareRecipe(name="p", task="prepare", output=str(output), videos=source, num_workers=num_workers)
 
 
-def stored(output: Path, split: str) -> list[StoredClip]:
+def stored_clips(output: Path, split: str) -> list[StoredClip]:
     """All clips of a split."""
     clips = StoredClips(Shards(local=str(output / split)))
     return [clips.clip(number) for number in range(len(clips))]

@@ -1,4 +1,4 @@
-"""Aligning a driving skeleton: the size of a body is found from what each frame shows of it, wherever it walks."""
+"""Alignment of a driving skeleton: the size of a body is found from the visible points of each frame."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ LEGS_SHOW = {"always": range(24), "in the first sixth": range(4), "in the last s
 
 
 def dancer(index: int) -> NDArray[np.float32]:
-    """The key points of a rendered dancer, all measured joints certain."""
+    """The key points of a rendered dancer, all measured joints with confidence 1."""
     points = render_clip(HELD_OUT_SEEDS[index], num_frames=NUM_FRAMES, width=WIDTH, height=HEIGHT).keypoints
     points[:, :18, 2] = 1.0
     return points
@@ -26,7 +26,7 @@ def sequence(points: NDArray[np.float32]) -> KeypointSequence:
 
 
 def smaller_and_walking(points: NDArray[np.float32], *, legs_show: range) -> NDArray[np.float32]:
-    """The dancer at 0.7 of the size, who walks through the picture; legs are seen in some frames alone."""
+    """The dancer at 0.7 of the size, walking through the picture; legs are visible in some frames only."""
     moved = points.copy()
     moved[..., :2] = 0.5 + SCALE * (points[..., :2] - 0.5)
     moved[..., :2] += np.linspace([-0.2, -0.15], [0.2, 0.15], NUM_FRAMES)[:, None]
@@ -36,7 +36,7 @@ def smaller_and_walking(points: NDArray[np.float32], *, legs_show: range) -> NDA
 
 
 def scale_of(aligned: NDArray[np.float32], driving: NDArray[np.float32]) -> float:
-    """By how much a length was enlarged: neck to hip, in the first frame."""
+    """The factor by which the length from neck to hip changed in the first frame."""
     return float(
         np.linalg.norm(aligned[0, 1, :2] - aligned[0, 8, :2]) / np.linalg.norm(driving[0, 1, :2] - driving[0, 8, :2])
     )
@@ -44,18 +44,18 @@ def scale_of(aligned: NDArray[np.float32], driving: NDArray[np.float32]) -> floa
 
 @pytest.mark.parametrize("shown", list(LEGS_SHOW))
 @pytest.mark.parametrize("index", range(4))
-def test_the_scale_is_the_bodys_where_legs_show_in_a_few_frames_of_a_walk(index, shown):
+def test_the_scale_of_a_walk_with_legs_in_a_few_frames_is_that_of_the_body(index, shown):
     points = dancer(index)
     driving = smaller_and_walking(points, legs_show=LEGS_SHOW[shown])
     aligned = align_keypoints(sequence(driving), sequence(points[:1]))
     assert scale_of(aligned, driving) == pytest.approx(1 / SCALE, rel=0.08)
 
 
-def test_a_body_that_only_differs_in_size_and_place_comes_to_lie_on_the_reference():
+def test_a_body_that_differs_only_in_size_and_place_is_aligned_exactly():
     still = np.repeat(dancer(0)[:1], NUM_FRAMES, axis=0)
     driving = still.copy()
     driving[..., :2] = 0.1 + SCALE * still[..., :2]
-    driving[np.ix_(range(12), LEGS, [2])] = 0.0  # what one half of the frames does not show changes nothing
+    driving[np.ix_(range(12), LEGS, [2])] = 0.0  # joints that half of the frames do not show change nothing
     aligned = align_keypoints(sequence(driving), sequence(still[:1]))
     np.testing.assert_allclose(aligned[..., :2], still[..., :2], rtol=0, atol=1e-5)
     np.testing.assert_array_equal(aligned[..., 2], driving[..., 2])
@@ -64,13 +64,13 @@ def test_a_body_that_only_differs_in_size_and_place_comes_to_lie_on_the_referenc
 def test_frames_that_share_too_few_joints_with_the_reference_do_not_count():
     points = dancer(1)
     driving = smaller_and_walking(points, legs_show=range(24))
-    spoiled = driving.copy()
-    spoiled[5:9, :18, 2] = 0.0
-    spoiled[5:9, :3, 2] = 1.0  # three joints, and far off
-    spoiled[5:9, :3, :2] *= 3.0
+    changed = driving.copy()
+    changed[5:9, :18, 2] = 0.0
+    changed[5:9, :3, 2] = 1.0  # three joints, and far off
+    changed[5:9, :3, :2] *= 3.0
     kept = np.delete(driving, range(5, 9), axis=0)
     expected = align_keypoints(sequence(kept), sequence(points[:1]))
-    found = np.delete(align_keypoints(sequence(spoiled), sequence(points[:1])), range(5, 9), axis=0)
+    found = np.delete(align_keypoints(sequence(changed), sequence(points[:1])), range(5, 9), axis=0)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
@@ -78,7 +78,7 @@ def test_joints_that_are_never_seen_together_are_refused():
     points = dancer(2)
     driving = points.copy()
     driving[:, :18, 2] = 0.0
-    for frame in range(NUM_FRAMES):  # every joint shows in some frame, but never four at once
+    for frame in range(NUM_FRAMES):  # every joint is visible in some frame, but never four at once
         driving[frame, [frame % 18, (frame + 1) % 18, (frame + 2) % 18], 2] = 1.0
     with pytest.raises(AlignmentError, match=r"no frame .* more than 3 of the body joints .*, 4 are needed"):
         align_keypoints(sequence(driving), sequence(points[:1]))

@@ -56,7 +56,7 @@ def test_targets_of_a_bfloat16_training_are_those_of_float64(folder, batch, temp
     exact_vae = saved_autoencoder(folder, temporal=temporal)
     found, exact = objective.encode_targets(frames, batch.keys.tolist(), "mode"), encode_latents(exact_vae, frames)
     assert relative_error(found, exact) < 1e-4
-    # what it was before: weights and arithmetic of bfloat16
+    # the former computation: weights and arithmetic of bfloat16
     narrow = saved_autoencoder(folder, temporal=temporal).bfloat16()
     with torch.no_grad():
         rounded = narrow.encode((frames * 2 - 1).bfloat16()).latent_dist.mode() * narrow.config.scaling_factor
@@ -85,7 +85,7 @@ def test_the_joint_pipeline_keeps_both_autoencoders(folder):
     assert (joint.unet.dtype, joint.geometry_unet.dtype) == (torch.bfloat16, torch.bfloat16)
 
 
-def test_a_dtype_for_each_component_is_taken_as_it_is(folder, tmp_path):
+def test_a_dtype_for_each_component_is_used_unchanged(folder, tmp_path):
     make_objective(folder, temporal=False).make_pipeline().save_pretrained(tmp_path)
     named = {"default": torch.float32, "vae": torch.bfloat16}
     pipeline = GeometryPipeline.from_pretrained(tmp_path, torch_dtype=named)

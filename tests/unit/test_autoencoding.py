@@ -54,14 +54,14 @@ def test_targets_are_scaled_and_conditions_are_the_bare_mode(make):
 
 
 @AUTOENCODERS
-def test_encoding_in_chunks_is_encoding(make):
+def test_encoding_in_chunks_equals_encoding_at_once(make):
     vae: Autoencoder = make()
     whole = encode_latents(vae, images())
     torch.testing.assert_close(encode_latents(vae, images(), chunk_size=3), whole, rtol=1e-5, atol=1e-6)
 
 
 @AUTOENCODERS
-def test_the_size_of_latents_is_the_downscale_factor_s(make):
+def test_the_downscale_factor_gives_the_size_of_latents(make):
     vae: Autoencoder = make()
     factor = downscale_factor(vae)
     assert factor == 2
@@ -81,23 +81,23 @@ def test_decoding_undoes_the_scaling_and_gives_pictures_in_range(make):
     assert decode_latents(vae, 100 * latents).min() >= 0
 
 
-def test_the_patch_autoencoder_gives_the_very_pictures_back():
+def test_the_patch_autoencoder_reproduces_the_pictures_exactly():
     vae = PatchAutoencoder(2)
     torch.testing.assert_close(decode_latents(vae, encode_latents(vae, images())), images(), rtol=0, atol=2**-23)
 
 
-def test_the_video_decoder_sees_each_chunk_as_its_own_frames_and_never_two_clips():
+def test_the_video_decoder_decodes_each_chunk_alone_and_never_mixes_clips():
     vae = video_autoencoder()
     latents = encode_latents(vae, images(6))
     clips = [decode_latents(vae, clip, chunk_size=2) for clip in latents.split(3)]
     together = decode_latents(vae, latents, chunk_size=2, num_frames=3)
     assert torch.equal(together, torch.cat(clips))
-    # frames do mix in its decoder: without the clips' length the chunks would have run across them
+    # its decoder does mix frames: without the length of the clips the chunks would cross clips
     assert not torch.equal(together, decode_latents(vae, latents, chunk_size=2))
 
 
 @AUTOENCODERS
-def test_nothing_here_is_recorded_for_a_backward_pass(make):
+def test_encoding_and_decoding_record_no_graph(make):
     vae: Autoencoder = make()
     latents = encode_latents(vae, images().requires_grad_())
     assert not latents.requires_grad
@@ -170,7 +170,7 @@ def test_the_distribution_of_patches_is_a_point():
 
 
 def mixing_decoder(seed: int) -> AutoencoderKLTemporalDecoder:
-    """A random video autoencoder of the published depth whose decoder gives neighbouring frames half of the say."""
+    """A random video autoencoder of the published depth whose decoder weighs neighbouring frames by one half."""
     torch.manual_seed(seed)
     vae = AutoencoderKLTemporalDecoder(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -193,7 +193,7 @@ def test_chunks_that_overlap_are_nearer_to_decoding_all_frames_at_once(seed):
     overlapping = decode_latents(vae, latents, chunk_size=8)
 
     def worst(frames: torch.Tensor) -> tuple[float, float]:
-        """The largest error of a frame, and of a change from one frame to the next: a seam."""
+        """The largest error of a frame, and of a change from one frame to the next, which shows seams."""
         error = frames - whole
         return tuple(float(part.square().mean(dim=(1, 2, 3)).max().sqrt()) for part in (error, error.diff(dim=0)))
 
@@ -203,7 +203,7 @@ def test_chunks_that_overlap_are_nearer_to_decoding_all_frames_at_once(seed):
 
 
 @pytest.mark.parametrize(("chunk_size", "overlap"), [(1, 0), (2, 0), (3, 1), (5, 2), (8, 2)])
-def test_chunks_cover_every_frame_and_neighbours_share_what_they_should(chunk_size, overlap):
+def test_chunks_cover_every_frame_and_neighbours_share_the_overlap(chunk_size, overlap):
     for num_frames in range(1, 40):
         chunks = _plan_chunks(num_frames, chunk_size, overlap)
         assert chunks[0].start == 0
@@ -222,7 +222,7 @@ def test_frames_that_are_no_whole_number_of_clips_are_refused(chunk_size, num_fr
 
 
 class _GpuBytes(LiveBytes):
-    """Counts what lies on a GPU alone; fake tensors need none."""
+    """Counts the memory on a GPU alone; fake tensors need no GPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -232,7 +232,7 @@ class _GpuBytes(LiveBytes):
         return result
 
 
-def test_a_long_clip_takes_no_more_of_the_device_than_one_chunk():
+def test_a_long_clip_uses_no_more_device_memory_than_one_chunk():
     def peak(num_frames: int) -> int:
         vae = image_autoencoder()  # the video decoder indexes tensors, which fake ones on a GPU cannot without CUDA
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -244,5 +244,5 @@ def test_a_long_clip_takes_no_more_of_the_device_than_one_chunk():
         assert frames.device.type == "cpu"
         return live.peak
 
-    latent_bytes = 4 * 16 * 16 * 4  # of one frame; the latents themselves, unscaled, stay together
+    latent_bytes = 4 * 16 * 16 * 4  # of one frame; the unscaled latents are not divided
     assert peak(40) == peak(8) + 32 * latent_bytes

@@ -1,8 +1,8 @@
-"""A recipe's `model.channels_last`: the same training to rounding, and channels innermost all the way through."""
+"""`model.channels_last`: the same training up to rounding, and channels innermost in every layer."""
 
 import pytest
 import torch
-from support.recipes import tiny_clip_batch, tiny_stage1_recipe, tiny_stage2_recipe, wake
+from support.recipes import perturb, tiny_clip_batch, tiny_stage1_recipe, tiny_stage2_recipe
 from torch import nn
 
 from dreamdance.models.fused_group_norm import FusedGroupNorm
@@ -16,7 +16,7 @@ RECIPES = {
 
 
 def objective_of(stage, *, channels_last):
-    return wake(stage_of(RECIPES[stage]({"model.channels_last": channels_last})).build())
+    return perturb(stage_of(RECIPES[stage]({"model.channels_last": channels_last})).build())
 
 
 def loss_and_gradients(objective):

@@ -1,4 +1,4 @@
-"""Files of a checkpoint come to disk as they were meant, are tried again, or fail with the reason; copies stay put."""
+"""Files of a checkpoint are written correctly, written again, or fail with the reason; copies do not change."""
 
 import hashlib
 import os
@@ -20,7 +20,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(file_work, "FIRST_PAUSE_SECONDS", 0.0)
 
 
-def test_what_is_hashed_on_the_way_is_what_lies_there(tmp_path):
+def test_the_hash_computed_while_writing_is_that_of_the_file(tmp_path):
     numbers = torch.arange(1000.0)
 
     def write(file):
@@ -36,7 +36,7 @@ def test_what_is_hashed_on_the_way_is_what_lies_there(tmp_path):
 
 
 @pytest.mark.usefixtures("quick")
-def test_what_did_not_come_to_disk_as_it_was_written_is_written_again(tmp_path, monkeypatch):
+def test_a_file_that_differs_on_disk_from_what_was_written_is_written_again(tmp_path, monkeypatch):
     damaged = []
 
     def sync_badly(handle: int) -> None:
@@ -53,7 +53,7 @@ def test_what_did_not_come_to_disk_as_it_was_written_is_written_again(tmp_path, 
 
 @pytest.fixture
 def full_disk(tmp_path) -> Iterator[Path]:
-    """A disk of 256 KiB; needs the right to mount."""
+    """A disk of 256 KiB; needs the permission to mount."""
     place = tmp_path / "small"
     place.mkdir()
     options = ["-t", "tmpfs", "-o", "size=256k", "none", str(place)]
@@ -64,13 +64,13 @@ def full_disk(tmp_path) -> Iterator[Path]:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_full_disk_is_an_error_that_says_so_after_several_attempts(full_disk, caplog):
+def test_a_full_disk_is_an_error_with_its_cause_after_several_attempts(full_disk, caplog):
     with pytest.raises(OSError, match="No space left on device"):
         write_files(full_disk, {"weights": lambda file: file.write(bytes(400_000))})
     assert caplog.text.count("trying again in") == file_work.NUM_ATTEMPTS - 1
 
 
-def test_errors_that_are_no_matter_of_files_are_not_tried_again(tmp_path):
+def test_errors_other_than_those_of_files_are_not_tried_again(tmp_path):
     calls = []
 
     def write(file):
@@ -82,7 +82,7 @@ def test_errors_that_are_no_matter_of_files_are_not_tried_again(tmp_path):
     assert len(calls) == 1
 
 
-def test_a_copy_does_not_change_when_training_goes_on():
+def test_a_copy_does_not_change_while_training_continues():
     live = {"a": torch.arange(6.0), "b": torch.ones(2)}
     copied = HostMemory().copy(live)
     live["a"].zero_()
@@ -91,16 +91,16 @@ def test_a_copy_does_not_change_when_training_goes_on():
     assert torch.equal(copied["b"], torch.ones(2))
 
 
-def test_the_next_copy_takes_the_same_memory_and_a_reserved_one_too():
+def test_the_next_copy_and_a_reserved_copy_use_the_same_memory():
     memory, live = HostMemory(), {"a": torch.ones(4), "b": torch.ones(2)}
     memory.reserve(live)
     block = memory._block.data_ptr()
     first = memory.copy(live)
     places = first["a"].data_ptr(), first["b"].data_ptr()
-    assert places == (block, block + 16), "one behind the other, without a gap"
+    assert places == (block, block + 16), "tensors are contiguous, without a gap"
     live["a"] += 1
     second = memory.copy(live)
     assert (second["a"].data_ptr(), second["b"].data_ptr()) == places
     assert torch.equal(second["a"], torch.full((4,), 2.0))
     live["a"] = torch.ones(5)
-    assert memory.copy(live)["a"].shape == (5,), "more memory where more is saved"
+    assert memory.copy(live)["a"].shape == (5,), "a larger save takes more memory"

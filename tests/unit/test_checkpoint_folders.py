@@ -1,4 +1,4 @@
-"""Which checkpoints are kept: sound ones alone count, and none goes before enough newer ones are there."""
+"""The choice of checkpoints to keep: only sound ones count, and none is deleted before there are enough newer ones."""
 
 import os
 import shutil
@@ -49,38 +49,38 @@ def test_the_newest_few_every_nth_and_the_one_resumed_from_are_kept(tmp_path):
     assert steps(tmp_path) == [2, 3, 6, 7]
     folders.resumed = None
     folders.delete_old()
-    assert steps(tmp_path) == [3, 6, 7], "the next start resumes from another one, and lets this one go"
+    assert steps(tmp_path) == [3, 6, 7], "the next start resumes from another one, and deletes this one"
 
 
 def empty(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
 
 
-def cut_off(folder: Path) -> None:
+def truncate_a_file(folder: Path) -> None:
     os.truncate(folder / WEIGHTS, 3)
 
 
-def tear_the_manifest(folder: Path) -> None:
+def truncate_the_complete_file(folder: Path) -> None:
     os.truncate(folder / COMPLETE_FILE, 20)
 
 
 def make_the_manifest_unreadable(folder: Path) -> None:
     (folder / COMPLETE_FILE).unlink()
-    (folder / COMPLETE_FILE).symlink_to("/proc/self/mem")  # a regular file to look at, an I/O error to read
+    (folder / COMPLETE_FILE).symlink_to("/proc/self/mem")  # a regular file whose reading gives an I/O error
 
 
-@pytest.mark.parametrize("damage", [empty, cut_off, tear_the_manifest, make_the_manifest_unreadable])
-def test_a_damaged_checkpoint_takes_no_sound_ones_place(tmp_path, damage):
+@pytest.mark.parametrize("damage", [empty, truncate_a_file, truncate_the_complete_file, make_the_manifest_unreadable])
+def test_a_damaged_checkpoint_does_not_count_as_one_of_the_newest_few(tmp_path, damage):
     save(tmp_path, 1, 2, 3, 4)
     damage(checkpoint_folder(tmp_path, 4))
     folders_of(tmp_path).delete_old()
-    assert steps(tmp_path) == [2, 3, 4], "two sound ones are left, and the damaged one can still be mended"
+    assert steps(tmp_path) == [2, 3, 4], "two sound ones are left, and the damaged one can still be repaired"
     save(tmp_path, 5, 6)
     folders_of(tmp_path).delete_old()
-    assert steps(tmp_path) == [5, 6], "older than all that are kept, the damaged one goes as well"
+    assert steps(tmp_path) == [5, 6], "the damaged one is older than all that are kept, so it is deleted too"
 
 
-def test_one_that_a_start_found_damaged_by_its_hash_takes_no_sound_ones_place(tmp_path):
+def test_a_checkpoint_found_damaged_by_its_hash_does_not_count_as_one_of_the_newest_few(tmp_path):
     save(tmp_path, 1, 2, 3, 4)
     folders = folders_of(tmp_path)
     folders.damaged.add("step_00000004")
@@ -90,26 +90,26 @@ def test_one_that_a_start_found_damaged_by_its_hash_takes_no_sound_ones_place(tm
     shutil.rmtree(checkpoint_folder(tmp_path, 4))
     save(tmp_path, 4)
     folders.delete_old()
-    assert steps(tmp_path) == [3, 4], "saved anew, it counts"
+    assert steps(tmp_path) == [3, 4], "saved again, it counts"
 
 
-def test_nothing_is_deleted_while_there_are_too_few_sound_ones(tmp_path):
+def test_nothing_is_deleted_while_there_are_too_few_sound_checkpoints(tmp_path):
     save(tmp_path, 1, 2, 3)
     for step in (2, 3):
-        cut_off(checkpoint_folder(tmp_path, step))
+        truncate_a_file(checkpoint_folder(tmp_path, step))
     folders_of(tmp_path).delete_old()
     assert steps(tmp_path) == [1, 2, 3]
 
 
-def test_what_a_next_start_would_go_on_from_is_the_newest_sound_one(tmp_path):
+def test_the_next_start_would_resume_from_the_newest_sound_checkpoint(tmp_path):
     folders = folders_of(tmp_path)
     assert folders.newest() == "step 0"
     save(tmp_path, 1, 2, 3)
-    cut_off(checkpoint_folder(tmp_path, 3))
+    truncate_a_file(checkpoint_folder(tmp_path, 3))
     assert folders.newest() == "step_00000002"
 
 
-def test_candidates_are_newest_first_without_what_was_cut_short_which_goes(tmp_path):
+def test_candidates_are_newest_first_and_unfinished_checkpoints_are_deleted(tmp_path):
     save(tmp_path, 1, 2)
     checkpoint_folder(tmp_path, 3).mkdir()
     assert [step_of(folder) for folder in folders_of(tmp_path).candidates()] == [2, 1]
@@ -122,7 +122,7 @@ def test_a_first_save_that_was_cut_short_is_cleaned_away(tmp_path):
     assert steps(tmp_path) == []
 
 
-def test_several_without_any_complete_are_not_taken_for_a_first_save_and_nothing_is_deleted(tmp_path):
+def test_several_incomplete_checkpoints_do_not_count_as_a_first_save_and_nothing_is_deleted(tmp_path):
     save(tmp_path, 2, 4)
     for step in (2, 4):
         (checkpoint_folder(tmp_path, step) / COMPLETE_FILE).unlink()
@@ -131,7 +131,7 @@ def test_several_without_any_complete_are_not_taken_for_a_first_save_and_nothing
     assert steps(tmp_path) == [2, 4]
 
 
-def test_a_checkpoint_that_is_a_link_to_another_runs_is_unlinked_and_that_run_keeps_it(tmp_path):
+def test_a_link_to_a_checkpoint_of_another_run_is_unlinked_and_that_run_keeps_it(tmp_path):
     save(tmp_path / "other", 1)
     save(tmp_path / "own", 2, 3)
     link = checkpoint_folder(tmp_path / "own", 1)
@@ -141,7 +141,7 @@ def test_a_checkpoint_that_is_a_link_to_another_runs_is_unlinked_and_that_run_ke
     assert complete_file.read_manifest(checkpoint_folder(tmp_path / "other", 1)).step == 1
 
 
-def test_what_cannot_be_deleted_is_said_and_ends_nothing(tmp_path, caplog):
+def test_a_checkpoint_that_cannot_be_deleted_is_logged_and_ends_nothing(tmp_path, caplog):
     save(tmp_path, 1)
     (checkpoint_folder(tmp_path, 2) / COMPLETE_FILE).mkdir(parents=True)  # not even root may unlink a folder
     assert [step_of(folder) for folder in folders_of(tmp_path).candidates()] == [1]

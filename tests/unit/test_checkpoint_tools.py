@@ -1,4 +1,4 @@
-"""The commands around checkpoints: older ones are converted without a lost bit, and plain weights come out of any."""
+"""The commands for checkpoints: conversion of old ones without loss, and export of plain weights from any."""
 
 import importlib.util
 import json
@@ -71,7 +71,7 @@ def save_as_before(engine: Engine, ema: ShardedEma, run: Path) -> Path:
     """Writes a checkpoint as commit 5194bb1 did; DeepSpeed itself writes its files."""
     folder = checkpoint_folder(run, 4)
     folder.mkdir(parents=True)
-    engine._engine._copy_recovery_script = lambda folder: None  # it wrote none of these either
+    engine._engine._copy_recovery_script = lambda folder: None  # it did not write these either
     engine._engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
     fragments = [[part.name, part.shard, part.offset, part.start, part.length] for part in engine.fragments()]
     average = {"num_updates": ema.num_updates, "shards": ema.shards}
@@ -98,7 +98,7 @@ def content_of(engine: Engine, ema: ShardedEma) -> RankFile:
 
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 0), ("fp32", 2), ("bf16", 1), ("bf16", 2)])
-def test_a_converted_checkpoint_is_byte_for_byte_what_is_saved_today(precision, zero_stage, steps, tmp_path):
+def test_a_converted_checkpoint_equals_a_newly_saved_one_byte_for_byte(precision, zero_stage, steps, tmp_path):
     changes = {"precision": precision, "sharding.zero_stage": zero_stage, "batch_size": 1, "micro_batch_size": 1}
     with process_group(Ranks(), timeout_seconds=60):
         engine = Engine(Affine(), tiny_stage1_recipe(changes=changes), Ranks(), deterministic=True)
@@ -114,7 +114,7 @@ def test_a_converted_checkpoint_is_byte_for_byte_what_is_saved_today(precision, 
             content_of(engine, ema).write(file)
     with pytest.raises(CheckpointError, match=rf"`python tools/convert_checkpoint\.py {tmp_path / 'run'}`"):
         read_checkpoint_weights(folder)
-    for _ in range(2):  # again, it finds nothing to do
+    for _ in range(2):  # a second conversion has nothing to do
         assert convert_tool.main([str(tmp_path / "run")]) == 0
         assert sorted(path.name for path in folder.iterdir()) == [COMPLETE_FILE, "rank_00000.safetensors", "state.json"]
         assert rank_path(folder, 0).read_bytes() == (tmp_path / "expected").read_bytes()
@@ -142,7 +142,7 @@ def test_a_damaged_checkpoint_is_not_converted_and_stays_as_it_is(tmp_path, caps
 
 @pytest.fixture(scope="module")
 def run(shards, tmp_path_factory) -> Path:
-    """A run of 2 steps, with a checkpoint of each, and its export."""
+    """A run of 2 steps with a checkpoint of each step, and its export."""
     run = tmp_path_factory.mktemp("runs") / "tiny_run"
     changes = {
         "data.train.local": str(shards / "train"),
@@ -171,7 +171,7 @@ def test_plain_weights_of_any_step_are_one_file_of_whole_parameters(run, tmp_pat
     assert any(not torch.equal(value, current[name]) for name, value in average.items())
 
 
-def test_the_pipeline_of_the_last_checkpoint_is_the_run_s_own_export(run, tmp_path):
+def test_the_exported_last_checkpoint_equals_the_export_of_the_run(run, tmp_path):
     assert export_tool.main([str(run), str(tmp_path / "pipeline")]) == 0
     exported = export_folder(run, 2)
     names = sorted(path.relative_to(exported) for path in exported.rglob("*") if path.is_file())
@@ -182,7 +182,7 @@ def test_the_pipeline_of_the_last_checkpoint_is_the_run_s_own_export(run, tmp_pa
         assert (tmp_path / "pipeline" / name).read_bytes() == (exported / name).read_bytes(), name
 
 
-def test_what_cannot_be_exported_is_refused_by_name(run, tmp_path, capsys):
+def test_a_checkpoint_that_cannot_be_exported_is_refused_by_name(run, tmp_path, capsys):
     (tmp_path / "there").mkdir()
     copy = shutil.copytree(run, tmp_path / "copy")
     rank_path(checkpoint_folder(copy, 2), 0).write_bytes(b"")

@@ -1,4 +1,4 @@
-"""Dropped conditions: the right shares, disjoint where they should be, and keyed by the sample alone."""
+"""Dropped conditions: with the right probabilities, disjoint where required, dependent on the sample alone."""
 
 import math
 
@@ -13,7 +13,7 @@ KEYS = [[0, 0, sample] for sample in range(NUM_KEYS)]
 
 
 def assert_share(happened: torch.Tensor, probability: float) -> None:
-    """A binomial share within 4 standard deviations: the draws are fixed, and 1 in 16,000 right ones would fail."""
+    """Checks a binomial share within 4 standard deviations: draws are fixed, and 1 in 16,000 right ones would fail."""
     bound = 4 * math.sqrt(probability * (1 - probability) / happened.numel())
     assert abs(happened.double().mean().item() - probability) <= bound
 
@@ -90,7 +90,7 @@ def test_the_kinds_of_drop_are_independent_of_one_another():
 )
 def test_control_maps_are_dropped_in_exactly_the_expected_shares(names, num_frames, frame_rate, modality_rate):
     flags = dropped(names, num_frames=num_frames, frame_rate=frame_rate, modality_rate=modality_rate)
-    # a map falls with its modality or alone; a modality falls whole or frame by frame; never all: conditional shares
+    # a map is dropped with its modality or alone, a modality as a whole or by frames, never all: conditional shares
     one_map = 1 - (1 - modality_rate) * (1 - frame_rate)
     one_modality = modality_rate + (1 - modality_rate) * frame_rate**num_frames
     everything = one_modality ** len(names)
@@ -102,7 +102,7 @@ def test_control_maps_are_dropped_in_exactly_the_expected_shares(names, num_fram
     assert_share(~flags.any(dim=2).any(dim=0), untouched / (1 - everything))
 
 
-def test_frames_of_a_clip_fall_independently():
+def test_frames_of_a_clip_are_dropped_independently():
     flags = dropped(("pose", "depth"), num_frames=2, frame_rate=0.3, modality_rate=0.0)
     everything = 0.3**4
     assert_share(flags[0].all(dim=1), (0.3**2 - everything) / (1 - everything))

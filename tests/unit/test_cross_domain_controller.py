@@ -1,4 +1,4 @@
-"""The cross-domain controller (Eq. 7): silent at first, blind to the order of controls, attending within a frame."""
+"""The cross-domain controller (Eq. 7): zero before training, independent of the order of controls, frame by frame."""
 
 import pytest
 import torch
@@ -11,10 +11,10 @@ from dreamdance.models.cross_domain_controller import split_into_strides
 SETTINGS = {"out_channels": 24, "channels": (8, 16, 32), "head_width": 16, "downscale_factor": 4}
 
 
-def controller(*, awake: bool = True, **changes: object) -> CrossDomainControllerModel:
+def controller(*, perturbed: bool = True, **changes: object) -> CrossDomainControllerModel:
     torch.manual_seed(0)
     network = CrossDomainControllerModel(**{**SETTINGS, **changes})
-    if awake:
+    if perturbed:
         nn.init.normal_(network.zero_convolution.weight)
     return network
 
@@ -26,7 +26,7 @@ def maps(*, num_frames: int = 4, height: int = 16, width: int = 24) -> dict[str,
 
 @pytest.mark.parametrize("geometry_attention", [True, False])
 def test_before_training_the_guidance_feature_is_zero(geometry_attention):
-    feature = controller(awake=False, geometry_attention=geometry_attention)(maps())
+    feature = controller(perturbed=False, geometry_attention=geometry_attention)(maps())
     assert feature.shape == (4, 24, 4, 6)
     assert not feature.any()
 
@@ -57,7 +57,7 @@ def test_attention_is_a_residual_branch_over_the_modalities():
         torch.testing.assert_close(network(maps()), without(maps()), rtol=1e-5, atol=1e-6)
 
 
-def test_with_attention_one_modality_changes_what_another_contributes():
+def test_with_attention_one_modality_changes_the_contribution_of_another():
     for geometry_attention in (True, False):
         network = controller(geometry_attention=geometry_attention)
         inputs, other = maps(), {name: each.flip(0) for name, each in maps().items()}
@@ -92,7 +92,7 @@ def test_backends_of_attention_agree():
         torch.testing.assert_close(first(maps()), second(maps()), rtol=1e-4, atol=1e-5)
 
 
-def test_every_parameter_learns_once_the_zero_convolution_is_awake():
+def test_every_parameter_learns_once_the_zero_convolution_has_moved():
     network = controller()
     network(maps()).square().mean().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in network.parameters())
@@ -132,7 +132,7 @@ def test_any_downscale_factor_is_reached(factor, channels, strides):
 
 
 @pytest.mark.parametrize(("factor", "channels"), [(2, (8, 16)), (4, (8, 16)), (8, (8, 8, 8, 16)), (3, (8, 16))])
-def test_no_pixel_goes_unseen(factor, channels):
+def test_every_pixel_contributes_to_the_feature(factor, channels):
     network = controller(downscale_factor=factor, channels=channels)
     inputs = {name: each.requires_grad_() for name, each in maps(num_frames=1, height=24, width=24).items()}
     network(inputs).square().sum().backward()

@@ -1,4 +1,4 @@
-"""What dancers look like: people differ, clothes cover what they should, shapes sit on the skeleton."""
+"""Appearance of dancers: people differ, clothes cover the right parts, shapes lie on the skeleton."""
 
 import colorsys
 from collections import Counter
@@ -34,7 +34,7 @@ def people() -> list[Identity]:
 
 
 def plain_person(**changes: object) -> tuple[Identity, Skeleton]:
-    """Somebody whose materials can be told by their colours, without skirt."""
+    """A person without skirt whose materials have distinct colours."""
     identity = draw_identity(np.random.default_rng(11))
     materials = tuple(Material("plain", COLOURS[number], COLOURS[number]) for number in sorted(COLOURS))
     identity = replace(identity, **{"materials": materials, "skirt": 0.0, "hair_style": "short", **changes})
@@ -42,7 +42,7 @@ def plain_person(**changes: object) -> tuple[Identity, Skeleton]:
 
 
 def materials_along(identity: Identity, skeleton: Skeleton, start: np.ndarray, end: np.ndarray, part: int) -> list[int]:
-    """Which material the part with its origin at `start` shows at 9 places from `start` to `end` in the first frame."""
+    """The materials of the part with its origin at `start`, at 9 places from `start` to `end` in the first frame."""
     skins = build_body(identity, skeleton).skins
     table = tabulate_skins(skins, np.zeros(3), np.eye(3))
     found = [index for index, origin in enumerate(skins.origins) if np.array_equal(origin, start)][part]
@@ -52,7 +52,7 @@ def materials_along(identity: Identity, skeleton: Skeleton, start: np.ndarray, e
     return [round(10 * float(red)) for red in colours[0]]
 
 
-def test_every_hair_style_pattern_and_garment_occurs_and_none_rules(people: list[Identity]) -> None:
+def test_every_hair_style_pattern_and_garment_occurs_and_none_dominates(people: list[Identity]) -> None:
     hair = Counter(person.hair_style for person in people)
     patterns = Counter(person.materials[TOP].pattern for person in people)
     assert set(hair) == {"short", "bob", "long", "ponytail", "bun", "cap"}
@@ -80,10 +80,10 @@ def test_colours_can_be_shown_and_the_second_one_of_a_pattern_can_be_seen(people
                 continue
             first, second = (colorsys.rgb_to_hls(*colour)[1] for colour in (material.colour, material.second))
             assert abs(first - second) > 0.3
-            assert 8.0 <= material.repeats <= 17.0  # bands of 3 to 6 centimetres survive small pictures
+            assert 8.0 <= material.repeats <= 17.0  # bands of 3 to 6 centimetres stay visible in small pictures
 
 
-def test_whoever_wears_a_skirt_wears_short_trousers_beneath_and_their_top_tucked_in(people: list[Identity]) -> None:
+def test_dancers_in_a_skirt_wear_short_trousers_beneath_and_a_tucked_in_top(people: list[Identity]) -> None:
     for person in people:
         if person.skirt:
             assert 0.45 <= person.skirt <= 0.95
@@ -151,11 +151,11 @@ def test_only_a_skirt_adds_a_shape_that_is_wider_than_the_hips_and_ends_above_th
     lowest = min(ankle[:, 1].min() for ankle in skeleton.ankles)
     assert (shapes.ends[-1][:, 1] > lowest + 0.15).all()
     span = np.linalg.norm(shapes.ends[-1] - shapes.starts[-1], axis=-1)
-    assert (span > shapes.end_radii[-1] - shapes.start_radii[-1]).all(), "one end must not hold the other"
+    assert (span > shapes.end_radii[-1] - shapes.start_radii[-1]).all(), "one end must not contain the other"
 
 
 def test_no_cone_has_one_end_inside_the_other(people: list[Identity]) -> None:
-    """Ray casting refuses such a cone: no identity and no dance may make one."""
+    """Ray casting refuses such a cone, so no identity and no dance may produce one."""
     for seed, identity in enumerate(people[:60]):
         shapes = build_body(identity, dance(np.random.default_rng(seed), identity.body, TIMES)).shapes
         linear = np.linalg.inv(np.stack(shapes.stretches, axis=1))

@@ -1,4 +1,4 @@
-"""Key points in space: on the face's surface, at the fingers' joints, mirrored as their order says."""
+"""Key points in space: on the surface of the face, at the joints of the fingers, mirrored in the right order."""
 
 from dataclasses import replace
 
@@ -39,7 +39,7 @@ def on_head(points: np.ndarray, skeleton: Skeleton, body: Proportions) -> np.nda
 def distance_to_cone(
     points: np.ndarray, start: np.ndarray, end: np.ndarray, radii: tuple[float, float], *, stretch: np.ndarray
 ) -> np.ndarray:
-    """Signed distance `(n,)`, before the stretch, to the hull of two spheres: the nearest of many spheres between."""
+    """Signed distance `(n,)`, before the stretch, to the hull of two spheres: that of the nearest of many between."""
     shares = np.linspace(0.0, 1.0, 4001)[:, None]
     centres, sizes = start + (end - start) * shares, radii[0] + (radii[1] - radii[0]) * shares
     return (np.linalg.norm((points / stretch)[:, None] - centres, axis=-1) - sizes[:, 0]).min(axis=1)
@@ -56,7 +56,7 @@ def test_points_of_the_face_lie_on_the_heads_surface(face: np.ndarray) -> None:
     skin = [index for index in range(68) if index not in (*BRIDGE, *NOSTRILS)]
     depths = distance_to_cone(face[skin], SKULL, CHIN, (SKULL_RADIUS, CHIN_RADIUS), stretch=HEAD_STRETCH)
     assert np.abs(depths[17:]).max() < 2e-4  # brows, eyes and mouth: a fifth of a millimetre
-    assert np.abs(depths[:17]).max() < 6e-3  # the jaw is an outline: its points may lie just beside it
+    assert np.abs(depths[:17]).max() < 6e-3  # the jaw is an outline: its points may lie just beside the surface
     assert (face[skin, 2] > -0.03).all()
 
 
@@ -174,7 +174,7 @@ def test_the_last_two_bones_of_a_finger_lie_in_one_line() -> None:
 
 
 def test_every_joint_lies_within_its_depth_of_the_bodys_surface() -> None:
-    """Every point is inside a shape, or no further from one than it may lie beneath the skin."""
+    """Every point is inside a shape, or no further from one than its depth beneath the skin."""
     identity = draw_identity(np.random.default_rng(8))
     skeleton = dance(np.random.default_rng(9), identity.body, TIMES)
     shapes = build_body(identity, skeleton).shapes

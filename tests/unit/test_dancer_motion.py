@@ -1,4 +1,4 @@
-"""How dancers move: bodies of human measure, joints that bend one way, feet on the floor, smooth in time."""
+"""Motion of dancers: bodies of human proportions, joints that bend one way, feet on the floor, smooth in time."""
 
 from dataclasses import fields
 
@@ -37,7 +37,7 @@ def arrays(skeleton: Skeleton) -> dict[str, np.ndarray]:
 
 
 def test_a_body_is_as_tall_as_its_parts_stacked(dances: list[tuple[Proportions, Skeleton]]) -> None:
-    crown = 0.19  # metres from the top of the neck, of a head of factor 1
+    crown = 0.19  # metres from the top of the neck, for a head of factor 1
     for body, _ in dances:
         stacked = body.ankle + body.shin + body.thigh + 0.03 + body.spine + body.neck + crown * body.head
         assert 0.92 < stacked / body.height < 1.0
@@ -182,7 +182,7 @@ def test_one_foot_stands_at_every_moment_and_none_sinks_into_the_floor(
                 centre = np.array([0.0, sole * thickness - body.ankle, along])
                 bottom = skeleton.ankles[side] + skeleton.foot_frames[side] @ centre
                 assert bottom[:, 1].min() > sole * thickness - 1e-9
-    assert len(dances) / 2 < steps < len(dances)  # most dances step, some only sway
+    assert len(dances) / 2 < steps < len(dances)  # most dances have steps, some only sway
 
 
 def test_raised_feet_hang_toes_down() -> None:
@@ -195,7 +195,7 @@ def test_raised_feet_hang_toes_down() -> None:
 
 
 def test_a_dance_is_a_function_of_time_alone() -> None:
-    """Sampled at other moments, or for longer, it is the same dance."""
+    """Sampled at other times, or for longer, the dance is the same."""
     for seed in (0, 5):
         _, all_frames = draw(seed)
         _, every_third = draw(seed, SECONDS[5::3])
@@ -203,7 +203,7 @@ def test_a_dance_is_a_function_of_time_alone() -> None:
             np.testing.assert_allclose(values, arrays(all_frames)[name][5::3], rtol=0, atol=1e-12, err_msg=name)
 
 
-def test_nothing_jumps() -> None:
+def test_movements_are_continuous() -> None:
     """Twice as many frames per second halve every step: joints, frames and fingers are continuous."""
     for seed in range(12):
         coarse, fine = (arrays(draw(seed, np.arange(0, 3, 1 / rate))[1]) for rate in (120, 240))

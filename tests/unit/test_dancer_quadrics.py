@@ -116,7 +116,7 @@ def test_a_cut_ellipsoid_keeps_only_the_side_that_its_normal_points_to() -> None
 def test_normals_of_a_sphere_point_from_its_centre() -> None:
     shapes = ShapeList(1)
     centre = np.array([0.1, 0.05, -5.0])
-    shapes.add_sphere(0, centre[None], 0.02)  # a fingertip: float32 must be exact enough for it
+    shapes.add_sphere(0, centre[None], 0.02)  # a fingertip: float32 must be exact enough
     quadrics = to_camera(shapes, ORIGIN, LEVEL)
     hits = cast(quadrics, focal=1500.0, width=96, height=96)
     x = (hits.pixels % 96 + 0.5 - 48) / 1500.0
@@ -129,7 +129,7 @@ def test_normals_of_a_sphere_point_from_its_centre() -> None:
     assert np.degrees(np.arccos(cosine.min().clip(-1, 1))) < 0.2
 
 
-def test_rays_one_by_one_see_what_the_picture_sees() -> None:
+def test_single_rays_give_the_values_of_the_picture() -> None:
     generator = np.random.default_rng(3)
     shapes = ShapeList(2)
     for _ in range(12):

@@ -26,7 +26,7 @@ def share(pattern: Pattern, u: np.ndarray, v: np.ndarray, width: float) -> np.nd
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_pattern_shows_its_share_of_the_second_colour_whatever_the_pixels_size(pattern: Pattern) -> None:
     u, v = grid()
-    # A dot's round edge is softened, not averaged: its share holds for pixels that are small beside it.
+    # The round edge of a dot is softened, not averaged: its share is exact only for pixels much smaller than the dot.
     for width in (SHARP, 0.05) if pattern == "dots" else (SHARP, 0.05, 0.4):
         values = share(pattern, u, v, width)
         assert values.min() >= 0
@@ -35,7 +35,7 @@ def test_a_pattern_shows_its_share_of_the_second_colour_whatever_the_pixels_size
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_patterns_repeat_and_shift_as_their_names_say(pattern: Pattern) -> None:
+def test_patterns_repeat_and_shift_according_to_their_names(pattern: Pattern) -> None:
     u, v = grid(50)
     here = share(pattern, u, v, SHARP)
     np.testing.assert_allclose(share(pattern, u + 1, v, SHARP), here, rtol=0, atol=1e-6)
@@ -128,7 +128,7 @@ def test_skins_move_with_the_camera_and_keep_their_frames() -> None:
         skins.add(generator.normal(size=(2, 3)), np.eye(3)[None].repeat(2, axis=0), 0.1 * (number + 1), number, 4, 0.2)
     assert (skins.below, skins.above) == ([0, 1, 2], [4, 4, 4])
     assert skins.add(np.zeros((2, 3)), np.eye(3)[None].repeat(2, axis=0), 1.0, 3) == 3
-    assert skins.above[3] == 3  # without a second material it is all of one
+    assert skins.above[3] == 3  # without a second material the whole part has one
     table = tabulate_skins(skins, position, rotation)
     assert table.num_parts == 4
     rows = table.values.T.reshape(2, 4, 12)
@@ -149,7 +149,7 @@ LIGHT = Light(
 
 
 def lit(normals: np.ndarray, *, colour: float = 0.5, gloss: float = 0.0, light: Light = LIGHT) -> np.ndarray:
-    """Brightness `(n,)` of points three metres straight ahead with normals `(n, 3)`."""
+    """Brightness `(n,)` of points three metres straight ahead, with normals `(n, 3)`."""
     count = len(normals)
     points = np.tile(np.array([[0.0], [0.0], [-3.0]], dtype=np.float32), count)
     colours = np.full((3, count), colour, dtype=np.float32)
@@ -162,7 +162,7 @@ def turned(degrees: np.ndarray) -> np.ndarray:
     return np.stack([np.sin(angles), np.zeros_like(angles), np.cos(angles)], axis=-1)
 
 
-def test_what_faces_the_lamp_is_brightest_and_what_faces_away_has_the_ambient_light_alone() -> None:
+def test_surfaces_facing_the_lamp_are_brightest_and_those_facing_away_have_ambient_light_alone() -> None:
     generator = np.random.default_rng(0)
     normals = generator.normal(size=(500, 3))
     normals[:, 2] = np.abs(normals[:, 2])

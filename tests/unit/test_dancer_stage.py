@@ -1,4 +1,4 @@
-"""Where dancers dance: true planes that nobody touches, a camera that holds the dance, shadows away from the lamp."""
+"""The stage: exact planes that no dancer touches, a camera that shows the whole dance, shadows away from the lamp."""
 
 from dataclasses import fields, replace
 
@@ -70,13 +70,13 @@ def test_the_floor_is_level_and_walls_stand_upright_facing_the_room(stages: list
     assert 6 < second_walls < 30
 
 
-def test_nobody_dances_into_a_wall(stages: list[tuple[np.ndarray, Stage]]) -> None:
+def test_the_dancer_never_touches_a_wall(stages: list[tuple[np.ndarray, Stage]]) -> None:
     nearest = []
     for points, stage in stages:
         for wall in stage.planes[1:]:
             nearest.append((points @ wall.normal - wall.offset).min())
     assert min(nearest) >= 0.2 - 1e-12
-    crowded = np.array([[0.0, 1.0, -5.0], [0.0, 1.0, 4.0]])  # somebody who leaps further than any wall stands
+    crowded = np.array([[0.0, 1.0, -5.0], [0.0, 1.0, 4.0]])  # a dancer who leaps further than the distance of any wall
     for seed in range(10):
         for wall in draw_stage(np.random.default_rng(seed), crowded).planes[1:]:
             assert (crowded @ wall.normal - wall.offset).min() >= 0.2 - 1e-12
@@ -90,16 +90,16 @@ def test_the_lamp_hangs_above_and_before_the_dancer_never_straight_ahead(
         np.testing.assert_allclose(np.linalg.norm(stage.to_lamp), 1.0, rtol=1e-12)
         assert stage.to_lamp[1] > np.sin(0.6) - 1e-12
         assert stage.to_lamp[2] > 0
-        assert abs(stage.to_lamp[0]) > 0.1  # light from the side shows shapes
+        assert abs(stage.to_lamp[0]) > 0.1  # light from the side makes shapes visible
         sides.add(np.sign(stage.to_lamp[0]))
         assert (stage.lamp > 0).all()
         assert (stage.ambient > 0).all()
-        # White cloth that faces the lamp may be at most a little brighter than white.
+        # White cloth that faces the lamp may be only a little brighter than white.
         assert (stage.lamp + stage.ambient < 1.25).all()
     assert sides == {-1.0, 1.0}
 
 
-def test_plane_colours_can_be_told_apart_and_shown(stages: list[tuple[np.ndarray, Stage]]) -> None:
+def test_plane_colours_are_distinct_and_can_be_shown(stages: list[tuple[np.ndarray, Stage]]) -> None:
     for _, stage in stages:
         for plane in stage.planes:
             colours = np.stack([plane.colour, plane.second])
@@ -203,7 +203,7 @@ def test_more_samples_change_edges_of_patterns_only() -> None:
 
 
 def shifted(skeleton: Skeleton, by: np.ndarray) -> Skeleton:
-    """The whole dancer elsewhere."""
+    """The same dancer at another place."""
     moved = {}
     for entry in fields(skeleton):
         value = getattr(skeleton, entry.name)
@@ -220,7 +220,7 @@ def world_points(camera: Camera, focal: float, depths: np.ndarray) -> np.ndarray
 
 
 @pytest.mark.parametrize("seed", [0, 4, 7])
-def test_what_lies_behind_the_body_as_the_lamp_sees_it_is_dark_and_the_rest_is_lit(seed: int) -> None:
+def test_points_behind_the_body_from_the_lamp_are_dark_and_the_rest_is_lit(seed: int) -> None:
     skeleton, stage, camera, focal = scene(seed)
     backdrop = build_backdrop(stage, camera, focal=focal, width=WIDTH, height=HEIGHT, samples=1)
     shadows = cast_shadows(stage, skeleton, 1.0, backdrop)
@@ -233,7 +233,7 @@ def test_what_lies_behind_the_body_as_the_lamp_sees_it_is_dark_and_the_rest_is_l
     for frame in range(len(TIMES)):
 
         def distance(to: np.ndarray) -> np.ndarray:
-            """From each pixel's line of light, `(H, W)` metres, to the nearest of some points `(n, 3)`."""
+            """Distance of each pixel's line of light from the nearest of some points `(n, 3)`: `(H, W)`, metres."""
             offsets = to[:, None, None] - points
             along = offsets @ stage.to_lamp
             return np.linalg.norm(offsets - along[..., None] * stage.to_lamp, axis=-1).min(axis=0)
@@ -247,7 +247,7 @@ def test_what_lies_behind_the_body_as_the_lamp_sees_it_is_dark_and_the_rest_is_l
 def test_shadows_move_with_the_dancer_and_fall_away_from_the_lamp() -> None:
     skeleton, stage, _, _ = scene(5)
     stage = replace(stage, planes=stage.planes[:1])
-    from_above, focal = aim_camera(np.array([0.0, 6.0, 6.0]), np.array([[0.0, 0.5, -0.5]])), 90.0  # sees only floor
+    from_above, focal = aim_camera(np.array([0.0, 6.0, 6.0]), np.array([[0.0, 0.5, -0.5]])), 90.0  # shows only floor
     backdrop = build_backdrop(stage, from_above, focal=focal, width=WIDTH, height=HEIGHT, samples=1)
     points = world_points(from_above, focal, backdrop.depths.astype(np.float64))
 

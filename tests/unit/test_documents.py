@@ -1,6 +1,6 @@
-"""The documents name only what exists: contracts, files, links, commands, recipe keys. Their code blocks parse.
+"""The documents name only existing contracts, files, links, commands and recipe keys; their code blocks parse.
 
-Each check is a function from text to a list of problems, so that the last tests can show that it finds broken samples.
+Each check is a function from text to a list of problems, so that the last tests can check it with broken samples.
 """
 
 import ast
@@ -46,7 +46,7 @@ WRITTEN_BY_RUNS = {"table.md"}
 RUN_FOLDERS = {"runs", "checkpoints", "exports", "samples", "tensorboard", "logs"}
 LANGUAGES = {"bash", "python", "json"}
 LAUNCHERS = ("dreamdance", "launchers/slurm.py")
-# A file or folder in `code`: with a suffix of ours or a slash at the end.
+# A file or folder in `code`: with one of our suffixes or a slash at the end.
 PATH = re.compile(r"[\w.*-]+(/[\w.*-]+)*(/|\.(py|sh|yaml|md|csv|txt|cfg))")
 
 
@@ -89,7 +89,7 @@ def missing_documents(text: str, folder: Path) -> list[str]:
 
 
 def heading_anchors(text: str) -> set[str]:
-    """The anchors that GitHub gives to the headings of a document."""
+    """The anchors of the headings of a document on GitHub."""
     headings = re.findall(r"^#+ (.*)$", without_code_blocks(text), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -111,7 +111,7 @@ def broken_links(text: str, folder: Path) -> list[str]:
 
 
 def missing_paths(text: str, folder: Path) -> list[str]:
-    """Files and folders of the repository in `code` that are not there."""
+    """Files and folders of the repository in `code` that do not exist."""
     missing = []
     for code in re.findall(r"`([^`\n]+)`", without_code_blocks(text)):
         places = (folder, ROOT, ROOT / "dreamdance")
@@ -140,7 +140,7 @@ def recipe_keys() -> frozenset[str]:
 
 
 def unknown_keys(text: str) -> list[str]:
-    """Dotted words in `code` that begin like a section of a recipe and are no keys."""
+    """Dotted words in `code` that begin with a section of a recipe and are not keys."""
     keys = recipe_keys()
     sections = {key.split(".")[0] for key in keys if "." in key}
     found = re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:[:=][^`\n]*)?`", without_code_blocks(text))
@@ -160,7 +160,7 @@ def launcher_words() -> tuple[frozenset[str], frozenset[str]]:
 
 
 def problems_of_launch(words: list[str]) -> list[str]:
-    """What is wrong with the arguments of the launcher: sub-command, recipe, overrides, options."""
+    """Problems in the arguments of the launcher: sub-command, recipe, overrides, options."""
     commands, options = launcher_words()
     problems = [f"unknown option {word}" for word in words if word.startswith("--") and word not in options]
     positional = plain_words(words)
@@ -194,7 +194,7 @@ def plain_words(words: list[str]) -> list[str]:
 
 
 def problems_of_commands(text: str) -> list[str]:
-    """What is wrong with the lines of a shell block: grammar, scripts that are not there, the launcher's arguments."""
+    """Problems in the lines of a shell block: grammar, missing scripts, arguments of the launcher."""
     done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
     if done.returncode:
         return [done.stderr.strip()]
@@ -214,7 +214,7 @@ def problems_of_commands(text: str) -> list[str]:
 
 
 def problems_of_python(text: str) -> list[str]:
-    """What is wrong with a Python block: its grammar, and imports of ours that do not exist."""
+    """Problems in a Python block: its grammar, and imports of our modules that do not exist."""
     try:
         tree = ast.parse(text)
     except SyntaxError as error:
@@ -230,7 +230,7 @@ def problems_of_python(text: str) -> list[str]:
 
 
 def problems_of_blocks(text: str) -> list[str]:
-    """What is wrong with the code blocks of a document."""
+    """Problems in the code blocks of a document."""
     problems: list[str] = []
     for block in code_blocks(text):
         has_commands = re.match(rf"(python |bash |{'|'.join(LAUNCHERS)} )", block.text) is not None
@@ -249,7 +249,7 @@ def problems_of_blocks(text: str) -> list[str]:
 
 
 def problems_of_mentioned_commands(text: str) -> list[str]:
-    """What is wrong with commands in `code` between words, and in the header of a recipe."""
+    """Problems in commands in `code` between words, and in the header of a recipe."""
     code = without_code_blocks(text)
     lines = re.findall(r"`((?:python|bash|dreamdance)\s[^`]+)`", code) + re.findall(
         r"^#   (python .+)$", text, re.MULTILINE
@@ -300,20 +300,20 @@ def test_every_recipe_key_that_a_document_names_exists() -> None:
     assert found_in(DOCUMENTS, lambda path: unknown_keys(read(path))) == {}
 
 
-def test_every_code_block_parses_and_names_what_exists() -> None:
+def test_every_code_block_parses_and_names_existing_things() -> None:
     assert sum(block.language in LANGUAGES for path in DOCUMENTS for block in code_blocks(read(path))) > 10
     assert found_in(DOCUMENTS, lambda path: problems_of_blocks(read(path))) == {}
 
 
-def test_every_command_between_words_or_in_a_recipe_names_what_exists() -> None:
+def test_every_command_between_words_or_in_a_recipe_names_existing_things() -> None:
     recipes = [path for path in SOURCES if path.suffix == ".yaml"]
     assert found_in([*DOCUMENTS, *recipes], lambda path: problems_of_mentioned_commands(read(path))) == {}
 
 
-# Broken samples: what each check must find.
+# Broken samples: each check must find its problem.
 
 
-def test_a_contract_that_nobody_defines_is_found() -> None:
+def test_an_undefined_contract_is_found() -> None:
     assert unknown_contracts("as C8 promises, and C11; not IPT-C2", {"C8"}) == ["C11"]
 
 

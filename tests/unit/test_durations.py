@@ -1,4 +1,4 @@
-"""Durations are short and say what counts."""
+"""Durations are written with at most two units."""
 
 import pytest
 

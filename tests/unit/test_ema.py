@@ -32,7 +32,7 @@ def test_average_follows_the_recursion_with_the_rising_decay_of_diffusers():
         theirs.step(parameters)
         ours.update([parameter.data for parameter in parameters])
         if seed == 1:
-            # diffusers copies the weights at its first step; ours averages from the first step on
+            # diffusers copies the weights at its first step; our average starts with the first step
             theirs.shadow_params = [shard.clone() for shard in ours.shards]
         assert ours.num_updates == seed
     for our, their in zip(ours.shards, theirs.shadow_params, strict=True):

@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration that a recipe means, and what the engine refuses."""
+"""The DeepSpeed configuration of a recipe, and the settings that the engine refuses."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -55,7 +55,7 @@ def test_communication_overlaps_unless_bits_must_repeat():
     assert config(**{"sharding.overlap_communication": False})["zero_optimization"]["overlap_comm"] is False
 
 
-def test_buckets_are_no_larger_than_what_trains():
+def test_buckets_are_no_larger_than_the_trained_weights():
     assert config(num_trainable=10)["zero_optimization"]["reduce_bucket_size"] == 10
     found = config(num_trainable=10**9, **{"sharding.reduce_bucket_elements": 50})
     assert found["zero_optimization"]["reduce_bucket_size"] == 50
@@ -108,7 +108,7 @@ def step(engine: Engine) -> None:
 
 
 def pieces(engine: Engine) -> dict[str, Piece]:
-    """What a checkpoint holds of an engine's only rank."""
+    """The content of a checkpoint of an engine with one rank."""
     shares = {"master": engine.masters, **engine.moments()}
     (fragment,) = engine.fragments()
     values = {kind: fragment.of(share) for kind, share in shares.items()}
@@ -130,7 +130,7 @@ def test_deepspeed_does_not_stop_the_device_to_measure_throughput(monkeypatch):
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("zero_stage", [0, 2])
 def test_adamw_computes_as_this_device_does_whatever_the_checkpoint_s_device_did(zero_stage, tmp_path):
-    """Saved on a GPU, AdamW was fused, and its step counts lay there; a checkpoint holds neither, so bits stay."""
+    """On a GPU AdamW is fused and keeps its step counts there; a checkpoint stores neither, so results are the same."""
     saving, straight = line_engine(zero_stage), line_engine(zero_stage)
     for engine in (saving, straight):
         step(engine)
@@ -153,7 +153,7 @@ def test_adamw_computes_as_this_device_does_whatever_the_checkpoint_s_device_did
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("zero_stage", [0, 2])
 def test_an_optimizer_state_that_is_there_before_the_first_step_changes_no_bit(zero_stage):
-    """AdamW makes its state at the first step; ours is there before, so that every checkpoint holds one."""
+    """AdamW makes its state at the first step; we make it before, so that every checkpoint contains one."""
     ours, lazy = line_engine(zero_stage), line_engine(zero_stage)
     assert ours.step_counts() == [0.0]
     lazy._adamw.state.clear()
@@ -166,8 +166,8 @@ def test_an_optimizer_state_that_is_there_before_the_first_step_changes_no_bit(z
 
 
 @pytest.mark.usefixtures("group")
-def test_step_counts_lie_where_adamw_wants_them():
-    """Fused on the device of the weights, else on the CPU; as it makes them itself."""
+def test_step_counts_are_on_the_device_that_adamw_expects():
+    """Step counts lie on the device of the weights if AdamW is fused, otherwise on the CPU, as AdamW makes them."""
     engine, lazy = line_engine(zero_stage=2), line_engine(zero_stage=2)
     lazy._adamw.state.clear()
     step(lazy)

@@ -1,4 +1,4 @@
-"""What an entry of a manifest becomes: upright, cut to the result's aspect, drawn and resized from the original."""
+"""Inputs of a manifest's entry: upright, cut to the aspect of the result, drawn and resized from the original."""
 
 import hashlib
 import os
@@ -55,10 +55,10 @@ def test_margins_go_evenly_and_only_the_proportion_of_the_aspect_counts(entry: M
     assert load_inputs(entry, aspect=Size(1, 3), pose_sizes=set()).reference.shape == (3, 60, 20)
 
 
-def test_a_photograph_that_was_taken_sideways_stands_upright(entry: ManifestEntry, tmp_path: Path) -> None:
+def test_a_photograph_with_an_orientation_is_turned_upright(entry: ManifestEntry, tmp_path: Path) -> None:
     with Image.open(entry.image) as upright:
         tags = Image.Exif()
-        tags[ORIENTATION] = 6  # to be turned by 90 degrees clockwise to be seen
+        tags[ORIENTATION] = 6  # must be turned by 90 degrees clockwise
         upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "sideways.png", exif=tags)
     straight = load_inputs(entry, aspect=Size(2, 3), pose_sizes=set()).reference
     turned = load_inputs(changed(entry, image=tmp_path / "sideways.png"), aspect=Size(2, 3), pose_sizes=set()).reference
@@ -113,13 +113,13 @@ def test_a_decompression_bomb_is_refused_by_its_header(
     claim_size(path, side)
     with pytest.raises(
         PictureError, match=rf"bomb\{suffix}.*(pictures of up to 67108864 pixels|pixels\) exceeds)"
-    ) as told:
+    ) as raised:
         load_inputs(changed(entry, image=path), aspect=SQUARE, pose_sizes=set())
     record_fault(
         "reference picture is a decompression bomb",
         how=f"the header of a small {suffix[1:]} claims {side}x{side}",
-        promised="refused by the header alone; the other entries go on",
-        happened=str(told.value),
+        promised="refused because of the header alone; the other entries continue",
+        happened=str(raised.value),
     )
 
 
@@ -151,7 +151,7 @@ def test_key_points_are_drawn_at_their_own_size_then_cut_and_resized_for_each_st
     torch.testing.assert_close(square, loaded.poses[whole][:, :, 10:50], rtol=0, atol=1e-6)
 
 
-def test_an_entrys_own_frame_rate_beats_the_sequences(entry: ManifestEntry) -> None:
+def test_the_frame_rate_of_an_entry_overrides_that_of_the_sequence(entry: ManifestEntry) -> None:
     assert load_inputs(changed(entry, fps=30.0), aspect=SQUARE, pose_sizes={SQUARE}).fps == 30.0
 
 
@@ -161,7 +161,7 @@ def test_a_pose_video_gives_its_frames_and_its_rate(entry: ManifestEntry, tmp_pa
     loaded = load_inputs(changed(entry, keypoints=None, pose=tmp_path / "pose.mp4"), aspect=SQUARE, pose_sizes={SQUARE})
     assert loaded.fps == pytest.approx(10.0)
     means = loaded.poses[SQUARE].mean(dim=(1, 2, 3)) * 255
-    assert means.tolist() == pytest.approx(shades, abs=6)  # what the codec changes
+    assert means.tolist() == pytest.approx(shades, abs=6)  # the error of the codec
 
 
 def test_too_long_videos_and_too_large_drawings_are_refused_before_they_fill_the_memory(
@@ -178,7 +178,7 @@ def test_too_long_videos_and_too_large_drawings_are_refused_before_they_fill_the
 
 
 def test_aligned_key_points_are_drawn_in_the_references_frame(entry: ManifestEntry, tmp_path: Path) -> None:
-    """The same person twice as large in a frame twice as large: aligned, the drawings are the reference's own."""
+    """The same person twice as large in a frame twice as large: the aligned drawings equal those of the reference."""
     body, size = sequence(num_frames=1), Size(80, 120)
     doubled = KeypointSequence(body.keypoints, size.width, size.height, body.fps)
     write_keypoint_file(tmp_path / "body.json", doubled)

@@ -1,4 +1,4 @@
-"""The table of an evaluation: the right rival, the right direction, plain JSON; trivial answers; results on disk."""
+"""The table of an evaluation: best rivals, directions of metrics, plain JSON; trivial answers; results on disk."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def random_truth(seed: int = 0, *, num_frames: int = NUM_FRAMES) -> Truth:
     )
 
 
-def test_the_truth_itself_is_nobodys_rival() -> None:
+def test_the_truth_is_never_the_best_rival() -> None:
     rows = {RESULT_ROW: {"l1": 0.2}, TRUTH_ROW: {"l1": 0.0}, "a": {"l1": 0.3}}
     assert compare_with_trivial(rows)["l1"].answer == "a"
     assert compare_with_trivial({RESULT_ROW: {"l1": 0.2}, TRUTH_ROW: {"l1": 0.0}}) == {}
@@ -60,17 +60,17 @@ def test_the_best_rival_is_the_best_in_the_metrics_own_direction(key: str) -> No
     assert better.relative > 0
 
 
-def test_what_one_row_lacks_is_compared_where_it_is_there_and_shown_as_a_dash() -> None:
+def test_a_metric_that_a_row_lacks_is_shown_as_a_dash_and_compared_in_the_other_rows() -> None:
     rows = {RESULT_ROW: {"l1": 0.2, "psnr": 20.0}, "a": {"l1": 0.3}, "b": {"psnr": math.nan, "l1": 0.4}}
     table = Table({RESULT_ROW: rows[RESULT_ROW], "a": rows["a"]})
     assert set(table.improvements()) == {"l1"}
     lines = [line for line in table.as_markdown().splitlines() if line.startswith("| a ")]
     assert [cell.strip() for cell in lines[0].strip("|").split("|")] == ["a", "0.3000", "-"]
-    assert Table(rows).as_json()["rows"]["b"] == {"l1": 0.4}, "what could not be measured is absent"
+    assert Table(rows).as_json()["rows"]["b"] == {"l1": 0.4}, "metrics that could not be measured are absent"
 
 
 def test_a_rival_without_any_error_leaves_no_share_and_the_json_stays_json() -> None:
-    """Nothing moves in the clip: the repeated reference is perfect, and nothing can be a share of its error."""
+    """In a clip without motion the repeated reference is perfect, so no share of its error exists."""
     rows = {RESULT_ROW: {"l1": 0.25}, REPEATED_REFERENCE: {"l1": 0.0}}
     table = Table(rows)
 
@@ -141,7 +141,7 @@ def test_body_scores_look_inside_the_body_alone() -> None:
     assert "angular_error_mean" not in scores, "without maps there is nothing to measure"
 
 
-def test_what_the_shards_lack_is_not_measured() -> None:
+def test_metrics_of_maps_that_the_shards_lack_are_not_measured() -> None:
     truth = random_truth()
     blind = Truth(Prediction(frames=truth.pictures.frames), None, None, None, None)
     assert set(score(truth.pictures, blind)) == {
@@ -162,7 +162,7 @@ def test_disparity_is_metric_by_the_clips_own_range() -> None:
     np.testing.assert_allclose(metric, 0.2 + 0.5 * truth.pictures.disparity, rtol=1e-6)
 
 
-def test_chosen_frames_are_chosen_of_everything() -> None:
+def test_choosing_frames_selects_from_every_array() -> None:
     truth, chosen = random_truth(), [2, 0, 2]
     part = truth.at(chosen)
     for whole, found in (

@@ -1,4 +1,4 @@
-"""A process can always be ended, even while a thread of it holds the log's lock for ever."""
+"""A process can always be ended, even while one of its threads holds the lock of the log for ever."""
 
 import signal
 import subprocess
@@ -29,12 +29,12 @@ def ended(how: str) -> subprocess.CompletedProcess:
     return subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
 
 
-def test_the_last_words_and_the_code_are_as_asked():
+def test_the_last_line_and_the_exit_code_are_those_given():
     process = ended("free")
     assert process.returncode == 75
     assert "CRITICAL:test:because of a test" in process.stderr
     assert "exit_process" in process.stderr, "the stacks"
 
 
-def test_a_log_that_cannot_be_written_does_not_keep_the_process():
+def test_a_log_that_cannot_be_written_does_not_keep_the_process_alive():
     assert ended("held").returncode == -signal.SIGALRM

@@ -1,4 +1,4 @@
-"""The table of faults: a row for each, the worst of its numbers, and no good end where anything failed."""
+"""The table of faults: one row for each fault with its worst numbers, and a non-zero exit code after a failure."""
 
 import importlib.util
 import sys
@@ -12,7 +12,7 @@ from support.fault_log import FAULT_LOG, record_fault
 ROOT = Path(__file__).parents[2]
 PASSED = '<testcase classname="tests.unit.test_a" name="test_whole" time="90.0"/>'
 FAILED = '<testcase classname="tests.unit.test_a" name="test_broken" time="1.5"><failure message="no"/></testcase>'
-BROKEN_OFF = '<testcase classname="tests.unit.test_a" name="test_setup" time="0"><error message="no"/></testcase>'
+INTERRUPTED = '<testcase classname="tests.unit.test_a" name="test_setup" time="0"><error message="no"/></testcase>'
 SKIPPED = '<testcase classname="tests.slurm" name="test_b" time="0"><skipped message="Slurm is not here"/></testcase>'
 RULER = "|---|---|---|---|--:|--:|--:|"
 
@@ -25,12 +25,12 @@ def log(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def make_table(tmp_path, log, monkeypatch, capsys) -> Callable[..., tuple[int, list[str]]]:
-    """Runs the tool over what was written down, and parts with the given cases; gives its exit code and its lines."""
+    """Runs the tool over the fault log and results with the given cases; returns its exit code and its lines."""
     spec = importlib.util.spec_from_file_location("fault_table_in_test", ROOT / "tools" / "fault_table.py")
     assert spec is not None
     assert spec.loader is not None
     tool: ModuleType = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, tool)  # its dataclasses look their module up
+    monkeypatch.setitem(sys.modules, spec.name, tool)  # its dataclasses look up their module
     spec.loader.exec_module(tool)
     monkeypatch.chdir(ROOT)  # it asks git for the commit
 
@@ -52,7 +52,7 @@ def rows(lines: list[str]) -> list[list[str]]:
 
 
 def record(fault: str, **numbers: float | int | None) -> None:
-    record_fault(fault, how="SIGKILL", promised="it goes on", happened="it went on", **numbers)
+    record_fault(fault, how="SIGKILL", promised="it resumes", happened="it resumed", **numbers)
 
 
 def test_a_fault_has_one_row_with_the_worst_of_its_numbers(make_table):
@@ -63,13 +63,13 @@ def test_a_fault_has_one_row_with_the_worst_of_its_numbers(make_table):
     code, lines = make_table(PASSED, PASSED)
     assert code == 0
     killed, full = rows(lines)
-    assert killed == ["rank killed (x3)", "SIGKILL", "it goes on", "it went on", "3.1", "9.0", "2"]
-    assert full == ["disk full", "SIGKILL", "it goes on", "it went on", "-", "-", "-"]
+    assert killed == ["rank killed (x3)", "SIGKILL", "it resumes", "it resumed", "3.1", "9.0", "2"]
+    assert full == ["disk full", "SIGKILL", "it resumes", "it resumed", "-", "-", "-"]
     (summary,) = [line for line in lines if line.startswith("2 faults")]
     assert summary.startswith("2 faults, injected 4 times; 2 tests passed, none failed; 3 minutes.")
 
 
-def test_words_are_told_once_without_temporary_folders_and_fit_into_a_cell(make_table):
+def test_texts_occur_once_without_temporary_folders_and_fit_into_a_cell(make_table):
     for name in ("pytest-7/test_one0/", "pytest-8/test_two0/"):
         record_fault("torn | file", how=f"cut /tmp/{name}run/a.bin", promised="a " * 200, happened=f"after <{name}>")
     _, lines = make_table(PASSED)
@@ -85,10 +85,10 @@ def test_words_are_told_once_without_temporary_folders_and_fit_into_a_cell(make_
 
 @pytest.mark.parametrize(
     ("cases", "name"),
-    [(FAILED, "tests.unit.test_a::test_broken"), (BROKEN_OFF, "tests.unit.test_a::test_setup")],
+    [(FAILED, "tests.unit.test_a::test_broken"), (INTERRUPTED, "tests.unit.test_a::test_setup")],
     ids=["failure", "error"],
 )
-def test_a_test_that_failed_is_named_and_gives_the_tool_a_bad_end(make_table, cases, name):
+def test_a_failed_test_is_named_and_fails_the_tool(make_table, cases, name):
     record("rank killed")
     code, lines = make_table(PASSED, PASSED + cases)
     assert code == 1
@@ -104,7 +104,7 @@ def test_a_part_without_results_has_failed(make_table):
     assert "* FAILED: slurm (no results)" in lines
 
 
-def test_what_was_left_out_is_said_with_its_reason_once(make_table):
+def test_a_skipped_test_is_listed_once_with_its_reason(make_table):
     record("rank killed")
     code, lines = make_table(SKIPPED, SKIPPED + PASSED)
     assert code == 0
@@ -112,7 +112,7 @@ def test_what_was_left_out_is_said_with_its_reason_once(make_table):
 
 
 @pytest.mark.parametrize("content", [None, ""])
-def test_faults_of_which_none_was_written_down_give_a_bad_end(make_table, log, content):
+def test_an_empty_fault_log_fails_the_tool(make_table, log, content):
     if content is not None:
         log.write_text(content)
     code, lines = make_table(PASSED)
@@ -120,14 +120,14 @@ def test_faults_of_which_none_was_written_down_give_a_bad_end(make_table, log, c
     assert rows(lines) == []
 
 
-def test_without_a_log_nothing_is_written_down(tmp_path, monkeypatch):
+def test_without_a_log_nothing_is_recorded(tmp_path, monkeypatch):
     monkeypatch.delenv(FAULT_LOG, raising=False)
     monkeypatch.chdir(tmp_path)
     record("rank killed")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_parts_that_ran_at_other_commits_say_which(make_table, tmp_path):
+def test_parts_that_ran_at_other_commits_name_them(make_table, tmp_path):
     record("rank killed")
     for number, commit in enumerate(("aaaa", "bbbb")):
         (tmp_path / f"part_{number}.commit").write_text(f"{commit}\n")

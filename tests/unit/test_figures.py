@@ -19,7 +19,7 @@ def write(root: Path, name: str, num_lines: int) -> None:
 
 @pytest.fixture
 def figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The tool in a repository of its own: 30 lines of library, 12 of tests, and a file that git does not know."""
+    """The tool in its own repository: 30 lines of library, 12 of tests, and a file that git does not know."""
     write(tmp_path, "tools/figures.py", 0)
     (tmp_path / "tools" / "figures.py").write_text(TOOL.read_text())
     write(tmp_path, "package/large.py", 20)
@@ -47,7 +47,7 @@ def test_lines_are_counted_over_what_git_knows(figures: ModuleType, capsys: pyte
     assert longest == "longest file 20 (large.py), longest function 4 (functions.py:slow)"
 
 
-def test_a_removed_file_counts_no_longer_before_git_is_told(
+def test_a_removed_file_no_longer_counts_even_before_git_knows(
     figures: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "package" / "large.py").unlink()
@@ -63,7 +63,7 @@ def test_the_check_fails_above_the_longest_file(
     subprocess.run(["git", "add", "package"], cwd=tmp_path, check=True)
     assert figures.main() == code
     monkeypatch.setattr(sys, "argv", ["figures.py"])
-    assert figures.main() == 0, "without --check it only tells"
+    assert figures.main() == 0, "without --check it only reports"
 
 
 @pytest.mark.parametrize(("lines", "code"), [(80, 0), (81, 1)])
@@ -76,7 +76,7 @@ def test_the_check_fails_above_the_longest_function_wherever_it_is_nested(
 
 
 def test_tests_may_be_longer_than_the_library(figures: ModuleType, tmp_path: Path) -> None:
-    """A long table of cases is no long function: only the library is held to the limits."""
+    """A long table of cases is no long function: the limits apply to the library alone."""
     write(tmp_path, "tests/unit/test_small.py", 900)
     assert figures.main() == 0
 

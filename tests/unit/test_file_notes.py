@@ -1,4 +1,4 @@
-"""A run's note of its files tells whether its work is still done, without reading what has not been written to."""
+"""The note of a run's files shows whether its work is still done, without reading unchanged files."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def run_folder(tmp_path):
 
 @pytest.fixture
 def files(tmp_path, run_folder):
-    """Something read, something large that is not hashed, and something written, in a note."""
+    """A note of a file that was read, a large one that is not hashed, and one that was written."""
     paths = {name: tmp_path / f"{name}.bin" for name in ("read", "large", "written")}
     for path in paths.values():
         path.write_bytes(b"first content")
@@ -39,7 +39,7 @@ def replace_unseen(path, content):
     assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
 
 
-def test_nothing_changed_is_as_noted_from_any_folder_and_without_a_note_nothing_is(files, run_folder, monkeypatch):
+def test_unchanged_files_match_their_note_from_any_folder_and_never_without_a_note(files, run_folder, monkeypatch):
     monkeypatch.chdir(run_folder)
     assert is_as_noted(run_folder)
     assert set(noted_states(run_folder)) == {files["read"]}
@@ -50,13 +50,13 @@ def test_nothing_changed_is_as_noted_from_any_folder_and_without_a_note_nothing_
 
 
 @pytest.mark.parametrize("name", ["read", "large"])
-def test_content_of_the_same_size_and_time_is_noticed(files, run_folder, name):
+def test_other_content_of_the_same_size_and_time_is_detected(files, run_folder, name):
     replace_unseen(files[name], b"other content")
     assert not is_as_noted(run_folder)
 
 
 @pytest.mark.parametrize("name", ["read", "large", "written"])
-def test_a_file_that_is_gone_or_shorter_is_noticed(files, run_folder, name):
+def test_a_missing_or_shorter_file_is_detected(files, run_folder, name):
     files[name].write_bytes(b"short")
     assert not is_as_noted(run_folder)
     files[name].unlink()

@@ -1,4 +1,4 @@
-"""A file's content is known by size and times first, and by its hash where they differ."""
+"""The content of a file is compared by size and times first, and by its hash if they differ."""
 
 import os
 from hashlib import sha256
@@ -44,7 +44,7 @@ def test_an_unchanged_file_is_not_read_again(path):
     assert read_state(path, noted) is noted
 
 
-def test_what_is_no_file_has_no_state(path, tmp_path):
+def test_a_path_that_is_not_a_file_has_no_state(path, tmp_path):
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     assert [read_state(place) for place in (tmp_path, tmp_path / "none", tmp_path / "dangling", path / "below")] == [
         None
@@ -52,5 +52,5 @@ def test_what_is_no_file_has_no_state(path, tmp_path):
 
 
 @pytest.mark.parametrize("note", [None, [], {}, {"size": 1}, {"size": "1", "mtime_ns": 1, "ctime_ns": 1, "sha256": ""}])
-def test_a_damaged_note_is_none(note):
+def test_a_damaged_note_counts_as_no_note(note):
     assert FileState.from_json(note) is None

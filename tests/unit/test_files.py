@@ -1,4 +1,4 @@
-"""Files and folders appear complete or not at all; what storage refused for a moment is tried again."""
+"""Files and folders appear complete or not at all; transient errors of storage are tried again."""
 
 import errno
 import hashlib
@@ -48,7 +48,7 @@ class SleepingClock:
 
 
 class Action:
-    """Raises its errors one after the other, then returns how often it was called."""
+    """Raises its errors one after the other, then returns the number of calls."""
 
     def __init__(self, *errors: Exception) -> None:
         self.errors, self.num_calls = list(errors), 0
@@ -60,7 +60,7 @@ class Action:
         return self.num_calls
 
 
-def test_a_file_is_replaced_by_all_of_the_new_text_and_nothing_is_left_beside_it(tmp_path):
+def test_a_file_is_replaced_by_the_whole_new_text_and_no_temporary_file_is_left(tmp_path):
     path = tmp_path / "record.json"
     write_atomically(path, "old and longer\n")
     write_atomically(path, "new ä\n")
@@ -96,7 +96,7 @@ def test_a_folder_replaces_a_folder_as_a_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_replaces_a_link_and_not_what_the_link_leads_to(tmp_path):
+def test_a_folder_replaces_a_link_and_not_its_target(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "kept").touch()
     (tmp_path / "result").symlink_to(tmp_path / "elsewhere")
@@ -141,7 +141,7 @@ def test_a_block_that_raises_leaves_the_old_folder_and_no_other(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["only", "one of several"])
-def test_what_a_killed_writer_leaves_is_recognised_and_the_next_only_writer_removes_it(tmp_path, mode):
+def test_files_of_a_killed_writer_are_recognised_and_the_next_single_writer_removes_them(tmp_path, mode):
     command = [sys.executable, "-c", KILLED_WHILE_WRITING, str(tmp_path / "result"), mode]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     (left,) = tmp_path.glob(PARTIAL_FILES)
@@ -150,11 +150,11 @@ def test_what_a_killed_writer_leaves_is_recognised_and_the_next_only_writer_remo
         temporary.mkdir()
     assert (tmp_path / "result").is_dir()
     assert not list((tmp_path / "result").iterdir())
-    assert left.exists() == (mode != "only"), "of several, another one may be at work on it"
+    assert left.exists() == (mode != "only"), "one of several writers may still be writing it"
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
-def test_what_is_replaced_has_the_permissions_of_a_new_file(tmp_path, umask):
+def test_a_replaced_file_has_the_permissions_of_a_new_one(tmp_path, umask):
     before = os.umask(umask)
     try:
         write_atomically(tmp_path / "record", "text")
@@ -184,7 +184,7 @@ def test_an_error_that_a_user_has_to_fix_is_not_tried_again(pauses):
     assert not pauses
 
 
-def test_a_caller_may_widen_what_is_tried_again(pauses):
+def test_a_caller_can_name_further_errors_to_try_again(pauses):
     action = Action(OSError(errno.ENOSPC, "the disk is full"))
     assert retry_transient(action, "writing x", should_retry=lambda error: isinstance(error, OSError)) == 2
 

@@ -1,4 +1,4 @@
-"""A folder for results belongs to one run at a time, and to nobody when that run is gone."""
+"""A folder for results belongs to one run at a time, and is free when that run has ended."""
 
 import signal
 import subprocess
@@ -27,13 +27,15 @@ def test_a_folder_is_made_and_nothing_stays_in_it(tmp_path):
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
-def test_a_second_run_is_refused_until_the_first_is_gone_even_killed(tmp_path, monkeypatch):
+def test_a_second_run_is_refused_until_the_first_has_ended_or_was_killed(tmp_path, monkeypatch):
     monkeypatch.setattr("dreamdance.runs.folder_lock.WAIT_SECONDS", 0.2)
     folder = tmp_path / "results"
     with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
         start = time.monotonic()
-        with pytest.raises(OutputError, match=r"another run is writing into .*results.*give another `output`") as told:
+        with pytest.raises(
+            OutputError, match=r"another run is writing into .*results.*give another `output`"
+        ) as raised:
             lock_folder(folder, key="output").__enter__()
         detected = time.monotonic() - start
         holder.send_signal(signal.SIGKILL)
@@ -46,13 +48,13 @@ def test_a_second_run_is_refused_until_the_first_is_gone_even_killed(tmp_path, m
         "two runs write into one output folder",
         how="a second run starts beside the first; then the first is killed",
         promised="the second is refused by name; after the kill the folder is free",
-        happened=str(told.value),
+        happened=str(raised.value),
         detected_seconds=detected,
     )
 
 
-def test_the_claim_of_a_start_that_is_just_ending_is_waited_for(tmp_path):
-    """A rank that another start has replaced needs some seconds to notice."""
+def test_a_start_waits_for_the_lock_of_one_that_is_just_ending(tmp_path):
+    """A rank of a replaced start needs some seconds to detect that and to end."""
     folder = tmp_path / "results"
     with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"

@@ -25,7 +25,7 @@ def unet(**changes: object) -> UNet2DConditionModel:
     torch.manual_seed(0)
     network = UNet2DConditionModel(**{**settings, **changes})
     for parameter in network.parameters():
-        nn.init.normal_(parameter, std=0.3)  # neither weights of one nor biases of zero
+        nn.init.normal_(parameter, std=0.3)  # weights other than one and biases other than zero
     return network
 
 

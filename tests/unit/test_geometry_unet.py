@@ -1,4 +1,4 @@
-"""Stage 1's denoiser as a diffusers model: its folder format, weights taken over strictly, its size, its refusals."""
+"""Stage 1's denoiser as a diffusers model: its folder format, strict loading of weights, its size, refused inputs."""
 
 import json
 
@@ -41,7 +41,7 @@ def num_parameters(parameters):
     return sum(parameter.numel() for parameter in parameters.values())
 
 
-def test_a_saved_model_comes_back_with_its_branches_weights_and_output(tmp_path):
+def test_a_saved_model_loads_with_the_same_branches_weights_and_output(tmp_path):
     unet = GeometryUNetModel.from_unet2d(
         make_base(), geometry_attention=True, temporal_attention=True, max_frames=7, attention_backend="reference"
     ).eval()
@@ -76,7 +76,7 @@ def test_a_configuration_alone_builds_the_same_network():
     assert {n: p.shape for n, p in again.state_dict().items()} == {n: p.shape for n, p in unet.state_dict().items()}
 
 
-def test_the_configuration_says_which_branches_exist():
+def test_the_configuration_names_the_existing_branches():
     for geometry, temporal, domain in ((True, False, True), (False, True, False), (False, False, True)):
         unet = GeometryUNetModel.from_unet2d(
             make_base(), geometry_attention=geometry, temporal_attention=temporal, domain_embedding=domain
@@ -95,7 +95,7 @@ def test_every_transformer_block_has_one_branch_of_each_kind_whose_output_projec
             assert (".to_out." in name) == (not parameter.any()) or name.endswith("norm.bias")
 
 
-def test_the_added_parameters_are_exactly_what_the_base_does_not_have():
+def test_the_added_parameters_are_exactly_those_that_the_base_lacks():
     base = make_base()
     unet = GeometryUNetModel.from_unet2d(base, geometry_attention=True, temporal_attention=True)
     added = {**unet.domain_parameters(), **unet.geometry_parameters(), **unet.temporal_parameters()}
@@ -171,7 +171,7 @@ def test_without_temporal_attention_any_number_of_frames_passes():
 
 
 def test_frame_positions_differ_from_one_another():
-    """With equal tokens in every frame only the position can tell the frames apart."""
+    """With equal tokens in every frame only the position distinguishes the frames."""
     torch.manual_seed(0)
     temporal = TemporalAttention(8, 2, max_frames=16)
     torch.nn.init.normal_(temporal.to_out.weight)

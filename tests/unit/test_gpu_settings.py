@@ -1,4 +1,4 @@
-"""What is set where there is a GPU, looked at without one: torch's own functions say that there is, and take notes."""
+"""Settings for GPUs, tested without one: torch's functions are replaced to report a GPU and record their arguments."""
 
 import pytest
 import torch
@@ -51,8 +51,8 @@ def test_cudnn_measures_its_convolutions_unless_bits_must_repeat(before, monkeyp
 
 
 @pytest.fixture
-def own_tf32():
-    """Both switches are put back as they were."""
+def restored_tf32():
+    """Both switches are restored."""
     switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [switch.allow_tf32 for switch in switches]
     yield
@@ -60,7 +60,7 @@ def own_tf32():
         switch.allow_tf32 = value
 
 
-@pytest.mark.usefixtures("own_tf32")
+@pytest.mark.usefixtures("restored_tf32")
 def test_float32_is_exact_on_gpus_unless_the_recipe_asks_for_tf32():
     assert Recipe(task="any", name="any").tf32 is False
     for tf32 in (True, False):

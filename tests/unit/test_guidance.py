@@ -1,4 +1,4 @@
-"""Multi-domain guidance (Eq. 6) and what it must coincide with."""
+"""Multi-domain guidance (Eq. 6) and the special cases that it must equal."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from dreamdance.diffusion.guidance import classifier_free_guidance, multi_domain
 
 
 def predictions(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of 2 clips, 2 frames and 3 domains."""
+    """Random predictions for 2 clips, 2 frames and 3 domains."""
     generator = torch.Generator().manual_seed(0)
     conditional, unconditional = (torch.randn(12, 4, 3, 5, generator=generator).to(dtype) for _ in range(2))
     return conditional, unconditional

@@ -1,4 +1,4 @@
-"""What the two pipelines guide by: which passes run, on what, and that switches change memory but no result."""
+"""Guidance in both pipelines: which passes run on which inputs; switches change memory but no result."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def sample_animation(pipeline, **options) -> torch.Tensor:
 
 
 class Calls:
-    """Records the positional inputs of every forward pass of a network while in use."""
+    """Records the positional inputs of every forward pass of a network inside the block."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network, self.inputs = network, []
@@ -103,7 +103,7 @@ def test_a_scale_guides_its_own_domain_in_the_order_rgb_normal_depth(geometry, g
     changes = (guided - unguided).abs().amax(dim=(0, 1, 3, 4, 5))
     assert changes[guided_domain] > 1e-3
     others = [domain for domain in range(3) if domain != guided_domain]
-    # to rounding only: the guided pass runs in a batch of twice the size
+    # equal only up to rounding: the guided pass runs in a batch of twice the size
     assert changes[others].max() < 1e-5
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of strangers, with manifests that agree: no code of theirs runs, and no number of theirs is believed."""
+"""Hostile checkpoints with consistent manifests: their code never runs, and all their numbers are checked."""
 
 import json
 import os
@@ -23,7 +23,7 @@ RANK_FILE = "rank_00000.safetensors"
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """As one rank saves a run that trains two numbers."""
+    """A checkpoint as saved by the single rank of a run that trains two numbers."""
     folder = tmp_path / "step_00000001"
     folder.mkdir()
     piece = Piece(0, {"average": torch.tensor([1.0, 2.0])})
@@ -31,18 +31,18 @@ def folder(tmp_path) -> Path:
         RankFile.of({"weight": piece}, average_updates=1, generators={}).write(file)
     (folder / "state.json").write_text(json.dumps({"trainable": {"weight": [2]}}))
     complete_file.complete(folder, Manifest(1, 1, "digest", ()))
-    agree(folder)
+    update_manifest(folder)
     return folder
 
 
-def agree(folder: Path, *names: str) -> None:
-    """Has the manifest say what lies there."""
+def update_manifest(folder: Path, *names: str) -> None:
+    """Changes the manifest so that it agrees with the files."""
     paths = [folder / name for name in names or (RANK_FILE, "state.json")]
     files = tuple(FileRecord(path.name, path.stat().st_size, hash_file(path)) for path in paths)
     complete_file.complete(folder, replace(complete_file.read_manifest(folder), files=files))
 
 
-def test_the_average_of_a_sound_one_is_read(folder):
+def test_the_average_of_a_sound_checkpoint_is_read(folder):
     assert read_checkpoint_weights(folder)["weight"].tolist() == [1.0, 2.0]
 
 
@@ -67,16 +67,16 @@ def with_header(header: bytes, *, claimed: int | None = None) -> bytes:
         with_header(json.dumps({"__metadata__": {"dreamdance": '{"pieces": {"weight": [0]}}'}}).encode()),
     ],
 )
-def test_one_that_is_no_rank_s_file_is_refused_by_its_name(folder, content):
+def test_a_file_that_is_not_a_rank_s_file_is_refused_by_name(folder, content):
     (folder / RANK_FILE).write_bytes(content)
-    agree(folder)
+    update_manifest(folder)
     with pytest.raises(CheckpointError, match=r"step_00000001/rank_00000\.safetensors is not a rank's file"):
         read_checkpoint_weights(folder)
     if len(content) < 200 and b"2199023255552" in content:
         record_fault(
             "header of a checkpoint's file that claims 4 TiB of tensors",
-            how="a file of 100 bytes, with a manifest that agrees",
-            promised="refused by its header, no memory taken",
+            how="a file of 100 bytes, with a consistent manifest",
+            promised="refused because of its header, no memory taken",
             happened="CheckpointError naming the file",
         )
 
@@ -97,13 +97,13 @@ def test_numbers_that_do_not_fit_are_refused_by_name(folder, values, start, refu
     own = {"pieces": {"weight": [start, 1.0]}, "average_updates": 1, "generators": {}}
     tensors = {"average/weight": values} if values is not None else {"average/other": torch.zeros(2)}
     save_file(tensors, folder / RANK_FILE, metadata={"dreamdance": json.dumps(own)})
-    agree(folder)
+    update_manifest(folder)
     with pytest.raises(CheckpointError, match=refusal):
         read_checkpoint_weights(folder)
 
 
 def test_a_manifest_that_does_not_list_a_rank_s_file_is_refused(folder):
-    agree(folder, "state.json")
+    update_manifest(folder, "state.json")
     with pytest.raises(CheckpointError, match=r"COMPLETE does not list rank_00000\.safetensors"):
         read_checkpoint_weights(folder)
     complete_file.complete(folder, replace(complete_file.read_manifest(folder), world_size=1 << 60))
@@ -112,9 +112,9 @@ def test_a_manifest_that_does_not_list_a_rank_s_file_is_refused(folder):
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"3", b"\x80\x05\x95", b"", b"[1, 2]"])
-def test_a_state_that_is_none_is_named(folder, content):
+def test_an_invalid_state_file_is_named(folder, content):
     (folder / "state.json").write_bytes(content)
-    agree(folder)
+    update_manifest(folder)
     with pytest.raises(CheckpointError, match=r"state\.json is not in our format"):
         read_checkpoint_weights(folder)
 
@@ -126,9 +126,9 @@ def test_code_in_a_ranks_file_is_refused_and_does_not_run(folder, tmp_path):
 
     torch.save({"ema": Runs()}, tmp_path / "pickled.pt")
     torch.load(tmp_path / "pickled.pt", weights_only=False)
-    (tmp_path / "ran").rmdir()  # it does run where that is asked for
+    (tmp_path / "ran").rmdir()  # it does run if unpickling is allowed
     (tmp_path / "pickled.pt").replace(folder / RANK_FILE)
-    agree(folder)
+    update_manifest(folder)
     with pytest.raises(CheckpointError, match="is not a rank's file"):
         read_checkpoint_weights(folder)
     assert not (tmp_path / "ran").exists()

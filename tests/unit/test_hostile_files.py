@@ -1,4 +1,4 @@
-"""Files of strangers that would run code: a recipe, a manifest, a base model's folder. Shards: test_hostile_shards."""
+"""Hostile files that would run code: recipes, manifests, folders of base models. For shards see test_hostile_shards."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from dreamdance.training.networks.sources import open_image_encoder, open_unet
 
 
 class Runs:
-    """Unpickling this makes a folder."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -34,7 +34,7 @@ def test_a_recipe_or_manifest_that_is_a_pickle_is_refused_and_never_unpickled(tm
     trace, path = tmp_path / "ran", tmp_path / "hostile"
     path.write_bytes(pickle.dumps(Runs(trace), protocol=protocol))  # 0 is plain text
     pickle.loads(path.read_bytes())
-    assert trace.is_dir(), "it does run where it is unpickled"
+    assert trace.is_dir(), "it does run when it is unpickled"
     trace.rmdir()
     with pytest.raises(error, match="hostile"):
         read(path)
@@ -42,14 +42,14 @@ def test_a_recipe_or_manifest_that_is_a_pickle_is_refused_and_never_unpickled(tm
     record_fault(
         f"pickle in place of a {'recipe' if read is load_recipe else 'manifest'}",
         how=f"an object that makes a folder when it is unpickled, protocol {protocol}",
-        promised="refused with a clear error, nothing of it runs",
+        promised="refused with a clear error, the code does not run",
         happened=error.__name__,
     )
 
 
 @pytest.mark.parametrize("network", ["unet", "image_encoder"])
-def test_code_that_a_base_models_folder_brings_along_is_never_run(tmp_path, network):
-    """As `trust_remote_code` would: the configuration names a module beside it, which makes a folder when imported."""
+def test_code_in_a_base_models_folder_is_never_run(tmp_path, network):
+    """The configuration names a module beside it, as for `trust_remote_code`, which makes a folder when imported."""
     folder, trace = tmp_path / network, tmp_path / "ran"
     if network == "unet":
         UNet2DConditionModel(**tiny_unet_config()).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Shards, indexes, key points and poses that were made to run code or to fill the memory: refused, nothing runs."""
+"""Hostile shards, indexes and key points that would run code or fill the memory are refused, and no code runs."""
 
 import io
 import json
@@ -28,7 +28,7 @@ from dreamdance.recipe.sections import Shards
 
 
 class Runs:
-    """Unpickled, it makes a folder."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
@@ -39,7 +39,7 @@ class Runs:
 
 @pytest.fixture
 def ran(tmp_path) -> Path:
-    """A folder that is there if anything hostile was run; that the means work is tried here."""
+    """A folder that exists if hostile code has run; the fixture checks that the code works."""
     path = tmp_path / "ran"
     pickle.loads(pickle.dumps(Runs(path)))
     path.rmdir()
@@ -53,25 +53,25 @@ def folder(tmp_path) -> Path:
 
 
 def test_a_pickled_column_is_refused_and_never_unpickled(tmp_path, ran):
-    """A shard as the library itself writes it, whose metadata is any Python object."""
+    """A shard as written by mosaicml-streaming, whose metadata is a Python object."""
     folder = tmp_path / "shards"
     with MDSWriter(columns={**COLUMNS, "metadata": "pkl"}, out=str(folder), hashes=["sha1"]) as writer:
         writer.write({**random_clip(0).to_sample(), "metadata": Runs(ran)})
     with pytest.raises(
         ShardError, match=r"index\.json: shard 0: column 'metadata' is pickled .* could run any code"
-    ) as told:
+    ) as raised:
         StoredClips(Shards(local=str(folder)))
     assert not ran.exists()
     record_fault(
         "pickle in a shard column",
         how="a column of encoding 'pkl' whose object makes a folder when it is unpickled",
-        promised="refused by the index, nothing unpickled",
-        happened=str(told.value),
+        promised="refused because of the index, nothing unpickled",
+        happened=str(raised.value),
     )
 
 
 def test_a_pickle_behind_an_index_that_calls_it_text_is_never_unpickled(tmp_path, ran):
-    """The index lies, and the shard's own header says 'pkl'."""
+    """The index is wrong, and the header of the shard contains 'pkl'."""
     folder = tmp_path / "shards"
     with MDSWriter(columns={**COLUMNS, "metadata": "pkl"}, out=str(folder), hashes=["sha1"]) as writer:
         writer.write({**random_clip(0).to_sample(), "metadata": Runs(ran)})
@@ -109,7 +109,7 @@ def test_key_points_that_are_a_pickle_are_never_unpickled(ran):
 
 
 def test_a_shard_that_unpacks_to_a_thousand_times_its_size_takes_no_memory(tmp_path):
-    """Hash and size of the packed file are right; only what it would become is not."""
+    """Hash and size of the packed file are right; only its unpacked size is hostile."""
     write_random_shards(tmp_path / "shards", 4, compression="zstd")
     (path,) = (tmp_path / "shards").glob("*.zstd")
     bomb = zstd.compress(bytes(1 << 28))
@@ -123,7 +123,7 @@ def test_a_shard_that_unpacks_to_a_thousand_times_its_size_takes_no_memory(tmp_p
     clips = StoredClips(Shards(local=str(tmp_path / "shards")))
     tracemalloc.start()
     try:
-        with pytest.raises(ShardError, match="would decompress to 268435456 bytes, the index lists") as told:
+        with pytest.raises(ShardError, match="would decompress to 268435456 bytes, the index lists") as raised:
             clips.clip(0)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -132,8 +132,8 @@ def test_a_shard_that_unpacks_to_a_thousand_times_its_size_takes_no_memory(tmp_p
     record_fault(
         "zstd shard that grows a thousandfold",
         how=f"{len(bomb)} bytes that unpack to 256 MiB, hash and size of the packed file right",
-        promised="refused by the frame's header before memory is taken",
-        happened=f"{told.value}; at most {peak >> 10} KiB were taken",
+        promised="refused because of the frame's header before memory is taken",
+        happened=f"{raised.value}; at most {peak >> 10} KiB were taken",
     )
 
 
@@ -145,13 +145,15 @@ def test_a_picture_in_a_shard_that_claims_a_hundred_thousand_pixels_a_side_is_re
     data[start + 17 : start + 21] = struct.pack(">I", zlib.crc32(data[start : start + 17]))
     payload = bytes(data[28:])
     data[24:28] = struct.pack("<I", zlib.crc32(payload))
-    with pytest.raises(ShardError, match="clip a: frame 0 is not the 6x4 PNG that its column's header claims") as told:
+    with pytest.raises(
+        ShardError, match="clip a: frame 0 is not the 6x4 PNG that its column's header claims"
+    ) as raised:
         unpack_frames(bytes(data), where="clip a")
     record_fault(
         "PNG bomb in a shard",
         how="a frame's header claims 100,000 x 100,000",
         promised="refused before it is decoded",
-        happened=str(told.value),
+        happened=str(raised.value),
     )
 
 
@@ -180,11 +182,11 @@ def test_json_that_is_nested_without_end_is_an_error_everywhere(tmp_path, folder
 def test_an_id_of_a_manifest_never_leaves_the_output_folder(tmp_path, bad):
     path = tmp_path / "manifest.jsonl"
     path.write_text(json.dumps({"id": bad, "image": "a.png", "keypoints": "a.json"}))
-    with pytest.raises(ManifestError, match=r"manifest\.jsonl:1: id .* must be 1 to 200 letters") as told:
+    with pytest.raises(ManifestError, match=r"manifest\.jsonl:1: id .* must be 1 to 200 letters") as raised:
         read_manifest(path)
     record_fault(
         "manifest id that climbs out of the output folder",
         how=repr(bad),
         promised="refused with its line, before anything runs",
-        happened=str(told.value).replace(str(tmp_path), "..."),
+        happened=str(raised.value).replace(str(tmp_path), "..."),
     )

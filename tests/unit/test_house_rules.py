@@ -1,4 +1,4 @@
-"""Rules that hold for the whole repository, read from its source: what no single test of a part would notice."""
+"""Rules for the whole repository, checked in its source, which no test of a single part would check."""
 
 import ast
 import re
@@ -14,7 +14,7 @@ LIBRARY = sorted([*(ROOT / "dreamdance").rglob("*.py"), *(ROOT / "kernels" / "dr
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 SUPPORT = sorted((ROOT / "tests" / "support").glob("*.py"))
 ENTRIES = sorted([*(ROOT / "launchers").glob("*.py"), *(ROOT / "tools").glob("*.py")])
-NAMELESS = {"utils", "util", "helpers", "common", "misc", "base"}
+MEANINGLESS_NAMES = {"utils", "util", "helpers", "common", "misc", "base"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -74,13 +74,13 @@ def test_every_public_argument_and_result_is_annotated() -> None:
     assert found == []
 
 
-def test_every_module_opens_by_saying_what_it_is_for() -> None:
+def test_every_module_has_a_docstring_of_its_purpose() -> None:
     without = [path.relative_to(ROOT) for path in [*LIBRARY, *ENTRIES, *TESTS]
                if path.stat().st_size and not ast.get_docstring(parse(path))]  # fmt: skip
     assert without == []
 
 
-def test_every_public_class_of_the_library_says_what_it_is() -> None:
+def test_every_public_class_of_the_library_has_a_docstring() -> None:
     found = []
     for path in LIBRARY:
         for node in parse(path).body:
@@ -89,12 +89,14 @@ def test_every_public_class_of_the_library_says_what_it_is() -> None:
     assert found == []
 
 
-def test_no_module_is_called_by_a_name_that_says_nothing() -> None:
-    assert [path.relative_to(ROOT) for path in [*LIBRARY, *TESTS] if path.stem.removeprefix("test_") in NAMELESS] == []
+def test_no_module_has_a_meaningless_name() -> None:
+    assert [
+        path.relative_to(ROOT) for path in [*LIBRARY, *TESTS] if path.stem.removeprefix("test_") in MEANINGLESS_NAMES
+    ] == []
 
 
-def test_nothing_is_caught_without_saying_what_except_where_a_rank_leaves_its_last_words() -> None:
-    """`launch.job` hands any error to whoever follows, and raises it again."""
+def test_broad_handlers_raise_again_except_where_a_rank_records_its_failure() -> None:
+    """`launch.job` records any error for `--follow`, and raises it again."""
     found = []
     for path in LIBRARY:
         for handler in (node for node in ast.walk(parse(path)) if isinstance(node, ast.ExceptHandler)):
@@ -106,8 +108,8 @@ def test_nothing_is_caught_without_saying_what_except_where_a_rank_leaves_its_la
     assert found == []
 
 
-def test_nothing_is_drawn_from_the_generators_that_all_share() -> None:
-    """Every draw has its own seed; the global states are only seeded, saved and put back for the sake of others."""
+def test_no_random_number_comes_from_a_global_generator() -> None:
+    """Every draw has its own seed; the global generators are only seeded, saved and restored for other libraries."""
     pattern = re.compile(
         r"\bnp\.random\.(?!default_rng|Generator|SeedSequence|get_state|set_state|seed)|"
         r"(?<![\w.])random\.(random|randint|uniform|choice|choices|sample|shuffle|gauss)\("
@@ -117,8 +119,8 @@ def test_nothing_is_drawn_from_the_generators_that_all_share() -> None:
     assert found == []
 
 
-def test_nothing_that_is_read_can_run_code() -> None:
-    """No unpickler, no YAML but the safe one, no code from a folder of weights, and of weights only safetensors."""
+def test_no_reader_can_run_code() -> None:
+    """No unpickler, only safe YAML, no code from a folder of weights, and weights only as safetensors."""
     found = []
     for path in [*LIBRARY, *ENTRIES]:
         tree, text = parse(path), path.read_text(encoding="utf-8")
@@ -137,7 +139,7 @@ def test_nothing_that_is_read_can_run_code() -> None:
     assert found == []
 
 
-def test_no_work_is_left_as_a_note() -> None:
+def test_no_comment_marks_unfinished_work() -> None:
     words = re.compile(r"#.*\b(TODO|FIXME|XXX|HACK)\b")
     found = [f"{path.relative_to(ROOT)}: {line.strip()}" for path in [*LIBRARY, *ENTRIES]
              for line in path.read_text(encoding="utf-8").splitlines() if words.search(line)]  # fmt: skip
@@ -178,7 +180,7 @@ def test_no_two_classes_of_the_library_have_one_name() -> None:
 
 
 def test_no_two_tests_of_a_file_have_one_name() -> None:
-    """The first would never run."""
+    """The first of two would never run."""
     for path in TESTS:
         names = [node.name for node in parse(path).body if isinstance(node, Function)]
         assert len(names) == len(set(names)), path.relative_to(ROOT)
@@ -186,7 +188,7 @@ def test_no_two_tests_of_a_file_have_one_name() -> None:
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
 def test_every_test_can_fail(path: Path) -> None:
-    """It asserts something itself, or calls a function of its file that does."""
+    """Every test contains an assertion, or calls a function of its file that contains one."""
     tree = parse(path)
     functions = {node.name: node for node in ast.walk(tree) if isinstance(node, Function)}
 

@@ -49,7 +49,7 @@ def test_clip_gives_its_pooled_projected_embedding_as_one_token(clip):
 
 
 @pytest.mark.parametrize("size", [(768, 512), (224, 224), (96, 64), (300, 200)])
-def test_stage_2_shows_clip_the_very_pixels_that_svd_s_pipeline_does(size):
+def test_stage_2_gives_clip_the_same_pixels_as_svd_s_pipeline(size):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
     seen: list[torch.Tensor] = []
     encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1))
@@ -66,7 +66,7 @@ def test_stage_2_shows_clip_the_very_pixels_that_svd_s_pipeline_does(size):
 
 
 def test_pictures_of_any_size_are_resized_without_aliasing(clip):
-    # stripes too fine for the encoder are grey to it; without antialiasing every sample would hit a white one
+    # stripes too fine for the encoder become grey; without antialiasing every sample would hit a white one
     stripes = ((torch.arange(256) + 2) // 4 % 2).float().expand(1, 3, 256, 256)
     aliased = F.interpolate(stripes, size=(32, 32), mode="bicubic")
     assert aliased.mean() > 0.9
@@ -90,7 +90,7 @@ def test_the_stand_in_keeps_the_distances_between_grids_of_colours(width):
     torch.testing.assert_close(embedding @ embedding.T, colours @ colours.T, rtol=1e-4, atol=1e-5)
 
 
-def test_the_stand_in_tells_pictures_apart_by_colour_and_by_place():
+def test_the_stand_in_distinguishes_pictures_by_colour_and_by_place():
     stand_in = ImageEmbeddingStandIn(48)
     red, left = torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16)
     red[:, 0] = 0.5
@@ -111,7 +111,7 @@ def test_the_stand_in_is_the_same_every_time_and_has_nothing_to_train(tmp_path):
     assert torch.equal(embed_images(loaded, images()), embed_images(first, images()))
 
 
-def test_a_saved_projection_outlives_another_machine_s_linear_algebra(tmp_path):
+def test_a_saved_projection_does_not_depend_on_the_linear_algebra_of_the_machine(tmp_path):
     stand_in = ImageEmbeddingStandIn(32)
     stand_in.projection.neg_()
     stand_in.save_pretrained(tmp_path)

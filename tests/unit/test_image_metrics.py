@@ -1,4 +1,4 @@
-"""Image metrics against scikit-image, OpenCV and hand-computed values, DisCo's overflow among them."""
+"""Image metrics against scikit-image, OpenCV and hand-computed values, including the overflow of DisCo's PSNR."""
 
 import cv2
 import numpy as np
@@ -79,7 +79,7 @@ def test_a_shift_of_one_tenth_measures_one_tenth_and_twenty_decibel():
     assert psnr(truth + 0.1, truth) == pytest.approx(20.0)
 
 
-def test_a_mask_keeps_out_what_lies_outside_of_it():
+def test_pixels_outside_of_the_mask_do_not_count():
     truth = np.zeros((1, 8, 8, 3))
     prediction = truth.copy()
     prediction[:, :4] = 0.1
@@ -113,7 +113,7 @@ def test_an_empty_mask_gives_no_number(pair):
 
 
 def test_discos_psnr_overflows_to_thirty_decibel_on_frames_far_apart(pair):
-    """The trap: unlike frames measure about 28 to 30 dB there, half of which is arithmetic that wraps around."""
+    """Known defect of that metric: unlike frames give about 28 to 30 dB, half of it from wrapped arithmetic."""
     prediction, truth = pair
     honest = psnr(as_floats(prediction), as_floats(truth))
     assert honest < 16

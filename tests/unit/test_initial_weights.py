@@ -61,7 +61,7 @@ def initialised(recipe: Stage1Recipe, runs: Path) -> Objective:
     return objective
 
 
-def test_a_finished_runs_averaged_weights_are_taken(runs):
+def test_the_averaged_weights_of_a_finished_run_are_used(runs):
     recipe = make_recipe(runs / "shards", "geometry", init_from="first")
     objective = initialised(recipe, runs)
     average = read_checkpoint_weights(checkpoint_folder(runs / "first", 2))
@@ -88,7 +88,7 @@ def test_an_unfinished_run_is_refused_unless_a_step_is_named(runs):
         marker.write_text("{}")
 
 
-def test_a_run_that_goes_on_to_more_steps_than_it_had_finished_is_refused(runs):
+def test_a_finished_run_that_is_being_continued_to_more_steps_is_refused(runs):
     stored = runs / "first" / RECIPE_FILE
     before = stored.read_text()
     stored.write_text(before.replace("max_steps: 2\n", "max_steps: 3\n"))
@@ -100,13 +100,13 @@ def test_a_run_that_goes_on_to_more_steps_than_it_had_finished_is_refused(runs):
         stored.write_text(before)
 
 
-def test_a_named_step_takes_its_checkpoint_and_what_was_frozen_then_from_the_run_before(runs):
+def test_a_named_step_uses_its_checkpoint_and_frozen_weights_of_the_run_before(runs):
     recipe = make_recipe(runs / "shards", "temporal", init_from="second", init_step=1)
     parameters = dict(initialised(recipe, runs).named_parameters())
     trained_second = read_checkpoint_weights(checkpoint_folder(runs / "second", 1))
     trained_first = read_checkpoint_weights(checkpoint_folder(runs / "first", 2))
     assert trained_second
-    assert not trained_second.keys() & trained_first.keys(), "the second run trains what the first did not have"
+    assert not trained_second.keys() & trained_first.keys(), "the second run trains weights that the first did not have"
     for trained in (trained_first, trained_second):
         assert all(torch.equal(parameters[name], value) for name, value in trained.items())
 

@@ -1,4 +1,4 @@
-"""What the batch script does when its ranks have ended, run by bash with programs in Slurm's place."""
+"""The batch script after its ranks have ended, run by bash with stand-ins for Slurm's programs."""
 
 import json
 import os
@@ -20,7 +20,7 @@ RECIPE = load_recipe(Path(__file__).parents[2] / "recipes" / "demo" / "stage2.ya
 
 @dataclass(frozen=True)
 class Site:
-    """A machine with programs named as Slurm's, each of which notes its words in `called`."""
+    """A folder with stand-ins for Slurm's programs, each of which records its arguments in `called`."""
 
     folder: Path
 
@@ -63,48 +63,48 @@ def test_a_job_whose_ranks_failed_goes_back_into_the_queue(site):
     assert site.called("scontrol") == ["scontrol requeue 42"]
 
 
-def test_the_task_of_an_array_asks_for_itself_alone_and_puts_itself_alone_back(site, monkeypatch):
+def test_a_task_of_an_array_queries_and_requeues_itself_alone(site, monkeypatch):
     runs = [make_run(site.folder / name) for name in ("one", "two")]
     site.tool("sbatch", "echo 'Submitted batch job 42'")
     monkeypatch.setenv("PATH", f"{site.folder}/bin:{os.environ['PATH']}")
     script = submit_array([RECIPE, RECIPE], runs)[0].script.read_text()
-    # As Slurm has it for the last task.
+    # As in Slurm for the last task.
     site.run(script, SLURM_JOB_ID="42", SLURM_ARRAY_JOB_ID="42", SLURM_ARRAY_TASK_ID="1")
     assert {call.split()[2] for call in site.called("squeue")} == {"--jobs=42_1"}
     assert site.called("scontrol") == ["scontrol requeue 42_1"]
 
 
 def fails_at_first(site: Site, name: str, times: int, answer: str) -> None:
-    """A program of Slurm that does not get through to the controller for a while."""
+    """A program of Slurm that cannot reach the controller for a while."""
     count = f"[ $(grep -c '^{name} ' {site.folder}/called) -le {times} ]"
     site.tool(name, f"{count} && echo 'Unable to contact slurm controller' >&2 && exit 1\n{answer}")
 
 
 @pytest.mark.parametrize(("name", "answer"), [("squeue", "echo 'RUNNING 0'"), ("scontrol", "exit 0")])
-def test_a_controller_that_is_silent_for_a_while_is_asked_again(site, name, answer):
+def test_requests_to_a_controller_that_does_not_answer_are_repeated(site, name, answer):
     fails_at_first(site, name, 4, answer)
     site.run(batch_script(RECIPE, make_run(site.folder / "run")))
     assert site.called("sleep") == ["sleep 5"] * 4
     assert site.called("scontrol")[-1] == "scontrol requeue 42"
     record_fault(
-        "Slurm's controller silent for a while as a job ends",
-        how=f"{name} cannot reach it four times; programs in Slurm's place",
-        promised="asked again every 5 s; the job goes back into the queue",
-        happened="the fifth time it answered, and the job was put back",
+        "Slurm's controller does not answer for a while as a job ends",
+        how=f"{name} cannot reach it four times; stand-ins for Slurm's programs",
+        promised="asked again every 5 s; the job is requeued",
+        happened="the fifth attempt succeeded, and the job was requeued",
     )
 
 
 @pytest.mark.parametrize("name", ["squeue", "scontrol"])
-def test_a_controller_that_stays_silent_ends_the_job_and_the_log_says_so(site, name):
+def test_a_controller_that_never_answers_ends_the_job_with_a_line_in_the_log(site, name):
     site.tool(name, "exit 1")
     done = site.run(batch_script(RECIPE, make_run(site.folder / "run")))
     assert done.returncode == 1
     assert len(site.called(name)) == 12
     assert "did not answer, or refused, for a minute" in done.stderr
     record_fault(
-        "Slurm's controller silent for good as a job ends",
-        how=f"{name} never reaches it; programs in Slurm's place",
-        promised="given up after a minute, the log says so, the job fails with the code of its ranks",
+        "Slurm's controller never answers as a job ends",
+        how=f"{name} never reaches it; stand-ins for Slurm's programs",
+        promised="given up after a minute with a line in the log; the job fails with the code of its ranks",
         happened=done.stderr.strip().splitlines()[-1],
     )
 
@@ -118,27 +118,29 @@ def test_a_job_that_was_cancelled_or_started_elsewhere_is_left_alone(site, answe
     assert done.returncode == 1
 
 
-def test_a_request_that_was_heard_though_no_answer_came_is_not_made_twice(site):
-    site.tool("scontrol", f"touch {site.folder}/heard; exit 1")
-    site.tool("squeue", f"[ -e {site.folder}/heard ] && echo 'PENDING 1' || echo 'RUNNING 0'")
+def test_a_request_that_succeeded_without_an_answer_is_not_made_twice(site):
+    site.tool("scontrol", f"touch {site.folder}/received; exit 1")
+    site.tool("squeue", f"[ -e {site.folder}/received ] && echo 'PENDING 1' || echo 'RUNNING 0'")
     site.run(batch_script(RECIPE, make_run(site.folder / "run")))
     assert len(site.called("scontrol")) == 1
 
 
-def test_a_new_start_is_not_judged_by_what_an_earlier_one_said(site):
-    """A person mends what a rank asked for, and puts the job back by hand."""
+def test_a_new_start_ignores_failures_of_an_earlier_one(site):
+    """A person fixes what a rank asked for, and requeues the job by hand."""
     run = make_run(site.folder / "a run")
     script = batch_script(RECIPE, run)
     record_failure(run, "42", 1, "shard 3 is damaged", user_error=True)
     site.run(script)
     assert site.called("scontrol") == ["scontrol requeue 42"]
-    said = json.dumps({"time": 1.0, "rank": 0, "user_error": True, "text": "shard 4 is damaged"})
-    site.tool("srun", f"mkdir -p '{failures_folder(run)}'; echo '{said}' > '{failures_folder(run)}/42_0.json'; exit 1")
+    failure = json.dumps({"time": 1.0, "rank": 0, "user_error": True, "text": "shard 4 is damaged"})
+    site.tool(
+        "srun", f"mkdir -p '{failures_folder(run)}'; echo '{failure}' > '{failures_folder(run)}/42_0.json'; exit 1"
+    )
     site.run(script)
-    assert "scontrol" not in (site.folder / "called").read_text(), "this start's own word counts"
+    assert "scontrol" not in (site.folder / "called").read_text(), "the failure of this start counts"
 
 
-def test_a_new_start_of_an_arrays_task_removes_what_its_own_run_was_told(site, monkeypatch):
+def test_a_new_start_of_an_array_task_removes_the_failures_of_its_own_run_alone(site, monkeypatch):
     runs = [make_run(site.folder / name) for name in ("one", "two")]
     site.tool("sbatch", "echo 'Submitted batch job 42'")
     monkeypatch.setenv("PATH", f"{site.folder}/bin:{os.environ['PATH']}")

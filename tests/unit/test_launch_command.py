@@ -1,4 +1,4 @@
-"""The command: words to the recipe, dashes to the launcher, and an exit code for each outcome."""
+"""The command: overrides for the recipe, options for the launcher, and an exit code for each outcome."""
 
 import json
 import os
@@ -70,14 +70,14 @@ def job_environment(monkeypatch):
         (["cancel", "nothing"], "no run 'nothing'"),
     ],
 )
-def test_what_the_user_got_wrong_ends_with_2_and_its_reason_without_a_traceback(command, words, message):
+def test_an_error_of_the_user_ends_with_2_and_its_reason_without_a_traceback(command, words, message):
     code, _, errors = command(*words)
     assert code == 2
     assert message in errors
     assert "Traceback" not in errors
 
 
-def test_words_and_dashes_may_be_mixed(command):
+def test_overrides_and_options_may_be_mixed(command):
     code, output, _ = command("--dry-run", STAGE1, "seed=1", "--runs", "elsewhere", "max_steps=300")
     assert code == 0
     assert "seed: 1  # <- command line" in output
@@ -123,14 +123,14 @@ def test_values_that_differ_by_their_sign_alone_make_two_runs(command):
     assert names == [f"{shared}_minus_1", f"{shared}_1", f"{shared}_minus_0_5", f"{shared}_1e_4"]
 
 
-def test_a_debug_run_has_one_process_whatever_the_file_says(command):
+def test_a_debug_run_has_one_process_whatever_the_recipe_sets(command):
     _, output, _ = command("recipes/stage2.yaml", "--dry-run", "--cluster", "debug")
     assert "processes: 1 node x 1 = 1, cluster: debug" in output
     assert "1 (micro batch) x 8 (accumulation) x 1 (processes) = 8 samples" in output
 
 
-def test_a_debug_run_is_judged_by_the_one_process_that_it_has(command):
-    """The file's eight processes could not share four samples."""
+def test_a_debug_run_is_checked_for_its_single_process(command):
+    """The eight processes of the file could not divide four samples."""
     words = ["recipes/stage2.yaml", "--dry-run", "batch_size=4", "micro_batch_size=1"]
     assert command(*words)[0] == 2
     code, output, _ = command(*words, "--cluster", "debug")
@@ -139,7 +139,7 @@ def test_a_debug_run_is_judged_by_the_one_process_that_it_has(command):
     assert "  gpus_per_node: 1  # <- command line" in output
 
 
-def test_status_without_runs_says_so(command):
+def test_status_without_runs_reports_that_there_are_none(command):
     assert command("status") == (0, "no runs in runs\n", "")
 
 
@@ -147,7 +147,7 @@ SMALL = ("dancers.num_train_clips=2", "dancers.num_validation_clips=1", "dancers
 
 
 @pytest.mark.usefixtures("job_environment")
-def test_a_debug_run_finishes_then_says_so_and_refuses_a_different_recipe(command, tmp_path):
+def test_a_debug_run_finishes_then_is_reported_as_finished_and_refuses_a_different_recipe(command, tmp_path):
     words = (PREPARE, *SMALL, "--cluster", "debug")
     assert command(*words)[0] == 0
     code, output, _ = command(*words)
@@ -160,7 +160,7 @@ def test_a_debug_run_finishes_then_says_so_and_refuses_a_different_recipe(comman
     assert "prepare  finished" in command("status")[1]
     details = command("status", "demo_prepare")[1]
     assert "demo_prepare (prepare): finished" in details
-    assert "log" not in details, "it went to the launcher's own screen"
+    assert "log" not in details, "the log went to the terminal of the launcher"
     (start,) = json.loads((tmp_path / "runs" / "demo_prepare" / "provenance.json").read_text())["starts"]
     assert [(job["job_id"], job["hosts"]) for job in start["jobs"]] == [("debug", [socket.gethostname()])]
 
@@ -181,16 +181,16 @@ def test_a_debug_run_that_fails_for_the_users_reason_ends_with_1(command, tmp_pa
 def test_a_run_that_has_a_job_is_refused_with_its_id_and_a_code_of_its_own(command, tmp_path, cluster):
     recipe, run_folder = load_recipe(PREPARE), tmp_path / "runs" / "demo_prepare"
     create_or_check(recipe, run_folder, [])
-    submit([recipe], [run_folder], "debug")  # this very process, which lives
+    submit([recipe], [run_folder], "debug")  # this process, which is running
     code, output, _ = command(PREPARE, "--cluster", cluster)
     assert code == 4
     assert "demo_prepare: not submitted again, debug job debug is already running" in output
     code, _, errors = command(PREPARE, "--cluster", cluster, "seed=1")
-    assert code == 3, "of another recipe, that is what matters"
+    assert code == 3, "the difference of the recipe is reported first"
     assert "seed: 0 -> 1" in errors
 
 
-WITHOUT_RIGHTS = """
+WITHOUT_CAPABILITIES = """
 import ctypes, sys
 # Of root, whom permissions would not stop: `capset` with nothing effective and nothing permitted.
 header = (ctypes.c_uint32 * 2)(0x20080522, 0)
@@ -210,7 +210,7 @@ def test_a_place_that_cannot_be_written_is_named_before_anything_is_submitted(pl
     before = sorted(path.name for path in tmp_path.rglob("*"))
     closed = tmp_path / "runs" / place
     closed.chmod(0o555)
-    words = [sys.executable, "-c", WITHOUT_RIGHTS, PREPARE, "--cluster", "local", "--follow"]
+    words = [sys.executable, "-c", WITHOUT_CAPABILITIES, PREPARE, "--cluster", "local", "--follow"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, env=os.environ)
     finally:
@@ -223,7 +223,7 @@ def test_a_place_that_cannot_be_written_is_named_before_anything_is_submitted(pl
     assert sorted(path.name for path in tmp_path.rglob("*") if path.name != ".launch_lock") == before
     record_fault(
         f"read-only folder before a start ({place.partition('/')[2] or 'the run itself' if place != '.' else 'runs'})",
-        how="mode 0555, and root without its rights",
+        how="mode 0555, and root without its capabilities",
         promised="refused by name, nothing is submitted",
         happened=done.stderr.strip().replace(str(tmp_path), ""),
     )
@@ -238,7 +238,7 @@ def test_a_job_is_cancelled_though_this_version_cannot_read_its_recipe(checkout,
         known = {"cluster": "local", "job_id": str(process.pid), "num_tasks": 1, "host": socket.gethostname()}
         more = {"submitted": 0.0, "launcher_pid": os.getpid(), "process_start": start}
         (folder / "logs" / "job.json").write_text(json.dumps(known | more))
-        code, said, _ = command("cancel", "old")
+        code, output, _ = command("cancel", "old")
         assert process.wait(10) == -15
     assert code == 0
-    assert f"cancelled local job {process.pid} of run 'old'" in said
+    assert f"cancelled local job {process.pid} of run 'old'" in output

@@ -1,4 +1,4 @@
-"""`--dry-run`: the whole recipe with the command line's lines marked, the arithmetic of a batch, the batch script."""
+"""`--dry-run`: the whole recipe with overridden lines marked, the arithmetic of a batch, the batch script."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def loaded(name: str, *words: str) -> LoadedRecipe:
 
 
 def marked(recipe: LoadedRecipe) -> list[str]:
-    """The lines with a mark, without it and their indentation."""
+    """The marked lines, without mark and indentation."""
     lines = resolved_recipe(recipe).splitlines()
     return [line.removesuffix(MARK).strip() for line in lines if line.endswith(MARK)]
 
@@ -28,8 +28,8 @@ def test_only_lines_that_the_command_line_decided_are_marked() -> None:
     ]  # fmt: skip
 
 
-def test_of_keys_that_bear_one_name_only_the_given_one_is_marked() -> None:
-    """`width` and `num_frames` stand in several sections, `every_steps` in two."""
+def test_only_the_given_one_of_several_keys_with_the_same_name_is_marked() -> None:
+    """`width` and `num_frames` occur in several sections, `every_steps` in two."""
     assert marked(loaded("demo/stage2.yaml", "checkpoint.every_steps=3")) == ["every_steps: 3"]
     assert marked(loaded("demo/stage2.yaml", "logging.every_steps=3")) == ["logging: {every_steps: 3}"]
 
@@ -40,7 +40,7 @@ def test_a_section_that_takes_two_lines_is_marked_where_the_value_stands() -> No
 
 
 @pytest.mark.parametrize("name", ["demo/stage1_domains.yaml", "stage2.yaml", "animate.yaml", "demo/prepare.yaml"])
-def test_what_is_shown_is_a_recipe_that_loads_to_the_same(name: str, tmp_path: Path) -> None:
+def test_the_shown_recipe_loads_to_the_same_recipe(name: str, tmp_path: Path) -> None:
     words = ("seed=5",)
     shown = tmp_path / "recipe.yaml"
     shown.write_text(resolved_recipe(loaded(name, *words)))  # the marks are comments
@@ -69,7 +69,7 @@ def test_a_task_that_trains_nothing_has_processes_only() -> None:
     assert batch_arithmetic(loaded("demo/prepare.yaml"), "local").count("\n") == 0
 
 
-def test_the_script_says_where_it_is_not_what_runs(tmp_path: Path) -> None:
+def test_the_script_names_the_cluster_that_does_not_use_it(tmp_path: Path) -> None:
     recipe = loaded("demo/stage2.yaml")
     local, slurm = (script(recipe, tmp_path / "runs" / "x", cluster) for cluster in ("local", "slurm"))
     assert local == f"# (cluster local does not use this script; Slurm would)\n{slurm}"

@@ -1,4 +1,4 @@
-"""A run is finished when what it had to make is there and its inputs have not changed since."""
+"""A run is finished when its output exists and its inputs have not changed since."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def test_a_raised_max_steps_makes_a_finished_run_unfinished(run_folder):
 
 
 def note(run_folder: Path, *read: Path) -> None:
-    """What `animate` and `evaluate` leave in the run folder when they have read these files."""
+    """Writes the note that `animate` and `evaluate` write into the run folder after reading these files."""
     states = {path: read_state(path) for path in read}
     write_note(run_folder, {path: of_content(state) for path, state in states.items() if state is not None})
 
@@ -81,11 +81,11 @@ def test_animate_runs_again_when_a_file_that_it_read_was_replaced_by_one_of_the_
     run_folder, tmp_path, picture
 ):
     manifest, output = tmp_path / "manifest.jsonl", tmp_path / "out"
-    manifest.write_bytes(b"\xff what is no text is told when it runs\n")
+    manifest.write_bytes(b"\xff this is no text, which the run reports\n")
     output.mkdir()
     recipe = load_recipe(DEMO / "animate.yaml", [f"manifest={manifest}", f"output={output}"])
     mark_finished(recipe, run_folder, digest_inputs(recipe, run_folder.parent))
-    assert not is_finished(recipe, run_folder), "nothing says what it was made from"
+    assert not is_finished(recipe, run_folder), "no note contains its inputs"
     note(run_folder, picture)
     assert is_finished(recipe, run_folder)
     times = picture.stat()
@@ -95,7 +95,7 @@ def test_animate_runs_again_when_a_file_that_it_read_was_replaced_by_one_of_the_
 
 
 @pytest.mark.parametrize("task", ["animate", "prepare", "evaluate"])
-def test_what_is_added_while_a_run_works_makes_it_unfinished(run_folder, tmp_path, picture, task):
+def test_files_added_during_a_run_make_it_unfinished(run_folder, tmp_path, picture, task):
     output, given = tmp_path / "out", tmp_path / "given"
     prepared(output)
     given.mkdir()
@@ -123,7 +123,7 @@ def test_what_is_added_while_a_run_works_makes_it_unfinished(run_folder, tmp_pat
     assert not is_finished(recipe, run_folder)
 
 
-def test_animate_is_finished_wherever_it_is_asked_from(run_folder, tmp_path, picture, monkeypatch):
+def test_animate_is_finished_from_any_working_folder(run_folder, tmp_path, picture, monkeypatch):
     """`status` names runs from the working directory, the job by their full path."""
     manifest, output = tmp_path / "manifest.jsonl", tmp_path / "results"
     manifest.write_text('{"id": "a"}\n')
@@ -174,7 +174,7 @@ def test_evaluate_runs_again_when_a_result_came_went_or_changed(run_folder, tmp_
 
 
 def prepared(output: Path) -> None:
-    """What `prepare` leaves, as far as a run's end is judged by it: one shard in each split, and one example."""
+    """The part of `prepare`'s output that decides whether a run is finished: one shard per split, and one example."""
     for split in ("train", "validation"):
         (output / split).mkdir(parents=True)
         (output / split / "part_00000.mds").touch()
@@ -216,7 +216,7 @@ def test_prepare_runs_again_when_a_video_was_replaced_by_one_of_the_same_size_an
     video = tmp_path / "videos" / "a.rgb.mp4"
     video.parent.mkdir()
     video.write_bytes(b"one dance")
-    (video.parent / "b.rgb.mp4").symlink_to("nowhere")  # is named when prepare runs, and is no reason to end here
+    (video.parent / "b.rgb.mp4").symlink_to("nowhere")  # is reported when prepare runs, and does not end the check here
     words = [f"output={tmp_path / 'data'}", f"videos.folder={video.parent}"]
     recipe = load_recipe(DEMO.parent / "prepare.yaml", words)
     mark_finished(recipe, run_folder, digest_inputs(recipe, run_folder.parent))
@@ -229,4 +229,4 @@ def test_prepare_runs_again_when_a_video_was_replaced_by_one_of_the_same_size_an
     os.utime(video, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert not is_finished(recipe, run_folder)
     mark_finished(recipe, run_folder, digest_inputs(recipe, run_folder.parent))
-    assert not is_finished(recipe, run_folder), "it was replaced after it had been read, while the run went on"
+    assert not is_finished(recipe, run_folder), "it was replaced after it had been read, during the run"

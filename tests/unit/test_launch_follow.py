@@ -1,4 +1,4 @@
-"""What `--follow` shows: a live line on a terminal, fewer plain lines elsewhere, and the failing rank's own words."""
+"""The output of `--follow`: a live line on a terminal, fewer plain lines elsewhere, and the failing rank's error."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def end(run_folder, **status):
     status_file(run_folder, JOB.job_id).write_text(json.dumps(defaults | status))
 
 
-def test_the_progress_line_reads_as_the_contract_says():
+def test_the_progress_line_has_the_form_of_the_contract():
     line = {"time": 1.0, "unit": "steps", "done": 1200, "total": 50000, "loss": 0.08341, "samples_per_second": 3.21}
     line |= {"eta_seconds": 118_800, "message": "hello", "validation_loss": 0.1}
     assert progress_line(line) == ("step 1200/50000  loss 0.0834  3.2 samples/s  validation loss 0.1  eta 1d 09h")
@@ -54,7 +54,7 @@ def test_plain_output_holds_messages_and_the_last_line_and_ends_with_the_job(run
     assert lines[-1].startswith("part 3/3")
 
 
-def test_a_terminal_gets_one_line_drawn_anew_with_messages_above_it(run_folder):
+def test_a_terminal_gets_one_redrawn_line_with_messages_above_it(run_folder):
     log = ProgressLog(run_folder)
     log.write(done=1, total=3, unit="steps")
     log.write(done=2, total=3, unit="steps", message="saved step_00000002")
@@ -88,7 +88,7 @@ def test_a_user_error_is_shown_whole_without_a_traceback(run_folder):
     assert text.endswith(f"log of rank 1: {run_folder / 'logs' / '4194300_1_log.out'}")
 
 
-def test_the_rank_that_failed_first_is_shown_not_those_that_it_took_along(run_folder):
+def test_the_rank_that_failed_first_is_shown_and_not_those_that_failed_because_of_it(run_folder):
     record_failure(run_folder, JOB.job_id, 0, "Connection closed by peer", user_error=False)
     (run_folder / "logs" / "4194300_1_log.out").write_text("step 3\nlast words\n")
     text = explain_failure(JOB, run_folder, JobStatus("failed", "rank 1 was killed by SIGKILL", 1))
@@ -96,7 +96,7 @@ def test_the_rank_that_failed_first_is_shown_not_those_that_it_took_along(run_fo
     assert "Connection closed" not in text
 
 
-def test_of_ranks_that_ended_together_the_one_whose_error_came_first_is_shown(run_folder):
+def test_the_first_error_of_ranks_that_ended_together_is_shown(run_folder):
     record_failure(run_folder, JOB.job_id, 1, "RuntimeError: out of memory", user_error=False)
     record_failure(run_folder, JOB.job_id, 0, "Connection closed by peer", user_error=False)
     text = explain_failure(JOB, run_folder, JobStatus("failed", "rank 0 ended with exit code 1", 0))
@@ -112,7 +112,7 @@ def test_a_long_traceback_is_cut_to_its_end(run_folder):
     assert "line 50" not in text
 
 
-def test_every_ranks_trouble_is_shown_and_nothing_else_of_its_log(run_folder):
+def test_warnings_and_errors_of_every_rank_are_shown_and_nothing_else_of_its_log(run_folder):
     log = run_folder / "logs" / "4194300_1_log.out"
     lines = [
         "2026-11-22 17:00:00,123 [rank 1] INFO a: fine",
@@ -126,14 +126,14 @@ def test_every_ranks_trouble_is_shown_and_nothing_else_of_its_log(run_folder):
     assert out.getvalue().splitlines() == [lines[1], cancelled]
     out = io.StringIO()
     follow(JOB, RECIPE, run_folder, 0, out, is_new=False)
-    assert out.getvalue() == "", "who joins later is shown what happens from then on"
+    assert out.getvalue() == "", "a later follower sees only later lines"
 
 
-def test_ranks_that_left_no_error_are_named_where_the_cluster_does_not_say_which_failed(run_folder):
+def test_ranks_without_a_recorded_error_are_named_if_the_cluster_does_not_name_the_failed_one(run_folder):
     record_failure(run_folder, JOB.job_id, 0, "Connection reset by peer", user_error=False)
     text = explain_failure(JOB, run_folder, JobStatus("failed", "failed"))
     assert text.endswith("ended without an error of their own (killed?): ranks 1")
 
 
-def test_without_any_log_the_answer_says_so(run_folder):
+def test_a_failed_job_without_any_log_is_reported_as_such(run_folder):
     assert "it wrote no log" in explain_failure(JOB, run_folder, JobStatus("failed", "it could not start"))

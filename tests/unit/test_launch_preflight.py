@@ -1,4 +1,4 @@
-"""A run that cannot start says at once everything that is missing, where it was looked for, and how to get it."""
+"""A run that cannot start names everything that is missing at once, with the searched places and how to get it."""
 
 import ast
 from pathlib import Path
@@ -56,7 +56,7 @@ def test_stage_2_names_weights_data_and_gpus_with_the_way_to_each_and_the_demo()
         ("evaluate.yaml", "results to score"),
     ],
 )
-def test_every_full_recipe_says_what_it_misses_on_an_empty_machine(name, what):
+def test_every_full_recipe_names_its_missing_parts_on_an_empty_machine(name, what):
     _, problems = found(name)
     assert what in [problem.what for problem in problems]
 
@@ -114,7 +114,7 @@ def test_exports_given_as_folders_need_no_run():
     assert whats == ["run 'weights' does not exist (animation_from)"]
 
 
-def test_commands_to_get_what_is_missing_keep_the_folder_of_runs():
+def test_commands_that_get_missing_parts_keep_the_folder_of_runs():
     recipe = load_recipe(RECIPES / "stage1_geometry.yaml")
     problems = preflight.missing(recipe, RECIPES / "stage1_geometry.yaml", Path("/my runs"), check_gpu=False)
     report = preflight.report(recipe, RECIPES / "stage1_geometry.yaml", Path("/my runs"), problems)
@@ -124,7 +124,7 @@ def test_commands_to_get_what_is_missing_keep_the_folder_of_runs():
 
 
 def imported_modules(file):
-    """All that a file imports, within functions too; `from a import b` counts as `a` and `a.b`."""
+    """All imports of a file, also within functions; `from a import b` counts as `a` and `a.b`."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -134,7 +134,7 @@ def imported_modules(file):
 
 
 def imported_packages(module):
-    """Packages that a module of ours imports, itself or through others of ours."""
+    """Packages that one of our modules imports, itself or through others of our modules."""
     packages, known, left = set(), set(), [module]
     while left:
         path = ROOT / left.pop().replace(".", "/")

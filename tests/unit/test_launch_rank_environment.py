@@ -1,4 +1,4 @@
-"""What a rank of a Slurm job is told about itself and the others, given what Slurm's `srun` sets."""
+"""The environment of a rank of a Slurm job, given the variables of `srun`."""
 
 import os
 import stat
@@ -23,14 +23,14 @@ GIVEN = {
     "SLURM_PROCID": "5",
     "SLURM_LOCALID": "1",
 }
-TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# As a user's shell, or a job that submitted this one, may have left them.
-STALE = dict.fromkeys((*TOLD, START), "stale") | {"MASTER_PORT": "1"}
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Variables that may come from a user's shell, or from a job that submitted this one.
+STALE = dict.fromkeys((*VARIABLES, START), "stale") | {"MASTER_PORT": "1"}
 
 
 @pytest.fixture
 def as_on_slurm(monkeypatch, own_environment):
-    """Sets what `srun` sets; all that `set_environment` sets beside is taken back afterwards."""
+    """Sets the variables of `srun`; variables that `set_environment` sets are removed afterwards."""
     for name in [name for name in os.environ if name.startswith(("SLURM_", "SUBMITIT_"))]:
         monkeypatch.delenv(name)
     for name in ("OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR", "PYTHONFAULTHANDLER"):
@@ -47,11 +47,11 @@ def recipe(gpus_per_node: int) -> Recipe:
     return load_recipe(DEMO, words)
 
 
-def test_a_rank_knows_its_place_and_the_first_nodes_name(as_on_slurm):
+def test_a_rank_knows_its_number_and_the_first_nodes_name(as_on_slurm):
     assert set_environment(recipe(0)) == "1234"
-    told = {name: os.environ[name] for name in TOLD}
-    port = told.pop("MASTER_PORT")
-    assert told == {
+    found = {name: os.environ[name] for name in VARIABLES}
+    port = found.pop("MASTER_PORT")
+    assert found == {
         "RANK": "5",
         "WORLD_SIZE": "8",
         "LOCAL_RANK": "1",
@@ -68,8 +68,8 @@ def test_a_rank_knows_its_place_and_the_first_nodes_name(as_on_slurm):
     assert (start := Ranks.from_environment().start) == "slurm 1234 restart 0"
     as_on_slurm.setenv("SLURM_RESTART_COUNT", "1")
     set_environment(recipe(0))
-    assert os.environ["MASTER_PORT"] != port, "what an earlier start may still hold is not asked for again"
-    assert Ranks.from_environment().start not in (start, "stale"), "nor are its ranks taken for this start's"
+    assert os.environ["MASTER_PORT"] != port, "a port that an earlier start may still use is not chosen again"
+    assert Ranks.from_environment().start not in (start, "stale"), "its ranks do not count as those of this start"
 
 
 def test_every_rank_sees_all_gpus_that_slurm_gave_its_node_and_takes_the_one_of_its_local_rank(as_on_slurm):
@@ -80,7 +80,7 @@ def test_every_rank_sees_all_gpus_that_slurm_gave_its_node_and_takes_the_one_of_
     assert os.environ["LOCAL_RANK"] == "1"
 
 
-def test_a_rank_of_a_recipe_that_wants_no_gpu_sees_none_though_its_node_has_some(as_on_slurm):
+def test_a_rank_of_a_recipe_without_gpus_sees_none_though_its_node_has_some(as_on_slurm):
     as_on_slurm.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     set_environment(recipe(0))
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
@@ -107,11 +107,11 @@ def temporary_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("temporary_folder")
-def test_nccl_errors_and_allocator_are_left_to_torch_but_for_what_helps_to_find_a_hang(tmp_path, monkeypatch):
+def test_nccl_errors_and_allocator_keep_torchs_defaults_except_settings_that_help_to_find_a_hang(tmp_path, monkeypatch):
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     found = default_environment(recipe(4), local_rank=1, logs=tmp_path / "logs")
-    assert "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in found, "1 brings back the abort that can hang"
+    assert "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in found, "1 enables the abort that can hang"
     assert found["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "2000"
     assert found["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
     assert found["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == f"{tmp_path}/logs/nccl_trace_rank_"
@@ -119,18 +119,18 @@ def test_nccl_errors_and_allocator_are_left_to_torch_but_for_what_helps_to_find_
 
 
 @pytest.mark.usefixtures("temporary_folder")
-def test_what_the_recipe_says_goes_before_the_defaults_by_the_allocators_old_name_too(as_on_slurm):
-    said = {
+def test_the_recipes_environment_overrides_the_defaults_also_by_the_allocators_old_name(as_on_slurm):
+    given = {
         "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
         "TRITON_CACHE_DIR": "/x",
     }
-    for name in (*said, "PYTORCH_ALLOC_CONF"):
+    for name in (*given, "PYTORCH_ALLOC_CONF"):
         as_on_slurm.delenv(name, raising=False)
-    words = ", ".join(f"{name}: '{value}'" for name, value in said.items())
+    words = ", ".join(f"{name}: '{value}'" for name, value in given.items())
     set_environment(load_recipe(DEMO, [f"cluster.environment={{{words}}}"]))
-    assert {name: os.environ[name] for name in said} == said
-    assert "PYTORCH_ALLOC_CONF" not in os.environ, "torch would read it instead"
+    assert {name: os.environ[name] for name in given} == given
+    assert "PYTORCH_ALLOC_CONF" not in os.environ, "torch would read it first"
 
 
 def test_compiled_kernels_lie_on_the_node_apart_for_each_of_its_ranks_and_closed_to_others(temporary_folder):
@@ -138,11 +138,13 @@ def test_compiled_kernels_lie_on_the_node_apart_for_each_of_its_ranks_and_closed
     for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
         assert len({found[name] for found in caches}) == 2
         assert all(Path(found[name]).is_relative_to(temporary_folder) for found in caches)
-    assert caches[0] == default_environment(recipe(4), local_rank=0, logs=None), "the next start finds them"
+    assert caches[0] == default_environment(recipe(4), local_rank=0, logs=None), (
+        "the next start uses the compiled kernels again"
+    )
     assert stat.S_IMODE(private_folder().stat().st_mode) == 0o700
 
 
-def test_a_folder_that_others_made_or_can_write_is_not_used_for_code(temporary_folder):
+def test_a_folder_that_other_users_own_or_can_write_is_not_used_for_code(temporary_folder):
     usual = private_folder()
     usual.chmod(0o777)
     other = private_folder()

@@ -1,4 +1,4 @@
-"""A job goes back into the queue when it was asked to stop or failed, but not for ever and not in vain."""
+"""A job is requeued after a stop or a failure, but only a limited number of times and only with progress."""
 
 import shutil
 import signal
@@ -42,16 +42,16 @@ def run(tmp_path):
 
 
 def save(run: Path, step: int) -> None:
-    """Leaves what says that a checkpoint is complete."""
+    """Writes the file that marks a checkpoint as complete."""
     folder = checkpoint_folder(run, step)
     folder.mkdir(parents=True)
     (folder / COMPLETE_FILE).touch()
 
 
-def test_a_training_that_was_asked_to_stop_goes_on_as_often_as_the_recipe_says(tmp_path):
+def test_a_training_that_was_asked_to_stop_is_requeued_as_often_as_the_recipe_allows(tmp_path):
     run = make_run(tmp_path, "stage2", "cluster.max_requeues=2")
     assert decide(run, 0).again
-    assert decide(run, 0).again, "no progress is needed: it may have been stopped while it started"
+    assert decide(run, 0).again, "no progress is needed: the stop may have come during the start"
     verdict = decide(run, 0)
     assert not verdict.again
     assert "cluster.max_requeues" in verdict.reason
@@ -84,11 +84,11 @@ def test_a_stop_in_between_is_no_failure(run):
     assert not decide(run, 1).again
 
 
-def test_a_start_that_its_time_limit_met_before_it_could_save_is_no_failure(run):
+def test_a_start_ended_by_its_time_limit_before_it_could_save_is_no_failure(run):
     for _ in range(2):
         note_signal(run, signal.SIGUSR2)
         assert decide(run, 75).again
-        assert not was_warned(run), "the next start is judged by its own"
+        assert not was_warned(run), "the next start is decided by its own failures"
     assert {requeue.failed for requeue in read_requeues(run)} == {False}
     note_signal(run, signal.SIGUSR2)
     assert decide(run, 75).reason == "it was stopped 3 times without progress"
@@ -103,29 +103,29 @@ def test_ranks_that_srun_ends_because_one_failed_were_not_warned(run):
         assert decide(run, 137).again is again
 
 
-def test_what_the_user_must_change_ends_it_and_what_follows_from_a_lost_rank_does_not(run):
+def test_an_error_of_the_user_ends_the_job_and_one_caused_by_a_lost_rank_does_not(run):
     record_failure(run, "7", 0, "Connection closed by peer", user_error=False)
     assert decide(run, 1).again
-    assert read_failures(run) == [], "the next start is judged by its own"
+    assert read_failures(run) == [], "the next start is decided by its own failures"
     record_failure(run, "7", 1, "shard 3 is damaged", user_error=True)
     verdict = decide(run, 1)
     assert not verdict.again
     assert verdict.reason == "the error of rank 1 names what to change"
 
 
-def test_the_first_to_fail_is_told_by_the_file_systems_clock_and_not_by_the_ranks_own(run, monkeypatch):
+def test_the_first_failure_is_found_by_the_clock_of_the_file_system_and_not_of_the_ranks(run, monkeypatch):
     for rank, hours_ahead in enumerate((1, 0, -1)):
         now = time.time() + 3600 * hours_ahead
         with monkeypatch.context() as clock:
             clock.setattr("time.time", lambda now=now: now)
             record_failure(run, "7", rank, "lost its peer" if rank else "out of memory", user_error=False)
-        time.sleep(0.02)  # longer than the file system's clock ticks
+        time.sleep(0.02)  # longer than a tick of the file system's clock
     assert [failure["rank"] for failure in read_failures(run)] == [0, 1, 2]
     assert decide(run, 1).again
 
 
 @pytest.mark.parametrize("torn", ["", '{"time": 1.0, "ra', "[]", '{"time": 1.0}'])
-def test_what_a_killed_rank_or_decision_left_half_written_is_passed_over(run, caplog, torn):
+def test_half_written_files_of_a_killed_rank_or_decision_are_ignored(run, caplog, torn):
     record_failure(run, "7", 0, "Connection closed by peer", user_error=False)
     (failures_folder(run) / "7_1.json").write_text(torn)
     assert [failure["rank"] for failure in read_failures(run)] == [0]
@@ -136,10 +136,12 @@ def test_what_a_killed_rank_or_decision_left_half_written_is_passed_over(run, ca
     assert [requeue.failed for requeue in read_requeues(run)] == [True]
     assert "requeues.jsonl" in caplog.text
     assert decide(run, 0).again
-    assert [requeue.failed for requeue in read_requeues(run)] == [True, False], "the torn line takes no other along"
+    assert [requeue.failed for requeue in read_requeues(run)] == [True, False], (
+        "the incomplete line does not hide others"
+    )
 
 
-def test_a_rank_that_is_killed_while_it_says_why_leaves_nothing_or_all(run, monkeypatch):
+def test_a_rank_killed_while_it_records_its_failure_leaves_no_file_or_a_whole_one(run, monkeypatch):
     class KilledError(Exception):
         pass
 
@@ -152,7 +154,7 @@ def test_a_rank_that_is_killed_while_it_says_why_leaves_nothing_or_all(run, monk
     assert list(failures_folder(run).glob("*.json")) == []
 
 
-def test_a_start_that_was_replaced_is_over_and_touches_nothing_of_its_successor(run):
+def test_a_replaced_start_ends_and_changes_nothing_of_its_successor(run):
     record_failure(run, "8", 1, "Connection closed by peer", user_error=False)
     verdict = decide(run, REPLACED_EXIT_CODE)
     assert not verdict.again
@@ -161,12 +163,12 @@ def test_a_start_that_was_replaced_is_over_and_touches_nothing_of_its_successor(
     assert len(read_failures(run)) == 1
 
 
-def test_of_a_start_that_was_replaced_srun_and_the_controller_report_just_that():
+def test_srun_and_the_controller_report_a_replaced_start():
     killed_along = [-number for number in signal.valid_signals()]
     assert worst_code([REPLACED_EXIT_CODE, 1, 0, None, *killed_along]) == REPLACED_EXIT_CODE, "the highest is reported"
 
 
-def test_shares_of_work_get_further_by_what_any_rank_has_done_and_not_by_what_is_told(tmp_path):
+def test_progress_of_shared_work_is_what_any_rank_has_done_and_not_what_is_reported(tmp_path):
     run = make_run(tmp_path, "prepare")
     log = ProgressLog(run)
     for rank in (0, 1, 0):
@@ -177,7 +179,7 @@ def test_shares_of_work_get_further_by_what_any_rank_has_done_and_not_by_what_is
     assert not decide(run, 1).again
 
 
-def test_the_batch_script_learns_it_by_the_exit_code(run):
+def test_the_batch_script_gets_the_decision_by_the_exit_code(run):
     words = [sys.executable, "-P", "-m", "dreamdance.launch.requeue", str(run / "logs")]
     done = [subprocess.run([*words, "9"], capture_output=True, text=True, check=False) for _ in range(2)]
     assert [one.returncode for one in done] == [0, 1]
@@ -185,8 +187,8 @@ def test_the_batch_script_learns_it_by_the_exit_code(run):
     assert "the job is over: it failed twice" in done[1].stdout
 
 
-def test_storage_that_stumbles_while_it_is_decided_is_asked_again(run):
-    """The memory of a process is the one file of Linux that fails with EIO."""
+def test_a_storage_error_during_the_decision_is_tried_again(run):
+    """The memory of a process is the only file of Linux that fails with EIO."""
     requeues_file(run).symlink_to("/proc/self/mem")
     words = [sys.executable, "-P", "-u", "-m", "dreamdance.launch.requeue", str(run / "logs"), "1"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as deciding:
@@ -195,13 +197,13 @@ def test_storage_that_stumbles_while_it_is_decided_is_asked_again(run):
             "deciding whether the job starts again failed, trying again in 1 s: [Errno 5]" in deciding.stdout.readline()
         )
         requeues_file(run).unlink()
-        told, _ = deciding.communicate(timeout=20)
-    assert deciding.returncode == 0, told
-    assert "back into the queue" in told
+        output, _ = deciding.communicate(timeout=20)
+    assert deciding.returncode == 0, output
+    assert "back into the queue" in output
     assert len(read_requeues(run)) == 1
 
 
-def test_a_run_folder_that_was_removed_is_not_brought_back_by_a_decision(run, monkeypatch):
+def test_a_decision_does_not_recreate_a_removed_run_folder(run, monkeypatch):
     monkeypatch.setattr("dreamdance.runs.files.FIRST_PAUSE_SECONDS", 0.0)
     shutil.rmtree(run)
     with pytest.raises(OSError, match="the run folder was removed"):

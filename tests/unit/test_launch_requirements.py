@@ -30,7 +30,7 @@ def executable(path: Path) -> Path:
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only folder on PATH, empty; no CC."""
+    """An empty folder, the only one on PATH; CC is not set."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
@@ -40,7 +40,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that stands for Python's headers, with Python.h in it."""
+    """A folder in the place of Python's headers, with Python.h in it."""
     folder = tmp_path / "include"
     folder.mkdir()
     (folder / "Python.h").touch()
@@ -50,7 +50,7 @@ def headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def triton_builds() -> bool:
-    """Whether Triton's own builder finds a compiler; it is stopped before it runs it."""
+    """Whether Triton's builder finds a compiler; it is stopped before it runs the compiler."""
     started: list[object] = []
     with pytest.MonkeyPatch().context() as within, contextlib.suppress(RuntimeError):
         within.setattr(subprocess, "check_call", lambda words, **_: started.append(words))
@@ -76,7 +76,7 @@ def test_the_environments_compiler_must_be_there(path: Path, headers: Path, monk
     assert triton_package.why_unable_to_start() is None
 
 
-def test_pythons_headers_are_asked_for_by_their_path(path: Path, headers: Path) -> None:
+def test_missing_headers_of_python_are_named_with_their_path(path: Path, headers: Path) -> None:
     executable(path / "gcc")
     (headers / "Python.h").unlink()
     assert f"there is no {headers}/Python.h" in str(triton_package.why_unable_to_start())
@@ -102,11 +102,11 @@ def test_a_backend_that_cannot_run_here_is_found_before_submission(monkeypatch: 
     (problem,) = [problem for problem in problems if "attention backend 'triton'" in problem]
     assert "it needs an NVIDIA GPU" in problem
     assert "model.attention_backend=null" in problem
-    on_slurm = preflight.missing(recipe, STAGE2, Path("runs"), check_gpu=False)  # there the node knows, and asks
+    on_slurm = preflight.missing(recipe, STAGE2, Path("runs"), check_gpu=False)  # there the check runs on the node
     assert not any("attention backend" in str(problem) for problem in on_slurm)
 
 
-def test_the_recipes_own_environment_counts_when_a_backend_is_asked_for() -> None:
+def test_the_environment_of_the_recipe_counts_when_a_backend_is_requested() -> None:
     interpreted = stage2("model.attention_backend=triton", "cluster.environment={TRITON_INTERPRET: '1'}")
     assert why_backend_cannot_run_in_a_job(interpreted, "triton") == ""
 

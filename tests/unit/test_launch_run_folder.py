@@ -1,4 +1,4 @@
-"""A run folder belongs to one recipe, and remembers where everything came from."""
+"""A run folder belongs to one recipe, and records code, packages and inputs of the run."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ from dreamdance.recipe.parse import flatten
 DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "stage1_domains.yaml"
 
 
-# The demo may be tuned; what these tests look at is pinned.
+# The demo may be tuned; the values that these tests check are set here.
 PINNED = ("max_steps=2000", "optimizer.lr=1.5e-3", "batch_size=16", "micro_batch_size=8", "data.stride=[1, 1]")
 
 
@@ -53,7 +53,7 @@ def test_the_folder_holds_the_resolved_recipe_and_its_provenance_before_anything
     }
 
 
-def test_the_same_recipe_again_goes_on_and_adds_its_start(run_folder):
+def test_the_same_recipe_again_resumes_and_records_its_start(run_folder):
     create_or_check(recipe(), run_folder, ["first"])
     create_or_check(recipe(), run_folder, ["second"])
     starts = json.loads((run_folder / "provenance.json").read_text())["starts"]
@@ -90,7 +90,7 @@ def test_a_different_recipe_is_refused_naming_every_key_with_old_and_new_value(r
         ["optimizer.lr=2e-3", "optimizer.eps=1e-6", "checkpoint.allow_changed=[optimizer]"],
     ],
 )
-def test_what_is_no_difference_or_permitted_goes_on_and_is_written_down(run_folder, words):
+def test_permitted_changes_resume_and_are_recorded(run_folder, words):
     create_or_check(recipe(), run_folder, [])
     create_or_check(recipe(*words), run_folder, [])
     assert load_recipe(run_folder / "recipe.yaml") == recipe(*words)
@@ -102,13 +102,13 @@ def test_a_lowered_max_steps_is_a_difference(run_folder):
         create_or_check(recipe("max_steps=1999"), run_folder, [])
 
 
-def test_permission_for_one_key_does_not_cover_another_that_begins_alike(run_folder):
+def test_permission_for_one_key_does_not_cover_another_with_the_same_beginning(run_folder):
     create_or_check(recipe(), run_folder, [])
     with pytest.raises(DifferentRecipeError, match=r"model\.pose_channels"):
         create_or_check(recipe("model.pose_channels=[8, 16]", "checkpoint.allow_changed=[model.unet]"), run_folder, [])
 
 
-def test_a_key_that_the_stored_recipe_does_not_know_yet_has_its_default(run_folder):
+def test_a_key_that_the_stored_recipe_lacks_has_its_default(run_folder):
     create_or_check(recipe(), run_folder, [])
     stored = run_folder / "recipe.yaml"
     stored.write_text(stored.read_text().replace("max_nonfinite_steps: 3\n", ""))
@@ -118,7 +118,7 @@ def test_a_key_that_the_stored_recipe_does_not_know_yet_has_its_default(run_fold
 
 
 def written_before(key, line, run_folder):
-    """Makes the stored recipe one of a version that did not know a key."""
+    """Changes the stored recipe to one of a version without a key."""
     stored = run_folder / "recipe.yaml"
     text = stored.read_text()
     assert text.count(line) == 1
@@ -138,7 +138,7 @@ def test_a_run_that_began_before_targets_were_sampled_keeps_its_targets_or_is_re
     assert stored_recipe(run_folder).objective.target_latents == "sample"
 
 
-def test_keys_that_a_stored_recipe_does_not_know_are_named_with_what_they_are_now(run_folder, caplog):
+def test_keys_that_a_stored_recipe_lacks_are_named_with_their_present_values(run_folder, caplog):
     create_or_check(recipe(), run_folder, [])
     create_or_check(recipe("logging.every_steps=1"), run_folder, [])
     assert caplog.messages == []
@@ -198,16 +198,16 @@ def test_two_launchers_cannot_start_one_run_at_the_same_moment(run_folder):
     start = time.monotonic()
     with (
         locked(run_folder),
-        pytest.raises(UserError, match=r"another launcher has been starting .* for over 0 s") as told,
+        pytest.raises(UserError, match=r"another launcher has been starting .* for over 0 s") as raised,
     ):
         locked(run_folder, wait_seconds=0.2).__enter__()
     assert 0.2 <= time.monotonic() - start < 10
-    assert is_transient(told.value), "a job that waited for it in vain may start again"
+    assert is_transient(raised.value), "a job that did not find it may start again"
     with locked(run_folder):
         pass
 
 
-def test_who_waits_for_the_lock_has_it_when_the_other_is_through(run_folder):
+def test_a_waiting_launcher_gets_the_lock_when_the_other_is_done(run_folder):
     run_folder.mkdir(parents=True)
     order = []
 
@@ -223,13 +223,13 @@ def test_who_waits_for_the_lock_has_it_when_the_other_is_through(run_folder):
     assert order == ["first", "second"]
 
 
-def test_a_job_does_not_bring_a_removed_run_folder_back(run_folder):
+def test_a_job_does_not_recreate_a_removed_run_folder(run_folder):
     with pytest.raises(FileNotFoundError):
         record_job(run_folder, "7", ["a"])
     assert not run_folder.exists()
 
 
-def test_the_recipe_of_a_submitted_run_is_waited_for(run_folder):
+def test_a_job_waits_for_the_recipe_of_its_run(run_folder):
     create_or_check(recipe(), run_folder, [])
     hidden = run_folder.with_name("hidden")
     run_folder.rename(hidden)
@@ -241,7 +241,7 @@ def test_the_recipe_of_a_submitted_run_is_waited_for(run_folder):
         assert reading.result(20) == recipe()
 
 
-def test_a_recipe_that_stays_away_is_nobodys_mistake_and_one_that_is_wrong_is(run_folder, monkeypatch):
+def test_a_missing_stored_recipe_is_a_storage_error_and_a_wrong_one_is_an_error_of_the_user(run_folder, monkeypatch):
     monkeypatch.setattr("dreamdance.runs.files.FIRST_PAUSE_SECONDS", 0.0)
     with pytest.raises(OSError, match=r"its storage is away, or the run folder was removed.*demo/recipe\.yaml"):
         stored_recipe(run_folder)

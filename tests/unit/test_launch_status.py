@@ -1,4 +1,4 @@
-"""`status`: which runs there are, how far each is, and what became of its job."""
+"""`status`: the list of runs, the progress of each, and the state of its job."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def make_run(runs: Path, recipe: str, name: str | None = None) -> Path:
 
 
 def submit(run: Path, **changes: object) -> None:
-    """Leaves what a submission to this machine leaves."""
+    """Writes the files of a submission to this machine."""
     job = {
         "cluster": "local", "job_id": JOB_ID, "num_tasks": 2, "host": socket.gethostname(),
         "submitted": time.time(), "launcher_pid": os.getpid(), "process_start": "1",
@@ -52,13 +52,13 @@ def submit(run: Path, **changes: object) -> None:
 
 
 def end(run: Path, **changes: object) -> None:
-    """Leaves what the controller of a job leaves when it ends."""
+    """Writes the files that the controller of a job writes when it ends."""
     ending = {"exit_code": 0, "first_failed_rank": None, "rank_exit_codes": [0, 0], "ended_by": None}
     status_file(run, JOB_ID).write_text(json.dumps(ending | changes))
 
 
 def states(runs: Path) -> dict[str, str]:
-    """By run, what the table says behind its name."""
+    """By run: the text of the table after its name."""
     header, *lines = table(runs).splitlines()
     assert header.split() == ["run", "task", "state", "progress"]
     return {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
@@ -82,11 +82,11 @@ def test_a_run_that_is_not_there_is_named_with_those_that_are(runs: Path) -> Non
         find_run("no_run", runs)
 
 
-def test_without_runs_the_table_says_so(runs: Path) -> None:
+def test_the_table_without_runs_reports_that_there_are_none(runs: Path) -> None:
     assert table(runs) == f"no runs in {runs}"
 
 
-def test_every_state_of_a_run_has_its_word(runs: Path) -> None:
+def test_every_state_of_a_run_has_a_name(runs: Path) -> None:
     make_run(runs, "prepare", "fresh")
     for name, ending in {
         "crashed": {"exit_code": 1, "first_failed_rank": 1, "rank_exit_codes": [-15, 3]},
@@ -107,7 +107,7 @@ def test_every_state_of_a_run_has_its_word(runs: Path) -> None:
     assert found["away"].startswith("stage2 running (local job 4194300: on another")
 
 
-def test_a_finished_run_stays_finished_whatever_its_last_job_says(runs: Path) -> None:
+def test_a_finished_run_stays_finished_whatever_the_state_of_its_last_job(runs: Path) -> None:
     run = make_run(runs, "stage2")
     recipe = load_recipe(run / RECIPE_FILE)
     export_folder(run, recipe.max_steps).mkdir(parents=True)
@@ -117,13 +117,13 @@ def test_a_finished_run_stays_finished_whatever_its_last_job_says(runs: Path) ->
     assert states(runs)["demo_stage2"] == "stage2 finished"
 
 
-def test_a_run_in_the_launchers_own_process_is_told_from_jobs(runs: Path) -> None:
+def test_a_run_in_the_launchers_own_process_is_distinguished_from_jobs(runs: Path) -> None:
     run = make_run(runs, "prepare")
     submit(run, cluster="debug", job_id="debug")
     assert "prepare failed (in the launcher: its process is gone" in states(runs)["demo_prepare"]
 
 
-def test_a_run_of_another_version_spoils_neither_the_table_nor_the_others(runs: Path) -> None:
+def test_a_run_of_another_version_does_not_break_the_table(runs: Path) -> None:
     broken = make_run(runs, "stage2", "ancient")
     (broken / RECIPE_FILE).write_text("task: stage2\nname: ancient\nlayers: 3\n")
     make_run(runs, "prepare")
@@ -144,7 +144,7 @@ def test_the_table_lines_up_and_shows_the_newest_progress(runs: Path) -> None:
     assert not any(line.endswith(" ") for line in (header, first, second))
 
 
-def test_half_a_line_and_noise_are_skipped_for_the_newest_whole_one(runs: Path) -> None:
+def test_the_newest_whole_line_is_shown_and_half_lines_are_skipped(runs: Path) -> None:
     run = make_run(runs, "stage2")
     assert last_progress(run) is None
     ProgressLog(run).write(done=3, total=9, unit="steps")
@@ -178,7 +178,7 @@ def test_details_name_the_newest_checkpoints_and_exports(runs: Path) -> None:
     assert lines["exports"].split() == ["exports", "step_00000700"]
 
 
-def test_details_of_a_run_of_another_version_still_tell_where_its_job_logged(runs: Path) -> None:
+def test_details_of_a_run_of_another_version_still_name_the_log_of_its_job(runs: Path) -> None:
     run = make_run(runs, "stage2")
     submit(run)
     (run / RECIPE_FILE).write_text("task: stage2\nname: of_another_version\n")
@@ -187,7 +187,7 @@ def test_details_of_a_run_of_another_version_still_tell_where_its_job_logged(run
     assert f"{JOB_ID}_0_log.out" in text
 
 
-def test_details_of_a_failed_run_show_the_failing_ranks_own_words_and_its_log(runs: Path) -> None:
+def test_details_of_a_failed_run_show_the_error_and_the_log_of_the_failing_rank(runs: Path) -> None:
     run = make_run(runs, "stage2")
     submit(run)
     record_failure(run, JOB_ID, 1, "shard 3 is damaged", user_error=True)
@@ -199,7 +199,7 @@ def test_details_of_a_failed_run_show_the_failing_ranks_own_words_and_its_log(ru
     assert "damaged" not in details(run), "a job that ended well has nothing to explain"
 
 
-def test_details_say_where_a_run_is_how_often_it_began_anew_and_what_it_could_go_on_from(runs: Path) -> None:
+def test_details_show_the_nodes_of_a_run_its_restarts_and_its_newest_checkpoint(runs: Path) -> None:
     run = make_run(runs, "stage2")
     submit(run)
     begun = [{"time": "t", "job_id": JOB_ID, "hosts": hosts} for hosts in (["a1", "a2"], ["a1", "a3"])]
@@ -217,8 +217,10 @@ def test_details_say_where_a_run_is_how_often_it_began_anew_and_what_it_could_go
 
 
 @pytest.mark.parametrize("hours", [-1, 1])
-def test_a_clock_that_is_an_hour_off_gives_no_nonsense(runs: Path, hours: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever wrote the run's files had another clock than the one who asks."""
+def test_a_clock_that_is_an_hour_off_gives_sensible_times(
+    runs: Path, hours: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock of the machine that wrote the run's files differs from that of this machine."""
     run = make_run(runs, "stage2")
     off = time.time() + 3600 * hours
     with monkeypatch.context() as clock:
@@ -240,10 +242,10 @@ def test_a_clock_that_is_an_hour_off_gives_no_nonsense(runs: Path, hours: int, m
     assert "step 2/9  loss 0.2500  eta 0s" in text
     assert "lost its peer again" in text
     assert "demo_stage2" in states(runs)
-    assert decide(run, 1).again, "it got further, whenever that was"
+    assert decide(run, 1).again, "more steps count, whatever their time"
 
 
-def test_the_last_loss_is_shown_whatever_was_told_after_it(runs):
+def test_the_last_loss_is_shown_whatever_messages_follow_it(runs):
     run = make_run(runs, "stage2")
     progress = ProgressLog(run)
     progress.write(done=3, total=9, unit="steps", loss=0.25)

@@ -1,4 +1,4 @@
-"""Jobs are handed to Slurm with what the recipe asks for, and asked how they stand."""
+"""Jobs are submitted to Slurm with the resources of the recipe, and their states are found."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def wait_for(path):
 
 
 def age(path, seconds):
-    """As if a file had been written so long ago."""
+    """Sets the time of a file to the given number of seconds ago."""
     state = path.stat()
     os.utime(path, ns=(state.st_atime_ns, time.time_ns() - int(seconds * 1e9)))
 
@@ -48,7 +48,7 @@ def fake_tool(folder, name, script):
     tool.chmod(0o755)
 
 
-def test_the_batch_script_asks_for_what_the_cluster_section_says(tmp_path):
+def test_the_batch_script_requests_the_resources_of_the_cluster_section(tmp_path):
     words = ["cluster.nodes=2", "cluster.partition=gpu", "cluster.account=lab", "cluster.qos=high"]
     words += ["cluster.constraint=a100", "cluster.reservation=week", "cluster.setup=[module load cuda]"]
     words += ["cluster.environment={NCCL_DEBUG: 'WARN it'}"]
@@ -62,7 +62,9 @@ def test_the_batch_script_asks_for_what_the_cluster_section_says(tmp_path):
         *("--job-name=stage2", "--exclusive=user", "--signal=USR2@120", "--open-mode=append", "--requeue"),
         *("--mail-user=me@lab", "--mail-type=END", "--overcommit"),
     } <= set(options)
-    assert len([option for option in options if option.startswith("--mail-type")]) == 1, "the recipe's own has its way"
+    assert len([option for option in options if option.startswith("--mail-type")]) == 1, (
+        "the option of the recipe is used"
+    )
     lines = script.splitlines()
     assert "module load cuda" in lines
     assert "export NCCL_DEBUG='WARN it'" in lines
@@ -71,7 +73,7 @@ def test_the_batch_script_asks_for_what_the_cluster_section_says(tmp_path):
     assert wanted | {"--container-image=image.sqsh"} <= set(srun)
     assert srun[-5:] == ["-P", "-u", "-m", "dreamdance.launch.rank", str(tmp_path / "logs")]
     (asking,) = [shlex.split(line.rpartition("&&")[2]) for line in lines if "launch.requeue" in line]
-    assert asking[0] == "srun", "where the project is in a container, so is what decides"
+    assert asking[0] == "srun", "if the project is in a container, the decision runs there too"
     assert {"--container-image=image.sqsh", "--overlap", "--ntasks=1"} <= set(asking)
 
 
@@ -79,12 +81,12 @@ def test_ranks_that_share_work_may_end_at_different_times(tmp_path):
     assert "--wait=0" in batch_script(PREPARE, tmp_path)
 
 
-def test_where_no_container_is_asked_for_the_batch_script_decides_by_itself(tmp_path):
+def test_without_a_container_the_batch_script_decides_by_itself(tmp_path):
     (asking,) = [line for line in batch_script(PREPARE, tmp_path).splitlines() if "launch.requeue" in line]
     assert "srun" not in asking
 
 
-def test_a_job_without_gpus_asks_for_none(tmp_path):
+def test_a_job_without_gpus_requests_none(tmp_path):
     assert "--gpus" not in batch_script(PREPARE, tmp_path)
 
 
@@ -96,13 +98,13 @@ def test_a_job_without_gpus_asks_for_none(tmp_path):
         ("{gres: 'gpu:a800:8,nvme:1'}", "--gres=gpu:a800:8,nvme:1"),
     ],
 )
-def test_gpus_of_one_kind_are_asked_for_once(tmp_path, asked, line):
+def test_gpus_of_one_kind_are_requested_once(tmp_path, asked, line):
     recipe = load_recipe(RECIPES / "stage2.yaml", [f"cluster.sbatch_arguments={asked}"])
     options = [text for text in batch_script(recipe, tmp_path).splitlines() if text.startswith("#SBATCH")]
     assert [option for option in options if "--gpu" in option or "--gres" in option] == [f"#SBATCH {line}"]
 
 
-def test_no_accounting_key_is_sent_unless_one_is_asked_for(tmp_path):
+def test_no_accounting_option_is_sent_unless_the_recipe_sets_one(tmp_path):
     assert "--wckey" not in batch_script(PREPARE, tmp_path)
     recipe = load_recipe(RECIPES / "stage2.yaml", ["cluster.sbatch_arguments={wckey: dance}"])
     assert "#SBATCH --wckey=dance" in batch_script(recipe, tmp_path).splitlines()
@@ -118,13 +120,13 @@ def test_no_accounting_key_is_sent_unless_one_is_asked_for(tmp_path):
         (["cluster.gpus_per_node=0"], []),
     ],
 )
-def test_ranks_are_dealt_to_sockets_as_gpus_are_unless_the_recipe_says_how(tmp_path, words, expected):
+def test_ranks_are_distributed_to_sockets_like_gpus_unless_the_recipe_sets_it(tmp_path, words, expected):
     script = batch_script(load_recipe(RECIPES / "stage2.yaml", words), tmp_path)
     (srun,) = [shlex.split(line) for line in script.splitlines() if line.startswith("srun")]
     assert [word for word in srun if word.startswith("--distribution")] == expected
 
 
-def test_auto_takes_slurm_only_where_a_cluster_answers(tmp_path, monkeypatch):
+def test_auto_chooses_slurm_only_where_a_cluster_answers(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     fake_tool(tmp_path, "sbatch", "exit 1")
     fake_tool(tmp_path, "sinfo", "echo 'debug up'")
@@ -151,7 +153,7 @@ SHOWN = "JobId=12 JobName=x y UserId=a(1) JobState={state} Reason={reason} Resta
         (SHOWN.format(state="RUNNING", reason="None", nodes="a", script="/another.sh"), "failed", "gone"),
     ],
 )
-def test_a_slurm_job_is_judged_without_accounting(tmp_path, run_folder, monkeypatch, answer, state, detail):
+def test_the_state_of_a_slurm_job_is_found_without_accounting(tmp_path, run_folder, monkeypatch, answer, state, detail):
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     fake_tool(tmp_path, "scontrol", f"echo '{answer}'")
     found = status_of(SLURM_JOB, PREPARE, run_folder)
@@ -166,7 +168,7 @@ def test_a_slurm_job_is_judged_without_accounting(tmp_path, run_folder, monkeypa
         ("echo 'Unable to contact slurm controller' >&2; exit 1", "running"),
     ],
 )
-def test_a_job_that_slurm_has_forgotten_is_told_from_a_slurm_that_is_silent(
+def test_a_job_that_slurm_no_longer_knows_is_distinguished_from_a_slurm_that_does_not_answer(
     tmp_path, run_folder, monkeypatch, answer, state
 ):
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
@@ -183,14 +185,14 @@ def test_restarts_are_read_though_values_hold_spaces(tmp_path, monkeypatch):
     assert (record.restarts, record.nodes) == (3, "n1")
 
 
-def test_sbatch_refuses_in_its_own_words(tmp_path, run_folder, monkeypatch):
+def test_the_error_of_sbatch_is_shown(tmp_path, run_folder, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     fake_tool(tmp_path, "sbatch", "echo 'sbatch: error: invalid partition specified: gpuu' >&2; exit 1")
     with pytest.raises(UserError, match="invalid partition specified: gpuu"):
         submit([PREPARE], [run_folder], "slurm")
 
 
-def test_what_another_job_of_the_same_number_left_is_put_away(run_folder):
+def test_files_of_another_job_with_the_same_number_are_moved_away(run_folder):
     logs = run_folder / "logs"
     record_failure(run_folder, "12", 0, "old news", user_error=True)
     for name in ("12_0_log.out", "12_status.json", "requeues.jsonl", "12_submission.sh"):
@@ -217,7 +219,7 @@ def test_what_another_job_of_the_same_number_left_is_put_away(run_folder):
         ({"rank_exit_codes": []}, "failed", "could not start"),
     ],
 )
-def test_a_local_job_is_judged_by_what_its_controller_left(run_folder, status, state, detail):
+def test_the_state_of_a_local_job_follows_from_the_files_of_its_controller(run_folder, status, state, detail):
     defaults = {"exit_code": 1, "first_failed_rank": None, "rank_exit_codes": [0, 0], "ended_by": None}
     status_file(run_folder, "4194300").write_text(json.dumps(defaults | status))
     found = status_of(SubmittedJob("local", "4194300", 2, "elsewhere", 0.0, 1, "1"), PREPARE, run_folder)
@@ -228,7 +230,7 @@ def test_a_local_job_is_judged_by_what_its_controller_left(run_folder, status, s
 def test_a_job_whose_process_number_now_belongs_to_another_process_is_gone(run_folder):
     job = SubmittedJob("local", str(os.getpid()), 1, socket.gethostname(), time.time(), os.getpid(), "12345")
     assert status_of(job, PREPARE, run_folder).state == "failed"
-    cancel(job)  # and is not the one that a cancel would hit
+    cancel(job)  # a cancel would not end this process
 
 
 @pytest.mark.parametrize("cluster", ["local", "debug"])
@@ -243,8 +245,8 @@ def test_a_job_on_another_machine_is_neither_declared_dead_nor_cancelled(run_fol
 
 
 @pytest.mark.parametrize("hours", [-1, 1])
-def test_a_job_of_a_machine_that_is_gone_counts_as_lost_by_the_file_systems_own_clock(run_folder, hours):
-    """A heartbeat from the future is one from before that clock was set back."""
+def test_a_job_of_a_lost_machine_counts_as_lost_by_the_clock_of_the_file_system(run_folder, hours):
+    """A heartbeat from the future was written before the clock was set back."""
     job = SubmittedJob("local", "1", 1, "gone-host", time.time() - 3600 * hours, 1, "1")
     for path in (heartbeat_file(run_folder), job_file(run_folder)):
         path.touch()
@@ -253,20 +255,20 @@ def test_a_job_of_a_machine_that_is_gone_counts_as_lost_by_the_file_systems_own_
     assert found.state == "failed"
     assert found.detail == "no heartbeat for 1h 00m: gone-host, or the job there, is gone"
     age(job_file(run_folder), SILENT_SECONDS - 5)
-    assert status_of(job, PREPARE, run_folder).is_active, "it was submitted so shortly ago that it may not have begun"
+    assert status_of(job, PREPARE, run_folder).is_active, "it was submitted recently, so it may not have begun"
     job_file(run_folder).unlink()
     heartbeat_file(run_folder).unlink()
     assert status_of(job, PREPARE, run_folder).state == "failed"
 
 
-def test_whether_a_distant_job_lives_is_not_decided_where_nothing_can_be_written(run_folder):
+def test_the_state_of_a_job_of_another_machine_is_not_decided_where_nothing_can_be_written(run_folder):
     job = SubmittedJob("local", "1", 1, "another-host", time.time(), 1, "1")
     found = status_of(job, PREPARE, run_folder / "nowhere")
     assert found.state == "running"
     assert "its heartbeat cannot be read" in found.detail
 
 
-def test_a_heartbeat_outlives_storage_that_stumbles_and_brings_no_removed_folder_back(run_folder, monkeypatch):
+def test_a_heartbeat_survives_storage_errors_and_recreates_no_removed_folder(run_folder, monkeypatch):
     monkeypatch.setattr("dreamdance.launch.local.heartbeat.BEAT_SECONDS", 0.01)
     file = heartbeat_file(run_folder)
     with Heartbeat(run_folder) as heart:
@@ -302,7 +304,7 @@ def test_a_free_port_is_one_that_can_be_bound():
 
 
 @pytest.mark.usefixtures("own_environment")
-def test_a_debug_run_is_one_rank_with_defaults_that_the_user_can_overrule(monkeypatch):
+def test_a_debug_run_is_one_rank_with_defaults_that_the_user_can_override(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "unset")
     for name in ("SUBMITIT_EXECUTOR", "TORCH_EXTENSIONS_DIR", "HF_HUB_OFFLINE"):
@@ -323,11 +325,11 @@ def test_a_debug_run_is_one_rank_with_defaults_that_the_user_can_overrule(monkey
     assert os.environ["PYTHONFAULTHANDLER"] == "0"
     assert os.environ["EXTRA"] == "from the recipe"
     assert Path(os.environ["TORCH_EXTENSIONS_DIR"]).name == "torch_extensions"
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "", "its recipe wants no GPU"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "", "its recipe uses no GPU"
 
 
 @pytest.mark.usefixtures("own_environment")
-def test_a_job_sees_the_gpus_of_its_machine_unless_its_recipe_wants_none(monkeypatch):
+def test_a_job_sees_the_gpus_of_its_machine_unless_its_recipe_uses_none(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "unset")
     monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)

@@ -1,4 +1,4 @@
-"""What a killed run of another user left behind: the next start goes on, or says which file is in its way."""
+"""Files of a killed run of another user: the next start continues, or names the file that it cannot replace."""
 
 import json
 import os
@@ -15,13 +15,13 @@ from dreamdance.runs.folder_lock import FOLDER_LOCK_FILE
 
 ROOT = Path(__file__).parents[2]
 SHARD = "part_00000.shard.00000.mds"
-TEMPORARY = ".part_00000.shard.00000.partial.mds"  # its name until it is complete
+TEMPORARY = ".part_00000.shard.00000.partial.mds"  # its name before it is complete
 ANOTHER_USER = 12_345
 CLIPS = 8
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files to another user")
 
-# Starts of somebody without rights over others' files; what each comes to is written as a line of JSON.
+# Starts of a user without permissions on files of others; the result of each is written as a line of JSON.
 STARTS = """
 import contextlib, ctypes, io, json, sys
 from pathlib import Path
@@ -31,7 +31,7 @@ from dreamdance.runs.folder_lock import lock_folder
 from dreamdance.launch.command import main
 from dreamdance.recipe.sections import Shards
 
-# Of root, whom permissions would not stop: `capset` with nothing effective and nothing permitted.
+# Drops all capabilities, because file permissions do not stop root: `capset` with empty sets.
 header = (ctypes.c_uint32 * 2)(0x20080522, 0)
 assert ctypes.CDLL(None).capset(header, (ctypes.c_uint32 * 6)()) == 0
 
@@ -44,9 +44,9 @@ def claim(folder):
 
 def launch(folder):
     words = ["recipes/demo/prepare.yaml", "name=run", "--runs", folder, "--cluster", "local"]
-    with contextlib.redirect_stderr(io.StringIO()) as told:
+    with contextlib.redirect_stderr(io.StringIO()) as output:
         code = main(words, lambda *_: "")
-    return f"code {code}: {told.getvalue()}"
+    return f"code {code}: {output.getvalue()}"
 
 for name, folder in zip(sys.argv[2::2], sys.argv[3::2]):
     try:
@@ -57,7 +57,7 @@ for name, folder in zip(sys.argv[2::2], sys.argv[3::2]):
 
 
 def leave(path: Path) -> None:
-    """Another user's file, which everybody may read."""
+    """A file of another user, readable by all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"left")
     path.chmod(0o644)
@@ -67,7 +67,10 @@ def leave(path: Path) -> None:
 def test_leftovers_of_another_user_are_replaced_or_named_with_the_way_around_them(tmp_path):
     remote = tmp_path / "remote"
     write_random_shards(remote, CLIPS)
-    for name, mode in (("open_to_all", 0o777), ("sticky", 0o1777)):  # in the latter each removes only his own
+    for name, mode in (
+        ("open_to_all", 0o777),
+        ("sticky", 0o1777),
+    ):  # in the latter each user can remove only their own files
         leave(tmp_path / name / TEMPORARY)
         os.chown(tmp_path / name, ANOTHER_USER, ANOTHER_USER)
         (tmp_path / name).chmod(mode)
@@ -82,18 +85,18 @@ def test_leftovers_of_another_user_are_replaced_or_named_with_the_way_around_the
     assert done.returncode == 0, done.stderr
     went_on, sticky, locked, claimed, launched = map(json.loads, done.stdout.splitlines())
     assert went_on == f"{CLIPS} clips"
-    for told, file, way in (
+    for output, file, way in (
         (sticky, f"sticky/{TEMPORARY}", "set a `local` folder that can be written"),
         (locked, f"cache/.{SHARD}.lock", "set a `local` folder that can be written"),
         (claimed, f"output/{FOLDER_LOCK_FILE}", "give another `output`"),
         (launched, f"runs/run/{LOCK_FILE}", "give another --runs"),
     ):
-        assert str(tmp_path / file) in told
-        assert way in told
+        assert str(tmp_path / file) in output
+        assert way in output
     assert launched.startswith("code 2: ")
     record_fault(
         "leftovers of another user's killed run",
-        how="half a download, locks of a shard, a result folder and a run, of another uid; no rights over them",
-        promised="the start succeeds, or names what is in its way, and the way around it",
+        how="half a download and locks of a shard, a result folder and a run, of another uid; no permissions on them",
+        promised="the start succeeds, or names the file that it cannot replace and what to do",
         happened=f"the half file was replaced where the folder allowed it; else: {locked.replace(str(tmp_path), '')}",
     )

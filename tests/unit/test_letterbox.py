@@ -1,4 +1,4 @@
-"""Black bars: found whatever compression leaves in them, and never cut where any frame shows something."""
+"""Black bars are found in spite of compression noise, and never cut where any frame shows something."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_bars_are_found_to_the_pixel_and_noise_does_not_keep_them():
     bars = np.ones((HEIGHT, WIDTH), bool)
     bars[STAGE.top : STAGE.top + STAGE.height, STAGE.left : STAGE.left + STAGE.width] = False
     frames[:, bars] += np.random.default_rng(1).integers(0, 16, (5, int(bars.sum()), 3), dtype=np.uint8)
-    frames[2, 3, 5] = 60  # a single grey pixel, as compression leaves them
+    frames[2, 3, 5] = 60  # a single grey pixel, as compression makes them
     assert find_letterbox(iter(frames)) == STAGE
 
 
@@ -43,8 +43,8 @@ def test_one_bright_frame_is_kept_wherever_in_the_video_it_is(number):
 
 
 @pytest.mark.parametrize("colour", [(0, 0, 255), (255, 0, 0), (40, 40, 40)], ids=["blue", "red", "grey"])
-def test_whatever_its_colour_no_bright_thing_is_cut(colour):
-    """Blue has next to no luma."""
+def test_bright_objects_of_any_colour_are_kept(colour):
+    """Blue has very little luma."""
     frames = stage_frames(3)
     frames[1, 0:4, 20:24] = colour
     assert find_letterbox(frames) == Crop(left=8, top=0, width=32, height=52)
@@ -57,7 +57,7 @@ def test_the_tip_of_a_finger_is_kept():
 
 
 @pytest.mark.parametrize("crf", [18, 40])
-def test_bars_of_a_compressed_video_are_found_but_for_what_rings_beside_the_picture(tmp_path, crf):
+def test_bars_of_a_compressed_video_are_found_except_for_ringing_beside_the_picture(tmp_path, crf):
     write_video(tmp_path / "clip.mp4", stage_frames(20), fps=8, crf=crf)
     video = probe_video(tmp_path / "clip.mp4")
     crop = find_letterbox(iterate_frames(video))

@@ -1,4 +1,4 @@
-"""One process at a time, also where the file system knows no locks; and what a killed process held is free again."""
+"""One process at a time, also on file systems without locks; the lock of a killed process is free again."""
 
 import errno
 import fcntl
@@ -19,7 +19,7 @@ from dreamdance.runs.folder_lock import OutputError, lock_folder
 from dreamdance.runs.locks import HeldLockError, locked_file
 
 NO_LOCKS = [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK]
-# What a process does on such a file system; its arguments are the lock, the errno, and the times of the heartbeat.
+# The program of a process on such a file system; arguments: the lock, the errno, and the times of the heartbeat.
 WITHOUT_LOCKS = """
 import errno, fcntl, os, sys, time
 from pathlib import Path
@@ -78,7 +78,7 @@ def process(program, *arguments):
     return subprocess.Popen([sys.executable, "-c", program, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
 
 
-def test_one_at_a_time_has_the_lock_and_the_next_when_it_is_through(tmp_path, file_system):
+def test_one_process_at_a_time_holds_the_lock_and_the_next_follows(tmp_path, file_system):
     order = []
 
     def second():
@@ -101,19 +101,19 @@ def test_one_at_a_time_has_the_lock_and_the_next_when_it_is_through(tmp_path, fi
 
 
 def test_every_user_of_locks_works_without_them(tmp_path, file_system):
-    with locked(tmp_path), pytest.raises(UserError, match="another launcher has been starting") as told:
+    with locked(tmp_path), pytest.raises(UserError, match="another launcher has been starting") as raised:
         locked(tmp_path, wait_seconds=0.1).__enter__()
-    assert is_transient(told.value)
+    assert is_transient(raised.value)
     with lock_folder(tmp_path / "results", key="output"):
         assert (tmp_path / "results").is_dir()
     assert list((tmp_path / "results").iterdir()) == []
 
 
-def test_what_goes_wrong_inside_is_not_laid_to_the_missing_locks(tmp_path, file_system):
-    """`is_transient` judges what an error follows from: no locks must not be among that."""
-    with pytest.raises(UserError) as told, locked_file(tmp_path / "lock", wait_seconds=0):
+def test_an_error_inside_the_lock_is_not_reported_as_missing_locks(tmp_path, file_system):
+    """`is_transient` looks at the causes of an error: missing locks must not be among them."""
+    with pytest.raises(UserError) as raised, locked_file(tmp_path / "lock", wait_seconds=0):
         raise UserError("a wrong manifest")
-    assert not is_transient(told.value)
+    assert not is_transient(raised.value)
 
 
 def test_a_folder_that_is_not_there_is_an_error_and_is_not_made(tmp_path, file_system):
@@ -131,9 +131,9 @@ def test_without_locks_a_living_process_keeps_its_file_and_a_killed_one_loses_it
         assert holder.stdout.readline() == "held\n"
         monkeypatch.setattr("dreamdance.runs.folder_lock.WAIT_SECONDS", 2.0)
         start = time.monotonic()
-        with pytest.raises(OutputError, match=rf"another run is writing into .*process {holder.pid} holds") as told:
+        with pytest.raises(OutputError, match=rf"another run is writing into .*process {holder.pid} holds") as raised:
             lock_folder(tmp_path, key="output").__enter__()
-        assert time.monotonic() - start >= 2.0, "longer than a silent process would have been waited for"
+        assert time.monotonic() - start >= 2.0, "longer than the wait for a process without heartbeat"
         holder.send_signal(signal.SIGKILL)
         assert holder.wait() == -signal.SIGKILL
     start = time.monotonic()
@@ -144,15 +144,15 @@ def test_without_locks_a_living_process_keeps_its_file_and_a_killed_one_loses_it
     record_fault(
         "file system without locks",
         how=f"`flock` answers {errno.errorcode[number]}; a second run beside the first, then the first is killed",
-        promised="the second is refused by name; what the killed one held is free once it gave no sign for long",
-        happened=str(told.value).replace(str(tmp_path), "results"),
+        promised="the second is refused by name; the lock of the killed one is free some time after its last heartbeat",
+        happened=str(raised.value).replace(str(tmp_path), "results"),
         detected_seconds=seconds,
     )
 
 
 @pytest.mark.parametrize("seconds_ahead", [-3600, 3600])
 def test_a_living_process_whose_machine_has_another_clock_keeps_its_lock(tmp_path, monkeypatch, seconds_ahead):
-    """Lustre stamps a file by the clock of the machine that touches it."""
+    """Lustre sets the time of a file by the clock of the machine that writes it."""
     monkeypatch.setattr(fcntl, "flock", refusing(errno.ENOSYS))
     monkeypatch.setattr(locks, "SLOW_POLL_SECONDS", 0.02)
     with process(HOLD_BY_ANOTHER_CLOCK, tmp_path / "lock", errno.ENOSYS, 0.1, 60, seconds_ahead) as holder:
@@ -174,7 +174,7 @@ def test_processes_without_locks_exclude_one_another(tmp_path):
     assert (tmp_path / "counter").read_text() == "75"
 
 
-def test_of_many_that_find_a_lost_process_one_at_a_time_has_its_lock(tmp_path, monkeypatch):
+def test_many_processes_take_over_the_lock_of_a_lost_one_one_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refusing(errno.ENOSYS))
     monkeypatch.setattr(locks, "SLOW_POLL_SECONDS", 0.002)
     monkeypatch.setattr(locks, "BEAT_SECONDS", 0.05)

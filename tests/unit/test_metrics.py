@@ -1,4 +1,4 @@
-"""What a run says of itself: true means over samples, and no step twice in TensorBoard after a resume."""
+"""Metrics of a run: true means over samples, and no step twice in TensorBoard after a resume."""
 
 import io
 import json
@@ -45,7 +45,7 @@ def test_losses_add_up_to_means_over_samples_not_over_steps():
     assert total.domain_means == {"rgb": 3.0, "normal": 1.0, "depth": 1.0}
 
 
-def test_a_domain_nobody_trained_on_has_no_mean():
+def test_a_domain_without_samples_has_no_mean():
     assert Losses(1.0, 1.0, (1.0, 0.0, 0.0), (1.0, 0.0, 0.0)).domain_means == {"rgb": 1.0}
 
 
@@ -65,7 +65,7 @@ def test_a_line_and_scalars_show_the_mean_since_the_last_line(tmp_path, caplog):
     assert "eta" in line
 
 
-def test_progress_log_tells_loss_speed_and_messages(tmp_path):
+def test_the_progress_log_contains_loss_speed_and_messages(tmp_path):
     metrics = make_metrics(tmp_path)
     metrics.message("no checkpoint; starting at step 0", step=0)
     metrics.step(report(1, 2.0))
@@ -90,7 +90,7 @@ def test_no_step_appears_twice_after_a_resume(tmp_path):
     assert [loss for _, loss in losses] == [1, 2, 3, 4, 50, 60, 70, 80, 90, 100]
 
 
-def test_a_step_that_is_not_finite_does_not_spoil_the_mean(tmp_path):
+def test_a_step_that_is_not_finite_does_not_enter_the_mean(tmp_path):
     metrics = make_metrics(tmp_path, every_steps=2)
     metrics.step(report(1, math.nan))
     metrics.step(report(2, 3.0))
@@ -144,7 +144,7 @@ def test_animated_picture_shows_clips_side_by_side_in_time():
     assert last[:, 4:].min() == 255
 
 
-def test_on_a_gpu_a_line_tells_what_tensors_took_and_what_the_allocator_reserved(tmp_path, caplog, monkeypatch):
+def test_on_a_gpu_a_line_shows_allocated_and_reserved_memory(tmp_path, caplog, monkeypatch):
     gib = 1024**3
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 33.1 * gib)

@@ -1,4 +1,4 @@
-"""Where networks come from: one source or a refusal that names the recipe's key, safetensors only, shapes on meta."""
+"""Sources of networks: one source or an error that names the recipe's key, safetensors only, shapes on meta."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def open_tiny(source: NetworkSource, *, device: str = "cpu") -> UNet2DConditionM
     return open_unet(source, UNet2DConditionModel, published=STABLE_DIFFUSION_1_5_UNET, device=device)
 
 
-def test_a_source_that_names_nothing_is_refused_with_both_ways_to_name_something() -> None:
+def test_an_empty_source_is_refused_with_both_accepted_forms() -> None:
     with pytest.raises(RecipeError, match=r"model.unet names no network; give model.unet.path .* or model.unet.config"):
         open_tiny(NetworkSource())
     with pytest.raises(RecipeError, match=r"model.autoencoder names no network; .* model.autoencoder.patch_size"):
@@ -41,7 +41,7 @@ def test_small_networks_come_from_a_few_numbers() -> None:
     assert not encoder.training
 
 
-def test_a_saved_network_comes_back_with_its_weights(tmp_path: Path) -> None:
+def test_a_saved_network_loads_with_its_weights(tmp_path: Path) -> None:
     torch.manual_seed(0)
     saved = UNet2DConditionModel(**tiny_unet_config())
     saved.save_pretrained(tmp_path / "model" / "unet")
@@ -57,7 +57,7 @@ def test_a_home_folder_may_be_written_as_a_tilde(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("left", ["nothing", "config", "weights", "pickle"])
-def test_an_incomplete_folder_says_what_it_lacks_where_and_what_to_do(tmp_path: Path, left: str) -> None:
+def test_an_incomplete_folder_is_refused_with_what_it_lacks_and_what_to_do(tmp_path: Path, left: str) -> None:
     folder = tmp_path / "unet"
     folder.mkdir()
     if left != "nothing":
@@ -73,7 +73,7 @@ def test_an_incomplete_folder_says_what_it_lacks_where_and_what_to_do(tmp_path: 
     assert "recipes/demo, which needs none" in str(refused.value)
 
 
-def test_on_meta_the_folders_own_shape_beats_the_published_one(tmp_path: Path) -> None:
+def test_on_meta_the_shape_of_the_folder_overrides_the_published_one(tmp_path: Path) -> None:
     folder = tmp_path / "unet"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel", **tiny_unet_config()}))
@@ -131,7 +131,7 @@ PICTURES = {"image_size": 28, "patch_size": 14}
 
 
 def save_whole_clip(folder: Path) -> CLIPModel:
-    """A CLIP of both towers whose projection is 24 wide, saved as transformers saves it."""
+    """A CLIP of both towers whose projection is 24 wide, saved by transformers."""
     torch.manual_seed(0)
     vision = {**TOWER, **PICTURES, "projection_dim": 24}
     clip = CLIPModel(CLIPConfig(text_config={**TOWER, "vocab_size": 100}, vision_config=vision, projection_dim=24))
@@ -150,7 +150,9 @@ def open_clip(folder: Path, *, device: str = "cpu") -> CLIPVisionModelWithProjec
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_the_projections_width_may_stand_at_the_top_of_a_whole_clips_config_alone(tmp_path: Path, device: str) -> None:
+def test_the_projections_width_may_be_given_only_at_the_top_of_a_whole_clips_config(
+    tmp_path: Path, device: str
+) -> None:
     clip = save_whole_clip(tmp_path)
     change_config(tmp_path, lambda values: values["vision_config"].pop("projection_dim"))
     encoder = open_clip(tmp_path, device=device)

@@ -114,7 +114,7 @@ def test_with_zero_terminal_snr_training_ends_and_sampling_begins_at_pure_noise(
         sampler.set_timesteps(num_steps)
         assert sampler.timesteps[0] == 999
         assert len(sampler.timesteps) == num_steps
-    # one step with the right answer is the right answer
+    # one step with the right prediction gives the right result
     sampler.set_timesteps(1)
     target = ddpm_target(scheduler, latents, noise, torch.full((4,), 999))
     torch.testing.assert_close(sampler.step(target, 999, noise).prev_sample, latents, rtol=0, atol=1e-6)
@@ -183,7 +183,7 @@ def test_the_timesteps_where_sampling_begins_at_pure_noise_are_trained(predictio
     assert first.tolist() == [999, 959, 919]
     # min(SNR, 5) gave them 0 to 0.002
     torch.testing.assert_close(weights[first], torch.ones(3).double(), rtol=0, atol=0.02)
-    # a tenth of all timesteps; of the error of the clean latents the easy ones count up to 5 times as much
+    # a tenth of all timesteps; the easy ones weigh the error of the clean latents up to 5 times as much
     assert weights[900:].sum() / weights.sum() > share
 
 

@@ -1,4 +1,4 @@
-"""Stage 2's objective is SVD's own, as dreamdance/README.md ("The method") states it, keyed by sample."""
+"""The objective of stage 2 is that of SVD, as in dreamdance/README.md ("The method"); draws depend on the sample."""
 
 from dataclasses import replace
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from einops import rearrange
-from support.recipes import record_inputs, tiny_clip_batch, tiny_stage2_recipe, wake, without
+from support.recipes import perturb, record_inputs, tiny_clip_batch, tiny_stage2_recipe, without
 from torch import Tensor
 
 from dreamdance.data.loading.batch import ClipBatch
@@ -32,11 +32,11 @@ def batch() -> ClipBatch:
     return tiny_clip_batch(num_clips=2, num_frames=4)
 
 
-def make_objective(changes: dict[str, Any] | None = None, *, awake: bool = True) -> AnimationObjective:
+def make_objective(changes: dict[str, Any] | None = None, *, perturbed: bool = True) -> AnimationObjective:
     recipe = tiny_stage2_recipe({**NOTHING_DROPPED, **(changes or {})})
     objective = stage_of(recipe).build()
     stage_of(recipe).set_trainable(objective)
-    return wake(objective) if awake else objective
+    return perturb(objective) if perturbed else objective
 
 
 def target_latents(objective: AnimationObjective, batch: ClipBatch) -> Tensor:
@@ -158,7 +158,7 @@ def test_loss_of_a_clip_does_not_depend_on_its_batch(batch):
 
 
 def test_at_initialisation_the_maps_change_nothing(batch):
-    objective = make_objective(awake=False)
+    objective = make_objective(perturbed=False)
     expected = objective(batch).loss
     zeros = {name: torch.zeros_like(batch.rgb) for name in ("pose", "normal", "depth")}
     without_maps = replace(batch, maps={**batch.maps, **zeros})
@@ -182,7 +182,7 @@ def test_gradients_with_the_encoder_under_no_grad_equal_those_of_the_plain_form(
 
 
 def saved_bytes(objective: AnimationObjective, batch: ClipBatch) -> int:
-    """Runs forward and backward; bytes of all tensors kept in between, weights aside."""
+    """Runs forward and backward; returns the bytes of all tensors kept in between, without weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in objective.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -212,7 +212,7 @@ def test_every_ablation_of_the_controller_trains(batch, controls, geometry_atten
     calls = record_inputs(objective.controller)
     objective(batch).loss.backward()
     assert set(calls[0][0][0]) == set(controls)
-    # a single modality has nothing to attend to, but then geometry attention is self-attention
+    # with a single modality geometry attention is self-attention
     assert all(parameter.grad is not None for parameter in objective.controller.parameters())
 
 

@@ -1,11 +1,11 @@
-"""Stage 1's objective is Eq. 3 with the conditions of dreamdance/README.md ("The method"), keyed by sample."""
+"""The objective of stage 1 is Eq. 3 with the conditions of dreamdance/README.md ("The method")."""
 
 from typing import Any
 
 import pytest
 import torch
 from einops import rearrange, repeat
-from support.recipes import record_inputs, tiny_clip_batch, tiny_stage1_recipe, wake, without
+from support.recipes import perturb, record_inputs, tiny_clip_batch, tiny_stage1_recipe, without
 from torch import Tensor
 
 from dreamdance.data.loading.batch import ClipBatch
@@ -26,7 +26,7 @@ def make_objective(train: str = "geometry", changes: dict[str, Any] | None = Non
     recipe = tiny_stage1_recipe(train, changes)
     objective = stage_of(recipe).build()
     stage_of(recipe).set_trainable(objective)
-    return wake(objective)
+    return perturb(objective)
 
 
 def all_latents(objective: GeometryObjective, batch: ClipBatch) -> Tensor:
@@ -141,7 +141,7 @@ def test_dropped_reference_is_zeros_through_both_unets_and_only_in_training(batc
     assert not latents.any()
     assert not embeddings.any()
     assert not denoiser_calls[0][0][2].any()
-    # the features of zeros are not zeros: they go the way of any other reference
+    # the features of zeros are not zeros: they are used like those of any other reference
     assert all(feature.any() for feature in denoiser_calls[0][1]["reference_features"].values())
 
     objective.eval()
@@ -224,7 +224,7 @@ def test_bfloat16_networks_give_nearly_the_same_loss(batch):
 
 def test_temporal_attention_knows_the_order_of_frames(batch):
     def predict(objective: GeometryObjective, order: list[int]) -> Tensor:
-        """Prediction for frames given in `order`, put back into their own order; noise and all else unchanged."""
+        """Prediction for frames given in `order`, put back into their own order; noise and all else are unchanged."""
         ordered = [
             objective.unet.register_forward_pre_hook(lambda m, a, k: (a, _reordered(k, order)), with_kwargs=True)
         ]

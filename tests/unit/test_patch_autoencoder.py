@@ -1,4 +1,4 @@
-"""The patch autoencoder loses nothing and looks like AutoencoderKL to everything else."""
+"""The patch autoencoder is lossless and has the interface of AutoencoderKL."""
 
 import pytest
 import torch

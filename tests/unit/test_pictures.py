@@ -1,4 +1,4 @@
-"""Pictures of every kind mean what a viewer shows: geometry from the EXIF standard, colours from float64 arithmetic."""
+"""Pictures are read as viewers show them: geometry from the EXIF standard, colours from float64 arithmetic."""
 
 import io
 import logging
@@ -17,7 +17,7 @@ from dreamdance.media.pictures import PictureError, read_picture, to_rgb_picture
 ORIENTATION = 0x0112
 MAGENTA = (255, 0, 255)
 QUADRANTS = np.array([[(220, 30, 30), (30, 200, 40)], [(30, 40, 220), (220, 210, 30)]], dtype=np.uint8)
-# What the standard says to do with the stored rows and columns, so that the picture is seen upright.
+# The standard's operation on the stored rows and columns that makes the picture upright.
 SEEN = {
     1: lambda stored: stored,
     2: lambda stored: stored[:, ::-1],
@@ -35,7 +35,7 @@ def quadrants(height: int = 24, width: int = 16) -> np.ndarray:
 
 
 def both_ways(picture: Image.Image, path: Path, **options: object) -> list[np.ndarray]:
-    """As a file, as the PIL picture of that file, and as a copy of it that knows no file."""
+    """As a file, as the PIL picture of that file, and as a copy of that picture without a file."""
     picture.save(path, **options)
     with Image.open(path) as opened:
         return [read_picture(path), to_rgb_picture(opened), to_rgb_picture(opened.copy())]
@@ -71,7 +71,7 @@ def test_all_eight_orientations_are_seen_upright(tmp_path: Path, suffix: str, op
             assert np.abs(found.astype(int) - seen(stored)).max() <= (2 if suffix == ".jpg" else 0), orientation
 
 
-def test_damaged_exif_data_are_told_and_the_picture_is_taken_as_it_lies(caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_exif_data_are_reported_and_the_picture_is_not_turned(caplog: pytest.LogCaptureFixture) -> None:
     picture = Image.fromarray(quadrants())
     picture.info["exif"] = b"Exif\0\0no such thing"
     with caplog.at_level(logging.WARNING):
@@ -97,7 +97,7 @@ def half_hidden(mode: str) -> Image.Image:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
-def test_what_lies_under_alpha_0_never_shows(tmp_path: Path, mode: str) -> None:
+def test_colours_under_alpha_0_never_show(tmp_path: Path, mode: str) -> None:
     green = 131 if mode == "LA" else (30, 200, 40)  # ITU-R 601: .299 r + .587 g + .114 b
     options = {"transparency": half_hidden(mode).info["transparency"]} if mode in ("P", "RGB") else {}
     for found in both_ways(half_hidden(mode), tmp_path / "cutout.png", **options):
@@ -106,7 +106,7 @@ def test_what_lies_under_alpha_0_never_shows(tmp_path: Path, mode: str) -> None:
     assert (to_rgb_picture(half_hidden(mode), background=(1, 2, 3))[:, 4:] == (1, 2, 3)).all()
 
 
-def test_half_transparent_colours_blend_with_the_background_as_the_product_says() -> None:
+def test_half_transparent_colours_blend_with_the_background_by_alpha() -> None:
     colours = np.random.default_rng(0).integers(0, 256, (64, 64, 4), dtype=np.uint8)
     share = colours[..., 3:] / 255
     expected = share * colours[..., :3] + (1 - share) * np.array([255, 255, 255])
@@ -192,18 +192,18 @@ def test_two_shades_gray_and_palettes_are_rgb(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
 def test_display_p3_becomes_srgb(tmp_path: Path, mode: str) -> None:
     wide = to_display_p3(quadrants())
-    assert np.abs(wide.astype(int) - quadrants()).max() > 10, "else this test shows nothing"
+    assert np.abs(wide.astype(int) - quadrants()).max() > 10, "otherwise this test would prove nothing"
     picture = Image.fromarray(wide)
     picture = picture.quantize(4, method=Image.Quantize.MAXCOVERAGE) if mode == "P" else picture.convert(mode)
     for found in both_ways(picture, tmp_path / "wide.png", icc_profile=rgb_profile()):
         assert np.abs(found.astype(int) - quadrants()).max() <= 2
 
 
-def test_a_gray_profile_counts_for_gray(tmp_path: Path) -> None:
+def test_a_gray_profile_applies_to_gray_pictures(tmp_path: Path) -> None:
     stored = np.arange(256, dtype=np.uint8).reshape(16, 16)
     linear = (stored / 255) ** 1.8
     expected = 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-    assert np.abs(expected - stored).max() > 10, "else this test shows nothing"
+    assert np.abs(expected - stored).max() > 10, "otherwise this test would prove nothing"
     gray, opaque = Image.fromarray(stored), Image.new("L", (16, 16), 255)
     for picture in (gray, Image.merge("LA", [gray, opaque])):
         for found in both_ways(picture, tmp_path / "old.png", icc_profile=gray_profile(gamma=1.8)):
@@ -221,7 +221,7 @@ def test_cmyk_is_converted_by_its_profile_and_without_one_by_its_inks(tmp_path: 
             assert np.abs(found.astype(int) - 119).max() <= 2  # L* 50 is sRGB's gray 118.9
 
 
-def test_a_profile_left_over_from_other_colours_is_passed_over() -> None:
+def test_a_profile_of_another_colour_space_is_ignored() -> None:
     picture = Image.fromarray(quadrants())
     for profile in (cmyk_profile(lab=(50, 0, 0)), gray_profile(gamma=1.8)):
         picture.info["icc_profile"] = profile
@@ -231,7 +231,7 @@ def test_a_profile_left_over_from_other_colours_is_passed_over() -> None:
     assert np.abs(to_rgb_picture(picture).astype(int) - quadrants()).max() <= 1
 
 
-def test_a_damaged_profile_is_told_and_the_values_are_taken_as_srgb(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_profile_is_reported_and_the_values_count_as_srgb(caplog: pytest.LogCaptureFixture) -> None:
     picture = Image.fromarray(quadrants())
     for profile in (b"no profile", rgb_profile()[:200]):
         picture.info["icc_profile"] = profile
@@ -242,18 +242,18 @@ def test_a_damaged_profile_is_told_and_the_values_are_taken_as_srgb(caplog: pyte
 
 
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".tif"])
-def test_of_an_animation_or_of_pages_the_first_picture_counts(tmp_path: Path, suffix: str) -> None:
+def test_the_first_picture_of_an_animation_or_of_pages_is_read(tmp_path: Path, suffix: str) -> None:
     first, second = Image.fromarray(quadrants()), Image.fromarray(255 - quadrants())
     options = {"lossless": True} if suffix == ".webp" else {}
     first.save(tmp_path / f"several{suffix}", save_all=True, append_images=[second], **options)
     with Image.open(tmp_path / f"several{suffix}") as opened:
         assert opened.n_frames == 2
         opened.seek(1)
-        assert np.array_equal(to_rgb_picture(opened), 255 - quadrants()), "a PIL picture is what it stands at"
+        assert np.array_equal(to_rgb_picture(opened), 255 - quadrants()), "a PIL picture gives its current frame"
     assert np.array_equal(read_picture(tmp_path / f"several{suffix}"), quadrants())
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # of what it meets in damaged files
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow's warnings about damaged files
 def test_files_damaged_anywhere_are_read_or_refused_by_name_and_nothing_else_happens(tmp_path: Path) -> None:
     tags = Image.Exif()
     tags[ORIENTATION] = 6
@@ -271,9 +271,9 @@ def test_files_damaged_anywhere_are_read_or_refused_by_name_and_nothing_else_hap
                 content[chance.randrange(len(content))] = chance.randrange(256)
             path.write_bytes(content[: chance.choice([len(content), chance.randrange(len(content))])])
             try:
-                said = str(read_picture(path).dtype)
+                outcome = str(read_picture(path).dtype)
             except PictureError as error:
-                said = str(error)
-            outcomes[said == "uint8"] += 1
-            assert said == "uint8" or str(path) in said
+                outcome = str(error)
+            outcomes[outcome == "uint8"] += 1
+            assert outcome == "uint8" or str(path) in outcome
     assert min(outcomes.values()) > 20, outcomes

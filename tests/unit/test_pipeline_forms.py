@@ -1,4 +1,4 @@
-"""What goes into the pipelines and what comes out: pictures and tensors that mean the same, noise, sizes, callbacks."""
+"""Inputs and outputs of the pipelines: equivalent pictures and tensors, noise, sizes, callbacks."""
 
 import numpy as np
 import pytest
@@ -67,11 +67,11 @@ def test_tensors_of_another_kind_are_refused_by_name_shape_and_range(tensor, mes
         clip_tensor(tensor, "normals")
 
 
-def test_what_a_codec_leaves_slightly_outside_of_the_range_is_taken():
+def test_values_slightly_outside_of_the_range_are_accepted():
     assert clip_tensor(torch.full((1, 3, 2, 2), 1.005), "poses").max() == torch.tensor(1.005)
 
 
-def test_every_shade_survives_pictures_and_comes_back():
+def test_every_shade_is_the_same_after_conversion_to_pictures_and_back():
     shades = every_shade()
     pictures = frames_output(shades, "pil")
     assert pictures[0][0].mode == "RGB"
@@ -101,7 +101,7 @@ def test_half_precision_results_are_delivered_in_float32():
         assert str(frames_output(torch.zeros(1, 1, 3, 2, 2, dtype=torch.bfloat16), kind).dtype).endswith("float32")
 
 
-def test_output_types_that_nobody_makes_are_refused_with_those_that_are_made():
+def test_unknown_output_types_are_refused_with_the_accepted_ones():
     with pytest.raises(ValueError, match="output_type is 'jpg'; it must be one of pil, np, pt, latent"):
         check_output_type("jpg")
     with pytest.raises(ValueError, match=r"'latent'; it must be one of pil, np, pt$"):
@@ -137,7 +137,7 @@ def test_sizes_that_do_not_divide_into_latents_are_refused(height, width):
     check_size(8, 16, 8)
 
 
-def test_given_noise_is_taken_as_it_is_or_refused_by_shape():
+def test_given_noise_is_used_unchanged_or_refused_by_shape():
     latents = torch.zeros(1, 2, 3)
     assert checked_latents(latents, (1, 2, 3)) is latents
     with pytest.raises(ValueError, match=r"must have the shape \(1, 2, 4\), not \(1, 2, 3\)"):
@@ -157,7 +157,7 @@ def test_odd_lengths_give_every_map_of_every_frame(num_frames, window_frames, ov
         assert 0 <= maps.min() <= maps.max() <= 1
 
 
-def test_given_latents_are_what_the_generator_would_have_drawn():
+def test_given_latents_replace_those_drawn_by_the_generator():
     pipeline, poses = tiny_geometry_pipeline(), random_pictures(2, 3, HEIGHT, WIDTH, seed=2)
     factor, channels = downscale_factor(pipeline.vae), pipeline.unet.config.in_channels
     noise = draw_initial_noise((1, 2, 3, channels, HEIGHT // factor, WIDTH // factor), seeded(4))
@@ -169,7 +169,7 @@ def test_given_latents_are_what_the_generator_would_have_drawn():
 
 
 def test_several_clips_are_guided_the_same_batched_and_one_after_the_other():
-    """Two clips and two passes make four batch entries: none may meet another's reference or poses."""
+    """Two clips and two passes make four batch entries: none may use the reference or poses of another."""
     pipeline = tiny_geometry_pipeline()
     images = random_pictures(2, 3, HEIGHT, WIDTH, seed=3)
     poses = random_pictures(2, 3, 3, HEIGHT, WIDTH, seed=4)

@@ -1,4 +1,4 @@
-"""What the pipelines take: every form of a picture, cut as `animate` cuts, at the size that the networks know."""
+"""Inputs of the pipelines: every form of a picture, cut as in `animate`, at the size of the trained networks."""
 
 import json
 import logging
@@ -55,7 +55,7 @@ def test_arrays_of_frames_and_of_clips_are_the_same_poses_as_the_pictures():
     assert torch.equal(gray, expected[:, :, :1].expand(-1, -1, 3, -1, -1))
 
 
-def test_what_stage_1_returns_as_arrays_or_pictures_stage_2_takes():
+def test_stage_2_accepts_the_results_of_stage_1_as_arrays_or_pictures():
     image, poses = random_pictures(3, HEIGHT, WIDTH, seed=1), random_pictures(2, 3, HEIGHT, WIDTH, seed=2)
     frames = {}
     for kind in ("np", "pil", "pt"):
@@ -65,7 +65,7 @@ def test_what_stage_1_returns_as_arrays_or_pictures_stage_2_takes():
             image, poses, normals, maps.depths, num_inference_steps=1, generator=seeded(), output_type="pt"
         ).frames
     torch.testing.assert_close(frames["np"], frames["pt"], rtol=0, atol=1e-5)
-    assert (frames["pil"] - frames["pt"]).abs().mean() < 2e-2, "but for rounding to bytes"
+    assert (frames["pil"] - frames["pt"]).abs().mean() < 2e-2, "except for rounding to bytes"
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_what_stage_1_returns_as_arrays_or_pictures_stage_2_takes():
         (Image.fromarray(np.full((5, 4), 7.0, np.float32)), r"a picture given as image holds floats from 7 to 7"),
     ],
 )  # fmt: skip
-def test_what_is_no_picture_is_refused_by_name(image, message):
+def test_an_input_that_is_no_picture_is_refused_by_name(image, message):
     with pytest.raises(ValueError, match=message):
         image_tensor(image)
 
@@ -109,10 +109,12 @@ def test_a_sideways_photograph_and_a_cut_out_mean_the_same_as_in_a_file(tmp_path
         assert torch.equal(image_tensor(picture)[0], file)
     assert file.shape == (3, 4, 6)
     upright = np.rot90(shades, -1)
-    assert (file.permute(1, 2, 0)[torch.from_numpy(upright[..., 3] == 0)] == 1).all(), "white, whatever lies there"
+    assert (file.permute(1, 2, 0)[torch.from_numpy(upright[..., 3] == 0)] == 1).all(), (
+        "white, whatever the hidden colour"
+    )
 
 
-def test_transparent_parts_of_maps_stand_before_what_an_empty_map_shows():
+def test_transparent_parts_of_maps_get_the_background_of_an_empty_map():
     nothing = Image.new("RGBA", (4, 5), (255, 0, 255, 0))
     for name, colour in (("poses", (0, 0, 0)), ("depths", (0, 0, 0)), ("normals", (128, 128, 255))):
         found = clip_tensor([nothing], name)[0, 0, :, 0, 0] * 255
@@ -122,7 +124,7 @@ def test_transparent_parts_of_maps_stand_before_what_an_empty_map_shows():
 @pytest.mark.parametrize("kind", [GeometryPipeline, AnimationPipeline])
 @pytest.mark.parametrize(("height", "width"), [(48, 50), (50, 24)])
 def test_pictures_of_another_aspect_are_cut_and_never_squeezed(kind, height, width):
-    """As if the middle had been given; computed from the sizes here: 48 x 32 of 48 x 50, 36 x 24 of 50 x 24."""
+    """The result equals that for the middle of the pictures: 48 x 32 of 48 x 50, 36 x 24 of 50 x 24."""
     top, left = ((0, 9), (7, 0))[width == 24]
     middle = (..., slice(top, height - top), slice(left, width - left))
     image = random_pictures(3, height, width, seed=1)
@@ -142,11 +144,11 @@ def test_the_cut_is_the_one_that_animate_makes(tmp_path):
         entry = ManifestEntry(id="a", image=tmp_path / "a.png", keypoints=tmp_path / "a.json")
         command = load_inputs(entry, aspect=Size(WIDTH, HEIGHT), pose_sizes=set()).reference
         assert torch.equal(cut_to_aspect(image_tensor(shades), HEIGHT, WIDTH)[0], command)
-        assert torch.equal(cut_to_aspect(command, HEIGHT, WIDTH), command), "cut twice is cut once"
+        assert torch.equal(cut_to_aspect(command, HEIGHT, WIDTH), command), "a second cut changes nothing"
 
 
 def test_maps_of_nearly_the_result_s_aspect_are_kept_whole():
-    """Stage 1's size is a multiple of its autoencoder's factor too, so its aspect may be a little another one."""
+    """Stage 1's size is a multiple of its autoencoder's factor, so its aspect may differ a little."""
     pipeline, image = tiny_animation_pipeline(), random_pictures(3, HEIGHT, WIDTH, seed=1)
     poses, normals, depths = (random_pictures(2, 3, HEIGHT, WIDTH, seed=seed) for seed in range(3))
     narrow = [resize_images(frames, 100, 65) for frames in (normals, depths)]
@@ -194,7 +196,7 @@ def test_both_stages_joined_saved_and_loaded_know_both_sizes(exports, tmp_path):
     output = joined(image, poses, num_inference_steps=1, output_type="pt", generator=seeded())
     assert output.frames.shape[-2:] == (48, 32)
     assert output.normals.shape[-2:] == output.depths.shape[-2:] == (24, 16)
-    # Stage 1 saw the part that stage 2 saw.
+    # Stage 1 used the same part of the picture as stage 2.
     middle = (slice(None), slice(None), slice(None), slice(8, 40))
     alone = geometry(image[None][middle], poses[middle], num_inference_steps=1, output_type="pt", generator=seeded())
     assert torch.equal(alone.depths, output.depths)
@@ -205,7 +207,7 @@ def test_both_stages_joined_saved_and_loaded_know_both_sizes(exports, tmp_path):
 
 
 def test_without_a_recorded_size_the_stages_take_the_reference_s_and_both_together_ask_for_stage_1_s(exports, tmp_path):
-    """As exports of earlier versions are: a class without its module, and no size."""
+    """Changes an export to the form of earlier versions: a class without its module, and no size."""
     image, poses = random_pictures(3, HEIGHT, WIDTH, seed=1), random_pictures(2, 3, 48, 32, seed=2)
     stages = []
     for kind, folder in exports.items():

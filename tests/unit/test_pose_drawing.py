@@ -1,4 +1,4 @@
-"""Pose drawing: the convention's colours and order, sizes relative to the picture, thresholds, readable when small."""
+"""Pose drawing: colours and order of the convention, sizes relative to the picture, thresholds, small pictures."""
 
 import time
 from itertools import pairwise
@@ -24,7 +24,7 @@ def dancer() -> np.ndarray:
     return render_clip(5, num_frames=1, width=16, height=24).keypoints[0]
 
 
-def test_picture_without_key_points_is_all_zero() -> None:
+def test_a_pose_without_points_is_an_empty_picture() -> None:
     picture = draw_pose(no_key_points(), width=40, height=60)
     assert picture.shape == (60, 40, 3)
     assert picture.dtype == np.uint8
@@ -40,7 +40,7 @@ def test_a_joint_is_a_disc_of_its_colour_at_its_place() -> None:
     # OpenCV rounds the ends of a disc's rows: a quarter of a pixel.
     assert columns.mean() + 0.5 == pytest.approx(128.0, abs=0.25)
     assert rows.mean() + 0.5 == pytest.approx(384.0, abs=0.25)
-    assert np.ptp(rows) + 1 == pytest.approx(8, abs=1)  # radius 4 at 512, as DWPose draws it
+    assert np.ptp(rows) + 1 == pytest.approx(8, abs=1)  # radius 4 at 512, as in DWPose
 
 
 def test_the_limb_from_neck_to_right_shoulder_is_red_at_six_tenths() -> None:
@@ -91,7 +91,7 @@ def test_sizes_follow_the_picture(dancer: np.ndarray) -> None:
     assert small == pytest.approx(large, rel=0.25)
 
 
-def test_at_32_by_48_every_limb_can_still_be_told_by_its_colour(dancer: np.ndarray) -> None:
+def test_at_32_by_48_every_limb_can_still_be_identified_by_its_colour(dancer: np.ndarray) -> None:
     points = dancer.copy()
     points[18:] = 0
     points[BODY, 2] = 1.0
@@ -131,7 +131,7 @@ def test_drawing_flipped_points_mirrors_the_shape_but_not_the_colours(dancer: np
     assert np.abs(flipped.astype(int) - mirrored).max() == 255
 
 
-def test_points_far_outside_of_the_picture_do_no_harm() -> None:
+def test_points_far_outside_of_the_picture_are_not_drawn() -> None:
     points = no_key_points()
     points[BODY] = (1e6, -1e6, 1.0)
     points[1] = (0.5, 0.5, 1.0)

@@ -1,4 +1,4 @@
-"""The pose encoder: sizes, its zero start, and that it learns nonetheless."""
+"""The pose encoder: sizes, its zero initialisation, and that it learns in spite of it."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_a_drawing_moved_by_one_latent_moves_its_features_by_one():
     torch.testing.assert_close(moved.roll(-1, dims=-1)[..., inside, inside], features[..., inside, inside])
 
 
-def test_a_saved_encoder_comes_back(tmp_path):
+def test_a_saved_encoder_loads_unchanged(tmp_path):
     encoder = PoseEncoderModel(20, channels=(4, 8), downscale_factor=2)
     torch.nn.init.normal_(encoder.conv_out.weight)
     encoder.save_pretrained(tmp_path)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.video_folders import stored, videos_recipe, write_videos
+from support.video_folders import stored_clips, videos_recipe, write_videos
 
 from dreamdance.dancers.render import HELD_OUT_SEEDS, TRAINING_SEEDS, render_clip
 from dreamdance.data.loading.dataset import fixed_clips
@@ -44,7 +44,7 @@ def dancers(tmp_path_factory) -> Path:
 
 def test_dancers_are_stored_as_they_are_rendered(dancers):
     for split, seeds in (("train", TRAINING_SEEDS[:3]), ("validation", HELD_OUT_SEEDS[:2])):
-        clips = stored(dancers, split)
+        clips = stored_clips(dancers, split)
         assert [clip.metadata["seed"] for clip in clips] == list(seeds)
         rendered, clip = render_clip(seeds[1], num_frames=4, width=WIDTH, height=HEIGHT, fps=8.0), clips[1]
         np.testing.assert_array_equal(clip.frames("rgb"), rendered.rgb)
@@ -58,9 +58,9 @@ def test_dancers_are_stored_as_they_are_rendered(dancers):
         np.testing.assert_allclose(1 / disparity, rendered.depth, rtol=1e-3)
 
 
-def test_the_manifest_lists_what_animate_needs_of_each_validation_clip(dancers):
+def test_the_manifest_lists_the_inputs_of_animate_for_each_validation_clip(dancers):
     entries = [json.loads(line) for line in (dancers / "manifest.jsonl").read_text().splitlines()]
-    clips = stored(dancers, "validation")
+    clips = stored_clips(dancers, "validation")
     assert [entry["id"] for entry in entries] == [clip.clip_id for clip in clips]
     for number, (entry, clip) in enumerate(zip(entries, clips, strict=True)):
         assert (entry["seed"], entry["align"], entry["fps"]) == (number, False, 8.0)
@@ -78,7 +78,7 @@ def test_examples_show_the_reference_that_validation_uses(dancers):
         np.testing.assert_array_equal((sample.reference.movedim(0, -1).numpy() * 255).round().astype(np.uint8), picture)
 
 
-def test_prepared_again_nothing_is_written(dancers, tmp_path, caplog):
+def test_preparing_again_writes_nothing(dancers, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     before = {path: path.stat().st_mtime_ns for path in dancers.rglob("*") if path.is_file()}
     prepare(dancers_recipe(dancers), tmp_path / "run")
@@ -92,13 +92,13 @@ def test_another_recipe_for_the_same_output_is_refused_by_name(dancers, tmp_path
         prepare(dancers_recipe(dancers, dancers=source), tmp_path / "run")
 
 
-def test_workers_and_where_it_runs_are_no_other_settings(dancers, tmp_path):
+def test_the_number_of_workers_and_the_cluster_are_not_part_of_the_settings(dancers, tmp_path):
     index = (dancers / "train" / "index.json").read_bytes()
     prepare(dancers_recipe(dancers, num_workers=2), tmp_path / "run")
     assert (dancers / "train" / "index.json").read_bytes() == index
 
 
-def test_progress_is_told(dancers):
+def test_progress_is_reported(dancers):
     lines = [json.loads(line) for line in (dancers.parent / "run/logs/progress.jsonl").read_text().splitlines()]
     assert [line["done"] for line in lines] == sorted(line["done"] for line in lines)
     assert (lines[-1]["done"], lines[-1]["total"], lines[-1]["unit"]) == (3, 3, "parts")
@@ -109,7 +109,7 @@ def test_videos_are_cut_alike_in_all_modalities(tmp_path):
     write_videos(tmp_path / "videos", "b", seed=1)
     output = tmp_path / "data"
     prepare(videos_recipe(output, tmp_path / "videos", validation_fraction=0.5), tmp_path / "run")
-    clips = [*stored(output, "train"), *stored(output, "validation")]
+    clips = [*stored_clips(output, "train"), *stored_clips(output, "validation")]
     assert sorted((clip.clip_id.split(".")[0], clip.num_frames) for clip in clips) == [
         ("a", 4), ("a", 8), ("a", 8), ("b", 4), ("b", 8), ("b", 8),
     ]  # fmt: skip
@@ -133,21 +133,21 @@ def test_clips_without_key_points_get_a_lossless_video_of_their_poses(tmp_path):
     recipe = videos_recipe(output, tmp_path / "videos", split_by="time", validation_fraction=0.4)
     prepare(recipe, tmp_path / "run")
     (entry,) = [json.loads(line) for line in (output / "manifest.jsonl").read_text().splitlines()]
-    (clip,) = stored(output, "validation")
+    (clip,) = stored_clips(output, "validation")
     assert clip.metadata["first_frame"] == 12
-    assert [clip.metadata["first_frame"] for clip in stored(output, "train")] == [0, 8]
+    assert [clip.metadata["first_frame"] for clip in stored_clips(output, "train")] == [0, 8]
     np.testing.assert_array_equal(read_frames(output / entry["pose"]), clip.frames("pose"))
 
 
-def test_size_and_stride_are_those_asked_for(tmp_path):
+def test_size_and_stride_are_those_of_the_recipe(tmp_path):
     write_videos(tmp_path / "videos", "a", with_maps=True)
     recipe = videos_recipe(
         tmp_path / "data", tmp_path / "videos", width=16, height=24, frame_stride=2, validation_fraction=0.0
     )
     prepare(recipe, tmp_path / "run")
-    (clip,) = stored(tmp_path / "data", "train")
+    (clip,) = stored_clips(tmp_path / "data", "train")
     assert (clip.num_frames, clip.width, clip.height, clip.fps) == (8, 16, 24, 4.0)
-    assert clip.metadata["crop"] == [14, 16, 43, 64]  # the centre of what the bars leave, 2 : 3
+    assert clip.metadata["crop"] == [14, 16, 43, 64]  # the centre of the part between the bars, 2 : 3
     lengths = np.linalg.norm(clip.frames("normal") / 127.5 - 1.0, axis=-1)
     np.testing.assert_allclose(lengths, 1.0, atol=0.01)
     assert not (tmp_path / "data" / "manifest.jsonl").exists()
@@ -178,17 +178,17 @@ def test_videos_without_poses_are_left_out_with_a_line(tmp_path, caplog):
     (tmp_path / "videos" / "b.pose.mp4").unlink()
     prepare(videos_recipe(tmp_path / "data", tmp_path / "videos", validation_fraction=0.0), tmp_path / "run")
     assert "b.rgb.mp4 is left out: the folder has no b.pose.mp4" in caplog.text
-    assert {clip.clip_id.split(".")[0] for clip in stored(tmp_path / "data", "train")} == {"a"}
+    assert {clip.clip_id.split(".")[0] for clip in stored_clips(tmp_path / "data", "train")} == {"a"}
 
 
-def test_a_folder_without_videos_says_what_it_needs(tmp_path):
+def test_a_folder_without_videos_is_an_error_that_names_the_needed_files(tmp_path):
     with pytest.raises(
         MissingInputError, match=r"`videos\.folder` must contain <clip>\.rgb\.mp4 and <clip>\.pose\.mp4"
     ):
         prepare(videos_recipe(tmp_path / "data", tmp_path), tmp_path / "run")
 
 
-def test_added_videos_are_other_videos(tmp_path):
+def test_an_output_of_fewer_videos_is_refused_naming_the_added_one(tmp_path):
     write_videos(tmp_path / "videos", "a")
     recipe = videos_recipe(tmp_path / "data", tmp_path / "videos", validation_fraction=0.0)
     prepare(recipe, tmp_path / "run")
@@ -210,7 +210,7 @@ def test_whole_videos_are_drawn_for_validation():
         choose_validation(names[:1], fraction=0.1, seed=3)
 
 
-def test_a_rest_that_is_too_short_is_left_out():
+def test_a_last_clip_that_is_too_short_is_left_out():
     source = VideosSource(folder="x", clip_frames=8, min_clip_frames=4, validation_fraction=0.0)
     assert [(first, len(piece)) for first, piece in split_frames(list(range(19)), "train", source)] == [(0, 8), (8, 8)]
     assert [(first, len(piece)) for first, piece in split_frames(list(range(20)), "train", source)] == [
@@ -282,7 +282,7 @@ def test_real_dance_videos_are_cropped_and_their_poses_stay_aligned(tmp_path):
         tmp_path / "data", tmp_path, width=64, height=96, frame_stride=4, split_by="time", validation_fraction=0.2
     )
     prepare(recipe, tmp_path / "run")
-    train, validation = stored(tmp_path / "data", "train"), stored(tmp_path / "data", "validation")
+    train, validation = stored_clips(tmp_path / "data", "train"), stored_clips(tmp_path / "data", "validation")
     assert max(clip.metadata["first_frame"] for clip in train) < min(
         clip.metadata["first_frame"] for clip in validation
     )

@@ -1,4 +1,4 @@
-"""Videos that cannot be used: what headers show is named before work begins, what decoding shows at the end."""
+"""Unusable videos: problems in headers are named before work begins, problems in decoding at the end."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from support.known_videos import known_frames, write_by_ffmpeg
 from support.random_shards import random_clip
-from support.video_folders import damage, stored, videos_recipe, write_videos
+from support.video_folders import damage_video, stored_clips, videos_recipe, write_videos
 
 from dreamdance.data.prepare import prepare
 from dreamdance.data.writing import video_opening
@@ -33,7 +33,9 @@ def videos(tmp_path) -> Path:
 
 
 def names(output: Path, *splits: str) -> set[str]:
-    return {clip.metadata["source"].removesuffix(".rgb.mp4") for split in splits for clip in stored(output, split)}
+    return {
+        clip.metadata["source"].removesuffix(".rgb.mp4") for split in splits for clip in stored_clips(output, split)
+    }
 
 
 def keep_whole(path: Path) -> Path:
@@ -44,14 +46,14 @@ def keep_whole(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_damaged_video_stops_the_work_and_after_its_repair_it_goes_on(tmp_path, videos, num_workers):
+def test_a_damaged_video_stops_the_work_until_it_is_repaired(tmp_path, videos, num_workers):
     output = tmp_path / "data"
     recipe = videos_recipe(output, videos, num_workers=num_workers, validation_fraction=0.0)
     whole = keep_whole(videos / "b.rgb.mp4")
-    damage(videos / "b.rgb.mp4")
-    with pytest.raises(VideoError) as told:
+    damage_video(videos / "b.rgb.mp4")
+    with pytest.raises(VideoError) as raised:
         prepare(recipe, tmp_path / "run")
-    lines = str(told.value).splitlines()
+    lines = str(raised.value).splitlines()
     assert lines[0].startswith("1 of the videos are damaged; `prepare` has written no clips of them")
     assert lines[1].startswith("  b: ")
     assert "b.rgb.mp4" in lines[1]
@@ -60,7 +62,7 @@ def test_a_damaged_video_stops_the_work_and_after_its_repair_it_goes_on(tmp_path
     assert [line.split("\t")[0] for line in table] == ["video", "b"]
     assert not (output / "train" / "index.json").exists()
     parts = {path.name.partition("-")[0]: path for path in (output / "train" / ".parts").glob("?-*")}
-    assert "a" in parts, "what was under way is finished"
+    assert "a" in parts, "clips in progress are finished"
     assert "b" not in parts
     before = parts["a"].stat().st_mtime_ns
     shutil.copy(whole, videos / "b.rgb.mp4")
@@ -73,9 +75,9 @@ def test_a_damaged_video_stops_the_work_and_after_its_repair_it_goes_on(tmp_path
     assert (output / "train" / "index.json").read_bytes() == (untouched / "train" / "index.json").read_bytes()
 
 
-def test_a_damaged_video_that_is_removed_is_done_without(tmp_path, videos):
+def test_a_removed_damaged_video_no_longer_stops_the_work(tmp_path, videos):
     recipe = videos_recipe(tmp_path / "data", videos)
-    damage(videos / "b.rgb.mp4")
+    damage_video(videos / "b.rgb.mp4")
     with pytest.raises(VideoError):
         prepare(recipe, tmp_path / "run")
     for path in videos.glob("b.*"):
@@ -92,7 +94,7 @@ def test_damaged_videos_are_skipped_as_a_whole_and_added_when_they_are_repaired(
     choices = {"split_by": split_by, "validation_fraction": fraction, "crop": (8, 16, 56, 64), "min_clip_frames": 4}
     recipe = videos_recipe(output, videos, on_error="skip", **choices)
     whole = keep_whole(videos / "c.rgb.mp4")
-    damage(videos / "c.rgb.mp4", packet=18)
+    damage_video(videos / "c.rgb.mp4", packet=18)
     prepare(recipe, tmp_path / "run")
     assert names(output, "train", "validation") == set("abd")
     assert (
@@ -101,13 +103,13 @@ def test_damaged_videos_are_skipped_as_a_whole_and_added_when_they_are_repaired(
     assert (output / "damaged_videos.tsv").read_text().splitlines()[1].startswith("c\t")
     index = (output / "train" / "index.json").read_bytes()
     prepare(recipe, tmp_path / "run")
-    assert (output / "train" / "index.json").read_bytes() == index, "what is still damaged is not tried again"
+    assert (output / "train" / "index.json").read_bytes() == index, "videos that are still damaged are not tried again"
     with pytest.raises(VideoError, match="  c: "):
         prepare(videos_recipe(output, videos, on_error="stop", **choices), tmp_path / "run")
     shards = {path: path.stat().st_mtime_ns for path in output.glob("train/*.mds.zstd")}
     shutil.copy(whole, videos / "c.rgb.mp4")
     prepare(recipe, tmp_path / "run")
-    assert {path: path.stat().st_mtime_ns for path in shards} == shards, "the others' shards stay as they are"
+    assert {path: path.stat().st_mtime_ns for path in shards} == shards, "the shards of the others do not change"
     assert not (output / "damaged_videos.tsv").exists()
     untouched = tmp_path / "untouched"
     prepare(videos_recipe(untouched, videos, **choices), tmp_path / "run2")
@@ -119,7 +121,7 @@ def test_damaged_videos_are_skipped_as_a_whole_and_added_when_they_are_repaired(
 def test_a_skipped_video_may_be_removed_and_the_rest_stays(tmp_path, videos, caplog):
     caplog.set_level(logging.INFO)
     recipe = videos_recipe(tmp_path / "data", videos, on_error="skip")
-    damage(videos / "b.rgb.mp4")
+    damage_video(videos / "b.rgb.mp4")
     prepare(recipe, tmp_path / "run")
     for path in videos.glob("b.*"):
         path.unlink()
@@ -128,9 +130,9 @@ def test_a_skipped_video_may_be_removed_and_the_rest_stays(tmp_path, videos, cap
     assert not (tmp_path / "data" / "damaged_videos.tsv").exists()
 
 
-def test_where_all_videos_are_skipped_there_is_an_error(tmp_path):
+def test_skipping_all_videos_is_an_error(tmp_path):
     write_videos(tmp_path / "videos", "a")
-    damage(tmp_path / "videos" / "a.rgb.mp4")
+    damage_video(tmp_path / "videos" / "a.rgb.mp4")
     recipe = videos_recipe(tmp_path / "data", tmp_path / "videos", on_error="skip", validation_fraction=0.0)
     with pytest.raises(ShardError, match=r"there are no clips to write .*or damaged"):
         prepare(recipe, tmp_path / "run")
@@ -147,16 +149,16 @@ def test_validation_may_be_left_without_clips_until_its_videos_are_repaired(tmp_
     if packet is None:
         path.write_bytes(path.read_bytes()[:500])
     else:
-        damage(path, packet=packet)
+        damage_video(path, packet=packet)
     recipe = videos_recipe(output, videos, on_error="skip", validation_fraction=0.25)
     for _ in range(2):
         prepare(recipe, tmp_path / "run")
-        assert names(output, "train") == set("abcd") - {name}, "the others stay where they were drawn for"
+        assert names(output, "train") == set("abcd") - {name}, "the others stay in their split"
         assert (output / "manifest.jsonl").read_text() == ""
         assert is_prepared(recipe)
     assert caplog.text.count(f"{output / 'validation'} has no clips") == 1
     with pytest.raises(ShardError, match=r"validation.*lists no shards; if `prepare` skipped all videos"):
-        stored(output, "validation")
+        stored_clips(output, "validation")
     shutil.copy(whole, path)
     assert not is_prepared(recipe)
     prepare(recipe, tmp_path / "run")
@@ -167,15 +169,15 @@ def test_validation_may_be_left_without_clips_until_its_videos_are_repaired(tmp_
 def test_training_may_not_be_left_without_clips(tmp_path, videos):
     prepare(videos_recipe(tmp_path / "untouched", videos, validation_fraction=0.75), tmp_path / "run2")
     (name,) = names(tmp_path / "untouched", "train")
-    damage(videos / f"{name}.rgb.mp4")
+    damage_video(videos / f"{name}.rgb.mp4")
     recipe = videos_recipe(tmp_path / "data", videos, on_error="skip", validation_fraction=0.75)
     with pytest.raises(ShardError, match=r"there are no clips to write into .*train: .*or damaged"):
         prepare(recipe, tmp_path / "run")
     assert not is_prepared(recipe)
 
 
-def spoil_headers(videos: Path) -> None:
-    """Four of five clips get something wrong that headers show."""
+def damage_headers(videos: Path) -> None:
+    """Four of five clips get a problem that headers show."""
     write_videos(videos, "e", num_frames=4)
     (videos / "a.pose.mp4").unlink()
     (videos / "a.pose.mp4").symlink_to(videos / "nowhere.mp4")
@@ -194,11 +196,11 @@ WRONG = {
 }
 
 
-def test_what_headers_show_is_named_all_at_once_before_anything_is_written(tmp_path, videos):
-    spoil_headers(videos)
-    with pytest.raises(VideoError) as told:
+def test_problems_in_headers_are_named_all_at_once_before_anything_is_written(tmp_path, videos):
+    damage_headers(videos)
+    with pytest.raises(VideoError) as raised:
         prepare(videos_recipe(tmp_path / "data", videos, num_workers=2, validation_fraction=0.0), tmp_path / "run")
-    first, *lines, last = str(told.value).splitlines()
+    first, *lines, last = str(raised.value).splitlines()
     assert first == "4 of the videos cannot be used; `prepare` has written no clips:"
     assert [line[:5] for line in lines] == [f"  {name}: " for name in WRONG]
     assert all(words in line for words, line in zip(WRONG.values(), lines, strict=True))
@@ -208,7 +210,7 @@ def test_what_headers_show_is_named_all_at_once_before_anything_is_written(tmp_p
 
 
 def test_files_that_may_not_be_read_are_named():
-    """Root may read everything, so as somebody else; the folder is where everybody may look."""
+    """Runs as another user, because root may read everything; all users may read the folder."""
     with tempfile.TemporaryDirectory(dir="/tmp") as place:
         folder, user = Path(place), os.geteuid()
         folder.chmod(0o755)
@@ -225,8 +227,8 @@ def test_files_that_may_not_be_read_are_named():
     assert problems == {"a": f"{folder / 'a.pose.mp4'} cannot be read (permission denied)"}
 
 
-def test_what_headers_show_is_skipped_where_the_recipe_says_so(tmp_path, videos):
-    spoil_headers(videos)
+def test_videos_with_problems_in_headers_are_skipped_if_the_recipe_allows_it(tmp_path, videos):
+    damage_headers(videos)
     prepare(videos_recipe(tmp_path / "data", videos, on_error="skip", validation_fraction=0.0), tmp_path / "run")
     assert names(tmp_path / "data", "train") == {"e"}
     assert len((tmp_path / "data" / "damaged_videos.tsv").read_text().splitlines()) == 1 + len(WRONG)
@@ -250,14 +252,14 @@ def test_hidden_files_are_no_clips(tmp_path, videos):
     assert names(tmp_path / "data", "train") == set("abcd")
 
 
-def test_names_that_are_not_text_are_named_legibly_and_those_of_other_characters_are_taken(tmp_path, videos, caplog):
+def test_names_that_are_not_text_are_reported_legibly_and_any_other_characters_are_accepted(tmp_path, videos, caplog):
     shutil.copy(videos / "a.rgb.mp4", os.fsencode(videos) + b"/\xfe.rgb.mp4")  # without a pose
     for name in (os.fsdecode(b"\xff"), "two\nlines"):
         for modality in ("rgb", "pose"):
             shutil.copy(videos / f"a.{modality}.mp4", videos / f"{name}.{modality}.mp4")
-    with pytest.raises(VideoError) as told:
+    with pytest.raises(VideoError) as raised:
         prepare(videos_recipe(tmp_path / "data", videos), tmp_path / "run")
-    assert str(told.value).splitlines()[1] == r"  \udcff: the name '\udcff' is not text in UTF-8; rename the files"
+    assert str(raised.value).splitlines()[1] == r"  \udcff: the name '\udcff' is not text in UTF-8; rename the files"
     prepare(videos_recipe(tmp_path / "data", videos, on_error="skip", min_clip_frames=8), tmp_path / "run2")
     assert names(tmp_path / "data", "train", "validation") == {*"abcd", "two\nlines"}
     assert (tmp_path / "data" / "damaged_videos.tsv").read_text().splitlines()[1].startswith(r"\udcff" + "\t")
@@ -268,7 +270,7 @@ def test_names_that_are_not_text_are_named_legibly_and_those_of_other_characters
 
 
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
-def test_a_video_that_changes_while_it_is_read_is_not_taken(tmp_path, on_error):
+def test_a_video_that_changes_while_it_is_read_is_refused(tmp_path, on_error):
     path = tmp_path / "a.rgb.mp4"
     path.write_bytes(b"first")
 
@@ -282,7 +284,7 @@ def test_a_video_that_changes_while_it_is_read_is_not_taken(tmp_path, on_error):
     assert damage == "a.rgb.mp4 changed while it was read"
     left = tmp_path / ".parts" / "a"
     assert left.exists() == (on_error == "skip")
-    assert not list((tmp_path / ".parts").rglob("*.mds*")), "nothing of it is kept"
+    assert not list((tmp_path / ".parts").rglob("*.mds*")), "no part of it is kept"
     assert on_error == "stop" or read_note(left).damage == damage
 
 
@@ -321,4 +323,4 @@ def test_an_interlaced_video_is_named_once_though_several_processes_read_it(tmp_
     assert sorted(text.partition(" is interlaced")[0] for text in warnings) == [
         str(folder / f"a.{modality}.mp4") for modality in ("pose", "rgb")
     ]
-    assert "interlaced" not in capfd.readouterr().err, "a worker has written past the log"
+    assert "interlaced" not in capfd.readouterr().err, "a worker has written outside the log"

@@ -1,4 +1,4 @@
-"""Writers of shards that die, hang, meet at one file or find it damaged: a clear error, and the same folder later."""
+"""Writers of shards that die, hang, share a file or find it damaged: a clear error, and the same folder later."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.fault_log import record_fault
-from support.faulty_shares import STEP_TIMEOUT_SECONDS, Strike, strike_and_start_again
+from support.faulty_shares import STEP_TIMEOUT_SECONDS, FaultInShare, fail_and_start_again
 from support.random_shards import random_clips, random_parts
 from support.video_folders import videos_recipe, write_videos
 
@@ -47,7 +47,7 @@ def expected(tmp_path_factory) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Disturbed:
-    """Clips in whose middle the process that makes them is hit by a signal, once; it notes its number before."""
+    """Clips in whose middle the process that makes them gets a signal, once; it records its number before."""
 
     flag: Path
     signal: signal.Signals
@@ -60,8 +60,8 @@ class Disturbed:
         yield from random_clips(range(6, 8))
 
 
-def patient_queue(stall_seconds: float) -> WorkQueue:
-    """A queue whose writers may hang for so long; this process has more time, on a busy machine too."""
+def queue_with_time_out(stall_seconds: float) -> WorkQueue:
+    """A queue with a time-out for writers; this process has a longer one, enough on a busy machine too."""
     queue = WorkQueue(Ranks())
     queue.stall_seconds = stall_seconds
     return queue
@@ -79,7 +79,7 @@ def test_a_writer_that_dies_or_hangs_is_an_error_and_the_next_start_completes(tm
     folder, flag, parts = tmp_path / "shards", tmp_path / "flag", random_parts(12)
     disturbed = [parts[0], Part(parts[1].name, Disturbed(flag, number)), parts[2]]
     start = time.monotonic()
-    with pytest.raises(LostWorkerError, match=message) as told, patient_queue(5.0) as queue:
+    with pytest.raises(LostWorkerError, match=message) as raised, queue_with_time_out(5.0) as queue:
         write(folder, disturbed, num_workers=2, queue=queue)
     detected = time.monotonic() - start
     assert not Path(f"/proc/{flag.read_text()}").exists()
@@ -89,14 +89,14 @@ def test_a_writer_that_dies_or_hangs_is_an_error_and_the_next_start_completes(tm
     record_fault(
         f"process of prepare {'killed' if number == signal.SIGKILL else 'hangs'}",
         how=f"{number.name} of one of two in the middle of a part; time-out 5 s",
-        promised="an error, no process stays; the next start ends in the same folder",
-        happened=str(told.value),
+        promised="an error, no process is left; the next start makes the same folder",
+        happened=str(raised.value),
         detected_seconds=detected,
     )
 
 
 def test_ranks_with_one_process_id_begin_one_folder_together(tmp_path, expected, monkeypatch):
-    """As in containers, where every rank is process 7: the second comes while the first notes the settings."""
+    """As in containers, where every rank is process 7: the second starts while the first records the settings."""
     folder, replace, met = tmp_path / "shards", os.replace, []
 
     def meet(source: Path, target: Path) -> None:
@@ -115,7 +115,7 @@ def test_ranks_with_one_process_id_begin_one_folder_together(tmp_path, expected,
 
 @pytest.mark.parametrize("text", ["", '{"clips": 1', "[]", "[" * 100_000])
 @pytest.mark.parametrize("damaged", ["settings.json", "part_00004/index.json"])
-def test_notes_that_a_crash_of_the_machine_left_damaged_are_named_with_what_to_do(tmp_path, text, damaged):
+def test_notes_damaged_by_a_crash_of_the_machine_are_named_with_what_to_do(tmp_path, text, damaged):
     folder = tmp_path / "shards"
     parts = random_parts(12)
     with pytest.raises(RuntimeError, match="the machine crashed"):
@@ -151,13 +151,13 @@ def make_recipe(output: Path, *, num_clips: int) -> PrepareRecipe:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_rank_that_stops_is_noticed_and_its_share_is_written_by_the_other(tmp_path):
+def test_the_share_of_a_stopped_rank_is_written_by_the_other(tmp_path):
     alone, output = tmp_path / "alone", tmp_path / "data"
     prepare(make_recipe(alone, num_clips=4), tmp_path / "alone_run")
-    strike = Strike(1, signal.SIGSTOP, 2, tmp_path / "struck")
+    fault = FaultInShare(1, signal.SIGSTOP, 2, tmp_path / "faulty")
     manifest = output / "manifest.jsonl"
-    noticed = strike_and_start_again(make_recipe(output, num_clips=4), tmp_path, strike, manifest.is_file)
-    assert "LostWorkerError: rank 1 has given no sign for" in noticed.output
+    detection = fail_and_start_again(make_recipe(output, num_clips=4), tmp_path, fault, manifest.is_file)
+    assert "LostWorkerError: rank 1 has given no sign for" in detection.output
     for split in ("train", "validation"):
         assert content(output / split) == content(alone / split)
     assert manifest.read_bytes() == (alone / "manifest.jsonl").read_bytes()
@@ -165,8 +165,8 @@ def test_a_rank_that_stops_is_noticed_and_its_share_is_written_by_the_other(tmp_
         "rank of prepare stopped (SIGSTOP)",
         how=f"at its second part, on 2 ranks; cluster.step_timeout_seconds={STEP_TIMEOUT_SECONDS}",
         promised="the other writes its parts and ends; the next start finds all done",
-        happened="so it did; no part was written twice, and all files are those of one rank alone",
-        detected_seconds=noticed.seconds,
+        happened="as promised; no part was written twice, and all files equal those of a single rank",
+        detected_seconds=detection.seconds,
     )
 
 
@@ -189,7 +189,7 @@ def test_an_output_that_another_run_prepares_is_refused(tmp_path, monkeypatch):
 
 @dataclass(frozen=True)
 class LongSearch:
-    """As a long video whose frames are all searched for black bars: its clip comes later than the time-out allows."""
+    """Like a long video whose frames are all searched for black bars: its clip takes longer than the time-out."""
 
     seconds: float
     first: int
@@ -212,7 +212,7 @@ def long_searches(folder: Path, *, seconds: float) -> list[Part]:
     ]
 
 
-def test_a_search_that_goes_on_is_no_hang_in_this_process(tmp_path, monkeypatch):
+def test_a_long_search_is_no_hang_in_this_process(tmp_path, monkeypatch):
     ends = []
     monkeypatch.setattr(
         "dreamdance.runtime.watchdog.exit_process", lambda logger, text, *rest, **options: ends.append(rest)
@@ -225,19 +225,19 @@ def test_a_search_that_goes_on_is_no_hang_in_this_process(tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_a_search_that_goes_on_is_no_hang_in_workers(tmp_path):
-    with patient_queue(5.0) as queue:
+def test_a_long_search_is_no_hang_in_workers(tmp_path):
+    with queue_with_time_out(5.0) as queue:
         write(tmp_path / "shards", long_searches(tmp_path, seconds=8.0), num_workers=2, queue=queue)
     assert (tmp_path / "shards" / "index.json").is_file()
 
 
-def test_a_video_shows_a_sign_of_life_for_every_frame_of_its_letterbox(tmp_path):
+def test_the_search_for_bars_reports_progress_at_every_frame(tmp_path):
     write_videos(tmp_path, "a", num_frames=20)
     made = list(VideoPart(videos_recipe(tmp_path / "data", tmp_path).videos, "a", "a", "train")())
     assert [one is None for one in made] == [True] * 20 + [False] * 3
 
 
-def test_hashing_a_large_file_shows_that_it_goes_on(tmp_path):
+def test_hashing_a_large_file_reports_progress(tmp_path):
     (tmp_path / "large").write_bytes(bytes(5 << 20))
     signs = []
     state = read_state(tmp_path / "large", on_block=lambda: signs.append(1))

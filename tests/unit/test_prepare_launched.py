@@ -1,4 +1,4 @@
-"""`prepare` by the command: its exit codes and what it says of videos that cannot be used, of one rank and of two."""
+"""`prepare` by the command: its exit codes and messages about unusable videos, on one rank and on two."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.video_folders import damage, stored, write_videos
+from support.video_folders import damage_video, stored_clips, write_videos
 
 from dreamdance.data import prepare
 from dreamdance.data.prepare import write_missing
@@ -45,16 +45,16 @@ def failure() -> str:
 
 
 def names(*splits: str) -> set[str]:
-    return {clip.clip_id[0] for split in splits for clip in stored(Path("out"), split)}
+    return {clip.clip_id[0] for split in splits for clip in stored_clips(Path("out"), split)}
 
 
 def test_a_damaged_video_stops_a_run_is_skipped_by_it_then_repaired_and_then_replaced(folder, capsys):
     path = folder / "take #2" / "b.rgb.mp4"
     whole = path.read_bytes()
-    damage(path)
+    damage_video(path)
     assert debug() == 1
     assert "1 of the videos are damaged" in failure()
-    assert debug("videos.on_error=skip") == 0, "the same run goes on: what to do with damage makes no other run"
+    assert debug("videos.on_error=skip") == 0, "the same run resumes: the treatment of damage makes no other run"
     assert names("train", "validation") == set("acd")
     capsys.readouterr()
     assert debug("videos.on_error=skip") == 0
@@ -85,7 +85,7 @@ def test_a_name_that_is_no_text_is_skipped_and_the_run_is_finished(folder, capsy
     assert capsys.readouterr().out.startswith("prepare is finished: ")
 
 
-def test_a_video_that_is_added_while_the_others_are_written_is_not_taken_for_done(folder, capsys, monkeypatch):
+def test_a_video_added_while_the_others_are_written_does_not_count_as_done(folder, capsys, monkeypatch):
     def write_and_add(*arguments):
         damaged = write_missing(*arguments)
         write_videos(folder / "take #2", "late", seed=9)
@@ -112,7 +112,7 @@ def on_two_ranks() -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.usefixtures("folder")
-def test_two_ranks_name_in_one_list_what_headers_show_of_their_shares():
+def test_two_ranks_name_problems_in_headers_of_both_shares_in_one_list():
     for name in "ab":
         Path(f"take #2/{name}.pose.mp4").write_bytes(b"this is no video")
     done = on_two_ranks()

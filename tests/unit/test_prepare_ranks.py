@@ -1,4 +1,4 @@
-"""`prepare` on two ranks that differ in what they find: one error of the main rank, and the others end well."""
+"""`prepare` on two ranks that find different problems: one error of the main rank, and the others succeed."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.video_folders import damage, videos_recipe, write_videos
+from support.video_folders import damage_video, videos_recipe, write_videos
 
 from dreamdance.data.prepare import prepare
 from dreamdance.runtime.ranks import START
@@ -50,7 +50,7 @@ class TwoRanks:
             monkeypatch.setenv(name, value)
 
     def start_main(self) -> "subprocess.Popen[str]":
-        """Starts the main rank, and returns when it has looked into the folder; it goes on when the work is off."""
+        """Starts the main rank, and returns when it has listed the folder; it continues when the work is called off."""
         recipe = self.run.with_name("recipe.json")
         recipe.write_text(self.recipe.model_dump_json())
         environment = {**os.environ, "RANK": "0", "LOCAL_RANK": "0"}
@@ -77,15 +77,15 @@ def test_ranks_that_look_into_a_folder_before_and_after_a_video_was_added_name_i
     assert lines == ["  a: not on rank 0"]
     assert not list(ranks.output.glob("*/index.json"))
     assert text.count("c.rgb.mp4 is left out") == 1
-    assert "is left out" not in caplog.text, "one rank says it for all"
+    assert "is left out" not in caplog.text, "one rank reports it for all"
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_rank_that_finds_damage_ends_well_and_the_main_rank_with_the_list(tmp_path, monkeypatch, caplog):
-    """Were it to end with the error too, Slurm might stop the main rank before the list is written."""
+def test_a_rank_that_finds_damage_succeeds_and_the_main_rank_fails_with_the_list(tmp_path, monkeypatch, caplog):
+    """If it ended with the error too, Slurm might stop the main rank before the list is written."""
     ranks = TwoRanks(tmp_path, monkeypatch)
-    damage(ranks.folder / "d.rgb.mp4")
+    damage_video(ranks.folder / "d.rgb.mp4")
     main = ranks.start_main()
     prepare(ranks.recipe, ranks.run)
     assert "d cannot be used: " in caplog.text, "this rank found it"

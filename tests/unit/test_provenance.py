@@ -1,4 +1,4 @@
-"""A result says which code made it, and never names the commit of another project."""
+"""A result names the code that made it, and never the commit of another project."""
 
 import hashlib
 import os
@@ -20,7 +20,7 @@ def git(folder: Path, *words: str) -> str:
 
 
 def make_repository(folder: Path, *, tracked: bool = True) -> str:
-    """Commits what lies in the folder, or nothing of it; returns the commit."""
+    """Commits the content of the folder, or nothing of it; returns the commit."""
     git(folder, "init", "--quiet")
     if tracked:
         git(folder, "add", ".")
@@ -30,7 +30,7 @@ def make_repository(folder: Path, *, tracked: bool = True) -> str:
 
 @pytest.fixture
 def project(tmp_path):
-    """A folder in which the package lies as in a checkout."""
+    """A folder that contains the package as in a checkout."""
     folder = tmp_path / "user" / "packages"
     for name in PROJECT_FILES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def project(tmp_path):
     return folder
 
 
-def test_a_checkout_has_its_commit_and_a_digest_of_what_differs(project):
+def test_a_checkout_has_its_commit_and_a_digest_of_its_changes(project):
     commit = make_repository(project)
     assert code_version(project) == {"commit": commit, "diff_sha256": None}
     code_version.cache_clear()
@@ -49,7 +49,7 @@ def test_a_checkout_has_its_commit_and_a_digest_of_what_differs(project):
 
 
 @pytest.mark.parametrize("tracked", [True, False])
-def test_a_repository_around_an_installed_package_is_not_taken_for_this_project(project, tracked):
+def test_a_repository_around_an_installed_package_does_not_count_as_this_project(project, tracked):
     make_repository(project.parent, tracked=tracked)
     assert code_version(project) == {"commit": "unknown"}
 
@@ -59,7 +59,7 @@ def test_a_package_that_lies_untracked_at_the_top_of_another_project_has_no_comm
     assert code_version(project) == {"commit": "unknown"}
 
 
-def test_a_repository_that_the_environment_names_is_not_taken_for_this_project(project, tmp_path, monkeypatch):
+def test_a_repository_that_the_environment_names_does_not_count_as_this_project(project, tmp_path, monkeypatch):
     other = tmp_path / "other"
     other.mkdir()
     make_repository(other)

@@ -1,4 +1,4 @@
-"""A rank's file: the safetensors format, read by pieces on any number of ranks, where it lies."""
+"""The file of a rank in a checkpoint: the safetensors format, read by pieces on any number of ranks."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -32,13 +32,13 @@ def write(folder: Path, rank: int, pieces: dict[str, Piece], *, average_updates:
 
 
 def divided(values: torch.Tensor, num_ranks: int) -> Iterator[Piece]:
-    """As that many ranks own the elements, the last one fewer."""
+    """The pieces of each rank, divided evenly over that many ranks; the last one has fewer elements."""
     bounds = [*range(0, len(values), -(-len(values) // num_ranks)), len(values)]
     for first, last in pairwise(bounds):
         yield Piece(first, {"master": values[first:last], "average": -values[first:last]}, 3.0)
 
 
-def test_a_file_is_what_safetensors_itself_would_write_and_read(tmp_path):
+def test_a_file_equals_one_written_by_safetensors_and_is_read_by_it(tmp_path):
     pieces = {
         "a": Piece(4, {"master": torch.arange(6.0).reshape(2, 3).t()}, 2.0),
         "b": Piece(0, {"master": torch.ones(1)}),
@@ -50,7 +50,7 @@ def test_a_file_is_what_safetensors_itself_would_write_and_read(tmp_path):
         "master/b": [1.0],
     }
     assert path.stat().st_size % 4 == 0
-    assert path.read_bytes().endswith(save(stored)[-28:]), "the tensors lie one behind the other, in their order"
+    assert path.read_bytes().endswith(save(stored)[-28:]), "the tensors are contiguous, in their order"
     content = read_rank_file(tmp_path, 0)
     assert (content.pieces, content.average_updates) == ({"a": (4, 2.0), "b": (0, 0.0)}, 7)
 
@@ -78,7 +78,7 @@ def test_a_parameter_that_lies_channels_last_is_read_into_its_own_order(tmp_path
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
-def test_elements_that_no_file_holds_are_an_error_that_names_the_parameter(lost, tmp_path):
+def test_elements_missing_in_all_files_are_an_error_that_names_the_parameter(lost, tmp_path):
     for rank, piece in enumerate(divided(torch.arange(12.0), 3)):
         write(tmp_path, rank, {} if rank == lost else {"weight": piece})
     missing = r"holds 8 of 12 elements of weight" if lost == 2 else r"master/weight starts at element \d, not at [04]"
@@ -87,16 +87,16 @@ def test_elements_that_no_file_holds_are_an_error_that_names_the_parameter(lost,
 
 
 def memory_mib() -> float:
-    """What this process holds in memory, its own and of files."""
+    """The resident memory of this process, its own and that of files."""
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines["VmRSS"].split()[0]) / 1024
 
 
 def read_a_piece(ranks: Ranks, *, checkpoint: str) -> dict[str, float]:
-    """As one rank of a new run does with the files of an old one."""
+    """Reads the files of an old run like one rank of a new run."""
     del ranks
     folder, target = Path(checkpoint), torch.zeros(MIB // 4)
-    read_pieces(folder, 1, {"other": Piece(0, {"average": torch.zeros(4)})})  # loads what loading needs
+    read_pieces(folder, 1, {"other": Piece(0, {"average": torch.zeros(4)})})  # imports the modules that loading needs
     before = memory_mib()
     read_pieces(folder, 1, {"weight": Piece(100 * MIB // 4, {"average": target})})
     return {"copied": memory_mib() - before, "first": target[0].item(), "last": target[-1].item()}

@@ -1,4 +1,4 @@
-"""Which process this is, and that a GPU which is not there is not replaced by the CPU in silence."""
+"""The rank of this process; a missing GPU is an error and never replaced by the CPU silently."""
 
 import pytest
 import torch
@@ -14,14 +14,14 @@ def test_a_process_without_a_launcher_is_alone(monkeypatch):
     assert Ranks().is_main
 
 
-def test_a_rank_without_the_gpu_that_it_wants_says_where_and_what_it_sees(monkeypatch):
+def test_a_rank_without_its_gpu_is_an_error_naming_the_host_and_the_visible_gpus(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     local_rank = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    with pytest.raises(LostDeviceError, match=r"CUDA_VISIBLE_DEVICES '0,1'.*cluster\.gpus_per_node=0") as told:
+    with pytest.raises(LostDeviceError, match=r"CUDA_VISIBLE_DEVICES '0,1'.*cluster\.gpus_per_node=0") as raised:
         Ranks(rank=9, world_size=16, local_rank=local_rank, local_world_size=8).take_gpu()
-    assert "rank 9 on " in str(told.value)
-    assert f"needs GPU {local_rank}, but torch finds {local_rank}" in str(told.value)
-    assert is_transient(told.value), "another node may have it"
+    assert "rank 9 on " in str(raised.value)
+    assert f"needs GPU {local_rank}, but torch finds {local_rank}" in str(raised.value)
+    assert is_transient(raised.value), "another node may have it"
 
 
 def test_a_rank_makes_the_gpu_of_its_local_rank_the_current_one(monkeypatch):

@@ -1,4 +1,4 @@
-"""The recipes that are shipped: all load, names are unique, headers say what they must, ablations change one thing."""
+"""The shipped recipes: all load, names are unique, headers are complete, ablations change one thing."""
 
 import functools
 import re
@@ -32,7 +32,7 @@ def test_every_recipe_loads_and_reads_back_the_same(path, tmp_path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
-def test_every_recipe_opens_with_what_it_is_its_launch_line_and_what_to_expect(path):
+def test_every_recipe_begins_with_its_purpose_its_launch_line_and_the_expected_result(path):
     header = "\n".join(line for line in path.read_text(encoding="utf-8").split("task:")[0].splitlines())
     assert header.startswith("# ")
     assert f"python launchers/slurm.py recipes/{relative(path)}" in header
@@ -99,7 +99,7 @@ def test_the_full_recipes_have_the_papers_sizes():
         ),
     ],
 )
-def test_an_ablation_differs_from_the_full_recipe_in_what_it_ablates_alone(ablation, full, changed):
+def test_an_ablation_differs_from_the_full_recipe_only_in_the_ablated_part(ablation, full, changed):
     with_part = flatten(load_recipe(RECIPES / f"{full}.yaml").model_dump(mode="json"))
     without = flatten(load_recipe(RECIPES / "ablations" / f"{ablation}.yaml").model_dump(mode="json"))
     assert {key for key in with_part if with_part[key] != without[key]} == changed

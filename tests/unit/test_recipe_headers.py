@@ -1,4 +1,4 @@
-"""Numbers in a recipe's header are those of the recipe beneath it: a comment does not drift from what it describes."""
+"""Numbers in the header of a recipe equal those of the recipe."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ def name_of(path: Path) -> str:
 
 
 def header(path: Path) -> str:
-    """The comment that a recipe opens with, as one line."""
+    """The comment at the beginning of a recipe, as one line."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -34,7 +34,7 @@ def numbers(pattern: str, text: str) -> set[int]:
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=name_of)
-def test_what_a_header_says_of_steps_batches_and_sizes_is_so(path: Path) -> None:
+def test_numbers_of_steps_batches_and_sizes_in_headers_are_true(path: Path) -> None:
     recipe, text = load_recipe(path), header(path)
     assert isinstance(recipe, TrainingRecipe)
     assert numbers(r"Expect: (\d[\d,]*) steps\b", text) <= {recipe.max_steps}
@@ -48,8 +48,8 @@ def test_what_a_header_says_of_steps_batches_and_sizes_is_so(path: Path) -> None
     assert not ("single frames" in text and recipe.data.num_frames > 1)
 
 
-def test_headers_say_such_numbers_at_all() -> None:
-    """Else the test above would pass over anything."""
+def test_headers_contain_such_numbers() -> None:
+    """Otherwise the test above would check nothing."""
     for path in FULL:
         assert re.search(r"[\d,]+ steps of \d+ .*at \d+x\d+ on \d+ GPUs", header(path)), name_of(path)
         assert re.search(r"about \d+ GiB per GPU", header(path)), name_of(path)

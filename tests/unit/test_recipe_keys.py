@@ -1,4 +1,4 @@
-"""The key reference: every key is described, `explain` shows it, and recipes/README.md is what the schema says."""
+"""The key reference: every key is described, `explain` shows it, and recipes/README.md is generated from it."""
 
 import importlib.util
 import inspect
@@ -82,7 +82,7 @@ def test_every_key_that_a_description_names_exists() -> None:
     assert named <= every
 
 
-def test_the_readme_of_the_recipes_is_what_the_schema_says(tool: ModuleType) -> None:
+def test_the_readme_of_the_recipes_equals_the_generated_one(tool: ModuleType) -> None:
     stored = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
     assert stored == tool.page(), "run tools/key_reference.py"
 

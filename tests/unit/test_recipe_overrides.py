@@ -1,4 +1,4 @@
-"""What a word of the command line means, by the type of its key, and where a sweep is split."""
+"""Overrides on the command line: their values by the type of the key, and the splitting of sweeps."""
 
 from typing import Any
 

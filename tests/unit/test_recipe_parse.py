@@ -1,4 +1,4 @@
-"""A recipe is defaults < file < command line, and everything wrong with it is told at once, with its place."""
+"""A recipe is defaults < file < command line, and all its problems are reported at once, with their places."""
 
 import os
 
@@ -55,7 +55,7 @@ def test_a_recipe_is_typed_and_frozen(write):
         recipe.max_steps = 3
 
 
-def test_the_command_line_beats_the_file_which_beats_the_defaults(write):
+def test_the_command_line_overrides_the_file_which_overrides_the_defaults(write):
     path = write(STAGE1 + "  warmup_steps: 3\nseed: 4\n")
     loaded = load(path, ["optimizer.warmup_steps=5", "checkpoint.keep_last=7", "data.stride=[1, 3]"])
     assert loaded.recipe.optimizer.warmup_steps == 5
@@ -66,7 +66,7 @@ def test_the_command_line_beats_the_file_which_beats_the_defaults(write):
     assert loaded.overridden == {"optimizer.warmup_steps", "checkpoint.keep_last", "data.stride"}
 
 
-def test_a_later_word_on_the_command_line_beats_an_earlier_one(write):
+def test_a_later_word_on_the_command_line_overrides_an_earlier_one(write):
     assert load_recipe(write(STAGE1), ["seed=1", "seed=2"]).seed == 2
 
 
@@ -121,7 +121,7 @@ def test_a_text_key_is_left_out_by_null_or_nothing(write):
     ]
 
 
-def test_typed_keys_are_parsed_and_lose_nothing_in_silence(write):
+def test_typed_keys_are_parsed_without_silent_loss(write):
     path = write(STAGE1)
     assert load_recipe(path, ["cluster.setup=['module load a #b', c]"]).cluster.setup == ["module load a #b", "c"]
     assert load_recipe(path, ["cluster.environment={A: '1', B: x}"]).cluster.environment == {"A": "1", "B": "x"}
@@ -143,7 +143,7 @@ def test_a_word_that_is_no_text_is_refused(write):
     assert problem == ":19: '\\udcff' contains half of a surrogate pair, which is not valid text"
 
 
-def test_an_integer_is_taken_where_a_number_is_wanted(write):
+def test_an_integer_is_accepted_for_a_number(write):
     assert load_recipe(write(STAGE1), ["optimizer.gradient_clipping=1"]).optimizer.gradient_clipping == 1.0
 
 
@@ -156,7 +156,7 @@ def test_an_unknown_key_is_named_with_its_line_and_the_nearest_name(write):
     assert problems_of(path) == [":19: unknown key 'optimizer.warmup_step'; did you mean 'warmup_steps'?"]
 
 
-def test_a_key_in_the_wrong_section_is_sent_to_the_right_one(write):
+def test_the_error_for_a_key_in_the_wrong_section_names_the_right_one(write):
     path = write(STAGE1 + "warmup_steps: 10\n")
     assert problems_of(path) == [":19: unknown key 'warmup_steps'; did you mean 'optimizer.warmup_steps'?"]
 
@@ -189,7 +189,7 @@ def test_relations_are_checked_once_every_key_is_known_and_no_spelling_is_guesse
     assert any("optimizer.warmup_steps 99 is more than max_steps 10" in line for line in found)
 
 
-def test_a_problem_with_an_overridden_value_is_the_command_lines(write):
+def test_a_problem_with_an_overridden_value_is_located_on_the_command_line(write):
     assert problems_of(write(STAGE1), "batch_size=3", "optimizer.lr=-1") == [
         "command line: 'optimizer.lr' is -1, but must be greater than 0"
     ]
@@ -248,7 +248,7 @@ def test_a_tag_that_would_run_code_is_refused_and_runs_nothing(write, tmp_path, 
     ran = tmp_path / "ran"
     tagged = HOSTILE.format(ran=ran)
     yaml.unsafe_load(tagged)
-    assert ran.is_dir(), "the tag does run code where YAML is loaded without care"
+    assert ran.is_dir(), "the tag does run code if YAML is loaded unsafely"
     ran.rmdir()
     if where == "in the file":
         (problem,) = problems_of(write(STAGE1 + f"seed: {tagged}\n"))
@@ -275,7 +275,7 @@ def test_keys_nested_without_end_on_the_command_line_are_refused(write):
     assert problem.endswith("...' has 3001 parts; at most 20 are read")
 
 
-def test_a_recipe_without_end_is_not_read_to_its_end():
+def test_reading_an_endless_recipe_stops_at_a_limit():
     with pytest.raises(RecipeError, match=r"/dev/zero: the file has 1,000,001 characters; at most 1,000,000 are read"):
         load_recipe("/dev/zero")
 

@@ -51,12 +51,12 @@ def problems(tmp_path, text, *overrides):
 
 
 @pytest.mark.parametrize(("text", "words"), [(STAGE1, []), (STAGE2, []), (PREPARE, [DANCERS]), (ANIMATE, [])])
-def test_the_recipes_that_the_other_tests_break_are_whole(tmp_path, text, words):
+def test_the_recipes_that_the_other_tests_break_are_valid(tmp_path, text, words):
     assert problems(tmp_path, text, *words) == []
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_world_sizes_that_divide_the_batch_are_taken_and_accumulate(tmp_path, world_size):
+def test_world_sizes_that_divide_the_batch_are_accepted_and_accumulate(tmp_path, world_size):
     path = tmp_path / "recipe.yaml"
     path.write_text(STAGE1, encoding="utf-8")
     recipe = load_recipe(path, [f"cluster.tasks_per_node={world_size}"])
@@ -179,12 +179,12 @@ def test_a_broken_relation_is_found_and_names_the_key(tmp_path, text, words, mes
         ("srun_arguments=[--kill-on-bad-exit=0]", "a job ends with its first process that fails"),
     ],
 )
-def test_words_for_slurm_that_contradict_the_recipe_are_refused_with_the_key_to_use(tmp_path, words, message):
+def test_slurm_options_that_contradict_the_recipe_are_refused_with_the_key_to_use(tmp_path, words, message):
     (found,) = problems(tmp_path, STAGE1, "cluster.memory_gib=64", f"cluster.{words}")
     assert message in found
 
 
-def test_words_for_slurm_that_no_key_stands_for_are_taken(tmp_path):
+def test_slurm_options_without_a_key_are_accepted(tmp_path):
     words = ["cluster.sbatch_arguments={mem: '0', exclusive: '', mail-type: END, gres: 'nvme:1', nodelist: a}"]
     words.append("cluster.srun_arguments=[--cpu-bind=none, -l, --mpi=none]")
     assert problems(tmp_path, STAGE1, *words) == []

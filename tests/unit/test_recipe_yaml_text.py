@@ -1,4 +1,4 @@
-"""YAML is read without its traps, nothing hostile is built, and what is written reads back the same."""
+"""YAML is read without implicit conversions, no hostile object is built, and written YAML reads back the same."""
 
 import pytest
 
@@ -39,7 +39,7 @@ def test_numbers_booleans_and_nothing_are_read_as_such(text, value):
     "text",
     ["no", "yes", "on", "off", "No", "True", "NULL", "1:30", "010", "0x10", "2026-11-22", "1e", "e5", ".inf", ".nan"],
 )
-def test_what_yaml_1_1_would_turn_into_something_else_stays_text(text):
+def test_words_that_yaml_1_1_would_convert_stay_text(text):
     assert value_of(f"key: {text}")["key"] == text
 
 
@@ -67,7 +67,7 @@ def test_all_keys_given_twice_are_reported_at_once():
     assert [problem.line for problem in read_yaml("a: 1\na: 2\nb: 1\nb: 2\nb: 3").problems] == [2, 4, 5]
 
 
-def test_every_path_knows_its_line():
+def test_every_value_has_its_line():
     lines = read_yaml("a: 1\nb:\n  - x\n  - y\nc: {d: 1,\n  e: 2}\n").lines
     assert lines[("a",)] == 1
     assert lines[("b", 1)] == 4
@@ -92,7 +92,7 @@ def test_every_path_knows_its_line():
         ("a: '" + "x" * MAX_CHARACTERS + "'", "characters"),
     ],
 )
-def test_what_is_hostile_or_broken_is_a_problem_and_never_a_value(text, word):
+def test_hostile_or_broken_yaml_is_a_problem_and_never_a_value(text, word):
     document = read_yaml(text)
     assert any(word in problem.message for problem in document.problems)
     assert document.value in (None, {})
@@ -126,7 +126,7 @@ def test_a_merge_key_is_an_ordinary_key():
         },
     ],
 )
-def test_what_is_written_reads_back_the_same(value):
+def test_written_yaml_reads_back_the_same(value):
     assert value_of(write_yaml(value)) == value
 
 

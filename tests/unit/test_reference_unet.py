@@ -1,4 +1,4 @@
-"""The reference UNet: which features it reads (Eq. 4), and that nothing exists that it does not use."""
+"""The reference UNet: the features that it returns (Eq. 4), and that it has no unused weights."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def make_inputs():
 
 
 def inputs_of_self_attention(base, inputs):
-    """What diffusers' own network hands to every `attn1`, by the name of its transformer block."""
+    """The inputs of every `attn1` in diffusers' own network, by the name of its transformer block."""
     read = {}
 
     def watch(name):
@@ -79,7 +79,7 @@ def test_every_parameter_that_exists_shapes_a_feature(overrides):
 
 
 @pytest.mark.parametrize("overrides", CONFIGS.values(), ids=CONFIGS.keys())
-def test_what_is_absent_is_what_the_class_lists(overrides):
+def test_the_absent_weights_are_those_that_the_class_lists(overrides):
     base = make_base(**overrides)
     reference_unet = ReferenceUNetModel.from_unet2d(base)
     absent = set(base.state_dict()) - set(reference_unet.state_dict())
@@ -110,7 +110,7 @@ def test_images_of_a_batch_do_not_see_one_another():
         torch.testing.assert_close(together[name][:1], feature)
 
 
-def test_a_saved_model_comes_back_without_the_removed_parts(tmp_path, caplog):
+def test_a_saved_model_loads_without_the_removed_parts(tmp_path, caplog):
     reference_unet = ReferenceUNetModel.from_unet2d(make_base(**LOWER_LEVEL_ONLY)).eval()
     reference_unet.save_pretrained(tmp_path)
     with caplog.at_level("WARNING"):

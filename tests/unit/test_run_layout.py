@@ -1,4 +1,4 @@
-"""Where things lie in a run folder."""
+"""The layout of a run folder."""
 
 import json
 
@@ -22,14 +22,14 @@ def test_the_newest_export_is_the_one_of_the_highest_step(tmp_path):
     assert run_layout.newest_export(tmp_path) == run_layout.export_folder(tmp_path, 100)
 
 
-def test_a_run_without_export_and_a_missing_run_are_told_apart(tmp_path):
+def test_a_run_without_export_and_a_missing_run_are_distinguished(tmp_path):
     with pytest.raises(MissingInputError, match="has no export yet"):
         run_layout.newest_export(tmp_path)
     with pytest.raises(MissingInputError, match="run 'nowhere' does not exist"):
         run_layout.newest_export(tmp_path / "nowhere")
 
 
-def test_progress_lines_carry_the_pace_of_this_process_not_of_what_was_resumed(tmp_path):
+def test_progress_lines_contain_the_pace_of_this_start_alone(tmp_path):
     log = run_layout.ProgressLog(tmp_path)
     log.write(done=100, total=110, unit="step", message="resumed")
     log.write(done=105, total=110, unit="step", loss=0.5)

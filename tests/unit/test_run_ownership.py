@@ -1,4 +1,4 @@
-"""Of two starts of one run, the later has it."""
+"""The later of two starts of one run owns the run."""
 
 import shutil
 import subprocess
@@ -19,7 +19,7 @@ with run_ownership.RunOwnership(Path(sys.argv[1])):
 """
 
 
-def test_a_start_that_is_replaced_ends_and_says_where_the_run_goes_on(tmp_path):
+def test_a_replaced_start_ends_and_names_its_successor(tmp_path):
     (tmp_path / "logs").mkdir()
     words = [sys.executable, "-P", "-c", PROGRAM, str(tmp_path)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as first:
@@ -31,7 +31,7 @@ def test_a_start_that_is_replaced_ends_and_says_where_the_run_goes_on(tmp_path):
     assert "another start owns this run now" in errors
 
 
-def test_a_start_that_is_alone_goes_on_though_its_file_cannot_be_read(tmp_path, monkeypatch):
+def test_a_start_continues_though_its_owner_file_cannot_be_read(tmp_path, monkeypatch):
     (tmp_path / "logs").mkdir()
     monkeypatch.setattr("dreamdance.launch.run_ownership.LOOK_EVERY_SECONDS", 0.01)
     with RunOwnership(tmp_path) as ownership:
@@ -40,7 +40,7 @@ def test_a_start_that_is_alone_goes_on_though_its_file_cannot_be_read(tmp_path, 
         assert ownership._thread.is_alive()
 
 
-def test_a_start_whose_run_folder_was_removed_ends_naming_it_and_does_not_bring_it_back(tmp_path):
+def test_a_start_whose_run_folder_was_removed_ends_naming_it_and_does_not_recreate_it(tmp_path):
     run_folder = tmp_path / "run"
     (run_folder / "logs").mkdir(parents=True)
     words = [sys.executable, "-P", "-c", PROGRAM, str(run_folder)]

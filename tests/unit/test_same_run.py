@@ -1,4 +1,4 @@
-"""Which keys of a recipe may change within a run, and how a batch is divided."""
+"""The keys of a recipe that may change within a run, and the division of a batch."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def test_every_changeable_key_is_a_key_or_a_section_of_a_recipe():
     assert not is_changeable("clusters")
 
 
-def test_a_batch_of_which_no_process_could_have_a_micro_batch_is_refused():
+def test_a_batch_too_small_for_one_micro_batch_per_process_is_refused():
     with pytest.raises(RecipeError, match=r"batch_size 4 is not micro_batch_size 2 x accumulation x 4 .* fit: 1, 2 "):
         accumulation_steps(4, 2, 4)
     assert accumulation_steps(12, 2, 3) == 2

@@ -1,4 +1,4 @@
-"""Draws belong to samples (contract C8)."""
+"""Random draws depend on the sample alone (contract C8)."""
 
 import torch
 
@@ -19,7 +19,7 @@ def test_seed_epoch_sample_and_purpose_each_change_the_draw():
     assert all(not torch.equal(noise((3, 1, 7)), other) for other in others)
 
 
-def test_digits_do_not_run_into_one_another():
+def test_numbers_of_a_key_are_separated():
     assert not torch.equal(noise((1, 11, 1)), noise((11, 1, 1)))
     assert not torch.equal(noise((1, 1, 11)), noise((1, 11, 1)))
 

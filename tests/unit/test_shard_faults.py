@@ -1,4 +1,4 @@
-"""Faults around shards: storage that fails now and then, leftovers of killed runs, processes that share a folder."""
+"""Faults of shards: storage that fails for a while, files of killed runs, processes that share a folder."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ from dreamdance.runs.file_states import FileStamp
 from dreamdance.runs.files import PARTIAL_FILES
 
 SECOND = "part_00004.shard.00000.mds"
-TEMPORARY = ".part_00004.shard.00000.partial.mds"  # its name until it is complete
+TEMPORARY = ".part_00004.shard.00000.partial.mds"  # its name before it is complete
 ALL_CLIPS = [f"clip_{number:04d}" for number in range(12)]
 
 
@@ -55,7 +55,7 @@ def short_pauses(monkeypatch) -> None:
 
 
 def stored_file(folder: Path) -> Path:
-    """The second shard, in the form in which the folder holds it."""
+    """The second shard, in the stored form of the folder."""
     (path,) = folder.glob(f"{SECOND}*")
     return path
 
@@ -66,16 +66,16 @@ def clip_ids(clips: StoredClips) -> list[str]:
 
 @contextmanager
 def broken_for_a_while(path: Path, *, seconds: float | None) -> Iterator[None]:
-    """In a file's place stands something that cannot be read; for ever if `seconds` is None."""
+    """Replaces a file by something that cannot be read; for ever if `seconds` is None."""
     aside = path.with_name("aside")
     path.rename(aside)
     path.mkdir()
 
-    def mend() -> None:
+    def restore() -> None:
         path.rmdir()
         aside.rename(path)
 
-    timer = threading.Timer(seconds or 0.0, mend)
+    timer = threading.Timer(seconds or 0.0, restore)
     if seconds is not None:
         timer.start()
     yield
@@ -83,7 +83,7 @@ def broken_for_a_while(path: Path, *, seconds: float | None) -> Iterator[None]:
         timer.join()
 
 
-def test_a_remote_that_fails_for_a_while_is_asked_again(shards, remote, short_pauses, caplog):
+def test_a_remote_that_fails_for_a_while_is_tried_again(shards, remote, short_pauses, caplog):
     clips = StoredClips(shards)
     start = time.monotonic()
     with broken_for_a_while(stored_file(remote), seconds=0.25):
@@ -93,8 +93,8 @@ def test_a_remote_that_fails_for_a_while_is_asked_again(shards, remote, short_pa
     assert 1 <= failed <= 3
     assert f"{SECOND}" in caplog.text
     record_fault(
-        "remote fails now and then",
-        how="the shard's place cannot be read for 0.25 s",
+        "remote fails for a while",
+        how="the shard cannot be read for 0.25 s",
         promised="the download is tried again; the same samples in the same order",
         happened=f"{failed} attempts failed, the next gave the shard; all 12 clips in order",
         resumed_seconds=resumed,
@@ -109,22 +109,22 @@ def test_a_remote_that_keeps_failing_is_an_error_after_a_few_attempts(shards, re
         broken_for_a_while(stored_file(remote), seconds=None),
         pytest.raises(
             ShardError, match=rf"{SECOND}.* cannot be downloaded, 4 attempts failed: .*[Ii]s a directory"
-        ) as told,
+        ) as raised,
     ):
         clip_ids(clips)
     detected = time.monotonic() - start
     assert detected < 5
     record_fault(
         "remote fails for good",
-        how="the shard's place cannot be read",
+        how="the shard cannot be read",
         promised="a limited number of attempts, then an error that names the shard",
-        happened=str(told.value),
+        happened=str(raised.value),
         detected_seconds=detected,
     )
 
 
 def test_a_download_that_was_torn_is_fetched_again(shards, remote, caplog):
-    """The first copy of the shard is cut short, as by somebody who is still uploading it."""
+    """The first copy of the shard is incomplete, as during an upload."""
     clips, stored = StoredClips(shards), stored_file(remote)
     whole = stored.read_bytes()
     stored.write_bytes(whole[:-50])
@@ -143,7 +143,7 @@ def test_a_download_that_was_torn_is_fetched_again(shards, remote, caplog):
     record_fault(
         "download torn once",
         how="the remote file is 50 bytes short at the first attempt",
-        promised="noticed by size and hash, fetched again",
+        promised="detected by size and hash, fetched again",
         happened="fetched twice; all 12 clips in order",
         steps_lost=0,
     )
@@ -155,7 +155,7 @@ def test_a_read_only_remote_file_is_no_read_only_cache(shards, remote):
     assert (Path(shards.local) / SECOND).stat().st_mode & 0o200
 
 
-def test_what_lies_half_written_in_a_cache_is_never_read(shards):
+def test_half_written_files_in_a_cache_are_never_read(shards):
     cache = Path(shards.local)
     cache.mkdir()
     for left in (TEMPORARY, f"{TEMPORARY}.tmp", ".index.partial.json", f".{SECOND}.lock"):
@@ -165,7 +165,7 @@ def test_what_lies_half_written_in_a_cache_is_never_read(shards):
 
 
 def test_shared_memory_that_a_killed_run_of_the_library_left_does_not_refuse_the_next_start(shards):
-    """The block says that somebody uses this cache, and nobody does: the library itself refuses to start for ever."""
+    """The block marks this cache as in use though it is not: mosaicml-streaming would refuse to start for ever."""
     block = Path("/dev/shm/000000_locals")
     if block.exists():
         pytest.fail(f"{block} is there already, and nothing of ours makes it")
@@ -215,7 +215,7 @@ def test_a_damaged_file_that_another_process_removes_first_is_no_error(shards, m
     assert removed == [damaged]
 
 
-def test_a_lock_whose_holder_is_stopped_is_an_error_that_says_how_to_find_it(shards, monkeypatch):
+def test_a_lock_whose_holder_is_stopped_is_an_error_that_shows_how_to_find_it(shards, monkeypatch):
     monkeypatch.setattr(shard_cache, "LOCK_TIMEOUT_SECONDS", 0.2)
     clips = StoredClips(shards)
     start = time.monotonic()
@@ -223,20 +223,20 @@ def test_a_lock_whose_holder_is_stopped_is_an_error_that_says_how_to_find_it(sha
         FileLock(Path(shards.local) / f".{SECOND}.lock"),
         pytest.raises(
             ShardError, match=rf"another process to download '{SECOND}'.*stopped.*fuser .*another `local`"
-        ) as told,
+        ) as raised,
     ):
         clip_ids(clips)
     record_fault(
         "lock of a process that is stopped",
         how="another holder keeps a shard's lock",
         promised="an error after the time-out that names the lock, no hang",
-        happened=str(told.value),
+        happened=str(raised.value),
         detected_seconds=time.monotonic() - start,
     )
 
 
 def test_a_cache_that_cannot_be_made_is_named_with_the_key_to_change(remote):
-    """/proc takes no folder of anybody's, root's neither, as a read-only disk."""
+    """Nobody, not even root, can make a folder in /proc, as on a read-only disk."""
     with pytest.raises(
         ShardError, match=r"'index\.json' cannot be downloaded or unpacked into /proc/cache.*another|local"
     ):
@@ -244,31 +244,31 @@ def test_a_cache_that_cannot_be_made_is_named_with_the_key_to_change(remote):
 
 
 def test_a_full_disk_is_an_error_that_names_the_shard_and_leaves_no_half_file(tmp_path, short_pauses):
-    """No file may become larger than 4 KiB: the same path through the code as a disk without room."""
+    """No file may become larger than 4 KiB: the same path through the code as on a full disk."""
     write_random_shards(tmp_path / "remote", 12)
     shards = Shards(local=str(tmp_path / "cache"), remote=str(tmp_path / "remote"))
     clips = StoredClips(shards)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
-        with pytest.raises(ShardError, match=rf"{os.strerror(errno.EFBIG)}") as told:
+        with pytest.raises(ShardError, match=rf"{os.strerror(errno.EFBIG)}") as raised:
             clip_ids(clips)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "part_00000.shard.00000.mds" in str(told.value)
+    assert "part_00000.shard.00000.mds" in str(raised.value)
     assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix == ".mds" or path.match(PARTIAL_FILES)]
     assert clip_ids(clips) == ALL_CLIPS
     record_fault(
         "disk full while a shard is fetched",
         how="no file may grow beyond 4 KiB",
-        promised="an error that names the shard, no half file; goes on when there is room",
-        happened=str(told.value),
+        promised="an error that names the shard, no half file; resumes when there is room",
+        happened=str(raised.value),
         steps_lost=0,
     )
 
 
-def test_nothing_is_written_through_a_link_that_lies_in_the_cache(sound, tmp_path):
-    """A link under the name of a temporary file would let a foreign folder overwrite any file of the user's."""
+def test_nothing_is_written_through_a_link_in_the_cache(sound, tmp_path):
+    """A link under the name of a temporary file could make a foreign folder overwrite any file of the user."""
     folder = Path(shutil.copytree(sound, tmp_path / "shards"))
     remote = None
     if stored_file(folder).suffix == ".mds":
@@ -285,13 +285,13 @@ def test_nothing_is_written_through_a_link_that_lies_in_the_cache(sound, tmp_pat
     assert not (folder / SECOND).is_symlink()
     record_fault(
         "links planted in a shard cache",
-        how="temporary names are links to a file of the user's",
+        how="temporary names are links to a file of the user",
         promised="no write outside the local folder",
-        happened="the links were replaced, the file is as it was",
+        happened="the links were replaced, the file is unchanged",
     )
 
 
-def test_a_shard_that_is_a_link_to_something_else_is_damaged_and_not_believed(sound, tmp_path):
+def test_a_shard_that_is_a_link_to_something_else_counts_as_damaged(sound, tmp_path):
     folder = Path(shutil.copytree(sound, tmp_path / "shards"))
     (tmp_path / "secret").write_text("not a shard")
     stored_file(folder).unlink()
@@ -300,7 +300,7 @@ def test_a_shard_that_is_a_link_to_something_else_is_damaged_and_not_believed(so
         StoredClips(Shards(local=str(folder)))
 
 
-def test_numbers_of_thousands_of_digits_in_an_index_are_no_traceback(sound, tmp_path):
+def test_numbers_of_thousands_of_digits_in_an_index_are_a_clear_error(sound, tmp_path):
     folder = Path(shutil.copytree(sound, tmp_path / "shards"))
     edit_index(folder, lambda index: index.update(version="BIG"))
     index = folder / "index.json"
@@ -310,6 +310,6 @@ def test_numbers_of_thousands_of_digits_in_an_index_are_no_traceback(sound, tmp_
 
 
 @pytest.mark.parametrize("text", ["9" * 10_000, "[" * 100_000, '{"a":' * 100_000])
-def test_metadata_that_no_reader_survives_is_refused_with_the_clips_name(text):
+def test_metadata_that_would_crash_readers_are_refused_with_the_clips_name(text):
     with pytest.raises(ShardError, match=r"clip 'clip_0000'.*metadata is not JSON"):
         StoredClip({**random_clip(0).to_sample(), "metadata": text}, where="sample 0")

@@ -1,4 +1,4 @@
-"""Writing shards: the same folder whatever the number of workers, ranks, and kills."""
+"""Writing shards: the same folder for any number of workers, ranks, and kills."""
 
 import json
 import logging
@@ -85,7 +85,7 @@ def crash_at_the_last_part(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class FailOnce:
-    """Clips that end in an error until a file is there."""
+    """Clips that end in an error until a file exists."""
 
     flag: Path
 
@@ -132,7 +132,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_killed_and_started_again_it_ends_in_the_same_folder(tmp_path, expected, num_workers):
+def test_a_writer_killed_and_started_again_makes_the_same_folder(tmp_path, expected, num_workers):
     folder, script = tmp_path / "shards", tmp_path / "killed.py"
     script.write_text(KILLED)
     command = [sys.executable, str(script), str(folder), str(Path(__file__).parents[1]), str(num_workers)]
@@ -147,7 +147,7 @@ def test_killed_and_started_again_it_ends_in_the_same_folder(tmp_path, expected,
     deadline = time.monotonic() + 10
     while _session_members(writer.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not _session_members(writer.pid)  # its workers leave with it
+    assert not _session_members(writer.pid)  # its workers end with it
     written = list(folder.glob(".parts/part_*"))
     assert 0 < len(written) < 3
     write(folder, random_parts(12))
@@ -168,7 +168,7 @@ def _session_members(session: int) -> list[int]:
     return members
 
 
-def test_killed_while_it_was_completed_the_folder_is_completed_later(tmp_path, expected, monkeypatch):
+def test_a_folder_whose_completion_was_killed_is_completed_later(tmp_path, expected, monkeypatch):
     folder = tmp_path / "shards"
 
     def die(source: Path, target: Path) -> None:
@@ -185,7 +185,7 @@ def test_killed_while_it_was_completed_the_folder_is_completed_later(tmp_path, e
     assert content(folder) == expected
 
 
-def test_a_complete_folder_is_left_as_it_is_with_a_line_that_says_so(tmp_path, caplog):
+def test_a_complete_folder_is_left_unchanged_with_a_line_in_the_log(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     write_random_shards(tmp_path / "shards", 8)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}
@@ -213,7 +213,7 @@ def test_progress_counts_the_parts_of_all_starts(tmp_path):
     assert seen[-1] == (3, 3)
 
 
-def test_large_parts_are_cut_into_shards_of_the_size_asked_for(tmp_path):
+def test_large_parts_are_cut_into_shards_of_the_requested_size(tmp_path):
     big = partial(random_clips, range(6), width=64, height=96, num_frames=16)
     write(tmp_path / "shards", [Part("part_00000", big)], shard_format=ShardFormat(1, "none"))
     index = read_index(tmp_path / "shards" / "index.json")
@@ -239,7 +239,7 @@ def test_both_hashes_are_in_the_index(tmp_path):
     assert set(shard["raw_data"]["hashes"]) == {"sha1", "xxh64"}
 
 
-def test_what_a_clip_lacks_is_stored_as_nothing():
+def test_maps_that_a_clip_lacks_are_stored_as_empty():
     record = ClipRecord(clip_id="bare", fps=8.0, maps={"rgb": random_clip(0).maps["rgb"]})
     sample = record.to_sample()
     assert [sample[name] for name in ("pose", "normal", "depth", "mask", "keypoints")] == [b""] * 5

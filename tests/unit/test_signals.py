@@ -1,4 +1,4 @@
-"""Signals are heard while the main thread can run no handler, and not by what was started meanwhile."""
+"""Signals are received while the main thread can run no handler, and processes started meanwhile ignore them."""
 
 import os
 import signal
@@ -11,17 +11,17 @@ import time
 from dreamdance.runtime.signals import STOP_SIGNALS, SignalListener
 
 
-def test_a_signal_is_heard_while_the_main_thread_waits_in_c_code(tmp_path):
+def test_a_signal_is_received_while_the_main_thread_waits_in_c_code(tmp_path):
     program = f"""
 import ctypes, os
 from pathlib import Path
 from dreamdance.runtime.signals import SignalListener
 
-def heard(number):
-    Path({str(tmp_path / "heard")!r}).write_text(number.name)
+def received(number):
+    Path({str(tmp_path / "received")!r}).write_text(number.name)
     os._exit(7)
 
-with SignalListener(heard):
+with SignalListener(received):
     print("ready", flush=True)
     while True:
         ctypes.CDLL(None).sleep(1000)  # as inside a collective: Python runs no handler before it returns
@@ -31,28 +31,28 @@ with SignalListener(heard):
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGUSR2)
     assert process.wait(timeout=20) == 7
-    assert (tmp_path / "heard").read_text() == "SIGUSR2"
+    assert (tmp_path / "received").read_text() == "SIGUSR2"
 
 
-def test_every_signal_is_told_in_order_and_others_are_not():
-    told, done = [], threading.Event()
+def test_every_listed_signal_is_reported_in_order_and_others_are_not():
+    received, done = [], threading.Event()
 
     def remember(number):
-        told.append(number)
-        if len(told) == 3:
+        received.append(number)
+        if len(received) == 3:
             done.set()
 
     with SignalListener(remember):
         for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM):
-            before = len(told)
+            before = len(received)
             os.kill(os.getpid(), number)
-            while len(told) == before:
+            while len(received) == before:
                 time.sleep(0.001)
         assert done.wait(5)
-    assert told == [signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM]
+    assert received == [signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM]
 
 
-def test_handlers_and_mask_of_before_come_back():
+def test_previous_handlers_and_mask_are_restored():
     before = [signal.getsignal(number) for number in STOP_SIGNALS], signal.pthread_sigmask(signal.SIG_BLOCK, [])
     with SignalListener(lambda number: None):
         assert signal.pthread_sigmask(signal.SIG_BLOCK, []) >= set(STOP_SIGNALS)
@@ -62,7 +62,7 @@ def test_handlers_and_mask_of_before_come_back():
     ) == before
 
 
-def test_one_listener_within_another_hears_and_then_gives_way():
+def test_a_nested_listener_receives_signals_until_it_ends():
     outer, inner = [], []
     with SignalListener(outer.append):
         with SignalListener(inner.append):
@@ -75,7 +75,7 @@ def test_one_listener_within_another_hears_and_then_gives_way():
     assert (outer, inner) == ([signal.SIGUSR2], [signal.SIGUSR2])
 
 
-def test_a_process_that_is_started_meanwhile_does_not_die_of_the_warning():
+def test_a_process_started_meanwhile_is_not_killed_by_the_warning():
     with SignalListener(lambda number: None):
         child = subprocess.Popen([sys.executable, "-c", "print('up', flush=True); input()"], stdin=-1, stdout=-1)
     assert child.stdout is not None
@@ -85,7 +85,7 @@ def test_a_process_that_is_started_meanwhile_does_not_die_of_the_warning():
     assert child.returncode == 0
 
 
-def test_workers_and_the_server_that_forks_them_outlive_what_is_sent_to_the_whole_job():
+def test_workers_and_the_server_that_forks_them_survive_signals_to_the_whole_job():
     program = """
 import multiprocessing, os, signal, sys
 from multiprocessing import forkserver

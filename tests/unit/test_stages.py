@@ -1,4 +1,4 @@
-"""What a training of each stage is made of is chosen by its recipe alone."""
+"""The recipe alone chooses the parts of a training of each stage."""
 
 import pytest
 from support.recipes import tiny_stage1_recipe, tiny_stage2_recipe

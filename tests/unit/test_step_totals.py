@@ -1,4 +1,4 @@
-"""What a step adds up before it is reported: sums over micro batches, flags that any rank may raise, named samples."""
+"""Totals of a step: sums over micro batches, flags that any rank may set, named samples."""
 
 import math
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from dreamdance.training.step_totals import RankReport, StepTotals, name_nonfini
 
 @pytest.fixture
 def group() -> Iterator[None]:
-    """The process group of a single process; it stays open, because DeepSpeed holds on to the first one it sees."""
+    """The process group of a single process; it stays open, because DeepSpeed keeps the first one that it gets."""
     with process_group(Ranks(), timeout_seconds=60):
         yield
 
@@ -76,7 +76,7 @@ def test_a_step_that_was_not_applied_is_skipped_even_where_every_loss_is_finite(
 
 
 @pytest.mark.usefixtures("group")
-def test_samples_whose_loss_is_not_finite_are_remembered_over_micro_batches(batch: ClipBatch) -> None:
+def test_samples_whose_loss_is_not_finite_are_recorded_over_micro_batches(batch: ClipBatch) -> None:
     totals = StepTotals()
     totals.add(batch, output([math.nan, 1.0]))
     totals.add(batch, output([1.0, math.inf]))

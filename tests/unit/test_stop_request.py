@@ -1,4 +1,4 @@
-"""A request to stop is remembered, never acted upon where it arrives; only a run that hangs is ended."""
+"""A request to stop is only recorded when it arrives; a run that then hangs is ended."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from dreamdance.runtime.stop_request import StopRequest
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_is_remembered_and_nothing_else_happens(number):
+def test_a_signal_is_recorded_and_nothing_else_happens(number):
     with StopRequest(patience_seconds=60) as stop:
         assert not stop
         os.kill(os.getpid(), number)
@@ -22,7 +22,7 @@ def test_a_signal_is_remembered_and_nothing_else_happens(number):
         while not stop and time.monotonic() < deadline:
             time.sleep(0.001)
         assert stop.received is number
-    assert stop, "the request itself is remembered"
+    assert stop, "the request is recorded"
 
 
 def test_a_step_that_does_not_end_is_ended_with_every_threads_stack():

@@ -1,6 +1,6 @@
-"""Storage that fails or is gone while shards are read: waited for some seconds, and then the machine's fault.
+"""Storage that fails or is gone while shards are read: reading waits for some seconds, then raises a transient error.
 
-A fault of the machine's has the job start again, which an error of the user's must not.
+After a transient error the job starts again; after an error of the user it must not.
 """
 
 import errno
@@ -41,7 +41,7 @@ def short_pauses(monkeypatch) -> None:
 
 
 def unmount(folder: Path) -> Callable[[], None]:
-    """An empty folder, as a mount point shows it to whom nothing is mounted."""
+    """Leaves an empty folder, like a mount point on which nothing is mounted."""
     aside = folder.with_name("aside")
     folder.rename(aside)
     folder.mkdir()
@@ -54,7 +54,7 @@ def unmount(folder: Path) -> Callable[[], None]:
 
 
 def break_device(folder: Path) -> Callable[[], None]:
-    """The second shard's every read is EIO: of this process's own memory, where there is none."""
+    """Makes every read of the second shard fail with EIO, by a link to unmapped memory of this process."""
     path, aside = folder / SECOND, folder / "aside"
     path.rename(aside)
     path.symlink_to("/proc/self/mem")
@@ -67,8 +67,8 @@ FAULTS = {"gone with its index (ENOENT)": unmount, "a shard cannot be read (EIO)
 
 
 @contextmanager
-def mended_later(mend: Callable[[], None]) -> Iterator[None]:
-    timer = threading.Timer(AWAY_SECONDS, mend)
+def restored_later(restore: Callable[[], None]) -> Iterator[None]:
+    timer = threading.Timer(AWAY_SECONDS, restore)
     timer.start()
     yield
     timer.join()
@@ -79,17 +79,17 @@ def clip_ids(clips: StoredClips) -> list[str]:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_storage_that_is_gone_for_a_while_is_waited_for(fault, folder, short_pauses, caplog):
+def test_reading_waits_for_storage_that_is_gone_for_a_while(fault, folder, short_pauses, caplog):
     clips = StoredClips(Shards(local=str(folder)))
     start = time.monotonic()
-    with mended_later(FAULTS[fault](folder)):
+    with restored_later(FAULTS[fault](folder)):
         assert clip_ids(clips) == ALL_CLIPS
     assert time.monotonic() - start > AWAY_SECONDS
     assert "trying again" in caplog.text
     record_fault(
         f"storage of the shards fails for a while: {fault}",
         how=f"for {AWAY_SECONDS} s, while clips are read",
-        promised="it is waited for some seconds; the same clips in the same order",
+        promised="reading waits for some seconds; the same clips in the same order",
         happened="all clips in order, without a new start",
         resumed_seconds=time.monotonic() - start,
         steps_lost=0,
@@ -98,31 +98,31 @@ def test_storage_that_is_gone_for_a_while_is_waited_for(fault, folder, short_pau
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_storage_that_stays_away_is_the_machines_fault(fault, num_workers, folder, short_pauses):
+def test_storage_that_stays_away_is_a_transient_error(fault, num_workers, folder, short_pauses):
     clips = ClipDataset(Shards(local=str(folder)), width=WIDTH, height=HEIGHT, num_frames=2, cache_bytes=0)
     order = ClipOrder(clips.index.samples_per_shard, batch_size=4, seed=1)
     loader = ClipLoader(clips, order, micro_batch_size=4, ranks=Ranks(), num_workers=num_workers, timeout_seconds=60)
     FAULTS[fault](folder)
-    with pytest.raises(LostWorkerError, match=r"sample \d of shard .* cannot be read, 4 attempts failed") as told:
+    with pytest.raises(LostWorkerError, match=r"sample \d of shard .* cannot be read, 4 attempts failed") as raised:
         list(islice(loader, 9))
-    assert is_transient(told.value)
+    assert is_transient(raised.value)
 
 
-def test_one_missing_shard_beside_its_index_is_the_users_to_mend(folder, short_pauses):
+def test_one_missing_shard_beside_its_index_is_an_error_of_the_user(folder, short_pauses):
     clips = StoredClips(Shards(local=str(folder)))
     (folder / SECOND).unlink()
-    with pytest.raises(ShardError, match=rf"{SECOND} is missing; run `prepare` again") as told:
+    with pytest.raises(ShardError, match=rf"{SECOND} is missing; run `prepare` again") as raised:
         clip_ids(clips)
-    assert not is_transient(told.value)
+    assert not is_transient(raised.value)
 
 
-def test_a_remote_folder_that_is_gone_for_a_while_is_asked_again(folder, tmp_path, short_pauses):
+def test_a_remote_folder_that_is_gone_for_a_while_is_tried_again(folder, tmp_path, short_pauses):
     clips = StoredClips(Shards(local=str(tmp_path / "cache"), remote=str(folder)))
-    with mended_later(unmount(folder)):
+    with restored_later(unmount(folder)):
         assert clip_ids(clips) == ALL_CLIPS
 
 
-def test_a_remote_folder_that_stays_away_is_the_machines_fault(folder, tmp_path, short_pauses):
+def test_a_remote_folder_that_stays_away_is_a_transient_error(folder, tmp_path, short_pauses):
     clips = StoredClips(Shards(local=str(tmp_path / "cache"), remote=str(folder)))
     unmount(folder)
     with pytest.raises(LostWorkerError, match="cannot be downloaded, 4 attempts failed"):

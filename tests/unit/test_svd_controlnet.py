@@ -1,4 +1,4 @@
-"""The SVD ControlNet starts as an exact copy that adds nothing, and has the size it should have."""
+"""The SVD ControlNet starts as an exact copy that adds nothing, and has the published size."""
 
 import pytest
 import torch
@@ -36,11 +36,11 @@ def test_the_identity_holds_for_a_base_saved_and_loaded_in_the_real_format(tmp_p
         assert torch.equal(controlled, unet(**inputs).sample)
 
 
-def test_the_copy_computes_what_the_encoder_half_of_svd_computes():
+def test_the_copy_computes_the_result_of_svd_s_encoder_half():
     unet = tiny_svd_unet()
     controlnet = SpatioTemporalControlNetModel.from_unet(unet)
     for convolution in [*controlnet.down_zero_convolutions, controlnet.mid_zero_convolution]:
-        torch.nn.init.dirac_(convolution.weight)  # hands on what it is given
+        torch.nn.init.dirac_(convolution.weight)  # returns its arguments
     inputs = tiny_svd_inputs()
     with torch.no_grad():
         residuals = controlnet(**inputs, control_features=torch.zeros(6, 32, 8, 12))
@@ -121,7 +121,7 @@ def test_every_parameter_moves_within_three_steps_of_training():
     before = {name: parameter.detach().clone() for name, parameter in controlnet.named_parameters()}
     optimizer = torch.optim.AdamW(controlnet.parameters(), lr=1e-2, weight_decay=0)
     target = torch.randn(2, 3, 4, 8, 12, generator=torch.Generator().manual_seed(4))
-    for _ in range(3):  # zero convolutions hide the gradients of all that lies before them at first
+    for _ in range(3):  # at first zero convolutions block the gradients of all layers before them
         inputs = tiny_svd_inputs()
         residuals = controlnet(**inputs, control_features=control_features())
         output = run_svd_unet(

@@ -1,4 +1,4 @@
-"""Driving diffusers' SVD UNet in two halves changes nothing but what it is told to change."""
+"""Running diffusers' SVD UNet in two halves changes nothing except the requested changes."""
 
 from collections.abc import Callable
 
@@ -102,7 +102,7 @@ def test_residuals_are_added_to_the_skip_connections_and_to_the_mid_block():
             down = [torch.zeros_like(skip) for skip in encoded.skips]
             mid = torch.zeros_like(encoded.mid)
             assert torch.equal(run_svd_unet(unet, **inputs, down_residuals=down, mid_residual=mid), plain)
-            # not a constant: group norm would take it away
+            # not a constant: group norm would remove it
             [*down, mid][index].normal_(generator=generator)
             changed = run_svd_unet(unet, **inputs, down_residuals=down, mid_residual=mid)
             assert (changed - plain).abs().max() > 1e-3 * plain.abs().max(), f"residual {index} has no effect"
@@ -115,7 +115,7 @@ def test_a_residual_that_cancels_a_skip_connection_removes_it():
     with torch.no_grad():
         given = run_encoder_half(unet, **inputs)
         conditions = {name: inputs[name] for name in ("timestep", "encoder_hidden_states", "added_time_ids")}
-        # everything that reaches the decoder from `sample` is replaced by what the other sample gives
+        # everything that reaches the decoder from `sample` is replaced by that of the other sample
         wanted = run_encoder_half(unet, other["sample"], **conditions)
         residuals = [new - old for new, old in zip(wanted.skips, given.skips, strict=True)]
         moved = run_svd_unet(unet, **inputs, down_residuals=residuals, mid_residual=wanted.mid - given.mid)
@@ -142,7 +142,7 @@ def test_gradients_equal_those_of_the_plain_form_when_the_frozen_encoder_runs_wi
     assert set(lean) == set(plain) == trainable
     for name in trainable:
         assert torch.equal(lean[name], plain[name]), name
-    # attention to a single token is blind to its query and key; all else must have learnt something
+    # attention to a single token ignores its query and key; all other weights must have changed
     without = {name for name in trainable if not lean[name].any()}
     assert all(any(part in name for part in ("attn2.to_q", "attn2.to_k", "norm2")) for _, name in without)
 
@@ -188,7 +188,7 @@ def test_withholding_the_gradient_of_a_trainable_encoder_is_refused():
     assert not is_encoder_half_frozen(unet)
     with pytest.raises(ValueError, match=r"conv_in\.weight.*model\.unfreeze"):
         run_svd_unet(unet, **tiny_svd_inputs(), encoder_without_grad=True)
-    with torch.no_grad():  # where nothing is trained there is nothing to withhold
+    with torch.no_grad():  # where nothing is trained there is no gradient to withhold
         run_svd_unet(unet, **tiny_svd_inputs(), encoder_without_grad=True)
     freeze_encoder_half(unet)
     assert is_encoder_half_frozen(unet)

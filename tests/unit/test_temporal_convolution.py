@@ -1,11 +1,11 @@
-"""Convolutions over frames run as 2D ones: the same numbers and gradients, no copies, the same weights and names."""
+"""Convolutions over frames computed as 2D ones: the same values and gradients, no copies, the same weights."""
 
 import copy
 
 import pytest
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
-from support.recipes import tiny_stage2_recipe, wake
+from support.recipes import perturb, tiny_stage2_recipe
 from support.tiny_pipelines import tiny_animation_pipeline
 from support.tiny_svd import tiny_svd_inputs, tiny_svd_unet
 from torch import nn
@@ -37,7 +37,7 @@ LAYOUTS = {"plain": "ncfhw", "frames outside": "nfchw", "channels inside": "nfhw
 
 
 def clip(layout: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A random `2 8 6 7 9` whose memory lies as `layout` says."""
+    """A random `2 8 6 7 9` with the given memory layout."""
     sizes = dict(zip("ncfhw", (2, 8, 6, 7, 9), strict=True))
     order = LAYOUTS[layout]
     values = torch.randn([sizes[axis] for axis in order], generator=torch.Generator().manual_seed(0), dtype=dtype)
@@ -56,7 +56,7 @@ def plain_temporal_convolutions(network: nn.Module) -> list[str]:
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative to the whole tensor's size, as rounding of long sums is."""
+    """The error relative to the norm of the whole tensor, like the rounding of long sums."""
     return ((found - expected).double().norm() / expected.double().norm()).item()
 
 
@@ -103,13 +103,13 @@ def test_nothing_is_copied(layout):
 
 
 @pytest.mark.parametrize("convolution", OTHERS, ids=str)
-def test_a_convolution_that_mixes_pixels_or_pads_otherwise_stays_what_it_is(convolution):
+def test_a_convolution_that_mixes_pixels_or_pads_otherwise_is_not_replaced(convolution):
     assert type(folded_copy(nn.Sequential(convolution))[0]) is type(convolution)
 
 
 def test_svd_with_its_controlnet_is_as_exact_as_before_in_prediction_and_gradients():
-    unet = wake(tiny_svd_unet())
-    controlnet = wake(SpatioTemporalControlNetModel.from_unet(unet))
+    unet = perturb(tiny_svd_unet())
+    controlnet = perturb(SpatioTemporalControlNetModel.from_unet(unet))
     features = torch.randn(6, 32, 8, 12, generator=torch.Generator().manual_seed(3))
 
     def run(unet, controlnet, dtype):
@@ -157,13 +157,13 @@ def test_weights_names_hooks_and_files_do_not_change(tmp_path):
     assert calls == [1]
     unet.save_pretrained(tmp_path)
     read = UNetSpatioTemporalConditionModel.from_pretrained(tmp_path)
-    assert plain_temporal_convolutions(read), "what is loaded is diffusers' own until it is folded"
+    assert plain_temporal_convolutions(read), "loaded convolutions are diffusers' own until they are folded"
     assert all(torch.equal(weight, before[name]) for name, weight in read.state_dict().items())
 
 
 @pytest.mark.parametrize("order", ["fold first", "turn first"])
-def test_it_goes_with_channels_innermost(order):
-    unet = wake(tiny_svd_unet())
+def test_folded_convolutions_work_with_channels_innermost(order):
+    unet = perturb(tiny_svd_unet())
     expected = run_svd_unet(unet, **tiny_svd_inputs())
     steps = (fold_temporal_convolutions, use_channels_last)
     for step in steps if order == "fold first" else reversed(steps):

@@ -1,4 +1,4 @@
-"""Exactly the right parameters train in each step, and what is frozen costs nothing."""
+"""Exactly the right parameters train in each step, and frozen ones keep no inputs for gradients."""
 
 import pytest
 import torch
@@ -173,7 +173,7 @@ def test_three_steps_of_stage_1_move_each_trainable_parameter_and_nothing_else(t
     recipe = tiny_stage1_recipe(train)
     objective = stage_of(recipe).build()
     names = stage_of(recipe).set_trainable(objective)
-    # three, because zero-initialised projections hide the gradients of what lies before them at first
+    # three, because zero-initialised projections at first block the gradients of the layers before them
     moved, _ = optimize(objective, tiny_clip_batch(num_frames=recipe.data.num_frames), steps=3)
     assert moved == set(names)
     assert all((parameter.grad is None) != (name in names) for name, parameter in objective.named_parameters())
@@ -184,7 +184,7 @@ def test_four_steps_of_stage_2_move_each_trainable_parameter_and_nothing_else(un
     recipe = tiny_stage2_recipe({"model.unfreeze": unfreeze})
     objective = stage_of(recipe).build()
     names = stage_of(recipe).set_trainable(objective)
-    # four: ControlNet's zero convolutions, the controller's, its attention's output, then what lies before that
+    # four: ControlNet's zero convolutions, the controller's, its attention's output, then the layers before that
     moved, _ = optimize(objective, tiny_clip_batch(), steps=4)
     assert moved == set(names)
     assert all((parameter.grad is None) != (name in names) for name, parameter in objective.named_parameters())
@@ -231,16 +231,16 @@ def test_frozen_parameters_save_no_input_for_a_weight_gradient(frozen):
     if not frozen:
         objective.unet.requires_grad_(True)
     inputs, saved = record_saved_inputs(objective, tiny_clip_batch())
-    # the same question asked of unfrozen parameters shows that the recording would notice
+    # with unfrozen parameters the same recording finds the tensors
     assert inputs
     assert {place in saved for place in inputs.values()} == {not frozen}
 
 
 def record_saved_inputs(objective: nn.Module, batch: object) -> tuple[dict[str, int], set[int]]:
-    """Where the inputs of layers on the gradient's path lie, by layer, and where all saved tensors lie.
+    """Addresses of the inputs of layers on the path of the gradient, by layer, and of all saved tensors.
 
-    Layers whose input another operation keeps for itself are left out: attention its output, a norm what it shares with
-    the shortcut beside it.
+    Layers whose input another operation saves are left out: attention saves its output, and a norm shares its input
+    with the shortcut beside it.
     """
     inputs: dict[str, int] = {}
     kept: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""Windows longer than what the temporal layers were trained on are refused (stage 1) or warned of (stage 2)."""
+"""Windows longer than those of the training of temporal layers are refused (stage 1) or give a warning (stage 2)."""
 
 import json
 import logging
@@ -45,8 +45,8 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def forget_trained_frames(export: Path, network: str) -> None:
-    """Makes an export one of before the number was kept."""
+def remove_trained_frames(export: Path, network: str) -> None:
+    """Changes an export to one of an earlier version, without the number."""
     path = export / network / "config.json"
     values = json.loads(path.read_text())
     assert values.pop("trained_frames") == 4
@@ -70,21 +70,21 @@ def animate_recipe(exports: Path, *, geometry_frames: int = 4, animation_frames:
     )
 
 
-def test_the_configs_say_how_many_frames_were_trained_and_an_export_keeps_it(exports):
+def test_the_configs_contain_the_number_of_trained_frames_and_an_export_keeps_it(exports):
     geometry = GeometryPipeline.from_pretrained(exports / "stage1")
     animation = AnimationPipeline.from_pretrained(exports / "stage2")
     assert geometry.unet.config.trained_frames == animation.controlnet.config.trained_frames == 4
 
 
 @pytest.mark.parametrize("train", ["domains", "geometry"])
-def test_where_no_temporal_attention_trains_any_window_will_do(train):
+def test_without_trained_temporal_attention_any_window_is_accepted(train):
     pipeline = stage_of(tiny_stage1_recipe(train)).build().make_pipeline()
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.unet.config.trained_frames is None
     assert pipeline(IMAGE, poses(9), window_frames=9, **ONE_STEP).normals.shape[1] == 9
 
 
-def test_stage_1_refuses_longer_windows_and_takes_longer_clips():
+def test_stage_1_refuses_longer_windows_and_accepts_longer_clips():
     pipeline = trained(1, 4)
     with pytest.raises(ValueError, match=r"windows of 5 frames .* the 4 \(data.num_frames\).*lower window_frames to 4"):
         pipeline(IMAGE, poses(5), window_frames=16, **ONE_STEP)
@@ -92,7 +92,7 @@ def test_stage_1_refuses_longer_windows_and_takes_longer_clips():
     assert pipeline(IMAGE, poses(9), window_frames=4, window_overlap=1, **ONE_STEP).normals.shape[1] == 9
 
 
-def test_stage_2_warns_of_longer_windows_and_names_what_svd_was_made_for():
+def test_stage_2_warns_of_longer_windows_and_names_the_frames_of_svd():
     pipeline = trained(2, 2)
     with pytest.warns(UserWarning, match=r"window_frames 3 .* the 2 frames \(data.num_frames\).*SVD was made for 4"):
         pipeline(IMAGE, poses(3), window_frames=3, window_overlap=1, **ONE_STEP)
@@ -112,18 +112,18 @@ def test_animate_refuses_or_warns_before_it_begins(exports, tmp_path, caplog):
     assert text.startswith("animation.window_frames 6 is more than the 4 frames (data.num_frames)")
 
 
-def test_older_exports_load_and_what_is_unknown_is_said(exports, tmp_path, caplog):
+def test_older_exports_load_and_unknown_numbers_of_frames_are_reported(exports, tmp_path, caplog):
     caplog.set_level(logging.WARNING, "dreamdance")
     for stage, network in ((1, "unet"), (2, "controlnet")):
         trained(stage, 4).save_pretrained(tmp_path / f"stage{stage}")
-        forget_trained_frames(tmp_path / f"stage{stage}", network)
+        remove_trained_frames(tmp_path / f"stage{stage}", network)
     stages = load_stages(animate_recipe(tmp_path, geometry_frames=6), tmp_path, torch.device("cpu"))
     assert stages.geometry.unet.config.trained_frames is None
     assert [text.split()[0] for text in caplog.messages] == ["animation_from:", "geometry_from:"]
     assert "geometry.window_frames 6 is at most data.num_frames" in caplog.messages[1]
 
 
-def test_a_controlnet_has_its_unets_config_beside_the_trained_frames():
+def test_a_controlnet_has_the_config_of_its_unet_and_the_number_of_trained_frames():
     objective = stage_of(tiny_stage2_recipe()).build()
     own, base = dict(objective.controlnet.config), dict(objective.unet.config)
     assert own.pop("trained_frames") == 4

@@ -1,4 +1,4 @@
-"""The plan: counts are those of the real networks, memory follows sharding, the rehearsal equals a real step."""
+"""The plan: counts equal those of the real networks, memory follows sharding, the rehearsal equals a real step."""
 
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def test_without_weights_the_full_size_is_counted_from_the_published_configurati
 
 
 class _Tracker(MemTracker):
-    """torch's own count of memory, without its statistics of each module: their hooks take no frozen weights."""
+    """torch's own count of memory, without its statistics by module, whose hooks do not accept frozen weights."""
 
     def _track_module_params_and_buffers(self, module, install_grad_hooks=True):
         return super()._track_module_params_and_buffers(module, install_grad_hooks=False)
@@ -73,7 +73,7 @@ class _Tracker(MemTracker):
 
 
 def peak_beside_weights(recipe):
-    """The rehearsal's peak as torch counts it: all that is alive at once, without parameters and buffers."""
+    """The peak of the rehearsal in torch's count: all tensors that exist at once, without parameters and buffers."""
     objective = built(recipe, "meta").to(torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
     objective.training = False
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -99,12 +99,12 @@ def peak_beside_weights(recipe):
     ],
     ids=["stage 1", "stage 2"],
 )
-def test_planned_activations_are_what_torch_s_own_tracker_counts_beside_the_weights(recipe):
+def test_planned_activations_equal_the_count_of_torch_s_tracker_without_weights(recipe):
     assert activations(recipe) == peak_beside_weights(recipe)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_planned_weights_are_what_the_networks_weigh(precision):
+def test_planned_weights_equal_the_bytes_of_the_networks(precision):
     recipe = tiny_stage2_recipe({"precision": precision})
     objective = built(recipe, "cpu").to(torch.bfloat16 if precision == "bf16" else torch.float32)
     planned = {part.name: part.num_bytes for part in make_plan(stage_of(recipe)).memory}
@@ -112,7 +112,7 @@ def test_planned_weights_are_what_the_networks_weigh(precision):
 
 
 @pytest.mark.slow
-def test_a_rehearsed_step_takes_the_memory_of_a_real_one():
+def test_a_rehearsed_step_needs_the_memory_of_a_real_one():
     recipe = demo("stage1_geometry")
     objective = built(recipe, "cpu")
     objective.training = False
@@ -132,7 +132,7 @@ def test_a_rehearsed_step_takes_the_memory_of_a_real_one():
 
 
 @pytest.mark.slow
-def test_a_larger_micro_batch_takes_more_and_checkpointing_less():
+def test_a_larger_micro_batch_needs_more_memory_and_checkpointing_less():
     small = activations(demo("stage2"))
     assert activations(demo("stage2", "batch_size=4", "micro_batch_size=2")) > 1.7 * small
     assert activations(demo("stage2", "sharding.gradient_checkpointing=true")) < small
@@ -144,11 +144,11 @@ def test_a_frozen_base_keeps_fewer_activations_than_a_trained_one():
 
 
 @pytest.mark.slow
-def test_half_precision_takes_less_activations():
+def test_half_precision_needs_less_memory_for_activations():
     assert activations(demo("stage1_domains", "precision=bf16")) < 0.7 * activations(demo("stage1_domains"))
 
 
-def test_sharding_divides_what_it_says_by_the_number_of_processes():
+def test_sharding_divides_the_sharded_memory_by_the_number_of_processes():
     one, two = (states(demo("stage1_domains", f"cluster.tasks_per_node={size}")) for size in (1, 2))
     for name in ("gradients", "fp32 masters and Adam", "moving average"):
         assert two[name] == one[name] / 2
@@ -187,6 +187,6 @@ def test_the_description_adds_up_and_compares_with_the_gpu(tmp_path, monkeypatch
     assert "fits in the 80 GiB of the GPUs here" in text
 
 
-def test_the_verdict_names_what_to_change_where_the_memory_is_too_small():
+def test_the_verdict_names_the_keys_to_change_if_the_memory_is_too_small():
     assert "MORE than the 24 GiB of the GPUs here; lower micro_batch_size" in verdict(25.0, 24.0)
     assert "no GPU here to compare with" in verdict(25.0, None)

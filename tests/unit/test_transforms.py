@@ -105,7 +105,7 @@ def test_passing_through_a_smaller_size_loses_detail_but_no_size(clip: ClipFrame
     assert (lengths(pass_through(clip.maps["normal"], 24, 16)) < 0.9).any()  # as colours they would not be
 
 
-def test_passing_through_the_own_size_changes_nothing(clip: ClipFrames) -> None:
+def test_passing_through_the_same_size_changes_nothing(clip: ClipFrames) -> None:
     assert torch.equal(pass_through(clip.maps["rgb"], 96, 64), clip.maps["rgb"])
 
 
@@ -133,7 +133,7 @@ def test_a_flipped_clip_swaps_left_and_right_key_points_and_redraws_the_pose(cli
     torch.testing.assert_close(flipped.keypoints[:, LEFT_HAND, 0], 1 - clip.keypoints[:, RIGHT_HAND, 0])
     redrawn = draw_poses(flip_keypoints(clip.keypoints.numpy()), width=64, height=96)
     assert torch.equal(flipped.maps["pose"], pictures_to_tensor(redrawn))
-    # Merely mirroring the old drawing would leave the colours of left and right in the wrong places.
+    # Mirroring only the old drawing would leave the colours of left and right in the wrong places.
     assert (flipped.maps["pose"] - flip_images(clip.maps["pose"])).abs().max() > 0.3
 
 
@@ -145,10 +145,10 @@ def test_flipping_a_clip_twice_gives_it_back(clip: ClipFrames) -> None:
     torch.testing.assert_close(twice.keypoints, clip.keypoints)
     assert (
         (twice.maps["pose"] - clip.maps["pose"]).abs() > 0.1
-    ).float().mean() < 1e-3  # points may round to the other side once
+    ).float().mean() < 1e-3  # a point may round to the other side
 
 
-def test_a_mirrored_dancer_is_what_a_mirrored_world_would_show(clip: ClipFrames) -> None:
+def test_a_mirrored_dancer_equals_a_dancer_in_a_mirrored_world(clip: ClipFrames) -> None:
     """The flipped normals are those of the flipped depth: geometry stays consistent, not only pictures."""
     flipped = flip_clip(clip)
     normals = decode_normals(flipped.maps["normal"])
@@ -172,7 +172,7 @@ def test_a_clip_that_has_only_a_drawing_is_not_flipped(clip: ClipFrames) -> None
         flip_clip(ClipFrames(clip.maps))
 
 
-def test_pictures_survive_the_way_to_tensors_and_back() -> None:
+def test_pictures_are_the_same_after_conversion_to_tensors_and_back() -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (2, 4, 6, 3), dtype=np.uint8)
     tensor = pictures_to_tensor(pictures)
     assert tensor.shape == (2, 3, 4, 6)

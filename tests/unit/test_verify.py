@@ -1,4 +1,4 @@
-"""Damaged, missing, foreign and hostile shards: always an error that names the file, never a short epoch or a hang."""
+"""Damaged, missing, foreign and hostile shards give an error that names the file, never a short epoch or a hang."""
 
 import importlib.util
 import json
@@ -45,7 +45,7 @@ def folder(sound, tmp_path) -> Path:
 
 
 def stored_file(folder: Path) -> Path:
-    """The second shard, in the form in which the folder holds it."""
+    """The second shard, in the stored form of the folder."""
     (path,) = folder.glob(f"{SECOND}*")
     return path
 
@@ -77,7 +77,7 @@ def test_sound_shards_pass(folder, how):
 
 
 def test_each_shard_is_announced_before_it_is_checked(folder):
-    """Hashing a large set takes hours; a watchdog must see that it gets on."""
+    """Hashing a large set takes hours; a watchdog must see its progress."""
     seen: list[str] = []
     open_shards(Shards(local=str(folder)), how="hash", before_shard=seen.append)
     assert seen == [f"the sizes of 3 shards in {folder}", *(f"shard {number} of 3 in {folder}" for number in (1, 2, 3))]
@@ -123,13 +123,13 @@ def test_damage_after_the_check_stops_the_loader_with_the_shards_name(folder, da
     order = ClipOrder(clips.index.samples_per_shard, batch_size=4, seed=1)
     loader = ClipLoader(clips, order, micro_batch_size=4, ranks=Ranks(), num_workers=num_workers, timeout_seconds=60)
     start = time.monotonic()
-    with pytest.raises(ShardError, match=SECOND) as told:
+    with pytest.raises(ShardError, match=SECOND) as raised:
         list(islice(loader, 9))
     record_fault(
         f"shard damaged while it is trained on: {damage.__name__}",
         how=f"after the check at the start, with {num_workers} workers",
         promised="an error that names the shard, no hang and no short epoch",
-        happened=str(told.value),
+        happened=str(raised.value),
         detected_seconds=time.monotonic() - start,
     )
 
@@ -139,14 +139,14 @@ def test_damage_after_the_check_stops_the_loader_with_the_shards_name(folder, da
 def test_a_damaged_remote_shard_is_an_error_that_names_it(folder, tmp_path, damage, num_workers):
     damage(stored_file(folder))
     start = time.monotonic()
-    with pytest.raises(ShardError, match=SECOND) as told:
+    with pytest.raises(ShardError, match=SECOND) as raised:
         read_epochs(Shards(local=str(tmp_path / "cache"), remote=str(folder)), num_workers=num_workers)
     assert not (tmp_path / "cache" / SECOND).exists()
     record_fault(
         f"remote shard damaged: {damage.__name__}",
         how=f"before it is fetched, with {num_workers} workers",
         promised="an error that names the shard; it does not enter the cache",
-        happened=str(told.value),
+        happened=str(raised.value),
         detected_seconds=time.monotonic() - start,
     )
 
@@ -171,7 +171,7 @@ def test_a_damaged_download_is_removed_with_a_warning_and_fetched_again(folder, 
     assert [clip["clip_id"] for clip in clips] == [f"clip_{number:04d}" for number in range(12)]
 
 
-def test_what_was_unpacked_from_a_sound_shard_is_made_anew_when_damaged(tmp_path):
+def test_a_damaged_unpacked_file_is_unpacked_again_from_its_sound_shard(tmp_path):
     write_random_shards(tmp_path / "shards", compression="zstd")
     shards = Shards(local=str(tmp_path / "shards"))
     list(StoredClips(shards))
@@ -262,11 +262,11 @@ HOSTILE = [
 
 @pytest.mark.parametrize(("edit", "message"), HOSTILE)
 @pytest.mark.parametrize("remote", [False, True])
-def test_an_index_is_not_trusted(folder, tmp_path, edit, message, remote):
+def test_the_contents_of_an_index_are_checked(folder, tmp_path, edit, message, remote):
     edit_index(folder, edit)
     before = {path for path in tmp_path.rglob("*") if "shards" not in path.parts}
     shards = Shards(local=str(tmp_path / "cache"), remote=str(folder)) if remote else Shards(local=str(folder))
-    with pytest.raises(ShardError, match=message) as told:
+    with pytest.raises(ShardError, match=message) as raised:
         StoredClips(shards)
     written = {path for path in tmp_path.rglob("*") if "shards" not in path.parts} - before
     assert {path.name for path in written} <= {"cache", ".index.json.lock"}  # nothing but the lock, nothing outside
@@ -274,7 +274,7 @@ def test_an_index_is_not_trusted(folder, tmp_path, edit, message, remote):
         "hostile index of shards",
         how="of a remote folder" if remote else "of a local folder",
         promised="refused before anything is written outside the local folder",
-        happened=str(told.value).replace(str(tmp_path), "..."),
+        happened=str(raised.value).replace(str(tmp_path), "..."),
     )
 
 
@@ -344,7 +344,7 @@ def test_the_announced_size_of_a_compressed_file_is_read_from_its_header(size, f
     assert zstd_content_size(zstd.compress(content)) == size
 
 
-def test_what_is_no_whole_single_frame_announces_no_size():
+def test_content_that_is_no_whole_single_frame_announces_no_size():
     frame = zstd.compress(os.urandom(1000))
     assert zstd_content_size(frame + frame) is None
     assert zstd_content_size(frame[:-1]) is None
@@ -365,7 +365,7 @@ def load_command() -> ModuleType:
     return module
 
 
-def test_the_command_says_what_a_folder_holds_or_which_file_is_bad(folder, capsys):
+def test_the_command_describes_a_folder_or_names_the_bad_file(folder, capsys):
     command = load_command()
     assert command.main([str(folder), "--decode"]) == 0
     assert capsys.readouterr().out == f"{folder}: 12 clips in 3 shards are valid, 72 frames decoded\n"

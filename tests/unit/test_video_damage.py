@@ -1,4 +1,4 @@
-"""Damaged files: no frame that is wrong is handed on, where the decoder can know, and no sound file is refused."""
+"""Damaged videos: no wrong frame is returned if the decoder can detect it, and no sound file is refused."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def packets(path: Path) -> list[tuple[int, int]]:
         return [(int(packet.pos or 0), packet.size) for packet in container.demux(video=0) if packet.size]
 
 
-def strike(path: Path, number: int, *, num_bytes: int) -> None:
+def damage_packet(path: Path, number: int, *, num_bytes: int) -> None:
     """Changes bytes in the second half of packet `number`."""
     place, size = packets(path)[number]
     content = bytearray(path.read_bytes())
@@ -50,13 +50,13 @@ def write_clip(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["h264", "own h264", "hevc with hashes", "mpeg4", "avi", "ffv1"])
-def test_no_frame_with_damage_is_handed_on_alone_or_in_its_turn(tmp_path, kind):
+def test_no_damaged_frame_is_returned_alone_or_in_sequence(tmp_path, kind):
     path = write_clip(tmp_path, kind)
     truth = read_frames(path).astype(int)
     content = path.read_bytes()
-    for struck in (0, 1, 13, 22):
+    for packet in (0, 1, 13, 22):
         path.write_bytes(content)
-        strike(path, struck, num_bytes=6)
+        damage_packet(path, packet, num_bytes=6)
         given = []
         with pytest.raises(VideoError, match=rf"{path.name}: frame \d+ of 30 cannot be decoded: the file is damaged"):
             given.extend(iterate_frames(probe_video(path)))
@@ -72,7 +72,7 @@ def test_no_frame_with_damage_is_handed_on_alone_or_in_its_turn(tmp_path, kind):
                 refused += 1
             else:
                 assert np.abs(alone - truth[number]).max() <= 24
-        assert refused < NUM_FRAMES // 3 or kind == "own h264"  # the groups of frames that nothing happened to are read
+        assert refused < NUM_FRAMES // 3 or kind == "own h264"  # the undamaged groups of frames are read
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_no_frame_with_damage_is_handed_on_alone_or_in_its_turn(tmp_path, kind):
     ],
 )
 @pytest.mark.parametrize("share", [0.4, 0.9])
-def test_a_file_that_ends_early_is_refused_not_taken_for_a_shorter_one(tmp_path, name, options, share):
+def test_a_file_that_ends_early_is_refused_and_not_read_as_a_shorter_one(tmp_path, name, options, share):
     require_ffmpeg()
     path = write_by_ffmpeg(tmp_path / name, known_frames(NUM_FRAMES), options)
     assert probe_video(path).num_frames == NUM_FRAMES
@@ -96,7 +96,7 @@ def test_a_file_that_ends_early_is_refused_not_taken_for_a_shorter_one(tmp_path,
         probe_video(path)
 
 
-def test_matroska_written_to_a_pipe_says_no_length_and_is_read(tmp_path):
+def test_matroska_without_a_length_as_written_to_a_pipe_is_read(tmp_path):
     require_ffmpeg()
     whole = write_by_ffmpeg(tmp_path / "whole.mkv", known_frames(4), X264)
     (tmp_path / "clip.mkv").write_bytes(run_ffmpeg(["-i", str(whole), "-c", "copy", "-f", "matroska", "pipe:1"]))

@@ -1,4 +1,4 @@
-"""Videos are read, and written, as players show them: upright, with square pixels, in the right colours."""
+"""Videos are read and written as players show them: upright, with square pixels, in the right colours."""
 
 import logging
 import os
@@ -45,7 +45,7 @@ def ffmpeg() -> None:
 
 
 def write_matrix(path: Path, matrix: tuple[float, float, float, float]) -> None:
-    """Writes a display matrix into the track header of an mp4, as phones do."""
+    """Writes a display matrix into the track header of an mp4, like phones."""
     content = bytearray(path.read_bytes())
     start = content.index(b"tkhd") + 4 + 40  # version 0: the matrix follows 40 bytes of other fields
     a, b, c, d = (round(entry * (1 << 16)) for entry in matrix)
@@ -66,7 +66,7 @@ def test_every_display_matrix_is_applied_whole(tmp_path, turn):
     assert (video.height, video.width) == shown.shape[1:3]
 
 
-def test_a_turn_by_other_than_quarters_is_refused_with_the_cure(tmp_path):
+def test_a_rotation_by_other_than_quarter_turns_is_refused_with_the_command_to_run(tmp_path):
     path = write_by_ffmpeg(tmp_path / "phone.mp4", known_frames(1), f"{X264} -pix_fmt yuv420p")
     write_matrix(path, (0.5**0.5, 0.5**0.5, -(0.5**0.5), 0.5**0.5))
     with pytest.raises(VideoError, match=r"phone\.mp4 has a rotation tag of 45 degrees.*ffmpeg -i"):
@@ -100,7 +100,7 @@ def test_pixels_so_oblong_that_frames_become_huge_are_refused(tmp_path, monkeypa
 
 
 def join(first: Path, second: Path, path: Path) -> None:
-    """One after the other in one stream, as a call whose picture grows is recorded."""
+    """Joins frames of different sizes in one stream, like a recorded call whose picture grows."""
     raw = [
         run_ffmpeg(["-i", str(part), "-c", "copy", "-bsf:v", "h264_mp4toannexb", "-f", "h264", "-"])
         for part in (first, second)
@@ -108,7 +108,7 @@ def join(first: Path, second: Path, path: Path) -> None:
     run_ffmpeg(["-f", "h264", "-r", "10", "-i", "-", "-c", "copy", str(path)], b"".join(raw))
 
 
-def test_a_size_that_changes_on_the_way_is_brought_to_the_first_and_another_aspect_refused(tmp_path):
+def test_frames_of_a_changed_size_are_resized_to_the_first_and_another_aspect_is_refused(tmp_path):
     options = f"{X264} -bf 0 -pix_fmt yuv420p"
     first = write_by_ffmpeg(tmp_path / "first.mp4", known_frames(10), options)
     small = write_by_ffmpeg(tmp_path / "small.mp4", known_frames(20, 32, 48)[10:], options)
@@ -141,7 +141,7 @@ COLOURS = {
 
 
 @pytest.mark.parametrize("kind", COLOURS)
-def test_colours_follow_the_tags_and_without_them_what_ffmpeg_takes(tmp_path, kind):
+def test_colours_follow_the_tags_and_without_tags_the_defaults_of_ffmpeg(tmp_path, kind):
     path = write_by_ffmpeg(tmp_path / "clip.mp4", known_frames(2), f"{COLOURS[kind]} {X264}")
     frames = read_frames(path)
     reference = decode_by_ffmpeg(path, width=WIDTH, height=HEIGHT)
@@ -174,7 +174,7 @@ def test_colours_that_ffmpegs_scaler_does_not_know_are_refused(tmp_path):
         probe_video(path)
 
 
-def test_the_cover_picture_of_a_video_is_not_taken_for_it(tmp_path):
+def test_the_cover_picture_of_a_video_is_not_read_as_the_video(tmp_path):
     video = write_by_ffmpeg(tmp_path / "clip.mp4", known_frames(5), f"{X264} -pix_fmt yuv420p")
     cover = write_by_ffmpeg(tmp_path / "cover.png", known_frames(1, 200, 200), "-frames:v 1")
     both = tmp_path / "both.mp4"
@@ -185,7 +185,7 @@ def test_the_cover_picture_of_a_video_is_not_taken_for_it(tmp_path):
 
 @pytest.mark.parametrize("primaries", ["bt2020", "smpte432"])
 def test_wider_gamuts_are_converted(tmp_path, primaries):
-    """Against zimg, which takes BT.709's curve for that of screens as well."""
+    """Compared with zimg, which also uses BT.709's curve as that of screens."""
     tags = f"-colorspace bt709 -color_primaries {primaries} -color_trc bt709 -color_range tv"
     muted = (known_frames(2) // 2 + 60).astype(np.uint8)  # colours that BT.709 can show
     options = f"-vf scale=out_color_matrix=bt709 -pix_fmt yuv444p {X264} {tags}"
@@ -195,11 +195,11 @@ def test_wider_gamuts_are_converted(tmp_path, primaries):
     reference = decode_by_ffmpeg(path, width=WIDTH, height=HEIGHT, filters=filters)
     stored = decode_by_ffmpeg(path, width=WIDTH, height=HEIGHT, filters=to_rgb)
     frames = read_frames(path)
-    assert np.abs(stored.astype(int) - reference).max() > 20  # not converting would show
+    assert np.abs(stored.astype(int) - reference).max() > 20  # a missing conversion would be visible
     assert np.abs(frames.astype(int) - reference).max() <= 3
 
 
-def test_interlaced_videos_are_named_once_with_the_cure(tmp_path, caplog):
+def test_interlaced_videos_are_named_once_with_the_command_to_run(tmp_path, caplog):
     options = f"{X264} -pix_fmt yuv420p -flags +ildct+ilme -x264-params tff=1"
     path = write_by_ffmpeg(tmp_path / "tv.mp4", known_frames(4), options)
     with caplog.at_level(logging.WARNING):
@@ -221,7 +221,7 @@ def test_interlaced_videos_are_named_once_with_the_cure(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(("width", "height"), [(64, 96), (1280, 720)])
-def test_written_videos_are_tagged_and_show_the_right_colours_to_whoever_follows_the_tags(tmp_path, width, height):
+def test_written_videos_have_tags_that_give_the_right_colours(tmp_path, width, height):
     path = tmp_path / "clip.mp4"
     write_video(path, known_frames(2, width, height), fps=10)
     stream = describe_stream(path)

@@ -1,4 +1,4 @@
-"""Every name that a video may have gives an id that `animate` takes, and no two give one."""
+"""Every name of a video gives an id that `animate` accepts, and no two names give the same."""
 
 import pytest
 
@@ -22,11 +22,11 @@ OTHERS = [
 OTHERS += ["a\nb", "a\u2028b", "..", "-", " ", "a/b".replace("/", "\u2215"), "café №5", "failures.json ", "\udcff"]
 
 
-def test_a_name_that_animate_takes_is_its_own_id():
+def test_a_name_that_animate_accepts_is_its_own_id():
     assert video_ids(FINE) == {name: name for name in FINE}
 
 
-def test_every_other_name_gives_an_id_of_its_own_that_animate_takes():
+def test_every_other_name_gives_a_unique_id_that_animate_accepts():
     ids = video_ids([*FINE, *OTHERS])
     assert all(ID_PATTERN.fullmatch(f"{name}.validation.000000") for name in ids.values())
     assert len({name.casefold() for name in ids.values()}) == len(FINE) + len(OTHERS)

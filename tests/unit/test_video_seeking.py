@@ -1,4 +1,4 @@
-"""Frame k of a video is the same alone and in its turn, and it is the one that ffmpeg decodes, in every container."""
+"""Frame k of a video is the same alone and in sequence, and equals the one that ffmpeg decodes, in all containers."""
 
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def assert_frames_are_right(path: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_frame_is_the_same_alone_and_in_its_turn_and_the_one_ffmpeg_decodes(tmp_path, kind):
+def test_a_frame_read_alone_equals_the_one_read_in_sequence_and_that_of_ffmpeg(tmp_path, kind):
     name, options = KINDS[kind]
     path = write_by_ffmpeg(tmp_path / name, known_frames(NUM_FRAMES), options)
     numbers = counters(assert_frames_are_right(path))
@@ -86,7 +86,7 @@ def test_a_frame_is_the_same_alone_and_in_its_turn_and_the_one_ffmpeg_decodes(tm
     ],
 )
 def test_a_video_cut_out_of_another_is_read_from_its_first_whole_frame(tmp_path, kind, name, seek_first):
-    """What precedes it builds on frames that were cut away: players skip it, and it is no damage."""
+    """The frames before it depend on frames that were cut away: players skip them, and they are no damage."""
     full = write_by_ffmpeg(tmp_path / f"full{Path(name).suffix}", known_frames(NUM_FRAMES), KINDS[kind][1])
     seek, source = ["-ss", "1.25"], ["-i", str(full)]
     run_ffmpeg([*(seek + source if seek_first else source + seek), "-c", "copy", str(tmp_path / name)])
@@ -96,7 +96,7 @@ def test_a_video_cut_out_of_another_is_read_from_its_first_whole_frame(tmp_path,
 
 
 def test_pieces_of_a_long_video_do_not_decode_it_from_its_beginning(tmp_path):
-    """Every start at the beginning would make preparing a video take the square of its length."""
+    """If every read began at the start, preparing a video would take the square of its length."""
     path = write_by_ffmpeg(tmp_path / "clip.mp4", known_frames(NUM_FRAMES), X264)
     content = bytearray(path.read_bytes())
     video = probe_video(path)
@@ -115,7 +115,7 @@ def test_numbers_outside_of_the_video_are_refused(tmp_path):
             next(iterate_frames(video, wanted))
 
 
-def test_a_transport_stream_is_refused_with_what_is_accepted(tmp_path):
+def test_a_transport_stream_is_refused_with_the_accepted_formats(tmp_path):
     path = write_by_ffmpeg(tmp_path / "clip.ts", known_frames(4), X264)
     with pytest.raises(VideoError, match=r"clip\.ts cannot be read: .*mp4, mov, mkv, webm and avi"):
         probe_video(path)

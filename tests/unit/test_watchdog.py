@@ -1,4 +1,4 @@
-"""A process that comes to a stop ends itself and says where; a slow one, or one that was suspended, does not."""
+"""A process that hangs ends itself and shows where; a slow process, or one that was suspended, does not."""
 
 import os
 import signal
@@ -15,14 +15,14 @@ SCRIPT = """
 import sys, time
 from dreamdance.runtime.watchdog import Watchdog
 
-def sit_and_wait(seconds):
+def wait_for_seconds(seconds):
     time.sleep(seconds)
 
 with Watchdog(least_seconds=float(sys.argv[1]), unmeasured_seconds=float(sys.argv[2])) as watchdog:
     for step, seconds in enumerate(map(float, sys.argv[3:])):
         watchdog.enter("training a step", f"step {step}", is_measured=True)
         print("begun", flush=True)
-        sit_and_wait(seconds)
+        wait_for_seconds(seconds)
 print("through", flush=True)
 """
 
@@ -35,38 +35,38 @@ def started(*seconds: float) -> subprocess.Popen:
 def test_a_step_that_hangs_ends_the_process_with_the_stack_of_where_it_hangs():
     started_at = time.monotonic()
     process = started(1, 60, 0.1, 0.1, 600)
-    said, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode == TRY_AGAIN_EXIT_CODE
-    assert "through" not in said
+    assert "through" not in output
     assert "training a step (step 2) has taken over 1 s" in errors
     assert "see cluster.step_timeout_seconds" in errors
-    assert "in sit_and_wait" in errors
+    assert "in wait_for_seconds" in errors
     assert time.monotonic() - started_at < 30
 
 
 def test_a_slow_first_step_and_slow_steps_like_those_before_do_not_end_it():
-    said, errors = started(0.2, 60, 2.0, 2.0, 1.0).communicate(timeout=60)
-    assert said.count("begun") == 3
-    assert "through" in said, errors
+    output, errors = started(0.2, 60, 2.0, 2.0, 1.0).communicate(timeout=60)
+    assert output.count("begun") == 3
+    assert "through" in output, errors
 
 
-def test_a_process_that_was_suspended_as_a_whole_goes_on():
+def test_a_process_that_was_suspended_as_a_whole_continues():
     process = started(4, 4, 1.5)
     assert process.stdout is not None
     process.stdout.readline()
     os.kill(process.pid, signal.SIGSTOP)
     time.sleep(6)
     os.kill(process.pid, signal.SIGCONT)
-    said, errors = process.communicate(timeout=60)
-    assert "through" in said, errors
+    output, errors = process.communicate(timeout=60)
+    assert "through" in output, errors
 
 
 def test_zero_switches_it_off():
-    said, _ = started(0, 0, 1.5).communicate(timeout=60)
-    assert "through" in said
+    output, _ = started(0, 0, 1.5).communicate(timeout=60)
+    assert "through" in output
 
 
-def test_the_limit_follows_what_an_activity_usually_takes(monkeypatch):
+def test_the_limit_follows_the_usual_time_of_an_activity(monkeypatch):
     clock = iter([0.0, 100.0, 140.0, 180.0, 190.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     watchdog = Watchdog(least_seconds=30, unmeasured_seconds=1000)
@@ -77,5 +77,5 @@ def test_the_limit_follows_what_an_activity_usually_takes(monkeypatch):
     assert watchdog.limit_seconds("save") == TOLERANCE * 10
 
 
-def test_the_unmeasured_are_never_given_less_than_the_measured():
+def test_an_unmeasured_activity_never_has_a_shorter_limit_than_a_measured_one():
     assert Watchdog(least_seconds=50, unmeasured_seconds=10).limit_seconds("save") == pytest.approx(50)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes files.tar.xz, which tests/integration/test_older_files.py reads, with the code and the commands of commit 5194bb1:
+# Makes files.tar.xz for tests/integration/test_older_files.py with the code and the commands of commit 5194bb1:
 #   git worktree add --detach OLD 5194bb1
 #   bash tests/integration/older_files/make.sh OLD .venv/bin/python OUT        OUT: a new folder to work in
 set -euo pipefail
@@ -33,10 +33,10 @@ launch domains
 launch geometry &
 launcher=$!
 until [[ -e runs/older_geometry/checkpoints/step_00000004/COMPLETE ]]; do kill -0 $launcher && sleep 0.1; done
-"$python" "$old/launchers/slurm.py" cancel runs/older_geometry # half way: steps 2 and 4 of 12 are saved
+"$python" "$old/launchers/slurm.py" cancel runs/older_geometry # in the middle: steps 2 and 4 of 12 are saved
 wait $launcher || true
 cp -r runs stopped
-launch geometry # what that commit makes of the rest, to compare with
+launch geometry # the rest of the training by that commit, for comparison
 mkdir continued
 mv runs/older_geometry/{logs,exports} continued
 rm -r runs
@@ -45,7 +45,8 @@ launch animation
 launch animate
 launch evaluate
 
-# Left out: stage 2's checkpoint, which is large, texts that name this machine's folders, and what can be unpacked again.
+# Left out: the large checkpoint of stage 2, texts that contain folders of this machine, and files that can be unpacked
+# again.
 rm -r runs/older_animation/checkpoints runs/*/logs/*_log.out continued/logs/earlier continued/logs/*_log.out runs/*/tensorboard
 find data -name "*.mds" -delete -o -name "*.lock" -delete
 XZ_OPT=-9e tar --sort=name --owner=0 --group=0 --numeric-owner --exclude=./recipes -cJf "$here/files.tar.xz" .

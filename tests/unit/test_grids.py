@@ -1,4 +1,4 @@
-"""Grids of pictures: every pixel of every picture is there, enlarged by a whole factor, in its row and column."""
+"""Grids of pictures contain every pixel of every picture, enlarged by a whole factor, in its row and column."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The order of training samples: a pure function of seed and step, whatever the ranks."""
+"""The order of training samples: a pure function of seed and step, for any number of ranks."""
 
 from collections import Counter
 
@@ -36,7 +36,7 @@ def test_an_epoch_holds_every_sample_at_most_once_and_leaves_out_less_than_a_bat
     assert 0 <= clip_order.num_samples - len(samples) < clip_order.batch_size
 
 
-def test_what_an_epoch_leaves_out_differs_from_epoch_to_epoch():
+def test_the_samples_that_an_epoch_leaves_out_differ_between_epochs():
     clip_order = order(samples_per_shard=[29])
     left_out = [
         frozenset(range(29)) - {sample for batch in epoch_of(clip_order, epoch) for sample in batch}
@@ -67,7 +67,7 @@ def test_the_order_depends_on_the_seed_and_the_epoch_and_on_nothing_else():
     assert epoch_of(order(), 1) != epoch_of(order(seed=6), 1)
 
 
-def test_steps_may_be_asked_for_in_any_order():
+def test_steps_can_be_requested_in_any_order():
     forwards, backwards = order(), order()
     steps = range(3 * forwards.batches_per_epoch)
     assert [forwards.batch(step) for step in steps] == [backwards.batch(step) for step in reversed(steps)][::-1]
@@ -86,7 +86,7 @@ def test_a_rank_keeps_to_its_own_shards():
     own = [{key.sample_id // 10 for step in range(100) for key in _share(clip_order, step, rank)} for rank in range(4)]
     for rank, touched in enumerate(own):
         others = set().union(*(other for index, other in enumerate(own) if index != rank))
-        assert len(touched & others) <= 16  # a block of 8 shards may straddle the border to each neighbour
+        assert len(touched & others) <= 16  # a block of 8 shards may cross the border to each neighbour
         assert len(touched) < len(shards) / 3
 
 
@@ -107,7 +107,7 @@ def test_the_number_of_lanes_divides_every_batch():
     assert order(batch_size=7).num_lanes == 1
 
 
-def test_too_few_samples_for_a_batch_are_an_error_that_says_so():
+def test_too_few_samples_for_a_batch_are_a_clear_error():
     with pytest.raises(ShardError, match=r"10 training clips are fewer than one batch of 12.*batch_size"):
         order(samples_per_shard=[4, 6])
 
@@ -126,7 +126,7 @@ def test_a_saved_position_is_the_step():
         ({"num_canonical_nodes": 4}, "num_canonical_nodes"),
     ],
 )
-def test_resuming_with_another_training_set_names_what_changed(change, named):
+def test_resuming_with_another_training_set_names_the_change(change, named):
     with pytest.raises(ShardError, match=named):
         order(**change).resume(order().state_dict(37))
 

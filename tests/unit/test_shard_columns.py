@@ -1,4 +1,4 @@
-"""Bytes of a stored clip: what is packed comes back, and damaged or hostile bytes are named, never trusted."""
+"""Columns of a stored clip: packed values are read back unchanged, and damaged or hostile bytes are refused by name."""
 
 import io
 import struct
@@ -37,7 +37,7 @@ def noise(shape: tuple[int, ...], dtype: type, count: int = 5) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((7, 5, 3), np.uint8), ((7, 5), np.uint16), ((1, 1), np.uint8)])
-def test_packed_frames_come_back_without_loss(shape: tuple[int, ...], dtype: type) -> None:
+def test_packed_frames_are_read_back_without_loss(shape: tuple[int, ...], dtype: type) -> None:
     frames = noise(shape, dtype)
     data = pack_frames(list(frames))
     unpacked = unpack_frames(data)
@@ -48,7 +48,7 @@ def test_packed_frames_come_back_without_loss(shape: tuple[int, ...], dtype: typ
     assert kind.frame_shape == shape
 
 
-def test_chosen_frames_come_back_in_the_order_asked_for() -> None:
+def test_chosen_frames_are_returned_in_the_requested_order() -> None:
     frames = noise((4, 6, 3), np.uint8)
     assert np.array_equal(unpack_frames(pack_frames(list(frames)), [3, 0, 3]), frames[[3, 0, 3]])
     assert unpack_frames(pack_frames(list(frames)), []).shape == (0, 4, 6, 3)
@@ -63,7 +63,7 @@ def test_reading_a_window_does_not_decode_the_other_frames() -> None:
         unpack_frames(bytes(data), where="clip a, rgb")
 
 
-def test_every_single_damaged_byte_is_noticed() -> None:
+def test_every_single_damaged_byte_is_detected() -> None:
     frames = list(noise((3, 4), np.uint16, count=2))
     data = pack_frames(frames)
     for place in range(len(data)):
@@ -73,7 +73,7 @@ def test_every_single_damaged_byte_is_noticed() -> None:
             unpack_frames(bytes(damaged), where="clip a, depth")
 
 
-def test_every_truncation_is_noticed() -> None:
+def test_every_truncation_is_detected() -> None:
     data = pack_frames(list(noise((3, 4), np.uint8, count=2)))
     for length in range(len(data)):
         with pytest.raises(ShardError, match="clip a"):
@@ -82,7 +82,7 @@ def test_every_truncation_is_noticed() -> None:
         unpack_frames(data + b"x", where="clip a, mask")
 
 
-def test_claimed_sizes_are_checked_before_memory_is_taken() -> None:
+def test_claimed_sizes_are_checked_before_memory_is_allocated() -> None:
     def header(height: int, width: int, count: int) -> bytes:
         return struct.pack("<4sBBHIII", b"DDFR", 8, 3, 0, height, width, count) + bytes(64)
 
@@ -134,7 +134,7 @@ def test_frames_that_cannot_be_packed_are_refused(frames: list[np.ndarray]) -> N
         pack_frames(frames)
 
 
-def test_key_points_come_back_exactly() -> None:
+def test_key_points_are_read_back_exactly() -> None:
     keypoints = np.random.default_rng(0).random((3, 128, 3), dtype=np.float32)
     assert np.array_equal(unpack_keypoints(pack_keypoints(keypoints)), keypoints)
 
@@ -187,7 +187,7 @@ def test_disparity_is_bright_where_it_is_near_and_uses_all_sixteen_bits() -> Non
     assert encoded.ravel()[depth.argmin()] == 65535
     assert low == pytest.approx(1 / depth.max(), rel=1e-6)
     assert high == pytest.approx(1 / depth.min(), rel=1e-6)
-    # Half a step of disparity is the largest error, which is most metres where it is far.
+    # Half a step of disparity is the largest error; in metres it is largest for far points.
     step = (high - low) / 65535
     np.testing.assert_allclose(metric_disparity(encoded / 65535, (low, high)), 1 / depth, rtol=0, atol=0.51 * step)
 

@@ -40,7 +40,7 @@ def camera_points(clip: DancerClip) -> np.ndarray:
 
 
 def angles_to_depth_gradient(clip: DancerClip) -> tuple[np.ndarray, np.ndarray]:
-    """Degrees between the clip's normals and its back-projected depth's, and where no edge or jump is near."""
+    """Degrees between the normals of the clip and of its back-projected depth; and a mask without edges and jumps."""
     points = camera_points(clip)
     right = points[:, 1:-1, 2:] - points[:, 1:-1, :-2]
     up = points[:, :-2, 1:-1] - points[:, 2:, 1:-1]
@@ -58,7 +58,7 @@ def test_normals_of_the_body_agree_with_the_gradient_of_depth(clip: DancerClip) 
     angles, smooth = angles_to_depth_gradient(clip)
     body = angles[smooth & clip.mask[:, 1:-1, 1:-1]]
     assert body.size > 20_000
-    # What is left are the creases where parts meet, and the curvature within two pixels.
+    # The rest are the creases where parts meet, and the curvature within two pixels.
     assert np.median(body) < 0.5
     assert np.percentile(body, 90) < 3.0
 
@@ -233,7 +233,7 @@ def test_light_shows_the_shape(clip: DancerClip) -> None:
     normals = clip.normal[clip.mask].astype(float)
     fit, *_ = np.linalg.lstsq(np.c_[normals, np.ones(len(normals))], brightness, rcond=None)
     explained = np.c_[normals, np.ones(len(normals))] @ fit
-    # Cloth differs in colour; still, turning towards the lamp alone explains much of the brightness.
+    # Cloth differs in colour, but the angle to the lamp alone explains much of the brightness.
     assert np.corrcoef(explained, brightness)[0, 1] > 0.4
     assert fit[1] > 0  # the lamp hangs above
 
@@ -250,9 +250,9 @@ def test_people_and_places_vary(small_clips: list[DancerClip]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "height", "wanted"), [(256, 384, 20), (64, 96, 300)])
 def test_rendering_is_fast_enough(width: int, height: int, wanted: int, record_property: object) -> None:
-    """On two cores, one clip each. Measured in this process's own time, so that others on the machine count little.
+    """On two cores, one clip each; measured in CPU time of this process, so that other processes count little.
 
-    Half of the wanted rate is demanded of the one core; a further half is the margin for shared caches and clocks.
+    One core must reach half of the wanted rate; a further half is the margin for shared caches and clocks.
     """
     render_clip(0, num_frames=2, width=width, height=height)
     start, num_frames = time.process_time(), 0

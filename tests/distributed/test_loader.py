@@ -1,4 +1,4 @@
-"""The loader in several real processes: the same batches on any number of ranks and workers, and kills in between."""
+"""The loader in several real processes: the same batches on any number of ranks and workers, also after kills."""
 
 import multiprocessing
 import os
@@ -43,7 +43,7 @@ def open_loader(ranks: Ranks, shards: dict, *, num_workers: int, timeout_seconds
 
 
 def read_steps(ranks: Ranks, *, shards: dict, num_workers: int, first: int = 0, steps: int = NUM_STEPS) -> list:
-    """Sample ids, and a sum over each sample's pictures, of every step."""
+    """For every step: sample ids, and a sum over the pictures of each sample."""
     loader = open_loader(ranks, shards, num_workers=num_workers)
     loader.load_state_dict(loader.order.state_dict(first))
     result = []
@@ -55,7 +55,7 @@ def read_steps(ranks: Ranks, *, shards: dict, num_workers: int, first: int = 0, 
 
 
 def join_ranks(results: list) -> list:
-    """Puts the ranks' shares of every step together again."""
+    """Joins the shares of all ranks for every step."""
     steps = zip(*results, strict=True)
     return [tuple([entry for share in shares for entry in share[part]] for part in (0, 1)) for shares in steps]
 
@@ -77,7 +77,7 @@ def _is_running(pid: int) -> bool:
         return False
 
 
-def read_beside_a_killed_worker(ranks: Ranks, *, shards: dict) -> str:
+def read_with_a_killed_worker(ranks: Ranks, *, shards: dict) -> str:
     loader = open_loader(ranks, shards, num_workers=1)
     steps = iter(loader)
     next(steps)
@@ -89,7 +89,7 @@ def read_beside_a_killed_worker(ranks: Ranks, *, shards: dict) -> str:
             next(steps)
     except ShardError as error:
         return f"{time.monotonic() - killed:.3f} {error}"
-    return "0 nothing was noticed"
+    return "0 no error was raised"
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +120,13 @@ def test_another_number_of_ranks_resumes_at_the_same_sample(remote, tmp_path, ex
     record_fault(
         "another number of ranks in the middle of an epoch",
         how=f"5 steps on 2 ranks, then {NUM_STEPS - 5} on 4",
-        promised="no sample is repeated, left out or augmented otherwise",
-        happened="sample ids and sums over their pictures are those of one rank in one go",
+        promised="no sample is repeated, left out or augmented differently",
+        happened="sample ids and sums over their pictures equal those of one rank without interruption",
         steps_lost=0,
     )
 
 
-def test_ranks_that_were_killed_leave_nothing_that_blocks_the_next_start(remote, tmp_path, expected):
+def test_killed_ranks_do_not_block_the_next_start(remote, tmp_path, expected):
     shards = {"local": str(tmp_path / "cache"), "remote": remote}
     shared_before = set(os.listdir("/dev/shm"))
     log = tmp_path / "log"
@@ -144,7 +144,7 @@ def test_ranks_that_were_killed_leave_nothing_that_blocks_the_next_start(remote,
         assert started.wait() == [-signal.SIGKILL, -signal.SIGKILL]
     deadline = time.monotonic() + 10
     while any(_is_running(pid) for pid in workers):
-        assert time.monotonic() < deadline, "workers outlive the ranks that they read for"
+        assert time.monotonic() < deadline, "workers are still running after their ranks ended"
         time.sleep(0.05)
     start = time.monotonic()
     results = run_ranks(read_steps, 2, tmp_path / "again", shards=shards, num_workers=1)
@@ -156,28 +156,28 @@ def test_ranks_that_were_killed_leave_nothing_that_blocks_the_next_start(remote,
     record_fault(
         "ranks killed while their workers read ahead",
         how="SIGKILL of both ranks, two workers each",
-        promised="workers go too, nothing they left blocks the next start, same samples in the same order",
-        happened="no worker left, no block in shared memory, 8 steps bit-identical on another number of workers",
+        promised="workers end too, nothing blocks the next start, same samples in the same order",
+        happened="no worker and no shared memory left, 8 steps bit-identical on another number of workers",
         resumed_seconds=resumed,
         steps_lost=0,
     )
 
 
 def test_a_killed_worker_is_an_error_and_no_hang(remote, tmp_path):
-    (message,) = run_ranks(read_beside_a_killed_worker, 1, tmp_path / "ranks", shards={"local": remote})
-    seconds, _, told = message.partition(" ")
-    assert "a process that reads data died at step" in told
+    (message,) = run_ranks(read_with_a_killed_worker, 1, tmp_path / "ranks", shards={"local": remote})
+    seconds, _, text = message.partition(" ")
+    assert "a process that reads data died at step" in text
     record_fault(
         "data worker killed",
         how="SIGKILL of a worker that reads ahead",
-        promised="an error that says so within seconds, no hang and no short epoch",
-        happened=told,
+        promised="an error that names it within seconds, no hang and no short epoch",
+        happened=text,
         detected_seconds=float(seconds),
     )
 
 
 class SlowClips(ClipDataset):
-    """The reader waits nearly all of the time."""
+    """The reader waits nearly all the time."""
 
     def training_sample(self, key: SampleKey) -> ClipSample:
         time.sleep(0.2)
@@ -195,8 +195,8 @@ def read_slowly(ranks: Ranks, *, shards: dict, ready: str) -> list[int]:
     return [len(micro_batches) for micro_batches in islice(steps, 10)]
 
 
-def test_a_job_that_was_suspended_for_longer_than_the_time_out_goes_on(remote, tmp_path):
-    """As `scontrol suspend` does it: all of its processes stop, and time that none of them had does not count."""
+def test_a_job_that_was_suspended_for_longer_than_the_time_out_continues(remote, tmp_path):
+    """As with `scontrol suspend`: all processes of the job stop, and the time of the suspension does not count."""
     ready = tmp_path / "ready"
     with StartedRanks(read_slowly, 1, tmp_path / "ranks", shards={"local": remote}, ready=str(ready)) as started:
         deadline = time.monotonic() + 60
@@ -229,12 +229,12 @@ def test_storage_that_hangs_is_an_error_that_names_the_wait(remote):
     start = time.monotonic()
     with pytest.raises(
         ShardError, match=r"no batch arrived for 3 s while waiting for step 0 \(sample .*batch_timeout_seconds"
-    ) as told:
+    ) as raised:
         next(iter(loader))
     record_fault(
         "storage hangs",
-        how="reading a clip does not come back; time-out 3 s",
+        how="reading a clip hangs; time-out 3 s",
         promised="an error that names the step, the shard and the key",
-        happened=str(told.value),
+        happened=str(raised.value),
         detected_seconds=time.monotonic() - start,
     )

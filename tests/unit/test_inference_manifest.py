@@ -1,4 +1,4 @@
-"""The manifest is checked as a whole, and names what it refuses; a driving skeleton is fitted to another body."""
+"""The manifest of `animate` is checked as a whole with all problems named; driving skeletons are fitted to a body."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_an_entry_is_read_with_its_paths_beside_the_manifest(tmp_path):
     assert set(read.files) == {"image", "keypoints", "reference_keypoints"}
 
 
-def test_what_is_left_out_has_defaults_and_blank_lines_are_skipped(tmp_path):
+def test_missing_fields_have_defaults_and_blank_lines_are_skipped(tmp_path):
     path = write(tmp_path, entry(), "", "   ", entry(id="b", keypoints=None, pose="b.mp4"))
     first, second = read_manifest(path, default_seed=5)
     assert (first.seed, first.align, first.fps, first.reference_frame) == (5, False, None, None)
@@ -76,11 +76,11 @@ def test_ids_that_are_no_plain_folder_names_are_refused(tmp_path, bad_id):
 
 @pytest.mark.parametrize("name", ["image", "keypoints", "reference_keypoints"])
 @pytest.mark.parametrize("path", ["", "a\0b", 3, "\ud83d.png"])
-def test_what_cannot_be_a_path_is_refused(tmp_path, name, path):
+def test_a_string_that_cannot_be_a_path_is_refused(tmp_path, name, path):
     text = problems(tmp_path, entry(**{name: path}))
     assert f"{name} {path!r} must be a path" in text
     record_fault(
-        "manifest with what cannot be a path",
+        "manifest with a string that cannot be a path",
         how=f"{name}: {path!r}",
         promised="refused before anything is opened, with line, field and what is accepted",
         happened=text,
@@ -88,7 +88,7 @@ def test_what_cannot_be_a_path_is_refused(tmp_path, name, path):
 
 
 @pytest.mark.parametrize("path", ["../other/a.png", "a/../../b.png", "/data/dance/a.png"])
-def test_a_manifest_is_the_users_own_and_its_paths_lead_where_they_lead(tmp_path, path):
+def test_paths_in_a_manifest_may_lead_anywhere(tmp_path, path):
     (read,) = read_manifest(write(tmp_path, entry(image=path)))
     assert os.path.normpath(read.image) == os.path.normpath(os.path.join(tmp_path, path))
 
@@ -100,14 +100,14 @@ def test_a_byte_order_mark_is_no_part_of_a_manifest(tmp_path):
     assert path.read_bytes().startswith(b"\xef\xbb\xbf")
     assert [read.id for read in read_manifest(path)] == ["a", "b"]
     path.write_bytes(b"".join(line.encode("utf-8-sig") + b"\n" for line in lines))
-    assert [read.id for read in read_manifest(path)] == ["a", "b"], "files that were joined have one mark each"
+    assert [read.id for read in read_manifest(path)] == ["a", "b"], "joined files have one mark each"
     path.write_text("\n".join(lines), encoding="utf-16")
     with pytest.raises(ManifestError, match=r"is not UTF-8 text: .* at byte 0; save it as UTF-8"):
         read_manifest(path)
 
 
 @pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
-def test_what_other_software_takes_for_a_line_end_is_text_in_a_manifest(tmp_path, character):
+def test_only_a_newline_ends_a_line_of_a_manifest(tmp_path, character):
     first = json.dumps(entry(image=f"a{character}b.png"), ensure_ascii=False)
     read = read_manifest(write(tmp_path, first, entry(id="b")))
     assert [(one.line, one.image.name) for one in read] == [(1, f"a{character}b.png"), (2, "a.png")]
@@ -140,7 +140,7 @@ def test_a_control_character_in_a_string_is_one_problem_of_one_line(tmp_path, ch
         ({"reference_frame": -1}, "reference_frame -1"),
     ],
 )
-def test_a_wrong_value_is_named_with_what_is_accepted(tmp_path, line, named):
+def test_a_wrong_value_is_named_with_the_accepted_values(tmp_path, line, named):
     text = problems(tmp_path, entry(**line))
     assert named in text
     assert "manifest.jsonl:1:" in text
@@ -204,12 +204,12 @@ def test_a_sequence_is_fitted_exactly_to_the_same_body_at_another_scale_and_plac
     np.testing.assert_allclose(align_keypoints(driving, reference), reference.keypoints, atol=1e-6)
 
 
-def test_a_person_that_fits_already_is_left_where_it_is():
+def test_a_skeleton_that_fits_already_does_not_move():
     driving = person()
     np.testing.assert_allclose(align_keypoints(driving, driving), driving.keypoints, atol=1e-6)
 
 
-def test_movement_survives_and_does_not_shrink_the_scale():
+def test_movement_is_kept_and_does_not_reduce_the_scale():
     driving = person()
     bouncing = driving.keypoints.copy()
     bounce = 0.1 * np.sin(np.linspace(0, 2 * np.pi, len(bouncing), endpoint=False)).astype(np.float32)
@@ -218,7 +218,7 @@ def test_movement_survives_and_does_not_shrink_the_scale():
     np.testing.assert_allclose(aligned[:, 1, 1] - aligned[:, 1, 1].mean(), 0.5 * bounce, atol=1e-6)
 
 
-def test_points_that_are_not_seen_do_not_count():
+def test_invisible_points_do_not_count():
     driving = person()
     reference = moved(driving, 0.6, (35.0, 80.0), (256, 384))
     broken = reference.keypoints.copy()

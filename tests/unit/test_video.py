@@ -15,7 +15,7 @@ from dreamdance.media.video import VideoError, iterate_frames, probe_video, read
 
 
 def numbered_frames(num_frames: int = 40, height: int = 32, width: int = 48) -> np.ndarray:
-    """Frames whose grey value says which they are, and whose left half is darker than the right."""
+    """Frames whose grey value is their number, and whose left half is darker than the right."""
     frames = np.zeros((num_frames, height, width, 3), np.uint8)
     frames += (40 + 4 * np.arange(num_frames, dtype=np.uint8))[:, None, None, None]
     frames[:, :, : width // 2] -= 20
@@ -48,7 +48,7 @@ def write_with_stamps(path: Path, frames: np.ndarray, stamps: list[int]) -> None
 
 
 def rotate_header(path: Path, quarter_turns: int) -> None:
-    """Writes a rotation into the track header of an mp4, as phones do."""
+    """Writes a rotation into the track header of an mp4, like phones."""
     content = bytearray(path.read_bytes())
     cosine, sine = [(1, 0), (0, 1), (-1, 0), (0, -1)][quarter_turns]
     start = content.index(b"tkhd") + 4 + 40  # version 0: the matrix follows 40 bytes of other fields
@@ -94,7 +94,7 @@ def test_frames_are_decoded_one_at_a_time_in_the_order_of_the_video(video):
     assert list(iterate_frames(info, [])) == []
 
 
-def test_the_frames_of_a_constant_rate_are_taken_as_they_come(video):
+def test_frames_of_a_constant_rate_are_read_one_by_one(video):
     assert probe_video(video).constant_rate_frames() == list(range(40))
 
 
@@ -109,7 +109,7 @@ def test_a_varying_rate_is_evened_out_by_time_stamps(tmp_path):
     assert numbers_of(read_frames(info, chosen)) == chosen
 
 
-def test_videos_of_constant_and_varying_rate_are_taken_at_equal_times(tmp_path):
+def test_videos_of_constant_and_varying_rate_are_sampled_at_equal_times(tmp_path):
     stamps = [0, 100, 200, 300, 400, 900, 1000, 1100, 1200, 1300]
     write_with_stamps(tmp_path / "varying.mp4", numbered_frames(10), stamps)
     write_with_stamps(tmp_path / "constant.mp4", numbered_frames(14), [700 + 100 * tick for tick in range(14)])
@@ -122,7 +122,7 @@ def test_videos_of_constant_and_varying_rate_are_taken_at_equal_times(tmp_path):
 
 
 @pytest.mark.parametrize("quarter_turns", [1, 2, 3])
-def test_rotated_videos_stand_upright(tmp_path, quarter_turns):
+def test_rotated_videos_are_turned_upright(tmp_path, quarter_turns):
     path = tmp_path / "phone.mp4"
     write_video(path, numbered_frames(4), fps=8)
     lying = read_frames(path)
@@ -196,7 +196,7 @@ def png_bomb(side: int) -> bytes:
 
 
 def write_packets(path: Path, packets: list[bytes]) -> None:
-    """A film of PNGs, as they are given; its header says 64x64."""
+    """A film of the given PNGs under a header of 64x64."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("png", rate=8)
         stream.height, stream.width, stream.pix_fmt = 64, 64, "gray"
@@ -212,18 +212,18 @@ def write_packets(path: Path, packets: list[bytes]) -> None:
 def test_a_film_of_decompression_bombs_is_refused_whichever_frame_is_one(tmp_path, first):
     path = tmp_path / "bomb.mov"
     write_packets(path, [png_bomb(first), png_bomb(9000)])
-    with pytest.raises(VideoError, match=r"bomb\.mov cannot be read.*up to 67108864 pixels") as told:
+    with pytest.raises(VideoError, match=r"bomb\.mov cannot be read.*up to 67108864 pixels") as raised:
         read_frames(path)
     record_fault(
         "video whose frames are decompression bombs",
-        how=f"frames of {first}x{first} and 9000x9000 under a header that says 64x64",
+        how=f"frames of {first}x{first} and 9000x9000 under a header of 64x64",
         promised="refused before the picture is unpacked",
-        happened=str(told.value),
+        happened=str(raised.value),
     )
 
 
 def test_a_list_of_other_files_is_no_video(tmp_path, video):
-    """FFmpeg would open what the list names, wherever that lies."""
+    """FFmpeg would open the files that the list names, in any place."""
     for name, text in {
         "list.mp4": f"ffconcat version 1.0\nfile {video.name}\n",
         "playlist.mp4": f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{video.name}\n#EXT-X-ENDLIST\n",
@@ -233,7 +233,7 @@ def test_a_list_of_other_files_is_no_video(tmp_path, video):
             probe_video(tmp_path / name)
 
 
-def test_more_frames_than_anybody_films_are_refused_before_they_are_listed(video, monkeypatch):
+def test_implausibly_many_frames_are_refused_before_they_are_listed(video, monkeypatch):
     monkeypatch.setattr(video_container, "MAX_VIDEO_FRAMES", 39)
     with pytest.raises(VideoError, match=r"clip\.mp4 has more than 39 frames; cut it into shorter videos"):
         probe_video(video)

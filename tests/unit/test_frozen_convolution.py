@@ -53,7 +53,7 @@ def run(convolution: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 @pytest.mark.parametrize("convolution", CONVOLUTIONS, ids=DESCRIPTIONS)
-def test_frozen_lean_convolution_has_the_same_output_and_input_gradient_and_keeps_only_its_weight(convolution):
+def test_a_frozen_convolution_has_the_same_output_and_input_gradient_and_keeps_only_its_weight(convolution):
     plain, lean, images = make_pair(convolution, frozen=True)
     expected_output, expected_gradient, expected_saved = run(plain, images)
     output, gradient, saved = run(lean, images)
@@ -66,7 +66,7 @@ def test_frozen_lean_convolution_has_the_same_output_and_input_gradient_and_keep
 
 
 @pytest.mark.parametrize("convolution", CONVOLUTIONS, ids=DESCRIPTIONS)
-def test_trainable_lean_convolution_has_the_same_gradients_as_a_plain_one(convolution):
+def test_a_trainable_convolution_has_the_same_gradients_as_a_plain_one(convolution):
     plain, lean, images = make_pair(convolution, frozen=False)
     expected_output, expected_gradient, _ = run(plain, images)
     output, gradient, _ = run(lean, images)
@@ -76,7 +76,7 @@ def test_trainable_lean_convolution_has_the_same_gradients_as_a_plain_one(convol
         assert torch.equal(parameter.grad, expected.grad), name
 
 
-def test_freezing_decides_at_each_call():
+def test_whether_the_weight_is_frozen_is_checked_at_each_call():
     _, lean, images = make_pair(CONVOLUTIONS[0], frozen=True)
     assert run(lean, images)[2] == [lean.weight.shape]
     lean.requires_grad_(True)
@@ -98,7 +98,7 @@ def test_replacing_keeps_names_parameters_and_modes_and_can_be_repeated():
     assert type(network[1][1]) is LeanConv3d
     assert network[0].training
     assert not network[1][1].training
-    # other paddings are no part of what the lean form computes
+    # other paddings are not supported by the replacement
     assert network[2] is reflecting
 
 

@@ -1,4 +1,4 @@
-"""mosaicml-streaming is importable with torchvision, without it, and beside a broken one."""
+"""mosaicml-streaming can be imported with torchvision, without it, and with a broken one."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ except (ImportError, RuntimeError) as error:
 """
 
 
-def import_beside(files: dict[str, str], folder: Path) -> str:
+def import_with(files: dict[str, str], folder: Path) -> str:
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content)
@@ -39,4 +39,4 @@ def import_beside(files: dict[str, str], folder: Path) -> str:
     [(BROKEN, "no vision: operator torchvision::nms does not exist"), (WORKING, "vision True")],
 )
 def test_the_stand_in_is_used_only_where_torchvision_does_not_work(tmp_path, files, expected):
-    assert import_beside(files, tmp_path) == expected
+    assert import_with(files, tmp_path) == expected

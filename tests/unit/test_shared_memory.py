@@ -1,4 +1,4 @@
-"""Batches that cross from one process to another: the same bits in the same order, and nothing left behind."""
+"""Batches that pass from one process to another: the same bits in the same order, and no memory left."""
 
 import multiprocessing
 import os
@@ -46,7 +46,7 @@ def write_three(slots: SharedSlots, connection: multiprocessing.connection.Conne
         connection.recv()
 
 
-def test_batches_of_another_process_arrive_bit_for_bit_and_outlive_their_slots():
+def test_batches_of_another_process_arrive_bit_for_bit_and_stay_valid_after_their_slots():
     context = multiprocessing.get_context("forkserver")
     slots, (ours, theirs) = SharedSlots(2), context.Pipe()
     process = context.Process(target=write_three, args=(slots, theirs))
@@ -58,12 +58,12 @@ def test_batches_of_another_process_arrive_bit_for_bit_and_outlive_their_slots()
         ours.send(None)
     process.join(60)
     slots.close()
-    for number, batch in enumerate(batches):  # the third lay where the first had lain
+    for number, batch in enumerate(batches):  # the third used the slot of the first
         assert_same(batch, random_batch(number))
     assert batches[0].rgb.stride() == random_batch(0).rgb.stride()
 
 
-def test_a_written_batch_can_be_read_by_who_has_its_description_alone():
+def test_a_written_batch_can_be_read_from_its_description_alone():
     slots = SharedSlots(1)
     packed = slots.write(random_batch(0), slot=0)
     assert isinstance(packed, PackedBatch)

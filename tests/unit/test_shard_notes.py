@@ -1,4 +1,4 @@
-"""Shards are hashed when they are opened first, once, and again when they have changed; no start reads them."""
+"""A shard is hashed once, when it is first opened, and again after a change; no start reads it."""
 
 import json
 import multiprocessing
@@ -44,13 +44,13 @@ def folder(sound, tmp_path, monkeypatch) -> Path:
 
 
 def bytes_read() -> int:
-    """By this process, from anywhere, whether or not it lay in memory."""
+    """The bytes that this process has read, from any file, cached or not."""
     lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(lines["rchar"])
 
 
 def read_everything(folder: Path, **options) -> int:
-    """Opens the set as a process that has never seen it; returns how many bytes were read."""
+    """Opens the set like a new process; returns the number of bytes read."""
     before = bytes_read()
     assert len(list(StoredClips(Shards(local=str(folder)), **options))) == 12
     return bytes_read() - before
@@ -61,7 +61,7 @@ def total_bytes(folder: Path) -> int:
 
 
 def change_what_no_picture_shows(path: Path, *, keep_mtime: bool = False) -> None:
-    """Damages the byte that says of which seed a clip was made: neither the size nor any CRC shows it."""
+    """Damages the byte with the seed of a clip: neither the size nor any CRC shows it."""
     before = path.stat()
     content = path.read_bytes()
     assert content.count(b'"seed": 5') == 1
@@ -80,8 +80,8 @@ def test_each_shard_is_hashed_once_and_never_again_by_any_process(folder):
     }
 
 
-def test_a_set_that_was_checked_as_a_whole_is_hashed_by_nobody_again(folder):
-    """As `tools/verify_shards.py` does beforehand, or `data.verify: hash` at a start."""
+def test_a_set_that_was_checked_as_a_whole_is_not_hashed_again(folder):
+    """Checks all shards, like `tools/verify_shards.py` or `data.verify: hash` at a start."""
     first = StoredClips(Shards(local=str(folder)), verify="hash")
     assert len(first) == 12
     noted = read_everything(folder)
@@ -99,7 +99,7 @@ def test_opening_a_set_reads_none_of_its_shards(folder):
 
 
 def test_a_set_of_ten_gigabytes_that_was_noted_starts_after_reading_less_than_a_megabyte(tmp_path):
-    """Sparse files: a small clip, and another one of 3.4 GB of which nothing is on the disk."""
+    """Sparse files: a small clip, and one of 3.4 GB that takes no space on the disk."""
     folder, size = tmp_path / "shards", 3_400_000_000
     write_random_shards(folder, 3, clips_per_part=1)
     paths = sorted(folder.glob("*.mds"))
@@ -129,7 +129,7 @@ def test_a_set_of_ten_gigabytes_that_was_noted_starts_after_reading_less_than_a_
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_shard_that_was_damaged_before_its_first_opening_is_an_error_by_name(folder, num_workers):
-    """Also where a process that reads data opens it."""
+    """The same holds if a process that reads data opens it."""
     change_what_no_picture_shows(folder / SECOND)
     clips = ClipDataset(Shards(local=str(folder)), width=WIDTH, height=HEIGHT, num_frames=2)
     order = ClipOrder(clips.index.samples_per_shard, batch_size=4, seed=1)
@@ -139,8 +139,8 @@ def test_a_shard_that_was_damaged_before_its_first_opening_is_an_error_by_name(f
     assert not (folder / ".verified" / f"{SECOND}.json").exists()
 
 
-def test_what_only_a_hash_finds_is_not_found_by_sizes(folder):
-    """Else the other tests here would show nothing."""
+def test_damage_that_keeps_the_size_is_found_by_hashes_alone(folder):
+    """Otherwise the other tests here would prove nothing."""
     change_what_no_picture_shows(folder / SECOND)
     assert read_everything(folder, verify="size") < 2 * total_bytes(folder)
 
@@ -150,7 +150,10 @@ def test_a_shard_that_is_changed_after_it_was_noted_is_hashed_again_and_refused(
     reader = StoredClips(Shards(local=str(folder)))
     assert len(list(reader)) == 12
     change_what_no_picture_shows(folder / SECOND, keep_mtime=keep_mtime)
-    for clips in (reader, StoredClips(Shards(local=str(folder)))):  # one that goes on reading, and a later start
+    for clips in (
+        reader,
+        StoredClips(Shards(local=str(folder))),
+    ):  # a process that continues to read, and a later start
         with pytest.raises(ShardError, match=rf"{SECOND} is damaged: its sha1"):
             clips.clip(5)
 
@@ -163,7 +166,7 @@ def test_a_shard_that_was_only_touched_is_hashed_once_more(folder):
     assert read_everything(folder) < noted + size
 
 
-def test_an_index_that_says_another_hash_is_not_satisfied_by_an_old_note(folder):
+def test_an_old_note_does_not_satisfy_an_index_with_another_hash(folder):
     read_everything(folder)
     edit_index(folder, lambda index: index["shards"][1]["raw_data"]["hashes"].update(sha1="0" * 40))
     with pytest.raises(ShardError, match=rf"{SECOND} is damaged: its sha1"):
@@ -171,7 +174,7 @@ def test_an_index_that_says_another_hash_is_not_satisfied_by_an_old_note(folder)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "\xff" * 5000])
-def test_a_note_that_is_none_is_as_if_there_were_none(folder, content):
+def test_an_invalid_note_is_ignored(folder, content):
     read_everything(folder)
     (folder / ".verified" / f"{SECOND}.json").write_text(content, encoding="latin-1")
     change_what_no_picture_shows(folder / SECOND)
@@ -179,7 +182,7 @@ def test_a_note_that_is_none_is_as_if_there_were_none(folder, content):
         StoredClips(Shards(local=str(folder))).clip(5)
 
 
-def test_where_nothing_can_be_written_beside_the_shards_it_is_noted_in_the_users_cache(folder):
+def test_hashes_of_read_only_shards_are_noted_in_the_users_cache(folder):
     (folder / ".verified").write_text("a file, so that no folder of this name can be made, by root neither")
     first, second = read_everything(folder), read_everything(folder)
     assert second < first - total_bytes(folder) + 12 * 64 + 3 * 4096
@@ -188,7 +191,7 @@ def test_where_nothing_can_be_written_beside_the_shards_it_is_noted_in_the_users
     assert len(list(cache.iterdir())) == 3
 
 
-def test_where_it_can_be_noted_nowhere_each_process_hashes_and_says_so_once(folder, monkeypatch, caplog):
+def test_without_a_place_for_notes_each_process_hashes_and_logs_that_once(folder, monkeypatch, caplog):
     (folder / ".verified").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     first, second = read_everything(folder), read_everything(folder)
@@ -206,7 +209,7 @@ def test_nothing_is_noted_through_a_link_that_leads_out_of_the_folder(folder, tm
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-def test_many_may_note_one_shard_at_once(folder):
+def test_many_processes_can_note_one_shard_at_once(folder):
     (entry, *_) = read_index(folder / "index.json").shards
     state = FileStamp.of(folder / entry.raw.name)
     seen: list[bool] = []
@@ -239,7 +242,7 @@ def make_large(folder: Path, num_bytes: int) -> None:
 
 
 def open_together(shards: Shards, num_processes: int = 3) -> list[int]:
-    """Opens the first shard in some processes at once; returns how many bytes each has read."""
+    """Opens the first shard in some processes at once; returns the number of bytes that each has read."""
     forked = multiprocessing.get_context("fork")
     ready, results = forked.Barrier(num_processes), forked.SimpleQueue()
 
@@ -271,7 +274,7 @@ def test_processes_that_open_one_shard_at_once_hash_it_once(tmp_path, monkeypatc
     assert [path.suffix for path in place.iterdir()] == [".json"]  # no locks are left
 
 
-def test_processes_that_want_one_download_at_once_read_it_once(tmp_path):
+def test_concurrent_processes_download_a_shard_once(tmp_path):
     folder, num_bytes = tmp_path / "remote", 50_000_000
     make_large(folder, num_bytes)
     read = sorted(open_together(Shards(local=str(tmp_path / "local"), remote=str(folder))))
@@ -289,7 +292,7 @@ def test_a_process_that_hangs_while_it_hashes_does_not_stop_the_others(folder, m
 
 
 def test_nodes_that_share_a_home_and_not_the_shards_keep_notes_of_their_own(folder):
-    """The same path on each node's own disk, where copies have their own times."""
+    """The same path on the local disk of each node, where copies have different times."""
     (folder / ".verified").touch()
     (entry, *_) = read_index(folder / "index.json").shards
     one = FileStamp.of(folder / entry.raw.name)

@@ -1,4 +1,4 @@
-"""Networks come from folders or from the seed, and trained weights move from run to run without a silent gap."""
+"""Networks are built from folders or from the seed, and trained weights are taken from other runs without gaps."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from diffusers import (
     UNetSpatioTemporalConditionModel,
 )
 from safetensors.torch import load_file, save_file
-from support.recipes import tiny_stage1_recipe, tiny_stage2_recipe, tiny_svd_config, tiny_unet_config, wake
+from support.recipes import perturb, tiny_stage1_recipe, tiny_stage2_recipe, tiny_svd_config, tiny_unet_config
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -29,7 +29,7 @@ VAE_CONFIG: dict[str, Any] = {
     "norm_num_groups": 4,
 }
 
-# widths that would do for the published autoencoder, which the recipe's rules take a folder to hold
+# widths that fit the published autoencoder, which the recipe's rules expect in a folder
 DEEP_ENOUGH = {"model.pose_channels": [8, 8, 8, 16]}
 
 
@@ -186,7 +186,7 @@ def export(objective: nn.Module, folder: Path) -> Path:
     ("before", "after"), [("domains", "geometry"), ("geometry", "temporal"), ("domains", "domains")]
 )
 def test_an_export_continues_in_the_next_step_with_new_branches_at_their_zero_start(tmp_path, before, after):
-    trained = wake(stage_of(tiny_stage1_recipe(before)).build())
+    trained = perturb(stage_of(tiny_stage1_recipe(before)).build())
     folder = export(trained, tmp_path / "export")
     objective = stage_of(tiny_stage1_recipe(after, {"seed": 5})).build()
     fresh = stage_of(tiny_stage1_recipe(after, {"seed": 5})).build()
@@ -202,7 +202,7 @@ def test_an_export_continues_in_the_next_step_with_new_branches_at_their_zero_st
 
 
 def test_stage_2_continues_from_its_own_export(tmp_path):
-    trained = wake(stage_of(tiny_stage2_recipe()).build())
+    trained = perturb(stage_of(tiny_stage2_recipe()).build())
     objective = stage_of(tiny_stage2_recipe({"seed": 5})).build()
     load_networks(objective, export(trained, tmp_path / "export"))
     assert set(exportable(objective)) == {"unet", "controlnet", "controller"}

@@ -1,11 +1,11 @@
-"""Samples of held-out clips are the real pipeline's, repeatable, and drawn beside the truth."""
+"""Samples of held-out clips come from the real pipeline, are repeatable, and are drawn beside the truth."""
 
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.recipes import tiny_clip_batch, tiny_stage1_recipe, tiny_stage2_recipe, wake, without
+from support.recipes import perturb, tiny_clip_batch, tiny_stage1_recipe, tiny_stage2_recipe, without
 
 from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.media.transforms import decode_normals, pass_through
@@ -22,7 +22,7 @@ def batch() -> ClipBatch:
 
 
 def make(recipe: Any) -> Any:
-    objective = wake(stage_of(recipe).build())
+    objective = perturb(stage_of(recipe).build())
     stage_of(recipe).set_trainable(objective)
     return objective
 
@@ -145,7 +145,7 @@ def test_the_grid_of_stage_2_shows_the_maps_that_its_controls_name(batch):
 
 
 def assert_shows(grid: np.ndarray, picture: torch.Tensor) -> None:
-    """The picture, seven times enlarged, lies somewhere in the grid, pixel by pixel."""
+    """Checks that the picture, enlarged seven times, is somewhere in the grid, pixel by pixel."""
     wanted = np.rint(picture.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
     rows, columns = np.nonzero((grid == wanted[0, 0]).all(axis=-1))
     for row, column in zip(rows, columns, strict=True):

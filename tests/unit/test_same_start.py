@@ -1,4 +1,4 @@
-"""What is compared between ranks and between starts sees every difference; real ranks: test_differing_ranks."""
+"""The digests that ranks and starts compare show every difference; for real ranks see test_differing_ranks."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def test_the_digest_of_the_code_sees_every_source(tmp_path, monkeypatch):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
     monkeypatch.setattr(dreamdance, "__path__", [str(copied)])
-    assert code_digest() == before, "where it lies does not matter"
+    assert code_digest() == before, "the place of the code does not matter"
     with (copied / "training" / "trainer.py").open("a") as file:
         file.write("# one line more\n")
     assert code_digest() != before

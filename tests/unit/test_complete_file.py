@@ -1,4 +1,4 @@
-"""The COMPLETE file: it appears last and at once, and is believed only as it was written; runs: test_checkpoint."""
+"""The COMPLETE file: written last and atomically, valid only unchanged; for whole runs see test_checkpointer."""
 
 import hashlib
 import os
@@ -32,7 +32,7 @@ def test_complete_appears_last_and_at_once(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["COMPLETE", "weights"]
 
 
-def test_no_flipped_bit_of_a_manifest_passes_for_another_manifest(tmp_path):
+def test_every_flipped_bit_of_a_manifest_is_detected(tmp_path):
     folder = tmp_path / "step_00000001"
     sound = save(folder)
     content = (folder / COMPLETE_FILE).read_bytes()
@@ -48,10 +48,10 @@ def test_no_flipped_bit_of_a_manifest_passes_for_another_manifest(tmp_path):
             pytest.fail(f"bit {position}: taken for another version's")
         except CheckpointError:
             found += 1
-    assert found > 0.9 * len(positions), "nearly all; between the values, some give other white space"
+    assert found > 0.9 * len(positions), "nearly all; between the values, some flips give other white space"
 
 
-def test_a_checkpoint_that_lies_under_another_steps_name_is_damaged(tmp_path):
+def test_a_checkpoint_in_the_folder_of_another_step_counts_as_damaged(tmp_path):
     save(tmp_path / "step_00000001")
     renamed = (tmp_path / "step_00000001").rename(tmp_path / "step_00000006")
     with pytest.raises(CheckpointError, match="step_00000006/COMPLETE is damaged: it belongs to step 1"):
@@ -85,8 +85,8 @@ def test_a_damaged_manifest_is_a_checkpoint_error(tmp_path, text):
         complete_file.read_manifest(tmp_path)
 
 
-def test_a_file_that_cannot_be_read_for_a_moment_is_read_again_and_else_told(tmp_path, monkeypatch):
-    """The memory of a process is the one file of Linux that fails with EIO."""
+def test_a_file_that_cannot_be_read_is_read_again_and_then_reported(tmp_path, monkeypatch):
+    """The memory of a process is the only file of Linux that fails with EIO."""
     folder = tmp_path / "step_00000004"
     folder.mkdir()
     record = complete_file.FileRecord("file", 0, hashlib.sha256(b"").hexdigest())

@@ -1,4 +1,4 @@
-"""Stored clips and training windows: what is read is what was written, cut by the sample's key alone."""
+"""Stored clips and training windows: clips are read as written, and windows depend on the key of the sample alone."""
 
 import os
 import pickle
@@ -144,7 +144,7 @@ def test_a_clip_shorter_than_the_window_is_an_error_that_names_it(shards):
         dataset(shards, num_frames=7).training_sample(SampleKey(0, 2))
 
 
-def test_a_mirrored_sample_mirrors_pictures_and_normals_and_draws_the_pose_anew(shards):
+def test_a_mirrored_sample_mirrors_pictures_and_normals_and_redraws_the_pose(shards):
     plain = dataset(shards, flip_probability=0.0).training_sample(SampleKey(0, 4))
     mirrored = dataset(shards, flip_probability=1.0).training_sample(SampleKey(0, 4))
     for name in ("rgb", "depth", "mask"):
@@ -166,7 +166,7 @@ def test_clips_without_key_points_are_never_mirrored():
     assert not any(window.flip for window in windows)
 
 
-def test_frames_come_at_the_size_asked_for_and_normals_at_unit_length(shards):
+def test_frames_have_the_requested_size_and_normals_unit_length(shards):
     sample = dataset(shards, width=WIDTH // 2, height=HEIGHT // 2).training_sample(SampleKey(0, 1))
     assert sample.maps["rgb"].shape == (NUM_FRAMES, 3, HEIGHT // 2, WIDTH // 2)
     assert sample.maps["mask"].unique().tolist() == [0.0, 1.0]
@@ -174,14 +174,14 @@ def test_frames_come_at_the_size_asked_for_and_normals_at_unit_length(shards):
     torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=1e-5)
 
 
-def test_another_aspect_takes_the_centre(shards):
+def test_clips_of_another_aspect_are_cropped_to_the_centre(shards):
     square = dataset(shards, width=WIDTH, height=WIDTH).training_sample(SampleKey(0, 1))
     whole = dataset(shards).training_sample(SampleKey(0, 1))
     margin = (HEIGHT - WIDTH) // 2
     assert torch.equal(square.maps["rgb"], whole.maps["rgb"][..., margin:-margin, :])
 
 
-def test_maps_that_are_not_asked_for_are_not_read(shards):
+def test_maps_that_are_not_requested_are_not_read(shards):
     sample = dataset(shards, maps=()).training_sample(SampleKey(0, 1))
     assert list(sample.maps) == ["rgb", "pose"]
 
@@ -249,14 +249,14 @@ def test_a_dataset_travels_to_a_worker(shards):
     assert torch.equal(travelled.training_sample(key).maps["rgb"], clips.training_sample(key).maps["rgb"])
 
 
-def test_training_and_validation_sets_live_in_one_process_and_several_ranks_on_one_node(shards, tmp_path):
+def test_one_process_can_open_training_and_validation_sets_and_one_node_several_ranks(shards, tmp_path):
     other = write_random_shards(tmp_path / "validation", 4)
     before = set(os.listdir("/dev/shm"))
     train = [dataset(shards, ranks=Ranks(rank, 2, rank, 2)) for rank in range(2)]
     validation = [dataset(other, ranks=Ranks(rank, 2, rank, 2)) for rank in range(2)]
     assert [len(clips) for clips in (*train, *validation)] == [12, 12, 4, 4]
     assert validation[1].training_sample(SampleKey(0, 0)).clip_id == "clip_0000"
-    assert set(os.listdir("/dev/shm")) <= before  # nothing is shared, so nothing can be left behind
+    assert set(os.listdir("/dev/shm")) <= before  # nothing is shared, so nothing can be left
 
 
 HOLD = """

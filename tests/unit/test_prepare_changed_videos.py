@@ -1,4 +1,4 @@
-"""What `prepare` wrote belongs to the content of its videos; what is missing of it is written again."""
+"""The output of `prepare` belongs to the content of its videos; missing parts of it are written again."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 from support.random_shards import edit_index
-from support.video_folders import damage, stored, videos_recipe, write_videos
+from support.video_folders import damage_video, stored_clips, videos_recipe, write_videos
 
 from dreamdance.data.prepare import prepare
 from dreamdance.data.writing.video_opening import check_videos
@@ -24,7 +24,7 @@ from dreamdance.runs import file_states
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """Two videos and what was prepared of them, to be copied."""
+    """Two videos and the output that was prepared from them, to be copied."""
     folder = tmp_path_factory.mktemp("made")
     for seed, name in enumerate("ab"):
         write_videos(folder / "videos", name, seed=seed)
@@ -39,7 +39,7 @@ def folder(made, tmp_path, monkeypatch) -> Path:
     """A copy of it; relative paths keep the settings the same."""
     shutil.copytree(made, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
-    prepare(recipe_of(), Path("run"))  # notes the copies' times
+    prepare(recipe_of(), Path("run"))  # records the times of the copies
     return tmp_path / "copy"
 
 
@@ -48,7 +48,7 @@ def recipe_of() -> PrepareRecipe:
 
 
 def replace_in_place(path: Path, content: bytes) -> None:
-    """Another content of the same size, under the same name and the same time of change."""
+    """Replaces a file by other content of the same size, with the same name and time of change."""
     times = path.stat()
     assert len(content) == times.st_size
     path.write_bytes(content)
@@ -77,7 +77,7 @@ def test_a_map_that_was_added_to_a_clip_is_named(folder):
 
 
 def test_an_output_that_names_fewer_of_the_missing_maps_is_still_complete(folder):
-    """As one of an earlier version, which knew fewer modalities."""
+    """Changes an output to one of an earlier version, which knew fewer modalities."""
 
     def forget(index):
         for record in index["dreamdance"]["sources"].values():
@@ -111,7 +111,7 @@ def test_a_video_that_was_only_touched_is_compared_once_by_its_content(folder, m
     assert Path("data/train/index.json").read_bytes() == index
 
 
-def test_where_the_noted_times_were_lost_videos_are_compared_by_their_content(folder):
+def test_videos_without_noted_times_are_compared_by_their_content(folder):
     Path("data/inputs.json").write_text("{")
     prepare(recipe_of(), Path("run"))
     assert set(json.loads(Path("data/inputs.json").read_text())) == {
@@ -122,7 +122,7 @@ def test_where_the_noted_times_were_lost_videos_are_compared_by_their_content(fo
 @pytest.mark.parametrize(
     "removed", ["train", "train/index.json", "train/a-*.zstd", "validation/b-*.zstd", "manifest.jsonl", "examples/a.*"]
 )
-def test_what_was_removed_of_the_output_is_written_again(folder, removed):
+def test_removed_parts_of_the_output_are_written_again(folder, removed):
     before = files(folder / "data")
     (path,) = Path("data").glob(removed)
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -143,7 +143,7 @@ def test_a_truncated_shard_is_written_again(folder):
 def test_a_video_replaced_while_the_output_is_incomplete_is_cut_again(folder, caplog):
     shutil.rmtree("data")
     whole = Path("videos/b.rgb.mp4").read_bytes()
-    damage(Path("videos/b.rgb.mp4"))
+    damage_video(Path("videos/b.rgb.mp4"))
     with pytest.raises(VideoError):
         prepare(recipe_of(), Path("run"))
     Path("videos/b.rgb.mp4").write_bytes(whole)
@@ -154,7 +154,7 @@ def test_a_video_replaced_while_the_output_is_incomplete_is_cut_again(folder, ca
     shutil.copy("videos/b.rgb.mp4", "other")
     shutil.copy("videos/b.pose.mp4", "other")
     prepare(videos_recipe(Path("data2"), Path("other"), split_by="time", validation_fraction=0.4), Path("run2"))
-    clips, expected = stored(Path("data"), "train"), stored(Path("data2"), "train")
+    clips, expected = stored_clips(Path("data"), "train"), stored_clips(Path("data2"), "train")
     assert [clip.clip_id for clip in clips] == [clip.clip_id for clip in expected]
     for clip, other in zip(clips, expected, strict=True):
         np.testing.assert_array_equal(clip.frames("rgb"), other.frames("rgb"))
@@ -163,14 +163,14 @@ def test_a_video_replaced_while_the_output_is_incomplete_is_cut_again(folder, ca
 NAMES = {"my dance (1)": "my_dance_1-", "我的舞蹈": "video-", "-AbCdEf12345": "AbCdEf12345-", "plain_1": "plain_1"}
 
 
-def test_clips_get_ids_that_animate_takes_and_keep_their_videos_names(tmp_path):
+def test_clips_get_ids_that_animate_accepts_and_keep_the_names_of_their_videos(tmp_path):
     for seed, name in enumerate(NAMES):
         write_videos(tmp_path / "videos", name, seed=seed, num_frames=8)
     output = tmp_path / "data"
     recipe = videos_recipe(output, tmp_path / "videos", split_by="time", validation_fraction=0.5, crop_letterbox=False)
     prepare(recipe, tmp_path / "run")
     entries = read_manifest(output / "manifest.jsonl")
-    clips = stored(output, "validation")
+    clips = stored_clips(output, "validation")
     assert [entry.id for entry in entries] == [clip.clip_id for clip in clips]
     assert sorted(clip.metadata["source"] for clip in clips) == sorted(f"{name}.rgb.mp4" for name in NAMES)
     for clip in clips:
@@ -197,7 +197,7 @@ def flat(levels: list[float]) -> np.ndarray:
     return np.broadcast_to(np.uint8(levels)[:, None, None, None], (len(levels), 32, 32, 3)).copy()
 
 
-def test_modalities_of_other_rates_are_taken_at_equal_times(tmp_path):
+def test_modalities_of_other_rates_are_sampled_at_equal_times(tmp_path):
     """The brightness grows by 100 a second, in pictures of a varying rate and in a pose of a constant one."""
     generator = np.random.default_rng(0)
     rgb = np.cumsum([0.0, *generator.uniform(0.03, 0.09, 30)]).round(3)
@@ -206,7 +206,7 @@ def test_modalities_of_other_rates_are_taken_at_equal_times(tmp_path):
         write_at(tmp_path / "videos" / f"a.{name}.mp4", flat([20 + 100 * time for time in times]), list(times))
     recipe = videos_recipe(tmp_path / "data", tmp_path / "videos", crop_letterbox=False, validation_fraction=0.0)
     prepare(recipe, tmp_path / "run")
-    clips = stored(tmp_path / "data", "train")
+    clips = stored_clips(tmp_path / "data", "train")
     seen = {
         name: np.concatenate([clip.frames(name).mean(axis=(1, 2, 3)) for clip in clips]) for name in ("rgb", "pose")
     }
@@ -245,7 +245,7 @@ def without(times: np.ndarray, start: float, end: float) -> np.ndarray:
     ],
     ids=["its end", "two seconds", "two frames"],
 )
-def test_a_pause_in_the_pictures_does_not_excuse_what_the_pose_lacks(tmp_path, pose, words):
+def test_a_pause_in_the_pictures_does_not_allow_missing_pose_frames(tmp_path, pose, words):
     """The pictures pause for two seconds."""
     problems = opening(tmp_path, without(STEADY, 0.4, 2.4), pose)
     assert words in problems["a"]
@@ -255,7 +255,7 @@ def test_a_pause_in_the_pictures_does_not_excuse_what_the_pose_lacks(tmp_path, p
     ("rgb", "pose"),
     [
         (without(STEADY, 0.4, 2.4), without(STEADY, 0.4, 2.4)),
-        (without(STEADY, 0.4, 2.4), STEADY),  # nothing is taken of the pose there
+        (without(STEADY, 0.4, 2.4), STEADY),  # no pose frame is used there
         (STEADY, STEADY[::2]),
         (STEADY[::3], STEADY[:-2]),
         (np.append(STEADY, 6.0 + 0.2 * np.arange(9)), np.concatenate([STEADY, [6.0], 6.1 + 0.2 * np.arange(8), [7.6]])),
@@ -266,7 +266,7 @@ def test_frames_at_other_times_are_accepted_where_each_picture_has_a_pose(tmp_pa
     assert opening(tmp_path, rgb, pose) == {}
 
 
-def test_files_are_as_readable_as_the_umask_says(tmp_path):
+def test_files_follow_the_umask(tmp_path):
     write_videos(tmp_path / "videos", "a")
     recipe = videos_recipe(tmp_path / "data", tmp_path / "videos", split_by="time", validation_fraction=0.4)
     before = os.umask(0o027)
@@ -279,7 +279,7 @@ def test_files_are_as_readable_as_the_umask_says(tmp_path):
             assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
 
 
-def test_a_complete_output_says_so(folder, caplog):
+def test_a_complete_output_is_reported_as_complete(folder, caplog):
     caplog.set_level(logging.INFO)
     prepare(recipe_of(), Path("run"))
     assert caplog.text.count("is already complete") == 2

@@ -1,4 +1,4 @@
-"""A checkpoint counts only when complete and undamaged, comes back bit for bit, and never runs code."""
+"""A checkpoint counts only if complete and undamaged, is restored bit for bit, and never runs code."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ from dreamdance.training.trainer import Trainer
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 RANK_FILE = "rank_00000.safetensors"  # masters, moments, average and the generators
-STATE_FILE = "state.json"  # where the data stands, and the guard
+STATE_FILE = "state.json"  # position in the data, and state of the guard
 FILES = [RANK_FILE, STATE_FILE]
 
 
@@ -81,7 +81,7 @@ def resume(run: Path, recipe: Stage1Recipe) -> Trainer:
 
 
 def recorded(folder: Path, name: str) -> FileRecord:
-    """What a manifest says of a file as it lies there now."""
+    """The manifest's record of a file in its present state."""
     path = folder / name
     return FileRecord(name, path.stat().st_size, hash_file(path))
 
@@ -137,25 +137,25 @@ def test_a_damaged_file_is_found_and_named(run, file, damage: Callable[[Path], N
         (COMPLETE_FILE, flip_a_bit),
     ],
 )
-def test_resume_skips_a_damaged_checkpoint_says_why_and_takes_the_one_before(run, shards, caplog, file, damage):
+def test_resume_skips_a_damaged_checkpoint_with_the_reason_and_uses_the_one_before(run, shards, caplog, file, damage):
     damage(checkpoint_folder(run, 4) / file)
     with caplog.at_level(logging.INFO):
         trainer = resume(run, make_recipe(shards))
     assert trainer.step == trainer.loader.step == 2
-    assert trainer.checkpointer._folders.newest() == "step_00000002", "it takes no sound one's place among those kept"
+    assert trainer.checkpointer._folders.newest() == "step_00000002", "it does not count as one of those kept"
     assert any(text.startswith(f"skipping checkpoint step_00000004: step_00000004/{file} ") for text in caplog.messages)
     assert any("from step 2 (epoch 0, sample 4 of 10; verified 2 files" in text for text in caplog.messages)
     record_fault(
         f"{file} of the newest checkpoint damaged ({damage.__name__.replace('_', ' ')})",
         how="one byte cut off, all bytes zero, or one bit flipped",
-        promised="the next start says what it skips and why, and takes the newest that verifies",
-        happened="went on from the one before, 2 steps older",
+        promised="the next start names what it skips and why, and resumes from the newest that verifies",
+        happened="resumed from the one before, 2 steps older",
         steps_lost=2,
     )
 
 
 @pytest.mark.parametrize("other", [1, 2, 4])
-def test_a_checkpoint_of_another_format_is_refused_and_not_passed_over(run, shards, monkeypatch, other):
+def test_a_checkpoint_of_another_format_is_refused_and_not_skipped(run, shards, monkeypatch, other):
     folder = checkpoint_folder(run, 4)
     sound = complete_file.read_manifest(folder)
     with monkeypatch.context() as version:
@@ -178,7 +178,7 @@ def test_a_checkpoint_of_another_format_is_refused_and_not_passed_over(run, shar
     assert folder.is_dir()
 
 
-def test_a_checkpoint_without_all_that_is_asked_for_is_refused_by_what_it_lacks(run, shards):
+def test_a_checkpoint_that_lacks_requested_parts_is_refused_naming_them(run, shards):
     folder = checkpoint_folder(run, 4)
     state = json.loads((folder / STATE_FILE).read_text())
     del state["guard"], state["initial_digest"]
@@ -191,17 +191,17 @@ def test_a_checkpoint_without_all_that_is_asked_for_is_refused_by_what_it_lacks(
 
 
 @pytest.mark.parametrize("missing", [[RANK_FILE], FILES])
-def test_complete_without_its_files_is_skipped_naming_them(run, shards, caplog, missing):
+def test_a_complete_file_whose_files_are_missing_is_skipped_naming_them(run, shards, caplog, missing):
     for file in missing:
         (checkpoint_folder(run, 4) / file).unlink()
     assert resume(run, make_recipe(shards)).step == 2
-    (said,) = [text for text in caplog.messages if text.startswith("skipping checkpoint step_00000004: ")]
-    assert all(f"{file} is missing" in said for file in missing)
+    (message,) = [text for text in caplog.messages if text.startswith("skipping checkpoint step_00000004: ")]
+    assert all(f"{file} is missing" in message for file in missing)
     record_fault(
         "shard file missing" if len(missing) == 1 else "COMPLETE without any of its files",
         how=f"{len(missing)} files of the newest checkpoint deleted",
-        promised="the next start names them and takes the newest that verifies",
-        happened="went on from the one before, 2 steps older",
+        promised="the next start names them and resumes from the newest that verifies",
+        happened="resumed from the one before, 2 steps older",
         steps_lost=2,
     )
 
@@ -209,7 +209,7 @@ def test_complete_without_its_files_is_skipped_naming_them(run, shards, caplog, 
 def test_a_file_that_cannot_be_read_counts_as_damaged(run, shards, caplog):
     path = checkpoint_folder(run, 4) / RANK_FILE
     path.unlink()
-    path.symlink_to("/proc/self/mem")  # a regular file to look at, an I/O error to read
+    path.symlink_to("/proc/self/mem")  # a regular file whose reading gives an I/O error
     assert resume(run, make_recipe(shards)).step == 2
     assert any("skipping checkpoint step_00000004" in text for text in caplog.messages)
 
@@ -223,9 +223,9 @@ def test_a_folder_without_complete_does_not_count_and_is_cleaned_away(run, shard
     assert any("deleting" in text and "step_00000004" in text for text in caplog.messages)
 
 
-def test_a_wrong_latest_file_is_not_even_looked_at(run, shards):
+def test_a_wrong_latest_file_is_ignored(run, shards):
     latest = run / "checkpoints" / "latest"
-    assert not latest.exists(), "we write none"
+    assert not latest.exists(), "our checkpoints have no such file"
     for text in ("step_00000002", "../../etc", ""):
         latest.write_text(text)
         assert resume(run, make_recipe(shards)).step == 4
@@ -263,11 +263,11 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(run, shards
         "every checkpoint damaged",
         how="one bit flipped in each",
         promised="the run is refused with what is wrong and how to start over, never started over silently",
-        happened="CheckpointError naming both, both left alone",
+        happened="CheckpointError naming both, both unchanged",
     )
 
 
-def test_resumed_state_is_bit_for_bit_what_was_saved(run, trained, shards):
+def test_resumed_state_equals_the_saved_one_bit_for_bit(run, trained, shards):
     trainer = resume(run, make_recipe(shards))
     saved = load_file(checkpoint_folder(trained, 4) / RANK_FILE)
     assert trainer.step == 4
@@ -301,7 +301,7 @@ def test_changed_frozen_weights_are_refused(shards, tmp_path):
 
 
 @pytest.mark.parametrize("trained_step", ["temporal", "domains"])
-def test_a_base_models_file_that_changed_between_runs_is_refused_where_it_is_frozen_and_said_where_not(
+def test_a_changed_file_of_the_base_model_is_refused_if_frozen_and_logged_if_trained(
     trained_step, shards, tmp_path, caplog
 ):
     def download(version: int) -> None:
@@ -328,8 +328,8 @@ def test_a_base_models_file_that_changed_between_runs_is_refused_where_it_is_fro
     record_fault(
         f"base model's file changed between runs ({'frozen' if trained_step == 'temporal' else 'trained'})",
         how="one weight of the UNet in that folder changed",
-        promised="refused where it is frozen; said where all of it comes from the checkpoint anyway",
-        happened="CheckpointError naming the key" if trained_step == "temporal" else "warned, went on from step 2",
+        promised="refused where it is frozen; logged where all of it comes from the checkpoint anyway",
+        happened="CheckpointError naming the key" if trained_step == "temporal" else "warned, resumed from step 2",
     )
 
 
@@ -354,14 +354,14 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_skips_the_update(prec
     record_fault(
         "non-finite gradient",
         how=f"one parameter's gradient times infinity, the loss finite; {precision}, ZeRO {zero_stage}",
-        promised="the update is skipped, no weight changes, the next step is as usual",
-        happened="so it was",
+        promised="the update is skipped, no weight changes, the next step is applied",
+        happened="as promised",
         steps_lost=1,
     )
 
 
 class Hostile:
-    """Unpickling this would run a command."""
+    """An object that runs a command when it is unpickled."""
 
     def __reduce__(self):
         return (os.system, ("echo never",))
@@ -377,7 +377,7 @@ def test_nothing_in_a_checkpoint_is_unpickled_into_code(run, shards, file, capfd
     )
     with pytest.raises(CheckpointError, match=rf"{file} is not (in our format|a rank's file of a checkpoint)"):
         resume(run, make_recipe(shards))
-    assert "never" not in capfd.readouterr().out, "nothing of it has run"
+    assert "never" not in capfd.readouterr().out, "the code has not run"
 
 
 def test_the_last_few_and_every_nth_checkpoint_are_kept(shards, tmp_path):
@@ -397,7 +397,7 @@ def test_global_generators_continue_where_they_were():
     assert drawn[2] == again[2]
 
 
-def test_the_checkpoint_that_a_start_went_on_from_outlives_all_that_it_saves(run, shards):
+def test_the_checkpoint_that_a_start_resumed_from_is_kept_through_all_its_saves(run, shards):
     flip_a_bit(checkpoint_folder(run, 4) / RANK_FILE)
     changes = {"max_steps": 5, "checkpoint.every_steps": 1}
     train(make_recipe(shards, **changes), run)
@@ -408,7 +408,7 @@ def test_the_checkpoint_that_a_start_went_on_from_outlives_all_that_it_saves(run
     assert resume(run, make_recipe(shards, **changes)).step == 2
 
 
-def test_a_raised_max_steps_goes_on_from_the_last_checkpoint(run, shards):
+def test_a_raised_max_steps_resumes_from_the_last_checkpoint(run, shards):
     train(make_recipe(shards, max_steps=5), run)
     assert step_folders(run / "checkpoints")[-1] == checkpoint_folder(run, 5)
     assert [folder.name for folder in step_folders(run / "exports")] == ["step_00000004", "step_00000005"]

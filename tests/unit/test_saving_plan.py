@@ -1,10 +1,10 @@
-"""The planned size of a checkpoint is that of a real one, and a save that cannot be through in time is warned of."""
+"""The planned size of a checkpoint equals that of a real one, and a save that would take too long gives a warning."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.interruptions import settings
+from support.interruptions import run_settings
 from support.ranks import run_ranks
 from support.recipes import tiny_stage1_recipe
 
@@ -47,11 +47,11 @@ def save_one_of_each(ranks: Ranks, *, recipes: list[Stage1Recipe], runs: Path) -
 
 @pytest.mark.distributed
 def test_the_planned_size_is_that_of_a_real_checkpoint(shards, tmp_path):
-    """Of a network of 12 M weights, whose 350 names are no part of the plan."""
+    """A network of 12 M weights; its 350 names are not part of the plan."""
     recipes = [
         make_recipe(
             **{
-                **settings(shards, max_steps=4, batch_size=2),
+                **run_settings(shards, max_steps=4, batch_size=2),
                 "precision": precision,
                 "sharding.zero_stage": stage,
                 "model.unet.config.block_out_channels": [64, 192],
@@ -78,7 +78,7 @@ def test_the_bytes_of_full_size_are_counted_by_hand():
 
 
 @pytest.mark.parametrize(("storage", "stop", "warned"), [(500, 120, True), (1000, 120, False), (500, 180, False)])
-def test_a_save_that_takes_longer_than_the_warning_allows_is_warned_of_with_its_keys(storage, stop, warned):
+def test_a_save_longer_than_the_time_before_a_stop_gives_a_warning_with_its_keys(storage, stop, warned):
     recipe = make_recipe(
         **{"precision": "bf16", "cluster.storage_mb_per_second": storage, "cluster.stop_seconds": stop}
     )
@@ -89,7 +89,7 @@ def test_a_save_that_takes_longer_than_the_warning_allows_is_warned_of_with_its_
     assert ("Set cluster.stop_seconds=180 or more" in text) == warned
 
 
-def test_the_plan_of_a_recipe_tells_of_its_checkpoints():
+def test_the_plan_of_a_recipe_describes_its_checkpoints():
     text = describe(make_recipe())
     assert "checkpoints (estimate):" in text
     assert "WARNING" not in text
