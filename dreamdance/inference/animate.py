@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dreamdance.errors import UserError, is_transient
-from dreamdance.inference.inputs import EntryError, EntryInputs, Size, load_inputs, read_files
+from dreamdance.inference.entry_inputs import EntryError, EntryInputs, Size, load_inputs, read_files
 from dreamdance.inference.manifest import ManifestEntry, read_manifest
 from dreamdance.inference.results import ClipResult, installed_versions, is_done, known_states, write_result
 from dreamdance.inference.stages import Stages, before_each_computation, load_stages

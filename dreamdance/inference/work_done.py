@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dreamdance.inference.inputs import read_files
+from dreamdance.inference.entry_inputs import read_files
 from dreamdance.inference.manifest import ManifestEntry
 from dreamdance.inference.results import known_states
 from dreamdance.inference.stages import Stages

@@ -292,15 +292,15 @@ def _windows(sampling: GeometrySampling | AnimationSampling, name: str) -> Itera
 
 
 def _aspects(recipe: AnimateRecipe) -> Iterator[Problem]:
-    """Both stages see the same part of the pictures: with two aspects, one stage would see a squeezed person."""
+    """Both stages show the same part of the pictures: with two aspect ratios one would show a distorted person."""
     if recipe.geometry_from is None:
         return
     ratio = (recipe.geometry_width * recipe.height) / (recipe.geometry_height * recipe.width)
     if abs(ratio - 1.0) > ASPECT_TOLERANCE:
         yield _problem(
             "geometry_width",
-            f"geometry_width x geometry_height {recipe.geometry_width}x{recipe.geometry_height} has another aspect "
-            f"than width x height {recipe.width}x{recipe.height}: stage 1 would see a squeezed person",
+            f"geometry_width x geometry_height {recipe.geometry_width}x{recipe.geometry_height} has another "
+            f"aspect ratio than width x height {recipe.width}x{recipe.height}: stage 1 would show a distorted person",
         )
 
 

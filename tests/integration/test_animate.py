@@ -21,7 +21,7 @@ import dreamdance
 from dreamdance.dancers.render import HELD_OUT_SEEDS, render_clip
 from dreamdance.errors import CheckpointError, ManifestError, MissingInputError, RecipeError
 from dreamdance.inference.animate import AnimateError, animate
-from dreamdance.inference.inputs import Size, load_inputs
+from dreamdance.inference.entry_inputs import Size, load_inputs
 from dreamdance.inference.manifest import read_manifest
 from dreamdance.launch.finished import digest_inputs, is_finished, mark_finished
 from dreamdance.launch.job import free_port

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from support.fault_log import record_fault
 
-from dreamdance.inference import inputs
-from dreamdance.inference.inputs import EntryError, Size, load_inputs, read_files
+from dreamdance.inference import entry_inputs
+from dreamdance.inference.entry_inputs import EntryError, Size, load_inputs, read_files
 from dreamdance.inference.manifest import ManifestEntry
 from dreamdance.media import pictures
 from dreamdance.media.keypoints import NUM_KEYPOINTS, KeypointSequence, write_keypoint_file
@@ -168,10 +168,10 @@ def test_too_long_videos_and_too_large_drawings_are_refused_before_they_fill_the
     entry: ManifestEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_video(tmp_path / "pose.mp4", [np.zeros((64, 64, 3), np.uint8)] * 3, fps=10.0)
-    monkeypatch.setattr(inputs, "MAX_FRAMES", 2)
+    monkeypatch.setattr(entry_inputs, "MAX_FRAMES", 2)
     with pytest.raises(EntryError, match=r"pose\.mp4 has 3 frames; accepted are up to 2"):
         load_inputs(changed(entry, keypoints=None, pose=tmp_path / "pose.mp4"), aspect=SQUARE, pose_sizes={SQUARE})
-    monkeypatch.setattr(inputs, "MAX_PICTURE_PIXELS", 2400)
+    monkeypatch.setattr(entry_inputs, "MAX_PICTURE_PIXELS", 2400)
     write_keypoint_file(tmp_path / "large.json", sequence(width=41))
     with pytest.raises(EntryError, match=r"large\.json: frames of 41x60; accepted are up to 2400 pixels"):
         load_inputs(changed(entry, keypoints=tmp_path / "large.json"), aspect=SQUARE, pose_sizes={SQUARE})

@@ -12,7 +12,7 @@ from PIL import Image
 from support.tiny_pipelines import random_pictures, tiny_animation_pipeline, tiny_geometry_pipeline
 
 from dreamdance.errors import CheckpointError
-from dreamdance.inference.inputs import Size, load_inputs
+from dreamdance.inference.entry_inputs import Size, load_inputs
 from dreamdance.inference.manifest import ManifestEntry
 from dreamdance.inference.stages import find_export
 from dreamdance.media.keypoints import NUM_KEYPOINTS, KeypointSequence, write_keypoint_file

@@ -131,7 +131,7 @@ def test_a_micro_batch_that_does_not_divide_names_those_that_do(tmp_path):
         (
             ANIMATE,
             ["geometry_from=one", "geometry_width=384"],
-            "geometry_width x geometry_height 384x384 has another aspect than",
+            "geometry_width x geometry_height 384x384 has another aspect ratio than",
         ),
     ],
 )

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dreamdance.data.shards.files import check_bytes, check_samples, check_size, compare_file
 from dreamdance.data.shards.index import ShardEntry, ShardFile, ShardIndex, read_index
 from dreamdance.data.shards.mds import INDEX_FILE, CloudDownloader, decompress
 from dreamdance.data.shards.notes import ShardNotes
+from dreamdance.data.shards.shard_files import check_bytes, check_samples, check_size, compare_file
 from dreamdance.errors import USER_FIXABLE_ERRNOS, LostWorkerError, ShardError
 from dreamdance.recipe.sections import Shards
 from dreamdance.runs.file_states import FileStamp

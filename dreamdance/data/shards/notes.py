@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
-from dreamdance.data.shards.files import strongest_hash
 from dreamdance.data.shards.index import ShardFile
+from dreamdance.data.shards.shard_files import strongest_hash
 from dreamdance.runs.file_states import FileStamp
 from dreamdance.runs.files import write_atomically
 from dreamdance.runs.locks import HeldLockError, locked_file

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dreamdance.data.shards.cache import fetch_shard, open_index
-from dreamdance.data.shards.files import check_size, compare_file
 from dreamdance.data.shards.index import ShardEntry, ShardFile, ShardIndex
 from dreamdance.data.shards.notes import ShardNotes
+from dreamdance.data.shards.shard_files import check_size, compare_file
 from dreamdance.errors import ShardError
 from dreamdance.recipe.sections import Shards, Verify
 from dreamdance.runs.file_states import FileStamp
