@@ -37,7 +37,7 @@ def latent_shape(vae: Autoencoder, images: Tensor) -> tuple[int, int, int]:
 
 
 @contextmanager
-def kept_in_float32(network: nn.Module) -> Iterator[None]:
+def keep_in_float32(network: nn.Module) -> Iterator[None]:
     """Restores the float32 values of a network that other code casts to a narrower type inside this context.
 
     Casting back alone would leave the values rounded.

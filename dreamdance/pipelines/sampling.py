@@ -13,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from einops import repeat
 from torch import Tensor, nn
 
-from dreamdance.models.autoencoding import downscale_factor, kept_in_float32
+from dreamdance.models.autoencoding import downscale_factor, keep_in_float32
 from dreamdance.pipelines.windows import SamplingWindow, blend_windows
 
 PIPELINES_MODULE = "dreamdance.pipelines"
@@ -54,7 +54,7 @@ class SamplingPipeline(DiffusionPipeline):
         with ExitStack() as kept:
             for name in AUTOENCODERS:
                 if isinstance(autoencoder := getattr(self, name, None), nn.Module):
-                    kept.enter_context(kept_in_float32(autoencoder))
+                    kept.enter_context(keep_in_float32(autoencoder))
             return super().to(*args, **kwargs)
 
     def to_json_string(self) -> str:

@@ -16,7 +16,7 @@ from dreamdance.models.autoencoding import (
     decode_latents,
     downscale_factor,
     encode_latents,
-    kept_in_float32,
+    keep_in_float32,
 )
 from dreamdance.training.planning.activation_memory import LiveBytes
 
@@ -123,12 +123,12 @@ def test_an_autoencoder_of_half_precision_computes_in_float32(make):
 def test_a_network_of_float32_keeps_its_values_through_a_cast(make):
     vae = make()
     before = {name: value.clone() for name, value in vae.state_dict().items()}
-    with kept_in_float32(vae):
+    with keep_in_float32(vae):
         vae.bfloat16()
         assert vae.dtype == torch.bfloat16
     assert vae.dtype == torch.float32
     assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
-    with kept_in_float32(vae):
+    with keep_in_float32(vae):
         vae.double()
     assert vae.dtype == torch.float64
 
@@ -138,7 +138,7 @@ def test_a_network_of_float32_keeps_its_values_when_the_cast_fails_midway():
     before = {name: value.clone() for name, value in vae.state_dict().items()}
 
     def cast_in_part() -> None:
-        with kept_in_float32(vae):
+        with keep_in_float32(vae):
             vae.encoder.bfloat16()
             raise RuntimeError("out of memory")
 

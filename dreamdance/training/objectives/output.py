@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dreamdance.diffusion.noise import draw_noise
 from dreamdance.models import PatchAutoencoder
-from dreamdance.models.autoencoding import Autoencoder, encode_latents, kept_in_float32, latent_shape
+from dreamdance.models.autoencoding import Autoencoder, encode_latents, keep_in_float32, latent_shape
 
 # Pictures that the frozen autoencoder encodes at once: its activations at full size are larger than the UNet's.
 ENCODE_CHUNK_SIZE = 8
@@ -59,7 +59,7 @@ class Objective(nn.Module, ABC):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
         """What `to`, `bfloat16` and all casts and moves go through."""
-        with kept_in_float32(self.vae):
+        with keep_in_float32(self.vae):
             super()._apply(fn, *args, **kwargs)
         return self
 
