@@ -12,7 +12,7 @@ import torch
 from dreamdance.runs import files as file_work
 from dreamdance.training.checkpointing import complete_file
 from dreamdance.training.checkpointing.complete_file import FileRecord, write_files
-from dreamdance.training.checkpointing.host_copy import HostMemory
+from dreamdance.training.checkpointing.host_copy import HostCopy
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_errors_other_than_those_of_files_are_not_tried_again(tmp_path):
 
 def test_a_copy_does_not_change_while_training_continues():
     live = {"a": torch.arange(6.0), "b": torch.ones(2)}
-    copied = HostMemory().copy(live)
+    copied = HostCopy().copy(live)
     live["a"].zero_()
     assert list(copied) == ["a", "b"]
     assert torch.equal(copied["a"], torch.arange(6.0))
@@ -92,7 +92,7 @@ def test_a_copy_does_not_change_while_training_continues():
 
 
 def test_the_next_copy_and_a_reserved_copy_use_the_same_memory():
-    memory, live = HostMemory(), {"a": torch.ones(4), "b": torch.ones(2)}
+    memory, live = HostCopy(), {"a": torch.ones(4), "b": torch.ones(2)}
     memory.reserve(live)
     block = memory._block.data_ptr()
     first = memory.copy(live)

@@ -26,7 +26,7 @@ from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.checkpointing import complete_file
 from dreamdance.training.checkpointing.complete_file import FileRecord, HashedFile, Manifest
 from dreamdance.training.checkpointing.folders import CheckpointFolders
-from dreamdance.training.checkpointing.host_copy import HostMemory
+from dreamdance.training.checkpointing.host_copy import HostCopy
 from dreamdance.training.checkpointing.rank_file import (
     Piece,
     RankFile,
@@ -115,7 +115,7 @@ class Checkpointer:
         self.recipe_digest, self._weights = recipe_digest, weights
         self._folders = CheckpointFolders(run, section)
         on_main(self._folders.check_writable)
-        self._memory = HostMemory()
+        self._memory = HostCopy()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._reserved: Future[None] | None = None
         self._save: _Save | None = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class HostMemory:
+class HostCopy:
     """Copies flat fp32 tensors, each time into the same memory.
 
     The first use of memory takes tens of times as long as the copy itself. Therefore one block for all tensors of the
