@@ -26,18 +26,18 @@ class StopRequest:
     def __init__(
         self,
         *,
-        patience_seconds: float | None = None,
+        save_limit_seconds: float | None = None,
         on_signal: Callable[[signal.Signals], None] | None = None,
     ) -> None:
         """Prepares; signals are received within the `with` block.
 
         Args:
-            patience_seconds: how long after the first signal the process waits for the run to be saved. Then it ends
+            save_limit_seconds: how long after the first signal the process waits for the run to be saved. Then it ends
                 itself and writes all stacks to stderr. None waits without limit.
             on_signal: called with the first signal, in the listener's thread.
         """
         self.received: signal.Signals | None = None
-        self._patience_seconds = patience_seconds
+        self._save_limit_seconds = save_limit_seconds
         self._on_signal = on_signal
         self._listener = SignalListener(self._remember)
         self._timer: threading.Timer | None = None
@@ -60,10 +60,10 @@ class StopRequest:
             return
         self.received = number
         # The timers first: the lines below write to disks, and a disk that hangs may be why the run is not saved.
-        if self._patience_seconds is not None:
+        if self._save_limit_seconds is not None:
             # The kernel's timer, for the case that no other thread of this process gets to run.
-            signal.setitimer(signal.ITIMER_REAL, self._patience_seconds + LAST_LINE_SECONDS)
-            self._timer = threading.Timer(self._patience_seconds, self._give_up)
+            signal.setitimer(signal.ITIMER_REAL, self._save_limit_seconds + LAST_LINE_SECONDS)
+            self._timer = threading.Timer(self._save_limit_seconds, self._give_up)
             self._timer.daemon = True
             self._timer.start()
         logger.warning("%s: saving and stopping after this step", number.name)
@@ -76,7 +76,7 @@ class StopRequest:
             logger,
             "the run was not saved within %.0f s of %s: this process ends, the next start resumes from the newest "
             "checkpoint; every thread's stack follows",
-            self._patience_seconds,
+            self._save_limit_seconds,
             self.received.name if self.received else "a signal",
             exit_code=TRY_AGAIN_EXIT_CODE,
             with_stacks=True,

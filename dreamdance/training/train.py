@@ -60,7 +60,7 @@ def train(recipe: TrainingRecipe, run_folder: Path) -> None:
     deterministic = is_deterministic(recipe.deterministic, ranks)
     timeout = recipe.cluster.collective_timeout_seconds
     stopping = StopRequest(
-        patience_seconds=SAVING_SHARE * recipe.cluster.stop_seconds, on_signal=partial(note_signal, run_folder)
+        save_limit_seconds=SAVING_SHARE * recipe.cluster.stop_seconds, on_signal=partial(note_signal, run_folder)
     )
     with contextlib.ExitStack() as held:
         stop, watchdog = held.enter_context(stopping), held.enter_context(Watchdog.of(recipe.cluster))

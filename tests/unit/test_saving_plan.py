@@ -73,7 +73,7 @@ def test_the_bytes_of_full_size_are_counted_by_hand():
     plan = plan_checkpoint(make_recipe(precision="bf16"), 1_676_000_000)
     assert plan.num_bytes == 26_816_000_000
     assert plan.seconds == pytest.approx(107.264)
-    assert plan.patience_seconds == pytest.approx(96.0)
+    assert plan.save_limit_seconds == pytest.approx(96.0)
     assert not plan.fits
 
 

@@ -15,7 +15,7 @@ from dreamdance.runtime.stop_request import StopRequest
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_is_recorded_and_nothing_else_happens(number):
-    with StopRequest(patience_seconds=60) as stop:
+    with StopRequest(save_limit_seconds=60) as stop:
         assert not stop
         os.kill(os.getpid(), number)
         deadline = time.monotonic() + 5
@@ -34,7 +34,7 @@ def the_step_that_hangs():
     print("ready", flush=True)
     threading.Lock().acquire() and threading.Event().wait()
 
-with StopRequest(patience_seconds=0.3):
+with StopRequest(save_limit_seconds=0.3):
     the_step_that_hangs()
 """
     process = subprocess.Popen(
@@ -54,7 +54,7 @@ def test_a_run_that_is_saved_in_time_is_not_ended():
 import os, signal, time
 from dreamdance.runtime.stop_request import StopRequest
 
-with StopRequest(patience_seconds=0.3) as stop:
+with StopRequest(save_limit_seconds=0.3) as stop:
     os.kill(os.getpid(), signal.SIGTERM)
     while not stop:
         time.sleep(0.001)

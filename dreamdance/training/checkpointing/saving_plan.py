@@ -21,16 +21,16 @@ class CheckpointPlan:
     Attributes:
         num_bytes: size on the disk.
         seconds: time to write it and to read it back for its hash, at the recipe's `cluster.storage_mb_per_second`.
-        patience_seconds: how long the ranks may take to save before the job ends.
+        save_limit_seconds: how long the ranks may take to save before the job ends.
     """
 
     num_bytes: int
     seconds: float
-    patience_seconds: float
+    save_limit_seconds: float
 
     @property
     def fits(self) -> bool:
-        return self.seconds <= self.patience_seconds
+        return self.seconds <= self.save_limit_seconds
 
 
 def plan_checkpoint(recipe: TrainingRecipe, num_trainable: int) -> CheckpointPlan:
@@ -40,7 +40,7 @@ def plan_checkpoint(recipe: TrainingRecipe, num_trainable: int) -> CheckpointPla
     return CheckpointPlan(
         num_bytes=num_bytes,
         seconds=2 * num_bytes / (cluster.storage_mb_per_second * 1e6),
-        patience_seconds=SAVING_SHARE * cluster.stop_seconds,
+        save_limit_seconds=SAVING_SHARE * cluster.stop_seconds,
     )
 
 
@@ -56,7 +56,7 @@ def describe_checkpoint(recipe: TrainingRecipe, num_trainable: int) -> list[str]
     if not plan.fits:
         wanted = -(-int(plan.seconds / SAVING_SHARE + 1) // 60) * 60
         lines.append(
-            f"  WARNING: this is more than the {plan.patience_seconds:,.0f} s ({SAVING_SHARE:.0%} of "
+            f"  WARNING: this is more than the {plan.save_limit_seconds:,.0f} s ({SAVING_SHARE:.0%} of "
             f"cluster.stop_seconds {cluster.stop_seconds}) in which ranks must save at the job's time limit: such a "
             "save would not count, and the job would continue from the previous one. Set "
             f"cluster.stop_seconds={wanted} or more, or set cluster.storage_mb_per_second to the speed of your storage"
