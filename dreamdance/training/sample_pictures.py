@@ -61,7 +61,7 @@ def sample_geometry(
     return cast(dict[str, Tensor], maps)
 
 
-def passed_maps(batch: ClipBatch, recipe: Stage2Recipe) -> dict[str, Tensor]:
+def blur_maps(batch: ClipBatch, recipe: Stage2Recipe) -> dict[str, Tensor]:
     """The true maps that the controls name and the clips have; those of stage 1 as blurred as it delivers them."""
     size = (recipe.objective.geometry_height, recipe.objective.geometry_width)
     return {

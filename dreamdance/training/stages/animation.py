@@ -20,7 +20,7 @@ from dreamdance.training.networks.build import check_fit, prepare_networks, seed
 from dreamdance.training.networks.sources import open_autoencoder, open_image_encoder, open_unet
 from dreamdance.training.networks.trainability import names_with_gradient, train_only
 from dreamdance.training.objectives.animation import AnimationObjective
-from dreamdance.training.sample_pictures import Samples, passed_maps, sample_animation, show
+from dreamdance.training.sample_pictures import Samples, blur_maps, sample_animation, show
 
 _TEMPORAL_LAYERS = re.compile(r"temporal_transformer_blocks|temporal_res_block|time_mixer|time_pos_embed")
 
@@ -84,7 +84,7 @@ class AnimationStage:
 
     def sample(self, objective: AnimationObjective, batch: ClipBatch, on_step: StepCallback | None = None) -> Samples:
         """Videos, from references, poses and the true maps as stage 1 would deliver them."""
-        maps = passed_maps(batch, self.recipe)
+        maps = blur_maps(batch, self.recipe)
         frames = sample_animation(objective, batch, maps, self.recipe.sampling, on_step)
         given = {"pose": batch.pose} | {name: maps[name] for name in self.recipe.model.controls if name in maps}
         return show(batch, given, {"rgb": frames})
