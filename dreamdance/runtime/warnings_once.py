@@ -15,7 +15,7 @@ def warn_once(text: str) -> None:
 
 
 @contextmanager
-def held_warnings() -> Iterator[list[str]]:
+def collect_warnings() -> Iterator[list[str]]:
     """Collects this project's warnings in a worker, for the process that started it, in place of logging them.
 
     Yields:

@@ -28,7 +28,7 @@ from dreamdance.modalities import MODALITIES
 from dreamdance.runs.file_states import FileState, read_state
 from dreamdance.runs.files import replace_atomically
 from dreamdance.runs.work_queue import WorkQueue
-from dreamdance.runtime.warnings_once import held_warnings, warn_once
+from dreamdance.runtime.warnings_once import collect_warnings, warn_once
 from dreamdance.runtime.worker_processes import start_worker, worker_context
 
 PARTS_FOLDER = ".parts"
@@ -376,7 +376,7 @@ def _write_in_worker(
     folder: Path, part: Part, shard_format: ShardFormat, on_error: OnError
 ) -> tuple[str | None, list[str]]:
     """Runs in a worker: returns the damage and the warnings; the parent logs each different warning once."""
-    with held_warnings() as warnings:
+    with collect_warnings() as warnings:
         return write_part(folder, part, shard_format, on_error=on_error), warnings
 
 
