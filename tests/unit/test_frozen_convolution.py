@@ -9,9 +9,9 @@ from torch import nn
 from dreamdance.models.channels_last import use_channels_last
 from dreamdance.models.temporal_convolution import FoldedConv3d, fold_temporal_convolutions
 from dreamdance.training.networks.frozen_convolution import (
-    LeanConv2d,
-    LeanConv3d,
-    LeanFoldedConv3d,
+    FrozenConv2d,
+    FrozenConv3d,
+    FrozenFoldedConv3d,
     replace_convolutions,
 )
 
@@ -94,8 +94,8 @@ def test_replacing_keeps_names_parameters_and_modes_and_can_be_repeated():
     after = dict(network.named_parameters())
     assert list(after) == list(before)
     assert all(after[name] is before[name] for name in before)
-    assert type(network[0]) is LeanConv2d
-    assert type(network[1][1]) is LeanConv3d
+    assert type(network[0]) is FrozenConv2d
+    assert type(network[1][1]) is FrozenConv3d
     assert network[0].training
     assert not network[1][1].training
     # other paddings are not supported by the replacement
@@ -106,7 +106,7 @@ def test_a_folded_convolution_stays_folded():
     network = nn.Sequential(nn.Conv3d(4, 4, (3, 1, 1), padding=(1, 0, 0)))
     fold_temporal_convolutions(network)
     replace_convolutions(network)
-    assert type(network[0]) is LeanFoldedConv3d
+    assert type(network[0]) is FrozenFoldedConv3d
 
 
 def test_replacing_keeps_the_hooks_by_which_inputs_are_turned_to_channels_last():

@@ -19,16 +19,16 @@ Sizes = tuple[int, ...]
 def replace_convolutions(network: nn.Module) -> None:
     """Makes plain convolutions lean where they are: weights, names, hooks and modes stay."""
     for module in network.modules():
-        if type(module) in _LEAN_CLASSES and _can_be_lean(module):
-            module.__class__ = _LEAN_CLASSES[type(module)]
+        if type(module) in _FROZEN_CLASSES and _is_replaceable(module):
+            module.__class__ = _FROZEN_CLASSES[type(module)]
 
 
-def _can_be_lean(convolution: Any) -> bool:
+def _is_replaceable(convolution: Any) -> bool:
     """Whether it is exactly what a lean convolution computes: no padding but with a number of zeros."""
     return convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
 
 
-class LeanConv2d(nn.Conv2d):
+class FrozenConv2d(nn.Conv2d):
     """`nn.Conv2d`; while weight and bias are frozen it keeps its weight alone for the backward pass."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class LeanConv2d(nn.Conv2d):
         return _convolve(self, input) if _is_frozen(self) else super().forward(input)
 
 
-class LeanConv3d(nn.Conv3d):
+class FrozenConv3d(nn.Conv3d):
     """`nn.Conv3d`; while weight and bias are frozen it keeps its weight alone for the backward pass."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class LeanConv3d(nn.Conv3d):
         return _convolve(self, input) if _is_frozen(self) else super().forward(input)
 
 
-class LeanFoldedConv3d(FoldedConv3d):
+class FrozenFoldedConv3d(FoldedConv3d):
     """`FoldedConv3d`; while weight and bias are frozen it keeps its weight alone for the backward pass."""
 
     def convolve(self, input: Tensor, weight: Tensor) -> Tensor:
@@ -56,10 +56,10 @@ class LeanFoldedConv3d(FoldedConv3d):
 
 
 # Only these very classes: a subclass may compute something else.
-_LEAN_CLASSES: dict[type, type] = {
-    nn.Conv2d: LeanConv2d,
-    nn.Conv3d: LeanConv3d,
-    FoldedConv3d: LeanFoldedConv3d,
+_FROZEN_CLASSES: dict[type, type] = {
+    nn.Conv2d: FrozenConv2d,
+    nn.Conv3d: FrozenConv3d,
+    FoldedConv3d: FrozenFoldedConv3d,
 }
 
 
