@@ -106,11 +106,11 @@ class _Executor(SlurmExecutor):
             'is_running() { [ "$state" = "RUNNING ${SLURM_RESTART_COUNT:-0}" ]; }',
             # Slurm may have received a request whose answer was lost: so each request checks the state first.
             f'put_back() {{ answers && {{ ! is_running || scontrol requeue "{self._job}"; }}; }}',
-            f'insist() {{ for attempt in {{1..{NUM_REQUESTS}}}; do "$@" && return; sleep {REQUEST_SECONDS}; done; '
+            f'retry() {{ for attempt in {{1..{NUM_REQUESTS}}}; do "$@" && return; sleep {REQUEST_SECONDS}; done; '
             'echo "Slurm did not answer, or refused, for a minute; is this job back in the queue?" >&2; '
             "return 1; }",
-            f'if insist answers && is_running && {shlex.join(words)} {self._logs} "$code"; then',
-            "    insist put_back",
+            f'if retry answers && is_running && {shlex.join(words)} {self._logs} "$code"; then',
+            "    retry put_back",
             "fi",
             'exit "$code"',
         ]
