@@ -249,7 +249,7 @@ class Engine:
         counts: list[float] = torch.stack([self._adamw.state[one]["step"] for one in self._partitions]).tolist()
         return counts
 
-    def restored(self, step_counts: Mapping[str, float]) -> None:
+    def apply_restored(self, step_counts: Mapping[str, float]) -> None:
         """Computes the weights from `masters`; the caller has set these and `moments` before. Collective.
 
         Args:

@@ -140,7 +140,7 @@ def test_adamw_computes_as_this_device_does_whatever_the_checkpoint_s_device_did
         content.write(file)
     resumed = line_engine(zero_stage)
     with torch.no_grad():
-        resumed.restored(read_pieces(tmp_path, 1, pieces(resumed)))
+        resumed.apply_restored(read_pieces(tmp_path, 1, pieces(resumed)))
     assert resumed._engine.optimizer.param_groups[0]["fused"] is None
     for engine in (resumed, straight):
         step(engine)
@@ -171,7 +171,7 @@ def test_step_counts_are_on_the_device_that_adamw_expects():
     engine, lazy = line_engine(zero_stage=2), line_engine(zero_stage=2)
     lazy._adamw.state.clear()
     step(lazy)
-    engine.restored({"weight": 5.0})
+    engine.apply_restored({"weight": 5.0})
     (state,), (own,) = engine._adamw.state.values(), lazy._adamw.state.values()
     assert state["step"].item() == 5
     assert (state["step"].dtype, state["step"].device) == (own["step"].dtype, own["step"].device)

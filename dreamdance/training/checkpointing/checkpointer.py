@@ -251,7 +251,7 @@ class Checkpointer:
         state = _read_state(folder, _STATE_KEYS)
         self._check_same_networks(folder, state)
         with torch.no_grad():
-            self.engine.restored(read_pieces(folder, manifest.world_size, self._pieces()))
+            self.engine.apply_restored(read_pieces(folder, manifest.world_size, self._pieces()))
         own = read_rank_file(folder, min(self.ranks.rank, manifest.world_size - 1))
         self.ema.num_updates = own.average_updates
         restore_generators(own.generators)
