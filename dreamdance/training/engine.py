@@ -223,7 +223,7 @@ class Engine:
         for partition, shard in zip(self._partitions, shards, strict=True):
             partition.data = shard
 
-    def gathered(self, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def gather_parameters(self, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Assembles whole fp32 parameters from the `shards` of all ranks, one at a time, so that memory hardly grows.
 
         Collective: every rank must iterate to the end, but only the main process gets the right values.

@@ -42,7 +42,7 @@ def export_average(
     if on_main(folder.is_dir):
         return folder
     weights = {}
-    for name, parameter in engine.gathered(ema.shards):
+    for name, parameter in engine.gather_parameters(ema.shards):
         if ranks.is_main:
             weights[name] = parameter.cpu()
     # Also protects other ranks from ending the job while the main process is still writing.

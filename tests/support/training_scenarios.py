@@ -314,7 +314,7 @@ def prepare_and_inspect(ranks: Ranks, *, recipe: Recipe, run: Path, steps: int) 
             if trainer.validation.sample_clips is not None:
                 found["predictions"] = stage_of(recipe).sample(objective, trainer.validation.sample_clips).predictions
             found["average_gathered"] = {
-                name: value.clone() for name, value in trainer.engine.gathered(trainer.ema.shards)
+                name: value.clone() for name, value in trainer.engine.gather_parameters(trainer.ema.shards)
             }
         found["weights_after"] = _trainable(objective)
         found["is_training_after"] = objective.unet.training
@@ -344,7 +344,7 @@ def _inspect(trainer: Trainer, first: dict[str, torch.Tensor]) -> dict[str, Any]
         "master_dtypes": sorted({str(master.dtype) for master in engine.masters}),
         "num_average": sum(shard.numel() for shard in trainer.ema.shards),
         "weights_before": _trainable(engine.objective),
-        "masters_gathered": {name: value.clone() for name, value in engine.gathered(engine.masters)},
+        "masters_gathered": {name: value.clone() for name, value in engine.gather_parameters(engine.masters)},
         "moments_gathered": _moments(trainer),
     }
 
@@ -354,7 +354,7 @@ def _moments(trainer: Trainer) -> dict[str, dict[str, torch.Tensor]]:
     engine = trainer.engine
     states = list(engine._engine.optimizer.state.values())
     return {
-        moment: {name: value.clone() for name, value in engine.gathered([state[moment] for state in states])}
+        moment: {name: value.clone() for name, value in engine.gather_parameters([state[moment] for state in states])}
         for moment in engine.MOMENTS
         if states
     }

@@ -276,13 +276,13 @@ def test_resumed_state_equals_the_saved_one_bit_for_bit(run, trained, shards):
     held = {"master": trainer.engine.masters, **trainer.engine.moments(), "average": trainer.ema.shards}
     assert len(saved) == len(held) * len(trainer.engine.trainable)
     for kind, shards in held.items():
-        for name, value in trainer.engine.gathered(shards):
+        for name, value in trainer.engine.gather_parameters(shards):
             assert torch.equal(saved[f"{kind}/{name}"], value.flatten()), (kind, name)
             assert value.any() or kind != "average", name
-    for name, value in trainer.engine.gathered(trainer.engine.masters):
+    for name, value in trainer.engine.gather_parameters(trainer.engine.masters):
         assert torch.equal(trainer.engine.trainable[name], value)
     average = read_checkpoint_weights(checkpoint_folder(trained, 4))
-    gathered = dict(trainer.engine.gathered(trainer.ema.shards))
+    gathered = dict(trainer.engine.gather_parameters(trainer.ema.shards))
     assert average.keys() == trainer.engine.trainable.keys()
     assert all(torch.equal(average[name], gathered[name]) for name in average)
 
