@@ -91,7 +91,7 @@ def run_rank(rank: int, num_ranks: int, port: int, folder: Path, millions: float
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     import torch
 
-    from dreamdance.runtime.process_group import gathered, process_group
+    from dreamdance.runtime.process_group import gather_from_ranks, process_group
     from dreamdance.runtime.ranks import Ranks
 
     torch.set_num_threads(1)
@@ -100,8 +100,8 @@ def run_rank(rank: int, num_ranks: int, port: int, folder: Path, millions: float
         comparison = Comparison(folder, millions, ranks)
         ours, theirs = [], []
         for number in range(rounds + 1):  # round 0 is the first save of a run, and has a column of its own
-            theirs.append(gathered(comparison.save_as_deepspeed(number)))
-            ours.append(gathered(comparison.save_in_background(number)))
+            theirs.append(gather_from_ranks(comparison.save_as_deepspeed(number)))
+            ours.append(gather_from_ranks(comparison.save_in_background(number)))
         comparison.checkpointer.close()
         if ranks.is_main:
             rows = [comparison.row(name, found) for name, found in (("DeepSpeed", theirs), ("DreamDance", ours))]
@@ -161,12 +161,12 @@ class Comparison:
 
     def save_in_background(self, number: int) -> dict[str, float]:
         """Saves with our checkpointer, and trains until the checkpoint counts."""
-        from dreamdance.runtime.process_group import gathered
+        from dreamdance.runtime.process_group import gather_from_ranks
 
         self.step()
         self.checkpointer.begin(number + 1, {})
         meanwhile = [self.step()]
-        while any(gathered(self.checkpointer.is_writing)):
+        while any(gather_from_ranks(self.checkpointer.is_writing)):
             meanwhile.append(self.step())
         saved = self.checkpointer.finish()
         times = {"wait": saved.waited_seconds, "total": saved.seconds, "step": statistics.median(meanwhile)}

@@ -92,7 +92,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return total
 
 
-def gathered(value: Any) -> list[Any]:
+def gather_from_ranks(value: Any) -> list[Any]:
     """Returns every rank's `value` (a small plain object), in the order of ranks, on every rank."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)

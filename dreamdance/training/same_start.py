@@ -19,7 +19,7 @@ from dreamdance.errors import UserError
 from dreamdance.recipe.parse import flatten
 from dreamdance.recipe.schema import TrainingRecipe
 from dreamdance.runs.provenance import package_versions
-from dreamdance.runtime.process_group import gathered
+from dreamdance.runtime.process_group import gather_from_ranks
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ def require_same(facts: Mapping[str, str]) -> None:
     Raises:
         UserError: names the first ranks that differ and in what, on every rank.
     """
-    digests = gathered(sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest())
+    digests = gather_from_ranks(sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest())
     other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
     if other is None:
         return
-    everyone = gathered(dict(facts))  # only now, because it is long
+    everyone = gather_from_ranks(dict(facts))  # only now, because it is long
     first, differing = everyone[0], everyone[other]
     names = sorted(name for name in first.keys() | differing.keys() if first.get(name) != differing.get(name))
     described = "; ".join(

@@ -11,7 +11,7 @@ from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.data.loading.loader import ClipLoader
 from dreamdance.errors import UserError
 from dreamdance.recipe.schema import TrainingRecipe
-from dreamdance.runtime.process_group import gathered
+from dreamdance.runtime.process_group import gather_from_ranks
 from dreamdance.runtime.stop_request import StopRequest
 from dreamdance.runtime.watchdog import Watchdog
 from dreamdance.training.checkpointing.checkpointer import Checkpointer
@@ -119,7 +119,7 @@ class Trainer:
         section = self.recipe.recovery
         if totals.is_spike:
             reaction, count = self.guard.note_spike(self.step), len(self.guard.spike_steps)
-            worst = max(gathered(totals.worst_sample()), key=itemgetter(0))[1]
+            worst = max(gather_from_ranks(totals.worst_sample()), key=itemgetter(0))[1]
             reason = (
                 f"loss {totals.losses.mean:.4g} leapt over {section.spike_factor:g} x {self.guard.usual_loss:.4g}, "
                 f"most of all {worst}"
@@ -127,7 +127,7 @@ class Trainer:
             bound = f"recovery.max_spikes={section.max_spikes}"
         else:
             reaction, count = self.guard.note_nonfinite(self.step), len(self.guard.nonfinite_steps)
-            found = [sample for samples in gathered(totals.nonfinite_samples) for sample in samples]
+            found = [sample for samples in gather_from_ranks(totals.nonfinite_samples) for sample in samples]
             reason = f"not finite: {'; '.join(found) or 'no loss of any sample, only the gradient'}"
             bound = f"max_nonfinite_steps={self.recipe.max_nonfinite_steps}"
         count_in = f"{count} within {section.spike_window_steps} steps"

@@ -10,7 +10,7 @@ from support.recipes import tiny_clip_batch
 from torch import distributed as dist
 
 from dreamdance.data.loading.batch import ClipBatch
-from dreamdance.runtime.process_group import from_main, gathered, process_group, sum_over_ranks
+from dreamdance.runtime.process_group import from_main, gather_from_ranks, process_group, sum_over_ranks
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.objectives.output import ObjectiveOutput
 from dreamdance.training.step_totals import RankReport, StepTotals, name_nonfinite
@@ -109,5 +109,5 @@ def test_a_single_processs_group_stays_open_for_the_next_recipe() -> None:
     with process_group(Ranks(), timeout_seconds=60):
         assert sum_over_ranks(torch.tensor([1, 2])).tolist() == [1.0, 2.0]
         assert sum_over_ranks(torch.ones(1)).dtype == torch.float64
-        assert gathered({"rank": 0}) == [{"rank": 0}]
+        assert gather_from_ranks({"rank": 0}) == [{"rank": 0}]
         assert from_main(("any", 1)) == ("any", 1)

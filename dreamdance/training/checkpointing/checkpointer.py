@@ -21,7 +21,7 @@ from torch import Tensor
 from dreamdance.errors import CheckpointError, is_transient
 from dreamdance.recipe.schema import Checkpoint
 from dreamdance.runs.layout import COMPLETE_FILE, checkpoint_folder
-from dreamdance.runtime.process_group import gathered, on_main
+from dreamdance.runtime.process_group import gather_from_ranks, on_main
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.checkpointing import complete_file
 from dreamdance.training.checkpointing.complete_file import FileRecord, HashedFile, Manifest
@@ -173,7 +173,7 @@ class Checkpointer:
         if error := save.written.exception():
             logger.error("saving %s failed", save.folder.name, exc_info=error)
         # Waits for the slowest rank: COMPLETE may be written only after all files are on disk.
-        parts = gathered(_sendable(error) if error else save.written.result())
+        parts = gather_from_ranks(_sendable(error) if error else save.written.result())
         failures = {rank: part for rank, part in enumerate(parts) if isinstance(part, OSError)}
         if failures:
             reasons = "; ".join(f"rank {rank}: {failure}" for rank, failure in failures.items())
@@ -233,7 +233,7 @@ class Checkpointer:
             manifest, problem = on_main(partial(_read, folder))
             if manifest is not None:
                 share = manifest.files[self.ranks.rank :: self.ranks.world_size]
-                found = [text for part in gathered(complete_file.find_damage(folder, share)) for text in part]
+                found = [text for part in gather_from_ranks(complete_file.find_damage(folder, share)) for text in part]
                 if not found:
                     return self._restore(folder, manifest)
                 problem = "; ".join(found)
