@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dreamdance.errors import UserError, is_transient
 from dreamdance.inference.entry_inputs import EntryError, EntryInputs, Size, load_inputs, read_files
-from dreamdance.inference.manifest import ManifestEntry, read_manifest
+from dreamdance.inference.manifest import ManifestEntry, read_entries
 from dreamdance.inference.results import ClipResult, installed_versions, is_done, known_states, write_result
 from dreamdance.inference.stages import Stages, before_each_computation, load_stages
 from dreamdance.inference.work_done import note_work
@@ -69,7 +69,7 @@ def animate(recipe: AnimateRecipe, run_folder: Path) -> None:
         AnimateError: some entries failed; raised on the main rank after all entries have been tried.
     """
     ranks = Ranks.from_environment()
-    entries = read_manifest(Path(recipe.manifest), default_seed=recipe.seed)
+    entries = read_entries(Path(recipe.manifest), default_seed=recipe.seed)
     progress = partial(ProgressLog(run_folder, ranks).write, total=len(entries), unit="clips")
     # The main rank locks the folder for all ranks. The others wait for the queue, which the main rank opens afterwards.
     with lock_folder(Path(recipe.output), key="output") if ranks.is_main else nullcontext():

@@ -66,7 +66,7 @@ class ManifestEntry:
         return {name: path for name, path in named.items() if path is not None}
 
 
-def read_manifest(path: Path, *, default_seed: int = 0) -> list[ManifestEntry]:
+def read_entries(path: Path, *, default_seed: int = 0) -> list[ManifestEntry]:
     """Reads and checks a manifest.
 
     Args:

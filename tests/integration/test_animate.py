@@ -22,7 +22,7 @@ from dreamdance.dancers.render import HELD_OUT_SEEDS, render_clip
 from dreamdance.errors import CheckpointError, ManifestError, MissingInputError, RecipeError
 from dreamdance.inference.animate import AnimateError, animate
 from dreamdance.inference.entry_inputs import Size, load_inputs
-from dreamdance.inference.manifest import read_manifest
+from dreamdance.inference.manifest import read_entries
 from dreamdance.launch.finished import digest_inputs, is_finished, mark_finished
 from dreamdance.launch.job import free_port
 from dreamdance.media.keypoints import KeypointSequence, write_keypoint_file
@@ -377,7 +377,7 @@ def test_an_aligned_skeleton_is_drawn_at_the_size_of_the_reference(job):
     job.write_manifest()
     size = Size(WIDTH * 2, HEIGHT * 2)
     heights = []
-    for entry in read_manifest(job.folder / "manifest.jsonl"):
+    for entry in read_entries(job.folder / "manifest.jsonl"):
         drawing = load_inputs(entry, aspect=size, pose_sizes={size}).poses[size][0]
         rows = (drawing.amax(dim=0) > 0.1).any(dim=1).nonzero()
         heights.append(int(rows.max() - rows.min() + 1))
@@ -389,7 +389,7 @@ def test_pictures_of_another_aspect_lose_their_margins_evenly_and_keypoints_with
     job.add("dancer")
     size = Size(WIDTH * 2, HEIGHT * 2)
     job.write_manifest()
-    (entry,) = read_manifest(job.folder / "manifest.jsonl")
+    (entry,) = read_entries(job.folder / "manifest.jsonl")
     expected = load_inputs(entry, aspect=size, pose_sizes={size})
     picture = np.asarray(Image.open(entry.image))
     Image.fromarray(np.pad(picture, [(0, 0), (WIDTH, WIDTH), (0, 0)])).save(entry.image)

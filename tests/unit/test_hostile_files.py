@@ -12,7 +12,7 @@ from support.recipes import tiny_unet_config
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from dreamdance.errors import ManifestError, RecipeError
-from dreamdance.inference.manifest import read_manifest
+from dreamdance.inference.manifest import read_entries
 from dreamdance.recipe import load_recipe
 from dreamdance.recipe.schema import ImageEncoderSource, NetworkSource
 from dreamdance.training.networks.sources import open_image_encoder, open_unet
@@ -29,7 +29,7 @@ class Runs:
 
 
 @pytest.mark.parametrize("protocol", [0, 5])
-@pytest.mark.parametrize(("read", "error"), [(load_recipe, RecipeError), (read_manifest, ManifestError)])
+@pytest.mark.parametrize(("read", "error"), [(load_recipe, RecipeError), (read_entries, ManifestError)])
 def test_a_recipe_or_manifest_that_is_a_pickle_is_refused_and_never_unpickled(tmp_path, read, error, protocol):
     trace, path = tmp_path / "ran", tmp_path / "hostile"
     path.write_bytes(pickle.dumps(Runs(trace), protocol=protocol))  # 0 is plain text

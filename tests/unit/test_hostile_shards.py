@@ -22,7 +22,7 @@ from dreamdance.data.shards.columns import COLUMNS, pack_frames, unpack_frames, 
 from dreamdance.data.shards.index import read_index
 from dreamdance.data.shards.mds import MDSWriter
 from dreamdance.errors import ManifestError, ShardError
-from dreamdance.inference.manifest import read_manifest
+from dreamdance.inference.manifest import read_entries
 from dreamdance.media.keypoints import KeypointFileError, read_keypoint_file
 from dreamdance.recipe.sections import Shards
 
@@ -164,7 +164,7 @@ def test_json_that_is_nested_without_end_is_an_error_everywhere(tmp_path, folder
     with pytest.raises(KeypointFileError, match=r"file\.json: nested too deeply"):
         read_keypoint_file(path)
     with pytest.raises(ManifestError, match=r"file\.json:1: not valid JSON"):
-        read_manifest(path)
+        read_entries(path)
     shutil.copy(path, folder / "index.json")
     with pytest.raises(ShardError, match=r"index\.json is damaged"):
         read_index(folder / "index.json")
@@ -183,7 +183,7 @@ def test_an_id_of_a_manifest_never_leaves_the_output_folder(tmp_path, bad):
     path = tmp_path / "manifest.jsonl"
     path.write_text(json.dumps({"id": bad, "image": "a.png", "keypoints": "a.json"}))
     with pytest.raises(ManifestError, match=r"manifest\.jsonl:1: id .* must be 1 to 200 letters") as raised:
-        read_manifest(path)
+        read_entries(path)
     record_fault(
         "manifest id that climbs out of the output folder",
         how=repr(bad),

@@ -9,7 +9,7 @@ from support.fault_log import record_fault
 
 from dreamdance.errors import ManifestError
 from dreamdance.inference.align import AlignmentError, align_keypoints
-from dreamdance.inference.manifest import ManifestEntry, read_manifest
+from dreamdance.inference.manifest import ManifestEntry, read_entries
 from dreamdance.media.keypoints import NUM_KEYPOINTS, KeypointSequence
 
 
@@ -26,7 +26,7 @@ def entry(**changes):
 
 def problems(tmp_path, *lines) -> str:
     with pytest.raises(ManifestError) as caught:
-        read_manifest(write(tmp_path, *lines))
+        read_entries(write(tmp_path, *lines))
     return str(caught.value)
 
 
@@ -40,7 +40,7 @@ def test_an_entry_is_read_with_its_paths_beside_the_manifest(tmp_path):
         reference_frame=3,
         image="examples/clip/reference.png",
     )
-    (read,) = read_manifest(write(tmp_path, full))
+    (read,) = read_entries(write(tmp_path, full))
     assert read == ManifestEntry(
         id="clip_1.b",
         image=tmp_path / "examples/clip/reference.png",
@@ -56,13 +56,13 @@ def test_an_entry_is_read_with_its_paths_beside_the_manifest(tmp_path):
 
 def test_missing_fields_have_defaults_and_blank_lines_are_skipped(tmp_path):
     path = write(tmp_path, entry(), "", "   ", entry(id="b", keypoints=None, pose="b.mp4"))
-    first, second = read_manifest(path, default_seed=5)
+    first, second = read_entries(path, default_seed=5)
     assert (first.seed, first.align, first.fps, first.reference_frame) == (5, False, None, None)
     assert (second.pose, second.keypoints, second.line) == (tmp_path / "b.mp4", None, 4)
 
 
 def test_reference_keypoints_are_no_input_of_an_entry_that_is_not_aligned(tmp_path):
-    (read,) = read_manifest(write(tmp_path, entry(reference_keypoints="r.json")))
+    (read,) = read_entries(write(tmp_path, entry(reference_keypoints="r.json")))
     assert set(read.files) == {"image", "keypoints"}
 
 
@@ -89,7 +89,7 @@ def test_a_string_that_cannot_be_a_path_is_refused(tmp_path, name, path):
 
 @pytest.mark.parametrize("path", ["../other/a.png", "a/../../b.png", "/data/dance/a.png"])
 def test_paths_in_a_manifest_may_lead_anywhere(tmp_path, path):
-    (read,) = read_manifest(write(tmp_path, entry(image=path)))
+    (read,) = read_entries(write(tmp_path, entry(image=path)))
     assert os.path.normpath(read.image) == os.path.normpath(os.path.join(tmp_path, path))
 
 
@@ -98,18 +98,18 @@ def test_a_byte_order_mark_is_no_part_of_a_manifest(tmp_path):
     path = tmp_path / "manifest.jsonl"
     path.write_text("\r\n".join(lines), encoding="utf-8-sig", newline="")
     assert path.read_bytes().startswith(b"\xef\xbb\xbf")
-    assert [read.id for read in read_manifest(path)] == ["a", "b"]
+    assert [read.id for read in read_entries(path)] == ["a", "b"]
     path.write_bytes(b"".join(line.encode("utf-8-sig") + b"\n" for line in lines))
-    assert [read.id for read in read_manifest(path)] == ["a", "b"], "joined files have one mark each"
+    assert [read.id for read in read_entries(path)] == ["a", "b"], "joined files have one mark each"
     path.write_text("\n".join(lines), encoding="utf-16")
     with pytest.raises(ManifestError, match=r"is not UTF-8 text: .* at byte 0; save it as UTF-8"):
-        read_manifest(path)
+        read_entries(path)
 
 
 @pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
 def test_only_a_newline_ends_a_line_of_a_manifest(tmp_path, character):
     first = json.dumps(entry(image=f"a{character}b.png"), ensure_ascii=False)
-    read = read_manifest(write(tmp_path, first, entry(id="b")))
+    read = read_entries(write(tmp_path, first, entry(id="b")))
     assert [(one.line, one.image.name) for one in read] == [(1, f"a{character}b.png"), (2, "a.png")]
 
 
@@ -167,12 +167,12 @@ def test_a_manifest_that_holds_nothing_usable_is_refused(tmp_path, content):
     path = tmp_path / "manifest.jsonl"
     path.write_bytes(content)
     with pytest.raises(ManifestError, match="manifest"):
-        read_manifest(path)
+        read_entries(path)
 
 
 def test_a_missing_manifest_is_named(tmp_path):
     with pytest.raises(ManifestError, match=r"nowhere\.jsonl cannot be read"):
-        read_manifest(tmp_path / "nowhere.jsonl")
+        read_entries(tmp_path / "nowhere.jsonl")
 
 
 def person(num_frames: int = 6, seed: int = 0) -> KeypointSequence:

@@ -16,7 +16,7 @@ from support.video_folders import damage_video, stored_clips, videos_recipe, wri
 from dreamdance.data.prepare import prepare
 from dreamdance.data.writing.video_opening import check_videos
 from dreamdance.errors import ShardError
-from dreamdance.inference.manifest import read_manifest
+from dreamdance.inference.manifest import read_entries
 from dreamdance.media.video import VideoError, write_video
 from dreamdance.recipe.schema import PrepareRecipe, VideosSource
 from dreamdance.runs import file_states
@@ -169,7 +169,7 @@ def test_clips_get_ids_that_animate_accepts_and_keep_the_names_of_their_videos(t
     output = tmp_path / "data"
     recipe = videos_recipe(output, tmp_path / "videos", split_by="time", validation_fraction=0.5, crop_letterbox=False)
     prepare(recipe, tmp_path / "run")
-    entries = read_manifest(output / "manifest.jsonl")
+    entries = read_entries(output / "manifest.jsonl")
     clips = stored_clips(output, "validation")
     assert [entry.id for entry in entries] == [clip.clip_id for clip in clips]
     assert sorted(clip.metadata["source"] for clip in clips) == sorted(f"{name}.rgb.mp4" for name in NAMES)
