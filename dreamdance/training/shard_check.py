@@ -1,7 +1,7 @@
-"""`data.verify: hash`: every shard of a run is hashed at its start, divided over all ranks, outside any collective.
+"""`data.verify: hash`: the ranks of a run share the work of hashing every shard at its start, without a collective.
 
-Hashing a large set may take an hour, and a collective waits for half of one at most. So ranks take shards one by one
-from a common count, and who finds none left waits by looking, as long as the others get on.
+Hashing a large set may take an hour, but a collective times out after half an hour. Therefore ranks take shards one by
+one from a common counter. A rank that finds no shard left polls until the others finish.
 """
 
 import time
@@ -18,47 +18,47 @@ from dreamdance.runtime.ranks import Ranks
 
 POLL_SECONDS = 0.2
 LEAVE_SECONDS = 5.0
-_CHECKED, _FAILED, _PASSES = "checked", "failed", "fault that may pass"
-_rounds = count()  # the same on all ranks, for all take part in each
+_CHECKED, _FAILED, _IS_TRANSIENT = "checked", "failed", "transient"
+_rounds = count()  # equal on all ranks, because every rank takes part in every round
 
 
 def verify_at_opening(verify: Verify) -> Verify:
-    """How data sets are to be opened once `verify_by_hash` is through with them, if the recipe wants it at all."""
+    """The check to use when a data set is opened: `verify_by_hash` has done `hash` already."""
     return "first_use" if verify == "hash" else verify
 
 
 def verify_by_hash(
     folders: Sequence[Shards], ranks: Ranks, store: Store, *, on_progress: Callable[[str], None]
 ) -> None:
-    """Hashes all shards of some folders, whatever is noted. All ranks must call it; returns when all are through.
+    """Hashes all shards again, ignoring earlier notes; returns when all ranks have finished. All ranks must call it.
 
-    Ranks that see one folder share its shards; a folder that each node has for itself is read by the ranks of each.
+    Ranks that see the same folder share its shards. A folder local to a node is read by that node's ranks.
 
     Args:
-        folders: where the shards are.
-        ranks: this process among all.
-        store: common to all ranks.
-        on_progress: called with what comes, before each shard, and while others are waited for whenever one of their
-            shards is through: a watchdog sees that it gets on.
+        folders: folders of the shards.
+        ranks: this process among all processes.
+        store: the key-value store that all ranks share.
+        on_progress: called with a text before each shard, and while this rank waits, each time that another rank has
+            checked a shard: a watchdog sees progress.
 
     Raises:
-        ShardError: a shard is missing or damaged; on all ranks.
-        LostWorkerError: the main rank is gone.
+        ShardError: a shard is missing or damaged; raised on all ranks.
+        LostWorkerError: the main rank has ended, or another rank failed with a transient error.
     """
     place = PrefixStore(f"shard check {next(_rounds)}", store)
     try:
         _share(place, folders, ranks, on_progress)
         _await_others(place, ranks, on_progress)
     except DistError as error:
-        raise LostWorkerError(f"the main rank is gone while shards are checked ({error})") from error
+        raise LostWorkerError(f"the main rank ended while shards were checked ({error})") from error
 
 
 def _share(place: Store, folders: Sequence[Shards], ranks: Ranks, on_progress: Callable[[str], None]) -> None:
-    """Hashes what no other rank has taken, and lets the others know where something is wrong."""
+    """Hashes the shards that no other rank has taken; an error is written to the store for the other ranks."""
     try:
         for number, shards in enumerate(folders):
             index = open_shards(shards, ranks=ranks, before_shard=on_progress)
-            # On one file system it is the same file, with the same times; copies have their own.
+            # Ranks that see the same file see the same stamp; a copy on another disk has another stamp.
             key = f"{number} of {FileStamp.of(index.path)}"
             taken = _take(place, key, len(index.shards))
             verify_shards(index, how="hash", remote=shards.remote, before_shard=on_progress, numbers=taken)
@@ -66,7 +66,7 @@ def _share(place: Store, folders: Sequence[Shards], ranks: Ranks, on_progress: C
         raise
     except Exception as error:
         if not place.check([_FAILED]):
-            place.set(_PASSES, str(int(is_transient(error))))
+            place.set(_IS_TRANSIENT, str(int(is_transient(error))))
             place.set(_FAILED, f"rank {ranks.rank}: {error}")
         _leave(place, ranks)
         raise
@@ -82,7 +82,7 @@ def _await_others(place: Store, ranks: Ranks, on_progress: Callable[[str], None]
             _leave(place, ranks)
             raise
         if (checked := place.add(_CHECKED, 0)) != seen:
-            on_progress(f"waiting for the other ranks, {checked} are through")
+            on_progress(f"waiting for the other ranks, {checked} shards are checked")
             seen = checked
         time.sleep(POLL_SECONDS)
 
@@ -97,12 +97,12 @@ def _take(place: Store, key: str, num_shards: int) -> Iterator[int]:
 
 def _raise_if_failed(place: Store) -> None:
     if place.check([_FAILED]):
-        kind = LostWorkerError if place.get(_PASSES) == b"1" else ShardError
-        raise kind(f"shards are not sound: {place.get(_FAILED).decode()}")
+        kind = LostWorkerError if place.get(_IS_TRANSIENT) == b"1" else ShardError
+        raise kind(f"a shard failed its check: {place.get(_FAILED).decode()}")
 
 
 def _leave(place: Store, ranks: Ranks) -> None:
-    """Gives the others time to read what went wrong: the place ends with the main rank."""
+    """Waits so that other ranks can read the error: the store ends with the main rank."""
     place.set(f"left {ranks.rank}", "")
     everybody, end = [f"left {rank}" for rank in range(ranks.world_size)], time.monotonic() + LEAVE_SECONDS
     while not place.check(everybody) and time.monotonic() < end:

@@ -70,7 +70,7 @@ def test_an_incomplete_folder_is_refused_with_what_it_lacks_and_what_to_do(tmp_p
     with pytest.raises(MissingInputError, match=rf"model.unet.path: no network in '{folder}': {lacks}") as refused:
         open_tiny(NetworkSource(path=str(folder)))
     assert "set model.unet.path and model.unet.subfolder" in str(refused.value)
-    assert "recipes/demo, which needs none" in str(refused.value)
+    assert "recipes/demo, which needs no weights" in str(refused.value)
 
 
 def test_on_meta_the_shape_of_the_folder_overrides_the_published_one(tmp_path: Path) -> None:
@@ -170,7 +170,9 @@ def test_a_config_without_the_projections_width_is_refused_by_the_recipes_key(tm
     change_config(
         tmp_path, lambda values: (values.pop("projection_dim"), values["vision_config"].pop("projection_dim"))
     )
-    with pytest.raises(RecipeError, match=r"model\.image_encoder\.path: .*config\.json does not say 'projection_dim'"):
+    with pytest.raises(
+        RecipeError, match=r"model\.image_encoder\.path: .*config\.json does not contain 'projection_dim'"
+    ):
         open_clip(tmp_path)
 
 

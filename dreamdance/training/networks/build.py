@@ -1,4 +1,4 @@
-"""What both stages do to the networks that they build."""
+"""Steps that both stages share when they build networks: seeding, moving to the device, and checks of sizes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,15 +19,18 @@ _FROZEN_COMPONENTS = ("vae", "image_encoder")
 
 @contextmanager
 def seeded_networks(seed: int, device: str) -> Iterator[None]:
-    """Within, random weights come from `seed` alone, the same on every rank and device; `"meta"` makes shapes only."""
-    # random weights are drawn on the CPU whatever the device, so that they are the same everywhere
+    """In the block, random weights depend on `seed` alone; they are equal on every rank and device.
+
+    With `"meta"` networks have shapes only.
+    """
+    # random weights are drawn on the CPU for every device, so that they are equal everywhere
     with torch.random.fork_rng(devices=()), torch.device("meta" if device == "meta" else "cpu"):
         torch.default_generator.manual_seed(seed)
         yield
 
 
 def prepare_networks(objective: Objective, sharding: Sharding, *, channels_last: bool, device: str) -> None:
-    """Moves an objective's networks to the device, and sets how they compute and what they keep for the backward pass.
+    """Moves an objective's networks to the device; sets their memory format and gradient checkpointing.
 
     Args:
         objective: changed in place.
@@ -44,12 +47,12 @@ def prepare_networks(objective: Objective, sharding: Sharding, *, channels_last:
             network.enable_gradient_checkpointing(
                 checkpoint_keeping_attention
                 if sharding.gradient_checkpointing == "keep_attention"
-                else None  # diffusers' own: everything inside a block is computed twice
+                else None  # diffusers' own checkpointing: everything inside a block is computed twice
             )
 
 
 def exportable(objective: Objective) -> dict[str, ModelMixin]:
-    """The networks that training may change, by the name which they have in the pipeline and its export."""
+    """The networks that training may change, by their names in the pipeline and its export."""
     return {
         name: network
         for name, network in objective.named_children()
@@ -58,7 +61,11 @@ def exportable(objective: Objective) -> dict[str, ModelMixin]:
 
 
 def check_fit(unet: ModelMixin, vae: Autoencoder, token_width: int, data: TrainingData, *, latent_inputs: int) -> None:
-    """Raises where channels, widths and picture sizes of a recipe's networks do not fit together."""
+    """Checks that channels, widths and picture sizes of a recipe's networks fit together.
+
+    Raises:
+        RecipeError: they do not; the text lists every key that must change.
+    """
     channels = vae.config.latent_channels
     factor = downscale_factor(vae)
     wanted = {

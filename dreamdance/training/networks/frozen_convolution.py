@@ -1,7 +1,7 @@
-"""Convolutions that keep their input only for a weight that trains.
+"""Convolutions that keep their input for the backward pass only if their weight trains.
 
-torch's linear layers do so by themselves; its convolutions keep their input whatever is frozen, which in a frozen UNet
-on the gradient's path is about a third of all activations. Knows nothing of which network trains.
+torch's linear layers do this already. torch's convolutions always keep their input; in a frozen UNet through which the
+gradient passes, these inputs are about a third of all activations. This module does not know which network trains.
 """
 
 from typing import Any
@@ -17,19 +17,19 @@ Sizes = tuple[int, ...]
 
 
 def replace_convolutions(network: nn.Module) -> None:
-    """Makes plain convolutions lean where they are: weights, names, hooks and modes stay."""
+    """Replaces plain convolutions in place: weights, names, hooks and modes stay."""
     for module in network.modules():
         if type(module) in _FROZEN_CLASSES and _is_replaceable(module):
             module.__class__ = _FROZEN_CLASSES[type(module)]
 
 
 def _is_replaceable(convolution: Any) -> bool:
-    """Whether it is exactly what a lean convolution computes: no padding but with a number of zeros."""
+    """Whether a class of this module computes the same convolution: only zero padding, given as numbers."""
     return convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
 
 
 class FrozenConv2d(nn.Conv2d):
-    """`nn.Conv2d`; while weight and bias are frozen it keeps its weight alone for the backward pass."""
+    """`nn.Conv2d`; while weight and bias are frozen, only the weight is kept for the backward pass."""
 
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Conv2d`: `n c h w` to `n c h w`."""
@@ -37,7 +37,7 @@ class FrozenConv2d(nn.Conv2d):
 
 
 class FrozenConv3d(nn.Conv3d):
-    """`nn.Conv3d`; while weight and bias are frozen it keeps its weight alone for the backward pass."""
+    """`nn.Conv3d`; while weight and bias are frozen, only the weight is kept for the backward pass."""
 
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Conv3d`: `n c f h w` to `n c f h w`."""
@@ -45,7 +45,7 @@ class FrozenConv3d(nn.Conv3d):
 
 
 class FrozenFoldedConv3d(FoldedConv3d):
-    """`FoldedConv3d`; while weight and bias are frozen it keeps its weight alone for the backward pass."""
+    """`FoldedConv3d`; while weight and bias are frozen, only the weight is kept for the backward pass."""
 
     def convolve(self, input: Tensor, weight: Tensor) -> Tensor:
         """As `FoldedConv3d`."""
@@ -55,7 +55,7 @@ class FrozenFoldedConv3d(FoldedConv3d):
         return convolved
 
 
-# Only these very classes: a subclass may compute something else.
+# Exactly these classes: a subclass may compute something else.
 _FROZEN_CLASSES: dict[type, type] = {
     nn.Conv2d: FrozenConv2d,
     nn.Conv3d: FrozenConv3d,
@@ -74,7 +74,7 @@ def _convolve(convolution: nn.Conv2d | nn.Conv3d, inputs: Tensor) -> Tensor:
 
 
 class _FrozenConvolution(torch.autograd.Function):
-    """A convolution with a gradient for its input only, for which its weight and its input's shape are enough."""
+    """A convolution with a gradient for its input only; the backward pass needs the weight and the input's shape."""
 
     @staticmethod
     def forward(

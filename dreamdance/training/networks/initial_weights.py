@@ -1,4 +1,4 @@
-"""Where a run's first weights come from when it continues another run: `init_from` and `init_step` (C6)."""
+"""Loads the first weights of a run from another run: the keys `init_from` and `init_step` (C6)."""
 
 import logging
 from collections.abc import Collection
@@ -24,8 +24,8 @@ def load_initial_weights(objective: Objective, runs: Path, *, init_from: str | N
     """Loads the averaged weights of the run that `init_from` names; does nothing where it is None.
 
     The weights of a finished run come from the export of its last step. With `init_step` they come from that step's
-    export, else from its checkpoint. A checkpoint holds trained weights only, so that the frozen ones are loaded from
-    where that run had them.
+    export, else from its checkpoint. A checkpoint holds trained weights only; the frozen ones come from the run that
+    the recipe beside the checkpoint names in its own `init_from`, or stay as they were built.
 
     Args:
         objective: changed in place; module weights only, no optimizer state.
@@ -34,8 +34,9 @@ def load_initial_weights(objective: Objective, runs: Path, *, init_from: str | N
         init_step: the recipe's key: a step of that run; None for its last one.
 
     Raises:
-        MissingInputError: no such run, export or checkpoint, or the run is unfinished and `init_step` not given.
-        CheckpointError: what is found is damaged or does not fit.
+        MissingInputError: no such run, export or checkpoint, or the run is unfinished and `init_step` is not given.
+        CheckpointError: the export or the checkpoint is damaged or does not fit.
+        RecipeError: the run does not train, or a shape in its checkpoint does not fit this recipe.
     """
     if init_from is None:
         return
@@ -69,8 +70,8 @@ def load_initial_weights(objective: Objective, runs: Path, *, init_from: str | N
 def load_networks(objective: Objective, export: Path) -> None:
     """Loads the trained networks of another run's export, network by network.
 
-    Parameters of the geometry and temporal branches may be missing, all of a branch at once: the run before had not
-    added them yet, and they stay at their zero-initialised start. Anything else missing or left over is an error.
+    A whole geometry or temporal branch may be missing, because the earlier run had not added it yet; the branch keeps
+    its zero-initialised start. Any other missing or unknown parameter is an error.
 
     Args:
         objective: built for this run; changed in place.
@@ -94,7 +95,7 @@ def load_networks(objective: Objective, export: Path) -> None:
         if problems:
             raise CheckpointError(
                 f"the {name} of {export} does not fit this recipe's: it {'; it '.join(problems)}. Give `model` the "
-                "values which the run in init_from had; only geometry_attention and temporal_attention may be newly on"
+                "values that the run in init_from had; only geometry_attention and temporal_attention may be newly on"
             )
         network.load_state_dict(weights, strict=False)
         added = len(expected) - len(weights)
@@ -113,7 +114,7 @@ def _overlay(objective: Objective, checkpoint: Path) -> None:
 
 
 def _new_branches(network: nn.Module, present: Collection[str]) -> set[str]:
-    """Names of the whole branches of `network` of which `present` has nothing: newly added ones."""
+    """Names of all parameters in newly added branches of `network`: branches without any name in `present`."""
     if not isinstance(network, GeometryUNetModel):
         return set()
     branches = (network.geometry_parameters().keys(), network.temporal_parameters().keys())
@@ -121,6 +122,6 @@ def _new_branches(network: nn.Module, present: Collection[str]) -> set[str]:
 
 
 def _name_some(keys: Collection[str], limit: int = 5) -> str:
-    """The first few names, and how many more there are."""
+    """The first few names, and the number of the others."""
     shown = ", ".join(sorted(keys)[:limit])
     return shown if len(keys) <= limit else f"{shown} and {len(keys) - limit} more"

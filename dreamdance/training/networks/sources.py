@@ -1,7 +1,7 @@
-"""Opens the networks that a recipe names: from a local folder in the diffusers layout, or random from given arguments.
+"""Opens the networks that a recipe names: from a local folder in the diffusers layout, or with random weights.
 
-Only safetensors are read, nothing is downloaded, and what is missing is named together with the recipe's key. On the
-meta device a network whose folder is absent takes the shape of the published one.
+Only safetensors are read; nothing is downloaded; an error names the missing file and the recipe's key. On the meta
+device a network whose folder is absent gets the shape of the published network.
 """
 
 import json
@@ -61,7 +61,7 @@ def open_unet(
     Args:
         source: a folder, or constructor arguments of a random network.
         network_class: diffusers' class.
-        published: constructor arguments of the published network, used on the meta device where the folder is absent.
+        published: constructor arguments of the published network, used on the meta device if the folder is absent.
         device: `"cpu"`, `"cuda"` or `"meta"`.
 
     Raises:
@@ -81,7 +81,7 @@ def open_unet(
 
 
 def open_autoencoder(source: AutoencoderSource, *, temporal: bool, device: str) -> nn.Module:
-    """The frozen autoencoder of `model.autoencoder`; `temporal` where it decodes videos, as SVD's does.
+    """The frozen autoencoder of `model.autoencoder`; `temporal` means that it decodes videos, as SVD's does.
 
     Raises:
         MissingInputError: the folder or its weights are not there.
@@ -106,7 +106,7 @@ def open_image_encoder(source: ImageEncoderSource, *, huge: bool, device: str) -
 
     Args:
         source: a folder, or the width of the stand-in.
-        huge: whether the published one is ViT-H (stage 2), not ViT-L (stage 1).
+        huge: whether the published encoder is ViT-H (stage 2), not ViT-L (stage 1).
         device: `"cpu"`, `"cuda"` or `"meta"`.
 
     Raises:
@@ -128,13 +128,13 @@ def open_image_encoder(source: ImageEncoderSource, *, huge: bool, device: str) -
 
 
 def _load_clip(folder: Path, key: str) -> CLIPVisionModelWithProjection:
-    """CLIP's vision tower out of its own folder or that of a whole CLIP."""
+    """Loads CLIP's vision tower from its own folder or from the folder of a whole CLIP."""
     config = _read_clip_config(folder, key)
     try:
         encoder, loaded = CLIPVisionModelWithProjection.from_pretrained(
             folder, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    except (RuntimeError, ValueError, OSError) as error:  # other sizes than the config's, or a damaged file
+    except (RuntimeError, ValueError, OSError) as error:  # sizes differ from the config, or the file is damaged
         raise RecipeError(f"{key}.path: the weights in '{folder}' do not fit its config.json: {error}") from error
     if missing := sorted(loaded["missing_keys"]):  # transformers would leave them random
         raise RecipeError(
@@ -145,13 +145,13 @@ def _load_clip(folder: Path, key: str) -> CLIPVisionModelWithProjection:
 
 
 def _read_clip_config(folder: Path, key: str) -> CLIPVisionConfig:
-    """The vision tower's configuration; of a whole CLIP's, whose width of the projection both towers share."""
+    """The vision tower's configuration; for a whole CLIP, takes its `vision_config` and shared projection width."""
     file = folder / "config.json"
     values = json.loads(file.read_text(encoding="utf-8"))
     vision = values.get("vision_config", values)
     if "projection_dim" not in {**values, **vision}:
         raise RecipeError(
-            f"{key}.path: {file} does not say 'projection_dim', the width of CLIP's image embedding: take it from "
+            f"{key}.path: {file} does not contain 'projection_dim', the width of CLIP's image embedding: take it from "
             "the published config.json of that network (768 for ViT-L/14, 1024 for ViT-H/14)"
         )
     return CLIPVisionConfig.from_dict({"projection_dim": values.get("projection_dim"), **vision})
@@ -161,7 +161,7 @@ def read_weights(folder: Path, *, key: str) -> dict[str, torch.Tensor]:
     """All tensors of one network's folder, from one safetensors file or several.
 
     Raises:
-        MissingInputError: there are none; the text names the recipe's `key`.
+        MissingInputError: the folder has no safetensors; the text names the recipe's `key`.
     """
     files = sorted(folder.glob("[!.]*.safetensors"))
     if not files:
@@ -186,7 +186,7 @@ def _require_weights(folder: Path, key: str) -> None:
         raise MissingInputError(
             f"{key}.path: no network in '{folder.absolute()}': {problem}; put the published weights there in the "
             f"diffusers folder layout, or set {key}.path and {key}.subfolder to where they are, or try a recipe of "
-            "recipes/demo, which needs none"
+            "recipes/demo, which needs no weights"
         )
 
 

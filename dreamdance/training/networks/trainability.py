@@ -1,8 +1,9 @@
-"""Which parameters train in which step (dreamdance/README.md, "The method"), by name. Knows nothing of optimizers.
+"""Names of the parameters that train in each step (dreamdance/README.md, "The method").
 
-Never among them: the autoencoder and the image encoder.
-Paper: both UNets train in the first step; here: all but what precedes the softmax of cross-attention, because over the
-single token of the image embedding that softmax is 1 and its gradient rounding noise, which Adam would turn into steps.
+The autoencoder and the image encoder never train. This module does not know optimizers.
+
+Paper: both UNets train in the first step. Here: the layers before the softmax of cross-attention stay frozen. Over the
+single token of the image embedding that softmax is 1; its gradient is rounding noise, which Adam would turn into steps.
 """
 
 import re
@@ -13,7 +14,7 @@ from torch import nn
 from dreamdance.training.networks.frozen_convolution import replace_convolutions
 from dreamdance.training.objectives.output import Objective
 
-# Cross-attention reads a single token, the image embedding: its softmax is 1 whatever the query and the key are.
+# Cross-attention reads a single token, the image embedding: its softmax is 1 for every query and key.
 _NO_GRADIENT_WITH_ONE_TOKEN = re.compile(r"\.(attn2\.to_q|attn2\.to_k|norm2)\.(weight|bias)$")
 _TRANSFORMER_BLOCK = re.compile(r"transformer_blocks\.\d+\.")
 
@@ -21,8 +22,8 @@ _TRANSFORMER_BLOCK = re.compile(r"transformer_blocks\.\d+\.")
 def train_only(objective: Objective, names: Collection[str]) -> list[str]:
     """Sets `requires_grad` of every parameter: only `names` train.
 
-    Also sets the modes that go with it: training mode for the networks that train, evaluation mode for the others; and
-    has the denoiser's frozen convolutions keep no input for a weight gradient.
+    Networks that train get training mode, the others evaluation mode. The denoiser's convolutions are replaced by
+    classes that keep their input only if their weight trains.
 
     Returns:
         The sorted names.
@@ -35,7 +36,7 @@ def train_only(objective: Objective, names: Collection[str]) -> list[str]:
 
 
 def set_modes(objective: Objective) -> None:
-    """Training mode, except for the networks that are frozen as a whole."""
+    """Sets training mode, and evaluation mode for the networks that are frozen as a whole."""
     objective.train()
     for network in objective.children():
         network.train(any(parameter.requires_grad for parameter in network.parameters()))
