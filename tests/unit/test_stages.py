@@ -15,7 +15,7 @@ def test_the_task_of_a_recipe_chooses_the_stage_that_builds_and_samples() -> Non
 
 
 def test_a_recipe_that_trains_nothing_has_no_stage() -> None:
-    with pytest.raises(TypeError, match="no stage is trained by a PrepareRecipe"):
+    with pytest.raises(TypeError, match="a PrepareRecipe trains no stage"):
         stage_of(load_recipe("recipes/demo/prepare.yaml"))
 
 

@@ -1,4 +1,4 @@
-"""The plan: counts equal those of the real networks, memory follows sharding, the rehearsal equals a real step."""
+"""The plan: counts equal those of the real networks, memory follows sharding, the simulated step equals a real one."""
 
 from pathlib import Path
 
@@ -73,7 +73,7 @@ class _Tracker(MemTracker):
 
 
 def peak_beside_weights(recipe):
-    """The peak of the rehearsal in torch's count: all tensors that exist at once, without parameters and buffers."""
+    """The peak of the simulation in torch's count: all tensors that exist at once, without parameters and buffers."""
     objective = built(recipe, "meta").to(torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
     objective.training = False
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -112,7 +112,7 @@ def test_planned_weights_equal_the_bytes_of_the_networks(precision):
 
 
 @pytest.mark.slow
-def test_a_rehearsed_step_needs_the_memory_of_a_real_one():
+def test_a_simulated_step_needs_the_memory_of_a_real_one():
     recipe = demo("stage1_geometry")
     objective = built(recipe, "cpu")
     objective.training = False
@@ -127,8 +127,8 @@ def test_a_rehearsed_step_needs_the_memory_of_a_real_one():
     batch = ClipBatch(maps=maps, reference=reference, fps=torch.ones(1), keys=keys, clip_ids=["a"])
     with LiveBytes(beside=(*objective.parameters(), *objective.buffers())) as live:
         objective(batch).loss.backward()
-    rehearsed = peak_activation_bytes(built(recipe, "meta"), stage_of(recipe))
-    assert rehearsed == pytest.approx(live.peak, rel=0.02)
+    simulated = peak_activation_bytes(built(recipe, "meta"), stage_of(recipe))
+    assert simulated == pytest.approx(live.peak, rel=0.02)
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """The objective of stage 2: SVD's own denoising objective, with the cross-domain controller's guidance (Eq. 7).
 
-Holds all networks, trained and frozen. Knows nothing of ranks, optimizers or checkpoints; every random draw about a
-clip is keyed by the clip (C8).
+The objective holds all networks, trained and frozen. This module does not know ranks, optimizers or checkpoints. Every
+random draw about a clip is keyed by the clip (C8).
 """
 
 from dataclasses import dataclass
@@ -34,14 +34,14 @@ from dreamdance.training.objectives.output import Objective, ObjectiveOutput, no
 
 @dataclass(frozen=True)
 class DenoiserInput:
-    """What SVD's UNet and its ControlNet read, at one noise level per clip.
+    """Inputs of SVD's UNet and its ControlNet, at one noise level per clip.
 
     Attributes:
-        sample: `b f 2c h w`, preconditioned noisy latents beside the conditioning latents.
+        sample: `b f 2c h w`, preconditioned noisy latents, then the conditioning latents.
         timestep: `b`, ln(sigma) / 4.
         embeddings: `b 1 c`, the image embedding of the clean reference.
         added_time_ids: `b 3`, frames per second - 1, motion bucket, noise augmentation.
-        control_features: `(b f) c h w`.
+        control_features: `(b f) c h w`, the controller's output.
     """
 
     sample: Tensor
@@ -87,7 +87,7 @@ class AnimationObjective(Objective):
         self.settings = settings
 
     def make_pipeline(self) -> AnimationPipeline:
-        """The pipeline that samples from these very networks (shared, not copied)."""
+        """The pipeline that samples with the same networks (shared, not copied)."""
         return AnimationPipeline(
             unet=self.unet,
             controlnet=self.controlnet,
@@ -101,7 +101,7 @@ class AnimationObjective(Objective):
         """The loss of one micro batch; in evaluation mode no condition is dropped.
 
         Args:
-            batch: clips with the maps that the recipe's controls name; moved to the networks' device.
+            batch: clips with the maps that the recipe's controls name, on any device.
 
         Raises:
             UserError: the clips lack a map that the controls name.
@@ -118,7 +118,7 @@ class AnimationObjective(Objective):
         sigmas = rearrange(sigmas.to(latents), "b -> b 1 1 1 1")
         noisy = latents + sigmas * draw_noise(keys, latents.shape[1:]).to(latents)
 
-        # 2. prediction; the UNet's encoder half runs without a graph where it is frozen
+        # 2. prediction; the UNet's encoder half runs without a graph if it is frozen
         inputs = self._prepare_input(batch, keys, noisy, sigmas)
         conditions = (inputs.timestep, inputs.embeddings, inputs.added_time_ids)
         residuals = self.controlnet(inputs.sample, *conditions, inputs.control_features)
@@ -173,16 +173,16 @@ class AnimationObjective(Objective):
         )
 
     def _encode_reference_pixels(self, reference: Tensor, keys: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Conditioning latents `b c h w` of the noised reference, not scaled, and the strength `b` of its noise."""
+        """Returns conditioning latents `b c h w` of the noisy reference, not scaled, and its noise strengths `b`."""
         mean, std = self.settings.augmentation_log_mean, self.settings.augmentation_log_std
         strength = draw_log_normal(keys, mean, std, purpose="augmentation").to(reference)
         noise = draw_noise(keys, reference.shape[1:], purpose="augmentation noise").to(reference)
-        # strengths are in units of pixels in [-1, 1], half of which is one in [0, 1]
+        # strengths are meant for pixels in [-1, 1]; for pixels in [0, 1] they are half as large
         noised = reference + 0.5 * rearrange(strength, "b -> b 1 1 1") * noise
         return encode_latents(self.vae, noised, scaled=False).float(), strength
 
     def _control_maps(self, batch: ClipBatch, keys: list[list[int]]) -> dict[str, Tensor]:
-        """The controller's maps `(b f) 3 H W` in [0,1], those that stage 1 predicts blurred as it will."""
+        """The controller's maps `(b f) 3 H W` in [0,1]; maps that stage 1 predicts are blurred to its resolution."""
         maps: dict[str, Tensor] = {}
         for name in self.controller.config.controls:
             frames = batch.maps.get(name)

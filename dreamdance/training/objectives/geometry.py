@@ -1,7 +1,7 @@
 """The objective of stage 1: denoising rgb, normals and depth of a person together (Eq. 1, 3, 4, 5).
 
-Holds all networks, trained and frozen. Knows nothing of ranks, optimizers or checkpoints; every random draw about a
-clip is keyed by the clip (C8).
+The objective holds all networks, trained and frozen. This module does not know ranks, optimizers or checkpoints. Every
+random draw about a clip is keyed by the clip (C8).
 """
 
 from typing import Literal
@@ -73,7 +73,7 @@ class GeometryObjective(Objective):
         self.image_encoder = image_encoder
         self.step = step
         self.settings = settings
-        with torch.device("cpu"):  # real numbers, even where the networks are built as shapes only
+        with torch.device("cpu"):  # real numbers, even if the networks are built as shapes only
             self.noise_scheduler = make_ddpm_scheduler(
                 prediction_type=settings.prediction_type,
                 num_train_timesteps=settings.num_train_timesteps,
@@ -86,7 +86,7 @@ class GeometryObjective(Objective):
         self._loss_weights = _domain_weights(settings.domain_loss, "objective.domain_loss")
 
     def make_pipeline(self) -> GeometryPipeline:
-        """The pipeline that samples from these very networks (shared, not copied)."""
+        """The pipeline that samples with the same networks (shared, not copied)."""
         return GeometryPipeline(
             reference_unet=self.reference_unet,
             unet=self.unet,
@@ -100,7 +100,7 @@ class GeometryObjective(Objective):
         """The loss of one micro batch (Eq. 3); in evaluation mode no condition is dropped.
 
         Args:
-            batch: clips with `normal` and `depth`, anywhere; moved to the networks' device.
+            batch: clips with `normal` and `depth`, on any device.
 
         Raises:
             UserError: the clips have no normal or depth maps.
@@ -114,8 +114,8 @@ class GeometryObjective(Objective):
         num_domains = domains.shape[1]
         latents = self.encode_targets(_domain_images(batch, domains), keys, self.settings.target_latents)
 
-        # 2. noise: one timestep per clip, independent noise for each of its frames and domains. The noise offset is one
-        # for all frames, but not for all domains: a shared one could be read off a domain whose level is known
+        # 2. noise: one timestep per clip, independent noise for each of its frames and domains. All frames share one
+        # offset, but each domain has its own: the network could infer a shared one from a domain whose level is known
         shape = (num_frames, num_domains, *latents.shape[1:])
         noise = draw_noise(keys, shape, offset=self.settings.noise_offset).to(latents.device)
         noise = rearrange(noise, "b f m c h w -> (b f m) c h w")
@@ -153,7 +153,7 @@ class GeometryObjective(Objective):
         return torch.stack(drawn).to(self.unet.device)
 
     def _encode_references(self, reference: Tensor, keys: list[list[int]]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Image embedding `b t c` and reference features; a dropped reference is zeros through the same network."""
+        """Returns image embeddings `b t c` and reference features; a dropped reference enters the network as zeros."""
         dtype = self.unet.dtype
         kept = torch.ones(len(keys), device=reference.device)
         if self.training:
@@ -167,7 +167,7 @@ class GeometryObjective(Objective):
         return embeddings, features
 
     def _weigh(self, losses: Tensor, timesteps: Tensor, domains: Tensor) -> ObjectiveOutput:
-        """`b m` losses to one: min-SNR over timesteps, then the domains' weights (which sum to 1)."""
+        """Reduces `b m` losses to one: min-SNR weights of timesteps, then domain weights (which sum to 1)."""
         if self.settings.min_snr_gamma is not None:
             weights = min_snr_weights(self.noise_scheduler, timesteps, self.settings.min_snr_gamma)
             losses = losses * rearrange(weights, "b -> b 1")
@@ -186,7 +186,7 @@ class GeometryObjective(Objective):
 
 
 def _domain_weights(weights: schema.DomainWeights, key: str) -> Tensor:
-    """`3` numbers that sum to 1, in the order rgb, normal, depth."""
+    """The weights as `3` numbers that sum to 1, in the order rgb, normal, depth."""
     values = torch.tensor(weights.in_order, device="cpu")
     if values.sum() == 0:
         raise UserError(

@@ -1,7 +1,7 @@
-"""How much memory a training step needs beside weights and optimizer state, found by a rehearsal without any data.
+"""Estimates the memory that a training step needs beside weights and optimizer state, by a simulation without data.
 
-The objective's own forward and backward run on fake tensors, which have shapes but no content, while every storage that
-comes and goes is counted. So checkpointing, frozen parts and `no_grad` count as they are, not as a formula has them.
+The objective's own forward and backward pass run on fake tensors, which have shapes but no content; every storage that
+is allocated or freed is counted. So the count includes the true effect of checkpointing, frozen parts and `no_grad`.
 """
 
 import weakref
@@ -21,17 +21,18 @@ from dreamdance.training.stages.training_stage import TrainingStage
 
 
 def peak_activation_bytes(objective: Objective, stage: TrainingStage[Any]) -> int:
-    """The most memory that is alive at once during forward and backward of one micro batch.
+    """The largest number of bytes allocated at once during the forward and backward pass of one micro batch.
 
-    Without the weights, and without their gradients, which sharding takes away as they arrive.
+    Weights are not counted; neither are their gradients, because sharding removes each gradient when it is ready.
 
     Args:
-        objective: built on the meta device, `requires_grad` set; it is left without content and of no further use.
+        objective: built on the meta device, with `requires_grad` set; it cannot be used afterwards.
         stage: gives the shapes of a micro batch and the precision.
     """
     dtype = torch.bfloat16 if stage.recipe.precision == "bf16" else torch.float32
     objective.to(dtype)
-    objective.training = False  # itself alone, not its networks: what to drop is decided by looking at drawn numbers
+    # Only the objective, not its networks: dropout decisions read random values, which fake tensors lack.
+    objective.training = False
     with FakeTensorMode(allow_non_fake_inputs=True):
         objective.to_empty(device="cpu")
         for parameter in objective.parameters():
@@ -56,13 +57,13 @@ def _empty_batch(stage: TrainingStage[Any]) -> ClipBatch:
         maps={name: torch.empty(clips, data.num_frames, 3, data.height, data.width) for name in names},
         reference=torch.empty(clips, 3, data.height, data.width),
         fps=torch.empty(clips),
-        keys=_RehearsalKeys(clips),  # type: ignore[arg-type]  # read by `tolist` alone
-        clip_ids=["rehearsal"] * clips,
+        keys=_FixedKeys(clips),  # type: ignore[arg-type]  # only `tolist` and `to` are called
+        clip_ids=["simulated"] * clips,
     )
 
 
-class _RehearsalKeys:
-    """Sample keys with content, which fake tensors have not."""
+class _FixedKeys:
+    """Sample keys with real values: fake tensors have none."""
 
     def __init__(self, num_clips: int) -> None:
         self.num_clips = num_clips
@@ -70,19 +71,24 @@ class _RehearsalKeys:
     def tolist(self) -> list[list[int]]:
         return [[0, 0, sample] for sample in range(self.num_clips)]
 
-    def to(self, *_: Any, **__: Any) -> "_RehearsalKeys":
+    def to(self, *_: Any, **__: Any) -> "_FixedKeys":
         return self
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations make and the interpreter lets go of."""
+    """Counts the bytes of the storages that operations allocate and that Python frees.
+
+    Attributes:
+        current: bytes allocated now.
+        peak: largest value of `current` so far.
+    """
 
     def __init__(self, *, beside: Iterable[Tensor] = ()) -> None:
         """Begins at zero.
 
         Args:
-            beside: tensors that are not counted, weights above all: a view of one, such as a transposed weight, is the
-                result of an operation and has its storage.
+            beside: tensors that are not counted, such as weights. A view of one, such as a transposed weight, is the
+                result of an operation too, but shares its storage.
         """
         super().__init__()
         self.current = 0
@@ -93,17 +99,17 @@ class LiveBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
-                self._meet(value.untyped_storage())
+                self._count(value.untyped_storage())
         return result
 
-    def _meet(self, storage: torch.UntypedStorage) -> None:
+    def _count(self, storage: torch.UntypedStorage) -> None:
         if storage in self._known:
             return
         self._known.add(storage)
         size = storage.nbytes()
         self.current += size
         self.peak = max(self.peak, self.current)
-        weakref.finalize(storage, self._let_go, size)
+        weakref.finalize(storage, self._subtract, size)
 
-    def _let_go(self, size: int) -> None:
+    def _subtract(self, size: int) -> None:
         self.current -= size

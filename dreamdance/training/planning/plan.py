@@ -1,7 +1,7 @@
-"""What a training run needs, estimated before it starts: parameters by network, and memory on each device.
+"""The plan of a training run, made before it starts: parameters of each network, and memory on each device.
 
-Nothing is allocated and nothing is read: networks are built as shapes only, from the published configurations where
-their weights are absent. Every number is an estimate except the counts.
+No weights are read or allocated: networks are built as shapes only, from the published configurations if their folders
+are absent. The counts are exact; all other numbers are estimates.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from dreamdance.training.stages.training_stage import TrainingStage, stage_of
 
 GIB = 2**30
 FP32_BYTES, BF16_BYTES = 4, 2
-# A CUDA context, NCCL's buffers and cuDNN's workspaces, and what the allocator cannot fill.
+# Memory for a CUDA context, NCCL's buffers, cuDNN's workspaces, and fragments that the allocator cannot fill.
 GPU_RESERVE_GIB = 3.0
 
 
@@ -57,7 +57,7 @@ class TrainingPlan:
 
 
 def make_plan(stage: TrainingStage[Any]) -> TrainingPlan:
-    """Builds the recipe's networks as shapes, counts them, and rehearses one training step.
+    """Builds the recipe's networks as shapes, counts their parameters, and simulates one training step.
 
     Raises:
         RecipeError: the networks that the recipe names do not fit together.
@@ -73,12 +73,12 @@ def make_plan(stage: TrainingStage[Any]) -> TrainingPlan:
 
 
 def network_sizes(objective: nn.Module) -> list[NetworkSize]:
-    """Counts the parameters of an objective's networks by whether they train."""
+    """Counts the trainable and the frozen parameters of each of an objective's networks."""
     return [_size(name, network) for name, network in objective.named_children()]
 
 
 def describe(recipe: TrainingRecipe, *, gpu_memory_gib: float | None = None) -> str:
-    """The plan as text; `gpu_memory_gib` is what one GPU of this machine has, if it has any."""
+    """The plan as text; `gpu_memory_gib` is the memory of one GPU of this machine, None without a GPU."""
     stage = stage_of(recipe)
     plan = make_plan(stage)
     lines = ["parameters:", f"  {'':<16}{'trainable':>16}{'frozen':>16}"]
@@ -98,7 +98,7 @@ def describe(recipe: TrainingRecipe, *, gpu_memory_gib: float | None = None) -> 
 
 
 def verdict(wanted_gib: float, gpu_memory_gib: float | None) -> str:
-    """Whether a GPU holds so much, and what to change where it does not."""
+    """One line: whether the memory of a GPU is enough, and what to change if it is not."""
     wanted = f"with {GPU_RESERVE_GIB:g} GiB for CUDA, NCCL and fragmentation: {wanted_gib:.1f} GiB of GPU memory"
     if gpu_memory_gib is None:
         return f"{wanted} (no GPU here to compare with)"
@@ -114,13 +114,13 @@ def _size(name: str, network: nn.Module) -> NetworkSize:
 
 
 def state_memory(recipe: TrainingRecipe, trainable: int, total: int, *, exact: int = 0) -> list[MemoryPart]:
-    """Weights and everything that ZeRO keeps of them on one process.
+    """Memory for the weights, gradients and optimizer state that ZeRO keeps on one process.
 
     Args:
-        recipe: its precision and sharding decide how they are kept.
-        trainable: parameters that train.
-        total: all parameters.
-        exact: those that are float32 whatever the precision: the autoencoder's.
+        recipe: gives precision and sharding.
+        trainable: number of parameters that train.
+        total: number of all parameters.
+        exact: number of parameters that are float32 at every precision: the autoencoder's.
     """
     stage, world_size = recipe.sharding.zero_stage, recipe.cluster.world_size
     weight_bytes = BF16_BYTES if recipe.precision == "bf16" else FP32_BYTES
@@ -130,7 +130,7 @@ def state_memory(recipe: TrainingRecipe, trainable: int, total: int, *, exact: i
     buckets = min(recipe.sharding.reduce_bucket_elements, trainable) if stage else 0
     copies = 2 if recipe.sharding.overlap_communication else 1
     millions = f"{trainable / 1e6:,.1f} M"
-    # Without sharding the fp32 parameters are their own masters.
+    # Without sharding the fp32 parameters themselves are the masters.
     masters = FP32_BYTES if stage else 0
     exact = exact if recipe.precision == "bf16" else 0
     weights_reason = f"{(total - exact) / 1e6:,.1f} M x {weight_bytes} bytes ({recipe.precision})"
@@ -158,7 +158,7 @@ def _activations(objective: Objective, stage: TrainingStage[Any]) -> MemoryPart:
     frames = f"{clips} x {data.num_frames} frame{'s' * (data.num_frames > 1)} at {data.width}x{data.height}"
     checkpointing = "with" if recipe.sharding.gradient_checkpointing else "without"
     kept = " that keeps attention" if recipe.sharding.gradient_checkpointing == "keep_attention" else ""
-    reason = f"peak of one rehearsed step, {frames}, {checkpointing} gradient checkpointing{kept}"
+    reason = f"peak of one simulated step, {frames}, {checkpointing} gradient checkpointing{kept}"
     return MemoryPart("activations", peak_activation_bytes(objective, stage), reason)
 
 

@@ -38,7 +38,7 @@ class AnimationStage:
 
     @property
     def maps(self) -> Sequence[str]:
-        """Those that the recipe's controls name."""
+        """The maps named in `model.controls`."""
         return [name for name in OPTIONAL if name in self.recipe.model.controls]
 
     def build(self, *, device: str = "cpu") -> AnimationObjective:
@@ -70,7 +70,7 @@ class AnimationStage:
         return objective
 
     def set_trainable(self, objective: AnimationObjective) -> list[str]:
-        """ControlNet and controller train, and as much of the UNet as `model.unfreeze` names."""
+        """ControlNet and controller train, and the part of the UNet that `model.unfreeze` names."""
         names = {f"controlnet.{name}" for name in names_with_gradient(objective.controlnet)}
         names |= {f"controller.{name}" for name, _ in objective.controller.named_parameters()}
         unet, unfreeze = names_with_gradient(objective.unet), self.recipe.model.unfreeze
@@ -83,7 +83,7 @@ class AnimationStage:
         return train_only(objective, names | {f"unet.{name}" for name in unet})
 
     def sample(self, objective: AnimationObjective, batch: ClipBatch, on_step: StepCallback | None = None) -> Samples:
-        """Videos, from references, poses and the true maps as stage 1 would deliver them."""
+        """Samples videos from references, poses and the true maps, blurred to the resolution of stage 1."""
         maps = blur_maps(batch, self.recipe)
         frames = sample_animation(objective, batch, maps, self.recipe.sampling, on_step)
         given = {"pose": batch.pose} | {name: maps[name] for name in self.recipe.model.controls if name in maps}

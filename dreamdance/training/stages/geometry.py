@@ -34,7 +34,7 @@ class GeometryStage:
 
     @property
     def maps(self) -> Sequence[str]:
-        """All that is denoised."""
+        """Normal and depth."""
         return [name for name in OPTIONAL if name in DOMAINS]
 
     def build(self, *, device: str = "cpu") -> GeometryObjective:
@@ -71,7 +71,7 @@ class GeometryStage:
         return objective
 
     def set_trainable(self, objective: GeometryObjective) -> list[str]:
-        """The step `domains` trains both UNets and the pose encoder; the others train the layers that they add."""
+        """The step `domains` trains both UNets and the pose encoder; the other steps train the layers that they add."""
         unet = objective.unet
         added = {"geometry": unet.geometry_parameters().keys(), "temporal": unet.temporal_parameters().keys()}
         if self.recipe.train != "domains":
@@ -84,5 +84,5 @@ class GeometryStage:
         )
 
     def sample(self, objective: GeometryObjective, batch: ClipBatch, on_step: StepCallback | None = None) -> Samples:
-        """Normals, depths and pictures at low resolution, from references and poses."""
+        """Samples normals, depths and pictures at low resolution from references and poses."""
         return show(batch, {"pose": batch.pose}, sample_geometry(objective, batch, self.recipe.sampling, on_step))

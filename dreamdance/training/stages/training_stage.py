@@ -1,6 +1,6 @@
-"""What differs between the trainings of the two stages. It is chosen once from the recipe; everything else asks it.
+"""The differences between the two stages in training. The recipe chooses the stage once; all other code uses it.
 
-Knows nothing of ranks, optimizers or checkpoints.
+This module does not know ranks, optimizers or checkpoints.
 """
 
 from collections.abc import Sequence
@@ -19,31 +19,32 @@ AnyObjective = TypeVar("AnyObjective", bound=Objective)
 
 
 class TrainingStage(Protocol[AnyObjective]):
-    """One training: its recipe, and what only its stage knows how to do. `AnyObjective` is the objective it builds."""
+    """A recipe and the functions that depend on its stage. `AnyObjective` is the class of the stage's objective."""
 
     @property
     def recipe(self) -> TrainingRecipe:
-        """The run's own."""
+        """The run's recipe."""
 
     @property
     def sources(self) -> Sequence[NetworkSource | AutoencoderSource | ImageEncoderSource]:
-        """Where the base networks come from."""
+        """The sources of the base networks."""
 
     @property
     def maps(self) -> Sequence[str]:
-        """The maps that the objective reads of every clip, beside its pictures and pose."""
+        """The maps of every clip that the objective reads, beside pictures and pose."""
 
     def build(self, *, device: str = "cpu") -> AnyObjective:
         """Builds all networks and the objective that holds them.
 
-        What the recipe gives as a path is read; the rest is random, seeded by the recipe alone, the same on every rank.
+        Networks that the recipe names by a path are read. All other weights are random; they depend only on the
+        recipe's seed and are equal on every rank.
 
         Args:
-            device: where the networks come to lie; `"meta"` builds shapes only, from the published configurations where
-                weights are absent.
+            device: device of the networks; `"meta"` builds shapes only, from the published configurations if weights
+                are absent.
 
         Raises:
-            MissingInputError: a folder or its weights are not there.
+            MissingInputError: a folder or its weights are missing.
             RecipeError: the networks that the recipe names do not fit together.
         """
 
@@ -51,10 +52,10 @@ class TrainingStage(Protocol[AnyObjective]):
         """Sets `requires_grad` of every parameter and the networks' modes; returns the sorted names that train."""
 
     def sample(self, objective: AnyObjective, batch: ClipBatch, on_step: StepCallback | None = None) -> Samples:
-        """Runs the pipeline with the recipe's `sampling` section; the same noise for a clip every time.
+        """Runs the pipeline with the recipe's `sampling` section; a clip has the same noise every time.
 
         Args:
-            objective: its networks are shared with the pipeline, and keep their modes.
+            objective: holds the networks, which the pipeline uses without changing their modes.
             batch: held-out clips.
             on_step: called after each denoising step, as diffusers calls `callback_on_step_end`.
         """
@@ -64,10 +65,10 @@ def stage_of(recipe: TrainingRecipe) -> TrainingStage[Any]:
     """The stage that a recipe trains.
 
     Raises:
-        TypeError: the recipe is of neither stage.
+        TypeError: the recipe trains neither stage.
     """
     if isinstance(recipe, Stage1Recipe):
         return GeometryStage(recipe)
     if isinstance(recipe, Stage2Recipe):
         return AnimationStage(recipe)
-    raise TypeError(f"no stage is trained by a {type(recipe).__name__}")
+    raise TypeError(f"a {type(recipe).__name__} trains no stage")
