@@ -162,13 +162,13 @@ class FrameConverter:
         if abs(across - along) > ASPECT_TOLERANCE * max(across, along):
             raise VideoError(
                 f"{display.path}: frame {number} is stored as {frame.width}x{frame.height}, the first as "
-                f"{display.stored_width}x{display.stored_height}; a size may change on the way, an aspect may not. "
-                "Cut the video where it changes"
+                f"{display.stored_width}x{display.stored_height}; the size may change within a video, the aspect "
+                "may not. Cut the video where it changes"
             )
-        if frame.interlaced_frame:  # of some videos not the first ones
+        if frame.interlaced_frame:  # in some videos the first frames are not interlaced
             warn_once(
-                f"{printable(display.path)} is interlaced: what moves shows combs, which a network learns. "
-                "Deinterlace it: ffmpeg -i IN -vf bwdif=send_frame -crf 12 OUT.mp4"
+                f"{printable(display.path)} is interlaced: moving edges look like combs, and a network would learn "
+                "them. Deinterlace it: ffmpeg -i IN -vf bwdif=send_frame -crf 12 OUT.mp4"
             )
         if self._scaler is None or not self._scaler.takes(frame):
             self._scaler = _Scaler(frame, display.scaled_width, display.scaled_height)

@@ -1,4 +1,4 @@
-"""Which recipe keys may change without making another run (C7): the launcher, checkpoints and `evaluate` ask here."""
+"""The recipe keys that may change within a run (C7); the launcher, checkpoints and `evaluate` use this list."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ CHANGEABLE_KEYS = {
     "cluster": "where a run is computed, and by how many processes, does not change its result (C8)",
     "logging": "reports do not change the result",
     "max_steps": "a run may be continued beyond its last step",
-    "checkpoint.allow_changed": "it permits changes, and is none itself",
+    "checkpoint.allow_changed": "it only lists permitted changes",
     "data.verify": "how data is checked does not change what sound data contains",
     "videos.on_error": "a damaged video that is skipped is written when it has been repaired",
 }

@@ -58,7 +58,7 @@ def is_as_noted(run_folder: Path) -> bool:
     note = _read(run_folder)
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         shares = [list(note.items())[start::NUM_THREADS] for start in range(NUM_THREADS)]
-        found = dict(chain.from_iterable(pool.map(_look_again, shares)))
+        found = dict(chain.from_iterable(pool.map(_find_matching, shares)))
     if not note or len(found) < len(note):
         return False
     if found != note:  # the same content at other times: note these, so that the next call need not read the file
@@ -67,7 +67,7 @@ def is_as_noted(run_folder: Path) -> bool:
     return True
 
 
-def _look_again(files: list[tuple[str, Any]]) -> list[tuple[str, Expectation]]:
+def _find_matching(files: list[tuple[str, Any]]) -> list[tuple[str, Expectation]]:
     """The files that match, with their present times; stops at the first that does not."""
     alike = []
     for path, expected in files:

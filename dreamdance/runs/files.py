@@ -165,7 +165,7 @@ def _make_room(path: Path, aside: Path) -> None:
 
 def _sync(path: Path) -> None:
     """Brings a file, or a folder with all that is in it, to the disk."""
-    for below in path.rglob("*"):  # of a file there is nothing below
+    for below in path.rglob("*"):  # rglob yields nothing for a file
         if not below.is_symlink():
             _sync_one(below)
     _sync_one(path)

@@ -9,25 +9,25 @@ from dreamdance.recipe.schema import TrainingRecipe
 def deepspeed_config(
     recipe: TrainingRecipe, *, world_size: int, num_trainable: int, deterministic: bool
 ) -> dict[str, Any]:
-    """The DeepSpeed configuration that a recipe means; there is never a second file (C6).
+    """Returns DeepSpeed's configuration for a recipe; users never write a second file (C6).
 
     Args:
         recipe: a stage 1 or stage 2 recipe.
         world_size: the number of ranks.
-        num_trainable: the number of trainable elements; no bucket needs to be larger.
-        deterministic: overlapping communication is switched off where bits must repeat.
+        num_trainable: the number of trainable elements; no bucket is larger.
+        deterministic: whether results must repeat bit for bit; then communication does not overlap computation.
     """
     bucket = min(recipe.sharding.reduce_bucket_elements, num_trainable)
-    bucket += bucket % 2  # DeepSpeed takes even numbers alone
+    bucket += bucket % 2  # DeepSpeed accepts only even numbers
     bf16 = recipe.precision == "bf16"
     return {
         "train_batch_size": recipe.batch_size,
         "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps(recipe.batch_size, recipe.micro_batch_size, world_size),
-        # Written even where it is 0: unset means 1.0 since 2026. Unsharded gradients are clipped by `Engine` itself.
+        # Written even if it is 0: DeepSpeed's default is 1.0 since 2026. `Engine` itself clips unsharded gradients.
         "gradient_clipping": recipe.optimizer.gradient_clipping if recipe.sharding.zero_stage > 0 else 0.0,
         "bf16": {"enabled": bf16},
-        # bf16 sums of many micro batches lose the small ones; plain data parallelism allows no other dtype.
+        # In bf16, sums over many micro batches lose small gradients; plain data parallelism accepts only fp32.
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
             "stage": recipe.sharding.zero_stage,
@@ -41,6 +41,6 @@ def deepspeed_config(
         "zero_force_ds_cpu_optimizer": False,
         "checkpoint": {"tag_validation": "Fail"},
         "wall_clock_breakdown": False,
-        # It would wait for the device twice per micro batch; the trainer measures time itself.
+        # DeepSpeed's timer waits for the device twice per micro batch; the trainer measures time itself.
         "timers": {"throughput": {"enabled": False}},
     }

@@ -1,8 +1,8 @@
-"""The moving average of the weights, sharded: each rank averages its own fp32 master partition and no more.
+"""The moving average of the weights, sharded: each rank averages only its own fp32 master partition.
 
 Cost: 4 bytes x trainable parameters / ranks on each rank, and one multiply-add per step (no communication). With
 `zero_stage: 0` every rank holds all masters, so the average is as large there: 4 bytes x trainable parameters.
-Knows nothing of DeepSpeed; bf16 weights never enter, because an update of 1e-4 would be rounded away in them.
+This module does not know DeepSpeed. It does not average bf16 weights: their rounding would remove an update of 1e-4.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 class ShardedEma:
     """`average <- d * average + (1 - d) * master`, with d = min(decay, (1 + n) / (10 + n)) at the n-th update.
 
-    The rising d is diffusers' own: else the average would remember the initialisation for 1 / (1 - decay) steps.
+    diffusers lets d rise in the same way: a constant d would keep the initialisation for 1 / (1 - decay) steps.
     """
 
     def __init__(self, masters: list[Tensor], *, decay: float) -> None:
@@ -33,6 +33,6 @@ class ShardedEma:
 
     @torch.no_grad()
     def update(self, masters: list[Tensor]) -> None:
-        """Averages in the masters of one more optimizer step."""
+        """Adds the masters of one more optimizer step to the average."""
         torch._foreach_lerp_(self.shards, [master.detach() for master in masters], 1.0 - self.current_decay)
         self.num_updates += 1

@@ -24,16 +24,16 @@ def export_average(
 ) -> Path:
     """Writes `exports/step_...` as safetensors: trained networks in fp32, frozen ones as they are. Collective.
 
-    A bf16 run's own samples come from `from_pretrained(..., torch_dtype=torch.bfloat16)`, an fp32 run's from the
-    default. An export that is there already is kept: it can only be this one.
+    `from_pretrained(..., torch_dtype=torch.bfloat16)` repeats the samples of a bf16 run, the default those of an fp32
+    run. An existing export is kept: it can only be the same.
 
     Args:
         run: the run folder.
-        step: of the run.
+        step: the run's step.
         engine: holds the objective.
-        ema: the average.
-        ranks: this process.
-        height, width: of the pictures that were trained on, in pixels: what the pipeline makes by default.
+        ema: the moving average of the weights.
+        ranks: this process among all processes.
+        height, width: size of the training pictures in pixels; the pipeline's default size.
 
     Returns:
         The export's folder.
@@ -56,8 +56,8 @@ def write_pipeline(folder: Path, objective: Objective, weights: Mapping[str, Ten
     """Writes a folder in the diffusers layout, with `weights` in place of the objective's own; complete or not at all.
 
     Args:
-        folder: which does not exist yet.
-        objective: has the networks; as it was afterwards.
+        folder: the folder to write; it does not exist yet.
+        objective: has the networks; it is unchanged afterwards.
         weights: name within the objective -> value.
         size: `default_height` and `default_width`, in pixels.
     """
@@ -72,7 +72,7 @@ def write_pipeline(folder: Path, objective: Objective, weights: Mapping[str, Ten
 
 @contextmanager
 def _replaced(objective: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within, the parameters that train hold `weights`, of whatever type and device these are."""
+    """In the block, the trained parameters hold `weights`, with the type and device of `weights`."""
     parameters = dict(objective.named_parameters())
     kept = {name: parameters[name].data for name in weights}
     try:

@@ -24,7 +24,7 @@ from dreamdance.runtime.process_group import gather_from_ranks
 
 @dataclass(frozen=True)
 class WeightsDigests:
-    """Hashes over names, types and values of an objective's parameters, before anything has trained."""
+    """Hashes of names, types and values of an objective's parameters, before training."""
 
     frozen: str
     trainable: str
@@ -45,7 +45,7 @@ def require_same(facts: Mapping[str, str]) -> None:
     """Makes sure that every rank has the same values. Collective.
 
     Args:
-        facts: what is compared -> this rank's value.
+        facts: name of the compared thing -> this rank's value.
 
     Raises:
         UserError: names the first ranks that differ and in what, on every rank.
@@ -68,7 +68,7 @@ def require_same(facts: Mapping[str, str]) -> None:
 
 
 def code_digest() -> str:
-    """A hash over our own sources as they lie on this machine."""
+    """A hash of this project's own source files on this machine."""
     digest = sha256()
     for package in (dreamdance, dreamdance_kernels):
         folder = Path(package.__path__[0])
@@ -79,7 +79,7 @@ def code_digest() -> str:
 
 
 def weights_digests(objective: nn.Module) -> WeightsDigests:
-    """Hashes this rank's parameters, those that train and those that do not."""
+    """Hashes this rank's trainable parameters and its frozen parameters."""
     frozen, trainable = sha256(), sha256()
     for name, parameter in objective.named_parameters():
         digest = trainable if parameter.requires_grad else frozen

@@ -1,4 +1,4 @@
-"""Samples an objective's networks by the real pipeline on held-out clips, and draws the result beside the truth."""
+"""Samples held-out clips with an objective's networks and the real pipeline, and draws the results beside the truth."""
 
 from dataclasses import dataclass
 from typing import cast
@@ -25,7 +25,7 @@ MAX_COLUMNS = 6
 
 @dataclass(frozen=True)
 class Samples:
-    """What a pipeline made of some clips.
+    """Output of a pipeline for some clips.
 
     Attributes:
         grid: `H W 3` uint8, labelled, with the truth under each prediction.
@@ -37,7 +37,7 @@ class Samples:
 
 
 def show(batch: ClipBatch, given: dict[str, Tensor], predictions: dict[str, Tensor]) -> Samples:
-    """Draws what a pipeline was given and what it made of some clips (both `b f c H W`, by name) beside the truth."""
+    """Draws the inputs and predictions of a pipeline (both `b f c H W`, by name) beside the truth."""
     return Samples(grid=_draw(batch, given, predictions), predictions=predictions)
 
 
@@ -62,7 +62,7 @@ def sample_geometry(
 
 
 def blur_maps(batch: ClipBatch, recipe: Stage2Recipe) -> dict[str, Tensor]:
-    """The true maps that the controls name and the clips have; those of stage 1 as blurred as it delivers them."""
+    """The true maps that `model.controls` names; maps that stage 1 predicts are blurred to its resolution."""
     size = (recipe.objective.geometry_height, recipe.objective.geometry_width)
     return {
         name: pass_through(frames, *size, kind=MODALITIES[name].kind) if MODALITIES[name].domain else frames
@@ -109,8 +109,8 @@ def _draw(batch: ClipBatch, given: dict[str, Tensor], predictions: dict[str, Ten
 
     Args:
         batch: the truth.
-        given: what the pipeline was given beside the reference, by name, `b f 3 H W`.
-        predictions: what it made, by name.
+        given: inputs of the pipeline beside the reference, by name, `b f 3 H W`.
+        predictions: outputs of the pipeline, by name.
     """
     shown = dict(given)
     for name, frames in predictions.items():

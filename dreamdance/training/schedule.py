@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the optimizer step: nothing to save, nothing to resume wrongly."""
+"""The learning rate as a pure function of the optimizer step: a checkpoint need not hold it."""
 
 import math
 
@@ -10,8 +10,8 @@ def learning_rate(section: Optimizer, step: int, *, max_steps: int) -> float:
 
     Args:
         section: the recipe's `optimizer`.
-        step: how many optimizer steps are finished, from 0.
-        max_steps: of the run; a raised one moves the decay.
+        step: number of finished optimizer steps.
+        max_steps: the recipe's `max_steps`; a higher value moves the decay.
     """
     warmup = min(1.0, (step + 1) / section.warmup_steps) if section.warmup_steps else 1.0
     decay_steps = section.decay_fraction * max_steps

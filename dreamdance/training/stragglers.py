@@ -1,7 +1,7 @@
-"""Finds the rank that all others wait for.
+"""Finds a rank that delays all other ranks.
 
-A step takes equally long on all ranks, because they exchange gradients. Ranks differ in the time that they spend
-without waiting for one another: until their data is there, and in the forward pass.
+A step takes equally long on all ranks, because they exchange gradients. Ranks differ in two times in which they do not
+wait for one another: while they wait for their data, and in the forward pass.
 """
 
 import statistics
@@ -12,16 +12,16 @@ from dataclasses import dataclass
 
 import torch
 
-# Fewer steps prove nothing: any rank is slow once.
+# A report covers at least this many steps: every rank is slow in some step.
 LEAST_STEPS = 5
-# A rank is a straggler if it needs this many times what the faster half of the ranks needs at most,
+# A rank is a straggler if its time is at least this many times the (lower) median of all ranks,
 NOTABLE_FACTOR = 2.0
 # and if the difference is at least this share of the step.
 NOTABLE_SHARE = 0.1
 
 
 class Stopwatch:
-    """Adds up how long a device works on something, without waiting for it meanwhile."""
+    """Adds up the time that a device works on some operations, without synchronizing after each."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -30,7 +30,7 @@ class Stopwatch:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Counts what is begun within."""
+        """Measures the operations that the block starts."""
         if self._on_gpu:
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             events[0].record()
@@ -43,7 +43,7 @@ class Stopwatch:
             self._seconds += time.perf_counter() - started
 
     def seconds(self) -> float:
-        """All together; waits for the device to have done it."""
+        """The sum of all measured times; waits until the device has finished."""
         for _, end in self._events:
             end.synchronize()
         return self._seconds + sum(float(begin.elapsed_time(end)) for begin, end in self._events) / 1000
@@ -51,7 +51,7 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class RankSeconds:
-    """One step, by rank: how long each waited for its data, and how long it was in the forward pass."""
+    """Seconds of one step, by rank: waiting for data, and in the forward pass."""
 
     data: Sequence[float]
     forward: Sequence[float]
@@ -61,7 +61,10 @@ NOT_TIMED = RankSeconds((), ())
 
 
 class StragglerReport:
-    """Adds up steps and reports which rank delays the others, and in what: once, until another rank or none does."""
+    """Adds up steps, and reports which rank delays the others in which phase.
+
+    The same rank and phase are reported again only after `take` has found another rank or none.
+    """
 
     def __init__(self) -> None:
         self._reported: tuple[int, str] | None = None
@@ -77,7 +80,7 @@ class StragglerReport:
             self._sums[phase] = [sum(pair) for pair in zip(before, seconds, strict=True)]
 
     def take(self) -> str | None:
-        """The report on the steps since the last call; None if they are too few, or there is nothing new."""
+        """The report on the steps since the last finding; None if they are too few, or if the finding is the same."""
         if self._steps < LEAST_STEPS:
             return None
         steps, step_seconds, sums = self._steps, self._step_seconds / self._steps, self._sums
@@ -89,8 +92,8 @@ class StragglerReport:
             rank = seconds.index(max(seconds))
             if slowest >= NOTABLE_FACTOR * usual and excess >= NOTABLE_SHARE * step_seconds:
                 text = (
-                    f"rank {rank} holds the others up: {slowest:.3g} s of each step {phase}, "
-                    f"where half of the ranks need at most {usual:.3g} s (a step takes {step_seconds:.3g} s)"
+                    f"rank {rank} delays the other ranks: {slowest:.3g} s of each step {phase}; "
+                    f"half of the ranks need at most {usual:.3g} s (a step takes {step_seconds:.3g} s)"
                 )
                 found.append((excess, (rank, phase), text))
         _, worst, text = max(found, default=(0.0, None, ""))

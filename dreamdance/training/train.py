@@ -64,7 +64,7 @@ def train(recipe: TrainingRecipe, run_folder: Path) -> None:
     )
     with contextlib.ExitStack() as held:
         stop, watchdog = held.enter_context(stopping), held.enter_context(Watchdog.of(recipe.cluster))
-        # The process group is entered after the watchdog, which so covers its exit too: that waits for all ranks.
+        # The watchdog is entered first, so that it covers the exit of the process group, which waits for all ranks.
         watchdog.enter("starting", f"rank {ranks.rank}")
         held.enter_context(process_group(ranks, timeout_seconds=timeout))
         held.enter_context(repeatable_arithmetic(deterministic))
@@ -143,9 +143,9 @@ def prepare(
 
 
 def _restore(resumed: Resumed | None, loader: ClipLoader, guard: StepGuard) -> tuple[int, bool]:
-    """Takes over what a checkpoint holds beside the weights; the step, and whether its validation is still to be made.
+    """Restores the state of loader and guard; returns the step, and whether its validation must still run.
 
-    Checkpoints of the first release name that flag `owes_validation`.
+    Checkpoints of the first release call that flag `owes_validation`.
     """
     if resumed is None:
         return 0, False
@@ -158,9 +158,9 @@ def _restore(resumed: Resumed | None, loader: ClipLoader, guard: StepGuard) -> t
 def make_loader(
     stage: TrainingStage[Any], ranks: Ranks, *, before_shard: Callable[[str], None] | None = None
 ) -> ClipLoader:
-    """The training clips of a recipe, in its order, with the maps that it trains on.
+    """The loader of a recipe's training clips, in the recipe's order, with the maps that the stage reads.
 
-    Their shards are checked when they are opened; `shard_check` does what `data.verify: hash` asks for.
+    The shards are checked when they are opened; for `data.verify: hash`, `shard_check` has hashed them before.
     """
     recipe = stage.recipe
     data = recipe.data
@@ -188,7 +188,7 @@ def make_loader(
 
 
 def describe_start(run_folder: Path, resumed: Resumed | None, loader: ClipLoader, *, world_size: int) -> str:
-    """One line about the step that the run continues from, and how it was found."""
+    """One line about the checkpoint and the step that the run continues from."""
     if resumed is None:
         return f"no checkpoint in {run_folder / 'checkpoints'}; starting at step 0"
     manifest, order = resumed.manifest, loader.order
@@ -207,7 +207,7 @@ def recipe_digest(recipe: TrainingRecipe) -> str:
 
 
 def _seed_global_generators(seed: int) -> None:
-    """Every draw about a sample is keyed by the sample; these are for any library that draws by itself."""
+    """Seeds the global generators for libraries that use them; our own draws are keyed by the sample."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)

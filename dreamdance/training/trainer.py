@@ -1,4 +1,4 @@
-"""The training loop. It knows the order of things within a step and between steps, and nothing of how any is done."""
+"""The training loop: the order of the work within a step and between steps. Other modules do the work itself."""
 
 import contextlib
 import logging
@@ -27,7 +27,7 @@ from dreamdance.training.validation import Validator
 
 @dataclass
 class Trainer:
-    """Everything a training run is made of, put together by `train.prepare`.
+    """All parts of a training run; `train.prepare` builds it.
 
     Attributes:
         step: finished optimizer steps.
@@ -48,13 +48,13 @@ class Trainer:
     validation_pending: bool = False
 
     def train(self) -> bool:
-        """Trains to `max_steps`, or until all ranks agree to stop early; returns whether it got to the end."""
+        """Trains to `max_steps`, or until all ranks agree to stop early; returns whether it reached `max_steps`."""
         if self.validation_pending:
             if not self._validate():
-                return False  # the checkpoint that the run came from has the flag already
+                return False  # the checkpoint that the run resumed from has the flag already
             self.metrics.note_pending_validation_done(self.step)
         first_step = self.step
-        # Closed in any case: the traceback of an error keeps it, and its processes would keep this one from ending.
+        # Always close: after an error the traceback keeps the iterator alive, and its workers block exit.
         with contextlib.closing(iter(self.loader)) as steps:
             while self.step < self.recipe.max_steps:
                 totals = self._take_step(steps)
@@ -115,20 +115,20 @@ class Trainer:
         return totals
 
     def _after_skipped_step(self, totals: StepTotals) -> None:
-        """Reports the step; at one more than the recipe tolerates, goes back to a checkpoint or ends the run."""
+        """Reports the step; if there are more than the recipe tolerates, returns to a checkpoint or ends the run."""
         section = self.recipe.recovery
         if totals.is_spike:
             reaction, count = self.guard.note_spike(self.step), len(self.guard.spike_steps)
             worst = max(gather_from_ranks(totals.worst_sample()), key=itemgetter(0))[1]
             reason = (
-                f"loss {totals.losses.mean:.4g} leapt over {section.spike_factor:g} x {self.guard.usual_loss:.4g}, "
-                f"most of all {worst}"
+                f"loss {totals.losses.mean:.4g} exceeds {section.spike_factor:g} x the recent median "
+                f"{self.guard.usual_loss:.4g}; largest in {worst}"
             )
             bound = f"recovery.max_spikes={section.max_spikes}"
         else:
             reaction, count = self.guard.note_nonfinite(self.step), len(self.guard.nonfinite_steps)
             found = [sample for samples in gather_from_ranks(totals.nonfinite_samples) for sample in samples]
-            reason = f"not finite: {'; '.join(found) or 'no loss of any sample, only the gradient'}"
+            reason = f"not finite: {'; '.join(found) or 'the gradient, but no loss of a sample'}"
             bound = f"max_nonfinite_steps={self.recipe.max_nonfinite_steps}"
         count_in = f"{count} within {section.spike_window_steps} steps"
         text = f"step {self.step}: update skipped on all ranks ({count_in}), {reason}"
@@ -141,23 +141,23 @@ class Trainer:
             self._roll_back(bound)
         else:
             raise UserError(
-                f"{text}. More than {bound}: look at these samples, lower optimizer.lr, tolerate more, or have the run "
-                "go back by recovery.max_roll_backs"
+                f"{text}. That is more than {bound}: look at these samples, lower optimizer.lr, raise that bound, or "
+                "set recovery.max_roll_backs so that the run returns to a checkpoint"
             )
 
     def _roll_back(self, bound: str) -> None:
         """Loads weights, moments and average from the newest checkpoint, and continues with the next data.
 
-        Going back in the data as well would repeat the same samples and, being deterministic, the same failure.
+        The data position does not return: training is deterministic, so the same samples would fail again.
         """
-        self.watchdog.enter("going back", f"step {self.step}")
+        self.watchdog.enter("rolling back", f"step {self.step}")
         resumed = self.checkpointer.resume()
         if resumed is None:
-            raise UserError(f"more than {bound} before the first checkpoint: there is nothing to go back to")
+            raise UserError(f"more than {bound} before the first checkpoint: there is no checkpoint to return to")
         self.guard.roll_back(resumed.state["guard"])
         self.metrics.message(
-            f"step {self.step}: more than {bound}; back to the weights of step {resumed.manifest.step}, on with the "
-            f"next data (roll-back {self.guard.roll_backs}, recovery.max_roll_backs="
+            f"step {self.step}: more than {bound}; returned to the weights of step {resumed.manifest.step}; continues "
+            f"with the next data (roll-back {self.guard.roll_backs}, recovery.max_roll_backs="
             f"{self.recipe.recovery.max_roll_backs})",
             step=self.step,
             level=logging.WARNING,

@@ -61,7 +61,7 @@ class Validator:
         """Measures and samples where the recipe wants it; ends early if a rank is asked to stop. Collective.
 
         Returns:
-            whether it was completed, on all ranks alike; if not, nothing of it is recorded.
+            whether it was completed, the same on all ranks; if not, no result is recorded.
         """
         section = self.stage.recipe.validation
         last = step == self.stage.recipe.max_steps
@@ -73,7 +73,7 @@ class Validator:
         with self.averaged_weights():
             if wants_loss:
                 sums = self._loss_sums()
-            if wants_samples:  # of the main process; the others wait where the weights are put back
+            if wants_samples:  # only the main process samples; the others wait when the weights are restored
                 samples = self._samples()
         asked = sums.new_tensor([bool(self.stop)])
         stopped, *totals = sum_over_ranks(torch.cat([asked, sums]).to(self.ranks.device)).tolist()
@@ -87,7 +87,7 @@ class Validator:
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Within, the objective holds the average and is in evaluation mode. Collective."""
+        """In the block, the objective holds the averaged weights and is in evaluation mode. Collective."""
         with self.engine.weights(self.ema.shards):
             self.engine.objective.eval()
             try:
@@ -97,7 +97,7 @@ class Validator:
 
     @torch.no_grad()
     def _loss_sums(self) -> Tensor:
-        """Over this rank's share of the clips: loss, samples, and both by domain; every number is keyed by the clip."""
+        """Sums over this rank's share of the clips: losses, number of clips, and both by domain (keyed draws, C8)."""
         objective, size = self.engine.objective, self.stage.recipe.micro_batch_size
         sums = torch.zeros(_NUM_SUMS, dtype=torch.float64)
         for start in range(0, len(self.loss_clips), size):
@@ -121,4 +121,4 @@ class Validator:
 
 
 class _StoppedError(Exception):
-    """Ends a pipeline early."""
+    """Raised in a pipeline's callback to end sampling early."""

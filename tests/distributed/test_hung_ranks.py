@@ -98,9 +98,9 @@ def test_a_slow_rank_is_named_with_its_slow_phase_and_not_ended(shards, tmp_path
     changes = {"logging.every_steps": 5, "max_steps": 10, "cluster.step_timeout_seconds": LEAST_SECONDS}
     recipe = tiny_stage1_recipe("domains", run_settings(shards, **changes))
     assert start_and_wait(recipe, run, SlowRank(1, 0.3)) == [0, 0], output(run)
-    reports = [text for text in messages(run) if "holds the others up" in text]
+    reports = [text for text in messages(run) if "delays the other ranks" in text]
     assert len(reports) == 1, "reported once, not at every line"
-    assert reports[0].startswith("rank 1 holds the others up: 0.6")
+    assert reports[0].startswith("rank 1 delays the other ranks: 0.6")
     assert "s of each step in the forward pass" in reports[0]
     record_fault(
         "slow rank",

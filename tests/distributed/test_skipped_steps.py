@@ -52,7 +52,7 @@ def test_a_spike_of_the_loss_on_one_rank_is_skipped_on_all_and_named(shards, tmp
     (report,) = [text for text in messages(run) if "skipped" in text]
     key = make_loader(stage_of(recipe), Ranks()).order.batch(FIRST_SCALED - 1)[-1]
     assert report.startswith(f"step {FIRST_SCALED}: update skipped on all ranks (1 within 100 steps), loss ")
-    assert f"most of all sample {key.sample_id} of epoch {key.epoch} (clip dancer_{key.sample_id})" in report
+    assert f"; largest in sample {key.sample_id} of epoch {key.epoch} (clip dancer_{key.sample_id})" in report
     assert updates(run, 16) == 15, "one of 16 is skipped"
     record_fault(
         "loss spike",
@@ -91,9 +91,9 @@ def test_a_roll_back_takes_the_last_good_weights_and_the_next_data_and_survives_
     scale = scaled_samples(recipe, 14, 15, factor=factor)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert start_and_wait(recipe, whole, scaled=scale) == [0, 0], output(whole)
-    (report,) = [text for text in messages(whole) if "back to the weights" in text]
+    (report,) = [text for text in messages(whole) if "returned to the weights" in text]
     assert report.startswith("step 15: more than ")
-    assert "back to the weights of step 12, on with the next data (roll-back 1," in report
+    assert "returned to the weights of step 12; continues with the next data (roll-back 1," in report
     assert updates(whole, 16) == 12 + 1, "the updates of steps 1 to 12, and of step 16"
 
     killed = Fault(0, forward=16 * MICRO_BATCHES)

@@ -20,11 +20,11 @@ def report_of(
 def test_the_slow_rank_and_its_phase_are_named():
     text = report_of(StragglerReport(), RankSeconds(EVEN, [0.1, 0.1, 0.6, 0.1]))
     assert text is not None
-    assert text.startswith("rank 2 holds the others up: 0.6 s of each step in the forward pass")
+    assert text.startswith("rank 2 delays the other ranks: 0.6 s of each step in the forward pass")
     assert "at most 0.1 s (a step takes 1 s)" in text
     text = report_of(StragglerReport(), RankSeconds([0.0, 0.0, 0.0, 0.4], EVEN))
     assert text is not None
-    assert text.startswith("rank 3 holds the others up: 0.4 s of each step waiting for its data")
+    assert text.startswith("rank 3 delays the other ranks: 0.4 s of each step waiting for its data")
 
 
 def test_the_slower_of_two_slow_ranks_is_reported():
