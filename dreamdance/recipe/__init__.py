@@ -1,4 +1,4 @@
-"""Typed recipes: one YAML file says everything about a run. No torch here."""
+"""Typed recipes: one YAML file determines a run. This package does not import torch."""
 
 from dreamdance.recipe.parse import LoadedRecipe, dump_recipe, given_value, load, load_recipe
 from dreamdance.recipe.schema import (

@@ -7,7 +7,7 @@ def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) 
     """Micro batches per optimizer step on each process, so that a step always sees `batch_size` samples.
 
     Raises:
-        RecipeError: the batch cannot be divided so; names the values that can.
+        RecipeError: the batch cannot be divided in this way; the text names the values that work.
     """
     steps, rest = divmod(batch_size, micro_batch_size * world_size)
     if steps > 0 and rest == 0:

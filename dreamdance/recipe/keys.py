@@ -30,8 +30,8 @@ class Key:
 
     Attributes:
         path: the dotted key.
-        kind: of the value, with its range, such as `whole number, > 0`.
-        unit: empty if the value has none.
+        kind: kind of the value, with its range, such as `whole number, > 0`.
+        unit: unit of the value; empty if it has none.
         default: the value if the recipe does not set the key; `required` if it must.
         meaning: the field's description.
         section: the class of a section's keys; None if the key has a value of its own.
@@ -146,7 +146,7 @@ def _unit(field: FieldInfo) -> str:
 
 
 def _bare(annotation: Any, constraints: Sequence[Any]) -> tuple[Any, list[Any]]:
-    """A type without `Annotated`, and everything that was annotated to it."""
+    """A type without `Annotated`, and its annotations."""
     found = list(constraints)
     while get_origin(annotation) is Annotated:
         annotation, *more = get_args(annotation)
@@ -169,7 +169,7 @@ def _range(constraints: Sequence[Any]) -> list[str]:
 
 
 def _block(key: Key) -> str:
-    """A key for people: its facts, then its meaning."""
+    """The text about a key: its facts, then its meaning."""
     facts = {"type": key.kind, "unit": key.unit, "default": key.default, "tasks": ", ".join(key.tasks)}
     lines = [f"    {name + ':':<9}{value}" for name, value in facts.items() if value]
     return "\n".join([key.path, *lines, textwrap.indent(textwrap.fill(key.meaning, WIDTH - 4), "    ")])

@@ -1,4 +1,4 @@
-"""The sections that name networks: where their weights come from, and what is added to them."""
+"""The sections that name networks: the source of their weights, and the layers added to them."""
 
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -7,7 +7,7 @@ from pydantic import Field
 from dreamdance.modalities import CONTROLS
 from dreamdance.recipe.sections import Frames, Positive, Section
 
-# The maps that the controller of stage 2 can read; mypy knows no `Literal` of names that a table gives.
+# The maps that the controller of stage 2 can read; mypy does not accept a `Literal` of names from a table.
 if TYPE_CHECKING:
     Control = str
 else:
@@ -87,8 +87,8 @@ class GeometryModel(Section):
     )
     autoencoder: AutoencoderSource = Field(
         description=(
-            "Autoencoder between pictures and latents. Its number of latent channels must be that of the UNet's input "
-            "and output."
+            "Autoencoder between pictures and latents. Its number of latent channels must equal the number of the "
+            "UNet's input and output channels."
         ),
     )
     image_encoder: ImageEncoderSource = Field(
@@ -99,8 +99,8 @@ class GeometryModel(Section):
     pose_channels: list[Positive] = Field(
         default=[16, 32, 96, 256],
         description=(
-            "Widths of the pose encoder's convolutions, from pixels to latents. There must be one more than the "
-            "autoencoder has halvings: 4 or more for a factor of 8."
+            "Widths of the pose encoder's convolutions, from pixels to latents. At least one more than the autoencoder "
+            "has halvings: 4 or more for a factor of 8."
         ),
     )
     geometry_attention: bool = Field(
@@ -145,8 +145,8 @@ class AnimationModel(Section):
 
     unet: NetworkSource = Field(
         description=(
-            "Network that denoises the frames and that the ControlNet is a copy of; the paper takes Stable Video "
-            "Diffusion 1.1."
+            "Network that denoises the frames; the ControlNet is a copy of it. The paper takes Stable Video Diffusion "
+            "1.1."
         ),
     )
     autoencoder: AutoencoderSource = Field(
@@ -207,7 +207,7 @@ class AnimationModel(Section):
     channels_last: bool = Field(
         default=False,
         description=(
-            "Stores activations with the channels innermost, as in stage 1 and at the same condition: on GPUs the "
+            "Stores activations with the channels innermost, as in stage 1 and with the same requirement: on GPUs the "
             "group norms need Triton and a C compiler. The speed is not measured."
         ),
     )

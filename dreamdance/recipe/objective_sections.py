@@ -1,4 +1,4 @@
-"""The sections about noise: how training draws it and weighs the loss, and how sampling removes it."""
+"""The sections about noise: the noise and the loss of training, and the sampling that removes noise."""
 
 from typing import Annotated, Literal
 
@@ -19,7 +19,7 @@ from dreamdance.recipe.sections import (
 
 
 class DomainWeights(Section):
-    """One number for each domain, in the order rgb, normal, depth. A domain that is left out of the section has 1.0."""
+    """One number for each domain, in the order rgb, normal, depth. A domain that the section leaves out has 1.0."""
 
     rgb: Scale = Field(default=1.0, description="Number for the picture, the first of the three domains.")
     normal: Scale = Field(default=1.0, description="Number for the normal map, the second of the three domains.")
@@ -88,7 +88,7 @@ class GeometryObjectiveSettings(Section):
     reference_dropout: Fraction = Field(
         default=0.1,
         description=(
-            "Probability that a clip trains without its reference (zero latents, zero embedding), which guidance needs "
+            "Probability that a clip trains without its reference (zero latents, zero embedding). Guidance needs this "
             "(Eq. 6)."
         ),
     )
@@ -131,7 +131,7 @@ class AnimationObjectiveSettings(Section):
     )
     augmentation_log_std: PositiveFloat = Field(
         default=0.5,
-        description="Standard deviation of the logarithm of that strength.",
+        description="Standard deviation of the logarithm of the strength of that noise (see augmentation_log_mean).",
     )
     latents_dropout: Fraction = Field(
         default=0.05,
@@ -147,7 +147,8 @@ class AnimationObjectiveSettings(Section):
     both_dropout: Fraction = Field(
         default=0.05,
         description=(
-            "Probability that a clip trains without both latents and embedding of the reference, as guidance samples."
+            "Probability that a clip trains without both latents and embedding of the reference, as in the "
+            "unconditional pass of guidance."
         ),
     )
     frame_control_dropout: Fraction = Field(
@@ -204,7 +205,7 @@ class GeometrySampling(Section):
         default=DomainWeights(rgb=2.5, normal=1.0, depth=1.5),
         description=(
             "Guidance scale s of each domain (Eq. 6): `e + s (e - e_uncond)`, so that 0 is no guidance. Give all "
-            "three: one that is left out of the section is 1.0. Three zeros save the unconditional pass."
+            "three: a scale that the section leaves out is 1.0. Three zeros save the unconditional pass."
         ),
     )
     window_frames: Frames = Field(

@@ -1,6 +1,6 @@
 """Reads the `key=value` words of the command line: a text key takes the text as it is, any other is read as YAML.
 
-The shell has read the word already: every `#`, quote or bracket that is left in a text belongs to the value.
+The shell has removed its own quotes already: every `#`, quote or bracket in the word belongs to the value.
 """
 
 import types
@@ -17,7 +17,7 @@ def read_override(text: str, annotation: Any) -> Document:
     """Reads the value of one word.
 
     Args:
-        text: what follows the `=`.
+        text: the part of the word after the first `=`.
         annotation: the type of the key, from `annotation_at`.
 
     Returns:

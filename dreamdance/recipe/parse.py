@@ -44,8 +44,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             other value is read by the same YAML rules as the file.
 
     Raises:
-        RecipeError: the message has one line for each problem, `file:line: what is wrong`. Relations between values
-            are checked once every value by itself is right.
+        RecipeError: the message has one line for each problem, `file:line: problem`. Relations between values are
+            checked only if every single value is right.
     """
     return load(path, overrides).recipe
 
@@ -94,7 +94,9 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _read(file: Path) -> str:
     try:
         with file.open(encoding="utf-8") as opened:
-            return opened.read(MAX_CHARACTERS + 1)  # `read_yaml` refuses so many; a device file has no end
+            return opened.read(
+                MAX_CHARACTERS + 1
+            )  # `read_yaml` refuses a text of this length; a device file has no end
     except UnicodeDecodeError as error:
         raise RecipeError(f"{file}: not a text file: byte {error.start} is not UTF-8") from None
     except OSError as error:
@@ -184,7 +186,7 @@ def _is_unicode(word: str) -> bool:
 
 
 def _check(values: dict[str, Any], origins: _Origins) -> Recipe | None:
-    """Checks every value by itself, then the relations between values, which need every key to be right."""
+    """Checks every single value, then the relations between values, if every single value is right."""
     task = values.get("task")
     if not isinstance(task, str) or task not in TASKS:
         given = "missing key 'task'" if "task" not in values else f"unknown task {task!r}"

@@ -1,4 +1,4 @@
-"""Relations between a recipe's values, which types alone cannot express. Every rule names the key to change."""
+"""Rules about relations between a recipe's values, which types cannot express. Every rule names the key to change."""
 
 from collections.abc import Callable, Collection, Iterator
 
@@ -22,7 +22,7 @@ from dreamdance.recipe.yaml_text import KeyPath, Problem
 
 AUTOENCODER_DOWNSCALE = 8
 DEFAULT_UNET_LEVELS = 4
-ASPECT_TOLERANCE = 0.03  # sizes are multiples of the autoencoder's factor, so that aspects agree only nearly
+ASPECT_TOLERANCE = 0.03  # sizes are multiples of the autoencoder's factor, so two aspects are only nearly equal
 
 _OWN_GPU = "leave it out and set cluster.gpus_per_node: a process finds its GPU among all of its node's"
 # Options of sbatch and srun that would contradict the recipe or the launcher, and what to do instead.
@@ -52,7 +52,7 @@ SHORT_OPTIONS = {
 
 
 def problems(recipe: Recipe, known_keys: Collection[str] = ()) -> list[Problem]:
-    """Lists the recipe's values that do not fit together; empty if all of them do."""
+    """Lists the recipe's values that do not fit together; the list is empty if all fit."""
     checks: list[Callable[[], Iterator[Problem]]] = [lambda: _cluster(recipe)]
     match recipe:
         case TrainingRecipe():

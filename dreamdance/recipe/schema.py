@@ -1,6 +1,6 @@
-"""The typed recipe of each task, put together from sections, with all defaults.
+"""The typed recipe of each task, composed of sections, with all defaults.
 
-Knows nothing of torch or of the rest of the package, so that a login node can check a recipe in a moment.
+This module imports neither torch nor the rest of the package, so that a login node can check a recipe in a moment.
 Single values are checked here and in the sections; relations between values are in `rules.py`, files and line numbers
 in `parse.py`.
 """
@@ -74,7 +74,7 @@ SAMPLING = "How validation draws its samples, with the pipeline that the export 
 
 
 class Recipe(Section):
-    """What every recipe has: a task, a name that is unique over all recipes, a seed, a place to run."""
+    """The keys of every recipe: a task, a name that is unique over all recipes, a seed, a place to run."""
 
     task: str = Field(description=TASK)
     name: Name = Field(
@@ -99,7 +99,7 @@ class Recipe(Section):
 
 
 class TrainingRecipe(Recipe):
-    """What both stages' training shares."""
+    """The keys that both stages' training shares."""
 
     max_steps: Steps = Field(
         description=(
@@ -163,7 +163,7 @@ class TrainingRecipe(Recipe):
         default=Checkpoint(),
         description="When checkpoints are saved and which of them stay.",
     )
-    recovery: Recovery = Field(default=Recovery(), description="What happens after losses that leap or are not finite.")
+    recovery: Recovery = Field(default=Recovery(), description="Reaction to loss spikes and non-finite losses.")
     validation: Validation = Field(default=Validation(), description="Losses and samples on held-out clips.")
 
     @property
@@ -308,7 +308,7 @@ class AnimateRecipe(Recipe):
 
 
 class EvaluateRecipe(Recipe):
-    """The tables: results of an animate run against the truth of held-out clips, beside the trivial answers."""
+    """The tables that compare results of an animate run, and trivial answers, with the truth of held-out clips."""
 
     task: Literal["evaluate"] = Field(description=TASK)
     results: str = Field(

@@ -79,7 +79,7 @@ class Cluster(Section):
         default=120,
         description=(
             "How long before the time limit the job receives its warning signal. It must be less than time_minutes. "
-            "Ranks have 80 % of it to save a checkpoint: raise it where --dry-run shows that a save takes longer."
+            "Ranks have 80 % of it to save a checkpoint: raise it if --dry-run shows that a save takes longer."
         ),
     )
     partition: str | None = Field(
@@ -106,7 +106,7 @@ class Cluster(Section):
         default=1000,
         description=(
             "How often a job may go back into Slurm's queue, after a time limit, a pre-emption or a failure. 0 never "
-            "requeues."
+            "requeues. Two failures, or three stops, without progress in between end the run earlier."
         ),
     )
     setup: list[str] = Field(
@@ -146,14 +146,15 @@ class Cluster(Section):
         default=1800,
         description=(
             "How long a collective operation may wait for another rank. Also how long an activity that has no measured "
-            "duration may take: the start, the first step, a save, a validation. Raise it where one of these is slow."
+            "duration may take: the start, the first step, a save, a validation. Raise it if one of these is slow."
         ),
     )
     step_timeout_seconds: Annotated[NonNegative, Unit("seconds")] = Field(
         default=600,
         description=(
             "A training step or network pass that takes longer than this, and longer than 10 times the median, ends "
-            "the job, which then continues from its last checkpoint. 0 switches the watchdog off, for all activities."
+            "the job, which then continues from its last checkpoint. In prepare, animate and evaluate, a rank that is "
+            "silent for this long loses its items to the other ranks. 0 switches both off, for all activities."
         ),
     )
     storage_mb_per_second: Annotated[Positive, Unit("MB/s")] = Field(
@@ -194,7 +195,7 @@ class Logging(Section):
 
 
 class Shards(Section):
-    """A folder of streaming shards: where they are read, and where they come from."""
+    """A folder of streaming shards, and optionally the place from which they are downloaded."""
 
     local: str = Field(
         description=(

@@ -1,4 +1,4 @@
-"""The sections about what `prepare` makes shards of: rendered dancers, or a folder of videos."""
+"""The sections about the sources of `prepare`: rendered dancers, or a folder of videos."""
 
 from typing import Annotated, Literal
 
@@ -21,10 +21,10 @@ class DancersSource(Section):
     """Procedural dancers to render (C10). Training and validation identities and motions are disjoint by seed range."""
 
     num_train_clips: Clips = Field(
-        description="Dancers rendered for training, each another person with another motion.",
+        description="Number of dancers rendered for training, each with its own person and motion.",
     )
     num_validation_clips: Clips = Field(
-        description="Dancers rendered for validation; none of them is a training dancer.",
+        description="Number of dancers rendered for validation; none of them is a training dancer.",
     )
     num_frames: Frames = Field(
         default=16,
@@ -35,8 +35,8 @@ class DancersSource(Section):
     fps: Annotated[PositiveFloat, Unit("frames per second")] = Field(
         default=8.0,
         description=(
-            "Frame rate of the clips. The motion is a function of seconds, so that more frames per second show less "
-            "motion from frame to frame."
+            "Frame rate of the clips. The motion is a function of seconds, so a higher rate shows less motion from "
+            "frame to frame."
         ),
     )
 
@@ -66,7 +66,7 @@ class VideosSource(Section):
     crop_letterbox: bool = Field(
         default=True,
         description=(
-            "Searches each video for black bars, which are dark in all its frames, and cuts them off. Not used where "
+            "Searches each video for black bars, which are dark in all its frames, and cuts them off. Not used if "
             "crop is given."
         ),
     )
@@ -89,8 +89,8 @@ class VideosSource(Section):
     min_clip_frames: Frames = Field(
         default=16,
         description=(
-            "A rest of a video that has fewer frames is left out. At most clip_frames; at least as many as a training "
-            "window has."
+            "The remainder of a video is left out if it has fewer frames than this. At most clip_frames; at least as "
+            "many as a training window has."
         ),
     )
     validation_fraction: Fraction = Field(

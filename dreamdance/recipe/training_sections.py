@@ -53,15 +53,15 @@ class TrainingData(Section):
     stride: tuple[Positive, Positive] = Field(
         default=(1, 1),
         description=(
-            "Smallest and largest distance between the frames of a window, drawn once per window; smaller where the "
-            "clip is too short. [1, 4] lets one window show more motion."
+            "Smallest and largest distance between the frames of a window, drawn once per window; smaller if the clip "
+            "is too short. [1, 4] lets one window show more motion."
         ),
     )
     flip_probability: Fraction = Field(
         default=0.0,
         description=(
-            "Probability that a window is mirrored. Only clips with key points are: a pose that is only drawn cannot "
-            "be mirrored, because its colours tell left from right."
+            "Probability that a window is mirrored. Only clips with key points are mirrored: a pose that is only drawn "
+            "cannot be, because its colours distinguish left and right."
         ),
     )
     num_workers: NonNegative = Field(
@@ -79,8 +79,8 @@ class TrainingData(Section):
         default="first_use",
         description=(
             "How shards are checked; sizes are compared at every start. first_use: each shard is hashed when a process "
-            "opens it first, and noted beside the index (`.verified`) until the file changes. hash: all shards at "
-            "every start, divided over the ranks. size: none is hashed. A run may continue with another value."
+            "first opens it, and noted beside the index (`.verified`) until the file changes. hash: the ranks share "
+            "the hashing of all shards at every start. size: no shard is hashed. A run may continue with another value."
         ),
     )
 
@@ -141,8 +141,8 @@ class Sharding(Section):
     zero_stage: Literal[0, 1, 2] = Field(
         default=2,
         description=(
-            "What ZeRO divides over the processes: 0 nothing (precision fp32 only), 1 the optimizer state, 2 the "
-            "gradients too."
+            "What ZeRO divides over the processes: 0 nothing (precision fp32 only), 1 the optimizer state, 2 also the "
+            "gradients."
         ),
     )
     gradient_checkpointing: Literal[True, False, "keep_attention"] = Field(
@@ -155,7 +155,7 @@ class Sharding(Section):
     overlap_communication: bool = Field(
         default=True,
         description=(
-            "Sends gradients during the backward pass. It needs a second bucket and is off where training is "
+            "Sends gradients during the backward pass. It needs a second bucket, and is off if training is "
             "deterministic."
         ),
     )
@@ -175,14 +175,14 @@ class Checkpoint(Section):
         default=1000,
         description=(
             "The run saves a checkpoint once in this many optimizer steps, and at the last one. A job that is asked to "
-            "stop saves besides."
+            "stop also saves."
         ),
     )
     keep_last: Annotated[int, Field(ge=2)] = Field(
         default=3,
         description=(
             "Number of newest sound checkpoints that stay; older ones are deleted once a new one has been read back, "
-            "but for the one that this start resumed from."
+            "except the one that this start resumed from."
         ),
     )
     keep_every_steps: Steps | None = Field(
@@ -202,7 +202,7 @@ class Checkpoint(Section):
 
 
 class Recovery(Section):
-    """What happens when a loss leaps or is not finite: the update is skipped; too many end the run or roll it back."""
+    """Reaction to loss spikes and non-finite losses: the update is skipped; too many end the run or roll it back."""
 
     spike_factor: Annotated[float, Field(gt=1.0)] | None = Field(
         default=None,
@@ -218,15 +218,15 @@ class Recovery(Section):
     max_spikes: NonNegative = Field(
         default=3,
         description=(
-            "Number of updates within the window that may be skipped because their loss leapt. One more rolls back or "
-            "ends the run."
+            "Number of updates within the window that may be skipped because of a loss spike. One more rolls the run "
+            "back or ends it."
         ),
     )
     max_roll_backs: NonNegative = Field(
         default=0,
         description=(
-            "How often the run may go back to its newest checkpoint after too many skipped updates. It continues with "
-            "the next data, not with the same. 0 ends the run instead."
+            "How often the run may return to its newest checkpoint after too many skipped updates. It continues with "
+            "the next data, not with the same data. 0 ends the run instead."
         ),
     )
 

@@ -39,10 +39,10 @@ class Problem:
 
 @dataclass
 class Document:
-    """The values of one YAML text, the line (from 1) that each path starts on, and what was wrong with it.
+    """The values of one YAML text, the line (from 1) on which each path starts, and the problems of the text.
 
     Attributes:
-        end: the number of characters up to where the value ends; what follows was blank or a comment.
+        end: the number of characters up to the end of the value; only blanks or a comment follow.
     """
 
     value: Any = None
