@@ -93,7 +93,7 @@ class Workload:
 
 
 def workloads() -> list[Workload]:
-    """Everything that one call measures, the issue's targets first."""
+    """All workloads that one call measures; those with a target come first."""
     geometry = Workload("geometry d40 1536x3 B16", "geometry", 16, 3, 1536, 8, 40, with_compiled=True, with_concat=True)
     reference_ = Workload("reference d40 1536+1536 B16x3", "reference", 16, 3, 1536, 8, 40, with_compiled=True)
     temporal = Workload("temporal d40 T16 1 clip", "temporal", 1, 16, 4608, 8, 40, with_compiled=True)
