@@ -278,22 +278,24 @@ class AnimateRecipe(Recipe):
     geometry_width: Pixels = Field(
         default=256,
         description=(
-            "Width of stage 1's maps: that of its training. The aspect of geometry_width x geometry_height must be "
-            "that of width x height, up to 3 %."
+            "Width of stage 1's maps; use the width of its training. geometry_width x geometry_height must have the "
+            "same aspect as width x height, up to 3 %."
         ),
     )
-    geometry_height: Pixels = Field(default=384, description="Height of stage 1's maps: that of its training.")
+    geometry_height: Pixels = Field(
+        default=384, description="Height of stage 1's maps; use the height of its training."
+    )
     width: Pixels = Field(
         default=512,
         description=(
-            "Width of the frames, a multiple of the autoencoder's factor (8); best that of stage 2's training. "
+            "Width of the frames, a multiple of the autoencoder's factor (8); best the width of stage 2's training. "
             "Pictures of another aspect lose their margins evenly."
         ),
     )
     height: Pixels = Field(
         default=768,
         description=(
-            "Height of the frames, a multiple of the autoencoder's factor (8); best that of stage 2's training."
+            "Height of the frames, a multiple of the autoencoder's factor (8); best the height of stage 2's training."
         ),
     )
     precision: Literal["fp32", "bf16"] = Field(

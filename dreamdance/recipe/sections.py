@@ -1,7 +1,7 @@
 """The sections that other parts of the package read alone: the place to run, the log, a folder of shards.
 
 Also the value types that all sections share. Every field has a `description`: `reference.py` makes the key reference
-from it. This module knows nothing of torch or of the rest of the package.
+from it. This module imports neither torch nor the rest of the package.
 """
 
 from dataclasses import dataclass

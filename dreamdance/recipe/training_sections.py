@@ -195,7 +195,7 @@ class Checkpoint(Section):
     allow_changed: list[str] = Field(
         default=[],
         description=(
-            "Dotted keys in which this recipe may differ from that of an existing run folder, such as [optimizer.lr]; "
+            "Dotted keys in which this recipe may differ from an existing run's recipe, such as [optimizer.lr]; "
             "a section permits all its keys. Without it, a changed recipe is refused (exit code 3)."
         ),
     )

@@ -1,4 +1,4 @@
-"""Exports: the averaged weights as a pipeline in the diffusers layout, which appears complete or not at all."""
+"""Exports: the averaged weights as a pipeline in the diffusers layout; the folder appears only when it is complete."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -53,12 +53,12 @@ def export_average(
 
 
 def write_pipeline(folder: Path, objective: Objective, weights: Mapping[str, Tensor], size: Mapping[str, int]) -> None:
-    """Writes a folder in the diffusers layout, with `weights` in place of the objective's own; complete or not at all.
+    """Writes a folder in the diffusers layout with `weights`; the folder appears only when it is complete.
 
     Args:
         folder: the folder to write; it does not exist yet.
         objective: has the networks; it is unchanged afterwards.
-        weights: name within the objective -> value.
+        weights: name within the objective -> value, in place of the objective's own weights.
         size: `default_height` and `default_width`, in pixels.
     """
     with replace_atomically(folder, is_only_writer=True) as temporary:

@@ -1,6 +1,6 @@
 """What a run shows: lines in the log, TensorBoard, and the progress log that `--follow` reads.
 
-The main process records; on the others every call returns at once. Knows nothing of how training works.
+The main process records; on other ranks every call returns at once. This module does not know how training works.
 """
 
 import io
@@ -49,13 +49,13 @@ class Losses:
 
     @property
     def domain_means(self) -> dict[str, float]:
-        """The mean loss of each domain that was trained on at all."""
+        """The mean loss of each domain that has samples."""
         sums = zip(DOMAINS, self.domain_sums, self.domain_counts, strict=True)
         return {domain: total / count for domain, total, count in sums if count}
 
     @classmethod
     def unpack(cls, sums: Sequence[float]) -> "Losses":
-        """From numbers in the order of `ObjectiveOutput.sums`."""
+        """Reads numbers in the order of `ObjectiveOutput.sums`."""
         loss_sum, num_samples, *domains = sums
         return cls(loss_sum, num_samples, domains[: len(DOMAINS)], domains[len(DOMAINS) :])
 
@@ -103,7 +103,7 @@ class _Interval:
 
 
 class Metrics:
-    """Records one run; at a resume, TensorBoard drops the steps that are trained again."""
+    """Records one run; at a resume, TensorBoard drops the steps that will be trained again."""
 
     def __init__(
         self, run: Path, ranks: Ranks, *, first_step: int, max_steps: int, every_steps: int, recipe_text: str
@@ -114,8 +114,8 @@ class Metrics:
             run: the run folder.
             ranks: this process among all.
             first_step: the step from which the run continues; later ones in TensorBoard are purged.
-            max_steps: where the run ends.
-            every_steps: how often a line is printed and scalars are written.
+            max_steps: the last step of the run.
+            every_steps: number of steps from one printed line, and from one set of scalars, to the next.
             recipe_text: the resolved recipe as YAML.
         """
         self.run, self.max_steps, self.every_steps = run, max_steps, every_steps
@@ -191,7 +191,7 @@ class Metrics:
         logger.info("step %s  held-out loss %.4f%s", _of(step, self.max_steps), losses.mean, _domains(losses))
 
     def samples(self, grid: NDArray[np.uint8], predictions: dict[str, Tensor], *, step: int) -> None:
-        """Writes what the pipeline made of held-out clips to TensorBoard and to files in `samples/`.
+        """Writes the pipeline's samples of held-out clips to TensorBoard and to files in `samples/`.
 
         Args:
             grid: `H W 3` uint8.
@@ -214,12 +214,12 @@ class Metrics:
                 self._board._get_file_writer().add_summary(summary, step)
 
     def flush(self) -> None:
-        """Brings everything to disk: steps before a checkpoint are never trained, nor written, again."""
+        """Writes all records to disk: steps before a checkpoint are never trained, nor recorded, again."""
         if self.recording:
             self._board.flush()
 
     def note_pending_validation_done(self, step: int) -> None:
-        """Remembers that the validation which a stop had interrupted has been repeated, so that it is recorded once."""
+        """Writes a note that the interrupted validation has been repeated, so that it is recorded only once."""
         if self.recording:
             self.flush()  # first: the step from which a start continues is not purged, and must not be there twice
             write_atomically(self._validated_file, f"{step}\n")
@@ -247,7 +247,7 @@ class Metrics:
 
 
 def used_memory_gib() -> float:
-    """The most memory that this process has held so far: of its GPU, or of the machine where there is none."""
+    """The largest memory of this process so far: on its GPU, or in main memory without a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / _GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GIB
