@@ -102,7 +102,7 @@ def describe_type(annotation: Any, constraints: Sequence[Any] = ()) -> str:
 
 
 def _keys_of(model: type[BaseModel], prefix: str, given: BaseModel | None) -> Iterator[Key]:
-    """The keys of a class and of its sections; `given` is the default that a section as a whole has, if any."""
+    """The keys of a class and of its sections; `given` is the default of the whole section, if it has one."""
     for name, field in model.model_fields.items():
         section = section_class(field.annotation)
         default = field.default if given is None else getattr(given, name)
@@ -120,7 +120,7 @@ def _keys_of(model: type[BaseModel], prefix: str, given: BaseModel | None) -> It
 
 
 def _default(field: FieldInfo, default: Any) -> str:
-    """The default in words; `default` holds only as long as the recipe leaves out the whole section."""
+    """The default in words; `default` is used only if the recipe leaves out the whole section."""
     if field.is_required():
         return REQUIRED
     if isinstance(default, BaseModel):

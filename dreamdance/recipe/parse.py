@@ -94,26 +94,24 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _read(file: Path) -> str:
     try:
         with file.open(encoding="utf-8") as opened:
-            return opened.read(
-                MAX_CHARACTERS + 1
-            )  # `read_yaml` refuses a text of this length; a device file has no end
+            return opened.read(MAX_CHARACTERS + 1)  # `read_yaml` refuses longer texts; a device file has no end
     except UnicodeDecodeError as error:
         raise RecipeError(f"{file}: not a text file: byte {error.start} is not UTF-8") from None
     except OSError as error:
-        # Compared without the common ending, which would make any two names similar.
+        # Names are compared without their common ending, which would make any two of them similar.
         near = difflib.get_close_matches(file.stem, [entry.stem for entry in file.parent.glob("*.yaml")], 1)
         hint = f"; did you mean '{file.with_name(near[0])}.yaml'?" if near else ""
         raise RecipeError(f"{file}: cannot be read: {error.strerror}{hint}") from error
 
 
 class _Origins:
-    """Records where each value came from, so that a problem is shown at its place."""
+    """Records the line of the file, or the command line, for each value, so that a problem is shown at its place."""
 
     def __init__(self, name: str, document: Document) -> None:
         self.name = name
         self.document = document
         self.from_command_line: set[KeyPath] = set()
-        # (on the command line?, line, text): problems sort by line, those of the command line come last
+        # (on the command line?, line, text): problems sort by line; problems of the command line come last
         self.found: list[tuple[bool, int, str]] = []
         for problem in document.problems:
             self._add_in_file(problem.line or 0, problem.message)

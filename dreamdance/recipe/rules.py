@@ -40,7 +40,7 @@ ASKED_ELSEWHERE = {
     "job-name": "set name",
     "array": "use --sweep",
     "container-image": "set cluster.container_image",
-    "open-mode": "leave it out: each start appends to the log of the one before",
+    "open-mode": "leave it out: each start appends to the log of the previous start",
     **dict.fromkeys(("output", "error"), "leave it out: a run's logs are in its folder"),
     "kill-on-bad-exit": "leave it out: a job ends with its first process that fails",
 }
@@ -113,7 +113,7 @@ def _slurm_arguments(cluster: Cluster) -> Iterator[Problem]:
         if place == "sbatch_arguments" and name in cluster.gpus_by_kind:
             advice = None  # of one kind, in the number of cluster.gpus_per_node
         if (place, name) == ("sbatch_arguments", "mem") and cluster.memory_gib is not None:
-            advice = "set cluster.memory_gib, or leave that one out"
+            advice = "leave it out, or leave out cluster.memory_gib"
         if advice is not None:
             asked = f"{name} {value}".rstrip()
             yield _problem(f"cluster.{place}", f"cluster.{place}: '{asked}' is not accepted here; {advice}")
@@ -197,7 +197,7 @@ def _sizes(recipe: TrainingRecipe) -> Iterator[Problem]:
 
 
 def unet_levels(source: NetworkSource) -> int:
-    """How many resolutions a UNet has; diffusers' default, and SD's and SVD's, is 4."""
+    """The number of resolutions of a UNet; 4 by diffusers' default, and in SD and SVD."""
     channels = (source.config or {}).get("block_out_channels")
     return len(channels) if isinstance(channels, list) and channels else DEFAULT_UNET_LEVELS
 
@@ -247,8 +247,8 @@ def _stage1(recipe: Stage1Recipe) -> Iterator[Problem]:
     if objective.zero_terminal_snr and objective.prediction_type == "epsilon":
         yield _problem(
             "objective.prediction_type",
-            "objective.zero_terminal_snr leaves nothing of the image at the last timestep, where epsilon cannot be "
-            "turned into a sample; use prediction_type v_prediction or sample",
+            "with objective.zero_terminal_snr the last timestep contains no image, so epsilon cannot be converted into "
+            "a sample there; use prediction_type v_prediction or sample",
         )
     for name, weights in (("domain_draw", objective.domain_draw), ("domain_loss", objective.domain_loss)):
         if sum(weights.in_order) == 0.0:
@@ -292,7 +292,7 @@ def _windows(sampling: GeometrySampling | AnimationSampling, name: str) -> Itera
 
 
 def _aspects(recipe: AnimateRecipe) -> Iterator[Problem]:
-    """Both stages show the same part of the pictures: with two aspect ratios one would show a distorted person."""
+    """Both stages must have the same aspect ratio: otherwise stage 1 would show a distorted person."""
     if recipe.geometry_from is None:
         return
     ratio = (recipe.geometry_width * recipe.height) / (recipe.geometry_height * recipe.width)
@@ -317,7 +317,7 @@ def _prepare(recipe: PrepareRecipe) -> Iterator[Problem]:
             f"videos.min_clip_frames {videos.min_clip_frames} is more than videos.clip_frames {videos.clip_frames}",
         )
     if (videos.width is None) != (videos.height is None):
-        yield _problem("videos", "videos.width and videos.height are given together or not at all")
+        yield _problem("videos", "give both videos.width and videos.height, or neither")
 
 
 def _place(recipe: PrepareRecipe) -> KeyPath:

@@ -83,15 +83,15 @@ class Recipe(Section):
     seed: NonNegative = Field(
         default=0,
         description=(
-            "Start of all random draws: of data, noise and random weights in training, of the validation videos in "
-            "prepare; in animate the seed of entries that give none. evaluate draws nothing."
+            "Seed of all random draws: of data, noise and random weights in training, and of the validation videos in "
+            "prepare. In animate, the seed of entries without one. evaluate draws nothing."
         ),
     )
     tf32: bool = Field(
         default=False,
         description=(
-            "Lets GPUs round the factors of float32 products to 10 bits. What computes in float32 (the autoencoder; "
-            "everything at `precision: fp32`) is faster, with relative errors of about 1e-3 instead of 1e-6."
+            "Lets GPUs round the factors of float32 products to 10 bits. Networks in float32 (the autoencoder; all "
+            "networks at `precision: fp32`) are faster, with relative errors of about 1e-3 instead of 1e-6."
         ),
     )
     cluster: Cluster = Field(default=Cluster(), description="Where the job runs, and what the launcher asks of Slurm.")
@@ -137,7 +137,7 @@ class TrainingRecipe(Recipe):
         default=3,
         description=(
             "Number of updates that may be skipped within recovery.spike_window_steps because a loss or the gradient "
-            "was not finite. One more rolls back or ends the run."
+            "was not finite. One more rolls the run back or ends it."
         ),
     )
     init_from: str | None = Field(
@@ -150,7 +150,7 @@ class TrainingRecipe(Recipe):
     init_step: Steps | None = Field(
         default=None,
         description=(
-            "Step of the run in init_from whose export or checkpoint is taken, so that the run need not be finished."
+            "Step of the run in init_from whose export or checkpoint is loaded; then that run need not be finished."
         ),
     )
     data: TrainingData = Field(description="Shards to train and validate on, and the windows that are cut from them.")
@@ -178,7 +178,7 @@ class Stage1Recipe(TrainingRecipe):
     task: Literal["stage1"] = Field(description=TASK)
     train: Literal["domains", "geometry", "temporal"] = Field(
         description=(
-            "Which of the paper's three steps this is: domains trains both UNets and the pose encoder on one domain "
+            "The training step, one of the paper's three: domains trains both UNets and the pose encoder on one domain "
             "per clip, geometry only the geometry attention, temporal only the temporal attention."
         ),
     )
@@ -225,15 +225,15 @@ class PrepareRecipe(Recipe):
     num_workers: Positive = Field(
         default=2,
         description=(
-            "Processes of each rank that write clips; 1 writes in the rank itself. As many as cluster.cpus_per_task is "
-            "usual."
+            "Processes of each rank that write clips; 1 writes in the rank itself. The usual value is that of "
+            "cluster.cpus_per_task."
         ),
     )
     clips_per_part: Clips = Field(
         default=32,
         description=(
-            "Dancers in one part, which is the unit of work of a process. With videos each video is one part. Keep it "
-            "for an output that was begun."
+            "Dancers in one part, which is the unit of work of a process. With videos each video is one part. Do not "
+            "change it for an output that was begun."
         ),
     )
     shard_size_mib: Annotated[Positive, Unit("MiB")] = Field(
@@ -243,8 +243,8 @@ class PrepareRecipe(Recipe):
     compression: Literal["none", "zstd"] = Field(
         default="zstd",
         description=(
-            "How shard files are stored. zstd files are unpacked where they are read, so that both forms need room "
-            "there."
+            "Compression of shard files. A reader unpacks zstd files in its local folder, which needs room for both "
+            "forms."
         ),
     )
 
@@ -304,9 +304,9 @@ class AnimateRecipe(Recipe):
     )
     geometry: GeometrySampling = Field(
         default=GeometrySampling(),
-        description="How stage 1 is sampled. Not used without geometry_from.",
+        description="Sampling of stage 1. Not used without geometry_from.",
     )
-    animation: AnimationSampling = Field(default=AnimationSampling(), description="How stage 2 is sampled.")
+    animation: AnimationSampling = Field(default=AnimationSampling(), description="Sampling of stage 2.")
 
 
 class EvaluateRecipe(Recipe):
@@ -319,13 +319,13 @@ class EvaluateRecipe(Recipe):
         ),
     )
     truth: Shards = Field(
-        description="Shards of the true clips; normals and depth are scored where the shards hold them.",
+        description="Shards of the true clips; normals and depth are scored if the shards contain them.",
     )
     training_set: Shards | None = Field(
         default=None,
         description=(
-            "Shards of the training set, of which up to 256 clips are averaged: the mean picture is one of the trivial "
-            "answers. Without it, that row is missing."
+            "Shards of the training set. The mean picture of up to 256 clips is one of the trivial answers; without "
+            "this key, that row is missing."
         ),
     )
 

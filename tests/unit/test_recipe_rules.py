@@ -125,7 +125,7 @@ def test_a_micro_batch_that_does_not_divide_names_those_that_do(tmp_path):
         (PREPARE, [], "either a section dancers or a section videos; neither is given"),
         (PREPARE, [DANCERS, "videos={folder: x}"], "both are given"),
         (PREPARE, ["videos={folder: x, clip_frames: 8}"], "videos.min_clip_frames 16 is more than"),
-        (PREPARE, ["videos={folder: x, width: 8}"], "given together or not at all"),
+        (PREPARE, ["videos={folder: x, width: 8}"], "give both videos.width and videos.height, or neither"),
         (ANIMATE, ["geometry.window_overlap=16"], "geometry.window_overlap 16 must be below geometry.window_frames"),
         (ANIMATE, ["animation.window_overlap=16"], "animation.window_overlap 16 must be below"),
         (
@@ -166,9 +166,9 @@ def test_a_broken_relation_is_found_and_names_the_key(tmp_path, text, words, mes
         ("sbatch_arguments={time: '60'}", "set cluster.time_minutes"),
         ("sbatch_arguments={signal: TERM@60}", "set cluster.stop_seconds"),
         ("sbatch_arguments={no-requeue: ''}", "'no-requeue' is not accepted here; set cluster.max_requeues to 0"),
-        ("sbatch_arguments={open-mode: truncate}", "each start appends to the log of the one before"),
+        ("sbatch_arguments={open-mode: truncate}", "each start appends to the log of the previous start"),
         ("sbatch_arguments={array: 0-3}", "use --sweep"),
-        ("sbatch_arguments={mem: '0'}", "set cluster.memory_gib, or leave that one out"),
+        ("sbatch_arguments={mem: '0'}", "leave it out, or leave out cluster.memory_gib"),
         (
             "srun_arguments=[--nodes=4]",
             "cluster.srun_arguments: 'nodes 4' is not accepted here; set cluster.nodes",
