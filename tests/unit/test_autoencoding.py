@@ -228,7 +228,7 @@ class _GpuBytes(LiveBytes):
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, torch.Tensor) and value.device.type == "cuda":
-                self._meet(value.untyped_storage())
+                self._count(value.untyped_storage())
         return result
 
 
