@@ -27,7 +27,7 @@ from dreamdance.training.validation import Validator
 
 @dataclass
 class Trainer:
-    """All parts of a training run; `train.prepare` builds it.
+    """All parts of a training run; `train.py` builds it.
 
     Attributes:
         step: finished optimizer steps.
