@@ -1,4 +1,4 @@
-"""What a run shows: lines in the log, TensorBoard, and the progress log that `--follow` reads.
+"""The records of a run: lines in the log, TensorBoard, and the progress log that `--follow` reads.
 
 The main process records; on other ranks every call returns at once. This module does not know how training works.
 """
@@ -125,12 +125,14 @@ class Metrics:
             return
         self._validated_file = run / "logs" / "pending_validation_done.txt"
         if not self.is_pending_validation_done(first_step):
-            self._validated_file.unlink(missing_ok=True)  # of a start from another step, whose record is purged now
+            self._validated_file.unlink(
+                missing_ok=True
+            )  # an earlier start wrote it for another step, whose record is purged now
         self._progress = ProgressLog(run)
         folder = run / "tensorboard"
         num_starts = len(list(folder.glob("events.*")))
         self._board = SummaryWriter(str(folder), purge_step=first_step + 1, flush_secs=10)
-        # TensorBoard never purges texts: numbered by the starts of the run, none is there twice.
+        # TensorBoard never purges texts. They are numbered by the starts of the run, so no text appears twice.
         self._board.add_text("recipe", f"```yaml\n{recipe_text}\n```", global_step=num_starts)
 
     def message(self, text: str, *, step: int, level: int = logging.INFO) -> None:
@@ -221,7 +223,7 @@ class Metrics:
     def note_pending_validation_done(self, step: int) -> None:
         """Writes a note that the interrupted validation has been repeated, so that it is recorded only once."""
         if self.recording:
-            self.flush()  # first: the step from which a start continues is not purged, and must not be there twice
+            self.flush()  # before the note: the step from which a start continues is not purged, and must not be recorded twice
             write_atomically(self._validated_file, f"{step}\n")
 
     def is_pending_validation_done(self, step: int) -> bool:

@@ -31,10 +31,10 @@ class WeightsDigests:
 
 
 def require_same_start(recipe: TrainingRecipe) -> None:
-    """Makes sure that every rank runs the same code and the same recipe. Collective.
+    """Checks that every rank runs the same code and the same recipe. Collective.
 
     Raises:
-        UserError: names the first ranks that differ and in what, on every rank.
+        UserError: ranks differ; raised on every rank; the text names a rank that differs and the differences.
     """
     facts = {"code": code_digest(), "python": platform.python_version(), **package_versions()}
     values = flatten(recipe.model_dump(mode="json"))
@@ -42,19 +42,19 @@ def require_same_start(recipe: TrainingRecipe) -> None:
 
 
 def require_same(facts: Mapping[str, str]) -> None:
-    """Makes sure that every rank has the same values. Collective.
+    """Checks that every rank has the same values. Collective.
 
     Args:
-        facts: name of the compared thing -> this rank's value.
+        facts: name of a compared value -> this rank's value.
 
     Raises:
-        UserError: names the first ranks that differ and in what, on every rank.
+        UserError: ranks differ; raised on every rank; the text names a rank that differs and the differences.
     """
     digests = gather_from_ranks(sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest())
     other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
     if other is None:
         return
-    everyone = gather_from_ranks(dict(facts))  # only now, because it is long
+    everyone = gather_from_ranks(dict(facts))  # only after a difference, because the values are long
     first, differing = everyone[0], everyone[other]
     names = sorted(name for name in first.keys() | differing.keys() if first.get(name) != differing.get(name))
     described = "; ".join(
