@@ -1,7 +1,7 @@
-"""The sections that other parts of the package read alone: the place to run, the log, a folder of shards.
+"""The sections that modules receive without the whole recipe (the place to run, the log, a folder of shards).
 
-Also the value types that all sections share. Every field has a `description`: `reference.py` makes the key reference
-from it. This module imports neither torch nor the rest of the package.
+This module also defines the value types that all sections share. Every field has a `description`, from which `keys.py`
+makes the key reference. This module imports neither torch nor the rest of the package.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 @dataclass(frozen=True)
 class Unit:
-    """The unit of a key's value, for the key reference; it checks nothing."""
+    """The unit of a key's value, for the key reference only."""
 
     name: str
 
@@ -33,7 +33,7 @@ Seconds = Annotated[Positive, Unit("seconds")]
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown keys are errors, values never change after loading."""
+    """A part of a recipe: unknown keys are errors, and values cannot be changed after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 

@@ -125,9 +125,7 @@ class Metrics:
             return
         self._validated_file = run / "logs" / "pending_validation_done.txt"
         if not self.is_pending_validation_done(first_step):
-            self._validated_file.unlink(
-                missing_ok=True
-            )  # an earlier start wrote it for another step, whose record is purged now
+            self._validated_file.unlink(missing_ok=True)  # it is about another step, whose record is purged now
         self._progress = ProgressLog(run)
         folder = run / "tensorboard"
         num_starts = len(list(folder.glob("events.*")))
@@ -223,7 +221,7 @@ class Metrics:
     def note_pending_validation_done(self, step: int) -> None:
         """Writes a note that the interrupted validation has been repeated, so that it is recorded only once."""
         if self.recording:
-            self.flush()  # before the note: the step from which a start continues is not purged, and must not be recorded twice
+            self.flush()  # before the note: the step from which a start continues is never purged
             write_atomically(self._validated_file, f"{step}\n")
 
     def is_pending_validation_done(self, step: int) -> bool:
