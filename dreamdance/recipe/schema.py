@@ -225,7 +225,7 @@ class PrepareRecipe(Recipe):
     num_workers: Positive = Field(
         default=2,
         description=(
-            "Processes of each rank that write clips; 1 writes in the rank itself. The usual value is that of "
+            "Processes of each rank that write clips; 1 writes in the rank itself. It usually equals "
             "cluster.cpus_per_task."
         ),
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from dreamdance.errors import UserError
 from dreamdance.runs.locks import HeldLockError, locked_file
 
+# The name that all commits use: starts of different commits must exclude one another.
 FOLDER_LOCK_FILE = ".claimed"
 # A start that another one has replaced ends within seconds (`launch.run_ownership`); until then it holds its locks.
 WAIT_SECONDS = 10.0

@@ -236,7 +236,7 @@ def test_too_many_nan_steps_end_the_run_with_the_samples_and_the_key_to_change(s
         assert 0 not in ranks.wait()
         output = ranks.output()
     assert "UserError: step 2: update skipped on all ranks (2 within 100 steps), not finite: sample" in output
-    assert "More than max_nonfinite_steps=1" in output
+    assert "That is more than max_nonfinite_steps=1" in output
     record_fault(
         "non-finite losses again and again",
         how="every sample's pose is NaN; max_nonfinite_steps=1",

@@ -73,7 +73,7 @@ def test_more_spikes_than_the_recipe_allows_end_the_run_with_the_keys_to_change(
     recipe, run = make_recipe(shards, **{"recovery.max_spikes": 1}), tmp_path / "run"
     assert start_and_wait(recipe, run, scaled=scaled_samples(recipe, 13, 15)) == [1, 1]
     for rank in (0, 1):
-        assert "More than recovery.max_spikes=1: look at these samples" in output(run, rank)
+        assert "That is more than recovery.max_spikes=1: look at these samples" in output(run, rank)
     assert (checkpoint_folder(run, 12) / "COMPLETE").is_file()
     record_fault(
         "loss spikes again and again",

@@ -172,7 +172,7 @@ def test_a_run_that_ends_for_losses_that_are_not_finite_completes_the_checkpoint
     held = HeldSave(0, step=2, forward=2 * MICRO_BATCHES + 1)
     assert start_and_wait(recipe, run, held, scaled=scaled) == [1, 1]
     for rank in (0, 1):
-        assert "More than max_nonfinite_steps=0: look at these samples" in output(run, rank)
+        assert "That is more than max_nonfinite_steps=0: look at these samples" in output(run, rank)
     assert saved(run) == ["step_00000002"]
     assert_sound(run, [2])
     assert start_and_wait(recipe, run) == [0, 0], output(run)
