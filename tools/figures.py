@@ -26,6 +26,15 @@ def functions(path: Path) -> list[tuple[int, str]]:
     return [((node.end_lineno or node.lineno) - node.lineno + 1, f"{path.name}:{node.name}") for node in found]
 
 
+def over_limit(paths: list[Path], lines: dict[Path, int]) -> list[str]:
+    """A line for each file and each function that is longer than its limit."""
+    files = [(lines[path], path.name, MAX_FILE_LINES) for path in paths]
+    within = [(length, name, MAX_FUNCTION_LINES) for path in paths for length, name in functions(path)]
+    return [
+        f"{name} has {length} lines, at most {limit}" for length, name, limit in [*files, *within] if length > limit
+    ]
+
+
 def main() -> int:
     files = python_files()
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
@@ -39,8 +48,9 @@ def main() -> int:
         f"longest file {longest_file[0]} ({longest_file[1]}), "
         f"longest function {longest_function[0]} ({longest_function[1]})"
     )
-    too_long = longest_file[0] > MAX_FILE_LINES or longest_function[0] > MAX_FUNCTION_LINES
-    return 1 if "--check" in sys.argv[1:] and too_long else 0
+    too_long = over_limit(library, lines) if "--check" in sys.argv[1:] else []
+    print(*too_long, sep="\n", end="\n" if too_long else "", file=sys.stderr)
+    return 1 if too_long else 0
 
 
 if __name__ == "__main__":

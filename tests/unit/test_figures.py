@@ -57,11 +57,18 @@ def test_a_removed_file_no_longer_counts_even_before_git_knows(
 
 @pytest.mark.parametrize(("name", "lines", "code"), [("file", 400, 0), ("file", 401, 1)])
 def test_the_check_fails_above_the_longest_file(
-    figures: ModuleType, tmp_path: Path, name: str, lines: int, code: int, monkeypatch: pytest.MonkeyPatch
+    figures: ModuleType,
+    tmp_path: Path,
+    name: str,
+    lines: int,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     write(tmp_path, f"package/{name}.py", lines)
     subprocess.run(["git", "add", "package"], cwd=tmp_path, check=True)
     assert figures.main() == code
+    assert (f"{name}.py has {lines} lines, at most 400" in capsys.readouterr().err) == bool(code)
     monkeypatch.setattr(sys, "argv", ["figures.py"])
     assert figures.main() == 0, "without --check it only reports"
 
