@@ -29,7 +29,7 @@ _ASK_SECONDS = 120
 
 def missing_packages(recipe: Recipe) -> dict[str, str]:
     """Packages that the task imports and this Python lacks -> our extra that installs each."""
-    extras = EXTRAS[recipe.task]
+    extras = EXTRAS.get(recipe.task, {})
     return {package: extra for package, extra in extras.items() if importlib.util.find_spec(package) is None}
 
 
