@@ -16,7 +16,7 @@ from typing import Any, Literal
 from dreamdance.errors import UserError
 from dreamdance.launch import slurm_cluster
 from dreamdance.launch.finished import is_finished
-from dreamdance.launch.job import DEBUG_JOB
+from dreamdance.launch.job import DEBUG_JOB, failure_file
 from dreamdance.launch.local.controller import CANCELLED, status_file
 from dreamdance.launch.local.heartbeat import SILENT_SECONDS, job_file, silent_seconds
 from dreamdance.launch.requeue import requeues_file
@@ -187,6 +187,8 @@ def status_of(job: SubmittedJob, recipe: Recipe, run_folder: Path) -> JobStatus:
         return _local_ending(json.loads(ending.read_text(encoding="utf-8")))
     if is_finished(recipe, run_folder):
         return JobStatus("finished", "exit code 0")
+    if job.cluster == "debug" and failure_file(run_folder, DEBUG_JOB, 0).is_file():  # it has no controller
+        return JobStatus("failed", "ended with an error")
     return JobStatus("failed", "its process is gone (killed, or the machine was restarted)")
 
 

@@ -121,6 +121,9 @@ def test_a_run_in_the_launchers_own_process_is_distinguished_from_jobs(runs: Pat
     run = make_run(runs, "prepare")
     submit(run, cluster="debug", job_id="debug")
     assert "prepare failed (in the launcher: its process is gone" in states(runs)["demo_prepare"]
+    record_failure(run, "debug", 0, "there are no videos", user_error=True)
+    assert states(runs)["demo_prepare"] == "prepare failed (in the launcher: ended with an error)"
+    assert "there are no videos" in details(run)
 
 
 def test_a_run_of_another_version_does_not_break_the_table(runs: Path) -> None:
