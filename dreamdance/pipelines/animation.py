@@ -221,7 +221,8 @@ class AnimationPipeline(SamplingPipeline):
         for name in self.controls:
             frames, modality = given.get(name), MODALITIES[name]
             if frames is None:
-                raise ValueError(f"this controller reads {', '.join(self.controls)}, but no {name}s were given")
+                missing = f"{name}s" if name in given else f'maps={{"{name}": ...}}'
+                raise ValueError(f"this controller reads {', '.join(self.controls)}, but no {missing} were given")
             tolerance = MAP_ASPECT_TOLERANCE if modality.domain else 0.0
             cut = cut_to_aspect(clip_tensor(frames, f"{name}s"), height, width, tolerance=tolerance)
             maps[name] = resize_map(cut, height, width, kind=modality.kind)

@@ -183,6 +183,8 @@ def test_the_controls_of_the_controller_are_the_maps_that_are_needed():
     assert torch.equal(frames, ignored)
     with pytest.raises(ValueError, match=r"reads pose, depth, normal, but no depths were given"):
         tiny_animation_pipeline()(IMAGE, poses(3), maps(3)[1])
+    with pytest.raises(ValueError, match=r'reads pose, mask, but no maps=\{"mask": \.\.\.\} were given'):
+        tiny_animation_pipeline(controls=("pose", "mask"))(IMAGE, poses(3))
 
 
 def test_smaller_maps_of_stage1_are_enlarged():
