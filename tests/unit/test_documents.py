@@ -22,19 +22,12 @@ import pytest
 from pydantic import BaseModel
 
 from dreamdance.errors import UserError
-from dreamdance.recipe import (
-    AnimateRecipe,
-    EvaluateRecipe,
-    PrepareRecipe,
-    Stage1Recipe,
-    Stage2Recipe,
-    load,
-)
+from dreamdance.recipe import load
+from dreamdance.recipe.parse import TASKS
 
 ROOT = Path(__file__).parents[2]
 DESIGN = ROOT / "dreamdance" / "README.md"
 FOLDERS = (".ci", ".github", "dreamdance", "kernels", "launchers", "recipes", "tests", "tools")
-RECIPES = (AnimateRecipe, EvaluateRecipe, PrepareRecipe, Stage1Recipe, Stage2Recipe)
 DOCUMENTS = sorted([ROOT / "README.md", *(path for name in FOLDERS for path in (ROOT / name).rglob("*.md"))])
 SOURCES = sorted(
     [
@@ -136,7 +129,7 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 @cache
 def recipe_keys() -> frozenset[str]:
-    return frozenset(key for recipe in RECIPES for key in keys_of(recipe))
+    return frozenset(key for recipe in TASKS.values() for key in keys_of(recipe))
 
 
 def unknown_keys(text: str) -> list[str]:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from dreamdance.recipe import Stage1Recipe, Stage2Recipe, TrainingRecipe, dump_recipe, load_recipe
-from dreamdance.recipe.parse import flatten
+from dreamdance.recipe.parse import TASKS, flatten
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FILES = sorted(RECIPES.rglob("*.yaml"))
-FULL = ["prepare", "stage1_domains", "stage1_geometry", "stage1_temporal", "stage2", "animate", "evaluate"]
+FULL = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 @functools.cache
@@ -50,10 +50,14 @@ def test_demo_names_and_only_they_begin_with_demo(path):
 
 
 @pytest.mark.parametrize("name", FULL)
-def test_every_task_has_a_recipe_at_full_size_and_a_demo_of_the_same_task(name):
+def test_every_recipe_at_full_size_has_a_demo_of_the_same_task(name):
     full, demo = load_recipe(RECIPES / f"{name}.yaml"), load_recipe(RECIPES / "demo" / f"{name}.yaml")
     assert type(full) is type(demo)
     assert full.name == name
+
+
+def test_every_task_has_a_recipe_at_full_size():
+    assert {by_name()[name].task for name in FULL} == TASKS.keys()
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
