@@ -16,9 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from dreamdance.dancers.render import HELD_OUT_SEEDS, TRAINING_SEEDS, render_clip
+from dreamdance.dancers.render import HELD_OUT_SEEDS, TRAINING_SEEDS
 from dreamdance.data.examples import MANIFEST_FILE, write_examples
 from dreamdance.data.prepare_notes import (
     DAMAGED_FILE,
@@ -32,15 +30,15 @@ from dreamdance.data.prepare_notes import (
     write_damaged,
     write_inputs,
 )
-from dreamdance.data.shards.columns import encode_disparity, encode_normal
+from dreamdance.data.writing.dancer_clips import render_record
 from dreamdance.data.writing.shard_parts import ClipRecord, Part, PartSource, ShardFormat
 from dreamdance.data.writing.shard_writer import WRITE, ShardFolder
 from dreamdance.data.writing.video_clips import Split, VideoPart, choose_validation, find_videos
 from dreamdance.data.writing.video_opening import check_videos, video_files
 from dreamdance.errors import ShardError, UserError
-from dreamdance.media.pose_drawing import draw_poses
 from dreamdance.media.video import VideoError
 from dreamdance.media.video_names import part_name, video_ids
+from dreamdance.modalities import ADDED_TO_DANCERS
 from dreamdance.recipe.schema import DancersSource, PrepareRecipe, VideosSource
 from dreamdance.runs.folder_lock import lock_folder
 from dreamdance.runs.layout import ProgressLog
@@ -303,6 +301,8 @@ def describe_source(recipe: PrepareRecipe) -> dict[str, Any]:
     if isinstance(source, VideosSource):
         details.pop("on_error")
         details.update(seed=recipe.seed, files="noted by their hashes")
+    elif ADDED_TO_DANCERS:  # the files of a new map of videos are among the hashes
+        details["added_maps"] = list(ADDED_TO_DANCERS)
     return details
 
 
@@ -374,27 +374,3 @@ class DancerPart:
     def __call__(self) -> Iterator[ClipRecord]:
         """Yields one clip per seed."""
         return (render_record(seed, self.source) for seed in self.seeds)
-
-
-def render_record(seed: int, source: DancersSource) -> ClipRecord:
-    """Renders one dancer as a clip in the encodings of the shards."""
-    clip = render_clip(seed, num_frames=source.num_frames, width=source.width, height=source.height, fps=source.fps)
-    disparity, depth_range = encode_disparity(clip.depth)
-    return ClipRecord(
-        clip_id=f"dancer_{seed:010d}",
-        fps=source.fps,
-        maps={
-            "rgb": clip.rgb,
-            "pose": draw_poses(clip.keypoints, width=source.width, height=source.height),
-            "normal": encode_normal(clip.normal),
-            "depth": disparity,
-            "mask": clip.mask.astype(np.uint8) * np.uint8(255),
-        },
-        keypoints=clip.keypoints,
-        metadata={
-            "source": "dancers",
-            "seed": seed,
-            "depth_range": list(depth_range),
-            "intrinsics": clip.intrinsics.tolist(),
-        },
-    )

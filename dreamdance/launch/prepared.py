@@ -4,7 +4,9 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from dreamdance.modalities import ADDED_TO_DANCERS
 from dreamdance.recipe import PrepareRecipe
 from dreamdance.runs.file_states import FileStamp, FileState
 from dreamdance.runs.layout import INPUTS_FILE
@@ -17,6 +19,8 @@ MANIFEST_FILE = "manifest.jsonl"
 def is_prepared(recipe: PrepareRecipe) -> bool:
     """Whether every file exists that the indices and the manifest name, and the videos are those that were read.
 
+    Dancers must have been rendered with all maps that they have today; if not, `prepare` runs and names the maps.
+
     The content of the shards is checked when they are read.
     """
     output = Path(recipe.output)
@@ -24,7 +28,10 @@ def is_prepared(recipe: PrepareRecipe) -> bool:
     try:
         for split in SPLITS if has_validation else SPLITS[:1]:
             there = {entry.name for entry in os.scandir(output / split)}
-            if not there.issuperset(_shards(output / split / INDEX_FILE)):
+            index = json.loads((output / split / INDEX_FILE).read_text(encoding="utf-8"))
+            if not there.issuperset(_shards(index)):
+                return False
+            if recipe.dancers is not None and _added_maps(index) != list(ADDED_TO_DANCERS):
                 return False
         if recipe.videos is not None and not _are_as_noted(Path(recipe.videos.folder), output / INPUTS_FILE):
             return False
@@ -49,9 +56,14 @@ def _are_as_noted(videos: Path, note: Path) -> bool:
     return True
 
 
-def _shards(index: Path) -> Iterator[str]:
-    for shard in json.loads(index.read_text(encoding="utf-8"))["shards"]:
+def _shards(index: dict[str, Any]) -> Iterator[str]:
+    for shard in index["shards"]:
         yield (shard["zip_data"] or shard["raw_data"])["basename"]
+
+
+def _added_maps(index: dict[str, Any]) -> Any:
+    """The maps of dancers that the folder has beyond those of the first version."""
+    return index.get("dreamdance", {}).get("settings", {}).get("added_maps", [])
 
 
 def _examples(manifest: Path) -> Iterator[Path]:

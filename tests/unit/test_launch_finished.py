@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from dreamdance.data.shards.index import DETAILS_KEY
 from dreamdance.launch.finished import digest_inputs, is_finished, mark_finished
-from dreamdance.recipe import load_recipe
+from dreamdance.recipe import TrainingRecipe, load_recipe
+from dreamdance.recipe.parse import TASKS
 from dreamdance.runs.file_notes import of_content, write_note
 from dreamdance.runs.file_states import read_state
 from dreamdance.runs.layout import export_folder
@@ -94,7 +96,7 @@ def test_animate_runs_again_when_a_file_that_it_read_was_replaced_by_one_of_the_
     assert not is_finished(recipe, run_folder)
 
 
-@pytest.mark.parametrize("task", ["animate", "prepare", "evaluate"])
+@pytest.mark.parametrize("task", [task for task, kind in TASKS.items() if not issubclass(kind, TrainingRecipe)])
 def test_files_added_during_a_run_make_it_unfinished(run_folder, tmp_path, picture, task):
     output, given = tmp_path / "out", tmp_path / "given"
     prepared(output)
@@ -209,6 +211,21 @@ def test_prepare_is_not_finished_when_some_of_its_output_was_removed(run_folder,
     path = output / removed
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert not is_finished(recipe, run_folder)
+
+
+def test_dancers_rendered_before_a_map_was_added_are_not_finished(run_folder, tmp_path, monkeypatch):
+    prepared(tmp_path / "data")
+    recipe = load_recipe(DEMO / "prepare.yaml", [f"output={tmp_path / 'data'}"])
+    mark_finished(recipe, run_folder, digest_inputs(recipe, run_folder.parent))
+    assert is_finished(recipe, run_folder), "indices of older commits list no maps"
+    monkeypatch.setattr("dreamdance.launch.prepared.ADDED_TO_DANCERS", ("legs",))
+    assert not is_finished(recipe, run_folder)
+    for split in ("train", "validation"):
+        path = tmp_path / "data" / split / "index.json"
+        path.write_text(
+            json.dumps(json.loads(path.read_text()) | {DETAILS_KEY: {"settings": {"added_maps": ["legs"]}}})
+        )
+    assert is_finished(recipe, run_folder)
 
 
 def test_prepare_runs_again_when_a_video_was_replaced_by_one_of_the_same_size_and_time(run_folder, tmp_path):

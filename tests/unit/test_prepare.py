@@ -15,6 +15,7 @@ from dreamdance.data.loading.dataset import fixed_clips
 from dreamdance.data.prepare import prepare
 from dreamdance.data.shards.columns import metric_disparity
 from dreamdance.data.writing.annotate import annotate_clip, load_annotator
+from dreamdance.data.writing.dancer_clips import render_record
 from dreamdance.data.writing.shard_writer import ClipRecord
 from dreamdance.data.writing.video_clips import choose_validation, split_frames
 from dreamdance.errors import MissingInputError, ShardError
@@ -23,6 +24,7 @@ from dreamdance.media.keypoints import read_keypoint_file
 from dreamdance.media.pose_drawing import draw_poses
 from dreamdance.media.transforms import decode_normals, pictures_to_tensor
 from dreamdance.media.video import VideoError, read_frames, write_video
+from dreamdance.modalities import MODALITIES
 from dreamdance.recipe.schema import DancersSource, PrepareRecipe, VideosSource
 from dreamdance.recipe.sections import Shards
 
@@ -95,6 +97,20 @@ def test_another_recipe_for_the_same_output_is_refused_by_name(dancers, tmp_path
 def test_the_number_of_workers_and_the_cluster_are_not_part_of_the_settings(dancers, tmp_path):
     index = (dancers / "train" / "index.json").read_bytes()
     prepare(dancers_recipe(dancers, num_workers=2), tmp_path / "run")
+    assert (dancers / "train" / "index.json").read_bytes() == index
+
+
+def test_dancers_have_exactly_the_maps_marked_as_rendered():
+    source = DancersSource(num_train_clips=1, num_validation_clips=1, num_frames=1, width=WIDTH, height=HEIGHT)
+    assert render_record(0, source).maps.keys() == {name for name, each in MODALITIES.items() if each.rendered}
+
+
+def test_dancers_that_lack_a_map_added_since_are_refused_by_name(dancers, tmp_path, monkeypatch):
+    index = (dancers / "train" / "index.json").read_bytes()
+    assert b"added_maps" not in index, "as in the indices of older commits, which stay complete"
+    monkeypatch.setattr("dreamdance.data.prepare.ADDED_TO_DANCERS", ("legs",))
+    with pytest.raises(ShardError, match=r"added_maps was None, is \['legs'\]\. Set another `output`"):
+        prepare(dancers_recipe(dancers), tmp_path / "run")
     assert (dancers / "train" / "index.json").read_bytes() == index
 
 
