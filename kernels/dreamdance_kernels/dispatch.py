@@ -1,7 +1,7 @@
 """Chooses the backend that computes an attention. A backend that the caller names runs, or raises; nothing replaces it.
 
-A backend is an object with the three functions of `AttentionBackend`, such as the modules `reference`, `sdpa`,
-`triton_attention` and `flash`. To add one, write such a module and add a line to `_CANDIDATES`.
+A backend is an object with the three functions of `AttentionBackend`, such as a module. To add one, write such a module
+and add a line to `_CANDIDATES`; kernels/README.md lists all steps.
 """
 
 import logging
