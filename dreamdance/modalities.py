@@ -29,7 +29,6 @@ class Modality:
         bits: number of bits of a stored value.
         domain: whether stage 1 predicts it (Eq. 3). The training of stage 2 then blurs it to stage 1's resolution.
         control: whether `model.controls` of stage 2 may name it (Eq. 7).
-        rendered: whether rendered dancers have it.
         background: the colour that fills the transparent parts of an input picture of this modality.
     """
 
@@ -39,19 +38,18 @@ class Modality:
     bits: Literal[8, 16] = 8
     domain: bool = False
     control: bool = False
-    rendered: bool = False
     background: tuple[int, int, int] = (0, 0, 0)
 
 
 MODALITIES: dict[str, Modality] = {
     modality.name: modality
     for modality in (
-        Modality("rgb", "colours", domain=True, rendered=True, background=(255, 255, 255)),
-        Modality("pose", "drawing", control=True, rendered=True),
+        Modality("rgb", "colours", domain=True, background=(255, 255, 255)),
+        Modality("pose", "drawing", control=True),
         # The background is a wall that faces the camera.
-        Modality("normal", "normals", domain=True, control=True, rendered=True, background=(128, 128, 255)),
-        Modality("depth", "values", channels=1, bits=16, domain=True, control=True, rendered=True),
-        Modality("mask", "region", channels=1, control=True, rendered=True),
+        Modality("normal", "normals", domain=True, control=True, background=(128, 128, 255)),
+        Modality("depth", "values", channels=1, bits=16, domain=True, control=True),
+        Modality("mask", "region", channels=1, control=True),
     )
 }
 
@@ -64,10 +62,6 @@ GIVEN_CONTROLS = tuple(name for name in CONTROLS if name not in DOMAINS and MODA
 # The modalities that every training clip has; a clip may lack the others.
 ALWAYS_READ = ("rgb", "pose")
 OPTIONAL = tuple(name for name in MODALITIES if name not in ALWAYS_READ)
-# Every shard has a column for each of these modalities. A shard may lack the columns of modalities added later.
-FIRST_MODALITIES = ("rgb", "pose", "normal", "depth", "mask")
-# The maps that rendered dancers have today and did not have in the first version. The settings of an output list only
-# these, so that outputs of older commits count as complete until such a map is added.
-ADDED_TO_DANCERS = tuple(
-    name for name, modality in MODALITIES.items() if modality.rendered and name not in FIRST_MODALITIES
-)
+# The maps that rendered dancers have besides the first ones (rgb, pose, normal, depth, mask). The settings of
+# `prepare`'s output list these alone, so that outputs of older commits count as complete until a map is added here.
+ADDED_TO_DANCERS: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from support.video_folders import stored_clips, videos_recipe, write_videos
 from dreamdance.dancers.render import HELD_OUT_SEEDS, TRAINING_SEEDS, render_clip
 from dreamdance.data.loading.dataset import fixed_clips
 from dreamdance.data.prepare import prepare
-from dreamdance.data.shards.columns import metric_disparity
+from dreamdance.data.shards.columns import FIRST_MODALITIES, metric_disparity
 from dreamdance.data.writing.annotate import annotate_clip, load_annotator
 from dreamdance.data.writing.dancer_clips import render_record
 from dreamdance.data.writing.shard_writer import ClipRecord
@@ -24,7 +24,7 @@ from dreamdance.media.keypoints import read_keypoint_file
 from dreamdance.media.pose_drawing import draw_poses
 from dreamdance.media.transforms import decode_normals, pictures_to_tensor
 from dreamdance.media.video import VideoError, read_frames, write_video
-from dreamdance.modalities import MODALITIES
+from dreamdance.modalities import ADDED_TO_DANCERS
 from dreamdance.recipe.schema import DancersSource, PrepareRecipe, VideosSource
 from dreamdance.recipe.sections import Shards
 
@@ -100,9 +100,9 @@ def test_the_number_of_workers_and_the_cluster_are_not_part_of_the_settings(danc
     assert (dancers / "train" / "index.json").read_bytes() == index
 
 
-def test_dancers_have_exactly_the_maps_marked_as_rendered():
+def test_dancers_have_the_maps_of_the_first_version_and_those_that_the_table_lists():
     source = DancersSource(num_train_clips=1, num_validation_clips=1, num_frames=1, width=WIDTH, height=HEIGHT)
-    assert render_record(0, source).maps.keys() == {name for name, each in MODALITIES.items() if each.rendered}
+    assert render_record(0, source).maps.keys() == {*FIRST_MODALITIES, *ADDED_TO_DANCERS}
 
 
 def test_dancers_that_lack_a_map_added_since_are_refused_by_name(dancers, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from dreamdance.errors import ShardError
 from dreamdance.media.keypoints import NUM_KEYPOINTS
-from dreamdance.modalities import FIRST_MODALITIES, MODALITIES, Modality
+from dreamdance.modalities import MODALITIES, Modality
 
 SCHEMA_VERSION = 1
 
@@ -34,6 +34,9 @@ COLUMNS: dict[str, str] = {
     **dict.fromkeys(MODALITIES, "bytes"),
     "keypoints": "bytes",
 }
+
+# Every shard has a column for each of these modalities. A shard may lack the columns of modalities added later.
+FIRST_MODALITIES = ("rgb", "pose", "normal", "depth", "mask")
 
 # Names reserved for precomputed VAE latents and image embeddings; this version neither writes nor reads them.
 RESERVED_COLUMNS = ("latents", "embeddings")

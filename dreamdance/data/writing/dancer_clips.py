@@ -10,7 +10,7 @@ from dreamdance.recipe.schema import DancersSource
 
 
 def render_record(seed: int, source: DancersSource) -> ClipRecord:
-    """Renders one dancer as a clip; its maps are the modalities marked as `rendered`."""
+    """Renders one dancer as a clip. Maps that were added since the first version are listed in `ADDED_TO_DANCERS`."""
     clip = render_clip(seed, num_frames=source.num_frames, width=source.width, height=source.height, fps=source.fps)
     disparity, depth_range = encode_disparity(clip.depth)
     return ClipRecord(
