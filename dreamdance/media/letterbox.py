@@ -4,7 +4,6 @@ A bar is cut from all frames. If a hand reaches into it in a single frame, that 
 """
 
 from collections.abc import Generator, Iterable
-from typing import cast
 
 import cv2
 import numpy as np
@@ -18,16 +17,6 @@ NOISE_BRIGHTNESS = 64
 # A pixel is content too if it and the mean of its 3x3 area are brighter: compression leaves single grey pixels only.
 BAR_BRIGHTNESS = 24
 MAX_BAR_SHARE = 0.75
-
-
-def find_letterbox(frames: Iterable[NDArray[np.uint8]], *, where: str = "the video") -> Crop:
-    """Finds the smallest rectangle that contains every bright pixel of every frame; see `search_letterbox`."""
-    search = search_letterbox(frames, where=where)
-    while True:
-        try:
-            next(search)
-        except StopIteration as found:
-            return cast(Crop, found.value)
 
 
 def search_letterbox(frames: Iterable[NDArray[np.uint8]], *, where: str) -> Generator[None, None, Crop]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.recipes import tiny_clip_batch, tiny_stage1_recipe, tiny_stage2_recipe
+from support.recipes import select_clips, tiny_clip_batch, tiny_stage1_recipe, tiny_stage2_recipe
 from torch import Tensor
 
 from dreamdance.data.loading.batch import ClipBatch
@@ -26,7 +26,7 @@ def one_clip(frames: list[int]) -> ClipBatch:
 
 def with_draws(batch: ClipBatch, *, epoch: int, copies: int) -> ClipBatch:
     """The clip several times, each time with noise, timestep and dropouts of its own."""
-    repeated = batch.select([0] * copies)
+    repeated = select_clips(batch, *[0] * copies)
     return replace(repeated, keys=torch.tensor([[0, epoch, index] for index in range(copies)]))
 
 

@@ -146,6 +146,12 @@ def without(batch: ClipBatch, *names: str) -> ClipBatch:
     return replace(batch, maps={name: frames for name, frames in batch.maps.items() if name not in names})
 
 
+def select_clips(batch: ClipBatch, *indices: int) -> ClipBatch:
+    """The batch of the clips with the given indices."""
+    chosen = {name: tensor[list(indices)] for name, tensor in batch.tensors.items()}
+    return ClipBatch.from_tensors(chosen, [batch.clip_ids[index] for index in indices])
+
+
 def perturb(network: nn.Module) -> Any:
     """Adds a little noise to every weight, so that no branch outputs zero; returns the network."""
     generator = torch.Generator().manual_seed(1)

@@ -1,11 +1,13 @@
 """Black bars are found in spite of compression noise, and never cut where any frame shows something."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
 
 from dreamdance.errors import UserError
 from dreamdance.media.cropping import Crop
-from dreamdance.media.letterbox import find_letterbox
+from dreamdance.media.letterbox import search_letterbox
 from dreamdance.media.video import iterate_frames, probe_video, read_frames, write_video
 
 NUM_FRAMES, HEIGHT, WIDTH = 62, 64, 48
@@ -20,6 +22,16 @@ def stage_frames(num_frames: int = NUM_FRAMES) -> np.ndarray:
     for number, frame in enumerate(frames):
         STAGE.cut(frame)[:] = np.roll(texture, number, axis=1)
     return frames
+
+
+def find_letterbox(frames: Iterable[np.ndarray]) -> Crop:
+    """The result of a search that runs to its end."""
+    search = search_letterbox(frames, where="the video")
+    while True:
+        try:
+            next(search)
+        except StopIteration as found:
+            return found.value
 
 
 def bright_pixels_outside(frames: np.ndarray, crop: Crop) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from einops import rearrange
-from support.recipes import perturb, record_inputs, tiny_clip_batch, tiny_stage2_recipe, without
+from support.recipes import perturb, record_inputs, select_clips, tiny_clip_batch, tiny_stage2_recipe, without
 from torch import Tensor
 
 from dreamdance.data.loading.batch import ClipBatch
@@ -153,7 +153,7 @@ def test_control_maps_are_dropped_by_frame_and_modality_in_training_alone(batch)
 def test_loss_of_a_clip_does_not_depend_on_its_batch(batch):
     objective = make_objective({"objective.modality_control_dropout": 0.4, "objective.both_dropout": 0.5})
     together = objective(batch).sample_losses
-    alone = torch.cat([objective(batch.select([index])).sample_losses for index in range(2)])
+    alone = torch.cat([objective(select_clips(batch, index)).sample_losses for index in range(2)])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=0)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from einops import rearrange, repeat
-from support.recipes import perturb, record_inputs, tiny_clip_batch, tiny_stage1_recipe, without
+from support.recipes import perturb, record_inputs, select_clips, tiny_clip_batch, tiny_stage1_recipe, without
 from torch import Tensor
 
 from dreamdance.data.loading.batch import ClipBatch
@@ -83,7 +83,7 @@ def test_domains_are_innermost_and_named_to_the_denoiser(batch):
 def test_loss_of_a_clip_does_not_depend_on_its_batch(batch, train):
     objective = make_objective(train)
     together = objective(batch).sample_losses
-    alone = torch.cat([objective(batch.select([index])).sample_losses for index in range(2)])
+    alone = torch.cat([objective(select_clips(batch, index)).sample_losses for index in range(2)])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
     assert not torch.isclose(*together)
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.recipes import perturb, tiny_clip_batch, tiny_stage1_recipe, tiny_stage2_recipe, without
+from support.recipes import perturb, select_clips, tiny_clip_batch, tiny_stage1_recipe, tiny_stage2_recipe, without
 
 from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.media.transforms import decode_normals, pass_through
@@ -98,7 +98,7 @@ def test_a_clips_sample_does_not_depend_on_its_batch(batch):
     recipe = tiny_stage1_recipe("geometry", QUICK)
     objective = make(recipe)
     together = stage_of(recipe).sample(objective, batch).predictions["depth"][1:]
-    alone = stage_of(recipe).sample(objective, batch.select([1])).predictions["depth"]
+    alone = stage_of(recipe).sample(objective, select_clips(batch, 1)).predictions["depth"]
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 

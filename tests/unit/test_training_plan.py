@@ -163,6 +163,18 @@ def test_zero_1_keeps_whole_gradients_and_zero_0_whole_states_without_masters():
     assert zero0["communication buckets"] == 0
 
 
+def test_a_second_bucket_is_counted_only_where_communication_overlaps_computation():
+    def buckets(*words):
+        return states(demo("stage1_domains", "sharding.overlap_communication=true", *words))["communication buckets"]
+
+    gpu = "cluster.gpus_per_node=2"
+    one = buckets(gpu, "sharding.overlap_communication=false")
+    assert buckets(gpu) == 2 * one
+    assert buckets(gpu, "deterministic=true") == one
+    assert buckets() == one, "the CPU is deterministic unless the recipe says otherwise"
+    assert buckets("deterministic=false") == 2 * one
+
+
 def test_half_precision_halves_the_weights_but_not_the_optimizer():
     full, half = states(demo("stage1_domains")), states(demo("stage1_domains", "precision=bf16"))
     assert full["weights"] == 3_000_000 * 4

@@ -1,7 +1,7 @@
 """The batch that the objectives train on, and the function that stacks clips into one. No shards or files here."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -77,12 +77,6 @@ class ClipBatch:
     def pin_memory(self) -> "ClipBatch":
         """Returns the batch in page-locked memory; the loader calls this if there is a GPU."""
         return self._map_tensors(Tensor.pin_memory)
-
-    def select(self, indices: Sequence[int]) -> "ClipBatch":
-        """Returns the batch of the clips with the given indices."""
-        chosen = torch.tensor(list(indices), dtype=torch.long)
-        selected = self._map_tensors(lambda tensor: tensor[chosen.to(tensor.device)])
-        return replace(selected, clip_ids=[self.clip_ids[index] for index in indices])
 
     def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> "ClipBatch":
         return self.from_tensors({name: change(tensor) for name, tensor in self.tensors.items()}, self.clip_ids)

@@ -38,9 +38,6 @@ COLUMNS: dict[str, str] = {
 # Every shard has a column for each of these modalities. A shard may lack the columns of modalities added later.
 FIRST_MODALITIES = ("rgb", "pose", "normal", "depth", "mask")
 
-# Names reserved for precomputed VAE latents and image embeddings; this version neither writes nor reads them.
-RESERVED_COLUMNS = ("latents", "embeddings")
-
 MAX_FRAMES = 100_000
 MAX_FRAME_PIXELS = 1 << 26
 

@@ -128,7 +128,9 @@ def state_memory(recipe: TrainingRecipe, trainable: int, total: int, *, exact: i
     gradients, gradient_reason = (share, f"/ {world_size} processes (ZeRO-2)") if stage == 2 else (trainable, "(whole)")
     states, state_reason = (share, f"/ {world_size} processes (ZeRO-{stage})") if stage else (trainable, "(whole)")
     buckets = min(recipe.sharding.reduce_bucket_elements, trainable) if stage else 0
-    copies = 2 if recipe.sharding.overlap_communication else 1
+    deterministic = not recipe.cluster.gpus_per_node if recipe.deterministic is None else recipe.deterministic
+    # Only overlapping communication needs a second bucket; DeepSpeed's configuration has none where bits must repeat.
+    copies = 2 if recipe.sharding.overlap_communication and not deterministic else 1
     millions = f"{trainable / 1e6:,.1f} M"
     # Without sharding the fp32 parameters themselves are the masters.
     masters = FP32_BYTES if stage else 0
