@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from dreamdance.errors import CheckpointError, RecipeError, UserError
-from dreamdance.recipe import load_recipe
+from dreamdance.recipe import load_stored_recipe
 from dreamdance.recipe.schema import TrainingRecipe
 from dreamdance.runs.layout import RECIPE_FILE, checkpoint_folder, complete_steps
 from dreamdance.training.checkpointing.checkpointer import read_checkpoint_weights
@@ -65,7 +65,7 @@ def export(run: Path, out: Path, *, step: int | None, kind: str) -> None:
     if out.suffix == ".safetensors":
         save_file(weights, out, metadata={"format": "pt"})
     else:
-        recipe = load_recipe(run / RECIPE_FILE)
+        recipe = load_stored_recipe(run / RECIPE_FILE)
         if not isinstance(recipe, TrainingRecipe):
             raise RecipeError(f"{run / RECIPE_FILE} is not a recipe of a training (key: task)")
         objective = stage_of(recipe).build()

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 from dreamdance.errors import MissingInputError
-from dreamdance.recipe import Recipe, Stage1Recipe, Stage2Recipe
+from dreamdance.recipe import Recipe, TrainingRecipe
 
 # By task: each optional package that its modules import -> our extra that installs it. By hand, because the launcher
 # must not import those modules, and a checkout has no package metadata.
@@ -57,12 +57,12 @@ def refuse_missing(recipe: Recipe) -> None:
 
 def named_backend(recipe: Recipe) -> str | None:
     """The attention backend that the recipe names; None if the library chooses."""
-    return recipe.model.attention_backend if isinstance(recipe, Stage1Recipe | Stage2Recipe) else None
+    return recipe.model.attention_backend if isinstance(recipe, TrainingRecipe) else None
 
 
 def wants_fused_norms(recipe: Recipe) -> bool:
     """Whether the recipe needs group norms that Triton runs: channels_last, on GPUs."""
-    if not isinstance(recipe, Stage1Recipe | Stage2Recipe):
+    if not isinstance(recipe, TrainingRecipe):
         return False
     return recipe.model.channels_last and recipe.cluster.gpus_per_node > 0
 

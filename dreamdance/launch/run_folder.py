@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamdance.errors import RecipeError, UserError
-from dreamdance.recipe import Recipe, TrainingRecipe, dump_recipe, load_recipe
+from dreamdance.recipe import Recipe, TrainingRecipe, dump_recipe, load_stored_recipe
 from dreamdance.recipe.parse import flatten
 from dreamdance.recipe.same_run import CHANGEABLE_KEYS, is_changeable
 from dreamdance.recipe.yaml_text import read_yaml
@@ -170,11 +170,11 @@ def _stored_values(path: Path) -> dict[str, Any]:
 
 def _load_stored(path: Path) -> Recipe:
     """A run's recipe, in which missing keys have the values that they meant then, or today's defaults."""
-    recipe = load_recipe(path)
+    recipe = load_stored_recipe(path)
     if not isinstance(recipe, TrainingRecipe):
         return recipe
     former = [f"{key}={value}" for key, value in FORMER_VALUES.items() if not _is_written(recipe, key)]
-    return load_recipe(path, former) if former else recipe
+    return load_stored_recipe(path, former) if former else recipe
 
 
 def _is_written(recipe: Recipe, key: str) -> bool:

@@ -11,7 +11,7 @@ from dreamdance.launch.finished import is_finished
 from dreamdance.launch.follow import explain_failure, progress_line
 from dreamdance.launch.requeue import read_requeues
 from dreamdance.launch.submission import JobStatus, SubmittedJob, last_job, status_of
-from dreamdance.recipe import Recipe, load_recipe
+from dreamdance.recipe import Recipe, load_stored_recipe
 from dreamdance.runs.durations import duration
 from dreamdance.runs.layout import (
     COMPLETE_FILE,
@@ -137,6 +137,6 @@ def _run_folders(runs: Path) -> list[Path]:
 def readable_recipe(run_folder: Path) -> Recipe | None:
     """The recipe of a run, or None if this version cannot read it."""
     try:
-        return load_recipe(run_folder / RECIPE_FILE)
+        return load_stored_recipe(run_folder / RECIPE_FILE)
     except UserError:
         return None

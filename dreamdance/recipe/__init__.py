@@ -1,6 +1,6 @@
 """Typed recipes: one YAML file determines a run. This package does not import torch."""
 
-from dreamdance.recipe.parse import LoadedRecipe, dump_recipe, given_value, load, load_recipe
+from dreamdance.recipe.parse import LoadedRecipe, dump_recipe, given_value, load, load_recipe, load_stored_recipe
 from dreamdance.recipe.schema import (
     AnimateRecipe,
     EvaluateRecipe,
@@ -24,4 +24,5 @@ __all__ = [
     "given_value",
     "load",
     "load_recipe",
+    "load_stored_recipe",
 ]

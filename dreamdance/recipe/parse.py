@@ -25,6 +25,9 @@ TASKS: dict[str, type[Recipe]] = {
     for recipe_class in get_args(get_args(schema.AnyRecipe)[0])
 }
 
+# Keys that earlier versions wrote into the stored recipes of all tasks; tasks without the key never read it.
+FORMER_KEYS = ("logging",)
+
 
 @dataclass(frozen=True)
 class LoadedRecipe:
@@ -50,14 +53,27 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return load(path, overrides).recipe
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """Reads and checks a recipe like `load_recipe`, and returns which keys the command line changed."""
+def load_stored_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads and checks the recipe in a run folder like `load_recipe`, without `FORMER_KEYS` that its task has lost."""
+    return load(path, overrides, is_stored=True).recipe
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), *, is_stored: bool = False) -> LoadedRecipe:
+    """Reads and checks a recipe like `load_recipe`, and returns which keys the command line changed.
+
+    Args:
+        path: a YAML file.
+        overrides: `key=value` words.
+        is_stored: whether the file is the recipe of a run folder, which an earlier version may have written.
+    """
     file = Path(path)
     document = read_yaml(_read(file))
     origins = _Origins(str(path), document)
     recipe, overridden = None, frozenset[str]()
     if isinstance(document.value, dict):
         overridden = _apply(overrides, document, origins)
+        if is_stored:
+            _drop_former_keys(document.value)
         recipe = _check(document.value, origins)
     elif not document.problems:
         origins.add("a recipe is a mapping: `key: value` lines", ())
@@ -89,6 +105,13 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _drop_former_keys(values: dict[str, Any]) -> None:
+    recipe_class = TASKS.get(str(values.get("task")))
+    for key in FORMER_KEYS:
+        if recipe_class is not None and key not in recipe_class.model_fields:
+            values.pop(key, None)
 
 
 def _read(file: Path) -> str:

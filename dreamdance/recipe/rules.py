@@ -59,9 +59,10 @@ def problems(recipe: Recipe, known_keys: Collection[str] = ()) -> list[Problem]:
             checks += [lambda: _batch(recipe), lambda: _data(recipe), lambda: _schedule(recipe, known_keys)]
             checks += [lambda: _networks(recipe), lambda: _sizes(recipe), lambda: _initial_weights(recipe)]
             if isinstance(recipe, Stage1Recipe):
-                checks += [lambda: _stage1(recipe), lambda: _windows(recipe.sampling, "sampling")]
+                checks.append(lambda: _stage1(recipe))
             if isinstance(recipe, Stage2Recipe):
-                checks += [lambda: _stage2(recipe), lambda: _windows(recipe.sampling, "sampling")]
+                checks.append(lambda: _stage2(recipe))
+            checks.append(lambda: _windows(recipe.sampling, "sampling"))
         case PrepareRecipe():
             checks.append(lambda: _prepare(recipe))
         case AnimateRecipe():
@@ -158,13 +159,11 @@ def _schedule(recipe: TrainingRecipe, known_keys: Collection[str]) -> Iterator[P
 
 
 def _networks(recipe: TrainingRecipe) -> Iterator[Problem]:
-    sources: list[tuple[str, NetworkSource | AutoencoderSource | ImageEncoderSource, str]] = []
-    if isinstance(recipe, Stage1Recipe | Stage2Recipe):
-        sources = [
-            ("model.unet", recipe.model.unet, "config"),
-            ("model.autoencoder", recipe.model.autoencoder, "patch_size"),
-            ("model.image_encoder", recipe.model.image_encoder, "stand_in_width"),
-        ]
+    sources: list[tuple[str, NetworkSource | AutoencoderSource | ImageEncoderSource, str]] = [
+        ("model.unet", recipe.model.unet, "config"),
+        ("model.autoencoder", recipe.model.autoencoder, "patch_size"),
+        ("model.image_encoder", recipe.model.image_encoder, "stand_in_width"),
+    ]
     for name, source, other in sources:
         alternative = getattr(source, other)
         if (source.path is None) == (alternative is None):
@@ -176,8 +175,6 @@ def _networks(recipe: TrainingRecipe) -> Iterator[Problem]:
 
 def _sizes(recipe: TrainingRecipe) -> Iterator[Problem]:
     """Width and height must be multiples of the autoencoder's factor times the reductions of the UNet."""
-    if not isinstance(recipe, Stage1Recipe | Stage2Recipe):
-        return
     unit = (recipe.model.autoencoder.patch_size or AUTOENCODER_DOWNSCALE) * 2 ** (unet_levels(recipe.model.unet) - 1)
     if isinstance(recipe, Stage2Recipe):
         maps = recipe.objective

@@ -5,7 +5,7 @@ Single values are checked here and in the sections; relations between values are
 in `parse.py`.
 """
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -95,7 +95,6 @@ class Recipe(Section):
         ),
     )
     cluster: Cluster = Field(default=Cluster(), description="Where the job runs, and what the launcher asks of Slurm.")
-    logging: Logging = Field(default=Logging(), description="How often training reports.")
 
 
 class TrainingRecipe(Recipe):
@@ -165,6 +164,13 @@ class TrainingRecipe(Recipe):
     )
     recovery: Recovery = Field(default=Recovery(), description="Reaction to loss spikes and non-finite losses.")
     validation: Validation = Field(default=Validation(), description="Losses and samples on held-out clips.")
+    logging: Logging = Field(default=Logging(), description="How often training reports.")
+
+    # The fields are those of the stages: declared here, they would change the order of the keys, and with it the digest
+    # of the recipe that checkpoints hold.
+    if TYPE_CHECKING:
+        model: GeometryModel | AnimationModel
+        sampling: GeometrySampling | AnimationSampling
 
     @property
     def accumulation_steps(self) -> int:

@@ -62,7 +62,10 @@ class WorkQueue:
                 has made progress. None for a process that works alone.
         """
         cluster = cluster or Cluster()
-        self.ranks, self.watchdog = ranks, Watchdog.of(cluster)
+        self.ranks = ranks
+        self.watchdog = Watchdog(
+            least_seconds=cluster.step_timeout_seconds, unmeasured_seconds=cluster.collective_timeout_seconds
+        )
         silence_seconds = float(cluster.step_timeout_seconds) or math.inf
         self.stall_seconds = max(silence_seconds, self.watchdog.unmeasured_seconds)
         self.run_folder, self.folder = run_folder, Path()

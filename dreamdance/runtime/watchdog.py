@@ -11,7 +11,6 @@ import threading
 import time
 from collections import defaultdict, deque
 
-from dreamdance.recipe.sections import Cluster
 from dreamdance.runtime.exits import TRY_AGAIN_EXIT_CODE, exit_process
 
 logger = logging.getLogger(__name__)
@@ -44,11 +43,6 @@ class Watchdog:
         self._elapsed = 0.0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-
-    @classmethod
-    def of(cls, cluster: Cluster) -> "Watchdog":
-        """A watchdog with the limits of a recipe's `cluster` section."""
-        return cls(least_seconds=cluster.step_timeout_seconds, unmeasured_seconds=cluster.collective_timeout_seconds)
 
     def __enter__(self) -> "Watchdog":
         if self.least_seconds > 0:

@@ -18,6 +18,7 @@ from dreamdance.data.loading.loader import ClipLoader
 from dreamdance.data.loading.order import ClipOrder
 from dreamdance.recipe.same_run import result_json
 from dreamdance.recipe.schema import TrainingRecipe
+from dreamdance.recipe.sections import Cluster
 from dreamdance.runs.layout import note_signal
 from dreamdance.runtime.process_group import (
     common_store,
@@ -63,12 +64,12 @@ def train(recipe: TrainingRecipe, run_folder: Path) -> None:
         save_limit_seconds=SAVING_SHARE * recipe.cluster.stop_seconds, on_signal=partial(note_signal, run_folder)
     )
     with contextlib.ExitStack() as held:
-        stop, watchdog = held.enter_context(stopping), held.enter_context(Watchdog.of(recipe.cluster))
+        stop, watchdog = held.enter_context(stopping), held.enter_context(make_watchdog(recipe.cluster))
         # The watchdog is entered first, so that it covers the exit of the process group, which waits for all ranks.
         watchdog.enter("starting", f"rank {ranks.rank}")
         held.enter_context(process_group(ranks, timeout_seconds=timeout))
         held.enter_context(repeatable_arithmetic(deterministic))
-        trainer = prepare(stage_of(recipe), run_folder, ranks, stop, watchdog, deterministic=deterministic)
+        trainer = build_trainer(stage_of(recipe), run_folder, ranks, stop, watchdog, deterministic=deterministic)
         finished = trainer.train()
         if finished:
             watchdog.enter("exporting", f"step {trainer.step}")
@@ -80,7 +81,12 @@ def train(recipe: TrainingRecipe, run_folder: Path) -> None:
         trainer.metrics.close()
 
 
-def prepare(
+def make_watchdog(cluster: Cluster) -> Watchdog:
+    """A watchdog with the time limits of a recipe's `cluster` section."""
+    return Watchdog(least_seconds=cluster.step_timeout_seconds, unmeasured_seconds=cluster.collective_timeout_seconds)
+
+
+def build_trainer(
     stage: TrainingStage[Any],
     run_folder: Path,
     ranks: Ranks,

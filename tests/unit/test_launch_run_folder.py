@@ -20,6 +20,7 @@ from dreamdance.launch.run_folder import (
     record_job,
     stored_recipe,
 )
+from dreamdance.launch.status import readable_recipe
 from dreamdance.recipe import load_recipe
 from dreamdance.recipe.parse import flatten
 
@@ -136,6 +137,18 @@ def test_a_run_that_began_before_targets_were_sampled_keeps_its_targets_or_is_re
     written_before("objective.target_latents", "  target_latents: mode\n", run_folder)
     create_or_check(recipe("checkpoint.allow_changed=[objective.target_latents]"), run_folder, [])
     assert stored_recipe(run_folder).objective.target_latents == "sample"
+
+
+@pytest.mark.parametrize("task", ["prepare", "animate", "evaluate"])
+def test_a_run_of_the_time_when_every_task_had_the_key_logging_still_loads_and_continues(task, run_folder, caplog):
+    now = load_recipe(DEMO.with_name(f"{task}.yaml"))
+    create_or_check(now, run_folder, [])
+    stored = run_folder / "recipe.yaml"
+    stored.write_text(stored.read_text() + "logging:\n  every_steps: 20\n")
+    assert stored_recipe(run_folder) == readable_recipe(run_folder) == now
+    create_or_check(now, run_folder, [])
+    assert caplog.messages == []
+    assert "logging" not in stored.read_text()
 
 
 def test_keys_that_a_stored_recipe_lacks_are_named_with_their_present_values(run_folder, caplog):

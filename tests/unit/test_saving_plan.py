@@ -13,11 +13,10 @@ from dreamdance.runs.layout import checkpoint_folder
 from dreamdance.runtime.process_group import process_group, repeatable_arithmetic
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.runtime.stop_request import StopRequest
-from dreamdance.runtime.watchdog import Watchdog
 from dreamdance.training.checkpointing.saving_plan import describe_checkpoint, plan_checkpoint
 from dreamdance.training.planning.plan import describe
 from dreamdance.training.stages.training_stage import stage_of
-from dreamdance.training.train import prepare
+from dreamdance.training.train import build_trainer, make_watchdog
 
 KINDS = [("bf16", 2), ("fp32", 0)]
 WORLD_SIZE = 2
@@ -35,7 +34,9 @@ def save_one_of_each(ranks: Ranks, *, recipes: list[Stage1Recipe], runs: Path) -
             run = runs / str(number)
             if ranks.is_main:
                 run.mkdir(parents=True)
-            trainer = prepare(stage_of(recipe), run, ranks, stop, Watchdog.of(recipe.cluster), deterministic=True)
+            trainer = build_trainer(
+                stage_of(recipe), run, ranks, stop, make_watchdog(recipe.cluster), deterministic=True
+            )
             trainer._take_step(iter(trainer.loader))
             trainer.checkpointer.begin(1, {"loader": trainer.loader.state_dict(), "guard": {}})
             trainer.checkpointer.finish()

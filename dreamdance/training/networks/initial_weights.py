@@ -9,7 +9,7 @@ from torch import nn
 
 from dreamdance.errors import CheckpointError, MissingInputError, RecipeError
 from dreamdance.models import GeometryUNetModel
-from dreamdance.recipe import load_recipe
+from dreamdance.recipe import load_stored_recipe
 from dreamdance.recipe.schema import TrainingRecipe
 from dreamdance.runs.layout import RECIPE_FILE, checkpoint_folder, export_folder, final_export
 from dreamdance.training.checkpointing.checkpointer import read_checkpoint_weights
@@ -60,7 +60,7 @@ def load_initial_weights(objective: Objective, runs: Path, *, init_from: str | N
         raise MissingInputError(
             f"init_step: run '{run.name}' has neither an export nor a checkpoint of step {init_step}"
         )
-    source = load_recipe(run / RECIPE_FILE)
+    source = load_stored_recipe(run / RECIPE_FILE)
     if not isinstance(source, TrainingRecipe):
         raise RecipeError(f"init_from: run '{run.name}' does not train anything")
     load_initial_weights(objective, runs, init_from=source.init_from, init_step=source.init_step)
