@@ -54,7 +54,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def load_stored_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads and checks the recipe in a run folder like `load_recipe`, without `FORMER_KEYS` that its task has lost."""
+    """Reads and checks the recipe in a run folder like `load_recipe`, but drops `FORMER_KEYS` of its task."""
     return load(path, overrides, is_stored=True).recipe
 
 
