@@ -14,6 +14,7 @@ from dreamdance.media.keypoints import KeypointSequence, write_keypoint_file
 from dreamdance.media.video import write_video
 from dreamdance.recipe.sections import Shards
 from dreamdance.runs.files import write_atomically
+from dreamdance.runs.layout import EXAMPLE_FIELDS
 from dreamdance.runtime.ranks import Ranks
 
 MANIFEST_FILE = "manifest.jsonl"
@@ -65,7 +66,7 @@ def _write_example(clip: StoredClip, number: int, output: Path) -> dict[str, str
 
 def _named_files_exist(manifest: Path) -> bool:
     entries = [json.loads(line) for line in manifest.read_text(encoding="utf-8").split("\n") if line]
-    named = [entry[field] for entry in entries for field in ("image", "pose", "keypoints") if field in entry]
+    named = [entry[field] for entry in entries for field in EXAMPLE_FIELDS if field in entry]
     return all((manifest.parent / path).is_file() for path in named)
 
 

@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from dreamdance.media.grids import GridRow, draw_grid
-from dreamdance.media.transforms import encode_normals, resize_images, resize_normals, tensor_to_pictures
+from dreamdance.media.transforms import encode_normals, resize_images, resize_map, tensor_to_pictures
 from dreamdance.media.video import VideoError, write_video
+from dreamdance.modalities import MODALITIES
 from dreamdance.runs.file_states import FileState
 from dreamdance.runs.files import replace_atomically
 from dreamdance.runs.folder_lock import OutputError
@@ -127,8 +128,8 @@ def _columns(result: ClipResult) -> dict[str, NDArray[np.uint8]]:
         "pose": resize_images(result.poses, height, width),
     }
     if result.normals is not None and result.depths is not None:
-        columns["normal"] = resize_normals(encode_normals(result.normals), height, width)
-        columns["depth"] = resize_images(result.depths.expand(-1, 3, -1, -1), height, width)
+        made = {"normal": encode_normals(result.normals), "depth": result.depths.expand(-1, 3, -1, -1)}
+        columns |= {name: resize_map(maps, height, width, kind=MODALITIES[name].kind) for name, maps in made.items()}
     columns["result"] = result.frames
     return {title: tensor_to_pictures(frames) for title, frames in columns.items()}
 

@@ -9,7 +9,7 @@ from typing import Any
 from dreamdance.modalities import ADDED_TO_DANCERS
 from dreamdance.recipe import PrepareRecipe
 from dreamdance.runs.file_states import FileStamp, FileState
-from dreamdance.runs.layout import INPUTS_FILE
+from dreamdance.runs.layout import EXAMPLE_FIELDS, INPUTS_FILE
 
 SPLITS = ("train", "validation")
 INDEX_FILE = "index.json"
@@ -69,4 +69,4 @@ def _added_maps(index: dict[str, Any]) -> Any:
 def _examples(manifest: Path) -> Iterator[Path]:
     for line in manifest.read_text(encoding="utf-8").split("\n"):
         entry = json.loads(line) if line else {}
-        yield from (manifest.parent / entry[name] for name in ("image", "pose", "keypoints") if name in entry)
+        yield from (manifest.parent / entry[name] for name in EXAMPLE_FIELDS if name in entry)

@@ -22,6 +22,8 @@ WARNED_FILE = "warned_of_the_time_limit"
 EXPORT_INDEX_FILE = "model_index.json"
 # In the output of `prepare`: size, times and hash of each video that it read.
 INPUTS_FILE = "inputs.json"
+# The fields of the manifest of `prepare` that name files: the inputs of an example.
+EXAMPLE_FIELDS = ("image", "pose", "keypoints")
 # In the result of a clip, which `animate` writes and `evaluate` reads.
 RESULT_FILE = "result.json"
 ARRAYS_FILE = "arrays.npz"

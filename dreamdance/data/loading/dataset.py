@@ -158,7 +158,7 @@ class ClipDataset(StoredClips):
         stride: tuple[int, int] = (1, 1),
         flip_probability: float = 0.0,
         seed: int = 0,
-        maps: Sequence[str] = ("normal", "depth"),
+        maps: Sequence[str] = (),
         verify: Verify = "first_use",
         ranks: Ranks | None = None,
         cache_bytes: int = CACHE_BYTES,
