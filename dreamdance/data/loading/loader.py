@@ -1,7 +1,6 @@
 """The loader: delivers the micro batches of each optimizer step to a rank, in the run's order, from any step on."""
 
 import contextlib
-import time
 from collections.abc import Generator, Iterator, Mapping
 from itertools import chain, count, islice
 from typing import Any
@@ -24,7 +23,6 @@ class ClipLoader:
 
     Attributes:
         step: the number of the next optimizer step.
-        wait_seconds: the time that the latest step waited for its data.
     """
 
     def __init__(
@@ -55,7 +53,6 @@ class ClipLoader:
         self.micro_batch_size, self.num_workers, self.timeout_seconds = micro_batch_size, num_workers, timeout_seconds
         self.accumulation_steps = accumulation_steps(order.batch_size, micro_batch_size, self.ranks.world_size)
         self.step = 0
-        self.wait_seconds = 0.0
 
     def __iter__(self) -> Generator[list[ClipBatch]]:
         """Yields the micro batches of each step from `step` on. Close the generator: it keeps worker processes alive.
@@ -66,9 +63,7 @@ class ClipLoader:
         """
         with contextlib.closing(self._read_ahead() if self.num_workers else self._read_here()) as batches:
             while True:
-                start = time.monotonic()
                 micro_batches = list(islice(batches, self.accumulation_steps))
-                self.wait_seconds = time.monotonic() - start
                 self.step += 1
                 yield micro_batches
 
