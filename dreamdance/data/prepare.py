@@ -32,7 +32,7 @@ from dreamdance.data.prepare_notes import (
 )
 from dreamdance.data.writing.dancer_clips import render_record
 from dreamdance.data.writing.shard_parts import ClipRecord, Part, PartSource, ShardFormat
-from dreamdance.data.writing.shard_writer import WRITE, ShardFolder
+from dreamdance.data.writing.shard_writer import ShardFolder, newly_damaged, share_missing, write_shared
 from dreamdance.data.writing.video_clips import Split, VideoPart, choose_validation, find_videos
 from dreamdance.data.writing.video_opening import check_videos, video_files
 from dreamdance.errors import ShardError, UserError
@@ -49,7 +49,6 @@ logger = logging.getLogger(__name__)
 
 COUNT_SECONDS = 3.0  # the main rank counts the finished parts at most this often
 PARTS_PER_CHECK = 64  # a rank checks this number of parts of each split at a time
-CHECK = "check"
 
 
 def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
@@ -102,14 +101,11 @@ def write_output(
     if isinstance(missing, UserError):
         return missing
     damaged = write_missing(recipe, folders, missing, queue, progress)
-    if (reason := queue.called_off(WRITE)) is not None:
+    if (reason := queue.stop_reason()) is not None:
         if damaged and queue.ranks.is_main:
             write_damaged(output, damaged)
         return ShardError(reason) if reason else VideoError(damaged_videos_message(damaged, output))
-    last = queue.share("complete", ["output"])
-    for item in last.take():
-        complete(recipe, folders, queue, damaged)
-        last.finish(item)
+    queue.once("complete", partial(complete, recipe, folders, queue, damaged))
     return None
 
 
@@ -126,7 +122,7 @@ def check_inputs(
     output = Path(recipe.output)
     agree_on_plan(recipe, folders, queue)
     answers = check_shares(recipe, folders, queue, progress)
-    if reason := queue.called_off(CHECK):
+    if reason := queue.stop_reason():
         return ShardError(reason)
     changed, added = ({name for answer in answers for name in answer[key]} for key in ("changed", "added"))
     removed = {name for folder in folders.values() for name in folder.removed_sources()}
@@ -134,15 +130,16 @@ def check_inputs(
         return ShardError(others)
     broken = {name: reason for answer in answers for name, reason in answer["broken"].items()}
     is_stopped = bool(broken) and recipe.videos is not None and recipe.videos.on_error == "stop"
+
+    def record() -> None:
+        if broken:
+            write_damaged(output, broken)
+        if not is_stopped:
+            states = {name: state for answer in answers for name, state in answer["states"].items()}
+            write_inputs(output, states, planned=source_files(folders))
+
     if recipe.videos is not None:
-        records = queue.share("note", ["inputs"])  # before `complete` writes these files again
-        for item in records.take():
-            if broken:
-                write_damaged(output, broken)
-            if not is_stopped:
-                states = {name: state for answer in answers for name, state in answer["states"].items()}
-                write_inputs(output, states, planned=source_files(folders))
-            records.finish(item)
+        queue.once("record", record)  # before `complete` writes these files again
     if is_stopped:
         return VideoError(unusable_videos_message(broken, output))
     if broken and queue.ranks.is_main:
@@ -156,7 +153,7 @@ def check_inputs(
 
 
 def agree_on_plan(recipe: PrepareRecipe, folders: Mapping[Split, ShardFolder], queue: WorkQueue) -> None:
-    """Calls off the work if the ranks made different plans, because the folder of videos changed between them."""
+    """Stops the work if the ranks made different plans, because the folder of videos changed between them."""
     parts = [(split, part) for split, folder in folders.items() for part in folder.parts]
     planned = [
         [split, part.name, None if part.source is None else [part.source.clip_id, len(part.source.files)]]
@@ -167,8 +164,7 @@ def agree_on_plan(recipe: PrepareRecipe, folders: Mapping[Split, ShardFolder], q
     first = json.loads(queue.agree("plan", json.dumps(own)))
     if first["plan"] != own["plan"]:
         seen = {first["rank"]: set(first["names"]), queue.ranks.rank: set(names)}
-        for work in (CHECK, WRITE):
-            queue.call_off(work, unequal_ranks_message(recipe.videos.folder if recipe.videos else recipe.output, seen))
+        queue.stop(unequal_ranks_message(recipe.videos.folder if recipe.videos else recipe.output, seen))
 
 
 def check_shares(
@@ -177,8 +173,10 @@ def check_shares(
     """Surveys all parts in shares, and opens the videos of missing parts; returns the findings of all ranks."""
     num_parts = max(len(folder.parts) for folder in folders.values())
     known = read_inputs(Path(recipe.output))
-    share = queue.share(CHECK, [str(start) for start in range(0, num_parts, PARTS_PER_CHECK)])
+    share = queue.share("check", [str(start) for start in range(0, num_parts, PARTS_PER_CHECK)])
     for item in share.take():
+        if item is None:
+            continue
         chosen = slice(int(item), int(item) + PARTS_PER_CHECK)
         surveys = {split: folder.survey(folder.parts[chosen], known) for split, folder in folders.items()}
         missing: dict[Split, list[str]] = {split: survey.missing for split, survey in surveys.items()}
@@ -218,37 +216,27 @@ def write_missing(
     queue: WorkQueue,
     progress: ProgressLog,
 ) -> dict[str, str]:
-    """Writes missing parts of both splits with all other ranks, until all are written or the work is called off.
+    """Writes missing parts of both splits with all other ranks, until all are written or the work is stopped.
 
     Returns:
         The videos that any rank found damaged while it decoded them: name -> reason.
     """
     total = sum(len(folder.parts) for folder in folders.values())
-    shares = {split: folder.share_missing(missing[split]) for split, folder in folders.items()}
+    share = share_missing(queue, {folders[split]: names for split, names in missing.items()})
     last, counted = -1, -math.inf
 
-    def report(message: str) -> None:
+    def report() -> None:
         nonlocal last, counted
         if not queue.ranks.is_main or time.monotonic() - counted < COUNT_SECONDS:
             return
         counted = time.monotonic()
-        done = total - sum(len(share.items) - share.num_done() for share in shares.values())
+        done = total - len(share.items) + share.num_done()
         if done != last:
-            progress.write(done=done, total=total, unit="parts", message=message)
+            progress.write(done=done, total=total, unit="parts", message=f"writing {recipe.output}")
         last = done
 
-    while True:
-        for split, folder in folders.items():
-            folder.write(shares[split], recipe.num_workers, partial(report, f"writing {folder.folder}"))
-        if all(share.is_over() for share in shares.values()):
-            break
-        report("waiting for the other ranks")
-        queue.pause("parts of other ranks are missing")
-    return {
-        name: reason
-        for split, folder in folders.items()
-        for name, reason in folder.newly_damaged(shares[split]).items()
-    }
+    write_shared(list(folders.values()), share, recipe.num_workers, queue, report)
+    return newly_damaged(list(folders.values()), share)
 
 
 def complete(

@@ -74,12 +74,13 @@ def evaluate(recipe: EvaluateRecipe, run_folder: Path) -> None:
         measured = MeasuredClips(run_folder / MEASURED_FOLDER, recipe)
         comparison = Comparison(recipe, folders, first, training_mean)
         found = measure_clips(comparison, measured, queue, progress)
-        last = queue.share("table", ["table"])
-        for item in last.take():
+
+        def write_table() -> None:
             measured.check(found, partial(queue.watchdog.enter, "comparing a result with its measurement"))
             queue.watchdog.enter("writing the table", str(run_folder))
             tabulate(comparison, {folder.name: measured.read(folder) for folder in found}, run_folder)
-            last.finish(item)
+
+        queue.once("table", write_table)
     if ranks.is_main:  # not earlier: if a rank is lost, the next start finds all measurements
         text = (run_folder / TABLE_MARKDOWN).read_text(encoding="utf-8")
         # `--follow` shows messages, and therefore the table
@@ -123,7 +124,10 @@ def measure_clips(
     def report(message: str) -> None:
         progress.write(done=share.num_done(), total=len(clips), unit="clips", message=message)
 
-    for item in share.take(partial(report, "waiting for the other ranks")):
+    for item in share.take():
+        if item is None:
+            report("waiting for the other ranks")
+            continue
         queue.watchdog.enter("measuring a clip", f"{item} of the truth")  # not measured: clips differ in length
         clip = clips.clip(int(item))
         if clip.clip_id not in folders:
@@ -139,7 +143,7 @@ def measure_clips(
         share.finish(item, clip.clip_id, made=clip.clip_id if is_new else None)
         report(f"measured {clip.clip_id}")
     found = [folders[clip_id] for clip_id in share.results().values() if clip_id]
-    if not found and not queue.is_over():
+    if not found and not queue.everyone_left:
         raise MissingInputError(
             f"none of the {len(folders)} results in {recipe.results} has a clip with its id in {recipe.truth.local} "
             f"(the first result is '{next(iter(folders))}'; keys: results, truth.local)"

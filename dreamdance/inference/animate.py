@@ -77,12 +77,9 @@ def animate(recipe: AnimateRecipe, run_folder: Path) -> None:
             queue.watchdog.enter("loading the networks", recipe.name)
             stages = load_stages(recipe, run_folder, ranks.device)
             failures = animate_entries(entries, recipe, stages, queue, progress)
-            last = queue.share("note", ["work"])
-            for item in last.take():
-                if not failures:
-                    noting = partial(queue.watchdog.enter, "noting what was done")
-                    note_work(entries, Path(recipe.output), stages, run_folder, noting)
-                last.finish(item)
+            if not failures:
+                noting = partial(queue.watchdog.enter, "noting what was done")
+                queue.once("note", partial(note_work, entries, Path(recipe.output), stages, run_folder, noting))
         if ranks.is_main:
             report_failures(failures, Path(recipe.output), run_folder, num_entries=len(entries))
 
@@ -107,7 +104,10 @@ def animate_entries(
     share = queue.share("animate", list(by_id))
     computing = partial(queue.watchdog.enter, "computing", "a network's pass", is_measured=True)
     before_each_computation(stages, computing)
-    for item in share.take(lambda: progress(done=share.num_done(), message="waiting for the other ranks")):
+    for item in share.take():
+        if item is None:
+            progress(done=share.num_done(), message="waiting for the other ranks")
+            continue
         entry, failure, is_new = by_id[item], None, False
         progress(done=share.num_done(), message=f"animating {entry.id}")
         try:

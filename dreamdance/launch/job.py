@@ -31,7 +31,7 @@ from dreamdance.recipe import Recipe
 from dreamdance.runs.files import write_atomically
 from dreamdance.runs.layout import failures_folder, note_signal
 from dreamdance.runtime.exits import LAST_LINE_SECONDS, exit_process
-from dreamdance.runtime.ranks import START, Ranks
+from dreamdance.runtime.ranks import RESTART, START, Ranks
 from dreamdance.runtime.signals import SignalListener
 
 ENTRIES = {
@@ -110,7 +110,7 @@ def set_environment(recipe: Recipe, *, logs: Path | None = None) -> str:
 
         job_id = JobEnvironment().job_id
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        os.environ[START] = f"{executor} {job_id} restart {restarts}"
+        os.environ[START] = f"{executor} {job_id}{RESTART}{restarts}"
         if executor == "slurm":
             os.environ["MASTER_PORT"] = str(slurm_port(job_id, restarts))
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)

@@ -22,8 +22,8 @@ from dreamdance.launch.local.heartbeat import SILENT_SECONDS, job_file, silent_s
 from dreamdance.launch.requeue import requeues_file
 from dreamdance.recipe import Recipe
 from dreamdance.runs.durations import duration
-from dreamdance.runs.files import PARTIAL_FILES, write_atomically
-from dreamdance.runs.layout import failures_folder
+from dreamdance.runs.files import PARTIAL_FILES, remove, write_atomically
+from dreamdance.runs.layout import QUEUE_FOLDER, failures_folder
 
 ClusterName = Literal["slurm", "local", "debug"]
 State = Literal["pending", "running", "finished", "failed", "cancelled"]
@@ -125,7 +125,11 @@ def _remembered(
 
 
 def _put_away_leftovers(run_folder: Path) -> None:
-    """Moves the files of earlier jobs into `logs/earlier`: a new job may have the same id or process number."""
+    """Moves the files of earlier jobs into `logs/earlier`: a new job may have the same id or process number.
+
+    The work queue is removed: a process that was lost on another machine would still count as at work in it.
+    """
+    remove(run_folder / QUEUE_FOLDER)
     logs = run_folder / "logs"
     for path in (*run_folder.glob(PARTIAL_FILES), *logs.glob(PARTIAL_FILES)):
         path.unlink(missing_ok=True)

@@ -13,7 +13,8 @@ import uuid
 from pathlib import Path
 
 from dreamdance.runs.files import write_atomically
-from dreamdance.runs.locks import WatchedFile
+from dreamdance.runs.locks import WatchedFile, file_system_time
+from dreamdance.runtime.ranks import Ranks
 
 BEAT_SECONDS = 1.0
 MEMBER_PREFIX = "member."  # of the files' names
@@ -27,26 +28,26 @@ class Members:
         silent: for each file that was not touched for too long, a sentence that names its process.
     """
 
-    def __init__(self, rank: int, *, silence_seconds: float) -> None:
+    def __init__(self, folder: Path, ranks: Ranks, *, silence_seconds: float) -> None:
         """Does not join yet.
 
         Args:
-            rank: this process's rank, for the messages of other processes.
+            folder: the folder of the processes' files.
+            ranks: this process.
             silence_seconds: after how long without a touch a process counts as lost.
         """
         self.name = f"{MEMBER_PREFIX}{uuid.uuid4().hex}"
         self.silent: dict[str, str] = {}
-        self._rank, self._silence_seconds = rank, silence_seconds
+        self._folder, self._ranks, self._silence_seconds = folder, ranks, silence_seconds
         self._machine = _machine()
-        self._folder = Path()
         self._watched: dict[str, WatchedFile] = {}
         self._over = threading.Event()
 
-    def join(self, folder: Path) -> None:
+    def join(self) -> None:
         """Creates this process's file, and touches it from a thread until `leave`."""
-        self._folder = folder
-        process = {"process": os.getpid(), "began": _start_time(os.getpid())}
-        write_atomically(folder / self.name, json.dumps({"rank": self._rank, "machine": self._machine, **process}))
+        ranks, process = self._ranks, os.getpid()
+        member = {"rank": ranks.rank, "machine": self._machine, "process": process, "began": _start_time(process)}
+        write_atomically(self._folder / self.name, json.dumps({**member, "job": ranks.job, "start": ranks.start}))
         threading.Thread(target=self._beat, name="work queue", daemon=True).start()
 
     def leave(self) -> None:
@@ -54,6 +55,22 @@ class Members:
         self._over.set()
         with contextlib.suppress(OSError):
             (self._folder / self.name).unlink()
+
+    def is_at_work(self, name: str) -> bool:
+        """Whether a process may be at work, decided at one look; removes the file of an earlier start of this job.
+
+        The job's launcher has ended that start, but on another machine nothing else shows it at once.
+        """
+        path = self._folder / name
+        try:
+            member = json.loads(path.read_text(encoding="utf-8"))
+            age_seconds = file_system_time(self._folder) - path.stat().st_mtime
+        except FileNotFoundError:
+            return False
+        if member["job"] == self._ranks.job and member["start"] != self._ranks.start:
+            path.unlink(missing_ok=True)
+            return False
+        return age_seconds <= self._silence_seconds and self.why_lost(name) is None
 
     def why_lost(self, name: str) -> str | None:
         """Why a process will not finish its work, in words; None while it may finish it.

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import torch
 
 START = "DREAMDANCE_START"
+# In the name of a start, between the name of its job and its number.
+RESTART = " restart "
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ class Ranks:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def job(self) -> str:
+        """Names the job, of which only one start can be at work at a time."""
+        return self.start.partition(RESTART)[0]
 
     @property
     def device(self) -> "torch.device":

@@ -9,7 +9,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -46,15 +46,14 @@ try:
     with SignalListener(end), WorkQueue(ranks, cluster=cluster, run_folder=Path(folder)) as queue:
         share = queue.share("do", [f"item {number}" for number in range(int(num_items))])
         print("joined", flush=True)
-        for item in share.take():
+        for item in filter(None, share.take()):
             print(item, flush=True)
             time.sleep(600 if (rank, item) == ("0", endless) else float(seconds))
             share.finish(item, f"by {rank}", made=item)
-        last = queue.share("assemble", ["all"])
-        for item in last.take():
+        def assemble():
             with (Path(folder) / "assembled").open("a") as file:
                 file.write(f"{len(share.results())}\\n")
-            last.finish(item)
+        queue.once("assemble", assemble)
 except UserError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """
@@ -64,7 +63,7 @@ class Workers:
     """The processes of one start; at the end of the block all that still run are killed."""
 
     def __init__(self, folder: Path, num_items: int, seconds: float = 0.0, endless: str = "") -> None:
-        self.folder, self.options = folder, (str(num_items), str(seconds), START, endless)
+        self.folder, self.work, self.endless = folder, (str(num_items), str(seconds)), endless
         self.processes: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> "Workers":
@@ -75,8 +74,8 @@ class Workers:
             process.kill()
             process.wait()
 
-    def join(self, rank: int) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-c", WORKER, str(self.folder), str(rank), *self.options]
+    def join(self, rank: int, start: str = START) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-c", WORKER, str(self.folder), str(rank), *self.work, start, self.endless]
         output = (self.folder.parent / f"output_{len(self.processes)}.txt").open("w")
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True)
         self.processes.append(process)
@@ -113,8 +112,9 @@ def test_four_processes_do_two_hundred_items_once_each_and_clear_up(folder):
             workers.join(rank)
         assert workers.wait() == [0] * 4, [workers.output(rank) for rank in range(4)]
     assert_each_done_once(folder, 200)
-    (queue,) = (folder / "queue").iterdir()
-    assert sorted(path.name for path in queue.iterdir()) == ["lock", "over"]
+    left = sorted(path.name for path in (folder / "queue").iterdir())
+    assert left[:2] == ["lock", "over"]
+    assert [name.partition(".")[0] for name in left[2:]] == ["start"], "the main rank has begun, for later processes"
 
 
 def test_a_process_can_join_in_the_middle_and_one_that_joins_at_the_end_has_nothing_to_do(folder):
@@ -137,8 +137,8 @@ def test_a_process_that_is_asked_to_leave_releases_its_item(folder):
         wait_until(lambda: "item 0" in workers.output(0))
         leaving.send_signal(signal.SIGTERM)
         assert leaving.wait(30) == 0
-        (queue,) = (folder / "queue").iterdir()
-        assert not [path.name for path in queue.iterdir() if path.suffix == ".claim" or path.name.startswith("member")]
+        names = [path.name for path in (folder / "queue").iterdir()]
+        assert not [name for name in names if name.endswith(".claim") or name.startswith("member")]
         workers.join(1)
         assert workers.wait() == [0, 0], workers.output(1)
     assert_each_done_once(folder, 6)
@@ -173,16 +173,23 @@ def test_the_item_of_a_stopped_process_is_done_by_another_which_then_makes_the_j
 class OtherMachine:
     """A process of another machine, which holds the first item of "do"."""
 
-    def __init__(self, queue: WorkQueue, *, takeovers: int = 0) -> None:
-        self.file = queue.folder / f"member.{uuid.uuid4().hex}"
-        member = {"rank": 3, "machine": "another one", "process": os.getpid(), "began": "then"}
+    def __init__(self, folder: Path, *, job: str = "another job", takeovers: int = 0) -> None:
+        self.file = folder / f"member.{uuid.uuid4().hex}"
+        member = {
+            "rank": 3,
+            "machine": "another one",
+            "process": os.getpid(),
+            "began": "then",
+            "job": job,
+            "start": job,
+        }
         self.file.write_text(json.dumps(member))
-        (queue.folder / "do.0000000.claim").write_text(f"{self.file.name} {takeovers}")
+        (folder / "do.0000000.claim").write_text(f"{self.file.name} {takeovers}")
 
 
-def work_until_lost(share, item: str) -> float:
+def take_when_lost(items: Iterator[str | None], item: str) -> float:
     began = time.monotonic()
-    while share.claim() != item:
+    while next(items) != item:
         assert time.monotonic() - began < 30
         time.sleep(0.1)
     return time.monotonic() - began
@@ -191,16 +198,18 @@ def work_until_lost(share, item: str) -> float:
 def test_a_process_of_another_machine_keeps_its_item_as_long_as_it_renews_its_file(folder):
     with contextlib.ExitStack() as left:
         queue = left.enter_context(WorkQueue(Ranks(), cluster=WATCHED, run_folder=folder))
-        elsewhere, share = OtherMachine(queue), queue.share("do", ["far", "near"])
-        assert share.claim() == "near"
+        elsewhere, share = OtherMachine(queue.folder), queue.share("do", ["far", "near"])
+        items = share.take()
+        assert next(items) == "near"
+        queue.held.add(queue.folder / "another")  # as long as it holds an item, `take` yields None and does not wait
         share.finish("near")
         began = time.monotonic()
         while time.monotonic() - began < 1.5 * SILENCE_SECONDS:
             os.utime(elsewhere.file)
-            assert share.claim() is None
-            assert not share.is_over()
+            assert next(items) is None
+            assert not share.is_done()
             time.sleep(0.2)
-        assert SILENCE_SECONDS - 1 < work_until_lost(share, "far") < SILENCE_SECONDS + 3
+        assert SILENCE_SECONDS - 1 < take_when_lost(items, "far") < SILENCE_SECONDS + 3
         share.finish("far", "done here")
         assert share.results() == {"far": "done here", "near": ""}
         with pytest.raises(LostWorkerError, match="rank 3 has given no sign for 2 s"):
@@ -212,23 +221,25 @@ def test_an_item_that_ended_several_processes_is_given_up_by_name(folder):
         QueueError, match=r"'far' \(do\) was given up: 4 processes were lost .* a process has left"
     )
     with given_up, WorkQueue(Ranks(), run_folder=folder) as queue:
-        elsewhere, share = OtherMachine(queue, takeovers=MAX_TAKEOVERS), queue.share("do", ["far"])
+        elsewhere, share = OtherMachine(queue.folder, takeovers=MAX_TAKEOVERS), queue.share("do", ["far"])
         elsewhere.file.unlink()
-        share.claim()
+        next(share.take())
 
 
 def test_an_empty_claim_of_a_lost_process_is_taken_over(folder):
     with WorkQueue(Ranks(), cluster=WATCHED, run_folder=folder) as queue:
         (queue.folder / "do.0000000.claim").touch()
         share = queue.share("do", ["far"])
-        assert work_until_lost(share, "far") > SILENCE_SECONDS - 1
+        began = time.monotonic()
+        assert next(filter(None, share.take())) == "far"
+        assert time.monotonic() - began > SILENCE_SECONDS - 1
         share.finish("far")
 
 
 def test_a_process_whose_item_was_taken_over_gets_an_error_before_it_writes(folder):
     with WorkQueue(Ranks(), run_folder=folder) as queue:
         share = queue.share("do", ["near"])
-        assert share.claim() == "near"
+        assert next(share.take()) == "near"
         share.check("near")
         (queue.folder / "do.0000000.claim").write_text("member.other 1")
         with pytest.raises(LostWorkerError, match="another one does 'near'"):
@@ -236,17 +247,20 @@ def test_a_process_whose_item_was_taken_over_gets_an_error_before_it_writes(fold
         share.finish("near")
 
 
-def test_a_share_that_was_called_off_is_over_when_no_item_is_claimed(folder):
+def test_a_queue_that_was_stopped_is_done_when_the_items_in_progress_are_done(folder):
     with WorkQueue(Ranks(), run_folder=folder) as queue:
-        share = queue.share("do", ["a", "b"], stop="all")
-        assert share.claim() == "a"
-        assert queue.called_off("all") is None
-        queue.call_off("all", "because")
-        assert queue.called_off("all") == "because"
-        assert share.claim() is None
-        assert not share.is_over()
-        share.finish("a")
-        assert share.is_over()
+        share = queue.share("do", ["a", "b"])
+        items = share.take()
+        assert next(items) == "a"
+        assert queue.stop_reason() is None
+        queue.stop("because")
+        assert queue.stop_reason() == "because"
+        assert next(items) is None
+        assert not share.is_done()
+        share.finish("a", "made")
+        assert share.is_done()
+        assert list(items) == []
+        assert share.results() == {"a": "made"}
 
 
 def test_processes_that_found_different_items_do_none_of_them(folder):
@@ -267,6 +281,42 @@ def test_a_start_uses_nothing_of_an_earlier_one(folder):
     for start in ("first", "second"):
         with WorkQueue(Ranks(start=start), run_folder=folder) as queue:
             share = queue.share("do", ["a"])
-            assert share.claim() == "a", "it may have to be done again: the code that made it checks that"
+            assert next(share.take()) == "a", "it may have to be done again: the code that made it checks that"
             share.finish("a")
-        assert len(list((folder / "queue").iterdir())) == 1
+        assert len(list((folder / "queue").glob("start.*"))) == 1
+
+
+def test_jobs_that_work_on_one_run_at_once_share_its_items_though_each_has_a_main_rank(folder):
+    with Workers(folder, 40, 0.1) as workers:
+        for task in range(3):
+            workers.join(0, f"slurm 7_{task} restart 0")
+        assert workers.wait() == [0, 0, 0], [workers.output(number) for number in range(3)]
+        assert all("item" in workers.output(number) for number in range(3)), "each does some of the items"
+    assert_each_done_once(folder, 40)
+
+
+def test_a_job_that_starts_again_does_not_count_its_earlier_start_on_another_machine(folder):
+    (folder / "queue").mkdir()
+    OtherMachine(folder / "queue", job="slurm 7")
+    for claim in (folder / "queue").glob("member.*"):
+        claim.write_text(claim.read_text().replace('"start": "slurm 7"', '"start": "slurm 7 restart 0"'))
+    with WorkQueue(Ranks(start="slurm 7 restart 1"), cluster=WATCHED, run_folder=folder) as queue:
+        share = queue.share("do", ["far"])
+        began = time.monotonic()
+        assert next(share.take()) == "far"
+        share.finish("far")
+    assert time.monotonic() - began < SILENCE_SECONDS
+
+
+def test_a_job_joins_another_one_on_another_machine_that_is_at_work(folder):
+    (folder / "queue").mkdir()
+    elsewhere = OtherMachine(folder / "queue")
+    with WorkQueue(Ranks(start="slurm 8 restart 0"), cluster=WATCHED, run_folder=folder) as queue:
+        share = queue.share("do", ["far", "near"])
+        items = share.take()
+        assert next(items) == "near", "the other job has claimed the first item"
+        share.finish("near")
+        (queue.folder / "do.0000000.done").write_text("done there")
+        elsewhere.file.unlink()
+        assert list(items) == []
+        assert share.results() == {"far": "done there", "near": ""}

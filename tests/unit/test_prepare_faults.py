@@ -104,7 +104,7 @@ def test_ranks_with_one_process_id_begin_one_folder_together(tmp_path, expected,
             met.append(target)
             with WorkQueue(Ranks()) as queue:
                 settings = {"settings": {"clips": 12}, "shard_format": SMALL}
-                ShardFolder(folder, random_parts(12), **settings, queue=queue).share_missing(["part_00004"])
+                ShardFolder(folder, random_parts(12), **settings, queue=queue).begin()
         replace(source, target)
 
     monkeypatch.setattr(shard_writer.os, "replace", meet)

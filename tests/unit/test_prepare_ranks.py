@@ -24,7 +24,7 @@ check_shares = prepare.check_shares
 
 def wait_and_check_shares(*arguments):
     until = time.monotonic() + 60
-    while time.monotonic() < until and not list(Path(sys.argv[2]).glob("queue/*/write.off")):
+    while time.monotonic() < until and not list(Path(sys.argv[2]).glob("queue/stopped")):
         time.sleep(0.1)
     return check_shares(*arguments)
 
@@ -50,14 +50,14 @@ class TwoRanks:
             monkeypatch.setenv(name, value)
 
     def start_main(self) -> "subprocess.Popen[str]":
-        """Starts the main rank, and returns when it has listed the folder; it continues when the work is called off."""
+        """Starts the main rank, and returns when it has listed the folder; it continues when the work is stopped."""
         recipe = self.run.with_name("recipe.json")
         recipe.write_text(self.recipe.model_dump_json())
         environment = {**os.environ, "RANK": "0", "LOCAL_RANK": "0"}
         command = [sys.executable, "-c", MAIN_RANK, recipe, self.run]
         main = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         until = time.monotonic() + 60
-        while time.monotonic() < until and main.poll() is None and not list(self.run.glob("queue/*/plan")):
+        while time.monotonic() < until and main.poll() is None and not list(self.run.glob("queue/plan")):
             time.sleep(0.1)
         return main
 

@@ -34,7 +34,7 @@ from dreamdance.runtime.worker_processes import start_worker, worker_context
 PARTS_FOLDER = ".parts"
 NOTE_FILE = "source.json"
 HASHES = ["sha1", "xxh64"]
-POLL_SECONDS = 0.2
+POLL_SECONDS = 1.0
 HEARTBEAT_SECONDS = 0.5  # shortest time between two heartbeats of a part
 HEARTBEAT_CHECK_SECONDS = 5.0
 
@@ -120,6 +120,10 @@ class PartNote:
     def to_json(self) -> dict[str, Any]:
         files = {name: None if state is None else state.to_json() for name, state in self.files.items()}
         return {"name": self.name, "clip_id": self.clip_id, "files": files, "damage": self.damage}
+
+
+# A part to write, and the folder of shards that it belongs to.
+Target = tuple[Path, Part]
 
 
 def same_files(one: Mapping[str, str | None], other: Mapping[str, str | None]) -> bool:
@@ -282,19 +286,17 @@ def _write_clips(
 
 
 def write_parts(
-    folder: Path,
-    next_part: Callable[[], Part | None],
+    parts: Iterator[Target | None],
     shard_format: ShardFormat,
     *,
     num_workers: int,
     on_error: OnError,
     queue: WorkQueue,
-) -> Iterator[tuple[Part, str | None]]:
-    """Writes parts until `next_part` returns None; parts that were begun before are finished.
+) -> Iterator[tuple[Target, str | None]]:
+    """Writes parts until the iterator ends, which it does only when the yielded parts are finished.
 
     Args:
-        folder: the folder of the shards.
-        next_part: claims a part for this process; returns None if there is none to claim now.
+        parts: claims parts for this process, and yields None if there is none to claim now.
         shard_format: size and compression.
         num_workers: number of processes; with 1 this process writes.
         on_error: the result for a damaged source, see `write_part`.
@@ -307,9 +309,12 @@ def write_parts(
         LostWorkerError: a worker died or hangs.
     """
     if num_workers > 1:
-        yield from _write_in_processes(folder, next_part, shard_format, num_workers, on_error, queue)
+        yield from _write_in_processes(parts, shard_format, num_workers, on_error, queue)
         return
-    while (part := next_part()) is not None:
+    for target in parts:
+        if target is None:
+            continue
+        folder, part = target
         on_clip = partial(queue.watchdog.enter, "making a clip", f"of {part.name}", is_measured=True)
         # Not "making a clip": the watchdog measures that, and the work before a video's first clip may take any time.
         on_heartbeat = partial(queue.watchdog.enter, "reading files up to their first clip", part.name)
@@ -318,43 +323,44 @@ def write_parts(
         else:
             on_heartbeat()
         damage = write_part(folder, part, shard_format, on_error=on_error, on_clip=on_clip, on_heartbeat=on_heartbeat)
-        yield part, damage
+        yield target, damage
 
 
 def _write_in_processes(
-    folder: Path,
-    next_part: Callable[[], Part | None],
-    shard_format: ShardFormat,
-    num_workers: int,
-    on_error: OnError,
-    queue: WorkQueue,
-) -> Iterator[tuple[Part, str | None]]:
+    parts: Iterator[Target | None], shard_format: ShardFormat, num_workers: int, on_error: OnError, queue: WorkQueue
+) -> Iterator[tuple[Target, str | None]]:
     context = worker_context(__name__)
     with ProcessPoolExecutor(num_workers, mp_context=context, initializer=start_worker) as pool:
-        in_progress: dict[Future[tuple[str | None, list[str]]], Part] = {}
+        in_progress: dict[Future[tuple[str | None, list[str]]], Target] = {}
         heartbeat, since = 0, time.monotonic()
         checked, check_seconds = since, min(HEARTBEAT_CHECK_SECONDS, queue.stall_seconds / 4)
         try:
-            while True:
-                while len(in_progress) < num_workers and (part := next_part()) is not None:
-                    in_progress[pool.submit(_write_in_worker, folder, part, shard_format, on_error)] = part
-                if not in_progress:
-                    return
-                queue.watchdog.enter("waiting for its own processes", f"which write {len(in_progress)} parts")
-                done, _ = wait(in_progress, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-                now = time.monotonic()
-                if done:
-                    since = now
-                elif now - checked > check_seconds:
-                    checked, newest = now, max(_last_heartbeats(folder, in_progress.values()), default=0)
-                    if newest != heartbeat:
-                        heartbeat, since = newest, now
-                    elif now - since > queue.stall_seconds:
-                        raise LostWorkerError(
-                            f"{len(in_progress)} parts of {folder} are in progress and no clip was written for "
-                            f"{queue.stall_seconds:.0f} s (`cluster.collective_timeout_seconds`): a process or the "
-                            "storage hangs, or a clip is too large"
-                        )
+            for target in parts:
+                if target is not None:
+                    since = since if in_progress else time.monotonic()
+                    in_progress[pool.submit(_write_in_worker, *target, shard_format, on_error)] = target
+                    if len(in_progress) < num_workers:
+                        continue
+                done = set[Future[tuple[str | None, list[str]]]]()
+                while in_progress and not done:
+                    queue.watchdog.enter("waiting for its own processes", f"which write {len(in_progress)} parts")
+                    done, _ = wait(in_progress, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+                    now = time.monotonic()
+                    if done:
+                        since = now
+                    elif now - checked > check_seconds:
+                        checked, newest = now, max(_last_heartbeats(in_progress.values()), default=0)
+                        if newest != heartbeat:
+                            heartbeat, since = newest, now
+                        elif now - since > queue.stall_seconds:
+                            raise LostWorkerError(
+                                f"{len(in_progress)} parts of {_folders(in_progress.values())} are in progress and no "
+                                f"clip was written for {queue.stall_seconds:.0f} s "
+                                "(`cluster.collective_timeout_seconds`): a process or the storage hangs, or a clip is "
+                                "too large"
+                            )
+                    if target is None:
+                        break  # another rank may have left items
                 for future in done:
                     damage, warnings = future.result()
                     for text in warnings:
@@ -366,7 +372,8 @@ def _write_in_processes(
             raise
         except BrokenProcessPool as error:
             raise LostWorkerError(
-                f"a process that wrote parts of {folder} died, perhaps out of memory; lower `num_workers`"
+                f"a process that wrote parts of {_folders(in_progress.values())} died, perhaps out of memory; lower "
+                "`num_workers`"
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -380,10 +387,15 @@ def _write_in_worker(
         return write_part(folder, part, shard_format, on_error=on_error), warnings
 
 
-def _last_heartbeats(folder: Path, parts: Iterable[Part]) -> Iterator[int]:
+def _folders(targets: Iterable[Target]) -> str:
+    return " and ".join(sorted({str(folder) for folder, _ in targets}))
+
+
+def _last_heartbeats(targets: Iterable[Target]) -> Iterator[int]:
     """The time of the last clip or heartbeat of each part in progress, in nanoseconds since 1970."""
-    own = {part.name for part in parts}
-    for entry in os.scandir(folder / PARTS_FOLDER):
-        if entry.name.startswith(".") and entry.name.split(".")[1] in own:
-            with contextlib.suppress(FileNotFoundError):  # the part just got its final name
-                yield entry.stat().st_mtime_ns
+    own = {(folder, part.name) for folder, part in targets}
+    for folder in {folder for folder, _ in own}:
+        for entry in os.scandir(folder / PARTS_FOLDER):
+            if entry.name.startswith(".") and (folder, entry.name.split(".")[1]) in own:
+                with contextlib.suppress(FileNotFoundError):  # the part just got its final name
+                    yield entry.stat().st_mtime_ns

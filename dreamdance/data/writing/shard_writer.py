@@ -5,7 +5,6 @@ their shards get their final names, and the index is written last, so a folder w
 complete folder were removed, or videos that were skipped have been repaired, only those parts are written and added.
 """
 
-import functools
 import json
 import logging
 import os
@@ -13,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,6 @@ __all__ = ["ClipRecord", "Part", "PartSource", "ShardFolder", "ShardFormat", "Su
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "settings.json"
-# `WorkQueue.call_off` with this name stops the writing of all splits.
-WRITE = "write"
 # Key in an index's details: for each part the name and id of its source, the hashes of its files, and its damage.
 SOURCES_KEY = "sources"
 
@@ -96,8 +94,8 @@ class ShardFolder:
         Raises:
             ShardError: the folder was begun with other settings; the error names the differences.
         """
-        self.folder, self.parts, self._format, self._queue = folder, parts, shard_format, queue
-        self._on_error = on_error
+        self.folder, self.parts, self._queue = folder, parts, queue
+        self.shard_format, self.on_error = shard_format, on_error
         whole = {**settings, "compression": shard_format.compression, "hashes": HASHES}
         self._settings: dict[str, Any] = json.loads(json.dumps(whole))
         self.is_complete = (folder / INDEX_FILE).exists()
@@ -160,7 +158,7 @@ class ShardFolder:
             and (note.name, note.clip_id) == (now.name, now.clip_id)
             and same_files(note.hashes(), now.hashes())
         ):
-            if note.damage is None or self._on_error == "skip":
+            if note.damage is None or self.on_error == "skip":
                 return True
         else:
             logger.warning(
@@ -180,7 +178,7 @@ class ShardFolder:
             return True  # the source was skipped, and then its files were removed
         now = PartNote(part.source.name, part.source.clip_id, states)
         if record["clip_id"] == now.clip_id and same_files(record["files"], now.hashes()):
-            return self._on_error == "skip" if record["damage"] is not None else self._has_shards(part)
+            return self.on_error == "skip" if record["damage"] is not None else self._has_shards(part)
         if record["damage"] is None:
             before, after = record["files"], now.hashes()
             found.changed += [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
@@ -199,13 +197,7 @@ class ShardFolder:
         planned = {part.name for part in self.parts}
         return [record["name"] for name, record in self._sources.items() if name not in planned]
 
-    def share_missing(self, missing: Sequence[str]) -> Share:
-        """Returns the parts to write as a share of the queue; `missing` has their names, the same on every rank."""
-        if missing:
-            self._begin()
-        return self._queue.share(f"write {self.folder.name}", missing, stop=WRITE)
-
-    def _begin(self) -> None:
+    def begin(self) -> None:
         """Creates the folder for parts, and writes the settings into a new one."""
         noted = self.folder / PARTS_FOLDER / SETTINGS_FILE
         noted.parent.mkdir(parents=True, exist_ok=True)
@@ -213,50 +205,7 @@ class ShardFolder:
             return
         write_atomically(noted, json.dumps(self._settings, indent=1, sort_keys=True))
 
-    def write(self, share: Share, num_workers: int, on_part: Callable[[], None]) -> None:
-        """Writes missing parts until no more can be claimed; calls the work off at a damaged one unless it is skipped.
-
-        Args:
-            share: the share that `share_missing` returned; the result of a part is its damage, or an empty text.
-            num_workers: number of processes on this rank; with 1 this process writes.
-            on_part: called before the first part, and after each.
-
-        Raises:
-            LostWorkerError: a worker died or hangs.
-        """
-        by_name = {part.name: part for part in self.parts}
-
-        def next_part() -> Part | None:
-            while (name := share.claim()) is not None:
-                if not part_folder(self.folder, by_name[name]).exists():
-                    return by_name[name]
-                share.finish(name)  # a worker of a killed rank has completed this part
-            return None
-
-        on_part()
-        for part, damage in write_parts(
-            self.folder,
-            next_part,
-            self._format,
-            num_workers=min(num_workers, len(share.items)),
-            on_error=self._on_error,
-            queue=self._queue,
-        ):
-            if damage is not None and part.source is not None:
-                logger.warning("%s cannot be used: %s", printable(part.source.name), printable(damage))
-            is_made = damage is None or self._on_error == "skip"
-            share.finish(part.name, damage or "", made=f"{self.folder.name}/{part.name}" if is_made else None)
-            if not is_made:
-                self._queue.call_off(WRITE)
-            on_part()
-
-    def newly_damaged(self, share: Share) -> dict[str, str]:
-        """The sources that any rank found damaged while it wrote: name -> damage."""
-        sources = {part.name: part.source for part in self.parts}
-        found = {sources[name]: damage for name, damage in share.results().items() if damage}
-        return {source.name: damage for source, damage in found.items() if source is not None}
-
-    @functools.cached_property
+    @cached_property
     def notes(self) -> dict[str, PartNote]:
         """The notes of all written parts that the index does not list yet, by part name; valid when all are written."""
         notes = {part.name: read_note(part_folder(self.folder, part)) for part in self.parts}
@@ -338,6 +287,72 @@ class ShardFolder:
             yield shard
 
 
+def share_missing(queue: WorkQueue, missing: Mapping[ShardFolder, Sequence[str]]) -> Share:
+    """Begins to write folders; returns the parts to write as a share of the queue.
+
+    Args:
+        queue: the work queue of the ranks.
+        missing: the names of the parts to write, the same on every rank.
+    """
+    for folder, names in missing.items():
+        if names:
+            folder.begin()
+    return queue.share("write", [_item(folder.folder, name) for folder, names in missing.items() for name in names])
+
+
+def write_shared(
+    folders: Sequence[ShardFolder], share: Share, num_workers: int, queue: WorkQueue, on_part: Callable[[], None]
+) -> None:
+    """Writes missing parts with all other ranks; a damaged part stops the work unless it is skipped.
+
+    Args:
+        folders: the folders of the parts, all with the same format and `on_error`.
+        share: the share that `share_missing` returned; the result of a part is its damage, or an empty text.
+        num_workers: number of processes on this rank; with 1 this process writes.
+        queue: the work queue of the ranks.
+        on_part: called before the first part, after each, and when other ranks have written more.
+
+    Raises:
+        LostWorkerError: a worker died or hangs.
+    """
+    by_item = {_item(folder.folder, part.name): (folder.folder, part) for folder in folders for part in folder.parts}
+
+    def claimed() -> Iterator[tuple[Path, Part] | None]:
+        for item in share.take():
+            if item is None:
+                on_part()
+                yield None
+            elif part_folder(*by_item[item]).exists():
+                share.finish(item)  # a worker of a killed rank has completed this part
+            else:
+                yield by_item[item]
+
+    on_part()
+    shard_format, on_error = folders[0].shard_format, folders[0].on_error
+    num_workers = min(num_workers, len(share.items))
+    for (folder, part), damage in write_parts(
+        claimed(), shard_format, num_workers=num_workers, on_error=on_error, queue=queue
+    ):
+        if damage is not None and part.source is not None:
+            logger.warning("%s cannot be used: %s", printable(part.source.name), printable(damage))
+        item, is_made = _item(folder, part.name), damage is None or on_error == "skip"
+        share.finish(item, damage or "", made=item if is_made else None)
+        if not is_made:
+            queue.stop("")
+        on_part()
+
+
+def newly_damaged(folders: Sequence[ShardFolder], share: Share) -> dict[str, str]:
+    """The sources that any rank found damaged while it wrote: name -> damage."""
+    sources = {_item(folder.folder, part.name): part.source for folder in folders for part in folder.parts}
+    found = {sources[item]: damage for item, damage in share.results().items() if damage}
+    return {source.name: damage for source, damage in found.items() if source is not None}
+
+
+def _item(folder: Path, part_name: str) -> str:
+    return f"{folder.name}/{part_name}"
+
+
 def write_shards(
     folder: Path,
     parts: Sequence[Part],
@@ -367,20 +382,13 @@ def write_shards(
         queue = queue or entered.enter_context(WorkQueue(Ranks()))
         shards = ShardFolder(folder, parts, settings=settings, shard_format=shard_format, queue=queue)
         surveyed = queue.agree("survey", json.dumps(shards.survey(parts, {}).missing))
-        share = shards.share_missing(json.loads(surveyed))
+        share = share_missing(queue, {shards: json.loads(surveyed)})
 
         def report() -> None:
             on_part(len(parts) - len(share.items) + share.num_done(), len(parts))
 
-        while not share.is_over():
-            shards.write(share, num_workers, report)
-            if not share.is_over():
-                queue.pause("parts of other ranks are missing")
-        report()
-        last = queue.share("complete", ["the folder"])
-        for item in last.take():
-            shards.complete({})
-            last.finish(item)
+        write_shared([shards], share, num_workers, queue, report)
+        queue.once("complete", partial(shards.complete, {}))
 
 
 def _stored(shard: Mapping[str, Any]) -> Mapping[str, Any]:
