@@ -288,15 +288,7 @@ class ShardFolder:
 
 
 def share_missing(queue: WorkQueue, missing: Mapping[ShardFolder, Sequence[str]]) -> Share:
-    """Begins to write folders; returns the parts to write as a share of the queue.
-
-    Args:
-        queue: the work queue of the ranks.
-        missing: the names of the parts to write, the same on every rank.
-    """
-    for folder, names in missing.items():
-        if names:
-            folder.begin()
+    """Returns the parts to write as a share of the queue; `missing` has their names, the same on every rank."""
     return queue.share("write", [_item(folder.folder, name) for folder, names in missing.items() for name in names])
 
 
@@ -315,17 +307,20 @@ def write_shared(
     Raises:
         LostWorkerError: a worker died or hangs.
     """
-    by_item = {_item(folder.folder, part.name): (folder.folder, part) for folder in folders for part in folder.parts}
+    by_item = {_item(folder.folder, part.name): (folder, part) for folder in folders for part in folder.parts}
 
     def claimed() -> Iterator[tuple[Path, Part] | None]:
         for item in share.take():
             if item is None:
                 on_part()
                 yield None
-            elif part_folder(*by_item[item]).exists():
+                continue
+            shards, part = by_item[item]
+            if part_folder(shards.folder, part).exists():
                 share.finish(item)  # a worker of a killed rank has completed this part
             else:
-                yield by_item[item]
+                shards.begin()  # not before: another rank may have completed the folder
+                yield shards.folder, part
 
     on_part()
     shard_format, on_error = folders[0].shard_format, folders[0].on_error
@@ -388,6 +383,7 @@ def write_shards(
             on_part(len(parts) - len(share.items) + share.num_done(), len(parts))
 
         write_shared([shards], share, num_workers, queue, report)
+        report()
         queue.once("complete", partial(shards.complete, {}))
 
 
