@@ -23,7 +23,7 @@ from dreamdance.evaluation.clips import (
     read_result,
     read_truth,
 )
-from dreamdance.evaluation.measured import EvaluatedClip, MeasuredClips, note_work, read_files
+from dreamdance.evaluation.measured import EvaluatedClip, MeasuredClips, note_table, read_result_states
 from dreamdance.evaluation.scores import Scores, as_bytes, mean_scores, score
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table
 from dreamdance.evaluation.times import pair_frames
@@ -136,7 +136,7 @@ def measure_clips(
         folder = folders[clip.clip_id]
         is_new = not measured.holds(folder)
         if is_new:
-            files = read_files(folder)
+            files = read_result_states(folder)
             result = read_result(folder)
             _check_sizes(result, comparison.first)
             measured.write(folder, replace(evaluate_clip(result, clip, comparison.training_mean), files=files))
@@ -161,7 +161,7 @@ def tabulate(comparison: Comparison, evaluated: dict[str, EvaluatedClip], run_fo
         protocol=describe_protocol(comparison.recipe, comparison.first, evaluated, comparison.training_mean),
     )
     write_report(table, evaluated, run_folder)
-    note_work(comparison.recipe, evaluated.values(), run_folder)
+    note_table(comparison.recipe, evaluated.values(), run_folder)
     logger.info("%s\n\n%s", run_folder / TABLE_MARKDOWN, table.as_markdown())
 
 

@@ -46,13 +46,13 @@ class EvaluatedClip:
     files: dict[Path, FileState] = field(default_factory=dict)
 
 
-def read_files(result: Path, known: Mapping[Path, FileState] = MappingProxyType({})) -> dict[Path, FileState]:
+def read_result_states(result: Path, known: Mapping[Path, FileState] = MappingProxyType({})) -> dict[Path, FileState]:
     """Absolute path -> state, of the measured files of a result; files in a known state are not read again."""
     paths = [(result / name).absolute() for name in (RESULT_FILE, ARRAYS_FILE)]
     return {path: state for path in paths if (state := read_state(path, known.get(path))) is not None}
 
 
-def note_work(recipe: EvaluateRecipe, evaluated: Iterable[EvaluatedClip], run_folder: Path) -> None:
+def note_table(recipe: EvaluateRecipe, evaluated: Iterable[EvaluatedClip], run_folder: Path) -> None:
     """Records the files that the table was made from, so that the launcher does not start the same work again."""
     files = {path: of_content(state) for clip in evaluated for path, state in clip.files.items()}
     for shards in (recipe.truth, recipe.training_set):
@@ -98,7 +98,7 @@ class MeasuredClips:
             return False
         with np.load(self.path(result), allow_pickle=False) as stored:
             before = _files(json.loads(str(stored["text"])))
-        now = read_files(result, before)
+        now = read_result_states(result, before)
         return {path: state.sha256 for path, state in now.items()} == {
             path: state.sha256 for path, state in before.items()
         }

@@ -19,11 +19,17 @@ import torch
 from torch import Tensor
 
 from dreamdance.errors import UserError, is_transient
-from dreamdance.inference.entry_inputs import EntryError, EntryInputs, Size, load_inputs, read_files
+from dreamdance.inference.entry_inputs import EntryError, EntryInputs, Size, load_inputs, read_entry_states
 from dreamdance.inference.manifest import ManifestEntry, read_entries
-from dreamdance.inference.results import ClipResult, installed_versions, is_done, known_states, write_result
+from dreamdance.inference.results import (
+    ClipResult,
+    installed_versions,
+    is_done,
+    known_states,
+    note_results,
+    write_result,
+)
 from dreamdance.inference.stages import Stages, before_each_computation, load_stages
-from dreamdance.inference.work_done import note_work
 from dreamdance.media.transforms import encode_normals, resize_images
 from dreamdance.modalities import GIVEN_CONTROLS
 from dreamdance.recipe.schema import AnimateRecipe
@@ -79,7 +85,7 @@ def animate(recipe: AnimateRecipe, run_folder: Path) -> None:
             failures = animate_entries(entries, recipe, stages, queue, progress)
             if not failures:
                 noting = partial(queue.watchdog.enter, "noting what was done")
-                queue.once("note", partial(note_work, entries, Path(recipe.output), stages, run_folder, noting))
+                queue.once("note", partial(note_results, entries, Path(recipe.output), stages, run_folder, noting))
         if ranks.is_main:
             report_failures(failures, Path(recipe.output), run_folder, num_entries=len(entries))
 
@@ -134,7 +140,7 @@ def animate_entry(
     """
     watchdog.enter("reading an entry", entry.id)
     folder = Path(recipe.output) / entry.id
-    states = read_files(entry, known_states(folder))
+    states = read_entry_states(entry, known_states(folder))
     request = describe_request(entry, recipe, stages, states)
     if is_done(folder, request):
         logger.info("skipped '%s': %s contains its result", entry.id, folder)
@@ -144,7 +150,7 @@ def animate_entry(
     map_size = Size(recipe.geometry_width, recipe.geometry_height)
     given = [name for name in GIVEN_CONTROLS if name in stages.animation.controls]
     inputs = load_inputs(entry, aspect=frame_size, pose_sizes={frame_size, map_size}, maps=given)
-    if read_files(entry, {entry.files[name].absolute(): state for name, state in states.items()}) != states:
+    if read_entry_states(entry, {entry.files[name].absolute(): state for name, state in states.items()}) != states:
         raise EntryError("one of the entry's files was replaced while they were read")
     result = run_stages(entry, inputs, recipe, stages)
     details = {

@@ -53,7 +53,7 @@ class EntryInputs:
     maps: dict[str, Tensor]
 
 
-def read_files(entry: ManifestEntry, known: Mapping[Path, FileState] | None = None) -> dict[str, FileState]:
+def read_entry_states(entry: ManifestEntry, known: Mapping[Path, FileState] | None = None) -> dict[str, FileState]:
     """The states of all files that an entry's result depends on, by field of the entry.
 
     Args:

@@ -1,7 +1,8 @@
-"""Result folders: their files, the check whether a result is complete, and atomic writing."""
+"""Result folders: their files, the check whether a result is complete, atomic writing, and the note of all results."""
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,21 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from dreamdance.inference.entry_inputs import read_entry_states
+from dreamdance.inference.manifest import ManifestEntry
+from dreamdance.inference.stages import Stages
 from dreamdance.media.grids import GridRow, draw_grid
 from dreamdance.media.transforms import encode_normals, resize_images, resize_map, tensor_to_pictures
 from dreamdance.media.video import VideoError, write_video
 from dreamdance.modalities import MODALITIES
-from dreamdance.runs.file_states import FileState
+from dreamdance.runs.file_notes import Expectation, forget_note, of_content, write_note
+from dreamdance.runs.file_states import FileState, read_state
 from dreamdance.runs.files import replace_atomically
 from dreamdance.runs.folder_lock import OutputError
 from dreamdance.runs.layout import ARRAYS_FILE, RESULT_FILE
 from dreamdance.runs.provenance import code_version, package_versions
+
+logger = logging.getLogger(__name__)
 
 VIDEO_FILE = "video.mp4"
 SIDE_BY_SIDE_FILE = "side_by_side.mp4"
@@ -92,6 +99,44 @@ def write_result(folder: Path, result: ClipResult, *, request: dict[str, Any], d
             f"the result of '{folder.name}' cannot be written: {error}; free disk space or give another `output`, "
             "the same command then continues"
         ) from error
+
+
+def note_results(
+    entries: Sequence[ManifestEntry],
+    output: Path,
+    stages: Stages,
+    run_folder: Path,
+    before_entry: Callable[[str], None],
+) -> None:
+    """Notes all input and result files, so that the launcher need not start a finished run again.
+
+    Every entry must have its result.
+
+    Args:
+        entries: all entries of the manifest.
+        output: the folder of the results.
+        stages: the exports that were used.
+        run_folder: the folder that gets the note.
+        before_entry: called with the id of each entry.
+
+    Raises:
+        UserError: an input file does not exist any more.
+    """
+    files: dict[Path, Expectation] = {path: of_content(state) for path, state in stages.files.items()}
+    for entry in entries:
+        before_entry(entry.id)
+        folder = output / entry.id
+        states = read_entry_states(entry, known_states(folder))
+        result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+        if result["request"]["inputs"] != {name: state.sha256 for name, state in states.items()}:
+            logger.warning("a file of '%s' was replaced after it was read; run the same command again", entry.id)
+            forget_note(run_folder)
+            return
+        files |= {entry.files[name].absolute(): of_content(state) for name, state in states.items()}
+        files |= {folder / name: {"size": size} for name, size in result["sizes"].items()}
+        if (described := read_state(folder / RESULT_FILE)) is not None:
+            files[folder / RESULT_FILE] = of_content(described)
+    write_note(run_folder, files)
 
 
 def _write_files(folder: Path, result: ClipResult, *, request: dict[str, Any], details: dict[str, Any]) -> None:

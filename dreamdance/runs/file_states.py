@@ -44,34 +44,22 @@ class FileStamp:
 
 @dataclass(frozen=True)
 class FileState:
-    """A file as it was once read: its stamp, and the hash of its content.
+    """A file when it was last read: its stamp, and the SHA-256 of its content in hexadecimal digits."""
 
-    Attributes:
-        size: in bytes.
-        mtime_ns: time of the last change of its content, which programs can set back.
-        ctime_ns: time of the last change of anything about it, which they cannot.
-        sha256: of its content, as hexadecimal digits.
-    """
-
-    size: int
-    mtime_ns: int
-    ctime_ns: int
+    stamp: FileStamp
     sha256: str
 
-    @property
-    def stamp(self) -> FileStamp:
-        return FileStamp(self.size, self.mtime_ns, self.ctime_ns)
-
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self.stamp), "sha256": self.sha256}
 
     @classmethod
     def from_json(cls, values: Any) -> "FileState | None":
-        """The state that a note holds; None where the note is damaged, so that the file is read again."""
-        if not isinstance(values, Mapping) or set(values) != set(cls.__dataclass_fields__):
+        """The state that a record contains; None if the record is damaged, so that the file is read again."""
+        times = tuple(FileStamp.__dataclass_fields__)
+        if not isinstance(values, Mapping) or set(values) != {*times, "sha256"}:
             return None
-        whole = all(type(values[name]) is int for name in ("size", "mtime_ns", "ctime_ns"))
-        return cls(**values) if whole and isinstance(values["sha256"], str) else None
+        is_sound = all(type(values[name]) is int for name in times) and isinstance(values["sha256"], str)
+        return cls(FileStamp(**{name: values[name] for name in times}), values["sha256"]) if is_sound else None
 
 
 def read_state(
@@ -98,7 +86,7 @@ def read_state(
             digest = hash_file(path, on_block)
             before, stamp = stamp, _stamp_regular(path)
             if stamp == before:  # else the file was written to while it was read
-                return FileState(**asdict(stamp), sha256=digest)
+                return FileState(stamp, digest)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError):
         return None
 

@@ -23,7 +23,7 @@ from dreamdance.data.shards.columns import pack_frames
 from dreamdance.errors import MissingInputError
 from dreamdance.evaluation.clips import Prediction, Result, ResultError, open_clips, read_result, read_truth
 from dreamdance.evaluation.evaluate import evaluate, evaluate_clip
-from dreamdance.evaluation.measured import EvaluatedClip, MeasuredClips, read_files
+from dreamdance.evaluation.measured import EvaluatedClip, MeasuredClips, read_result_states
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table
 from dreamdance.evaluation.trivial import (
     MEAN_COLOUR,
@@ -272,7 +272,9 @@ def test_a_measured_result_is_known_by_its_content_and_one_that_changed_meanwhil
     for path in paths:
         write_result(path.parent, path.name, np.zeros((2, 4, 4, 3)))
         assert not measured.holds(path)
-        measured.write(path, EvaluatedClip({RESULT_ROW: {"l1": 0.5}}, GridRow(path.name, []), 2, read_files(path)))
+        measured.write(
+            path, EvaluatedClip({RESULT_ROW: {"l1": 0.5}}, GridRow(path.name, []), 2, read_result_states(path))
+        )
         (path / "arrays.npz").chmod(0o640)
         os.link(path / "result.json", tmp_path / f"{path.name}.json")
         os.utime(path / "result.json")

@@ -13,7 +13,7 @@ from PIL import Image
 from support.fault_log import record_fault
 
 from dreamdance.inference import entry_inputs
-from dreamdance.inference.entry_inputs import EntryError, Size, load_inputs, read_files
+from dreamdance.inference.entry_inputs import EntryError, Size, load_inputs, read_entry_states
 from dreamdance.inference.manifest import ManifestEntry
 from dreamdance.media import pictures
 from dreamdance.media.keypoints import NUM_KEYPOINTS, KeypointSequence, write_keypoint_file
@@ -192,16 +192,16 @@ def test_aligned_key_points_are_drawn_in_the_references_frame(entry: ManifestEnt
 
 
 def test_hashes_name_every_file_that_counts_and_change_with_its_content(entry: ManifestEntry, tmp_path: Path) -> None:
-    first = {name: state.sha256 for name, state in read_files(entry).items()}
+    first = {name: state.sha256 for name, state in read_entry_states(entry).items()}
     assert set(first) == {"image", "keypoints"}
     assert first["image"] == hashlib.sha256(entry.image.read_bytes()).hexdigest()
     entry.image.write_bytes(entry.image.read_bytes() + b"\0")
-    second = {name: state.sha256 for name, state in read_files(entry).items()}
+    second = {name: state.sha256 for name, state in read_entry_states(entry).items()}
     assert second["image"] != first["image"]
     assert second["keypoints"] == first["keypoints"]
     missing = changed(entry, image=tmp_path / "nothing")
     with pytest.raises(EntryError, match="nothing cannot be read: No such file or directory"):
-        read_files(missing)
+        read_entry_states(missing)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(EntryError, match="pipe cannot be read: it is not a regular file"):
-        read_files(changed(entry, image=tmp_path / "pipe"))
+        read_entry_states(changed(entry, image=tmp_path / "pipe"))
