@@ -201,9 +201,8 @@ class ShardFolder:
         """Creates the folder for parts, and writes the settings into a new one."""
         noted = self.folder / PARTS_FOLDER / SETTINGS_FILE
         noted.parent.mkdir(parents=True, exist_ok=True)
-        if noted.exists():
-            return
-        write_atomically(noted, json.dumps(self._settings, indent=1, sort_keys=True))
+        if not noted.exists():
+            write_atomically(noted, json.dumps(self._settings, indent=1, sort_keys=True))
 
     @cached_property
     def notes(self) -> dict[str, PartNote]:
@@ -299,9 +298,9 @@ def write_shared(
 
     Args:
         folders: the folders of the parts, all with the same format and `on_error`.
-        share: the share that `share_missing` returned; the result of a part is its damage, or an empty text.
+        share: from `share_missing`; the result of a part is its damage, or an empty text.
         num_workers: number of processes on this rank; with 1 this process writes.
-        queue: the work queue of the ranks.
+        queue: the queue of the share.
         on_part: called before the first part, after each, and when other ranks have written more.
 
     Raises:
@@ -316,18 +315,16 @@ def write_shared(
                 yield None
                 continue
             shards, part = by_item[item]
+            shards.begin()  # not before: another rank may have completed the folder
             if part_folder(shards.folder, part).exists():
                 share.finish(item)  # a worker of a killed rank has completed this part
             else:
-                shards.begin()  # not before: another rank may have completed the folder
                 yield shards.folder, part
 
     on_part()
-    shard_format, on_error = folders[0].shard_format, folders[0].on_error
-    num_workers = min(num_workers, len(share.items))
-    for (folder, part), damage in write_parts(
-        claimed(), shard_format, num_workers=num_workers, on_error=on_error, queue=queue
-    ):
+    on_error, num_workers = folders[0].on_error, min(num_workers, len(share.items))
+    made = write_parts(claimed(), folders[0].shard_format, num_workers=num_workers, on_error=on_error, queue=queue)
+    for (folder, part), damage in made:
         if damage is not None and part.source is not None:
             logger.warning("%s cannot be used: %s", printable(part.source.name), printable(damage))
         item, is_made = _item(folder, part.name), damage is None or on_error == "skip"
@@ -340,8 +337,8 @@ def write_shared(
 def newly_damaged(folders: Sequence[ShardFolder], share: Share) -> dict[str, str]:
     """The sources that any rank found damaged while it wrote: name -> damage."""
     sources = {_item(folder.folder, part.name): part.source for folder in folders for part in folder.parts}
-    found = {sources[item]: damage for item, damage in share.results().items() if damage}
-    return {source.name: damage for source, damage in found.items() if source is not None}
+    damages = [(sources[item], damage) for item, damage in share.results().items() if damage]
+    return {source.name: damage for source, damage in damages if source is not None}
 
 
 def _item(folder: Path, part_name: str) -> str:
