@@ -156,9 +156,9 @@ def progress_file(run: Path) -> Path:
     return run / "logs" / "progress.jsonl"
 
 
-def note_done(run: Path, rank: int, name: str) -> None:
-    """Notes that a piece of shared work is done and on the disk; each rank writes its own file."""
-    path = run / "logs" / DONE_FOLDER / f"rank_{rank}.txt"
+def note_done(run: Path, ranks: Ranks, name: str) -> None:
+    """Notes that a piece of shared work is done and on the disk; each rank of each job writes its own file."""
+    path = run / "logs" / DONE_FOLDER / f"{'_'.join(['rank', str(ranks.rank), *ranks.job.split()])}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as notes:
         notes.write(f"{name}\n")

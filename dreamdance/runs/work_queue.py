@@ -253,7 +253,7 @@ class Share:
             made: name of what was made now, for the launcher's count of progress; None if it existed before.
         """
         if made is not None and self._queue.run_folder is not None:
-            note_done(self._queue.run_folder, self._queue.ranks.rank, made)
+            note_done(self._queue.run_folder, self._queue.ranks, made)
         number = self._numbers[item]
         write_atomically(self._path(number, "done"), text)
         self._queue.held.discard(self._path(number, "claim"))

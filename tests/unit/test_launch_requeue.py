@@ -26,6 +26,7 @@ from dreamdance.runs.layout import (
     note_signal,
     was_warned,
 )
+from dreamdance.runtime.ranks import Ranks
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo"
 
@@ -172,7 +173,7 @@ def test_progress_of_shared_work_is_what_any_rank_has_done_and_not_what_is_repor
     run = make_run(tmp_path, "prepare")
     log = ProgressLog(run)
     for rank in (0, 1, 0):
-        note_done(run, rank, "a part")
+        note_done(run, Ranks(rank), "a part")
         log.write(done=0, total=9, unit="parts")
         assert decide(run, 1).again
     log.write(done=5, total=9, unit="parts")

@@ -354,10 +354,9 @@ def _write_in_processes(
                             heartbeat, since = newest, now
                         elif now - since > queue.stall_seconds:
                             raise LostWorkerError(
-                                f"{len(in_progress)} parts of {_folders(in_progress.values())} are in progress and no "
-                                f"clip was written for {queue.stall_seconds:.0f} s "
-                                "(`cluster.collective_timeout_seconds`): a process or the storage hangs, or a clip is "
-                                "too large"
+                                f"no clip was written for {queue.stall_seconds:.0f} s of {len(in_progress)} parts of "
+                                f"{_folders(in_progress.values())} (`cluster.collective_timeout_seconds`): a process "
+                                "or the storage hangs, or a clip is too large"
                             )
                     if target is None:
                         break  # another rank may have left items
