@@ -101,12 +101,12 @@ def write_output(
     if isinstance(missing, UserError):
         return missing
     damaged = write_missing(recipe, folders, missing, queue, progress)
-    if (reason := queue.stop_reason()) is not None:
-        if damaged and queue.ranks.is_main:
-            write_damaged(output, damaged)
-        return ShardError(reason) if reason else VideoError(damaged_videos_message(damaged, output))
     queue.once("complete", partial(complete, recipe, folders, queue, damaged))
-    return None
+    if (reason := queue.stop_reason()) is None:
+        return None
+    if damaged and queue.ranks.is_main:
+        write_damaged(output, damaged)
+    return ShardError(reason) if reason else VideoError(damaged_videos_message(damaged, output))
 
 
 def check_inputs(

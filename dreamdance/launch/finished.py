@@ -1,8 +1,7 @@
 """Tells whether a run is finished: its results exist, and its inputs are still those that the results were made from.
 
-Smaller pieces of work have records of their own, because they compare other things: a checkpoint the hashes of its
-files (`COMPLETE`), a clip's result its request (`result.json`), a measurement the content of a result, a part of shards
-the content of its videos. `FINISHED` lets the launcher answer without torch and without opening each of these.
+Smaller pieces of work have records of their own, because they compare other things; dreamdance/README.md has a table of
+them (C7). `FINISHED` lets the launcher answer without torch and without opening each of these.
 """
 
 import hashlib

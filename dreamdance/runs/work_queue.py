@@ -119,7 +119,7 @@ class WorkQueue:
         return Share(self, name, items)
 
     def once(self, name: str, action: Callable[[], None]) -> None:
-        """One of the processes calls `action`; returns when it has been called, in all processes."""
+        """One of the processes calls `action`; all wait until it has returned. A stopped queue skips it."""
         share = self.share(name, [name])
         for item in share.take():
             if item is not None:
