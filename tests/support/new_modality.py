@@ -16,7 +16,7 @@ from dreamdance.data.loading.dataset import ClipDataset
 from dreamdance.data.loading.order import SampleKey
 from dreamdance.data.prepare import prepare
 from dreamdance.errors import ShardError
-from dreamdance.inference.manifest import read_manifest
+from dreamdance.inference.manifest import read_entries
 from dreamdance.media.video import write_video
 from dreamdance.recipe.sections import Shards
 from dreamdance.training.stages.training_stage import stage_of
@@ -45,7 +45,7 @@ def main(folder: Path, older: Path) -> None:
     (folder / "manifest.jsonl").write_text(
         json.dumps({"id": "a", "image": "a.png", "pose": "videos/a.pose.mp4", "part": "videos/a.part.mp4"}) + "\n"
     )
-    (entry,) = read_manifest(folder / "manifest.jsonl")
+    (entry,) = read_entries(folder / "manifest.jsonl")
     found = {
         "bright rows": [int(value) for value in stored[0, :, 20]],
         "read besides rgb and pose": list(stage.maps),
