@@ -19,8 +19,8 @@ from dreamdance.data.loading.dataset import StoredClips
 from dreamdance.data.loading.stored_clip import StoredClip
 from dreamdance.data.shards.columns import metric_disparity
 from dreamdance.errors import MissingInputError, UserError
-from dreamdance.evaluation.geometry_metrics import PinholeCamera
 from dreamdance.media.cropping import centred_crop
+from dreamdance.media.surfaces import PinholeCamera
 from dreamdance.media.transforms import decode_normals, pictures_to_tensor, resize_map
 from dreamdance.modalities import MODALITIES
 from dreamdance.recipe.sections import Shards

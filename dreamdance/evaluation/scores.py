@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from dreamdance.data.shards.columns import metric_disparity
 from dreamdance.evaluation import image_metrics
 from dreamdance.evaluation.clips import Prediction, Truth
-from dreamdance.evaluation.geometry_metrics import angular_error, consistency_angle, depth_error
+from dreamdance.evaluation.geometry_metrics import angular_error, depth_error
+from dreamdance.media.surfaces import consistency_angle
 
 
 @dataclass(frozen=True)
