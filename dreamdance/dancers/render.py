@@ -80,7 +80,9 @@ class _Scene:
     light: Light
 
 
-def render_clip(seed: int, *, num_frames: int, width: int, height: int, fps: float = 8.0) -> DancerClip:
+def render_clip(
+    seed: int, *, num_frames: int, width: int, height: int, fps: float = 8.0, identity_seed: int | None = None
+) -> DancerClip:
     """Renders the dancer of a seed.
 
     Args:
@@ -88,15 +90,23 @@ def render_clip(seed: int, *, num_frames: int, width: int, height: int, fps: flo
         num_frames: length of the clip.
         width, height: the pictures' size in pixels.
         fps: frames per second; the motion itself is a function of seconds.
+        identity_seed: takes body and clothes from this seed's dancer instead, who performs the motion of `seed`. The
+            camera stands at the same place and is aimed at the other body.
 
     Raises:
-        ValueError: the seed lies outside of both ranges, or the clip is empty.
+        ValueError: a seed lies outside of both ranges, the two lie in different ones, or the clip is empty.
     """
-    if seed not in TRAINING_SEEDS and seed not in HELD_OUT_SEEDS:
-        raise ValueError(f"seed {seed} is neither in {TRAINING_SEEDS} (training) nor in {HELD_OUT_SEEDS} (held out)")
+    identity_seed = seed if identity_seed is None else identity_seed
+    for number in (seed, identity_seed):
+        if number not in TRAINING_SEEDS and number not in HELD_OUT_SEEDS:
+            raise ValueError(
+                f"seed {number} is neither in {TRAINING_SEEDS} (training) nor in {HELD_OUT_SEEDS} (held out)"
+            )
+    if (seed in TRAINING_SEEDS) != (identity_seed in TRAINING_SEEDS):
+        raise ValueError(f"seed {seed} and identity_seed {identity_seed}: one is held out, the other is for training")
     if min(num_frames, width, height) < 1 or not fps > 0:
         raise ValueError(f"cannot render {num_frames} frames of {width}x{height} at {fps} frames per second")
-    scene = _build_scene(seed, np.arange(num_frames) / fps)
+    scene = _build_scene(seed, identity_seed, np.arange(num_frames) / fps)
     focal = fit_focal(scene.quadrics.bounds, width, height)
     samples = 3 if min(width, height) < 128 else 2
     backdrop = build_backdrop(scene.stage, scene.camera, focal=focal, width=width, height=height, samples=samples)
@@ -116,8 +126,9 @@ def render_clip(seed: int, *, num_frames: int, width: int, height: int, fps: flo
     return DancerClip(rgb, normal, depth, mask, keypoints, joints.astype(np.float32), intrinsics, fps, seed)
 
 
-def _build_scene(seed: int, times: NDArray[np.float64]) -> _Scene:
-    person, motion, place = (np.random.default_rng(part) for part in np.random.SeedSequence(seed).spawn(3))
+def _build_scene(seed: int, identity_seed: int, times: NDArray[np.float64]) -> _Scene:
+    _, motion, place = (np.random.default_rng(part) for part in np.random.SeedSequence(seed).spawn(3))
+    person = np.random.default_rng(np.random.SeedSequence(identity_seed).spawn(3)[0])
     identity = draw_identity(person)
     skeleton = dance(motion, identity.body, times)
     body = build_body(identity, skeleton)

@@ -228,6 +228,33 @@ def test_a_small_picture_is_the_large_one_averaged(clip: DancerClip) -> None:
     np.testing.assert_allclose(small.keypoints, clip.keypoints, rtol=0, atol=1e-6)
 
 
+def test_another_identity_performs_the_same_motion() -> None:
+    """Bones have the lengths of the other identity, and the arms, whose angles no floor bends, the same directions."""
+    driver, other, both = (
+        render_clip(seed, num_frames=4, width=24, height=36, identity_seed=identity)
+        for seed, identity in ((4, None), (9, 9), (4, 9))
+    )
+    bones = [(2, 3), (3, 4), (5, 6), (6, 7), (8, 9), (9, 10), (11, 12), (12, 13)]
+    lengths = {
+        name: [np.linalg.norm(clip.joints[:, end] - clip.joints[:, start], axis=-1).mean() for start, end in bones]
+        for name, clip in (("driver", driver), ("other", other), ("both", both))
+    }
+    np.testing.assert_allclose(lengths["both"], lengths["other"], rtol=1e-4)
+    assert np.abs(np.subtract(lengths["both"], lengths["driver"])).min() > 1e-3
+    for start, end in bones[:4]:
+        directions = [clip.joints[:, end] - clip.joints[:, start] for clip in (driver, both)]
+        first, second = (one / np.linalg.norm(one, axis=-1, keepdims=True) for one in directions)
+        assert (first * second).sum(axis=-1).min() > np.cos(np.radians(3)), "the camera is aimed a little otherwise"
+    assert not np.array_equal(driver.rgb, both.rgb)
+
+
+def test_identity_and_motion_come_from_one_range() -> None:
+    with pytest.raises(ValueError, match="one is held out, the other is for training"):
+        render_clip(4, num_frames=1, width=8, height=8, identity_seed=HELD_OUT_SEEDS[0])
+    with pytest.raises(ValueError, match=r"seed -1 is neither in"):
+        render_clip(4, num_frames=1, width=8, height=8, identity_seed=-1)
+
+
 def test_light_shows_the_shape(clip: DancerClip) -> None:
     brightness = clip.rgb.astype(float).mean(axis=-1)[clip.mask]
     normals = clip.normal[clip.mask].astype(float)
