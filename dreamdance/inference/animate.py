@@ -177,7 +177,8 @@ def describe_request(
     return {
         "inputs": {name: state.sha256 for name, state in states.items()},
         "seed": entry.seed,
-        "align": entry.align,
+        # As the results of older commits record it.
+        "align": {None: False, "scale": True}.get(entry.align, entry.align),
         "fps": entry.fps,
         "weights": stages.weights,
         **{name: getattr(recipe, name) for name in settings},

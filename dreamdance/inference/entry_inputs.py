@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dreamdance.errors import UserError
-from dreamdance.inference.align import align_keypoints
 from dreamdance.inference.manifest import ManifestEntry
+from dreamdance.media.alignment import align_keypoints
 from dreamdance.media.cropping import centred_crop
 from dreamdance.media.keypoints import KeypointSequence, read_keypoint_file
 from dreamdance.media.pictures import MAX_PICTURE_PIXELS, read_picture
 from dreamdance.media.pose_drawing import draw_pose
+from dreamdance.media.retargeting import retarget_bones
 from dreamdance.media.transforms import pictures_to_tensor, resize_images, resize_map
 from dreamdance.media.video import iterate_frames, probe_video
 from dreamdance.modalities import MODALITIES
@@ -93,9 +94,9 @@ def load_inputs(entry: ManifestEntry, *, aspect: Size, pose_sizes: set[Size], ma
     reference = _cut(read_picture(entry.image), aspect)
     if entry.keypoints is not None:
         sequence = read_keypoint_file(entry.keypoints)
-        if entry.align and entry.reference_keypoints is not None:
+        if entry.align is not None and entry.reference_keypoints is not None:
             body = read_keypoint_file(entry.reference_keypoints)
-            aligned = align_keypoints(sequence, body)
+            aligned = (retarget_bones if entry.align == "bones" else align_keypoints)(sequence, body)
             sequence = replace(sequence, keypoints=aligned, width=body.width, height=body.height)
         drawings, fps = _draw(sequence, entry.keypoints), sequence.fps
     else:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from dreamdance.errors import ManifestError
 from dreamdance.modalities import GIVEN_CONTROLS
@@ -26,6 +26,10 @@ PATH_FIELDS = ("image", "pose", "keypoints", "reference_keypoints", *GIVEN_CONTR
 OTHER_FIELDS = ("seed", "align", "fps", "reference_keypoints", "reference_frame")
 FIELDS = (*REQUIRED_FIELDS, "pose", "keypoints", *OTHER_FIELDS, *GIVEN_CONTROLS)
 
+# How a driving skeleton is fitted to the body of the reference: by one scale (`media.alignment`), or bone by bone
+# (`media.retargeting`).
+Alignment = Literal["scale", "bones"]
+
 
 @dataclass(frozen=True)
 class ManifestEntry:
@@ -37,7 +41,7 @@ class ManifestEntry:
         pose: video of pose drawings, or None.
         keypoints: key-point file (`media.keypoints`), or None; an entry has either this or `pose`.
         seed: seed of the noise, which also depends on the id.
-        align: whether to rescale the driving skeleton to the body of the reference.
+        align: how to fit the driving skeleton to the body of the reference; None leaves it as it is.
         reference_keypoints: key-point file of the reference picture; only its first frame is used.
         fps: frames per second; None keeps the frame rate of the sequence.
         maps: videos of the control maps that stage 2 reads and stage 1 does not make, by modality.
@@ -50,7 +54,7 @@ class ManifestEntry:
     pose: Path | None = None
     keypoints: Path | None = None
     seed: int = 0
-    align: bool = False
+    align: Alignment | None = None
     reference_keypoints: Path | None = None
     fps: float | None = None
     maps: dict[str, Path] = field(default_factory=dict)
@@ -61,7 +65,7 @@ class ManifestEntry:
     def files(self) -> dict[str, Path]:
         """All files that the result depends on, by field."""
         named = {name: getattr(self, name) for name in PATH_FIELDS if name not in GIVEN_CONTROLS} | self.maps
-        if not self.align:
+        if self.align is None:
             named.pop("reference_keypoints")
         return {name: path for name, path in named.items() if path is not None}
 
@@ -132,7 +136,7 @@ def _check_line(text: str) -> tuple[list[str], dict[str, Any]]:
     problems += [problem for name, value in values.items() for problem in _check_value(name, value)]
     if ("pose" in values) == ("keypoints" in values):
         problems.append("exactly one of 'pose' (a video) and 'keypoints' (a key-point file) must be given")
-    if values.get("align") is True:
+    if values.get("align") in (True, *get_args(Alignment)):
         if "pose" in values:
             problems.append("'align' needs 'keypoints': the drawings of a pose video cannot be rescaled")
         if "reference_keypoints" not in values:
@@ -153,8 +157,8 @@ def _check_value(name: str, value: Any) -> Iterator[str]:
             yield f"seed {value!r} must be a whole number from 0 to {MAX_SEED}"
         case "reference_frame" if not is_integer or value < 0:
             yield f"reference_frame {value!r} must be a whole number from 0"
-        case "align" if type(value) is not bool:
-            yield f"align {value!r} must be true or false"
+        case "align" if type(value) is not bool and value not in get_args(Alignment):
+            yield f'align {value!r} must be "scale" (the same as true), "bones" or false'
         case "fps" if (not is_integer and type(value) is not float) or not 0 < value <= 1000:
             yield f"fps {value!r} must be a number above 0, at most 1000"
         case _ if name in PATH_FIELDS:
@@ -184,6 +188,8 @@ def _make_entry(values: dict[str, Any], folder: Path, line: int, default_seed: i
     paths = {name: folder / values[name] for name in PATH_FIELDS if name in values}
     maps = {name: paths.pop(name) for name in GIVEN_CONTROLS if name in paths}
     others = {name: value for name, value in values.items() if name not in PATH_FIELDS}
+    if type(others.get("align")) is bool:
+        others["align"] = "scale" if others["align"] else None
     return ManifestEntry(**{"seed": default_seed, **others, **paths}, maps=maps, line=line)
 
 

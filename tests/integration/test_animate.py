@@ -365,7 +365,8 @@ def test_sizes_and_windows_that_the_networks_cannot_do_are_refused_together_befo
     assert job.ages() == {}
 
 
-def test_an_aligned_skeleton_is_drawn_at_the_size_of_the_reference(job):
+@pytest.mark.parametrize("align", [True, "bones"])
+def test_an_aligned_skeleton_is_drawn_at_the_size_of_the_reference(job, align):
     job.add("plain")
     job.add("aligned")
     body = json.loads((job.folder / "aligned.json").read_text())
@@ -373,7 +374,7 @@ def test_an_aligned_skeleton_is_drawn_at_the_size_of_the_reference(job):
     points[:, :2] = points[:, :2] * 0.5 + 0.25
     body["frames"] = [{"keypoints": points.tolist()}]
     (job.folder / "body.json").write_text(json.dumps(body))
-    job.entries[1].update(align=True, reference_keypoints="body.json")
+    job.entries[1].update(align=align, reference_keypoints="body.json")
     job.write_manifest()
     size = Size(WIDTH * 2, HEIGHT * 2)
     heights = []

@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from dreamdance.dancers.render import HELD_OUT_SEEDS, render_clip
-from dreamdance.inference.align import AlignmentError, align_keypoints
+from dreamdance.media.alignment import AlignmentError, align_keypoints
 from dreamdance.media.keypoints import BODY_NAMES, KeypointSequence
 
 WIDTH, HEIGHT, NUM_FRAMES = 24, 36, 24

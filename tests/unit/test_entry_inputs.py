@@ -14,7 +14,7 @@ from support.fault_log import record_fault
 
 from dreamdance.inference import entry_inputs
 from dreamdance.inference.entry_inputs import EntryError, Size, load_inputs, read_entry_states
-from dreamdance.inference.manifest import ManifestEntry
+from dreamdance.inference.manifest import Alignment, ManifestEntry
 from dreamdance.media import pictures
 from dreamdance.media.keypoints import NUM_KEYPOINTS, KeypointSequence, write_keypoint_file
 from dreamdance.media.pictures import PictureError
@@ -177,17 +177,20 @@ def test_too_long_videos_and_too_large_drawings_are_refused_before_they_fill_the
         load_inputs(changed(entry, keypoints=tmp_path / "large.json"), aspect=SQUARE, pose_sizes={SQUARE})
 
 
-def test_aligned_key_points_are_drawn_in_the_references_frame(entry: ManifestEntry, tmp_path: Path) -> None:
+@pytest.mark.parametrize("align", ["scale", "bones"])
+def test_aligned_key_points_are_drawn_in_the_references_frame(
+    entry: ManifestEntry, tmp_path: Path, align: Alignment
+) -> None:
     """The same person twice as large in a frame twice as large: the aligned drawings equal those of the reference."""
     body, size = sequence(num_frames=1), Size(80, 120)
     doubled = KeypointSequence(body.keypoints, size.width, size.height, body.fps)
     write_keypoint_file(tmp_path / "body.json", doubled)
     write_keypoint_file(tmp_path / "keypoints.json", body)
-    asked = changed(entry, align=True, reference_keypoints=tmp_path / "body.json")
+    asked = changed(entry, align=align, reference_keypoints=tmp_path / "body.json")
     aligned = load_inputs(asked, aspect=size, pose_sizes={size}).poses[size]
     drawing = torch.from_numpy(draw_pose(body.keypoints[0], width=80, height=120)).permute(2, 0, 1) / 255
     assert (aligned[0] - drawing).abs().mean() < 2e-3
-    unasked = load_inputs(changed(asked, align=False), aspect=size, pose_sizes={size}).poses[size]
+    unasked = load_inputs(changed(asked, align=None), aspect=size, pose_sizes={size}).poses[size]
     assert (unasked[0] - drawing).abs().mean() > 1e-2, "enlarged lines, not lines drawn at the larger size"
 
 

@@ -8,8 +8,8 @@ import pytest
 from support.fault_log import record_fault
 
 from dreamdance.errors import ManifestError
-from dreamdance.inference.align import AlignmentError, align_keypoints
 from dreamdance.inference.manifest import ManifestEntry, read_entries
+from dreamdance.media.alignment import AlignmentError, align_keypoints
 from dreamdance.media.keypoints import NUM_KEYPOINTS, KeypointSequence
 
 
@@ -46,7 +46,7 @@ def test_an_entry_is_read_with_its_paths_beside_the_manifest(tmp_path):
         image=tmp_path / "examples/clip/reference.png",
         keypoints=tmp_path / "a.json",
         seed=7,
-        align=True,
+        align="scale",
         reference_keypoints=tmp_path / "r.json",
         fps=25,
         reference_frame=3,
@@ -57,13 +57,19 @@ def test_an_entry_is_read_with_its_paths_beside_the_manifest(tmp_path):
 def test_missing_fields_have_defaults_and_blank_lines_are_skipped(tmp_path):
     path = write(tmp_path, entry(), "", "   ", entry(id="b", keypoints=None, pose="b.mp4"))
     first, second = read_entries(path, default_seed=5)
-    assert (first.seed, first.align, first.fps, first.reference_frame) == (5, False, None, None)
+    assert (first.seed, first.align, first.fps, first.reference_frame) == (5, None, None, None)
     assert (second.pose, second.keypoints, second.line) == (tmp_path / "b.mp4", None, 4)
 
 
 def test_reference_keypoints_are_no_input_of_an_entry_that_is_not_aligned(tmp_path):
     (read,) = read_entries(write(tmp_path, entry(reference_keypoints="r.json")))
     assert set(read.files) == {"image", "keypoints"}
+
+
+@pytest.mark.parametrize(("written", "read"), [(True, "scale"), ("scale", "scale"), ("bones", "bones"), (False, None)])
+def test_a_skeleton_is_aligned_by_one_scale_or_by_its_bones(tmp_path, written, read):
+    (found,) = read_entries(write(tmp_path, entry(align=written, reference_keypoints="r.json")))
+    assert found.align == read
 
 
 @pytest.mark.parametrize(
@@ -132,7 +138,9 @@ def test_a_control_character_in_a_string_is_one_problem_of_one_line(tmp_path, ch
         ({"seed": 1.0}, "seed 1.0"),
         ({"seed": True}, "seed True"),
         ({"seed": 1 << 63}, "seed 9223372036854775808"),
-        ({"align": 1}, "align 1 must be true or false"),
+        ({"align": 1}, 'align 1 must be "scale" (the same as true), "bones" or false'),
+        ({"align": "bone"}, "align 'bone' must be"),
+        ({"align": "bones"}, "needs 'reference_keypoints'"),
         ({"align": True}, "needs 'reference_keypoints'"),
         ({"align": True, "pose": "a.mp4", "keypoints": None}, "the drawings of a pose video cannot be rescaled"),
         ({"fps": 0}, "fps 0"),
