@@ -180,6 +180,8 @@ def describe_request(
         # As the results of older commits record it.
         "align": {None: False, "scale": True}.get(entry.align, entry.align),
         "fps": entry.fps,
+        **({} if entry.keypoints_size is None else {"keypoints_size": list(entry.keypoints_size)}),
+        **({} if entry.person is None else {"person": entry.person}),
         "weights": stages.weights,
         **{name: getattr(recipe, name) for name in settings},
         "geometry": recipe.geometry.model_dump(mode="json") if stages.geometry is not None else None,

@@ -13,7 +13,8 @@ from dreamdance.errors import UserError
 from dreamdance.inference.manifest import ManifestEntry
 from dreamdance.media.alignment import align_keypoints
 from dreamdance.media.cropping import centred_crop
-from dreamdance.media.keypoints import KeypointSequence, read_keypoint_file
+from dreamdance.media.keypoint_formats import read_any_keypoints
+from dreamdance.media.keypoints import KeypointSequence
 from dreamdance.media.pictures import MAX_PICTURE_PIXELS, read_picture
 from dreamdance.media.pose_drawing import draw_pose
 from dreamdance.media.retargeting import retarget_bones
@@ -91,11 +92,12 @@ def load_inputs(entry: ManifestEntry, *, aspect: Size, pose_sizes: set[Size], ma
     Raises:
         UserError: a file is missing, damaged or too large, or the skeleton cannot be aligned.
     """
-    reference = _cut(read_picture(entry.image), aspect)
+    picture = read_picture(entry.image)
+    reference = _cut(picture, aspect)
     if entry.keypoints is not None:
-        sequence = read_keypoint_file(entry.keypoints)
+        sequence = read_any_keypoints(entry.keypoints, size=entry.keypoints_size, fps=entry.fps, person=entry.person)
         if entry.align is not None and entry.reference_keypoints is not None:
-            body = read_keypoint_file(entry.reference_keypoints)
+            body = read_any_keypoints(entry.reference_keypoints, size=(picture.shape[1], picture.shape[0]), fps=1.0)
             aligned = (retarget_bones if entry.align == "bones" else align_keypoints)(sequence, body)
             sequence = replace(sequence, keypoints=aligned, width=body.width, height=body.height)
         drawings, fps = _draw(sequence, entry.keypoints), sequence.fps

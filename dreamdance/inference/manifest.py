@@ -23,7 +23,7 @@ ID_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 
 REQUIRED_FIELDS = ("id", "image")
 PATH_FIELDS = ("image", "pose", "keypoints", "reference_keypoints", *GIVEN_CONTROLS)
-OTHER_FIELDS = ("seed", "align", "fps", "reference_keypoints", "reference_frame")
+OTHER_FIELDS = ("seed", "align", "fps", "reference_keypoints", "reference_frame", "keypoints_size", "person")
 FIELDS = (*REQUIRED_FIELDS, "pose", "keypoints", *OTHER_FIELDS, *GIVEN_CONTROLS)
 
 # How a driving skeleton is fitted to the body of the reference: by one scale (`media.alignment`), or bone by bone
@@ -39,13 +39,15 @@ class ManifestEntry:
         id: name of the result's folder, unique.
         image: the reference picture.
         pose: video of pose drawings, or None.
-        keypoints: key-point file (`media.keypoints`), or None; an entry has either this or `pose`.
+        keypoints: key-point file (`media.keypoint_formats`), or None; an entry has either this or `pose`.
         seed: seed of the noise, which also depends on the id.
         align: how to fit the driving skeleton to the body of the reference; None leaves it as it is.
         reference_keypoints: key-point file of the reference picture; only its first frame is used.
         fps: frames per second; None keeps the frame rate of the sequence.
         maps: videos of the control maps that stage 2 reads and stage 1 does not make, by modality.
         reference_frame: frame number of the reference in the clip that it was taken from, for the evaluation.
+        keypoints_size: width and height of the frames of `keypoints`, in pixels, if the file does not state them.
+        person: who to follow in `keypoints` of several people; None takes the largest.
         line: line number in the manifest, for messages.
     """
 
@@ -59,15 +61,23 @@ class ManifestEntry:
     fps: float | None = None
     maps: dict[str, Path] = field(default_factory=dict)
     reference_frame: int | None = None
+    keypoints_size: tuple[int, int] | None = None
+    person: int | None = None
     line: int = field(default=0, compare=False)
 
     @property
     def files(self) -> dict[str, Path]:
-        """All files that the result depends on, by field."""
+        """All files that the result depends on, by field; those of a folder of key points by field and name."""
         named = {name: getattr(self, name) for name in PATH_FIELDS if name not in GIVEN_CONTROLS} | self.maps
         if self.align is None:
             named.pop("reference_keypoints")
-        return {name: path for name, path in named.items() if path is not None}
+        files: dict[str, Path] = {}
+        for name, path in named.items():
+            if path is not None and name in ("keypoints", "reference_keypoints") and path.is_dir():
+                files |= {f"{name}/{file.name}": file for file in sorted(path.glob("*.json"))}
+            elif path is not None:
+                files[name] = path
+        return files
 
 
 def read_entries(path: Path, *, default_seed: int = 0) -> list[ManifestEntry]:
@@ -136,6 +146,12 @@ def _check_line(text: str) -> tuple[list[str], dict[str, Any]]:
     problems += [problem for name, value in values.items() for problem in _check_value(name, value)]
     if ("pose" in values) == ("keypoints" in values):
         problems.append("exactly one of 'pose' (a video) and 'keypoints' (a key-point file) must be given")
+    if "keypoints" not in values:
+        problems += [
+            f"'{name}' describes 'keypoints', which is not given"
+            for name in ("keypoints_size", "person")
+            if name in values
+        ]
     if values.get("align") in (True, *get_args(Alignment)):
         if "pose" in values:
             problems.append("'align' needs 'keypoints': the drawings of a pose video cannot be rescaled")
@@ -157,12 +173,20 @@ def _check_value(name: str, value: Any) -> Iterator[str]:
             yield f"seed {value!r} must be a whole number from 0 to {MAX_SEED}"
         case "reference_frame" if not is_integer or value < 0:
             yield f"reference_frame {value!r} must be a whole number from 0"
+        case "person" if not is_integer or value < 0:
+            yield f"person {value!r} must be a whole number from 0"
+        case "keypoints_size" if not _is_size(value):
+            yield f"keypoints_size {value!r} must be [width, height], whole numbers from 1 to 65536"
         case "align" if type(value) is not bool and value not in get_args(Alignment):
             yield f'align {value!r} must be "scale" (the same as true), "bones" or false'
         case "fps" if (not is_integer and type(value) is not float) or not 0 < value <= 1000:
             yield f"fps {value!r} must be a number above 0, at most 1000"
         case _ if name in PATH_FIELDS:
             yield from _check_path(name, value)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(one) is int and 0 < one <= 65536 for one in value)
 
 
 def _check_path(name: str, value: Any) -> Iterator[str]:
@@ -188,6 +212,8 @@ def _make_entry(values: dict[str, Any], folder: Path, line: int, default_seed: i
     paths = {name: folder / values[name] for name in PATH_FIELDS if name in values}
     maps = {name: paths.pop(name) for name in GIVEN_CONTROLS if name in paths}
     others = {name: value for name, value in values.items() if name not in PATH_FIELDS}
+    if "keypoints_size" in others:
+        others["keypoints_size"] = tuple(others["keypoints_size"])
     if type(others.get("align")) is bool:
         others["align"] = "scale" if others["align"] else None
     return ManifestEntry(**{"seed": default_seed, **others, **paths}, maps=maps, line=line)

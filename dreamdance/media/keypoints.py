@@ -91,22 +91,31 @@ def write_keypoint_file(path: Path | str, sequence: KeypointSequence) -> None:
         "fps": float(sequence.fps),
         "frames": [{"keypoints": frame.round(6).tolist()} for frame in points],
     }
-    _parse(content, Path(path))
+    parse_keypoints(content, Path(path))
     Path(path).write_text(json.dumps(content, separators=(",", ":")))
 
 
 def read_keypoint_file(path: Path | str) -> KeypointSequence:
-    """Reads and checks a key-point file.
+    """Reads and checks a key-point file of this project; `media.keypoint_formats` also reads those of others.
 
     Raises:
         KeypointFileError: the file is missing, too large, not JSON or not of this schema; names frame and field.
+    """
+    return parse_keypoints(load_json(path), Path(path))
+
+
+def load_json(path: Path | str) -> Any:
+    """Reads a JSON file of limited size.
+
+    Raises:
+        KeypointFileError: the file is missing, too large or not JSON.
     """
     path = Path(path)
     try:
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
             raise KeypointFileError(f"{path}: {size} bytes; key-point files up to {MAX_FILE_BYTES} are read")
-        content = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_refuse_constant)
+        return json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_refuse_constant)
     except OSError as error:
         raise KeypointFileError(f"{path}: cannot be read: {error.strerror or error}") from error
     except RecursionError as error:
@@ -115,14 +124,18 @@ def read_keypoint_file(path: Path | str) -> KeypointSequence:
         raise
     except ValueError as error:
         raise KeypointFileError(f"{path}: not valid JSON: {error}") from error
-    return _parse(content, path)
 
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _parse(content: Any, path: Path) -> KeypointSequence:
+def parse_keypoints(content: Any, path: Path) -> KeypointSequence:
+    """Checks the content of a key-point file of this project.
+
+    Raises:
+        KeypointFileError: the content is not of this schema; names `path`, frame and field.
+    """
     fields = {"schema_version", "width", "height", "fps", "frames"}
     if not isinstance(content, dict) or set(content) != fields:
         found = sorted(content) if isinstance(content, dict) else type(content).__name__

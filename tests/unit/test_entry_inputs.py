@@ -1,6 +1,7 @@
 """Inputs of a manifest's entry: upright, cut to the aspect of the result, drawn and resized from the original."""
 
 import hashlib
+import json
 import os
 import struct
 import zlib
@@ -192,6 +193,30 @@ def test_aligned_key_points_are_drawn_in_the_references_frame(
     assert (aligned[0] - drawing).abs().mean() < 2e-3
     unasked = load_inputs(changed(asked, align=None), aspect=size, pose_sizes={size}).poses[size]
     assert (unasked[0] - drawing).abs().mean() > 1e-2, "enlarged lines, not lines drawn at the larger size"
+
+
+def test_a_folder_of_openpose_is_drawn_like_our_own_file_and_each_of_its_files_counts(
+    entry: ManifestEntry, tmp_path: Path
+) -> None:
+    ours = sequence()
+    write_keypoint_file(tmp_path / "keypoints.json", ours)
+    folder = tmp_path / "openpose"
+    folder.mkdir()
+    for number, points in enumerate(ours.keypoints.astype(np.float64) * [ours.width, ours.height, 1]):
+        left, right, face = (points[part].ravel().tolist() for part in (slice(18, 39), slice(39, 60), slice(60, 128)))
+        one = {"pose_keypoints_2d": points[:18].ravel().tolist(), "hand_left_keypoints_2d": left}
+        one |= {"hand_right_keypoints_2d": right, "face_keypoints_2d": face}
+        (folder / f"{number:04d}_keypoints.json").write_text(json.dumps({"people": [one]}))
+    size = Size(ours.width, ours.height)
+    expected = load_inputs(entry, aspect=size, pose_sizes={size})
+    theirs = changed(entry, keypoints=folder, keypoints_size=(ours.width, ours.height), fps=ours.fps)
+    found = load_inputs(theirs, aspect=size, pose_sizes={size})
+    assert torch.equal(found.poses[size], expected.poses[size])
+    states = read_entry_states(theirs)
+    assert set(states) == {
+        "image",
+        *(f"keypoints/{number:04d}_keypoints.json" for number in range(len(ours.keypoints))),
+    }
 
 
 def test_hashes_name_every_file_that_counts_and_change_with_its_content(entry: ManifestEntry, tmp_path: Path) -> None:

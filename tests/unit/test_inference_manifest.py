@@ -146,6 +146,10 @@ def test_a_control_character_in_a_string_is_one_problem_of_one_line(tmp_path, ch
         ({"fps": 0}, "fps 0"),
         ({"fps": "8"}, "fps '8'"),
         ({"reference_frame": -1}, "reference_frame -1"),
+        ({"person": -1}, "person -1 must be a whole number from 0"),
+        ({"keypoints_size": [512]}, "keypoints_size [512] must be [width, height]"),
+        ({"keypoints_size": [512, 0]}, "keypoints_size [512, 0] must be [width, height]"),
+        ({"person": 1, "pose": "a.mp4", "keypoints": None}, "'person' describes 'keypoints', which is not given"),
     ],
 )
 def test_a_wrong_value_is_named_with_the_accepted_values(tmp_path, line, named):
