@@ -11,6 +11,7 @@ signs of the axes. With the random depth no signs are right, and the least angle
 import sys
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import cv2
 import numpy as np
@@ -22,7 +23,7 @@ from dreamdance.dancers.render import HELD_OUT_SEEDS, DancerClip, render_clip
 
 WIDTH, HEIGHT, NUM_FRAMES = 256, 384, 2
 AS_THEY_ARE = (1, 1, 1)
-_Floats = NDArray[np.floating]
+_Floats = NDArray[np.floating[Any]]
 
 
 def blurred(frames: _Floats, sigma: float) -> _Floats:
@@ -49,7 +50,7 @@ def noisy_depth(clip: DancerClip, generator: np.random.Generator) -> tuple[_Floa
 
 
 def random_depth(clip: DancerClip, generator: np.random.Generator) -> tuple[_Floats, Depths]:
-    noise = generator.normal(size=clip.depth.shape)
+    noise = np.asarray(generator.normal(size=clip.depth.shape))
     return clip.normal, Depths(blurred(noise, 24).astype(np.float32), "disparity")
 
 

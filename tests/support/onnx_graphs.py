@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.networks import REQUIRED
 
-REQUIRED = "DREAMDANCE_NETWORKS_REQUIRED"
 OPSET, IR_VERSION = 17, 9
 SIDE = 512
 STRIDES = (8, 16, 32)
