@@ -5,6 +5,7 @@ The dataset of the demo, the tests and the ablations. Everything follows from a 
 `stage` colour it; this module draws one clip from them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,7 +82,14 @@ class _Scene:
 
 
 def render_clip(
-    seed: int, *, num_frames: int, width: int, height: int, fps: float = 8.0, identity_seed: int | None = None
+    seed: int,
+    *,
+    num_frames: int,
+    width: int,
+    height: int,
+    fps: float = 8.0,
+    identity_seed: int | None = None,
+    further_times: Sequence[float] = (),
 ) -> DancerClip:
     """Renders the dancer of a seed.
 
@@ -92,6 +100,8 @@ def render_clip(
         fps: frames per second; the motion itself is a function of seconds.
         identity_seed: takes body and clothes from this seed's dancer instead, who performs the motion of `seed`. The
             camera stands at the same place and is aimed at the other body.
+        further_times: seconds after the first frame of further frames, which follow the clip's own in the result. The
+            camera shows the dancer at all times.
 
     Raises:
         ValueError: a seed lies outside of both ranges, the two lie in different ones, or the clip is empty.
@@ -106,7 +116,9 @@ def render_clip(
         raise ValueError(f"seed {seed} and identity_seed {identity_seed}: one is held out, the other is for training")
     if min(num_frames, width, height) < 1 or not fps > 0:
         raise ValueError(f"cannot render {num_frames} frames of {width}x{height} at {fps} frames per second")
-    scene = _build_scene(seed, identity_seed, np.arange(num_frames) / fps)
+    times = np.concatenate([np.arange(num_frames) / fps, np.asarray(further_times, np.float64)])
+    scene = _build_scene(seed, identity_seed, times)
+    num_frames = len(times)
     focal = fit_focal(scene.quadrics.bounds, width, height)
     samples = 3 if min(width, height) < 128 else 2
     backdrop = build_backdrop(scene.stage, scene.camera, focal=focal, width=width, height=height, samples=samples)

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from dreamdance.data.loading.dataset import StoredClips
-from dreamdance.data.loading.stored_clip import StoredClip
+from dreamdance.data.loading.stored_clip import StoredClip, fixed_reference
 from dreamdance.data.shards.index import read_index
 from dreamdance.data.shards.mds import INDEX_FILE
 from dreamdance.media.keypoints import KeypointSequence, write_keypoint_file
@@ -24,7 +24,7 @@ EXAMPLES_FOLDER = "examples"
 def write_examples(output: Path, *, before_clip: Callable[[str], None]) -> int:
     """Writes the reference and the poses of each validation clip, then the manifest. Without clips it is empty.
 
-    The reference is the clip's last frame, as in `data.loading.dataset.fixed_clips`.
+    The reference is that of `data.loading.stored_clip.fixed_reference` for the whole clip.
 
     Args:
         output: the folder that contains `validation`.
@@ -48,11 +48,15 @@ def write_examples(output: Path, *, before_clip: Callable[[str], None]) -> int:
 
 
 def _write_example(clip: StoredClip, number: int, output: Path) -> dict[str, str | int | float]:
-    """Writes the reference and the poses of a clip; returns its entry in the manifest."""
+    """Writes the reference and the poses of a clip; returns its entry in the manifest.
+
+    The reference is not among the clip's frames if it comes from another part of the video; then the evaluation need
+    not leave it out.
+    """
     folder = Path(EXAMPLES_FOLDER) / clip.clip_id
     (output / folder).mkdir(parents=True, exist_ok=True)
-    reference = clip.frames("rgb", [clip.num_frames - 1])[0]
-    Image.fromarray(reference).save(output / folder / "reference.png")
+    reference = fixed_reference(clip, range(clip.num_frames))
+    Image.fromarray(clip.reference_picture(reference)).save(output / folder / "reference.png")
     return {
         "id": clip.clip_id,
         "image": str(folder / "reference.png"),
@@ -60,7 +64,7 @@ def _write_example(clip: StoredClip, number: int, output: Path) -> dict[str, str
         "seed": number,
         "align": False,
         "fps": clip.fps,
-        "reference_frame": clip.num_frames - 1,
+        **({"reference_frame": reference.number} if reference.subject == "clip" else {}),
     }
 
 

@@ -20,6 +20,7 @@ from dreamdance.dancers.render import HELD_OUT_SEEDS, TRAINING_SEEDS
 from dreamdance.data.examples import MANIFEST_FILE, write_examples
 from dreamdance.data.prepare_notes import (
     DAMAGED_FILE,
+    begun_compression,
     changed_videos_message,
     damage_table,
     damaged_videos_message,
@@ -30,8 +31,9 @@ from dreamdance.data.prepare_notes import (
     write_damaged,
     write_inputs,
 )
+from dreamdance.data.writing.clip_record import ClipRecord
 from dreamdance.data.writing.dancer_clips import render_record
-from dreamdance.data.writing.shard_parts import ClipRecord, Part, PartSource, ShardFormat
+from dreamdance.data.writing.shard_parts import Part, PartSource, ShardFormat
 from dreamdance.data.writing.shard_writer import ShardFolder, newly_damaged, share_missing, write_shared
 from dreamdance.data.writing.video_clips import Split, VideoPart, choose_validation, find_videos
 from dreamdance.data.writing.video_opening import check_videos, video_files
@@ -66,7 +68,7 @@ def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
     ranks = Ranks.from_environment()
     progress = ProgressLog(run_folder, ranks)
     output = Path(recipe.output)
-    parts = plan_parts(recipe)
+    parts, shard_format = plan_parts(recipe), choose_format(recipe)
     claim = lock_folder(output, key="output") if ranks.is_main else nullcontext()
     with claim, WorkQueue(ranks, cluster=recipe.cluster, run_folder=run_folder) as queue:
         folders = {
@@ -74,7 +76,7 @@ def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
                 output / split,
                 planned,
                 settings={**describe_source(recipe), "split": split, "shard_size_mib": recipe.shard_size_mib},
-                shard_format=ShardFormat(shard_size_mib=recipe.shard_size_mib, compression=recipe.compression),
+                shard_format=shard_format,
                 queue=queue,
                 on_error=recipe.videos.on_error if recipe.videos else "stop",
             )
@@ -86,6 +88,17 @@ def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
         progress.write(done=total, total=total, unit="parts", message=f"{output} is complete")
     elif ranks.is_main:  # only this one: the launcher may stop the main rank when another rank fails
         raise error
+
+
+def choose_format(recipe: PrepareRecipe) -> ShardFormat:
+    """The format of the shards; an output that was begun keeps its compression unless the recipe sets another."""
+    return ShardFormat(
+        shard_size_mib=recipe.shard_size_mib,
+        compression=recipe.compression or begun_compression(Path(recipe.output)) or "none",
+        rgb_format=recipe.rgb_format or ("png" if recipe.dancers is not None else "jpeg"),
+        rgb_quality=recipe.rgb_quality,
+        smaller_sizes=tuple(recipe.smaller_sizes),
+    )
 
 
 def write_output(
@@ -291,6 +304,8 @@ def describe_source(recipe: PrepareRecipe) -> dict[str, Any]:
         details.update(seed=recipe.seed, files="noted by their hashes")
     elif ADDED_TO_DANCERS:  # the files of a new map of videos are among the hashes
         details["added_maps"] = list(ADDED_TO_DANCERS)
+    if not source.references:
+        del details["references"]  # outputs of older commits have none
     return details
 
 

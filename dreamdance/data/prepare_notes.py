@@ -4,11 +4,12 @@ import json
 import logging
 from collections.abc import Collection, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dreamdance.data.shards.index import read_index
 from dreamdance.data.shards.mds import INDEX_FILE
-from dreamdance.data.writing.shard_writer import SOURCES_KEY
+from dreamdance.data.writing.shard_parts import PARTS_FOLDER, read_object
+from dreamdance.data.writing.shard_writer import SETTINGS_FILE, SOURCES_KEY
 from dreamdance.media.video_names import printable
 from dreamdance.runs.file_states import FileState
 from dreamdance.runs.files import write_atomically
@@ -49,6 +50,20 @@ def read_skipped(output: Path) -> set[str]:
     indices = [output / split / INDEX_FILE for split in SPLITS]
     sources = [read_index(path, may_be_empty=True).details.get(SOURCES_KEY, {}) for path in indices if path.is_file()]
     return {record["name"] for records in sources for record in records.values() if record["damage"] is not None}
+
+
+def begun_compression(output: Path) -> Literal["none", "zstd"] | None:
+    """The compression of the shards in an output that was begun or completed; None if there is no such output."""
+    for split in SPLITS:
+        settings: Any = {}
+        if (index := output / split / INDEX_FILE).is_file():
+            settings = read_index(index, may_be_empty=True).details.get("settings", {})
+        elif (noted := output / split / PARTS_FOLDER / SETTINGS_FILE).is_file():
+            settings = read_object(noted)
+        compression = settings.get("compression") if isinstance(settings, dict) else None
+        if compression in ("none", "zstd"):
+            return "zstd" if compression == "zstd" else "none"
+    return None
 
 
 def write_damaged(output: Path, damaged: Mapping[str, str]) -> None:

@@ -7,6 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from dreamdance.data.loading.dataset import StoredClips
 from dreamdance.data.loading.stored_clip import StoredClip
 from dreamdance.data.shards.columns import metric_disparity
+from dreamdance.data.shards.tracks import Subject
 from dreamdance.errors import MissingInputError, UserError
 from dreamdance.media.cropping import centred_crop
 from dreamdance.media.surfaces import PinholeCamera
@@ -208,7 +210,9 @@ def open_clips(shards: Shards, *, before_shard: Callable[[str], None] | None = N
     return StoredClips(shards, ranks=Ranks(), before_shard=before_shard)
 
 
-def read_truth(clip: StoredClip, *, frame_size: Size, map_size: Size, frames: list[int] | None = None) -> Truth:
+def read_truth(
+    clip: StoredClip, *, frame_size: Size, map_size: Size, frames: list[int] | None = None, subject: Subject = "clip"
+) -> Truth:
     """Reads a stored clip, crops it to the result's aspect ratio, and resizes it as in training.
 
     Args:
@@ -216,10 +220,13 @@ def read_truth(clip: StoredClip, *, frame_size: Size, map_size: Size, frames: li
         frame_size: size of the result's frames.
         map_size: size of the result's maps.
         frames: numbers of the frames to read; all by default.
+        subject: whether to read frames of the clip or its stored references.
     """
-    rgb = _read(clip, "rgb", frame_size, frames)
-    normals = _read(clip, "normal", map_size, frames) if clip.has("normal") else None
-    disparity = _read(clip, "depth", map_size, frames) if clip.has("depth") else None
+    read = partial(_read, clip, frames=frames, subject=subject)
+    rgb = read("rgb", frame_size)
+    normals = read("normal", map_size) if clip.has("normal", subject) else None
+    disparity = read("depth", map_size) if clip.has("depth", subject) else None
+    has_mask = clip.has("mask", subject)
     depth_range = clip.metadata.get("depth_range")
     return Truth(
         pictures=Prediction(
@@ -227,23 +234,18 @@ def read_truth(clip: StoredClip, *, frame_size: Size, map_size: Size, frames: li
             normals=None if normals is None else _as_array(decode_normals(normals)),
             disparity=None if disparity is None else _as_array(disparity)[..., 0],
         ),
-        frame_mask=_read_mask(clip, frame_size, frames),
-        map_mask=_read_mask(clip, map_size, frames),
+        frame_mask=read("mask", frame_size)[:, 0].bool().numpy() if has_mask else None,
+        map_mask=read("mask", map_size)[:, 0].bool().numpy() if has_mask else None,
         depth_range=None if depth_range is None else (float(depth_range[0]), float(depth_range[1])),
         camera=_read_camera(clip, map_size),
     )
 
 
-def _read(clip: StoredClip, name: str, size: Size, frames: list[int] | None) -> Tensor:
+def _read(clip: StoredClip, name: str, size: Size, *, frames: list[int] | None, subject: Subject) -> Tensor:
     """The pictures of one column, `f c H W` in [0, 1]."""
     crop = centred_crop(clip.width, clip.height, to_width=size[1], to_height=size[0])
-    return resize_map(pictures_to_tensor(crop.cut(clip.pictures(name, frames))), *size, kind=MODALITIES[name].kind)
-
-
-def _read_mask(clip: StoredClip, size: Size, frames: list[int] | None) -> NDArray[np.bool_] | None:
-    if not clip.has("mask"):
-        return None
-    return _read(clip, "mask", size, frames)[:, 0].bool().numpy()
+    pictures = crop.cut(clip.pictures(name, frames, subject=subject))
+    return resize_map(pictures_to_tensor(pictures), *size, kind=MODALITIES[name].kind)
 
 
 def _read_camera(clip: StoredClip, size: Size) -> PinholeCamera | None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dreamdance.data.loading.stored_clip import StoredClip
+from dreamdance.data.loading.stored_clip import ReferenceFrame, StoredClip, fixed_reference
 from dreamdance.errors import MissingInputError
 from dreamdance.evaluation.clips import (
     Prediction,
@@ -168,24 +168,29 @@ def tabulate(comparison: Comparison, evaluated: dict[str, EvaluatedClip], run_fo
 def evaluate_clip(result: Result, clip: StoredClip, training_mean: TrainingMean | None) -> EvaluatedClip:
     """Scores the result, the trivial answers and the truth itself, on all frames except the reference frame.
 
+    A result that names no frame of the clip was made from the reference that `prepare` gives with the clip.
+
     Raises:
         ResultError: no frame of the result can be compared.
     """
-    reference_frame = clip.num_frames - 1 if result.reference_frame is None else result.reference_frame
-    if result.reference_frame is None:
+    chosen = fixed_reference(clip, range(clip.num_frames))
+    if result.reference_frame is not None:
+        chosen = ReferenceFrame(result.reference_frame)
+    elif chosen.subject == "clip":
         logger.warning("result '%s' does not name its reference frame: the last frame is assumed", result.id)
     pairs = pair_frames(result, num_frames=clip.num_frames, fps=clip.fps)
-    pairs = [(frame, true_frame) for frame, true_frame in pairs if true_frame != reference_frame]
-    if not pairs or reference_frame >= clip.num_frames:
+    if chosen.subject == "clip":
+        pairs = [(frame, true_frame) for frame, true_frame in pairs if true_frame != chosen.number]
+    if not pairs or chosen.number >= (clip.num_frames if chosen.subject == "clip" else len(clip.reference_positions)):
         raise ResultError(
             f"result '{result.id}' has {result.num_frames} frames at {result.fps:g} per second and frame "
-            f"{reference_frame} as its reference; its clip has {clip.num_frames} frames at {clip.fps:g}: no frame can "
+            f"{chosen.number} as its reference; its clip has {clip.num_frames} frames at {clip.fps:g}: no frame can "
             "be compared"
         )
     compared = [true_frame for _, true_frame in pairs]
-    sizes = {"frame_size": result.frame_size, "map_size": result.map_size}
-    truth = read_truth(clip, frames=compared, **sizes)
-    reference = read_truth(clip, frames=[reference_frame], **sizes)
+    read = partial(read_truth, clip, frame_size=result.frame_size, map_size=result.map_size)
+    truth = read(frames=compared)
+    reference = read(frames=[chosen.number], subject=chosen.subject)
     prediction = result.prediction.at([frame for frame, _ in pairs])
     answers = {
         RESULT_ROW: prediction,

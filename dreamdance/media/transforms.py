@@ -26,7 +26,7 @@ def decode_normals(encoded: Tensor) -> Tensor:
 
 
 def _to_unit_length(vectors: Tensor) -> Tensor:
-    length = vectors.norm(dim=-3, keepdim=True)
+    length = vectors.square().sum(dim=-3, keepdim=True).sqrt()  # `norm` over this axis takes 15 times as long on CPUs
     towards_camera = rearrange(vectors.new_tensor([0.0, 0.0, 1.0]), "c -> c 1 1").expand_as(vectors)
     return torch.where(length > _SMALLEST_LENGTH, vectors / length.clamp_min(_SMALLEST_LENGTH), towards_camera)
 

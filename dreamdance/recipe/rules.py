@@ -305,6 +305,7 @@ def _prepare(recipe: PrepareRecipe) -> Iterator[Problem]:
     if (recipe.dancers is None) == (recipe.videos is None):
         given = "neither is given" if recipe.dancers is None else "both are given"
         yield Problem(f"a prepare recipe has either a section dancers or a section videos; {given}", _place(recipe))
+    yield from _smaller_sizes(recipe)
     videos = recipe.videos
     if videos is None:
         return
@@ -315,6 +316,23 @@ def _prepare(recipe: PrepareRecipe) -> Iterator[Problem]:
         )
     if (videos.width is None) != (videos.height is None):
         yield _problem("videos", "give both videos.width and videos.height, or neither")
+
+
+def _smaller_sizes(recipe: PrepareRecipe) -> Iterator[Problem]:
+    source = recipe.dancers or recipe.videos
+    if source is None or not recipe.smaller_sizes:
+        return
+    if source.width is None or source.height is None:
+        yield _problem("smaller_sizes", "smaller_sizes needs videos.width and videos.height, the size of the frames")
+        return
+    for width, height in recipe.smaller_sizes:
+        exact = width * source.height / source.width
+        if width >= source.width or abs(height - exact) > 1:
+            yield _problem(
+                "smaller_sizes",
+                f"smaller_sizes {width}x{height} is not smaller than the frames ({source.width}x{source.height}) with "
+                f"the same aspect; {width}x{round(exact)} would have it",
+            )
 
 
 def _place(recipe: PrepareRecipe) -> KeyPath:

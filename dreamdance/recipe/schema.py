@@ -246,11 +246,31 @@ class PrepareRecipe(Recipe):
         default=64,
         description="Largest size of a shard file before compression.",
     )
-    compression: Literal["none", "zstd"] = Field(
-        default="zstd",
+    compression: Literal["none", "zstd"] | None = Field(
+        default=None,
         description=(
-            "Compression of shard files. A reader unpacks zstd files in its local folder, which needs room for both "
-            "forms."
+            "Compression of whole shard files. A reader unpacks zstd files in its local folder, which needs room for "
+            "both forms, and PNG and JPEG get no smaller. Without it: none, or what an existing output has."
+        ),
+    )
+    rgb_format: Literal["png", "jpeg", "webp"] | None = Field(
+        default=None,
+        description=(
+            "Codec of the pictures; maps are always stored as PNG, without loss. jpeg keeps colours at full resolution "
+            "and is decoded fastest; webp is smaller, with colours at half resolution; png loses nothing. Without it: "
+            "jpeg for videos, which are compressed already, and png for dancers."
+        ),
+    )
+    rgb_quality: Annotated[int, Field(ge=1, le=100)] = Field(
+        default=95,
+        description="Quality of pictures stored as jpeg or webp. Not used with png.",
+    )
+    smaller_sizes: list[tuple[Pixels, Pixels]] = Field(
+        default=[],
+        description=(
+            "Further sizes [width, height] at which all frames are stored too, such as [[256, 384]] for stage 1 beside "
+            "512x768 for stage 2. Training reads the smallest that is large enough for its data.width and data.height. "
+            "They are smaller than the stored frames and have the same aspect, to a pixel."
         ),
     )
 

@@ -39,6 +39,13 @@ class DancersSource(Section):
             "frame to frame."
         ),
     )
+    references: Annotated[NonNegative, Unit("frames")] = Field(
+        default=0,
+        description=(
+            "Frames of the same dancer at other times that are stored with each clip as possible references, spread "
+            "over 360 frames. With 0 the reference is a frame of the clip itself."
+        ),
+    )
 
 
 class VideosSource(Section):
@@ -91,6 +98,13 @@ class VideosSource(Section):
         description=(
             "The remainder of a video is left out if it has fewer frames than this. At most clip_frames; at least as "
             "many as a training window has."
+        ),
+    )
+    references: Annotated[NonNegative, Unit("frames")] = Field(
+        default=12,
+        description=(
+            "Frames that are stored with each clip as possible references, spread over its whole video (with split_by: "
+            "time over the part of its split). With 0 the reference is a frame of the clip itself."
         ),
     )
     validation_fraction: Fraction = Field(

@@ -64,6 +64,14 @@ class TrainingData(Section):
             "cannot be, because its colours distinguish left and right."
         ),
     )
+    reference_margin: Annotated[NonNegative, Unit("frames")] = Field(
+        default=30,
+        description=(
+            "Smallest distance of the reference from the window, in frames of the source video; less if the video is "
+            "too short. It needs clips that are stored with references (videos.references); of other clips, the "
+            "reference is any frame."
+        ),
+    )
     num_workers: NonNegative = Field(
         default=2,
         description=(
@@ -78,9 +86,10 @@ class TrainingData(Section):
     verify: Verify = Field(
         default="first_use",
         description=(
-            "How shards are checked; sizes are compared at every start. first_use: each shard is hashed when a process "
-            "first opens it, and noted beside the index (`.verified`) until the file changes. hash: the ranks share "
-            "the hashing of all shards at every start. size: no shard is hashed. A run may continue with another value."
+            "How shards are checked; sizes are compared at every start, and each frame with its checksum when it is "
+            "read. first_use: each shard of schema 1, which has no checksums of heads, is hashed when a process first "
+            "opens it, and noted beside the index (`.verified`) until the file changes. hash: the ranks share the "
+            "hashing of all shards at every start. size: no shard is hashed. A run may continue with another value."
         ),
     )
 

@@ -177,6 +177,7 @@ def make_loader(
         num_frames=data.num_frames,
         stride=data.stride,
         flip_probability=data.flip_probability,
+        reference_margin=data.reference_margin,
         seed=recipe.seed,
         maps=stage.maps,
         verify=verify_at_opening(data.verify),

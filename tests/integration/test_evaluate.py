@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from support.fault_log import record_fault
 from support.faulty_shares import STEP_TIMEOUT_SECONDS, FaultInShare, fail_and_start_again, start_task
+from support.random_shards import stored_clip
 
-from dreamdance.data.loading.stored_clip import StoredClip
 from dreamdance.data.prepare import prepare
-from dreamdance.data.shards.columns import pack_frames
+from dreamdance.data.writing.clip_record import ClipRecord
 from dreamdance.errors import MissingInputError
 from dreamdance.evaluation.clips import Prediction, Result, ResultError, open_clips, read_result, read_truth
 from dreamdance.evaluation.evaluate import evaluate, evaluate_clip
@@ -208,11 +208,7 @@ def test_frames_without_maps_are_measured_as_frames(tmp_path, data, truths):
 def test_footage_without_mask_or_maps_is_measured_over_whole_frames():
     """The output of `prepare` for plain videos: rgb and pose alone."""
     frames = np.random.default_rng(0).integers(0, 256, (NUM_FRAMES, HEIGHT, WIDTH, 3), dtype=np.uint8)
-    columns = dict.fromkeys(("pose", "normal", "depth", "mask", "keypoints"), b"")
-    numbers = {"schema_version": 1, "num_frames": NUM_FRAMES, "width": WIDTH, "height": HEIGHT, "fps": 8.0}
-    clip = StoredClip(
-        {**columns, **numbers, "clip_id": "video", "metadata": "{}", "rgb": pack_frames(frames)}, where="a test"
-    )
+    clip = stored_clip(ClipRecord(clip_id="video", fps=8.0, maps={"rgb": frames}))
     result = Result("video", Prediction(frames=frames.astype(np.float32) / 255), fps=8.0, reference_frame=0)
     scores = evaluate_clip(result, clip, None).scores
     assert scores[RESULT_ROW]["psnr"] == 100

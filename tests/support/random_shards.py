@@ -1,14 +1,18 @@
 """Small folders of real shards whose frames are random pictures, for the tests of the data."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dreamdance.data.writing.shard_writer import ClipRecord, Part, ShardFormat, write_shards
+from dreamdance.data.loading.stored_clip import StoredClip
+from dreamdance.data.shards.range_reads import check_extent
+from dreamdance.data.shards.tracks import Extent, TrackClip, read_head
+from dreamdance.data.writing.clip_record import ClipRecord
+from dreamdance.data.writing.shard_writer import Part, ShardFormat, write_shards
 from dreamdance.recipe.sections import Shards
 
 WIDTH, HEIGHT = 8, 12
@@ -63,6 +67,18 @@ def write_random_shards(
         shard_format=ShardFormat(shard_size_mib=4, compression=compression),
     )
     return Shards(local=str(folder))
+
+
+def stored_clip(record: ClipRecord, *, where: str = "sample 3", **options: Any) -> StoredClip:
+    """A clip as a reader opens it, without a file."""
+    sample = record.to_sample(**options)
+    head = read_head(sample["clip"], frames_bytes=len(sample["frames"]), where=where)
+
+    def read(extents: Sequence[Extent]) -> list[bytes]:
+        frames = memoryview(sample["frames"])
+        return [check_extent(frames[extent.start :][: extent.size], extent, where=where) for extent in extents]
+
+    return StoredClip(TrackClip(head, read, size=None, where=where))
 
 
 def edit_index(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:

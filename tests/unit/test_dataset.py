@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.random_shards import HEIGHT, WIDTH, random_clip, write_random_shards
+from support.older_shards import older_sample
+from support.random_shards import HEIGHT, WIDTH, random_clip, stored_clip, write_random_shards
 
 from dreamdance.data.loading.batch import collate_clips
 from dreamdance.data.loading.dataset import ClipDataset, StoredClips, fixed_clips
 from dreamdance.data.loading.loader import ClipLoader
 from dreamdance.data.loading.order import ClipOrder, SampleKey
-from dreamdance.data.loading.stored_clip import StoredClip, draw_window
+from dreamdance.data.loading.stored_clip import ReferenceFrame, StoredClip, draw_window
+from dreamdance.data.shards.columns import ColumnClip
 from dreamdance.data.shards.mds import StreamingDataset
 from dreamdance.errors import ShardError
 from dreamdance.media.keypoints import flip_keypoints
@@ -40,7 +42,7 @@ def dataset(shards, **changes) -> ClipDataset:
 
 
 def stored(num_frames: int = 6, **options) -> StoredClip:
-    return StoredClip(random_clip(3, num_frames=num_frames, **options).to_sample(), where="sample 3")
+    return stored_clip(random_clip(3, num_frames=num_frames, **options))
 
 
 def frame_numbers(pictures: torch.Tensor) -> list[int]:
@@ -123,7 +125,7 @@ def test_windows_and_references_cover_the_whole_clip():
     assert {tuple(window.frames) for window in windows} == {
         (0, 1, 2), (1, 2, 3), (2, 3, 4), (3, 4, 5), (0, 2, 4), (1, 3, 5),
     }  # fmt: skip
-    assert {window.reference for window in windows} == set(range(6))
+    assert {window.reference for window in windows} == {ReferenceFrame(number) for number in range(6)}
     assert 60 < sum(window.flip for window in windows) < 140
 
 
@@ -189,21 +191,21 @@ def test_maps_that_are_not_requested_are_not_read(shards):
 def test_a_map_that_a_clip_lacks_is_an_error_that_names_both(tmp_path):
     whole = random_clip(0)
     record = replace(whole, maps={name: frames for name, frames in whole.maps.items() if name != "normal"})
-    clip = StoredClip(record.to_sample(), where="sample 0 of shard x")
+    clip = stored_clip(record, where="sample 0 of shard x")
     with pytest.raises(ShardError, match=r"sample 0 of shard x \(clip 'clip_0000'\) has no normal"):
         clip.frames("normal", [0])
 
 
 def test_columns_that_contradict_one_another_are_refused():
-    sample = random_clip(0).to_sample()
+    sample = older_sample(random_clip(0))
     with pytest.raises(ShardError, match=r"rgb has 6 frames of 8x12, but the clip has 5 of 8x12"):
-        StoredClip({**sample, "num_frames": 5}, where="sample 0")
+        ColumnClip({**sample, "num_frames": 5}, where="sample 0")
     with pytest.raises(ShardError, match="no rgb frames"):
-        StoredClip({**sample, "rgb": b""}, where="sample 0")
+        ColumnClip({**sample, "rgb": b""}, where="sample 0")
     with pytest.raises(ShardError, match="metadata is not JSON"):
-        StoredClip({**sample, "metadata": "{"}, where="sample 0")
+        ColumnClip({**sample, "metadata": "{"}, where="sample 0")
     with pytest.raises(ShardError, match="schema version 99"):
-        StoredClip({**sample, "schema_version": 99}, where="sample 0")
+        ColumnClip({**sample, "schema_version": 99}, where="sample 0")
 
 
 def test_fixed_clips_are_the_first_ones_with_their_last_frame_as_reference(shards):

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import zstd
 from support.fault_log import record_fault
+from support.older_shards import older_sample, pack_frames
 from support.random_shards import edit_index, random_clip, write_random_shards
 
 from dreamdance.data.loading.dataset import StoredClips
-from dreamdance.data.shards.columns import COLUMNS, pack_frames, unpack_frames, unpack_keypoints
+from dreamdance.data.shards.columns import COLUMNS, unpack_frames, unpack_keypoints
 from dreamdance.data.shards.index import read_index
 from dreamdance.data.shards.mds import MDSWriter
 from dreamdance.errors import ManifestError, ShardError
@@ -56,7 +57,7 @@ def test_a_pickled_column_is_refused_and_never_unpickled(tmp_path, ran):
     """A shard as written by mosaicml-streaming, whose metadata is a Python object."""
     folder = tmp_path / "shards"
     with MDSWriter(columns={**COLUMNS, "metadata": "pkl"}, out=str(folder), hashes=["sha1"]) as writer:
-        writer.write({**random_clip(0).to_sample(), "metadata": Runs(ran)})
+        writer.write({**older_sample(random_clip(0)), "metadata": Runs(ran)})
     with pytest.raises(
         ShardError, match=r"index\.json: shard 0: column 'metadata' is pickled .* could run any code"
     ) as raised:
@@ -74,7 +75,7 @@ def test_a_pickle_behind_an_index_that_calls_it_text_is_never_unpickled(tmp_path
     """The index is wrong, and the header of the shard contains 'pkl'."""
     folder = tmp_path / "shards"
     with MDSWriter(columns={**COLUMNS, "metadata": "pkl"}, out=str(folder), hashes=["sha1"]) as writer:
-        writer.write({**random_clip(0).to_sample(), "metadata": Runs(ran)})
+        writer.write({**older_sample(random_clip(0)), "metadata": Runs(ran)})
 
     def lie(index: dict) -> None:
         shard = index["shards"][0]

@@ -7,24 +7,23 @@ import zlib
 import cv2
 import numpy as np
 import pytest
+from support.older_shards import pack_frames, pack_keypoints
 
 from dreamdance.data.shards import columns
 from dreamdance.data.shards.columns import (
     COLUMNS,
-    MAX_FRAME_PIXELS,
-    MAX_FRAMES,
     SCHEMA_VERSION,
-    check_columns,
     check_schema_version,
     encode_disparity,
     encode_normal,
     metric_disparity,
-    pack_frames,
-    pack_keypoints,
     read_frame_format,
+    schema_of,
     unpack_frames,
     unpack_keypoints,
 )
+from dreamdance.data.shards.frame_codecs import MAX_FRAME_PIXELS, frame_format
+from dreamdance.data.shards.tracks import MAX_FRAMES, TRACK_COLUMNS, TrackWriter
 from dreamdance.errors import ShardError
 from dreamdance.media.transforms import decode_normals, pictures_to_tensor
 from dreamdance.modalities import MODALITIES, Modality
@@ -120,18 +119,11 @@ def test_a_frame_that_is_not_there_is_an_index_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "frames",
-    [
-        [],
-        [np.zeros((4, 4, 4), np.uint8)],
-        [np.zeros((4, 4), np.float32)],
-        [np.zeros((4, 4), np.uint8), np.zeros((4, 5), np.uint8)],
-        [np.zeros((4, 4), np.uint8), np.zeros((4, 4), np.uint16)],
-    ],
+    "frames", [np.zeros((0, 4, 4), np.uint8), np.zeros((1, 4, 4, 4), np.uint8), np.zeros((1, 4, 4), np.float32)]
 )
-def test_frames_that_cannot_be_packed_are_refused(frames: list[np.ndarray]) -> None:
+def test_frames_that_cannot_be_stored_are_refused(frames: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"frames?"):
-        pack_frames(frames)
+        frame_format(frames)
 
 
 def test_key_points_are_read_back_exactly() -> None:
@@ -160,9 +152,9 @@ def test_key_points_that_are_not_finite_are_refused() -> None:
         unpack_keypoints(pack_keypoints(keypoints))
 
 
-def test_key_points_of_another_shape_are_not_packed() -> None:
+def test_key_points_of_another_shape_are_not_stored() -> None:
     with pytest.raises(ValueError, match=r"expected \(frames, 128, 3\)"):
-        pack_keypoints(np.zeros((2, 18, 3)))
+        TrackWriter().add_keypoints("clip", np.zeros((2, 18, 3)))
 
 
 def test_a_wall_facing_the_camera_is_the_colour_128_128_255() -> None:
@@ -212,21 +204,24 @@ def test_depth_with_holes_is_refused(hole: float) -> None:
 
 
 def test_columns_other_than_ours_are_refused_by_name() -> None:
-    check_columns(COLUMNS, where="shards")
+    assert schema_of(COLUMNS, where="shards") == 1
+    assert schema_of(TRACK_COLUMNS, where="shards") == 2
+    with pytest.raises(ShardError, match=r"version 2, .*frames is missing; rgb is unknown"):
+        schema_of({"clip": "bytes", "clip_id": "str", "schema_version": "int", "rgb": "bytes"}, where="shards")
     foreign = {**COLUMNS, "image": "jpeg", "fps": "str"}
     del foreign["normal"]
     with pytest.raises(ShardError, match=r"shards: .*normal is missing; image is unknown; fps is str, not float64"):
-        check_columns(foreign, where="shards")
+        schema_of(foreign, where="shards")
 
 
 def test_shards_may_lack_the_column_of_a_modality_that_came_later(monkeypatch: pytest.MonkeyPatch) -> None:
     later = {"edges": Modality("edges", "values", channels=1, control=True)}
     monkeypatch.setattr(columns, "MODALITIES", {**MODALITIES, **later})
     monkeypatch.setattr(columns, "COLUMNS", {**COLUMNS, "edges": "bytes"})
-    check_columns(COLUMNS, where="shards of before")
-    check_columns({**COLUMNS, "edges": "bytes"}, where="shards of now")
+    schema_of(COLUMNS, where="shards of before")
+    schema_of({**COLUMNS, "edges": "bytes"}, where="shards of now")
     with pytest.raises(ShardError, match="edges is jpeg, not bytes"):
-        check_columns({**COLUMNS, "edges": "jpeg"}, where="shards")
+        schema_of({**COLUMNS, "edges": "jpeg"}, where="shards")
 
 
 def test_pictures_of_one_number_per_pixel_are_stored_over_the_whole_range() -> None:
@@ -239,6 +234,6 @@ def test_pictures_of_one_number_per_pixel_are_stored_over_the_whole_range() -> N
 def test_another_schema_version_is_refused_with_what_to_do() -> None:
     check_schema_version(SCHEMA_VERSION, where="shards")
     with pytest.raises(
-        ShardError, match=rf"version {SCHEMA_VERSION + 1}, this code reads {SCHEMA_VERSION}; run `prepare`"
+        ShardError, match=rf"version {SCHEMA_VERSION + 1}, this code reads 1 to {SCHEMA_VERSION}; run `prepare`"
     ):
         check_schema_version(SCHEMA_VERSION + 1, where="shards")

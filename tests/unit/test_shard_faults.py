@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 from filelock import FileLock
 from support.fault_log import record_fault
+from support.older_shards import older_sample, write_older_shards
 from support.random_shards import edit_index, flip_byte, random_clip, write_random_shards
 
 from dreamdance.data.loading.dataset import StoredClips
-from dreamdance.data.loading.stored_clip import StoredClip
 from dreamdance.data.shards import cache as shard_cache
 from dreamdance.data.shards import verify
+from dreamdance.data.shards.columns import ColumnClip
 from dreamdance.data.shards.mds import StreamingDataset
 from dreamdance.errors import ShardError
 from dreamdance.recipe.sections import Shards
@@ -190,7 +191,11 @@ def test_shared_memory_that_a_killed_run_of_the_library_left_does_not_refuse_the
 
 @pytest.mark.parametrize("how", ["first_use", "hash"])
 @pytest.mark.parametrize("moment", ["before it is compared", "after it is compared"])
-def test_a_damaged_file_that_another_process_removes_first_is_no_error(shards, monkeypatch, moment, how):
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_a_damaged_file_that_another_process_removes_first_is_no_error(tmp_path, monkeypatch, moment, how, compression):
+    """Files of schema 1 are hashed; frames of schema 2 are compared when they are read (`test_track_shards`)."""
+    remote = write_older_shards(tmp_path / "remote", 12, compression=compression)
+    shards = Shards(local=str(tmp_path / "cache"), remote=remote.local)
     list(StoredClips(shards))
     damaged = Path(shards.local) / SECOND
     flip_byte(damaged)
@@ -312,4 +317,4 @@ def test_numbers_of_thousands_of_digits_in_an_index_are_a_clear_error(sound, tmp
 @pytest.mark.parametrize("text", ["9" * 10_000, "[" * 100_000, '{"a":' * 100_000])
 def test_metadata_that_would_crash_readers_are_refused_with_the_clips_name(text):
     with pytest.raises(ShardError, match=r"clip 'clip_0000'.*metadata is not JSON"):
-        StoredClip({**random_clip(0).to_sample(), "metadata": text}, where="sample 0")
+        ColumnClip({**older_sample(random_clip(0)), "metadata": text}, where="sample 0")

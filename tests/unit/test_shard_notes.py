@@ -11,7 +11,8 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from support.random_shards import HEIGHT, WIDTH, edit_index, random_clip, write_random_shards
+from support.older_shards import write_older_shards
+from support.random_shards import HEIGHT, WIDTH, edit_index, random_clip
 
 from dreamdance.data.loading.dataset import ClipDataset, StoredClips
 from dreamdance.data.loading.loader import ClipLoader
@@ -33,7 +34,7 @@ SECOND = "part_00004.shard.00000.mds"
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sound") / "shards"
-    write_random_shards(folder, 12)
+    write_older_shards(folder, 12)
     return folder
 
 
@@ -101,7 +102,7 @@ def test_opening_a_set_reads_none_of_its_shards(folder):
 def test_a_set_of_ten_gigabytes_that_was_noted_starts_after_reading_less_than_a_megabyte(tmp_path):
     """Sparse files: a small clip, and one of 3.4 GB that takes no space on the disk."""
     folder, size = tmp_path / "shards", 3_400_000_000
-    write_random_shards(folder, 3, clips_per_part=1)
+    write_older_shards(folder, 3, clips_per_part=1)
     paths = sorted(folder.glob("*.mds"))
     for path in paths:  # one sample more, which ends where the file does
         content = path.read_bytes()
@@ -232,7 +233,7 @@ def test_many_processes_can_note_one_shard_at_once(folder):
 
 def make_large(folder: Path, num_bytes: int) -> None:
     """Makes a set of one shard that takes a while to hash; its last sample ends in zeros."""
-    write_random_shards(folder, 1)
+    write_older_shards(folder, 1)
     (path,) = folder.glob("*.mds")
     content = path.read_bytes()
     path.write_bytes(content[:8] + num_bytes.to_bytes(4, "little") + content[12:])

@@ -11,18 +11,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
-from itertools import islice
 from pathlib import Path
 
 import pytest
-from support.random_shards import random_clip, random_clips, random_parts, write_random_shards
+from support.random_shards import random_clip, random_clips, random_parts, stored_clip, write_random_shards
 from support.ranks import run_ranks
 
 from dreamdance.data.loading.dataset import StoredClips
 from dreamdance.data.shards.index import read_index
 from dreamdance.data.shards.verify import verify_shards
-from dreamdance.data.writing.shard_writer import ClipRecord, Part, ShardFormat, write_shards
+from dreamdance.data.writing.clip_record import ClipRecord
+from dreamdance.data.writing.shard_writer import Part, ShardFormat, write_shards
 from dreamdance.errors import ShardError
+from dreamdance.modalities import MODALITIES
 from dreamdance.recipe.sections import Shards
 from dreamdance.runs.work_queue import WorkQueue
 from dreamdance.runtime.ranks import Ranks
@@ -239,8 +240,7 @@ def test_both_hashes_are_in_the_index(tmp_path):
     assert set(shard["raw_data"]["hashes"]) == {"sha1", "xxh64"}
 
 
-def test_maps_that_a_clip_lacks_are_stored_as_empty():
-    record = ClipRecord(clip_id="bare", fps=8.0, maps={"rgb": random_clip(0).maps["rgb"]})
-    sample = record.to_sample()
-    assert [sample[name] for name in ("pose", "normal", "depth", "mask", "keypoints")] == [b""] * 5
-    assert list(islice(sample, 1)) == ["schema_version"]
+def test_maps_that_a_clip_lacks_are_not_stored():
+    clip = stored_clip(ClipRecord(clip_id="bare", fps=8.0, maps={"rgb": random_clip(0).maps["rgb"]}))
+    assert [name for name in MODALITIES if clip.has(name)] == ["rgb"]
+    assert clip.keypoints is None

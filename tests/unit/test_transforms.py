@@ -87,6 +87,15 @@ def test_resized_normals_are_unit_vectors_and_a_resized_wall_is_the_wall() -> No
     torch.testing.assert_close(resize_normals(wall, 24, 16), wall[:, :1, :1].expand(3, 24, 16))
 
 
+def test_resized_normals_equal_those_in_double_precision() -> None:
+    encoded = torch.rand(2, 3, 48, 32, generator=torch.Generator().manual_seed(0))
+    vectors = encoded.double() * 2.0 - 1.0
+    vectors = vectors / vectors.pow(2).sum(dim=1, keepdim=True).sqrt()
+    smaller = torch.nn.functional.interpolate(vectors, size=(24, 16), mode="bilinear", antialias=True)
+    expected = (smaller / smaller.pow(2).sum(dim=1, keepdim=True).sqrt() + 1.0) / 2.0
+    torch.testing.assert_close(resize_normals(encoded, 24, 16).double(), expected, rtol=0, atol=1e-6)
+
+
 def test_between_two_walls_lies_the_direction_between_them() -> None:
     left, right = torch.tensor([-0.6, 0.0, 0.8]), torch.tensor([0.6, 0.0, 0.8])
     walls = encode_normals(torch.stack([left, right], dim=-1).reshape(3, 1, 2))

@@ -5,7 +5,9 @@ This module does not use the process group: ranks need no synchronisation, and a
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +19,10 @@ from dreamdance.data.loading.clip_frames import ClipFrames, flip_clip
 from dreamdance.data.loading.order import SampleKey
 from dreamdance.data.loading.stored_clip import StoredClip, Window, draw_window, first_window
 from dreamdance.data.shards import cache as shard_cache
+from dreamdance.data.shards.columns import ColumnClip
 from dreamdance.data.shards.mds import Spanner, Stream, StreamingDataset, World
+from dreamdance.data.shards.range_reads import SampleHead, check_sample, read_extents, read_sample_head
+from dreamdance.data.shards.tracks import Extent, TrackClip
 from dreamdance.data.shards.verify import CheckedShards, open_shards
 from dreamdance.errors import LostWorkerError, ShardError, is_transient
 from dreamdance.media.cropping import centred_crop
@@ -26,6 +31,8 @@ from dreamdance.modalities import ALWAYS_READ, MODALITIES, OPTIONAL, Kind
 from dreamdance.recipe.sections import Shards, Verify
 from dreamdance.runs.files import NUM_ATTEMPTS, retry_transient
 from dreamdance.runtime.ranks import Ranks
+
+_Result = TypeVar("_Result")
 
 logger = logging.getLogger(__name__)
 
@@ -50,17 +57,20 @@ class StoredClips(StreamingDataset):
         verify: Verify = "first_use",
         ranks: Ranks | None = None,
         cache_bytes: int = 0,
+        size: tuple[int, int] | None = None,
         before_shard: Callable[[str], None] | None = None,
     ) -> None:
         """Checks the sizes of the shards; reads no sample yet.
 
         Args:
             shards: the local folder, and the remote folder if there is one.
-            verify: how to check the files now (`verify.verify_shards`). Unless it is `size`, each file is also compared
-                with its hash when it is first opened.
+            verify: how to check the files now (`verify.verify_shards`). Unless it is `size`, each file of schema 1 is
+                also compared with its hash when it is first opened.
             ranks: this process; by default from the environment.
             cache_bytes: size of the cache of decoded clips in each reading process. Clips are never evicted: every
                 epoch reads all clips, so a cache of the latest ones would have few hits.
+            size: the width and height to which the caller brings frames. Of a set that was stored at several sizes,
+                the smallest that is large enough is read; by default the largest.
             before_shard: see `verify.open_shards`.
 
         Raises:
@@ -76,6 +86,7 @@ class StoredClips(StreamingDataset):
         self.spanner = Spanner(self.samples_per_shard)
         self.cache_limit = None
         self._shard_access_times: Any = np.zeros(len(self.shards), np.uint64)  # the base class writes to it
+        self._size = size
         self._cached: dict[int, StoredClip] = {}
         self._cache_left = cache_bytes
 
@@ -104,10 +115,17 @@ class StoredClips(StreamingDataset):
             raise IndexError(f"sample {sample_id} of {self.num_samples}")
         where, read_item = self.describe(sample_id), super().get_item
 
-        def read() -> dict[str, Any]:
-            self._checked.require(self.spanner[sample_id][0])
+        def read(path: Path) -> dict[str, Any]:
             item: dict[str, Any] = read_item(sample_id, retry)
+            if item["schema_version"] != 1:  # shards of schema 1 are compared with their hash
+                check_sample(item, where=where)
             return item
+
+        return self._read_file(sample_id, read)
+
+    def _retried(self, sample_id: int, read: Callable[[], _Result]) -> _Result:
+        """Reads something of a sample; the errors are those of `get_item`."""
+        where = self.describe(sample_id)
 
         def should_retry(error: Exception) -> bool:
             if isinstance(error, LostWorkerError) or not isinstance(error, _DAMAGED):
@@ -123,6 +141,29 @@ class StoredClips(StreamingDataset):
                 raise
             raise ShardError(f"{where} cannot be read: {error}") from error
 
+    def _read_file(self, sample_id: int, read: Callable[[Path], _Result]) -> _Result:
+        """Reads from a sample's file; a damaged file that can be made again is replaced once.
+
+        Args:
+            sample_id: the sample.
+            read: reads from the file and compares what it read with its checksums.
+        """
+        shard_id = self.spanner[sample_id][0]
+        path = self.index.folder / self.index.shards[shard_id].raw.name
+
+        def read_checked() -> _Result:
+            self._checked.require(shard_id)
+            try:
+                return read(path)
+            except ShardError as error:
+                if not self._checked.is_replaceable(shard_id):
+                    raise
+                logger.warning("%s; this process makes the file again", error)
+                self._checked.replace(shard_id)
+                return read(path)
+
+        return self._retried(sample_id, read_checked)
+
     def describe(self, sample_id: int) -> str:
         """The place of a sample, for messages."""
         shard_id, position = self.spanner[sample_id]
@@ -137,12 +178,27 @@ class StoredClips(StreamingDataset):
         cached = self._cached.get(sample_id)
         if cached is not None:
             return cached
-        clip = StoredClip(self[sample_id], where=self.describe(sample_id))
+        clip = StoredClip(self._open(sample_id))
         if clip.decoded_bytes <= self._cache_left:
             clip.decode_all()
             self._cached[sample_id] = clip
             self._cache_left -= clip.decoded_bytes
         return clip
+
+    def _open(self, sample_id: int) -> TrackClip | ColumnClip:
+        """A clip whose head, or whose whole sample in schema 1, was read and checked."""
+        if not 0 <= sample_id < self.num_samples:
+            raise IndexError(f"sample {sample_id} of {self.num_samples}")
+        where = self.describe(sample_id)
+        shard_id, position = self.spanner[sample_id]
+        if self.index.shards[shard_id].schema_version == 1:
+            return ColumnClip(self[sample_id], where=where)
+        head = self._read_file(sample_id, partial(read_sample_head, position=position, where=where))
+        return TrackClip(head.clip, partial(self._read_extents, sample_id, head), size=self._size, where=where)
+
+    def _read_extents(self, sample_id: int, head: SampleHead, extents: Sequence[Extent]) -> list[bytes]:
+        where = f"{self.describe(sample_id)} (clip '{head.clip.clip_id}')"
+        return self._read_file(sample_id, partial(read_extents, head=head, extents=extents, where=where))
 
 
 class ClipDataset(StoredClips):
@@ -157,6 +213,7 @@ class ClipDataset(StoredClips):
         num_frames: int,
         stride: tuple[int, int] = (1, 1),
         flip_probability: float = 0.0,
+        reference_margin: int = 0,
         seed: int = 0,
         maps: Sequence[str] = (),
         verify: Verify = "first_use",
@@ -172,15 +229,24 @@ class ClipDataset(StoredClips):
             num_frames: number of frames in a window.
             stride: smallest and largest distance between the frames of a window.
             flip_probability: probability of mirroring a clip that has key points.
+            reference_margin: see `stored_clip.draw_window`.
             seed: the first part of every sample's key.
             maps: the modalities to read besides rgb and pose; a clip that lacks one of them is an error.
 
         Raises:
             ShardError: shards are missing, damaged, of another format or hostile.
         """
-        super().__init__(shards, verify=verify, ranks=ranks, cache_bytes=cache_bytes, before_shard=before_shard)
+        super().__init__(
+            shards,
+            verify=verify,
+            ranks=ranks,
+            cache_bytes=cache_bytes,
+            size=(width, height),
+            before_shard=before_shard,
+        )
         self.width, self.height, self.num_frames = width, height, num_frames
         self.stride, self.flip_probability, self.seed = stride, flip_probability, seed
+        self.reference_margin = reference_margin
         self.maps = tuple(maps)
 
     def training_sample(self, key: SampleKey) -> ClipSample:
@@ -197,6 +263,7 @@ class ClipDataset(StoredClips):
             num_frames=self.num_frames,
             stride=self.stride,
             flip_probability=self.flip_probability,
+            reference_margin=self.reference_margin,
         )
         return self.cut(clip, window, full_key)
 
@@ -205,9 +272,9 @@ class ClipDataset(StoredClips):
         names = [name for name in MODALITIES if name in ALWAYS_READ or name in self.maps]
         frames = ClipFrames(
             maps={name: pictures_to_tensor(clip.pictures(name, window.frames)) for name in names},
-            keypoints=None if clip.keypoints is None else torch.from_numpy(clip.keypoints[window.frames]),
+            keypoints=torch.from_numpy(clip.keypoints_of(window.frames)) if window.flip else None,
         )
-        reference = pictures_to_tensor(clip.pictures("rgb", [window.reference]))[0]
+        reference = pictures_to_tensor(clip.reference_picture(window.reference))
         if window.flip:
             pose = pictures_to_tensor(clip.mirrored_pose(window.frames))
             frames, reference = flip_clip(frames, drawn_pose=pose), flip_images(reference)
@@ -252,7 +319,8 @@ def fixed_clips(
         share_of: if given, rank r of n ranks gets only the clips r, r + n, ...; that may be none.
 
     Returns:
-        The first window of each clip; the reference is the clip's last frame; the key is (0, 0, number of the clip).
+        The first window of each clip with the reference of `stored_clip.fixed_reference`; the key is (0, 0, number of
+        the clip).
 
     Raises:
         ShardError: shards are missing, damaged or of another format, or a clip is shorter than the window.

@@ -1,118 +1,115 @@
-"""One stored clip: its checked columns, its frames, which are decoded on demand, and the windows cut from it."""
+"""One stored clip: its frames, which are read on demand, and the windows and references chosen from it."""
 
-import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dreamdance.data.shards.columns import (
-    check_schema_version,
-    read_frame_format,
-    unpack_frames,
-    unpack_keypoints,
-)
+from dreamdance.data.shards.columns import ColumnClip
+from dreamdance.data.shards.tracks import Subject, TrackClip
 from dreamdance.errors import ShardError
 from dreamdance.media.keypoints import flip_keypoints
 from dreamdance.media.pose_drawing import draw_pose
-from dreamdance.modalities import MODALITIES
 from dreamdance.runtime.sample_random import sample_generator
 
 
 class StoredClip:
-    """A clip of a shard.
+    """A clip of a shard, of either schema. Frames that are asked for are read and decoded.
 
     Attributes:
-        clip_id, num_frames, width, height, fps, metadata: the values of the columns.
-        keypoints: `(f, 128, 3)` float32, or None.
+        where: the clip's place, for error texts.
+        clip_id, num_frames, fps, metadata: see `writing.shard_parts.ClipRecord`.
+        width, height: the size of its frames: the stored size that serves the reader best.
+        reference_positions, frame_step: see `shards.tracks.ClipHead`; without references the positions are empty.
     """
 
-    def __init__(self, sample: Mapping[str, Any], *, where: str) -> None:
-        """Checks the columns of a sample.
+    def __init__(self, stored: TrackClip | ColumnClip) -> None:
+        """Stores the clip; decodes no frame yet.
 
         Args:
-            sample: the columns as the shard stores them.
-            where: the shard and the sample's place in it, for error texts.
+            stored: the checked clip.
+        """
+        self._stored: TrackClip | ColumnClip = stored
+        self.where, self.clip_id, self.metadata = stored.where, stored.clip_id, stored.metadata
+        self.num_frames, self.fps = stored.num_frames, stored.fps
+        self.width, self.height = stored.width, stored.height
+        self.reference_positions, self.frame_step = stored.reference_positions, stored.frame_step
+        self._decoded: dict[tuple[Subject, str], NDArray[Any]] = {}
+        self._mirrored: dict[int, NDArray[Any]] = {}
+
+    @property
+    def has_keypoints(self) -> bool:
+        """Whether the clip has key points."""
+        return self._stored.has_keypoints()
+
+    @cached_property
+    def keypoints(self) -> NDArray[np.float32] | None:
+        """The key points of all frames, `(f, 128, 3)` float32, or None."""
+        return self._stored.keypoints(range(self.num_frames)) if self.has_keypoints else None
+
+    def keypoints_of(self, indices: Sequence[int]) -> NDArray[np.float32]:
+        """The key points of some frames, `(n, 128, 3)` float32.
 
         Raises:
-            ShardError: a column is damaged, or columns contradict one another.
+            ShardError: the clip has no key points, or they are damaged.
         """
-        check_schema_version(sample["schema_version"], where=where)
-        self.clip_id = str(sample["clip_id"])
-        self.where = f"{where} (clip '{self.clip_id}')"
-        self.num_frames = int(sample["num_frames"])
-        self.width, self.height = int(sample["width"]), int(sample["height"])
-        self.fps = float(sample["fps"])
-        self.metadata = self._parse_metadata(sample["metadata"])
-        if not (math.isfinite(self.fps) and self.fps > 0):
-            raise ShardError(f"{self.where}: the frame rate is {self.fps}; the shard is damaged")
-        self._packed: dict[str, bytes] = {name: sample[name] for name in MODALITIES if sample.get(name)}
-        self._decoded: dict[str, NDArray[Any]] = {}
-        self._mirrored: dict[int, NDArray[Any]] = {}
-        self._decoded_bytes = 0
-        for name, data in self._packed.items():
-            kind = read_frame_format(data, where=f"{self.where}, {name}")
-            if (kind.num_frames, kind.width, kind.height) != (self.num_frames, self.width, self.height):
-                raise ShardError(
-                    f"{self.where}: {name} has {kind.num_frames} frames of {kind.width}x{kind.height}, "
-                    f"but the clip has {self.num_frames} of {self.width}x{self.height}"
-                )
-            self._decoded_bytes += kind.num_frames * math.prod(kind.frame_shape) * kind.dtype.itemsize
-        if "rgb" not in self._packed:
-            raise ShardError(f"{self.where} has no rgb frames; the shard is damaged")
-        packed_keypoints = sample["keypoints"]
-        self.keypoints = unpack_keypoints(packed_keypoints, where=self.where) if packed_keypoints else None
-        if self.keypoints is not None and len(self.keypoints) != self.num_frames:
-            raise ShardError(
-                f"{self.where} has key points for {len(self.keypoints)} frames, but {self.num_frames} frames"
-            )
-
-    def _parse_metadata(self, text: str) -> dict[str, Any]:
-        try:
-            metadata = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ShardError(f"{self.where}: its metadata is not JSON ({error})") from error
-        if not isinstance(metadata, dict):
-            raise ShardError(f"{self.where}: its metadata is not a JSON object")
-        return metadata
+        if not self.has_keypoints:
+            raise ShardError(f"{self.where} has no key points; a pose drawing without key points cannot be mirrored")
+        return self._stored.keypoints(indices)
 
     @property
     def decoded_bytes(self) -> int:
-        """The size of all decoded frames in bytes, including mirrored poses."""
-        mirrored = 0 if self.keypoints is None else self.num_frames * self.width * self.height * 3
-        return self._decoded_bytes + mirrored
+        """The size of all decoded frames in bytes, including references and mirrored poses."""
+        mirrored = self.num_frames * self.width * self.height * 3 if self.has_keypoints else 0
+        return mirrored + sum(self._stored.decoded_bytes(name, subject) for subject, name in self._maps())
 
-    def has(self, column: str) -> bool:
-        """Whether the clip has frames of this column."""
-        return column in self._packed or column in self._decoded
+    def _maps(self) -> list[tuple[Subject, str]]:
+        subjects: tuple[Subject, ...] = ("clip", "references")
+        return [(subject, name) for subject in subjects for name in self._stored.names(subject)]
 
-    def frames(self, column: str, indices: Sequence[int] | None = None) -> NDArray[Any]:
-        """The stored frames of one column, `(n, H, W, 3)`, or `(n, H, W)` for depth and mask.
+    def has(self, column: str, subject: Subject = "clip") -> bool:
+        """Whether the clip, or its references, have frames of this modality."""
+        return column in self._stored.names(subject)
+
+    def frames(self, column: str, indices: Sequence[int] | None = None, *, subject: Subject = "clip") -> NDArray[Any]:
+        """The stored frames of one modality, `(n, H, W, 3)`, or `(n, H, W)` for depth and mask.
+
+        Args:
+            column: the modality.
+            indices: the numbers of the frames, in any order, repeats allowed; None means all.
+            subject: whether to read frames of the clip or its stored references.
 
         Raises:
-            ShardError: the clip has no such column, or the column is damaged.
+            ShardError: there is no such modality, or a frame is damaged.
         """
-        if column in self._decoded:
-            return self._decoded[column] if indices is None else self._decoded[column][list(indices)]
-        if column not in self._packed:
+        if not self.has(column, subject):
             raise ShardError(
-                f"{self.where} has no {column} frames, which this recipe needs; prepare clips with {column} frames, or "
-                f"remove {column} from `model.controls` of stage 2"
+                f"{self.where} has no {column} frames{'' if subject == 'clip' else ' of references'}, which this "
+                f"recipe needs; prepare clips with {column} frames, or remove {column} from `model.controls` of stage 2"
             )
-        return unpack_frames(self._packed[column], indices, where=f"{self.where}, {column}")
+        decoded = self._decoded.get((subject, column))
+        if decoded is not None:
+            return decoded if indices is None else decoded[list(indices)]
+        every = range(self.num_frames if subject == "clip" else len(self.reference_positions))
+        return self._stored.frames(column, every if indices is None else indices, subject)
 
-    def pictures(self, column: str, indices: Sequence[int] | None = None) -> NDArray[Any]:
-        """The stored frames of one column, `(n, H, W, c)`; depth and mask have one channel.
+    def pictures(self, column: str, indices: Sequence[int] | None = None, *, subject: Subject = "clip") -> NDArray[Any]:
+        """The stored frames of one modality, `(n, H, W, c)`; depth and mask have one channel. See `frames`."""
+        frames = self.frames(column, indices, subject=subject)
+        return frames[..., None] if frames.ndim == 3 else frames
+
+    def reference_picture(self, reference: "ReferenceFrame") -> NDArray[np.uint8]:
+        """The picture `(H, W, 3)` of a reference.
 
         Raises:
-            ShardError: the clip has no such column, or the column is damaged.
+            ShardError: the frame is damaged.
         """
-        frames = self.frames(column, indices)
-        return frames[..., None] if frames.ndim == 3 else frames
+        picture: NDArray[np.uint8] = self.frames("rgb", [reference.number], subject=reference.subject)[0]
+        return picture
 
     def mirrored_pose(self, indices: Sequence[int]) -> NDArray[Any]:
         """The poses of the mirrored clip, drawn from its key points, `(n, H, W, 3)` uint8.
@@ -122,21 +119,29 @@ class StoredClip:
         Raises:
             ShardError: the clip has no key points.
         """
-        if self.keypoints is None:
-            raise ShardError(f"{self.where} has no key points; a pose drawing without key points cannot be mirrored")
+        missing = [index for index in dict.fromkeys(indices) if index not in self._mirrored]
+        keypoints = flip_keypoints(self.keypoints_of(missing))
         drawn = {
-            index: draw_pose(flip_keypoints(self.keypoints[index]), width=self.width, height=self.height)
-            for index in indices
-            if index not in self._mirrored
+            index: draw_pose(points, width=self.width, height=self.height)
+            for index, points in zip(missing, keypoints, strict=True)
         }
         if self._decoded:
             self._mirrored.update(drawn)
         return np.stack([drawn[index] if index in drawn else self._mirrored[index] for index in indices])
 
     def decode_all(self) -> None:
-        """Decodes every frame, keeps the result and frees the packed frames."""
-        self._decoded = {name: self.frames(name) for name in [*self._packed, *self._decoded]}
-        self._packed = {}
+        """Decodes every frame and keeps the result."""
+        self._decoded = {(subject, name): self.frames(name, subject=subject) for subject, name in self._maps()}
+        if isinstance(self._stored, ColumnClip):
+            self._stored.drop_packed()
+
+
+@dataclass(frozen=True)
+class ReferenceFrame:
+    """A frame that serves as the reference: of the clip itself, or of the references stored with it."""
+
+    number: int
+    subject: Subject = "clip"
 
 
 @dataclass(frozen=True)
@@ -146,23 +151,30 @@ class Window:
     Attributes:
         frames: frame numbers.
         stride: distance between the frames.
-        reference: frame number of the reference.
+        reference: the frame that serves as the reference.
         flip: whether the clip is mirrored.
     """
 
     frames: list[int]
     stride: int
-    reference: int
+    reference: ReferenceFrame
     flip: bool
 
 
 def draw_window(
-    clip: StoredClip, key: Sequence[int], *, num_frames: int, stride: tuple[int, int], flip_probability: float
+    clip: StoredClip,
+    key: Sequence[int],
+    *,
+    num_frames: int,
+    stride: tuple[int, int],
+    flip_probability: float,
+    reference_margin: int = 0,
 ) -> Window:
     """Draws a training window; the result depends only on the clip and the sample's key.
 
     The stride is drawn from its range, and reduced if the clip is too short for it. Only clips with key points are
-    mirrored: the colours of a drawing distinguish left from right.
+    mirrored: the colours of a drawing distinguish left from right. The reference is any frame of a clip without stored
+    references; else one of those that `far_references` returns.
 
     Args:
         clip: the whole clip.
@@ -170,6 +182,7 @@ def draw_window(
         num_frames: number of frames in the window.
         stride: smallest and largest distance between the frames of the window.
         flip_probability: probability of mirroring, in [0,1].
+        reference_margin: smallest distance of the reference from the window, in frames of the source.
 
     Raises:
         ShardError: the clip has fewer frames than the window.
@@ -179,18 +192,15 @@ def draw_window(
     generator = sample_generator(key, "window")
     chosen = min(_draw(stride[0], stride[1] + 1, generator), longest)
     start = _draw(0, clip.num_frames - (num_frames - 1) * chosen, generator)
-    reference = _draw(0, clip.num_frames, sample_generator(key, "reference"))
+    frames = [start + chosen * frame for frame in range(num_frames)]
+    candidates = far_references(clip, frames, reference_margin)
+    reference = candidates[_draw(0, len(candidates), sample_generator(key, "reference"))]
     flip = torch.rand((), generator=sample_generator(key, "flip")).item() < flip_probability
-    return Window(
-        frames=[start + chosen * frame for frame in range(num_frames)],
-        stride=chosen,
-        reference=reference,
-        flip=flip and clip.keypoints is not None,
-    )
+    return Window(frames=frames, stride=chosen, reference=reference, flip=flip and clip.has_keypoints)
 
 
 def first_window(clip: StoredClip, *, num_frames: int, stride: int = 1) -> Window:
-    """The window for validation: the clip's first frames, and its last frame as the reference.
+    """The window for validation: the clip's first frames, and the reference of `fixed_reference`.
 
     Raises:
         ShardError: the clip has fewer frames than the window.
@@ -198,7 +208,41 @@ def first_window(clip: StoredClip, *, num_frames: int, stride: int = 1) -> Windo
     check_length(clip, num_frames)
     chosen = min(stride, (clip.num_frames - 1) // (num_frames - 1)) if num_frames > 1 else stride
     frames = [chosen * frame for frame in range(num_frames)]
-    return Window(frames=frames, stride=chosen, reference=clip.num_frames - 1, flip=False)
+    return Window(frames=frames, stride=chosen, reference=fixed_reference(clip, frames), flip=False)
+
+
+def far_references(clip: StoredClip, frames: Sequence[int], margin: int) -> list[ReferenceFrame]:
+    """The references that may serve a window of the clip.
+
+    Args:
+        clip: the whole clip.
+        frames: the window's frame numbers.
+        margin: smallest distance of a reference from the window, in frames of the source. If the video is too short
+            for it, it is half of the distance of the farthest reference.
+
+    Returns:
+        The stored references at least that far away; all frames of a clip without stored references.
+    """
+    if not clip.reference_positions:
+        return [ReferenceFrame(number) for number in range(clip.num_frames)]
+    distances = reference_distances(clip, frames)
+    farthest = max(distances)
+    least = margin if farthest >= margin else farthest / 2
+    return [ReferenceFrame(number, "references") for number, far in enumerate(distances) if far >= least]
+
+
+def fixed_reference(clip: StoredClip, frames: Sequence[int]) -> ReferenceFrame:
+    """The reference for validation: the stored one that is farthest from the frames, else the clip's last frame."""
+    if not clip.reference_positions:
+        return ReferenceFrame(clip.num_frames - 1)
+    distances = reference_distances(clip, frames)
+    return ReferenceFrame(distances.index(max(distances)), "references")
+
+
+def reference_distances(clip: StoredClip, frames: Sequence[int]) -> list[int]:
+    """The distance of each stored reference from the span of a window, in frames of the source; 0 inside the span."""
+    first, last = min(frames) * clip.frame_step, max(frames) * clip.frame_step
+    return [max(first - position, position - last, 0) for position in clip.reference_positions]
 
 
 def check_length(clip: StoredClip, num_frames: int) -> None:

@@ -1,28 +1,32 @@
-"""The storage format of clips: shard columns, packed frames, encodings of normals and depth, packed key points.
+"""The columns of both schemas, the packed frames of schema 1, and the encodings of normals, depth and grey maps.
 
-Only this module knows byte layouts (contract C9). Its input may be damaged or hostile: it checks sizes before it
-allocates memory, and it never unpickles anything.
+`tracks` knows the layout of schema 2, which `prepare` writes; schema 1 is only read (contract C9). The input may be
+damaged or hostile: sizes are checked before memory is allocated, and nothing is unpickled.
 """
 
 import io
+import json
+import math
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from dreamdance.data.shards.frame_codecs import MAX_FRAME_PIXELS, FrameFormat, decode_frame
+from dreamdance.data.shards.tracks import MAX_FRAMES, TRACK_COLUMNS, Subject
 from dreamdance.errors import ShardError
 from dreamdance.media.keypoints import NUM_KEYPOINTS
 from dreamdance.modalities import MODALITIES, Modality
 
-SCHEMA_VERSION = 1
+# The schema that this code writes.
+SCHEMA_VERSION = 2
 
-# Column name -> MDS encoding. The columns of modalities hold packed frames: rgb, pose, normal `(H, W, 3)` uint8; depth
-# `(H, W)` uint16; mask `(H, W)` uint8, 0 or 255. Empty bytes mean that the clip lacks the modality; every clip has rgb.
+# Columns of schema 1: column name -> MDS encoding. The columns of modalities hold packed frames: rgb, pose, normal
+# `(H, W, 3)` uint8; depth `(H, W)` uint16; mask `(H, W)` uint8, 0 or 255. Empty bytes mean that the clip lacks the
+# modality; every clip has rgb.
 COLUMNS: dict[str, str] = {
     "schema_version": "int",
     "clip_id": "str",
@@ -35,66 +39,19 @@ COLUMNS: dict[str, str] = {
     "keypoints": "bytes",
 }
 
-# Every shard has a column for each of these modalities. A shard may lack the columns of modalities added later.
+# Every shard of schema 1 has a column for each of these modalities. It may lack the columns of those added later.
 FIRST_MODALITIES = ("rgb", "pose", "normal", "depth", "mask")
-
-MAX_FRAMES = 100_000
-MAX_FRAME_PIXELS = 1 << 26
 
 _MAGIC = b"DDFR"
 _HEADER = struct.Struct("<4sBBHIII")  # magic, bits per value, channels, reserved, height, width, number of frames
 _ENTRY = struct.Struct("<II")  # size of a frame's PNG, its CRC-32
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_LEVEL = 3  # measured on dancers: files of level 9 are 4 % smaller and take 5 times as long
-
-
-@dataclass(frozen=True)
-class FrameFormat:
-    """The header of a packed column: number, size and type of its frames. Reading it decodes no frame."""
-
-    num_frames: int
-    height: int
-    width: int
-    channels: int
-    dtype: np.dtype[Any]
-
-    @property
-    def frame_shape(self) -> tuple[int, ...]:
-        """`(H, W)` for one channel, else `(H, W, channels)`."""
-        return (self.height, self.width) if self.channels == 1 else (self.height, self.width, self.channels)
-
-
-def pack_frames(frames: Sequence[NDArray[Any]]) -> bytes:
-    """Packs frames losslessly, each compressed separately, so that a window of a clip decodes only its own frames.
-
-    Args:
-        frames: arrays of one shape, `(H, W)` or `(H, W, 3)` in the order red, green, blue; uint8 or uint16.
-
-    Raises:
-        ValueError: there are no frames, or their shapes or types differ or are not supported.
-    """
-    frames = [np.asarray(frame) for frame in frames]
-    if not frames:
-        raise ValueError("pack_frames needs at least one frame; an absent modality is stored as empty bytes instead")
-    first = frames[0]
-    if first.dtype not in (np.uint8, np.uint16) or not (first.ndim == 2 or (first.ndim == 3 and first.shape[2] == 3)):
-        raise ValueError(f"frames must be (H, W) or (H, W, 3), uint8 or uint16; got {first.shape} {first.dtype}")
-    for index, frame in enumerate(frames):
-        if frame.shape != first.shape or frame.dtype != first.dtype:
-            raise ValueError(f"frame {index} is {frame.shape} {frame.dtype}, frame 0 is {first.shape} {first.dtype}")
-    payloads = [_encode_png(frame) for frame in frames]
-    height, width = first.shape[:2]
-    channels = 1 if first.ndim == 2 else 3
-    header = _HEADER.pack(_MAGIC, first.dtype.itemsize * 8, channels, 0, height, width, len(frames))
-    table = b"".join(_ENTRY.pack(len(payload), zlib.crc32(payload)) for payload in payloads)
-    return b"".join([header, table, *payloads])
 
 
 def read_frame_format(data: bytes, *, where: str = "packed frames") -> FrameFormat:
     """Reads and checks the header of packed frames.
 
     Args:
-        data: the bytes that `pack_frames` returned.
+        data: a column of a modality.
         where: clip and column, for the error text.
 
     Raises:
@@ -130,7 +87,7 @@ def unpack_frames(data: bytes, indices: Sequence[int] | None = None, *, where: s
     """Decodes the chosen frames and no others.
 
     Args:
-        data: the bytes that `pack_frames` returned.
+        data: a column of a modality.
         indices: the numbers of the frames, in any order, repeats allowed; None means all.
         where: clip and column, for the error text.
 
@@ -156,47 +113,12 @@ def unpack_frames(data: bytes, indices: Sequence[int] | None = None, *, where: s
         payload = data[ends[index] - int(table[index, 0]) : ends[index]]
         if zlib.crc32(payload) != table[index, 1]:
             raise ShardError(f"{where}: frame {index} does not match its checksum; the shard is damaged")
-        frames[row] = _decode_png(payload, kind, where=f"{where}: frame {index}")
+        frames[row] = decode_frame(payload, kind, where=f"{where}: frame {index}")
     return frames
 
 
-def _encode_png(frame: NDArray[Any]) -> bytes:
-    image = frame if frame.ndim == 2 else cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)
-    done, encoded = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, _PNG_LEVEL])
-    if not done:
-        raise ValueError(f"OpenCV could not encode a frame of {frame.shape} {frame.dtype} as PNG")
-    return encoded.tobytes()
-
-
-def _decode_png(payload: bytes, kind: FrameFormat, *, where: str) -> NDArray[Any]:
-    """Compares a PNG's own header with the expected size, then decodes it; so no decompression bomb is inflated."""
-    expected = struct.pack(">II", kind.width, kind.height) + bytes(
-        [kind.dtype.itemsize * 8, 0 if kind.channels == 1 else 2]
-    )
-    if payload[:8] != _PNG_SIGNATURE or payload[16:26] != expected:
-        raise ShardError(
-            f"{where} is not the {kind.width}x{kind.height} PNG that its column's header claims; the shard is damaged"
-        )
-    try:
-        image = cv2.imdecode(np.frombuffer(payload, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
-    except cv2.error as error:
-        raise ShardError(f"{where} cannot be decoded: {error.err}") from error
-    if image is None or image.shape != kind.frame_shape or image.dtype != kind.dtype:
-        raise ShardError(f"{where} cannot be decoded; the shard is damaged")
-    return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
-def pack_keypoints(keypoints: NDArray[Any]) -> bytes:
-    """Returns a clip's key points `(f, 128, 3)` as the bytes of an .npy file of little-endian float32."""
-    keypoints = np.asarray(keypoints, dtype="<f4")
-    _check_keypoint_shape(keypoints.shape, error=ValueError, where="pack_keypoints")
-    buffer = io.BytesIO()
-    np.save(buffer, keypoints, allow_pickle=False)
-    return buffer.getvalue()
-
-
 def unpack_keypoints(data: bytes, *, where: str = "keypoints") -> NDArray[np.float32]:
-    """Reads the bytes of `pack_keypoints`: `(f, 128, 3)` float32, x and y in [0,1] of the frame, confidence in [0,1].
+    """Reads the bytes of an .npy file: `(f, 128, 3)` float32, x and y in [0,1] of the frame, confidence in [0,1].
 
     The function neither allocates memory for a claimed shape before it is checked, nor unpickles anything.
 
@@ -279,8 +201,10 @@ def metric_disparity(disparity: NDArray[Any], depth_range: tuple[float, float]) 
     return low + (high - low) * disparity.astype(np.float64)
 
 
-def check_columns(encodings: Mapping[str, str], *, where: str) -> None:
-    """Refuses an index that does not have our columns; columns of modalities that were added later may be missing.
+def schema_of(encodings: Mapping[str, str], *, where: str) -> int:
+    """Returns the schema version of a shard with these columns; refuses columns that are not ours.
+
+    Columns of modalities that were added to schema 1 later may be missing.
 
     Args:
         encodings: column name -> MDS encoding, as an index.json lists them.
@@ -289,28 +213,135 @@ def check_columns(encodings: Mapping[str, str], *, where: str) -> None:
     Raises:
         ShardError: columns are missing, unknown or of another encoding; the error names them.
     """
-    added_later = set(MODALITIES).difference(FIRST_MODALITIES)
-    wrong = [f"{name} is missing" for name in COLUMNS if name not in encodings and name not in added_later]
-    wrong += [f"{name} is unknown" for name in encodings if name not in COLUMNS]
+    if "clip" in encodings:
+        _compare_columns(
+            encodings, TRACK_COLUMNS, frozenset(), where=f"{where}: the columns are not those of schema version 2"
+        )
+        return 2
+    added_later = frozenset(MODALITIES).difference(FIRST_MODALITIES)
+    _compare_columns(encodings, COLUMNS, added_later, where=f"{where}: the columns are not those of schema version 1")
+    return 1
+
+
+def _compare_columns(
+    encodings: Mapping[str, str], columns: Mapping[str, str], optional: frozenset[str], *, where: str
+) -> None:
+    wrong = [f"{name} is missing" for name in columns if name not in encodings and name not in optional]
+    wrong += [f"{name} is unknown" for name in encodings if name not in columns]
     wrong += [
         f"{name} is {encodings[name]}, not {kind}"
-        for name, kind in COLUMNS.items()
+        for name, kind in columns.items()
         if encodings.get(name, kind) != kind
     ]
     if wrong:
-        raise ShardError(
-            f"{where}: the columns are not those of schema version {SCHEMA_VERSION}, which this code reads: "
-            f"{'; '.join(wrong)}"
-        )
+        raise ShardError(f"{where}, which this code reads: {'; '.join(wrong)}")
 
 
 def check_schema_version(version: int, *, where: str) -> None:
-    """Refuses a clip that was written with another version of the schema.
+    """Refuses a clip that was written with an unknown version of the schema.
 
     Raises:
-        ShardError: the versions differ; the error names both.
+        ShardError: the version is unknown; the error names it.
     """
-    if version != SCHEMA_VERSION:
+    if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
         raise ShardError(
-            f"{where}: the shards have schema version {version}, this code reads {SCHEMA_VERSION}; run `prepare` again"
+            f"{where}: the shards have schema version {version}, this code reads 1 to {SCHEMA_VERSION}; run `prepare` "
+            "again"
         )
+
+
+class ColumnClip:
+    """A clip of schema 1. Its frames are decoded when they are asked for; its columns are in memory."""
+
+    def __init__(self, sample: Mapping[str, Any], *, where: str) -> None:
+        """Checks the columns of a sample.
+
+        Args:
+            sample: the columns as the shard stores them.
+            where: the shard and the sample's place in it, for error texts.
+
+        Raises:
+            ShardError: a column is damaged, or columns contradict one another.
+        """
+        check_schema_version(sample["schema_version"], where=where)
+        self.clip_id = str(sample["clip_id"])
+        self.where = f"{where} (clip '{self.clip_id}')"
+        self.num_frames = int(sample["num_frames"])
+        self.width, self.height = int(sample["width"]), int(sample["height"])
+        self.fps = float(sample["fps"])
+        self.metadata = self._parse_metadata(sample["metadata"])
+        if not (math.isfinite(self.fps) and self.fps > 0):
+            raise ShardError(f"{self.where}: the frame rate is {self.fps}; the shard is damaged")
+        self._packed: dict[str, bytes] = {name: sample[name] for name in MODALITIES if sample.get(name)}
+        self._kinds: dict[str, FrameFormat] = {}
+        for name, data in self._packed.items():
+            kind = self._kinds[name] = read_frame_format(data, where=f"{self.where}, {name}")
+            if (kind.num_frames, kind.width, kind.height) != (self.num_frames, self.width, self.height):
+                raise ShardError(
+                    f"{self.where}: {name} has {kind.num_frames} frames of {kind.width}x{kind.height}, "
+                    f"but the clip has {self.num_frames} of {self.width}x{self.height}"
+                )
+        if "rgb" not in self._packed:
+            raise ShardError(f"{self.where} has no rgb frames; the shard is damaged")
+        packed_keypoints = sample["keypoints"]
+        self._keypoints = unpack_keypoints(packed_keypoints, where=self.where) if packed_keypoints else None
+        if self._keypoints is not None and len(self._keypoints) != self.num_frames:
+            raise ShardError(
+                f"{self.where} has key points for {len(self._keypoints)} frames, but {self.num_frames} frames"
+            )
+
+    def drop_packed(self) -> None:
+        """Frees the packed frames; none can be decoded afterwards."""
+        self._packed = dict.fromkeys(self._packed, b"")
+
+    def _parse_metadata(self, text: str) -> dict[str, Any]:
+        try:
+            metadata = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ShardError(f"{self.where}: its metadata is not JSON ({error})") from error
+        if not isinstance(metadata, dict):
+            raise ShardError(f"{self.where}: its metadata is not a JSON object")
+        return metadata
+
+    @property
+    def reference_positions(self) -> tuple[int, ...]:
+        """Schema 1 stores no references."""
+        return ()
+
+    @property
+    def frame_step(self) -> int:
+        """Schema 1 does not store it."""
+        return 1
+
+    def names(self, subject: Subject = "clip") -> list[str]:
+        """The maps that the clip has."""
+        return list(self._packed) if subject == "clip" else []
+
+    def decoded_bytes(self, name: str, subject: Subject = "clip") -> int:
+        """The size of all decoded frames of a map."""
+        return self._kinds[name].decoded_bytes
+
+    def frames(self, name: str, indices: Sequence[int], subject: Subject = "clip") -> NDArray[Any]:
+        """Checks and decodes frames, `(n, H, W)` or `(n, H, W, 3)`.
+
+        Raises:
+            ShardError: a frame is damaged.
+            KeyError: there is no such map.
+        """
+        if subject == "references":
+            raise KeyError(subject)
+        return unpack_frames(self._packed[name], indices, where=f"{self.where}, {name}")
+
+    def has_keypoints(self, subject: Subject = "clip") -> bool:
+        """Whether there are key points."""
+        return subject == "clip" and self._keypoints is not None
+
+    def keypoints(self, indices: Sequence[int], subject: Subject = "clip") -> NDArray[np.float32]:
+        """The key points of frames, `(n, 128, 3)`.
+
+        Raises:
+            KeyError: there are none.
+        """
+        if subject == "references" or self._keypoints is None:
+            raise KeyError(subject)
+        return self._keypoints[list(indices)]

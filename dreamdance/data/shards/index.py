@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreamdance.data.shards.columns import SCHEMA_VERSION, check_columns, check_schema_version
+from dreamdance.data.shards.columns import SCHEMA_VERSION, check_schema_version, schema_of
 from dreamdance.errors import ShardError
 
 MAX_INDEX_BYTES = 256 << 20
@@ -35,8 +35,9 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard: its MDS file, and its compressed file if the shard is compressed."""
+    """One shard: its schema, its MDS file, and its compressed file if the shard is compressed."""
 
+    schema_version: int
     num_samples: int
     raw: ShardFile
     compressed: ShardFile | None
@@ -124,7 +125,7 @@ def _parse_shard(label: str, content: Any) -> ShardEntry:
         raise ShardError(
             f"{label} has format {shard.get('format')!r} version {shard.get('version')!r}, not 'mds' version 2"
         )
-    _check_columns(label, shard)
+    schema_version = _check_columns(label, shard)
     compression = shard.get("compression")
     if compression is not None and not re.fullmatch(r"zstd(:\d{1,2})?", str(compression)):
         raise ShardError(f"{label} has compression {compression!r}; accepted are none and 'zstd'")
@@ -135,10 +136,11 @@ def _parse_shard(label: str, content: Any) -> ShardEntry:
     elif shard.get("zip_data") is not None:
         raise ShardError(f"{label} has a compressed file ('zip_data') but no compression")
     samples = _integer(f"{label}: the number of samples", shard.get("samples"), 1, MAX_SAMPLES_PER_SHARD)
-    return ShardEntry(num_samples=samples, raw=raw, compressed=compressed)
+    return ShardEntry(schema_version=schema_version, num_samples=samples, raw=raw, compressed=compressed)
 
 
-def _check_columns(label: str, shard: dict[str, Any]) -> None:
+def _check_columns(label: str, shard: dict[str, Any]) -> int:
+    """Returns the schema version that the columns have."""
     names, encodings = shard.get("column_names"), shard.get("column_encodings")
     if not isinstance(names, list) or not isinstance(encodings, list) or len(names) != len(encodings):
         raise ShardError(f"{label} has no readable list of columns")
@@ -146,10 +148,11 @@ def _check_columns(label: str, shard: dict[str, Any]) -> None:
     pickled = sorted(name for name, encoding in found.items() if encoding.startswith("pkl"))
     if pickled:
         raise ShardError(f"{label}: column '{pickled[0]}' is pickled ('pkl') and could run any code; it is refused")
-    check_columns(found, where=label)
+    schema_version = schema_of(found, where=label)
     sizes = [_COLUMN_BYTES.get(encoding) for encoding in found.values()]
     if names != sorted(found) or shard.get("column_sizes") != sizes:
         raise ShardError(f"{label}: order or width of the columns differ from the format")
+    return schema_version
 
 
 def _parse_file(label: str, content: Any, suffix: str) -> ShardFile:

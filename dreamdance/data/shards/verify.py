@@ -2,7 +2,7 @@
 
 The library itself ends an epoch early or hangs on a damaged shard, and never checks shards on the local disk
 (dreamdance/README.md, "The stack"). A start compares only the sizes of the files. The first process that opens a file
-hashes it and writes a note that it matched.
+of schema 1 hashes it and writes a note that it matched; frames of schema 2 have checksums of their own instead.
 """
 
 import logging
@@ -110,7 +110,8 @@ class CheckedShards:
         Args:
             index: the index of the local folder.
             remote: the folder or URL to download from, or None.
-            by_hash: whether to hash files without a note; if false, only sizes and tables of samples are compared.
+            by_hash: whether to hash files of schema 1 without a note; of all others, only sizes and tables of samples
+                are compared, because each frame of schema 2 has a checksum that is compared when it is read.
         """
         self.index, self.remote, self.by_hash = index, remote, by_hash
         self._notes = ShardNotes(index.folder)
@@ -134,12 +135,24 @@ class CheckedShards:
             try:
                 self._sound[number] = self._compare(path, entry)
             except ShardError as error:
-                if self.remote is None and entry.compressed is None:
+                if not self.is_replaceable(number):
                     raise
                 logger.warning("%s; this process makes it again", error)
                 self.fetch(number, damaged=state)
         except FileNotFoundError:
             self.fetch(number)
+
+    def is_replaceable(self, number: int) -> bool:
+        """Whether a damaged MDS file can be downloaded or unpacked again."""
+        return self.remote is not None or self.index.shards[number].compressed is not None
+
+    def replace(self, number: int) -> None:
+        """Downloads or unpacks again a shard's MDS file in which a damaged frame was found.
+
+        Raises:
+            ShardError: the file that it would be made from is missing or damaged.
+        """
+        self.fetch(number, damaged=self._sound.get(number))
 
     def fetch(self, number: int, *, damaged: FileStamp | None = None) -> None:
         """Downloads, unpacks and compares a shard's MDS file, unless another process has done so.
@@ -156,7 +169,7 @@ class CheckedShards:
 
     def _compare(self, path: Path, entry: ShardEntry) -> FileStamp:
         state = compare_file(path, entry, entry.raw, by_hash=False)
-        if self.by_hash and not self._notes.has(entry.raw, state):
+        if self.by_hash and entry.schema_version == 1 and not self._notes.has(entry.raw, state):
             with self._notes.hashing(entry.raw, state):
                 if not self._notes.has(entry.raw, state):
                     state = compare_file(path, entry, entry.raw, by_hash=True)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dreamdance.data.shards.columns import encode_disparity, encode_normal
-from dreamdance.data.writing.shard_parts import ClipRecord
+from dreamdance.data.writing.clip_record import ClipRecord
 from dreamdance.errors import MissingInputError
 from dreamdance.media.keypoints import NUM_KEYPOINTS
 from dreamdance.media.pose_drawing import draw_poses

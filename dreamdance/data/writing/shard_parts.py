@@ -13,18 +13,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from dreamdance.data.shards.columns import COLUMNS, SCHEMA_VERSION, pack_frames, pack_keypoints
+from dreamdance.data.shards.frame_codecs import Codec
 from dreamdance.data.shards.mds import INDEX_FILE, MDSWriter
+from dreamdance.data.shards.tracks import TRACK_COLUMNS
+from dreamdance.data.writing.clip_record import RGB_QUALITY, ClipRecord
 from dreamdance.errors import LostWorkerError, ShardError, UserError, is_transient
-from dreamdance.modalities import MODALITIES
 from dreamdance.runs.file_states import FileState, read_state
 from dreamdance.runs.files import replace_atomically
 from dreamdance.runs.work_queue import WorkQueue
@@ -39,42 +37,6 @@ HEARTBEAT_SECONDS = 0.5  # shortest time between two heartbeats of a part
 HEARTBEAT_CHECK_SECONDS = 5.0
 
 OnError = Literal["stop", "skip"]
-
-
-@dataclass(frozen=True)
-class ClipRecord:
-    """A clip to store.
-
-    Attributes:
-        clip_id: name of the clip, unique in its set.
-        fps: frames per second.
-        maps: frames by modality, in the encodings of `data.shards.columns`: rgb, pose, normal `(f, H, W, 3)` uint8;
-            depth `(f, H, W)` uint16; mask `(f, H, W)` uint8, 255 on the body. rgb is required.
-        keypoints: `(f, 128, 3)` float32.
-        metadata: any further information, JSON-able.
-    """
-
-    clip_id: str
-    fps: float
-    maps: Mapping[str, NDArray[Any]]
-    keypoints: NDArray[np.float32] | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-    def to_sample(self) -> dict[str, Any]:
-        """The clip as the columns of a shard."""
-        num_frames, height, width = self.maps["rgb"].shape[:3]
-        sample: dict[str, Any] = {
-            "schema_version": SCHEMA_VERSION,
-            "clip_id": self.clip_id,
-            "num_frames": num_frames,
-            "width": width,
-            "height": height,
-            "fps": float(self.fps),
-            "metadata": json.dumps(self.metadata, sort_keys=True),
-            "keypoints": b"" if self.keypoints is None else pack_keypoints(self.keypoints),
-        }
-        maps = {name: pack_frames(list(self.maps[name])) if name in self.maps else b"" for name in MODALITIES}
-        return {**sample, **maps}
 
 
 @dataclass(frozen=True)
@@ -133,10 +95,34 @@ def same_files(one: Mapping[str, str | None], other: Mapping[str, str | None]) -
 
 @dataclass(frozen=True)
 class ShardFormat:
-    """Size and compression of the files of a folder."""
+    """Size and compression of the files of a folder, and the form of the frames in them.
+
+    Attributes:
+        shard_size_mib: largest size of a file before compression.
+        compression: of whole files. PNG, JPEG and WebP do not compress further.
+        rgb_format, rgb_quality, smaller_sizes: see `ClipRecord.to_sample`.
+    """
 
     shard_size_mib: int = 64
-    compression: Literal["none", "zstd"] = "zstd"
+    compression: Literal["none", "zstd"] = "none"
+    rgb_format: Codec = "png"
+    rgb_quality: int = RGB_QUALITY
+    smaller_sizes: tuple[tuple[int, int], ...] = ()
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the content of the frames, without what has always been so (JSON-able)."""
+        settings: dict[str, Any] = {"compression": self.compression}
+        if self.rgb_format != "png":
+            settings |= {"rgb_format": self.rgb_format, "rgb_quality": self.rgb_quality}
+        if self.smaller_sizes:
+            settings["smaller_sizes"] = [list(size) for size in self.smaller_sizes]
+        return settings
+
+    def to_sample(self, record: ClipRecord) -> dict[str, Any]:
+        """A clip as the columns of a shard."""
+        return record.to_sample(
+            rgb_format=self.rgb_format, rgb_quality=self.rgb_quality, smaller_sizes=self.smaller_sizes
+        )
 
 
 def part_folder(folder: Path, part: Part) -> Path:
@@ -262,7 +248,7 @@ def _write_clips(
 ) -> str | None:
     """Writes a part's clips; returns the damage of its source, or None."""
     writer = MDSWriter(
-        columns=COLUMNS,
+        columns=TRACK_COLUMNS,
         out=str(incoming),
         compression=None if shard_format.compression == "none" else shard_format.compression,
         hashes=HASHES,
@@ -274,7 +260,7 @@ def _write_clips(
             if record is None:
                 beat()
                 continue
-            writer.write(record.to_sample())
+            writer.write(shard_format.to_sample(record))
             os.utime(incoming)  # the heartbeat that the parent process watches
             on_clip()
     except UserError as error:

@@ -19,10 +19,10 @@ from typing import Any
 from dreamdance.data.shards.columns import SCHEMA_VERSION
 from dreamdance.data.shards.index import DETAILS_KEY, read_index
 from dreamdance.data.shards.mds import INDEX_FILE
+from dreamdance.data.writing.clip_record import ClipRecord
 from dreamdance.data.writing.shard_parts import (
     HASHES,
     PARTS_FOLDER,
-    ClipRecord,
     OnError,
     Part,
     PartNote,
@@ -96,7 +96,7 @@ class ShardFolder:
         """
         self.folder, self.parts, self._queue = folder, parts, queue
         self.shard_format, self.on_error = shard_format, on_error
-        whole = {**settings, "compression": shard_format.compression, "hashes": HASHES}
+        whole = {**settings, **shard_format.settings(), "hashes": HASHES}
         self._settings: dict[str, Any] = json.loads(json.dumps(whole))
         self.is_complete = (folder / INDEX_FILE).exists()
         self._sources: dict[str, dict[str, Any]] = {}

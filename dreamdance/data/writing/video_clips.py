@@ -5,7 +5,7 @@ All videos of a clip are cut at the same times, cropped to the same region and r
 
 import logging
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from dreamdance.data.shards.columns import encode_grey
-from dreamdance.data.writing.shard_parts import ClipRecord
+from dreamdance.data.writing.clip_record import ClipRecord, References, spread_over
 from dreamdance.data.writing.video_opening import open_videos
 from dreamdance.errors import MissingInputError
 from dreamdance.media.cropping import Crop, centred_crop
@@ -101,22 +101,32 @@ class VideoPart:
             )
             return
         part = yield from self._find_crop(rgb)
+        span = split_span(len(frames), self.split, self.source)
+        chosen = [span.start + index for index in spread_over(len(span), self.source.references)]
+        references = self._read_all(videos, [frames[index] for index in chosen], part) if chosen else {}
         for number, (first, piece) in enumerate(pieces):
-            times = rgb.times(piece)
-            pictures = {
-                name: self._read(name, video, piece if video is rgb else video.frames_at(times), part)
-                for name, video in videos.items()
-            }
+            step, start = self.source.frame_stride, span.start + number * self.source.clip_frames
             yield ClipRecord(
                 clip_id=f"{self.clip_id}.{self.split}.{number:04d}",
                 fps=rgb.fps / self.source.frame_stride,
-                maps=pictures,
+                maps=self._read_all(videos, piece, part),
+                references=References([step * (index - start) for index in chosen], references) if chosen else None,
+                frame_step=step,
                 metadata={
                     "source": f"{self.name}.rgb.mp4",
                     "first_frame": first,
                     "crop": [part.left, part.top, part.width, part.height],
                 },
             )
+
+    def _read_all(self, videos: Mapping[str, VideoInfo], frames: list[int], part: Crop) -> dict[str, NDArray[Any]]:
+        """Reads frames of the pictures, and those of all other videos at the same times."""
+        rgb = videos["rgb"]
+        times = rgb.times(frames)
+        return {
+            name: self._read(name, video, frames if video is rgb else video.frames_at(times), part)
+            for name, video in videos.items()
+        }
 
     def _find_crop(self, rgb: VideoInfo) -> Generator[None, None, Crop]:
         """Finds the kept part of the frame: the recipe's crop or the area without black bars, cut to the aspect."""
@@ -161,8 +171,15 @@ def split_frames(frames: list[int], split: Split, source: VideosSource) -> list[
     Returns:
         For each clip (number of its first frame in the video, numbers of its frames).
     """
-    if source.split_by == "time":
-        boundary = len(frames) - round(source.validation_fraction * len(frames))
-        frames = frames[:boundary] if split == "train" else frames[boundary:]
+    span = split_span(len(frames), split, source)
+    frames = frames[span.start : span.stop]
     pieces = [frames[start : start + source.clip_frames] for start in range(0, len(frames), source.clip_frames)]
     return [(piece[0], piece) for piece in pieces if len(piece) >= source.min_clip_frames]
+
+
+def split_span(num_frames: int, split: Split, source: VideosSource) -> range:
+    """The part of a video's frames that belongs to a split; see `split_frames`."""
+    if source.split_by != "time":
+        return range(num_frames)
+    boundary = num_frames - round(source.validation_fraction * num_frames)
+    return range(boundary) if split == "train" else range(boundary, num_frames)
