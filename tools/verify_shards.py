@@ -11,6 +11,7 @@ import argparse
 import sys
 
 from dreamdance.data.loading.dataset import StoredClips
+from dreamdance.data.shards.tracks import SUBJECTS
 from dreamdance.errors import UserError
 from dreamdance.modalities import MODALITIES
 from dreamdance.recipe.sections import Shards
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def decode_all(clips: StoredClips) -> int:
-    """Decodes every frame of every clip; returns the number of frames.
+    """Decodes every frame of every clip, and of its references, at the largest size; returns the number of frames.
 
     Raises:
         ShardError: a clip cannot be decoded; the error names it.
@@ -45,9 +46,10 @@ def decode_all(clips: StoredClips) -> int:
     num_frames = 0
     for number in range(len(clips)):
         clip = clips.clip(number)
-        for column in MODALITIES:
-            if clip.has(column):
-                clip.frames(column)
+        for subject in SUBJECTS:
+            for column in MODALITIES:
+                if clip.has(column, subject):
+                    clip.frames(column, subject=subject)
         num_frames += clip.num_frames
     return num_frames
 

@@ -24,7 +24,7 @@ EXAMPLES_FOLDER = "examples"
 def write_examples(output: Path, *, before_clip: Callable[[str], None]) -> int:
     """Writes the reference and the poses of each validation clip, then the manifest. Without clips it is empty.
 
-    The reference is that of `data.loading.stored_clip.fixed_reference` for the whole clip.
+    The reference is that of `data.loading.stored_clip.fixed_reference`, which validation uses too.
 
     Args:
         output: the folder that contains `validation`.
@@ -50,12 +50,11 @@ def write_examples(output: Path, *, before_clip: Callable[[str], None]) -> int:
 def _write_example(clip: StoredClip, number: int, output: Path) -> dict[str, str | int | float]:
     """Writes the reference and the poses of a clip; returns its entry in the manifest.
 
-    The reference is not among the clip's frames if it comes from another part of the video; then the evaluation need
-    not leave it out.
+    A reference that is stored beside the clip has no number in the clip; the evaluation finds it by itself.
     """
     folder = Path(EXAMPLES_FOLDER) / clip.clip_id
     (output / folder).mkdir(parents=True, exist_ok=True)
-    reference = fixed_reference(clip, range(clip.num_frames))
+    reference = fixed_reference(clip)
     Image.fromarray(clip.reference_picture(reference)).save(output / folder / "reference.png")
     return {
         "id": clip.clip_id,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dreamdance.data.loading.stored_clip import ReferenceFrame, StoredClip, fixed_reference
+from dreamdance.data.loading.stored_clip import ReferenceFrame, StoredClip, fixed_reference, own_frame
 from dreamdance.errors import MissingInputError
 from dreamdance.evaluation.clips import (
     Prediction,
@@ -173,15 +173,17 @@ def evaluate_clip(result: Result, clip: StoredClip, training_mean: TrainingMean 
     Raises:
         ResultError: no frame of the result can be compared.
     """
-    chosen = fixed_reference(clip, range(clip.num_frames))
+    chosen = fixed_reference(clip)
     if result.reference_frame is not None:
         chosen = ReferenceFrame(result.reference_frame)
     elif chosen.subject == "clip":
         logger.warning("result '%s' does not name its reference frame: the last frame is assumed", result.id)
-    pairs = pair_frames(result, num_frames=clip.num_frames, fps=clip.fps)
-    if chosen.subject == "clip":
-        pairs = [(frame, true_frame) for frame, true_frame in pairs if true_frame != chosen.number]
-    if not pairs or chosen.number >= (clip.num_frames if chosen.subject == "clip" else len(clip.reference_positions)):
+    if chosen.subject == "clip" and chosen.number >= clip.num_frames:
+        pairs = []
+    else:
+        pairs = pair_frames(result, num_frames=clip.num_frames, fps=clip.fps)
+        pairs = [(frame, true_frame) for frame, true_frame in pairs if true_frame != own_frame(clip, chosen)]
+    if not pairs:
         raise ResultError(
             f"result '{result.id}' has {result.num_frames} frames at {result.fps:g} per second and frame "
             f"{chosen.number} as its reference; its clip has {clip.num_frames} frames at {clip.fps:g}: no frame can "

@@ -36,9 +36,11 @@ def damage_video(path: Path, *, packet: int = 12) -> None:
 
 
 def videos_recipe(output: Path, folder: Path, *, num_workers: int = 1, **changes: Any) -> PrepareRecipe:
-    """A recipe that cuts a folder's videos into clips of 8 frames."""
+    """A recipe that cuts a folder's videos into clips of 8 frames; PNG shows whether pictures are the right ones."""
     source = VideosSource(**{"folder": str(folder), "clip_frames": 8, "min_clip_frames": 4, **changes})
-    return PrepareRecipe(name="p", task="prepare", output=str(output), videos=source, num_workers=num_workers)
+    return PrepareRecipe(
+        name="p", task="prepare", output=str(output), videos=source, num_workers=num_workers, rgb_format="png"
+    )
 
 
 def stored_clips(output: Path, split: str) -> list[StoredClip]:

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.random_shards import write_random_shards
 from support.video_folders import stored_clips, videos_recipe, write_videos
 
 from dreamdance.dancers.render import HELD_OUT_SEEDS, TRAINING_SEEDS, render_clip
 from dreamdance.data.loading.dataset import fixed_clips
-from dreamdance.data.prepare import prepare
+from dreamdance.data.prepare import choose_format, prepare
 from dreamdance.data.shards.columns import FIRST_MODALITIES, metric_disparity
 from dreamdance.data.writing.annotate import annotate_clip, load_annotator
 from dreamdance.data.writing.dancer_clips import render_record
@@ -112,6 +113,20 @@ def test_dancers_that_lack_a_map_added_since_are_refused_by_name(dancers, tmp_pa
     with pytest.raises(ShardError, match=r"added_maps was None, is \['legs'\]\. Set another `output`"):
         prepare(dancers_recipe(dancers), tmp_path / "run")
     assert (dancers / "train" / "index.json").read_bytes() == index
+
+
+def test_pictures_of_videos_are_stored_as_jpeg_and_those_of_dancers_without_loss(tmp_path):
+    videos = videos_recipe(tmp_path / "data", tmp_path).model_copy(update={"rgb_format": None})
+    dancers = dancers_recipe(tmp_path / "data")
+    assert [choose_format(recipe).rgb_format for recipe in (videos, dancers)] == ["jpeg", "png"]
+    assert choose_format(videos).compression == "none"
+
+
+def test_an_existing_output_keeps_its_compression_unless_the_recipe_sets_another(tmp_path):
+    recipe = dancers_recipe(tmp_path / "data")
+    write_random_shards(tmp_path / "data" / "train", 4, compression="zstd")
+    assert choose_format(recipe).compression == "zstd"
+    assert choose_format(recipe.model_copy(update={"compression": "none"})).compression == "none"
 
 
 def test_progress_is_reported(dancers):

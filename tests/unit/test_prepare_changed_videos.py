@@ -120,7 +120,7 @@ def test_videos_without_noted_times_are_compared_by_their_content(folder):
 
 
 @pytest.mark.parametrize(
-    "removed", ["train", "train/index.json", "train/a-*.zstd", "validation/b-*.zstd", "manifest.jsonl", "examples/a.*"]
+    "removed", ["train", "train/index.json", "train/a-*.mds", "validation/b-*.mds", "manifest.jsonl", "examples/a.*"]
 )
 def test_removed_parts_of_the_output_are_written_again(folder, removed):
     before = files(folder / "data")
@@ -133,7 +133,7 @@ def test_removed_parts_of_the_output_are_written_again(folder, removed):
 
 
 def test_a_truncated_shard_is_written_again(folder):
-    (path,) = Path("data/train").glob("a-*.zstd")
+    (path,) = Path("data/train").glob("a-*.mds")
     before = path.read_bytes()
     path.write_bytes(before[:-1])
     prepare(recipe_of(), Path("run"))

@@ -14,7 +14,7 @@ from support.random_shards import HEIGHT, WIDTH, flip_byte, random_clip, stored_
 
 from dreamdance.data.loading.dataset import ClipDataset, StoredClips, fixed_clips
 from dreamdance.data.loading.order import SampleKey
-from dreamdance.data.loading.stored_clip import ReferenceFrame, draw_window, far_references, fixed_reference
+from dreamdance.data.loading.stored_clip import ReferenceFrame, draw_window, far_references, fixed_reference, own_frame
 from dreamdance.data.shards.frame_codecs import decode_frame, encode_frame, frame_format
 from dreamdance.data.shards.range_reads import read_sample_head
 from dreamdance.data.shards.tracks import ClipHead, TrackWriter, choose_size, read_head
@@ -254,8 +254,16 @@ def test_references_of_a_video_too_short_for_the_margin_are_the_farther_ones():
 
 def test_validation_takes_the_farthest_reference():
     clip = clip_of_a_video(128)
-    assert fixed_reference(clip, range(64)) == ReferenceFrame(11, "references")
-    assert fixed_reference(clip_of_a_video(290), [0, 1]) == ReferenceFrame(0, "references")
+    assert fixed_reference(clip) == ReferenceFrame(11, "references")
+    assert fixed_reference(clip_of_a_video(290)) == ReferenceFrame(0, "references")
+    assert own_frame(clip, ReferenceFrame(11, "references")) is None
+    assert own_frame(clip, ReferenceFrame(7)) == 7
+
+
+def test_the_reference_of_a_video_that_is_its_own_clip_is_the_latest_and_a_frame_of_the_clip():
+    clip = clip_of_a_video(0, num_frames=24, video_frames=24, step=2)
+    assert fixed_reference(clip) == ReferenceFrame(11, "references")
+    assert own_frame(clip, fixed_reference(clip)) == 23
 
 
 def test_fixed_clips_show_the_stored_reference(tmp_path):

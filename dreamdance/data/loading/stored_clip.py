@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from dreamdance.data.shards.columns import ColumnClip
-from dreamdance.data.shards.tracks import Subject, TrackClip
+from dreamdance.data.shards.tracks import SUBJECTS, Subject, TrackClip
 from dreamdance.errors import ShardError
 from dreamdance.media.keypoints import flip_keypoints
 from dreamdance.media.pose_drawing import draw_pose
@@ -68,8 +68,7 @@ class StoredClip:
         return mirrored + sum(self._stored.decoded_bytes(name, subject) for subject, name in self._maps())
 
     def _maps(self) -> list[tuple[Subject, str]]:
-        subjects: tuple[Subject, ...] = ("clip", "references")
-        return [(subject, name) for subject in subjects for name in self._stored.names(subject)]
+        return [(subject, name) for subject in SUBJECTS for name in self._stored.names(subject)]
 
     def has(self, column: str, subject: Subject = "clip") -> bool:
         """Whether the clip, or its references, have frames of this modality."""
@@ -208,7 +207,7 @@ def first_window(clip: StoredClip, *, num_frames: int, stride: int = 1) -> Windo
     check_length(clip, num_frames)
     chosen = min(stride, (clip.num_frames - 1) // (num_frames - 1)) if num_frames > 1 else stride
     frames = [chosen * frame for frame in range(num_frames)]
-    return Window(frames=frames, stride=chosen, reference=fixed_reference(clip, frames), flip=False)
+    return Window(frames=frames, stride=chosen, reference=fixed_reference(clip), flip=False)
 
 
 def far_references(clip: StoredClip, frames: Sequence[int], margin: int) -> list[ReferenceFrame]:
@@ -231,12 +230,24 @@ def far_references(clip: StoredClip, frames: Sequence[int], margin: int) -> list
     return [ReferenceFrame(number, "references") for number, far in enumerate(distances) if far >= least]
 
 
-def fixed_reference(clip: StoredClip, frames: Sequence[int]) -> ReferenceFrame:
-    """The reference for validation: the stored one that is farthest from the frames, else the clip's last frame."""
+def fixed_reference(clip: StoredClip) -> ReferenceFrame:
+    """The reference for validation and examples: the stored one farthest from the clip, else the clip's last frame.
+
+    Of equally far ones, such as those of a video that is no longer than the clip, it is the latest.
+    """
     if not clip.reference_positions:
         return ReferenceFrame(clip.num_frames - 1)
-    distances = reference_distances(clip, frames)
-    return ReferenceFrame(distances.index(max(distances)), "references")
+    distances = reference_distances(clip, range(clip.num_frames))
+    _, _, number = max(zip(distances, clip.reference_positions, range(len(distances)), strict=True))
+    return ReferenceFrame(number, "references")
+
+
+def own_frame(clip: StoredClip, reference: ReferenceFrame) -> int | None:
+    """The number of the clip's frame that shows the same picture as a reference; None if no frame does."""
+    if reference.subject == "clip":
+        return reference.number
+    number, rest = divmod(clip.reference_positions[reference.number], clip.frame_step)
+    return number if rest == 0 and 0 <= number < clip.num_frames else None
 
 
 def reference_distances(clip: StoredClip, frames: Sequence[int]) -> list[int]:

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ MAX_HEAD_BYTES = 32 << 20
 KEYPOINTS = "keypoints"
 
 Subject = Literal["clip", "references"]
+SUBJECTS: tuple[Subject, ...] = get_args(Subject)
 # Reads byte ranges of the column `frames` and checks each against its CRC-32.
 ReadExtents = Callable[[Sequence["Extent"]], list[bytes]]
 
