@@ -146,7 +146,7 @@ def test_a_training_starts_though_its_verification_takes_longer_than_a_collectiv
 
 
 def test_a_training_ends_with_the_name_of_a_shard_that_was_damaged_before_it_was_ever_opened(shards, tmp_path):
-    """By default each shard is checked when it is first opened, here in a process that reads data."""
+    """By default each head and frame is checked when it is read, here in a process that reads data."""
     write_random_shards(tmp_path / "shards" / "train", 12, width=16, height=24)
     damaged = tmp_path / "shards" / "train" / "part_00004.shard.00000.mds"
     content = damaged.read_bytes()
@@ -157,5 +157,5 @@ def test_a_training_ends_with_the_name_of_a_shard_that_was_damaged_before_it_was
     run = tmp_path / "run"
     codes = start_and_wait(recipe, run)
     assert all(codes), codes
-    error = f"ShardError: shard {damaged} is damaged: its sha1 differs from the index"
+    error = f"ShardError: sample 1 of shard {damaged}: the head does not match its checksum"
     assert any(error in output(run, rank) for rank in (0, 1)), output(run)
