@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from support.networks import REQUIRED
 
 OPSET, IR_VERSION = 17, 9
