@@ -148,14 +148,64 @@ class Body:
 HEAD = 0
 
 
+@dataclass(frozen=True)
+class Girths:
+    """How thick a dressed body is: radii in metres.
+
+    Attributes:
+        hips, waist, chest: half the width of the trunk there.
+        trunk_depth: depth of the trunk as a share of its width.
+        yoke: of the shoulders' upper edge.
+        neck: of the neck.
+        arm: at shoulder, elbow and wrist.
+        leg: at hip, knee and ankle.
+        cuff: where the shin's shape, or a trouser leg, ends at the ankle.
+        finger: of a finger.
+    """
+
+    hips: float
+    waist: float
+    chest: float
+    trunk_depth: float
+    yoke: float
+    neck: float
+    arm: tuple[float, float, float]
+    leg: tuple[float, float, float]
+    cuff: float
+    finger: float
+
+
+def find_girths(identity: Identity) -> Girths:
+    """The girths of a drawn person."""
+    size, girth = identity.body, identity.body.girth
+    hips = size.hip_width + 0.068 * girth
+    chest = size.shoulder_width * 0.80
+    sleeve = identity.flare if identity.sleeves > 1 else 1.0
+    trouser = identity.flare if identity.trousers > 1 else 1.0
+    ankle = 0.038 * girth
+    return Girths(
+        hips=hips,
+        waist=0.5 * (hips + chest) * 0.86,
+        chest=chest,
+        trunk_depth=0.70 * girth / (0.5 + 0.5 * girth),
+        yoke=0.060 * girth,
+        neck=0.055 * girth,
+        arm=(0.057 * girth, 0.042 * girth * sleeve, 0.030 * girth * sleeve),
+        leg=(0.088 * girth, 0.058 * girth * trouser, ankle),
+        cuff=ankle * (trouser**2 if identity.trousers >= 2 else 1.0),
+        finger=FINGER_RADIUS * size.hand * (0.6 + 0.4 * girth),
+    )
+
+
 def build_body(identity: Identity, skeleton: Skeleton) -> Body:
     """Surrounds a skeleton with shapes, in every frame, in world space."""
     body = Body(ShapeList(len(skeleton.pelvis)), Skins())
-    _add_head(body, identity, skeleton)
-    _add_trunk(body, identity, skeleton)
+    girths = find_girths(identity)
+    add_head(body, identity, skeleton, girths)
+    add_trunk(body, identity, skeleton, girths)
     for side in (0, 1):
-        _add_arm(body, identity, skeleton, side)
-        _add_leg(body, identity, skeleton, side)
+        add_arm(body, identity, skeleton, girths, side)
+        add_leg(body, identity, skeleton, girths, side)
     if identity.skirt:
         _add_skirt(body, identity, skeleton)
     return body
@@ -185,7 +235,8 @@ def _add_limb(
             body.shapes.add_sphere(skin, point, radius, stretch=stretch)
 
 
-def _add_head(body: Body, identity: Identity, skeleton: Skeleton) -> None:
+def add_head(body: Body, identity: Identity, skeleton: Skeleton, girths: Girths) -> None:
+    """Adds head, hair and neck."""
     size, frame, centre = identity.body.head, skeleton.head_frame, skeleton.head
 
     def at(point: _Array | tuple[float, float, float]) -> _Array:
@@ -203,7 +254,7 @@ def _add_head(body: Body, identity: Identity, skeleton: Skeleton) -> None:
         body.shapes.add_ellipsoid(plain, at(EAR * (side, 1.0, 1.0)), scaled((0.012, 0.026, 0.016)))
     _add_hair(body, identity, skeleton)
     neck_end = at((0.0, -0.05, -0.012))
-    radius = 0.055 * identity.body.girth
+    radius = girths.neck
     neck = body.skins.add(skeleton.neck, skeleton.chest_frame, radius, SKIN)
     _add_limb(body, neck, skeleton.neck, neck_end, (radius * 1.12, radius * 0.94), closed=(True, False))
 
@@ -235,12 +286,10 @@ def _add_hair(body: Body, identity: Identity, skeleton: Skeleton) -> None:
         body.shapes.add_ellipsoid(hair, at(0.0, 0.055, 0.090), frame * (np.array([0.062, 0.007, 0.062]) * size))
 
 
-def _add_trunk(body: Body, identity: Identity, skeleton: Skeleton) -> None:
-    size, girth = identity.body, identity.body.girth
-    hips = (size.hip_width + 0.068 * girth) / 1.0
-    chest = size.shoulder_width * 0.80
-    waist = 0.5 * (hips + chest) * 0.86
-    depth = 0.70 * girth / (0.5 + 0.5 * girth)
+def add_trunk(body: Body, identity: Identity, skeleton: Skeleton, girths: Girths) -> None:
+    """Adds the trunk from the hips to the shoulders."""
+    size, depth = identity.body, girths.trunk_depth
+    hips, waist, chest = girths.hips, girths.waist, girths.chest
     low = skeleton.pelvis
     lower = limb_frame(low, skeleton.waist, skeleton.pelvis_frame[:, :, 2])
     hem = identity.hem * size.spine
@@ -255,48 +304,45 @@ def _add_trunk(body: Body, identity: Identity, skeleton: Skeleton) -> None:
     )
     stretch = _stretch(skeleton.chest_frame, (1.0, 1.0, depth))
     _add_limb(body, trunk, skeleton.waist, skeleton.chest, (waist, chest), stretch=stretch, closed=(True, True))
-    yoke = 0.060 * girth
+    yoke = girths.yoke
     for shoulder in skeleton.shoulders:
         inner = skeleton.neck + 0.30 * (shoulder - skeleton.neck)
         _add_limb(body, trunk, inner, shoulder, (yoke * 1.08, yoke), closed=(True, False))
         _add_limb(body, trunk, skeleton.chest, shoulder, (chest, yoke), stretch=stretch, closed=(False, True))
 
 
-def _add_arm(body: Body, identity: Identity, skeleton: Skeleton, side: int) -> None:
-    size, girth = identity.body, identity.body.girth
+def add_arm(body: Body, identity: Identity, skeleton: Skeleton, girths: Girths, side: int) -> None:
+    """Adds an arm with its hand; side 0 is the left."""
+    size, radii = identity.body, girths.arm
     shoulder, elbow, wrist = skeleton.shoulders[side], skeleton.elbows[side], skeleton.wrists[side]
     forward = skeleton.chest_frame[:, :, 2]
-    flare = identity.flare if identity.sleeves > 1 else 1.0
-    radii = (0.057 * girth, 0.042 * girth * flare, 0.030 * girth * flare)
     upper = limb_frame(shoulder, elbow, forward)
     cut = identity.sleeves * size.upper_arm if identity.sleeves < 1 else 1.0
     skin = body.skins.add(shoulder, upper, 0.05, TOP, SKIN, cut)
     _add_limb(body, skin, shoulder, elbow, radii[:2])
     lower = body.skins.add(elbow, limb_frame(elbow, wrist, forward), 0.04, TOP if identity.sleeves > 1 else SKIN)
     _add_limb(body, lower, elbow, wrist, radii[1:], closed=(False, True))
-    _add_hand(body, identity, skeleton, side)
+    _add_hand(body, identity, skeleton, girths.finger, side)
 
 
-def _add_hand(body: Body, identity: Identity, skeleton: Skeleton, side: int) -> None:
+def _add_hand(body: Body, identity: Identity, skeleton: Skeleton, radius: float, side: int) -> None:
     length, frame = identity.body.hand, skeleton.hand_frames[side]
     skin = body.skins.add(skeleton.wrists[side], frame, 0.03, SKIN)
     palm = skeleton.wrists[side] + frame @ (np.array([0.02, 0.27, 0.0]) * length)
     body.shapes.add_ellipsoid(skin, palm, frame * (np.array([0.235, 0.33, 0.10]) * length))
     points = hand_points(skeleton, identity.body, side)
-    radius = FINGER_RADIUS * length * (0.6 + 0.4 * identity.body.girth)
     for finger in range(5):
         root, middle, _, tip = (points[:, 1 + 4 * finger + joint] for joint in range(4))
         _add_limb(body, skin, root, middle, (radius * 1.15, radius), closed=(finger == 0, True))
         _add_limb(body, skin, middle, tip, (radius, radius * 0.85), closed=(False, True))
 
 
-def _add_leg(body: Body, identity: Identity, skeleton: Skeleton, side: int) -> None:
-    size, girth = identity.body, identity.body.girth
+def add_leg(body: Body, identity: Identity, skeleton: Skeleton, girths: Girths, side: int) -> None:
+    """Adds a leg with its foot; side 0 is the left."""
+    size, radii = identity.body, girths.leg
     hip, knee, ankle = skeleton.hips[side], skeleton.knees[side], skeleton.ankles[side]
     foot_frame = skeleton.foot_frames[side]
     forward = foot_frame[:, :, 2]
-    flare = identity.flare if identity.trousers > 1 else 1.0
-    radii = (0.088 * girth, 0.058 * girth * flare, 0.038 * girth)
     thigh = body.skins.add(
         hip,
         limb_frame(hip, knee, forward),
@@ -309,8 +355,7 @@ def _add_leg(body: Body, identity: Identity, skeleton: Skeleton, side: int) -> N
     shin_cut = (identity.trousers - 1.0) * size.shin if 1 < identity.trousers < 2 else 1.0
     covered = identity.trousers > 1
     shin = body.skins.add(knee, limb_frame(knee, ankle, forward), 0.05, BOTTOM if covered else SKIN, SKIN, shin_cut)
-    end = radii[2] * (flare**2 if identity.trousers >= 2 else 1.0)
-    _add_limb(body, shin, knee, ankle, (radii[1], end), closed=(False, False))
+    _add_limb(body, shin, knee, ankle, (radii[1], girths.cuff), closed=(False, False))
     shoe = body.skins.add(ankle, foot_frame, 0.04, SHOES)
     body.shapes.add_sphere(shoe, ankle, radii[2] * 1.08)
     sole = 0.036 * size.height / 1.72
