@@ -20,6 +20,7 @@ from dreamdance.dancers.landmarks import (
     NOSE_RADII,
     SKULL,
     SKULL_RADIUS,
+    find_foot,
     hand_points,
 )
 from dreamdance.dancers.motion import SIDES, Proportions, Skeleton, draw_proportions
@@ -358,12 +359,11 @@ def add_leg(body: Body, identity: Identity, skeleton: Skeleton, girths: Girths, 
     _add_limb(body, shin, knee, ankle, (radii[1], girths.cuff), closed=(False, False))
     shoe = body.skins.add(ankle, foot_frame, 0.04, SHOES)
     body.shapes.add_sphere(shoe, ankle, radii[2] * 1.08)
-    sole = 0.036 * size.height / 1.72
-    heel = ankle + foot_frame @ np.array([0.0, sole - size.ankle, -0.035])
-    ball = ankle + foot_frame @ np.array([0.0, sole * 0.86 - size.ankle, 0.075 * size.height])
+    foot = find_foot(size)
+    heel, ball = (ankle + foot_frame @ point for point in (foot.heel, foot.ball))
     stretch = _stretch(foot_frame, (1.12, 1.0, 1.0))
-    _add_limb(body, shoe, heel, ball, (sole, sole * 0.86), stretch=stretch)
-    _add_limb(body, shoe, ankle, ball, (radii[2], sole * 0.86), closed=(False, False))
+    _add_limb(body, shoe, heel, ball, (foot.heel_radius, foot.ball_radius), stretch=stretch)
+    _add_limb(body, shoe, ankle, ball, (radii[2], foot.ball_radius), closed=(False, False))
 
 
 def _add_skirt(body: Body, identity: Identity, skeleton: Skeleton) -> None:

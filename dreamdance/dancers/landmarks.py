@@ -43,7 +43,7 @@ class Landmarks:
 
 def find_landmarks(skeleton: Skeleton, body: Proportions) -> Landmarks:
     """Collects the key points in their order (`media.keypoints`)."""
-    face = _face_points() * body.head
+    face = face_points() * body.head
     face = skeleton.head[:, None] + np.einsum("fij,pj->fpi", skeleton.head_frame, face)
     eyes_and_ears = np.stack(
         [
@@ -91,6 +91,41 @@ def hand_points(skeleton: Skeleton, body: Proportions, side: int) -> _Array:
     return skeleton.wrists[side][:, None] + np.einsum("fij,fpj->fpi", frame, local)
 
 
+@dataclass(frozen=True)
+class Foot:
+    """A foot in its own frame, origin at the ankle: centres `(3,)` and radii of heel and ball, in metres."""
+
+    heel: _Array
+    ball: _Array
+    heel_radius: float
+    ball_radius: float
+
+
+def find_foot(body: Proportions) -> Foot:
+    """The foot of a body."""
+    sole = 0.036 * body.height / 1.72
+    return Foot(
+        heel=np.array([0.0, sole - body.ankle, -0.035]),
+        ball=np.array([0.0, sole * 0.86 - body.ankle, 0.075 * body.height]),
+        heel_radius=sole,
+        ball_radius=sole * 0.86,
+    )
+
+
+def foot_points(skeleton: Skeleton, body: Proportions) -> _Array:
+    """Centres of the heels and tips of the toes `(f, 4, 3)`: left heel, right heel, left toes, right toes."""
+    foot = find_foot(body)
+    tip = foot.ball + np.array([0.0, 0.0, foot.ball_radius])
+    return np.stack(
+        [
+            ankle + frame @ point
+            for point in (foot.heel, tip)
+            for ankle, frame in zip(skeleton.ankles, skeleton.foot_frames, strict=True)
+        ],
+        axis=1,
+    )
+
+
 def _on_face(x: float, y: float) -> _Array:
     """Finds the point of the head's front surface at x, y of its frame; the head is the hull of skull and chin.
 
@@ -107,7 +142,7 @@ def _on_face(x: float, y: float) -> _Array:
 
 
 @cache
-def _face_points() -> _Array:
+def face_points() -> _Array:
     """The 68 points `(68, 3)` in iBUG order in the head's frame, for a head factor of 1; the first is at its right."""
     angles = np.linspace(0.0, np.pi, 17)
     jaw = [(-0.0645 * np.cos(a) * (1 - 0.30 * np.sin(a) ** 2), -0.107 * np.sin(a) ** 0.9) for a in angles]

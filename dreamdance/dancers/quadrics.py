@@ -91,19 +91,30 @@ class Quadrics:
         )
 
 
-def to_camera(shapes: ShapeList, position: _Array, rotation: _Array) -> Quadrics:
+def leave_out(quadrics: Quadrics, absent: NDArray[np.bool_]) -> Quadrics:
+    """The same quadrics, of which no ray hits those that are absent, `(f, k)`."""
+    nowhere = np.array([np.inf, -np.inf, np.inf, -np.inf])
+    return replace(quadrics, bounds=np.where(absent[..., None], nowhere, quadrics.bounds))
+
+
+def to_camera(shapes: ShapeList, position: _Array, rotation: _Array, *, sideless: bool = False) -> Quadrics:
     """Turns shapes into quadrics of camera space.
 
     Args:
         shapes: in world space.
         position: `(3,)` of the camera.
         rotation: `(3, 3)`, from world to camera axes (x right, y up, z towards the camera).
+        sideless: whether round cones may have no side in some frames, because one of their spheres holds the other.
+            No ray hits them there.
+
+    Raises:
+        ValueError: a round cone has no side, and `sideless` is false.
     """
     parts = []
     if shapes.centres:
         parts.append(_ellipsoid_quadrics(shapes, position, rotation))
     if shapes.starts:
-        parts.append(_cone_quadrics(shapes, position, rotation))
+        parts.append(_cone_quadrics(shapes, position, rotation, sideless))
     joined = (
         np.concatenate([getattr(part, name) for part in parts], axis=0 if name == "skins" else 1)
         for name in Quadrics.__dataclass_fields__
@@ -129,7 +140,7 @@ def _ellipsoid_quadrics(shapes: ShapeList, position: _Array, rotation: _Array) -
     )
 
 
-def _cone_quadrics(shapes: ShapeList, position: _Array, rotation: _Array) -> Quadrics:
+def _cone_quadrics(shapes: ShapeList, position: _Array, rotation: _Array, sideless: bool) -> Quadrics:
     starts, ends = np.stack(shapes.starts, axis=1), np.stack(shapes.ends, axis=1)
     radii, end_radii = np.array(shapes.start_radii), np.array(shapes.end_radii)
     linear = rotation @ np.stack(shapes.stretches, axis=1)
@@ -139,14 +150,16 @@ def _cone_quadrics(shapes: ShapeList, position: _Array, rotation: _Array) -> Qua
     taper = radii - end_radii
     length = (spans**2).sum(axis=-1)
     side = length - taper**2
-    if not (side > 0).all():
+    without = side <= 0
+    if without.any() and not sideless:
         raise ValueError("a round cone has no side where one of its spheres holds the other")
+    side = np.where(without, 1.0, side)
     matrices = side[..., None, None] * np.eye(3) - spans[..., :, None] * spans[..., None, :]
     centres = (starts - position) @ rotation.T
     first = _ellipsoid_bounds(centres, linear * radii[:, None, None])
     second = _ellipsoid_bounds((ends - position) @ rotation.T, linear * end_radii[:, None, None])
     low, high = np.minimum(first, second), np.maximum(first, second)
-    return Quadrics(
+    cones = Quadrics(
         centres=centres,
         matrices=transposed @ matrices @ inverse,
         linears=np.einsum("fkij,fkj->fki", transposed, spans) * (taper * radii)[:, None],
@@ -156,6 +169,7 @@ def _cone_quadrics(shapes: ShapeList, position: _Array, rotation: _Array) -> Qua
         bounds=np.stack([low[..., 0], high[..., 1], low[..., 2], high[..., 3]], axis=-1),
         skins=np.array(shapes.cone_skins),
     )
+    return leave_out(cones, without) if without.any() else cones
 
 
 def _ellipsoid_bounds(centres: _Array, axes: _Array) -> _Array:

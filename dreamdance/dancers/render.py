@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dreamdance.dancers.body import Body, Identity, build_body, draw_identity
-from dreamdance.dancers.landmarks import Landmarks, find_landmarks
+from dreamdance.dancers.landmarks import Landmarks, find_landmarks, foot_points
 from dreamdance.dancers.motion import Skeleton, dance
 from dreamdance.dancers.quadrics import Hits, Quadrics, cast, depth_along, surface_normals, to_camera
 from dreamdance.dancers.shading import Light, SkinTable, shade, surface_colours, tabulate_skins
@@ -52,7 +52,8 @@ class DancerClip:
     rgb: `(f, H, W, 3)` uint8. normal: `(f, H, W, 3)` float32, unit length, at pixel centres. depth: `(f, H, W)`
     float32, metres along the optical axis, at pixel centres. mask: `(f, H, W)` bool, true on the body. keypoints:
     `(f, 128, 3)` float32 (`media.keypoints`). joints: `(f, 128, 3)` float32, metres, the 3D points whose projections
-    the key points are. intrinsics: `(3, 3)` float64, in pixels, y downwards as in pictures; pixel centres at halves.
+    the key points are. feet: `(f, 4, 3)` float32, metres, in the same space: left heel, right heel, left toes, right
+    toes. intrinsics: `(3, 3)` float64, in pixels, y downwards as in pictures; pixel centres at halves.
     """
 
     rgb: NDArray[np.uint8]
@@ -61,6 +62,7 @@ class DancerClip:
     mask: NDArray[np.bool_]
     keypoints: NDArray[np.float32]
     joints: NDArray[np.float32]
+    feet: NDArray[np.float32]
     intrinsics: NDArray[np.float64]
     fps: float
     seed: int
@@ -135,7 +137,10 @@ def render_clip(
     intrinsics = np.array([[focal, 0.0, width / 2], [0.0, focal, height / 2], [0.0, 0.0, 1.0]])
     joints = scene.camera.to_camera(scene.landmarks.points)
     keypoints = _project(scene, joints, focal, width, height)
-    return DancerClip(rgb, normal, depth, mask, keypoints, joints.astype(np.float32), intrinsics, fps, seed)
+    feet = scene.camera.to_camera(foot_points(scene.skeleton, scene.identity.body))
+    return DancerClip(
+        rgb, normal, depth, mask, keypoints, joints.astype(np.float32), feet.astype(np.float32), intrinsics, fps, seed
+    )
 
 
 def _build_scene(seed: int, identity_seed: int, times: NDArray[np.float64]) -> _Scene:
