@@ -197,6 +197,13 @@ class Hits:
     depths: _Array
     quadrics: _Indices
 
+    def points(self, focal: float, width: int, height: int) -> NDArray[np.float32]:
+        """Where they lie in camera space, `(3, n)` float32; arguments as those of `cast`."""
+        rows, columns = np.divmod(self.pixels % (width * height), width)
+        x = ((columns + 0.5 - width / 2) / focal).astype(np.float32)
+        y = ((height / 2 - 0.5 - rows) / focal).astype(np.float32)
+        return np.stack([x * self.depths, y * self.depths, -self.depths])
+
 
 def cast(quadrics: Quadrics, *, focal: float, width: int, height: int) -> Hits:
     """Finds what each pixel's centre sees.

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dreamdance.dancers.body import Body, Identity, build_body, draw_identity
 from dreamdance.dancers.landmarks import Landmarks, find_landmarks, foot_points
 from dreamdance.dancers.motion import Skeleton, dance
-from dreamdance.dancers.quadrics import Hits, Quadrics, cast, depth_along, surface_normals, to_camera
+from dreamdance.dancers.quadrics import Quadrics, cast, depth_along, surface_normals, to_camera
 from dreamdance.dancers.shading import Light, SkinTable, shade, surface_colours, tabulate_skins
 from dreamdance.dancers.stage import (
     Backdrop,
@@ -166,14 +166,6 @@ def _build_scene(seed: int, identity_seed: int, times: NDArray[np.float64]) -> _
     )
 
 
-def _hit_points(hits: Hits, focal: float, width: int, height: int) -> NDArray[np.float32]:
-    """Where hits lie in camera space, `(3, n)` float32."""
-    rows, columns = np.divmod(hits.pixels % (width * height), width)
-    x = ((columns + 0.5 - width / 2) / focal).astype(np.float32)
-    y = ((height / 2 - 0.5 - rows) / focal).astype(np.float32)
-    return np.stack([x * hits.depths, y * hits.depths, -hits.depths])
-
-
 def _draw_geometry(
     scene: _Scene,
     chunk: slice,
@@ -186,7 +178,7 @@ def _draw_geometry(
     height, width = depth.shape[1:]
     quadrics = scene.quadrics.frames(chunk)
     hits = cast(quadrics, focal=focal, width=width, height=height)
-    normals = surface_normals(quadrics, hits.quadrics, _hit_points(hits, focal, width, height))
+    normals = surface_normals(quadrics, hits.quadrics, hits.points(focal, width, height))
     normal.reshape(-1, 3)[hits.pixels] = normals.T
     depth.reshape(-1)[hits.pixels] = hits.depths
     mask.reshape(-1)[hits.pixels] = True
@@ -200,7 +192,7 @@ def _draw_colours(
     fine_width, fine_height, fine_focal = width * samples, height * samples, focal * samples
     quadrics = scene.quadrics.frames(chunk)
     hits = cast(quadrics, focal=fine_focal, width=fine_width, height=fine_height)
-    points = _hit_points(hits, fine_focal, fine_width, fine_height)
+    points = hits.points(fine_focal, fine_width, fine_height)
     normals = surface_normals(quadrics, hits.quadrics, points)
     frame, quadric = np.divmod(hits.quadrics, quadrics.skins.size)
     rows = (frame + chunk.start) * scene.skins.num_parts + quadrics.skins[quadric]

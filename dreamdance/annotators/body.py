@@ -1,0 +1,130 @@
+"""Depth and normals of a person from 3D landmarks and a mask alone, without any network of its own (annotator `body`).
+
+The landmarks move the skeleton of the procedural dancers, the mask says how thick it is, and the dancers' ray casting
+finds what each pixel shows: so depth and normals belong to the same surface. It has a body's shape, not its clothes'.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dreamdance.annotators.body_girths import fit_girths
+from dreamdance.annotators.body_outline import Surface, follow_mask
+from dreamdance.annotators.body_skeleton import SeenBody, find_skeleton
+from dreamdance.annotators.protocols import NUM_LANDMARKS, Depths, PersonPoses
+from dreamdance.annotators.weights import NetworkFile
+from dreamdance.dancers import body as dancers
+from dreamdance.dancers.quadrics import Quadrics, ShapeList, cast, leave_out, surface_normals, to_camera
+
+_Array = NDArray[np.floating[Any]]
+
+# Assumed focal length, in the longer sides of the picture.
+_FOCAL = 1.8
+# Least distance between camera and hips, in metres of a body of standard height.
+_NEAREST = 2.0
+# Limbs with a less visible joint are left out.
+_LEAST_VISIBILITY = 0.3
+_FRAMES_PER_CHUNK = 8
+
+_GREY = dancers.Material("plain", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+# Landmarks of each part; a part is left out of frames in which one of them is not visible enough.
+_ARM_POINTS = ((11, 13, 15), (12, 14, 16))
+_LEG_POINTS = ((23, 25, 27), (24, 26, 28))
+
+
+class Body:
+    """The annotator."""
+
+    sees_background = False
+    networks: tuple[NetworkFile, ...] = ()
+
+    def __init__(self, *, focal: float = _FOCAL) -> None:
+        """Sets the camera.
+
+        Args:
+            focal: assumed focal length, in the longer sides of the picture.
+        """
+        if not focal > 0:
+            raise ValueError(f"focal is {focal}; it must be positive")
+        self.focal = focal
+
+    def annotate_normal(
+        self, rgb: NDArray[np.uint8], poses: PersonPoses, mask: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """Normals `(f, H, W, 3)` of the person; (0, 0, 1) outside of the mask.
+
+        Raises:
+            ValueError: the poses have no landmarks, or shapes do not fit.
+        """
+        return self.find_surface(poses, mask).normals
+
+    def annotate_depth(self, rgb: NDArray[np.uint8], poses: PersonPoses, mask: NDArray[np.float32]) -> Depths:
+        """Depth `(f, H, W)` of the person; outside of the mask the greatest depth of the clip.
+
+        Raises:
+            ValueError: the poses have no landmarks, or shapes do not fit.
+        """
+        return Depths(self.find_surface(poses, mask).depths, "depth")
+
+    def find_surface(self, poses: PersonPoses, mask: NDArray[np.float32]) -> Surface:
+        """Depth and normals at once."""
+        landmarks = _check(poses, mask)
+        inside = mask >= 0.5
+        num_frames, height, width = mask.shape
+        seen = find_skeleton(landmarks, width=width, height=height, focal=self.focal, nearest=_NEAREST)
+        quadrics = _surround(seen, inside)
+        depths = np.full(mask.shape, np.inf, dtype=np.float32)
+        normals = np.zeros((*mask.shape, 3), dtype=np.float32)
+        normals[..., 2] = 1.0
+        for start in range(0, num_frames, _FRAMES_PER_CHUNK):
+            chunk = slice(start, start + _FRAMES_PER_CHUNK)
+            _cast(quadrics.frames(chunk), seen.focal, depths[chunk], normals[chunk])
+        return follow_mask(Surface(depths, normals), inside, focal=seen.focal, hips=-seen.skeleton.pelvis[:, 2])
+
+
+def _check(poses: PersonPoses, mask: NDArray[np.float32]) -> NDArray[np.float32]:
+    landmarks = poses.landmarks
+    if landmarks is None:
+        raise ValueError(
+            "the annotator body needs the 33 points in space that blazepose finds; set videos.annotators.pose: "
+            "blazepose, or another annotator for depth and normals"
+        )
+    if landmarks.shape != (len(mask), NUM_LANDMARKS, 4) or mask.ndim != 3:
+        raise ValueError(
+            f"landmarks {landmarks.shape} and mask {mask.shape} must be (f, {NUM_LANDMARKS}, 4) and (f, H, W)"
+        )
+    if not np.isfinite(landmarks).all():
+        raise ValueError("landmarks contain values that are not finite")
+    return landmarks
+
+
+def _surround(seen: SeenBody, mask: NDArray[np.bool_]) -> Quadrics:
+    """Puts the dancers' shapes around the skeleton; parts that are not visible enough are left out."""
+    skeleton = seen.skeleton
+    girths = fit_girths(seen, mask)
+    person = dancers.Identity(
+        body=seen.proportions, materials=(_GREY,) * 5, hair_style="short", sleeves=2.0, trousers=2.0, hem=0.0,
+        skirt=0.0, flare=1.0,
+    )  # fmt: skip
+    body = dancers.Body(ShapeList(len(mask)), dancers.Skins())
+    dancers.add_head(body, person, skeleton, girths)
+    dancers.add_trunk(body, person, skeleton, girths)
+    hidden = np.zeros((len(mask), len(body.skins.cuts)), dtype=bool)
+    for add, limbs in ((dancers.add_arm, _ARM_POINTS), (dancers.add_leg, _LEG_POINTS)):
+        for side, points in enumerate(limbs):
+            first = len(body.skins.cuts)
+            add(body, person, skeleton, girths, side)
+            unseen = seen.visibility[:, points].min(axis=1) < _LEAST_VISIBILITY
+            hidden = np.concatenate([hidden, np.tile(unseen[:, None], len(body.skins.cuts) - first)], axis=1)
+    quadrics = to_camera(body.shapes, np.zeros(3), np.eye(3), sideless=True)
+    return leave_out(quadrics, hidden[:, quadrics.skins])
+
+
+def _cast(quadrics: Quadrics, focal: float, depths: NDArray[np.float32], normals: NDArray[np.float32]) -> None:
+    """Writes depth and normals where the quadrics are hit."""
+    height, width = depths.shape[1:]
+    hits = cast(quadrics, focal=focal, width=width, height=height)
+    normals.reshape(-1, 3)[hits.pixels] = surface_normals(quadrics, hits.quadrics, hits.points(focal, width, height)).T
+    depths.reshape(-1)[hits.pixels] = hits.depths
