@@ -4,12 +4,12 @@ The landmarks move the skeleton of the procedural dancers, the mask says how thi
 finds what each pixel shows: so depth and normals belong to the same surface. It has a body's shape, not its clothes'.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dreamdance.annotators.body_centering import centre_joints
 from dreamdance.annotators.body_girths import fit_girths
 from dreamdance.annotators.body_outline import Surface, follow_mask
 from dreamdance.annotators.body_skeleton import SeenBody, find_skeleton
@@ -27,6 +27,8 @@ _NEAREST = 2.0
 # Limbs with a less visible joint are left out.
 _LEAST_VISIBILITY = 0.3
 _FRAMES_PER_CHUNK = 8
+# How often the joints are moved to the middle of their limbs; each time the girths are fitted again.
+_CENTRINGS = 2
 
 _GREY = dancers.Material("plain", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 # Landmarks of each part; a part is left out of frames in which one of them is not visible enough.
@@ -74,7 +76,12 @@ class Body:
         inside = mask >= 0.5
         num_frames, height, width = mask.shape
         seen = find_skeleton(landmarks, width=width, height=height, focal=self.focal, nearest=_NEAREST)
-        quadrics = _surround(seen, inside)
+        girths = fit_girths(seen, inside)
+        for _ in range(_CENTRINGS):
+            landmarks = centre_joints(landmarks, seen, girths, inside)
+            seen = find_skeleton(landmarks, width=width, height=height, focal=self.focal, nearest=_NEAREST)
+            girths = fit_girths(seen, inside)
+        quadrics = _surround(seen, girths)
         depths = np.full(mask.shape, np.inf, dtype=np.float32)
         normals = np.zeros((*mask.shape, 3), dtype=np.float32)
         normals[..., 2] = 1.0
@@ -100,18 +107,17 @@ def _check(poses: PersonPoses, mask: NDArray[np.float32]) -> NDArray[np.float32]
     return landmarks
 
 
-def _surround(seen: SeenBody, mask: NDArray[np.bool_]) -> Quadrics:
+def _surround(seen: SeenBody, girths: dancers.Girths) -> Quadrics:
     """Puts the dancers' shapes around the skeleton; parts that are not visible enough are left out."""
-    skeleton = seen.skeleton
-    girths = fit_girths(seen, mask)
+    skeleton, num_frames = seen.skeleton, len(seen.visibility)
     person = dancers.Identity(
         body=seen.proportions, materials=(_GREY,) * 5, hair_style="short", sleeves=2.0, trousers=2.0, hem=0.0,
         skirt=0.0, flare=1.0,
     )  # fmt: skip
-    body = dancers.Body(ShapeList(len(mask)), dancers.Skins())
+    body = dancers.Body(ShapeList(num_frames), dancers.Skins())
     dancers.add_head(body, person, skeleton, girths)
     dancers.add_trunk(body, person, skeleton, girths)
-    hidden = np.zeros((len(mask), len(body.skins.cuts)), dtype=bool)
+    hidden = np.zeros((num_frames, len(body.skins.cuts)), dtype=bool)
     for add, limbs in ((dancers.add_arm, _ARM_POINTS), (dancers.add_leg, _LEG_POINTS)):
         for side, points in enumerate(limbs):
             first = len(body.skins.cuts)

@@ -4,32 +4,26 @@ The width is read across each bone, at several places in every frame. Where a li
 another limb, the width is too large: so a low quantile over all frames and both sides counts.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dreamdance.annotators.body_chords import PLACES, bone_chords, find_chords, project
 from dreamdance.annotators.body_skeleton import SeenBody
 from dreamdance.dancers.body import Girths
 from dreamdance.dancers.landmarks import FINGER_RADIUS
 
 _Array = NDArray[np.floating[Any]]
+_Bone = tuple[_Array, _Array]
 
-# Where widths are read, as shares of a bone.
-_PLACES = np.array([0.15, 0.3, 0.5, 0.7, 0.85])
-# Steps of the search for the mask's edge, on each side.
-_STEPS = 40
-# The search ends at this multiple of the usual radius.
-_REACH = 2.2
 _QUANTILE = 0.35
 # Arms hang beside the trunk more often than not.
 _TRUNK_QUANTILE = 0.2
 # Where the trunk's width is read, as weights of pelvis, waist and chest: between the hips' joints and the shoulders.
 _TRUNK_LEVELS = ((0.6, 0.4, 0.0), (0.3, 0.7, 0.0), (0.0, 1.0, 0.0), (0.0, 0.7, 0.3), (0.0, 0.45, 0.55))
 _MIN_SAMPLES = 4
-# A bone that is foreshortened more than this says nothing about its width.
-_MIN_FORESHORTENING = 0.5
 # Weight of the usual shape against that of all measured places of a limb.
 _PRIOR_WEIGHT = 0.3
 _LIMB_RANGE, _TRUNK_RANGE = (0.6, 1.7), (0.7, 1.45)
@@ -49,7 +43,7 @@ def fit_girths(seen: SeenBody, mask: NDArray[np.bool_]) -> Girths:
     """Fits the girths of a body to its mask `(f, H, W)`."""
     usual, skeleton = usual_girths(seen), seen.skeleton
     arms, legs = (
-        tuple(_Bone(joints[side], joints2[side]) for joints, joints2 in pairs for side in (0, 1))
+        tuple((starts[side], ends[side]) for starts, ends in pairs for side in (0, 1))
         for pairs in (
             ((skeleton.shoulders, skeleton.elbows), (skeleton.elbows, skeleton.wrists)),
             ((skeleton.hips, skeleton.knees), (skeleton.knees, skeleton.ankles)),
@@ -64,46 +58,6 @@ def fit_girths(seen: SeenBody, mask: NDArray[np.bool_]) -> Girths:
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Bone:
-    start: _Array  # (f, 3)
-    end: _Array
-
-
-def _project(points: _Array, focal: float) -> _Array:
-    """Where points `(..., 3)` are seen: pixels right of and above the picture's centre, `(..., 2)`."""
-    return points[..., :2] * (focal / -points[..., 2:])
-
-
-def _widths(mask: NDArray[np.bool_], places: _Array, across: _Array, reach: _Array) -> _Array:
-    """Half the mask's width at places, in pixels; NaN where the place is outside, or an edge is out of reach.
-
-    Args:
-        mask: `(f, H, W)`.
-        places: `(f, p, 2)` pixels right of and above the centre.
-        across: `(f, p, 2)` unit vectors.
-        reach: `(f, p)` pixels.
-    """
-    height, width = mask.shape[1:]
-    steps = np.arange(1, _STEPS + 1) / _STEPS
-    offsets = np.concatenate([-steps[::-1], [0.0], steps])
-    points = places[:, :, None] + across[:, :, None] * (reach[..., None] * offsets)[..., None]
-    columns = np.floor(points[..., 0] + width / 2).astype(int)
-    rows = np.floor(height / 2 - points[..., 1]).astype(int)
-    inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
-    frames = np.arange(len(mask))[:, None, None]
-    covered = mask[frames, rows.clip(0, height - 1), columns.clip(0, width - 1)] & inside
-    sides = []
-    for side in (covered[..., _STEPS::-1], covered[..., _STEPS:]):
-        ends = ~side
-        sides.append(np.where(ends.any(axis=-1), ends.argmax(axis=-1) - 0.5, np.nan))
-    found = 0.5 * (sides[0] + sides[1]) / _STEPS * reach
-    # A place at the picture's edge has no true width.
-    edge = (~inside).any(axis=-1) & ~np.isfinite(found)
-    result: _Array = np.where(covered[..., _STEPS] & ~edge, found, np.nan)
-    return result
-
-
 def _fit_limb(
     seen: SeenBody, mask: NDArray[np.bool_], bones: tuple[_Bone, ...], usual: tuple[float, float, float]
 ) -> tuple[float, float, float]:
@@ -111,23 +65,12 @@ def _fit_limb(
     rows: list[list[float]] = []
     values: list[float] = []
     for part in (0, 1):
-        radii = usual[part] + (usual[part + 1] - usual[part]) * _PLACES
+        radii = usual[part] + (usual[part + 1] - usual[part]) * PLACES
         found = []
         for bone in bones[2 * part : 2 * part + 2]:
-            points = bone.start[:, None] + (bone.end - bone.start)[:, None] * _PLACES[:, None]
-            start, end = _project(bone.start, seen.focal), _project(bone.end, seen.focal)
-            along = end - start
-            length = np.linalg.norm(along, axis=-1)
-            across = np.stack([-along[:, 1], along[:, 0]], axis=-1) / np.maximum(length, 1e-6)[:, None]
-            scale = seen.focal / -points[..., 2]
-            reach = _REACH * radii * scale
-            places = _project(points, seen.focal)
-            measured = _widths(mask, places, np.broadcast_to(across[:, None], places.shape), reach) / scale
-            whole = np.linalg.norm(bone.end - bone.start, axis=-1) * scale.mean(axis=1)
-            measured[length < _MIN_FORESHORTENING * whole] = np.nan
-            found.append(measured)
+            found.append(bone_chords(seen, mask, *bone, radii).radii)
         stacked = np.concatenate(found)
-        for place, share in enumerate(_PLACES):
+        for place, share in enumerate(PLACES):
             column = stacked[np.isfinite(stacked[:, place]), place]
             if len(column) >= _MIN_SAMPLES:
                 rows.append([0.0] * part + [1.0 - share, share] + [0.0] * (1 - part))
@@ -163,7 +106,7 @@ def _fit_trunk(seen: SeenBody, mask: NDArray[np.bool_], usual: Girths) -> tuple[
     """Half widths of hips, waist and chest."""
     skeleton = seen.skeleton
     radii = (usual.hips, usual.waist, usual.chest)
-    low, high = _project(skeleton.pelvis, seen.focal), _project(skeleton.neck, seen.focal)
+    low, high = project(skeleton.pelvis, seen.focal), project(skeleton.neck, seen.focal)
     along = high - low
     across = np.stack([along[:, 1], -along[:, 0]], axis=-1)
     across = across / np.maximum(np.linalg.norm(along, axis=-1), 1e-6)[:, None]
@@ -172,14 +115,13 @@ def _fit_trunk(seen: SeenBody, mask: NDArray[np.bool_], usual: Girths) -> tuple[
     for weights in _TRUNK_LEVELS:
         centre = weights[0] * skeleton.pelvis + weights[1] * skeleton.waist + weights[2] * skeleton.chest
         frame = skeleton.pelvis_frame if weights[0] else skeleton.chest_frame
-        scale = seen.focal / -centre[:, 2]
         # The half width of an elliptic cylinder of half width 1, seen along z.
         left = (frame[:, :2, 0] * across).sum(axis=-1)
         ahead = (frame[:, :2, 2] * across).sum(axis=-1)
         shown = np.maximum(np.sqrt(left**2 + (usual.trunk_depth * ahead) ** 2), 0.1)
-        reach = _REACH * shown * float(np.dot(weights, radii)) * scale
-        place = _project(centre, seen.focal)[:, None]
-        radius = _widths(mask, place, across[:, None], reach[:, None])[:, 0] / scale / shown
+        expected = shown * float(np.dot(weights, radii))
+        chords = find_chords(seen, mask, centre[:, None], across[:, None], expected[:, None])
+        radius = chords.radii[:, 0] / shown
         radius = radius[np.isfinite(radius)]
         if len(radius) >= _MIN_SAMPLES:
             rows.append(list(weights))
