@@ -28,8 +28,7 @@ _LEAST_MOVE = 0.3
 _LEAST_COVER = 0.2
 # Standard deviation of the filter that smooths what is filled, in metres.
 _FILL_SMOOTHING = 0.03
-# A surface that turns away more than this is not followed in changes of direction: cosine between normal and view.
-_LEAST_FACING = 0.05
+_FILL_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -53,17 +52,39 @@ def follow_mask(surface: Surface, mask: _Mask, *, focal: float, hips: _Array) ->
         Finite depth and unit normals everywhere. Outside of the mask they are the clip's greatest depth and (0, 0, 1).
     """
     depths, normals = surface.depths.copy(), surface.normals.copy()
-    for frame, (depth, normal, inside) in enumerate(zip(depths, normals, mask, strict=True)):
-        depth[~np.isfinite(surface.depths[frame])] = np.inf
-        if not (inside & np.isfinite(depth)).any():  # nobody: a flat figure where the mask is
-            depth[inside], normal[inside] = hips[frame], (0.0, 0.0, 1.0)
-            continue
+    for frame, inside in enumerate(mask):
         scale = focal / float(hips[frame])
-        _move(depth, normal, inside, focal=focal, band=_BAND * scale)
-        _fill(depth, normal, inside, focal=focal, smoothing=_FILL_SMOOTHING * scale)
+        rows, columns = _box(inside, margin=round(_BAND * scale) + 2)
+        part = _Part(depths[frame, rows, columns], normals[frame, rows, columns], inside[rows, columns])
+        if not (part.mask & np.isfinite(part.depth)).any():  # a flat figure, if any
+            part.depth[part.mask], part.normal[part.mask] = hips[frame], (0.0, 0.0, 1.0)
+            continue
+        _move(part, band=_BAND * scale)
+        height, width = inside.shape
+        u = np.arange(width)[columns] + 0.5 - width / 2
+        v = height / 2 - 0.5 - np.arange(height)[rows]
+        _fill(part, u, v, focal=focal, smoothing=_FILL_SMOOTHING * scale)
     depths[~mask] = depths[mask].max() if mask.any() else hips.max()
     normals[~mask] = (0.0, 0.0, 1.0)
     return Surface(depths, normals)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Views of the part of one frame that contains the person; functions change `depth` and `normal` in place."""
+
+    depth: _Map
+    normal: _Map
+    mask: _Mask
+
+
+def _box(mask: _Mask, *, margin: int) -> tuple[slice, slice]:
+    """Rows and columns of a mask `(H, W)`, with a margin in pixels; empty slices for an empty mask."""
+    slices = []
+    for axis, size in zip((1, 0), mask.shape, strict=True):
+        used = np.flatnonzero(mask.any(axis=axis))
+        slices.append(slice(max(0, used[0] - margin), min(size, used[-1] + 1 + margin)) if len(used) else slice(0, 0))
+    return slices[0], slices[1]
 
 
 def _signed_distance(region: _Mask) -> _Map:
@@ -73,58 +94,44 @@ def _signed_distance(region: _Mask) -> _Map:
     return np.where(region, inside - 0.5, 0.5 - outside).astype(np.float32)
 
 
-def _move(depth: _Map, normal: _Map, mask: _Mask, *, focal: float, band: float) -> None:
-    """Moves the shapes' surface to the mask's outline, in place."""
+def _move(part: _Part, *, band: float) -> None:
+    """Moves the shapes' surface to the mask's outline. Normals move along: they do not turn with the depth's slopes."""
+    depth, normal, mask = part.depth, part.normal, part.mask
     height, width = depth.shape
     covered = np.isfinite(depth)
     to_mask, to_shapes = _signed_distance(mask), _signed_distance(covered)
     smooth = cv2.GaussianBlur(to_shapes, (0, 0), _DIRECTION_SMOOTHING)
-    inwards = np.stack([cv2.Scharr(smooth, cv2.CV_32F, 1, 0), cv2.Scharr(smooth, cv2.CV_32F, 0, 1)], axis=-1)
-    inwards /= np.maximum(np.linalg.norm(inwards, axis=-1, keepdims=True), 1e-6)
+    right, down = cv2.Scharr(smooth, cv2.CV_32F, 1, 0), cv2.Scharr(smooth, cv2.CV_32F, 0, 1)
+    length = np.maximum(cv2.magnitude(right, down), 1e-6)
     limit = _LARGEST_MOVE * band
     gap = np.clip(to_mask - to_shapes, -limit, limit)
-    move = np.where(mask, gap * np.clip(1.0 - to_mask / band, 0.0, 1.0), 0.0)
+    move = np.where(mask, gap * np.clip(1.0 - to_mask / band, 0.0, 1.0), 0.0).astype(np.float32)
     columns, rows = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
-    from_columns, from_rows = columns + move * inwards[..., 0], rows + move * inwards[..., 1]
+    from_columns, from_rows = columns + move * right / length, rows + move * down / length
 
     def sample(values: _Map) -> _Map:
-        return cv2.remap(values, from_columns, from_rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        values = cv2.remap(values, from_columns, from_rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        return np.asarray(values, dtype=np.float32)
 
     cover = sample(covered.astype(np.float32))
     moved = mask & (np.abs(move) >= _LEAST_MOVE) & (cover >= _LEAST_COVER)
-    share = np.where(moved, cover, 1.0)
-    new_depth = sample(np.where(covered, depth, 0.0)) / share
-    new_normal = sample(np.where(covered[..., None], normal, 0.0))
+    new_depth = sample(np.where(covered, depth, 0.0))[moved] / cover[moved]
+    new_normal = sample(np.where(covered[..., None], normal, 0.0))[moved]
     new_normal /= np.maximum(np.linalg.norm(new_normal, axis=-1, keepdims=True), 1e-6)
-    u, v = from_columns + 0.5 - width / 2, height / 2 - 0.5 - from_rows
-    along_u, along_v = _slopes(new_depth, new_normal, u, v, focal)
-    # The slopes change with the moves, by the chain rule.
-    u_row, u_column = np.gradient(u)
-    v_row, v_column = np.gradient(v)
-    slopes = (along_u * u_column + along_v * v_column, -(along_u * u_row + along_v * v_row))
-    turned = _normals(new_depth, *slopes, columns + 0.5 - width / 2, height / 2 - 0.5 - rows, focal)
-    depth[moved], normal[moved] = new_depth[moved], new_normal[moved]
+    depth[moved], normal[moved] = new_depth, new_normal
 
 
-def _slopes(depth: _Map, normal: _Map, u: _Map, v: _Map, focal: float) -> tuple[_Map, _Map]:
-    """How fast depth changes per pixel to the right and upwards on a surface with these normals.
+def _fill(part: _Part, u: _Array, v: _Array, *, focal: float, smoothing: float) -> None:
+    """Fills the pixels of the mask that show nothing: a smooth continuation of the depth, and its own normals.
 
-    u, v: pixels right of and above the picture's centre.
+    Args:
+        part: of the frame.
+        u: pixels right of the picture's centre, of each column.
+        v: pixels above it, of each row.
+        focal: focal length in pixels.
+        smoothing: standard deviation of the filter, in pixels.
     """
-    facing = normal[..., 2] - (u * normal[..., 0] + v * normal[..., 1]) / focal
-    factor = depth / np.maximum(facing, _LEAST_FACING) / focal
-    return factor * normal[..., 0], factor * normal[..., 1]
-
-
-def _normals(depth: _Map, along_u: _Map, along_v: _Map, u: _Map, v: _Map, focal: float) -> _Map:
-    """Unit normals of a surface whose depth changes so per pixel to the right and upwards."""
-    normals = np.stack([focal * along_u, focal * along_v, depth + u * along_u + v * along_v], axis=-1)
-    return normals / np.maximum(np.linalg.norm(normals, axis=-1, keepdims=True), 1e-9)
-
-
-def _fill(depth: _Map, normal: _Map, mask: _Mask, *, focal: float, smoothing: float) -> None:
-    """Fills the pixels of the mask that show nothing, in place: a smooth continuation, and its own normals."""
-    height, width = depth.shape
+    depth, mask = part.depth, part.mask
     empty = mask & ~np.isfinite(depth)
     if not empty.any():
         return
@@ -132,15 +139,19 @@ def _fill(depth: _Map, normal: _Map, mask: _Mask, *, focal: float, smoothing: fl
     _, labels = cv2.distanceTransformWithLabels(
         (~known).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5, labelType=cv2.DIST_LABEL_PIXEL
     )
-    values = np.zeros(labels.max() + 1, dtype=np.float32)
+    values = np.zeros(int(labels.max()) + 1, dtype=np.float32)
     values[labels[known]] = depth[known]
     filled = np.where(known, depth, values[labels])
     weight = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), smoothing)
-    for _ in range(3):
+    for _ in range(_FILL_ROUNDS):
         blurred = cv2.GaussianBlur(np.where(mask, filled, 0.0).astype(np.float32), (0, 0), smoothing)
-        filled = np.where(empty, blurred / np.maximum(weight, 1e-6), filled)
-    filled = filled.astype(np.float32)
-    rows, columns = np.gradient(np.where(mask, filled, values[labels]))
-    v, u = np.meshgrid(height / 2 - 0.5 - np.arange(height), np.arange(width) + 0.5 - width / 2, indexing="ij")
-    turned = _normals(filled, columns, -rows, u, v, focal)
-    depth[empty], normal[empty] = filled[empty], turned[empty]
+        filled = np.where(empty, blurred / np.maximum(weight, 1e-6), filled).astype(np.float32)
+    downwards, rightwards = np.gradient(np.where(mask, filled, values[labels]))
+    rows, columns = np.nonzero(empty)
+    depth[empty] = filled[empty]
+    # Depth D at u, v is the point (u D / f, v D / f, -D); the normal is the cross product of its derivatives.
+    along_u, along_v = rightwards[empty], -downwards[empty]
+    normals = np.stack(
+        [focal * along_u, focal * along_v, depth[empty] + u[columns] * along_u + v[rows] * along_v], axis=-1
+    )
+    part.normal[empty] = normals / np.maximum(np.linalg.norm(normals, axis=-1, keepdims=True), 1e-9)

@@ -84,7 +84,7 @@ def find_skeleton(
 
 
 def _find_scale(pixels: _Array, visibility: _Array) -> _Array:
-    """Pixels per metre in each frame `(f,)`, from the lengths of bones; each bone's own length is fitted to the clip."""
+    """Pixels per metre in each frame `(f,)`, from lengths of bones that are fitted to the clip."""
     lengths, weights, standard = [], [], []
     for first, second, length in _BONES:
         for side in ("left", "right"):
