@@ -114,7 +114,7 @@ def _surround(seen: SeenBody, girths: dancers.Girths) -> Quadrics:
         body=seen.proportions, materials=(_GREY,) * 5, hair_style="short", sleeves=2.0, trousers=2.0, hem=0.0,
         skirt=0.0, flare=1.0,
     )  # fmt: skip
-    body = dancers.Body(ShapeList(num_frames), dancers.Skins())
+    body = dancers.BodyShapes(ShapeList(num_frames), dancers.Skins())
     dancers.add_head(body, person, skeleton, girths)
     dancers.add_trunk(body, person, skeleton, girths)
     hidden = np.zeros((num_frames, len(body.skins.cuts)), dtype=bool)

@@ -110,8 +110,8 @@ def _move(part: _Part, *, band: float) -> None:
     from_columns, from_rows = columns + move * right / length, rows + move * down / length
 
     def sample(values: _Map) -> _Map:
-        values = cv2.remap(values, from_columns, from_rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        return np.asarray(values, dtype=np.float32)
+        moved = cv2.remap(values, from_columns, from_rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        return np.asarray(moved, dtype=np.float32)
 
     cover = sample(covered.astype(np.float32))
     moved = mask & (np.abs(move) >= _LEAST_MOVE) & (cover >= _LEAST_COVER)

@@ -74,7 +74,7 @@ def find_skeleton(
     """
     pixels = landmarks[..., :3].astype(np.float64) * (width, -height, width) + (-0.5 * width, 0.5 * height, 0.0)
     visibility = landmarks[..., 3].astype(np.float64)
-    scale = _find_scale(pixels, visibility)
+    scale = _find_scale(*_bone_lengths(pixels, visibility))
     focal_pixels = max(focal * max(width, height), nearest * float(scale.max()))
     distance = focal_pixels / scale[:, None]
     depth = np.maximum(distance - pixels[..., 2] / scale[:, None], 0.4 * distance)
@@ -83,36 +83,43 @@ def find_skeleton(
     return SeenBody(skeleton, proportions, focal_pixels, visibility)
 
 
-def _find_scale(pixels: _Array, visibility: _Array) -> _Array:
-    """Pixels per metre in each frame `(f,)`, from lengths of bones that are fitted to the clip."""
-    lengths, weights, standard = [], [], []
-    for first, second, length in _BONES:
+def _bone_lengths(pixels: _Array, visibility: _Array) -> tuple[_Array, NDArray[np.bool_]]:
+    """Logarithms of lengths of bones in pixels per metre of a standard body, `(f, n)`, and which of them are seen."""
+    logs, seen = [], []
+    for first, second, standard in _BONES:
         for side in ("left", "right"):
             ends = [_INDEX[f"{side}_{name}"] for name in (first, second)]
-            lengths.append(np.linalg.norm(pixels[:, ends[0]] - pixels[:, ends[1]], axis=-1))
-            weights.append(visibility[:, ends].min(axis=-1) >= _VISIBLE)
-            standard.append(length)
-    seen = np.stack(weights, axis=1)
-    seen[~seen.any(axis=1)] = True
-    logs = np.log(np.maximum(np.stack(lengths, axis=1), 1e-3)) - np.log(standard)
-    logs[~seen] = np.nan
+            length = np.linalg.norm(pixels[:, ends[0]] - pixels[:, ends[1]], axis=-1)
+            logs.append(np.log(np.maximum(length, 1e-3) / standard))
+            seen.append(visibility[:, ends].min(axis=-1) >= _VISIBLE)
+    visible = np.stack(seen, axis=1)
+    visible[~visible.any(axis=1)] = True
+    return np.stack(logs, axis=1), visible
+
+
+def _find_scale(logs: _Array, seen: NDArray[np.bool_]) -> _Array:
+    """Pixels per metre in each frame `(f,)`, smoothed, from lengths of bones; each bone's own is fitted to the clip."""
+    logs = np.where(seen, logs, np.nan)
     scale = np.nanmedian(logs, axis=1)
-    own = np.array([np.median(column[used]) if (used := np.isfinite(column)).any() else 0.0
-                    for column in (logs - scale[:, None]).T])  # fmt: skip
-    scale = np.nanmedian(logs - own, axis=1)
+    own = [np.median(column[used]) if (used := np.isfinite(column)).any() else 0.0
+           for column in (logs - scale[:, None]).T]  # fmt: skip
+    scale = np.nanmedian(logs - np.array(own), axis=1)
     smooth = cv2.GaussianBlur(scale[None], (0, 0), _SCALE_SMOOTHING, borderType=cv2.BORDER_REPLICATE)
-    return np.exp(np.asarray(smooth, dtype=np.float64)[0])
+    result: _Array = np.exp(np.asarray(smooth, dtype=np.float64)[0])
+    return result
 
 
 def _unit(vectors: _Array, otherwise: _Array | tuple[float, float, float]) -> _Array:
     """Unit vectors; those that are nearly zero become `otherwise`."""
     length = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return np.where(length > 1e-4, vectors / np.maximum(length, 1e-12), otherwise)
+    units: _Array = np.where(length > 1e-4, vectors / np.maximum(length, 1e-12), otherwise)
+    return units
 
 
 def _across(vectors: _Array, direction: _Array) -> _Array:
     """The parts of vectors that are perpendicular to unit vectors."""
-    return vectors - (vectors * direction).sum(axis=-1, keepdims=True) * direction
+    part: _Array = vectors - (vectors * direction).sum(axis=-1, keepdims=True) * direction
+    return part
 
 
 def _frame(left: _Array, up: _Array) -> _Array:

@@ -139,7 +139,7 @@ class Skins:
 
 
 @dataclass(frozen=True)
-class Body:
+class BodyShapes:
     """A dancer's shapes and skins. The head's skin has the number `HEAD`: shading paints the face on it."""
 
     shapes: ShapeList
@@ -198,9 +198,9 @@ def find_girths(identity: Identity) -> Girths:
     )
 
 
-def build_body(identity: Identity, skeleton: Skeleton) -> Body:
+def build_body(identity: Identity, skeleton: Skeleton) -> BodyShapes:
     """Surrounds a skeleton with shapes, in every frame, in world space."""
-    body = Body(ShapeList(len(skeleton.pelvis)), Skins())
+    body = BodyShapes(ShapeList(len(skeleton.pelvis)), Skins())
     girths = find_girths(identity)
     add_head(body, identity, skeleton, girths)
     add_trunk(body, identity, skeleton, girths)
@@ -215,7 +215,7 @@ def build_body(identity: Identity, skeleton: Skeleton) -> Body:
 def limb_frame(start: _Array, end: _Array, forward: _Array) -> _Array:
     """A frame `(f, 3, 3)` whose y axis runs from start to end, and whose z axis is as near `forward` as can be."""
     along = end - start
-    along = along / np.linalg.norm(along, axis=-1, keepdims=True)
+    along = along / np.maximum(np.linalg.norm(along, axis=-1, keepdims=True), 1e-9)
     ahead = forward - (forward * along).sum(axis=-1, keepdims=True) * along
     ahead = ahead / np.maximum(np.linalg.norm(ahead, axis=-1, keepdims=True), 1e-9)
     return np.stack([np.cross(along, ahead), along, ahead], axis=-1)
@@ -226,7 +226,7 @@ def _stretch(frame: _Array, factors: tuple[float, float, float]) -> _Array:
 
 
 def _add_limb(
-    body: Body, skin: int, start: _Array, end: _Array, radii: tuple[float, float], *,
+    body: BodyShapes, skin: int, start: _Array, end: _Array, radii: tuple[float, float], *,
     stretch: _Array | None = None, closed: tuple[bool, bool] = (True, True),
 ) -> None:  # fmt: skip
     """Adds a round cone with the spheres at its ends, or without those that another part covers."""
@@ -236,7 +236,7 @@ def _add_limb(
             body.shapes.add_sphere(skin, point, radius, stretch=stretch)
 
 
-def add_head(body: Body, identity: Identity, skeleton: Skeleton, girths: Girths) -> None:
+def add_head(body: BodyShapes, identity: Identity, skeleton: Skeleton, girths: Girths) -> None:
     """Adds head, hair and neck."""
     size, frame, centre = identity.body.head, skeleton.head_frame, skeleton.head
 
@@ -260,7 +260,7 @@ def add_head(body: Body, identity: Identity, skeleton: Skeleton, girths: Girths)
     _add_limb(body, neck, skeleton.neck, neck_end, (radius * 1.12, radius * 0.94), closed=(True, False))
 
 
-def _add_hair(body: Body, identity: Identity, skeleton: Skeleton) -> None:
+def _add_hair(body: BodyShapes, identity: Identity, skeleton: Skeleton) -> None:
     """Adds the hair: a shell over the skull, cut along a slanted hairline, and the strands of the hair style."""
     size, frame, style = identity.body.head, skeleton.head_frame, identity.hair_style
     material = TOP if style == "cap" else HAIR
@@ -287,7 +287,7 @@ def _add_hair(body: Body, identity: Identity, skeleton: Skeleton) -> None:
         body.shapes.add_ellipsoid(hair, at(0.0, 0.055, 0.090), frame * (np.array([0.062, 0.007, 0.062]) * size))
 
 
-def add_trunk(body: Body, identity: Identity, skeleton: Skeleton, girths: Girths) -> None:
+def add_trunk(body: BodyShapes, identity: Identity, skeleton: Skeleton, girths: Girths) -> None:
     """Adds the trunk from the hips to the shoulders."""
     size, depth = identity.body, girths.trunk_depth
     hips, waist, chest = girths.hips, girths.waist, girths.chest
@@ -312,7 +312,7 @@ def add_trunk(body: Body, identity: Identity, skeleton: Skeleton, girths: Girths
         _add_limb(body, trunk, skeleton.chest, shoulder, (chest, yoke), stretch=stretch, closed=(False, True))
 
 
-def add_arm(body: Body, identity: Identity, skeleton: Skeleton, girths: Girths, side: int) -> None:
+def add_arm(body: BodyShapes, identity: Identity, skeleton: Skeleton, girths: Girths, side: int) -> None:
     """Adds an arm with its hand; side 0 is the left."""
     size, radii = identity.body, girths.arm
     shoulder, elbow, wrist = skeleton.shoulders[side], skeleton.elbows[side], skeleton.wrists[side]
@@ -326,7 +326,7 @@ def add_arm(body: Body, identity: Identity, skeleton: Skeleton, girths: Girths, 
     _add_hand(body, identity, skeleton, girths.finger, side)
 
 
-def _add_hand(body: Body, identity: Identity, skeleton: Skeleton, radius: float, side: int) -> None:
+def _add_hand(body: BodyShapes, identity: Identity, skeleton: Skeleton, radius: float, side: int) -> None:
     length, frame = identity.body.hand, skeleton.hand_frames[side]
     skin = body.skins.add(skeleton.wrists[side], frame, 0.03, SKIN)
     palm = skeleton.wrists[side] + frame @ (np.array([0.02, 0.27, 0.0]) * length)
@@ -338,7 +338,7 @@ def _add_hand(body: Body, identity: Identity, skeleton: Skeleton, radius: float,
         _add_limb(body, skin, middle, tip, (radius, radius * 0.85), closed=(False, True))
 
 
-def add_leg(body: Body, identity: Identity, skeleton: Skeleton, girths: Girths, side: int) -> None:
+def add_leg(body: BodyShapes, identity: Identity, skeleton: Skeleton, girths: Girths, side: int) -> None:
     """Adds a leg with its foot; side 0 is the left."""
     size, radii = identity.body, girths.leg
     hip, knee, ankle = skeleton.hips[side], skeleton.knees[side], skeleton.ankles[side]
@@ -366,7 +366,7 @@ def add_leg(body: Body, identity: Identity, skeleton: Skeleton, girths: Girths, 
     _add_limb(body, shoe, ankle, ball, (radii[2], foot.ball_radius), closed=(False, False))
 
 
-def _add_skirt(body: Body, identity: Identity, skeleton: Skeleton) -> None:
+def _add_skirt(body: BodyShapes, identity: Identity, skeleton: Skeleton) -> None:
     """Adds a skirt: an open cone from the waist, wide enough for the legs below it."""
     size, girth = identity.body, identity.body.girth
     hem = 0.5 * (skeleton.knees[0] + skeleton.knees[1])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dreamdance.dancers.body import Body, Identity, build_body, draw_identity
+from dreamdance.dancers.body import BodyShapes, Identity, build_body, draw_identity
 from dreamdance.dancers.landmarks import Landmarks, find_landmarks, foot_points
 from dreamdance.dancers.motion import Skeleton, dance
 from dreamdance.dancers.quadrics import Quadrics, cast, depth_along, surface_normals, to_camera
@@ -74,7 +74,7 @@ class _Scene:
 
     identity: Identity
     skeleton: Skeleton
-    body: Body
+    body: BodyShapes
     landmarks: Landmarks
     stage: Stage
     camera: Camera

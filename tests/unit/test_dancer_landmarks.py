@@ -15,7 +15,9 @@ from dreamdance.dancers.landmarks import (
     NOSE_RADII,
     SKULL,
     SKULL_RADIUS,
+    find_foot,
     find_landmarks,
+    foot_points,
     hand_points,
 )
 from dreamdance.dancers.motion import Proportions, Skeleton, dance, draw_proportions
@@ -201,3 +203,17 @@ def test_thicker_bodies_hide_their_joints_deeper() -> None:
     np.testing.assert_allclose(stout[1:14], 2 * slim[1:14], rtol=1e-12)
     np.testing.assert_allclose(stout[14:], slim[14:], rtol=1e-12)
     assert slim[0] == stout[0]
+
+
+def test_feet_lie_on_the_floor_below_the_ankles() -> None:
+    identity = draw_identity(np.random.default_rng(3))
+    skeleton = dance(np.random.default_rng(4), identity.body, np.arange(8) / 8.0)
+    feet, foot = foot_points(skeleton, identity.body), find_foot(identity.body)
+    for side in (0, 1):
+        heel, toes, ankle = feet[:, side], feet[:, 2 + side], skeleton.ankles[side]
+        assert (heel[:, 1] < ankle[:, 1]).all()
+        # A flat foot stands on the floor, y = 0; a lifted one is above it.
+        lowest = min(float((heel[:, 1] - foot.heel_radius).min()), float((toes[:, 1] - foot.ball_radius).min()))
+        assert -0.03 < lowest < 0.03
+        along = ((toes - heel) * skeleton.foot_frames[side][:, :, 2]).sum(axis=-1)
+        assert (np.abs(along - np.linalg.norm(toes - heel, axis=-1)) < 0.01).all()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dreamdance.dancers.quadrics import ShapeList, cast, depth_along, surface_normals, to_camera
+from dreamdance.dancers.quadrics import ShapeList, cast, depth_along, leave_out, surface_normals, to_camera
 
 FOCAL, WIDTH, HEIGHT = 150.0, 48, 64
 ORIGIN, LEVEL = np.zeros(3), np.eye(3)
@@ -162,3 +162,28 @@ def test_a_cone_whose_one_sphere_holds_the_other_is_refused() -> None:
     shapes.add_cone(0, np.array([[0.0, 0.0, -4.0]]), np.array([[0.0, 0.1, -4.0]]), 0.5, 0.1)
     with pytest.raises(ValueError, match="holds the other"):
         to_camera(shapes, ORIGIN, LEVEL)
+
+
+def test_a_cone_without_a_side_is_nowhere_if_allowed_and_only_in_its_frames() -> None:
+    """The hull of two spheres, one in the other, is the larger sphere, which the caller adds."""
+    shapes = ShapeList(2)
+    start, end = np.array([[0.0, 0.0, -4.0]] * 2), np.array([[0.0, 0.05, -4.0], [0.0, 0.5, -4.0]])
+    shapes.add_cone(0, start, end, 0.3, 0.1)
+    alone = ShapeList(1)
+    alone.add_cone(0, start[1:], end[1:], 0.3, 0.1)
+    hits = cast(to_camera(shapes, ORIGIN, LEVEL, sideless=True), focal=FOCAL, width=WIDTH, height=HEIGHT)
+    expected = cast(to_camera(alone, ORIGIN, LEVEL), focal=FOCAL, width=WIDTH, height=HEIGHT)
+    assert len(expected.pixels) > 50
+    np.testing.assert_array_equal(hits.pixels - WIDTH * HEIGHT, expected.pixels)
+    np.testing.assert_array_equal(hits.depths, expected.depths)
+
+
+def test_a_shape_that_is_left_out_of_a_frame_is_not_seen_there() -> None:
+    shapes = ShapeList(2)
+    centre = np.array([[0.0, 0.0, -4.0]] * 2)
+    shapes.add_sphere(0, centre, 0.3)
+    shapes.add_sphere(1, centre + np.array([0.0, 0.0, 1.0]), 0.1)
+    quadrics = leave_out(to_camera(shapes, ORIGIN, LEVEL), np.array([[False, True], [False, False]]))
+    hits = cast(quadrics, focal=FOCAL, width=WIDTH, height=HEIGHT)
+    seen = [set(quadrics.skins[hits.quadrics[hits.pixels // (WIDTH * HEIGHT) == frame] % 2]) for frame in (0, 1)]
+    assert seen == [{0}, {0, 1}]
