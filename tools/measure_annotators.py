@@ -20,7 +20,8 @@ from dreamdance.annotators.body_outline import Surface
 from dreamdance.annotators.exact_poses import exact_poses
 from dreamdance.annotators.protocols import PersonPoses
 from dreamdance.dancers.render import HELD_OUT_SEEDS, DancerClip, render_clip
-from dreamdance.evaluation.geometry_metrics import PinholeCamera, angular_error, consistency_angle, depth_error
+from dreamdance.evaluation.geometry_metrics import angular_error, depth_error
+from dreamdance.media.surfaces import PinholeCamera, consistency_angle
 
 
 @dataclass(frozen=True)

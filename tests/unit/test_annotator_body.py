@@ -12,14 +12,8 @@ from dreamdance.annotators.body_skeleton import find_skeleton
 from dreamdance.annotators.exact_poses import exact_poses
 from dreamdance.annotators.protocols import LANDMARK_NAMES, DepthAnnotator, NormalAnnotator, PersonPoses
 from dreamdance.dancers.render import HELD_OUT_SEEDS, DancerClip, render_clip
-from dreamdance.evaluation.geometry_metrics import (
-    PinholeCamera,
-    angles,
-    angular_error,
-    depth_error,
-    erode,
-    normals_from_depth,
-)
+from dreamdance.evaluation.geometry_metrics import angular_error, depth_error
+from dreamdance.media.surfaces import PinholeCamera, angles, erode, normals_from_depth
 
 SIDE = 160  # pixels of the square pictures of `standing`
 SCALE = 70.0  # pixels per metre in them
