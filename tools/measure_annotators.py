@@ -1,20 +1,23 @@
 """Measures annotators on rendered dancers, whose true poses, normals and depths are known exactly.
 
-    python tools/measure_annotators.py [--clips 12] [--frames 8] [--size 256 384]
+    python tools/measure_annotators.py [--clips 12] [--frames 8] [--size 256 384] [--networks FOLDER]
 
 It prints a table: the mean angle of normals inside the body, AbsRel of depth inside the body (scale and shift of the
-disparity fitted there, for the whole clip, as in `evaluate`), and time per frame; beside trivial answers.
+disparity fitted there, for the whole clip, as in `evaluate`), and time per frame; beside trivial answers. With the
+folder that `tools/networks.sh` filled, also with BlazePose's landmarks and mask.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from dreamdance.annotators.blazepose import BlazePose
 from dreamdance.annotators.body import Body
 from dreamdance.annotators.body_outline import Surface
 from dreamdance.annotators.exact_poses import exact_poses
@@ -98,13 +101,21 @@ def score_body(clip: DancerClip, find_poses: Callable[[DancerClip], PersonPoses]
     return score_surface(clip, surface, focal=body.focal * max(clip.mask.shape[1:]), seconds=seconds)
 
 
-def print_geometry(clips: list[DancerClip]) -> None:
+def find_with(blazepose: BlazePose, clip: DancerClip) -> PersonPoses:
+    """The poses of the best person in each frame of a clip."""
+    people = [found[0] if found else None for found in blazepose.find_people(clip.rgb)]
+    return blazepose.annotate_pose(clip.rgb, people)
+
+
+def print_geometry(clips: list[DancerClip], blazepose: BlazePose | None) -> None:
     """Prints the table of depth and normals."""
     answers: dict[str, Callable[[DancerClip], GeometryScores]] = {
         "facing the camera": lambda clip: score_surface(clip, facing_camera(clip), focal=clip.intrinsics[0, 0]),
         "inflated mask": lambda clip: score_surface(clip, inflated_mask(clip), focal=clip.intrinsics[0, 0]),
         "body, exact landmarks": lambda clip: score_body(clip, exact_poses),
     }
+    if blazepose is not None:
+        answers["body, landmarks and mask of blazepose"] = lambda clip: score_body(clip, partial(find_with, blazepose))
     print("| normals and depth inside the body | normals, mean angle | depth AbsRel | normals to depth's own | CPU |")
     print("|---|---|---|---|---|")
     for name, score in answers.items():
@@ -122,11 +133,12 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=12, help="number of held-out dancers")
     parser.add_argument("--frames", type=int, default=8, help="frames of each")
     parser.add_argument("--size", type=int, nargs=2, default=(256, 384), metavar=("WIDTH", "HEIGHT"))
+    parser.add_argument("--networks", help="the folder that tools/networks.sh filled")
     chosen = parser.parse_args()
     width, height = chosen.size
     clips = list(held_out_clips(chosen.clips, num_frames=chosen.frames, width=width, height=height))
     print(f"{len(clips)} held-out dancers, {chosen.frames} frames of {width}x{height}\n")
-    print_geometry(clips)
+    print_geometry(clips, BlazePose(chosen.networks) if chosen.networks else None)
 
 
 if __name__ == "__main__":

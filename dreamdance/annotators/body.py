@@ -72,7 +72,7 @@ class Body:
 
     def find_surface(self, poses: PersonPoses, mask: NDArray[np.float32]) -> Surface:
         """Depth and normals at once."""
-        landmarks = _check(poses, mask)
+        landmarks = _without_gaps(_check(poses, mask))
         inside = mask >= 0.5
         num_frames, height, width = mask.shape
         seen = find_skeleton(landmarks, width=width, height=height, focal=self.focal, nearest=_NEAREST)
@@ -105,6 +105,19 @@ def _check(poses: PersonPoses, mask: NDArray[np.float32]) -> NDArray[np.float32]
     if not np.isfinite(landmarks).all():
         raise ValueError("landmarks contain values that are not finite")
     return landmarks
+
+
+def _without_gaps(landmarks: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Gives frames in which nobody was found (visibility 0) the landmarks of the nearest frame with somebody.
+
+    Zeros would otherwise disturb the scale and the proportions of the whole clip.
+    """
+    found = np.flatnonzero(landmarks[..., 3].max(axis=1) > 0)
+    if not len(found):
+        return landmarks
+    nearest = np.abs(np.arange(len(landmarks))[:, None] - found).argmin(axis=1)
+    filled: NDArray[np.float32] = landmarks[found[nearest]]
+    return filled
 
 
 def _surround(seen: SeenBody, girths: dancers.Girths) -> Quadrics:

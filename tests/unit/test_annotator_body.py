@@ -204,6 +204,20 @@ def test_every_pixel_is_finite_and_the_background_is_the_far_end(dancers: list[D
     assert np.array_equal(Body().annotate_normal(clip.rgb, poses, mask), surface.normals)
 
 
+def test_frames_without_a_person_do_not_change_the_others(dancers: list[DancerClip]) -> None:
+    clip = dancers[1]
+    poses = exact_poses(clip)
+    landmarks, mask = poses.landmarks.copy(), poses.mask.copy()
+    landmarks[2], mask[2] = 0.0, 0.0
+    whole, gap = Body().find_surface(poses, poses.mask), Body().find_surface(replace(poses, landmarks=landmarks), mask)
+    for frame in (0, 1, 3):
+        inside = clip.mask[frame]
+        # If the empty frame counted, the mean angle would be 34 degrees and the ratio below 2.6.
+        assert angles(gap.normals[frame][inside], clip.normal[frame][inside]).mean() < 12.0
+        ratio = gap.depths[frame][inside] / whole.depths[frame][inside]
+        assert abs(np.median(ratio) - 1.0) < 0.02
+
+
 def test_a_mask_of_other_pixels_and_landmarks_in_one_place_give_finite_maps() -> None:
     poses = standing()
     elsewhere = np.zeros_like(EVERYWHERE)
