@@ -54,8 +54,16 @@ class _Track:
 
     seen: dict[int, Person] = field(default_factory=dict)
 
-    def predict(self, frame: int) -> NDArray[np.float64]:
-        """Where the box should be: moved on with the speed of the last two appearances."""
+    def overlap(self, frame: int, boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Overlap `(n,)` with boxes `(n, 4)`: where the person was, or should be now, whichever is more.
+
+        The former is right for people who turn back between two frames, the latter for people who cross.
+        """
+        last = np.array(self.seen[max(self.seen)].box)
+        return np.maximum(overlaps(last, boxes), overlaps(self._predict(frame), boxes))
+
+    def _predict(self, frame: int) -> NDArray[np.float64]:
+        """The last box, moved on with the speed of the last two appearances."""
         last = max(self.seen)
         box = np.array(self.seen[last].box)
         if last - 1 not in self.seen:
@@ -130,7 +138,7 @@ def _connect(people: Sequence[Sequence[Person]]) -> list[_Track]:
         free = set(range(len(found)))
         if alive and found:
             boxes = np.array([person.box for person in found])
-            table = np.stack([overlaps(track.predict(frame), boxes) for track in alive])
+            table = np.stack([track.overlap(frame, boxes) for track in alive])
             unmatched = set(range(len(alive)))
             for place in np.argsort(-table, axis=None, kind="stable"):
                 row, column = divmod(int(place), len(found))

@@ -29,6 +29,12 @@ def test_a_single_person_is_followed_through_all_frames():
     assert not any(followed.is_bridged)
 
 
+def test_a_person_who_jumps_to_and_fro_is_followed():
+    # The speed of the last two frames points to where nobody is.
+    frames = [[person_at(300 + (0, 35, 0, -35)[frame % 4])] for frame in range(12)]
+    assert follow(frames).people == tuple(frame[0] for frame in frames)
+
+
 def test_nobody_is_none_and_naming_one_of_nobody_is_an_error():
     assert follow_person([[], []], width=WIDTH, height=HEIGHT) is None
     with pytest.raises(UserError, match="person: 1: nobody was found in 2 frames"):
