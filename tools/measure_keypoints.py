@@ -79,7 +79,8 @@ def measure_dancers(blazepose: BlazePose, num_dancers: int, num_frames: int) -> 
     is_found = found[..., 2] >= CONFIDENCE_THRESHOLD
     print(f"{num_dancers} dancers, {num_frames} frames each, {_WIDTH}x{_HEIGHT}, {milliseconds:.0f} ms per frame")
     print("median error of visible points, in torsos: BlazePose | the dancers' mean pose | found")
-    for index, name in [*enumerate(BODY_NAMES), (BODY, "body")]:
+    points: list[tuple[Any, str]] = [*enumerate(BODY_NAMES), (BODY, "body")]
+    for index, name in points:
         print_errors(name, errors[:, index], mean_pose[:, index], is_visible[:, index], is_found[:, index])
     for part, name in ((LEFT_HAND, "left hand"), (RIGHT_HAND, "right hand"), (FACE, "face")):
         print_errors(name, errors[:, part], mean_pose[:, part], is_visible[:, part], is_found[:, part])
@@ -90,7 +91,9 @@ def measure_dancers(blazepose: BlazePose, num_dancers: int, num_frames: int) -> 
     measure_depths(clips, poses)
 
 
-def print_errors(name: str, errors: _Array, trivial: _Array, is_visible: _Array, is_found: _Array) -> None:
+def print_errors(
+    name: str, errors: _Array, trivial: _Array, is_visible: NDArray[np.bool_], is_found: NDArray[np.bool_]
+) -> None:
     both = is_visible & is_found
     share = both.sum() / max(is_visible.sum(), 1)
     median = f"{np.median(errors[both]):.3f}" if both.any() else "  -  "
