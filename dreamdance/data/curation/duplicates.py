@@ -1,0 +1,166 @@
+"""Finds videos that show the same footage, by one hash per second.
+
+Re-encoded, rescaled, trimmed, brightened and mirrored copies are found; cropped and rotated ones are not. Videos of one
+unmoved camera are found too, since the background fills most of their pictures. All of a group belongs to one side of
+the split: a held-out video must not be one that was trained on.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+# Two seconds are the same if at most this many of the 64 bits of their hashes differ.
+MAX_DISTANCE = 6
+# Two videos are the same if this share of the seconds of the shorter one is found in the other.
+MIN_SHARE = 0.6
+
+_SIDE = 8
+_BITS = _SIDE * _SIDE
+# Each hash is of the mean of two seconds, one second after the previous one. A hash of single frames misses copies that
+# begin elsewhere: half a second later, a fast dancer differs in more than 6 bits (found: 0 % of the seconds of a real
+# video and of one of four dancers; of means 100 %).
+_WINDOW_SECONDS = 2
+# Pictures whose brightness varies less (standard deviation, of 255) have no hash: black, white and faded ones.
+_LEAST_CONTRAST = 4.0
+
+
+@dataclass(frozen=True)
+class VideoHashes:
+    """The hashes of a video.
+
+    Attributes:
+        name: of the video, unique.
+        frames: `(s, 64)` bool, one row per second; those without contrast are left out.
+        mirrored: `(s, 64)` bool, of the same pictures mirrored from left to right.
+    """
+
+    name: str
+    frames: NDArray[np.bool_]
+    mirrored: NDArray[np.bool_]
+
+    def to_json(self) -> dict[str, Any]:
+        """The hashes as hexadecimal numbers."""
+        return {"name": self.name, "frames": _to_hex(self.frames), "mirrored": _to_hex(self.mirrored)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "VideoHashes":
+        """The inverse of `to_json`."""
+        return cls(str(content["name"]), _from_hex(content["frames"]), _from_hex(content["mirrored"]))
+
+
+def hash_video(name: str, frames: Iterable[NDArray[np.uint8]], *, fps: float) -> VideoHashes:
+    """Hashes a video.
+
+    The bits of a difference hash compare neighbours in each row of a grey picture of 9 x 8 pixels.
+
+    Args:
+        name: of the video.
+        frames: all its frames, `(H, W, 3)` uint8 of any size: small ones, such as those for the detection of shots,
+            are enough.
+        fps: frames per second.
+    """
+    size = (_SIDE + 1, _SIDE)
+    small = [cv2.resize(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), size, interpolation=cv2.INTER_AREA)
+             for frame in map(np.ascontiguousarray, frames)]  # fmt: skip
+    kept, mirrored = [np.zeros((0, _BITS), bool)], [np.zeros((0, _BITS), bool)]
+    for second in range(max(1, round(len(small) / fps) - _WINDOW_SECONDS + 1) if small else 0):
+        window = small[round(second * fps) : max(1, round((second + _WINDOW_SECONDS) * fps))]
+        picture = np.stack(window).mean(axis=0, dtype=np.float32)
+        if picture.std() >= _LEAST_CONTRAST:
+            kept.append(_difference_bits(picture))
+            mirrored.append(_difference_bits(picture[:, ::-1]))
+    return VideoHashes(name, np.concatenate(kept), np.concatenate(mirrored))
+
+
+def _difference_bits(small: NDArray[np.float32]) -> NDArray[np.bool_]:
+    return np.asarray(small[:, 1:] > small[:, :-1]).reshape(1, _BITS)
+
+
+def find_duplicates(
+    videos: Sequence[VideoHashes], *, max_distance: int = MAX_DISTANCE, min_share: float = MIN_SHARE
+) -> list[tuple[str, str]]:
+    """Finds all pairs of videos that show the same footage, also mirrored.
+
+    The cost grows with the square of the number of hashed seconds.
+
+    Args:
+        videos: in any order; a video without any hash is never part of a pair.
+        max_distance: see `MAX_DISTANCE`.
+        min_share: see `MIN_SHARE`.
+
+    Returns:
+        Pairs of names, each in the order of `videos`.
+    """
+    usable = [video for video in videos if len(video.frames)]
+    lengths = np.array([len(video.frames) for video in usable], np.int64)
+    starts = np.cumsum([0, *lengths])
+    signs = np.concatenate([_signs(video.frames) for video in usable]) if usable else np.zeros((0, _BITS))
+    video_of = np.repeat(np.arange(len(usable)), lengths)
+    pairs = []
+    for number, video in enumerate(usable[:-1]):
+        first = starts[number + 1]
+        share = np.zeros(len(usable))
+        for hashes in (video.frames, video.mirrored):
+            # The product of signs is 64 - 2 x the number of bits that differ.
+            here, there = np.nonzero(_signs(hashes) @ signs[first:].T >= _BITS - 2 * max_distance)
+            found_there = np.bincount(video_of[np.unique(there) + first], minlength=len(usable))
+            found_here = np.bincount(np.unique(here * len(usable) + video_of[there + first]) % len(usable),
+                                     minlength=len(usable))  # fmt: skip
+            is_shorter = len(hashes) <= lengths
+            share = np.maximum(share, np.where(is_shorter, found_here / len(hashes), found_there / lengths))
+        pairs += [(video.name, usable[int(other)].name) for other in np.flatnonzero(share >= min_share)]
+    return pairs
+
+
+def group_duplicates(names: Sequence[str], pairs: Iterable[tuple[str, str]]) -> list[list[str]]:
+    """Unites pairs to groups, which a split must not divide.
+
+    Args:
+        names: of all videos.
+        pairs: from `find_duplicates`.
+
+    Returns:
+        All names in groups, most of one name, in the order of `names`.
+    """
+    group_of = {name: [name] for name in names}
+    for first, second in pairs:
+        kept, joined = group_of[first], group_of[second]
+        if kept is not joined:
+            kept += joined
+            group_of.update(dict.fromkeys(joined, kept))
+    order = {name: place for place, name in enumerate(names)}
+    unique = {id(group): sorted(group, key=order.__getitem__) for group in group_of.values()}
+    return sorted(unique.values(), key=lambda group: order[group[0]])
+
+
+def check_leaks(train: Sequence[VideoHashes], validation: Sequence[VideoHashes]) -> list[tuple[str, str]]:
+    """Finds footage on both sides of a split: pairs of a training video and a validation video; empty if sound.
+
+    Raises:
+        ValueError: a name is on both sides.
+    """
+    of_train, of_validation = ({video.name for video in side} for side in (train, validation))
+    if both := sorted(of_train & of_validation):
+        raise ValueError(f"in the training set and in the validation set: {', '.join(both)}")
+    return [
+        (first, second) if first in of_train else (second, first)
+        for first, second in find_duplicates([*train, *validation])
+        if (first in of_train) != (second in of_train)
+    ]
+
+
+def _signs(bits: NDArray[np.bool_]) -> NDArray[np.float32]:
+    return np.where(bits, np.float32(1), np.float32(-1))
+
+
+def _to_hex(bits: NDArray[np.bool_]) -> list[str]:
+    return [row.tobytes().hex() for row in np.packbits(bits, axis=1)]
+
+
+def _from_hex(numbers: Sequence[str]) -> NDArray[np.bool_]:
+    rows = [np.unpackbits(np.frombuffer(bytes.fromhex(number), np.uint8)) for number in numbers]
+    return np.array(rows, bool).reshape(-1, _BITS)

@@ -1,0 +1,138 @@
+"""Copies of a video are found however they were encoded, cut in time or mirrored; different dancers never match."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from dreamdance.dancers.render import HELD_OUT_SEEDS, render_clip
+from dreamdance.data.curation.duplicates import (
+    VideoHashes,
+    check_leaks,
+    find_duplicates,
+    group_duplicates,
+    hash_video,
+)
+from dreamdance.media.video import iterate_frames, probe_video, write_video
+
+FPS = 8.0
+SECONDS = 8
+
+
+def hash_file(path: Path, name: str) -> VideoHashes:
+    video = probe_video(path)
+    return hash_video(name, iterate_frames(video), fps=video.fps)
+
+
+@pytest.fixture(scope="module")
+def dance() -> np.ndarray:
+    return render_clip(HELD_OUT_SEEDS[0], num_frames=int(SECONDS * FPS), width=96, height=144, fps=FPS).rgb
+
+
+def rescaled(frames: np.ndarray) -> np.ndarray:
+    return np.stack([cv2.resize(frame, (60, 90), interpolation=cv2.INTER_AREA) for frame in frames])
+
+
+def brighter(frames: np.ndarray) -> np.ndarray:
+    return np.clip(frames * 1.1 + 12, 0, 255).astype(np.uint8)
+
+
+CHANGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "rescaled": rescaled,
+    "trimmed": lambda frames: frames[20:-3],
+    "brighter": brighter,
+    "mirrored": lambda frames: frames[:, :, ::-1],
+    "mirrored_and_trimmed": lambda frames: frames[11:, :, ::-1],
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_copy_is_found_after_another_compression(tmp_path, dance, name):
+    """The copy is compressed strongly."""
+    write_video(tmp_path / "a.mp4", dance, fps=FPS)
+    write_video(tmp_path / "b.mp4", CHANGES[name](dance), fps=FPS, crf=34)
+    first, second = hash_file(tmp_path / "a.mp4", "a"), hash_file(tmp_path / "b.mp4", "b")
+    assert find_duplicates([first, second]) == [("a", "b")]
+    assert find_duplicates([second, first]) == [("b", "a")]
+
+
+def test_a_video_that_contains_another_is_found(dance):
+    other = render_clip(HELD_OUT_SEEDS[1], num_frames=len(dance), width=96, height=144, fps=FPS).rgb
+    long = hash_video("long", np.concatenate([other, dance]), fps=FPS)
+    assert find_duplicates([long, hash_video("short", dance, fps=FPS)]) == [("long", "short")]
+
+
+def test_cropped_copies_are_not_found(dance):
+    """The limit that the module states."""
+    cropped = hash_video("b", dance[:, 20:110, 20:80], fps=FPS)
+    assert find_duplicates([hash_video("a", dance, fps=FPS), cropped]) == []
+
+
+def test_different_dancers_never_match():
+    """500 dancers were compared once, without a false pair; here are 60."""
+    videos = [
+        hash_video(
+            str(seed), render_clip(HELD_OUT_SEEDS[seed], num_frames=2, width=32, height=48, fps=1.0).rgb, fps=1.0
+        )
+        for seed in range(60)
+    ]
+    assert find_duplicates(videos) == []
+
+
+def bits(*changed: int) -> np.ndarray:
+    row = np.random.default_rng(0).random(64) < 0.5
+    row[list(changed)] ^= True
+    return row
+
+
+def video(name: str, *rows: np.ndarray) -> VideoHashes:
+    return VideoHashes(name, np.array(rows), ~np.array(rows))
+
+
+def test_six_bits_are_the_same_and_seven_are_not():
+    first = video("a", bits())
+    assert find_duplicates([first, video("b", bits(*range(6)))]) == [("a", "b")]
+    assert find_duplicates([first, video("b", bits(*range(7)))]) == []
+
+
+def test_sixty_percent_of_the_shorter_video_decide():
+    long = video("long", *(bits(*range(10 * number, 10 * number + 10)) for number in range(6)))
+    others = np.random.default_rng(1).random((5, 64)) < 0.5
+    assert find_duplicates([long, video("short", *long.frames[:3], *others[:2])]) == [("long", "short")]
+    assert find_duplicates([long, video("short", *long.frames[:2], *others[:3])]) == []
+
+
+def test_pictures_without_contrast_have_no_hash():
+    black = hash_video("black", np.zeros((5, 40, 30, 3), np.uint8), fps=1.0)
+    assert len(black.frames) == 0
+    assert find_duplicates([black, hash_video("grey", np.full((5, 40, 30, 3), 90, np.uint8), fps=1.0)]) == []
+
+
+def test_groups_unite_chains_and_keep_the_order():
+    assert group_duplicates("abcdef", [("e", "b"), ("c", "e"), ("a", "d")]) == [["a", "d"], ["b", "c", "e"], ["f"]]
+
+
+def test_leaks_name_the_training_video_first():
+    same, other = bits(), bits(*range(30))
+    train = [video("t1", other), video("t2", same), video("t3", same)]
+    validation = [video("v1", same), video("v2", bits(*range(0, 64, 2)))]
+    assert check_leaks(train, validation) == [("t2", "v1"), ("t3", "v1")]
+    assert check_leaks(train[:1], validation) == []
+    with pytest.raises(ValueError, match="in the validation set: t2"):
+        check_leaks(train, [train[1]])
+
+
+def test_hashes_survive_json(dance):
+    hashes = hash_video("a", dance, fps=FPS)
+    restored = VideoHashes.from_json(json.loads(json.dumps(hashes.to_json())))
+    np.testing.assert_array_equal(restored.frames, hashes.frames)
+    np.testing.assert_array_equal(restored.mirrored, hashes.mirrored)
+    assert restored.name == "a"
+
+
+@pytest.mark.parametrize(("num_frames", "expected"), [(4, 1), (16, 1), (24, 2), (64, 7), (63, 7)])
+def test_there_is_one_hash_per_second_of_two_seconds_each(dance, num_frames, expected):
+    assert len(hash_video("a", dance[:num_frames], fps=FPS).frames) == expected
