@@ -133,6 +133,11 @@ def _data(recipe: TrainingRecipe) -> Iterator[Problem]:
     low, high = recipe.data.stride
     if low > high:
         yield _problem("data.stride", f"data.stride [{low}, {high}] is [smallest, largest]; swap the two")
+    motion = recipe.data.filters.motion
+    if motion is not None and motion[0] > motion[1]:
+        yield _problem(
+            "data.filters.motion", f"data.filters.motion [{motion[0]:g}, {motion[1]:g}] is [low, high]; swap them"
+        )
     if recipe.data.train.local == recipe.data.validation.local:
         yield _problem("data.validation.local", "data.train.local and data.validation.local are the same folder")
 

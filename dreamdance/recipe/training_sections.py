@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from dreamdance.recipe.filter_section import ScoreFilters
 from dreamdance.recipe.sections import (
     Clips,
     Fraction,
@@ -70,6 +71,13 @@ class TrainingData(Section):
             "Smallest distance of the reference from the window, in frames of the source video; less if the video is "
             "too short. It needs clips that are stored with references (videos.references); of other clips, the "
             "reference is any frame."
+        ),
+    )
+    filters: ScoreFilters = Field(
+        default=ScoreFilters(),
+        description=(
+            "Which clips training uses, by the scores that prepare stored: `{motion: [0.01, 0.3], people: 1}`. Without "
+            "it, all."
         ),
     )
     num_workers: NonNegative = Field(

@@ -84,6 +84,7 @@ def test_a_micro_batch_that_does_not_divide_names_those_that_do(tmp_path):
         (STAGE1, ["cluster.tasks_per_node=2", "cluster.gpus_per_node=1"], "every process drives one GPU"),
         (STAGE1, ["cluster.environment={A-B: x}"], "'A-B' is not a valid name of an environment variable"),
         (STAGE1, ["data.stride=[4, 2]"], "data.stride [4, 2] is [smallest, largest]"),
+        (STAGE1, ["data.filters.motion=[0.3, 0.1]"], "data.filters.motion [0.3, 0.1] is [low, high]"),
         (STAGE1, ["data.validation.local=data/train"], "are the same folder"),
         (STAGE1, ["optimizer.warmup_steps=101"], "optimizer.warmup_steps 101 is more than max_steps 100"),
         (STAGE1, ["optimizer.betas=[0.9, 1.0]"], "optimizer.betas holds 1.0"),
