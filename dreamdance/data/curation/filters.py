@@ -48,7 +48,7 @@ def failed_filters(scores: Scores, limits: Mapping[str, Limits]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ClipChoice:
     """The result of filters on a set of clips.
 
     Attributes:
@@ -66,9 +66,9 @@ class Choice:
         return f"data.filters keeps {kept} of {total} clips" + (f"; dropped by {reasons}" if reasons else "")
 
 
-def choose_clips(scores: Iterable[Scores], filters: ScoreFilters) -> Choice:
+def choose_clips(scores: Iterable[Scores], filters: ScoreFilters) -> ClipChoice:
     """Applies the filters of a recipe to clips."""
     limits = filter_limits(filters)
     failures = [failed_filters(one, limits) for one in scores]
     counts = {name: sum(name in failed for failed in failures) for name in limits}
-    return Choice(tuple(not failed for failed in failures), counts)
+    return ClipChoice(tuple(not failed for failed in failures), counts)
