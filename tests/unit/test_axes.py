@@ -85,6 +85,14 @@ def test_what_lies_outside_of_the_person_does_not_count(clip):
     assert geometry_consistency(normals, depths, clip.mask.astype(np.float32)) == pytest.approx(expected)
 
 
+def test_the_outline_of_the_person_is_no_surface():
+    mask = np.zeros((1, 40, 40), dtype=bool)
+    mask[:, 10:30, 10:30] = True
+    rising = 1 - np.tan(0.5) * (np.mgrid[:40, :40][1][None] - 20.0)
+    plane = np.broadcast_to([np.sin(0.5), 0.0, np.cos(0.5)], (1, 40, 40, 3))
+    assert geometry_consistency(plane, Depths(rising, "disparity"), mask) < 1e-6
+
+
 def test_without_pixels_or_without_relief_there_is_no_score(clip):
     nobody = np.zeros_like(clip.mask)
     assert np.isnan(geometry_consistency(clip.normal, exact_depth(clip), nobody))
