@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,11 @@ from dreamdance.data.prepare_notes import (
 )
 from dreamdance.data.writing.clip_record import ClipRecord
 from dreamdance.data.writing.dancer_clips import render_record
+from dreamdance.data.writing.map_files import candidate_files
 from dreamdance.data.writing.shard_parts import Part, PartSource, ShardFormat
 from dreamdance.data.writing.shard_writer import ShardFolder, newly_damaged, share_missing, write_shared
 from dreamdance.data.writing.video_clips import Split, VideoPart, choose_validation, find_videos
-from dreamdance.data.writing.video_opening import check_videos, video_files
+from dreamdance.data.writing.video_opening import check_videos
 from dreamdance.errors import ShardError, UserError
 from dreamdance.media.video import VideoError
 from dreamdance.media.video_names import part_name, video_ids
@@ -360,7 +362,7 @@ def plan_videos(source: VideosSource, seed: int, *, skipped: Collection[str] = (
         del splits["validation"]
 
     def plan(name: str, split: Split) -> Part:
-        files = tuple(video_files(source.folder, name).values()) if name in found else ()
+        files = tuple(chain.from_iterable(candidate_files(source.folder, name).values())) if name in found else ()
         make = VideoPart(source, name, ids[name], split)
         return Part(part_name(name), make, PartSource(name, ids[name], files))
 

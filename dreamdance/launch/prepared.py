@@ -41,8 +41,9 @@ def is_prepared(recipe: PrepareRecipe) -> bool:
 
 
 def describe_videos(folder: Path) -> list[str]:
-    """A line for each video, which changes when the video is replaced. Hidden files (from macOS) do not count."""
-    paths = sorted(path for path in folder.glob("*.mp4") if not path.name.startswith("."))
+    """A line for each video or array of maps, which changes when it is replaced. Hidden files do not count."""
+    kinds = ("*.mp4", "*.mkv", "*.npz")
+    paths = sorted(path for kind in kinds for path in folder.glob(kind) if not path.name.startswith("."))
     found = [(path.name, FileStamp.from_stat(path.stat() if path.exists() else path.lstat())) for path in paths]
     return [f"{name} {stamp.size} {stamp.mtime_ns} {stamp.ctime_ns}" for name, stamp in found]
 

@@ -1,6 +1,7 @@
 """Reads videos frame by frame, by their time stamps. All code that reads a video uses this module.
 
-Frames are uint8 arrays `(H, W, 3)`, red, green, blue, as a player shows them. Frame k alone equals frame k of the whole
+Frames are uint8 arrays `(H, W, 3)`, red, green, blue, as a player shows them; or, if asked for, uint16 `(H, W)` as a
+video of 16-bit grey stores them. Frame k alone equals frame k of the whole
 video: decoding starts at a key frame before frame k, or further back if that start does not give the frame.
 """
 
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -27,7 +29,7 @@ from dreamdance.media.video_container import (
 from dreamdance.media.video_display import Display, FrameConverter
 from dreamdance.media.video_writing import write_video
 
-__all__ = ["VideoError", "VideoInfo", "iterate_frames", "probe_video", "read_frames", "write_video"]
+__all__ = ["VideoError", "VideoInfo", "iterate_frames", "iterate_grey16", "probe_video", "read_frames", "write_video"]
 
 MAX_FRAME_RATE = 1000.0
 
@@ -44,6 +46,7 @@ class VideoInfo:
         reach: for each frame, the latest stamp among the frames from which it may be predicted.
         counted: whether the stored frames have no usable stamps, so that they are counted from the beginning.
         display: the conversion of a stored frame to the shown one.
+        codec: FFmpeg's name of the codec.
     """
 
     path: Path
@@ -56,6 +59,7 @@ class VideoInfo:
     reach: tuple[int, ...] = field(repr=False)
     counted: bool
     display: Display = field(repr=False)
+    codec: str = ""
 
     @property
     def num_frames(self) -> int:
@@ -115,7 +119,8 @@ def probe_video(path: Path | str) -> VideoInfo:
         if not 0.0 < rate <= MAX_FRAME_RATE:
             raise VideoError(f"{path} has {rate:g} frames per second; above 0 up to {MAX_FRAME_RATE:g} are accepted")
         keys = packets.key_stamps
-        return VideoInfo(path, *display.size, rate, stamps, stream.time_base, keys, reach, not packets.ordered, display)
+        codec, counted = stream.codec_context.name, not packets.ordered
+        return VideoInfo(path, *display.size, rate, stamps, stream.time_base, keys, reach, counted, display, codec)
 
 
 def iterate_frames(video: VideoInfo, frames: Sequence[int] | None = None) -> Iterator[NDArray[np.uint8]]:
@@ -131,6 +136,23 @@ def iterate_frames(video: VideoInfo, frames: Sequence[int] | None = None) -> Ite
     Raises:
         VideoError: a chosen frame, or one from which it is predicted, is damaged.
     """
+    return _iterate(video, frames, as_grey16=False)
+
+
+def iterate_grey16(video: VideoInfo, frames: Sequence[int] | None = None) -> Iterator[NDArray[np.uint16]]:
+    """Decodes frames of 16-bit grey, `(H, W)` uint16, exactly as they were written; see `iterate_frames`.
+
+    Raises:
+        VideoError: the video stores no 16-bit grey (`display.is_grey16`), or a frame is damaged.
+    """
+    if not video.display.is_grey16:
+        raise VideoError(
+            f"{video.path} is no video of 16-bit grey; write one with: -c:v ffv1 -pix_fmt gray16le OUT.mkv"
+        )
+    return _iterate(video, frames, as_grey16=True)
+
+
+def _iterate(video: VideoInfo, frames: Sequence[int] | None, *, as_grey16: bool) -> Iterator[NDArray[Any]]:
     wanted = list(range(video.num_frames) if frames is None else frames)
     if not wanted:
         return
@@ -141,7 +163,9 @@ def iterate_frames(video: VideoInfo, frames: Sequence[int] | None = None) -> Ite
     done = 0
     for start in (starts := _starts(video, wanted[0])):
         try:
-            for picture in _decode_from(video, start, wanted[done:]):
+            for picture in _decode_from(
+                video, start, wanted[done:], FrameConverter(video.display, as_grey16=as_grey16)
+            ):
                 yield picture
                 done += 1
             return
@@ -207,7 +231,9 @@ def _starts(video: VideoInfo, first: int) -> list[int | None]:
     return [*reversed(before[1:][-2:]), None]
 
 
-def _decode_from(video: VideoInfo, start: int | None, wanted: list[int]) -> Iterator[NDArray[np.uint8]]:
+def _decode_from(
+    video: VideoInfo, start: int | None, wanted: list[int], converter: FrameConverter
+) -> Iterator[NDArray[Any]]:
     """Decodes from one start. A frame counts if it and all frames that it needs are whole and follow a key frame.
 
     Raises:
@@ -217,7 +243,6 @@ def _decode_from(video: VideoInfo, start: int | None, wanted: list[int]) -> Iter
     repeats = Counter(wanted)
     ahead = deque(repeats)
     waiting: deque[tuple[int, av.VideoFrame]] = deque()  # frames may depend on frames that are shown after them
-    converter = FrameConverter(video.display)
     entered, damaged, last = start is None, None, -1
     with opened_video(video.path) as (container, stream):
         if start is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -48,6 +48,7 @@ BT709_PRIMARIES = ((0.640, 0.330), (0.300, 0.600), (0.150, 0.060))
 WHITE_D65 = (0.3127, 0.3290)
 SCREEN_GAMMA = 2.4  # BT.1886: how screens show video
 ASPECT_TOLERANCE = 0.02
+GREY16_FORMATS = frozenset({"gray16le", "gray16be"})
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,10 @@ class Orientation:
             "accepted. Turn its pixels instead: ffmpeg -i IN -crf 12 OUT.mp4"
         )
 
-    def turn(self, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """`(H, W, 3)` as it is shown."""
+    def turn(self, picture: NDArray[Any]) -> NDArray[Any]:
+        """`(H, W, 3)` or `(H, W)` as it is shown."""
         if self.transposed:
-            picture = picture.transpose(1, 0, 2)
+            picture = picture.swapaxes(0, 1)
         return np.ascontiguousarray(picture[:: -1 if self.flipped_y else 1, :: -1 if self.flipped_x else 1])
 
 
@@ -97,6 +98,7 @@ class Display:
     Attributes:
         stored_width, stored_height: size of the first stored frame.
         scaled_width, scaled_height: its size with square pixels, before the rotation.
+        is_grey16: whether a frame is stored as one 16-bit number per pixel.
     """
 
     path: Path
@@ -105,6 +107,7 @@ class Display:
     scaled_width: int
     scaled_height: int
     orientation: Orientation
+    is_grey16: bool
 
     @classmethod
     def of(cls, frame: av.VideoFrame, stream: VideoStream, path: Path) -> "Display":
@@ -122,7 +125,8 @@ class Display:
                 f"{path} has pixels of shape {stream.sample_aspect_ratio}: {width}x{height} would be shown as "
                 f"{scaled_width}x{scaled_height}; up to {MAX_FRAME_PIXELS} pixels are accepted"
             )
-        display = cls(path, width, height, scaled_width, scaled_height, Orientation.of(frame, path))
+        is_grey16 = frame.format.name in GREY16_FORMATS
+        display = cls(path, width, height, scaled_width, scaled_height, Orientation.of(frame, path), is_grey16)
         FrameConverter(display).show(frame, number=0)
         return display
 
@@ -134,13 +138,17 @@ class Display:
 
 
 class FrameConverter:
-    """Converts the frames of one pass through a video; two passes must not share a converter."""
+    """Converts the frames of one pass through a video; two passes must not share a converter.
 
-    def __init__(self, display: Display) -> None:
+    With `as_grey16` frames are `(H, W)` uint16 instead, from a video whose display `is_grey16` without any change.
+    """
+
+    def __init__(self, display: Display, *, as_grey16: bool = False) -> None:
         self._display = display
+        self._as_grey16 = as_grey16
         self._scaler: _Scaler | None = None
 
-    def show(self, frame: av.VideoFrame, *, number: int) -> NDArray[np.uint8]:
+    def show(self, frame: av.VideoFrame, *, number: int) -> NDArray[Any]:
         """The frame as a player shows it, `(H, W, 3)` uint8, at the size of the first one; warns if it is interlaced.
 
         Raises:
@@ -171,35 +179,36 @@ class FrameConverter:
                 "them. Deinterlace it: ffmpeg -i IN -vf bwdif=send_frame -crf 12 OUT.mp4"
             )
         if self._scaler is None or not self._scaler.takes(frame):
-            self._scaler = _Scaler(frame, display.scaled_width, display.scaled_height)
+            form = "gray16le" if self._as_grey16 else "rgb24"
+            self._scaler = _Scaler(frame, display.scaled_width, display.scaled_height, form)
         picture = self._scaler.scale(frame)
-        if frame.color_primaries in WIDE_PRIMARIES:
+        if frame.color_primaries in WIDE_PRIMARIES and not self._as_grey16:
             picture = _to_bt709(picture, ColorPrimaries(frame.color_primaries))
         return display.orientation.turn(picture)
 
 
 class _Scaler:
-    """The conversion from a decoded frame to RGB as FFmpeg's command line does it: a graph of filters."""
+    """The conversion from a decoded frame to RGB or grey as FFmpeg's command line does it: a graph of filters."""
 
-    def __init__(self, like: av.VideoFrame, width: int, height: int) -> None:
+    def __init__(self, like: av.VideoFrame, width: int, height: int, form: str) -> None:
         self._kind = _kind_of(like)
         self._graph = av.filter.Graph()
         source = self._graph.add_buffer(
             width=like.width, height=like.height, format=like.format, time_base=Fraction(1, 1000)
         )
         scale = self._graph.add("scale", f"{width}:{height}:flags=bicubic")
-        to_rgb, sink = self._graph.add("format", "rgb24"), self._graph.add("buffersink")
+        convert, sink = self._graph.add("format", form), self._graph.add("buffersink")
         source.link_to(scale)
-        scale.link_to(to_rgb)
-        to_rgb.link_to(sink)
+        scale.link_to(convert)
+        convert.link_to(sink)
         self._graph.configure()
 
     def takes(self, frame: av.VideoFrame) -> bool:
         return self._kind == _kind_of(frame)
 
-    def scale(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
+    def scale(self, frame: av.VideoFrame) -> NDArray[Any]:
         self._graph.vpush(frame)
-        return np.asarray(self._graph.vpull().to_ndarray(), dtype=np.uint8)
+        return np.asarray(self._graph.vpull().to_ndarray())
 
 
 def _kind_of(frame: av.VideoFrame) -> tuple[object, ...]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -19,7 +20,7 @@ AVCOL_SPC_BT709 = 1  # FFmpeg's name of the matrix; PyAV's `Colorspace` holds th
 
 def write_video(
     path: Path | str,
-    frames: Sequence[NDArray[np.uint8]] | NDArray[np.uint8],
+    frames: Sequence[NDArray[np.uint8]] | NDArray[np.uint8] | NDArray[np.uint16],
     *,
     fps: float,
     lossless: bool = False,
@@ -31,7 +32,8 @@ def write_video(
         path: `.mp4`, or `.mkv` for a lossless one.
         frames: `(H, W, 3)` uint8 each. H.264 wants even sizes: an odd one grows by repeating its last row or column.
         fps: frames per second.
-        lossless: write FFV1 in RGB instead, from which exactly these frames (of any size) are read back.
+        lossless: write FFV1 in RGB instead, from which exactly these frames (of any size) are read back. Frames
+            `(H, W)` uint16 are written as 16-bit grey, for depth.
         crf: H.264's quality, smaller is better; 18 looks like the original.
 
     Raises:
@@ -51,28 +53,31 @@ def write_video(
             stream = container.add_stream("ffv1", rate) if lossless else container.add_stream("libx264", rate)
             stream.height, stream.width = (size + (0 if lossless else size % 2) for size in first.shape[:2])
             if lossless:
-                stream.pix_fmt = "bgr0"
+                stream.pix_fmt = "gray16le" if first.ndim == 2 else "bgr0"
                 stream.options = {"level": "3", "slicecrc": "1"}  # so that a reader notices damage
             else:
                 stream.pix_fmt = "yuv420p"
                 stream.options = {"crf": str(crf), "preset": "medium"}
                 _tag(stream.codec_context)
             for number, frame in enumerate(frames):
-                picture = _check_frame(np.asarray(frame), first.shape, where=f"{path}: frame {number}")
+                picture = _check_frame(np.asarray(frame), first, lossless=lossless, where=f"{path}: frame {number}")
                 container.mux(stream.encode(_lossless_frame(picture) if lossless else _bt709_frame(picture)))
             container.mux(stream.encode(None))
     except av.FFmpegError as error:
         raise VideoError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _check_frame(frame: NDArray[np.uint8], shape: tuple[int, ...], *, where: str) -> NDArray[np.uint8]:
-    if frame.shape != shape or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-        raise VideoError(f"{where} is {frame.shape} {frame.dtype}; expected (H, W, 3) uint8 like the first, {shape}")
+def _check_frame(frame: NDArray[Any], like: NDArray[Any], *, lossless: bool, where: str) -> NDArray[Any]:
+    is_picture = frame.ndim == 3 and frame.shape[2] == 3 and frame.dtype == np.uint8
+    is_grey16 = frame.ndim == 2 and frame.dtype == np.uint16 and lossless
+    if frame.shape != like.shape or not (is_picture or is_grey16):
+        accepted = "(H, W, 3) uint8 or (H, W) uint16" if lossless else "(H, W, 3) uint8"
+        raise VideoError(f"{where} is {frame.shape} {frame.dtype}; expected {accepted} like the first, {like.shape}")
     return np.ascontiguousarray(frame)
 
 
-def _lossless_frame(picture: NDArray[np.uint8]) -> av.VideoFrame:
-    return av.VideoFrame.from_ndarray(picture, format="rgb24")
+def _lossless_frame(picture: NDArray[Any]) -> av.VideoFrame:
+    return av.VideoFrame.from_ndarray(picture, format="gray16le" if picture.ndim == 2 else "rgb24")
 
 
 def _bt709_frame(picture: NDArray[np.uint8]) -> av.VideoFrame:

@@ -49,7 +49,7 @@ class DancersSource(Section):
 
 
 class VideosSource(Section):
-    """A folder of `<clip>.rgb.mp4` with `<clip>.pose.mp4`, and optional further maps, such as `<clip>.normal.mp4`."""
+    """A folder of `<clip>.rgb.mp4` with `<clip>.pose.mp4`, and optional maps, such as `<clip>.normal.mkv`."""
 
     folder: str = Field(
         description="Folder of the videos, searched without its subfolders. Hidden files are not videos.",

@@ -294,9 +294,9 @@ def test_an_error_while_videos_are_opened_leaves_the_rest_unopened(tmp_path, mon
     for name in names[1:]:
         for modality in ("rgb", "pose"):
             os.link(tmp_path / f"clip_00.{modality}.mp4", tmp_path / f"{name}.{modality}.mp4")
-    opened, probe = [], video_opening.probe_video
+    opened, open_map = [], video_opening.open_map
     monkeypatch.setattr(
-        video_opening, "probe_video", lambda path: opened.append(path) or time.sleep(0.01) or probe(path)
+        video_opening, "open_map", lambda path, name: opened.append(path) or time.sleep(0.01) or open_map(path, name)
     )
 
     def lose(number: int) -> None:

@@ -185,9 +185,16 @@ def encode_disparity(depth: NDArray[np.floating[Any]]) -> tuple[NDArray[np.uint1
     if not (np.isfinite(depth).all() and (depth > 0).all()):
         raise ValueError("depth must be positive and finite everywhere; fill holes before storing a clip")
     disparity = 1.0 / depth.astype(np.float64)
-    low, high = float(disparity.min()), float(disparity.max())
+    ends = float(disparity.min()), float(disparity.max())
+    return encode_disparity_values(disparity, ends), ends
+
+
+def encode_disparity_values(disparity: NDArray[np.floating[Any]], ends: tuple[float, float]) -> NDArray[np.uint16]:
+    """Encodes disparity, in any unit, so that 16 bits reach from the first to the second of `ends`."""
+    low, high = ends
     scale = 65535.0 / (high - low) if high > low else 0.0
-    return np.rint((disparity - low) * scale).astype(np.uint16), (low, high)
+    encoded: NDArray[np.uint16] = np.rint((disparity.astype(np.float64) - low) * scale).clip(0, 65535).astype(np.uint16)
+    return encoded
 
 
 def metric_disparity(disparity: NDArray[Any], depth_range: tuple[float, float]) -> NDArray[np.float64]:

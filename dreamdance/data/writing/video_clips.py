@@ -1,4 +1,4 @@
-"""Makes clips from a folder of videos: `<clip>.rgb.mp4`, `<clip>.pose.mp4` and optional `<clip>.<modality>.mp4`.
+"""Makes clips from a folder: `<clip>.rgb.mp4`, `<clip>.pose.mp4`, optional `<clip>.<modality>.mp4`, `.mkv` or `.npz`.
 
 All videos of a clip are cut at the same times, cropped to the same region and resized to the same size.
 """
@@ -10,18 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import cv2
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dreamdance.data.shards.columns import encode_grey
 from dreamdance.data.writing.clip_record import ClipRecord, References, spread_over
+from dreamdance.data.writing.map_files import MapSource, ValueRange, as_video, disparity_range, is_metric, read_map
 from dreamdance.data.writing.video_opening import open_videos
 from dreamdance.errors import MissingInputError
 from dreamdance.media.cropping import Crop, centred_crop
 from dreamdance.media.letterbox import search_letterbox
-from dreamdance.media.transforms import pictures_to_tensor, resize_normals, tensor_to_pictures
+from dreamdance.media.map_arrays import MapArray
 from dreamdance.media.video import VideoInfo, iterate_frames
 from dreamdance.media.video_names import printable
 from dreamdance.modalities import MODALITIES
@@ -89,7 +87,7 @@ class VideoPart:
             VideoError: a video cannot be decoded, or is not aligned with the pictures.
         """
         videos = open_videos(self.source, self.name)
-        rgb = videos["rgb"]
+        rgb = as_video(videos["rgb"])
         frames = rgb.constant_rate_frames()[:: self.source.frame_stride]
         pieces = split_frames(frames, self.split, self.source)
         if not pieces:
@@ -103,30 +101,39 @@ class VideoPart:
         part = yield from self._find_crop(rgb)
         span = split_span(len(frames), self.split, self.source)
         chosen = [span.start + index for index in spread_over(len(span), self.source.references)]
-        references = self._read_all(videos, [frames[index] for index in chosen], part) if chosen else {}
+        ranges = {name: found for name, one in videos.items() if (found := disparity_range(one)) is not None}
+        references = self._read_all(videos, ranges, [frames[index] for index in chosen], part) if chosen else {}
         for number, (first, piece) in enumerate(pieces):
             step, start = self.source.frame_stride, span.start + number * self.source.clip_frames
             yield ClipRecord(
                 clip_id=f"{self.clip_id}.{self.split}.{number:04d}",
                 fps=rgb.fps / self.source.frame_stride,
-                maps=self._read_all(videos, piece, part),
+                maps=self._read_all(videos, ranges, piece, part),
                 references=References([step * (index - start) for index in chosen], references) if chosen else None,
                 frame_step=step,
                 metadata={
                     "source": f"{self.name}.rgb.mp4",
                     "first_frame": first,
                     "crop": [part.left, part.top, part.width, part.height],
+                    **({"depth_range": list(ranges["depth"].ends)} if is_metric(videos.get("depth")) else {}),
                 },
             )
 
-    def _read_all(self, videos: Mapping[str, VideoInfo], frames: list[int], part: Crop) -> dict[str, NDArray[Any]]:
-        """Reads frames of the pictures, and those of all other videos at the same times."""
-        rgb = videos["rgb"]
+    def _read_all(
+        self, sources: Mapping[str, MapSource], ranges: Mapping[str, ValueRange], frames: list[int], part: Crop
+    ) -> dict[str, NDArray[Any]]:
+        """Reads frames of the pictures, and those of all maps that show the same moments."""
+        rgb = as_video(sources["rgb"])
+        width, height = self.source.width or part.width, self.source.height or part.height
         times = rgb.times(frames)
-        return {
-            name: self._read(name, video, frames if video is rgb else video.frames_at(times), part)
-            for name, video in videos.items()
-        }
+        maps = {}
+        for name, source in sources.items():
+            same = source is rgb or isinstance(source, MapArray)
+            chosen = frames if same else as_video(source).frames_at(times)
+            maps[name] = read_map(
+                MODALITIES[name], source, chosen, part, width=width, height=height, value_range=ranges.get(name)
+            )
+        return maps
 
     def _find_crop(self, rgb: VideoInfo) -> Generator[None, None, Crop]:
         """Finds the kept part of the frame: the recipe's crop or the area without black bars, cut to the aspect."""
@@ -139,27 +146,6 @@ class VideoPart:
             centred = centred_crop(part.width, part.height, to_width=self.source.width, to_height=self.source.height)
             part = centred.within(part)
         return part
-
-    def _read(self, name: str, video: VideoInfo, frames: list[int], part: Crop) -> NDArray[Any]:
-        """Reads frames of one modality and returns them in its stored encoding."""
-        width, height = self.source.width or part.width, self.source.height or part.height
-        cuts = (part.cut(frame) for frame in iterate_frames(video, frames))
-        modality = MODALITIES[name]
-        if modality.kind == "normals":
-            return np.concatenate(
-                [tensor_to_pictures(resize_normals(pictures_to_tensor(cut[None]), height, width)) for cut in cuts]
-            )
-        pictures = np.stack([resize_picture(cut, width, height) for cut in cuts])
-        return pictures if modality.channels == 3 else encode_grey(pictures, modality)
-
-
-def resize_picture(picture: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
-    """Resizes `(H, W, 3)` uint8: by area averages when shrinking, so that no pixel is skipped; else bicubically."""
-    if picture.shape[:2] == (height, width):
-        return np.ascontiguousarray(picture)
-    shrinks = height * width < picture.shape[0] * picture.shape[1]
-    method = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-    return np.asarray(cv2.resize(picture, (width, height), interpolation=method), dtype=np.uint8)
 
 
 def split_frames(frames: list[int], split: Split, source: VideosSource) -> list[tuple[int, list[int]]]:

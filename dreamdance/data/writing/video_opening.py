@@ -2,57 +2,67 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dreamdance.data.writing.map_files import (
+    MapSource,
+    as_video,
+    candidate_files,
+    lossy_reason,
+    open_map,
+    present_files,
+)
 from dreamdance.errors import is_transient
-from dreamdance.media.video import VideoError, VideoInfo, probe_video
+from dreamdance.media.map_arrays import MapArray
+from dreamdance.media.video import VideoError, VideoInfo
 from dreamdance.media.video_names import is_text, printable
-from dreamdance.modalities import MODALITIES, OPTIONAL
+from dreamdance.modalities import OPTIONAL
 from dreamdance.recipe.schema import VideosSource
+from dreamdance.runtime.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
-# The modalities that a clip may have a video of.
-VIDEO_MODALITIES = tuple(name for name, modality in MODALITIES.items() if modality.domain or modality.control)
 # Frames match if their times differ by at most this part of the time between two frames: half, and a rounding error.
 _HALF_GAP = 0.51
 
 
-def video_files(folder: Path | str, name: str) -> dict[str, Path]:
-    """The paths of a clip's videos by modality, including optional ones that may not exist."""
-    return {modality: Path(folder).absolute() / f"{name}.{modality}.mp4" for modality in VIDEO_MODALITIES}
-
-
-def open_videos(source: VideosSource, name: str) -> dict[str, VideoInfo]:
-    """Opens a clip's videos.
+def open_videos(source: VideosSource, name: str) -> dict[str, MapSource]:
+    """Opens a clip's videos, and its arrays of maps.
 
     Raises:
-        VideoError: a video cannot be read, or is not aligned with the pictures; the error names all problems.
+        VideoError: a file cannot be read, or is not aligned with the pictures; the error names all problems.
     """
     if not is_text(name):  # a stored clip contains the name as text
         raise VideoError(f"the name {name!r} is not text in UTF-8; rename the files")
-    videos: dict[str, VideoInfo] = {}
+    videos: dict[str, MapSource] = {}
     problems: list[str] = []
-    for modality, path in video_files(source.folder, name).items():
-        if modality in OPTIONAL and not os.path.lexists(path):
+    for modality, candidates in candidate_files(source.folder, name).items():
+        found = present_files(candidates)
+        if modality in OPTIONAL and not found:
             continue
+        if len(found) > 1:
+            names = " and ".join(path.name for path in found)
+            problems.append(f"{found[0].parent} has {names}: the same map twice, keep the one that shall be read")
+            continue
+        path = found[0] if found else candidates[0]
         if problem := _file_problem(path):
             problems.append(problem)
             continue
         try:
-            videos[modality] = probe_video(path)
+            videos[modality] = open_map(path, modality)
         except VideoError as error:
             if is_transient(error):
                 raise
             problems.append(str(error))
     if "rgb" in videos:
-        problems += [problem for video in videos.values() if (problem := _alignment_problem(videos["rgb"], video))]
-        problems += _crop_problems(source, videos["rgb"])
+        rgb = as_video(videos["rgb"])
+        problems += [problem for video in videos.values() if (problem := _alignment_problem(rgb, video))]
+        problems += _crop_problems(source, rgb)
     if problems:
         raise VideoError("; ".join(problems))
     return videos
@@ -76,19 +86,27 @@ def check_videos(
         VideoError: the storage fails.
     """
     problems: dict[str, str] = {}
+    losses: dict[str, str] = {}
     with ThreadPoolExecutor(num_threads) as pool:
         opened = {pool.submit(open_videos, source, name): name for name in names}
         try:
             for number, future in enumerate(as_completed(opened), start=1):
                 on_video(number)
                 try:
-                    future.result()
+                    losses |= _losses(future.result())
                 except VideoError as error:
                     if is_transient(error):
                         raise
                     problems[opened[future]] = str(error)
         finally:
             pool.shutdown(cancel_futures=True)  # after an error the rest is not opened
+    if losses and Ranks.from_environment().is_main:
+        logger.warning(
+            "%d maps of depth or normals are not exact, such as %s (%s): give depth as .mkv (-c:v ffv1 -pix_fmt "
+            "gray16le) or .npz, normals as .mkv (-c:v ffv1) or .npz",
+            len(losses),
+            *min(losses.items()),
+        )
     return problems
 
 
@@ -102,8 +120,26 @@ def _file_problem(path: Path) -> str | None:
     return None if os.access(path, os.R_OK, effective_ids=True) else f"{path} cannot be read (permission denied)"
 
 
-def _alignment_problem(rgb: VideoInfo, video: VideoInfo) -> str | None:
+def _losses(videos: Mapping[str, MapSource]) -> dict[str, str]:
+    """The files of depth and normals that are not exact, and why."""
+    reasons = {printable(source.path): lossy_reason(source, modality) for modality, source in videos.items()}
+    return {path: reason for path, reason in reasons.items() if reason is not None}
+
+
+def _shape_problem(rgb: VideoInfo, array: MapArray) -> str | None:
+    """The reason why an array, which has no times, is not a frame for each frame of the pictures; None if it is."""
+    if (array.num_frames, array.width, array.height) == (rgb.num_frames, rgb.width, rgb.height):
+        return None
+    return (
+        f"{array.path} has {array.num_frames} frames of {array.width}x{array.height}, {rgb.path.name} {rgb.num_frames} "
+        f"of {rgb.width}x{rgb.height}; an array has as many frames as the pictures, in the same size"
+    )
+
+
+def _alignment_problem(rgb: VideoInfo, video: MapSource) -> str | None:
     """The reason why a video and the pictures do not show the same times at the same size; None if they do."""
+    if isinstance(video, MapArray):
+        return _shape_problem(rgb, video)
     times, of_rgb = _times(video), _times(rgb)
     usual = max(_usual_gap(times), _usual_gap(of_rgb)) or 1 / rgb.fps
     unmatched = _unmatched_times(of_rgb, times, usual)
