@@ -85,7 +85,7 @@ def flip_map(images: Tensor, *, kind: Kind) -> Tensor:
     return flip_normals(images) if kind == "normals" else flip_images(images)
 
 
-def pictures_to_tensor(pictures: NDArray[np.uint8]) -> Tensor:
+def pictures_to_tensor(pictures: NDArray[np.uint8] | NDArray[np.uint16]) -> Tensor:
     """Turns pictures `(..., H, W, c)` uint8 or uint16 into `(..., c, H, W)` float32 in [0,1]."""
     largest = float(np.iinfo(pictures.dtype).max)
     return torch.from_numpy(np.moveaxis(pictures, -1, -3).astype(np.float32) / np.float32(largest))
