@@ -49,7 +49,7 @@ def resize_normals(encoded: Tensor, height: int, width: int) -> Tensor:
 
 
 def resize_map(images: Tensor, height: int, width: int, *, kind: Kind) -> Tensor:
-    """Resizes the pictures `(..., c, H, W)` of a modality as its kind wants."""
+    """Resizes the pictures `(..., c, H, W)` of a modality as its kind requires."""
     if kind == "normals":
         return resize_normals(images, height, width)
     resized = resize_images(images, height, width)
@@ -81,7 +81,7 @@ def flip_normals(encoded: Tensor) -> Tensor:
 
 
 def flip_map(images: Tensor, *, kind: Kind) -> Tensor:
-    """Mirrors the pictures `(..., c, H, W)` of a modality as its kind wants; a drawing is drawn again instead."""
+    """Mirrors the pictures `(..., c, H, W)` of a modality as its kind requires; a drawing is drawn again instead."""
     return flip_normals(images) if kind == "normals" else flip_images(images)
 
 

@@ -1,6 +1,6 @@
-"""Writes files and folders that are complete or absent, retries what storage refused for a moment, hashes content.
+"""Writes files and folders that are complete or absent, repeats operations that failed for a moment, hashes content.
 
-Knows nothing of what the files hold. No torch here.
+This module does not know what the files contain. No torch here.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# Matches every temporary name of `replace_atomically`: what a killed process left, which nobody reads.
+# Matches every temporary name of `replace_atomically`: files that a killed process left; nobody reads them.
 PARTIAL_FILES = "*.partial*"
 
 # Attempts of `retry_transient`, and the pause after the first failure; each further pause is twice as long, up to the
@@ -73,7 +73,7 @@ def replace_atomically(path: Path, *, is_only_writer: bool = False) -> Iterator[
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a small text file, complete or not at all. Of several writers, the last to finish determines it."""
+    """Writes a small text file, complete or not at all. If several write, the last one to finish determines it."""
     with replace_atomically(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -160,7 +160,7 @@ def hash_file(path: Path, on_block: Callable[[], None] = lambda: None) -> str:
 
 
 def _make_room(path: Path, aside: Path) -> None:
-    """Removes what has a folder's name, after a rename: nobody must take a half removed folder for a whole one."""
+    """Frees a folder's name: renames the old folder, then removes it, so that nobody finds half of it by that name."""
     remove(aside)
     with contextlib.suppress(FileNotFoundError):
         os.replace(path, aside)
