@@ -50,7 +50,7 @@ class MissingInputError(UserError):
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether starting again can help though nobody changes anything: a machine failed, or its storage.
+    """Whether starting again can help without any change by the user: a machine or its storage failed.
 
     A `UserError` may have been raised because a file operation failed, so the errors that caused it count as well.
     """

@@ -62,6 +62,6 @@ GIVEN_CONTROLS = tuple(name for name in CONTROLS if name not in DOMAINS and MODA
 # The modalities that every training clip has; a clip may lack the others.
 ALWAYS_READ = ("rgb", "pose")
 OPTIONAL = tuple(name for name in MODALITIES if name not in ALWAYS_READ)
-# The maps that rendered dancers have besides the first ones (rgb, pose, normal, depth, mask). The settings of
-# `prepare`'s output list these alone, so that outputs of older commits count as complete until a map is added here.
+# The maps that rendered dancers have besides the first ones (rgb, pose, normal, depth, mask). Only these names enter
+# the settings of `prepare`'s output: while there are none, outputs of older commits count as complete.
 ADDED_TO_DANCERS: tuple[str, ...] = ()

@@ -101,9 +101,9 @@ def to_camera(shapes: ShapeList, position: _Array, rotation: _Array, *, sideless
     """Turns shapes into quadrics of camera space.
 
     Args:
-        shapes: in world space.
-        position: `(3,)` of the camera.
-        rotation: `(3, 3)`, from world to camera axes (x right, y up, z towards the camera).
+        shapes: the shapes in world space.
+        position: the camera's position `(3,)`.
+        rotation: the rotation `(3, 3)` from world to camera axes (x right, y up, z towards the camera).
         sideless: whether round cones may have no side in some frames, because one of their spheres holds the other.
             No ray hits them there.
 
@@ -209,7 +209,7 @@ def cast(quadrics: Quadrics, *, focal: float, width: int, height: int) -> Hits:
     """Finds what each pixel's centre sees.
 
     Args:
-        quadrics: in front of the camera; the principal point is the picture's centre.
+        quadrics: quadrics in front of the camera; the principal point is the picture's centre.
         focal: focal length in pixels.
         width, height: the picture's size in pixels.
     """

@@ -72,7 +72,7 @@ def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
     output = Path(recipe.output)
     parts, shard_format = plan_parts(recipe), choose_format(recipe)
     claim = lock_folder(output, key="output") if ranks.is_main else nullcontext()
-    with claim, WorkQueue(ranks, cluster=recipe.cluster, run_folder=run_folder) as queue:
+    with claim, WorkQueue(ranks, limits=recipe.cluster, run_folder=run_folder) as queue:
         folders = {
             split: ShardFolder(
                 output / split,

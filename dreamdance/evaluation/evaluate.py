@@ -58,7 +58,7 @@ def evaluate(recipe: EvaluateRecipe, run_folder: Path) -> None:
     """
     ranks = Ranks.from_environment()
     progress = ProgressLog(run_folder, ranks)
-    with WorkQueue(ranks, cluster=recipe.cluster, run_folder=run_folder) as queue:
+    with WorkQueue(ranks, limits=recipe.cluster, run_folder=run_folder) as queue:
         queue.watchdog.enter("looking for results", recipe.results)
         folders = {path.name: path for path in find_results(Path(recipe.results))}
         first = read_result(next(iter(folders.values())))

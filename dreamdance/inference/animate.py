@@ -79,7 +79,7 @@ def animate(recipe: AnimateRecipe, run_folder: Path) -> None:
     progress = partial(ProgressLog(run_folder, ranks).write, total=len(entries), unit="clips")
     # The main rank locks the folder for all ranks. The others wait for the queue, which the main rank opens afterwards.
     with lock_folder(Path(recipe.output), key="output") if ranks.is_main else nullcontext():
-        with WorkQueue(ranks, cluster=recipe.cluster, run_folder=run_folder) as queue:
+        with WorkQueue(ranks, limits=recipe.cluster, run_folder=run_folder) as queue:
             queue.watchdog.enter("loading the networks", recipe.name)
             stages = load_stages(recipe, run_folder, ranks.device)
             failures = animate_entries(entries, recipe, stages, queue, progress)

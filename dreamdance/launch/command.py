@@ -34,7 +34,8 @@ INTERRUPTED = 128 + signal.SIGINT
 EPILOG = """Words such as optimizer.lr=1e-4 change the recipe, options with dashes control the launcher. The same
 command again resumes where the run stopped. Exit codes: 0 done or submitted, 1 the job failed, 2 the recipe is wrong or
 something is missing, 3 the run folder belongs to a different recipe, 4 the run is queued or running already and was not
-submitted again (with --follow, that job is shown, and the exit code is the job's)."""
+submitted again (with --follow, that job is shown, and the exit code is the job's), 130 Ctrl-C under --follow (a local
+job was stopped, a Slurm job continues)."""
 
 Planner = Callable[[TrainingRecipe, float | None], str]
 

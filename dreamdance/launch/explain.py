@@ -19,7 +19,7 @@ def explanation(words: Sequence[str]) -> str:
     """What `explain` prints.
 
     Args:
-        words: of the command line, after `explain`.
+        words: the words of the command line after `explain`.
 
     Raises:
         RecipeError: no recipe has the key, or a word is not understood.

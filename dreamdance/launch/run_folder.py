@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 LOCK_FILE = ".launch_lock"
 LOCK_SECONDS = 60.0
 FOLDERS = ("checkpoints", "exports", "samples", "tensorboard", "logs")
-# What a stored recipe means that was written before the key existed, where that is not today's default.
+# The meaning of keys that old stored recipes lack, where it differs from today's default.
 FORMER_VALUES = {"objective.target_latents": "mode"}
 ABSENT = "(not set)"
 _TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
@@ -191,7 +191,11 @@ def _written_values(path: Path) -> dict[str, Any]:
 def _warn_of_new_keys(recipe: Recipe, stored: Path) -> None:
     """Warns about keys that a run's stored recipe lacks, and names the values that hold from now on."""
     written, now = flatten(_written_values(stored)), flatten(recipe.model_dump(mode="json"))
-    compared = (*CHANGEABLE_KEYS, *FORMER_VALUES, *written)  # a section that was null, and is not now, is no new key
+    compared = (
+        *CHANGEABLE_KEYS,
+        *FORMER_VALUES,
+        *written,
+    )  # a section that was null before, and is set now, is not new
     new = [key for key in now if not _covered(key, compared) and not any(_covered(old, [key]) for old in written)]
     if new:
         values = ", ".join(f"{key}={_text(now[key])}" for key in new)

@@ -71,7 +71,7 @@ class _Executor(SlurmExecutor):
         self.script: Path | None = None
         self._num_runs = num_runs
         self._logs = shlex.quote(str(self.folder)) + ("" if num_runs is None else '/"$SLURM_ARRAY_TASK_ID"')
-        # $SLURM_JOB_ID of an array's last task is the id of the array, and would mean all of its tasks.
+        # In the last task of an array, $SLURM_JOB_ID is the array's id; a command with it would act on all tasks.
         self._job = "$SLURM_JOB_ID" if num_runs is None else "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
         asked = _parameters(recipe)
         # Removed before any rank starts: after a requeue by hand, too, only failures of the present start count.

@@ -24,6 +24,7 @@ from dreamdance.recipe import Recipe
 from dreamdance.runs.durations import duration
 from dreamdance.runs.files import PARTIAL_FILES, remove, write_atomically
 from dreamdance.runs.layout import QUEUE_FOLDER, failures_folder
+from dreamdance.runs.members import process_start
 
 ClusterName = Literal["slurm", "local", "debug"]
 State = Literal["pending", "running", "finished", "failed", "cancelled"]
@@ -96,12 +97,12 @@ def submit(recipes: Sequence[Recipe], run_folders: Sequence[Path], cluster: Clus
         known = [_remembered("slurm", part.job_id, recipes[0], script=str(part.script)) for part in parts]
     elif cluster == "debug":
         known = [
-            _remembered("debug", DEBUG_JOB, recipe, process_start=_process_start(os.getpid())) for recipe in recipes
+            _remembered("debug", DEBUG_JOB, recipe, process_start=process_start(os.getpid())) for recipe in recipes
         ]
     else:
         pids = [_start_controller(*pair) for pair in zip(recipes, run_folders, strict=True)]
         known = [
-            _remembered("local", str(pid), recipe, process_start=_process_start(pid))
+            _remembered("local", str(pid), recipe, process_start=process_start(pid))
             for pid, recipe in zip(pids, recipes, strict=True)
         ]
     for job, run_folder in zip(known, run_folders, strict=True):
@@ -185,7 +186,7 @@ def status_of(job: SubmittedJob, recipe: Recipe, run_folder: Path) -> JobStatus:
         return _local_ending(json.loads(ending.read_text(encoding="utf-8")))
     if job.is_elsewhere:
         return _distant_status(job, run_folder)
-    if job.process_start is not None and _process_start(job.pid) == job.process_start:
+    if job.process_start is not None and process_start(job.pid) == job.process_start:
         return JobStatus("running", f"process {job.pid}")
     if ending.is_file():  # the job ended between the two checks
         return _local_ending(json.loads(ending.read_text(encoding="utf-8")))
@@ -261,20 +262,11 @@ def cancel(job: SubmittedJob) -> None:
     if job.cluster == "debug":
         raise UserError(f"a debug job runs in its launcher: end process {job.pid}")
     pid = job.pid
-    if _process_start(pid) != job.process_start:
+    if process_start(pid) != job.process_start:
         return
     os.kill(pid, signal.SIGTERM)
     give_up = time.monotonic() + CANCEL_TIMEOUT_SECONDS
-    while _process_start(pid) == job.process_start:
+    while process_start(pid) == job.process_start:
         if time.monotonic() > give_up:
             os.killpg(pid, signal.SIGKILL)
         time.sleep(0.05)
-
-
-def _process_start(pid: int) -> str | None:
-    """When a process started, in the kernel's ticks; None if it does not exist, or is a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] == "Z" else fields[19]

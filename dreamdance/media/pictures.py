@@ -1,8 +1,8 @@
 """Reads pictures of any mode, orientation and colour profile as a viewer shows them.
 
 Files that `animate` reads and PIL pictures that callers give to the pipelines take this same path. The result is
-upright, opaque and in sRGB. Of several frames (an animation, the pages of a TIFF) the first one counts, or the current
-frame of a PIL picture.
+upright, opaque and in sRGB. Of a file with several frames (an animation, the pages of a TIFF) the first is used; of a
+PIL picture, its current frame.
 """
 
 import io

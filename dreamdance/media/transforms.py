@@ -49,7 +49,7 @@ def resize_normals(encoded: Tensor, height: int, width: int) -> Tensor:
 
 
 def resize_map(images: Tensor, height: int, width: int, *, kind: Kind) -> Tensor:
-    """Resizes the pictures `(..., c, H, W)` of a modality as its kind wants."""
+    """Resizes the pictures `(..., c, H, W)` of a modality as its kind requires."""
     if kind == "normals":
         return resize_normals(images, height, width)
     resized = resize_images(images, height, width)
@@ -81,11 +81,11 @@ def flip_normals(encoded: Tensor) -> Tensor:
 
 
 def flip_map(images: Tensor, *, kind: Kind) -> Tensor:
-    """Mirrors the pictures `(..., c, H, W)` of a modality as its kind wants; a drawing is drawn again instead."""
+    """Mirrors the pictures `(..., c, H, W)` of a modality as its kind requires; a drawing is drawn again instead."""
     return flip_normals(images) if kind == "normals" else flip_images(images)
 
 
-def pictures_to_tensor(pictures: NDArray[np.uint8]) -> Tensor:
+def pictures_to_tensor(pictures: NDArray[np.uint8] | NDArray[np.uint16]) -> Tensor:
     """Turns pictures `(..., H, W, c)` uint8 or uint16 into `(..., c, H, W)` float32 in [0,1]."""
     largest = float(np.iinfo(pictures.dtype).max)
     return torch.from_numpy(np.moveaxis(pictures, -1, -3).astype(np.float32) / np.float32(largest))

@@ -127,7 +127,7 @@ def iterate_frames(video: VideoInfo, frames: Sequence[int] | None = None) -> Ite
     """Decodes the chosen frames one after the other, beginning at the key frame before the first of them.
 
     Args:
-        video: from `probe_video`.
+        video: the result of `probe_video`.
         frames: frame numbers in rising order, repeats allowed; None means all.
 
     Yields:
@@ -208,10 +208,10 @@ def _counted_stamps(
     """The stamps of all frames of a video, in order; those of a constant rate if they are of no use.
 
     Args:
-        packets: of the file; in a damaged one they count the frames.
-        found: the stamp of the first frame; grows.
+        packets: the file's packets; in a damaged file their number is the number of frames.
+        found: the stamp of the first frame; the others' stamps are appended.
         others: the frames after it.
-        stream: they come from.
+        stream: the stream that the frames come from.
     """
     for frame in others:
         if not isinstance(frame, Damage):

@@ -30,7 +30,7 @@ def write_video(
 
     Args:
         path: `.mp4`, or `.mkv` for a lossless one.
-        frames: `(H, W, 3)` uint8 each. H.264 wants even sizes: an odd one grows by repeating its last row or column.
+        frames: `(H, W, 3)` uint8 each. H.264 needs even sizes: an odd one grows by repeating its last row or column.
         fps: frames per second.
         lossless: write FFV1 in RGB instead, from which exactly these frames (of any size) are read back. Frames
             `(H, W)` uint16 are written as 16-bit grey, for depth.

@@ -30,7 +30,7 @@ class GeometryAttention(nn.Module):
         Args:
             hidden_states: `((b f m) n c)`.
             num_domains: m; with 1 this is self-attention.
-            backend: of `dreamdance_kernels`.
+            backend: name of a backend of `dreamdance_kernels`.
 
         Returns:
             `((b f m) n c)`.

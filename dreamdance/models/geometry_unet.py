@@ -33,7 +33,7 @@ class GeometryContext:
         num_frames: f.
         num_domains: m.
         reference_features: `(b n c)` by block name, or None for no reference.
-        attention_backend: of `dreamdance_kernels`.
+        attention_backend: name of a backend of `dreamdance_kernels`.
     """
 
     num_frames: int
@@ -118,7 +118,7 @@ class GeometryUNetModel(UNet2DConditionModel):
         max_frames: longest clip of the temporal attention.
         trained_frames: length of the clips that the temporal attention was trained on; positions beyond are untrained.
             None without temporal attention, and for older exports, which do not record it.
-        attention_backend: of `dreamdance_kernels`, or None for its default.
+        attention_backend: name of a backend of `dreamdance_kernels`, or None for its default.
         kwargs: the configuration of `UNet2DConditionModel`.
 
     Raises:

@@ -72,9 +72,12 @@ class ReferenceTransformerBlock(nn.Module):
 class ReferenceUNetModel(UNet2DConditionModel):
     """Stable Diffusion's UNet up to the last feature that the denoiser reads, run on clean latents at timestep 0.
 
-    Unused by design, and therefore absent (`removed_modules` names them): of the last transformer block everything
-    after `norm1`, the projection that follows it, what comes later in its up block and in the network, `conv_norm_out`
-    and `conv_out`. A weight that was never used would have no gradient and would stop ZeRO or DDP.
+    These parts are unused by design, and therefore absent (`removed_modules` names them); a weight without a gradient
+    would stop ZeRO or DDP:
+
+    * everything after `norm1` in the last transformer block, and the projection that follows the block;
+    * everything after it in its up block and in the network;
+    * `conv_norm_out` and `conv_out`.
 
     Args:
         kwargs: the configuration of `UNet2DConditionModel`.

@@ -40,7 +40,7 @@ class TemporalAttention(nn.Module):
             hidden_states: `((b f m) n c)`.
             num_frames: f, at most `max_frames`.
             num_domains: m; domains do not see one another here.
-            backend: of `dreamdance_kernels`.
+            backend: name of a backend of `dreamdance_kernels`.
 
         Returns:
             `((b f m) n c)`.

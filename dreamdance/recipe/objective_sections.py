@@ -21,9 +21,18 @@ from dreamdance.recipe.sections import (
 class DomainWeights(Section):
     """One number for each domain, in the order rgb, normal, depth. A domain that the section leaves out has 1.0."""
 
-    rgb: Scale = Field(default=1.0, description="Number for the picture, the first of the three domains.")
-    normal: Scale = Field(default=1.0, description="Number for the normal map, the second of the three domains.")
-    depth: Scale = Field(default=1.0, description="Number for the depth map, the last of the three domains.")
+    rgb: Scale = Field(
+        default=1.0,
+        description="Number for the picture, the first of the three domains; raise it if pictures matter most.",
+    )
+    normal: Scale = Field(
+        default=1.0,
+        description="Number for the normal map, the second of the three domains; raise it if normals are the weakest.",
+    )
+    depth: Scale = Field(
+        default=1.0,
+        description="Number for the depth map, the last of the three domains; raise it if depths are the weakest.",
+    )
 
     @property
     def in_order(self) -> tuple[float, ...]:
@@ -54,9 +63,14 @@ class GeometryObjectiveSettings(Section):
     )
     beta_start: PositiveFloat = Field(
         default=0.00085,
-        description="Noise variance (beta) of the first timestep. It must be below beta_end.",
+        description=(
+            "Noise variance (beta) of the first timestep. It must be below beta_end. Change both only together with a "
+            "base model that was trained with other values; these are Stable Diffusion's."
+        ),
     )
-    beta_end: PositiveFloat = Field(default=0.012, description="Noise variance (beta) of the last timestep.")
+    beta_end: PositiveFloat = Field(
+        default=0.012, description="Noise variance (beta) of the last timestep. See beta_start for when to change it."
+    )
     zero_terminal_snr: bool = Field(
         default=False,
         description=(
@@ -120,7 +134,10 @@ class AnimationObjectiveSettings(Section):
     )
     sigma_log_std: PositiveFloat = Field(
         default=1.6,
-        description="Standard deviation of the logarithm of the noise level sigma.",
+        description=(
+            "Standard deviation of the logarithm of the noise level sigma. Lower values train on fewer noise levels; "
+            "sampling needs all of them, so keep the base model's value."
+        ),
     )
     augmentation_log_mean: float = Field(
         default=-3.0,
@@ -199,7 +216,7 @@ class GeometrySampling(Section):
 
     num_inference_steps: Positive = Field(
         default=25,
-        description="Number of DDIM steps. More steps take longer in proportion.",
+        description="Number of DDIM steps. More steps take longer in proportion; raise it if samples lack detail.",
     )
     guidance_scales: DomainWeights = Field(
         default=DomainWeights(rgb=2.5, normal=1.0, depth=1.5),

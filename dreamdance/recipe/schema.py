@@ -132,7 +132,7 @@ class TrainingRecipe(Recipe):
             "false on GPUs."
         ),
     )
-    max_nonfinite_steps: NonNegative = Field(
+    max_nonfinite_steps: Annotated[NonNegative, Unit("steps")] = Field(
         default=3,
         description=(
             "Number of updates that may be skipped within recovery.spike_window_steps because a loss or the gradient "
@@ -228,7 +228,7 @@ class PrepareRecipe(Recipe):
         default=None,
         description="A folder of videos as the source. A recipe has either dancers or videos.",
     )
-    num_workers: Positive = Field(
+    num_workers: Annotated[Positive, Unit("processes")] = Field(
         default=2,
         description=(
             "Processes of each rank that write clips; 1 writes in the rank itself. It usually equals "
@@ -244,7 +244,10 @@ class PrepareRecipe(Recipe):
     )
     shard_size_mib: Annotated[Positive, Unit("MiB")] = Field(
         default=64,
-        description="Largest size of a shard file before compression.",
+        description=(
+            "Largest size of a shard file before compression. Raise it if the file system is slow with many "
+            "files; lower it if shards are fetched from remote storage."
+        ),
     )
     compression: Literal["none", "zstd"] | None = Field(
         default=None,

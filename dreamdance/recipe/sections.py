@@ -44,7 +44,9 @@ class Cluster(Section):
     A run may continue with other values of this section.
     """
 
-    nodes: Positive = Field(default=1, description="Number of machines. More than one needs Slurm.")
+    nodes: Positive = Field(
+        default=1, description="Number of machines. More than one needs Slurm. batch_size stays the same on any number."
+    )
     tasks_per_node: Positive = Field(
         default=1,
         description=(
@@ -86,15 +88,19 @@ class Cluster(Section):
         default=None,
         description="Slurm partition of the job. Without it, Slurm takes its default partition.",
     )
-    account: str | None = Field(default=None, description="Slurm account that pays for the job.")
-    qos: str | None = Field(default=None, description="Slurm quality of service (`--qos`) of the job.")
+    account: str | None = Field(
+        default=None, description="Slurm account that pays for the job. Set it if your cluster asks for one."
+    )
+    qos: str | None = Field(
+        default=None, description="Slurm quality of service (`--qos`) of the job, which decides limits and priority."
+    )
     constraint: str | None = Field(
         default=None,
         description="Node features that Slurm must find (`--constraint`), such as a kind of GPU.",
     )
     reservation: str | None = Field(
         default=None,
-        description="Slurm reservation (`--reservation`) in which the job runs.",
+        description="Slurm reservation (`--reservation`) in which the job runs, if nodes are reserved for you.",
     )
     mail_user: str | None = Field(
         default=None,

@@ -30,8 +30,8 @@ class DancersSource(Section):
         default=16,
         description="Frames of each rendered clip, at least as many as a training window has.",
     )
-    width: Pixels = Field(default=256, description="Width of the rendered frames.")
-    height: Pixels = Field(default=384, description="Height of the rendered frames.")
+    width: Pixels = Field(default=256, description="Width of the rendered frames; best the width of the training.")
+    height: Pixels = Field(default=384, description="Height of the rendered frames; best the height of the training.")
     fps: Annotated[PositiveFloat, Unit("frames per second")] = Field(
         default=8.0,
         description=(
@@ -85,13 +85,19 @@ class VideosSource(Section):
         ),
     )
     height: Pixels | None = Field(default=None, description="Height of the stored frames, given with width.")
-    frame_stride: Positive = Field(
+    frame_stride: Annotated[Positive, Unit("frames")] = Field(
         default=1,
-        description="Every n-th frame is kept: 2 halves the frame rate of the clips.",
+        description=(
+            "Every n-th frame is kept: 2 halves the frame rate of the clips. Raise it if a training window shows too "
+            "little motion."
+        ),
     )
     clip_frames: Frames = Field(
         default=64,
-        description="Frames of a stored clip. Training cuts its windows from such clips.",
+        description=(
+            "Frames of a stored clip. Training cuts its windows, and draws their references, from one clip: "
+            "longer clips give more distant references, and more bytes to read for each sample."
+        ),
     )
     min_clip_frames: Frames = Field(
         default=16,

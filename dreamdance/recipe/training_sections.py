@@ -51,7 +51,7 @@ class TrainingData(Section):
             "none, and single frames serve the first two steps."
         ),
     )
-    stride: tuple[Positive, Positive] = Field(
+    stride: Annotated[tuple[Positive, Positive], Unit("frames")] = Field(
         default=(1, 1),
         description=(
             "Smallest and largest distance between the frames of a window, drawn once per window; smaller if the clip "
@@ -113,13 +113,25 @@ class Optimizer(Section):
     )
     betas: tuple[float, float] = Field(
         default=(0.9, 0.999),
-        description="AdamW's decay rates of the first and the second moment, each at least 0 and below 1.",
+        description=(
+            "AdamW's decay rates of the first and the second moment, each at least 0 and below 1. Lower the "
+            "second (0.95) if the loss spikes after rare large gradients."
+        ),
     )
     eps: PositiveFloat = Field(
         default=1e-8,
-        description="Number that AdamW adds to the denominator of an update, against division by zero.",
+        description=(
+            "Number that AdamW adds to the denominator of an update, against division by zero. Raise it (1e-6) "
+            "if single parameters with tiny gradients make the loss jump."
+        ),
     )
-    weight_decay: Scale = Field(default=0.01, description="AdamW's decoupled weight decay, for all trained parameters.")
+    weight_decay: Scale = Field(
+        default=0.01,
+        description=(
+            "AdamW's decoupled weight decay, for all trained parameters. Raise it if the validation loss rises "
+            "while the training loss falls."
+        ),
+    )
     warmup_steps: Annotated[NonNegative, Unit("steps")] = Field(
         default=0,
         description="Optimizer steps over which the learning rate rises linearly to `lr`. At most max_steps.",
@@ -195,11 +207,11 @@ class Checkpoint(Section):
             "stop also saves."
         ),
     )
-    keep_last: Annotated[int, Field(ge=2)] = Field(
+    keep_last: Annotated[int, Field(ge=2), Unit("checkpoints")] = Field(
         default=3,
         description=(
             "Number of newest sound checkpoints that stay; older ones are deleted once a new one has been read back, "
-            "except the one that this start resumed from."
+            "except the one that this start resumed from. Lower it if disk space is short."
         ),
     )
     keep_every_steps: Steps | None = Field(

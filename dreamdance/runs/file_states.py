@@ -19,7 +19,7 @@ class FileStamp:
     """What the file system knows of a file without reading it; it differs after the content was changed or replaced.
 
     Attributes:
-        size: in bytes.
+        size: size in bytes.
         mtime_ns: when the content changed last, in nanoseconds since 1970; programs can set it back.
         ctime_ns: when content, name or permissions changed last; programs cannot set it.
     """

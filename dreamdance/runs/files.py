@@ -1,6 +1,6 @@
-"""Writes files and folders that are complete or absent, retries what storage refused for a moment, hashes content.
+"""Writes files and folders that are complete or absent, repeats operations that failed for a moment, hashes content.
 
-Knows nothing of what the files hold. No torch here.
+This module does not know what the files contain. No torch here.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# Matches every temporary name of `replace_atomically`: what a killed process left, which nobody reads.
+# Matches every temporary name of `replace_atomically`: files that a killed process left; nobody reads them.
 PARTIAL_FILES = "*.partial*"
 
 # Attempts of `retry_transient`, and the pause after the first failure; each further pause is twice as long, up to the
@@ -61,11 +61,11 @@ def replace_atomically(path: Path, *, is_only_writer: bool = False) -> Iterator[
     try:
         yield temporary
         if os.path.lexists(temporary):
-            _sync(temporary)
+            _sync_all(temporary)
             if temporary.is_dir():
                 _make_room(path, path.with_name(f".{path.stem}{mark}-old{path.suffix}"))
             os.replace(temporary, path)
-            sync_folder(path.parent)
+            sync(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):  # the first error explains more than a failed clean-up
             remove(temporary)
@@ -73,7 +73,7 @@ def replace_atomically(path: Path, *, is_only_writer: bool = False) -> Iterator[
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a small text file, complete or not at all. Of several writers, the last to finish determines it."""
+    """Writes a small text file, complete or not at all. If several write, the last one to finish determines it."""
     with replace_atomically(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -118,9 +118,13 @@ def retry_transient(
             raise
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable, not only the files' contents."""
-    _sync_one(folder)
+def sync(path: Path) -> None:
+    """Brings the content of one file, or the names in one folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def follow_umask(folder: Path) -> None:
@@ -156,24 +160,16 @@ def hash_file(path: Path, on_block: Callable[[], None] = lambda: None) -> str:
 
 
 def _make_room(path: Path, aside: Path) -> None:
-    """Removes what has a folder's name. The rename first: what is half removed must not be taken for a whole folder."""
+    """Frees a folder's name: renames the old folder, then removes it, so that nobody finds half of it by that name."""
     remove(aside)
     with contextlib.suppress(FileNotFoundError):
         os.replace(path, aside)
     remove(aside)
 
 
-def _sync(path: Path) -> None:
+def _sync_all(path: Path) -> None:
     """Brings a file, or a folder with all that is in it, to the disk."""
     for below in path.rglob("*"):  # rglob yields nothing for a file
         if not below.is_symlink():
-            _sync_one(below)
-    _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            sync(below)
+    sync(path)

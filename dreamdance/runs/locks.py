@@ -149,7 +149,7 @@ class WatchedFile:
         """Reads nothing yet.
 
         Args:
-            path: of the file that the other process touches.
+            path: the file that the other process touches.
             silent_seconds: after how long without a touch it counts as lost; by default `SILENT_SECONDS`.
         """
         self.path = path

@@ -46,7 +46,7 @@ class Members:
     def join(self) -> None:
         """Creates this process's file, and touches it from a thread until `leave`."""
         ranks, process = self._ranks, os.getpid()
-        member = {"rank": ranks.rank, "machine": self._machine, "process": process, "began": _start_time(process)}
+        member = {"rank": ranks.rank, "machine": self._machine, "process": process, "began": process_start(process)}
         write_atomically(self._folder / self.name, json.dumps({**member, "job": ranks.job, "start": ranks.start}))
         threading.Thread(target=self._beat, name="work queue", daemon=True).start()
 
@@ -85,7 +85,7 @@ class Members:
         except FileNotFoundError:
             return "a process has left"
         member = json.loads(text or '{"rank": "?", "machine": "?"}')
-        if member["machine"] == self._machine and member["began"] != _start_time(member["process"]):
+        if member["machine"] == self._machine and member["began"] != process_start(member["process"]):
             return f"rank {member['rank']} has died"
         if is_silent:
             self.silent[name] = f"rank {member['rank']} has given no sign for {self._silence_seconds:.0f} s"
@@ -106,7 +106,7 @@ def _machine() -> str:
         return uuid.uuid4().hex  # equals no other process's: then only touches show that a process lives
 
 
-def _start_time(process: int) -> str | None:
+def process_start(process: int) -> str | None:
     """When a process of this machine started, in the kernel's ticks; None if it is gone.
 
     The time distinguishes the process from a later one of the same number.

@@ -19,14 +19,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from dreamdance.errors import LostWorkerError, UserError
-from dreamdance.recipe.sections import Cluster
 from dreamdance.runs.files import remove, write_atomically
 from dreamdance.runs.layout import QUEUE_FOLDER, note_done
 from dreamdance.runs.locks import HeldLockError, locked_file
 from dreamdance.runs.members import MEMBER_PREFIX, Members
 from dreamdance.runtime.exits import before_good_exit
 from dreamdance.runtime.ranks import Ranks
-from dreamdance.runtime.watchdog import Watchdog
+from dreamdance.runtime.watchdog import TimeLimits, Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +44,8 @@ class QueueError(UserError):
 class WorkQueue:
     """A context manager around a process's part of the work; a block that ends without an error waits for the others.
 
-    The queue lasts from the first process that joins to the last that leaves; then the next start begins anew. Several
+    The queue lasts from the first process that joins to the last that leaves; the next start after that begins
+    with an empty queue. Several
     jobs may work on a run at once. The ranks of each job wait for its main rank before they join.
 
     A process that hangs is ended by its own watchdog. A process that is stopped, or whose node is stopped, gives no
@@ -59,21 +59,18 @@ class WorkQueue:
 
     members: Members
 
-    def __init__(self, ranks: Ranks, *, cluster: Cluster | None = None, run_folder: Path | None = None) -> None:
+    def __init__(self, ranks: Ranks, *, limits: TimeLimits | None = None, run_folder: Path | None = None) -> None:
         """Does not join yet.
 
         Args:
             ranks: this process.
-            cluster: the time limits.
+            limits: the time limits; None means no limits.
             run_folder: holds the queue, and the list of finished items, from which the launcher sees whether the run
                 has made progress. None for a process that works alone.
         """
-        cluster = cluster or Cluster()
         self.ranks = ranks
-        self.watchdog = Watchdog(
-            least_seconds=cluster.step_timeout_seconds, unmeasured_seconds=cluster.collective_timeout_seconds
-        )
-        self.silence_seconds = float(cluster.step_timeout_seconds) or math.inf
+        self.watchdog = Watchdog.from_limits(limits) if limits else Watchdog(least_seconds=0, unmeasured_seconds=0)
+        self.silence_seconds = self.watchdog.least_seconds or math.inf
         self.stall_seconds = max(self.silence_seconds, self.watchdog.unmeasured_seconds)
         self.run_folder, self.folder = run_folder, Path()
         self.everyone_left = False

@@ -1,6 +1,6 @@
 """Opens the process group, exchanges small values between ranks, and makes arithmetic repeatable.
 
-Knows nothing of models, DeepSpeed or what the values mean.
+This module does not know models, DeepSpeed or the meaning of the values.
 """
 
 import errno

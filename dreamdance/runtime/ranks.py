@@ -26,17 +26,15 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    local_world_size: int = 1
     start: str = ""
 
     @classmethod
     def from_environment(cls) -> "Ranks":
-        """Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; where they are unset, this is the only process."""
+        """Reads RANK, WORLD_SIZE and LOCAL_RANK; where they are unset, this is the only process."""
         return cls(
             rank=int(os.environ.get("RANK", 0)),
             world_size=int(os.environ.get("WORLD_SIZE", 1)),
             local_rank=int(os.environ.get("LOCAL_RANK", 0)),
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
             start=os.environ.get(START, ""),
         )
 

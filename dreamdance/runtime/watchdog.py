@@ -10,6 +10,7 @@ import statistics
 import threading
 import time
 from collections import defaultdict, deque
+from typing import Protocol
 
 from dreamdance.runtime.exits import TRY_AGAIN_EXIT_CODE, exit_process
 
@@ -18,6 +19,18 @@ logger = logging.getLogger(__name__)
 LOOK_EVERY_SECONDS = 0.5
 TOLERANCE = 10  # an activity may take so many times its median duration
 _REMEMBERED = 50
+
+
+class TimeLimits(Protocol):
+    """Has the limits that the section `cluster` of a recipe states."""
+
+    @property
+    def step_timeout_seconds(self) -> float:
+        """The lowest limit of any activity; 0 means no limits."""
+
+    @property
+    def collective_timeout_seconds(self) -> float:
+        """The limit of an activity that has not been measured."""
 
 
 class Watchdog:
@@ -43,6 +56,11 @@ class Watchdog:
         self._elapsed = 0.0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    @classmethod
+    def from_limits(cls, limits: TimeLimits) -> "Watchdog":
+        """A watchdog with the limits of a recipe."""
+        return cls(least_seconds=limits.step_timeout_seconds, unmeasured_seconds=limits.collective_timeout_seconds)
 
     def __enter__(self) -> "Watchdog":
         if self.least_seconds > 0:

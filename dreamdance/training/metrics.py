@@ -274,7 +274,7 @@ def animated_picture(frames: Tensor) -> bytes:
 
 
 def _memory() -> str:
-    """`33.1 GiB`, on a GPU `33.1 (reserved 36.0) of 140 GiB`: what tensors took, and the allocator for them."""
+    """`33.1 GiB`, on a GPU `33.1 (reserved 36.0) of 140 GiB`: memory of tensors, and what the allocator reserved."""
     used = f"{used_memory_gib():.1f}"
     if not torch.cuda.is_available():
         return f"{used} GiB"

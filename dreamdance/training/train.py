@@ -18,7 +18,6 @@ from dreamdance.data.loading.loader import ClipLoader
 from dreamdance.data.loading.order import ClipOrder
 from dreamdance.recipe.same_run import result_json
 from dreamdance.recipe.schema import TrainingRecipe
-from dreamdance.recipe.sections import Cluster
 from dreamdance.runs.layout import note_signal
 from dreamdance.runtime.process_group import (
     common_store,
@@ -64,7 +63,7 @@ def train(recipe: TrainingRecipe, run_folder: Path) -> None:
         save_limit_seconds=SAVING_SHARE * recipe.cluster.stop_seconds, on_signal=partial(note_signal, run_folder)
     )
     with contextlib.ExitStack() as held:
-        stop, watchdog = held.enter_context(stopping), held.enter_context(make_watchdog(recipe.cluster))
+        stop, watchdog = held.enter_context(stopping), held.enter_context(Watchdog.from_limits(recipe.cluster))
         # The watchdog is entered first, so that it covers the exit of the process group, which waits for all ranks.
         watchdog.enter("starting", f"rank {ranks.rank}")
         held.enter_context(process_group(ranks, timeout_seconds=timeout))
@@ -79,11 +78,6 @@ def train(recipe: TrainingRecipe, run_folder: Path) -> None:
         watchdog.enter("closing", f"step {trainer.step}")
         trainer.checkpointer.close()
         trainer.metrics.close()
-
-
-def make_watchdog(cluster: Cluster) -> Watchdog:
-    """A watchdog with the time limits of a recipe's `cluster` section."""
-    return Watchdog(least_seconds=cluster.step_timeout_seconds, unmeasured_seconds=cluster.collective_timeout_seconds)
 
 
 def build_trainer(
@@ -151,7 +145,7 @@ def build_trainer(
 def _restore(resumed: Resumed | None, loader: ClipLoader, guard: StepGuard) -> tuple[int, bool]:
     """Restores the state of loader and guard; returns the step, and whether its validation must still run.
 
-    Checkpoints of the first release call that flag `owes_validation`.
+    Checkpoints of commit 5194bb1 and earlier name that flag `owes_validation`.
     """
     if resumed is None:
         return 0, False

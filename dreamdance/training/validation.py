@@ -58,7 +58,7 @@ class Validator:
             self.sample_clips = collate_clips(samples)
 
     def after_step(self, step: int) -> bool:
-        """Measures and samples where the recipe wants it; ends early if a rank is asked to stop. Collective.
+        """Measures and samples when the recipe says so; ends early if a rank is asked to stop. Collective.
 
         Returns:
             whether it was completed, the same on all ranks; if not, no result is recorded.

@@ -41,7 +41,7 @@ class Measurement:
         function: `geometry`, `reference`, `temporal` or `group_norm_silu`.
         head_width: d; the channels of a group.
         num_heads: heads; groups.
-        num_queries: of one softmax; likewise `num_keys`.
+        num_queries: number of queries of one softmax; likewise `num_keys`.
         batch: `outer x inner` of the workload.
         direction: `forward` or `backward`.
         backend: the contestant.

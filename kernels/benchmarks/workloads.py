@@ -165,7 +165,7 @@ def random_inputs(workload: Workload, *, seed: int, device: torch.device, dtype:
 
 
 def height_and_width(num_pixels: int) -> tuple[int, int]:
-    """Of a picture with the sides 2 : 3."""
+    """Height and width of a picture whose sides are 2 : 3."""
     height = math.isqrt(num_pixels * 2 // 3)
     if height * (num_pixels // height) != num_pixels:
         raise ValueError(f"{num_pixels} pixels make no picture of whole rows near 2 : 3; take 2*3*k**2")

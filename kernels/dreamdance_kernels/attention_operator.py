@@ -1,7 +1,7 @@
 """The one operator behind the attention functions: strided inputs, up to two segments of keys, the second shared.
 
-Letters: `b` outer batch, `i` inner batch, `l` queries, `k` own keys, `s` shared keys, `c = heads*d`. For torch the
-operator is one opaque node with a fake, a backward and a count of operations: a compiler does not trace into it, a
+Letters: `b` outer batch, `i` inner batch, `l` queries, `k` own keys, `s` shared keys, `c = heads*d`. torch sees
+the operator as one opaque node with a fake, a backward and a count of operations: a compiler does not trace into it, a
 checkpointing policy can keep its result, and DeepSpeed's hooks see one module output. It has two implementations:
 Triton's kernels, and torch's fused attention on CPU. The caller chooses one; by default the device decides.
 """

@@ -36,7 +36,7 @@ from dreamdance.data.loading.batch import ClipSample
 from dreamdance.data.loading.dataset import ClipDataset, StoredClips
 from dreamdance.data.loading.loader import ClipLoader
 from dreamdance.data.loading.order import ClipOrder, SampleKey
-from dreamdance.data.shards import cache as shard_cache
+from dreamdance.data.shards import cache
 from dreamdance.data.shards.verify import verify_shards
 from dreamdance.errors import ShardError
 from dreamdance.recipe.sections import Shards
@@ -76,7 +76,7 @@ class _StopsHalfWay:
 
 def fetch_half(ranks: Ranks, *, shards: dict[str, Any]) -> None:
     clips = StoredClips(Shards(**shards), ranks=ranks)
-    shard_cache.CloudDownloader = _StopsHalfWay
+    cache.CloudDownloader = _StopsHalfWay
     clips.clip(3)
 
 

@@ -72,9 +72,9 @@ def test_stage_1_killed_many_times_is_bit_identical_to_an_uninterrupted_run(shar
     damaged.write_bytes(content)
     assert start_and_wait(recipe, broken) == [0, 0], (broken / "output" / "output_0.txt").read_text()
 
-    said = messages(broken)
-    assert said[0].startswith("no checkpoint in")
-    assert any("resuming" in text and "from step 6 (epoch " in text and "verified" in text for text in said)
+    texts = messages(broken)
+    assert texts[0].startswith("no checkpoint in")
+    assert any("resuming" in text and "from step 6 (epoch " in text and "verified" in text for text in texts)
     output = (broken / "output" / "output_0.txt").read_text()
     assert f"skipping checkpoint {stopped.name}: {stopped.name}/{damaged.name} differs" in output
     assert_same_checkpoint(checkpoint_folder(whole, MAX_STEPS), checkpoint_folder(broken, MAX_STEPS))

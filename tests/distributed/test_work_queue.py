@@ -43,7 +43,7 @@ end = lambda number: exit_process(logger, "%s", number.name, exit_code=0, level=
 cluster = Cluster(step_timeout_seconds=2, collective_timeout_seconds=60)
 ranks = Ranks(int(rank), 8, 0, 1, start)
 try:
-    with SignalListener(end), WorkQueue(ranks, cluster=cluster, run_folder=Path(folder)) as queue:
+    with SignalListener(end), WorkQueue(ranks, limits=cluster, run_folder=Path(folder)) as queue:
         share = queue.share("do", [f"item {number}" for number in range(int(num_items))])
         print("joined", flush=True)
         for item in filter(None, share.take()):
@@ -197,7 +197,7 @@ def take_when_lost(items: Iterator[str | None], item: str) -> float:
 
 def test_a_process_of_another_machine_keeps_its_item_as_long_as_it_renews_its_file(folder):
     with contextlib.ExitStack() as left:
-        queue = left.enter_context(WorkQueue(Ranks(), cluster=WATCHED, run_folder=folder))
+        queue = left.enter_context(WorkQueue(Ranks(), limits=WATCHED, run_folder=folder))
         elsewhere, share = OtherMachine(queue.folder), queue.share("do", ["far", "near"])
         items = share.take()
         assert next(items) == "near"
@@ -227,7 +227,7 @@ def test_an_item_that_ended_several_processes_is_given_up_by_name(folder):
 
 
 def test_an_empty_claim_of_a_lost_process_is_taken_over(folder):
-    with WorkQueue(Ranks(), cluster=WATCHED, run_folder=folder) as queue:
+    with WorkQueue(Ranks(), limits=WATCHED, run_folder=folder) as queue:
         (queue.folder / "do.0000000.claim").touch()
         share = queue.share("do", ["far"])
         began = time.monotonic()
@@ -272,7 +272,7 @@ def test_processes_that_found_different_items_do_none_of_them(folder):
 
 def test_a_rank_waits_for_its_main_rank_no_longer_than_the_time_of_a_start(folder):
     cluster = Cluster(step_timeout_seconds=1, collective_timeout_seconds=2)
-    queue = WorkQueue(Ranks(1, 2, 1, 2, START), cluster=cluster, run_folder=folder)
+    queue = WorkQueue(Ranks(1, 2, 1, START), limits=cluster, run_folder=folder)
     with pytest.raises(LostWorkerError, match="the main rank has given no sign for 2 s"), queue:
         raise AssertionError("it has begun")
 
@@ -300,7 +300,7 @@ def test_a_job_that_starts_again_does_not_count_its_earlier_start_on_another_mac
     OtherMachine(folder / "queue", job="slurm 7")
     for claim in (folder / "queue").glob("member.*"):
         claim.write_text(claim.read_text().replace('"start": "slurm 7"', '"start": "slurm 7 restart 0"'))
-    with WorkQueue(Ranks(start="slurm 7 restart 1"), cluster=WATCHED, run_folder=folder) as queue:
+    with WorkQueue(Ranks(start="slurm 7 restart 1"), limits=WATCHED, run_folder=folder) as queue:
         share = queue.share("do", ["far"])
         began = time.monotonic()
         assert next(share.take()) == "far"
@@ -311,7 +311,7 @@ def test_a_job_that_starts_again_does_not_count_its_earlier_start_on_another_mac
 def test_a_job_joins_another_one_on_another_machine_that_is_at_work(folder):
     (folder / "queue").mkdir()
     elsewhere = OtherMachine(folder / "queue")
-    with WorkQueue(Ranks(start="slurm 8 restart 0"), cluster=WATCHED, run_folder=folder) as queue:
+    with WorkQueue(Ranks(start="slurm 8 restart 0"), limits=WATCHED, run_folder=folder) as queue:
         share = queue.share("do", ["far", "near"])
         items = share.take()
         assert next(items) == "near", "the other job has claimed the first item"

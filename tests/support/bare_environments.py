@@ -78,5 +78,5 @@ def site_packages(python: Path) -> Path:
 
 def install(python: Path, wheel: Path) -> None:
     """Installs the wheel of the project into an environment with pip, without its requirements."""
-    words = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index", wheel]
-    subprocess.run(words, check=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(python)]
+    subprocess.run([*pip, "install", "-q", "--no-deps", "--no-index", str(wheel)], check=True)

@@ -171,7 +171,7 @@ def _limit_files(pid: int, largest_bytes: int) -> None:
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (largest_bytes, resource.prlimit(pid, resource.RLIMIT_FSIZE)[1]))
 
 
-def damage_newest_checkpoint(change: Callable[[FaultyRun, Path], Path]) -> Callable[[FaultyRun], None]:
+def damage_newest_checkpoint(change: Callable[[FaultyRun, Path], None]) -> Callable[[FaultyRun], None]:
     """Ends the run and damages its newest checkpoint, once this start has saved another one to resume from."""
 
     def inject(run: FaultyRun) -> None:

@@ -1,8 +1,10 @@
 """ICC profiles written by hand, and the colour arithmetic that they describe, in float64."""
 
 import struct
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 # Columns: red, green, blue as XYZ under D50 (Bradford), as in the published profiles of Apple and HP.
 DISPLAY_P3 = np.array([[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]])
@@ -10,14 +12,14 @@ SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01
 D50 = (0.9642, 1.0, 0.8249)
 
 
-def to_display_p3(srgb: np.ndarray) -> np.ndarray:
+def to_display_p3(srgb: NDArray[Any]) -> NDArray[Any]:
     """The values that show sRGB colours `... 3` uint8 on a Display P3 screen."""
     share = srgb / 255.0
     linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
     wide = linear @ (np.linalg.inv(DISPLAY_P3) @ SRGB).T
     wide = wide.clip(0, 1)
     encoded = np.where(wide <= 0.0031308, 12.92 * wide, 1.055 * wide ** (1 / 2.4) - 0.055)
-    return np.round(encoded * 255).astype(np.uint8)
+    return np.asarray(np.round(encoded * 255), dtype=np.uint8)
 
 
 def rgb_profile() -> bytes:
@@ -49,7 +51,7 @@ def _fixed(value: float) -> bytes:
     return struct.pack(">i", round(value * 65_536))
 
 
-def _xyz(values: np.ndarray | tuple[float, float, float]) -> bytes:
+def _xyz(values: NDArray[Any] | tuple[float, float, float]) -> bytes:
     return b"XYZ " + bytes(4) + b"".join(_fixed(float(value)) for value in values)
 
 

@@ -26,7 +26,7 @@ PAUSE_SECONDS = 1.0  # so that each rank gets some of the work
 Recipe = AnimateRecipe | EvaluateRecipe | PrepareRecipe
 
 # By task: its module, the function there that does one piece of the work, and the class of its recipe.
-_TASKS = {
+_TASKS: dict[str, tuple[str, str, type[Recipe]]] = {
     "animate": ("dreamdance.inference.animate", "run_stages", AnimateRecipe),
     "evaluate": ("dreamdance.evaluation.evaluate", "evaluate_clip", EvaluateRecipe),
     "prepare": ("dreamdance.data.prepare", "render_record", PrepareRecipe),

@@ -158,13 +158,13 @@ def progress(run: Path) -> list[dict[str, Any]]:
 
 def first_step_after(run: Path, moment: float) -> float:
     """Seconds from a moment (seconds since 1970) to the first step that the run reported after it."""
-    return min(line["time"] for line in progress(run) if "loss" in line and line["time"] > moment) - moment
+    return min(float(line["time"]) for line in progress(run) if "loss" in line and line["time"] > moment) - moment
 
 
 def steps_lost(run: Path, moment: float) -> int:
     """The number of steps done before a moment that the next start did again."""
-    done = [line["done"] for line in progress(run) if "loss" in line and line["time"] <= moment]
-    again = next(line["done"] for line in progress(run) if "message" in line and line["time"] > moment)
+    done = [int(line["done"]) for line in progress(run) if "loss" in line and line["time"] <= moment]
+    again = next(int(line["done"]) for line in progress(run) if "message" in line and line["time"] > moment)
     return max(0, (done[-1] if done else 0) - again)
 
 

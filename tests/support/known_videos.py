@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 REQUIRED = "DREAMDANCE_FFMPEG_REQUIRED"
 WIDTH, HEIGHT = 64, 96
@@ -35,7 +36,7 @@ def require_ffmpeg() -> None:
         pytest.skip(reason)
 
 
-def known_frame(number: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
+def known_frame(number: int, width: int = WIDTH, height: int = HEIGHT) -> NDArray[Any]:
     """Frame `number` of 0..255, `(H, W, 3)` uint8."""
     frame = np.zeros((height, width, 3), np.uint8)
     middle, centre = height // 2, width // 2
@@ -51,11 +52,11 @@ def known_frame(number: int, width: int = WIDTH, height: int = HEIGHT) -> np.nda
     return frame
 
 
-def known_frames(num_frames: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
+def known_frames(num_frames: int, width: int = WIDTH, height: int = HEIGHT) -> NDArray[Any]:
     return np.stack([known_frame(number, width, height) for number in range(num_frames)])
 
 
-def counters(frames: np.ndarray) -> list[int]:
+def counters(frames: NDArray[Any]) -> list[int]:
     """The values of the counters of upright frames `(f, H, W, 3)`."""
     height, width = frames.shape[1:3]
     row = round(height * 0.915)
@@ -71,7 +72,7 @@ def counters(frames: np.ndarray) -> list[int]:
     ]
 
 
-def corners(frame: np.ndarray) -> dict[str, np.ndarray]:
+def corners(frame: NDArray[Any]) -> dict[str, NDArray[Any]]:
     """The mean colours of a frame's quadrants, away from the edges; the lower ones above the counter."""
     height, width = frame.shape[:2]
     places = {
@@ -88,7 +89,7 @@ def corners(frame: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def write_by_ffmpeg(path: Path, frames: np.ndarray, options: str, *, fps: int = 10) -> Path:
+def write_by_ffmpeg(path: Path, frames: NDArray[Any], options: str, *, fps: int = 10) -> Path:
     """Encodes `(f, H, W, 3)` uint8 with the options of ffmpeg's command line."""
     size = f"{frames.shape[2]}x{frames.shape[1]}"
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(fps), "-i", "-"]
@@ -101,7 +102,7 @@ def run_ffmpeg(arguments: Sequence[str], content: bytes = b"") -> bytes:
     return subprocess.run(command, input=content, stdout=subprocess.PIPE, check=True).stdout
 
 
-def decode_by_ffmpeg(path: Path, *, width: int, height: int, filters: str = "null") -> np.ndarray:
+def decode_by_ffmpeg(path: Path, *, width: int, height: int, filters: str = "null") -> NDArray[Any]:
     """All frames as ffmpeg shows them by default, `(f, H, W, 3)` uint8: turned and mirrored, pixels not made square."""
     form = ["-vf", filters, "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     return np.frombuffer(run_ffmpeg(["-i", str(path), *form]), np.uint8).reshape(-1, height, width, 3)
@@ -110,4 +111,7 @@ def decode_by_ffmpeg(path: Path, *, width: int, height: int, filters: str = "nul
 def describe_stream(path: Path) -> dict[str, Any]:
     """The fields of the video stream in the output of ffprobe."""
     command = ["ffprobe", "-v", "error", "-select_streams", "v:0", "-show_streams", "-of", "json", str(path)]
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)["streams"][0]
+    stream: dict[str, Any] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)["streams"][
+        0
+    ]
+    return stream

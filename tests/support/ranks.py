@@ -44,7 +44,7 @@ class StartedRanks:
         self.processes: list[BaseProcess] = [
             context.Process(
                 target=_run_rank,
-                args=(target, Ranks(rank, world_size, rank, world_size, str(port)), port, folder, arguments),
+                args=(target, Ranks(rank, world_size, rank, str(port)), port, folder, arguments),
             )
             for rank in range(world_size)
         ]
@@ -108,7 +108,7 @@ def _run_rank(target: Callable[..., Any], ranks: Ranks, port: int, folder: Path,
         RANK=str(ranks.rank),
         WORLD_SIZE=str(ranks.world_size),
         LOCAL_RANK=str(ranks.local_rank),
-        LOCAL_WORLD_SIZE=str(ranks.local_world_size),
+        LOCAL_WORLD_SIZE=str(ranks.world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         **{START: ranks.start},

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from einops import rearrange, repeat
@@ -20,6 +20,9 @@ WIDTH, HEIGHT = 16, 24
 PATCH_SIZE = 2
 LATENT_CHANNELS = 3 * PATCH_SIZE**2
 EMBEDDING_WIDTH = 24
+
+
+Checked = TypeVar("Checked", Stage1Recipe, Stage2Recipe)
 
 
 def tiny_stage1_recipe(train: str = "domains", changes: dict[str, Any] | None = None) -> Stage1Recipe:
@@ -157,7 +160,7 @@ def perturb(network: nn.Module) -> Any:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return network
 
 
@@ -199,10 +202,10 @@ def _shared(*, num_frames: int) -> dict[str, Any]:
     }
 
 
-def _checked(recipe_class: type, values: dict[str, Any], changes: dict[str, Any] | None) -> Any:
+def _checked(recipe_class: type[Checked], values: dict[str, Any], changes: dict[str, Any] | None) -> Checked:
     for key, value in (changes or {}).items():
         *sections, name = key.split(".")
-        place = values
+        place: Any = values
         for section in sections:
             place = place.setdefault(section, {})
         place[name] = value

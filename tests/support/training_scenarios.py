@@ -23,11 +23,12 @@ from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
 from dreamdance.runtime.process_group import process_group, repeatable_arithmetic
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.runtime.stop_request import StopRequest
+from dreamdance.runtime.watchdog import Watchdog
 from dreamdance.training.objectives.animation import AnimationObjective
 from dreamdance.training.objectives.geometry import GeometryObjective
 from dreamdance.training.objectives.output import ObjectiveOutput
 from dreamdance.training.stages.training_stage import stage_of
-from dreamdance.training.train import build_trainer, make_watchdog, train
+from dreamdance.training.train import build_trainer, train
 from dreamdance.training.trainer import Trainer
 
 Recipe = Stage1Recipe | Stage2Recipe
@@ -299,7 +300,9 @@ def classify_error(ranks: Ranks, *, recipe: Recipe, run: Path, fault: FailingDis
 def prepare_and_inspect(ranks: Ranks, *, recipe: Recipe, run: Path, steps: int) -> dict[str, Any]:
     """Takes a few steps and returns values of the engine; every value belongs to this rank."""
     with StopRequest() as stop, process_group(ranks, timeout_seconds=60), repeatable_arithmetic(enabled=True):
-        trainer = build_trainer(stage_of(recipe), run, ranks, stop, make_watchdog(recipe.cluster), deterministic=True)
+        trainer = build_trainer(
+            stage_of(recipe), run, ranks, stop, Watchdog.from_limits(recipe.cluster), deterministic=True
+        )
         batches = iter(trainer.loader)
         objective = trainer.engine.objective
         first = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}

@@ -25,12 +25,13 @@ from dreamdance.runs.layout import COMPLETE_FILE, checkpoint_folder, step_folder
 from dreamdance.runtime.process_group import process_group, repeatable_arithmetic
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.runtime.stop_request import StopRequest
+from dreamdance.runtime.watchdog import Watchdog
 from dreamdance.training.checkpointing import complete_file
 from dreamdance.training.checkpointing.checkpointer import read_checkpoint_weights
 from dreamdance.training.checkpointing.complete_file import FileRecord
 from dreamdance.training.checkpointing.rank_file import generator_states, restore_generators
 from dreamdance.training.stages.training_stage import stage_of
-from dreamdance.training.train import build_trainer, make_watchdog, train
+from dreamdance.training.train import build_trainer, train
 from dreamdance.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,7 +75,9 @@ def run(trained, tmp_path) -> Path:
 def resume(run: Path, recipe: Stage1Recipe) -> Trainer:
     ranks = Ranks()
     with StopRequest() as stop, process_group(ranks, timeout_seconds=60), repeatable_arithmetic(enabled=True):
-        trainer = build_trainer(stage_of(recipe), run, ranks, stop, make_watchdog(recipe.cluster), deterministic=True)
+        trainer = build_trainer(
+            stage_of(recipe), run, ranks, stop, Watchdog.from_limits(recipe.cluster), deterministic=True
+        )
         trainer.metrics.close()
     return trainer
 
@@ -337,7 +340,9 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_skips_the_update(prec
     changes = {"precision": precision, "sharding.zero_stage": zero_stage}
     ranks, recipe, run = Ranks(), make_recipe(shards, max_steps=6, **changes), tmp_path / "run"
     with StopRequest() as stop, process_group(ranks, timeout_seconds=60), repeatable_arithmetic(enabled=True):
-        trainer = build_trainer(stage_of(recipe), run, ranks, stop, make_watchdog(recipe.cluster), deterministic=True)
+        trainer = build_trainer(
+            stage_of(recipe), run, ranks, stop, Watchdog.from_limits(recipe.cluster), deterministic=True
+        )
         parameter = next(iter(trainer.engine.trainable.values()))
         before = {name: value.detach().clone() for name, value in trainer.engine.trainable.items()}
         hook = parameter.register_hook(lambda gradient: gradient * math.inf)

@@ -24,7 +24,7 @@ def test_nccl_connects_at_once_on_the_gpu_of_the_local_rank(opened, monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    with process_group(Ranks(local_rank=5, local_world_size=8), timeout_seconds=60):
+    with process_group(Ranks(local_rank=5), timeout_seconds=60):
         ((backend, arguments),) = opened
     assert backend == "nccl"
     assert arguments["device_id"] == torch.device("cuda", 5)

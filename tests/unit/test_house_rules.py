@@ -1,6 +1,7 @@
 """Rules for the whole repository, checked in its source, which no test of a single part would check."""
 
 import ast
+import configparser
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -167,6 +168,16 @@ def test_constants_are_documented_by_a_comment_above_them() -> None:
             if is_text and isinstance(before, ast.Assign | ast.AnnAssign):
                 found.append(place(path, node))
     assert found == []
+
+
+def test_every_room_of_the_library_stands_in_the_import_contract() -> None:
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    layers = set(re.findall(r"dreamdance\.(\w+)", settings["importlinter:contract:layers"]["layers"]))
+    rooms = {
+        path.stem for path in (ROOT / "dreamdance").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert layers == rooms - {"__init__"}
 
 
 def test_no_two_classes_of_the_library_have_one_name() -> None:

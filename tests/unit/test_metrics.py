@@ -123,7 +123,7 @@ def test_validation_and_recipe_are_written(tmp_path):
 
 
 def test_only_the_main_process_writes(tmp_path):
-    metrics = make_metrics(tmp_path, ranks=Ranks(1, 2, 1, 2))
+    metrics = make_metrics(tmp_path, ranks=Ranks(1, 2, 1))
     metrics.message("hello", step=0)
     metrics.step(report(1, 1.0))
     metrics.validation(Losses(1.0, 1.0, (0, 0, 0), (0, 0, 0)), step=1)

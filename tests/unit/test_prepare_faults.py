@@ -218,7 +218,7 @@ def test_a_long_search_is_no_hang_in_this_process(tmp_path, monkeypatch):
         "dreamdance.runtime.watchdog.exit_process", lambda logger, text, *rest, **options: ends.append(rest)
     )
     cluster = Cluster(step_timeout_seconds=1, collective_timeout_seconds=1)
-    with WorkQueue(Ranks(), cluster=cluster) as queue:
+    with WorkQueue(Ranks(), limits=cluster) as queue:
         write(tmp_path / "shards", long_searches(tmp_path, seconds=2.2), queue=queue)
     assert ends == []
     assert (tmp_path / "shards" / "index.json").is_file()

@@ -50,11 +50,11 @@ def test_only_the_main_process_of_a_run_reports_progress(tmp_path):
 def test_ranks_come_from_the_environment_and_default_to_one_process(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert Ranks.from_environment() == Ranks(0, 1, 0, 1)
+    assert Ranks.from_environment() == Ranks(0, 1, 0)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     ranks = Ranks.from_environment()
-    assert ranks == Ranks(3, 4, 1, 2)
+    assert ranks == Ranks(3, 4, 1)
     assert not ranks.is_main

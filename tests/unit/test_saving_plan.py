@@ -13,10 +13,11 @@ from dreamdance.runs.layout import checkpoint_folder
 from dreamdance.runtime.process_group import process_group, repeatable_arithmetic
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.runtime.stop_request import StopRequest
+from dreamdance.runtime.watchdog import Watchdog
 from dreamdance.training.checkpointing.saving_plan import describe_checkpoint, plan_checkpoint
 from dreamdance.training.planning.plan import describe
 from dreamdance.training.stages.training_stage import stage_of
-from dreamdance.training.train import build_trainer, make_watchdog
+from dreamdance.training.train import build_trainer
 
 KINDS = [("bf16", 2), ("fp32", 0)]
 WORLD_SIZE = 2
@@ -35,7 +36,7 @@ def save_one_of_each(ranks: Ranks, *, recipes: list[Stage1Recipe], runs: Path) -
             if ranks.is_main:
                 run.mkdir(parents=True)
             trainer = build_trainer(
-                stage_of(recipe), run, ranks, stop, make_watchdog(recipe.cluster), deterministic=True
+                stage_of(recipe), run, ranks, stop, Watchdog.from_limits(recipe.cluster), deterministic=True
             )
             trainer._take_step(iter(trainer.loader))
             trainer.checkpointer.begin(1, {"loader": trainer.loader.state_dict(), "guard": {}})

@@ -130,15 +130,15 @@ def test_a_download_that_was_torn_is_fetched_again(shards, remote, caplog):
     whole = stored.read_bytes()
     stored.write_bytes(whole[:-50])
 
-    def mend_when_warned(record: object) -> bool:
+    def repair_when_warned(record: object) -> bool:
         stored.write_bytes(whole)
         return True
 
-    shard_cache.logger.addFilter(mend_when_warned)
+    shard_cache.logger.addFilter(repair_when_warned)
     try:
         assert clip_ids(clips) == ALL_CLIPS
     finally:
-        shard_cache.logger.removeFilter(mend_when_warned)
+        shard_cache.logger.removeFilter(repair_when_warned)
     assert f"{SECOND}" in caplog.text
     assert "this process downloads the file again" in caplog.text
     record_fault(

@@ -18,7 +18,7 @@ from dreamdance.data.loading.batch import ClipSample
 from dreamdance.data.loading.clip_frames import ClipFrames, flip_clip
 from dreamdance.data.loading.order import SampleKey
 from dreamdance.data.loading.stored_clip import StoredClip, Window, draw_window, first_window
-from dreamdance.data.shards import cache as shard_cache
+from dreamdance.data.shards import cache
 from dreamdance.data.shards.columns import ColumnClip
 from dreamdance.data.shards.mds import Spanner, Stream, StreamingDataset, World
 from dreamdance.data.shards.range_reads import SampleHead, check_sample, read_extents, read_sample_head
@@ -130,7 +130,7 @@ class StoredClips(StreamingDataset):
         def should_retry(error: Exception) -> bool:
             if isinstance(error, LostWorkerError) or not isinstance(error, _DAMAGED):
                 return False  # a LostWorkerError comes after retries
-            return is_transient(error) or shard_cache.is_gone(self.index.folder)
+            return is_transient(error) or cache.is_gone(self.index.folder)
 
         try:
             return retry_transient(read, f"reading {where}", should_retry=should_retry)

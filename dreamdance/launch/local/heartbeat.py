@@ -50,8 +50,8 @@ def silent_seconds(run_folder: Path) -> float:
     """The time since the last heartbeat of the run's job, by the file system's clock; infinite without any.
 
     The clocks of two machines may differ, so both times come from the file system: it stamps the heartbeat, and a new
-    file that is created for the comparison. A heartbeat from the future counts by its distance, too: the clock was set
-    back, and a job that is alive beats again by the new clock.
+    file that is created for the comparison. If the clock was set back, a heartbeat may lie in the future: its
+    distance counts in the same way, and a job that is alive soon writes a new one.
 
     Raises:
         OSError: no file can be created in the run folder.

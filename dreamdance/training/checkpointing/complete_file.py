@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from dreamdance.errors import CheckpointError
-from dreamdance.runs.files import hash_file, retry_transient, sync_folder, write_atomically
+from dreamdance.runs.files import hash_file, retry_transient, sync, write_atomically
 from dreamdance.runs.layout import COMPLETE_FILE, step_of
 
 # The format's number. Increase it whenever older checkpoints lack something that is needed to resume.
@@ -117,10 +117,10 @@ def _write_file(folder: Path, name: str, write: Callable[[HashedFile], None]) ->
 
 def complete(folder: Path, manifest: Manifest) -> None:
     """Makes `folder` count, in one atomic step; all its files must be on the disk."""
-    sync_folder(folder)
+    sync(folder)
     values = {"format": FORMAT, **asdict(manifest)}
     write_atomically(folder / COMPLETE_FILE, json.dumps({**values, "sha256": _digest(values)}, indent=1))
-    sync_folder(folder.parent)
+    sync(folder.parent)
 
 
 def read_manifest(folder: Path, *, expected: int = FORMAT) -> Manifest:
