@@ -45,8 +45,8 @@ class WorkQueue:
     """A context manager around a process's part of the work; a block that ends without an error waits for the others.
 
     The queue lasts from the first process that joins to the last that leaves; the next start after that begins
-    with an empty queue. Several
-    jobs may work on a run at once. The ranks of each job wait for its main rank before they join.
+    with an empty queue. The queue permits several jobs of a run at once (C7 names what excludes a second job today).
+    The ranks of each job wait for its main rank before they join.
 
     A process that hangs is ended by its own watchdog. A process that is stopped, or whose node is stopped, gives no
     sign for `cluster.step_timeout_seconds`: the others do its items, then they raise an error after which the job

@@ -41,7 +41,7 @@ folder, rank, num_items, seconds, start, endless = sys.argv[1:]
 logger = logging.getLogger()
 end = lambda number: exit_process(logger, "%s", number.name, exit_code=0, level=logging.WARNING)
 cluster = Cluster(step_timeout_seconds=2, collective_timeout_seconds=60)
-ranks = Ranks(int(rank), 8, 0, 1, start)
+ranks = Ranks(int(rank), 8, 0, start)
 try:
     with SignalListener(end), WorkQueue(ranks, limits=cluster, run_folder=Path(folder)) as queue:
         share = queue.share("do", [f"item {number}" for number in range(int(num_items))])

@@ -30,7 +30,7 @@ def damage_video(path: Path, *, packet: int = 12) -> None:
     with av.open(str(path)) as container:
         packets = [one for one in container.demux(video=0) if one.size]
         place, size = packets[packet].pos, packets[packet].size
-    assert place is not None, "this container does not tell where its packets lie"
+    assert place is not None, "this container does not state the places of its packets"
     content = bytearray(path.read_bytes())
     content[place + 4 : place + size] = b"\xff" * (size - 4)
     path.write_bytes(content)

@@ -253,8 +253,8 @@ def test_a_dataset_travels_to_a_worker(shards):
 def test_one_process_can_open_training_and_validation_sets_and_one_node_several_ranks(shards, tmp_path):
     other = write_random_shards(tmp_path / "validation", 4)
     before = set(os.listdir("/dev/shm"))
-    train = [dataset(shards, ranks=Ranks(rank, 2, rank, 2)) for rank in range(2)]
-    validation = [dataset(other, ranks=Ranks(rank, 2, rank, 2)) for rank in range(2)]
+    train = [dataset(shards, ranks=Ranks(rank, 2, rank)) for rank in range(2)]
+    validation = [dataset(other, ranks=Ranks(rank, 2, rank)) for rank in range(2)]
     assert [len(clips) for clips in (*train, *validation)] == [12, 12, 4, 4]
     assert validation[1].training_sample(SampleKey(0, 0)).clip_id == "clip_0000"
     assert set(os.listdir("/dev/shm")) <= before  # nothing is shared, so nothing can be left
