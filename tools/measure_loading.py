@@ -178,10 +178,13 @@ def read_records(tree: SimpleNamespace, folder: Path) -> Iterator[Any]:
     """The rendered clips as records of a tree."""
     for number in range(len(list(folder.glob("*.positions.npy")))):
         clip, references = (
-            {name: np.load(folder / f"{number}.{part}.{name}.npy", mmap_mode="r") for name in (*MAPS, "keypoints")}
+            {
+                name: np.load(folder / f"{number}.{part}.{name}.npy", mmap_mode="r", allow_pickle=False)
+                for name in (*MAPS, "keypoints")
+            }
             for part in ("clip", "references")
         )
-        positions = np.load(folder / f"{number}.positions.npy").tolist()
+        positions = np.load(folder / f"{number}.positions.npy", allow_pickle=False).tolist()
         kept = {"positions": positions, "keypoints": references.pop("keypoints"), "maps": references}
         yield tree.record(
             {name: clip[name] for name in MAPS}, clip["keypoints"], kept, clip_id=f"dancer_{number}", fps=25.0

@@ -168,6 +168,7 @@ def test_the_wheel_holds_the_packages_whole_and_nothing_else(wheel: Path) -> Non
     sources = {file.relative_to(root) for root, name in roots.items() for file in (root / name).rglob("*.py")}
     assert {file for file in files if ".dist-info/" not in file} == {
         *(path.as_posix() for path in sources),
+        "dreamdance/data/curation/page.html",
         "dreamdance/py.typed",
         "dreamdance_kernels/py.typed",
         "dreamdance_kernels/dispatch_table.csv",

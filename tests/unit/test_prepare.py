@@ -15,9 +15,7 @@ from dreamdance.dancers.render import HELD_OUT_SEEDS, TRAINING_SEEDS, render_cli
 from dreamdance.data.loading.dataset import fixed_clips
 from dreamdance.data.prepare import choose_format, prepare
 from dreamdance.data.shards.columns import FIRST_MODALITIES, metric_disparity
-from dreamdance.data.writing.annotate import annotate_clip, load_annotator
 from dreamdance.data.writing.dancer_clips import render_record
-from dreamdance.data.writing.shard_writer import ClipRecord
 from dreamdance.data.writing.video_clips import choose_validation, split_frames
 from dreamdance.errors import MissingInputError, ShardError
 from dreamdance.media.cropping import Crop, centred_crop
@@ -253,51 +251,6 @@ def test_centred_crops_have_the_aspect_asked_for():
     assert centred_crop(100, 90, to_width=2, to_height=3) == Crop(left=20, top=0, width=60, height=90)
     assert centred_crop(60, 100, to_width=2, to_height=3) == Crop(left=0, top=5, width=60, height=90)
     assert centred_crop(512, 768, to_width=256, to_height=384) == Crop(left=0, top=0, width=512, height=768)
-
-
-class FlatWorld:
-    """An annotator of a wall two metres away, and a person in its middle."""
-
-    def annotate_pose(self, rgb: np.ndarray) -> np.ndarray:
-        return np.full((len(rgb), 128, 3), 0.5, np.float32)
-
-    def annotate_normal(self, rgb: np.ndarray) -> np.ndarray:
-        return np.broadcast_to(np.float32([0, 0, 1]), rgb.shape)
-
-    def annotate_depth(self, rgb: np.ndarray) -> np.ndarray:
-        return np.linspace(2.0, 4.0, rgb[..., 0].size, dtype=np.float32).reshape(rgb.shape[:3])
-
-
-def test_an_annotator_adds_its_maps_in_the_encodings_of_the_shards():
-    record = ClipRecord(clip_id="a", fps=8.0, maps={"rgb": np.zeros((2, 12, 8, 3), np.uint8)})
-    annotated = annotate_clip(record, FlatWorld())
-    np.testing.assert_array_equal(annotated.maps["normal"], np.broadcast_to(np.uint8([128, 128, 255]), (2, 12, 8, 3)))
-    assert annotated.metadata["depth_range"] == [0.25, 0.5]
-    assert annotated.maps["depth"][0, 0, 0] == 65535  # near is bright
-    np.testing.assert_array_equal(annotated.maps["pose"], draw_poses(annotated.keypoints, width=8, height=12))
-
-
-class OnlyDepth:
-    def annotate_depth(self, rgb: np.ndarray) -> np.ndarray:
-        return np.ones((1, 1, 1), np.float32)
-
-
-def test_an_annotator_that_returns_another_shape_is_named():
-    record = ClipRecord(clip_id="a", fps=8.0, maps={"rgb": np.zeros((2, 12, 8, 3), np.uint8)})
-    with pytest.raises(ValueError, match=r"OnlyDepth returned shape \(1, 1, 1\), expected is \(2, 12, 8\)"):
-        annotate_clip(record, OnlyDepth())
-
-
-@pytest.mark.parametrize(
-    "name", ["nowhere:Thing", "dreamdance.data.writing.annotate:nothing", "no colon", "dreamdance.runtime.ranks:Ranks"]
-)
-def test_annotators_that_cannot_be_made_are_named(name):
-    with pytest.raises(MissingInputError, match=name):
-        load_annotator(name)
-
-
-def test_an_annotator_is_made_by_its_name_with_its_options():
-    assert load_annotator("types:SimpleNamespace", annotate_depth=OnlyDepth().annotate_depth).annotate_depth is not None
 
 
 CLIPS = Path(os.environ.get("DREAMDANCE_CLIPS", Path(__file__).parents[2].parent / "shared" / "clips"))

@@ -16,7 +16,7 @@ from dreamdance.launch.command import main
 
 ROOT = Path(__file__).parents[2]
 WORDS = ("recipes/prepare.yaml", "videos.folder=take #2", "output=out", "videos.width=null", "videos.height=null")
-WORDS += ("videos.clip_frames=8", "videos.min_clip_frames=4", "videos.validation_fraction=0.25")
+WORDS += ("smaller_sizes=[]", "videos.clip_frames=8", "videos.min_clip_frames=4", "videos.validation_fraction=0.25")
 
 
 @pytest.fixture
