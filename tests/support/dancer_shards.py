@@ -1,15 +1,14 @@
 """Small folders of real shards with rendered dancers, for the tests of training."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from dreamdance.dancers.render import HELD_OUT_SEEDS, TRAINING_SEEDS, render_clip
-from dreamdance.data.shards.columns import encode_disparity, encode_normal
+from dreamdance.dancers.render import HELD_OUT_SEEDS, TRAINING_SEEDS
+from dreamdance.data.writing.dancer_clips import render_record
 from dreamdance.data.writing.shard_writer import ClipRecord, Part, ShardFormat, write_shards
-from dreamdance.media.pose_drawing import draw_pose
+from dreamdance.recipe.schema import DancersSource
 
 WIDTH, HEIGHT, NUM_FRAMES = 16, 24, 6
 
@@ -26,18 +25,5 @@ def write_dancer_shards(folder: Path, *, num_train: int = 10, num_validation: in
 
 
 def _render(seeds: range) -> Iterator[ClipRecord]:
-    for seed in seeds:
-        clip = render_clip(seed, num_frames=NUM_FRAMES, width=WIDTH, height=HEIGHT)
-        depth, _ = encode_disparity(clip.depth)
-        yield ClipRecord(
-            clip_id=f"dancer_{seed}",
-            fps=clip.fps,
-            maps={
-                "rgb": clip.rgb,
-                "pose": np.stack([draw_pose(points, width=WIDTH, height=HEIGHT) for points in clip.keypoints]),
-                "normal": encode_normal(clip.normal),
-                "depth": depth,
-                "mask": clip.mask.astype(np.uint8) * 255,
-            },
-            keypoints=clip.keypoints,
-        )
+    source = DancersSource(num_train_clips=1, num_validation_clips=1, num_frames=NUM_FRAMES, width=WIDTH, height=HEIGHT)
+    return (replace(render_record(seed, source), clip_id=f"dancer_{seed}", metadata={}) for seed in seeds)

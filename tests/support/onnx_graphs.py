@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from support.networks import REQUIRED
 
@@ -81,7 +82,7 @@ def save_david(path: Path, tasks: tuple[str, ...], *, near_is_large: bool) -> Pa
     The input is blue, green, red in [0,1]. Normals have x right, y up, z towards the camera and no unit length; the
     foreground is where there is any blue.
     """
-    graph, outputs = Graph(), {}
+    graph, outputs = Graph(), dict[str, tuple[int, ...]]()
     blue, green, red = (graph.channel("input", index) for index in range(3))
     if "depth" in tasks:
         factor, shift = (3.0, 1.0) if near_is_large else (-3.0, 5.0)
@@ -140,7 +141,7 @@ def _extent(graph: Graph, inside: str, axis: int) -> tuple[str, str]:
     return graph("Sub", 640.0, begins), ends
 
 
-def save_pose_network(path: Path, colours: np.ndarray) -> Path:
+def save_pose_network(path: Path, colours: NDArray[np.float64]) -> Path:
     """DWPose's pose network for points that are dots of known colours `(133, 3)` red, green, blue.
 
     The input is normalised as ImageNet's, red, green, blue. The distribution of point k over the columns is, for each
@@ -153,7 +154,7 @@ def save_pose_network(path: Path, colours: np.ndarray) -> Path:
     products = graph("Conv", picture, weights, -(colours**2).sum(axis=1))
     squares = graph("ReduceSum", graph("Mul", picture, picture), graph.constant([1], np.int64), keepdims=1)
     closeness = graph("Sub", products, squares)
-    outputs = {}
+    outputs: dict[str, tuple[int, ...]] = {}
     for axis, length in ((2, 288), (3, 384)):
         best = graph("ReduceMax", closeness, axes=[axis], keepdims=0)
         line = graph("Exp", graph("Div", best, 700.0))
