@@ -3,7 +3,7 @@
 import sys
 
 from dreamdance.launch.command import main as launch
-from dreamdance.recipe import TrainingRecipe
+from dreamdance.recipe import Recipe, TrainingRecipe
 
 
 def main() -> int:
@@ -11,8 +11,13 @@ def main() -> int:
     return launch(sys.argv[1:], _plan)
 
 
-def _plan(recipe: TrainingRecipe, gpu_memory_gib: float | None) -> str:
-    """Parameters and memory, from the one place that knows networks; torch is loaded only here."""
-    from dreamdance.training.planning.plan import describe
+def _plan(recipe: Recipe, gpu_memory_gib: float | None) -> str:
+    """Parameters, memory and scores, from the places that know networks and shards; torch is loaded only here."""
+    from dreamdance.data.score_report import describe_scores
 
-    return describe(recipe, gpu_memory_gib=gpu_memory_gib)
+    parts = [describe_scores(recipe)]
+    if isinstance(recipe, TrainingRecipe):
+        from dreamdance.training.planning.plan import describe
+
+        parts.insert(0, describe(recipe, gpu_memory_gib=gpu_memory_gib))
+    return "\n\n".join(part for part in parts if part)

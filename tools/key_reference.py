@@ -41,8 +41,9 @@ The comment at the head of each recipe describes the run, how to launch it, and 
 * **Names.** `name` is unique over all recipes; names of the demo begin with `demo_`. The run is the folder
   `runs/<name>/` (`--runs` changes `runs`). The same command continues the run in it.
 * **A changed recipe.** An existing run folder accepts the same recipe only. Not counted as changes: `cluster`,
-  `logging`, `checkpoint.allow_changed`, `data.verify`, `compression`, `videos.on_error`, and a raised
-  `max_steps`. Other changes are refused with a list (exit code 3), unless `checkpoint.allow_changed` names their keys.
+  `logging`, `checkpoint.allow_changed`, `data.verify`, `data.mixed_backgrounds`, `compression`, `videos.on_error`,
+  and a raised `max_steps`. Other changes are refused with a list (exit code 3), unless `checkpoint.allow_changed`
+  names their keys.
 * **Starting from another run.** `init_from: stage1_domains` takes the averaged weights of that run under `--runs`:
   module weights only, no optimizer state. The run must be finished, unless `init_step` names one of its steps.
 * **Relative paths** start at the folder where the command is called.

@@ -25,7 +25,7 @@ from dreamdance.launch.job import Job
 from dreamdance.launch.local.heartbeat import Heartbeat
 from dreamdance.launch.program import DEFAULT_RUNS, launcher_command, program
 from dreamdance.launch.run_folder import DifferentRecipeError, create_or_check, locked, refuse_different
-from dreamdance.recipe import LoadedRecipe, Recipe, TrainingRecipe, given_value, load
+from dreamdance.recipe import LoadedRecipe, Recipe, given_value, load
 from dreamdance.recipe.overrides import split_choices
 from dreamdance.runs.layout import progress_file
 
@@ -37,7 +37,7 @@ something is missing, 3 the run folder belongs to a different recipe, 4 the run 
 submitted again (with --follow, that job is shown, and the exit code is the job's), 130 Ctrl-C under --follow (a local
 job was stopped, a Slurm job continues)."""
 
-Planner = Callable[[TrainingRecipe, float | None], str]
+Planner = Callable[[Recipe, float | None], str]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,8 +50,8 @@ def main(argv: Sequence[str], plan: Planner) -> int:
 
     Args:
         argv: the words after the program's name.
-        plan: describes a training recipe's parameters and memory, given the GPU's memory in GiB if it is known. The
-            caller passes it, because the launcher knows no models.
+        plan: describes a recipe's parameters and memory, given the GPU's memory in GiB if it is known, and the scores
+            of its clips; may be empty. The caller passes it, because the launcher knows no models and no clips.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
@@ -331,8 +331,8 @@ def _show_plan(loaded: LoadedRecipe, runs: Path, cluster: submission.ClusterName
     missing = preflight.missing(recipe, loaded.file, runs, check_gpu=cluster != "slurm")
     _show(f"# Recipe {loaded.file} (run folder {run_folder})\n{dry_run.resolved_recipe(loaded)}")
     _show(f"\n# Plan\n{dry_run.batch_arithmetic(loaded, cluster)}")
-    if isinstance(recipe, TrainingRecipe):
-        _show(plan(recipe, preflight.gpu_memory_gib()))
+    if described := plan(recipe, preflight.gpu_memory_gib()):
+        _show(described)
     _show(f"\n# Batch script\n{dry_run.script(loaded, run_folder, cluster)}")
     if missing:
         _show(f"\n# Warnings\n{preflight.report(recipe, loaded.file, runs, missing)}")

@@ -10,6 +10,7 @@ CHANGEABLE_KEYS = {
     "logging": "reports do not change the result",
     "max_steps": "a run may be continued beyond its last step",
     "checkpoint.allow_changed": "it only lists permitted changes",
+    "data.mixed_backgrounds": "it only permits or refuses a training set; it does not change what is read",
     "data.verify": "how data is checked does not change what sound data contains",
     "compression": "how shard files are compressed does not change the clips; an output that was begun keeps its own",
     "videos.on_error": "a damaged video that is skipped is written when it has been repaired",

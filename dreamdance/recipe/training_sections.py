@@ -77,7 +77,16 @@ class TrainingData(Section):
         default=ScoreFilters(),
         description=(
             "Which clips training uses, by the scores that prepare stored: `{motion: [0.01, 0.3], people: 1}`. Without "
-            "it, all."
+            "it, all. --dry-run shows the scores and what would be dropped. Held-out clips are never filtered, so that "
+            "runs with other filters are measured on the same clips."
+        ),
+    )
+    mixed_backgrounds: Literal["refuse", "accept"] = Field(
+        default="refuse",
+        description=(
+            "Whether a training set may mix clips whose depth and normals are of the person alone, before a flat wall "
+            "(stored as `background: none`), with clips whose maps show the whole frame. Accept it only if you know "
+            "why. A run may continue with another value."
         ),
     )
     num_workers: NonNegative = Field(

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import yaml
 
+from dreamdance.data.loading.clip_choice import choose_training_clips
 from dreamdance.data.loading.dataset import ClipDataset
 from dreamdance.data.loading.loader import ClipLoader
 from dreamdance.data.loading.order import ClipOrder
@@ -178,9 +179,15 @@ def make_loader(
         ranks=ranks,
         before_shard=before_shard,
     )
+    choice = choose_training_clips(dataset, data.filters, data.mixed_backgrounds)
+    if choice.dropped_by and ranks.is_main:
+        logger.info("data.filters: %s", choice.report())
+    order = ClipOrder(
+        dataset.index.samples_per_shard, batch_size=recipe.batch_size, seed=recipe.seed, chosen=choice.passed
+    )
     return ClipLoader(
         dataset,
-        ClipOrder(dataset.index.samples_per_shard, batch_size=recipe.batch_size, seed=recipe.seed),
+        order,
         micro_batch_size=recipe.micro_batch_size,
         ranks=ranks,
         num_workers=data.num_workers,

@@ -41,7 +41,7 @@ def test_each_limit_includes_its_ends(filters, passing, failing):
 def test_without_filters_every_clip_passes():
     choice = choose_clips([Scores(), Scores(**GOOD)], ScoreFilters())
     assert choice.passed == (True, True)
-    assert choice.report() == "data.filters keeps 2 of 2 clips"
+    assert choice.report() == "2 of 2 clips remain"
 
 
 def test_the_report_counts_the_clips_of_each_filter():
@@ -50,7 +50,8 @@ def test_the_report_counts_the_clips_of_each_filter():
     assert choice.passed == (True, False, False, False)
     assert choice.dropped_by == {"motion": 2, "visible_joints": 1, "people": 3}
     assert choice.report() == (
-        "data.filters keeps 1 of 4 clips; dropped by motion 2, visible_joints 1, people 3"
+        "1 of 4 clips remain; dropped by motion: 2 (1 without this score), visible_joints: 1 (1 without this score), "
+        "people: 3 (1 without this score)"
     )  # fmt: skip
 
 

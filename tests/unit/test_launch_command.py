@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from support.fault_log import record_fault
 
+from dreamdance.console import main as console_main
 from dreamdance.launch.command import main
 from dreamdance.launch.run_folder import create_or_check
 from dreamdance.launch.submission import submit
@@ -96,10 +97,11 @@ def test_a_dry_run_shows_recipe_plan_and_batch_script_with_warnings_and_makes_no
     assert not (checkout / "runs").exists()
 
 
-def test_a_dry_run_of_a_task_that_trains_nothing_has_no_plan_of_networks(command):
-    code, output, _ = command(PREPARE, "--dry-run")
-    assert code == 0
-    assert "plan of" not in output
+def test_a_dry_run_of_a_task_that_trains_nothing_has_no_plan_of_networks(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dreamdance", PREPARE, "--dry-run", "cluster.tasks_per_node=1"])
+    assert console_main() == 0
+    plan = capsys.readouterr().out.partition("# Plan\n")[2].partition("\n# Batch script")[0]
+    assert plan.strip() == "processes: 1 node x 1 = 1, cluster: local"
 
 
 def test_a_sweep_is_one_run_for_each_combination_with_names_of_their_own(command):

@@ -54,21 +54,28 @@ class ClipChoice:
     Attributes:
         passed: for each clip whether it is used.
         dropped_by: for each filter the number of clips that it drops, also if another one drops them too.
+        without: for each filter the number of those clips that have no such score.
     """
 
     passed: tuple[bool, ...]
     dropped_by: Mapping[str, int]
+    without: Mapping[str, int]
 
     def report(self) -> str:
         """One line for the log."""
         kept, total = sum(self.passed), len(self.passed)
-        reasons = ", ".join(f"{name} {count}" for name, count in self.dropped_by.items() if count)
-        return f"data.filters keeps {kept} of {total} clips" + (f"; dropped by {reasons}" if reasons else "")
+        reasons = ", ".join(self._reason(name, count) for name, count in self.dropped_by.items() if count)
+        return f"{kept} of {total} clips remain" + (f"; dropped by {reasons}" if reasons else "")
+
+    def _reason(self, name: str, count: int) -> str:
+        without = self.without[name]
+        return f"{name}: {count}" + (f" ({without} without this score)" if without else "")
 
 
 def choose_clips(scores: Iterable[Scores], filters: ScoreFilters) -> ClipChoice:
     """Applies the filters of a recipe to clips."""
-    limits = filter_limits(filters)
+    limits, scores = filter_limits(filters), list(scores)
     failures = [failed_filters(one, limits) for one in scores]
     counts = {name: sum(name in failed for failed in failures) for name in limits}
-    return ClipChoice(tuple(not failed for failed in failures), counts)
+    without = {name: sum(one.values()[name] is None for one in scores) for name in limits}
+    return ClipChoice(tuple(not failed for failed in failures), counts, without)

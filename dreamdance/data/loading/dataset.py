@@ -185,6 +185,16 @@ class StoredClips(StreamingDataset):
             self._cache_left -= clip.decoded_bytes
         return clip
 
+    def metadata(self, sample_id: int) -> dict[str, Any]:
+        """The metadata of a clip; of its frames nothing is read, and nothing at all in schema 1, which is empty here.
+
+        Raises:
+            ShardError: the clip's shard is missing or damaged.
+        """
+        if self.index.shards[self.spanner[sample_id][0]].schema_version == 1:
+            return {}
+        return self._open(sample_id).metadata
+
     def _open(self, sample_id: int) -> TrackClip | ColumnClip:
         """A clip whose head, or whose whole sample in schema 1, was read and checked."""
         if not 0 <= sample_id < self.num_samples:

@@ -44,6 +44,7 @@ class ClipOrder:
         *,
         batch_size: int,
         seed: int,
+        chosen: Sequence[bool] | None = None,
         num_canonical_nodes: int = NUM_CANONICAL_NODES,
         shuffle_block_shards: int = SHUFFLE_BLOCK_SHARDS,
     ) -> None:
@@ -53,6 +54,7 @@ class ClipOrder:
             samples_per_shard: number of samples of each shard (`ShardIndex.samples_per_shard`).
             batch_size: samples per optimizer step, over all ranks.
             seed: the recipe's seed.
+            chosen: for each sample whether it is used (`clip_choice`); by default all are.
             num_canonical_nodes: largest number of nodes that read different shards; fixed at the first start of a run.
             shuffle_block_shards: number of shards that are shuffled together, and that a rank has open at a time.
 
@@ -60,7 +62,8 @@ class ClipOrder:
             ShardError: the set has fewer samples than one batch.
         """
         self.samples_per_shard = list(samples_per_shard)
-        self.num_samples = sum(self.samples_per_shard)
+        self.chosen = None if chosen is None or all(chosen) else torch.tensor(chosen)
+        self.num_samples = sum(self.samples_per_shard) if self.chosen is None else int(self.chosen.sum())
         self.batch_size = batch_size
         self.seed = seed
         self.num_canonical_nodes = num_canonical_nodes
@@ -68,7 +71,7 @@ class ClipOrder:
         if self.num_samples < batch_size:
             raise ShardError(
                 f"{self.num_samples} training clips are fewer than one batch of {batch_size}; "
-                "prepare more clips or lower `batch_size`"
+                f"prepare more clips or lower `batch_size`{'' if self.chosen is None else ', or relax data.filters'}"
             )
         self.batches_per_epoch = self.num_samples // batch_size
         self.num_lanes = gcd(num_canonical_nodes, batch_size)
@@ -88,7 +91,9 @@ class ClipOrder:
 
     def _shuffle(self, epoch: int) -> Tensor:
         """The epoch's sample ids, `(batches_per_epoch, batch_size)` int64."""
-        ids = torch.arange(self.num_samples).split(self.samples_per_shard)
+        ids = torch.arange(sum(self.samples_per_shard)).split(self.samples_per_shard)
+        if self.chosen is not None:
+            ids = tuple(shard[self.chosen[shard]] for shard in ids)
         order = torch.randperm(len(ids), generator=sample_generator((self.seed, epoch, 0), "order of shards")).tolist()
         blocks = []
         for start in range(0, len(order), self.shuffle_block_shards):
@@ -106,6 +111,8 @@ class ClipOrder:
     def state_dict(self, step: int) -> dict[str, Any]:
         """The position after `step` optimizer steps, and everything that the order depends on (JSON-able)."""
         shards = ",".join(str(samples) for samples in self.samples_per_shard)
+        if self.chosen is not None:
+            shards += f" of which {self.chosen.nonzero().flatten().tolist()}"
         return {
             "step": step,
             "num_samples": self.num_samples,

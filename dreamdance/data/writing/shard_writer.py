@@ -16,6 +16,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from dreamdance.data.shards.clip_facts import list_facts
 from dreamdance.data.shards.columns import SCHEMA_VERSION
 from dreamdance.data.shards.index import DETAILS_KEY, read_index
 from dreamdance.data.shards.mds import INDEX_FILE
@@ -254,8 +255,7 @@ class ShardFolder:
             logger.warning("%s has no clips: %s. The same command adds videos once repaired", self.folder, reason)
         num_samples = sum(shard["samples"] for shard in shards)
         details = {"schema_version": SCHEMA_VERSION, "num_samples": num_samples, "settings": self._settings}
-        if sources:
-            details[SOURCES_KEY] = sources
+        details |= ({SOURCES_KEY: sources} if sources else {}) | list_facts(self.folder, shards)
         content = json.dumps({"version": 2, "shards": shards, DETAILS_KEY: details}, sort_keys=True)
         with replace_atomically(self.folder / INDEX_FILE, is_only_writer=True) as temporary:
             temporary.write_text(content, encoding="utf-8")
