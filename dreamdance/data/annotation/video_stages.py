@@ -7,22 +7,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dreamdance.annotators.people import follow_person
-from dreamdance.annotators.protocols import NUM_LANDMARKS, Person, PersonPoses
+from dreamdance.annotators.video_person import find_in_video
 from dreamdance.data.annotation.networks import Networks
 from dreamdance.data.annotation.side_files import Arrays, SideFiles, StageKey
 from dreamdance.data.curation.motion import MotionTrack, measure_motion
 from dreamdance.data.curation.shots import Shot, find_shots, shrink_frames
 from dreamdance.media.cropping import Crop
 from dreamdance.media.keypoint_filter import filter_keypoints
-from dreamdance.media.keypoints import NUM_KEYPOINTS, KeypointSequence
+from dreamdance.media.keypoints import KeypointSequence
 from dreamdance.media.letterbox import search_letterbox
 from dreamdance.media.video import VideoInfo, iterate_frames
 from dreamdance.recipe.annotator_section import Annotators
 
 # Increase a stage's number when its code changes its results: side files of other numbers are not taken.
 STAGE_VERSIONS = {"area": 1, "cuts": 1, "motion": 1, "person": 1, "maps": 1}
-_FRAMES_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -132,35 +130,8 @@ class VideoStages:
         return FollowedPoses(frames, found["keypoints"], smoothed, landmarks, found["num_people"], key.digest)
 
     def _find_person(self, frames: list[int]) -> Iterator[Arrays | None]:
-        people: list[list[Person]] = []
-        for rgb in self._chunks(frames):
-            people += self.networks.pose.find_people(rgb)
-            yield None
-        choice = self._section.person
-        followed = follow_person(people, width=self.video.width, height=self.video.height, choice=choice)
-        places = [None] * len(frames) if followed is None else list(followed.people)
-        poses: list[PersonPoses] = []
-        done = 0
-        for rgb in self._chunks(frames):
-            poses.append(self.networks.pose.annotate_pose(rgb, places[done : done + len(rgb)]))
-            done += len(rgb)
-            yield None
-        landmarks = [part.landmarks for part in poses if part.landmarks is not None]
-        yield {
-            "keypoints": np.concatenate([part.keypoints for part in poses]).reshape(-1, NUM_KEYPOINTS, 3),
-            "landmarks": np.concatenate(landmarks) if landmarks else np.zeros((0, NUM_LANDMARKS, 4), np.float32),
-            "num_people": np.array([len(found) for found in people], dtype=np.int64),
-        }
-
-    def _chunks(self, frames: list[int]) -> Iterator[NDArray[np.uint8]]:
-        chunk: list[NDArray[np.uint8]] = []
-        for frame in iterate_frames(self.video, frames):
-            chunk.append(frame)
-            if len(chunk) == _FRAMES_AT_ONCE:
-                yield np.stack(chunk)
-                chunk = []
-        if chunk:
-            yield np.stack(chunk)
+        track = yield from find_in_video(self.networks.pose, self.video, frames, person=self._section.person)
+        yield {"keypoints": track.keypoints, "landmarks": track.landmarks, "num_people": track.num_people}
 
 
 def _last(results: Iterator[Arrays | None]) -> Generator[None, None, Arrays]:
