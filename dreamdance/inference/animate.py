@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dreamdance.errors import UserError, is_transient
+from dreamdance.inference.driving_videos import KeypointFinder
 from dreamdance.inference.entry_inputs import EntryError, EntryInputs, Size, load_inputs, read_entry_states
 from dreamdance.inference.manifest import ManifestEntry, read_entries
 from dreamdance.inference.results import (
@@ -107,6 +108,10 @@ def animate_entries(
         OutputError: results cannot be written; further entries would fail too.
     """
     by_id = {entry.id: entry for entry in entries}
+    searching = partial(queue.watchdog.enter, "finding key points", "a part")
+    finder = KeypointFinder(recipe.annotators, Path(recipe.output), searching)
+    if any(entry.video is not None for entry in entries):
+        _ = finder.annotator  # missing weights end the run before anything is animated
     share = queue.share("animate", list(by_id))
     computing = partial(queue.watchdog.enter, "computing", "a network's pass", is_measured=True)
     before_each_computation(stages, computing)
@@ -117,7 +122,7 @@ def animate_entries(
         entry, failure, is_new = by_id[item], None, False
         progress(done=share.num_done(), message=f"animating {entry.id}")
         try:
-            is_new = animate_entry(entry, recipe, stages, queue.watchdog, share)
+            is_new = animate_entry(entry, recipe, stages, queue.watchdog, share, finder)
         except OutputError:
             raise
         except (UserError, torch.OutOfMemoryError) as error:
@@ -131,7 +136,12 @@ def animate_entries(
 
 
 def animate_entry(
-    entry: ManifestEntry, recipe: AnimateRecipe, stages: Stages, watchdog: Watchdog, share: Share
+    entry: ManifestEntry,
+    recipe: AnimateRecipe,
+    stages: Stages,
+    watchdog: Watchdog,
+    share: Share,
+    finder: KeypointFinder,
 ) -> bool:
     """Animates one entry and writes its result, unless the same result exists; returns whether it wrote one.
 
@@ -142,6 +152,8 @@ def animate_entry(
     folder = Path(recipe.output) / entry.id
     states = read_entry_states(entry, known_states(folder))
     request = describe_request(entry, recipe, stages, states)
+    if entry.video is not None:
+        request["annotator"] = finder.settings(entry.person)
     if is_done(folder, request):
         logger.info("skipped '%s': %s contains its result", entry.id, folder)
         return False
@@ -149,7 +161,7 @@ def animate_entry(
     frame_size = Size(recipe.width, recipe.height)
     map_size = Size(recipe.geometry_width, recipe.geometry_height)
     given = [name for name in GIVEN_CONTROLS if name in stages.animation.controls]
-    inputs = load_inputs(entry, aspect=frame_size, pose_sizes={frame_size, map_size}, maps=given)
+    inputs = load_inputs(entry, aspect=frame_size, pose_sizes={frame_size, map_size}, maps=given, finder=finder)
     if read_entry_states(entry, {entry.files[name].absolute(): state for name, state in states.items()}) != states:
         raise EntryError("one of the entry's files was replaced while they were read")
     result = run_stages(entry, inputs, recipe, stages)
@@ -181,7 +193,7 @@ def describe_request(
         "align": {None: False, "scale": True}.get(entry.align, entry.align),
         "fps": entry.fps,
         **({} if entry.keypoints_size is None else {"keypoints_size": list(entry.keypoints_size)}),
-        **({} if entry.person is None else {"person": entry.person}),
+        **({} if entry.person is None or entry.video is not None else {"person": entry.person}),
         "weights": stages.weights,
         **{name: getattr(recipe, name) for name in settings},
         "geometry": recipe.geometry.model_dump(mode="json") if stages.geometry is not None else None,
@@ -235,6 +247,7 @@ def run_stages(entry: ManifestEntry, inputs: EntryInputs, recipe: AnimateRecipe,
         normals=None if normals is None else normals[0],
         depths=None if depths is None else depths[0],
         fps=inputs.fps,
+        driving_video=inputs.video,
     )
 
 

@@ -1,29 +1,31 @@
 """Loads the inputs of a manifest entry: the reference picture, the pose drawings and the control maps."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dreamdance.annotators.driving_video import fit_sequence
 from dreamdance.errors import UserError
+from dreamdance.inference.driving_videos import KeypointFinder
 from dreamdance.inference.manifest import ManifestEntry
-from dreamdance.media.alignment import align_keypoints
 from dreamdance.media.cropping import centred_crop
 from dreamdance.media.keypoint_formats import read_any_keypoints
 from dreamdance.media.keypoints import KeypointSequence
 from dreamdance.media.pictures import MAX_PICTURE_PIXELS, read_picture
 from dreamdance.media.pose_drawing import draw_pose
-from dreamdance.media.retargeting import retarget_bones
 from dreamdance.media.transforms import pictures_to_tensor, resize_images, resize_map
-from dreamdance.media.video import iterate_frames, probe_video
+from dreamdance.media.video import VideoInfo, iterate_frames, probe_video
 from dreamdance.modalities import MODALITIES
 from dreamdance.runs.file_states import FileState, read_state
 
 MAX_FRAMES = 50_000
+_Value = TypeVar("_Value")
 
 
 class EntryError(UserError):
@@ -47,12 +49,14 @@ class EntryInputs:
         poses: `f 3 H W` in [0, 1] for each requested size.
         fps: frames per second.
         maps: the requested control maps by modality, `f 3 H W` in [0, 1], in the size of the result.
+        video: the driving video, whose sound the result gets; None if poses were given.
     """
 
     reference: Tensor
     poses: dict[Size, Tensor]
     fps: float
     maps: dict[str, Tensor]
+    video: VideoInfo | None = None
 
 
 def read_entry_states(entry: ManifestEntry, known: Mapping[Path, FileState] | None = None) -> dict[str, FileState]:
@@ -80,7 +84,14 @@ def read_entry_states(entry: ManifestEntry, known: Mapping[Path, FileState] | No
     return states
 
 
-def load_inputs(entry: ManifestEntry, *, aspect: Size, pose_sizes: set[Size], maps: Sequence[str] = ()) -> EntryInputs:
+def load_inputs(
+    entry: ManifestEntry,
+    *,
+    aspect: Size,
+    pose_sizes: set[Size],
+    maps: Sequence[str] = (),
+    finder: KeypointFinder | None = None,
+) -> EntryInputs:
     """Loads an entry. Pictures of another aspect are cropped around their centre, as in training.
 
     Args:
@@ -88,21 +99,22 @@ def load_inputs(entry: ManifestEntry, *, aspect: Size, pose_sizes: set[Size], ma
         aspect: size of the result; the reference is cropped to its aspect but not resized.
         pose_sizes: the sizes of the pose drawings; each is resized from the original drawing.
         maps: control maps that the entry must give as videos.
+        finder: finds the key points of a driving video; needed for entries that name one.
 
     Raises:
-        UserError: a file is missing, damaged or too large, or the skeleton cannot be aligned.
+        UserError: a file is missing, damaged or too large, nobody is found in a video, or the skeleton cannot be
+            aligned.
     """
     picture = read_picture(entry.image)
     reference = _cut(picture, aspect)
-    if entry.keypoints is not None:
-        sequence = read_any_keypoints(entry.keypoints, size=entry.keypoints_size, fps=entry.fps, person=entry.person)
-        if entry.align is not None and entry.reference_keypoints is not None:
-            body = read_any_keypoints(entry.reference_keypoints, size=(picture.shape[1], picture.shape[0]), fps=1.0)
-            aligned = (retarget_bones if entry.align == "bones" else align_keypoints)(sequence, body)
-            sequence = replace(sequence, keypoints=aligned, width=body.width, height=body.height)
-        drawings, fps = _draw(sequence, entry.keypoints), sequence.fps
+    video = None if entry.video is None else probe_video(entry.video)
+    if entry.pose is not None:
+        drawings, fps = _decode(entry.pose)
     else:
-        drawings, fps = _decode(_given(entry.pose))
+        sequence = _read_skeleton(entry, video, finder)
+        if entry.align is not None:
+            sequence = fit_sequence(sequence, _read_body(entry, picture, finder), entry.align)
+        drawings, fps = _draw(sequence, entry.keypoints or _given(entry.video)), sequence.fps
     frames: dict[Size, list[Tensor]] = {size: [] for size in pose_sizes}
     for drawing in drawings:
         cut = pictures_to_tensor(_cut(drawing, aspect))
@@ -110,12 +122,37 @@ def load_inputs(entry: ManifestEntry, *, aspect: Size, pose_sizes: set[Size], ma
             resized.append(resize_images(cut, size.height, size.width))
     poses = {size: torch.stack(resized).clamp(0, 1) for size, resized in frames.items()}
     given = {name: _read_map(entry, name, aspect, num_frames=len(next(iter(poses.values())))) for name in maps}
-    return EntryInputs(reference=pictures_to_tensor(reference), poses=poses, fps=entry.fps or fps, maps=given)
+    return EntryInputs(
+        reference=pictures_to_tensor(reference), poses=poses, fps=entry.fps or fps, maps=given, video=video
+    )
 
 
-def _given(path: Path | None) -> Path:
-    assert path is not None, "the check of the manifest refuses an entry without a pose"
-    return path
+def _read_skeleton(entry: ManifestEntry, video: VideoInfo | None, finder: KeypointFinder | None) -> KeypointSequence:
+    """The driving skeleton, from a file of key points or from a video."""
+    if video is not None:
+        return _given(finder).of_video(video, _state(video.path), person=entry.person, fps=entry.fps)
+    person = entry.person
+    assert person is None or isinstance(person, int), "the check of the manifest refuses a box for key points"
+    return read_any_keypoints(_given(entry.keypoints), size=entry.keypoints_size, fps=entry.fps, person=person)
+
+
+def _read_body(entry: ManifestEntry, picture: NDArray[np.uint8], finder: KeypointFinder | None) -> KeypointSequence:
+    """The body of the reference picture."""
+    if entry.reference_keypoints is None:
+        return _given(finder).of_picture(entry.image, picture, _state(entry.image))
+    return read_any_keypoints(entry.reference_keypoints, size=(picture.shape[1], picture.shape[0]), fps=1.0)
+
+
+def _state(path: Path) -> FileState:
+    state = read_state(path)
+    if state is None:
+        raise EntryError(f"{path} was removed while it was read")
+    return state
+
+
+def _given(value: _Value | None) -> _Value:
+    assert value is not None, "the check of the manifest refuses an entry without poses; the caller gives a finder"
+    return value
 
 
 def _draw(sequence: KeypointSequence, path: Path) -> Iterator[NDArray[np.uint8]]:

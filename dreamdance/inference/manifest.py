@@ -16,15 +16,18 @@ from typing import Any, Literal, get_args
 
 from dreamdance.errors import ManifestError
 from dreamdance.modalities import GIVEN_CONTROLS
+from dreamdance.recipe.annotator_section import PersonBox
 
 MAX_MANIFEST_BYTES = 1 << 28
 MAX_SEED = (1 << 63) - 1
 ID_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 
 REQUIRED_FIELDS = ("id", "image")
-PATH_FIELDS = ("image", "pose", "keypoints", "reference_keypoints", *GIVEN_CONTROLS)
+# What moves the person; an entry has one of them.
+DRIVING_FIELDS = ("pose", "keypoints", "video")
+PATH_FIELDS = ("image", "pose", "keypoints", "video", "reference_keypoints", *GIVEN_CONTROLS)
 OTHER_FIELDS = ("seed", "align", "fps", "reference_keypoints", "reference_frame", "keypoints_size", "person")
-FIELDS = (*REQUIRED_FIELDS, "pose", "keypoints", *OTHER_FIELDS, *GIVEN_CONTROLS)
+FIELDS = (*REQUIRED_FIELDS, *DRIVING_FIELDS, *OTHER_FIELDS, *GIVEN_CONTROLS)
 
 # How a driving skeleton is fitted to the body of the reference: by one scale (`media.alignment`), or bone by bone
 # (`media.retargeting`).
@@ -33,21 +36,26 @@ Alignment = Literal["scale", "bones"]
 
 @dataclass(frozen=True)
 class ManifestEntry:
-    """One pair of a reference image and a pose sequence.
+    """One pair of a reference image and a pose sequence, or a driving video.
 
     Attributes:
         id: name of the result's folder, unique.
         image: the reference picture.
         pose: video of pose drawings, or None.
-        keypoints: key-point file (`media.keypoint_formats`), or None; an entry has either this or `pose`.
+        keypoints: key-point file (`media.keypoint_formats`), or None.
+        video: video of a person, whose key points the recipe's annotator finds, or None. An entry has exactly one of
+            `pose`, `keypoints` and `video`.
         seed: seed of the noise, which also depends on the id.
         align: how to fit the driving skeleton to the body of the reference; None leaves it as it is.
-        reference_keypoints: key-point file of the reference picture; only its first frame is used.
-        fps: frames per second; None keeps the frame rate of the sequence.
+        reference_keypoints: key-point file of the reference picture; only its first frame is used. With `video`, None
+            lets the annotator find them.
+        fps: frames per second; None keeps the frame rate of the sequence. Drawings and key points are played at this
+            rate; from `video`, frames are taken at this rate.
         maps: videos of the control maps that stage 2 reads and stage 1 does not make, by modality.
         reference_frame: frame number of the reference in the clip that it was taken from, for the evaluation.
         keypoints_size: width and height of the frames of `keypoints`, in pixels, if the file does not state them.
-        person: who to follow in `keypoints` of several people; None takes the largest.
+        person: who to follow in `keypoints` or `video` of several people; None takes the largest, or whom the recipe
+            names. For `video`, a place in the order of size, or a box in fractions of the frame.
         line: line number in the manifest, for messages.
     """
 
@@ -55,6 +63,7 @@ class ManifestEntry:
     image: Path
     pose: Path | None = None
     keypoints: Path | None = None
+    video: Path | None = None
     seed: int = 0
     align: Alignment | None = None
     reference_keypoints: Path | None = None
@@ -62,7 +71,7 @@ class ManifestEntry:
     maps: dict[str, Path] = field(default_factory=dict)
     reference_frame: int | None = None
     keypoints_size: tuple[int, int] | None = None
-    person: int | None = None
+    person: int | PersonBox | None = None
     line: int = field(default=0, compare=False)
 
     @property
@@ -144,23 +153,32 @@ def _check_line(text: str) -> tuple[list[str], dict[str, Any]]:
             problems.append(f"unknown field '{name}'; {hint}")
     problems += [f"'{name}' is missing" for name in REQUIRED_FIELDS if name not in values]
     problems += [problem for name, value in values.items() for problem in _check_value(name, value)]
-    if ("pose" in values) == ("keypoints" in values):
-        problems.append("exactly one of 'pose' (a video) and 'keypoints' (a key-point file) must be given")
-    if "keypoints" not in values:
-        problems += [
-            f"'{name}' describes 'keypoints', which is not given"
-            for name in ("keypoints_size", "person")
-            if name in values
-        ]
+    problems += _check_driving(values)
     if values.get("align") in (True, *get_args(Alignment)):
         if "pose" in values:
-            problems.append("'align' needs 'keypoints': the drawings of a pose video cannot be rescaled")
-        if "reference_keypoints" not in values:
+            problems.append("'align' needs 'keypoints' or 'video': the drawings of a pose video cannot be rescaled")
+        if "reference_keypoints" not in values and "video" not in values:
             problems.append("'align' needs 'reference_keypoints', a key-point file of the reference image")
         problems += [
             f"'align' moves only the pose, so '{name}' would not match it" for name in GIVEN_CONTROLS if name in values
         ]
     return problems, values
+
+
+def _check_driving(values: dict[str, Any]) -> Iterator[str]:
+    """Yields the problems of what moves the person."""
+    given = [name for name in DRIVING_FIELDS if name in values]
+    if len(given) != 1:
+        yield (
+            "exactly one of 'pose' (a video of drawings), 'keypoints' (a key-point file) and 'video' (a video of a "
+            f"person) must be given; this entry has {' and '.join(given) or 'none'}"
+        )
+    if "keypoints" not in values and "keypoints_size" in values:
+        yield "'keypoints_size' describes 'keypoints', which is not given"
+    if "person" in values and not {"keypoints", "video"} & values.keys():
+        yield "'person' describes 'keypoints' or 'video', which are not given"
+    if isinstance(values.get("person"), list) and "video" not in values:
+        yield "'person' can be a box only for 'video'; for 'keypoints' it is a whole number"
 
 
 def _check_value(name: str, value: Any) -> Iterator[str]:
@@ -173,8 +191,11 @@ def _check_value(name: str, value: Any) -> Iterator[str]:
             yield f"seed {value!r} must be a whole number from 0 to {MAX_SEED}"
         case "reference_frame" if not is_integer or value < 0:
             yield f"reference_frame {value!r} must be a whole number from 0"
-        case "person" if not is_integer or value < 0:
-            yield f"person {value!r} must be a whole number from 0"
+        case "person" if not (is_integer and value >= 0) and not _is_box(value):
+            yield (
+                f"person {value!r} must be a whole number from 0, or a box [left, top, right, bottom] in fractions of "
+                "the frame, with left < right and top < bottom"
+            )
         case "keypoints_size" if not _is_size(value):
             yield f"keypoints_size {value!r} must be [width, height], whole numbers from 1 to 65536"
         case "align" if type(value) is not bool and value not in get_args(Alignment):
@@ -187,6 +208,13 @@ def _check_value(name: str, value: Any) -> Iterator[str]:
 
 def _is_size(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(type(one) is int and 0 < one <= 65536 for one in value)
+
+
+def _is_box(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 4 or any(type(one) not in (int, float) for one in value):
+        return False
+    left, top, right, bottom = value
+    return bool(0 <= left < right <= 1 and 0 <= top < bottom <= 1)
 
 
 def _check_path(name: str, value: Any) -> Iterator[str]:
@@ -214,6 +242,8 @@ def _make_entry(values: dict[str, Any], folder: Path, line: int, default_seed: i
     others = {name: value for name, value in values.items() if name not in PATH_FIELDS}
     if "keypoints_size" in others:
         others["keypoints_size"] = tuple(others["keypoints_size"])
+    if isinstance(others.get("person"), list):
+        others["person"] = tuple(others["person"])
     if type(others.get("align")) is bool:
         others["align"] = "scale" if others["align"] else None
     return ManifestEntry(**{"seed": default_seed, **others, **paths}, maps=maps, line=line)

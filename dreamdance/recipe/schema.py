@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from dreamdance.recipe.annotator_section import DrivingAnnotators
 from dreamdance.recipe.batch_arithmetic import accumulation_steps
 from dreamdance.recipe.model_sections import (
     AnimationModel,
@@ -50,6 +51,7 @@ __all__ = [
     "Checkpoint",
     "DancersSource",
     "DomainWeights",
+    "DrivingAnnotators",
     "EvaluateRecipe",
     "GeometryModel",
     "GeometryObjectiveSettings",
@@ -284,8 +286,8 @@ class AnimateRecipe(Recipe):
     task: Literal["animate"] = Field(description=TASK)
     manifest: str = Field(
         description=(
-            "JSON-lines file: each line is one pair of a reference picture and poses. Its paths start at its own "
-            "folder. See recipes/animate.yaml."
+            "JSON-lines file: each line is one pair of a reference picture and poses, or a driving video. Its paths "
+            "start at its own folder. See recipes/animate.yaml."
         ),
     )
     output: str = Field(
@@ -336,6 +338,10 @@ class AnimateRecipe(Recipe):
         description="Sampling of stage 1. Not used without geometry_from.",
     )
     animation: AnimationSampling = Field(default=AnimationSampling(), description="Sampling of stage 2.")
+    annotators: DrivingAnnotators = Field(
+        default=DrivingAnnotators(),
+        description="How key points of driving videos are found. Not used where no entry names a `video`.",
+    )
 
 
 class EvaluateRecipe(Recipe):

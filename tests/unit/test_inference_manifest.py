@@ -131,8 +131,10 @@ def test_a_control_character_in_a_string_is_one_problem_of_one_line(tmp_path, ch
     [
         ({"imgae": "a.png"}, "unknown field 'imgae'; did you mean 'image'?"),
         ({"prompt": "dance"}, "unknown field 'prompt'; accepted are id, image"),
-        ({"keypoints": None}, "exactly one of 'pose' (a video) and 'keypoints'"),
-        ({"pose": "a.mp4"}, "exactly one of 'pose' (a video) and 'keypoints'"),
+        ({"keypoints": None}, "a video of a person) must be given; this entry has none"),
+        ({"pose": "a.mp4"}, "must be given; this entry has pose and keypoints"),
+        ({"video": "a.mp4"}, "must be given; this entry has keypoints and video"),
+        ({"video": "a.mp4", "pose": "b.mp4", "keypoints": None}, "must be given; this entry has pose and video"),
         ({"image": None}, "'image' is missing"),
         ({"seed": -1}, "seed -1"),
         ({"seed": 1.0}, "seed 1.0"),
@@ -147,9 +149,14 @@ def test_a_control_character_in_a_string_is_one_problem_of_one_line(tmp_path, ch
         ({"fps": "8"}, "fps '8'"),
         ({"reference_frame": -1}, "reference_frame -1"),
         ({"person": -1}, "person -1 must be a whole number from 0"),
+        ({"person": [0.5, 0, 0.4, 1], "video": "a.mp4", "keypoints": None}, "must be a whole number from 0, or a box"),
+        ({"person": [0, 0, 0.5, 1]}, "'person' can be a box only for 'video'"),
         ({"keypoints_size": [512]}, "keypoints_size [512] must be [width, height]"),
         ({"keypoints_size": [512, 0]}, "keypoints_size [512, 0] must be [width, height]"),
-        ({"person": 1, "pose": "a.mp4", "keypoints": None}, "'person' describes 'keypoints', which is not given"),
+        (
+            {"person": 1, "pose": "a.mp4", "keypoints": None},
+            "'person' describes 'keypoints' or 'video', which are",
+        ),
     ],
 )
 def test_a_wrong_value_is_named_with_the_accepted_values(tmp_path, line, named):
