@@ -44,6 +44,7 @@ from dreamdance.media.video import VideoError
 from dreamdance.media.video_names import part_name, video_ids
 from dreamdance.modalities import ADDED_TO_DANCERS
 from dreamdance.recipe.schema import DancersSource, PrepareRecipe, VideosSource
+from dreamdance.runs.array_member import sharing
 from dreamdance.runs.folder_lock import lock_folder
 from dreamdance.runs.layout import ProgressLog
 from dreamdance.runs.work_queue import WorkQueue
@@ -71,7 +72,7 @@ def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
     progress = ProgressLog(run_folder, ranks)
     output = Path(recipe.output)
     parts, shard_format = plan_parts(recipe), choose_format(recipe)
-    claim = lock_folder(output, key="output") if ranks.is_main else nullcontext()
+    claim = lock_folder(output, key="output", sharing=sharing(run_folder)) if ranks.is_main else nullcontext()
     with claim, WorkQueue(ranks, limits=recipe.cluster, run_folder=run_folder) as queue:
         folders = {
             split: ShardFolder(

@@ -34,6 +34,7 @@ from dreamdance.inference.stages import Stages, before_each_computation, load_st
 from dreamdance.media.transforms import encode_normals, resize_images
 from dreamdance.modalities import GIVEN_CONTROLS
 from dreamdance.recipe.schema import AnimateRecipe
+from dreamdance.runs.array_member import sharing
 from dreamdance.runs.file_states import FileState
 from dreamdance.runs.files import write_atomically
 from dreamdance.runs.folder_lock import OutputError, lock_folder
@@ -79,7 +80,8 @@ def animate(recipe: AnimateRecipe, run_folder: Path) -> None:
     entries = read_entries(Path(recipe.manifest), default_seed=recipe.seed)
     progress = partial(ProgressLog(run_folder, ranks).write, total=len(entries), unit="clips")
     # The main rank locks the folder for all ranks. The others wait for the queue, which the main rank opens afterwards.
-    with lock_folder(Path(recipe.output), key="output") if ranks.is_main else nullcontext():
+    jobs = sharing(run_folder)
+    with lock_folder(Path(recipe.output), key="output", sharing=jobs) if ranks.is_main else nullcontext():
         with WorkQueue(ranks, limits=recipe.cluster, run_folder=run_folder) as queue:
             queue.watchdog.enter("loading the networks", recipe.name)
             stages = load_stages(recipe, run_folder, ranks.device)

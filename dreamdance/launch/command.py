@@ -140,7 +140,7 @@ def _recipes(options: argparse.Namespace) -> list[LoadedRecipe]:
         raise RecipeError(f"the first word is the recipe's file, not '{file}'\nusage: {_usage()}")
     if options.cluster == "debug":  # one process, with a GPU if the recipe uses GPUs
         gpus = given_value(file, overrides, "cluster.gpus_per_node")
-        overrides += ["cluster.nodes=1", "cluster.tasks_per_node=1"]
+        overrides += ["cluster.nodes=1", "cluster.tasks_per_node=1", "cluster.array=1"]
         overrides += ["cluster.gpus_per_node=1"] if isinstance(gpus, int) and gpus > 1 else []
     combinations: list[list[str]] = [[]]
     for sweep in options.sweep:
@@ -192,7 +192,9 @@ def _groups(recipes: Sequence[LoadedRecipe], cluster: submission.ClusterName) ->
         return [[loaded] for loaded in recipes]
     groups: dict[str, list[LoadedRecipe]] = {}
     for loaded in recipes:
-        groups.setdefault(loaded.recipe.cluster.model_dump_json(), []).append(loaded)
+        cluster_of_run, name = loaded.recipe.cluster, loaded.recipe.name
+        alike = cluster_of_run.model_dump_json() if cluster_of_run.array == 1 else name  # an array is one run's
+        groups.setdefault(alike, []).append(loaded)
     return list(groups.values())
 
 
@@ -228,9 +230,7 @@ def _run(
             return
         what = f"{job.cluster} job {job.job_id}"
         what = what if one.is_new else f"not submitted again, {what} is already {one.state}"
-        _show(
-            f"{name}: {what}, {job.num_tasks} process{'es' * (job.num_tasks > 1)}, log {job.log_file(one.run_folder)}"
-        )
+        _show(f"{name}: {what}, {_size_of(job)}, log {job.log_file(one.run_folder)}")
     if options.follow or (options.sweep and cluster == "local"):
         for one in started:
             yield _follow(one, options.runs)
@@ -238,6 +238,11 @@ def _run(
         asking = launcher_command(f"status {started[0].recipe.name}", options.runs)
         _show(f"to see its progress, add --follow to the same command, or run: {asking}")
         yield OK if all(one.is_new for one in started) else HAS_JOB
+
+
+def _size_of(job: submission.SubmittedJob) -> str:
+    processes = f"{job.num_tasks} process{'es' * (job.num_tasks > 1)}"
+    return processes if job.array == 1 else f"{job.array} jobs of {processes}"
 
 
 def _start(
@@ -322,6 +327,11 @@ def _refuse_nodes_on_one_machine(recipe: Recipe, cluster: submission.ClusterName
     if cluster == "local" and recipe.cluster.nodes > 1:
         raise UserError(
             f"--cluster local uses one machine, but cluster.nodes is {recipe.cluster.nodes}; add cluster.nodes=1"
+        )
+    if cluster == "local" and recipe.cluster.array > 1:
+        raise UserError(
+            f"--cluster local starts one job, but cluster.array is {recipe.cluster.array}; add cluster.array=1, and "
+            "cluster.tasks_per_node for several processes"
         )
 
 

@@ -24,6 +24,8 @@ def batch_arithmetic(loaded: LoadedRecipe, cluster: ClusterName) -> str:
     recipe = loaded.recipe
     nodes, tasks = recipe.cluster.nodes, recipe.cluster.tasks_per_node
     lines = [f"processes: {nodes} node{'s' * (nodes > 1)} x {tasks} = {recipe.cluster.world_size}, cluster: {cluster}"]
+    if recipe.cluster.array > 1:
+        lines.append(f"jobs: {recipe.cluster.array} of so many processes share the items (cluster.array)")
     if isinstance(recipe, TrainingRecipe):
         steps, micro = recipe.accumulation_steps, recipe.micro_batch_size
         shares = f"{micro} (micro batch) x {steps} (accumulation) x {recipe.cluster.world_size} (processes)"

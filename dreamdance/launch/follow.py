@@ -85,7 +85,7 @@ def explain_failure(job: SubmittedJob, run_folder: Path, status: JobStatus) -> s
     # Where ranks ended at nearly the same moment, the times of their errors show which failed first.
     first = failures[0] if has_record or (failures and status.failed_rank is None) else None
     rank = first["rank"] if first else status.failed_rank or 0
-    log = job.log_file(run_folder, rank)
+    log = job.log_file(run_folder, rank, member=first["job_id"] if first and job.array > 1 else None)
     text = first["text"].rstrip() if first else _tail(log)
     if first and not first["user_error"]:
         text = "\n".join(text.splitlines()[-TAIL_LINES:])
@@ -99,6 +99,8 @@ def explain_failure(job: SubmittedJob, run_folder: Path, status: JobStatus) -> s
 
 def _ranks_without_error(job: SubmittedJob, run_folder: Path) -> str:
     """Ranks that ended without recording an error: they were probably killed, which caused the others' errors."""
+    if job.array > 1:
+        return ""  # members that were killed go back into the queue, and others may not have begun
     recorded = [failure_file(run_folder, job.job_id, rank).is_file() for rank in range(job.num_tasks)]
     killed = [str(rank) for rank, has_record in enumerate(recorded) if not has_record]
     return f"ended without an error of their own (killed?): ranks {', '.join(killed)}" if killed else ""
@@ -132,7 +134,9 @@ class _Logs:
     """The logs of all ranks; their warnings and errors are shown."""
 
     def __init__(self, job: SubmittedJob, run_folder: Path, *, from_now: bool) -> None:
-        paths = [job.log_file(run_folder, rank) for rank in range(job.num_tasks)]
+        paths = [
+            job.log_file(run_folder, rank, member=member) for member in job.members for rank in range(job.num_tasks)
+        ]
         self.offsets = {path: path.stat().st_size if from_now and path.is_file() else 0 for path in paths}
 
     def new_trouble(self) -> list[str]:

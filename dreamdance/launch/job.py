@@ -28,6 +28,7 @@ from dreamdance.launch.requirements import refuse_missing
 from dreamdance.launch.run_folder import record_job, stored_recipe
 from dreamdance.launch.run_ownership import RunOwnership
 from dreamdance.recipe import Recipe
+from dreamdance.runs.array_member import array_member, is_all_done, mark_all_done
 from dreamdance.runs.files import write_atomically
 from dreamdance.runs.layout import failures_folder, note_signal
 from dreamdance.runtime.exits import LAST_LINE_SECONDS, exit_process
@@ -62,6 +63,9 @@ class Job:
         rank = int(os.environ["RANK"])
         _log_to_console(rank, int(os.environ["WORLD_SIZE"]))
         _keep_working_directory_off_the_path()
+        if is_all_done(self.run_folder):
+            logger.info("the other jobs of this array have done everything: this one ends")
+            return
         try:
             if rank == 0:
                 record_job(self.run_folder, job_id, job_hosts())
@@ -87,8 +91,11 @@ class Job:
         except Exception:  # outermost: recorded so that the launcher can show it, then raised again
             record_failure(self.run_folder, job_id, rank, traceback.format_exc(), user_error=False)
             raise
-        if rank == 0:
+        # Inputs of a member that began later may be newer than those that the others have worked on.
+        if rank == 0 and not is_all_done(self.run_folder):
             mark_finished(recipe, self.run_folder, inputs)
+            if array_member() is not None:
+                mark_all_done(self.run_folder)
 
 
 def set_environment(recipe: Recipe, *, logs: Path | None = None) -> str:

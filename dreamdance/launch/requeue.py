@@ -18,6 +18,7 @@ from dreamdance.launch.finished import is_finished
 from dreamdance.launch.run_folder import stored_recipe
 from dreamdance.launch.run_ownership import REPLACED_EXIT_CODE
 from dreamdance.recipe import Recipe, TrainingRecipe
+from dreamdance.runs.array_member import array_member, is_all_done
 from dreamdance.runs.files import NUM_PATIENT_ATTEMPTS, retry_transient, write_atomically
 from dreamdance.runs.layout import complete_steps, failures_folder, read_done, was_warned
 
@@ -54,21 +55,31 @@ class RequeueDecision:
 
 
 def requeues_file(run_folder: Path) -> Path:
-    """The file with one line for each time that the present submission went back into the queue."""
-    return run_folder / "logs" / "requeues.jsonl"
+    """The file with one line for each time that the present submission, or this member, went back into the queue."""
+    member = array_member()
+    return run_folder / "logs" / ("requeues.jsonl" if member is None else f"requeues_{member.number}.jsonl")
+
+
+def requeues_files(run_folder: Path) -> list[Path]:
+    """The files of all members of the present submission; in a member of an array, only its own."""
+    own = requeues_file(run_folder)
+    return [own] if array_member() else sorted(own.parent.glob("requeues*.jsonl"))
 
 
 def read_requeues(run_folder: Path) -> list[Requeue]:
-    """When and why the present submission went back into the queue; incomplete lines are skipped."""
-    path = requeues_file(run_folder)
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    """When and why the present submission went back into the queue, in order; incomplete lines are skipped.
+
+    A member of an array reads only its own returns.
+    """
     found = []
-    for line in lines:
-        try:
-            found.append(Requeue(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            logger.warning("%s: skipped a line that cannot be read (%s)", path, error)
-    return found
+    for path in requeues_files(run_folder):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        for line in lines:
+            try:
+                found.append(Requeue(**json.loads(line)))
+            except (ValueError, TypeError) as error:
+                logger.warning("%s: skipped a line that cannot be read (%s)", path, error)
+    return sorted(found, key=lambda requeue: requeue.time)
 
 
 def decide(run_folder: Path, exit_code: int) -> RequeueDecision:
@@ -85,7 +96,7 @@ def decide(run_folder: Path, exit_code: int) -> RequeueDecision:
     if exit_code == REPLACED_EXIT_CODE:  # another start owns the folder: nothing is noted or removed there
         return RequeueDecision(again=False, reason="another start of this run has replaced it")
     recipe = stored_recipe(run_folder)
-    if exit_code == 0 and is_finished(recipe, run_folder):
+    if exit_code == 0 and (is_all_done(run_folder) or is_finished(recipe, run_folder)):
         return RequeueDecision(again=False, reason="finished")
     failures = read_failures(run_folder)
     if to_fix := next((failure for failure in failures if failure["user_error"]), None):
@@ -110,12 +121,13 @@ def decide(run_folder: Path, exit_code: int) -> RequeueDecision:
 def read_failures(run_folder: Path) -> list[dict[str, Any]]:
     """The failures that ranks of the present start recorded, the earliest first; incomplete files are skipped."""
     found = []
-    for path in failures_folder(run_folder).glob("*.json"):
+    for path in failures_folder(run_folder).rglob("*.json"):  # the members of an array have folders of their own
         try:
             failure = json.loads(path.read_text(encoding="utf-8"))
             # Ordered by the file system's clock: the clocks of two machines may differ by hours.
             order = path.stat().st_mtime_ns, float(failure["time"])
-            found.append((order, {key: failure[key] for key in ("time", "rank", "user_error", "text")}))
+            known = {key: failure[key] for key in ("time", "rank", "user_error", "text")}
+            found.append((order, {**known, "job_id": path.stem.rpartition("_")[0]}))
         except (OSError, ValueError, TypeError, KeyError) as error:
             logger.warning("%s cannot be read and is skipped (%s)", path, error)
     return [failure for _, failure in sorted(found, key=lambda entry: entry[0])]

@@ -1,4 +1,7 @@
-"""Talks to Slurm: writes the batch script, submits a job or an array, queries and cancels. Needs no accounting."""
+"""Talks to Slurm: writes the batch script, submits a job or an array, queries and cancels. Needs no accounting.
+
+An array is either one job for each of several runs, or several jobs that share the items of one run (`cluster.array`).
+"""
 
 import os
 import re
@@ -18,6 +21,7 @@ from submitit.slurm.slurm import SlurmExecutor
 from dreamdance.errors import UserError
 from dreamdance.recipe import Recipe, TrainingRecipe
 from dreamdance.recipe.sections import Cluster
+from dreamdance.runs.array_member import MEMBER
 from dreamdance.runs.layout import FAILURES_FOLDER
 
 ASK_TIMEOUT_SECONDS = 60
@@ -65,20 +69,24 @@ class _Executor(SlurmExecutor):
         Args:
             folder: the run's `logs`; for an array, a folder with a link 0, 1, ... to the `logs` of each run.
             recipe: its `cluster` section is what the job requests; all runs of an array have the same section.
-            num_runs: the number of runs in the array; None for a single job.
+            num_runs: the number of runs in the array; None for one run, whose `cluster.array` may be an array, too.
         """
         super().__init__(folder)
         self.script: Path | None = None
         self._num_runs = num_runs
+        has_members = num_runs is None and recipe.cluster.array > 1
+        size = recipe.cluster.array if has_members else num_runs
         self._logs = shlex.quote(str(self.folder)) + ("" if num_runs is None else '/"$SLURM_ARRAY_TASK_ID"')
         # In the last task of an array, $SLURM_JOB_ID is the array's id; a command with it would act on all tasks.
-        self._job = "$SLURM_JOB_ID" if num_runs is None else "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
+        self._job = "$SLURM_JOB_ID" if size is None else "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
         asked = _parameters(recipe)
         # Removed before any rank starts: after a requeue by hand, too, only failures of the present start count.
-        setup = [f"rm -rf {self._logs}/{FAILURES_FOLDER}", *asked.pop("setup")]
+        failures = f"{self._logs}/{FAILURES_FOLDER}" + ('/"$SLURM_ARRAY_TASK_ID"' if has_members else "")
+        member = [f'export {MEMBER}="{self._job}"'] if has_members else []
+        setup = [f"rm -rf {failures}", *member, *asked.pop("setup")]
         self.update_parameters(**asked, setup=setup, teardown=self._ending(recipe))
-        if num_runs is not None:
-            self.parameters["map_count"] = num_runs
+        if size is not None:
+            self.parameters["map_count"] = size
 
     @classmethod
     def affinity(cls) -> int:
@@ -127,7 +135,8 @@ class _Executor(SlurmExecutor):
     def _make_submission_command(self, submission_file_path: Path) -> list[str]:
         self.script = submission_file_path
         # A job may submit another job, which must not inherit this job's settings.
-        inherited = [name for name in os.environ if name.startswith(("SLURM_", "SUBMITIT_")) and name != "SLURM_CONF"]
+        foreign = ("SLURM_", "SUBMITIT_", MEMBER)
+        inherited = [name for name in os.environ if name.startswith(foreign) and name != "SLURM_CONF"]
         return ["env", *(f"--unset={name}" for name in inherited), "sbatch", str(submission_file_path)]
 
     def submit_script(self) -> str:
@@ -207,7 +216,7 @@ def batch_script(recipe: Recipe, run_folder: Path) -> str:
 
 
 def submit(recipe: Recipe, run_folder: Path) -> Submission:
-    """Submits one run."""
+    """Submits one run, as one job or as an array of `cluster.array` jobs; the id is then the array's."""
     return _submitted(_Executor(run_folder / "logs", recipe, num_runs=None))
 
 

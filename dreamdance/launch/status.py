@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def table(runs: Path) -> str:
         task, state, progress = _row(folder, _state_of(folder))
         if steps := complete_steps(folder):
             progress += f"  checkpoint {steps[-1]}"
-        if (restarts := len(_starts_of_job(folder)) - 1) > 0:
+        if restarts := _num_restarts(_starts_of_job(folder)):
             progress += f"  restarts {restarts}"
         rows.append((folder.name, task, state, progress))
     if len(rows) == 1:
@@ -69,7 +70,7 @@ def details(run_folder: Path) -> str:
         if folders:
             lines.append(f"  {name:<12} {', '.join(folders[-5:])}")
     if run.job is not None and run.job.cluster != "debug":
-        lines.append(f"  log          {run.job.log_file(run_folder)}")
+        lines += [f"  log          {run.job.log_file(run_folder, member=member)}" for member in run.job.members]
     if run.job is not None and run.status is not None and run.status.state == "failed":
         lines.append(explain_failure(run.job, run_folder, run.status))
     return "\n".join(lines)
@@ -102,8 +103,15 @@ def _places(run_folder: Path) -> list[str]:
     if not begun:
         return []
     why = [requeue.reason for requeue in read_requeues(run_folder)]
-    restarts = f"  restarts     {len(begun) - 1}"
-    return [f"  nodes        {', '.join(begun[-1]['hosts'])}", f"{restarts} ({why[-1]})" if why else restarts]
+    restarts = f"  restarts     {_num_restarts(begun)}"
+    latest = {start["job_id"]: start["hosts"] for start in begun}  # an array has several jobs
+    hosts = dict.fromkeys(host for hosts in latest.values() for host in hosts)
+    return [f"  nodes        {', '.join(hosts)}", f"{restarts} ({why[-1]})" if why else restarts]
+
+
+def _num_restarts(begun: Sequence[dict[str, Any]]) -> int:
+    """How often jobs began again."""
+    return len(begun) - len({start["job_id"] for start in begun})
 
 
 def _starts_of_job(run_folder: Path) -> list[dict[str, Any]]:

@@ -19,8 +19,9 @@ from dreamdance.launch.finished import is_finished
 from dreamdance.launch.job import DEBUG_JOB, failure_file
 from dreamdance.launch.local.controller import CANCELLED, status_file
 from dreamdance.launch.local.heartbeat import SILENT_SECONDS, job_file, silent_seconds
-from dreamdance.launch.requeue import requeues_file
+from dreamdance.launch.requeue import requeues_files
 from dreamdance.recipe import Recipe
+from dreamdance.runs.array_member import all_done_file
 from dreamdance.runs.durations import duration
 from dreamdance.runs.files import PARTIAL_FILES, remove, write_atomically
 from dreamdance.runs.layout import QUEUE_FOLDER, failures_folder
@@ -33,7 +34,15 @@ CANCEL_TIMEOUT_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class SubmittedJob:
-    """The record of a submission, in `logs/job.json`."""
+    """The record of a submission, in `logs/job.json`.
+
+    Attributes:
+        job_id: the job's id, or that of the array whose members share the run.
+        num_tasks: number of processes of a job.
+        process_start: distinguishes a local job from a later process with the same number.
+        script: path of the batch script; distinguishes jobs when Slurm reuses ids.
+        array: the number of jobs that share the run.
+    """
 
     cluster: ClusterName
     job_id: str
@@ -41,8 +50,9 @@ class SubmittedJob:
     host: str
     submitted: float
     launcher_pid: int
-    process_start: str | None  # distinguishes a local job from a later process with the same number
-    script: str | None = None  # path of the batch script; distinguishes jobs when Slurm reuses ids
+    process_start: str | None
+    script: str | None = None
+    array: int = 1
 
     @property
     def pid(self) -> int:
@@ -54,8 +64,14 @@ class SubmittedJob:
         """Whether the job is a local job of another machine."""
         return self.cluster != "slurm" and self.host != socket.gethostname()
 
-    def log_file(self, run_folder: Path, rank: int = 0) -> Path:
-        return run_folder / "logs" / f"{self.job_id}_{rank}_log.out"
+    @property
+    def members(self) -> list[str]:
+        """The ids of the jobs that share the run."""
+        return [self.job_id] if self.array == 1 else [f"{self.job_id}_{number}" for number in range(self.array)]
+
+    def log_file(self, run_folder: Path, rank: int = 0, *, member: str | None = None) -> Path:
+        """The log of a rank of one of the `members`, by default of the first."""
+        return run_folder / "logs" / f"{member or self.members[0]}_{rank}_log.out"
 
 
 @dataclass(frozen=True)
@@ -122,6 +138,7 @@ def _remembered(
         launcher_pid=os.getpid(),
         process_start=process_start,
         script=script,
+        array=recipe.cluster.array,
     )
 
 
@@ -135,7 +152,8 @@ def _put_away_leftovers(run_folder: Path) -> None:
     for path in (*run_folder.glob(PARTIAL_FILES), *logs.glob(PARTIAL_FILES)):
         path.unlink(missing_ok=True)
     left = [path for pattern in ("*_log.out", "*_status.json", "*_submission.sh") for path in logs.glob(pattern)]
-    left += [path for path in (failures_folder(run_folder), requeues_file(run_folder)) if path.exists()]
+    all_done_file(run_folder).unlink(missing_ok=True)
+    left += [path for path in (failures_folder(run_folder), *requeues_files(run_folder)) if path.exists()]
     if not left:
         return
     earlier = logs / "earlier" / f"{len(list((logs / 'earlier').glob('*'))):04d}"
@@ -227,15 +245,28 @@ def _local_ending(status: dict[str, Any]) -> JobStatus:
 
 
 def _slurm_status(job: SubmittedJob, recipe: Recipe, run_folder: Path) -> JobStatus:
-    """Queries Slurm, without accounting; if Slurm has forgotten the job, the run folder decides."""
+    """Queries Slurm, without accounting; if Slurm has forgotten the job, the run folder decides.
+
+    An array runs while one of its members does. It has finished when the run has and no member runs: members that wait
+    in the queue have nothing left to do.
+    """
     try:
-        record = slurm_cluster.ask(job.job_id, job.script)
+        records = [slurm_cluster.ask(member, job.script) for member in job.members]
     except slurm_cluster.SlurmUnavailableError:
         return JobStatus("running", "Slurm does not answer")
-    if record is None:
-        if is_finished(recipe, run_folder):
-            return JobStatus("finished", "completed")
-        return JobStatus("failed", "gone from the queue without finishing")
+    found = [_record_status(record) for record in records if record is not None]
+    if job.array == 1 and found:
+        return found[0]
+    running = [status for status in found if status.state == "running"]
+    if not running and is_finished(recipe, run_folder):
+        return JobStatus("finished", "completed")
+    for state in ("running", "pending", "failed", "cancelled"):
+        if alike := [status for status in found if status.state == state]:
+            return JobStatus(alike[0].state, f"{len(alike)} of {job.array} jobs: {alike[0].detail}")
+    return JobStatus("failed", "gone from the queue without finishing")
+
+
+def _record_status(record: slurm_cluster.SlurmRecord) -> JobStatus:
     detail = record.state.lower()
     if record.state in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED"):
         why = "" if record.reason in ("", "None") else f": {record.reason}"

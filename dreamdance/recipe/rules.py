@@ -38,7 +38,7 @@ ASKED_ELSEWHERE = {
     "no-requeue": "set cluster.max_requeues to 0",
     "mail-user": "set cluster.mail_user",
     "job-name": "set name",
-    "array": "use --sweep",
+    "array": "set cluster.array, or use --sweep",
     "container-image": "set cluster.container_image",
     "open-mode": "leave it out: each start appends to the log of the previous start",
     **dict.fromkeys(("output", "error"), "leave it out: a run's logs are in its folder"),
@@ -82,6 +82,12 @@ def _cluster(recipe: Recipe) -> Iterator[Problem]:
             "cluster.gpus_per_node",
             f"cluster.gpus_per_node is {cluster.gpus_per_node} but cluster.tasks_per_node is {cluster.tasks_per_node}: "
             "every process drives one GPU, so make them equal (or gpus_per_node 0 for the CPU)",
+        )
+    if cluster.array > 1 and isinstance(recipe, TrainingRecipe):
+        yield _problem(
+            "cluster.array",
+            f"cluster.array is {cluster.array}, but {recipe.task} is trained by one job; leave it out, and set "
+            "cluster.nodes for more machines",
         )
     if cluster.stop_seconds >= 60 * cluster.time_minutes:
         yield _problem(

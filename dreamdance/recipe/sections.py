@@ -53,6 +53,14 @@ class Cluster(Section):
             "Processes (ranks) on each machine. On GPUs it equals gpus_per_node, because every process drives one GPU."
         ),
     )
+    array: Positive = Field(
+        default=1,
+        description=(
+            "Number of Slurm jobs, the members of one array, that share the items of prepare, animate or evaluate. "
+            "Each has the nodes and processes that this section asks for. Members that start late or are lost do no "
+            "harm: the others do their items. Training is one job. Slurm only."
+        ),
+    )
     gpus_per_node: NonNegative = Field(
         default=0,
         description=(

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dreamdance.errors import UserError
-from dreamdance.runs.locks import HeldLockError, locked_file
+from dreamdance.runs.locks import NO_LOCKS, HeldLockError, locked_file, shared_file
 
 # The name that all commits use: starts of different commits must exclude one another.
 FOLDER_LOCK_FILE = ".claimed"
@@ -19,7 +19,7 @@ class OutputError(UserError):
 
 
 @contextmanager
-def lock_folder(folder: Path, *, key: str) -> Iterator[None]:
+def lock_folder(folder: Path, *, key: str, sharing: str | None = None) -> Iterator[None]:
     """Creates a folder and locks it until the block ends. The lock ends with the process that holds it.
 
     If another process holds the lock, this one waits for `WAIT_SECONDS`.
@@ -27,6 +27,7 @@ def lock_folder(folder: Path, *, key: str) -> Iterator[None]:
     Args:
         folder: where results go.
         key: the recipe key that names the folder, for the error's text.
+        sharing: names the jobs that hold the lock together; None if this job excludes all others.
 
     Raises:
         OutputError: another run holds the lock, or the folder cannot be created or written.
@@ -34,12 +35,21 @@ def lock_folder(folder: Path, *, key: str) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked_file(folder / FOLDER_LOCK_FILE, wait_seconds=WAIT_SECONDS, remove=True))
+            lock = folder / FOLDER_LOCK_FILE
+            if sharing is None:
+                held.enter_context(locked_file(lock, wait_seconds=WAIT_SECONDS, remove=True))
+            else:
+                held.enter_context(shared_file(lock, sharing, wait_seconds=WAIT_SECONDS))
         except HeldLockError as error:
             raise OutputError(
                 f"another run is writing into {folder} now ({error}); wait for that run, cancel it, or give another "
                 f"`{key}`"
             ) from error
         except OSError as error:
+            if sharing is not None and error.errno in NO_LOCKS:
+                raise OutputError(
+                    f"the file system of {folder} has no locks ({error}), so that several jobs cannot share it; set "
+                    f"cluster.array=1, or give another `{key}`"
+                ) from error
             raise OutputError(f"{folder} cannot be written: {error}; give another `{key}`") from error
         yield

@@ -8,6 +8,7 @@ from typing import Any
 
 from dreamdance.errors import MissingInputError
 from dreamdance.recipe.yaml_text import read_yaml
+from dreamdance.runs.array_member import array_member
 from dreamdance.runtime.ranks import Ranks
 
 RECIPE_FILE = "recipe.yaml"
@@ -132,8 +133,12 @@ class ProgressLog:
 
 
 def failures_folder(run: Path) -> Path:
-    """Where the ranks of the present start record why they ended. Each start removes the folder first."""
-    return run / "logs" / FAILURES_FOLDER
+    """Where the ranks of the present start record why they ended. Each start removes the folder first.
+
+    Each member of an array has a folder of its own below the run's.
+    """
+    member = array_member()
+    return run / "logs" / FAILURES_FOLDER / ("" if member is None else member.number)
 
 
 def note_signal(run: Path, number: signal.Signals) -> None:

@@ -56,6 +56,56 @@ def locked_file(path: Path, *, wait_seconds: float, remove: bool = False) -> Ite
                 path.unlink(missing_ok=True)  # while held: a process that opened it before finds its name removed
 
 
+@contextmanager
+def shared_file(path: Path, sharing: str, *, wait_seconds: float) -> Iterator[None]:
+    """Holds a lock together with the processes that give the same text; excludes others, and those of `locked_file`.
+
+    The process that leaves last removes the file.
+
+    Args:
+        path: the lock's file; its folder must exist.
+        sharing: names the processes that share the lock.
+        wait_seconds: how long to wait for other processes that hold the lock.
+
+    Raises:
+        HeldLockError: others hold the lock.
+        OSError: the file cannot be created, or its file system has no locks (`NO_LOCKS`).
+    """
+    give_up = time.monotonic() + wait_seconds
+    while (handle := _share(path, sharing.encode("utf-8", "surrogateescape"))) is None:
+        if time.monotonic() >= give_up:
+            raise HeldLockError(f"{_holder(path)} holds {path}")
+        time.sleep(POLL_SECONDS)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while others share the lock
+            path.unlink(missing_ok=True)
+        fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
+
+
+def _share(path: Path, sharing: bytes) -> int | None:
+    """Locks a file together with others; the first process writes who shares it. None while it cannot be locked."""
+    with contextlib.ExitStack() as unless_locked:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        unless_locked.callback(os.close, handle)
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, sharing, 0)
+        try:
+            # Another process may have had the lock in between: so the text is read again.
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        if not _is_at(path, handle) or os.pread(handle, len(sharing) + 1, 0) != sharing:
+            return None
+        unless_locked.pop_all()
+        return handle
+
+
 def file_system_time(folder: Path) -> float:
     """The present time by the file system's clock, which stamps files: the clocks of two machines may differ.
 

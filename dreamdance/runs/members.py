@@ -25,7 +25,7 @@ class Members:
 
     Attributes:
         name: name of this process's file.
-        silent: for each file that was not touched for too long, a sentence that names its process.
+        silent: for each file of this job that was not touched for too long, a sentence that names its process.
     """
 
     def __init__(self, folder: Path, ranks: Ranks, *, silence_seconds: float) -> None:
@@ -87,9 +87,12 @@ class Members:
         member = json.loads(text or '{"rank": "?", "machine": "?"}')
         if member["machine"] == self._machine and member["began"] != process_start(member["process"]):
             return f"rank {member['rank']} has died"
-        if is_silent:
-            self.silent[name] = f"rank {member['rank']} has given no sign for {self._silence_seconds:.0f} s"
-        return self.silent[name] if is_silent else None
+        if not is_silent:
+            return None
+        why = f"rank {member['rank']} has given no sign for {self._silence_seconds:.0f} s"
+        if member.get("job", self._ranks.job) == self._ranks.job:
+            self.silent[name] = why
+        return why
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT_SECONDS):

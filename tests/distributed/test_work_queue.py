@@ -198,7 +198,7 @@ def take_when_lost(items: Iterator[str | None], item: str) -> float:
 def test_a_process_of_another_machine_keeps_its_item_as_long_as_it_renews_its_file(folder):
     with contextlib.ExitStack() as left:
         queue = left.enter_context(WorkQueue(Ranks(), limits=WATCHED, run_folder=folder))
-        elsewhere, share = OtherMachine(queue.folder), queue.share("do", ["far", "near"])
+        elsewhere, share = OtherMachine(queue.folder, job=queue.ranks.job), queue.share("do", ["far", "near"])
         items = share.take()
         assert next(items) == "near"
         queue.held.add(queue.folder / "another")  # as long as it holds an item, `take` yields None and does not wait
@@ -214,6 +214,16 @@ def test_a_process_of_another_machine_keeps_its_item_as_long_as_it_renews_its_fi
         assert share.results() == {"far": "done here", "near": ""}
         with pytest.raises(LostWorkerError, match="rank 3 has given no sign for 2 s"):
             left.pop_all().close()
+
+
+def test_a_silent_process_of_another_job_does_not_keep_this_job_from_finishing(folder):
+    """This job's launcher could not end it; if it continues, it finds itself replaced."""
+    with WorkQueue(Ranks(start="slurm 7_0 restart 0"), limits=WATCHED, run_folder=folder) as queue:
+        elsewhere, share = OtherMachine(queue.folder, job="slurm 7_1"), queue.share("do", ["far"])
+        take_when_lost(share.take(), "far")
+        share.finish("far")
+    assert queue.everyone_left
+    assert not elsewhere.file.exists()
 
 
 def test_an_item_that_ended_several_processes_is_given_up_by_name(folder):

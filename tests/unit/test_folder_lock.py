@@ -1,5 +1,6 @@
 """A folder for results belongs to one run at a time, and is free when that run has ended."""
 
+import errno
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from dreamdance.runs.folder_lock import lock_folder
-with lock_folder(Path(sys.argv[1]), key="output"):
+with lock_folder(Path(sys.argv[1]), key="output", sharing=sys.argv[2] if sys.argv[2:] else None):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -51,6 +52,36 @@ def test_a_second_run_is_refused_until_the_first_has_ended_or_was_killed(tmp_pat
         happened=str(raised.value),
         detected_seconds=detected,
     )
+
+
+def test_jobs_of_one_run_hold_a_folder_together_until_the_last_has_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr("dreamdance.runs.folder_lock.WAIT_SECONDS", 0.2)
+    lock = tmp_path / FOLDER_LOCK_FILE
+    words = [sys.executable, "-c", HOLD, str(tmp_path), "array 42"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as killed:
+        assert killed.stdout.readline() == "held\n"
+        with lock_folder(tmp_path, key="output", sharing="array 42"):
+            killed.kill()
+            assert killed.wait() == -signal.SIGKILL
+            with lock_folder(tmp_path, key="output", sharing="array 42"):
+                pass
+            assert lock.read_text() == "array 42", "another job still holds it"
+            for others in (None, "array 43"):
+                with pytest.raises(OutputError, match="another run is writing into"):
+                    lock_folder(tmp_path, key="output", sharing=others).__enter__()
+    assert not lock.exists()
+    with lock_folder(tmp_path, key="output"), pytest.raises(OutputError, match="another run is writing into"):
+        lock_folder(tmp_path, key="output", sharing="array 42").__enter__()
+    assert not lock.exists()
+
+
+def test_jobs_do_not_share_a_folder_without_locks(tmp_path, monkeypatch):
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(OutputError, match=r"has no locks .* set cluster.array=1, or give another `output`"):
+        lock_folder(tmp_path, key="output", sharing="array 42").__enter__()
 
 
 def test_a_start_waits_for_the_lock_of_one_that_is_just_ending(tmp_path):

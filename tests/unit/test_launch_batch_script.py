@@ -12,10 +12,12 @@ from support.fault_log import record_fault
 from dreamdance.launch.job import record_failure
 from dreamdance.launch.requeue import read_failures
 from dreamdance.launch.slurm_cluster import batch_script, submit_array
-from dreamdance.recipe import dump_recipe, load_recipe
+from dreamdance.recipe import Recipe, dump_recipe, load_recipe
 from dreamdance.runs.layout import RECIPE_FILE, failures_folder
 
-RECIPE = load_recipe(Path(__file__).parents[2] / "recipes" / "demo" / "stage2.yaml")
+DEMO = Path(__file__).parents[2] / "recipes" / "demo"
+RECIPE = load_recipe(DEMO / "stage2.yaml")
+SHARED = load_recipe(DEMO / "prepare.yaml", ["cluster.array=3"])
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,13 @@ class Site:
     def run(self, script: str, **environment: str) -> "subprocess.CompletedProcess[str]":
         """Runs a batch script as Slurm would."""
         (self.folder / "called").unlink(missing_ok=True)
-        variables = {"PATH": f"{self.folder}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "42", **environment}
+        inherited = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
+        variables = {
+            "PATH": f"{self.folder}/bin:{os.environ['PATH']}",
+            "SLURM_JOB_ID": "42",
+            **inherited,
+            **environment,
+        }
         return subprocess.run(["bash", "-c", script], env=variables, capture_output=True, text=True, check=False)
 
     def called(self, name: str) -> list[str]:
@@ -51,9 +59,9 @@ def site(tmp_path):
     return site
 
 
-def make_run(folder: Path) -> Path:
+def make_run(folder: Path, recipe: Recipe = RECIPE) -> Path:
     (folder / "logs").mkdir(parents=True)
-    (folder / RECIPE_FILE).write_text(dump_recipe(RECIPE))
+    (folder / RECIPE_FILE).write_text(dump_recipe(recipe))
     return folder
 
 
@@ -61,6 +69,22 @@ def test_a_job_whose_ranks_failed_goes_back_into_the_queue(site):
     done = site.run(batch_script(RECIPE, make_run(site.folder / "run")))
     assert done.returncode == 1
     assert site.called("scontrol") == ["scontrol requeue 42"]
+
+
+def test_a_member_of_an_array_requeues_itself_alone_and_decides_by_its_own_failures(site):
+    """A failure that another member's user has to fix does not end this one."""
+    run = make_run(site.folder / "run", SHARED)
+    script = batch_script(SHARED, run)
+    assert "#SBATCH --array=0-2%3" in script
+    for number in "012":
+        folder = failures_folder(run) / number
+        folder.mkdir(parents=True)
+        (folder / f"42_{number}_0.json").write_text('{"time": 1, "rank": 0, "user_error": true, "text": "bad"}')
+    site.run(script, SLURM_JOB_ID="44", SLURM_ARRAY_JOB_ID="42", SLURM_ARRAY_TASK_ID="1")
+    assert {call.split()[2] for call in site.called("squeue")} == {"--jobs=42_1"}
+    assert site.called("scontrol") == ["scontrol requeue 42_1"]
+    assert sorted(path.name for path in failures_folder(run).iterdir()) == ["0", "2"], "only its own are removed"
+    assert (run / "logs" / "requeues_1.jsonl").is_file()
 
 
 def test_a_task_of_an_array_queries_and_requeues_itself_alone(site, monkeypatch):

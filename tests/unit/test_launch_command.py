@@ -63,6 +63,8 @@ def job_environment(monkeypatch):
         ([STAGE1, "max_step=3"], "command line: unknown key 'max_step'; did you mean 'max_steps'?"),
         ([STAGE1, "--sweep", "optimizer.lr"], "--sweep expects key=v1,v2"),
         ([STAGE1, "--cluster", "local", "cluster.nodes=2", "cluster.tasks_per_node=1"], "add cluster.nodes=1"),
+        ([STAGE1, "cluster.array=2"], "cluster.array is 2, but stage1 is trained by one job"),
+        (["recipes/demo/prepare.yaml", "--cluster", "local", "cluster.array=2"], "add cluster.array=1"),
         ([STAGE1, "--sweep", "seed=1,1"], "seed=1 and seed=1 would have the same name 'demo_stage1_domains_seed_1'"),
         ([STAGE1], "shards for data.train, data.validation"),
         ([STAGE1, "--runs", "my runs"], "python launchers/slurm.py recipes/demo/prepare.yaml --runs 'my runs'"),

@@ -5,6 +5,7 @@ import os
 import shlex
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,27 @@ def test_the_state_of_a_slurm_job_is_found_without_accounting(tmp_path, run_fold
     found = status_of(SLURM_JOB, PREPARE, run_folder)
     assert found.state == state
     assert detail in found.detail.lower()
+
+
+@pytest.mark.parametrize(
+    ("states", "state", "detail"),
+    [
+        (("RUNNING", "PENDING"), "running", "1 of 2 jobs: running"),
+        (("FAILED", "RUNNING"), "running", "1 of 2 jobs: running"),
+        (("FAILED", "PENDING"), "pending", "1 of 2 jobs: pending"),
+        (("COMPLETED", "FAILED"), "failed", "1 of 2 jobs: failed"),
+        (("CANCELLED", "CANCELLED"), "cancelled", "2 of 2 jobs: by scancel"),
+    ],
+)
+def test_an_array_that_shares_a_run_is_active_while_one_of_its_jobs_is(
+    tmp_path, run_folder, monkeypatch, states, state, detail
+):
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    answers = [SHOWN.format(state=one, reason="None", nodes="a", script="/s.sh") for one in states]
+    cases = " ".join(f"12_{number}) echo '{answer}';;" for number, answer in enumerate(answers))
+    fake_tool(tmp_path, "scontrol", f"case $4 in {cases} esac")
+    found = status_of(replace(SLURM_JOB, array=2), PREPARE, run_folder)
+    assert (found.state, found.detail.removesuffix(" on a")) == (state, detail)
 
 
 @pytest.mark.parametrize(

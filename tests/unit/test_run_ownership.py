@@ -3,8 +3,10 @@
 import shutil
 import subprocess
 import sys
+import time
 
 from dreamdance.launch.run_ownership import REPLACED_EXIT_CODE, RunOwnership
+from dreamdance.runs.array_member import MEMBER
 from dreamdance.runtime.exits import TRY_AGAIN_EXIT_CODE
 
 PROGRAM = """
@@ -29,6 +31,29 @@ def test_a_replaced_start_ends_and_names_its_successor(tmp_path):
             _, errors = first.communicate(timeout=20)
     assert first.returncode == REPLACED_EXIT_CODE
     assert "another start owns this run now" in errors
+
+
+def test_members_of_an_array_own_a_run_together_and_a_new_start_of_one_replaces_only_that_one(tmp_path, monkeypatch):
+    (tmp_path / "logs").mkdir()
+
+    def start(member: str) -> "subprocess.Popen[str]":
+        monkeypatch.setenv(MEMBER, member)
+        words = [sys.executable, "-P", "-c", PROGRAM, str(tmp_path)]
+        started = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert started.stdout is not None
+        assert started.stdout.readline() == "mine\n"
+        return started
+
+    first, second = start("42_0"), start("42_1")
+    second_again = start("42_1")
+    assert second.wait(20) == REPLACED_EXIT_CODE
+    time.sleep(0.3)
+    assert (first.poll(), second_again.poll()) == (None, None)
+    another = start("43_0")
+    assert (first.wait(20), second_again.wait(20)) == (REPLACED_EXIT_CODE, REPLACED_EXIT_CODE)
+    another.kill()
+    for process in (first, second, second_again, another):
+        process.communicate()
 
 
 def test_a_start_continues_though_its_owner_file_cannot_be_read(tmp_path, monkeypatch):
