@@ -91,6 +91,15 @@ def pictures_to_tensor(pictures: NDArray[np.uint8] | NDArray[np.uint16]) -> Tens
     return torch.from_numpy(np.moveaxis(pictures, -1, -3).astype(np.float32) / np.float32(largest))
 
 
+def scale_to_floats(images: Tensor) -> Tensor:
+    """Turns stored values, uint8 or uint16, into float32 in [0,1], to the bit as `pictures_to_tensor`; keeps floats."""
+    if images.is_floating_point():
+        return images
+    # A tensor on the device, not a number: a GPU multiplies by the rounded inverse of a number.
+    largest = torch.full((), float(torch.iinfo(images.dtype).max), device=images.device)
+    return images.to(torch.float32) / largest
+
+
 def tensor_to_pictures(images: Tensor) -> NDArray[np.uint8]:
     """Turns pictures `(..., c, H, W)` in [0,1] into `(..., H, W, c)` uint8, rounded; values beyond are clipped."""
     scaled = (images.detach().float().cpu().clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)

@@ -306,3 +306,42 @@ def test_local_folders_that_cannot_be_read_are_named(tmp_path: Path):
     missing = write_random_shards(tmp_path / "shards").model_copy(update={"local": str(tmp_path / "nowhere")})
     with pytest.raises(ShardError, match=r"no shards in .*nowhere"):
         dataset(missing)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_loader_delivers_pictures_as_stored_and_a_device_gets_exact_floats(tmp_path, num_workers):
+    shards = write_random_shards(tmp_path / "set")
+    clips = dataset(shards, maps=("normal", "depth"), num_frames=6)
+    loader = ClipLoader(
+        clips,
+        ClipOrder(clips.index.samples_per_shard, batch_size=2, seed=1),
+        micro_batch_size=2,
+        ranks=Ranks(),
+        num_workers=num_workers,
+    )
+    batches = iter(loader)
+    ((batch,),) = islice(batches, 1)
+    batches.close()
+    types = {name: images.dtype for name, images in batch.maps.items()}
+    assert types == {"rgb": torch.uint8, "pose": torch.uint8, "normal": torch.uint8, "depth": torch.uint16}
+    assert batch.maps["depth"].shape == (2, 6, 1, HEIGHT, WIDTH)
+    floats = batch.to("cpu")
+    for row, (_, _, number) in enumerate(batch.keys.tolist()):
+        for name, written in random_clip(number).maps.items():
+            if name == "mask":
+                continue
+            largest = np.float32(np.iinfo(written.dtype).max)
+            expected = np.moveaxis(written.reshape(6, HEIGHT, WIDTH, -1), -1, 1).astype(np.float32) / largest
+            assert np.array_equal(floats.maps[name][row].numpy(), np.broadcast_to(expected, (6, 3, HEIGHT, WIDTH)))
+
+
+def test_a_batch_with_mirrored_and_other_clips_is_exact_too(shards):
+    clips = dataset(shards, flip_probability=0.5)
+    keys = [SampleKey(0, number) for number in range(12)]
+    stored_samples = [clips.stored_sample(key) for key in keys]
+    assert {sample.maps["normal"].dtype for sample in stored_samples} == {torch.uint8, torch.float32}
+    batch = collate_clips(stored_samples).to("cpu")
+    single = [collate_clips([sample]).to("cpu") for sample in stored_samples]
+    for name, images in batch.maps.items():
+        assert images.dtype == torch.float32
+        assert torch.equal(images, torch.cat([each.maps[name] for each in single]))

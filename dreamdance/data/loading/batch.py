@@ -1,12 +1,13 @@
 """The batch that the objectives train on, and the function that stacks clips into one. No shards or files here."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dreamdance.errors import ShardError
+from dreamdance.media.transforms import scale_to_floats
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,18 @@ class ClipSample:
     key: tuple[int, int, int]
     clip_id: str
 
+    def floats(self) -> "ClipSample":
+        """The sample with maps and reference as the objectives use them: float32 in [0,1], 3 channels."""
+        maps = {name: as_floats(images) for name, images in self.maps.items()}
+        return replace(self, maps=maps, reference=as_floats(self.reference))
+
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """Windows of b clips, float32.
+    """Windows of b clips.
+
+    The loader delivers maps and references that need no resizing as they are stored, uint8 or uint16, and maps with one
+    value per pixel in one channel: a quarter or less of the bytes. `to` makes them what the attributes describe.
 
     Attributes:
         maps: `b f 3 H W` in [0,1] by modality, in the order of `modalities.MODALITIES`: rgb, pose and the requested
@@ -66,13 +75,14 @@ class ClipBatch:
         return self.maps["pose"]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "ClipBatch":
-        """Returns the batch on another device; `keys` stay on the CPU, where random numbers are drawn."""
+        """Returns the batch on a device, as float32; `keys` stay on the CPU, where random numbers are drawn."""
         moved = {
             name: tensor.to(device, non_blocking=non_blocking)
             for name, tensor in self.tensors.items()
             if name != "keys"
         }
-        return self.from_tensors({**moved, "keys": self.keys}, self.clip_ids)
+        pictures = {name: as_floats(moved[name]) for name in (*self.maps, "reference")}
+        return self.from_tensors({**moved, **pictures, "keys": self.keys}, self.clip_ids)
 
     def pin_memory(self) -> "ClipBatch":
         """Returns the batch in page-locked memory; the loader calls this if there is a GPU."""
@@ -90,7 +100,7 @@ def collate_clips(samples: Sequence[ClipSample]) -> ClipBatch:
     """
     return ClipBatch(
         maps={name: _stack_maps(samples, name) for name in dict.fromkeys(n for sample in samples for n in sample.maps)},
-        reference=torch.stack([sample.reference for sample in samples]),
+        reference=_stack([sample.reference for sample in samples]),
         fps=torch.tensor([sample.fps for sample in samples], dtype=torch.float32),
         keys=torch.tensor([sample.key for sample in samples], dtype=torch.int64),
         clip_ids=[sample.clip_id for sample in samples],
@@ -101,4 +111,18 @@ def _stack_maps(samples: Sequence[ClipSample], name: str) -> Tensor:
     lacking = [sample.clip_id for sample in samples if name not in sample.maps]
     if lacking:
         raise ShardError(f"clip '{lacking[0]}' has no {name} map while other clips of its batch have one")
-    return torch.stack([sample.maps[name] for sample in samples])
+    return _stack([sample.maps[name] for sample in samples])
+
+
+def _stack(images: Sequence[Tensor]) -> Tensor:
+    """Stacks pictures; if only some of them are as stored, all become floats."""
+    same = all(each.dtype == images[0].dtype for each in images)
+    return torch.stack(list(images) if same else [scale_to_floats(each) for each in images])
+
+
+def as_floats(images: Tensor) -> Tensor:
+    """Pictures `(..., c, H, W)` as float32 in [0,1] with 3 channels; a single channel is repeated."""
+    scaled = scale_to_floats(images)
+    if scaled.shape[-3] == 3:
+        return scaled
+    return scaled.expand(*scaled.shape[:-3], 3, *scaled.shape[-2:]).contiguous()

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from einops import repeat
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dreamdance.data.loading.batch import ClipSample
@@ -260,7 +260,11 @@ class ClipDataset(StoredClips):
         self.maps = tuple(maps)
 
     def training_sample(self, key: SampleKey) -> ClipSample:
-        """The training window of a sample in an epoch.
+        """The training window of a sample in an epoch, as floats; see `stored_sample`."""
+        return self.stored_sample(key).floats()
+
+    def stored_sample(self, key: SampleKey) -> ClipSample:
+        """The training window of a sample in an epoch, as the loader delivers it (`ClipBatch`).
 
         Raises:
             ShardError: the sample's shard is missing or damaged, or its clip is too short or lacks a map.
@@ -281,24 +285,36 @@ class ClipDataset(StoredClips):
         """Cuts a window from a clip: reads its frames, mirrors them if `window.flip`, crops to the aspect, resizes."""
         names = [name for name in MODALITIES if name in ALWAYS_READ or name in self.maps]
         frames = ClipFrames(
-            maps={name: pictures_to_tensor(clip.pictures(name, window.frames)) for name in names},
+            maps={
+                name: self._open_pictures(clip.pictures(name, window.frames), MODALITIES[name].kind, window.flip)
+                for name in names
+            },
             keypoints=torch.from_numpy(clip.keypoints_of(window.frames)) if window.flip else None,
         )
-        reference = pictures_to_tensor(clip.reference_picture(window.reference))
+        reference = self._open_pictures(clip.reference_picture(window.reference), "colours", window.flip)
         if window.flip:
-            pose = pictures_to_tensor(clip.mirrored_pose(window.frames))
+            pose = self._open_pictures(clip.mirrored_pose(window.frames), "drawing", window.flip)
             frames, reference = flip_clip(frames, drawn_pose=pose), flip_images(reference)
-        resized = {name: self._resize(images, MODALITIES[name].kind) for name, images in frames.maps.items()}
         return ClipSample(
-            maps={
-                name: repeat(images, "f 1 h w -> f c h w", c=3) if images.shape[1] == 1 else images
-                for name, images in resized.items()
-            },
+            maps={name: self._resize(images, MODALITIES[name].kind) for name, images in frames.maps.items()},
             reference=self._resize(reference, "colours"),
             fps=clip.fps / window.stride,
             key=key,
             clip_id=clip.clip_id,
         )
+
+    def _open_pictures(self, pictures: NDArray[Any], kind: Kind, flip: bool) -> Tensor:
+        """Pictures `(..., H, W, c)` as a tensor `(..., c, H, W)`: as stored if nothing is computed with their values.
+
+        They are computed with if they are resized, rounded to a region or mirrored as normals. torch cannot mirror
+        uint16.
+        """
+        height, width = pictures.shape[-3:-1]
+        part = centred_crop(width, height, to_width=self.width, to_height=self.height)
+        is_resized = (part.width, part.height) != (self.width, self.height)
+        if is_resized or kind == "region" or (flip and (kind == "normals" or pictures.dtype != np.uint8)):
+            return pictures_to_tensor(pictures)
+        return torch.from_numpy(np.moveaxis(pictures, -1, -3))
 
     def _resize(self, images: Tensor, kind: Kind) -> Tensor:
         height, width = images.shape[-2:]
@@ -346,4 +362,4 @@ def fixed_clips(
     ]  # for all clips, so that all ranks raise the same errors
     ranks = share_of or Ranks()
     share = range(ranks.rank, len(clips), ranks.world_size)
-    return [dataset.cut(clips[number], windows[number], (0, 0, number)) for number in share]
+    return [dataset.cut(clips[number], windows[number], (0, 0, number)).floats() for number in share]

@@ -91,7 +91,7 @@ class ClipLoader:
 
     def _read_here(self) -> Generator[ClipBatch]:
         for keys in self._keys_from(self.step):
-            batch = collate_clips([self.dataset.training_sample(key) for key in keys])
+            batch = collate_clips([self.dataset.stored_sample(key) for key in keys])
             yield batch.pin_memory() if torch.cuda.is_available() else batch
 
     def _read_ahead(self) -> Generator[ClipBatch]:

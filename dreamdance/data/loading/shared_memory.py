@@ -54,11 +54,15 @@ class SharedSlots:
         self.count, self._descriptor, self._memory = state["count"], state["descriptor"].detach(), None
 
     def write(self, batch: ClipBatch, *, slot: int) -> PackedBatch:
-        """Copies a batch into a slot and overwrites its content; the batch must not be larger than the first one."""
+        """Copies a batch into a slot and overwrites its content; all batches have pictures of the same shapes.
+
+        A slot has room for all values as float32, as some batches have them; what is not written takes no memory.
+        """
         tensors = batch.tensors
-        aligned = [math.ceil(tensor.nbytes / _ALIGNMENT) * _ALIGNMENT for tensor in tensors.values()]
+        aligned = [_align(tensor.nbytes) for tensor in tensors.values()]
         if self._memory is None:
-            os.ftruncate(self._descriptor, self.count * sum(aligned))
+            most = sum(_align(tensor.numel() * max(tensor.itemsize, 4)) for tensor in tensors.values())
+            os.ftruncate(self._descriptor, self.count * most)
         memory = self._mapped()
         slot_bytes = len(memory) // self.count
         assert sum(aligned) <= slot_bytes, "micro batches differ in size"
@@ -86,6 +90,10 @@ class SharedSlots:
         if self._memory is None:
             self._memory = mmap.mmap(self._descriptor, os.fstat(self._descriptor).st_size)
         return self._memory
+
+
+def _align(num_bytes: int) -> int:
+    return math.ceil(num_bytes / _ALIGNMENT) * _ALIGNMENT
 
 
 def _view(memory: mmap.mmap, place: _TensorPlace) -> Tensor:

@@ -150,6 +150,6 @@ def _read_batches(dataset: ClipDataset, connection: Connection, slots: SharedSlo
 
 def _answer(dataset: ClipDataset, keys: Sequence[SampleKey], slots: SharedSlots, slot: int) -> PackedBatch | ShardError:
     try:
-        return slots.write(collate_clips([dataset.training_sample(key) for key in keys]), slot=slot)
+        return slots.write(collate_clips([dataset.stored_sample(key) for key in keys]), slot=slot)
     except ShardError as error:  # its cause is not sent, so the worker decides whether the error is transient
         return LostWorkerError(str(error)) if is_transient(error) else error
