@@ -6,8 +6,6 @@
 
 import json
 import logging
-import math
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from dreamdance.dancers.render import HELD_OUT_SEEDS, TRAINING_SEEDS
+from dreamdance.data.contact_sheets import show_output
 from dreamdance.data.examples import MANIFEST_FILE, write_examples
 from dreamdance.data.prepare_notes import (
-    DAMAGED_FILE,
     begun_compression,
     changed_videos_message,
     damage_table,
@@ -39,12 +37,14 @@ from dreamdance.data.writing.shard_parts import Part, PartSource, ShardFormat
 from dreamdance.data.writing.shard_writer import ShardFolder, newly_damaged, share_missing, write_shared
 from dreamdance.data.writing.video_clips import Split, VideoPart, choose_validation, find_videos
 from dreamdance.data.writing.video_opening import check_videos
+from dreamdance.data.writing_report import WritingReport
 from dreamdance.errors import ShardError, UserError
 from dreamdance.media.video import VideoError
 from dreamdance.media.video_names import part_name, video_ids
 from dreamdance.modalities import ADDED_TO_DANCERS
 from dreamdance.recipe.schema import DancersSource, PrepareRecipe, VideosSource
 from dreamdance.runs.array_member import sharing
+from dreamdance.runs.damaged_videos import DAMAGED_FILE
 from dreamdance.runs.folder_lock import lock_folder
 from dreamdance.runs.layout import ProgressLog
 from dreamdance.runs.work_queue import WorkQueue
@@ -52,7 +52,6 @@ from dreamdance.runtime.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
-COUNT_SECONDS = 3.0  # the main rank counts the finished parts at most this often
 PARTS_PER_CHECK = 64  # a rank checks this number of parts of each split at a time
 
 
@@ -119,6 +118,8 @@ def write_output(
     damaged = write_missing(recipe, folders, missing, queue, progress)
     queue.once("complete", partial(complete, recipe, folders, queue, damaged))
     if (reason := queue.stop_reason()) is None:
+        if recipe.contact_sheets:
+            show_output(output, queue, num_played=recipe.page_clips)
         return None
     if damaged and queue.ranks.is_main:
         write_damaged(output, damaged)
@@ -237,20 +238,8 @@ def write_missing(
     Returns:
         The videos that any rank found damaged while it decoded them: name -> reason.
     """
-    total = sum(len(folder.parts) for folder in folders.values())
     share = share_missing(queue, {folders[split]: names for split, names in missing.items()})
-    last, counted = -1, -math.inf
-
-    def report() -> None:
-        nonlocal last, counted
-        if not queue.ranks.is_main or time.monotonic() - counted < COUNT_SECONDS:
-            return
-        counted = time.monotonic()
-        done = total - len(share.items) + share.num_done()
-        if done != last:
-            progress.write(done=done, total=total, unit="parts", message=f"writing {recipe.output}")
-        last = done
-
+    report = WritingReport(recipe, list(folders.values()), share, progress, queue.ranks)
     write_shared(list(folders.values()), share, recipe.num_workers, queue, report)
     return newly_damaged(list(folders.values()), share)
 

@@ -11,13 +11,13 @@ from dreamdance.data.shards.mds import INDEX_FILE
 from dreamdance.data.writing.shard_parts import PARTS_FOLDER, read_object
 from dreamdance.data.writing.shard_writer import SETTINGS_FILE, SOURCES_KEY
 from dreamdance.media.video_names import printable
+from dreamdance.runs.damaged_videos import DAMAGED_FILE, HEADER
 from dreamdance.runs.file_states import FileState
 from dreamdance.runs.files import write_atomically
 from dreamdance.runs.layout import INPUTS_FILE
 
 logger = logging.getLogger(__name__)
 
-DAMAGED_FILE = "damaged_videos.tsv"
 SPLITS = ("train", "validation")
 # An error lists at most this number of videos.
 MAX_LINES = 200
@@ -72,7 +72,7 @@ def write_damaged(output: Path, damaged: Mapping[str, str]) -> None:
     if not damaged:
         path.unlink(missing_ok=True)
         return
-    rows = [("video", "damage"), *sorted(damaged.items())]
+    rows = [HEADER, *sorted(damaged.items())]
     write_atomically(path, "".join("\t".join(map(printable, row)) + "\n" for row in rows))
 
 

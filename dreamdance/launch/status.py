@@ -12,7 +12,8 @@ from dreamdance.launch.finished import is_finished
 from dreamdance.launch.follow import explain_failure, progress_line
 from dreamdance.launch.requeue import read_requeues
 from dreamdance.launch.submission import JobStatus, SubmittedJob, last_job, status_of
-from dreamdance.recipe import Recipe, load_stored_recipe
+from dreamdance.recipe import PrepareRecipe, Recipe, load_stored_recipe
+from dreamdance.runs.damaged_videos import DAMAGED_FILE, by_reason, read_damaged
 from dreamdance.runs.durations import duration
 from dreamdance.runs.layout import (
     COMPLETE_FILE,
@@ -24,6 +25,9 @@ from dreamdance.runs.layout import (
     step_folders,
     step_name,
 )
+
+# `status` lists at most this number of reasons why videos were left out.
+MAX_REASONS = 8
 
 
 def find_run(name: str, runs: Path) -> Path:
@@ -65,6 +69,7 @@ def details(run_folder: Path) -> str:
     if steps := complete_steps(run_folder):
         written = (checkpoint_folder(run_folder, steps[-1]) / COMPLETE_FILE).stat().st_mtime
         lines.append(f"  checkpoint   {step_name(steps[-1])}, complete since {duration(time.time() - written)}")
+    lines += _left_out(run.recipe)
     for name in ("checkpoints", "exports"):
         folders = [folder.name for folder in step_folders(run_folder / name)]
         if folders:
@@ -74,6 +79,18 @@ def details(run_folder: Path) -> str:
     if run.job is not None and run.status is not None and run.status.state == "failed":
         lines.append(explain_failure(run.job, run_folder, run.status))
     return "\n".join(lines)
+
+
+def _left_out(recipe: Recipe | None) -> list[str]:
+    """The videos that `prepare` could not use, in a line for each reason, the most frequent first."""
+    if not isinstance(recipe, PrepareRecipe) or recipe.videos is None:
+        return []
+    groups = by_reason(read_damaged(Path(recipe.output)))
+    lines = [f"  left out     {len(names)} x {reason}" for reason, names in groups.items()]
+    if len(lines) > MAX_REASONS:
+        rest = sum(len(names) for names in list(groups.values())[MAX_REASONS:])
+        lines = [*lines[:MAX_REASONS], f"  left out     {rest} for other reasons"]
+    return [*lines, f"               see {Path(recipe.output) / DAMAGED_FILE}"] if lines else []
 
 
 @dataclass(frozen=True)

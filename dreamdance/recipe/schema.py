@@ -278,6 +278,20 @@ class PrepareRecipe(Recipe):
             "They are smaller than the stored frames and have the same aspect, to a pixel."
         ),
     )
+    contact_sheets: bool = Field(
+        default=True,
+        description=(
+            "Writes `output`/contact_sheets: a picture of every 100 clips with their maps and scores, and index.html, "
+            "which plays clips. Delete that folder to have it made again."
+        ),
+    )
+    page_clips: Annotated[NonNegative, Unit("clips")] = Field(
+        default=100,
+        description=(
+            "Largest number of clips that the page of contact_sheets plays, spread evenly over all. Each costs as much "
+            "time as decoding and encoding a small video, shared by all ranks."
+        ),
+    )
 
 
 class AnimateRecipe(Recipe):

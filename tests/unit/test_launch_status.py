@@ -15,6 +15,7 @@ from dreamdance.launch.local.controller import status_file
 from dreamdance.launch.requeue import decide
 from dreamdance.launch.status import details, find_run, table
 from dreamdance.recipe import dump_recipe, load_recipe
+from dreamdance.runs.damaged_videos import by_reason
 from dreamdance.runs.layout import (
     RECIPE_FILE,
     ProgressLog,
@@ -115,6 +116,37 @@ def test_a_finished_run_stays_finished_whatever_the_state_of_its_last_job(runs: 
     submit(run)
     end(run, exit_code=1, first_failed_rank=0, rank_exit_codes=[1, -15])
     assert states(runs)["demo_stage2"] == "stage2 finished"
+
+
+def test_details_show_videos_per_hour_and_failures_by_reason(runs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "data"
+    run = make_run(runs, "prepare", "videos")
+    recipe = load_recipe(DEMO.parent / "prepare.yaml", [f"output={output}", f"videos.folder={tmp_path}"])
+    (run / RECIPE_FILE).write_text(dump_recipe(recipe))
+    output.mkdir()
+    rows = ["video\tdamage"]
+    for number in range(3):
+        rows.append(f"{number}0\t/videos/{number}0.rgb.mp4: frame {number + 5} of 90 cannot be decoded")
+    rows.append("short\t/videos/short.pose.mp4 is missing")
+    (output / "damaged_videos.tsv").write_text("\n".join(rows) + "\n")
+    ProgressLog(run).write(done=7, total=40, unit="parts", videos_per_hour=1234.5, videos_left_out=4)
+    lines = details(run).splitlines()
+    assert lines[1] == "  progress     part 7/40  videos per hour 1234  videos left out 4"
+    assert lines[2:] == [
+        "  left out     3 x <clip>.rgb.mp4: frame N of N cannot be decoded",
+        "  left out     1 x <clip>.pose.mp4 is missing",
+        f"               see {output / 'damaged_videos.tsv'}",
+    ]
+
+
+def test_reasons_are_grouped_whatever_the_names_and_numbers() -> None:
+    damaged = {
+        "a": "/x/a.rgb.mp4 has 20 frames of 64x96, a.pose.mp4 10 of 64x96; at -0.5 s",
+        "b (1)": "/y y/b (1).rgb.mp4 has 7 frames of 32x48, b (1).pose.mp4 3 of 32x48; at 1.25 s",
+        "c": "/x/c.pose.mp4 is missing",
+    }
+    first = "<clip>.rgb.mp4 has N frames of NxN, <clip>.pose.mp4 N of NxN; at N s"
+    assert by_reason(damaged) == {first: ["a", "b (1)"], "<clip>.pose.mp4 is missing": ["c"]}
 
 
 def test_a_run_in_the_launchers_own_process_is_distinguished_from_jobs(runs: Path) -> None:

@@ -180,6 +180,7 @@ def test_an_output_that_another_run_prepares_is_refused(tmp_path, monkeypatch):
         prepare(recipe, tmp_path / "run")
     prepare(recipe, tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [
+        "contact_sheets",
         "examples",
         "manifest.jsonl",
         "train",

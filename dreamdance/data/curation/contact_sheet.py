@@ -31,7 +31,7 @@ def draw_tile(clip: ShownClip) -> NDArray[np.uint8]:
     scores = score_texts(clip.scores)
     lines = [f"{clip.clip_id}  {clip.source}"]
     lines += ["   ".join(scores[start : start + _SCORES_PER_LINE]) for start in range(0, len(scores), _SCORES_PER_LINE)]
-    width = max(strip.width, round(max(font.getlength(line) for line in lines[1:])))
+    width = max([strip.width, *(round(font.getlength(line)) for line in lines[1:])])
     tile = Image.new("RGB", (width, strip.height + len(lines) * _LINE_HEIGHT + 2), _BACKGROUND)
     tile.paste(strip, (0, 0))
     draw = ImageDraw.Draw(tile)
@@ -64,16 +64,11 @@ def join_tiles(tiles: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
     return np.asarray(sheet)
 
 
-def write_contact_sheets(folder: Path, tiles: Sequence[NDArray[np.uint8]]) -> list[Path]:
-    """Writes `contact_sheet_0000.png` and so on, one per 100 tiles; each appears when it is complete."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for start in range(0, len(tiles), CLIPS_PER_SHEET):
-        path = folder / f"contact_sheet_{start // CLIPS_PER_SHEET:04d}.png"
-        with replace_atomically(path) as temporary:
-            Image.fromarray(join_tiles(tiles[start : start + CLIPS_PER_SHEET])).save(temporary, format="PNG")
-        paths.append(path)
-    return paths
+def write_contact_sheet(path: Path, tiles: Sequence[NDArray[np.uint8]]) -> None:
+    """Writes a sheet of up to 100 tiles as PNG; it appears when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replace_atomically(path) as temporary:
+        Image.fromarray(join_tiles(tiles)).save(temporary, format="PNG")
 
 
 def _shorten(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:

@@ -46,10 +46,16 @@ class PageEntry:
 
 def write_clip_video(folder: Path, clip: ShownClip) -> PageEntry:
     """Writes the small video of a clip, all maps side by side, below the folder of the page."""
-    video = f"{VIDEOS_FOLDER}/{clip.clip_id}.mp4"
+    entry = describe_clip(clip)
     frames = [strip_frame(clip, frame, height=_VIDEO_HEIGHT) for frame in range(len(clip.maps["rgb"]))]
-    write_video(folder / video, frames, fps=clip.fps, crf=_VIDEO_CRF)
-    height, width = frames[0].shape[:2]
+    write_video(folder / entry.video, frames, fps=clip.fps, crf=_VIDEO_CRF)
+    return entry
+
+
+def describe_clip(clip: ShownClip) -> PageEntry:
+    """The entry of a clip whose video `write_clip_video` writes, or has written."""
+    height, width = strip_frame(clip, 0, height=_VIDEO_HEIGHT).shape[:2]
+    video = f"{VIDEOS_FOLDER}/{clip.clip_id}.mp4"
     return PageEntry(clip.clip_id, clip.source, video, width, height, clip.scores)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -12,6 +12,17 @@ from dreamdance.data.curation.scores import Scores
 
 # The maps that are shown, in this order; a clip may lack some.
 SHOWN_MAPS = ("rgb", "pose", "mask", "depth", "normal")
+
+
+class Frames(Protocol):
+    """The frames of a map: an array, or frames that are read when they are asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, frame: int) -> NDArray[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,7 @@ class ShownClip:
     clip_id: str
     source: str
     fps: float
-    maps: Mapping[str, NDArray[Any]]
+    maps: Mapping[str, Frames]
     scores: Scores
 
 
@@ -55,7 +66,9 @@ def strip_frame(clip: ShownClip, frame: int, *, height: int) -> NDArray[np.uint8
 
 
 def score_texts(scores: Scores) -> list[str]:
-    """Each score as `name value`; a score that is not known is a dash."""
+    """Each score as `name value`; a score that is not known is a dash. Nothing if none is known."""
+    if all(value is None for value in scores.values().values()):
+        return []
     return [f"{name} {'-' if value is None else f'{value:.3g}'}" for name, value in scores.values().items()]
 
 
