@@ -6,43 +6,35 @@
 
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dreamdance.dancers.render import HELD_OUT_SEEDS, TRAINING_SEEDS
 from dreamdance.data.contact_sheets import show_output
 from dreamdance.data.examples import MANIFEST_FILE, write_examples
+from dreamdance.data.planning import describe_source, plan_parts
 from dreamdance.data.prepare_notes import (
     begun_compression,
     changed_videos_message,
     damage_table,
     damaged_videos_message,
     read_inputs,
-    read_skipped,
     unequal_ranks_message,
     unusable_videos_message,
     write_damaged,
     write_inputs,
 )
-from dreamdance.data.writing.clip_record import ClipRecord
-from dreamdance.data.writing.dancer_clips import render_record
-from dreamdance.data.writing.map_files import candidate_files
-from dreamdance.data.writing.shard_parts import Part, PartSource, ShardFormat
+from dreamdance.data.writing.shard_parts import Part, ShardFormat
 from dreamdance.data.writing.shard_writer import ShardFolder, newly_damaged, share_missing, write_shared
-from dreamdance.data.writing.video_clips import Split, VideoPart, choose_validation, find_videos
+from dreamdance.data.writing.video_clips import Split
 from dreamdance.data.writing.video_opening import check_videos
 from dreamdance.data.writing_report import WritingReport
 from dreamdance.errors import ShardError, UserError
 from dreamdance.media.video import VideoError
-from dreamdance.media.video_names import part_name, video_ids
-from dreamdance.modalities import ADDED_TO_DANCERS
-from dreamdance.recipe.schema import DancersSource, PrepareRecipe, VideosSource
+from dreamdance.recipe.schema import PrepareRecipe, VideosSource
 from dreamdance.runs.array_member import sharing
 from dreamdance.runs.damaged_videos import DAMAGED_FILE
 from dreamdance.runs.folder_lock import lock_folder
@@ -70,14 +62,15 @@ def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
     ranks = Ranks.from_environment()
     progress = ProgressLog(run_folder, ranks)
     output = Path(recipe.output)
-    parts, shard_format = plan_parts(recipe), choose_format(recipe)
+    settings, shard_format = describe_source(recipe), choose_format(recipe)
     claim = lock_folder(output, key="output", sharing=sharing(run_folder)) if ranks.is_main else nullcontext()
     with claim, WorkQueue(ranks, limits=recipe.cluster, run_folder=run_folder) as queue:
+        parts = plan_parts(recipe, queue)
         folders = {
             split: ShardFolder(
                 output / split,
                 planned,
-                settings={**describe_source(recipe), "split": split, "shard_size_mib": recipe.shard_size_mib},
+                settings={**settings, "split": split, "shard_size_mib": recipe.shard_size_mib},
                 shard_format=shard_format,
                 queue=queue,
                 on_error=recipe.videos.on_error if recipe.videos else "stop",
@@ -283,89 +276,3 @@ def source_files(folders: Mapping[Split, ShardFolder]) -> set[str]:
     """The names of all files that the parts are made from."""
     parts = [part for folder in folders.values() for part in folder.parts]
     return {path.name for part in parts if part.source is not None for path in part.source.files}
-
-
-def describe_source(recipe: PrepareRecipe) -> dict[str, Any]:
-    """Exactly the settings that decide the content of the clips; the note of each part has the videos' hashes."""
-    source = recipe.dancers or recipe.videos
-    if source is None:
-        raise ValueError("a prepare recipe names either `dancers` or `videos`")  # `recipe.rules` checks this first
-    details: dict[str, Any] = {"clips_per_part": recipe.clips_per_part, **source.model_dump(mode="json")}
-    if isinstance(source, VideosSource):
-        details.pop("on_error")
-        details.update(seed=recipe.seed, files="noted by their hashes")
-    elif ADDED_TO_DANCERS:  # the files of a new map of videos are among the hashes
-        details["added_maps"] = list(ADDED_TO_DANCERS)
-    if not source.references:
-        del details["references"]  # outputs of older commits have none
-    return details
-
-
-def plan_parts(recipe: PrepareRecipe) -> dict[Split, list[Part]]:
-    """Divides the work of both splits into parts; every rank gets the same parts.
-
-    Raises:
-        MissingInputError: the folder has no usable videos.
-    """
-    if recipe.dancers is not None:
-        return plan_dancers(recipe.dancers, recipe.clips_per_part)
-    if recipe.videos is None:
-        raise ValueError("a prepare recipe names either `dancers` or `videos`")
-    return plan_videos(recipe.videos, recipe.seed, skipped=read_skipped(Path(recipe.output)))
-
-
-def plan_dancers(source: DancersSource, clips_per_part: int) -> dict[Split, list[Part]]:
-    """Makes parts of `clips_per_part` dancers; training and validation use disjoint ranges of seeds."""
-    seeds: dict[Split, range] = {
-        "train": TRAINING_SEEDS[: source.num_train_clips],
-        "validation": HELD_OUT_SEEDS[: source.num_validation_clips],
-    }
-    return {
-        split: [
-            Part(f"part_{number:05d}", DancerPart(source, chosen[start : start + clips_per_part]))
-            for number, start in enumerate(range(0, len(chosen), clips_per_part))
-        ]
-        for split, chosen in seeds.items()
-    }
-
-
-def plan_videos(source: VideosSource, seed: int, *, skipped: Collection[str] = ()) -> dict[Split, list[Part]]:
-    """Makes one part for each video and each split that the video belongs to.
-
-    Args:
-        source: the folder of the videos and the settings of the split.
-        seed: seed of the draw for validation.
-        skipped: names of damaged videos that a complete output was made without. They take part in the draw even if
-            their files have been removed since, so that all other videos stay in their splits.
-    """
-    found = set(find_videos(source.folder))
-    names = sorted(found.union(skipped))
-    ids = video_ids(names)
-    splits: dict[Split, list[str]] = {"train": names, "validation": names}
-    if source.split_by == "clip":
-        held_out = choose_validation(names, fraction=source.validation_fraction, seed=seed)
-        splits = {
-            "train": [name for name in names if name not in held_out],
-            "validation": [name for name in names if name in held_out],
-        }
-    if source.validation_fraction == 0:
-        del splits["validation"]
-
-    def plan(name: str, split: Split) -> Part:
-        files = tuple(chain.from_iterable(candidate_files(source.folder, name).values())) if name in found else ()
-        make = VideoPart(source, name, ids[name], split)
-        return Part(part_name(name), make, PartSource(name, ids[name], files))
-
-    return {split: [plan(name, split) for name in chosen] for split, chosen in splits.items()}
-
-
-@dataclass(frozen=True)
-class DancerPart:
-    """The dancers of one part; the worker that writes the part renders them."""
-
-    source: DancersSource
-    seeds: range
-
-    def __call__(self) -> Iterator[ClipRecord]:
-        """Yields one clip per seed."""
-        return (render_record(seed, self.source) for seed in self.seeds)

@@ -19,7 +19,9 @@ from dreamdance.launch.requirements import (
     why_kernels_cannot_start_in_a_job,
 )
 from dreamdance.launch.run_folder import weight_sources
+from dreamdance.media.video_names import plain_name
 from dreamdance.recipe import AnimateRecipe, EvaluateRecipe, PrepareRecipe, Recipe, TrainingRecipe
+from dreamdance.recipe.schema import VideosSource
 from dreamdance.recipe.sections import Shards
 from dreamdance.runs.layout import (
     FINISHED_FILE,
@@ -96,10 +98,7 @@ def _data(recipe: Recipe, recipe_file: Path, runs: Path) -> Iterator[Missing]:
         if not Path(recipe.results).is_dir():
             yield Missing("results to score", f"{recipe.results}/ (results)", _launch(recipe_file, "animate", runs))
     elif isinstance(recipe, PrepareRecipe) and recipe.videos is not None:
-        folder = Path(recipe.videos.folder)
-        if not any(folder.glob("*.rgb.mp4")):
-            remedy = "put pairs <clip>.rgb.mp4 and <clip>.pose.mp4 into that folder, or set videos.folder=..."
-            yield Missing("videos", f"{folder}/*.rgb.mp4 (videos.folder)", remedy)
+        yield from _videos(recipe.videos)
     elif isinstance(recipe, AnimateRecipe) and not Path(recipe.manifest).is_file():
         remedy = f"write one, set manifest=..., or use the validation clips: {_launch(recipe_file, 'prepare', runs)}"
         yield Missing("manifest", f"{recipe.manifest} (manifest)", remedy)
@@ -108,6 +107,22 @@ def _data(recipe: Recipe, recipe_file: Path, runs: Path) -> Iterator[Missing]:
     if absent:
         looked = ", ".join(f"{places[key]}/index.json" for key in absent)
         yield Missing(f"shards for {', '.join(absent)}", looked, _launch(recipe_file, "prepare", runs))
+
+
+def _videos(source: VideosSource) -> Iterator[Missing]:
+    folder, section = Path(source.folder), source.annotators
+    wanted = "<clip>.mp4 (or another kind of video)" if section else "pairs <clip>.rgb.mp4 and <clip>.pose.mp4"
+    names = (path.name for path in folder.glob("*.*"))
+    if not any(plain_name(name) is not None if section else name.endswith(".rgb.mp4") for name in names):
+        remedy = f"put {wanted} into that folder, or set videos.folder=..."
+        yield Missing("videos", f"{folder}/*{'' if section else '.rgb'}.mp4 (videos.folder)", remedy)
+    if section is None:
+        return
+    shipped = {"blazepose": "mediapipe", "transnetv2": "transnetv2"}
+    chosen = {section.pose, section.mask, section.depth, section.normal, section.cuts}
+    places = [Path(section.weights) / place for name, place in shipped.items() if name in chosen]
+    if absent := [str(place) for place in places if not place.is_dir()]:
+        yield Missing("networks", f"{', '.join(absent)} (videos.annotators.weights)", "bash tools/networks.sh")
 
 
 def _runs(recipe: Recipe, recipe_file: Path, runs: Path) -> Iterator[Missing]:

@@ -9,6 +9,12 @@ from collections import Counter
 from collections.abc import Iterable
 from hashlib import sha256
 
+from dreamdance.modalities import MODALITIES
+
+# The modalities that a clip may have a file of.
+FILE_MODALITIES = tuple(name for name, modality in MODALITIES.items() if modality.domain or modality.control)
+# Files of these names are videos; their content decides how they are read.
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 # `inference.manifest` accepts 200 characters; the suffix `.validation.000000` takes the others.
 MAX_ID_CHARACTERS = 182
 _GOOD_ID = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{MAX_ID_CHARACTERS - 1}}}")
@@ -35,6 +41,17 @@ def video_ids(names: Iterable[str]) -> dict[str, str]:
         ids[name] = candidate
         taken.add(candidate.casefold())
     return ids
+
+
+def plain_name(file_name: str) -> str | None:
+    """The clip's name if a file contains the pictures of a clip, such as `a` for `a.mp4` and `a.rgb.mp4`; else None."""
+    stem, dot, suffix = file_name.rpartition(".")
+    if not stem or f"{dot}{suffix.lower()}" not in VIDEO_SUFFIXES:
+        return None
+    name, dot, kind = stem.rpartition(".")
+    if not dot or not name or kind not in FILE_MODALITIES:
+        return stem
+    return name if kind == "rgb" else None
 
 
 def part_name(name: str) -> str:

@@ -1,7 +1,7 @@
 """Mask, depth, normals and scores of one clip, made from its stored pictures and the followed person."""
 
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from dreamdance.annotators.axes import check_axes
 from dreamdance.annotators.protocols import Depths, PersonPoses
-from dreamdance.data.annotation.side_files import Arrays, StageKey
+from dreamdance.data.annotation.networks import Networks
+from dreamdance.data.annotation.side_files import Arrays, StageKey, last_result
 from dreamdance.data.annotation.video_stages import FollowedPoses, VideoStages
 from dreamdance.data.shards.columns import encode_normal
 from dreamdance.media.cropping import Crop
@@ -42,10 +43,28 @@ class ClipMaps:
     sees_background: bool
 
 
+@dataclass(frozen=True)
+class GivenMaps:
+    """The maps of a clip that files beside the video give; they win over those of the annotators.
+
+    Attributes:
+        maps: frames by modality, in the stored encodings and the clip's crop; without rgb and pose.
+        sha256: the hashes of their files, by modality.
+    """
+
+    maps: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+
 def make_maps(
-    stages: VideoStages, rgb: NDArray[np.uint8], poses: FollowedPoses, frames: list[int], crop: Crop
+    stages: VideoStages,
+    rgb: NDArray[np.uint8],
+    poses: FollowedPoses,
+    frames: list[int],
+    crop: Crop,
+    given: GivenMaps,
 ) -> Generator[None, None, ClipMaps]:
-    """Makes mask, depth and normals of a clip, or takes the kept ones.
+    """Makes mask, depth and normals of a clip, or takes the kept or the given ones.
 
     Args:
         stages: the stages of the clip's video.
@@ -53,9 +72,10 @@ def make_maps(
         poses: the person of the clip's shot.
         frames: the clip's frames, as numbers in the video.
         crop: the part of the video's frames that the pictures show.
+        given: the maps that need not be made.
 
     Raises:
-        UserError: normals and depth disagree in the sign of an axis.
+        AxesError: normals and depth disagree in the sign of an axis.
     """
     networks, rows = stages.networks, poses.rows(frames)
     seen = PersonPoses(
@@ -67,43 +87,77 @@ def make_maps(
     what = {"frames": frames, "crop": [crop.left, crop.top, crop.width, crop.height], "size": list(rgb.shape[1:3])}
 
     def key(task: str, *inputs: str) -> StageKey:
-        return stages.key(f"maps-{task}", {"network": networks.identity(task), **what}, *inputs)
+        return stages.key(f"maps-{task}", {"network": networks.identity(task), **what}, poses.key, *inputs)
 
-    mask_key = key("mask", poses.key)
-    mask = yield from _kept(stages, mask_key, "mask", lambda: networks.mask.annotate_mask(rgb, seen))
-    normal_key, depth_key = key("normal", mask_key.digest), key("depth", mask_key.digest)
-    normals = yield from _kept(
-        stages, normal_key, "normal", lambda: networks.normal.annotate_normal(rgb, seen, mask.astype(np.float32))
-    )
-    found = stages.files.find(depth_key)
-    if found is None:
-        yield None
-        depths = networks.depth.annotate_depth(rgb, seen, mask.astype(np.float32))
-        found = {"depth": depths.values.astype(np.float32), "kind": np.array(depths.kind)}
-        stages.files.keep(depth_key, found)
-    depths = Depths(found["depth"], "depth" if str(found["kind"]) == "depth" else "disparity")
+    mask_key = key("mask")
+    if "mask" in given.maps:
+        mask, mask_digest = given.maps["mask"].astype(np.float32) / 255, given.sha256["mask"]
+    else:
+        mask = yield from _kept(stages, mask_key, "mask", lambda: networks.mask.annotate_mask(rgb, seen))
+        mask, mask_digest = mask.astype(np.float32), mask_key.digest
+    if "normal" in given.maps:
+        normals = decode_normal(given.maps["normal"])
+    else:
+        normal_key = key("normal", mask_digest)
+        normals = yield from _kept(
+            stages, normal_key, "normal", lambda: networks.normal.annotate_normal(rgb, seen, mask)
+        )
+        normals = normals.astype(np.float32)
+    if "depth" in given.maps:
+        depths = Depths(given.maps["depth"].astype(np.float32) / 65535, "disparity")
+    else:
+        depths = yield from _find_depths(stages, key("depth", mask_digest), rgb, seen, mask)
+    check_axes(normals, depths, mask, names=(_maker(networks, given, "normal"), _maker(networks, given, "depth")))
     inside = mask > _MASK_THRESHOLD
-    normals = normals.astype(np.float32)
-    check_axes(normals, depths, mask.astype(np.float32))
-    sees_background = networks.depth.sees_background and networks.normal.sees_background
-    if not sees_background:
+    made = [task for task in ("normal", "depth") if task not in given.maps]
+    without_background = [task for task in made if not getattr(networks, task).sees_background]
+    if "normal" in without_background:
         normals = np.where(inside[..., None], normals, np.array([0, 0, 1], dtype=np.float32))
-    depth, depth_range = encode_depths(depths, None if sees_background else inside)
-    stored_mask = np.where(inside, 255, 0).astype(np.uint8)
-    return ClipMaps(stored_mask, encode_normal(normals), depth, depth_range, normals, depths, sees_background)
+    depth, depth_range = given.maps.get("depth"), None
+    if depth is None:
+        depth, depth_range = encode_depths(depths, inside if "depth" in without_background else None)
+    return ClipMaps(
+        mask=np.where(inside, 255, 0).astype(np.uint8),
+        normal=given.maps.get("normal", encode_normal(normals)),
+        depth=depth,
+        depth_range=depth_range,
+        normals=normals,
+        depths=depths,
+        sees_background=not without_background,
+    )
 
 
-def _kept(stages: VideoStages, key: StageKey, name: str, make: Any) -> Generator[None, None, NDArray[Any]]:
+def decode_normal(normal: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Unit normals `(f, H, W, 3)` of stored ones."""
+    vectors = normal.astype(np.float32) / 127.5 - 1
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return np.asarray(vectors / np.maximum(lengths, 1e-6), dtype=np.float32)
+
+
+def _maker(networks: Networks, given: GivenMaps, task: str) -> str:
+    return f"the given file of {task}" if task in given.maps else f"`videos.annotators.{task}` ({networks.names[task]})"
+
+
+def _find_depths(
+    stages: VideoStages, key: StageKey, rgb: NDArray[np.uint8], seen: PersonPoses, mask: NDArray[np.float32]
+) -> Generator[None, None, Depths]:
+    def stage() -> Iterator[Arrays | None]:
+        yield None
+        depths = stages.networks.depth.annotate_depth(rgb, seen, mask)
+        yield {"depth": depths.values.astype(np.float32), "kind": np.array(depths.kind)}
+
+    found = yield from last_result(stages.files.make(key, stage))
+    return Depths(found["depth"], "depth" if str(found["kind"]) == "depth" else "disparity")
+
+
+def _kept(
+    stages: VideoStages, key: StageKey, name: str, make: Callable[[], NDArray[Any]]
+) -> Generator[None, None, NDArray[Any]]:
     def stage() -> Iterator[Arrays | None]:
         yield None
         yield {name: make().astype(np.float16)}
 
-    result: Arrays | None = None
-    for result in stages.files.make(key, stage):
-        if result is None:
-            yield None
-    if result is None:
-        raise ValueError(f"the stage '{key.stage}' gave no result")
+    result = yield from last_result(stages.files.make(key, stage))
     return result[name]
 
 

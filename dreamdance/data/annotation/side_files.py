@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,3 +111,12 @@ class SideFiles:
                 raise ValueError(f"the stage '{key.stage}' gave no result")
             self.keep(key, result)
         yield result
+
+
+def last_result(results: Iterator[Arrays | None]) -> Generator[None, None, Arrays]:
+    """Passes the heartbeats of `SideFiles.make` on, and returns the result that follows them."""
+    for result in results:
+        if result is not None:
+            return result
+        yield None
+    raise ValueError("a stage ended without a result")

@@ -1,5 +1,6 @@
 """The stages of one video: cuts, motion, the followed person with key points. Each keeps its result in a side file."""
 
+import logging
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -7,17 +8,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dreamdance.annotators.video_person import find_in_video
+from dreamdance.annotators.people import Box
+from dreamdance.annotators.protocols import NUM_LANDMARKS
+from dreamdance.annotators.video_person import PersonTrack, find_in_video
 from dreamdance.data.annotation.networks import Networks
-from dreamdance.data.annotation.side_files import Arrays, SideFiles, StageKey
+from dreamdance.data.annotation.side_files import Arrays, SideFiles, StageKey, last_result
 from dreamdance.data.curation.motion import MotionTrack, measure_motion
 from dreamdance.data.curation.shots import Shot, find_shots, shrink_frames
+from dreamdance.errors import UserError
 from dreamdance.media.cropping import Crop
 from dreamdance.media.keypoint_filter import filter_keypoints
-from dreamdance.media.keypoints import KeypointSequence
+from dreamdance.media.keypoints import NUM_KEYPOINTS, KeypointSequence
 from dreamdance.media.letterbox import search_letterbox
+from dreamdance.media.pose_drawing import CONFIDENCE_THRESHOLD
 from dreamdance.media.video import VideoInfo, iterate_frames
 from dreamdance.recipe.annotator_section import Annotators
+
+logger = logging.getLogger(__name__)
 
 # Increase a stage's number when its code changes its results: side files of other numbers are not taken.
 STAGE_VERSIONS = {"area": 1, "cuts": 1, "motion": 1, "person": 1, "maps": 1}
@@ -80,7 +87,7 @@ class VideoStages:
             crop = yield from search
             yield {"crop": np.array([crop.left, crop.top, crop.width, crop.height])}
 
-        result = yield from _last(self.files.make(self.key("area", {}), find))
+        result = yield from last_result(self.files.make(self.key("area", {}), find))
         return Crop(*result["crop"].tolist())
 
     def cut_probabilities(self) -> Generator[None, None, NDArray[np.float32]]:
@@ -88,13 +95,13 @@ class VideoStages:
 
         def find() -> Iterator[Arrays | None]:
             small = []
-            for frame in iterate_frames(self.video, self.video.constant_rate_frames()):
-                small.append(shrink_frames([frame]))
+            for frame in small_frames(self.video):
+                small.append(frame)
                 yield None
-            yield {"probabilities": self.networks.cuts.cut_probabilities(np.concatenate(small))}
+            yield {"probabilities": self.networks.cuts.cut_probabilities(np.stack(small))}
 
         key = self.key("cuts", {"network": self.networks.identity("cuts")})
-        result = yield from _last(self.files.make(key, find))
+        result = yield from last_result(self.files.make(key, find))
         return result["probabilities"]
 
     def shots(self) -> Generator[None, None, tuple[list[Shot], NDArray[np.float32]]]:
@@ -110,34 +117,62 @@ class VideoStages:
             track = measure_motion(self.video)
             yield {"speeds": track.speeds, "source": np.array(track.source)}
 
-        result = yield from _last(self.files.make(self.key("motion", {}), measure))
+        result = yield from last_result(self.files.make(self.key("motion", {}), measure))
         return MotionTrack(result["speeds"], "codec" if str(result["source"]) == "codec" else "flow")
 
-    def person(self, frames: list[int], *, fps: float) -> Generator[None, None, FollowedPoses]:
+    def person(
+        self, frames: list[int], *, fps: float, given: KeypointSequence | None = None, given_sha256: str = ""
+    ) -> Generator[None, None, FollowedPoses]:
         """Follows the person through the frames of one shot.
 
         Args:
             frames: numbers of frames of the video.
             fps: their rate.
+            given: key points of all frames of the video, which win over those of the network. The network then finds
+                landmarks and masks of the person who has these key points.
+            given_sha256: the hash of their file.
         """
-        settings = {"network": self.networks.identity("pose"), "person": self._section.person, "frames": frames}
+        choice = self._section.person if given is None else _first_box(given.keypoints[frames])
+        settings = {"network": self.networks.identity("pose"), "person": choice, "frames": frames}
         key = self.key("person", settings)
-        found = yield from _last(self.files.make(key, lambda: self._find_person(frames)))
-        smoothed = found["keypoints"]
-        if self._section.smooth:
-            smoothed = filter_keypoints(KeypointSequence(smoothed, self.video.width, self.video.height, fps))
+        found = yield from last_result(self.files.make(key, lambda: self._find_person(frames, choice, given)))
+        keypoints = found["keypoints"] if given is None else given.keypoints[frames]
+        smoothed, smooth = keypoints, self._section.smooth and given is None
+        if smooth:
+            smoothed = filter_keypoints(KeypointSequence(keypoints, self.video.width, self.video.height, fps))
         landmarks = found["landmarks"] if len(found["landmarks"]) else None
-        return FollowedPoses(frames, found["keypoints"], smoothed, landmarks, found["num_people"], key.digest)
+        used = StageKey("used", {"smooth": smooth, "fps": fps}, [key.digest, given_sha256])
+        return FollowedPoses(frames, keypoints, smoothed, landmarks, found["num_people"], used.digest)
 
-    def _find_person(self, frames: list[int]) -> Iterator[Arrays | None]:
-        track = yield from find_in_video(self.networks.pose, self.video, frames, person=self._section.person)
+    def _find_person(
+        self, frames: list[int], choice: int | Box | None, given: KeypointSequence | None
+    ) -> Iterator[Arrays | None]:
+        try:
+            track = yield from find_in_video(self.networks.pose, self.video, frames, person=choice)
+        except UserError as error:
+            if given is None:
+                raise
+            logger.warning(
+                "%s: the network does not find the person of the given key points: %s", self.video.path, error
+            )
+            points, landmarks = (
+                np.zeros((len(frames), *size), np.float32) for size in ((NUM_KEYPOINTS, 3), (NUM_LANDMARKS, 4))
+            )
+            track = PersonTrack(points, landmarks, np.zeros(len(frames), np.int64))
         yield {"keypoints": track.keypoints, "landmarks": track.landmarks, "num_people": track.num_people}
 
 
-def _last(results: Iterator[Arrays | None]) -> Generator[None, None, Arrays]:
-    """Passes heartbeats on, and returns the result that follows them."""
-    for result in results:
-        if result is not None:
-            return result
-        yield None
-    raise ValueError("a stage ended without a result")
+def small_frames(video: VideoInfo) -> Iterator[NDArray[np.uint8]]:
+    """The frames at a constant rate, small, as the detection of cuts and of equal footage sees them."""
+    for frame in iterate_frames(video, video.constant_rate_frames()):
+        yield shrink_frames([frame])[0]
+
+
+def _first_box(keypoints: NDArray[np.float32]) -> Box | None:
+    """The box of the visible points `(f, 128, 3)` in the first frame that has some."""
+    for points in keypoints:
+        seen = points[points[:, 2] >= CONFIDENCE_THRESHOLD, :2].clip(0.0, 1.0)
+        if len(seen) and (seen.max(axis=0) > seen.min(axis=0)).all():
+            (left, top), (right, bottom) = seen.min(axis=0).tolist(), seen.max(axis=0).tolist()
+            return left, top, right, bottom
+    return None

@@ -71,6 +71,18 @@ def crop_person(
     return PersonCrop(largest, follows=False)
 
 
+def holds_joints(crop: Crop, keypoints: NDArray[np.floating[Any]], frame: Crop) -> bool:
+    """Whether a crop cuts no visible joint off; also true if none is visible.
+
+    Args:
+        crop: a part of the frame.
+        keypoints: `(f, 128, 3)`, x and y in [0,1] of the frame.
+        frame: its size counts.
+    """
+    joints = _joint_box(keypoints, frame.width, frame.height)
+    return joints is None or _holds(crop, joints)
+
+
 # Left, top, right, bottom in pixels.
 _Box = tuple[float, float, float, float]
 

@@ -1,8 +1,8 @@
 """Makes clips from plain videos: every map that no file beside a video gives is made by the recipe's annotators."""
 
 import logging
-from collections.abc import Generator, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dreamdance.annotators.axes import geometry_consistency
-from dreamdance.data.annotation.clip_maps import ClipMaps, make_maps, to_crop
+from dreamdance.data.annotation.clip_maps import ClipMaps, GivenMaps, make_maps, to_crop
 from dreamdance.data.annotation.networks import open_networks
 from dreamdance.data.annotation.side_files import SideFiles
 from dreamdance.data.annotation.video_stages import FollowedPoses, VideoStages
 from dreamdance.data.curation.motion import MotionTrack
-from dreamdance.data.curation.person_crop import crop_person
+from dreamdance.data.curation.person_crop import crop_person, holds_joints
 from dreamdance.data.curation.scores import (
     Scores,
     measure_cut,
@@ -23,24 +23,38 @@ from dreamdance.data.curation.scores import (
     measure_sharpness,
     measure_visible_joints,
 )
-from dreamdance.data.writing.shard_parts import ClipRecord
-from dreamdance.data.writing.video_clips import Split, resize_picture, split_frames
-from dreamdance.data.writing.video_opening import open_videos
+from dreamdance.data.writing.clip_record import ClipRecord, References, spread_over
+from dreamdance.data.writing.map_files import MapSource, ValueRange, as_video, disparity_range, is_metric
+from dreamdance.data.writing.video_clips import Split, read_maps, split_span
+from dreamdance.data.writing.video_opening import keypoints_path, open_videos, read_given_keypoints
 from dreamdance.media.cropping import Crop
 from dreamdance.media.keypoint_filter import measure_jitter
-from dreamdance.media.keypoints import KeypointSequence
-from dreamdance.media.pose_drawing import draw_poses
-from dreamdance.media.video import VideoError, VideoInfo, iterate_frames
+from dreamdance.media.keypoints import BODY, KeypointSequence
+from dreamdance.media.pose_drawing import CONFIDENCE_THRESHOLD, draw_poses
+from dreamdance.media.video import VideoError, VideoInfo
 from dreamdance.media.video_names import printable
 from dreamdance.recipe.schema import VideosSource
 from dreamdance.runs.file_states import read_state
 
 logger = logging.getLogger(__name__)
 
+# A frame shows the person if at least this share of the 18 joints of the body is seen.
+_LEAST_JOINTS = 0.25
+# A clip is left out if fewer of its frames show the person.
+_LEAST_FRAMES = 0.5
+
 
 @dataclass(frozen=True)
 class AnnotatedVideoPart:
-    """The clips of one plain video in one split; the worker that writes them calls this object."""
+    """The clips of one plain video in one split; the worker that writes them calls this object.
+
+    Attributes:
+        source: the folder, and how clips are cut.
+        name: of the video's files.
+        clip_id: the beginning of the clips' names.
+        split: the part of the set.
+        side_files: the folder of the results of the stages of all videos.
+    """
 
     source: VideosSource
     name: str
@@ -53,140 +67,259 @@ class AnnotatedVideoPart:
 
         Raises:
             VideoError: a video cannot be decoded, or is not aligned with the pictures.
-            UserError: an annotator cannot be opened, or its normals and depth disagree.
+            UserError: an annotator cannot be opened, its normals and depth disagree, or the chosen person is not there.
         """
-        section = self.source.annotators
+        video = yield from _AnnotatedVideo.open(self.source, self.name, self.side_files / self.clip_id)
+        shots = yield from video.follow_people()
+        own = set(video.own_frames(self.split))
+        clips = [(poses, piece) for poses in shots for piece in video.cut([f for f in poses.frames if f in own])]
+        kept = [(poses, piece) for poses, piece in clips if _shows_person(poses, piece).mean() >= _LEAST_FRAMES]
+        if len(kept) < len(clips):
+            logger.warning(
+                "%s: %d of %d %s clips are left out, because nobody is seen in most of their frames",
+                printable(video.rgb.path),
+                len(clips) - len(kept),
+                len(clips),
+                self.split,
+            )
+        if not kept:
+            logger.warning(
+                "%s gives no %s clip: it has %d shots of at least %d frames (`videos.min_clip_frames`)",
+                printable(video.rgb.path),
+                self.split,
+                len(shots),
+                self.source.min_clip_frames,
+            )
+        references = video.choose_references(shots, own)
+        for number, (poses, piece) in enumerate(kept):
+            yield (yield from video.make_clip(f"{self.clip_id}.{self.split}.{number:04d}", poses, piece, references))
+
+
+@dataclass(frozen=True)
+class _AnnotatedVideo:
+    """One video, its given maps, and what was found in the whole of it."""
+
+    source: VideosSource
+    files: Mapping[str, MapSource]
+    ranges: Mapping[str, ValueRange]
+    sha256: Mapping[str, str]
+    keypoints: KeypointSequence | None
+    stages: VideoStages
+    area: Crop
+    cuts: NDArray[np.float32]
+    motion: MotionTrack
+    shots: Sequence[list[int]]
+
+    @property
+    def rgb(self) -> VideoInfo:
+        return self.stages.video
+
+    @classmethod
+    def open(cls, source: VideosSource, name: str, side_files: Path) -> Generator[None, None, "_AnnotatedVideo"]:
+        """Opens the files of a video and finds its shots, its motion and its black bars."""
+        section = source.annotators
         if section is None:
             raise ValueError("a plain video needs `videos.annotators`")
-        rgb = open_videos(self.source, self.name)["rgb"]
-        state = read_state(rgb.path)
-        if state is None:
-            raise VideoError(f"{rgb.path} was removed while its clips were made")
-        networks = open_networks(section)
+        files = open_videos(source, name)
+        rgb = as_video(files["rgb"])
+        keypoints = read_given_keypoints(source, name, rgb)
+        paths = {modality: file.path for modality, file in files.items()}
+        if keypoints is not None:
+            paths["keypoints"] = keypoints_path(source, name)
+        sha256 = {}
+        for modality, path in paths.items():
+            yield None
+            if (state := read_state(path)) is None:
+                raise VideoError(f"{path} was removed while its clips were made")
+            sha256[modality] = state.sha256
         stages = VideoStages(
-            rgb, state.sha256, section=section, networks=networks, files=SideFiles(self.side_files / self.clip_id)
+            rgb, sha256["rgb"], section=section, networks=open_networks(section), files=SideFiles(side_files)
         )
-        regular = rgb.constant_rate_frames()
-        kept = set(split_own(regular, self.split, self.source))
         shots, cuts = yield from stages.shots()
         motion = yield from stages.motion()
-        area = yield from self._find_area(stages)
-        number = 0
-        for shot in shots:
-            frames = regular[shot.first : shot.end : self.source.frame_stride]
-            if len(frames) < self.source.min_clip_frames:
-                continue
-            fps = rgb.fps / self.source.frame_stride
-            poses = yield from stages.person(frames, fps=fps)
-            own = [frame for frame in frames if frame in kept]
-            for _, piece in split_frames(own, self.split, self.source.model_copy(update={"split_by": "clip"})):
-                record = yield from self._make_clip(stages, poses, piece, area, cuts, motion, regular, number)
-                number += 1
-                yield record
-        if number == 0:
-            logger.warning("%s gives no %s clip", printable(rgb.path), self.split)
+        if source.crop is not None:
+            area = Crop(*source.crop)
+        elif source.crop_letterbox:
+            area = yield from stages.area()
+        else:
+            area = Crop(left=0, top=0, width=rgb.width, height=rgb.height)
+        regular = rgb.constant_rate_frames()
+        ranges = {one: found for one, file in files.items() if (found := disparity_range(file)) is not None}
+        frames = [regular[shot.first : shot.end : source.frame_stride] for shot in shots]
+        return cls(source, files, ranges, sha256, keypoints, stages, area, cuts, motion, frames)
 
-    def _make_clip(
+    def follow_people(self) -> Generator[None, None, list[FollowedPoses]]:
+        """Follows the person through every shot that is long enough for a clip."""
+        found = []
+        for frames in self.shots:
+            if len(frames) >= self.source.min_clip_frames:
+                fps, sha256 = self.rgb.fps / self.source.frame_stride, self.sha256.get("keypoints", "")
+                found.append(
+                    (yield from self.stages.person(frames, fps=fps, given=self.keypoints, given_sha256=sha256))
+                )
+        return found
+
+    def own_frames(self, split: Split) -> list[int]:
+        """The frames of the video that belong to a split."""
+        regular = self.rgb.constant_rate_frames()
+        span = split_span(len(regular), split, self.source)
+        return regular[span.start : span.stop]
+
+    def cut(self, frames: list[int]) -> list[list[int]]:
+        """Cuts the frames of a shot into clips; a remainder that is too short is left out."""
+        pieces = [frames[i : i + self.source.clip_frames] for i in range(0, len(frames), self.source.clip_frames)]
+        return [piece for piece in pieces if len(piece) >= self.source.min_clip_frames]
+
+    def choose_references(self, shots: Sequence[FollowedPoses], own: set[int]) -> list[tuple[FollowedPoses, list[int]]]:
+        """Frames that show the person, spread over all shots of the split: by shot."""
+        seen = [
+            (number, frame)
+            for number, poses in enumerate(shots)
+            for frame, shown in zip(poses.frames, _shows_person(poses, poses.frames), strict=True)
+            if shown and frame in own
+        ]
+        chosen = [seen[place] for place in spread_over(len(seen), self.source.references)]
+        by_shot = [[frame for number, frame in chosen if number == shot] for shot in range(len(shots))]
+        return [(poses, frames) for poses, frames in zip(shots, by_shot, strict=True) if frames]
+
+    def make_clip(
         self,
-        stages: VideoStages,
+        clip_id: str,
         poses: FollowedPoses,
         piece: list[int],
-        area: Crop,
-        cuts: NDArray[np.float32],
-        motion: MotionTrack,
-        regular: list[int],
-        number: int,
+        references: Sequence[tuple[FollowedPoses, list[int]]],
     ) -> Generator[None, None, ClipRecord]:
-        video, rows = stages.video, poses.rows(piece)
-        part = self._find_crop(video, area, poses.smoothed[rows])
-        width, height = self.source.width or part.width, self.source.height or part.height
-        pictures = []
-        for frame in iterate_frames(video, piece):
-            pictures.append(resize_picture(part.cut(frame), width, height))
-            yield None
-        rgb = np.stack(pictures)
-        maps = yield from make_maps(stages, rgb, poses, piece, part)
-        keypoints = to_crop(poses.smoothed[rows], video.width, video.height, part)
-        places = [regular.index(piece[0]), regular.index(piece[-1]) + 1]
-        sequence = KeypointSequence(poses.found[rows], video.width, video.height, video.fps / self.source.frame_stride)
-        scores = Scores(
-            cut=measure_cut(cuts[slice(*places)]),
-            motion=motion.mean(piece[0], piece[-1] + 1),
-            sharpness=measure_sharpness(rgb, maps.mask > 0),
-            visible_joints=measure_visible_joints(keypoints),
-            people=measure_people(poses.num_people[rows].tolist()),
-            jitter=_finite(measure_jitter(sequence)),
-            geometry_angle=_finite(geometry_consistency(maps.normals, maps.depths, (maps.mask > 0).astype(np.float32))),
-        )
-        smoothed = KeypointSequence(poses.smoothed[rows], video.width, video.height, sequence.fps)
+        """Makes all maps and scores of one clip, and its references."""
+        part = self._find_crop(poses, piece)
+        maps, keypoints, made = yield from self._make_frames(poses, piece, part)
+        regular = {frame: place for place, frame in enumerate(self.rgb.constant_rate_frames())}
+        positions, of_references, their_keypoints = list[int](), list[dict[str, NDArray[Any]]](), list[NDArray[Any]]()
+        for shot, frames in references:
+            for crop, group in self._group_by_crop(shot, frames, part):
+                found, points, _ = yield from self._make_frames(shot, group, crop)
+                positions += [regular[frame] - regular[piece[0]] for frame in group]
+                of_references.append(found)
+                their_keypoints.append(points)
+        order = np.argsort(positions, kind="stable").tolist()
+        joined = None
+        if order:
+            joined = References(
+                [positions[place] for place in order],
+                {name: np.concatenate([found[name] for found in of_references])[order] for name in maps},
+                np.concatenate(their_keypoints)[order],
+            )
         return ClipRecord(
-            clip_id=f"{self.clip_id}.{self.split}.{number:04d}",
-            fps=sequence.fps,
-            maps={
-                "rgb": rgb,
-                "pose": draw_poses(keypoints, width=width, height=height),
-                "normal": maps.normal,
-                "depth": maps.depth,
-                "mask": maps.mask,
-            },
+            clip_id=clip_id,
+            fps=self.rgb.fps / self.source.frame_stride,
+            maps=maps,
             keypoints=keypoints,
-            metadata=self._metadata(stages, piece, part, maps, scores, _finite(measure_jitter(smoothed))),
+            metadata=self._metadata(
+                poses, piece, part, made, self._measure(poses, piece, maps["rgb"], keypoints, made)
+            ),
+            references=joined,
+            frame_step=self.source.frame_stride,
         )
 
-    def _find_area(self, stages: VideoStages) -> Generator[None, None, Crop]:
-        """The part of the frames that may be kept: the recipe's crop, or all without black bars."""
-        if self.source.crop is not None:
-            return Crop(*self.source.crop)
-        if self.source.crop_letterbox:
-            return (yield from stages.area())
-        return Crop(left=0, top=0, width=stages.video.width, height=stages.video.height)
-
-    def _find_crop(self, video: VideoInfo, area: Crop, keypoints: NDArray[np.float32]) -> Crop:
-        """The part of the area that a clip keeps: all, or around the person if the recipe states a size."""
+    def _find_crop(self, poses: FollowedPoses, frames: list[int]) -> Crop:
+        """The part of the area that is kept: all, or around the person if the recipe states a size."""
         if self.source.width is None or self.source.height is None:
-            return area
-        seen = to_crop(keypoints, video.width, video.height, area)
+            return self.area
+        seen = to_crop(poses.smoothed[poses.rows(frames)], self.rgb.width, self.rgb.height, self.area)
         found = crop_person(
             seen,
-            width=area.width,
-            height=area.height,
+            width=self.area.width,
+            height=self.area.height,
             to_width=self.source.width,
             to_height=self.source.height,
         )
-        return found.crop.within(area)
+        return found.crop.within(self.area)
+
+    def _group_by_crop(self, poses: FollowedPoses, frames: list[int], part: Crop) -> list[tuple[Crop, list[int]]]:
+        """The clip's crop for all frames whose joints it does not cut; each other frame has its own crop."""
+        seen = to_crop(poses.smoothed, self.rgb.width, self.rgb.height, self.area)
+        held = {frame: holds_joints(self._inside(part), seen[poses.rows([frame])], self.area) for frame in frames}
+        fitting = [frame for frame in frames if held[frame]]
+        others = [(self._find_crop(poses, [frame]), [frame]) for frame in frames if not held[frame]]
+        return [(part, fitting), *others] if fitting else others
+
+    def _inside(self, part: Crop) -> Crop:
+        """A crop of the frame, measured in the area."""
+        return Crop(part.left - self.area.left, part.top - self.area.top, part.width, part.height)
+
+    def _make_frames(
+        self, poses: FollowedPoses, frames: list[int], part: Crop
+    ) -> Generator[None, None, tuple[dict[str, NDArray[Any]], NDArray[np.float32], ClipMaps]]:
+        """All maps of some frames, in the stored encodings, their key points, and what the scores need."""
+        yield None
+        read = read_maps(self.source, self.files, self.ranges, frames, part)
+        given = {name: found for name, found in read.items() if name not in ("rgb", "pose")}
+        made = yield from make_maps(self.stages, read["rgb"], poses, frames, part, GivenMaps(given, self.sha256))
+        keypoints = to_crop(poses.smoothed[poses.rows(frames)], self.rgb.width, self.rgb.height, part)
+        height, width = read["rgb"].shape[1:3]
+        pose = read["pose"] if "pose" in read else draw_poses(keypoints, width=width, height=height)
+        maps = {"rgb": read["rgb"], "pose": pose, "normal": made.normal, "depth": made.depth, "mask": made.mask}
+        return maps, keypoints, made
+
+    def _measure(
+        self,
+        poses: FollowedPoses,
+        piece: list[int],
+        rgb: NDArray[np.uint8],
+        keypoints: NDArray[np.float32],
+        made: ClipMaps,
+    ) -> Scores:
+        rows, regular = poses.rows(piece), self.rgb.constant_rate_frames()
+        places = slice(regular.index(piece[0]), regular.index(piece[-1]) + 1)
+        found = KeypointSequence(
+            poses.found[rows], self.rgb.width, self.rgb.height, self.rgb.fps / self.source.frame_stride
+        )
+        inside = made.mask > 0
+        return Scores(
+            cut=measure_cut(self.cuts[places]),
+            motion=self.motion.mean(piece[0], piece[-1] + 1),
+            sharpness=measure_sharpness(rgb, inside),
+            visible_joints=measure_visible_joints(keypoints),
+            people=measure_people(poses.num_people[rows].tolist()),
+            jitter=_finite(measure_jitter(found)),
+            geometry_angle=_finite(geometry_consistency(made.normals, made.depths, inside)),
+        )
 
     def _metadata(
-        self,
-        stages: VideoStages,
-        piece: list[int],
-        part: Crop,
-        maps: ClipMaps,
-        scores: Scores,
-        jitter: float | None,
+        self, poses: FollowedPoses, piece: list[int], part: Crop, made: ClipMaps, scores: Scores
     ) -> dict[str, Any]:
+        sequence = KeypointSequence(
+            poses.smoothed[poses.rows(piece)],
+            self.rgb.width,
+            self.rgb.height,
+            self.rgb.fps / self.source.frame_stride,
+        )
+        networks = self.stages.networks
+        given = {name: {"file": self.files[name].path.name} for name in self.files if name != "rgb"}
+        if self.keypoints is not None:
+            given["keypoints"] = {}
         metadata: dict[str, Any] = {
-            "source": stages.video.path.name,
-            "source_sha256": stages.content,
+            "source": self.rgb.path.name,
+            "source_sha256": self.sha256["rgb"],
             "first_frame": piece[0],
-            "seconds": stages.video.times([piece[0], piece[-1]]),
-            "crop": list(asdict(part).values()),
-            "annotators": {task: stages.networks.identity(task) for task in ("pose", "mask", "depth", "normal")},
+            "seconds": self.rgb.times([piece[0], piece[-1]]),
+            "crop": [part.left, part.top, part.width, part.height],
+            "annotators": {task: networks.identity(task) for task in networks.names},
+            "given": {name: {**about, "sha256": self.sha256[name]} for name, about in given.items()},
             "scores": scores.to_json(),
-            "smoothed_jitter": jitter,
+            "smoothed_jitter": _finite(measure_jitter(sequence)),
         }
-        if maps.depth_range is not None:
-            metadata["depth_range"] = list(maps.depth_range)
-        if not maps.sees_background:
+        depth_range = self.ranges["depth"].ends if is_metric(self.files.get("depth")) else made.depth_range
+        if depth_range is not None:
+            metadata["depth_range"] = list(depth_range)
+        if not made.sees_background:
             metadata["background"] = "none"
         return metadata
 
 
-def split_own(frames: list[int], split: Split, source: VideosSource) -> list[int]:
-    """The frames of a video that belong to a split: all, or with `split_by: time` its part of the video."""
-    if source.split_by == "clip":
-        return frames
-    boundary = len(frames) - round(source.validation_fraction * len(frames))
-    return frames[:boundary] if split == "train" else frames[boundary:]
+def _shows_person(poses: FollowedPoses, frames: list[int]) -> NDArray[np.bool_]:
+    """Which of the frames show the person `(f,)`."""
+    confident = poses.smoothed[poses.rows(frames)][:, BODY, 2] >= CONFIDENCE_THRESHOLD
+    return np.asarray(confident.mean(axis=1) >= _LEAST_JOINTS)
 
 
 def _finite(value: float) -> float | None:

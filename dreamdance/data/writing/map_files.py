@@ -19,22 +19,30 @@ from dreamdance.media.cropping import Crop
 from dreamdance.media.map_arrays import ACCEPTED, MapArray, iterate_map_array, open_map_array
 from dreamdance.media.transforms import encode_normals, pictures_to_tensor, resize_normals, tensor_to_pictures
 from dreamdance.media.video import VideoInfo, iterate_frames, iterate_grey16, probe_video
-from dreamdance.modalities import ALWAYS_READ, MODALITIES, Modality
+from dreamdance.media.video_names import FILE_MODALITIES, VIDEO_SUFFIXES
+from dreamdance.modalities import ALWAYS_READ, Modality
 
 MapSource = VideoInfo | MapArray
 
-# The modalities that a clip may have a file of.
-FILE_MODALITIES = tuple(name for name, modality in MODALITIES.items() if modality.domain or modality.control)
 LOSSLESS_CODECS = frozenset({"ffv1", "ffvhuff", "huffyuv", "png", "rawvideo", "utvideo"})
 
 
-def candidate_files(folder: Path | str, name: str) -> dict[str, tuple[Path, ...]]:
-    """For each modality the paths where a clip's map may be; none of them has to exist."""
+def candidate_files(folder: Path | str, name: str, *, plain: bool = False) -> dict[str, tuple[Path, ...]]:
+    """For each modality the paths where a clip's map may be; none of them has to exist.
+
+    Args:
+        folder: the folder of the videos.
+        name: of the clip.
+        plain: whether the pictures may also be `<clip>.mp4`, or another kind of video.
+    """
     folder = Path(folder).absolute()
-    return {
-        modality: tuple(folder / f"{name}.{modality}{end}" for end in _suffixes(modality))
+    files = {
+        modality: tuple(folder / f"{name}.{modality}{end}" for end in _suffixes(modality, plain=plain))
         for modality in FILE_MODALITIES
     }
+    if plain:
+        files["rgb"] += tuple(folder / f"{name}{end}" for end in VIDEO_SUFFIXES)
+    return files
 
 
 def present_files(candidates: tuple[Path, ...]) -> list[Path]:
@@ -144,8 +152,10 @@ def _cut(frame: NDArray[Any], part: Crop) -> NDArray[Any]:
     return part.cut(frame) if frame.ndim == 3 else part.cut(frame[..., None])[..., 0]
 
 
-def _suffixes(modality: str) -> tuple[str, ...]:
-    if modality in ALWAYS_READ:
+def _suffixes(modality: str, *, plain: bool) -> tuple[str, ...]:
+    if modality == "rgb" and plain:
+        return VIDEO_SUFFIXES
+    if modality in ALWAYS_READ and not plain:
         return (".mp4",)
     return (".mp4", ".mkv", ".npz") if modality in ACCEPTED else (".mp4", ".mkv")
 

@@ -18,11 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from dreamdance.annotators.axes import AxesError
 from dreamdance.data.shards.frame_codecs import Codec
 from dreamdance.data.shards.mds import INDEX_FILE, MDSWriter
 from dreamdance.data.shards.tracks import TRACK_COLUMNS
 from dreamdance.data.writing.clip_record import RGB_QUALITY, ClipRecord
-from dreamdance.errors import LostWorkerError, ShardError, UserError, is_transient
+from dreamdance.errors import LostWorkerError, MissingInputError, ShardError, UserError, is_transient
 from dreamdance.runs.file_states import FileState, read_state
 from dreamdance.runs.files import replace_atomically
 from dreamdance.runs.work_queue import WorkQueue
@@ -37,6 +38,8 @@ HEARTBEAT_SECONDS = 0.5  # shortest time between two heartbeats of a part
 HEARTBEAT_CHECK_SECONDS = 5.0
 
 OnError = Literal["stop", "skip"]
+# These errors are about the recipe's annotators, not about one video.
+NOT_DAMAGE = (MissingInputError, AxesError)
 
 
 @dataclass(frozen=True)
@@ -264,7 +267,7 @@ def _write_clips(
             os.utime(incoming)  # the heartbeat that the parent process watches
             on_clip()
     except UserError as error:
-        if part.source is None or is_transient(error):
+        if part.source is None or is_transient(error) or isinstance(error, NOT_DAMAGE):
             raise
         damage = str(error)
     writer.finish()

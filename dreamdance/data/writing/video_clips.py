@@ -5,7 +5,7 @@ All videos of a clip are cut at the same times, cropped to the same region and r
 
 import logging
 import os
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from dreamdance.media.cropping import Crop, centred_crop
 from dreamdance.media.letterbox import search_letterbox
 from dreamdance.media.map_arrays import MapArray
 from dreamdance.media.video import VideoInfo, iterate_frames
-from dreamdance.media.video_names import printable
+from dreamdance.media.video_names import VIDEO_SUFFIXES, plain_name, printable
 from dreamdance.modalities import MODALITIES
 from dreamdance.recipe.schema import VideosSource
 from dreamdance.runtime.ranks import Ranks
@@ -32,43 +32,71 @@ logger = logging.getLogger(__name__)
 Split = Literal["train", "validation"]
 
 
-def find_videos(folder: Path | str) -> list[str]:
-    """The names of the clips that have pictures and a pose, in alphabetical order; hidden files are ignored.
+def find_videos(folder: Path | str, *, plain: bool = False) -> list[str]:
+    """The names of the clips in a folder, in alphabetical order; hidden files are ignored.
 
     Only the main rank warns about pictures without a pose. A link to a missing file counts as a video; `check_videos`
     reports it with all other problems.
+
+    Args:
+        folder: its subfolders are not searched.
+        plain: whether a clip needs nothing but its pictures, `<clip>.mp4`. If not, it has pictures and a pose.
 
     Raises:
         MissingInputError: there is no such clip.
     """
     folder = Path(folder)
-    names = sorted(path.name.removesuffix(".rgb.mp4") for path in folder.glob("*.rgb.mp4") if path.name[0] != ".")
+    files = [path.name for path in folder.glob("*.*") if path.name[0] != "."]
+    if plain:
+        if names := sorted({name for file in files if (name := plain_name(file)) is not None}):
+            return names
+        raise MissingInputError(
+            f"no videos in {folder.absolute()}: `videos.folder` must contain <clip>{', <clip>'.join(VIDEO_SUFFIXES)}"
+        )
+    names = sorted(file.removesuffix(".rgb.mp4") for file in files if file.endswith(".rgb.mp4"))
     usable = [name for name in names if os.path.lexists(folder / f"{name}.pose.mp4")]
     for name in sorted(set(names) - set(usable)) if Ranks.from_environment().is_main else ():
         path = printable(folder / f"{name}.rgb.mp4")
         logger.warning("%s is left out: the folder has no %s.pose.mp4", path, printable(name))
     if not usable:
+        found = [file for file in files if plain_name(file) is not None]
+        hint = f". It has {len(found)} videos without a pose: `videos.annotators={{}}` finds the poses" if found else ""
         raise MissingInputError(
-            f"no videos in {folder.absolute()}: `videos.folder` must contain <clip>.rgb.mp4 and <clip>.pose.mp4"
+            f"no videos in {folder.absolute()}: `videos.folder` must contain <clip>.rgb.mp4 and <clip>.pose.mp4{hint}"
         )
     return usable
 
 
-def choose_validation(names: list[str], *, fraction: float, seed: int) -> set[str]:
+def choose_validation(
+    names: list[str], *, fraction: float, seed: int, groups: Sequence[Sequence[str]] | None = None
+) -> set[str]:
     """Draws whole videos for validation: the given fraction of them, but at least one, and never all.
 
+    Args:
+        names: of all videos, in alphabetical order.
+        fraction: in [0,1).
+        seed: of the draw.
+        groups: all names in groups that the split must not divide; by default each video is its own group. Groups are
+            drawn until the fraction is reached.
+
     Raises:
-        MissingInputError: there is only one video.
+        MissingInputError: there is only one video, or one group.
     """
     if fraction == 0:
         return set()
-    if len(names) < 2:
+    groups = [[name] for name in names] if groups is None else groups
+    if len(groups) < 2:
+        what = "one video" if len(names) < 2 else f"{len(names)} videos of the same footage"
         raise MissingInputError(
-            "one video cannot be divided by clip; set `videos.split_by` to time, or `videos.validation_fraction` to 0"
+            f"{what} cannot be divided by clip; set `videos.split_by` to time, or `videos.validation_fraction` to 0"
         )
     count = min(max(1, round(fraction * len(names))), len(names) - 1)
-    order = torch.randperm(len(names), generator=sample_generator((seed, 0, 0), "validation videos")).tolist()
-    return {names[index] for index in order[:count]}
+    order = torch.randperm(len(groups), generator=sample_generator((seed, 0, 0), "validation videos")).tolist()
+    chosen: set[str] = set()
+    for index in order[:-1]:
+        if len(chosen) < count:
+            chosen.update(groups[index])
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -102,13 +130,13 @@ class VideoPart:
         span = split_span(len(frames), self.split, self.source)
         chosen = [span.start + index for index in spread_over(len(span), self.source.references)]
         ranges = {name: found for name, one in videos.items() if (found := disparity_range(one)) is not None}
-        references = self._read_all(videos, ranges, [frames[index] for index in chosen], part) if chosen else {}
+        references = read_maps(self.source, videos, ranges, [frames[index] for index in chosen], part) if chosen else {}
         for number, (first, piece) in enumerate(pieces):
             step, start = self.source.frame_stride, span.start + number * self.source.clip_frames
             yield ClipRecord(
                 clip_id=f"{self.clip_id}.{self.split}.{number:04d}",
                 fps=rgb.fps / self.source.frame_stride,
-                maps=self._read_all(videos, ranges, piece, part),
+                maps=read_maps(self.source, videos, ranges, piece, part),
                 references=References([step * (index - start) for index in chosen], references) if chosen else None,
                 frame_step=step,
                 metadata={
@@ -118,22 +146,6 @@ class VideoPart:
                     **({"depth_range": list(ranges["depth"].ends)} if is_metric(videos.get("depth")) else {}),
                 },
             )
-
-    def _read_all(
-        self, sources: Mapping[str, MapSource], ranges: Mapping[str, ValueRange], frames: list[int], part: Crop
-    ) -> dict[str, NDArray[Any]]:
-        """Reads frames of the pictures, and those of all maps that show the same moments."""
-        rgb = as_video(sources["rgb"])
-        width, height = self.source.width or part.width, self.source.height or part.height
-        times = rgb.times(frames)
-        maps = {}
-        for name, source in sources.items():
-            same = source is rgb or isinstance(source, MapArray)
-            chosen = frames if same else as_video(source).frames_at(times)
-            maps[name] = read_map(
-                MODALITIES[name], source, chosen, part, width=width, height=height, value_range=ranges.get(name)
-            )
-        return maps
 
     def _find_crop(self, rgb: VideoInfo) -> Generator[None, None, Crop]:
         """Finds the kept part of the frame: the recipe's crop or the area without black bars, cut to the aspect."""
@@ -146,6 +158,35 @@ class VideoPart:
             centred = centred_crop(part.width, part.height, to_width=self.source.width, to_height=self.source.height)
             part = centred.within(part)
         return part
+
+
+def read_maps(
+    source: VideosSource,
+    files: Mapping[str, MapSource],
+    ranges: Mapping[str, ValueRange],
+    frames: list[int],
+    part: Crop,
+) -> dict[str, NDArray[Any]]:
+    """Reads frames of the pictures, and those of all maps that show the same moments.
+
+    Args:
+        source: states the size of the stored frames.
+        files: the pictures, and the maps that are given.
+        ranges: what `disparity_range` found in them.
+        frames: numbers of frames of the pictures, not decreasing.
+        part: the part of each frame that is kept.
+    """
+    rgb = as_video(files["rgb"])
+    width, height = source.width or part.width, source.height or part.height
+    times = rgb.times(frames)
+    maps = {}
+    for name, file in files.items():
+        same = file is rgb or isinstance(file, MapArray)
+        chosen = frames if same else as_video(file).frames_at(times)
+        maps[name] = read_map(
+            MODALITIES[name], file, chosen, part, width=width, height=height, value_range=ranges.get(name)
+        )
+    return maps
 
 
 def split_frames(frames: list[int], split: Split, source: VideosSource) -> list[tuple[int, list[int]]]:

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from dreamdance.data.writing.map_files import (
     present_files,
 )
 from dreamdance.errors import is_transient
+from dreamdance.media.keypoint_formats import read_any_keypoints
+from dreamdance.media.keypoints import KeypointFileError, KeypointSequence
 from dreamdance.media.map_arrays import MapArray
 from dreamdance.media.video import VideoError, VideoInfo
 from dreamdance.media.video_names import is_text, printable
@@ -32,7 +35,7 @@ _HALF_GAP = 0.51
 
 
 def open_videos(source: VideosSource, name: str) -> dict[str, MapSource]:
-    """Opens a clip's videos, and its arrays of maps.
+    """Opens a clip's videos, and its arrays of maps. With `videos.annotators` only the pictures are needed.
 
     Raises:
         VideoError: a file cannot be read, or is not aligned with the pictures; the error names all problems.
@@ -41,9 +44,9 @@ def open_videos(source: VideosSource, name: str) -> dict[str, MapSource]:
         raise VideoError(f"the name {name!r} is not text in UTF-8; rename the files")
     videos: dict[str, MapSource] = {}
     problems: list[str] = []
-    for modality, candidates in candidate_files(source.folder, name).items():
+    for modality, candidates in candidate_files(source.folder, name, plain=source.annotators is not None).items():
         found = present_files(candidates)
-        if modality in OPTIONAL and not found:
+        if not found and (modality in OPTIONAL or (modality == "pose" and source.annotators is not None)):
             continue
         if len(found) > 1:
             names = " and ".join(path.name for path in found)
@@ -63,9 +66,41 @@ def open_videos(source: VideosSource, name: str) -> dict[str, MapSource]:
         rgb = as_video(videos["rgb"])
         problems += [problem for video in videos.values() if (problem := _alignment_problem(rgb, video))]
         problems += _crop_problems(source, rgb)
+        try:
+            read_given_keypoints(source, name, rgb)
+        except KeypointFileError as error:
+            problems.append(str(error))
     if problems:
         raise VideoError("; ".join(problems))
     return videos
+
+
+def clip_files(source: VideosSource, name: str) -> tuple[Path, ...]:
+    """All paths where a file of a clip may be; none of them has to exist."""
+    plain = source.annotators is not None
+    files = tuple(chain.from_iterable(candidate_files(source.folder, name, plain=plain).values()))
+    return (*files, keypoints_path(source, name)) if plain else files
+
+
+def keypoints_path(source: VideosSource, name: str) -> Path:
+    """Where the key points of a clip are, if they are given."""
+    return Path(source.folder).absolute() / f"{name}.keypoints.json"
+
+
+def read_given_keypoints(source: VideosSource, name: str, rgb: VideoInfo) -> KeypointSequence | None:
+    """The key points beside a clip's pictures; None if there are none, or if no annotators are set.
+
+    Raises:
+        KeypointFileError: the file cannot be used, or has another number of frames than the pictures.
+    """
+    path = keypoints_path(source, name)
+    if source.annotators is None or not os.path.lexists(path):
+        return None
+    person = source.annotators.person if isinstance(source.annotators.person, int) else None
+    given = read_any_keypoints(path, size=(rgb.width, rgb.height), fps=rgb.fps, person=person)
+    if len(given.keypoints) != rgb.num_frames:
+        raise KeypointFileError(f"{path} has {len(given.keypoints)} frames, {rgb.path.name} {rgb.num_frames}")
+    return given
 
 
 def check_videos(
