@@ -1,27 +1,22 @@
 """Each score has the value that follows from its definition; wrong values are refused by name."""
 
 import json
-from dataclasses import fields, replace
+from dataclasses import fields
 from itertools import pairwise
 
 import cv2
 import numpy as np
 import pytest
 
-from dreamdance.annotators.protocols import Depths
 from dreamdance.dancers.render import HELD_OUT_SEEDS, DancerClip, render_clip
-from dreamdance.data.curation.motion import MotionTrack
 from dreamdance.data.curation.scores import (
     SCORE_KINDS,
-    MeasuredClip,
     Scores,
     measure_cut,
     measure_people,
-    measure_scores,
     measure_sharpness,
     measure_visible_joints,
 )
-from dreamdance.media.keypoints import KeypointSequence
 
 
 @pytest.fixture(scope="module")
@@ -121,50 +116,3 @@ def test_visible_joints_are_those_of_the_body_within_the_frame():
 )
 def test_rare_numbers_of_people_are_false_detections(counts, expected):
     assert measure_people(counts) == expected
-
-
-def test_a_dancer_has_the_scores_of_its_exact_truth():
-    """Frames 2 to 7 of a video of ten: all joints seen or guessed, normals that fit the depth, little noise."""
-    clip = render_clip(HELD_OUT_SEEDS[1], num_frames=6, width=128, height=192, fps=30.0)
-    speeds = np.full(10, 9.0, np.float32)
-    speeds[2:8] = [np.nan, 0.1, 0.1, 0.1, 0.1, 0.2]
-    probabilities = np.array([1, 1, 0, 0, 0.25, 0, 0, 1, 1, 1], np.float32)
-    measured = MeasuredClip(
-        rgb=clip.rgb,
-        keypoints=KeypointSequence(clip.keypoints, 128, 192, 30.0),
-        mask=clip.mask,
-        people=[1] * 6,
-        normals=clip.normal,
-        depths=Depths(clip.depth, "depth"),
-        cut_probabilities=probabilities,
-        motion=MotionTrack(speeds, "codec"),
-        first=2,
-    )
-    scores = measure_scores(measured)
-    assert scores.cut == 0.25
-    assert scores.motion == pytest.approx(0.12)
-    assert scores.people == 1
-    assert scores.visible_joints == pytest.approx((clip.keypoints[:, :18, 2] >= 0.3).mean())
-    assert scores.sharpness == measure_sharpness(clip.rgb, clip.mask)
-    assert scores.jitter < 0.01
-    assert scores.geometry_angle < 15
-    turned = replace(measured, normals=clip.normal * np.array([-1, 1, 1], np.float32))
-    assert measure_scores(turned).geometry_angle > scores.geometry_angle + 10
-
-
-def test_a_clip_without_annotations_has_no_scores():
-    scores = measure_scores(MeasuredClip(rgb=np.zeros((3, 8, 8, 3), np.uint8)))
-    assert set(scores.values().values()) == {None}
-
-
-def test_what_cannot_be_measured_is_none(dancer):
-    """Three frames are too few for jitter; an empty mask leaves neither sharpness nor an angle."""
-    measured = MeasuredClip(
-        rgb=dancer.rgb,
-        keypoints=KeypointSequence(dancer.keypoints, 128, 192, 8.0),
-        mask=np.zeros_like(dancer.mask),
-        normals=dancer.normal,
-        depths=Depths(dancer.depth, "depth"),
-    )
-    scores = measure_scores(measured)
-    assert (scores.jitter, scores.sharpness, scores.geometry_angle) == (None, None, None)

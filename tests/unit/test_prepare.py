@@ -107,7 +107,7 @@ def test_dancers_have_the_maps_of_the_first_version_and_those_that_the_table_lis
 def test_dancers_that_lack_a_map_added_since_are_refused_by_name(dancers, tmp_path, monkeypatch):
     index = (dancers / "train" / "index.json").read_bytes()
     assert b"added_maps" not in index, "as in the indices of older commits, which stay complete"
-    monkeypatch.setattr("dreamdance.data.prepare.ADDED_TO_DANCERS", ("legs",))
+    monkeypatch.setattr("dreamdance.data.planning.ADDED_TO_DANCERS", ("legs",))
     with pytest.raises(ShardError, match=r"added_maps was None, is \['legs'\]\. Set another `output`"):
         prepare(dancers_recipe(dancers), tmp_path / "run")
     assert (dancers / "train" / "index.json").read_bytes() == index

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dreamdance.annotators.axes import check_axes
+from dreamdance.annotators.axes import AxesError, check_axes
 from dreamdance.annotators.protocols import Depths, PersonPoses
 from dreamdance.data.annotation.networks import Networks
 from dreamdance.data.annotation.side_files import Arrays, StageKey, last_result
 from dreamdance.data.annotation.video_stages import FollowedPoses, VideoStages
 from dreamdance.data.shards.columns import encode_normal
 from dreamdance.media.cropping import Crop
+from dreamdance.media.video import VideoError
 
 # The wall behind a person whose background no network sees, as a share of the person's own range of disparity.
 _WALL_DISTANCE = 0.25
@@ -76,6 +77,7 @@ def make_maps(
 
     Raises:
         AxesError: normals and depth disagree in the sign of an axis.
+        VideoError: the same, with a given map.
     """
     networks, rows = stages.networks, poses.rows(frames)
     seen = PersonPoses(
@@ -107,7 +109,12 @@ def make_maps(
         depths = Depths(given.maps["depth"].astype(np.float32) / 65535, "disparity")
     else:
         depths = yield from _find_depths(stages, key("depth", mask_digest), rgb, seen, mask)
-    check_axes(normals, depths, mask, names=(_maker(networks, given, "normal"), _maker(networks, given, "depth")))
+    try:
+        check_axes(normals, depths, mask, names=(_maker(networks, given, "normal"), _maker(networks, given, "depth")))
+    except AxesError as error:
+        if "normal" not in given.maps and "depth" not in given.maps:
+            raise
+        raise VideoError(str(error)) from error  # a file of this video is wrong, not the annotators
     inside = mask > _MASK_THRESHOLD
     made = [task for task in ("normal", "depth") if task not in given.maps]
     without_background = [task for task in made if not getattr(networks, task).sees_background]

@@ -12,11 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dreamdance.annotators.axes import geometry_consistency
-from dreamdance.annotators.protocols import Depths
-from dreamdance.data.curation.motion import MotionTrack
-from dreamdance.media.keypoint_filter import measure_jitter
-from dreamdance.media.keypoints import BODY, KeypointSequence
+from dreamdance.media.keypoints import BODY
 from dreamdance.media.pose_drawing import CONFIDENCE_THRESHOLD
 
 # Higher frames are reduced to this height before sharpness is measured, so that a video's size matters less.
@@ -102,56 +98,6 @@ class Scores:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ValueError(f"the score {name} is {value!r}; a number or null is accepted")
         return cls(**content)
-
-
-@dataclass(frozen=True)
-class MeasuredClip:
-    """What the earlier stages found for f frames of a video, from `first` on; None where a stage is absent.
-
-    Attributes:
-        rgb: `(f, H, W, 3)` uint8.
-        keypoints: of the followed person, before smoothing.
-        mask: `(f, H, W)`, more than 0.5 on the person.
-        people: the number of people in each frame.
-        normals: `(f, H, W, 3)` float32, x right, y up, z towards the camera.
-        depths: of the same frames.
-        cut_probabilities: of the whole video.
-        motion: of the whole video.
-        first: the number of the clip's first frame in the video.
-    """
-
-    rgb: NDArray[np.uint8]
-    keypoints: KeypointSequence | None = None
-    mask: NDArray[Any] | None = None
-    people: Sequence[int] | None = None
-    normals: NDArray[np.float32] | None = None
-    depths: Depths | None = None
-    cut_probabilities: NDArray[np.float32] | None = None
-    motion: MotionTrack | None = None
-    first: int = 0
-
-
-def measure_scores(clip: MeasuredClip) -> Scores:
-    """Measures all scores of a clip."""
-    end = clip.first + len(clip.rgb)
-    geometry, jitter = None, None
-    if clip.normals is not None and clip.depths is not None and clip.mask is not None:
-        geometry = _known(geometry_consistency(clip.normals, clip.depths, clip.mask))
-    if clip.keypoints is not None:
-        jitter = _known(measure_jitter(clip.keypoints))
-    return Scores(
-        cut=None if clip.cut_probabilities is None else measure_cut(clip.cut_probabilities[clip.first : end]),
-        motion=None if clip.motion is None else clip.motion.mean(clip.first, end),
-        sharpness=None if clip.mask is None else measure_sharpness(clip.rgb, clip.mask),
-        visible_joints=None if clip.keypoints is None else measure_visible_joints(clip.keypoints.keypoints),
-        people=None if clip.people is None else measure_people(clip.people),
-        jitter=jitter,
-        geometry_angle=geometry,
-    )
-
-
-def _known(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def measure_cut(probabilities: NDArray[np.floating[Any]]) -> float | None:

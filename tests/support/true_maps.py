@@ -1,0 +1,100 @@
+"""Annotators that know the right answers for rendered dancers; each process reads them from a folder."""
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dreamdance.annotators.exact_poses import exact_poses
+from dreamdance.annotators.protocols import Depths, Person, PersonPoses
+from dreamdance.dancers.render import DancerClip
+from support.exact_annotator import ExactAnnotator
+
+# In a recipe: `annotators: {pose: "support.true_maps:open_truth", ...}`.
+NAME = f"{__name__}:open_truth"
+FOLDER = "DREAMDANCE_TRUE_MAPS"
+# A text "<method> <n>": the n-th call of that method in a process ends it with an error.
+FAILURE = "DREAMDANCE_TRUE_MAPS_FAIL"
+
+
+def write_truth(folder: Path, name: str, clip: DancerClip) -> None:
+    """Stores the frames of a dancer with their key points, landmarks and maps."""
+    poses = exact_poses(clip)
+    assert poses.landmarks is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(
+        folder / f"{name}.npz",
+        rgb=clip.rgb,
+        keypoints=clip.keypoints,
+        landmarks=poses.landmarks,
+        mask=clip.mask.astype(np.float32),
+        normal=clip.normal,
+        depth=clip.depth,
+    )
+
+
+class TrueMaps(ExactAnnotator):
+    """Recognises frames and returns what is stored with them. Depth and normals have a meaning on the person alone."""
+
+    sees_background = False
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        stored = []
+        for path in sorted(folder.glob("*.npz")):
+            with np.load(path, allow_pickle=False) as content:
+                stored.append({name: content[name] for name in content.files})
+        self._truth = {name: np.concatenate([one[name] for one in stored]) for name in stored[0]}
+        self.learn(self._truth["rgb"], self._truth["keypoints"])
+        self.calls = dict.fromkeys(("people", "pose", "mask", "normal", "depth"), 0)
+
+    def find_people(self, rgb: NDArray[np.uint8]) -> list[list[Person]]:
+        self._count("people")
+        return super().find_people(rgb)
+
+    def annotate_pose(self, rgb: NDArray[np.uint8], people: Any) -> PersonPoses:
+        self._count("pose")
+        return PersonPoses(super().annotate_pose(rgb, people).keypoints, landmarks=self._look_up("landmarks", rgb))
+
+    def annotate_mask(self, rgb: NDArray[np.uint8], poses: PersonPoses) -> NDArray[np.float32]:
+        self._count("mask")
+        return self._look_up("mask", rgb)
+
+    def annotate_normal(
+        self, rgb: NDArray[np.uint8], poses: PersonPoses, mask: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        self._count("normal")
+        return self._look_up("normal", rgb)
+
+    def annotate_depth(self, rgb: NDArray[np.uint8], poses: PersonPoses, mask: NDArray[np.float32]) -> Depths:
+        self._count("depth")
+        return Depths(self._look_up("depth", rgb), "depth")
+
+    def _look_up(self, name: str, rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+        known = self._truth["rgb"].astype(np.float32)
+        rows = [int(np.abs(known - frame).mean(axis=(1, 2, 3)).argmin()) for frame in rgb]
+        return np.asarray(self._truth[name][rows], dtype=np.float32)
+
+    def _count(self, name: str) -> None:
+        self.calls[name] += 1
+        if os.environ.get(FAILURE) == f"{name} {self.calls[name]}":
+            os.environ.pop(FAILURE)
+            raise RuntimeError(f"the test ends {name} here")
+
+
+@cache
+def _open(folder: str) -> TrueMaps:
+    return TrueMaps(Path(folder))
+
+
+def open_truth() -> TrueMaps:
+    """The annotator of the folder that the environment names; one for each process."""
+    return _open(os.environ[FOLDER])
+
+
+def open_other() -> TrueMaps:
+    """The same answers under another name."""
+    return open_truth()

@@ -1,0 +1,231 @@
+"""`prepare` from plain videos: annotators make the maps, given files win, the same footage stays on one side."""
+
+import shutil
+
+import numpy as np
+import pytest
+from support.true_maps import FAILURE, FOLDER, NAME, open_truth, write_truth
+from support.video_folders import stored_clips, videos_recipe
+
+from dreamdance.dancers.render import HELD_OUT_SEEDS, render_clip
+from dreamdance.data.annotation.networks import open_networks
+from dreamdance.data.prepare import prepare
+from dreamdance.data.shards.columns import encode_normal
+from dreamdance.errors import MissingInputError, ShardError
+from dreamdance.media.keypoints import KeypointSequence, write_keypoint_file
+from dreamdance.media.pose_drawing import draw_poses
+from dreamdance.media.video import VideoError, write_video
+
+WIDTH, HEIGHT, NUM_FRAMES, FPS = 48, 72, 24, 8
+SECTION = {"pose": NAME, "mask": NAME, "depth": NAME, "normal": NAME, "smooth": False}
+
+
+@pytest.fixture(scope="module")
+def dancers(tmp_path_factory):
+    """Four dancers; the annotators know all of them."""
+    folder = tmp_path_factory.mktemp("truth")
+    clips = {
+        name: render_clip(seed, num_frames=NUM_FRAMES, width=WIDTH, height=HEIGHT, fps=FPS)
+        for name, seed in zip("abcd", HELD_OUT_SEEDS[20:24], strict=True)
+    }
+    for name, clip in clips.items():
+        write_truth(folder / "truth", name, clip)
+        write_video(folder / "videos" / f"{name}.mp4", clip.rgb, fps=FPS)
+    return folder, clips
+
+
+@pytest.fixture
+def job(tmp_path, dancers, monkeypatch):
+    folder, clips = dancers
+    monkeypatch.setenv(FOLDER, str(folder / "truth"))
+    shutil.copytree(folder / "videos", tmp_path / "videos")
+    open_networks.cache_clear()
+    yield Job(tmp_path, clips)
+    open_networks.cache_clear()
+
+
+class Job:
+    def __init__(self, folder, clips) -> None:
+        self.folder, self.clips, self.videos = folder, clips, folder / "videos"
+
+    def run(self, output: str = "data", section: dict | None = None, **changes):
+        recipe = videos_recipe(
+            self.folder / output,
+            self.videos,
+            num_workers=changes.pop("num_workers", 1),
+            annotators=SECTION if section is None else section,
+            **{"validation_fraction": 0.25, "crop_letterbox": False, "references": 3, **changes},
+        )
+        recipe = recipe.model_copy(update={"contact_sheets": False})
+        prepare(recipe, self.folder / f"run_{output}")
+        return self.clips_of(output)
+
+    def clips_of(self, output: str = "data"):
+        return [clip for split in ("train", "validation") for clip in stored_clips(self.folder / output, split)]
+
+    def content(self, output: str = "data") -> dict[str, bytes]:
+        files = [path for split in ("train", "validation") for path in (self.folder / output / split).iterdir()]
+        return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in files if path.is_file()}
+
+
+def only(clips, name: str):
+    return [clip for clip in clips if clip.clip_id.startswith(f"{name}.")]
+
+
+def test_plain_videos_become_clips_with_the_true_maps(job):
+    found = job.run()
+    assert {clip.clip_id[0] for clip in found} == set("abcd")
+    for name, truth in job.clips.items():
+        for number, clip in enumerate(only(found, name)):
+            frames = slice(8 * number, 8 * number + 8)
+            np.testing.assert_allclose(clip.keypoints, truth.keypoints[frames], atol=1e-6)
+            poses = draw_poses(truth.keypoints[frames], width=WIDTH, height=HEIGHT)
+            np.testing.assert_array_equal(clip.frames("pose"), poses)
+            mask = truth.mask[frames]
+            np.testing.assert_array_equal(clip.frames("mask") > 0, mask)
+            facing = np.where(mask[..., None], truth.normal[frames], np.float32([0, 0, 1]))
+            difference = clip.frames("normal").astype(int) - encode_normal(facing)
+            assert np.abs(difference).max() <= 1
+            assert clip.metadata["background"] == "none"
+            low, high = clip.metadata["depth_range"]
+            depth = 1 / (low + (high - low) * clip.frames("depth") / 65535.0)
+            np.testing.assert_allclose(depth[mask], truth.depth[frames][mask], rtol=1e-3)
+            assert (clip.frames("depth")[~mask] == 0).all()
+            assert clip.metadata["source"] == f"{name}.mp4"
+            assert clip.metadata["first_frame"] == 8 * number
+
+
+def test_each_clip_has_scores_provenance_and_references_of_its_whole_video(job):
+    for clip in job.run():
+        scores = clip.metadata["scores"]
+        assert scores["people"] == 1
+        assert scores["visible_joints"] > 0.8
+        assert scores["geometry_angle"] < 25
+        assert clip.metadata["annotators"]["depth"]["name"] == NAME
+        assert len(clip.metadata["source_sha256"]) == 64
+        first = clip.metadata["first_frame"]
+        assert [first + place for place in clip.reference_positions] == [4, 12, 20]
+        truth = job.clips[clip.clip_id[0]]
+        reference = clip.frames("rgb", subject="references").astype(int)
+        assert np.abs(reference - truth.rgb[[4, 12, 20]]).mean() < 8
+
+
+def test_given_files_win_over_annotators(job):
+    truth = job.clips["a"]
+    moved = truth.keypoints.copy()
+    moved[..., 0] += 0.05
+    write_keypoint_file(job.videos / "a.keypoints.json", KeypointSequence(moved, WIDTH, HEIGHT, FPS))
+    normals = truth.normal + np.float32([0.1, 0.0, 0.0])
+    normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
+    mask = np.zeros((NUM_FRAMES, HEIGHT, WIDTH), bool)
+    mask[:, 10:60, 10:40] = True
+    np.savez(job.videos / "a.normal.npz", normal=normals)
+    np.savez(job.videos / "a.mask.npz", mask=mask)
+    found = only(job.run(), "a")
+    assert len(found) == 3
+    for number, clip in enumerate(found):
+        np.testing.assert_allclose(clip.keypoints, moved[8 * number : 8 * number + 8], atol=1e-6)
+        np.testing.assert_array_equal(clip.frames("mask"), np.uint8(255) * mask[:8])
+        assert (
+            np.abs(clip.frames("normal").astype(int) - encode_normal(normals[8 * number : 8 * number + 8])).max() <= 1
+        )
+        assert set(clip.metadata["given"]) == {"keypoints", "mask", "normal"}
+    others = only(job.clips_of(), "b")
+    assert all(not clip.metadata["given"] for clip in others)
+
+
+def test_a_given_map_with_a_turned_axis_is_a_problem_of_that_video(job):
+    np.savez(job.videos / "a.normal.npz", normal=job.clips["a"].normal * np.float32([1, -1, 1]))
+    job.run(on_error="skip", split_by="time")
+    found = stored_clips(job.folder / "data", "train")
+    assert {clip.clip_id[0] for clip in found} == set("bcd")
+    assert "the given file of normal" in (job.folder / "data" / "damaged_videos.tsv").read_text()
+
+
+def test_the_same_footage_stays_on_one_side_of_the_split(job, caplog):
+    """Copies of `a` in other qualities; each seed draws others, and never divides them."""
+    caplog.set_level("INFO")
+    for name in "xyz":
+        write_video(job.videos / f"{name}.mp4", (job.clips["a"].rgb * 0.97).astype(np.uint8), fps=FPS)
+    for seed in range(3):
+        recipe = {"validation_fraction": 0.4}
+        job.run(output=f"data_{seed}", **recipe)
+        sides = {
+            split: {clip.clip_id[0] for clip in stored_clips(job.folder / f"data_{seed}", split)}
+            for split in ("train", "validation")
+        }
+        assert {"a", "x", "y", "z"} <= sides["train"] or {"a", "x", "y", "z"} <= sides["validation"]
+        assert sides["train"]
+        assert sides["validation"]
+    assert "1 groups of videos show the same footage" in caplog.text
+    assert "no footage is on both sides of the split" in caplog.text
+
+
+@pytest.mark.parametrize("stage", ["people", "pose", "mask", "normal", "depth"])
+def test_an_end_in_any_stage_costs_only_that_stage(job, stage, monkeypatch):
+    start = open_truth().calls[stage]
+    job.run(output="whole")
+    before = dict(open_truth().calls)
+    needed = before[stage] - start
+    monkeypatch.setenv(FAILURE, f"{stage} {before[stage] + needed // 2 + 1}")
+    with pytest.raises(RuntimeError, match=f"the test ends {stage} here"):
+        job.run()
+    job.run()
+    assert job.content() == job.content("whole")
+    assert open_truth().calls[stage] - before[stage] <= needed + 2
+
+
+def test_another_annotator_is_another_output(job):
+    job.run()
+    before = job.content()
+    with pytest.raises(ShardError, match=r"annotators was .*open_truth.*open_other"):
+        job.run(section={**SECTION, "depth": NAME.replace("open_truth", "open_other")})
+    assert job.content() == before
+
+
+def test_two_processes_write_the_same_shards(job):
+    job.run()
+    job.run(output="two", num_workers=2)
+    assert job.content("two") == job.content()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{}", "no key-point file of a known kind"), ("[", "not valid JSON")],
+)
+def test_key_points_that_cannot_be_used_are_named_before_anything_is_written(job, content, message):
+    (job.videos / "b.keypoints.json").write_text(content)
+    with pytest.raises(VideoError, match=rf"b\.keypoints\.json.*{message}"):
+        job.run()
+    assert not list(job.folder.glob("data/*/*.mds*"))
+
+
+def test_key_points_of_another_length_are_refused(job):
+    sequence = KeypointSequence(job.clips["b"].keypoints[:5], WIDTH, HEIGHT, FPS)
+    write_keypoint_file(job.videos / "b.keypoints.json", sequence)
+    with pytest.raises(VideoError, match=r"b\.keypoints\.json has 5 frames, b\.mp4 24"):
+        job.run()
+
+
+def test_a_missing_network_ends_the_run_before_anything_is_written(job):
+    with pytest.raises(MissingInputError, match=r"tools/networks\.sh"):
+        job.run(section={"weights": str(job.folder / "nothing")})
+    assert not (job.folder / "data" / "train").exists()
+
+
+def test_a_folder_of_plain_videos_without_annotators_says_what_to_set(job):
+    recipe = videos_recipe(job.folder / "data", job.videos)
+    with pytest.raises(MissingInputError, match=r"4 videos without a pose: `videos\.annotators=\{\}` finds the poses"):
+        prepare(recipe, job.folder / "run")
+
+
+def test_normals_with_a_turned_axis_end_the_run_and_are_no_damage_of_a_video(job, monkeypatch):
+    look_up = type(open_truth())._look_up
+    turned = {"normal": np.float32([-1, 1, 1])}
+    monkeypatch.setattr(
+        type(open_truth()), "_look_up", lambda self, name, rgb: look_up(self, name, rgb) * turned.get(name, 1)
+    )
+    with pytest.raises(Exception, match=r"`videos\.annotators\.normal` .*x \(right\)") as caught:
+        job.run(on_error="skip")
+    assert type(caught.value).__name__ == "AxesError"
+    assert not (job.folder / "data" / "damaged_videos.tsv").exists()
