@@ -18,6 +18,7 @@ from dreamdance.recipe.schema import (
     TrainingRecipe,
 )
 from dreamdance.recipe.sections import Cluster
+from dreamdance.recipe.stored_sizes import smaller_sizes_problem
 from dreamdance.recipe.yaml_text import KeyPath, Problem
 
 AUTOENCODER_DOWNSCALE = 8
@@ -336,14 +337,8 @@ def _smaller_sizes(recipe: PrepareRecipe) -> Iterator[Problem]:
     if source.width is None or source.height is None:
         yield _problem("smaller_sizes", "smaller_sizes needs videos.width and videos.height, the size of the frames")
         return
-    for width, height in recipe.smaller_sizes:
-        exact = width * source.height / source.width
-        if width >= source.width or abs(height - exact) > 1:
-            yield _problem(
-                "smaller_sizes",
-                f"smaller_sizes {width}x{height} is not smaller than the frames ({source.width}x{source.height}) with "
-                f"the same aspect; {width}x{round(exact)} would have it",
-            )
+    if problem := smaller_sizes_problem((source.width, source.height), recipe.smaller_sizes):
+        yield _problem("smaller_sizes", f"smaller_sizes {problem}")
 
 
 def _place(recipe: PrepareRecipe) -> KeyPath:

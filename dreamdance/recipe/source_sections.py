@@ -118,7 +118,8 @@ class VideosSource(Section):
         default=12,
         description=(
             "Frames that are stored with each clip as possible references, spread over its whole video (with split_by: "
-            "time over the part of its split). With 0 the reference is a frame of the clip itself."
+            "time over the part of its split). Without annotators a video counts as one shot of one person: cut videos "
+            "with several scenes or people apart first. With 0 the reference is a frame of the clip itself."
         ),
     )
     validation_fraction: Fraction = Field(

@@ -2,15 +2,18 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
-from support.older_shards import write_older_shards
+from support.older_shards import write_older_records, write_older_shards
 from support.random_shards import edit_index, flip_byte
+from support.video_folders import stored_clips, videos_recipe, write_videos
 
 from dreamdance.data.loading.dataset import StoredClips
+from dreamdance.data.prepare import prepare
 from dreamdance.data.writing.shard_writer import ShardFormat
 from dreamdance.recipe.sections import Shards
 
@@ -59,3 +62,61 @@ def test_a_damaged_source_is_refused_by_name_and_a_converted_one_too(tool, tmp_p
     flip_byte(path)
     assert tool.main([older.local, str(tmp_path / "third")]) == 1
     assert f"{path.name} is damaged: its sha1 differs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--smaller-size", "300x300"], "300x300 is not smaller than the frames (8x12) with the same aspect; 7x10"),
+        (["--smaller-size", "4x6", "--smaller-size", "4x6"], "4x6 is given twice"),
+    ],
+)
+def test_a_form_that_cannot_be_is_refused_before_anything_is_written(tool, tmp_path, capsys, words, message):
+    older, target = write_older_shards(tmp_path / "older", 4), tmp_path / "now"
+    assert tool.main([older.local, str(target), *words]) == 1
+    assert message in capsys.readouterr().err
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("quality", ["0", "500", "-3"])
+def test_a_quality_that_does_not_exist_is_refused(tool, capsys, quality):
+    with pytest.raises(SystemExit, match="2"):
+        tool.main(["older", "now", f"--rgb-quality={quality}"])
+    assert f"'{quality}' is no whole number from 1 to 100" in capsys.readouterr().err
+
+
+def test_the_recipe_of_videos_finds_the_converted_folder_complete_with_the_words_of_the_last_line(
+    tool, tmp_path, capsys, caplog
+):
+    """An output of schema 1 is made of one of today, whose videos have equally many clips."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for seed, name in enumerate("ab"):
+        write_videos(videos, name, num_frames=16, with_maps=True, seed=seed)
+    changes = {"validation_fraction": 0.0, "references": 0, "width": 8, "height": 8}
+    prepare(videos_recipe(tmp_path / "data", videos, **changes), tmp_path / "run")
+    index = json.loads((tmp_path / "data" / "train" / "index.json").read_text())
+    records = [tool._record(clip) for clip in stored_clips(tmp_path / "data", "train")]
+    write_older_records(tmp_path / "older", records, clips_per_part=2)
+    names = [shard["raw_data"]["basename"].partition(".")[0] for shard in index["shards"]]
+
+    def rename(older: dict) -> None:
+        for shard, name in zip(older["shards"], names, strict=True):
+            basename = shard["raw_data"]["basename"]
+            shard["raw_data"]["basename"] = f"{name}.{basename.partition('.')[2]}"
+            (tmp_path / "older" / basename).rename(tmp_path / "older" / shard["raw_data"]["basename"])
+        older["dreamdance"] |= {name: index["dreamdance"][name] for name in ("settings", "sources")}
+
+    edit_index(tmp_path / "older", rename)
+    words = [str(tmp_path / "older"), str(tmp_path / "now" / "train"), "--rgb-format", "webp", "--smaller-size", "4x4"]
+    assert tool.main(words) == 0
+    form = capsys.readouterr().out.splitlines()[-1].partition("complete with ")[2].split()
+    assert form == ["videos.references=0", "rgb_format=webp", "rgb_quality=95", "smaller_sizes=[[4,4]]"]
+    shutil.copytree(tmp_path / "data", tmp_path / "now", dirs_exist_ok=True, ignore=shutil.ignore_patterns("train"))
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "now" / "train").glob("*.mds")}
+    recipe = videos_recipe(tmp_path / "now", videos, **changes)
+    recipe = recipe.model_copy(update={"rgb_format": "webp", "smaller_sizes": [(4, 4)]})
+    with caplog.at_level("INFO"):
+        prepare(recipe, tmp_path / "run_2")
+    assert "is already complete" in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "now" / "train").glob("*.mds")} == written

@@ -16,7 +16,7 @@ from dreamdance.data.loading.dataset import fixed_clips
 from dreamdance.data.prepare import choose_format, prepare
 from dreamdance.data.shards.columns import FIRST_MODALITIES, metric_disparity
 from dreamdance.data.writing.dancer_clips import render_record
-from dreamdance.data.writing.video_clips import choose_validation, split_frames
+from dreamdance.data.writing.video_clips import choose_validation, split_frames, split_span
 from dreamdance.errors import MissingInputError, ShardError
 from dreamdance.media.cropping import Crop, centred_crop
 from dreamdance.media.keypoints import read_keypoint_file
@@ -283,3 +283,13 @@ def test_real_dance_videos_are_cropped_and_their_poses_stay_aligned(tmp_path):
         # The trousers are black: along the drawn legs the picture is darker than around them.
         legs = drawn[:, 55:85]
         assert changing[:, 55:85][legs].mean() < 0.75 * changing[:, 55:85][~legs].mean()
+
+
+def test_a_still_that_is_held_over_the_boundary_in_time_belongs_to_training_alone():
+    """Videos of variable frame rate repeat a frame until the next one."""
+    frames = [0, 1, 2, 3, 4, 5, 5, 5, 5, 5, 5, 6, 7, 8]
+    source = VideosSource(folder="videos", split_by="time", validation_fraction=0.5)
+    train, validation = (split_span(frames, split, source) for split in ("train", "validation"))
+    assert (train, validation) == (range(11), range(11, 14))
+    assert not {frames[place] for place in train} & {frames[place] for place in validation}
+    assert split_span([0, *[1] * 9], "validation", source) == range(10, 10)

@@ -99,7 +99,7 @@ def test_a_png_larger_than_announced_is_refused_without_decoding_it() -> None:
     payload = encoded.tobytes()
     data = struct.pack("<4sBBHIII", b"DDFR", 8, 3, 0, 4, 6, 1)
     data += struct.pack("<II", len(payload), zlib.crc32(payload)) + payload
-    with pytest.raises(ShardError, match="not the 6x4 PNG that its column's header claims"):
+    with pytest.raises(ShardError, match="not the 6x4 PNG that its clip lists"):
         unpack_frames(data)
 
 

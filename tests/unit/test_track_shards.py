@@ -3,6 +3,9 @@
 import io
 import json
 import os
+import struct
+import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +24,11 @@ from dreamdance.data.shards.tracks import ClipHead, TrackWriter, choose_size, re
 from dreamdance.data.writing.clip_record import ClipRecord, References, spread_over
 from dreamdance.data.writing.shard_writer import Part, ShardFormat, write_shards
 from dreamdance.errors import ShardError
+from dreamdance.media.cropping import centred_crop
 from dreamdance.media.transforms import pictures_to_tensor, resize_map
 from dreamdance.modalities import MODALITIES
 from dreamdance.recipe.sections import Shards
+from dreamdance.recipe.stored_sizes import smaller_sizes_problem
 
 MAPS = ("rgb", "pose", "normal", "depth", "mask")
 # First frame, stride and reference of the windows that commit 5194bb1 drew for epochs 0 to 7 of the clip below.
@@ -58,7 +63,7 @@ def grainy_clip(num_frames: int, width: int, height: int) -> ClipRecord:
 def test_a_single_frame_reads_little_and_a_window_hardly_more_than_its_own_bytes(tmp_path):
     record = grainy_clip(16, 512, 768)
     shards = write_records(tmp_path / "shards", [record], rgb_format="jpeg")
-    sizes = {"width": 512, "height": 768, "maps": ("normal", "depth"), "cache_bytes": 0, "flip_probability": 0.5}
+    sizes = {"width": 512, "height": 768, "maps": ("normal", "depth"), "flip_probability": 0.5}
     own = {}
     for name in ("rgb", "pose", "normal", "depth"):
         codec = "jpeg" if name == "rgb" else "png"
@@ -69,6 +74,36 @@ def test_a_single_frame_reads_little_and_a_window_hardly_more_than_its_own_bytes
         sample = dataset.training_sample(SampleKey(0, 0))
         assert num_frames * 100_000 < bytes_read() - before < most
         assert sample.maps["normal"].shape == (num_frames, 3, 768, 512)
+
+
+def test_a_sample_opens_its_file_once_and_a_file_that_was_replaced_again(tmp_path):
+    record, other = random_clip(0), random_clip(1)
+    shards = write_records(tmp_path / "shards", [record])
+    write_records(tmp_path / "other", [replace(other, clip_id=record.clip_id)])
+    (path,) = (tmp_path / "shards").glob("*.mds")
+    dataset = ClipDataset(shards, width=WIDTH, height=HEIGHT, num_frames=2, maps=MAPS[2:], flip_probability=1.0)
+    opened = list[str]()
+    sys.addaudithook(lambda event, values: opened.append(str(values[0])) if event == "open" else None)
+    dataset.stored_sample(SampleKey(0, 0))
+    assert opened.count(str(path)) <= 2  # one of the two compares the table of samples with the index
+    dataset.stored_sample(SampleKey(1, 0))
+    assert opened.count(str(path)) <= 2
+    np.testing.assert_array_equal(dataset.clip(0).frames("depth"), record.maps["depth"])
+    for file in (tmp_path / "other").glob("*.*"):  # of the same names
+        os.replace(file, tmp_path / "shards" / file.name)
+    np.testing.assert_array_equal(StoredClips(shards, verify="size").clip(0).frames("depth"), other.maps["depth"])
+
+
+def test_references_that_clips_share_are_encoded_once_and_stored_with_each(tmp_path):
+    other = random_clip(9, num_frames=3)
+    references = References([0, 40, 80], other.maps)
+    clips = [replace(random_clip(n), references=references.seen_from(10 * n)) for n in range(3)]
+    samples = [clip.to_sample(rgb_format="jpeg", smaller_sizes=[(4, 6)]) for clip in clips]
+    for number, clip in enumerate(clips):
+        alone = replace(clip, references=References([-10 * number, 40 - 10 * number, 80 - 10 * number], other.maps))
+        assert samples[number] == alone.to_sample(rgb_format="jpeg", smaller_sizes=[(4, 6)])
+    assert clips[0].references.encoded is clips[2].references.encoded
+    assert len(references.encoded) == 2 * len(MAPS)
 
 
 def test_a_start_and_the_first_opening_of_a_large_shard_read_a_few_kilobytes(tmp_path):
@@ -133,6 +168,14 @@ def test_a_frame_damaged_in_a_local_copy_is_read_again_from_its_source(tmp_path,
     assert "makes the file again" in caplog.text
 
 
+def changed_head(data: bytes, old: bytes, new: bytes) -> bytes:
+    """A head with another text, whose checksum is right."""
+    _, _, size, rows = struct.unpack_from("<4sIII", data)
+    text = data[16 : 16 + size].replace(old, new)
+    rest = struct.pack("<II", len(text), rows) + text + data[16 + size :]
+    return b"DDC2" + struct.pack("<I", zlib.crc32(rest)) + rest
+
+
 def test_hostile_heads_are_refused_before_memory_is_allocated():
     frames = random_clip(0, num_frames=1).maps["rgb"]
     writer = TrackWriter()
@@ -142,6 +185,16 @@ def test_hostile_heads_are_refused_before_memory_is_allocated():
         read_head(sample["clip"], frames_bytes=1, where="sample 0")
     with pytest.raises(ShardError, match="begins with b'PK"):
         read_head(b"PK" + bytes(40), frames_bytes=1, where="sample 0")
+    for fps in ("1e999", "1" + "0" * 400, "NaN"):
+        with pytest.raises(ShardError, match="sample 0"):
+            read_head(
+                changed_head(sample["clip"], b'"fps": 8.0', f'"fps": {fps}'.encode()), frames_bytes=1, where="sample 0"
+            )
+    twice = TrackWriter()
+    for _ in range(2):
+        twice.add("rgb", "clip", frame_format(frames), [b"x"])
+    with pytest.raises(ShardError, match="two tracks of rgb of one size"):
+        read_head(twice.sample(ClipHead("a", 1, 8.0, {}, ()))["clip"], frames_bytes=2, where="sample 0")
     sound = random_clip(0).to_sample()
     with pytest.raises(ShardError, match="its tracks list"):
         read_head(sound["clip"], frames_bytes=5, where="sample 0")
@@ -195,10 +248,19 @@ def test_a_set_of_two_sizes_gives_each_recipe_the_size_that_it_trains_at(tmp_pat
     assert StoredClips(shards).clip(0).width == 64
 
 
-@pytest.mark.parametrize("size", [(128, 192), (32, 32)])
+@pytest.mark.parametrize("size", [(128, 192), (64, 96), (32, 32)])
 def test_a_further_size_that_is_larger_or_of_another_aspect_is_refused(size):
-    with pytest.raises(ValueError, match="is not smaller with the same aspect; see `smaller_sizes`"):
+    with pytest.raises(ValueError, match=r"`smaller_sizes` .* is not smaller than the frames \(64x96\)"):
         grainy_clip(1, 64, 96).to_sample(smaller_sizes=[size])
+    with pytest.raises(ValueError, match="`smaller_sizes` 32x48 is given twice"):
+        grainy_clip(1, 64, 96).to_sample(smaller_sizes=[(32, 48), (16, 24), (32, 48)])
+
+
+def test_a_further_size_is_accepted_where_a_reader_of_that_size_cuts_nothing_off():
+    for width, height in ((256, 384), (256, 383), (170, 255), (171, 256), (171, 257), (255, 383), (254, 382)):
+        part = centred_crop(512, 768, to_width=width, to_height=height)
+        refused = smaller_sizes_problem((512, 768), [(width, height)])
+        assert (refused is None) == ((part.width, part.height) == (512, 768)), (width, height)
 
 
 def test_the_size_that_is_read_is_the_smallest_that_is_large_enough():

@@ -105,8 +105,8 @@ def decode_frame(payload: bytes, kind: FrameFormat, *, where: str) -> NDArray[An
     """
     if not _has_size(payload, kind):
         raise ShardError(
-            f"{where} is not the {kind.width}x{kind.height} {kind.codec.upper()} that its column's header claims; the "
-            "shard is damaged"
+            f"{where} is not the {kind.width}x{kind.height} {kind.codec.upper()} that its clip lists; the shard is "
+            "damaged"
         )
     flags = cv2.IMREAD_UNCHANGED if kind.codec == "png" else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     try:

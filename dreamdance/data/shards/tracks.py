@@ -200,7 +200,7 @@ def read_head(data: bytes, *, frames_bytes: int, where: str) -> ClipHead:
     try:
         content = json.loads(data[_HEADER.size : _HEADER.size + text_bytes].decode())
         head = _parse(content, np.frombuffer(data, _ROW, num_rows, _HEADER.size + text_bytes), where)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         if isinstance(error, ShardError):
             raise
         raise ShardError(f"{where}: the head cannot be read ({error!r}); the shard is damaged") from error
@@ -222,6 +222,7 @@ def _parse(content: Any, rows: NDArray[Any], where: str) -> ClipHead:
     positions = tuple(_whole(value, -(1 << 40), 1 << 40) for value in content["reference_positions"])
     lengths: dict[str, int] = {"clip": num_frames, "references": len(positions)}
     entries, tracks, used = list(content["tracks"]), list[Track](), 0
+    found = set[tuple[Any, ...]]()
     if len(entries) > MAX_TRACKS:
         raise ShardError(f"{where}: {len(entries)} tracks; accepted are up to {MAX_TRACKS}")
     for entry in entries:
@@ -229,6 +230,10 @@ def _parse(content: Any, rows: NDArray[Any], where: str) -> ClipHead:
         if lengths[entry["subject"]] != count:
             raise ShardError(f"{where}: {entry['name']} has {count} frames, expected are {lengths[entry['subject']]}")
         kind = None if entry["name"] == KEYPOINTS else _parse_kind(entry, count, where)
+        known = (entry["name"], entry["subject"], None if kind is None else (kind.width, kind.height))
+        if known in found:
+            raise ShardError(f"{where}: its head lists two tracks of {entry['name']} of one size; the shard is damaged")
+        found.add(known)
         part = rows[used : used + count]
         if kind is None and (part["size"] != _KEYPOINT_BYTES).any():
             raise ShardError(f"{where}: its key points have another size than {NUM_KEYPOINTS} x 3 float32")

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,8 @@ class _AnnotatedVideo:
     cuts: NDArray[np.float32]
     motion: MotionTrack
     shots: Sequence[list[int]]
+    # The references of the crop that was asked for last.
+    references: dict[Crop, References | None] = field(default_factory=dict)
 
     @property
     def rgb(self) -> VideoInfo:
@@ -162,7 +164,7 @@ class _AnnotatedVideo:
     def own_frames(self, split: Split) -> list[int]:
         """The frames of the video that belong to a split."""
         regular = self.rgb.constant_rate_frames()
-        span = split_span(len(regular), split, self.source)
+        span = split_span(regular, split, self.source)
         return regular[span.start : span.stop]
 
     def cut(self, frames: list[int]) -> list[list[int]]:
@@ -192,22 +194,10 @@ class _AnnotatedVideo:
         """Makes all maps and scores of one clip, and its references."""
         part = self._find_crop(poses, piece)
         maps, keypoints, made = yield from self._make_frames(poses, piece, part)
-        regular = {frame: place for place, frame in enumerate(self.rgb.constant_rate_frames())}
-        positions, of_references, their_keypoints = list[int](), list[dict[str, NDArray[Any]]](), list[NDArray[Any]]()
-        for shot, frames in references:
-            for crop, group in self._group_by_crop(shot, frames, part):
-                found, points, _ = yield from self._make_frames(shot, group, crop)
-                positions += [regular[frame] - regular[piece[0]] for frame in group]
-                of_references.append(found)
-                their_keypoints.append(points)
-        order = np.argsort(positions, kind="stable").tolist()
-        joined = None
-        if order:
-            joined = References(
-                [positions[place] for place in order],
-                {name: np.concatenate([found[name] for found in of_references])[order] for name in maps},
-                np.concatenate(their_keypoints)[order],
-            )
+        if part not in self.references:
+            self.references.clear()  # those of one crop are large
+            self.references[part] = yield from self._make_references(part, references)
+        found, first = self.references[part], self.rgb.constant_rate_frames().index(piece[0])
         return ClipRecord(
             clip_id=clip_id,
             fps=self.rgb.fps / self.source.frame_stride,
@@ -216,8 +206,29 @@ class _AnnotatedVideo:
             metadata=self._metadata(
                 poses, piece, part, made, self._measure(poses, piece, maps["rgb"], keypoints, made)
             ),
-            references=joined,
+            references=None if found is None else found.seen_from(first),
             frame_step=self.source.frame_stride,
+        )
+
+    def _make_references(
+        self, part: Crop, references: Sequence[tuple[FollowedPoses, list[int]]]
+    ) -> Generator[None, None, References | None]:
+        """The references of all clips of one crop; their positions are counted from the video's first frame."""
+        regular = {frame: place for place, frame in enumerate(self.rgb.constant_rate_frames())}
+        positions, of_references, their_keypoints = list[int](), list[dict[str, NDArray[Any]]](), list[NDArray[Any]]()
+        for shot, frames in references:
+            for crop, group in self._group_by_crop(shot, frames, part):
+                found, points, _ = yield from self._make_frames(shot, group, crop)
+                positions += [regular[frame] for frame in group]
+                of_references.append(found)
+                their_keypoints.append(points)
+        order = np.argsort(positions, kind="stable").tolist()
+        if not order:
+            return None
+        return References(
+            [positions[place] for place in order],
+            {name: np.concatenate([found[name] for found in of_references])[order] for name in of_references[0]},
+            np.concatenate(their_keypoints)[order],
         )
 
     def _find_crop(self, poses: FollowedPoses, frames: list[int]) -> Crop:

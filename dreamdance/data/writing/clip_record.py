@@ -1,21 +1,24 @@
 """A clip to store, its references, and their form in a shard."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dreamdance.data.shards.frame_codecs import Codec, encode_frame, frame_format
+from dreamdance.data.shards.frame_codecs import Codec, FrameFormat, encode_frame, frame_format
 from dreamdance.data.shards.tracks import ClipHead, Subject, TrackWriter
-from dreamdance.media.cropping import centred_crop
 from dreamdance.media.transforms import pictures_to_tensor, resize_map
 from dreamdance.modalities import MODALITIES
+from dreamdance.recipe.stored_sizes import smaller_sizes_problem
 
 # Pictures stored as JPEG of this quality with colours at full resolution. Measured at 512x768 on rendered dancers:
 # 45.9 dB, 91 kB and 1.6 ms to decode, against 149 kB and 4.4 ms as PNG.
 RGB_QUALITY = 95
+
+# The format of a map's frames, and each frame encoded.
+EncodedMap = tuple[FrameFormat, list[bytes]]
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,18 @@ class References:
             frames of the source, and negative before the clip.
         maps: frames by modality, as in `ClipRecord`; rgb is required.
         keypoints: `(n, 128, 3)` float32.
+        encoded: the maps that were encoded already. The clips of a video share it by `seen_from`, so that their common
+            references are resized and encoded once.
     """
 
     positions: Sequence[int]
     maps: Mapping[str, NDArray[Any]]
     keypoints: NDArray[np.float32] | None = None
+    encoded: dict[tuple[Any, ...], EncodedMap] = field(default_factory=dict, compare=False, repr=False)
+
+    def seen_from(self, first: int) -> "References":
+        """The same references for a clip that begins `first` frames of the source later."""
+        return replace(self, positions=[position - first for position in self.positions])
 
 
 @dataclass(frozen=True)
@@ -69,23 +79,28 @@ class ClipRecord:
         Args:
             rgb_format: codec of the pictures; all other maps are stored as PNG, without loss.
             rgb_quality: of JPEG and WebP, 1 to 100.
-            smaller_sizes: further sizes (width, height) at which all frames are stored.
+            smaller_sizes: further, different sizes (width, height) at which all frames are stored.
 
         Raises:
-            ValueError: maps or key points contradict one another, or a further size is not smaller than the frames.
+            ValueError: maps or key points contradict one another, or a further size does not fit the frames.
         """
         writer = TrackWriter()
         num_frames, height, width = self.maps["rgb"].shape[:3]
+        if problem := smaller_sizes_problem((width, height), smaller_sizes):
+            raise ValueError(f"clip '{self.clip_id}': `smaller_sizes` {problem}")
         for size in ((width, height), *smaller_sizes):
-            _check_size(self.clip_id, (width, height), size)
             for subject, maps, count in self._subjects():
                 for name in MODALITIES:
                     if name in maps:
-                        frames = _resized(maps[name], name, *size)
-                        _check_frames(f"{name} of {subject} '{self.clip_id}'", frames, (count, size[1], size[0]))
                         codec: Codec = rgb_format if name == "rgb" else "png"
-                        payloads = [encode_frame(frame, codec, quality=rgb_quality) for frame in frames]
-                        writer.add(name, subject, frame_format(frames, codec), payloads)
+                        form = (name, size, codec, rgb_quality)
+                        known = {} if subject == "clip" or self.references is None else self.references.encoded
+                        if form not in known:
+                            frames = _resized(maps[name], name, *size)
+                            _check_frames(f"{name} of {subject} '{self.clip_id}'", frames, (count, size[1], size[0]))
+                            payloads = [encode_frame(frame, codec, quality=rgb_quality) for frame in frames]
+                            known[form] = frame_format(frames, codec), payloads
+                        writer.add(name, subject, *known[form])
         if self.keypoints is not None:
             writer.add_keypoints("clip", _checked_keypoints(self.keypoints, num_frames))
         references = self.references
@@ -113,16 +128,6 @@ def spread_over(num_frames: int, count: int) -> list[int]:
     """The numbers of up to `count` frames that are spread evenly over a video of `num_frames`."""
     count = min(count, num_frames)
     return [(2 * number + 1) * num_frames // (2 * count) for number in range(count)]
-
-
-def _check_size(clip_id: str, frames: tuple[int, int], size: tuple[int, int]) -> None:
-    """Refuses a size that is larger than the frames, or of another aspect: key points are fractions of the frame."""
-    part = centred_crop(*frames, to_width=size[0], to_height=size[1])
-    if size[0] > frames[0] or size[1] > frames[1] or (part.width, part.height) != frames:
-        raise ValueError(
-            f"clip '{clip_id}' is {frames[0]}x{frames[1]}: {size[0]}x{size[1]} is not smaller with the same aspect; "
-            "see `smaller_sizes`"
-        )
 
 
 def _resized(frames: NDArray[Any], name: str, width: int, height: int) -> NDArray[Any]:

@@ -127,17 +127,20 @@ class VideoPart:
             )
             return
         part = yield from self._find_crop(rgb)
-        span = split_span(len(frames), self.split, self.source)
+        span = split_span(frames, self.split, self.source)
         chosen = [span.start + index for index in spread_over(len(span), self.source.references)]
         ranges = {name: found for name, one in videos.items() if (found := disparity_range(one)) is not None}
-        references = read_maps(self.source, videos, ranges, [frames[index] for index in chosen], part) if chosen else {}
+        step, references = self.source.frame_stride, None
+        if chosen:
+            maps = read_maps(self.source, videos, ranges, [frames[index] for index in chosen], part)
+            references = References([step * index for index in chosen], maps)
         for number, (first, piece) in enumerate(pieces):
-            step, start = self.source.frame_stride, span.start + number * self.source.clip_frames
+            start = span.start + number * self.source.clip_frames
             yield ClipRecord(
                 clip_id=f"{self.clip_id}.{self.split}.{number:04d}",
                 fps=rgb.fps / self.source.frame_stride,
                 maps=read_maps(self.source, videos, ranges, piece, part),
-                references=References([step * (index - start) for index in chosen], references) if chosen else None,
+                references=None if references is None else references.seen_from(step * start),
                 frame_step=step,
                 metadata={
                     "source": f"{self.name}.rgb.mp4",
@@ -198,15 +201,21 @@ def split_frames(frames: list[int], split: Split, source: VideosSource) -> list[
     Returns:
         For each clip (number of its first frame in the video, numbers of its frames).
     """
-    span = split_span(len(frames), split, source)
+    span = split_span(frames, split, source)
     frames = frames[span.start : span.stop]
     pieces = [frames[start : start + source.clip_frames] for start in range(0, len(frames), source.clip_frames)]
     return [(piece[0], piece) for piece in pieces if len(piece) >= source.min_clip_frames]
 
 
-def split_span(num_frames: int, split: Split, source: VideosSource) -> range:
-    """The part of a video's frames that belongs to a split; see `split_frames`."""
+def split_span(frames: Sequence[int], split: Split, source: VideosSource) -> range:
+    """The places in a video's frames that belong to a split; see `split_frames`.
+
+    A frame that is shown for longer, so that its number repeats, belongs to one split alone: to the earlier part.
+    """
+    num_frames = len(frames)
     if source.split_by != "time":
         return range(num_frames)
     boundary = num_frames - round(source.validation_fraction * num_frames)
+    while 0 < boundary < num_frames and frames[boundary] == frames[boundary - 1]:
+        boundary += 1
     return range(boundary) if split == "train" else range(boundary, num_frames)
