@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dreamdance.dancers.render import HELD_OUT_SEEDS, render_clip
+from dreamdance.data.curation import duplicates
 from dreamdance.data.curation.duplicates import (
     VideoHashes,
     check_leaks,
@@ -111,6 +112,24 @@ def test_sixty_percent_of_the_shorter_video_decide():
     others = np.random.default_rng(1).random((5, 64)) < 0.5
     assert find_duplicates([long, video("short", *long.frames[:3], *others[:2])]) == [("long", "short")]
     assert find_duplicates([long, video("short", *long.frames[:2], *others[:3])]) == []
+
+
+@pytest.mark.parametrize("block", [64, 1000])
+def test_pairs_are_the_same_in_whatever_blocks_they_are_compared(monkeypatch, block):
+    generator = np.random.default_rng(2)
+    videos = [video(str(number), *(generator.random((9, 64)) < 0.5)) for number in range(12)]
+    videos[7] = replace(videos[2], name="7", frames=videos[2].mirrored, mirrored=videos[2].frames)
+    videos[11] = video("11", *videos[5].frames[3:])
+    expected = [("2", "7"), ("5", "11")]
+    assert find_duplicates(videos) == expected
+    monkeypatch.setattr(duplicates, "_BLOCK_VALUES", block)
+    assert find_duplicates(videos) == expected
+
+
+def test_a_video_of_one_frame_in_five_seconds_has_hashes(dance):
+    slow = [hash_video(name, dance[::6][:10], fps=0.2) for name in "ab"]
+    assert len(slow[0].frames) > 10
+    assert find_duplicates(slow) == [("a", "b")]
 
 
 def test_pictures_without_contrast_have_no_hash():

@@ -27,6 +27,8 @@ _BITS = _SIDE * _SIDE
 # begin elsewhere: half a second later, a fast dancer differs in more than 6 bits (found: 0 % of the seconds of a real
 # video and of one of four dancers; of means 100 %).
 _WINDOW_SECONDS = 2
+# Hashes of one video are compared with those of others in blocks of this many pairs: 4 MiB.
+_BLOCK_VALUES = 1 << 20
 # Pictures whose brightness varies less (standard deviation, of 255) have no hash: black, white and faded ones.
 _LEAST_CONTRAST = 4.0
 
@@ -76,7 +78,10 @@ def hash_video(name: str, frames: Iterable[NDArray[np.uint8]], *, fps: float) ->
     kept, mirrored = [np.zeros((0, _BITS), bool)], [np.zeros((0, _BITS), bool)]
     colours = []
     for second in range(max(1, round(len(small) / fps) - _WINDOW_SECONDS + 1) if small else 0):
-        window = small[round(second * fps) : max(1, round((second + _WINDOW_SECONDS) * fps))]
+        start = round(second * fps)
+        window = small[start : max(start + 1, round((second + _WINDOW_SECONDS) * fps))]
+        if not window:
+            break  # less than a frame per second: the last windows begin behind the last frame
         picture = np.stack(window).mean(axis=0, dtype=np.float32)
         brightness = picture[..., 0]
         if brightness.std() >= _LEAST_CONTRAST:
@@ -110,7 +115,7 @@ def find_duplicates(
     usable = [video for video in videos if len(video.frames)]
     lengths = np.array([len(video.frames) for video in usable], np.int64)
     starts = np.cumsum([0, *lengths])
-    signs = np.concatenate([_signs(video.frames) for video in usable]) if usable else np.zeros((0, _BITS))
+    signs = np.concatenate([_signs(video.frames) for video in usable]) if usable else np.zeros((0, _BITS), np.float32)
     video_of = np.repeat(np.arange(len(usable)), lengths)
     colours = np.concatenate([video.colours for video in usable]) if usable else np.zeros((0, 2))
     pairs = []
@@ -118,9 +123,7 @@ def find_duplicates(
         first = starts[number + 1]
         share = np.zeros(len(usable))
         for hashes in (video.frames, video.mirrored):
-            # The product of signs is 64 - 2 x the number of bits that differ.
-            near = _signs(hashes) @ signs[first:].T >= _BITS - 2 * max_distance
-            here, there = np.divmod(np.flatnonzero(near), near.shape[1])
+            here, there = _near_seconds(_signs(hashes), signs[first:], max_distance)
             there = there + first
             alike = np.abs(video.colours[here] - colours[there]).max(axis=1, initial=0.0) <= MAX_COLOUR_DISTANCE
             here, there = here[alike], there[alike]
@@ -131,6 +134,21 @@ def find_duplicates(
             share = np.maximum(share, np.where(is_shorter, found_here / len(hashes), found_there / lengths))
         pairs += [(video.name, usable[int(other)].name) for other in np.flatnonzero(share >= min_share)]
     return pairs
+
+
+def _near_seconds(
+    some: NDArray[np.float32], others: NDArray[np.float32], max_distance: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The pairs of hashes, as signs `(s, 64)`, of which at most `max_distance` bits differ: numbers in both arrays."""
+    size = max(1, _BLOCK_VALUES // len(some))
+    found = []
+    for start in range(0, len(others), size):
+        # The product of signs is 64 - 2 x the number of bits that differ.
+        near = some @ others[start : start + size].T >= _BITS - 2 * max_distance
+        here, there = np.divmod(np.flatnonzero(near), near.shape[1])
+        found.append((here, there + start))
+    here, there = zip(*found, strict=True)
+    return np.concatenate(here), np.concatenate(there)
 
 
 def group_duplicates(names: Sequence[str], pairs: Iterable[tuple[str, str]]) -> list[list[str]]:

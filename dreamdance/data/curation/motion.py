@@ -29,8 +29,9 @@ class MotionTrack:
     """The motion of a video.
 
     Attributes:
-        speeds: `(f,)` float32, for each frame the mean length of the motion since the frame before, over the area of
-            the picture, in frame heights per second; NaN where it is not known (the first frame, key frames, damage).
+        speeds: `(f,)` float32, for each frame the mean length of the motion since the frame before, in frame heights
+            per second: of optical flow over the picture, of vectors over the area of the blocks that have one; NaN
+            where it is not known (the first frame, key frames, damage).
         source: where it comes from.
     """
 

@@ -149,11 +149,13 @@ class HistogramDetector:
 
 def _colour_shares(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Histograms of frames `(f, H, W, 3)` over 512 colours: `(f, 512)` float32, each of sum 1."""
-    red, green, blue = np.moveaxis(frames.astype(np.int64) >> (8 - _BITS), -1, 0)
-    bins = ((red << 2 * _BITS) + (green << _BITS) + blue).reshape(len(frames), -1)
-    counts = [np.bincount(row, minlength=1 << 3 * _BITS) for row in bins]
-    shares = np.array(counts, np.float32).reshape(len(frames), -1)
-    return np.asarray(shares / max(bins.shape[1], 1), dtype=np.float32)
+    shares = np.empty((len(frames), 1 << 3 * _BITS), np.float32)
+    for row, frame in enumerate(frames):  # one at a time: a video of an hour has 100,000
+        red, green, blue = np.moveaxis(frame.astype(np.int64) >> (8 - _BITS), -1, 0)
+        bins = (red << 2 * _BITS) + (green << _BITS) + blue
+        shares[row] = np.bincount(bins.ravel(), minlength=shares.shape[1])
+        shares[row] /= max(bins.size, 1)
+    return shares
 
 
 def _blend_share(frames: NDArray[np.uint8], frame: int) -> float:
