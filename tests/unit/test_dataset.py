@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.older_shards import older_sample
+from support.older_shards import older_sample, write_older_shards
 from support.random_shards import HEIGHT, WIDTH, random_clip, stored_clip, write_random_shards
 
 from dreamdance.data.loading.batch import collate_clips
@@ -99,7 +99,8 @@ def test_a_sample_depends_on_its_key_alone(shards):
         assert torch.equal(one.reference, other.reference)
 
 
-def test_decoded_clips_in_memory_change_nothing(shards):
+def test_decoded_clips_of_schema_1_in_memory_change_nothing(tmp_path):
+    shards = write_older_shards(tmp_path / "older")
     cached, read_anew = dataset(shards, flip_probability=0.5), dataset(shards, flip_probability=0.5, cache_bytes=0)
     for epoch in range(3):
         for sample in range(12):
@@ -111,7 +112,13 @@ def test_decoded_clips_in_memory_change_nothing(shards):
     assert read_anew.clip(3) is not read_anew.clip(3)
 
 
-def test_memory_for_decoded_clips_is_bounded(shards):
+def test_of_schema_2_nothing_is_decoded_but_what_a_sample_uses(shards):
+    clips = dataset(shards)
+    assert clips.clip(3) is not clips.clip(3)
+
+
+def test_memory_for_decoded_clips_is_bounded(tmp_path):
+    shards = write_older_shards(tmp_path / "older")
     one_clip = dataset(shards).clip(0).decoded_bytes
     clips = dataset(shards, cache_bytes=2 * one_clip)
     kept = [clips.clip(number) is clips.clip(number) for number in range(12)]

@@ -67,8 +67,9 @@ class StoredClips(StreamingDataset):
             verify: how to check the files now (`verify.verify_shards`). Unless it is `size`, each file of schema 1 is
                 also compared with its hash when it is first opened.
             ranks: this process; by default from the environment.
-            cache_bytes: size of the cache of decoded clips in each reading process. Clips are never evicted: every
-                epoch reads all clips, so a cache of the latest ones would have few hits.
+            cache_bytes: size of the cache of decoded clips of schema 1, which are read whole, in each reading process.
+                Clips are never evicted: every epoch reads all clips, so a cache of the latest ones would have few hits.
+                Of schema 2 nothing is kept: a sample decodes the frames that it uses and no others.
             size: the width and height to which the caller brings frames. Of a set that was stored at several sizes,
                 the smallest that is large enough is read; by default the largest.
             before_shard: see `verify.open_shards`.
@@ -170,7 +171,7 @@ class StoredClips(StreamingDataset):
         return f"sample {position} of shard {self.index.folder / self.index.shards[shard_id].raw.name}"
 
     def clip(self, sample_id: int) -> StoredClip:
-        """One stored clip. If the cache has room, the clip is kept there with all its frames decoded.
+        """One stored clip. If the cache has room, a clip of schema 1 is kept there with all its frames decoded.
 
         Raises:
             ShardError: the clip's shard is missing or damaged.
@@ -178,8 +179,9 @@ class StoredClips(StreamingDataset):
         cached = self._cached.get(sample_id)
         if cached is not None:
             return cached
-        clip = StoredClip(self._open(sample_id))
-        if clip.decoded_bytes <= self._cache_left:
+        stored = self._open(sample_id)
+        clip = StoredClip(stored)
+        if isinstance(stored, ColumnClip) and clip.decoded_bytes <= self._cache_left:
             clip.decode_all()
             self._cached[sample_id] = clip
             self._cache_left -= clip.decoded_bytes

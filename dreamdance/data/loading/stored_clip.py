@@ -88,7 +88,8 @@ class StoredClip:
         if not self.has(column, subject):
             raise ShardError(
                 f"{self.where} has no {column} frames{'' if subject == 'clip' else ' of references'}, which this "
-                f"recipe needs; prepare clips with {column} frames, or remove {column} from `model.controls` of stage 2"
+                f"recipe needs; prepare clips with {column} frames (stage 2 can do without: remove {column} from its "
+                "`model.controls`)"
             )
         decoded = self._decoded.get((subject, column))
         if decoded is not None:
