@@ -23,6 +23,7 @@ A recipe is one YAML file that describes a run completely. `task` decides which 
 | task | what it does | recipes |
 |---|---|---|
 | `prepare` | makes streaming shards of videos or of rendered dancers | `prepare.yaml`, `footage/`, `demo/` |
+| `encode` | stores latents and embeddings of shards, from which stages then train | `encode.yaml`, `demo/` |
 | `stage1` | trains the geometry model, in three steps (`train`) | `stage1_*.yaml`, `ablations/`, `demo/` |
 | `stage2` | trains the SVD-ControlNet and its controller | `stage2.yaml`, `ablations/`, `footage/`, `demo/` |
 | `animate` | animates a manifest of reference pictures and poses | `animate.yaml`, `footage/`, `demo/` |

@@ -9,8 +9,8 @@ import json
 import time
 from pathlib import Path
 
-from dreamdance.launch.prepared import describe_videos, is_prepared
-from dreamdance.recipe import AnimateRecipe, EvaluateRecipe, PrepareRecipe, Recipe, TrainingRecipe
+from dreamdance.launch.prepared import INDEX_FILE, describe_videos, is_encoded, is_prepared
+from dreamdance.recipe import AnimateRecipe, EncodeRecipe, EvaluateRecipe, PrepareRecipe, Recipe, TrainingRecipe
 from dreamdance.runs.file_notes import is_as_noted
 from dreamdance.runs.files import hash_file, write_atomically
 from dreamdance.runs.layout import EXPORT_INDEX_FILE, FINISHED_FILE, RESULT_FILE, export_folder, is_export, step_folders
@@ -45,6 +45,8 @@ def is_finished(recipe: Recipe, run_folder: Path) -> bool:
         return False
     if isinstance(recipe, PrepareRecipe) and not is_prepared(recipe):
         return False
+    if isinstance(recipe, EncodeRecipe) and not is_encoded(Path(recipe.output)):
+        return False
     if isinstance(recipe, AnimateRecipe | EvaluateRecipe) and not is_as_noted(run_folder):
         return False
     return bool(json.loads(marker.read_text(encoding="utf-8"))["inputs"] == digest_inputs(recipe, run_folder.parent))
@@ -61,6 +63,11 @@ def digest_inputs(recipe: Recipe, runs: Path) -> str:
     elif isinstance(recipe, EvaluateRecipe):
         found = sorted(path.parent.name for path in Path(recipe.results).glob(f"[!.]*/{RESULT_FILE}"))
         parts += found  # the note of files covers the contents
+    elif isinstance(recipe, EncodeRecipe):
+        index = Path(recipe.shards.remote or recipe.shards.local) / INDEX_FILE
+        parts.append(hash_file(index) if index.is_file() else "")
+        for source in (recipe.model.autoencoder, recipe.model.image_encoder):
+            parts += _listing(Path(source.path) / (source.subfolder or ""), "*.safetensors") if source.path else []
     elif isinstance(recipe, PrepareRecipe) and recipe.videos is not None:
         parts += describe_videos(Path(recipe.videos.folder))
     return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()

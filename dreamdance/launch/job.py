@@ -37,6 +37,7 @@ from dreamdance.runtime.signals import SignalListener
 
 ENTRIES = {
     "prepare": "dreamdance.data.prepare:prepare",
+    "encode": "dreamdance.training.encoding.encode:encode",
     "stage1": "dreamdance.training.train:train",
     "stage2": "dreamdance.training.train:train",
     "animate": "dreamdance.inference.animate:animate",

@@ -20,7 +20,7 @@ from dreamdance.launch.requirements import (
 )
 from dreamdance.launch.run_folder import weight_sources
 from dreamdance.media.video_names import plain_name
-from dreamdance.recipe import AnimateRecipe, EvaluateRecipe, PrepareRecipe, Recipe, TrainingRecipe
+from dreamdance.recipe import AnimateRecipe, EncodeRecipe, EvaluateRecipe, PrepareRecipe, Recipe, TrainingRecipe
 from dreamdance.recipe.schema import VideosSource
 from dreamdance.recipe.sections import Shards
 from dreamdance.runs.layout import (
@@ -92,6 +92,11 @@ def _data(recipe: Recipe, recipe_file: Path, runs: Path) -> Iterator[Missing]:
     folders: list[tuple[str, Shards]] = []
     if isinstance(recipe, TrainingRecipe):
         folders = [("data.train", recipe.data.train), ("data.validation", recipe.data.validation)]
+        place = (recipe.data.latents.remote or recipe.data.latents.local) if recipe.data.latents else "://"
+        if "://" not in place and not (Path(place) / "index.json").is_file():
+            yield Missing("latents for data.latents", f"{place}/index.json", _launch(recipe_file, "encode", runs))
+    elif isinstance(recipe, EncodeRecipe):
+        folders = [("shards", recipe.shards)]
     elif isinstance(recipe, EvaluateRecipe):
         folders = [("truth", recipe.truth)]
         folders += [("training_set", recipe.training_set)] if recipe.training_set else []

@@ -1,4 +1,4 @@
-"""Whether the output of `prepare` is complete and matches its videos. No torch here."""
+"""Whether the output of `prepare`, or of `encode`, is complete and matches its inputs. No torch here."""
 
 import json
 import os
@@ -36,6 +36,15 @@ def is_prepared(recipe: PrepareRecipe) -> bool:
         if recipe.videos is not None and not _are_as_noted(Path(recipe.videos.folder), output / INPUTS_FILE):
             return False
         return not has_validation or all(path.is_file() for path in _examples(output / MANIFEST_FILE))
+    except (OSError, ValueError, TypeError, KeyError):  # a file is missing or damaged
+        return False
+
+
+def is_encoded(output: Path) -> bool:
+    """Whether a folder of latents has every file that its index names."""
+    try:
+        index = json.loads((output / INDEX_FILE).read_text(encoding="utf-8"))
+        return {entry.name for entry in os.scandir(output)}.issuperset(_shards(index))
     except (OSError, ValueError, TypeError, KeyError):  # a file is missing or damaged
         return False
 

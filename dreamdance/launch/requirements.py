@@ -18,6 +18,7 @@ EXTRAS = {
     "stage1": {"deepspeed": "train", "streaming": "train", "tensorboard": "train", "cv2": "train"},
     "stage2": {"deepspeed": "train", "streaming": "train", "tensorboard": "train", "cv2": "train"},
     "prepare": {"streaming": "train", "av": "video", "cv2": "video"},
+    "encode": {"streaming": "train", "cv2": "train"},
     "animate": {"av": "video", "cv2": "video"},
     "evaluate": {"streaming": "train", "cv2": "train"},
 }

@@ -78,15 +78,37 @@ def encode_latents(
     Returns:
         `n c h w`, float32 or wider, on the device of the autoencoder.
     """
+    mean, deviation = encode_moments(vae, images, chunk_size=chunk_size)
+    return latents_from_moments(vae, mean, deviation, scaled=scaled, noise=noise)
+
+
+@torch.no_grad()
+def encode_moments(vae: Autoencoder, images: Tensor, *, chunk_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Encodes pictures to the mean and the standard deviation of their latent distribution, without gradients.
+
+    The bits of a convolution depend on the order of the dimensions in memory, and on the CPU also on the size of the
+    batch. Pictures are therefore encoded in one order, and on the CPU one by one: otherwise stored latents would
+    differ from those of training.
+
+    Args:
+        vae, images, chunk_size: see `encode_latents`.
+
+    Returns:
+        Mean and deviation, each `n c h w`, not scaled.
+    """
     _widen(vae)
     pictures = images.to(device=vae.device, dtype=vae.dtype) * 2 - 1
-    chunks = pictures.split(chunk_size or max(len(pictures), 1))
-    if noise is None:
-        latents = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in chunks])
-    else:
-        distributions = [vae.encode(chunk).latent_dist for chunk in chunks]
-        mean, deviation = (torch.cat([getattr(part, name) for part in distributions]) for name in ("mean", "std"))
-        latents = mean + deviation * noise.to(mean)
+    size = 1 if vae.device.type == "cpu" else chunk_size or max(len(pictures), 1)
+    distributions = [vae.encode(chunk.contiguous()).latent_dist for chunk in pictures.split(size)]
+    mean, deviation = (torch.cat([getattr(part, name) for part in distributions]) for name in ("mean", "std"))
+    return mean, deviation
+
+
+def latents_from_moments(
+    vae: Autoencoder, mean: Tensor, deviation: Tensor, *, scaled: bool = True, noise: Tensor | None = None
+) -> Tensor:
+    """The latents of a distribution: its mean, or a sample; see `encode_latents`."""
+    latents = mean if noise is None else mean + deviation * noise.to(mean)
     return latents * vae.config.scaling_factor if scaled else latents
 
 

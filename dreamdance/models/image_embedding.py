@@ -81,7 +81,7 @@ def embedding_width(image_encoder: ImageEncoder) -> int:
 @torch.no_grad()
 def embed_images(image_encoder: ImageEncoder, images: Tensor, *, resizing: Resizing = "clip") -> Tensor:
     """Embeds each picture as one token: CLIP's pooled, projected `image_embeds`, or the stand-in's. Without
-    gradients.
+    gradients. On the CPU they are embedded one by one, see `autoencoding.encode_moments`.
 
     Args:
         image_encoder: the frozen encoder.
@@ -95,7 +95,9 @@ def embed_images(image_encoder: ImageEncoder, images: Tensor, *, resizing: Resiz
     if isinstance(image_encoder, CLIPVisionModelWithProjection):
         images = prepare_for_clip(images, image_encoder.config.image_size, resizing=resizing)
     images = images.to(device=image_encoder.device, dtype=image_encoder.dtype)
-    return rearrange(image_encoder(images).image_embeds, "b c -> b 1 c")
+    size = 1 if image_encoder.device.type == "cpu" else max(len(images), 1)
+    embeddings = torch.cat([image_encoder(chunk.contiguous()).image_embeds for chunk in images.split(size)])
+    return rearrange(embeddings, "b c -> b 1 c")
 
 
 def prepare_for_clip(images: Tensor, image_size: int, *, resizing: Resizing) -> Tensor:

@@ -3,6 +3,7 @@
 from dreamdance.recipe.parse import LoadedRecipe, dump_recipe, given_value, load, load_recipe, load_stored_recipe
 from dreamdance.recipe.schema import (
     AnimateRecipe,
+    EncodeRecipe,
     EvaluateRecipe,
     PrepareRecipe,
     Recipe,
@@ -13,6 +14,7 @@ from dreamdance.recipe.schema import (
 
 __all__ = [
     "AnimateRecipe",
+    "EncodeRecipe",
     "EvaluateRecipe",
     "LoadedRecipe",
     "PrepareRecipe",

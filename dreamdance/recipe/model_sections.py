@@ -76,6 +76,13 @@ class ImageEncoderSource(Section):
     )
 
 
+class FrozenNetworks(Section):
+    """The networks that never train (task encode)."""
+
+    autoencoder: AutoencoderSource = Field(description="Autoencoder between pictures and latents.")
+    image_encoder: ImageEncoderSource = Field(description="Encoder of the reference image for cross-attention.")
+
+
 class GeometryModel(Section):
     """The mutually aligned geometry diffusion model (stage 1)."""
 

@@ -8,6 +8,7 @@ from dreamdance.recipe.schema import (
     AnimateRecipe,
     AnimationSampling,
     AutoencoderSource,
+    EncodeRecipe,
     GeometrySampling,
     ImageEncoderSource,
     NetworkSource,
@@ -66,6 +67,8 @@ def problems(recipe: Recipe, known_keys: Collection[str] = ()) -> list[Problem]:
             checks.append(lambda: _windows(recipe.sampling, "sampling"))
         case PrepareRecipe():
             checks.append(lambda: _prepare(recipe))
+        case EncodeRecipe():
+            checks += [lambda: _networks(recipe), lambda: _encode(recipe)]
         case AnimateRecipe():
             checks += [lambda: _windows(recipe.geometry, "geometry"), lambda: _windows(recipe.animation, "animation")]
             checks.append(lambda: _aspects(recipe))
@@ -170,12 +173,13 @@ def _schedule(recipe: TrainingRecipe, known_keys: Collection[str]) -> Iterator[P
             yield _problem("checkpoint.allow_changed", f"checkpoint.allow_changed names '{key}', which is not a key")
 
 
-def _networks(recipe: TrainingRecipe) -> Iterator[Problem]:
+def _networks(recipe: TrainingRecipe | EncodeRecipe) -> Iterator[Problem]:
     sources: list[tuple[str, NetworkSource | AutoencoderSource | ImageEncoderSource, str]] = [
-        ("model.unet", recipe.model.unet, "config"),
         ("model.autoencoder", recipe.model.autoencoder, "patch_size"),
         ("model.image_encoder", recipe.model.image_encoder, "stand_in_width"),
     ]
+    if isinstance(recipe, TrainingRecipe):
+        sources.insert(0, ("model.unet", recipe.model.unet, "config"))
     for name, source, other in sources:
         alternative = getattr(source, other)
         if (source.path is None) == (alternative is None):
@@ -339,6 +343,15 @@ def _smaller_sizes(recipe: PrepareRecipe) -> Iterator[Problem]:
         return
     if problem := smaller_sizes_problem((source.width, source.height), recipe.smaller_sizes):
         yield _problem("smaller_sizes", f"smaller_sizes {problem}")
+
+
+def _encode(recipe: EncodeRecipe) -> Iterator[Problem]:
+    factor = recipe.model.autoencoder.patch_size or AUTOENCODER_DOWNSCALE
+    for name, size in (("width", recipe.width), ("height", recipe.height)):
+        if size % factor:
+            yield _problem(name, f"{name} {size} must be a multiple of {factor}, the autoencoder's factor")
+    if len(set(recipe.encoded_domains)) != len(recipe.encoded_domains) or "rgb" not in recipe.encoded_domains:
+        yield _problem("domains", f"domains {recipe.domains} must name each map once, and rgb, which every stage reads")
 
 
 def _place(recipe: PrepareRecipe) -> KeyPath:

@@ -11,6 +11,8 @@ from pydantic import Field
 
 from dreamdance.recipe.annotator_section import DrivingAnnotators
 from dreamdance.recipe.batch_arithmetic import accumulation_steps
+from dreamdance.recipe.encode_recipe import EncodeRecipe
+from dreamdance.recipe.every_recipe import TASK, Recipe
 from dreamdance.recipe.model_sections import (
     AnimationModel,
     AutoencoderSource,
@@ -27,13 +29,10 @@ from dreamdance.recipe.objective_sections import (
 )
 from dreamdance.recipe.sections import (
     Clips,
-    Cluster,
     Logging,
-    Name,
     NonNegative,
     Pixels,
     Positive,
-    Section,
     Shards,
     Steps,
     Unit,
@@ -52,6 +51,7 @@ __all__ = [
     "DancersSource",
     "DomainWeights",
     "DrivingAnnotators",
+    "EncodeRecipe",
     "EvaluateRecipe",
     "GeometryModel",
     "GeometryObjectiveSettings",
@@ -71,32 +71,7 @@ __all__ = [
     "VideosSource",
 ]
 
-TASK = "What the recipe does; it decides which other keys exist."
 SAMPLING = "How validation draws its samples, with the pipeline that the export will have."
-
-
-class Recipe(Section):
-    """The keys of every recipe: a task, a name that is unique over all recipes, a seed, a place to run."""
-
-    task: str = Field(description=TASK)
-    name: Name = Field(
-        description="Name of the run and of its folder under --runs. The same name continues the same run."
-    )
-    seed: NonNegative = Field(
-        default=0,
-        description=(
-            "Seed of all random draws: of data, noise and random weights in training, and of the validation videos in "
-            "prepare. In animate, the seed of entries without one. evaluate draws nothing."
-        ),
-    )
-    tf32: bool = Field(
-        default=False,
-        description=(
-            "Lets GPUs round the factors of float32 products to 10 bits. Networks in float32 (the autoencoder; all "
-            "networks at `precision: fp32`) are faster, with relative errors of about 1e-3 instead of 1e-6."
-        ),
-    )
-    cluster: Cluster = Field(default=Cluster(), description="Where the job runs, and what the launcher asks of Slurm.")
 
 
 class TrainingRecipe(Recipe):
@@ -380,5 +355,6 @@ class EvaluateRecipe(Recipe):
 
 
 AnyRecipe = Annotated[
-    Stage1Recipe | Stage2Recipe | PrepareRecipe | AnimateRecipe | EvaluateRecipe, Field(discriminator="task")
+    Stage1Recipe | Stage2Recipe | PrepareRecipe | EncodeRecipe | AnimateRecipe | EvaluateRecipe,
+    Field(discriminator="task"),
 ]

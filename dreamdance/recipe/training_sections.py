@@ -33,6 +33,13 @@ class TrainingData(Section):
             "folder of data.train."
         ),
     )
+    latents: Shards | None = Field(
+        default=None,
+        description=(
+            "Latents of data.train that a recipe with `task: encode` stored; training then encodes no frames. Refused "
+            "if other shards, networks or sizes were encoded. Validation always encodes its pictures."
+        ),
+    )
     width: Pixels = Field(
         description=(
             "Width of the frames, a multiple of the autoencoder's factor times the UNet's reductions: of 64 for Stable "

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from dreamdance.data.loading.clip_choice import choose_training_clips
-from dreamdance.data.loading.dataset import ClipDataset
+from dreamdance.data.loading.dataset import ClipDataset, StoredClips
 from dreamdance.data.loading.loader import ClipLoader
 from dreamdance.data.loading.order import ClipOrder
 from dreamdance.recipe.same_run import result_json
@@ -33,6 +33,7 @@ from dreamdance.runtime.watchdog import Watchdog
 from dreamdance.training.checkpointing.checkpointer import Checkpointer, Resumed
 from dreamdance.training.checkpointing.saving_plan import SAVING_SHARE
 from dreamdance.training.ema import ShardedEma
+from dreamdance.training.encoding.fit import require_fitting_latents
 from dreamdance.training.engine import Engine
 from dreamdance.training.export import export_average
 from dreamdance.training.guard import StepGuard
@@ -96,10 +97,12 @@ def build_trainer(
     _seed_global_generators(recipe.seed)
     on_shard = partial(watchdog.enter, "checking a shard")
     if recipe.data.verify == "hash":
-        verify_by_hash([recipe.data.train, recipe.data.validation], ranks, common_store(), on_progress=on_shard)
+        folders = [recipe.data.train, recipe.data.validation, *([recipe.data.latents] if recipe.data.latents else [])]
+        verify_by_hash(folders, ranks, common_store(), on_progress=on_shard)
     watchdog.enter("loading weights", f"rank {ranks.rank}")
     objective = stage.build()
     load_initial_weights(objective, run_folder.parent, init_from=recipe.init_from, init_step=recipe.init_step)
+    require_fitting_latents(recipe, objective)
     stage.set_trainable(objective)
     weights = weights_digests(objective)
     require_same({"frozen weights": weights.frozen, "weights to train": weights.trainable})
@@ -165,6 +168,10 @@ def make_loader(
     """
     recipe = stage.recipe
     data = recipe.data
+    verify = verify_at_opening(data.verify)
+    latents = None
+    if data.latents is not None:
+        latents = StoredClips(data.latents, verify=verify, ranks=ranks, before_shard=before_shard)
     dataset = ClipDataset(
         data.train,
         width=data.width,
@@ -175,9 +182,11 @@ def make_loader(
         reference_margin=data.reference_margin,
         seed=recipe.seed,
         maps=stage.maps,
-        verify=verify_at_opening(data.verify),
+        verify=verify,
         ranks=ranks,
         before_shard=before_shard,
+        latents=latents,
+        latent_names=stage.latent_names,
     )
     choice = choose_training_clips(dataset, data.filters, data.mixed_backgrounds)
     if choice.dropped_by and ranks.is_main:

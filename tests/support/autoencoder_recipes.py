@@ -28,9 +28,9 @@ def save_autoencoder(folder: Path, *, temporal: bool) -> None:
 
 
 def recipe_with_autoencoder(
-    folder: Path, *, temporal: bool, changes: dict[str, Any] | None = None
+    folder: Path, *, temporal: bool, train: str = "geometry", changes: dict[str, Any] | None = None
 ) -> Stage1Recipe | Stage2Recipe:
-    """A recipe of 32x48 pixels that reads the autoencoder saved in `folder`; `temporal` is stage 2."""
+    """A recipe of 32x48 pixels that reads the autoencoder saved in `folder`; `temporal` is stage 2, else `train`."""
     shared = {"model.autoencoder": {"path": str(folder)}, "data.width": WIDTH, "data.height": HEIGHT, **(changes or {})}
     if temporal:
         unet = {**tiny_svd_config(), "in_channels": 8, "out_channels": 4}
@@ -39,4 +39,4 @@ def recipe_with_autoencoder(
         return tiny_stage2_recipe({**more, **shared})
     unet = {**tiny_unet_config(), "in_channels": 4, "out_channels": 4}
     more = {"model.unet": {"config": unet}, "model.pose_channels": [8, 8, 8, 16]}
-    return tiny_stage1_recipe("geometry", {**more, **shared})
+    return tiny_stage1_recipe(train, {**more, **shared})

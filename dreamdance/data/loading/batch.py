@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dreamdance.data.shards.latents import PREFIX
 from dreamdance.errors import ShardError
 from dreamdance.media.transforms import scale_to_floats
 
@@ -22,8 +23,8 @@ class ClipSample:
 
     def floats(self) -> "ClipSample":
         """The sample with maps and reference as the objectives use them: float32 in [0,1], 3 channels."""
-        maps = {name: as_floats(images) for name, images in self.maps.items()}
-        return replace(self, maps=maps, reference=as_floats(self.reference))
+        reference = as_floats(self.reference) if self.reference.numel() else self.reference
+        return replace(self, maps=_maps_as_floats(self.maps), reference=reference)
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,10 @@ class ClipBatch:
 
     Attributes:
         maps: `b f 3 H W` in [0,1] by modality, in the order of `modalities.MODALITIES`: rgb, pose and the requested
-            ones. Normals are (n+1)/2, of unit length after decoding; depth is disparity, near points bright; a mask is
-            1 on the body, else 0. Maps with one value per pixel repeat it in all 3 channels.
-        reference: `b 3 H W` in [0,1], a frame of the same clip.
+            ones, without those that stored latents replace. Normals are (n+1)/2, of unit length after decoding; depth
+            is disparity, near points bright; a mask is 1 on the body, else 0. Maps with one value per pixel repeat it
+            in all 3 channels. The stored latents are listed beside them, with names that begin with `latents.`.
+        reference: `b 3 H W` in [0,1], a frame of the same clip; empty if its stored latents replace it.
         fps: `b`, frames per second after the stride.
         keys: `b 3` int64: seed, epoch, sample id; the source of every random number about a sample.
         clip_ids: b names.
@@ -56,13 +58,15 @@ class ClipBatch:
     def from_tensors(cls, tensors: Mapping[str, Tensor], clip_ids: list[str]) -> "ClipBatch":
         """The inverse of `tensors`."""
         maps = dict(tensors)
-        reference, fps, keys = (maps.pop(name) for name in ("reference", "fps", "keys"))
+        reference = maps.pop("reference", torch.empty(0))
+        fps, keys = maps.pop("fps"), maps.pop("keys")
         return cls(maps, reference, fps, keys, clip_ids)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the batch by name."""
-        return {**self.maps, "reference": self.reference, "fps": self.fps, "keys": self.keys}
+        reference = {"reference": self.reference} if self.reference.numel() else {}
+        return {**self.maps, **reference, "fps": self.fps, "keys": self.keys}
 
     @property
     def rgb(self) -> Tensor:
@@ -74,6 +78,11 @@ class ClipBatch:
         """`b f 3 H W` in [0,1], the pose drawings on black."""
         return self.maps["pose"]
 
+    @property
+    def latents(self) -> dict[str, Tensor]:
+        """Stored latents by name, see `latent_windows.read_latents`; empty if training encodes pictures itself."""
+        return {name.removeprefix(PREFIX): values for name, values in self.maps.items() if name.startswith(PREFIX)}
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "ClipBatch":
         """Returns the batch on a device, as float32; `keys` stay on the CPU, where random numbers are drawn."""
         moved = {
@@ -81,8 +90,8 @@ class ClipBatch:
             for name, tensor in self.tensors.items()
             if name != "keys"
         }
-        pictures = {name: as_floats(moved[name]) for name in (*self.maps, "reference")}
-        return self.from_tensors({**moved, **pictures, "keys": self.keys}, self.clip_ids)
+        pictures = {name: moved[name] for name in moved if name != "fps"}
+        return self.from_tensors({**moved, **_maps_as_floats(pictures), "keys": self.keys}, self.clip_ids)
 
     def pin_memory(self) -> "ClipBatch":
         """Returns the batch in page-locked memory; the loader calls this if there is a GPU."""
@@ -118,6 +127,11 @@ def _stack(images: Sequence[Tensor]) -> Tensor:
     """Stacks pictures; if only some of them are as stored, all become floats."""
     same = all(each.dtype == images[0].dtype for each in images)
     return torch.stack(list(images) if same else [scale_to_floats(each) for each in images])
+
+
+def _maps_as_floats(maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Pictures as `as_floats` gives them, beside stored latents, which are no pictures and stay as they are."""
+    return {name: values if name.startswith(PREFIX) else as_floats(values) for name, values in maps.items()}
 
 
 def as_floats(images: Tensor) -> Tensor:

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from dreamdance.data.loading.batch import ClipSample
 from dreamdance.data.loading.clip_frames import ClipFrames, flip_clip
+from dreamdance.data.loading.latent_windows import REFERENCE, read_latents
 from dreamdance.data.loading.order import SampleKey
 from dreamdance.data.loading.stored_clip import StoredClip, Window, draw_window, first_window
 from dreamdance.data.shards import cache
 from dreamdance.data.shards.columns import ColumnClip
+from dreamdance.data.shards.latents import LatentClip
 from dreamdance.data.shards.mds import Spanner, Stream, StreamingDataset, World
 from dreamdance.data.shards.range_reads import SampleHead, check_sample, read_extents, read_sample_head
 from dreamdance.data.shards.tracks import Extent, TrackClip
@@ -208,6 +210,16 @@ class StoredClips(StreamingDataset):
         head = self._read_file(sample_id, partial(read_sample_head, position=position, where=where))
         return TrackClip(head.clip, partial(self._read_extents, sample_id, head), size=self._size, where=where)
 
+    def latents(self, sample_id: int) -> LatentClip:
+        """The stored latents of one clip, if this is a folder of latents; reads their head.
+
+        Raises:
+            ShardError: the clip's shard is missing or damaged.
+        """
+        where, position = self.describe(sample_id), self.spanner[sample_id][1]
+        head = self._read_file(sample_id, partial(read_sample_head, position=position, where=where))
+        return LatentClip(head.clip, partial(self._read_extents, sample_id, head), where=where)
+
     def _read_extents(self, sample_id: int, head: SampleHead, extents: Sequence[Extent]) -> list[bytes]:
         where = f"{self.describe(sample_id)} (clip '{head.clip.clip_id}')"
         return self._read_file(sample_id, partial(read_extents, head=head, extents=extents, where=where))
@@ -232,6 +244,8 @@ class ClipDataset(StoredClips):
         ranks: Ranks | None = None,
         cache_bytes: int = CACHE_BYTES,
         before_shard: Callable[[str], None] | None = None,
+        latents: StoredClips | None = None,
+        latent_names: Sequence[str] = (),
     ) -> None:
         """Checks the shards.
 
@@ -244,6 +258,8 @@ class ClipDataset(StoredClips):
             reference_margin: see `stored_clip.draw_window`.
             seed: the first part of every sample's key.
             maps: the modalities to read besides rgb and pose; a clip that lacks one of them is an error.
+            latents: the folder of these clips' latents, which fit the recipe (`encoding.fit`); then no clip is cached.
+            latent_names: what is read from it, see `read_latents`; it replaces the pictures of the same name.
 
         Raises:
             ShardError: shards are missing, damaged, of another format or hostile.
@@ -252,7 +268,7 @@ class ClipDataset(StoredClips):
             shards,
             verify=verify,
             ranks=ranks,
-            cache_bytes=cache_bytes,
+            cache_bytes=cache_bytes if latents is None else 0,  # the cache decodes all maps of a clip
             size=(width, height),
             before_shard=before_shard,
         )
@@ -260,6 +276,7 @@ class ClipDataset(StoredClips):
         self.stride, self.flip_probability, self.seed = stride, flip_probability, seed
         self.reference_margin = reference_margin
         self.maps = tuple(maps)
+        self._latents, self._latent_names = latents, frozenset(latent_names if latents is not None else ())
 
     def training_sample(self, key: SampleKey) -> ClipSample:
         """The training window of a sample in an epoch, as floats; see `stored_sample`."""
@@ -285,7 +302,8 @@ class ClipDataset(StoredClips):
 
     def cut(self, clip: StoredClip, window: Window, key: tuple[int, int, int]) -> ClipSample:
         """Cuts a window from a clip: reads its frames, mirrors them if `window.flip`, crops to the aspect, resizes."""
-        names = [name for name in MODALITIES if name in ALWAYS_READ or name in self.maps]
+        wanted = {*ALWAYS_READ, *self.maps} - self._latent_names
+        names = [name for name in MODALITIES if name in wanted]
         frames = ClipFrames(
             maps={
                 name: self._open_pictures(clip.pictures(name, window.frames), MODALITIES[name].kind, window.flip)
@@ -293,13 +311,14 @@ class ClipDataset(StoredClips):
             },
             keypoints=torch.from_numpy(clip.keypoints_of(window.frames)) if window.flip else None,
         )
-        reference = self._open_pictures(clip.reference_picture(window.reference), "colours", window.flip)
+        reference = self._reference(clip, window)
         if window.flip:
             pose = self._open_pictures(clip.mirrored_pose(window.frames), "drawing", window.flip)
-            frames, reference = flip_clip(frames, drawn_pose=pose), flip_images(reference)
+            frames = flip_clip(frames, drawn_pose=pose)
         return ClipSample(
-            maps={name: self._resize(images, MODALITIES[name].kind) for name, images in frames.maps.items()},
-            reference=self._resize(reference, "colours"),
+            maps={name: self._resize(images, MODALITIES[name].kind) for name, images in frames.maps.items()}
+            | self._read_latents(clip, window, key[2]),
+            reference=reference,
             fps=clip.fps / window.stride,
             key=key,
             clip_id=clip.clip_id,
@@ -317,6 +336,21 @@ class ClipDataset(StoredClips):
         if is_resized or kind == "region" or (flip and (kind == "normals" or pictures.dtype != np.uint8)):
             return pictures_to_tensor(pictures)
         return torch.from_numpy(np.moveaxis(pictures, -1, -3))
+
+    def _reference(self, clip: StoredClip, window: Window) -> Tensor:
+        """The reference picture, `3 H W`; empty if stored latents replace it."""
+        if REFERENCE in self._latent_names:
+            return torch.empty(0)
+        reference = self._open_pictures(clip.reference_picture(window.reference), "colours", window.flip)
+        return self._resize(flip_images(reference) if window.flip else reference, "colours")
+
+    def _read_latents(self, clip: StoredClip, window: Window, sample_id: int) -> dict[str, Tensor]:
+        if self._latents is None:
+            return {}
+        stored = self._latents.latents(sample_id)
+        if (stored.clip_id, stored.num_frames) != (clip.clip_id, clip.num_frames):
+            raise ShardError(f"{stored.where} does not belong to {clip.where}; encode the shards again")
+        return read_latents(stored, window, sorted(self._latent_names))
 
     def _resize(self, images: Tensor, kind: Kind) -> Tensor:
         height, width = images.shape[-2:]

@@ -1,4 +1,4 @@
-"""Encodes and decodes single stored frames: PNG without loss, JPEG and WebP for pictures.
+"""Encodes and decodes single stored frames: PNG without loss, JPEG and WebP for pictures, plain numbers for latents.
 
 The input of the decoder may be damaged or hostile: the picture's own header is compared before anything is inflated.
 """
@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import cv2
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -18,6 +19,9 @@ from dreamdance.errors import ShardError
 
 Codec = Literal["png", "jpeg", "webp"]
 CODECS: tuple[Codec, ...] = get_args(Codec)
+# Numbers as they are, little-endian; bf16 is rounded to nearest even. Both are float32 when decoded.
+FloatCodec = Literal["fp32", "bf16"]
+FLOAT_CODECS: tuple[FloatCodec, ...] = get_args(FloatCodec)
 
 MAX_FRAME_PIXELS = 1 << 26
 
@@ -35,7 +39,7 @@ class FrameFormat:
     width: int
     channels: int
     dtype: np.dtype[Any]
-    codec: Codec = "png"
+    codec: Codec | FloatCodec = "png"
 
     @property
     def frame_shape(self) -> tuple[int, ...]:
@@ -116,6 +120,28 @@ def decode_frame(payload: bytes, kind: FrameFormat, *, where: str) -> NDArray[An
     if image is None or image.shape != kind.frame_shape or image.dtype != kind.dtype:
         raise ShardError(f"{where} cannot be decoded; the shard is damaged")
     return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def encode_floats(frame: NDArray[np.float32], codec: FloatCodec) -> bytes:
+    """Encodes one array of float32."""
+    if codec == "fp32":
+        return frame.astype("<f4").tobytes()
+    return torch.from_numpy(frame).to(torch.bfloat16).view(torch.uint16).numpy().astype("<u2").tobytes()
+
+
+def decode_floats(payload: bytes, kind: FrameFormat, *, where: str) -> NDArray[np.float32]:
+    """Decodes what `encode_floats` gave: `(H, W, channels)` float32.
+
+    Raises:
+        ShardError: the payload has another size than `kind`.
+    """
+    stored = np.frombuffer(payload, "<f4" if kind.codec == "fp32" else "<u2")
+    shape = (kind.height, kind.width, kind.channels)
+    if stored.size != math.prod(shape):
+        raise ShardError(f"{where} has {len(payload)} bytes, expected are {shape} numbers; the shard is damaged")
+    if kind.codec == "fp32":
+        return stored.astype(np.float32).reshape(shape)
+    return (stored.astype(np.uint32) << 16).view(np.float32).reshape(shape)
 
 
 def _has_size(payload: bytes, kind: FrameFormat) -> bool:

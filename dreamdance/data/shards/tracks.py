@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dreamdance.data.shards.frame_codecs import CODECS, MAX_FRAME_PIXELS, FrameFormat, decode_frame
+from dreamdance.data.shards.frame_codecs import CODECS, FLOAT_CODECS, MAX_FRAME_PIXELS, FrameFormat, decode_frame
 from dreamdance.errors import ShardError
 from dreamdance.media.keypoints import NUM_KEYPOINTS
 
@@ -29,6 +29,7 @@ TRACK_COLUMNS: dict[str, str] = {"clip": "bytes", "clip_id": "str", "frames": "b
 
 MAX_FRAMES = 100_000
 MAX_TRACKS = 1000
+MAX_FLOAT_CHANNELS = 1 << 16
 # More than enough for the tables of 100,000 frames of ten tracks; a head is read into memory as a whole.
 MAX_HEAD_BYTES = 32 << 20
 KEYPOINTS = "keypoints"
@@ -255,7 +256,9 @@ def _parse(content: Any, rows: NDArray[Any], where: str) -> ClipHead:
 
 def _parse_kind(entry: Mapping[str, Any], num_frames: int, where: str) -> FrameFormat:
     width, height, channels, bits = (entry[key] for key in ("width", "height", "channels", "bits"))
-    if channels not in (1, 3) or bits not in (8, 16) or entry["codec"] not in CODECS:
+    if entry["codec"] in FLOAT_CODECS:
+        channels, bits = _whole(channels, 1, MAX_FLOAT_CHANNELS), 32
+    elif channels not in (1, 3) or bits not in (8, 16) or entry["codec"] not in CODECS:
         raise ShardError(
             f"{where}, {entry['name']}: frames of {bits} bits and {channels} channels as {entry['codec']!r}; accepted "
             f"are 8 or 16 bits, 1 or 3 channels, {', '.join(CODECS)}"
@@ -266,7 +269,8 @@ def _parse_kind(entry: Mapping[str, Any], num_frames: int, where: str) -> FrameF
             f"{where}, {entry['name']}: the head claims frames of {width}x{height}; accepted are up to "
             f"{MAX_FRAME_PIXELS} pixels"
         )
-    return FrameFormat(num_frames, height, width, channels, np.dtype(f"u{bits // 8}"), entry["codec"])
+    dtype = np.dtype(np.float32) if bits == 32 else np.dtype(f"u{bits // 8}")
+    return FrameFormat(num_frames, height, width, channels, dtype, entry["codec"])
 
 
 def _whole(value: Any, least: int, most: int) -> int:

@@ -62,11 +62,11 @@ class PartSource:
 class Part:
     """Clips that one worker writes together. The worker calls `make`, which must be picklable.
 
-    `make` yields clips, and None as a heartbeat while it works on one.
+    `make` yields clips, or the columns of a sample, and None as a heartbeat while it works on one.
     """
 
     name: str
-    make: Callable[[], Iterator[ClipRecord | None]]
+    make: Callable[[], Iterator[ClipRecord | dict[str, Any] | None]]
     source: PartSource | None = None
 
 
@@ -263,7 +263,7 @@ def _write_clips(
             if record is None:
                 beat()
                 continue
-            writer.write(shard_format.to_sample(record))
+            writer.write(record if isinstance(record, dict) else shard_format.to_sample(record))
             os.utime(incoming)  # the heartbeat that the parent process watches
             on_clip()
     except UserError as error:

@@ -66,7 +66,6 @@ class AnimationObjective(Objective):
     unet: UNetSpatioTemporalConditionModel
     controlnet: SpatioTemporalControlNetModel
     controller: CrossDomainControllerModel
-    image_encoder: ImageEncoder
 
     def __init__(
         self,
@@ -101,18 +100,21 @@ class AnimationObjective(Objective):
         """The loss of one micro batch; in evaluation mode no condition is dropped.
 
         Args:
-            batch: clips with the maps that the recipe's controls name, on any device.
+            batch: clips with the maps that the recipe's controls name, on any device; rgb may be stored latents.
 
         Raises:
             UserError: the clips lack a map that the controls name.
         """
         keys = batch.keys.tolist()
         batch = batch.to(self.unet.device)
-        num_frames = batch.rgb.shape[1]
+        num_frames = batch.pose.shape[1]
 
         # 1. noisy latents at one noise level per clip
-        frames = rearrange(batch.rgb, "b f c h w -> (b f) c h w")
-        latents = self.encode_targets(frames, keys, self.settings.target_latents)
+        form = self.settings.target_latents
+        if batch.latents:
+            latents = self.draw_targets(rearrange(batch.latents["rgb"], "b f ... -> (b f) ..."), keys, form)
+        else:
+            latents = self.encode_targets(rearrange(batch.rgb, "b f c h w -> (b f) c h w"), keys, form)
         latents = rearrange(latents, "(b f) c h w -> b f c h w", f=num_frames)
         sigmas = draw_log_normal(keys, self.settings.sigma_log_mean, self.settings.sigma_log_std, purpose="sigma")
         sigmas = rearrange(sigmas.to(latents), "b -> b 1 1 1 1")
@@ -149,7 +151,9 @@ class AnimationObjective(Objective):
         num_frames = noisy.shape[1]
         _, _, c_in, timestep = edm_preconditioning(sigmas)
         conditioning, augmentation = self._encode_reference_pixels(batch.reference, keys)
-        with torch.no_grad():
+        if stored := batch.latents:
+            embeddings = rearrange(stored["embedding"], "b c -> b 1 c")
+        else:
             embeddings = embed_images(self.image_encoder, batch.reference, resizing="svd")
         if self.training:
             latents_dropped, embedding_dropped = drop_conditions(

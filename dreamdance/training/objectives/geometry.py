@@ -4,6 +4,7 @@ The objective holds all networks, trained and frozen. This module does not know 
 random draw about a clip is keyed by the clip (C8).
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -23,7 +24,7 @@ from dreamdance.diffusion.noise import (
 from dreamdance.errors import UserError
 from dreamdance.modalities import DOMAINS
 from dreamdance.models import GeometryUNetModel, PoseEncoderModel, ReferenceUNetModel
-from dreamdance.models.autoencoding import Autoencoder, encode_latents
+from dreamdance.models.autoencoding import Autoencoder, encode_latents, latents_from_moments
 from dreamdance.models.image_embedding import ImageEncoder, embed_images
 from dreamdance.pipelines import GeometryPipeline
 from dreamdance.recipe import schema
@@ -52,7 +53,6 @@ class GeometryObjective(Objective):
     reference_unet: ReferenceUNetModel
     unet: GeometryUNetModel
     pose_encoder: PoseEncoderModel
-    image_encoder: ImageEncoder
 
     def __init__(
         self,
@@ -100,19 +100,23 @@ class GeometryObjective(Objective):
         """The loss of one micro batch (Eq. 3); in evaluation mode no condition is dropped.
 
         Args:
-            batch: clips with `normal` and `depth`, on any device.
+            batch: clips with `normal` and `depth`, or with their stored latents, on any device.
 
         Raises:
             UserError: the clips have no normal or depth maps.
         """
         keys = batch.keys.tolist()
         batch = batch.to(self.unet.device)
-        num_frames = batch.rgb.shape[1]
+        num_frames = batch.pose.shape[1]
 
         # 1. clean latents of the drawn domain, or of all three
         domains = self._choose_domains(keys)
         num_domains = domains.shape[1]
-        latents = self.encode_targets(_domain_images(batch, domains), keys, self.settings.target_latents)
+        form = self.settings.target_latents
+        if batch.latents:
+            latents = self.draw_targets(_of_domains(batch.latents, domains), keys, form)
+        else:
+            latents = self.encode_targets(_of_domains(batch.maps, domains), keys, form)
 
         # 2. noise: one timestep per clip, independent noise for each of its frames and domains. All frames share one
         # offset, but each domain has its own: the network could infer a shared one from a domain whose level is known
@@ -125,7 +129,7 @@ class GeometryObjective(Objective):
 
         # 3. conditions
         dtype = self.unet.dtype
-        embeddings, reference_features = self._encode_references(batch.reference, keys)
+        embeddings, reference_features = self._encode_references(batch, keys)
         with no_grad_if_frozen(self.pose_encoder):
             pose_features = self.pose_encoder(rearrange(batch.pose, "b f c h w -> (b f) c h w").to(dtype))
 
@@ -152,15 +156,21 @@ class GeometryObjective(Objective):
         drawn = [torch.multinomial(self._draw_weights, 1, generator=sample_generator(key, "domain")) for key in keys]
         return torch.stack(drawn).to(self.unet.device)
 
-    def _encode_references(self, reference: Tensor, keys: list[list[int]]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _encode_references(self, batch: ClipBatch, keys: list[list[int]]) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns image embeddings `b t c` and reference features; a dropped reference enters the network as zeros."""
         dtype = self.unet.dtype
-        kept = torch.ones(len(keys), device=reference.device)
+        kept = torch.ones(len(keys), device=batch.pose.device)
         if self.training:
             kept -= drop_references(keys, self.settings.reference_dropout).to(kept)
         with torch.no_grad():
-            latents = encode_latents(self.vae, reference) * rearrange(kept, "b -> b 1 1 1")
-            embeddings = embed_images(self.image_encoder, reference, resizing="clip") * rearrange(kept, "b -> b 1 1")
+            if stored := batch.latents:
+                latents = latents_from_moments(self.vae, *stored["reference"].unbind(dim=1))
+                embeddings = rearrange(stored["embedding"], "b c -> b 1 c")
+            else:
+                latents = encode_latents(self.vae, batch.reference)
+                embeddings = embed_images(self.image_encoder, batch.reference, resizing="clip")
+            latents = latents * rearrange(kept, "b -> b 1 1 1")
+            embeddings = embeddings * rearrange(kept, "b -> b 1 1")
         embeddings = embeddings.to(dtype)
         with no_grad_if_frozen(self.reference_unet):
             features = self.reference_unet(latents.to(dtype), torch.zeros_like(kept), embeddings)
@@ -195,13 +205,13 @@ def _domain_weights(weights: schema.DomainWeights, key: str) -> Tensor:
     return values / values.sum()
 
 
-def _domain_images(batch: ClipBatch, domains: Tensor) -> Tensor:
-    """`(b f m) 3 H W` in [0,1]: the chosen domains (`b m`) of every frame, domains innermost (C1)."""
-    if missing := [name for name in DOMAINS if name not in batch.maps]:
+def _of_domains(maps: Mapping[str, Tensor], domains: Tensor) -> Tensor:
+    """`(b f m) ...`: the chosen domains (`b m`) of every frame, domains innermost (C1), of maps `b f ...`."""
+    if missing := [name for name in DOMAINS if name not in maps]:
         raise UserError(
             f"stage 1 learns from normal and depth maps, but the shards have no {' and no '.join(missing)}; "
             "give data.train a set with these maps"
         )
-    images = torch.stack([batch.maps[name] for name in DOMAINS], dim=2)
+    images = torch.stack([maps[name] for name in DOMAINS], dim=2)
     chosen = [clip[:, index] for clip, index in zip(images, domains, strict=True)]
-    return rearrange(torch.stack(chosen), "b f m c h w -> (b f m) c h w")
+    return rearrange(torch.stack(chosen), "b f m ... -> (b f m) ...")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dreamdance.diffusion.noise import draw_noise
 from dreamdance.models import PatchAutoencoder
-from dreamdance.models.autoencoding import Autoencoder, encode_latents, keep_in_float32, latent_shape
+from dreamdance.models.autoencoding import Autoencoder, encode_moments, keep_in_float32, latents_from_moments
+from dreamdance.models.image_embedding import ImageEncoder
 
 # Number of pictures that the frozen autoencoder encodes at once: at full size its activations exceed the UNet's.
 ENCODE_CHUNK_SIZE = 8
@@ -52,6 +53,7 @@ class Objective(nn.Module, ABC):
 
     unet: ModelMixin
     vae: Autoencoder
+    image_encoder: ImageEncoder
 
     @abstractmethod
     def make_pipeline(self) -> DiffusionPipeline:
@@ -74,8 +76,23 @@ class Objective(nn.Module, ABC):
         Returns:
             `(b k) c h w`, float32.
         """
+        moments = encode_moments(self.vae, images, chunk_size=ENCODE_CHUNK_SIZE)
+        return self.draw_targets(torch.stack(moments, dim=1), keys, form)
+
+    def draw_targets(self, moments: Tensor, keys: Sequence[Sequence[int]], form: Literal["sample", "mode"]) -> Tensor:
+        """The targets to denoise, from the moments of their distributions; see `encode_targets`.
+
+        Args:
+            moments: `(b k) 2 c h w`, mean and standard deviation, not scaled.
+            keys: `b` keys.
+            form: see `encode_targets`.
+
+        Returns:
+            `(b k) c h w`, float32.
+        """
+        mean, deviation = moments.unbind(dim=1)
         noise = None
         if form == "sample" and not isinstance(self.vae, PatchAutoencoder):  # its distribution is a single point
-            per_sample = (len(images) // len(keys), *latent_shape(self.vae, images))
+            per_sample = (len(mean) // len(keys), *mean.shape[1:])
             noise = rearrange(draw_noise(keys, per_sample, purpose="target latents"), "b k c h w -> (b k) c h w")
-        return encode_latents(self.vae, images, chunk_size=ENCODE_CHUNK_SIZE, noise=noise).float()
+        return latents_from_moments(self.vae, mean, deviation, noise=noise).float()

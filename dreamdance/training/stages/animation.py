@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from diffusers import UNetSpatioTemporalConditionModel
 
 from dreamdance.data.loading.batch import ClipBatch
+from dreamdance.data.shards.latents import EMBEDDING
 from dreamdance.modalities import OPTIONAL
 from dreamdance.models import CrossDomainControllerModel, SpatioTemporalControlNetModel
 from dreamdance.models.autoencoding import downscale_factor
@@ -40,6 +41,11 @@ class AnimationStage:
     def maps(self) -> Sequence[str]:
         """The maps named in `model.controls`."""
         return [name for name in OPTIONAL if name in self.recipe.model.controls]
+
+    @property
+    def latent_names(self) -> Sequence[str]:
+        """The frames and the reference's embedding; the reference's pixels are read as well, because noise is added."""
+        return ("rgb", EMBEDDING)
 
     def build(self, *, device: str = "cpu") -> AnimationObjective:
         """See `TrainingStage`."""

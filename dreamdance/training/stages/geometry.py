@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from diffusers import UNet2DConditionModel
 
 from dreamdance.data.loading.batch import ClipBatch
+from dreamdance.data.loading.latent_windows import REFERENCE
+from dreamdance.data.shards.latents import EMBEDDING
 from dreamdance.modalities import DOMAINS, OPTIONAL
 from dreamdance.models import GeometryUNetModel, PoseEncoderModel, ReferenceUNetModel
 from dreamdance.models.autoencoding import downscale_factor
@@ -36,6 +38,11 @@ class GeometryStage:
     def maps(self) -> Sequence[str]:
         """Normal and depth."""
         return [name for name in OPTIONAL if name in DOMAINS]
+
+    @property
+    def latent_names(self) -> Sequence[str]:
+        """The three domains, and the reference both as latents and as an embedding."""
+        return (*DOMAINS, REFERENCE, EMBEDDING)
 
     def build(self, *, device: str = "cpu") -> GeometryObjective:
         """See `TrainingStage`."""

@@ -33,6 +33,10 @@ class TrainingStage(Protocol[AnyObjective]):
     def maps(self) -> Sequence[str]:
         """The maps of every clip that the objective reads, beside pictures and pose."""
 
+    @property
+    def latent_names(self) -> Sequence[str]:
+        """What the objective takes from stored latents (`data.latents`), see `latent_windows.read_latents`."""
+
     def build(self, *, device: str = "cpu") -> AnyObjective:
         """Builds all networks and the objective that holds them.
 

@@ -1,0 +1,36 @@
+"""The stored latents of a training window."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dreamdance.data.loading.stored_clip import Window
+from dreamdance.data.shards.latents import EMBEDDING, PREFIX, LatentClip
+from dreamdance.modalities import MODALITIES
+
+# The name of the reference's moments among the latents of a window.
+REFERENCE = "reference"
+
+
+def read_latents(stored: LatentClip, window: Window, names: Sequence[str]) -> dict[str, Tensor]:
+    """Reads latents of a window, each under its name with `PREFIX`, float32.
+
+    Args:
+        stored: the latents of the window's clip.
+        window: frames, reference, and whether they are mirrored.
+        names: modalities, whose moments are `f 2 c h w`; `REFERENCE`, `2 c h w`; `EMBEDDING`, `c`.
+
+    Raises:
+        ShardError: the latents do not contain what is asked for, or are damaged.
+    """
+    found, subject, number = dict[str, Tensor](), window.reference.subject, window.reference.number
+    for name in names:
+        if name in MODALITIES:
+            found[PREFIX + name] = stored.moments(name, window.frames, mirrored=window.flip)
+        elif name == REFERENCE:
+            found[PREFIX + name] = stored.moments("rgb", [number], subject=subject, mirrored=window.flip)[0]
+        elif name == EMBEDDING:
+            found[PREFIX + name] = stored.embeddings([number], subject=subject, mirrored=window.flip)[0]
+        else:
+            raise ValueError(f"{name!r} are no latents; accepted are modalities, '{REFERENCE}' and '{EMBEDDING}'")
+    return found

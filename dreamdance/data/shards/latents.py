@@ -1,0 +1,159 @@
+"""Stored latents: what the frozen networks of a training make of a clip's frames, in the form of schema 2.
+
+A folder of latents is a folder of shards with one sample for each sample of the shards that it was encoded from, in
+the same order. Its tracks are named `latents.rgb`, and `latents.rgb.mirrored` for the mirrored frames. This module
+does not know the networks.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dreamdance.data.shards.frame_codecs import FLOAT_CODECS, FloatCodec, FrameFormat, decode_floats, encode_floats
+from dreamdance.data.shards.index import ShardIndex
+from dreamdance.data.shards.tracks import ClipHead, ReadExtents, Subject, Track, TrackWriter
+from dreamdance.errors import ShardError
+
+PREFIX = "latents."
+# The image encoder's embedding of a picture that may serve as the reference.
+EMBEDDING = "embedding"
+
+
+@dataclass(frozen=True)
+class LatentSettings:
+    """What decides the content of a folder of latents; the index contains it.
+
+    Attributes:
+        source: hash of the shards that were encoded (`source_digest`).
+        autoencoder, image_encoder: hashes of the networks that encoded, with their scaling conventions.
+        width, height: size of the pictures.
+        domains: the modalities of the clips whose latents are stored.
+        flip: whether the mirrored frames were encoded too.
+        precision: number format of the stored values.
+    """
+
+    source: str
+    autoencoder: str
+    image_encoder: str
+    width: int
+    height: int
+    domains: tuple[str, ...]
+    flip: bool
+    precision: FloatCodec
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "domains": list(self.domains), "kind": "latents"}
+
+    @classmethod
+    def of_index(cls, index: ShardIndex) -> "LatentSettings":
+        """Reads the settings of a folder.
+
+        Raises:
+            ShardError: the folder contains no latents.
+        """
+        found = dict(index.details.get("settings", {}))
+        try:
+            if found.pop("kind") != "latents":
+                raise KeyError("kind")
+            values = {name: found[name] for name in cls.__dataclass_fields__}
+            return cls(**{**values, "domains": tuple(values["domains"])})
+        except (KeyError, TypeError) as error:
+            raise ShardError(f"{index.path} lists no latents; a recipe with `task: encode` writes them") from error
+
+
+def source_digest(index: ShardIndex) -> str:
+    """A hash of the content of a folder of shards, by the hashes that its index lists."""
+    listed = [[shard.num_samples, shard.raw.hashes] for shard in index.shards]
+    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass
+class LatentRecord:
+    """The latents of a clip that are to be stored.
+
+    Attributes:
+        clip: the head of the clip; its tracks are not used.
+        precision: number format.
+    """
+
+    clip: ClipHead
+    precision: FloatCodec
+    _writer: TrackWriter = field(default_factory=TrackWriter)
+
+    def add(self, name: str, values: Tensor, *, subject: Subject, mirrored: bool) -> None:
+        """Adds a track.
+
+        Args:
+            name: a modality or `EMBEDDING`.
+            values: moments `n 2 c h w`, mean and standard deviation; or embeddings `n c`.
+            subject: whose frames they are.
+            mirrored: whether the frames were mirrored before.
+
+        Raises:
+            ShardError: a value is not finite.
+        """
+        if not torch.isfinite(values).all():
+            raise ShardError(f"clip '{self.clip.clip_id}': the {name} latents contain values that are not finite")
+        pattern = "n c -> n 1 1 c" if values.ndim == 2 else "n t c h w -> n h w (t c)"
+        frames = rearrange(values.float().cpu(), pattern).contiguous().numpy()
+        count, height, width, channels = frames.shape
+        kind = FrameFormat(count, height, width, channels, frames.dtype, self.precision)
+        self._writer.add(_track_name(name, mirrored), subject, kind, [encode_floats(f, self.precision) for f in frames])
+
+    def to_sample(self) -> dict[str, Any]:
+        """The columns of a shard."""
+        return self._writer.sample(self.clip)
+
+
+class LatentClip:
+    """The stored latents of a clip; reads those that are asked for."""
+
+    def __init__(self, head: ClipHead, read: ReadExtents, *, where: str) -> None:
+        """Reads nothing yet.
+
+        Args:
+            head: the head of the sample.
+            read: reads ranges of the column `frames`.
+            where: the shard and the sample's place in it, for error texts.
+        """
+        self.clip_id, self.num_frames, self.where = head.clip_id, head.num_frames, f"{where} (clip '{head.clip_id}')"
+        self._read = read
+        self._tracks: Mapping[tuple[str, str], Track] = {(track.subject, track.name): track for track in head.tracks}
+
+    def moments(self, name: str, indices: Sequence[int], *, subject: Subject = "clip", mirrored: bool) -> Tensor:
+        """Mean and standard deviation of frames, `n 2 c h w` float32.
+
+        Raises:
+            ShardError: there are none, or they are damaged.
+        """
+        return rearrange(self._frames(name, indices, subject, mirrored), "n h w (t c) -> n t c h w", t=2).contiguous()
+
+    def embeddings(self, indices: Sequence[int], *, subject: Subject = "clip", mirrored: bool) -> Tensor:
+        """Embeddings of pictures, `n c` float32. See `moments`."""
+        return rearrange(self._frames(EMBEDDING, indices, subject, mirrored), "n 1 1 c -> n c")
+
+    def _frames(self, name: str, indices: Sequence[int], subject: Subject, mirrored: bool) -> Tensor:
+        track = self._tracks.get((subject, _track_name(name, mirrored)))
+        if track is None or track.kind is None or track.kind.codec not in FLOAT_CODECS:
+            raise ShardError(
+                f"{self.where} has no latents of {'mirrored ' if mirrored else ''}{name} ({subject}); encode the "
+                "shards again with the recipe's `domains` and `flip`"
+            )
+        extents = [track.extent(index) for index in indices]
+        frames: list[NDArray[np.float32]] = [
+            decode_floats(payload, track.kind, where=f"{self.where}, {extent.name}")
+            for extent, payload in zip(extents, self._read(extents), strict=True)
+        ]
+        return torch.from_numpy(np.stack(frames))
+
+
+def _track_name(name: str, mirrored: bool) -> str:
+    return f"{PREFIX}{name}{'.mirrored' if mirrored else ''}"
