@@ -100,10 +100,12 @@ def test_animate_runs_again_when_a_file_that_it_read_was_replaced_by_one_of_the_
 def test_files_added_during_a_run_make_it_unfinished(run_folder, tmp_path, picture, task):
     output, given = tmp_path / "out", tmp_path / "given"
     prepared(output)
+    (output / "index.json").write_text('{"shards": []}')  # of latents
     given.mkdir()
     words = {
         "animate": [f"manifest={given / 'manifest.jsonl'}", f"output={output}"],
         "prepare": [f"videos.folder={given}", f"output={output}"],
+        "encode": [f"shards.local={given}", f"output={output}"],
         "evaluate": [f"results={given}"],
     }
     recipe = load_recipe(DEMO.parent / f"{task}.yaml", words[task])
@@ -114,6 +116,7 @@ def test_files_added_during_a_run_make_it_unfinished(run_folder, tmp_path, pictu
         (given / f"{name}.rgb.mp4").write_bytes(b"a dance")
         (given / name).mkdir()
         (given / name / "result.json").write_text("{}")
+        (given / "index.json").write_text(json.dumps({"shards": [name]}))
 
     add("a")
     inputs = digest_inputs(recipe, run_folder.parent)
