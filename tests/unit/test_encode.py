@@ -74,7 +74,7 @@ def test_stored_moments_are_those_of_diffusers_own_autoencoder(data, training, l
 
 def cut(clips: ClipDataset, sample_id: int, frame: int, flip: bool) -> dict[str, torch.Tensor]:
     window = Window(frames=[frame], stride=1, reference=ReferenceFrame(0), flip=flip)
-    return dict(clips.cut(clips.clip(sample_id), window, (0, 0, sample_id)).maps)
+    return dict(clips.cut(clips.clip(sample_id), window, (0, 0, sample_id)).floats().maps)
 
 
 def test_every_sample_has_latents_of_its_own_clip_in_the_same_order(data, training, latents):
