@@ -1,4 +1,4 @@
-"""Real dance videos, all tasks by the command: shards, stage 2 guided by the pose alone, held-out parts, the table.
+"""Real dance videos without any map, all tasks by the command: shards, both stages, held-out parts, a photo, the table.
 
 A short run of recipes/footage, small enough for a test; those recipes state the scores of a longer one. No frame of the
 videos is kept: everything is written to the folder of the test.
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 LAUNCHER = (sys.executable, ROOT / "launchers" / "slurm.py")
 RECIPES = ROOT / "recipes" / "footage"
 CLIPS = Path(os.environ.get("DREAMDANCE_CLIPS", ROOT.parent / "shared" / "clips"))
-NAMES = ("dance_01", "dance_02")
+NAMES = ("dance_01", "dance_02", "dance_03")
 WIDTH, HEIGHT, CLIP_FRAMES = 24, 40, 40
 STEPS = 60
 
@@ -34,22 +34,32 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.distributed,
     pytest.mark.skipif(
-        not all((CLIPS / f"{name}.{kind}.mp4").is_file() for name in NAMES for kind in ("rgb", "pose")),
-        reason=f"no dance_01 and dance_02 with their poses in {CLIPS}; name their folder by DREAMDANCE_CLIPS",
+        not all((CLIPS / f"{name}.rgb.mp4").is_file() for name in NAMES),
+        reason=f"no dance_01 to dance_03 in {CLIPS}; name their folder by DREAMDANCE_CLIPS",
     ),
 ]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A working folder in which the four recipes of recipes/footage have run, with the sizes of a test."""
+    """A working folder in which the recipes of recipes/footage have run, with the sizes of a test."""
+    require_networks("mediapipe")
     folder = tmp_path_factory.mktemp("footage")
     (folder / "videos").mkdir()
     for name in NAMES:
-        for kind in ("rgb", "pose"):
-            (folder / "videos" / f"{name}.{kind}.mp4").symlink_to(CLIPS / f"{name}.{kind}.mp4")
+        (folder / "videos" / f"{name}.rgb.mp4").symlink_to(CLIPS / f"{name}.rgb.mp4")
     size = [f"width={WIDTH}", f"height={HEIGHT}"]
-    launch(folder, "prepare", "videos.folder=videos", *(f"videos.{word}" for word in size))
+    large = [f"videos.width={4 * WIDTH}", f"videos.height={4 * HEIGHT}", f"smaller_sizes=[[{WIDTH},{HEIGHT}]]"]
+    launch(folder, "prepare", "videos.folder=videos", f"videos.annotators.weights={NETWORKS}", *large)
+    launch(
+        folder,
+        "stage1_domains",
+        *(f"data.{word}" for word in size),
+        "max_steps=20",
+        "checkpoint.every_steps=1000",
+        "validation.loss_every_steps=1000",
+        "validation.sample_every_steps=1000",
+    )
     launch(
         folder,
         "stage2",
@@ -63,7 +73,14 @@ def folder(tmp_path_factory):
         f"validation.loss_every_steps={STEPS // 2}",
         "validation.sample_every_steps=1000",
     )
+    size += [f"geometry_{word}" for word in size]
     launch(folder, "animate", *size)
+    photo = {"id": "photo", "image": str(folder / "person.png"), "video": str(folder / "dance.mp4"), "align": "bones"}
+    Image.fromarray(read_frames(probe_video(CLIPS / "dance_01.rgb.mp4"), [0])[0]).save(folder / "person.png")
+    cut_video(CLIPS / "dance_03.rgb.mp4", folder / "dance.mp4", num_frames=12)
+    (folder / "photo.jsonl").write_text(json.dumps(photo) + "\n")
+    words = ["name=photo", "manifest=photo.jsonl", "output=results/photo", f"annotators.weights={NETWORKS}"]
+    launch(folder, "animate", *words, *size)
     launch(folder, "evaluate")
     return folder
 

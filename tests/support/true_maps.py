@@ -9,15 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dreamdance.annotators.exact_poses import exact_poses
-from dreamdance.annotators.protocols import Depths, Person, PersonPoses
+from dreamdance.annotators.protocols import Depths, PersonPoses
 from dreamdance.dancers.render import DancerClip
 from support.exact_annotator import ExactAnnotator
 
 # In a recipe: `annotators: {pose: "support.true_maps:open_truth", ...}`.
 NAME = f"{__name__}:open_truth"
 FOLDER = "DREAMDANCE_TRUE_MAPS"
-# A text "<method> <n>": the n-th call of that method in a process ends it with an error.
-FAILURE = "DREAMDANCE_TRUE_MAPS_FAIL"
 
 
 def write_truth(folder: Path, name: str, clip: DancerClip) -> None:
@@ -49,40 +47,25 @@ class TrueMaps(ExactAnnotator):
                 stored.append({name: content[name] for name in content.files})
         self._truth = {name: np.concatenate([one[name] for one in stored]) for name in stored[0]}
         self.learn(self._truth["rgb"], self._truth["keypoints"])
-        self.calls = dict.fromkeys(("people", "pose", "mask", "normal", "depth"), 0)
-
-    def find_people(self, rgb: NDArray[np.uint8]) -> list[list[Person]]:
-        self._count("people")
-        return super().find_people(rgb)
 
     def annotate_pose(self, rgb: NDArray[np.uint8], people: Any) -> PersonPoses:
-        self._count("pose")
         return PersonPoses(super().annotate_pose(rgb, people).keypoints, landmarks=self._look_up("landmarks", rgb))
 
     def annotate_mask(self, rgb: NDArray[np.uint8], poses: PersonPoses) -> NDArray[np.float32]:
-        self._count("mask")
         return self._look_up("mask", rgb)
 
     def annotate_normal(
         self, rgb: NDArray[np.uint8], poses: PersonPoses, mask: NDArray[np.float32]
     ) -> NDArray[np.float32]:
-        self._count("normal")
         return self._look_up("normal", rgb)
 
     def annotate_depth(self, rgb: NDArray[np.uint8], poses: PersonPoses, mask: NDArray[np.float32]) -> Depths:
-        self._count("depth")
         return Depths(self._look_up("depth", rgb), "depth")
 
     def _look_up(self, name: str, rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
         known = self._truth["rgb"].astype(np.float32)
         rows = [int(np.abs(known - frame).mean(axis=(1, 2, 3)).argmin()) for frame in rgb]
         return np.asarray(self._truth[name][rows], dtype=np.float32)
-
-    def _count(self, name: str) -> None:
-        self.calls[name] += 1
-        if os.environ.get(FAILURE) == f"{name} {self.calls[name]}":
-            os.environ.pop(FAILURE)
-            raise RuntimeError(f"the test ends {name} here")
 
 
 @cache

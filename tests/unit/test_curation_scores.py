@@ -9,14 +9,8 @@ import numpy as np
 import pytest
 
 from dreamdance.dancers.render import HELD_OUT_SEEDS, DancerClip, render_clip
-from dreamdance.data.curation.scores import (
-    SCORE_KINDS,
-    Scores,
-    measure_cut,
-    measure_people,
-    measure_sharpness,
-    measure_visible_joints,
-)
+from dreamdance.data.curation.measures import measure_cut, measure_people, measure_sharpness, measure_visible_joints
+from dreamdance.data.curation.scores import SCORE_KINDS, Scores
 
 
 @pytest.fixture(scope="module")

@@ -14,15 +14,10 @@ from dreamdance.data.annotation.clip_maps import ClipMaps, GivenMaps, make_maps,
 from dreamdance.data.annotation.networks import open_networks
 from dreamdance.data.annotation.side_files import SideFiles
 from dreamdance.data.annotation.video_stages import FollowedPoses, VideoStages
+from dreamdance.data.curation.measures import measure_cut, measure_people, measure_sharpness, measure_visible_joints
 from dreamdance.data.curation.motion import MotionTrack
 from dreamdance.data.curation.person_crop import crop_person, holds_joints
-from dreamdance.data.curation.scores import (
-    Scores,
-    measure_cut,
-    measure_people,
-    measure_sharpness,
-    measure_visible_joints,
-)
+from dreamdance.data.curation.scores import Scores
 from dreamdance.data.writing.clip_record import ClipRecord, References, spread_over
 from dreamdance.data.writing.map_files import MapSource, ValueRange, as_video, disparity_range, is_metric
 from dreamdance.data.writing.video_clips import Split, read_maps, split_span
