@@ -4,7 +4,9 @@
     git worktree add --detach ../before 5194bb1 && python tools/measure_loading.py --before ../before
 
 Rendered dancers are stored once by each tree, in the form that its `prepare` gives to videos, and are read with the
-settings of the four training recipes. The bytes are those that the process asks the kernel for (`rchar` of
+settings of the four training recipes. This commit's tree also reads them from latents, which `task: encode` stores with
+an autoencoder and an image encoder whose weights are random and whose latents and embeddings have the size of the
+published ones. The bytes are those that the process asks the kernel for (`rchar` of
 /proc/self/io), whether or not they are in the page cache. The seconds are CPU time of one thread. Nothing is hashed or
 unpacked while the command measures, and no decoded clip is kept: a set of thousands of clips does not fit.
 """
@@ -31,6 +33,8 @@ FULL_SIZE = (512, 768)
 FIRST_SEED = 40
 MAPS = ("rgb", "pose", "normal", "depth", "mask")
 NUM_REFERENCES = 12
+# Width of the published image encoders' embeddings: CLIP ViT-L/14 in stage 1, ViT-H/14 in stage 2.
+EMBEDDING_WIDTHS = {"stage1": 768, "stage2": 1024}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -124,7 +128,53 @@ def store_and_read(settings: Mapping[str, Any]) -> dict[str, Any]:
         dataset = tree.ClipDataset(shards, **window, verify="size", cache_bytes=0)
         measure_samples(tree, dataset, len(dataset))  # unpacks and compares every shard
         measured[name] = measure_samples(tree, dataset, settings["samples"])
+        if settings["name"] == "now":
+            stored = open_latents(folder, shards, name, window)
+            dataset = tree.ClipDataset(shards, **window, verify="size", cache_bytes=0, **stored)
+            measure_samples(tree, dataset, len(dataset))
+            measured[f"{name} from latents"] = measure_samples(tree, dataset, settings["samples"])
     return measured
+
+
+def open_latents(folder: Path, shards: Any, name: str, window: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a dataset that reads latents, which are encoded first if no recipe of the stage needed them."""
+    from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
+
+    from dreamdance.data.loading.dataset import StoredClips
+    from dreamdance.recipe.encode_recipe import EncodeRecipe
+    from dreamdance.recipe.parse import load_recipe
+    from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
+    from dreamdance.training.encoding.encode import encode
+    from dreamdance.training.stages.training_stage import stage_of
+
+    recipe = load_recipe(REPOSITORY / "recipes" / f"{name}.yaml")
+    assert isinstance(recipe, Stage1Recipe | Stage2Recipe), "all four train"
+    stage, is_video = recipe.task, recipe.task == "stage2"
+    vae, output = folder / f"vae_{stage}", folder / f"latents_{stage}"
+    if not output.exists():
+        shape = {"down_block_types": ("DownEncoderBlock2D",) * 4, "latent_channels": 4, "layers_per_block": 1}
+        if is_video:
+            AutoencoderKLTemporalDecoder(block_out_channels=(32,) * 4, **shape).save_pretrained(vae)
+        else:
+            shape.update(up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=4)
+            AutoencoderKL(block_out_channels=(8,) * 4, **shape).save_pretrained(vae)
+        values = {
+            "task": "encode",
+            "name": "measured",
+            "shards": {"local": shards.local},
+            "output": str(output),
+            "stage": stage,
+            "model": {
+                "autoencoder": {"path": str(vae)},
+                "image_encoder": {"stand_in_width": EMBEDDING_WIDTHS[stage]},
+            },
+            "width": window["width"],
+            "height": window["height"],
+            "flip": window["flip_probability"] > 0,
+            "verify_samples": 0,
+        }
+        encode(EncodeRecipe.model_validate(values), folder / f"run_{stage}")
+    return {"latents": StoredClips(type(shards)(local=str(output))), "latent_names": stage_of(recipe).latent_names}
 
 
 def import_tree() -> SimpleNamespace:
@@ -216,8 +266,9 @@ def print_table(measured: Mapping[str, Mapping[str, Any]], options: argparse.Nam
     print("|---|---|---|---|---|---|---|---|")
     for recipe in RECIPES:
         first = next(iter(measured.values()))[recipe]
-        for tree, values in measured.items():
-            row = values[recipe]
+        rows = {tree: values[recipe] for tree, values in measured.items()}
+        rows["now, from latents"] = measured["now"][f"{recipe} from latents"]
+        for tree, row in rows.items():
             cells = (
                 recipe,
                 tree,
