@@ -187,6 +187,7 @@ def make_loader(
         before_shard=before_shard,
         latents=latents,
         latent_names=stage.latent_names,
+        domain_weights=stage.domain_weights,
     )
     choice = choose_training_clips(dataset, data.filters, data.mixed_backgrounds)
     if choice.dropped_by and ranks.is_main:

@@ -5,10 +5,13 @@ from typing import Any
 import pytest
 import torch
 from einops import rearrange, repeat
+from support.random_shards import write_random_shards
 from support.recipes import perturb, record_inputs, select_clips, tiny_clip_batch, tiny_stage1_recipe, without
 from torch import Tensor
 
-from dreamdance.data.loading.batch import ClipBatch
+from dreamdance.data.loading.batch import ClipBatch, collate_clips
+from dreamdance.data.loading.dataset import ClipDataset
+from dreamdance.data.loading.order import SampleKey
 from dreamdance.diffusion.noise import draw_noise, draw_timesteps, min_snr_weights
 from dreamdance.errors import UserError
 from dreamdance.models.autoencoding import encode_latents
@@ -101,6 +104,23 @@ def test_first_step_denoises_one_drawn_domain_of_each_clip(batch):
     for domain in range(3):
         expected = output.sample_losses[drawn == domain].sum()
         torch.testing.assert_close(output.domain_sums[domain], expected, rtol=1e-6, atol=0)
+
+
+def test_first_step_is_the_same_to_the_bit_if_the_loader_reads_the_drawn_domain_alone(tmp_path):
+    """Stored frames of uint8 and uint16, with one and three channels, mirrored or not, in one batch."""
+    shards = write_random_shards(tmp_path / "shards", 8, width=32, height=48)
+    weights = stage_of(tiny_stage1_recipe("domains")).domain_weights
+    window = {"width": 32, "height": 48, "num_frames": 2, "maps": ("normal", "depth"), "flip_probability": 0.5}
+    whole, alone = ClipDataset(shards, **window), ClipDataset(shards, **window, domain_weights=weights)
+    keys = [SampleKey(0, number) for number in range(8)]
+    samples = [alone.stored_sample(key) for key in keys]
+    assert {name for sample in samples for name in sample.maps} == {"pose", "target"}
+    assert len({(sample.maps["target"].dtype, sample.maps["target"].shape) for sample in samples}) > 2
+    objective = make_objective("domains").eval()
+    expected = objective(collate_clips([whole.stored_sample(key) for key in keys]))
+    found = objective(collate_clips(samples))
+    assert (expected.domain_counts > 0).all()
+    assert torch.equal(found.sample_losses, expected.sample_losses)
 
 
 def test_domains_are_drawn_as_often_as_the_recipe_weighs_them():

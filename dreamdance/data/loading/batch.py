@@ -39,6 +39,7 @@ class ClipBatch:
             ones, without those that stored latents replace. Normals are (n+1)/2, of unit length after decoding; depth
             is disparity, near points bright; a mask is 1 on the body, else 0. Maps with one value per pixel repeat it
             in all 3 channels. The stored latents are listed beside them, with names that begin with `latents.`.
+            If the loader draws one domain of each clip, that is `target`, or `latents.target`; the others are absent.
         reference: `b 3 H W` in [0,1], a frame of the same clip; empty if its stored latents replace it.
         fps: `b`, frames per second after the stride.
         keys: `b 3` int64: seed, epoch, sample id; the source of every random number about a sample.
@@ -124,9 +125,9 @@ def _stack_maps(samples: Sequence[ClipSample], name: str) -> Tensor:
 
 
 def _stack(images: Sequence[Tensor]) -> Tensor:
-    """Stacks pictures; if only some of them are as stored, all become floats."""
-    same = all(each.dtype == images[0].dtype for each in images)
-    return torch.stack(list(images) if same else [scale_to_floats(each) for each in images])
+    """Stacks pictures; if they are not all stored in the same way, all become floats in 3 channels."""
+    same = all((each.dtype, each.shape) == (images[0].dtype, images[0].shape) for each in images)
+    return torch.stack(list(images) if same else [as_floats(each) for each in images])
 
 
 def _maps_as_floats(maps: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,14 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from dreamdance.media.cropping import centred_crop
 from dreamdance.media.keypoints import flip_keypoints
 from dreamdance.media.pose_drawing import draw_poses
-from dreamdance.media.transforms import flip_map, pictures_to_tensor
-from dreamdance.modalities import MODALITIES
+from dreamdance.media.transforms import flip_map, pictures_to_tensor, resize_map
+from dreamdance.modalities import MODALITIES, Kind
 
 
 @dataclass(frozen=True)
@@ -47,3 +51,28 @@ def flip_clip(clip: ClipFrames, *, drawn_pose: Tensor | None = None) -> ClipFram
         for name, images in clip.maps.items()
     }
     return ClipFrames(maps, torch.from_numpy(keypoints))
+
+
+def open_pictures(pictures: NDArray[Any], kind: Kind, *, flip: bool, width: int, height: int) -> Tensor:
+    """Pictures `(..., H, W, c)` as a tensor `(..., c, H, W)`: as stored if nothing is computed with their values.
+
+    They are computed with if they are resized, rounded to a region or mirrored as normals. torch cannot mirror uint16.
+
+    Args:
+        pictures: stored frames.
+        kind: the meaning of their values.
+        flip: whether they will be mirrored.
+        width, height: the size that they will have.
+    """
+    part = centred_crop(pictures.shape[-2], pictures.shape[-3], to_width=width, to_height=height)
+    is_resized = (part.width, part.height) != (width, height)
+    if is_resized or kind == "region" or (flip and (kind == "normals" or pictures.dtype != np.uint8)):
+        return pictures_to_tensor(pictures)
+    return torch.from_numpy(np.moveaxis(pictures, -1, -3))
+
+
+def crop_and_resize(images: Tensor, kind: Kind, *, width: int, height: int) -> Tensor:
+    """The largest centred part of images `(..., c, H, W)` that has the aspect of a size, at that size."""
+    part = centred_crop(images.shape[-1], images.shape[-2], to_width=width, to_height=height)
+    images = images[..., part.top : part.top + part.height, part.left : part.left + part.width]
+    return resize_map(images, height, width, kind=kind)

@@ -4,7 +4,7 @@ This module does not use the process group: ranks need no synchronisation, and a
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dreamdance.data.loading.batch import ClipSample
-from dreamdance.data.loading.clip_frames import ClipFrames, flip_clip
+from dreamdance.data.loading.clip_frames import ClipFrames, crop_and_resize, flip_clip, open_pictures
+from dreamdance.data.loading.domain_draw import draw_domain, name_target
 from dreamdance.data.loading.latent_windows import REFERENCE, read_latents
 from dreamdance.data.loading.order import SampleKey
 from dreamdance.data.loading.stored_clip import StoredClip, Window, draw_window, first_window
@@ -27,9 +28,8 @@ from dreamdance.data.shards.range_reads import SampleHead, check_sample, read_ex
 from dreamdance.data.shards.tracks import Extent, TrackClip
 from dreamdance.data.shards.verify import CheckedShards, open_shards
 from dreamdance.errors import LostWorkerError, ShardError, is_transient
-from dreamdance.media.cropping import centred_crop
-from dreamdance.media.transforms import flip_images, pictures_to_tensor, resize_map
-from dreamdance.modalities import ALWAYS_READ, MODALITIES, OPTIONAL, Kind
+from dreamdance.media.transforms import flip_images
+from dreamdance.modalities import ALWAYS_READ, DOMAINS, MODALITIES, OPTIONAL, Kind
 from dreamdance.recipe.sections import Shards, Verify
 from dreamdance.runs.files import NUM_ATTEMPTS, retry_transient
 from dreamdance.runtime.ranks import Ranks
@@ -246,6 +246,7 @@ class ClipDataset(StoredClips):
         before_shard: Callable[[str], None] | None = None,
         latents: StoredClips | None = None,
         latent_names: Sequence[str] = (),
+        domain_weights: Tensor | None = None,
     ) -> None:
         """Checks the shards.
 
@@ -260,6 +261,7 @@ class ClipDataset(StoredClips):
             maps: the modalities to read besides rgb and pose; a clip that lacks one of them is an error.
             latents: the folder of these clips' latents, which fit the recipe (`encoding.fit`); then no clip is cached.
             latent_names: what is read from it, see `read_latents`; it replaces the pictures of the same name.
+            domain_weights: if given, only one domain of each sample is read; see `domain_draw`.
 
         Raises:
             ShardError: shards are missing, damaged, of another format or hostile.
@@ -275,7 +277,7 @@ class ClipDataset(StoredClips):
         self.width, self.height, self.num_frames = width, height, num_frames
         self.stride, self.flip_probability, self.seed = stride, flip_probability, seed
         self.reference_margin = reference_margin
-        self.maps = tuple(maps)
+        self.maps, self.domain_weights = tuple(maps), domain_weights
         self._latents, self._latent_names = latents, frozenset(latent_names if latents is not None else ())
 
     def training_sample(self, key: SampleKey) -> ClipSample:
@@ -298,11 +300,16 @@ class ClipDataset(StoredClips):
             flip_probability=self.flip_probability,
             reference_margin=self.reference_margin,
         )
-        return self.cut(clip, window, full_key)
+        if self.domain_weights is None:
+            return self.cut(clip, window, full_key)
+        drawn = DOMAINS[draw_domain(self.domain_weights, full_key)]
+        return name_target(self.cut(clip, window, full_key, left_out={*DOMAINS} - {drawn}), drawn)
 
-    def cut(self, clip: StoredClip, window: Window, key: tuple[int, int, int]) -> ClipSample:
+    def cut(
+        self, clip: StoredClip, window: Window, key: tuple[int, int, int], left_out: Set[str] = frozenset()
+    ) -> ClipSample:
         """Cuts a window from a clip: reads its frames, mirrors them if `window.flip`, crops to the aspect, resizes."""
-        wanted = {*ALWAYS_READ, *self.maps} - self._latent_names
+        wanted = {*ALWAYS_READ, *self.maps} - self._latent_names - left_out
         names = [name for name in MODALITIES if name in wanted]
         frames = ClipFrames(
             maps={
@@ -317,7 +324,7 @@ class ClipDataset(StoredClips):
             frames = flip_clip(frames, drawn_pose=pose)
         return ClipSample(
             maps={name: self._resize(images, MODALITIES[name].kind) for name, images in frames.maps.items()}
-            | self._read_latents(clip, window, key[2]),
+            | self._read_latents(clip, window, key[2], self._latent_names - left_out),
             reference=reference,
             fps=clip.fps / window.stride,
             key=key,
@@ -325,17 +332,7 @@ class ClipDataset(StoredClips):
         )
 
     def _open_pictures(self, pictures: NDArray[Any], kind: Kind, flip: bool) -> Tensor:
-        """Pictures `(..., H, W, c)` as a tensor `(..., c, H, W)`: as stored if nothing is computed with their values.
-
-        They are computed with if they are resized, rounded to a region or mirrored as normals. torch cannot mirror
-        uint16.
-        """
-        height, width = pictures.shape[-3:-1]
-        part = centred_crop(width, height, to_width=self.width, to_height=self.height)
-        is_resized = (part.width, part.height) != (self.width, self.height)
-        if is_resized or kind == "region" or (flip and (kind == "normals" or pictures.dtype != np.uint8)):
-            return pictures_to_tensor(pictures)
-        return torch.from_numpy(np.moveaxis(pictures, -1, -3))
+        return open_pictures(pictures, kind, flip=flip, width=self.width, height=self.height)
 
     def _reference(self, clip: StoredClip, window: Window) -> Tensor:
         """The reference picture, `3 H W`; empty if stored latents replace it."""
@@ -344,19 +341,16 @@ class ClipDataset(StoredClips):
         reference = self._open_pictures(clip.reference_picture(window.reference), "colours", window.flip)
         return self._resize(flip_images(reference) if window.flip else reference, "colours")
 
-    def _read_latents(self, clip: StoredClip, window: Window, sample_id: int) -> dict[str, Tensor]:
+    def _read_latents(self, clip: StoredClip, window: Window, sample_id: int, names: Set[str]) -> dict[str, Tensor]:
         if self._latents is None:
             return {}
         stored = self._latents.latents(sample_id)
         if (stored.clip_id, stored.num_frames) != (clip.clip_id, clip.num_frames):
             raise ShardError(f"{stored.where} does not belong to {clip.where}; encode the shards again")
-        return read_latents(stored, window, sorted(self._latent_names))
+        return read_latents(stored, window, sorted(names))
 
     def _resize(self, images: Tensor, kind: Kind) -> Tensor:
-        height, width = images.shape[-2:]
-        part = centred_crop(width, height, to_width=self.width, to_height=self.height)
-        images = images[..., part.top : part.top + part.height, part.left : part.left + part.width]
-        return resize_map(images, self.height, self.width, kind=kind)
+        return crop_and_resize(images, kind, width=self.width, height=self.height)
 
 
 def fixed_clips(

@@ -12,6 +12,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from dreamdance.data.loading.batch import ClipBatch
+from dreamdance.data.loading.domain_draw import TARGET, draw_domain, normalise_weights
 from dreamdance.diffusion.condition_dropout import drop_references
 from dreamdance.diffusion.noise import (
     ddpm_target,
@@ -28,7 +29,6 @@ from dreamdance.models.autoencoding import Autoencoder, encode_latents, latents_
 from dreamdance.models.image_embedding import ImageEncoder, embed_images
 from dreamdance.pipelines import GeometryPipeline
 from dreamdance.recipe import schema
-from dreamdance.runtime.sample_random import sample_generator
 from dreamdance.training.objectives.output import Objective, ObjectiveOutput, no_grad_if_frozen
 
 Step = Literal["domains", "geometry", "temporal"]
@@ -82,8 +82,8 @@ class GeometryObjective(Objective):
                 beta_end=settings.beta_end,
                 zero_terminal_snr=settings.zero_terminal_snr,
             )
-        self._draw_weights = _domain_weights(settings.domain_draw, "objective.domain_draw")
-        self._loss_weights = _domain_weights(settings.domain_loss, "objective.domain_loss")
+        self._draw_weights = normalise_weights(settings.domain_draw.in_order, "objective.domain_draw")
+        self._loss_weights = normalise_weights(settings.domain_loss.in_order, "objective.domain_loss")
 
     def make_pipeline(self) -> GeometryPipeline:
         """The pipeline that samples with the same networks (shared, not copied)."""
@@ -153,8 +153,8 @@ class GeometryObjective(Objective):
         """`b m` domain numbers: one drawn per clip in the first step, all three afterwards."""
         if self.step != "domains":
             return repeat(torch.arange(len(DOMAINS), device=self.unet.device), "m -> b m", b=len(keys))
-        drawn = [torch.multinomial(self._draw_weights, 1, generator=sample_generator(key, "domain")) for key in keys]
-        return torch.stack(drawn).to(self.unet.device)
+        drawn = [[draw_domain(self._draw_weights, key)] for key in keys]
+        return torch.tensor(drawn, device=self.unet.device)
 
     def _encode_references(self, batch: ClipBatch, keys: list[list[int]]) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns image embeddings `b t c` and reference features; a dropped reference enters the network as zeros."""
@@ -195,18 +195,10 @@ class GeometryObjective(Objective):
         )
 
 
-def _domain_weights(weights: schema.DomainWeights, key: str) -> Tensor:
-    """The weights as `3` numbers that sum to 1, in the order rgb, normal, depth."""
-    values = torch.tensor(weights.in_order, device="cpu")
-    if values.sum() == 0:
-        raise UserError(
-            f"{key} gives every domain the weight 0; give at least one of rgb, normal, depth a positive weight"
-        )
-    return values / values.sum()
-
-
 def _of_domains(maps: Mapping[str, Tensor], domains: Tensor) -> Tensor:
     """`(b f m) ...`: the chosen domains (`b m`) of every frame, domains innermost (C1), of maps `b f ...`."""
+    if TARGET in maps:  # the loader has drawn the same ones
+        return rearrange(maps[TARGET], "b f ... -> (b f) ...")
     if missing := [name for name in DOMAINS if name not in maps]:
         raise UserError(
             f"stage 1 learns from normal and depth maps, but the shards have no {' and no '.join(missing)}; "

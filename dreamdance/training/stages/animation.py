@@ -47,6 +47,11 @@ class AnimationStage:
         """The frames and the reference's embedding; the reference's pixels are read as well, because noise is added."""
         return ("rgb", EMBEDDING)
 
+    @property
+    def domain_weights(self) -> None:
+        """None: stage 2 draws no domain."""
+        return
+
     def build(self, *, device: str = "cpu") -> AnimationObjective:
         """See `TrainingStage`."""
         model, published = self.recipe.model, STABLE_VIDEO_DIFFUSION_UNET

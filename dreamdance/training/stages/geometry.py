@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diffusers import UNet2DConditionModel
+from torch import Tensor
 
 from dreamdance.data.loading.batch import ClipBatch
+from dreamdance.data.loading.domain_draw import normalise_weights
 from dreamdance.data.loading.latent_windows import REFERENCE
 from dreamdance.data.shards.latents import EMBEDDING
 from dreamdance.modalities import DOMAINS, OPTIONAL
@@ -43,6 +45,13 @@ class GeometryStage:
     def latent_names(self) -> Sequence[str]:
         """The three domains, and the reference both as latents and as an embedding."""
         return (*DOMAINS, REFERENCE, EMBEDDING)
+
+    @property
+    def domain_weights(self) -> Tensor | None:
+        """Those of `objective.domain_draw` in the first step, which trains on one domain of each clip."""
+        if self.recipe.train != "domains":
+            return None
+        return normalise_weights(self.recipe.objective.domain_draw.in_order, "objective.domain_draw")
 
     def build(self, *, device: str = "cpu") -> GeometryObjective:
         """See `TrainingStage`."""

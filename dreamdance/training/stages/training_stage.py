@@ -6,6 +6,8 @@ This module does not know ranks, optimizers or checkpoints.
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
+from torch import Tensor
+
 from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.pipelines.sampling import StepCallback
 from dreamdance.recipe.model_sections import AutoencoderSource, ImageEncoderSource, NetworkSource
@@ -36,6 +38,10 @@ class TrainingStage(Protocol[AnyObjective]):
     @property
     def latent_names(self) -> Sequence[str]:
         """What the objective takes from stored latents (`data.latents`), see `latent_windows.read_latents`."""
+
+    @property
+    def domain_weights(self) -> Tensor | None:
+        """The weights by which the loader draws one domain of each sample; None if the objective reads all maps."""
 
     def build(self, *, device: str = "cpu") -> AnyObjective:
         """Builds all networks and the objective that holds them.
