@@ -10,7 +10,7 @@ folder that `tools/networks.sh` filled, also with BlazePose's landmarks and mask
 import argparse
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import cv2
@@ -104,7 +104,8 @@ def score_body(clip: DancerClip, find_poses: Callable[[DancerClip], PersonPoses]
 def find_with(blazepose: BlazePose, clip: DancerClip) -> PersonPoses:
     """The poses of the best person in each frame of a clip."""
     people = [found[0] if found else None for found in blazepose.find_people(clip.rgb)]
-    return blazepose.annotate_pose(clip.rgb, people)
+    poses = blazepose.annotate_pose(clip.rgb, people)
+    return replace(poses, mask=blazepose.annotate_mask(clip.rgb, poses))
 
 
 def print_geometry(clips: list[DancerClip], blazepose: BlazePose | None) -> None:

@@ -84,7 +84,9 @@ def measure_dancers(blazepose: BlazePose, num_dancers: int, num_frames: int) -> 
         print_errors(name, errors[:, index], mean_pose[:, index], is_visible[:, index], is_found[:, index])
     for part, name in ((LEFT_HAND, "left hand"), (RIGHT_HAND, "right hand"), (FACE, "face")):
         print_errors(name, errors[:, part], mean_pose[:, part], is_visible[:, part], is_found[:, part])
-    masks = np.concatenate([pose.mask > 0.5 for pose in poses if pose.mask is not None])
+    masks = np.concatenate(
+        [blazepose.annotate_mask(clip.rgb, pose) > 0.5 for clip, pose in zip(clips, poses, strict=True)]
+    )
     true_masks = np.concatenate([clip.mask for clip in clips])
     shared = (masks & true_masks).sum(axis=(1, 2)) / (masks | true_masks).sum(axis=(1, 2))
     print(f"mask: intersection over union {shared.mean():.3f}, worst {shared.min():.3f}")

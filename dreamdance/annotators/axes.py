@@ -26,6 +26,8 @@ MIN_PIXELS = 64
 MARGIN_DEGREES = 6.0
 MAX_AGREEING_DEGREES = 36.0
 
+# The signs of x, y and z; the given ones first.
+_SIGNS = tuple(product((1, -1), repeat=3))
 _NAMES = ("x (right)", "y (up)", "z (towards the camera)")
 
 
@@ -53,6 +55,54 @@ def geometry_consistency(
     return float("nan") if compared is None else float(angles(*compared).mean())
 
 
+class AxesCheck:
+    """Compares the normals of the first clips together with their depth, then stops.
+
+    A wrong conversion shows in the first clips; a chance disagreement in one of thousands must not end a run.
+    """
+
+    def __init__(self, names: tuple[str, str], *, num_clips: int = 3) -> None:
+        """Starts with no clip.
+
+        Args:
+            names: what made the normals and the depth, for the message.
+            num_clips: the number of comparable clips after which nothing is checked any more.
+        """
+        self._names, self._left = names, num_clips
+        self._sums, self._count = np.zeros(len(_SIGNS)), 0
+
+    def add(
+        self,
+        normals: NDArray[np.floating[Any]],
+        depths: Depths,
+        mask: NDArray[np.floating[Any]] | NDArray[np.bool_],
+    ) -> float:
+        """Adds a clip and decides on all so far.
+
+        Args:
+            normals, depths, mask: as for `geometry_consistency`.
+
+        Returns:
+            The mean angle of all so far; NaN before the first comparable clip.
+
+        Raises:
+            AxesError: turned axes agree, and by more than `MARGIN_DEGREES` better; names the axes.
+        """
+        compared = _compare(normals, depths, mask) if self._left > 0 else None
+        if compared is not None:
+            given, expected = compared
+            self._left -= 1
+            self._sums += [float(angles(given * np.array(signs), expected).sum()) for signs in _SIGNS]
+            self._count += len(given)
+        if not self._count:
+            return float("nan")
+        means = (self._sums / self._count).tolist()
+        angle, best = means[0], int(np.argmin(means))
+        if angle - means[best] > MARGIN_DEGREES and means[best] <= MAX_AGREEING_DEGREES:
+            raise AxesError(_message(self._names, _SIGNS[best], angle=angle, turned_angle=means[best]))
+        return float(angle)
+
+
 def check_axes(
     normals: NDArray[np.floating[Any]],
     depths: Depths,
@@ -72,15 +122,7 @@ def check_axes(
     Raises:
         AxesError: turned axes agree, and by more than `MARGIN_DEGREES` better; names the axes.
     """
-    compared = _compare(normals, depths, mask)
-    if compared is None:
-        return float("nan")
-    given, expected = compared
-    by_signs = {signs: float(angles(given * np.array(signs), expected).mean()) for signs in product((1, -1), repeat=3)}
-    angle, best = by_signs[1, 1, 1], min(by_signs, key=lambda signs: by_signs[signs])
-    if angle - by_signs[best] <= MARGIN_DEGREES or by_signs[best] > MAX_AGREEING_DEGREES:
-        return angle
-    raise AxesError(_message(names, best, angle=angle, turned_angle=by_signs[best]))
+    return AxesCheck(names).add(normals, depths, mask)
 
 
 def _message(names: tuple[str, str], signs: Sequence[int], *, angle: float, turned_angle: float) -> str:

@@ -56,6 +56,7 @@ _LOWEST, _HIGHEST = -1.0, 2.0
 
 _INDEX = {name: index for index, name in enumerate(LANDMARK_NAMES)}
 _SHOULDERS = [_INDEX["left_shoulder"], _INDEX["right_shoulder"]]
+_HIPS = [_INDEX["left_hip"], _INDEX["right_hip"]]
 # The landmark of each of the body's key points; the neck, which is none, is the middle of the shoulders.
 _LANDMARK_OF_BODY = [_INDEX.get(name, 0) for name in BODY_NAMES]
 _NECK = BODY_NAMES.index("neck")
@@ -110,7 +111,7 @@ class BlazePose:
         return people
 
     def annotate_pose(self, rgb: NDArray[np.uint8], people: Sequence[Person | None]) -> PersonPoses:
-        """Finds key points, landmarks and mask of one person; confidence and mask are 0 where it is not found.
+        """Finds key points and landmarks of one person; confidence and visibility are 0 where it is not found.
 
         Args:
             rgb: `(f, H, W, 3)`.
@@ -125,7 +126,6 @@ class BlazePose:
         num_frames, height, width = rgb.shape[:3]
         keypoints = np.zeros((num_frames, NUM_KEYPOINTS, 3), dtype=np.float32)
         landmarks = np.zeros((num_frames, NUM_LANDMARKS, 4), dtype=np.float32)
-        mask = np.zeros((num_frames, height, width), dtype=np.float32)
         for index, (frame, person) in enumerate(zip(rgb, people, strict=True)):
             body = self._body.run(frame, person.region) if person is not None else None
             if body is None or body.score < _PERSON_SCORE:
@@ -134,22 +134,26 @@ class BlazePose:
             landmarks[index, :, 2] = body.depths / width
             landmarks[index, :, 3] = body.visibility
             keypoints[index] = self._keypoints(frame, body)
-            mask[index] = body.mask(width=width, height=height)
-        return PersonPoses(keypoints, landmarks, mask)
+        return PersonPoses(keypoints, landmarks)
 
     def annotate_mask(self, rgb: NDArray[np.uint8], poses: PersonPoses) -> NDArray[np.float32]:
         """Maps frames `(f, H, W, 3)` to masks `(f, H, W)` in [0,1].
 
-        Masks that came with the poses are returned as they are. For poses of another annotator the person is looked
-        for around the key points; the mask is 0 where there are too few, or where the network sees nobody.
+        Masks that came with the poses are returned as they are. Else the person is looked for around the landmarks,
+        those outside of the picture included, or, in poses without landmarks, around the key points. The mask is 0
+        where neither shows shoulders and hips, or where the network sees nobody.
         """
         _check_frames(rgb)
         if poses.mask is not None:
             return poses.mask
         height, width = rgb.shape[1:3]
         mask = np.zeros(rgb.shape[:3], dtype=np.float32)
-        for index, (frame, keypoints) in enumerate(zip(rgb, poses.keypoints, strict=True)):
-            region = region_of_keypoints(keypoints, width=width, height=height)
+        for index, frame in enumerate(rgb):
+            region = None
+            if poses.landmarks is not None:
+                region = region_of_landmarks(poses.landmarks[index], width=width, height=height)
+            if region is None:
+                region = region_of_keypoints(poses.keypoints[index], width=width, height=height)
             body = self._body.run(frame, region) if region is not None else None
             if body is not None and body.score >= _PERSON_SCORE:
                 mask[index] = body.mask(width=width, height=height)
@@ -197,8 +201,25 @@ def region_of_keypoints(keypoints: NDArray[Any], *, width: int, height: int) -> 
     shoulders, hips = ([joints[f"{side}_{part}"] for side in ("left", "right")] for part in ("shoulder", "hip"))
     if not is_known[[*shoulders, *hips]].all():
         return None
-    middle, top = points[hips].mean(axis=0), points[shoulders].mean(axis=0)
-    radius = float(np.hypot(*(points[is_known] - middle).T).max())
+    return _region_around_points(points[is_known], points[hips].mean(axis=0), points[shoulders].mean(axis=0))
+
+
+def region_of_landmarks(landmarks: NDArray[Any], *, width: int, height: int) -> Region | None:
+    """The region of a person whose landmarks `(33, 4)` are known; None where nobody was found.
+
+    Landmarks outside of the picture count: of a person cut at the hips, the network has placed the legs too.
+    """
+    if not landmarks[:, 3].any():
+        return None
+    points = landmarks[:, :2].astype(np.float64) * (width, height)
+    return _region_around_points(points, points[_HIPS].mean(axis=0), points[_SHOULDERS].mean(axis=0))
+
+
+def _region_around_points(
+    points: NDArray[np.float64], middle: NDArray[np.float64], top: NDArray[np.float64]
+) -> Region | None:
+    """The region of a body's points `(n, 2)`, from the middle of the hips and that of the shoulders."""
+    radius = float(np.hypot(*(points - middle).T).max())
     up = top - middle
     length = float(np.hypot(*up))
     if length == 0.0:

@@ -4,6 +4,7 @@ The landmarks move the skeleton of the procedural dancers, the mask says how thi
 finds what each pixel shows: so depth and normals belong to the same surface. It has a body's shape, not its clothes'.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ class Body:
     """The annotator."""
 
     sees_background = False
+    uses: Mapping[str, tuple[str, ...]] = dict.fromkeys(("normal", "depth"), ("landmarks", "mask"))
     networks: tuple[NetworkFile, ...] = ()
 
     def __init__(self, *, focal: float = _FOCAL) -> None:
@@ -51,6 +53,8 @@ class Body:
         if not focal > 0:
             raise ValueError(f"focal is {focal}; it must be positive")
         self.focal = focal
+        # The surface of the last clip, of which only one map was taken, and the inputs that it was made from.
+        self._left: tuple[str, PersonPoses, NDArray[np.float32], Surface] | None = None
 
     def annotate_normal(
         self, rgb: NDArray[np.uint8], poses: PersonPoses, mask: NDArray[np.float32]
@@ -60,7 +64,7 @@ class Body:
         Raises:
             ValueError: the poses have no landmarks, or shapes do not fit.
         """
-        return self.find_surface(poses, mask).normals
+        return self._take("normal", poses, mask).normals
 
     def annotate_depth(self, rgb: NDArray[np.uint8], poses: PersonPoses, mask: NDArray[np.float32]) -> Depths:
         """Depth `(f, H, W)` of the person; outside of the mask the greatest depth of the clip.
@@ -68,7 +72,16 @@ class Body:
         Raises:
             ValueError: the poses have no landmarks, or shapes do not fit.
         """
-        return Depths(self.find_surface(poses, mask).depths, "depth")
+        return Depths(self._take("depth", poses, mask).depths, "depth")
+
+    def _take(self, task: str, poses: PersonPoses, mask: NDArray[np.float32]) -> Surface:
+        """The surface; the second map of the same clip (the same objects) takes the one of the first."""
+        left, self._left = self._left, None
+        if left is not None and left[0] != task and left[1] is poses and left[2] is mask:
+            return left[3]
+        surface = self.find_surface(poses, mask)
+        self._left = (task, poses, mask, surface)
+        return surface
 
     def find_surface(self, poses: PersonPoses, mask: NDArray[np.float32]) -> Surface:
         """Depth and normals at once."""

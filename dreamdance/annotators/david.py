@@ -16,6 +16,7 @@ Two conventions stand in no document of the authors and were found as follows:
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ class David:
     """
 
     sees_background = False
+    uses: Mapping[str, tuple[str, ...]] = {"mask": ("poses",), "normal": (), "depth": ("mask",)}
 
     def __init__(
         self,

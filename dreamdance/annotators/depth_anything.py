@@ -6,6 +6,7 @@ returns metres. Not run with real weights: the tests run a tiny network of the s
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class DepthAnything:
     """Estimates the depth of frames by Depth Anything V2; it sees the background."""
 
     sees_background = True
+    uses: Mapping[str, tuple[str, ...]] = {"depth": ()}
 
     def __init__(
         self, folder: Path | str, *, device: str = "cpu", dtype: str = "float32", frames_at_once: int = 4

@@ -63,6 +63,8 @@ _WITHOUT_NECK = np.array(
 class DWPose:
     """Finds people and their key points by DWPose's two networks."""
 
+    finds_landmarks = False
+
     def __init__(
         self,
         folder: Path | str,

@@ -5,6 +5,7 @@ normals. Its axes are ours: x right, y up, z towards the viewer (diffusers, `Mar
 Not run with real weights: the tests run a tiny pipeline of the same classes.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class Marigold:
     """Estimates the normals of frames by Marigold; it sees the background."""
 
     sees_background = True
+    uses: Mapping[str, tuple[str, ...]] = {"normal": ()}
 
     def __init__(
         self,

@@ -8,23 +8,25 @@ from typing import Any
 from dreamdance.errors import MissingInputError
 
 
-def open_annotator(name: str, *, weights: Path | str, device: str = "cpu") -> Any:
+def open_annotator(name: str, *, weights: Path | str, device: str = "cpu", num_threads: int | None = None) -> Any:
     """Opens an annotator.
 
     Args:
         name: one of this project's annotators, or `package.module:factory` of the user's own.
         weights: folder of the networks' weights, with one folder for each network.
         device: `cpu` or `cuda`; blazepose and body always run on the CPU.
+        num_threads: threads of each ONNX network on a CPU; None lets onnxruntime take all cores.
 
     Raises:
         MissingInputError: the name is unknown, a file of weights is missing or damaged, or a package is not installed.
     """
     folder = Path(weights)
+    onnx: dict[str, Any] = {"device": device, "num_threads": num_threads}
     known: dict[str, Callable[[], Any]] = {
         "blazepose": lambda: _class("blazepose", "BlazePose")(folder),
         "body": lambda: _class("body", "Body")(),
-        "dwpose": lambda: _class("dwpose", "DWPose")(folder / "dwpose", device=device),
-        "david": lambda: _class("david", "David")(folder / "david", device=device),
+        "dwpose": lambda: _class("dwpose", "DWPose")(folder / "dwpose", **onnx),
+        "david": lambda: _class("david", "David")(folder / "david", **onnx),
         "depth_anything": lambda: _class("depth_anything", "DepthAnything")(folder / "depth_anything", device=device),
         "marigold": lambda: _class("marigold", "Marigold")(folder / "marigold", device=device),
     }

@@ -70,6 +70,14 @@ class Depths:
 
 
 class _Annotator(Protocol):
+    """What all annotators have. Two further attributes may be left out.
+
+    * `uses`: what it reads beside the pictures, by task, such as `{"normal": ("poses", "mask"), "depth": ()}`. "poses"
+      are key points and landmarks, "landmarks" those that it cannot do without. Kept results are made again only if
+      these change. By default poses and mask.
+    * `finds_landmarks`, of an annotator of poses: False if its poses have no landmarks.
+    """
+
     @property
     def networks(self) -> tuple[NetworkFile, ...]:
         """The files of weights that the result depends on; empty for plain geometry."""

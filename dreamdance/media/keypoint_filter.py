@@ -51,10 +51,11 @@ def filter_keypoints(sequence: KeypointSequence) -> NDArray[np.float32]:
         sequence: one person's key points `(f, 128, 3)` with frame size and rate.
 
     Returns:
-        `(f, 128, 3)`. Points of confidence 0 keep their values, unless they belong to a gap of up to `MAX_GAP_FRAMES`.
+        `(f, 128, 3)`. Points below `CONFIDENCE_THRESHOLD` keep their values, unless they belong to a gap of up to
+        `MAX_GAP_FRAMES`.
     """
     filled = fill_gaps(sequence.keypoints)
-    present = filled[..., 2] > 0
+    present = filled[..., 2] >= CONFIDENCE_THRESHOLD
     unit = _torso_length(sequence) / np.array([sequence.width, sequence.height])
     paths = filled[..., :2] / unit
     forwards = _one_euro(paths, present, sequence.fps)
@@ -65,16 +66,19 @@ def filter_keypoints(sequence: KeypointSequence) -> NDArray[np.float32]:
 
 
 def fill_gaps(keypoints: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Interpolates points that are missing (confidence 0) in up to `MAX_GAP_FRAMES` frames between two that have them.
+    """Interpolates points that are missing in up to `MAX_GAP_FRAMES` frames between two that have them.
+
+    A point is missing if its confidence is below `CONFIDENCE_THRESHOLD`, below which it is not drawn either.
 
     Args:
         keypoints: `(f, 128, 3)`.
 
     Returns:
-        `(f, 128, 3)`; a filled point has `FILLED_CONFIDENCE` times the lower confidence of the two ends.
+        `(f, 128, 3)`; a filled point has `FILLED_CONFIDENCE` times the lower confidence of the two ends, and
+        `CONFIDENCE_THRESHOLD` at least.
     """
     result = keypoints.copy()
-    present = keypoints[..., 2] > 0
+    present = keypoints[..., 2] >= CONFIDENCE_THRESHOLD
     for point in np.flatnonzero((~present).any(axis=0) & present.any(axis=0)):
         known = np.flatnonzero(present[:, point])
         for before, after in pairwise(known):
@@ -82,7 +86,8 @@ def fill_gaps(keypoints: NDArray[np.float32]) -> NDArray[np.float32]:
                 share = np.linspace(0.0, 1.0, after - before + 1)[1:-1, None]
                 first, last = keypoints[before, point], keypoints[after, point]
                 result[before + 1 : after, point, :2] = (1 - share) * first[:2] + share * last[:2]
-                result[before + 1 : after, point, 2] = FILLED_CONFIDENCE * min(first[2], last[2])
+                confidence = FILLED_CONFIDENCE * min(first[2], last[2])
+                result[before + 1 : after, point, 2] = max(confidence, CONFIDENCE_THRESHOLD)
     return result
 
 

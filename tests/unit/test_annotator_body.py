@@ -198,10 +198,14 @@ def test_every_pixel_is_finite_and_the_background_is_the_far_end(dancers: list[D
     np.testing.assert_allclose(np.linalg.norm(surface.normals, axis=-1), 1.0, atol=1e-5)
     assert (surface.normals[outside] == (0, 0, 1)).all()
     assert (surface.depths[outside] == surface.depths[~outside].max()).all()
-    depths = Body().annotate_depth(clip.rgb, poses, mask)
+    body = Body()
+    depths = body.annotate_depth(clip.rgb, poses, mask)
     assert depths.kind == "depth"
     assert np.array_equal(depths.values, surface.depths)
-    assert np.array_equal(Body().annotate_normal(clip.rgb, poses, mask), surface.normals)
+    assert np.array_equal(body.annotate_normal(clip.rgb, poses, mask), surface.normals)
+    other = Body().annotate_normal(clip.rgb, poses, poses.mask)
+    body.annotate_depth(clip.rgb, poses, mask)
+    assert np.array_equal(body.annotate_normal(clip.rgb, poses, poses.mask), other)
 
 
 def test_frames_without_a_person_do_not_change_the_others(dancers: list[DancerClip]) -> None:

@@ -118,10 +118,22 @@ def test_landmarks_have_the_depth_of_the_dancers_joints(clips, poses):
     assert np.median(np.abs(found - truth)) < 0.8 * np.median(np.abs(truth))
 
 
-def test_masks_agree_with_the_dancers(clips, poses):
+def test_masks_agree_with_the_dancers(blazepose, clips, poses):
     for clip, pose in zip(clips, poses, strict=True):
-        assert pose.mask.dtype == np.float32
-        assert overlap_of_masks(pose.mask > 0.5, clip.mask) > 0.9
+        mask = blazepose.annotate_mask(clip.rgb, pose)
+        assert mask.dtype == np.float32
+        assert overlap_of_masks(mask > 0.5, clip.mask) > 0.9
+
+
+def test_the_mask_of_a_dancer_cut_above_the_hips_agrees(blazepose):
+    clip = render_clip(HELD_OUT_SEEDS[205], num_frames=2, width=WIDTH, height=HEIGHT, fps=1.0)
+    hips = [BODY_NAMES.index("left_hip"), BODY_NAMES.index("right_hip")]
+    end = int(clip.keypoints[:, hips, 1].min() * HEIGHT)
+    cut = np.ascontiguousarray(clip.rgb[:, :end])
+    pose = blazepose.annotate_pose(cut, [people[0] for people in blazepose.find_people(cut)])
+    assert (pose.keypoints[0, hips, 2] == 0).any()  # outside of the picture
+    for found, truth in zip(blazepose.annotate_mask(cut, pose), clip.mask[:, :end], strict=True):
+        assert overlap_of_masks(found > 0.5, truth) > 0.9
 
 
 def test_a_mask_is_found_from_the_key_points_of_another_annotator(blazepose, clips):
@@ -177,7 +189,7 @@ def test_nobody_is_found_in_an_empty_room_and_nothing_is_made_up(blazepose, clip
         nothing = blazepose.annotate_pose(empty, people)
         assert not nothing.keypoints.any()
         assert not nothing.landmarks.any()
-        assert not nothing.mask.any()
+        assert not blazepose.annotate_mask(empty, nothing).any()
 
 
 def test_a_person_cut_by_the_frame_has_no_confidence_beyond_it(blazepose, clips):

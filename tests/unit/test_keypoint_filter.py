@@ -122,6 +122,17 @@ def test_a_short_gap_is_filled_with_lowered_confidence(length):
     np.testing.assert_array_equal(filled[untouched], points[untouched])
 
 
+def test_points_that_are_too_uncertain_to_be_drawn_are_filled_too():
+    points = dancer(2).copy()
+    points[19, LEFT_WRIST, 2] = 0.4
+    points[20:23, LEFT_WRIST] = [0.0, 0.0, 0.29]
+    filled = fill_gaps(points)
+    for axis in (0, 1):
+        expected = np.interp([20, 21, 22], [19, 23], points[[19, 23], LEFT_WRIST, axis])
+        np.testing.assert_allclose(filled[20:23, LEFT_WRIST, axis], expected, rtol=1e-5)
+    np.testing.assert_allclose(filled[20:23, LEFT_WRIST, 2], 0.3, rtol=1e-6)  # drawn, as its ends are
+
+
 def test_longer_gaps_and_the_ends_of_a_clip_stay_and_nothing_missing_moves():
     points = with_noise(dancer(2), 0.01)
     gaps = [slice(20, 21 + MAX_GAP_FRAMES), slice(0, 2), slice(-3, None)]

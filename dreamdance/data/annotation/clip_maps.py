@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dreamdance.annotators.axes import AxesError, check_axes
+from dreamdance.annotators.axes import AxesError
 from dreamdance.annotators.protocols import Depths, PersonPoses
 from dreamdance.data.annotation.networks import Networks
 from dreamdance.data.annotation.side_files import Arrays, StageKey, last_result
@@ -19,6 +19,9 @@ from dreamdance.media.video import VideoError
 # The wall behind a person whose background no network sees, as a share of the person's own range of disparity.
 _WALL_DISTANCE = 0.25
 _MASK_THRESHOLD = 0.5
+# The stored range of disparity holds all but this share of the known pixels at each end, and what lies beyond by up to
+# this share of that range: a body's own ends are stored exactly, a wrong pixel far away is clipped.
+_OUTLIERS, _OUTLIER_MARGIN = 0.001, 0.25
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,9 @@ class ClipMaps:
         normal: `(f, H, W, 3)` uint8.
         depth: `(f, H, W)` uint16, disparity.
         depth_range: smallest and largest disparity; None for disparities without a unit.
-        normals: `(f, H, W, 3)` float32.
-        depths: depth as the annotator gave it.
-        sees_background: whether depth and normals have a meaning outside of the mask.
+        normals, depths: `(f, H, W, 3)` float32 and `(f, H, W)`, the stored ones decoded.
+        sees_background: whether depth and normals have a meaning outside of the mask. If the annotator of one sees no
+            background, that of the other is not stored either.
     """
 
     mask: NDArray[np.uint8]
@@ -88,49 +91,65 @@ def make_maps(
     )
     what = {"frames": frames, "crop": [crop.left, crop.top, crop.width, crop.height], "size": list(rgb.shape[1:3])}
 
-    def key(task: str, *inputs: str) -> StageKey:
-        return stages.key(f"maps-{task}", {"network": networks.identity(task), **what}, poses.key, *inputs)
+    made = [task for task in ("normal", "depth") if task not in given.maps]
+    sees_background = all(getattr(networks, task).sees_background for task in made)
 
-    mask_key = key("mask")
+    def key(task: str, mask_digest: str) -> StageKey:
+        reads_mask = task != "mask" and (networks.uses(task, "mask") or not sees_background)
+        inputs = [poses.key] if networks.uses(task, "poses") else []
+        settings = {"network": networks.identity(task), "background": sees_background, **what}
+        return stages.key(f"maps-{task}", settings, *inputs, *([mask_digest] if reads_mask else []))
+
+    def make_mask() -> Arrays:
+        found = networks.mask.annotate_mask(rgb, seen)
+        return {"mask": np.rint(found.clip(0.0, 1.0) * 255).astype(np.uint8)}
+
+    def make_normal() -> Arrays:
+        return {"normal": encode_normal(networks.normal.annotate_normal(rgb, seen, mask))}
+
+    def make_depth() -> Arrays:
+        found = networks.depth.annotate_depth(rgb, seen, mask)
+        encoded, ends = encode_depths(found, None if sees_background else inside)
+        return {"depth": encoded, "ends": np.array(ends), "kind": np.array(found.kind)}
+
     if "mask" in given.maps:
-        mask, mask_digest = given.maps["mask"].astype(np.float32) / 255, given.sha256["mask"]
+        grey, mask_digest = given.maps["mask"], given.sha256["mask"]
     else:
-        mask = yield from _kept(stages, mask_key, "mask", lambda: networks.mask.annotate_mask(rgb, seen))
-        mask, mask_digest = mask.astype(np.float32), mask_key.digest
+        mask_key = key("mask", "")
+        grey, mask_digest = (yield from _kept(stages, mask_key, make_mask))["mask"], mask_key.digest
+    mask = grey.astype(np.float32) / 255
+    inside = mask > _MASK_THRESHOLD
     if "normal" in given.maps:
-        normals = decode_normal(given.maps["normal"])
+        normal = given.maps["normal"]
     else:
-        normal_key = key("normal", mask_digest)
-        normals = yield from _kept(
-            stages, normal_key, "normal", lambda: networks.normal.annotate_normal(rgb, seen, mask)
-        )
-        normals = normals.astype(np.float32)
+        normal = (yield from _kept(stages, key("normal", mask_digest), make_normal))["normal"]
+        if not sees_background:
+            normal = np.where(inside[..., None], normal, encode_normal(np.array([0, 0, 1])))
+    depth_range = None
     if "depth" in given.maps:
-        depths = Depths(given.maps["depth"].astype(np.float32) / 65535, "disparity")
+        depth = given.maps["depth"]
+        depths = Depths(depth.astype(np.float32) / 65535, "disparity")
     else:
-        depths = yield from _find_depths(stages, key("depth", mask_digest), rgb, seen, mask)
+        kept = yield from _kept(stages, key("depth", mask_digest), make_depth)
+        depth, (low, high) = kept["depth"], kept["ends"].tolist()
+        depths = decode_depths(depth, low, high, metric=str(kept["kind"]) == "depth")
+        depth_range = (low, high) if depths.kind == "depth" and low > 0 else None
+    normals = decode_normal(normal)
     try:
-        check_axes(normals, depths, mask, names=(_maker(networks, given, "normal"), _maker(networks, given, "depth")))
+        makers = (_maker(networks, given, task) for task in ("normal", "depth"))
+        stages.axes_check(*makers, given=len(made) < 2).add(normals, depths, mask)
     except AxesError as error:
-        if "normal" not in given.maps and "depth" not in given.maps:
+        if len(made) == 2:
             raise
         raise VideoError(str(error)) from error  # a file of this video is wrong, not the annotators
-    inside = mask > _MASK_THRESHOLD
-    made = [task for task in ("normal", "depth") if task not in given.maps]
-    without_background = [task for task in made if not getattr(networks, task).sees_background]
-    if "normal" in without_background:
-        normals = np.where(inside[..., None], normals, np.array([0, 0, 1], dtype=np.float32))
-    depth, depth_range = given.maps.get("depth"), None
-    if depth is None:
-        depth, depth_range = encode_depths(depths, inside if "depth" in without_background else None)
     return ClipMaps(
         mask=np.where(inside, 255, 0).astype(np.uint8),
-        normal=given.maps.get("normal", encode_normal(normals)),
+        normal=normal,
         depth=depth,
         depth_range=depth_range,
         normals=normals,
         depths=depths,
-        sees_background=not without_background,
+        sees_background=sees_background,
     )
 
 
@@ -145,33 +164,18 @@ def _maker(networks: Networks, given: GivenMaps, task: str) -> str:
     return f"the given file of {task}" if task in given.maps else f"`videos.annotators.{task}` ({networks.names[task]})"
 
 
-def _find_depths(
-    stages: VideoStages, key: StageKey, rgb: NDArray[np.uint8], seen: PersonPoses, mask: NDArray[np.float32]
-) -> Generator[None, None, Depths]:
+def _kept(stages: VideoStages, key: StageKey, make: Callable[[], Arrays]) -> Generator[None, None, Arrays]:
     def stage() -> Iterator[Arrays | None]:
         yield None
-        depths = stages.networks.depth.annotate_depth(rgb, seen, mask)
-        yield {"depth": depths.values.astype(np.float32), "kind": np.array(depths.kind)}
+        yield make()
 
-    found = yield from last_result(stages.files.make(key, stage))
-    return Depths(found["depth"], "depth" if str(found["kind"]) == "depth" else "disparity")
+    return (yield from last_result(stages.files.make(key, stage)))
 
 
-def _kept(
-    stages: VideoStages, key: StageKey, name: str, make: Callable[[], NDArray[Any]]
-) -> Generator[None, None, NDArray[Any]]:
-    def stage() -> Iterator[Arrays | None]:
-        yield None
-        yield {name: make().astype(np.float16)}
-
-    result = yield from last_result(stages.files.make(key, stage))
-    return result[name]
-
-
-def encode_depths(
-    depths: Depths, inside: NDArray[np.bool_] | None
-) -> tuple[NDArray[np.uint16], tuple[float, float] | None]:
+def encode_depths(depths: Depths, inside: NDArray[np.bool_] | None) -> tuple[NDArray[np.uint16], tuple[float, float]]:
     """Encodes depth as 16-bit disparity, near points bright, with one scale and shift for the whole clip.
+
+    Disparities far outside those of nearly all pixels are clipped: a single wrong pixel would take most of the range.
 
     Args:
         depths: `(f, H, W)`.
@@ -179,19 +183,38 @@ def encode_depths(
             all pixels.
 
     Returns:
-        The disparity, and the disparities of its values 0 and 65535 if the depth has a unit.
+        The encoded disparities, and the disparities of the values 0 and 65535.
     """
     values = depths.values.astype(np.float64)
     disparity = 1.0 / np.maximum(values, 1e-6) if depths.kind == "depth" else values
     known = disparity if inside is None else disparity[inside]
-    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
+    low, high = 0.0, 0.0
+    if known.size:
+        first, last = np.quantile(known, (_OUTLIERS, 1 - _OUTLIERS)).tolist()
+        margin = _OUTLIER_MARGIN * (last - first)
+        low, high = max(float(known.min()), first - margin), min(float(known.max()), last + margin)
+    disparity = disparity.clip(low, high)
     if inside is not None:
         low -= _WALL_DISTANCE * (high - low)
     scale = 65535.0 / (high - low) if high > low else 0.0
-    encoded = np.rint((disparity - low).clip(0.0, high - low) * scale).astype(np.uint16)
+    encoded = np.rint((disparity - low) * scale).astype(np.uint16)
     if inside is not None:
         encoded[~inside] = 0
-    return encoded, (low, high) if depths.kind == "depth" and low > 0 else None
+    return encoded, (low, high)
+
+
+def decode_depths(encoded: NDArray[np.uint16], low: float, high: float, *, metric: bool) -> Depths:
+    """The depths `(f, H, W)` that `encode_depths` stored; the wall behind a person may be infinitely far.
+
+    Args:
+        encoded: the stored disparities.
+        low, high: the disparities of the values 0 and 65535.
+        metric: whether they are inverse distances.
+    """
+    disparity = low + encoded.astype(np.float32) * ((high - low) / 65535)
+    if not metric:
+        return Depths(disparity.astype(np.float32), "disparity")
+    return Depths((1.0 / np.maximum(disparity, 1e-6)).astype(np.float32), "depth")
 
 
 def to_crop(keypoints: NDArray[np.float32], width: int, height: int, crop: Crop) -> NDArray[np.float32]:

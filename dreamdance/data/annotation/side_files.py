@@ -9,10 +9,11 @@ import hashlib
 import json
 import logging
 import zipfile
+import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,8 @@ from dreamdance.runs.files import replace_atomically
 logger = logging.getLogger(__name__)
 
 _HASH_DIGITS = 20
+# zlib's fastest level; numpy's `savez_compressed` has the level 6 alone.
+_COMPRESSION_LEVEL = 1
 # A result: arrays by name; numbers and texts are stored as arrays too. No object arrays: nothing is unpickled.
 Arrays = dict[str, NDArray[Any]]
 
@@ -71,7 +74,7 @@ class SideFiles:
                 arrays = {name: content[name] for name in content.files}
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             logger.warning("%s is damaged and is made again: %s", printable(path), error)
             return None
         if str(arrays.pop("key", "")) != key.digest:
@@ -89,7 +92,7 @@ class SideFiles:
             raise ValueError(f"the result of the stage '{key.stage}' contains objects: {', '.join(objects)}")
         self._folder.mkdir(parents=True, exist_ok=True)
         with replace_atomically(self.path(key)) as temporary, temporary.open("wb") as file:
-            np.savez(file, key=np.array(key.digest), **arrays)
+            _write_arrays(file, {"key": np.array(key.digest), **arrays})
 
     def make(self, key: StageKey, stage: Callable[[], Iterator[Arrays | None]]) -> Iterator[Arrays | None]:
         """Yields the kept result, or makes and keeps it.
@@ -120,3 +123,11 @@ def last_result(results: Iterator[Arrays | None]) -> Generator[None, None, Array
             return result
         yield None
     raise ValueError("a stage ended without a result")
+
+
+def _write_arrays(file: BinaryIO, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Writes a compressed npz file."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=_COMPRESSION_LEVEL) as archive:
+        for name, array in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)

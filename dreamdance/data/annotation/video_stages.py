@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dreamdance.annotators.axes import AxesCheck
 from dreamdance.annotators.people import Box
 from dreamdance.annotators.protocols import NUM_LANDMARKS
 from dreamdance.annotators.video_person import PersonTrack, find_in_video
@@ -27,7 +28,7 @@ from dreamdance.recipe.annotator_section import Annotators
 logger = logging.getLogger(__name__)
 
 # Increase a stage's number when its code changes its results: side files of other numbers are not taken.
-STAGE_VERSIONS = {"area": 1, "cuts": 1, "motion": 1, "person": 1, "maps": 1}
+STAGE_VERSIONS = {"area": 1, "cuts": 1, "motion": 1, "person": 1, "maps": 2}
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,22 @@ class VideoStages:
         """
         self.video, self.content, self.networks, self.files = video, content, networks, files
         self._section = section
+        self._given_checks: dict[tuple[str, str], AxesCheck] = {}
 
     def key(self, stage: str, settings: dict[str, Any], *inputs: str) -> StageKey:
         """The key of a stage of this video."""
         version = STAGE_VERSIONS[stage.partition("-")[0]]
         return StageKey(stage, {"version": version, **settings}, [self.content, *inputs])
+
+    def axes_check(self, normal: str, depth: str, *, given: bool) -> AxesCheck:
+        """The comparison of normals with depth: one for all videos of this process, or, with given maps, for this one.
+
+        Args:
+            normal, depth: what makes them, for the message.
+            given: whether one of them is a file of this video.
+        """
+        checks = self._given_checks if given else self.networks.axes_checks
+        return checks.setdefault((normal, depth), AxesCheck((normal, depth)))
 
     def area(self) -> Generator[None, None, Crop]:
         """The part of the frames without black bars."""

@@ -309,7 +309,9 @@ class _AnnotatedVideo:
             "first_frame": piece[0],
             "seconds": self.rgb.times([piece[0], piece[-1]]),
             "crop": [part.left, part.top, part.width, part.height],
-            "annotators": {task: networks.identity(task) for task in networks.names},
+            "annotators": {
+                task: {**networks.identity(task), "licences": networks.licences(task)} for task in networks.names
+            },
             "given": {name: {**about, "sha256": self.sha256[name]} for name, about in given.items()},
             "scores": scores.to_json(),
             "smoothed_jitter": _finite(measure_jitter(sequence)),
