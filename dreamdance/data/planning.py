@@ -1,5 +1,6 @@
 """Plans the work of `prepare`: the clips of each part, their split, and the settings that decide their content."""
 
+import logging
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,19 @@ from dreamdance.data.writing.clip_record import ClipRecord
 from dreamdance.data.writing.dancer_clips import render_record
 from dreamdance.data.writing.same_footage import group_footage, report_leaks
 from dreamdance.data.writing.shard_parts import Part, PartSource
-from dreamdance.data.writing.video_clips import Split, VideoPart, choose_validation, find_videos
+from dreamdance.data.writing.video_clips import Split, VideoPart, choose_validation
+from dreamdance.data.writing.video_list import listed_videos, missing_names
 from dreamdance.data.writing.video_opening import clip_files
-from dreamdance.media.video_names import part_name, video_ids
+from dreamdance.media.video_names import part_name, printable, video_ids
 from dreamdance.modalities import ADDED_TO_DANCERS
 from dreamdance.recipe.annotator_section import Annotators
 from dreamdance.recipe.schema import DancersSource, PrepareRecipe, VideosSource
+from dreamdance.runs.files import write_atomically
 from dreamdance.runs.work_queue import WorkQueue
 
+logger = logging.getLogger(__name__)
+
+MISSING_FILE = "missing_videos.txt"  # in the output; the names in `videos.list` that no video has
 SIDE_FILES_FOLDER = "annotations"  # in the output; holds the results of annotators
 
 
@@ -31,7 +37,8 @@ def describe_source(recipe: PrepareRecipe) -> dict[str, Any]:
         raise ValueError("a prepare recipe names either `dancers` or `videos`")  # `recipe.rules` checks this first
     details: dict[str, Any] = {"clips_per_part": recipe.clips_per_part, **source.model_dump(mode="json")}
     if isinstance(source, VideosSource):
-        details.pop("on_error")
+        for key in ("on_error", "list", "images_fps"):  # the list of videos and their hashes are compared instead
+            details.pop(key)
         details.update(seed=recipe.seed, files="noted by their hashes")
         if source.annotators is None:
             del details["annotators"]
@@ -74,6 +81,28 @@ def plan_parts(recipe: PrepareRecipe, queue: WorkQueue) -> dict[Split, list[Part
     return parts
 
 
+def side_files_folder(section: Annotators, output: Path) -> Path:
+    """The folder of the results of annotators."""
+    return Path(section.side_files or output / SIDE_FILES_FOLDER)
+
+
+def report_missing(source: VideosSource, output: Path) -> None:
+    """Warns about names in `videos.list` without a video, and lists them in the output."""
+    path = output / MISSING_FILE
+    missing = missing_names(source, listed_videos(source))
+    if not missing:
+        path.unlink(missing_ok=True)
+        return
+    write_atomically(path, "".join(f"{printable(name)}\n" for name in missing))
+    logger.warning(
+        "%d names in %s (`videos.list`) have no video in the folder, such as %s; all are listed in %s",
+        len(missing),
+        source.list,
+        ", ".join(map(printable, missing[:10])),
+        path,
+    )
+
+
 def part_names(parts: Sequence[Part]) -> set[str]:
     """The names of the videos of parts."""
     return {part.source.name for part in parts if part.source is not None}
@@ -112,8 +141,7 @@ def plan_videos(
             their files have been removed since, so that all other videos stay in their splits.
         groups: all names in groups that the split must not divide.
     """
-    is_plain = source.annotators is not None
-    found = set(find_videos(source.folder, plain=is_plain))
+    found = set(listed_videos(source))
     names = sorted(found.union(skipped))
     ids = video_ids(names)
     splits: dict[Split, list[str]] = {"train": names, "validation": names}
@@ -130,8 +158,7 @@ def plan_videos(
         files = clip_files(source, name) if name in found else ()
         make: VideoPart | AnnotatedVideoPart = VideoPart(source, name, ids[name], split)
         if source.annotators is not None:
-            side_files = Path(source.annotators.side_files or output / SIDE_FILES_FOLDER)
-            make = AnnotatedVideoPart(source, name, ids[name], split, side_files)
+            make = AnnotatedVideoPart(source, name, ids[name], split, side_files_folder(source.annotators, output))
         return Part(part_name(name), make, PartSource(name, ids[name], files))
 
     return {split: [plan(name, split) for name in chosen] for split, chosen in splits.items()}

@@ -15,7 +15,7 @@ from typing import Any
 
 from dreamdance.data.contact_sheets import show_output
 from dreamdance.data.examples import MANIFEST_FILE, write_examples
-from dreamdance.data.planning import describe_source, plan_parts
+from dreamdance.data.planning import describe_source, plan_parts, report_missing, side_files_folder
 from dreamdance.data.prepare_notes import (
     begun_compression,
     changed_videos_message,
@@ -27,6 +27,7 @@ from dreamdance.data.prepare_notes import (
     write_damaged,
     write_inputs,
 )
+from dreamdance.data.writing.picture_folders import with_packed_pictures
 from dreamdance.data.writing.shard_parts import Part, ShardFormat
 from dreamdance.data.writing.shard_writer import ShardFolder, newly_damaged, share_missing, write_shared
 from dreamdance.data.writing.video_clips import Split
@@ -65,6 +66,7 @@ def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
     settings, shard_format = describe_source(recipe), choose_format(recipe)
     claim = lock_folder(output, key="output", sharing=sharing(run_folder)) if ranks.is_main else nullcontext()
     with claim, WorkQueue(ranks, limits=recipe.cluster, run_folder=run_folder) as queue:
+        recipe = find_sources(recipe, queue)
         parts = plan_parts(recipe, queue)
         folders = {
             split: ShardFolder(
@@ -83,6 +85,18 @@ def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
         progress.write(done=total, total=total, unit="parts", message=f"{output} is complete")
     elif ranks.is_main:  # only this one: the launcher may stop the main rank when another rank fails
         raise error
+
+
+def find_sources(recipe: PrepareRecipe, queue: WorkQueue) -> PrepareRecipe:
+    """The recipe with a folder of videos in the place of a folder of folders of pictures; reports missing videos."""
+    source, output = recipe.videos, Path(recipe.output)
+    if source is None:
+        return recipe
+    if source.annotators is not None:
+        source = with_packed_pictures(source, side_files_folder(source.annotators, output), queue)
+    if queue.ranks.is_main and source.list is not None:
+        report_missing(source, output)
+    return recipe.model_copy(update={"videos": source})
 
 
 def choose_format(recipe: PrepareRecipe) -> ShardFormat:

@@ -70,6 +70,8 @@ def digest_inputs(recipe: Recipe, runs: Path) -> str:
             parts += _listing(Path(source.path) / (source.subfolder or ""), "*.safetensors") if source.path else []
     elif isinstance(recipe, PrepareRecipe) and recipe.videos is not None:
         parts += describe_videos(Path(recipe.videos.folder))
+        if recipe.videos.list is not None and Path(recipe.videos.list).is_file():
+            parts.append(hash_file(Path(recipe.videos.list)))
     return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 

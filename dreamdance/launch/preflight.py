@@ -118,9 +118,14 @@ def _videos(source: VideosSource) -> Iterator[Missing]:
     folder, section = Path(source.folder), source.annotators
     wanted = "<clip>.mp4 (or another kind of video)" if section else "pairs <clip>.rgb.mp4 and <clip>.pose.mp4"
     names = (path.name for path in folder.glob("*.*"))
-    if not any(plain_name(name) is not None if section else name.endswith(".rgb.mp4") for name in names):
+    has_pictures = section is not None and any(folder.glob("[!.]*/images"))
+    if not has_pictures and not any(
+        plain_name(name) is not None if section else name.endswith(".rgb.mp4") for name in names
+    ):
         remedy = f"put {wanted} into that folder, or set videos.folder=..."
         yield Missing("videos", f"{folder}/*{'' if section else '.rgb'}.mp4 (videos.folder)", remedy)
+    if source.list is not None and not Path(source.list).is_file():
+        yield Missing("list of videos", f"{source.list} (videos.list)", "write a name in each line, or set videos.list")
     if section is None:
         return
     shipped = {"blazepose": "mediapipe", "transnetv2": "transnetv2"}

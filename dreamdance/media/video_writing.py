@@ -48,7 +48,8 @@ def write_video(
     first = np.asarray(frames[0])
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with replace_atomically(path) as temporary, av.open(str(temporary), "w") as container:
+        options = {"fflags": "+bitexact"} if lossless else {}  # equal frames make equal files
+        with replace_atomically(path) as temporary, av.open(str(temporary), "w", options=options) as container:
             rate = Fraction(fps).limit_denominator(1 << 16)
             stream = container.add_stream("ffv1", rate) if lossless else container.add_stream("libx264", rate)
             stream.height, stream.width = (size + (0 if lossless else size % 2) for size in first.shape[:2])

@@ -13,6 +13,7 @@ CHANGEABLE_KEYS = {
     "data.mixed_backgrounds": "it only permits or refuses a training set; it does not change what is read",
     "data.verify": "how data is checked does not change what sound data contains",
     "compression": "how shard files are compressed does not change the clips; an output that was begun keeps its own",
+    "videos.list": "added and removed videos are refused where the output is compared with its videos",
     "videos.on_error": "a damaged video that is skipped is written when it has been repaired",
 }
 

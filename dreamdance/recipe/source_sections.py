@@ -53,7 +53,23 @@ class VideosSource(Section):
     """A folder of `<clip>.rgb.mp4` with `<clip>.pose.mp4`, and optional maps, such as `<clip>.normal.mkv`."""
 
     folder: str = Field(
-        description="Folder of the videos, searched without its subfolders. Hidden files are not videos.",
+        description=(
+            "Folder of the videos. Hidden files are not videos. With annotators, a subfolder NAME with "
+            "NAME/images/*.png is a clip too, with the masks NAME/masks/*.png if they are given (the form of the "
+            "TikTok data set); other subfolders are not searched."
+        ),
+    )
+    list: str | None = Field(
+        default=None,
+        description=(
+            "Text file with a name in each line, such as a TikTok video's id: only these videos of the folder are "
+            "used. A name is a file's name without its suffix; # begins a comment. Names without a video are listed in "
+            "`output`/missing_videos.txt."
+        ),
+    )
+    images_fps: Annotated[PositiveFloat, Unit("frames per second")] = Field(
+        default=30.0,
+        description="Frame rate of clips that are folders of pictures.",
     )
     annotators: Annotators | None = Field(
         default=None,

@@ -18,7 +18,7 @@ from dreamdance.data.curation.duplicates import (
     hash_video,
 )
 from dreamdance.data.writing.map_files import as_video
-from dreamdance.data.writing.video_clips import find_videos
+from dreamdance.data.writing.video_list import listed_videos
 from dreamdance.data.writing.video_opening import open_videos
 from dreamdance.errors import is_transient
 from dreamdance.media.video import VideoError
@@ -49,7 +49,7 @@ def group_footage(
     Returns:
         All names in groups, most of one name, in alphabetical order.
     """
-    found = find_videos(source.folder, plain=True)
+    found = listed_videos(source)
     names = sorted({*found, *skipped})
     known = read_hashes(output)
     share = queue.share("hashes", found)

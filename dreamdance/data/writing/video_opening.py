@@ -18,6 +18,7 @@ from dreamdance.data.writing.map_files import (
     open_map,
     present_files,
 )
+from dreamdance.data.writing.picture_problem import picture_problem
 from dreamdance.errors import is_transient
 from dreamdance.media.keypoint_formats import read_any_keypoints
 from dreamdance.media.keypoints import KeypointFileError, KeypointSequence
@@ -42,6 +43,8 @@ def open_videos(source: VideosSource, name: str) -> dict[str, MapSource]:
     """
     if not is_text(name):  # a stored clip contains the name as text
         raise VideoError(f"the name {name!r} is not text in UTF-8; rename the files")
+    if (reason := picture_problem(source.folder, name)) is not None:
+        raise VideoError(reason)
     videos: dict[str, MapSource] = {}
     problems: list[str] = []
     for modality, candidates in candidate_files(source.folder, name, plain=source.annotators is not None).items():
