@@ -83,12 +83,7 @@ def make_maps(
         VideoError: the same, with a given map.
     """
     networks, rows = stages.networks, poses.rows(frames)
-    seen = PersonPoses(
-        keypoints=to_crop(poses.smoothed[rows], stages.video.width, stages.video.height, crop),
-        landmarks=None
-        if poses.landmarks is None
-        else landmarks_to_crop(poses.landmarks[rows], stages.video.width, stages.video.height, crop),
-    )
+    seen = _poses_in_crop(stages, poses, rows, crop)
     what = {"frames": frames, "crop": [crop.left, crop.top, crop.width, crop.height], "size": list(rgb.shape[1:3])}
 
     made = [task for task in ("normal", "depth") if task not in given.maps]
@@ -135,13 +130,7 @@ def make_maps(
         depths = decode_depths(depth, low, high, metric=str(kept["kind"]) == "depth")
         depth_range = (low, high) if depths.kind == "depth" and low > 0 else None
     normals = decode_normal(normal)
-    try:
-        makers = (_maker(networks, given, task) for task in ("normal", "depth"))
-        stages.axes_check(*makers, given=len(made) < 2).add(normals, depths, mask)
-    except AxesError as error:
-        if len(made) == 2:
-            raise
-        raise VideoError(str(error)) from error  # a file of this video is wrong, not the annotators
+    _check_axes(stages, given, normals, depths, mask)
     return ClipMaps(
         mask=np.where(inside, 255, 0).astype(np.uint8),
         normal=normal,
@@ -151,6 +140,28 @@ def make_maps(
         depths=depths,
         sees_background=sees_background,
     )
+
+
+def _poses_in_crop(stages: VideoStages, poses: FollowedPoses, rows: list[int], crop: Crop) -> PersonPoses:
+    width, height, landmarks = stages.video.width, stages.video.height, poses.landmarks
+    return PersonPoses(
+        keypoints=to_crop(poses.smoothed[rows], width, height, crop),
+        landmarks=None if landmarks is None else landmarks_to_crop(landmarks[rows], width, height, crop),
+    )
+
+
+def _check_axes(
+    stages: VideoStages, given: GivenMaps, normals: NDArray[np.float32], depths: Depths, mask: NDArray[np.float32]
+) -> None:
+    tasks = ("normal", "depth")
+    any_given = any(task in given.maps for task in tasks)
+    try:
+        makers = (_maker(stages.networks, given, task) for task in tasks)
+        stages.axes_check(*makers, given=any_given).add(normals, depths, mask)
+    except AxesError as error:
+        if not any_given:
+            raise
+        raise VideoError(str(error)) from error  # a file of this video is wrong, not the annotators
 
 
 def decode_normal(normal: NDArray[np.uint8]) -> NDArray[np.float32]:
