@@ -7,6 +7,7 @@ counter at the bottom (for the number of the frame).
 import json
 import os
 import shutil
+import struct
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,6 +96,15 @@ def write_by_ffmpeg(path: Path, frames: NDArray[Any], options: str, *, fps: int 
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(fps), "-i", "-"]
     run_ffmpeg([*source, *options.split(), str(path)], frames.tobytes())
     return path
+
+
+def write_matrix(path: Path, matrix: tuple[float, float, float, float]) -> None:
+    """Writes a display matrix into the track header of an mp4, like phones."""
+    content = bytearray(path.read_bytes())
+    start = content.index(b"tkhd") + 4 + 40  # version 0: the matrix follows 40 bytes of other fields
+    a, b, c, d = (round(entry * (1 << 16)) for entry in matrix)
+    content[start : start + 20] = struct.pack(">5i", a, b, 0, c, d)
+    path.write_bytes(bytes(content))
 
 
 def run_ffmpeg(arguments: Sequence[str], content: bytes = b"") -> bytes:

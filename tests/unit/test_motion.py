@@ -6,11 +6,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from support.known_videos import require_ffmpeg
+from support.known_videos import require_ffmpeg, write_matrix
 
 from dreamdance.dancers.render import HELD_OUT_SEEDS, render_clip
-from dreamdance.data.curation.motion import measure_motion
-from dreamdance.media.video import probe_video, write_video
+from dreamdance.data.curation.motion import MotionTrack, measure_motion
+from dreamdance.media.video import VideoInfo, probe_video, write_video
 
 WIDTH, HEIGHT, FPS, NUM_FRAMES = 256, 192, 20.0, 40
 
@@ -26,6 +26,19 @@ def panned(texture: np.ndarray, step: int) -> list[np.ndarray]:
     return [texture[:, step * number : step * number + WIDTH] for number in range(NUM_FRAMES)]
 
 
+def measured(video: VideoInfo) -> MotionTrack:
+    """The motion of a video, whose heartbeats are at least one for each frame."""
+    measuring, heartbeats = measure_motion(video), 0
+    while True:
+        try:
+            next(measuring)
+            heartbeats += 1
+        except StopIteration as end:
+            assert heartbeats >= video.num_frames - 1
+            track: MotionTrack = end.value
+            return track
+
+
 def encode(source: Path, target: Path, *options: str) -> None:
     subprocess.run(["ffmpeg", "-v", "error", "-y", "-i", source, "-threads", "1", *options, target], check=True)
 
@@ -34,7 +47,7 @@ def encode(source: Path, target: Path, *options: str) -> None:
 def test_a_panned_texture_has_the_speed_of_the_pan(tmp_path, texture, step):
     """H.264 with B frames, as `write_video` makes it."""
     write_video(tmp_path / "a.mp4", panned(texture, step), fps=FPS)
-    track = measure_motion(probe_video(tmp_path / "a.mp4"))
+    track = measured(probe_video(tmp_path / "a.mp4"))
     assert track.source == "codec"
     assert track.mean(0, NUM_FRAMES) == pytest.approx(step / HEIGHT * FPS, rel=0.02, abs=1e-6)
     assert np.isnan(track.speeds[0])
@@ -55,7 +68,7 @@ def test_the_codec_does_not_change_the_speed(tmp_path, texture, name, options, s
     require_ffmpeg()
     write_video(tmp_path / "a.mp4", panned(texture, 4), fps=FPS)
     encode(tmp_path / "a.mp4", tmp_path / name, *options)
-    track = measure_motion(probe_video(tmp_path / name))
+    track = measured(probe_video(tmp_path / name))
     assert track.source == source
     assert track.mean(0, NUM_FRAMES) == pytest.approx(4 / HEIGHT * FPS, rel=0.05)
 
@@ -64,13 +77,39 @@ def test_size_and_frame_rate_do_not_change_the_speed(tmp_path, texture):
     """Every other frame of the pan at half the rate, enlarged."""
     frames = [cv2.resize(frame, (2 * WIDTH, 2 * HEIGHT)) for frame in panned(texture, 3)[::2]]
     write_video(tmp_path / "a.mp4", frames, fps=FPS / 2)
-    assert measure_motion(probe_video(tmp_path / "a.mp4")).mean(0, 20) == pytest.approx(3 / HEIGHT * FPS, rel=0.03)
+    assert measured(probe_video(tmp_path / "a.mp4")).mean(0, 20) == pytest.approx(3 / HEIGHT * FPS, rel=0.03)
+
+
+@pytest.mark.parametrize("source", ["codec", "flow"])
+def test_a_turned_video_is_measured_in_heights_of_what_is_shown(tmp_path, texture, source):
+    """A phone's display matrix turns the frames by a quarter: they are shown WIDTH pixels high."""
+    require_ffmpeg()
+    write_video(tmp_path / "a.mp4", panned(texture, 4), fps=FPS)
+    if source == "flow":
+        (tmp_path / "a.mp4").rename(tmp_path / "codec.mp4")
+        encode(tmp_path / "codec.mp4", tmp_path / "a.mp4", "-c:v", "libx265", "-x265-params", "log-level=none")
+    write_matrix(tmp_path / "a.mp4", (0, 1, -1, 0))
+    video = probe_video(tmp_path / "a.mp4")
+    assert (video.width, video.height) == (HEIGHT, WIDTH)
+    track = measured(video)
+    assert track.source == source
+    assert track.mean(0, NUM_FRAMES) == pytest.approx(4 / WIDTH * FPS, rel=0.05)
+
+
+@pytest.mark.parametrize(("shape", "speed"), [("2/1", 2 * 4 / HEIGHT), ("1/2", 4 / (2 * HEIGHT))])
+def test_oblong_pixels_move_as_far_as_they_are_shown(tmp_path, texture, shape, speed):
+    require_ffmpeg()
+    write_video(tmp_path / "a.mp4", panned(texture, 4), fps=FPS)
+    encode(tmp_path / "a.mp4", tmp_path / "b.mp4", "-vf", f"setsar={shape}", "-c:v", "libx264", "-crf", "10")
+    track = measured(probe_video(tmp_path / "b.mp4"))
+    assert track.source == "codec"
+    assert track.mean(0, NUM_FRAMES) == pytest.approx(speed * FPS, rel=0.05)
 
 
 def test_only_the_asked_frames_count(tmp_path, texture):
     frames = panned(texture, 4)
     write_video(tmp_path / "a.mp4", [frames[0]] * 20 + frames[:20], fps=FPS)
-    track = measure_motion(probe_video(tmp_path / "a.mp4"))
+    track = measured(probe_video(tmp_path / "a.mp4"))
     assert track.mean(1, 18) == pytest.approx(0.0, abs=1e-3)
     assert track.mean(24, 40) == pytest.approx(4 / HEIGHT * FPS, rel=0.1)
     assert track.mean(0, 1) is None
@@ -86,7 +125,7 @@ def test_dancers_who_move_faster_have_more_motion_by_both_sources(tmp_path):
         encode(tmp_path / f"{speed}.mp4", tmp_path / f"{speed}.mkv", "-c:v", "ffv1")
         for suffix in ("mp4", "mkv"):
             video = probe_video(tmp_path / f"{speed}.{suffix}")
-            track = measure_motion(video)
+            track = measured(video)
             means[track.source, speed] = track.mean(0, video.num_frames)
     assert means["codec", 2] == pytest.approx(2 * means["codec", 1], rel=0.3)
     assert means["flow", 2] == pytest.approx(2 * means["flow", 1], rel=0.15)

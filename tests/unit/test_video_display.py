@@ -2,7 +2,6 @@
 
 import logging
 import os
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from support.known_videos import (
     require_ffmpeg,
     run_ffmpeg,
     write_by_ffmpeg,
+    write_matrix,
 )
 
 from dreamdance.media import video_display
@@ -42,15 +42,6 @@ TURNS = {
 @pytest.fixture(autouse=True)
 def ffmpeg() -> None:
     require_ffmpeg()
-
-
-def write_matrix(path: Path, matrix: tuple[float, float, float, float]) -> None:
-    """Writes a display matrix into the track header of an mp4, like phones."""
-    content = bytearray(path.read_bytes())
-    start = content.index(b"tkhd") + 4 + 40  # version 0: the matrix follows 40 bytes of other fields
-    a, b, c, d = (round(entry * (1 << 16)) for entry in matrix)
-    content[start : start + 20] = struct.pack(">5i", a, b, 0, c, d)
-    path.write_bytes(bytes(content))
 
 
 @pytest.mark.parametrize("turn", TURNS)

@@ -5,7 +5,7 @@ Both agree on real dance videos (0.0138 and 0.0145, 0.0092 and 0.0137, 0.092 and
 Motion of many blocks' widths per frame is underestimated by the vectors: the codec stores such blocks without one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -44,19 +44,19 @@ class MotionTrack:
         return float(known.mean()) if len(known) else None
 
 
-def measure_motion(video: VideoInfo) -> MotionTrack:
-    """Measures the motion of a whole video.
+def measure_motion(video: VideoInfo) -> Generator[None, None, MotionTrack]:
+    """Measures the motion of a whole video as it is shown. Yields after each frame, as a heartbeat.
 
     Raises:
         VideoError: the video cannot be read; without motion vectors also if one of its frames is damaged.
     """
-    speeds = _codec_speeds(video)
+    speeds = yield from _codec_speeds(video)
     if np.isfinite(speeds).any() or video.num_frames == 1:
         return MotionTrack(speeds, "codec")
-    return MotionTrack(_flow_speeds(video), "flow")
+    return MotionTrack((yield from _flow_speeds(video)), "flow")
 
 
-def _codec_speeds(video: VideoInfo) -> NDArray[np.float32]:
+def _codec_speeds(video: VideoInfo) -> Generator[None, None, NDArray[np.float32]]:
     """Speeds from the vectors of P frames; all NaN if there are none.
 
     The vectors of a P frame point to the I or P frame before it, which lies as many frames back as the encoder put B
@@ -69,37 +69,43 @@ def _codec_speeds(video: VideoInfo) -> NDArray[np.float32]:
     with opened_video(video.path) as (container, stream):
         stream.codec_context.flags2 |= Flags2.export_mvs
         for count, frame in enumerate(decoded_frames(container, stream)):
+            yield None
             if isinstance(frame, Damage) or frame.is_corrupt:
                 anchor = None
                 continue
             number = count if video.counted else numbers.get(frame.pts, -1)
             if frame.pict_type == PictureType.B or not 0 <= number < video.num_frames:
                 continue
-            length = _mean_vector(frame)
+            length = _mean_vector(frame, video)
             if frame.pict_type == PictureType.P and length is not None and anchor is not None and anchor < number:
                 seconds = video.times([number])[0] - video.times([anchor])[0]
-                speeds[anchor + 1 : number + 1] = length / frame.height / max(seconds, 1e-6)
+                speeds[anchor + 1 : number + 1] = length / video.height / max(seconds, 1e-6)
             anchor = number
     return speeds
 
 
-def _mean_vector(frame: VideoFrame) -> float | None:
-    """Mean length of a frame's motion vectors, in pixels, weighted by the area of their blocks; None without any."""
+def _mean_vector(frame: VideoFrame, video: VideoInfo) -> float | None:
+    """Mean length of a frame's motion vectors, weighted by the area of their blocks; None without any.
+
+    It is in pixels of the shown frame, whose rotation does not change lengths.
+    """
     found: Any = frame.side_data  # a mapping, which PyAV's types do not state
     vectors = found.get(Type.MOTION_VECTORS)
     if not vectors:
         return None
     blocks: NDArray[Any] = vectors.to_ndarray()
-    lengths = np.hypot(blocks["motion_x"], blocks["motion_y"]) / blocks["motion_scale"]
+    across, down = video.display.scaled_width / frame.width, video.display.scaled_height / frame.height
+    lengths = np.hypot(blocks["motion_x"] * across, blocks["motion_y"] * down) / blocks["motion_scale"]
     return float(np.average(lengths, weights=blocks["w"].astype(np.float64) * blocks["h"]))
 
 
-def _flow_speeds(video: VideoInfo) -> NDArray[np.float32]:
+def _flow_speeds(video: VideoInfo) -> Generator[None, None, NDArray[np.float32]]:
     """Speeds by dense optical flow (DIS, arXiv 1603.03590) between small frames."""
     flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
     times = video.times(range(video.num_frames))
     speeds = np.full(video.num_frames, np.nan, np.float32)
     for number, (before, after) in enumerate(pairwise(_small_grey_frames(video)), start=1):
+        yield None
         field = flow.calc(before, after, np.zeros((*before.shape, 2), np.float32))
         length = float(np.hypot(field[..., 0], field[..., 1]).mean())
         speeds[number] = length / before.shape[0] / max(times[number] - times[number - 1], 1e-6)
