@@ -76,6 +76,17 @@ keep() { # NAME LICENCE FILES...
     say "$name: $(du -sh "$folder/$name" | cut -f1), licence $licence"
 }
 
+# The GPU build of a runtime has a package name of its own; its version is the user's choice.
+is_installed() { # PACKAGE VERSION
+    "$PYTHON" - "$@" <<'PYTHON_END'
+import importlib.metadata, sys
+
+package, version = sys.argv[1:]
+installed = {one.metadata["Name"].lower().replace("_", "-"): one.version for one in importlib.metadata.distributions()}
+sys.exit(f"{package}-gpu" not in installed and installed.get(package) != version)
+PYTHON_END
+}
+
 is_missing() { # NAME
     local wrong
     wrong=$(wrong_files "$folder" "$1") || fail "the files in $folder/$1 cannot be read"
@@ -114,8 +125,7 @@ fi
 # ai-edge-litert declares packages that running a network does not import; tools/pins.txt has those that it does.
 runtimes=$(grep -E '^(ai-edge-litert|flatbuffers|onnxruntime)==' tools/pins.txt)
 for pin in $runtimes; do
-    "$PYTHON" -c 'import importlib.metadata as m, sys; sys.exit(m.version(sys.argv[1]) != sys.argv[2])' \
-        "${pin%%==*}" "${pin##*==}" 2>/dev/null || {
+    is_installed "${pin%%==*}" "${pin##*==}" || {
         pip install --no-deps "$pin" || fail "$pin could not be installed; is there a wheel for this machine?"
         say "installed $pin"
     }
