@@ -1,13 +1,34 @@
 """The networks that read people's videos: `videos.annotators` of prepare, `annotators` of animate."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic_core import PydanticCustomError
 
-from dreamdance.recipe.sections import NonNegative, Section
+from dreamdance.recipe.sections import Fraction, NonNegative, Section
 
 # Left, top, right, bottom in fractions of the frame.
-PersonBox = tuple[float, float, float, float]
+PersonBox = tuple[Fraction, Fraction, Fraction, Fraction]
+
+
+def _check_person(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """Gives one error for all kinds of values."""
+    try:
+        person = check(tuple(value) if isinstance(value, list) else value)  # YAML has no tuples
+        is_valid = not isinstance(person, tuple) or (person[0] < person[2] and person[1] < person[3])
+    except ValidationError:
+        is_valid = False
+    if not is_valid:
+        raise PydanticCustomError(
+            "person",
+            "must be a whole number from 0, or a box [left, top, right, bottom] in fractions of the frame, with left < "
+            "right and top < bottom",
+        )
+    return person
+
+
+# Which of several people: the place in the order of importance, or a box.
+PersonChoice = Annotated[NonNegative | PersonBox | None, WrapValidator(_check_person)]
 
 
 class Annotators(Section):
@@ -61,7 +82,7 @@ class Annotators(Section):
             "num_workers to 1, because every process loads the networks."
         ),
     )
-    person: NonNegative | PersonBox | None = Field(
+    person: PersonChoice = Field(
         default=None,
         description=(
             "Which person of a video is followed. By default, and for 0, the largest and most central over the shot; 1 "
@@ -106,7 +127,7 @@ class DrivingAnnotators(Section):
         default="cpu",
         description="Where the network runs; blazepose always runs on the CPU. cuda: the GPU of the rank.",
     )
-    person: NonNegative | PersonBox | None = Field(
+    person: PersonChoice = Field(
         default=None,
         description=(
             "Which person of a driving video is followed, if the entry has no `person`. By default, and for 0, the "

@@ -302,3 +302,25 @@ def test_known_keys_hold_sections_and_their_keys():
     assert "model" in keys
     assert "model.autoencoder.patch_size" in keys
     assert "train" not in keys
+
+
+PREPARE = "task: prepare\nname: p\noutput: data\nvideos:\n  folder: videos\n  annotators:\n    person: "
+
+
+@pytest.mark.parametrize(("text", "person"), [("0", 0), ("2", 2), ("[0, 0.1, 0.5, 1]", (0.0, 0.1, 0.5, 1.0))])
+def test_a_person_is_chosen_by_a_number_or_a_box(write, text, person):
+    recipe = load_recipe(write(PREPARE + text))
+    assert recipe.videos.annotators.person == person
+    assert load_recipe(write(dump_recipe(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    "text", ["-1", "true", "left", "[0, 0, 1]", "[0, 0, 1.1, 1]", "[-0.1, 0, 1, 1]", "[1, 0, 0, 1]"]
+)
+def test_a_person_that_is_neither_number_nor_box_is_one_problem(write, text):
+    (problem,) = problems_of(write(PREPARE + text))
+    assert problem.startswith(":7: 'videos.annotators.person' is ")
+    assert problem.endswith(
+        "but must be a whole number from 0, or a box [left, top, right, bottom] in fractions of the frame, with left < "
+        "right and top < bottom"
+    )
