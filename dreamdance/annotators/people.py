@@ -31,6 +31,10 @@ _CENTRAL_DISTANCE = 0.5
 Box = tuple[float, float, float, float]
 
 
+class NoSuchPersonError(UserError):
+    """The chosen person is not in these frames; the text lists who is."""
+
+
 @dataclass(frozen=True)
 class FollowedPerson:
     """One person of a shot.
@@ -96,16 +100,16 @@ def follow_person(
         The person, or None if nobody was found in any frame.
 
     Raises:
-        UserError: there is no such person; the error lists all. Nor is there one if nobody was found.
+        NoSuchPersonError: there is no such person. If nobody was found, all choices but the default are such.
         ValueError: the choice is neither.
     """
     _check_choice(choice)
     tracks = _connect(people)
     tracks.sort(key=lambda track: -_importance(track, width, height))
     if not tracks:
-        if choice is None:
+        if not choice:  # the default
             return None
-        raise UserError(f"person: {choice}: nobody was found in {len(people)} frames; leave the key person out")
+        raise NoSuchPersonError(f"person: {choice}: nobody was found in {len(people)} frames; leave the key person out")
     index = _choose(tracks, choice, width, height)
     bridged = _bridge(tracks[index].seen, max_gap)
     found = [{**tracks[index].seen, **bridged}.get(frame) for frame in range(len(people))]
@@ -122,7 +126,7 @@ def _check_choice(choice: int | Box | None) -> None:
         return
     if isinstance(choice, Sequence) and len(choice) == 4 and all(type(value) in (int, float) for value in choice):
         left, top, right, bottom = choice
-        if left < right and top < bottom and all(map(math.isfinite, choice)):
+        if 0 <= left < right <= 1 and 0 <= top < bottom <= 1:
             return
     raise ValueError(
         f"person: {choice!r}; accepted is a whole number from 0 (the largest and most central), or a box [left, top, "
@@ -167,14 +171,16 @@ def _choose(tracks: list[_Track], choice: int | Box | None, width: int, height: 
     if choice is None or isinstance(choice, int):
         if (choice or 0) < len(tracks):
             return choice or 0
-        raise UserError(f"person: {choice}: there are {len(tracks)} people: {_describe(tracks, width, height)}")
+        raise NoSuchPersonError(f"person: {choice}: there are {len(tracks)} people: {_describe(tracks, width, height)}")
     box = np.array(choice, dtype=np.float64) * (width, height, width, height)
     for frame in sorted({frame for track in tracks for frame in track.seen}):
         present = [index for index, track in enumerate(tracks) if frame in track.seen]
         shared = overlaps(box, np.array([tracks[index].seen[frame].box for index in present]))
         if shared.max() >= _CHOSEN_OVERLAP:
             return present[int(shared.argmax())]
-    raise UserError(f"person: {list(choice)}: nobody is there; the people are: {_describe(tracks, width, height)}")
+    raise NoSuchPersonError(
+        f"person: {list(choice)}: nobody is there; the people are: {_describe(tracks, width, height)}"
+    )
 
 
 def _describe(tracks: list[_Track], width: int, height: int, limit: int = 8) -> str:

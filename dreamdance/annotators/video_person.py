@@ -41,7 +41,7 @@ def find_in_video(
         person: which person, see `follow_person`.
 
     Raises:
-        UserError: there is no such person.
+        NoSuchPersonError: there is no such person.
         VideoError: a frame is damaged.
     """
     return _find(annotator, lambda: _chunks(video, frames), width=video.width, height=video.height, person=person)

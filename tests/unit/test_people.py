@@ -4,9 +4,8 @@ import math
 
 import pytest
 
-from dreamdance.annotators.people import FollowedPerson, follow_person
+from dreamdance.annotators.people import FollowedPerson, NoSuchPersonError, follow_person
 from dreamdance.annotators.protocols import Person
-from dreamdance.errors import UserError
 
 WIDTH, HEIGHT = 640, 360
 
@@ -36,8 +35,9 @@ def test_a_person_who_jumps_to_and_fro_is_followed():
 
 
 def test_nobody_is_none_and_naming_one_of_nobody_is_an_error():
-    assert follow_person([[], []], width=WIDTH, height=HEIGHT) is None
-    with pytest.raises(UserError, match="person: 1: nobody was found in 2 frames"):
+    for default in (None, 0):
+        assert follow_person([[], []], width=WIDTH, height=HEIGHT, choice=default) is None
+    with pytest.raises(NoSuchPersonError, match="person: 1: nobody was found in 2 frames"):
         follow_person([[], []], width=WIDTH, height=HEIGHT, choice=1)
 
 
@@ -131,13 +131,17 @@ def test_a_box_chooses_the_person_at_the_first_frame_where_one_overlaps_it():
 
 def test_a_choice_that_does_not_exist_lists_the_people():
     frames = [[person_at(150), person_at(450)]] * 3
-    with pytest.raises(UserError, match=r"person: 2: there are 2 people: 0: in 3 frames, at \[0\.656, .*1: in 3"):
+    with pytest.raises(
+        NoSuchPersonError, match=r"person: 2: there are 2 people: 0: in 3 frames, at \[0\.656, .*1: in 3"
+    ):
         follow(frames, choice=2)
-    with pytest.raises(UserError, match=r"nobody is there; the people are: 0: in 3 frames"):
+    with pytest.raises(NoSuchPersonError, match=r"nobody is there; the people are: 0: in 3 frames"):
         follow(frames, choice=(0.9, 0.9, 1.0, 1.0))
 
 
-@pytest.mark.parametrize("choice", [-1, True, 1.5, (0.5, 0.1, 0.4, 0.9), (0.1, 0.2, 0.3), (0, 0, 1, math.nan), "left"])
+@pytest.mark.parametrize(
+    "choice", [-1, True, 1.5, (0.5, 0.1, 0.4, 0.9), (0.1, 0.2, 0.3), (0, 0, 1, 1.1), (0, 0, 1, math.nan), "left"]
+)
 def test_a_choice_that_is_neither_place_nor_box_is_refused(choice):
     with pytest.raises(ValueError, match="accepted is a whole number from 0"):
         follow([[person_at(150)]], choice=choice)

@@ -9,14 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dreamdance.annotators.axes import AxesCheck
-from dreamdance.annotators.people import Box
+from dreamdance.annotators.people import Box, NoSuchPersonError
 from dreamdance.annotators.protocols import NUM_LANDMARKS
 from dreamdance.annotators.video_person import PersonTrack, find_in_video
 from dreamdance.data.annotation.networks import Networks
 from dreamdance.data.annotation.side_files import Arrays, SideFiles, StageKey, last_result
 from dreamdance.data.curation.motion import MotionTrack, measure_motion
 from dreamdance.data.curation.shots import Shot, find_shots, shrink_frames
-from dreamdance.errors import UserError
 from dreamdance.media.cropping import Crop
 from dreamdance.media.keypoint_filter import filter_keypoints
 from dreamdance.media.keypoints import NUM_KEYPOINTS, KeypointSequence
@@ -28,7 +27,7 @@ from dreamdance.recipe.annotator_section import Annotators
 logger = logging.getLogger(__name__)
 
 # Increase a stage's number when its code changes its results: side files of other numbers are not taken.
-STAGE_VERSIONS = {"area": 1, "cuts": 1, "motion": 1, "person": 1, "maps": 2}
+STAGE_VERSIONS = {"area": 1, "cuts": 1, "motion": 2, "person": 1, "maps": 2}
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,7 @@ class VideoStages:
         """The motion of the whole video."""
 
         def measure() -> Iterator[Arrays | None]:
-            yield None
-            track = measure_motion(self.video)
+            track = yield from measure_motion(self.video)
             yield {"speeds": track.speeds, "source": np.array(track.source)}
 
         result = yield from last_result(self.files.make(self.key("motion", {}), measure))
@@ -143,11 +141,16 @@ class VideoStages:
             given: key points of all frames of the video, which win over those of the network. The network then finds
                 landmarks and masks of the person who has these key points.
             given_sha256: the hash of their file.
+
+        Raises:
+            NoSuchPersonError: the shot does not show the person that the recipe chooses.
         """
-        choice = self._section.person if given is None else _first_box(given.keypoints[frames])
+        choice = (self._section.person or None) if given is None else _first_box(given.keypoints[frames])
         settings = {"network": self.networks.identity("pose"), "person": choice, "frames": frames}
         key = self.key("person", settings)
         found = yield from last_result(self.files.make(key, lambda: self._find_person(frames, choice, given)))
+        if "missing" in found:
+            raise NoSuchPersonError(str(found["missing"]))
         keypoints = found["keypoints"] if given is None else given.keypoints[frames]
         smoothed, smooth = keypoints, self._section.smooth and given is None
         if smooth:
@@ -161,9 +164,10 @@ class VideoStages:
     ) -> Iterator[Arrays | None]:
         try:
             track = yield from find_in_video(self.networks.pose, self.video, frames, person=choice)
-        except UserError as error:
+        except NoSuchPersonError as error:
             if given is None:
-                raise
+                yield {"missing": np.array(str(error))}
+                return
             logger.warning(
                 "%s: the network does not find the person of the given key points: %s", self.video.path, error
             )

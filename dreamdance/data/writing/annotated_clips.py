@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dreamdance.annotators.axes import geometry_consistency
+from dreamdance.annotators.people import NoSuchPersonError
 from dreamdance.data.annotation.clip_maps import ClipMaps, GivenMaps, make_maps, to_crop
 from dreamdance.data.annotation.networks import open_networks
 from dreamdance.data.annotation.side_files import SideFiles
@@ -61,12 +62,12 @@ class AnnotatedVideoPart:
         """Yields None while it works on a clip, then the clip.
 
         Raises:
-            VideoError: a video cannot be decoded, or is not aligned with the pictures.
-            UserError: an annotator cannot be opened, its normals and depth disagree, or the chosen person is not there.
+            VideoError: a video cannot be decoded, is not aligned with the pictures, or shows the chosen person nowhere.
+            UserError: an annotator cannot be opened, or its normals and depth disagree.
         """
         video = yield from _AnnotatedVideo.open(self.source, self.name, self.side_files / self.clip_id)
-        shots = yield from video.follow_people()
         own = set(video.own_frames(self.split))
+        shots = yield from video.follow_people(own)
         clips = [(poses, piece) for poses in shots for piece in video.cut([f for f in poses.frames if f in own])]
         kept = [(poses, piece) for poses, piece in clips if _shows_person(poses, piece).mean() >= _LEAST_FRAMES]
         if len(kept) < len(clips):
@@ -145,16 +146,61 @@ class _AnnotatedVideo:
         frames = [regular[shot.first : shot.end : source.frame_stride] for shot in shots]
         return cls(source, files, ranges, sha256, keypoints, stages, area, cuts, motion, frames)
 
-    def follow_people(self) -> Generator[None, None, list[FollowedPoses]]:
-        """Follows the person through every shot that is long enough for a clip."""
-        found = []
-        for frames in self.shots:
-            if len(frames) >= self.source.min_clip_frames:
-                fps, sha256 = self.rgb.fps / self.source.frame_stride, self.sha256.get("keypoints", "")
-                found.append(
-                    (yield from self.stages.person(frames, fps=fps, given=self.keypoints, given_sha256=sha256))
+    def follow_people(self, own: set[int]) -> Generator[None, None, list[FollowedPoses]]:
+        """Follows the person through every shot that is long enough for a clip.
+
+        Args:
+            own: the frames of the split. A shot with too few of them for a clip is left out.
+
+        Returns:
+            The person of each shot that shows it.
+
+        Raises:
+            VideoError: no shot of the video shows the chosen person.
+        """
+        least = self.source.min_clip_frames
+        shots = [frames for frames in self.shots if sum(frame in own for frame in frames) >= least]
+        found, missing = list[FollowedPoses](), list[tuple[list[int], NoSuchPersonError]]()
+        for frames in shots:
+            try:
+                found.append((yield from self._follow(frames)))
+            except NoSuchPersonError as error:
+                missing.append((frames, error))
+        if missing:
+            others = [frames for frames in self.shots if len(frames) >= least and frames not in shots]
+            if not found and not (yield from self._show_person(others)):
+                first, reason = missing[0]
+                raise VideoError(
+                    f"{self.rgb.path}: no shot shows the person that `videos.annotators.person` chooses; "
+                    f"{self._span(first)}: {reason}"
                 )
+            logger.warning(
+                "%s: %d of %d shots do not show the person that `videos.annotators.person` chooses and give no clip: "
+                "%s",
+                printable(self.rgb.path),
+                len(missing),
+                len(shots),
+                ", ".join(self._span(frames) for frames, _ in missing),
+            )
         return found
+
+    def _follow(self, frames: list[int]) -> Generator[None, None, FollowedPoses]:
+        fps, sha256 = self.rgb.fps / self.source.frame_stride, self.sha256.get("keypoints", "")
+        return (yield from self.stages.person(frames, fps=fps, given=self.keypoints, given_sha256=sha256))
+
+    def _show_person(self, shots: list[list[int]]) -> Generator[None, None, bool]:
+        """Whether one of the shots shows the chosen person."""
+        for frames in shots:
+            try:
+                yield from self._follow(frames)
+            except NoSuchPersonError:
+                continue
+            return True
+        return False
+
+    def _span(self, frames: list[int]) -> str:
+        first, last = self.rgb.times([frames[0], frames[-1]])
+        return f"{first:.1f} to {last:.1f} s"
 
     def own_frames(self, split: Split) -> list[int]:
         """The frames of the video that belong to a split."""
