@@ -3,6 +3,7 @@
 import sys
 
 from dreamdance.launch.command import main as launch
+from dreamdance.launch.requirements import missing_packages
 from dreamdance.recipe import Recipe, TrainingRecipe
 
 
@@ -12,10 +13,15 @@ def main() -> int:
 
 
 def _plan(recipe: Recipe, gpu_memory_gib: float | None) -> str:
-    """Parameters, memory and scores, from the places that know networks and shards; torch is loaded only here."""
-    from dreamdance.data.score_report import describe_scores
+    """Parameters, memory and scores, from the places that know networks and shards; torch is loaded only here.
 
-    parts = [describe_scores(recipe)]
+    A machine that only submits jobs may lack the packages that read shards; it shows no scores.
+    """
+    parts = []
+    if not missing_packages(recipe):
+        from dreamdance.data.score_report import describe_scores
+
+        parts.append(describe_scores(recipe))
     if isinstance(recipe, TrainingRecipe):
         from dreamdance.training.planning.plan import describe
 

@@ -43,8 +43,8 @@ The comment at the head of each recipe describes the run, how to launch it, and 
   `runs/<name>/` (`--runs` changes `runs`). The same command continues the run in it.
 * **A changed recipe.** An existing run folder accepts the same recipe only. Not counted as changes: `cluster`,
   `logging`, `checkpoint.allow_changed`, `data.verify`, `data.mixed_backgrounds`, `compression`, `videos.on_error`,
-  and a raised `max_steps`. Other changes are refused with a list (exit code 3), unless `checkpoint.allow_changed`
-  names their keys.
+  `videos.list` and a raised `max_steps`. Other changes are refused with a list (exit code 3), unless
+  `checkpoint.allow_changed` names their keys.
 * **Starting from another run.** `init_from: stage1_domains` takes the averaged weights of that run under `--runs`:
   module weights only, no optimizer state. The run must be finished, unless `init_step` names one of its steps.
 * **Relative paths** start at the folder where the command is called.

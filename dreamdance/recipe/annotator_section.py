@@ -3,7 +3,6 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
-from pydantic_core import PydanticCustomError
 
 from dreamdance.recipe.sections import Fraction, NonNegative, Section
 
@@ -19,8 +18,7 @@ def _check_person(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
     except ValidationError:
         is_valid = False
     if not is_valid:
-        raise PydanticCustomError(
-            "person",
+        raise ValueError(
             "must be a whole number from 0, or a box [left, top, right, bottom] in fractions of the frame, with left < "
             "right and top < bottom",
         )

@@ -254,7 +254,13 @@ def _message(recipe_class: type[Recipe], path: KeyPath, detail: Any) -> str:
         "list_type": "must be a list: [a, b]",
         "tuple_type": "must be a list: [a, b]",
         "string_pattern_mismatch": "must be lower-case letters, digits and underscores",
-    }.get(detail["type"], str(detail["msg"]).replace("Input should", "must").replace("String should", "must"))
+    }.get(
+        detail["type"],
+        str(detail["msg"])
+        .removeprefix("Value error, ")
+        .replace("Input should", "must")
+        .replace("String should", "must"),
+    )
     return f"'{dotted}' is {_shown(given)}, but {expected}"
 
 

@@ -82,7 +82,7 @@ def test_shards_without_a_mask_are_refused_with_the_key_to_change(tmp_path):
     part = Part("part_0", partial(clips_without_a_mask))
     write_shards(tmp_path / "bare", [part], settings={}, shard_format=ShardFormat())
     clips = ClipDataset(Shards(local=str(tmp_path / "bare")), width=8, height=12, num_frames=2, maps=["mask"])
-    with pytest.raises(ShardError, match=r"clip_0000.* has no mask frames, .*`model\.controls` of stage 2"):
+    with pytest.raises(ShardError, match=r"clip_0000.* has no mask frames, .*remove mask from its `model\.controls`"):
         clips.training_sample(SampleKey(0, 0))
 
 

@@ -238,7 +238,7 @@ def test_each_package_alone_is_missed_by_the_tasks_that_need_it_and_by_no_other(
     program = f"""
 from dreamdance.launch.requirements import missing_packages
 from dreamdance.recipe import load_recipe
-for task in ("prepare", "stage1_domains", "stage2", "animate", "evaluate"):
+for task in ("prepare", "encode", "stage1_domains", "stage2", "animate", "evaluate"):
     print(task, *missing_packages(load_recipe(f"{ROOT}/recipes/demo/{{task}}.yaml")))
 """
     done = run(python, "-c", program, cwd=tmp_path)

@@ -67,4 +67,4 @@ def test_the_controller_reads_a_new_modality_learns_from_it_and_samples_with_it(
 @pytest.mark.slow
 def test_shards_from_before_a_modality_are_read_without_it_and_refused_with_it(found):
     assert found["maps of older shards"] == ["rgb", "pose", "mask"]
-    assert re.search(r"has no part frames, .*`model\.controls` of stage 2", found["refusal"])
+    assert re.search(r"has no part frames, .*remove part from its `model\.controls`", found["refusal"])

@@ -83,7 +83,10 @@ class Job:
             "from pathlib import Path; from dreamdance.data.prepare import prepare; "
             f"from dreamdance.recipe import load_recipe; prepare(load_recipe({str(path)!r}), Path('killed'))"
         )
-        return subprocess.Popen([sys.executable, "-c", program], cwd=self.folder, start_new_session=True)
+        searched = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        environment = os.environ | {"PYTHONPATH": searched}
+        command = [sys.executable, "-c", program]
+        return subprocess.Popen(command, cwd=self.folder, env=environment, start_new_session=True)
 
     def clips_of(self, output: str = "data"):
         return [clip for split in ("train", "validation") for clip in stored_clips(self.folder / output, split)]

@@ -17,12 +17,12 @@ from torch import Tensor
 from dreamdance.data.loading.batch import ClipSample
 from dreamdance.data.loading.clip_frames import ClipFrames, crop_and_resize, flip_clip, open_pictures
 from dreamdance.data.loading.domain_draw import draw_domain, name_target
-from dreamdance.data.loading.latent_windows import REFERENCE, read_latents
+from dreamdance.data.loading.latent_windows import read_latents
 from dreamdance.data.loading.order import SampleKey
 from dreamdance.data.loading.stored_clip import StoredClip, Window, draw_window, first_window
 from dreamdance.data.shards import cache
 from dreamdance.data.shards.columns import ColumnClip
-from dreamdance.data.shards.latents import LatentClip
+from dreamdance.data.shards.latents import REFERENCE, LatentClip
 from dreamdance.data.shards.mds import Spanner, Stream, StreamingDataset, World
 from dreamdance.data.shards.range_reads import SampleHead, check_sample, read_extents, read_sample_head
 from dreamdance.data.shards.tracks import Extent, TrackClip
@@ -302,7 +302,7 @@ class ClipDataset(StoredClips):
         )
         if self.domain_weights is None:
             return self.cut(clip, window, full_key)
-        drawn = DOMAINS[draw_domain(self.domain_weights, full_key)]
+        drawn = DOMAINS[int(draw_domain(self.domain_weights, full_key))]
         return name_target(self.cut(clip, window, full_key, left_out={*DOMAINS} - {drawn}), drawn)
 
     def cut(

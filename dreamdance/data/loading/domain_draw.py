@@ -37,9 +37,9 @@ def normalise_weights(in_order: Sequence[float], key: str) -> Tensor:
     return values / values.sum()
 
 
-def draw_domain(weights: Tensor, key: Sequence[int]) -> int:
-    """The number of the domain that a sample trains on, in the order of `DOMAINS`."""
-    return int(torch.multinomial(weights, 1, generator=sample_generator(key, "domain")).item())
+def draw_domain(weights: Tensor, key: Sequence[int]) -> Tensor:
+    """The number of the domain that a sample trains on, in the order of `DOMAINS`; shape `1`, on the CPU."""
+    return torch.multinomial(weights, 1, generator=sample_generator(key, "domain"))
 
 
 def name_target(sample: ClipSample, drawn: str) -> ClipSample:

@@ -5,11 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from dreamdance.data.loading.stored_clip import Window
-from dreamdance.data.shards.latents import EMBEDDING, PREFIX, LatentClip
+from dreamdance.data.shards.latents import EMBEDDING, PREFIX, REFERENCE, LatentClip
 from dreamdance.modalities import MODALITIES
-
-# The name of the reference's moments among the latents of a window.
-REFERENCE = "reference"
 
 
 def read_latents(stored: LatentClip, window: Window, names: Sequence[str]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Encodes and decodes single stored frames: PNG without loss, JPEG and WebP for pictures, plain numbers for latents.
 
 The input of the decoder may be damaged or hostile: the picture's own header is compared before anything is inflated.
+OpenCV is imported with the first frame: plans of a recipe read the index of shards where it is not installed.
 """
 
 import io
@@ -9,7 +10,6 @@ import struct
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -80,6 +80,8 @@ def encode_frame(frame: NDArray[Any], codec: Codec = "png", *, quality: int = 95
         codec: `png` loses nothing. `jpeg` keeps the colours at full resolution (4:4:4).
         quality: of JPEG and WebP, 1 to 100.
     """
+    import cv2
+
     image = frame if frame.ndim == 2 else cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)
     options: dict[Codec, list[int]] = {
         "png": [cv2.IMWRITE_PNG_COMPRESSION, _PNG_LEVEL],
@@ -112,6 +114,8 @@ def decode_frame(payload: bytes, kind: FrameFormat, *, where: str) -> NDArray[An
             f"{where} is not the {kind.width}x{kind.height} {kind.codec.upper()} that its clip lists; the shard is "
             "damaged"
         )
+    import cv2
+
     flags = cv2.IMREAD_UNCHANGED if kind.codec == "png" else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         image = cv2.imdecode(np.frombuffer(payload, dtype=np.uint8), flags)

@@ -25,6 +25,8 @@ from dreamdance.errors import ShardError
 PREFIX = "latents."
 # The image encoder's embedding of a picture that may serve as the reference.
 EMBEDDING = "embedding"
+# The name of the reference's moments among the latents of a training window.
+REFERENCE = "reference"
 
 
 @dataclass(frozen=True)

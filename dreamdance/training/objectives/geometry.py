@@ -153,8 +153,7 @@ class GeometryObjective(Objective):
         """`b m` domain numbers: one drawn per clip in the first step, all three afterwards."""
         if self.step != "domains":
             return repeat(torch.arange(len(DOMAINS), device=self.unet.device), "m -> b m", b=len(keys))
-        drawn = [[draw_domain(self._draw_weights, key)] for key in keys]
-        return torch.tensor(drawn, device=self.unet.device)
+        return torch.stack([draw_domain(self._draw_weights, key) for key in keys]).to(self.unet.device)
 
     def _encode_references(self, batch: ClipBatch, keys: list[list[int]]) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns image embeddings `b t c` and reference features; a dropped reference enters the network as zeros."""

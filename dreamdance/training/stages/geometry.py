@@ -8,8 +8,7 @@ from torch import Tensor
 
 from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.data.loading.domain_draw import normalise_weights
-from dreamdance.data.loading.latent_windows import REFERENCE
-from dreamdance.data.shards.latents import EMBEDDING
+from dreamdance.data.shards.latents import EMBEDDING, REFERENCE
 from dreamdance.modalities import DOMAINS, OPTIONAL
 from dreamdance.models import GeometryUNetModel, PoseEncoderModel, ReferenceUNetModel
 from dreamdance.models.autoencoding import downscale_factor
