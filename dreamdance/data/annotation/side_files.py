@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 _HASH_DIGITS = 20
 # zlib's fastest level; numpy's `savez_compressed` has the level 6 alone.
 _COMPRESSION_LEVEL = 1
+# What reading a damaged zip file raises; RuntimeError if a flipped bit names a password or an unknown method.
+_DAMAGE = (ValueError, KeyError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error)
 # A result: arrays by name; numbers and texts are stored as arrays too. No object arrays: nothing is unpickled.
 Arrays = dict[str, NDArray[Any]]
 
@@ -74,11 +76,11 @@ class SideFiles:
                 arrays = {name: content[name] for name in content.files}
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except _DAMAGE as error:
             logger.warning("%s is damaged and is made again: %s", printable(path), error)
             return None
-        if str(arrays.pop("key", "")) != key.digest:
-            logger.warning("%s belongs to another key and is made again", printable(path))
+        if arrays.pop("key", np.array(())).tolist() != _signature(key, arrays):
+            logger.warning("%s belongs to another key, or is incomplete, and is made again", printable(path))
             return None
         return arrays
 
@@ -92,7 +94,7 @@ class SideFiles:
             raise ValueError(f"the result of the stage '{key.stage}' contains objects: {', '.join(objects)}")
         self._folder.mkdir(parents=True, exist_ok=True)
         with replace_atomically(self.path(key)) as temporary, temporary.open("wb") as file:
-            _write_arrays(file, {"key": np.array(key.digest), **arrays})
+            _write_arrays(file, {"key": np.array(_signature(key, arrays)), **arrays})
 
     def make(self, key: StageKey, stage: Callable[[], Iterator[Arrays | None]]) -> Iterator[Arrays | None]:
         """Yields the kept result, or makes and keeps it.
@@ -125,9 +127,14 @@ def last_result(results: Iterator[Arrays | None]) -> Generator[None, None, Array
     raise ValueError("a stage ended without a result")
 
 
+def _signature(key: StageKey, arrays: Mapping[str, NDArray[Any]]) -> list[str]:
+    """The hash of the key and the names of the arrays: damage of a zip file's directory can hide arrays."""
+    return [key.digest, *sorted(arrays)]
+
+
 def _write_arrays(file: BinaryIO, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Writes a compressed npz file."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=_COMPRESSION_LEVEL) as archive:
         for name, array in arrays.items():
-            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
