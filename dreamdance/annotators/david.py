@@ -12,7 +12,7 @@ Two conventions stand in no document of the authors and were found as follows:
 * Depth: the authors' demo negates the result of the single network (`is_inverse=True`) and not that of the network for
   all tasks (`is_inverse_depth=False`), and shows both by the same colours, in which small is near. So the former is
   large where it is near and the latter where it is far. If a file differs, `annotators.axes.check_axes` finds it;
-  `near_is_large` states it.
+  `near_is_large` states it, in a function of your own that a recipe names (README).
 """
 
 import hashlib
@@ -25,6 +25,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from dreamdance.annotators.depth_windows import steady_person
 from dreamdance.annotators.onnx_network import OnnxNetwork
 from dreamdance.annotators.protocols import Depths, PersonPoses
 from dreamdance.annotators.weights import NetworkFile, find_network_file
@@ -45,7 +46,7 @@ SIZE = 512
 SEPARATE = (DEPTH, NORMAL, FOREGROUND)
 # A key point of this confidence shows where the person is; a part of the foreground without any is another person.
 _MIN_CONFIDENCE = 0.3
-_FOREGROUND_THRESHOLD = 0.5
+_FOREGROUND_THRESHOLD = _MASK_THRESHOLD = 0.5
 
 _DEPTH_SHAPE, _NORMAL_SHAPE, _FOREGROUND_SHAPE = (1, SIZE, SIZE), (1, 3, SIZE, SIZE), (1, 1, SIZE, SIZE)
 
@@ -73,7 +74,8 @@ class _Frame:
 class David:
     """Finds mask, depth and normals of people by DAViD's networks; none of them sees the background.
 
-    Frames are processed one by one: the authors did not train for stability over time.
+    Frames are processed one by one: the authors did not train for stability over time. Depth then gets one scale and
+    shift for the clip (`depth_windows.steady_person`).
     """
 
     sees_background = False
@@ -83,7 +85,7 @@ class David:
         self,
         folder: Path | str,
         *,
-        files: tuple[NetworkFile, ...] = (MULTI_TASK,),
+        files: tuple[NetworkFile, ...] | None = None,
         device: str = "cpu",
         num_threads: int | None = None,
         near_is_large: bool | None = None,
@@ -92,7 +94,8 @@ class David:
 
         Args:
             folder: the folder that holds the files.
-            files: one file for all tasks, or three, such as `SEPARATE`: depth, normals, foreground.
+            files: one file for all tasks, or three: depth, normals, foreground. None: `MULTI_TASK` if the folder has
+                it, or `SEPARATE` if it has one of these, instead.
             device: `cpu`, `cuda` or `cuda:<number>`.
             num_threads: threads of the arithmetic on a CPU; None lets onnxruntime choose.
             near_is_large: whether the network's depth is larger where it is nearer; None: false with one file for all
@@ -101,6 +104,7 @@ class David:
         Raises:
             MissingInputError: a file is missing or damaged.
         """
+        files = _choose_files(Path(folder)) if files is None else files
         if len(files) not in (1, 3):
             raise ValueError(
                 f"DAViD has one file for all tasks or three (depth, normals, foreground), not {len(files)}"
@@ -126,9 +130,10 @@ class David:
         )
 
     def annotate_depth(self, rgb: NDArray[np.uint8], poses: PersonPoses, mask: NDArray[np.float32]) -> Depths:
-        """Maps frames `(f, H, W, 3)` to disparity up to scale and shift; it has a meaning inside the mask only."""
+        """Maps frames `(f, H, W, 3)` to disparity of one scale and shift; it has a meaning inside the mask only."""
         depth = self._annotate(rgb, "depth")
-        return Depths(depth if self._near_is_large else -depth, "disparity")
+        disparity = steady_person(depth if self._near_is_large else -depth, mask > _MASK_THRESHOLD)
+        return Depths(disparity, "disparity")
 
     def annotate_normal(
         self, rgb: NDArray[np.uint8], poses: PersonPoses, mask: NDArray[np.float32]
@@ -165,6 +170,11 @@ class David:
         if index not in self._opened:
             self._opened[index] = OnnxNetwork(self._paths[index], outputs=outputs, **self._options)
         return self._opened[index]
+
+
+def _choose_files(folder: Path) -> tuple[NetworkFile, ...]:
+    has_all = (folder / MULTI_TASK.file).is_file()
+    return SEPARATE if not has_all and any((folder / file.file).is_file() for file in SEPARATE) else (MULTI_TASK,)
 
 
 def _to_square(frame: NDArray[np.uint8], place: _Frame) -> NDArray[np.float32]:

@@ -10,6 +10,7 @@ from support.onnx_graphs import require_onnx, save_david
 
 from dreamdance.annotators.axes import AxesError, check_axes
 from dreamdance.annotators.david import DEPTH, MULTI_TASK, SEPARATE, David
+from dreamdance.annotators.opening import open_annotator
 from dreamdance.annotators.protocols import DepthAnnotator, MaskAnnotator, NormalAnnotator, PersonPoses
 from dreamdance.dancers.render import DancerClip, render_clip
 from dreamdance.errors import MissingInputError
@@ -116,9 +117,25 @@ def test_a_large_picture_is_reduced_and_comes_back_in_its_size(folder):
     height, width = 1700, 1300
     picture = np.zeros((1, height, width, 3), np.uint8)
     picture[0, ..., 2] = np.linspace(40, 240, width).round()
-    depths = David(folder, files=THREE, num_threads=1).annotate_depth(picture, PersonPoses(np.zeros((1, 128, 3))), None)
+    everywhere = np.ones((1, height, width), np.float32)
+    poses = PersonPoses(np.zeros((1, 128, 3), np.float32))
+    depths = David(folder, files=THREE, num_threads=1).annotate_depth(picture, poses, everywhere)
     expected = 1 + 3 * np.linspace(40, 240, width) / 255
     assert np.abs(depths.values[0, 850, 20:-20] - expected[20:-20]).max() < 0.02
+
+
+def test_the_depth_of_a_clip_has_one_scale_and_shift_whatever_those_of_its_frames_are(tmp_path, folder):
+    """The network's disparity of every other frame is compressed, as by a network that sees single frames."""
+    clip = render_clip(1_000_000_003, num_frames=4, width=96, height=144, fps=15.0)
+    picture, poses = picture_of_the_truth(clip), poses_of(clip)
+    blue = picture[1::2, ..., 2]
+    picture[1::2, ..., 2] = np.where(blue > 0, 100 + 0.4 * blue, 0).round()
+    david = David(folder, files=ALL_TASKS, num_threads=1)
+    mask = clip.mask.astype(np.float32)
+    found = david.annotate_depth(picture, poses, mask).values
+    inside, truth = erode(erode(clip.mask)), 1 / clip.depth
+    scale, shift = align_disparity(found[inside], truth[inside])
+    assert (scale * found[inside] + shift - truth[inside]).std() < 0.3 * truth[inside].std()
 
 
 def test_it_offers_three_maps_and_says_where_its_files_come_from(folder, tmp_path):
@@ -132,5 +149,9 @@ def test_it_offers_three_maps_and_says_where_its_files_come_from(folder, tmp_pat
         David(tmp_path)
     with pytest.raises(MissingInputError, match=f"have {DEPTH.sha256}"):
         David(folder, files=SEPARATE)
+    (tmp_path / "david").mkdir()
+    (tmp_path / "david" / SEPARATE[1].file).touch()
+    with pytest.raises(MissingInputError, match=f"{DEPTH.file}: the weights of DAViD, depth"):
+        open_annotator("david", weights=tmp_path)  # one of the three files is there: all three are wanted
     with pytest.raises(ValueError, match="not 2"):
         David(folder, files=THREE[:2])

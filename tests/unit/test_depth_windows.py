@@ -5,8 +5,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from dreamdance.annotators.depth_windows import align_frames, fit, join_windows, split_windows, steady_disparity
-from dreamdance.dancers.render import render_clip
+from dreamdance.annotators.depth_windows import (
+    align_frames,
+    fit,
+    join_windows,
+    split_windows,
+    steady_disparity,
+    steady_person,
+)
+from dreamdance.dancers.render import HELD_OUT_SEEDS, render_clip
 from dreamdance.media.surfaces import align_disparity
 
 
@@ -79,3 +86,36 @@ def test_the_fit_ignores_what_moves_and_never_turns_depth_round():
     assert shift == pytest.approx(-2 * values.mean(), abs=1e-5)
     aligned = align_frames(np.stack([values, -values, values]).reshape(3, 10, 100))
     assert np.corrcoef(aligned[0].reshape(-1), values)[0, 1] > 0.99
+
+
+@pytest.fixture(scope="module")
+def people() -> list[tuple[np.ndarray, np.ndarray]]:
+    """Disparities and masks of dancers who move."""
+    clips = [render_clip(seed, num_frames=24, width=48, height=72, fps=15.0) for seed in HELD_OUT_SEEDS[:4]]
+    return [((1 / clip.depth).astype(np.float32), clip.mask) for clip in clips]
+
+
+def test_flicker_of_a_person_is_mostly_removed_where_pixels_do_not_correspond(people):
+    generator, errors = np.random.default_rng(0), []
+    for truth, mask in people:
+        scales, shifts = generator.uniform(0.6, 1.6, (24, 1, 1)), generator.uniform(-1, 1, (24, 1, 1))
+        flickering = np.where(mask, truth * scales + shifts, generator.normal(size=truth.shape)).astype(np.float32)
+        steady = steady_person(flickering, mask)
+        errors.append([error_after_one_alignment(one[mask], truth[mask]) for one in (flickering, steady)])
+    before, after = np.mean(errors, axis=0)
+    assert before > 0.9
+    assert after < 0.3
+
+
+def test_frames_with_no_or_hardly_any_person_are_not_scaled(people):
+    truth, mask = people[0]
+    few = mask.copy()
+    few[3] = False
+    few[5] = False
+    few[5, 30:35, 20:25] = True
+    steady = steady_person(truth, few)
+    np.testing.assert_array_equal(steady[3], truth[3])
+    moved = steady[5] - truth[5]
+    assert np.ptp(moved) < 1e-5
+    assert steady[5][few[5]].mean() == pytest.approx(steady[0][mask[0]].mean(), rel=1e-4)
+    np.testing.assert_array_equal(steady_person(truth, np.zeros_like(mask)), truth)
