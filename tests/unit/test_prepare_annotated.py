@@ -196,6 +196,26 @@ def test_another_annotator_is_another_output(job):
     assert job.content() == before
 
 
+def test_kept_results_give_the_same_shards_as_fresh_ones(job, monkeypatch):
+    """Soft masks, and maps that their stored encodings round: a fresh clip must be made from the rounded ones."""
+    look_up = type(open_truth())._look_up
+
+    def soft(self, name, rgb):
+        found = look_up(self, name, rgb)
+        return 0.1237 + 0.7611 * found if name == "mask" else found
+
+    monkeypatch.setattr(type(open_truth()), "_look_up", soft)
+    job.run()
+    fresh = job.content()
+    kept = {path: path.stat().st_mtime_ns for path in (job.folder / "data" / "annotations").glob("*/*.npz")}
+    for split in ("train", "validation"):
+        shutil.rmtree(job.folder / "data" / split)
+    monkeypatch.setattr(type(open_truth()), "_look_up", None)  # nothing is made again
+    job.run()
+    assert job.content() == fresh
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["area", "cuts", "motion", "person", "maps-mask", "maps-normal", "maps-depth"])
 def test_a_kill_in_any_stage_ends_with_the_same_shards(job, whole, stage):
