@@ -77,7 +77,7 @@ def plan_parts(recipe: PrepareRecipe, queue: WorkQueue) -> dict[Split, list[Part
         groups = group_footage(source, output, queue, skipped=skipped)
     parts = plan_videos(source, recipe.seed, output=output, skipped=skipped, groups=groups)
     if groups is not None and queue.ranks.is_main:
-        report_leaks(output, {split: part_names(planned) for split, planned in parts.items()})
+        report_leaks(output, {split: part_names(planned) for split, planned in parts.items()}, queue)
     return parts
 
 

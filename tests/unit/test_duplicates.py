@@ -1,5 +1,6 @@
 """Copies of a video are found however they were encoded, cut in time or mirrored; different dancers never match."""
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,8 @@ import pytest
 from dreamdance.dancers.render import HELD_OUT_SEEDS, render_clip
 from dreamdance.data.curation import duplicates
 from dreamdance.data.curation.duplicates import (
+    MAX_DISTANCE,
+    MIN_SHARE,
     VideoHashes,
     check_leaks,
     find_duplicates,
@@ -164,3 +167,79 @@ def test_hashes_survive_json(dance):
 @pytest.mark.parametrize(("num_frames", "expected"), [(4, 1), (16, 1), (24, 2), (64, 7), (63, 7)])
 def test_there_is_one_hash_per_second_of_two_seconds_each(dance, num_frames, expected):
     assert len(hash_video("a", dance[:num_frames], fps=FPS).frames) == expected
+
+
+def brute_force(videos: list[VideoHashes]) -> list[tuple[str, str]]:
+    """The definition, second by second, in Python's integers."""
+
+    def numbers(rows: np.ndarray) -> list[int]:
+        return [int("".join("01"[bit] for bit in row), 2) for row in rows.astype(int)]
+
+    frames, mirrored = [numbers(one.frames) for one in videos], [numbers(one.mirrored) for one in videos]
+    pairs = []
+    for first, second in itertools.combinations(range(len(videos)), 2):
+        for hashes in (frames[first], mirrored[first]):
+            near = [
+                [
+                    (one ^ other).bit_count() <= MAX_DISTANCE
+                    and max(abs(float(a) - float(b)) for a, b in zip(colour, other_colour, strict=True)) <= 10
+                    for other, other_colour in zip(frames[second], videos[second].colours, strict=True)
+                ]
+                for one, colour in zip(hashes, videos[first].colours, strict=True)
+            ]
+            columns = list(zip(*near, strict=True))
+            found = near if len(near) <= len(columns) else columns
+            if sum(map(any, found)) / len(found) >= MIN_SHARE:
+                pairs.append((videos[first].name, videos[second].name))
+                break
+    return pairs
+
+
+def noisy_copies(seed: int, *, num_videos: int = 26) -> list[VideoHashes]:
+    """Videos of 1 to 90 seconds, half of them cut from others with noise of all sizes around the limits."""
+    generator = np.random.default_rng(seed)
+    videos: list[VideoHashes] = []
+    for number in range(num_videos):
+        length = int(generator.integers(1, 12)) if number else 90
+        rows = generator.random((length, 64)) < generator.uniform(0.2, 0.8, 64)
+        mirror, colours = ~rows[:, ::-1], generator.normal(128, 4, (length, 2))
+        if number and generator.random() < 0.6:
+            source = videos[int(generator.integers(number))]
+            picked = generator.integers(0, len(source.frames), length)
+            flips = np.zeros((length, 64), bool)
+            for row, count in zip(flips, generator.integers(0, 10, length), strict=True):
+                row[generator.permutation(64)[:count]] = True
+            rows, mirror = source.frames[picked] ^ flips, source.mirrored[picked] ^ flips
+            colours = source.colours[picked] + generator.normal(0, 4, (length, 2))
+            if generator.random() < 0.3:
+                rows, mirror = mirror, rows
+        videos.append(VideoHashes(str(number), rows, mirror, colours.astype(np.float32)))
+    return videos
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_pairs_are_those_of_a_comparison_of_every_second_with_every_other(seed):
+    videos = noisy_copies(seed)
+    expected = brute_force(videos)
+    assert 2 <= len(expected) < len(videos) ** 2 / 8
+    assert find_duplicates(videos) == expected
+    train, validation = videos[::2], videos[1::2]
+    sides = [{one.name for one in side} for side in (train, validation)]
+    leaks = [pair for pair in brute_force([*train, *validation]) if (pair[0] in sides[0]) != (pair[1] in sides[0])]
+    assert check_leaks(train, validation) == leaks
+
+
+def test_the_comparison_reports_each_video_before_it_is_compared():
+    """A watchdog must see that a long comparison continues."""
+    videos, seen = noisy_copies(0), []
+    find_duplicates(videos, before_video=seen.append)
+    assert seen == [one.name for one in videos[:-1]]
+    seen.clear()
+    check_leaks(videos[:5], videos[5:], before_video=seen.append)
+    assert seen == [one.name for one in videos[:5]]
+
+
+def test_a_hash_of_another_length_is_refused():
+    content = video("a", bits()).to_json()
+    with pytest.raises(ValueError, match="16 hexadecimal digits"):
+        VideoHashes.from_json(content | {"frames": ["00ff"]})

@@ -5,7 +5,7 @@ Videos of one unmoved camera are found too, since the background fills most of t
 one side of the split: a held-out video must not be one that was trained on.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,10 @@ _BITS = _SIDE * _SIDE
 # begin elsewhere: half a second later, a fast dancer differs in more than 6 bits (found: 0 % of the seconds of a real
 # video and of one of four dancers; of means 100 %).
 _WINDOW_SECONDS = 2
-# Hashes of one video are compared with those of others in blocks of this many pairs: 4 MiB.
-_BLOCK_VALUES = 1 << 20
+# Hashes of one video are compared with those of others in blocks of this many pairs, of at most 64 rows: 1 MiB, so
+# that the memory does not grow with the length of a video.
+_BLOCK_VALUES = 1 << 18
+_MAX_ROWS = 64
 # Pictures whose brightness varies less (standard deviation, of 255) have no hash: black, white and faded ones.
 _LEAST_CONTRAST = 4.0
 
@@ -98,57 +100,82 @@ def _difference_bits(small: NDArray[np.float32]) -> NDArray[np.bool_]:
 
 
 def find_duplicates(
-    videos: Sequence[VideoHashes], *, max_distance: int = MAX_DISTANCE, min_share: float = MIN_SHARE
+    videos: Sequence[VideoHashes],
+    *,
+    max_distance: int = MAX_DISTANCE,
+    min_share: float = MIN_SHARE,
+    before_video: Callable[[str], None] = lambda name: None,
 ) -> list[tuple[str, str]]:
     """Finds all pairs of videos that show the same footage, also mirrored.
 
-    The cost grows with the square of the number of hashed seconds.
+    Every second of a video is compared with every second of all others, so that the time grows with the square of the
+    number of seconds and depends little on what the videos show. The memory grows with that number alone.
 
     Args:
         videos: in any order; a video without any hash is never part of a pair.
         max_distance: see `MAX_DISTANCE`.
         min_share: see `MIN_SHARE`.
+        before_video: called with the name of a video before it is compared with all that follow it.
 
     Returns:
         Pairs of names, each in the order of `videos`.
     """
-    usable = [video for video in videos if len(video.frames)]
-    lengths = np.array([len(video.frames) for video in usable], np.int64)
-    starts = np.cumsum([0, *lengths])
-    signs = np.concatenate([_signs(video.frames) for video in usable]) if usable else np.zeros((0, _BITS), np.float32)
-    video_of = np.repeat(np.arange(len(usable)), lengths)
-    colours = np.concatenate([video.colours for video in usable]) if usable else np.zeros((0, 2))
+    seconds = _Seconds(videos)
     pairs = []
-    for number, video in enumerate(usable[:-1]):
-        first = starts[number + 1]
-        share = np.zeros(len(usable))
-        for hashes in (video.frames, video.mirrored):
-            here, there = _near_seconds(_signs(hashes), signs[first:], max_distance)
-            there = there + first
-            alike = np.abs(video.colours[here] - colours[there]).max(axis=1, initial=0.0) <= MAX_COLOUR_DISTANCE
-            here, there = here[alike], there[alike]
-            found_there = np.bincount(video_of[np.unique(there)], minlength=len(usable))
-            matched = np.unique(here * len(usable) + video_of[there]) % len(usable)
-            found_here = np.bincount(matched, minlength=len(usable))
-            is_shorter = len(hashes) <= lengths
-            share = np.maximum(share, np.where(is_shorter, found_here / len(hashes), found_there / lengths))
-        pairs += [(video.name, usable[int(other)].name) for other in np.flatnonzero(share >= min_share)]
+    for number, video in enumerate(seconds.videos[:-1]):
+        before_video(video.name)
+        found = seconds.same_footage(video, number + 1, max_distance=max_distance, min_share=min_share)
+        pairs += [(video.name, other) for other in found]
     return pairs
+
+
+class _Seconds:
+    """The hashes of the seconds of many videos; `videos` are those that have any."""
+
+    def __init__(self, videos: Sequence[VideoHashes]) -> None:
+        self.videos = [video for video in videos if len(video.frames)]
+        self._lengths = np.array([len(video.frames) for video in self.videos], np.int64)
+        self._starts = np.cumsum([0, *self._lengths])
+        self._video_of = np.repeat(np.arange(len(self.videos)), self._lengths)
+        self._signs = np.concatenate([np.zeros((0, _BITS), np.float32), *(_signs(one.frames) for one in self.videos)])
+        self._colours = np.concatenate([np.zeros((0, 2), np.float32), *(one.colours for one in self.videos)])
+
+    def same_footage(self, video: VideoHashes, first: int, *, max_distance: int, min_share: float) -> list[str]:
+        """The names of the videos from number `first` on that show the footage of another video."""
+        lengths, share = self._lengths[first:], np.zeros(len(self.videos) - first)
+        is_shorter = len(video.frames) <= lengths
+        for hashes in (video.frames, video.mirrored):
+            # Which seconds of the video are found in each other video, and which seconds of those are found in it.
+            found_here = np.zeros((0, 0), bool)
+            found_there = np.zeros(0, bool)
+            for here, there in _near_seconds(_signs(hashes), self._signs[self._starts[first] :], max_distance):
+                colours = self._colours[self._starts[first] + there]
+                alike = np.abs(video.colours[here] - colours).max(axis=1) <= MAX_COLOUR_DISTANCE
+                if not found_there.size:
+                    found_here = np.zeros((len(hashes), len(lengths)), bool)
+                    found_there = np.zeros(len(self._signs) - self._starts[first], bool)
+                found_here[here[alike], self._video_of[self._starts[first] + there[alike]] - first] = True
+                found_there[there[alike]] = True
+            if found_there.any():
+                num_there = np.add.reduceat(found_there, self._starts[first:-1] - self._starts[first], dtype=np.int64)
+                found = np.where(is_shorter, found_here.sum(axis=0) / len(hashes), num_there / lengths)
+                share = np.maximum(share, found)
+        return [self.videos[first + int(number)].name for number in np.flatnonzero(share >= min_share)]
 
 
 def _near_seconds(
     some: NDArray[np.float32], others: NDArray[np.float32], max_distance: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The pairs of hashes, as signs `(s, 64)`, of which at most `max_distance` bits differ: numbers in both arrays."""
-    size = max(1, _BLOCK_VALUES // len(some))
-    found = []
-    for start in range(0, len(others), size):
-        # The product of signs is 64 - 2 x the number of bits that differ.
-        near = some @ others[start : start + size].T >= _BITS - 2 * max_distance
-        here, there = np.divmod(np.flatnonzero(near), near.shape[1])
-        found.append((here, there + start))
-    here, there = zip(*found, strict=True)
-    return np.concatenate(here), np.concatenate(there)
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Yields the pairs of hashes, as signs `(s, 64)`, of which at most `max_distance` bits differ: numbers in both."""
+    for top in range(0, len(some), _MAX_ROWS):
+        rows = some[top : top + _MAX_ROWS]
+        size = max(1, _BLOCK_VALUES // len(rows))
+        for start in range(0, len(others), size):
+            # The product of signs is 64 - 2 x the number of bits that differ.
+            near = rows @ others[start : start + size].T >= _BITS - 2 * max_distance
+            if near.any():
+                here, there = np.nonzero(near)
+                yield here + top, there + start
 
 
 def group_duplicates(names: Sequence[str], pairs: Iterable[tuple[str, str]]) -> list[list[str]]:
@@ -172,8 +199,17 @@ def group_duplicates(names: Sequence[str], pairs: Iterable[tuple[str, str]]) -> 
     return sorted(unique.values(), key=lambda group: order[group[0]])
 
 
-def check_leaks(train: Sequence[VideoHashes], validation: Sequence[VideoHashes]) -> list[tuple[str, str]]:
+def check_leaks(
+    train: Sequence[VideoHashes],
+    validation: Sequence[VideoHashes],
+    *,
+    before_video: Callable[[str], None] = lambda name: None,
+) -> list[tuple[str, str]]:
     """Finds footage on both sides of a split: pairs of a training video and a validation video; empty if sound.
+
+    Args:
+        train, validation: all videos of each side.
+        before_video: called with the name of each training video before it is compared.
 
     Raises:
         ValueError: a name is on both sides.
@@ -181,11 +217,13 @@ def check_leaks(train: Sequence[VideoHashes], validation: Sequence[VideoHashes])
     of_train, of_validation = ({video.name for video in side} for side in (train, validation))
     if both := sorted(of_train & of_validation):
         raise ValueError(f"in the training set and in the validation set: {', '.join(both)}")
-    return [
-        (first, second) if first in of_train else (second, first)
-        for first, second in find_duplicates([*train, *validation])
-        if (first in of_train) != (second in of_train)
-    ]
+    held_out = _Seconds(validation)
+    limits = {"max_distance": MAX_DISTANCE, "min_share": MIN_SHARE}
+    pairs = []
+    for video in _Seconds(train).videos:
+        before_video(video.name)
+        pairs += [(video.name, other) for other in held_out.same_footage(video, 0, **limits)]
+    return pairs
 
 
 def _signs(bits: NDArray[np.bool_]) -> NDArray[np.float32]:
@@ -197,5 +235,7 @@ def _to_hex(bits: NDArray[np.bool_]) -> list[str]:
 
 
 def _from_hex(numbers: Sequence[str]) -> NDArray[np.bool_]:
-    rows = [np.unpackbits(np.frombuffer(bytes.fromhex(number), np.uint8)) for number in numbers]
-    return np.array(rows, bool).reshape(-1, _BITS)
+    if any(len(number) != _BITS // 4 for number in numbers):
+        raise ValueError(f"a hash is not {_BITS // 4} hexadecimal digits")
+    packed = np.frombuffer(bytes.fromhex("".join(numbers)), np.uint8)
+    return np.unpackbits(packed).astype(bool).reshape(-1, _BITS)

@@ -5,7 +5,7 @@ The hashes of all videos are kept in `output`/same_footage.json: a later start h
 
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,8 @@ def group_footage(
             share.finish(name, json.dumps(_hash(source, name, known.get(name), queue)))
     fresh = share.results()
     queue.once("same_footage", lambda: _write(output, {name: json.loads(text) for name, text in fresh.items()}))
-    hashes = [VideoHashes.from_json(entry["hashes"]) for entry in read_hashes(output).values()]
-    groups = group_duplicates(names, find_duplicates([one for one in hashes if one.name in set(names)]))
+    hashes = _named(read_hashes(output), names)
+    groups = group_duplicates(names, find_duplicates(hashes, before_video=_comparing(queue)))
     same = [group for group in groups if len(group) > 1]
     if same and queue.ranks.is_main:
         lines = "\n".join("  " + ", ".join(map(printable, group)) for group in same[:_MAX_GROUPS])
@@ -69,13 +69,11 @@ def group_footage(
     return groups
 
 
-def report_leaks(output: Path, splits: Mapping[Any, Collection[str]]) -> None:
+def report_leaks(output: Path, splits: Mapping[Any, Collection[str]], queue: WorkQueue) -> None:
     """Logs that no footage is on both sides of the split, after a comparison of all videos of one with the other."""
-    hashes = [VideoHashes.from_json(entry["hashes"]) for entry in read_hashes(output).values()]
-    train, validation = (
-        [one for one in hashes if one.name in splits.get(split, ())] for split in ("train", "validation")
-    )
-    leaks = check_leaks(train, validation)
+    entries = read_hashes(output)
+    train, validation = (_named(entries, splits.get(split, ())) for split in ("train", "validation"))
+    leaks = check_leaks(train, validation, before_video=_comparing(queue))
     if leaks:  # the groups exclude it
         raise ValueError(f"footage on both sides of the split: {leaks[:_MAX_GROUPS]}")
     logger.info(
@@ -98,6 +96,17 @@ def read_hashes(output: Path) -> dict[str, dict[str, Any]]:
         logger.warning("%s is damaged (%s): all videos are hashed again", path, error)
         return {}
     return dict(content)
+
+
+def _named(entries: Mapping[str, Mapping[str, Any]], names: Collection[str]) -> list[VideoHashes]:
+    """The hashes of videos; those that are new since the file was written have none."""
+    wanted = set(names)
+    return [VideoHashes.from_json(entry["hashes"]) for name, entry in entries.items() if name in wanted]
+
+
+def _comparing(queue: WorkQueue) -> Callable[[str], None]:
+    """Reports to the watchdog, before a video is compared, that this process is at work."""
+    return lambda name: queue.watchdog.enter("comparing the footage of videos", printable(name))
 
 
 def _hash(source: VideosSource, name: str, known: Mapping[str, Any] | None, queue: WorkQueue) -> dict[str, Any]:
