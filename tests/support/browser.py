@@ -94,6 +94,10 @@ class Browser:
             assert time.monotonic() < end, f"not true within {seconds:g} s: {expression}; console: {self.errors}"
             time.sleep(0.1)
 
+    def move_mouse(self, x: float, y: float) -> None:
+        """Moves the mouse to a place in pixels from the window's left upper corner."""
+        self._send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self._send("Page.captureScreenshot")["data"]))
 

@@ -1,6 +1,7 @@
 """Contact sheets and the page show every clip with all its maps; a real browser plays the page without an error."""
 
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,32 @@ def test_a_browser_plays_sorts_and_reports_no_error(tmp_path, clips):
         assert browser.evaluate("document.querySelectorAll('#failures li')[1].textContent") == HOSTILE
         browser.wait_for(f"{videos}.every((one) => one.currentTime > 0)")
         assert browser.errors == []
+
+
+def test_the_controls_of_a_player_cover_nothing_of_its_picture(tmp_path, clips):
+    require_chromium()
+    page = write_dancer_page(tmp_path, clips)
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(page)
+        video = "document.querySelector('video')"
+        browser.wait_for(f"{video}.currentTime > 0")
+        browser.evaluate(f"{video}.pause()")
+        browser.evaluate(f"{video}.currentTime = 0.3")
+        browser.wait_for(f"!{video}.seeking")
+        rectangle = browser.evaluate(f"(() => {{ const r = {video}.getBoundingClientRect(); return [r.x, r.y]; }})()")
+        left, top = map(round, rectangle)
+        browser.move_mouse(left + 320, top + 96)
+        time.sleep(0.5)  # the controls appear gradually
+        browser.screenshot(tmp_path / "page.png")
+    with Image.open(tmp_path / "page.png") as picture:
+        shown = np.asarray(picture.convert("RGB")).astype(float)
+    feet = slice(192 - 70, 192)
+    stored = read_frames(probe_video(tmp_path / "clips" / "clip_0.mp4"), [2])[0][feet].astype(float)
+    difference = np.abs(shown[top + feet.start : top + feet.stop, left : left + 640] - stored)
+    assert np.median(difference) < 4
+    assert (difference.max(axis=-1) > 60).mean() < 0.01
+    below = shown[top + 192 : top + 256, left : left + 640]
+    assert (below > 200).any(), "the controls are there"
 
 
 def test_many_clips_are_divided_into_pages(tmp_path, clips):
