@@ -140,7 +140,9 @@ class _Seconds:
         self._signs = np.concatenate([np.zeros((0, _BITS), np.float32), *(_signs(one.frames) for one in self.videos)])
         self._colours = np.concatenate([np.zeros((0, 2), np.float32), *(one.colours for one in self.videos)])
 
-    def same_footage(self, video: VideoHashes, first: int, *, max_distance: int, min_share: float) -> list[str]:
+    def same_footage(
+        self, video: VideoHashes, first: int, *, max_distance: int = MAX_DISTANCE, min_share: float = MIN_SHARE
+    ) -> list[str]:
         """The names of the videos from number `first` on that show the footage of another video."""
         lengths, share = self._lengths[first:], np.zeros(len(self.videos) - first)
         is_shorter = len(video.frames) <= lengths
@@ -218,11 +220,10 @@ def check_leaks(
     if both := sorted(of_train & of_validation):
         raise ValueError(f"in the training set and in the validation set: {', '.join(both)}")
     held_out = _Seconds(validation)
-    limits = {"max_distance": MAX_DISTANCE, "min_share": MIN_SHARE}
     pairs = []
     for video in _Seconds(train).videos:
         before_video(video.name)
-        pairs += [(video.name, other) for other in held_out.same_footage(video, 0, **limits)]
+        pairs += [(video.name, other) for other in held_out.same_footage(video, 0)]
     return pairs
 
 
