@@ -69,7 +69,7 @@ def digest_inputs(recipe: Recipe, runs: Path) -> str:
         for source in (recipe.model.autoencoder, recipe.model.image_encoder):
             parts += _listing(Path(source.path) / (source.subfolder or ""), "*.safetensors") if source.path else []
     elif isinstance(recipe, PrepareRecipe) and recipe.videos is not None:
-        parts += describe_videos(Path(recipe.videos.folder))
+        parts += describe_videos(recipe.videos)
         if recipe.videos.list is not None and Path(recipe.videos.list).is_file():
             parts.append(hash_file(Path(recipe.videos.list)))
     return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()

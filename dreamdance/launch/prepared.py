@@ -6,14 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dreamdance.media.picture_names import find_picture_folders, list_pictures, packed_names
+from dreamdance.media.video_names import VIDEO_SUFFIXES
 from dreamdance.modalities import ADDED_TO_DANCERS
 from dreamdance.recipe import PrepareRecipe
+from dreamdance.recipe.schema import VideosSource
 from dreamdance.runs.file_states import FileStamp, FileState
 from dreamdance.runs.layout import EXAMPLE_FIELDS, INPUTS_FILE
 
 SPLITS = ("train", "validation")
 INDEX_FILE = "index.json"
 MANIFEST_FILE = "manifest.jsonl"
+KEYPOINTS_SUFFIX = ".keypoints.json"  # of key points that are given beside a video
 
 
 def is_prepared(recipe: PrepareRecipe) -> bool:
@@ -33,7 +37,7 @@ def is_prepared(recipe: PrepareRecipe) -> bool:
                 return False
             if recipe.dancers is not None and _added_maps(index) != list(ADDED_TO_DANCERS):
                 return False
-        if recipe.videos is not None and not _are_as_noted(Path(recipe.videos.folder), output / INPUTS_FILE):
+        if recipe.videos is not None and not _are_as_noted(recipe.videos, output / INPUTS_FILE):
             return False
         return not has_validation or all(path.is_file() for path in _examples(output / MANIFEST_FILE))
     except (OSError, ValueError, TypeError, KeyError):  # a file is missing or damaged
@@ -49,19 +53,32 @@ def is_encoded(output: Path) -> bool:
         return False
 
 
-def describe_videos(folder: Path) -> list[str]:
-    """A line for each video or array of maps, which changes when it is replaced. Hidden files do not count."""
-    kinds = ("*.mp4", "*.mkv", "*.npz")
-    paths = sorted(path for kind in kinds for path in folder.glob(kind) if not path.name.startswith("."))
-    found = [(path.name, FileStamp.from_stat(path.stat() if path.exists() else path.lstat())) for path in paths]
-    return [f"{name} {stamp.size} {stamp.mtime_ns} {stamp.ctime_ns}" for name, stamp in found]
+def describe_videos(source: VideosSource) -> list[str]:
+    """A line for each file that `prepare` may read, which changes when it is replaced. Hidden files do not count."""
+    folder = Path(source.folder)
+    suffixes = (".npz", *VIDEO_SUFFIXES, *((KEYPOINTS_SUFFIX,) if source.annotators is not None else ()))
+    paths = sorted(path for path in folder.glob("*.*") if path.name.lower().endswith(suffixes) and path.name[0] != ".")
+    for name in _picture_folders(source):
+        for kind in ("images", "masks"):
+            paths += list_pictures(folder / name / kind)
+    found = [(path, FileStamp.from_stat(path.stat() if path.exists() else path.lstat())) for path in paths]
+    return [f"{path.relative_to(folder)} {stamp.size} {stamp.mtime_ns} {stamp.ctime_ns}" for path, stamp in found]
 
 
-def _are_as_noted(videos: Path, note: Path) -> bool:
-    """Compares size and times: a video may have been replaced while `prepare` was still reading others."""
+def _picture_folders(source: VideosSource) -> list[str]:
+    return find_picture_folders(source.folder) if source.annotators is not None else []
+
+
+def _are_as_noted(source: VideosSource, note: Path) -> bool:
+    """Compares size and times: a video may have been replaced while `prepare` was still reading others.
+
+    Videos that were made of pictures are left out: each start compares the pictures before it takes such a video, and
+    `describe_videos` lists the pictures. So these videos may be deleted.
+    """
+    packed = {file for name in _picture_folders(source) for file in packed_names(source.folder, name)}
     for name, values in json.loads(note.read_text(encoding="utf-8")).items():
         noted = FileState.from_json(values)
-        if noted is None or noted.stamp != FileStamp.of(videos / name):
+        if name not in packed and (noted is None or noted.stamp != FileStamp.of(Path(source.folder) / name)):
             return False
     return True
 

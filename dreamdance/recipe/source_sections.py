@@ -62,9 +62,9 @@ class VideosSource(Section):
     list: str | None = Field(
         default=None,
         description=(
-            "Text file with a name in each line, such as a TikTok video's id: only these videos of the folder are "
-            "used. A name is a file's name without its suffix; # begins a comment. Names without a video are listed in "
-            "`output`/missing_videos.txt."
+            "Text file with a name in each line, such as a TikTok video's id or address, or a table (.csv, .tsv) with "
+            "these in a column: only these videos of the folder are used. A name is a file's name without its suffix; "
+            "# begins a comment. Names without a video are listed in `output`/missing_videos.txt."
         ),
     )
     images_fps: Annotated[PositiveFloat, Unit("frames per second")] = Field(

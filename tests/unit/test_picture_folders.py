@@ -1,6 +1,8 @@
 """`prepare` from folders of pictures (the form of the TikTok data set), and from a list of names."""
 
 import logging
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from support.video_folders import stored_clips, videos_recipe
 from dreamdance.dancers.render import HELD_OUT_SEEDS, render_clip
 from dreamdance.data.annotation.networks import open_networks
 from dreamdance.data.prepare import prepare
+from dreamdance.data.writing.video_list import read_list
 from dreamdance.errors import MissingInputError, ShardError
+from dreamdance.launch.finished import digest_inputs, is_finished, mark_finished
 from dreamdance.launch.preflight import _videos
 from dreamdance.media.video import VideoError, write_video
 
@@ -59,11 +63,21 @@ class Job:
     def picture(self, name, number, kind="images"):
         return self.videos / name / kind / f"{number:04d}.png"
 
-    def run(self, output="data", **changes):
+    def recipe(self, output="data", **changes):
         changes = {"validation_fraction": 0, "crop_letterbox": False, "images_fps": FPS, **changes}
         recipe = videos_recipe(self.folder / output, self.videos, annotators=SECTION, **changes)
-        prepare(recipe.model_copy(update={"contact_sheets": False}), self.folder / "run")
+        return recipe.model_copy(update={"contact_sheets": False})
+
+    def run(self, output="data", **changes):
+        """Runs `prepare` as a job does, which notes that the run is finished."""
+        recipe, run_folder = self.recipe(output, **changes), self.folder / "run"
+        inputs = digest_inputs(recipe, self.folder)
+        prepare(recipe, run_folder)
+        mark_finished(recipe, run_folder, inputs)
         return {clip.clip_id.split(".")[0]: clip for clip in stored_clips(self.folder / output, "train")}
+
+    def is_finished(self):
+        return is_finished(self.recipe(), self.folder / "run")
 
     def packed(self, output="data"):
         return {path.name: path for path in self.folder.glob(f"{output}/annotations/.pictures-*/*")}
@@ -95,6 +109,40 @@ def test_a_second_start_reads_no_picture_and_a_changed_picture_is_refused(job):
         job.run()
 
 
+def test_a_finished_run_is_found_finished_until_a_picture_changes(job):
+    job.run()
+    assert job.is_finished()
+    for path in job.packed().values():
+        path.unlink()
+    assert job.is_finished(), "the videos that were made of the pictures are not needed any more"
+    picture, masks = job.picture("00001", 3), job.videos / "00002" / "masks"
+    content, times = bytearray(picture.read_bytes()), picture.stat()
+    (masks / "._0001.png").write_bytes(b"left by macOS")
+    assert job.is_finished()
+    content[-1] ^= 1
+    picture.write_bytes(content)
+    os.utime(picture, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert not job.is_finished(), "another content of the same size and time"
+    content[-1] ^= 1
+    picture.write_bytes(content)
+    job.run()
+    assert job.is_finished(), "the same pixels again"
+    for change in (lambda: masks.rename(masks.with_name("other")), lambda: picture.unlink()):
+        change()
+        assert not job.is_finished()
+        with pytest.raises(ShardError, match=r"has changed|was removed"):
+            job.run()
+
+
+def test_a_video_or_a_file_of_key_points_that_is_added_makes_a_run_unfinished(job):
+    job.run()
+    for name in ("b.webm", "c.MOV", "00001.keypoints.json", "00001.normal.npz"):
+        (job.videos / name).write_bytes(b"")
+        assert not job.is_finished(), name
+        (job.videos / name).unlink()
+        assert job.is_finished(), name
+
+
 def test_pictures_of_16_bits_with_alpha_and_numbers_without_zeros_are_read_as_viewers_show_them(job):
     folder = job.videos / "00001" / "images"
     for number, picture in enumerate(job.clips["00001"].rgb, start=1):
@@ -109,12 +157,74 @@ def test_pictures_of_16_bits_with_alpha_and_numbers_without_zeros_are_read_as_vi
     np.testing.assert_array_equal(clip.frames("rgb"), expected)
 
 
+def test_palettes_transparent_pictures_and_masks_as_editors_save_them(job):
+    rgb, masks = job.clips["00002"].rgb.copy(), job.masks
+    hole = np.zeros((HEIGHT, WIDTH), np.uint8)
+    hole[:20] = 255
+    Image.fromarray(np.dstack([rgb[0], 255 - hole])).save(job.picture("00002", 1))
+    rgb[0, :20] = 255
+    colours = Image.fromarray(rgb[1]).quantize(16)
+    colours.save(job.picture("00002", 2))
+    rgb[1] = colours.convert("RGB")
+    kinds = {
+        1: Image.fromarray(masks[0] > 0),  # one bit
+        2: Image.fromarray(np.dstack([np.full_like(rgb[1], 255), masks[1]])),  # the person is opaque
+        3: Image.fromarray(masks[2].astype(np.uint16) * 257),
+        4: Image.fromarray(np.repeat(masks[3][..., None], 3, axis=2)),
+        5: Image.fromarray(masks[4]).convert("P"),
+    }
+    for number, mask in kinds.items():
+        job.picture("00002", number, "masks").unlink()
+        mask.save(job.videos / "00002" / "masks" / f"{number}.png")
+    clip = job.run()["00002"]
+    np.testing.assert_array_equal(clip.frames("rgb"), rgb)
+    np.testing.assert_array_equal(clip.frames("mask"), masks)
+
+
+def test_numbers_within_names_count_too(job):
+    folder = job.videos / "00001" / "images"
+    for number in range(1, NUM_FRAMES + 1):
+        job.picture("00001", number).rename(folder / f"frame_{number + 5}.png")  # frame_6, ..., frame_10, ...
+    np.testing.assert_array_equal(job.run()["00001"].frames("rgb"), job.clips["00001"].rgb)
+
+
+def test_a_picture_folder_beside_a_video_of_the_same_name_is_a_problem_of_that_clip(job):
+    for file, name in (("00001.mp4", "00001"), ("00001.rgb.mkv", "00001"), ("00002.mask.mkv", "00002")):
+        write_video(job.videos / file, job.clips["00001"].rgb, fps=FPS, lossless=file.endswith("mkv"))
+        with pytest.raises(VideoError, match=rf"has {file} and pictures in {name}"):
+            job.run()
+        (job.videos / file).unlink()
+    assert set(job.run()) == set(NAMES)
+
+
+def test_a_mask_beside_a_picture_folder_without_masks_is_read_and_nothing_is_packed_again(job):
+    masks = np.repeat(job.masks[..., None], 3, axis=3)
+    write_video(job.videos / "00001.mask.mkv", masks, fps=FPS, lossless=True)
+    for _ in range(2):
+        clip = job.run()["00001"]
+        np.testing.assert_array_equal(clip.frames("mask"), job.masks)
+        times = {name: path.lstat().st_mtime_ns for name, path in job.packed().items()}
+    job.run()
+    assert {name: path.lstat().st_mtime_ns for name, path in job.packed().items()} == times
+
+
+def test_a_video_in_the_place_of_a_damaged_picture_folder_is_read(job):
+    damage(job, "torn")
+    with pytest.raises(VideoError, match="no picture that can be read"):
+        job.run()
+    shutil.rmtree(job.videos / "00002")
+    write_video(job.videos / "00002.rgb.mkv", job.clips["00002"].rgb, fps=FPS, lossless=True)
+    np.testing.assert_array_equal(job.run()["00002"].frames("rgb"), job.clips["00002"].rgb)
+
+
 def damage(job, kind):
     picture = job.picture("00002", 3)
     if kind == "torn":
         picture.write_bytes(picture.read_bytes()[:300])
     elif kind == "size":
         Image.new("RGB", (WIDTH + 1, HEIGHT)).save(picture)
+    elif kind == "mask_size":
+        Image.new("L", (WIDTH, HEIGHT - 1)).save(job.picture("00002", 3, "masks"))
     elif kind == "mask":
         job.picture("00002", 3, "masks").unlink()
     elif kind == "picture":
@@ -134,10 +244,11 @@ def damage(job, kind):
     ("kind", "message"),
     [
         ("torn", r"00002/images/0003\.png is no picture that can be read"),
-        ("size", r"00002/images/0003\.png is 48x71, 0001\.png 47x71"),
+        ("size", r"00002/images/0003\.png is 48x71, images/0001\.png 47x71"),
+        ("mask_size", r"00002/masks/0003\.png is 47x70, images/0001\.png 47x71"),
         ("mask", r"00002/masks has no mask for 1 of 8 pictures, such as 0003"),
         ("picture", r"00002/images has no picture for 1 masks, such as 0003"),
-        ("twice", r"00002/images has two pictures with the number 3"),
+        ("twice", r"00002/images has 0003\.png and 3\.png for one frame"),
         ("zero_one", r"00002/masks has the values 0 and 1"),
         ("empty", r"00002/images contains no pictures"),
     ],
@@ -187,6 +298,24 @@ def test_a_list_chooses_videos_and_names_those_that_are_missing(job, caplog):
     assert not (job.folder / "data" / "missing_videos.txt").exists()
     with pytest.raises(ShardError, match="00001 was added"):
         job.run()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("ids.txt", "https://www.tiktok.com/@a.b/video/6875468410612993286?lang=en#x\n123.mp4 # a dancer\nplain\n"),
+        (
+            "ids.csv",
+            'caption,webVideoUrl,likes\r\n"a, b",https://m.tiktok.com/v/6875468410612993286.html,7\r\n'
+            "c,https://www.tiktok.com/@c/video/123,8\r\nd,plain,9\r\n",
+        ),
+        ("ids.CSV", "Video ID\n6875468410612993286\n123\nplain\n"),
+        ("ids.tsv", "6875468410612993286\tfirst\n123.MOV\tsecond\n\nplain\tthird\n"),
+    ],
+)
+def test_lists_hold_names_addresses_or_tables_with_them(tmp_path, name, text):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())  # as spreadsheets save it
+    assert read_list(tmp_path / name) == ["123", "6875468410612993286", "plain"]
 
 
 def test_a_list_without_any_of_the_videos_is_an_error_that_names_both(job):

@@ -8,7 +8,8 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -16,9 +17,11 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from dreamdance.data.writing.map_files import candidate_files, present_files
 from dreamdance.data.writing.picture_problem import problem_file
 from dreamdance.data.writing.video_list import choose_listed, read_list
 from dreamdance.errors import is_transient
+from dreamdance.media.picture_names import PICTURE_SUFFIXES, find_picture_folders, list_pictures, packed_names
 from dreamdance.media.pictures import WHITE, Colour, PictureError, read_picture
 from dreamdance.media.video import VideoError, write_video
 from dreamdance.media.video_names import printable
@@ -31,13 +34,9 @@ logger = logging.getLogger(__name__)
 
 # Increase it when the code makes other videos of the same pictures.
 VERSION = 1
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 BLACK: Colour = (0, 0, 0)
-
-
-def find_picture_folders(folder: Path | str) -> list[str]:
-    """The names of the subfolders that contain a folder `images`, in alphabetical order; hidden ones are ignored."""
-    return sorted(path.parent.name for path in Path(folder).glob("*/images") if path.parent.name[0] != ".")
+# Of a picture within its clip.
+Place = tuple[int | str, ...]
 
 
 def with_packed_pictures(source: VideosSource, side_files: Path, queue: WorkQueue) -> VideosSource:
@@ -75,12 +74,20 @@ def with_packed_pictures(source: VideosSource, side_files: Path, queue: WorkQueu
 
 
 class _Pictures(Sequence[NDArray[np.uint8]]):
-    """Pictures of one size that are read when they are asked for."""
+    """Pictures of one size that are read when they are asked for; the size is the first one's, or that of others."""
 
-    def __init__(self, paths: Sequence[Path], background: Colour, on_read: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        background: Colour,
+        on_read: Callable[[str], None],
+        *,
+        like: "_Pictures | None" = None,
+    ) -> None:
         self.paths, self.brightest = paths, 0
         self._background, self._on_read = background, on_read
-        self._size = self._read(0).shape
+        self._first: Path = paths[0] if like is None else like.paths[0]
+        self._size: tuple[int, ...] = self._read(0).shape if like is None else like._size
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -95,9 +102,9 @@ class _Pictures(Sequence[NDArray[np.uint8]]):
         picture = self._read(index)
         if picture.shape != self._size:
             sizes = [f"{shape[1]}x{shape[0]}" for shape in (picture.shape, self._size)]
+            other = f"{self._first.parent.name}/{self._first.name}"
             raise VideoError(
-                f"{self.paths[index]} is {sizes[0]}, {self.paths[0].name} {sizes[1]}; the pictures of a clip have one "
-                "size"
+                f"{self.paths[index]} is {sizes[0]}, {other} {sizes[1]}; the pictures and masks of a clip have one size"
             )
         self.brightest = max(self.brightest, int(picture.max()))
         return picture
@@ -109,76 +116,90 @@ class _Pictures(Sequence[NDArray[np.uint8]]):
 
 def _pack(source: VideosSource, name: str, target: Path, on_read: Callable[[str], None]) -> None:
     """Makes the videos of one folder, or notes why it cannot; does nothing if its files have not changed since."""
-    folder, note, problem = Path(source.folder).absolute() / name, target / f".{name}.json", problem_file(target, name)
-    videos = {kind: target / f"{name}.{kind}.mkv" for kind in ("rgb", "mask")}
-    images, masks = (_list_pictures(folder / kind) for kind in ("images", "masks"))
-    state = _describe([*images, *masks])
-    is_whole = problem.exists() or videos["mask"].exists() == bool(masks)
-    if _is_as_noted(note, state) and videos["rgb"].exists() and is_whole:
+    folder, note, problem = Path(source.folder).absolute() / name, _note_file(target, name), problem_file(target, name)
+    packed = packed_names(source.folder, name)
+    rgb, *mask = (target / file for file in packed)
+    images, masks = (list_pictures(folder / kind) for kind in ("images", "masks"))
+    files = candidate_files(source.folder, name, plain=True)
+    given = [path for kind in ("rgb", "mask")[: len(packed)] for path in present_files(files[kind])]
+    state = _describe([*images, *masks, *given])
+    if _is_as_noted(note, state) and (problem.exists() or all(map(_is_made, (rgb, *mask)))):
         return
-    for path in (note, problem):
-        remove(path)
+    for path in (note, problem, *(target / f"{name}.{kind}.mkv" for kind in ("rgb", "mask"))):
+        remove(path)  # a link to a given mask is made again
     try:
+        if given:
+            raise VideoError(f"{folder.parent} has {given[0].name} and pictures in {name}: keep what shall be read")
         ordered = _order(folder / "images", images)
-        write_video(videos["rgb"], _Pictures(ordered, WHITE, on_read), fps=source.images_fps, lossless=True)
-        if masks or (folder / "masks").is_dir():
-            pictures = _Pictures(_match(folder, ordered, masks), BLACK, on_read)
-            write_video(videos["mask"], pictures, fps=source.images_fps, lossless=True)
-            if pictures.brightest == 1:
+        _report_gap(folder / "images", list(ordered.values()))
+        pictures = _Pictures(list(ordered.values()), WHITE, on_read)
+        write_video(rgb, pictures, fps=source.images_fps, lossless=True)
+        for path in mask:
+            values = _Pictures(_match(folder, ordered, masks), BLACK, on_read, like=pictures)
+            write_video(path, values, fps=source.images_fps, lossless=True)
+            if values.brightest == 1:
                 raise VideoError(f"{folder / 'masks'} has the values 0 and 1; accepted are 0 and 255")
-        else:
-            remove(videos["mask"])
     except (PictureError, VideoError) as error:
         if is_transient(error):
             raise
-        remove(videos["mask"])
+        for path in mask:
+            remove(path)
         write_atomically(problem, str(error))
-        write_atomically(videos["rgb"], "")  # so that the clip is found, and is reported as damaged
+        write_atomically(rgb, "")  # so that the clip is found, and is reported as damaged
     write_atomically(note, json.dumps(state))
 
 
-def _list_pictures(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+def _is_made(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
-def _order(folder: Path, paths: Sequence[Path]) -> list[Path]:
-    """The pictures of a clip by their numbers; by their names if a name is no number.
+def _order(folder: Path, paths: Sequence[Path]) -> dict[Place, Path]:
+    """The pictures of a clip in the order of their places.
 
     Raises:
-        VideoError: there are none, or two have the same number.
+        VideoError: there are none, or two have the same place.
     """
     if not paths:
-        raise VideoError(f"{folder} contains no pictures ({', '.join(SUFFIXES)})")
-    if not all(path.stem.isdecimal() for path in paths):
-        return list(paths)
-    ordered = sorted(paths, key=lambda path: int(path.stem))
-    numbers = [int(path.stem) for path in ordered]
-    for path, number, following in zip(ordered, numbers, numbers[1:], strict=False):
-        if number == following:
-            raise VideoError(f"{folder} has two pictures with the number {number}: keep one")
-        if following != number + 1 and following - number != numbers[1] - numbers[0]:
-            logger.warning("%s: no picture is between %s and number %d", printable(folder), path.name, following)
-            break
+        raise VideoError(f"{folder} contains no pictures ({', '.join(PICTURE_SUFFIXES)})")
+    ordered: dict[Place, Path] = {}
+    for place, path in sorted((_place(path), path) for path in paths):
+        if place in ordered:
+            raise VideoError(f"{folder} has {ordered[place].name} and {path.name} for one frame: keep one")
+        ordered[place] = path
     return ordered
 
 
-def _match(folder: Path, images: Sequence[Path], masks: Sequence[Path]) -> list[Path]:
+def _place(path: Path) -> Place:
+    """The place of a picture, and of its mask: texts and numbers in turn, so that 2 and f2 come before 10 and f10."""
+    return tuple(int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", path.stem))
+
+
+def _report_gap(folder: Path, paths: Sequence[Path]) -> None:
+    """Warns about the first missing number among pictures that have numbers as names."""
+    if not all(path.stem.isdecimal() for path in paths):
+        return
+    numbers = [int(path.stem) for path in paths]
+    for path, number, following in zip(paths, numbers, numbers[1:], strict=False):
+        if following != number + 1 and following - number != numbers[1] - numbers[0]:
+            logger.warning("%s: no picture is between %s and number %d", printable(folder), path.name, following)
+            break
+
+
+def _match(folder: Path, images: Mapping[Place, Path], masks: Sequence[Path]) -> list[Path]:
     """The mask of each picture.
 
     Raises:
         VideoError: a picture has no mask, or a mask has no picture.
     """
-    by_stem = {path.stem: path for path in masks}
-    if absent := [path.stem for path in images if path.stem not in by_stem]:
+    found = _order(folder / "masks", masks) if masks else {}
+    if absent := [path.stem for place, path in images.items() if place not in found]:
         raise VideoError(
             f"{folder / 'masks'} has no mask for {len(absent)} of {len(images)} pictures, such as {absent[0]}; give "
             "all masks, or remove the folder so that they are computed"
         )
-    if spare := sorted(set(by_stem).difference(path.stem for path in images)):
+    if spare := [path.stem for place, path in found.items() if place not in images]:
         raise VideoError(f"{folder / 'images'} has no picture for {len(spare)} masks, such as {spare[0]}")
-    return [by_stem[path.stem] for path in images]
+    return [found[place] for place in images]
 
 
 def _describe(paths: Sequence[Path]) -> list[Any]:
@@ -191,6 +212,10 @@ def _describe(paths: Sequence[Path]) -> list[Any]:
     ]
 
 
+def _note_file(target: Path, name: str) -> Path:
+    return target / f".{name}.json"
+
+
 def _is_as_noted(note: Path, state: Sequence[Any]) -> bool:
     try:
         return bool(json.loads(note.read_text(encoding="utf-8")) == state)
@@ -199,11 +224,12 @@ def _is_as_noted(note: Path, state: Sequence[Any]) -> bool:
 
 
 def _link(folder: Path, target: Path, others: Sequence[str], names: Sequence[str]) -> None:
-    """Links the other files, and removes what belongs to files and folders that are gone."""
+    """Removes what belongs to files and folders that are gone, and links the other files."""
+    kept = {file for name in names for file in packed_names(folder, name)}
+    kept.update(path.name for name in names for path in (_note_file(target, name), problem_file(target, name)))
+    for path in target.iterdir():
+        if path.name not in kept and not (path.is_symlink() and path.name in others):
+            remove(path)
     for name in others:
         with contextlib.suppress(FileExistsError):
             (target / name).symlink_to(folder.absolute() / name)
-    packed = {f"{name}.{kind}.mkv" for name in names for kind in ("rgb", "mask")}
-    for path in target.iterdir():
-        if path.name[0] != "." and not (path.is_symlink() and path.name in others) and path.name not in packed:
-            remove(path)
