@@ -137,20 +137,26 @@ class _Seconds:
         self._lengths = np.array([len(video.frames) for video in self.videos], np.int64)
         self._starts = np.cumsum([0, *self._lengths])
         self._video_of = np.repeat(np.arange(len(self.videos)), self._lengths)
-        self._signs = np.concatenate([np.zeros((0, _BITS), np.float32), *(_signs(one.frames) for one in self.videos)])
+        none = np.zeros((0, _BITS), np.float32)
+        self._signs = np.concatenate([none, *(_signs(one.frames) for one in self.videos)])
+        self._mirrored = np.concatenate([none, *(_signs(one.mirrored) for one in self.videos)])
         self._colours = np.concatenate([np.zeros((0, 2), np.float32), *(one.colours for one in self.videos)])
 
     def same_footage(
         self, video: VideoHashes, first: int, *, max_distance: int = MAX_DISTANCE, min_share: float = MIN_SHARE
     ) -> list[str]:
-        """The names of the videos from number `first` on that show the footage of another video."""
+        """The names of the videos from number `first` on that show the footage of another video.
+
+        The answer does not depend on which of two videos is asked for: each is compared with the other's mirrored
+        pictures, whose hashes differ where neighbours are equal, and of two equal lengths the larger share counts.
+        """
         lengths, share = self._lengths[first:], np.zeros(len(self.videos) - first)
-        is_shorter = len(video.frames) <= lengths
-        for hashes in (video.frames, video.mirrored):
+        own, mirrored = _signs(video.frames), _signs(video.mirrored)
+        for hashes, signs in ((own, self._signs), (mirrored, self._signs), (own, self._mirrored)):
             # Which seconds of the video are found in each other video, and which seconds of those are found in it.
             found_here = np.zeros((0, 0), bool)
             found_there = np.zeros(0, bool)
-            for here, there in _near_seconds(_signs(hashes), self._signs[self._starts[first] :], max_distance):
+            for here, there in _near_seconds(hashes, signs[self._starts[first] :], max_distance):
                 colours = self._colours[self._starts[first] + there]
                 alike = np.abs(video.colours[here] - colours).max(axis=1) <= MAX_COLOUR_DISTANCE
                 if not found_there.size:
@@ -160,8 +166,9 @@ class _Seconds:
                 found_there[there[alike]] = True
             if found_there.any():
                 num_there = np.add.reduceat(found_there, self._starts[first:-1] - self._starts[first], dtype=np.int64)
-                found = np.where(is_shorter, found_here.sum(axis=0) / len(hashes), num_there / lengths)
-                share = np.maximum(share, found)
+                here_share = np.where(len(hashes) <= lengths, found_here.sum(axis=0) / len(hashes), 0.0)
+                there_share = np.where(lengths <= len(hashes), num_there / lengths, 0.0)
+                share = np.maximum(share, np.maximum(here_share, there_share))
         return [self.videos[first + int(number)].name for number in np.flatnonzero(share >= min_share)]
 
 
