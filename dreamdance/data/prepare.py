@@ -32,12 +32,12 @@ from dreamdance.data.writing.shard_parts import Part, ShardFormat
 from dreamdance.data.writing.shard_writer import ShardFolder, newly_damaged, share_missing, write_shared
 from dreamdance.data.writing.video_clips import Split
 from dreamdance.data.writing.video_opening import check_videos
-from dreamdance.data.writing_report import WritingReport
+from dreamdance.data.writing_report import WritingReport, count_failed
 from dreamdance.errors import ShardError, UserError
 from dreamdance.media.video import VideoError
 from dreamdance.recipe.schema import PrepareRecipe, VideosSource
 from dreamdance.runs.array_member import sharing
-from dreamdance.runs.damaged_videos import DAMAGED_FILE
+from dreamdance.runs.damaged_videos import DAMAGED_FILE, read_damaged
 from dreamdance.runs.folder_lock import lock_folder
 from dreamdance.runs.layout import ProgressLog
 from dreamdance.runs.work_queue import WorkQueue
@@ -82,7 +82,8 @@ def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
         error = write_output(recipe, folders, queue, progress, ProgressLog(run_folder, ranks))
     if error is None:
         total = sum(len(planned) for planned in parts.values())
-        progress.write(done=total, total=total, unit="parts", message=f"{output} is complete")
+        failed = count_failed(recipe, len(read_damaged(output)))
+        progress.write(done=total, total=total, unit="parts", message=f"{output} is complete", **failed)
     elif ranks.is_main:  # only this one: the launcher may stop the main rank when another rank fails
         raise error
 
@@ -196,6 +197,7 @@ def check_shares(
 ) -> list[dict[str, Any]]:
     """Surveys all parts in shares, and opens the videos of missing parts; returns the findings of all ranks."""
     num_parts = max(len(folder.parts) for folder in folders.values())
+    num_videos = len({part.source.name for folder in folders.values() for part in folder.parts if part.source})
     known = read_inputs(Path(recipe.output))
     share = queue.share("check", [str(start) for start in range(0, num_parts, PARTS_PER_CHECK)])
     for item in share.take():
@@ -217,8 +219,8 @@ def check_shares(
         }
         share.finish(item, json.dumps(found))
         if recipe.videos is not None and any(missing.values()):
-            done = min(num_parts, share.num_done() * PARTS_PER_CHECK)
-            progress.write(done=done, total=num_parts, unit="videos", message=f"opening {recipe.videos.folder}")
+            done = num_videos * share.num_done() // len(share.items)
+            progress.write(done=done, total=num_videos, unit="videos", message=f"opening {recipe.videos.folder}")
     return [json.loads(text) for text in share.results().values()]
 
 

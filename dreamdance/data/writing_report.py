@@ -19,6 +19,13 @@ COUNT_SECONDS = 3.0  # the main rank counts the finished parts at most this ofte
 FAILURES_SECONDS = 30.0
 
 
+def count_failed(recipe: PrepareRecipe, count: int) -> dict[str, int]:
+    """The number of videos that cannot be used, under the name that the progress shows; empty if there are none."""
+    if recipe.videos is None or not count:
+        return {}
+    return {"videos_left_out" if recipe.videos.on_error == "skip" else "videos_unusable": count}
+
+
 class WritingReport:
     """Writes a line to the progress log when more parts are done; only the main rank does so."""
 
@@ -53,8 +60,7 @@ class WritingReport:
                 numbers["videos_per_hour"] = 3600 * pace / self._parts_per_video
             if now - self._looked >= FAILURES_SECONDS:
                 self._count_failures()
-            if self._failed:
-                numbers["videos_left_out"] = self._failed
+            numbers |= count_failed(self._recipe, self._failed)
         self._progress.write(
             done=done, total=self._total, unit="parts", message=f"writing {self._recipe.output}", **numbers
         )

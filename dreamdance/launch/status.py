@@ -26,7 +26,7 @@ from dreamdance.runs.layout import (
     step_name,
 )
 
-# `status` lists at most this number of reasons why videos were left out.
+# `status` lists at most this number of reasons why videos cannot be used.
 MAX_REASONS = 8
 
 
@@ -82,14 +82,18 @@ def details(run_folder: Path) -> str:
 
 
 def _left_out(recipe: Recipe | None) -> list[str]:
-    """The videos that `prepare` could not use, in a line for each reason, the most frequent first."""
+    """The videos that `prepare` could not use, in a line for each reason, the most frequent first.
+
+    They are left out only if `videos.on_error` says so; else they stop the run.
+    """
     if not isinstance(recipe, PrepareRecipe) or recipe.videos is None:
         return []
     groups = by_reason(read_damaged(Path(recipe.output)))
-    lines = [f"  left out     {len(names)} x {reason}" for reason, names in groups.items()]
+    label = f"  {'left out' if recipe.videos.on_error == 'skip' else 'unusable':<12} "
+    lines = [f"{label}{len(names)} x {reason}" for reason, names in groups.items()]
     if len(lines) > MAX_REASONS:
         rest = sum(len(names) for names in list(groups.values())[MAX_REASONS:])
-        lines = [*lines[:MAX_REASONS], f"  left out     {rest} for other reasons"]
+        lines = [*lines[:MAX_REASONS], f"{label}{rest} for other reasons"]
     return [*lines, f"               see {Path(recipe.output) / DAMAGED_FILE}"] if lines else []
 
 

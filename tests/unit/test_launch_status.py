@@ -118,10 +118,15 @@ def test_a_finished_run_stays_finished_whatever_the_state_of_its_last_job(runs: 
     assert states(runs)["demo_stage2"] == "stage2 finished"
 
 
-def test_details_show_videos_per_hour_and_failures_by_reason(runs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("on_error", "label"), [("skip", "left out"), ("stop", "unusable")])
+def test_details_show_videos_per_hour_and_failures_by_reason(
+    runs: Path, tmp_path: Path, on_error: str, label: str
+) -> None:
     output = tmp_path / "data"
     run = make_run(runs, "prepare", "videos")
-    recipe = load_recipe(DEMO.parent / "prepare.yaml", [f"output={output}", f"videos.folder={tmp_path}"])
+    recipe = load_recipe(
+        DEMO.parent / "prepare.yaml", [f"output={output}", f"videos.folder={tmp_path}", f"videos.on_error={on_error}"]
+    )
     (run / RECIPE_FILE).write_text(dump_recipe(recipe))
     output.mkdir()
     rows = ["video\tdamage"]
@@ -133,8 +138,8 @@ def test_details_show_videos_per_hour_and_failures_by_reason(runs: Path, tmp_pat
     lines = details(run).splitlines()
     assert lines[1] == "  progress     part 7/40  videos per hour 1234  videos left out 4"
     assert lines[2:] == [
-        "  left out     3 x <clip>.rgb.mp4: frame N of N cannot be decoded",
-        "  left out     1 x <clip>.pose.mp4 is missing",
+        f"  {label}     3 x <clip>.rgb.mp4: frame N of N cannot be decoded",
+        f"  {label}     1 x <clip>.pose.mp4 is missing",
         f"               see {output / 'damaged_videos.tsv'}",
     ]
 

@@ -1,5 +1,6 @@
 """Unusable videos: problems in headers are named before work begins, problems in decoding at the end."""
 
+import json
 import logging
 import os
 import shutil
@@ -14,6 +15,7 @@ from support.known_videos import known_frames, write_by_ffmpeg
 from support.random_shards import random_clip
 from support.video_folders import damage_video, stored_clips, videos_recipe, write_videos
 
+from dreamdance.data import writing_report
 from dreamdance.data.prepare import prepare
 from dreamdance.data.writing import video_opening
 from dreamdance.data.writing.shard_parts import ClipRecord, Part, PartSource, ShardFormat, read_note, write_part
@@ -22,6 +24,7 @@ from dreamdance.errors import LostWorkerError, ShardError
 from dreamdance.launch.prepared import is_prepared
 from dreamdance.media.video import VideoError, read_frames, write_video
 from dreamdance.recipe.schema import VideosSource
+from dreamdance.runs.layout import progress_file
 
 
 @pytest.fixture
@@ -43,6 +46,32 @@ def keep_whole(path: Path) -> Path:
     whole = path.parent.parent / f"whole.{path.name}"
     shutil.copy(path, whole)
     return whole
+
+
+@pytest.mark.parametrize(("on_error", "counted"), [("skip", "videos_left_out"), ("stop", "videos_unusable")])
+def test_the_progress_counts_videos_per_hour_and_those_that_cannot_be_used(
+    tmp_path, videos, monkeypatch, on_error, counted
+):
+    monkeypatch.setattr(writing_report, "COUNT_SECONDS", 0.0)
+    monkeypatch.setattr(writing_report, "FAILURES_SECONDS", 0.0)
+    damage_video(videos / "b.rgb.mp4")
+    recipe = videos_recipe(tmp_path / "data", videos, validation_fraction=0.25, on_error=on_error)
+    began = time.monotonic()
+    if on_error == "skip":
+        prepare(recipe, tmp_path / "run")
+    else:
+        with pytest.raises(VideoError, match="1 of the videos are damaged"):
+            prepare(recipe, tmp_path / "run")
+    hours = (time.monotonic() - began) / 3600
+    opened, *lines = map(json.loads, progress_file(tmp_path / "run").read_text().splitlines())
+    assert (opened["done"], opened["total"], opened["unit"]) == (4, 4, "videos"), "of both splits"
+    written = [line for line in lines if line["message"].startswith("writing")]
+    assert written[0]["done"] == 0
+    paces = [line["videos_per_hour"] for line in written[1:]]
+    assert paces
+    assert all(pace >= line["done"] / hours for pace, line in zip(paces, written[1:], strict=True))
+    assert all(counted not in line or line[counted] == 1 for line in lines)
+    assert lines[-1][counted] == 1
 
 
 @pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
