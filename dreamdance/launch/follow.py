@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,6 +21,8 @@ POLL_SECONDS = {"local": 0.2, "debug": 0.2, "slurm": 5.0}
 DISTANT_POLL_SECONDS = 5.0
 PLAIN_LINE_EVERY_SECONDS = 5.0
 TAIL_LINES = 25
+# Of the list that belongs to a warning, such as that of damaged videos, fewer lines than this are shown.
+LISTED_LINES = 10
 # A rank's warning or error, in the format that `job` sets, or a line from Slurm.
 _TROUBLE = re.compile(r"[-\d]+ [:,\d]+ (\[rank \d+\] )?(WARNING|ERROR|CRITICAL) |(srun|slurmstepd): ")
 _NOT_SHOWN = ("time", "done", "total", "unit", "message", "eta_seconds", "loss", "samples_per_second")
@@ -51,7 +54,7 @@ def follow(
         # The status first: everything that the job wrote before it ended is then read in this round.
         status = status_of(job, recipe, run_folder)
         for trouble in logs.new_trouble():
-            screen.message(trouble)
+            screen.write_line(trouble)
         lines, offset = _new_lines(progress_file(run_folder), offset)
         for line in lines:
             screen.message(line.get("message"))
@@ -73,7 +76,7 @@ def progress_line(line: dict[str, Any]) -> str:
     for name, value in line.items():
         if name not in _NOT_SHOWN and isinstance(value, int | float) and not isinstance(value, bool):
             parts.append(f"{name.replace('_', ' ')} {value:.4g}")
-    if (eta := line.get("eta_seconds")) is not None:
+    if (eta := line.get("eta_seconds")) is not None and line["done"] < line["total"]:
         parts.append(f"eta {duration(eta)}")
     return "  ".join(parts)
 
@@ -149,8 +152,26 @@ class _Logs:
                 raw = log.read()
             whole = raw[: raw.rfind(b"\n") + 1]
             self.offsets[path] = offset + len(whole)
-            found += [line for line in whole.decode(errors="replace").splitlines() if _TROUBLE.match(line)]
+            found += _trouble_of(whole.decode(errors="replace").splitlines())
         return found
+
+
+def _trouble_of(lines: Sequence[str]) -> list[str]:
+    """The warnings and errors, and the beginning of the indented list that may follow a warning.
+
+    The list of an error is not shown here: if it ends the job, it is shown whole at the end.
+    """
+    found, room = [], 0
+    for line in lines:
+        if trouble := _TROUBLE.match(line):
+            found.append(line)
+            room = LISTED_LINES if trouble[2] == "WARNING" else 0
+        elif room and line.startswith("  "):
+            room -= 1
+            found.append(line if room else "  ... (see the log)")
+        else:
+            room = 0
+    return found
 
 
 class _Screen:
@@ -170,6 +191,10 @@ class _Screen:
         if text is None or text == self.last_message:
             return
         self.last_message = text
+        self.write_line(text)
+
+    def write_line(self, text: str) -> None:
+        """Writes a line that stays."""
         self._clear()
         self.out.write(f"{text}\n")
         self._draw(self.drawn)

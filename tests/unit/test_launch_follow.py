@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dreamdance.launch.follow import explain_failure, follow, progress_line
+from dreamdance.launch.follow import _Screen, explain_failure, follow, progress_line
 from dreamdance.launch.job import record_failure
 from dreamdance.launch.local.controller import status_file
 from dreamdance.launch.submission import JobStatus, SubmittedJob
@@ -127,6 +127,31 @@ def test_warnings_and_errors_of_every_rank_are_shown_and_nothing_else_of_its_log
     out = io.StringIO()
     follow(JOB, RECIPE, run_folder, 0, out, is_new=False)
     assert out.getvalue() == "", "a later follower sees only later lines"
+
+
+def test_the_list_of_a_warning_is_shown_up_to_its_tenth_line_and_messages_are_not_repeated_after_it(run_folder):
+    head = "2026-11-22 17:00:01,123 [rank 0] WARNING a: the output contains no clips of 12 damaged videos:"
+    listed = [f"  video_{number}: cannot be decoded" for number in range(12)]
+    error = "2026-11-22 17:00:02,123 [rank 0] ERROR a: 12 of the videos are damaged:"  # shown whole at the end
+    out = io.StringIO()
+    log, ranks_log = ProgressLog(run_folder), run_folder / "logs" / "4194300_0_log.out"
+    ranks_log.write_text("\n".join([head, *listed, "not indented", "  of no warning", error, "  its list", ""]))
+    log.write(done=1, total=3, unit="parts", message="writing")
+    log.write(done=2, total=3, unit="parts", message="writing")
+    end(run_folder)
+    follow(JOB, RECIPE, run_folder, 0, out)
+    lines = out.getvalue().splitlines()
+    assert lines[:11] == [head, *listed[:9], "  ... (see the log)"]
+    assert lines[11:14] == [error, "writing", "part 1/3"]
+    assert lines[14].startswith("part 2/3  eta ")
+    screen = _Screen(out := io.StringIO())
+    for show, text in ((screen.message, "writing"), (screen.write_line, head), (screen.message, "writing")):
+        show(text)
+    assert out.getvalue().splitlines() == ["writing", head]
+
+
+def test_no_time_to_go_is_shown_at_the_end():
+    assert progress_line({"unit": "parts", "done": 6, "total": 6, "eta_seconds": 0.0}) == "part 6/6"
 
 
 def test_ranks_without_a_recorded_error_are_named_if_the_cluster_does_not_name_the_failed_one(run_folder):
