@@ -3,7 +3,7 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,9 +104,8 @@ def _data(recipe: Recipe, recipe_file: Path, runs: Path) -> Iterator[Missing]:
             yield Missing("results to score", f"{recipe.results}/ (results)", _launch(recipe_file, "animate", runs))
     elif isinstance(recipe, PrepareRecipe) and recipe.videos is not None:
         yield from _videos(recipe.videos)
-    elif isinstance(recipe, AnimateRecipe) and not Path(recipe.manifest).is_file():
-        remedy = f"write one, set manifest=..., or use the validation clips: {_launch(recipe_file, 'prepare', runs)}"
-        yield Missing("manifest", f"{recipe.manifest} (manifest)", remedy)
+    elif isinstance(recipe, AnimateRecipe):
+        yield from _manifest(recipe, _launch(recipe_file, "prepare", runs))
     places = {key: shards.remote or shards.local for key, shards in folders}
     absent = [key for key, place in places.items() if "://" not in place and not (Path(place) / "index.json").is_file()]
     if absent:
@@ -126,13 +125,30 @@ def _videos(source: VideosSource) -> Iterator[Missing]:
         yield Missing("videos", f"{folder}/*{'' if section else '.rgb'}.mp4 (videos.folder)", remedy)
     if source.list is not None and not Path(source.list).is_file():
         yield Missing("list of videos", f"{source.list} (videos.list)", "write a name in each line, or set videos.list")
-    if section is None:
+    if section is not None:
+        chosen = {section.pose, section.mask, section.depth, section.normal, section.cuts}
+        yield from _networks(chosen, section.weights, "videos.annotators.weights")
+
+
+def _manifest(recipe: AnimateRecipe, prepare: str) -> Iterator[Missing]:
+    try:
+        lines = Path(recipe.manifest).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        remedy = f"write one, set manifest=..., or use the validation clips: {prepare}"
+        yield Missing("manifest", f"{recipe.manifest} (manifest)", remedy)
         return
+    except (OSError, UnicodeDecodeError):
+        return  # the job says what is wrong
+    if any('"video"' in line for line in lines):
+        yield from _networks({recipe.annotators.pose}, recipe.annotators.weights, "annotators.weights")
+
+
+def _networks(chosen: Collection[str], weights: str, key: str) -> Iterator[Missing]:
+    """The weights that tools/networks.sh fetches; those of other networks are looked for by the job."""
     shipped = {"blazepose": "mediapipe", "transnetv2": "transnetv2"}
-    chosen = {section.pose, section.mask, section.depth, section.normal, section.cuts}
-    places = [Path(section.weights) / place for name, place in shipped.items() if name in chosen]
+    places = [Path(weights) / place for name, place in shipped.items() if name in chosen]
     if absent := [str(place) for place in places if not place.is_dir()]:
-        yield Missing("networks", f"{', '.join(absent)} (videos.annotators.weights)", "bash tools/networks.sh")
+        yield Missing("networks", f"{', '.join(absent)} ({key})", "bash tools/networks.sh")
 
 
 def _runs(recipe: Recipe, recipe_file: Path, runs: Path) -> Iterator[Missing]:

@@ -146,10 +146,10 @@ def test_two_processes_may_fill_one_cache_at_once(remote, tmp_path):
 class SlowClips(ClipDataset):
     """Storage that is slow for one clip in five."""
 
-    def training_sample(self, key: SampleKey) -> ClipSample:
+    def stored_sample(self, key: SampleKey) -> ClipSample:
         if key.sample_id % 5 == 0:
             time.sleep(0.4)
-        return super().training_sample(key)
+        return super().stored_sample(key)
 
 
 def open_loader(shards: dict[str, Any], *, num_workers: int, kind: type = ClipDataset, **options: Any) -> ClipLoader:
@@ -318,7 +318,7 @@ def test_a_training_whose_storage_hangs_is_ended_in_time(num_workers, shards, tm
     else:
         ended = [rank for rank in range(2) if faulty.codes[rank] == TRY_AGAIN_EXIT_CODE]
         assert all("training a step" in output(run, rank) for rank in ended)
-        assert any("in training_sample" in output(run, rank) for rank in ended), "the stack of the hanging call"
+        assert any("in stored_sample" in output(run, rank) for rank in ended), "the stack of the hanging call"
     assert ended, output(run)
     assert detected < 90
     record_fault(

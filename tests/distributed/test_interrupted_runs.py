@@ -132,6 +132,11 @@ def test_no_sample_is_repeated_or_skipped_within_an_epoch(shards, tmp_path):
     assert len([sample for epoch, sample in seen if epoch == 0]) == 8, "10 clips make two batches of 4 in an epoch"
 
 
+def distance(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
+    """The length of the difference of all weights together."""
+    return math.sqrt(sum(float((some[name] - others[name]).double().square().sum()) for name in others))
+
+
 @pytest.mark.parametrize(
     ("precision", "zero_stage", "world_sizes"),
     [("fp32", 2, (1, 4)), ("bf16", 2, (4,)), ("bf16", 1, (1,)), ("fp32", 0, (1,))],
@@ -154,7 +159,7 @@ def test_another_number_of_ranks_resumes_the_same_values(precision, zero_stage, 
             for rank in found:
                 assert torch.equal(rank["weights_before"][name], kept[0]["weights_before"][name]), name
         later, expected = found[0]["weights_one_step_later"], kept[0]["weights_one_step_later"]
-        step = max(float((expected[name] - kept[0]["weights_after"][name]).abs().max()) for name in expected)
-        moved = math.sqrt(sum(float((later[name] - expected[name]).double().square().sum()) for name in expected))
-        assert moved < step, "one step later, all weights together differ by less than the movement of a single one"
+        moved = distance(expected, kept[0]["weights_after"])
+        # Weights of bf16 differ by whole roundings where a sum has another order.
+        assert distance(later, expected) < {"fp32": 1e-5, "bf16": 0.05}[precision] * moved, "one step later"
         assert f"saved by 2 ranks and redistributed over {world_size}" in messages(run)[-1]

@@ -179,9 +179,9 @@ def test_a_killed_worker_is_an_error_and_no_hang(remote, tmp_path):
 class SlowClips(ClipDataset):
     """The reader waits nearly all the time."""
 
-    def training_sample(self, key: SampleKey) -> ClipSample:
+    def stored_sample(self, key: SampleKey) -> ClipSample:
         time.sleep(0.2)
-        return super().training_sample(key)
+        return super().stored_sample(key)
 
 
 def read_slowly(ranks: Ranks, *, shards: dict, ready: str) -> list[int]:
@@ -219,7 +219,7 @@ class _Stalled:
         self.clips = clips
         self.describe = clips.describe
 
-    def training_sample(self, key: object) -> None:
+    def stored_sample(self, key: object) -> None:
         time.sleep(600)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from dreamdance.data.loading.batch import ClipBatch
+from dreamdance.data.loading.domain_draw import TARGET
 from dreamdance.errors import UserError, is_transient
 from dreamdance.modalities import DOMAINS
 from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
@@ -262,7 +263,7 @@ def run_recorded(
     def poison(module: nn.Module, inputs: Any) -> Any:
         if not _is_training(module):
             return None
-        batch: ClipBatch = inputs[0]
+        batch: ClipBatch = inputs[0].to("cpu")  # floats, as the objective makes them
         hit = torch.tensor([sample in poisoned for sample in batch.keys[:, 2].tolist()])
         pose = batch.pose.clone()
         pose[hit] = torch.nan
@@ -271,11 +272,11 @@ def run_recorded(
     def scale(module: nn.Module, inputs: Any) -> Any:
         if not _is_training(module):
             return None
-        batch: ClipBatch = inputs[0]
+        batch: ClipBatch = inputs[0].to("cpu")  # floats, as the objective makes them
         assert scaled is not None
         hit = torch.tensor([(epoch, sample) in scaled.keys for _, epoch, sample in batch.keys.tolist()])
         factors = torch.where(hit, scaled.factor, 1.0).reshape(-1, 1, 1, 1, 1)
-        changed = {name: batch.maps[name] * factors for name in DOMAINS}
+        changed = {name: batch.maps[name] * factors for name in (*DOMAINS, TARGET) if name in batch.maps}
         return (replace(batch, maps={**batch.maps, **changed}),)
 
     register_module_forward_hook(record_losses)

@@ -114,6 +114,17 @@ def test_exports_given_as_folders_need_no_run():
     assert whats == ["run 'weights' does not exist (animation_from)"]
 
 
+def test_a_manifest_with_a_video_needs_the_networks_that_find_its_person():
+    make("manifest.jsonl", "weights/geometry/model_index.json", "weights/animation/model_index.json")
+    words = ["manifest=manifest.jsonl", "geometry_from=weights/geometry", "animation_from=weights/animation"]
+    Path("manifest.jsonl").write_text('{"id": "a", "image": "a.png", "video": "a.mp4"}\n')
+    (missing,) = found("demo/animate.yaml", *words)[1]
+    assert "weights/networks/mediapipe (annotators.weights)" in str(missing)
+    assert "bash tools/networks.sh" in str(missing)
+    make("weights/networks/mediapipe/pose_detection.tflite")
+    assert found("demo/animate.yaml", *words)[1] == []
+
+
 def test_commands_that_get_missing_parts_keep_the_folder_of_runs():
     recipe = load_recipe(RECIPES / "stage1_geometry.yaml")
     problems = preflight.missing(recipe, RECIPES / "stage1_geometry.yaml", Path("/my runs"), check_gpu=False)
