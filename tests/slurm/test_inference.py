@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.fault_log import record_fault
 from support.slurm_jobs import ROOT, Cluster, Run, wait_until
@@ -123,6 +124,46 @@ def test_a_lost_ranks_clips_are_measured_by_the_next_attempt_with_the_same_table
         detected_seconds=detected,
         resumed_seconds=time.time() - fault_time,
     )
+
+
+def frames(results: Path) -> dict[str, np.ndarray]:
+    found = {}
+    for path in sorted(results.glob("[!.]*/arrays.npz")):
+        with np.load(path, allow_pickle=False) as stored:
+            found[path.parent.name] = stored["frames"]
+    return found
+
+
+def run_array(run: Run) -> None:
+    """Runs two jobs of one process each to their end."""
+    submitted = run.launch()
+    assert submitted.returncode == 0, submitted.stderr
+    assert "2 jobs of 1 process" in submitted.stdout
+    job = run.job
+    followed = run.launch("--follow")
+    logs = [job.log_file(run.run_folder, member=member).read_text() for member in job.members]
+    assert followed.returncode == 0, "\n".join((followed.stdout, followed.stderr, *logs))
+    wait_until(lambda: {run.cluster.show(one)["JobState"] for one in job.members} == {"COMPLETED"}, "\n".join(logs))
+    assert [run.cluster.show(member)["Restarts"] for member in job.members] == ["0", "0"]
+    done = read_done(run.run_folder)
+    assert len(done) == len(set(done)) == NUM_CLIPS, "each clip once"
+    assert len(list((run.run_folder / "logs" / DONE_FOLDER).glob("*.txt"))) == 2, "both jobs had clips"
+    assert "finished" in run.run_verb("status")
+
+
+def test_the_jobs_of_an_array_share_the_clips_to_animate_and_to_measure(
+    cluster: Cluster, folder: Path, measured: Measured
+):
+    resources = ("cluster.array=2", "cluster.nodes=1", "cluster.tasks_per_node=1")
+    output = folder / "results" / "array"
+    words = ("geometry_from=stage1", "animation_from=stage2", f"output={output}", *resources)
+    run_array(Run(cluster, folder, DEMO / "animate.yaml", "animated_array", *words))
+    found, whole = frames(output), frames(folder / "results" / "whole")
+    assert set(found) == set(whole)
+    assert all(np.array_equal(found[name], whole[name]) for name in whole)
+    scored = Run(cluster, folder, DEMO / "evaluate.yaml", "scored_array", *measured.words, *resources)
+    run_array(scored)
+    assert table(scored.run_folder) == measured.table
 
 
 def test_the_parts_of_a_stopped_rank_are_prepared_by_the_other(cluster: Cluster, folder: Path):
