@@ -109,7 +109,7 @@ def find_duplicates(
     """Finds all pairs of videos that show the same footage, also mirrored.
 
     Every second of a video is compared with every second of all others, so that the time grows with the square of the
-    number of seconds; pairs of seconds that are alike take longer than others. The memory does not depend on such pairs.
+    number of seconds; pairs of seconds that are alike take longer than others. The memory does not depend on these.
 
     Args:
         videos: in any order; a video without any hash is never part of a pair.
