@@ -14,6 +14,7 @@ from dreamdance.annotators.protocols import NUM_LANDMARKS
 from dreamdance.annotators.video_person import PersonTrack, find_in_video
 from dreamdance.data.annotation.networks import Networks
 from dreamdance.data.annotation.side_files import Arrays, SideFiles, StageKey, last_result
+from dreamdance.data.curation.clothes import describe_clothes
 from dreamdance.data.curation.motion import MotionTrack, measure_motion
 from dreamdance.data.curation.shots import Shot, find_shots, shrink_frames
 from dreamdance.media.cropping import Crop
@@ -21,13 +22,13 @@ from dreamdance.media.keypoint_filter import filter_keypoints
 from dreamdance.media.keypoints import NUM_KEYPOINTS, KeypointSequence
 from dreamdance.media.letterbox import search_letterbox
 from dreamdance.media.pose_drawing import CONFIDENCE_THRESHOLD
-from dreamdance.media.video import VideoInfo, iterate_frames
+from dreamdance.media.video import VideoInfo, iterate_frames, read_frames
 from dreamdance.recipe.annotator_section import Annotators
 
 logger = logging.getLogger(__name__)
 
 # Increase a stage's number when its code changes its results: side files of other numbers are not taken.
-STAGE_VERSIONS = {"area": 1, "cuts": 1, "motion": 2, "person": 1, "maps": 3}
+STAGE_VERSIONS = {"area": 1, "clothes": 1, "cuts": 1, "motion": 2, "person": 1, "maps": 3}
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,23 @@ class VideoStages:
         landmarks = found["landmarks"] if len(found["landmarks"]) else None
         used = StageKey("used", {"smooth": smooth, "fps": fps}, [key.digest, given_sha256])
         return FollowedPoses(frames, keypoints, smoothed, landmarks, found["num_people"], used.digest)
+
+    def clothes(self, poses: FollowedPoses, frames: list[int]) -> Generator[None, None, NDArray[np.float32]]:
+        """What the person of a shot wears, `(2, b)` of `describe_clothes`.
+
+        Args:
+            poses: the person.
+            frames: the frames of the shot to look at.
+        """
+
+        def describe() -> Iterator[Arrays | None]:
+            yield None
+            keypoints = poses.smoothed[poses.rows(frames)]
+            yield {"clothes": describe_clothes(read_frames(self.video, frames), keypoints)}
+
+        key = self.key("clothes", {"frames": frames}, poses.key)
+        result = yield from last_result(self.files.make(key, describe))
+        return np.asarray(result["clothes"], dtype=np.float32)
 
     def _find_person(
         self, frames: list[int], choice: int | Box | None, given: KeypointSequence | None

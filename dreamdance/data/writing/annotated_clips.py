@@ -19,14 +19,15 @@ from dreamdance.data.curation.measures import measure_cut, measure_people, measu
 from dreamdance.data.curation.motion import MotionTrack
 from dreamdance.data.curation.person_crop import crop_person, holds_joints
 from dreamdance.data.curation.scores import Scores
-from dreamdance.data.writing.clip_record import ClipRecord, References, spread_over
+from dreamdance.data.writing.clip_record import ClipRecord, References
 from dreamdance.data.writing.map_files import MapSource, ValueRange, as_video, disparity_range, is_metric
+from dreamdance.data.writing.reference_choice import ShotReferences, choose_references, shows_person
 from dreamdance.data.writing.video_clips import Split, read_maps, split_span
 from dreamdance.data.writing.video_opening import keypoints_path, open_videos, read_given_keypoints
 from dreamdance.media.cropping import Crop
 from dreamdance.media.keypoint_filter import measure_jitter
-from dreamdance.media.keypoints import BODY, KeypointSequence
-from dreamdance.media.pose_drawing import CONFIDENCE_THRESHOLD, draw_poses
+from dreamdance.media.keypoints import KeypointSequence
+from dreamdance.media.pose_drawing import draw_poses
 from dreamdance.media.video import VideoError, VideoInfo
 from dreamdance.media.video_names import printable
 from dreamdance.recipe.schema import VideosSource
@@ -34,8 +35,6 @@ from dreamdance.runs.file_states import read_state
 
 logger = logging.getLogger(__name__)
 
-# A frame shows the person if at least this share of the 18 joints of the body is seen.
-_LEAST_JOINTS = 0.25
 # A clip is left out if fewer of its frames show the person.
 _LEAST_FRAMES = 0.5
 
@@ -69,7 +68,7 @@ class AnnotatedVideoPart:
         own = set(video.own_frames(self.split))
         shots = yield from video.follow_people(own)
         clips = [(poses, piece) for poses in shots for piece in video.cut([f for f in poses.frames if f in own])]
-        kept = [(poses, piece) for poses, piece in clips if _shows_person(poses, piece).mean() >= _LEAST_FRAMES]
+        kept = [(poses, piece) for poses, piece in clips if shows_person(poses, piece).mean() >= _LEAST_FRAMES]
         if len(kept) < len(clips):
             logger.warning(
                 "%s: %d of %d %s clips are left out, because nobody is seen in most of their frames",
@@ -86,9 +85,11 @@ class AnnotatedVideoPart:
                 len(shots),
                 self.source.min_clip_frames,
             )
-        references = video.choose_references(shots, own)
+        found = yield from choose_references(video.stages, shots, own, self.source.references)
+        references = {poses.frames[0]: of_shot for poses, of_shot in zip(shots, found, strict=True)}
         for number, (poses, piece) in enumerate(kept):
-            yield (yield from video.make_clip(f"{self.clip_id}.{self.split}.{number:04d}", poses, piece, references))
+            clip_id = f"{self.clip_id}.{self.split}.{number:04d}"
+            yield (yield from video.make_clip(clip_id, poses, piece, references[poses.frames[0]]))
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ class _AnnotatedVideo:
     cuts: NDArray[np.float32]
     motion: MotionTrack
     shots: Sequence[list[int]]
-    # The references of the crop that was asked for last.
-    references: dict[Crop, References | None] = field(default_factory=dict)
+    # The references that were made last, by their frames and crop.
+    references: dict[tuple[Crop, tuple[int, ...]], References | None] = field(default_factory=dict)
 
     @property
     def rgb(self) -> VideoInfo:
@@ -213,32 +214,21 @@ class _AnnotatedVideo:
         pieces = [frames[i : i + self.source.clip_frames] for i in range(0, len(frames), self.source.clip_frames)]
         return [piece for piece in pieces if len(piece) >= self.source.min_clip_frames]
 
-    def choose_references(self, shots: Sequence[FollowedPoses], own: set[int]) -> list[tuple[FollowedPoses, list[int]]]:
-        """Frames that show the person, spread over all shots of the split: by shot."""
-        seen = [
-            (number, frame)
-            for number, poses in enumerate(shots)
-            for frame, shown in zip(poses.frames, _shows_person(poses, poses.frames), strict=True)
-            if shown and frame in own
-        ]
-        chosen = [seen[place] for place in spread_over(len(seen), self.source.references)]
-        by_shot = [[frame for number, frame in chosen if number == shot] for shot in range(len(shots))]
-        return [(poses, frames) for poses, frames in zip(shots, by_shot, strict=True) if frames]
-
     def make_clip(
         self,
         clip_id: str,
         poses: FollowedPoses,
         piece: list[int],
-        references: Sequence[tuple[FollowedPoses, list[int]]],
+        references: ShotReferences,
     ) -> Generator[None, None, ClipRecord]:
         """Makes all maps and scores of one clip, and its references."""
         part = self._find_crop(poses, piece)
         maps, keypoints, made = yield from self._make_frames(poses, piece, part)
-        if part not in self.references:
-            self.references.clear()  # those of one crop are large
-            self.references[part] = yield from self._make_references(part, references)
-        found, first = self.references[part], self.rgb.constant_rate_frames().index(piece[0])
+        of_clip = part, tuple(frame for _, frames in references for frame in frames)
+        if of_clip not in self.references:
+            self.references.clear()  # they are large
+            self.references[of_clip] = yield from self._make_references(part, references)
+        found, first = self.references[of_clip], self.rgb.constant_rate_frames().index(piece[0])
         return ClipRecord(
             clip_id=clip_id,
             fps=self.rgb.fps / self.source.frame_stride,
@@ -251,10 +241,8 @@ class _AnnotatedVideo:
             frame_step=self.source.frame_stride,
         )
 
-    def _make_references(
-        self, part: Crop, references: Sequence[tuple[FollowedPoses, list[int]]]
-    ) -> Generator[None, None, References | None]:
-        """The references of all clips of one crop; their positions are counted from the video's first frame."""
+    def _make_references(self, part: Crop, references: ShotReferences) -> Generator[None, None, References | None]:
+        """The references of one person in one crop; their positions are counted from the video's first frame."""
         regular = {frame: place for place, frame in enumerate(self.rgb.constant_rate_frames())}
         positions, of_references, their_keypoints = list[int](), list[dict[str, NDArray[Any]]](), list[NDArray[Any]]()
         for shot, frames in references:
@@ -368,12 +356,6 @@ class _AnnotatedVideo:
         if not made.sees_background:
             metadata["background"] = "none"
         return metadata
-
-
-def _shows_person(poses: FollowedPoses, frames: list[int]) -> NDArray[np.bool_]:
-    """Which of the frames show the person `(f,)`."""
-    confident = poses.smoothed[poses.rows(frames)][:, BODY, 2] >= CONFIDENCE_THRESHOLD
-    return np.asarray(confident.mean(axis=1) >= _LEAST_JOINTS)
 
 
 def _finite(value: float) -> float | None:
