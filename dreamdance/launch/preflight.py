@@ -119,7 +119,7 @@ def _videos(source: VideosSource) -> Iterator[Missing]:
     names = (path.name for path in folder.glob("*.*"))
     has_pictures = section is not None and any(folder.glob("[!.]*/images"))
     if not has_pictures and not any(
-        plain_name(name) is not None if section else name.endswith(".rgb.mp4") for name in names
+        plain_name(name) is not None if section else name.lower().endswith(".rgb.mp4") for name in names
     ):
         remedy = f"put {wanted} into that folder, or set videos.folder=..."
         yield Missing("videos", f"{folder}/*{'' if section else '.rgb'}.mp4 (videos.folder)", remedy)

@@ -3,11 +3,14 @@
 The clips' metadata keep the video's own name.
 """
 
+import os
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from hashlib import sha256
+from pathlib import Path
 
 from dreamdance.modalities import MODALITIES
 
@@ -44,14 +47,47 @@ def video_ids(names: Iterable[str]) -> dict[str, str]:
 
 
 def plain_name(file_name: str) -> str | None:
-    """The clip's name if a file contains the pictures of a clip, such as `a` for `a.mp4` and `a.rgb.mp4`; else None."""
+    """The clip's name if a file contains the pictures of a clip, such as `a` for `a.mp4` and `a.rgb.mp4`; else None.
+
+    Upper and lower case of what follows the name make no difference.
+    """
     stem, dot, suffix = file_name.rpartition(".")
     if not stem or f"{dot}{suffix.lower()}" not in VIDEO_SUFFIXES:
         return None
     name, dot, kind = stem.rpartition(".")
-    if not dot or not name or kind not in FILE_MODALITIES:
+    if not dot or not name or kind.lower() not in FILE_MODALITIES:
         return stem
-    return name if kind == "rgb" else None
+    return name if kind.lower() == "rgb" else None
+
+
+def files_of(folder: Path | str, name: str, endings: Iterable[str]) -> tuple[Path, ...]:
+    """The paths of a clip's files; none of them has to exist.
+
+    Args:
+        folder: it contains the files.
+        name: of the clip.
+        endings: what may follow the name, in lower case, such as `.mask.mkv`. A file whose ending has upper-case
+            letters, as phones write them, is found too.
+    """
+    folder = Path(folder).absolute()
+    try:
+        known = _names_by_lower_case(folder, folder.stat().st_mtime_ns)
+    except OSError:
+        known = {}
+    paths: list[Path] = []
+    for ending in endings:
+        found = [file for file in known.get(f"{name}{ending}".lower(), ()) if file.startswith(name)]
+        paths += [folder / file for file in found or [f"{name}{ending}"]]
+    return tuple(paths)
+
+
+@lru_cache(maxsize=4)
+def _names_by_lower_case(folder: Path, changed_ns: int) -> Mapping[str, list[str]]:
+    """The names of a folder's files by their form in lower case; `changed_ns` is when the folder was last changed."""
+    names = defaultdict[str, list[str]](list)
+    for name in sorted(os.listdir(folder)):
+        names[name.lower()].append(name)
+    return names
 
 
 def part_name(name: str) -> str:

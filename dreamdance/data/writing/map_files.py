@@ -19,7 +19,7 @@ from dreamdance.media.cropping import Crop
 from dreamdance.media.map_arrays import ACCEPTED, MapArray, iterate_map_array, open_map_array
 from dreamdance.media.transforms import encode_normals, pictures_to_tensor, resize_normals, tensor_to_pictures
 from dreamdance.media.video import VideoInfo, iterate_frames, iterate_grey16, probe_video
-from dreamdance.media.video_names import FILE_MODALITIES, VIDEO_SUFFIXES
+from dreamdance.media.video_names import FILE_MODALITIES, VIDEO_SUFFIXES, files_of
 from dreamdance.modalities import ALWAYS_READ, Modality
 
 MapSource = VideoInfo | MapArray
@@ -35,13 +35,12 @@ def candidate_files(folder: Path | str, name: str, *, plain: bool = False) -> di
         name: of the clip.
         plain: whether the pictures may also be `<clip>.mp4`, or another kind of video.
     """
-    folder = Path(folder).absolute()
     files = {
-        modality: tuple(folder / f"{name}.{modality}{end}" for end in _suffixes(modality, plain=plain))
+        modality: files_of(folder, name, [f".{modality}{end}" for end in _suffixes(modality, plain=plain)])
         for modality in FILE_MODALITIES
     }
     if plain:
-        files["rgb"] += tuple(folder / f"{name}{end}" for end in VIDEO_SUFFIXES)
+        files["rgb"] += files_of(folder, name, VIDEO_SUFFIXES)
     return files
 
 
@@ -56,7 +55,7 @@ def open_map(path: Path, modality: str) -> MapSource:
     Raises:
         VideoError: the file is damaged, or does not hold such a map.
     """
-    return open_map_array(path, modality) if path.suffix == ".npz" else probe_video(path)
+    return open_map_array(path, modality) if path.suffix.lower() == ".npz" else probe_video(path)
 
 
 def as_video(source: MapSource) -> VideoInfo:

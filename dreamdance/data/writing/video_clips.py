@@ -4,7 +4,6 @@ All videos of a clip are cut at the same times, cropped to the same region and r
 """
 
 import logging
-import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,22 @@ import torch
 from numpy.typing import NDArray
 
 from dreamdance.data.writing.clip_record import ClipRecord, References, spread_over
-from dreamdance.data.writing.map_files import MapSource, ValueRange, as_video, disparity_range, is_metric, read_map
+from dreamdance.data.writing.map_files import (
+    MapSource,
+    ValueRange,
+    as_video,
+    disparity_range,
+    is_metric,
+    present_files,
+    read_map,
+)
 from dreamdance.data.writing.video_opening import open_videos
 from dreamdance.errors import MissingInputError
 from dreamdance.media.cropping import Crop, centred_crop
 from dreamdance.media.letterbox import search_letterbox
 from dreamdance.media.map_arrays import MapArray
 from dreamdance.media.video import VideoInfo, iterate_frames
-from dreamdance.media.video_names import VIDEO_SUFFIXES, plain_name, printable
+from dreamdance.media.video_names import VIDEO_SUFFIXES, files_of, plain_name, printable
 from dreamdance.modalities import MODALITIES
 from dreamdance.recipe.schema import VideosSource
 from dreamdance.runtime.ranks import Ranks
@@ -53,8 +60,8 @@ def find_videos(folder: Path | str, *, plain: bool = False) -> list[str]:
         raise MissingInputError(
             f"no videos in {folder.absolute()}: `videos.folder` must contain <clip>{', <clip>'.join(VIDEO_SUFFIXES)}"
         )
-    names = sorted(file.removesuffix(".rgb.mp4") for file in files if file.endswith(".rgb.mp4"))
-    usable = [name for name in names if os.path.lexists(folder / f"{name}.pose.mp4")]
+    names = sorted({file[: -len(".rgb.mp4")] for file in files if file.lower().endswith(".rgb.mp4")})
+    usable = [name for name in names if present_files(files_of(folder, name, [".pose.mp4"]))]
     for name in sorted(set(names) - set(usable)) if Ranks.from_environment().is_main else ():
         path = printable(folder / f"{name}.rgb.mp4")
         logger.warning("%s is left out: the folder has no %s.pose.mp4", path, printable(name))
@@ -143,7 +150,7 @@ class VideoPart:
                 references=None if references is None else references.seen_from(step * start),
                 frame_step=step,
                 metadata={
-                    "source": f"{self.name}.rgb.mp4",
+                    "source": rgb.path.name,
                     "first_frame": first,
                     "crop": [part.left, part.top, part.width, part.height],
                     **({"depth_range": list(ranges["depth"].ends)} if is_metric(videos.get("depth")) else {}),
