@@ -17,6 +17,8 @@ from dreamdance.dancers.render import HELD_OUT_SEEDS, render_clip
 from dreamdance.data.annotation.networks import open_networks
 from dreamdance.data.prepare import prepare
 from dreamdance.data.shards.columns import encode_normal
+from dreamdance.data.writing.map_files import as_video
+from dreamdance.data.writing.video_opening import open_videos, read_given_keypoints
 from dreamdance.errors import MissingInputError, ShardError
 from dreamdance.media.keypoints import KeypointSequence, write_keypoint_file
 from dreamdance.media.pose_drawing import draw_poses
@@ -148,7 +150,8 @@ def test_given_files_win_over_annotators(job):
     mask = np.zeros((NUM_FRAMES, HEIGHT, WIDTH), bool)
     mask[:, 10:60, 10:40] = True
     np.savez(job.videos / "a.normal.npz", normal=normals)
-    np.savez(job.videos / "a.mask.npz", mask=mask)
+    np.savez(job.videos / "a.MASK.npz", mask=mask)
+    (job.videos / "b.mp4").rename(job.videos / "b.MOV")  # as phones name it
     found = only(job.run(), "a")
     assert len(found) == 3
     for number, clip in enumerate(found):
@@ -160,6 +163,7 @@ def test_given_files_win_over_annotators(job):
         assert set(clip.metadata["given"]) == {"keypoints", "mask", "normal"}
     others = only(job.clips_of(), "b")
     assert all(not clip.metadata["given"] for clip in others)
+    assert [clip.metadata["source"] for clip in others] == ["b.MOV"] * 3
 
 
 def test_a_given_map_with_a_turned_axis_is_a_problem_of_that_video(job):
@@ -253,6 +257,31 @@ def test_key_points_of_another_length_are_refused(job):
     write_keypoint_file(job.videos / "b.keypoints.json", sequence)
     with pytest.raises(VideoError, match=r"b\.keypoints\.json has 5 frames, b\.mp4 24"):
         job.run()
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "fps", "message"),
+    [
+        (512, 512, 8.0, r"states frames of 512x512, b\.mp4 has 48x72: the aspects differ"),
+        (72, 48, 8.0, "states frames of 72x48"),
+        (48, 71, 8.0, "states frames of 48x71"),
+        (48, 72, 24.0, r"states 24 frames per second, b\.mp4 has 8"),
+    ],
+)
+def test_key_points_of_another_picture_or_rate_are_refused(job, width, height, fps, message):
+    sequence = KeypointSequence(job.clips["b"].keypoints, width, height, fps)
+    write_keypoint_file(job.videos / "b.keypoints.json", sequence)
+    with pytest.raises(VideoError, match=rf"b\.keypoints\.json {message}"):
+        open_videos(job.recipe("data", SECTION).videos, "b")
+
+
+@pytest.mark.parametrize(("width", "height", "fps"), [(512, 768, 8.0), (341, 512, 7.992)])
+def test_key_points_found_at_another_size_are_used(job, width, height, fps):
+    sequence = KeypointSequence(job.clips["b"].keypoints, width, height, fps)
+    write_keypoint_file(job.videos / "b.keypoints.json", sequence)
+    source = job.recipe("data", SECTION).videos
+    given = read_given_keypoints(source, "b", as_video(open_videos(source, "b")["rgb"]))
+    np.testing.assert_allclose(given.keypoints, job.clips["b"].keypoints, atol=1e-6)
 
 
 def test_a_missing_network_ends_the_run_before_anything_is_written(job):

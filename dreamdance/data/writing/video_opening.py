@@ -24,7 +24,7 @@ from dreamdance.media.keypoint_formats import read_any_keypoints
 from dreamdance.media.keypoints import KeypointFileError, KeypointSequence
 from dreamdance.media.map_arrays import MapArray
 from dreamdance.media.video import VideoError, VideoInfo
-from dreamdance.media.video_names import is_text, printable
+from dreamdance.media.video_names import files_of, is_text, printable
 from dreamdance.modalities import OPTIONAL
 from dreamdance.recipe.schema import VideosSource
 from dreamdance.runtime.ranks import Ranks
@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 # Frames match if their times differ by at most this part of the time between two frames: half, and a rounding error.
 _HALF_GAP = 0.51
+# Key points belong to a video if their rate and aspect differ from the video's by at most this part: 23.976 and 24
+# frames per second agree, and so do the sizes of a reduced video, which are rounded.
+_TOLERANCE = 0.01
 
 
 def open_videos(source: VideosSource, name: str) -> dict[str, MapSource]:
@@ -87,14 +90,14 @@ def clip_files(source: VideosSource, name: str) -> tuple[Path, ...]:
 
 def keypoints_path(source: VideosSource, name: str) -> Path:
     """Where the key points of a clip are, if they are given."""
-    return Path(source.folder).absolute() / f"{name}.keypoints.json"
+    return files_of(source.folder, name, [".keypoints.json"])[0]
 
 
 def read_given_keypoints(source: VideosSource, name: str, rgb: VideoInfo) -> KeypointSequence | None:
     """The key points beside a clip's pictures; None if there are none, or if no annotators are set.
 
     Raises:
-        KeypointFileError: the file cannot be used, or has another number of frames than the pictures.
+        KeypointFileError: the file cannot be used, or its number of frames, rate or aspect is not that of the pictures.
     """
     path = keypoints_path(source, name)
     if source.annotators is None or not os.path.lexists(path):
@@ -103,6 +106,17 @@ def read_given_keypoints(source: VideosSource, name: str, rgb: VideoInfo) -> Key
     given = read_any_keypoints(path, size=(rgb.width, rgb.height), fps=rgb.fps, person=person)
     if len(given.keypoints) != rgb.num_frames:
         raise KeypointFileError(f"{path} has {len(given.keypoints)} frames, {rgb.path.name} {rgb.num_frames}")
+    if abs(given.fps / rgb.fps - 1) > _TOLERANCE:
+        raise KeypointFileError(
+            f"{path} states {given.fps:g} frames per second, {rgb.path.name} has {rgb.fps:g}: find the key points in "
+            "this video"
+        )
+    if abs((given.width / given.height) / (rgb.width / rgb.height) - 1) > _TOLERANCE:
+        raise KeypointFileError(
+            f"{path} states frames of {given.width}x{given.height}, {rgb.path.name} has {rgb.width}x{rgb.height}: the "
+            "aspects differ. Key points of a cropped or padded picture do not fit the video; find them in the whole "
+            "frame"
+        )
     return given
 
 
