@@ -56,16 +56,19 @@ def resize_map(images: Tensor, height: int, width: int, *, kind: Kind) -> Tensor
     return resized.round() if kind == "region" else resized
 
 
-def pass_through(images: Tensor, height: int, width: int, *, kind: Kind = "colours") -> Tensor:
+def pass_through(
+    images: Tensor, height: int, width: int, *, kind: Kind = "colours", to: tuple[int, int] | None = None
+) -> Tensor:
     """Resizes to `height` x `width` and back: what a map looks like after stage 1 has made it at its own, smaller size.
 
     Args:
         images: `(..., c, H, W)` in [0,1].
         height, width: stage 1's size in pixels.
         kind: what the pixels mean: normals are renormalised.
+        to: height and width of the result, of images that are of stage 1's size already; None means those of `images`.
     """
     smaller = resize_map(images, height, width, kind=kind)
-    return resize_map(smaller, images.shape[-2], images.shape[-1], kind=kind)
+    return resize_map(smaller, *(to or images.shape[-2:]), kind=kind)
 
 
 def flip_images(images: Tensor) -> Tensor:

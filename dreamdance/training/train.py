@@ -182,6 +182,7 @@ def make_loader(
         reference_margin=data.reference_margin,
         seed=recipe.seed,
         maps=stage.maps,
+        map_sizes=stage.map_sizes,
         verify=verify,
         ranks=ranks,
         before_shard=before_shard,

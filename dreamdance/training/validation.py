@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dreamdance.data.loading.batch import ClipBatch, collate_clips
-from dreamdance.data.loading.dataset import fixed_clips
+from dreamdance.data.loading.fixed_clips import fixed_clips
 from dreamdance.modalities import DOMAINS
 from dreamdance.runtime.process_group import sum_over_ranks
 from dreamdance.runtime.ranks import Ranks

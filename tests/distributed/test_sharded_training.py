@@ -15,7 +15,7 @@ from support.training_scenarios import Recipe, prepare_and_inspect, run_recorded
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dreamdance.data.loading.batch import collate_clips
-from dreamdance.data.loading.dataset import fixed_clips
+from dreamdance.data.loading.fixed_clips import fixed_clips
 from dreamdance.pipelines import AnimationPipeline, GeometryPipeline
 from dreamdance.runs.layout import checkpoint_folder, export_folder, newest_export, progress_file
 from dreamdance.runtime.ranks import Ranks

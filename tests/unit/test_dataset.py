@@ -16,7 +16,8 @@ from support.older_shards import older_sample, write_older_shards
 from support.random_shards import HEIGHT, WIDTH, random_clip, stored_clip, write_random_shards
 
 from dreamdance.data.loading.batch import collate_clips
-from dreamdance.data.loading.dataset import ClipDataset, StoredClips, fixed_clips
+from dreamdance.data.loading.dataset import ClipDataset, StoredClips
+from dreamdance.data.loading.fixed_clips import fixed_clips
 from dreamdance.data.loading.loader import ClipLoader
 from dreamdance.data.loading.order import ClipOrder, SampleKey
 from dreamdance.data.loading.stored_clip import ReferenceFrame, StoredClip, draw_window

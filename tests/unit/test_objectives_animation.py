@@ -12,7 +12,8 @@ from torch import Tensor
 from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.diffusion.noise import draw_log_normal, draw_noise
 from dreamdance.errors import UserError
-from dreamdance.media.transforms import pass_through
+from dreamdance.media.transforms import pass_through, resize_map
+from dreamdance.modalities import MODALITIES
 from dreamdance.models.autoencoding import encode_latents
 from dreamdance.models.image_embedding import embed_images
 from dreamdance.training.objectives.animation import AnimationObjective
@@ -112,6 +113,19 @@ def test_normal_and_depth_pass_through_the_size_of_stage_1_and_the_pose_does_not
     assert not torch.equal(flat["depth"], batch.maps["depth"])
     lengths = (2 * flat["normal"] - 1).norm(dim=2)
     assert (lengths - 1).abs().max() < 0.2  # resized back up after renormalising, they only nearly keep unit length
+
+
+def test_maps_that_the_loader_delivers_at_the_size_of_stage_1_give_the_same_loss(batch):
+    objective = make_objective()
+    sizes = stage_of(tiny_stage2_recipe(NOTHING_DROPPED)).map_sizes
+    assert sizes == {"normal": (8, 12), "depth": (8, 12)}
+    assert stage_of(tiny_stage2_recipe({"objective.geometry_height": 16})).map_sizes == {}  # another aspect
+    smaller = {
+        name: resize_map(batch.maps[name], height, width, kind=MODALITIES[name].kind)
+        for name, (width, height) in sizes.items()
+    }
+    whole, reduced = (objective(each).loss for each in (batch, replace(batch, maps={**batch.maps, **smaller})))
+    assert torch.equal(whole, reduced)
 
 
 @pytest.mark.parametrize(

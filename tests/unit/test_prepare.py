@@ -12,7 +12,7 @@ from support.random_shards import write_random_shards
 from support.video_folders import stored_clips, videos_recipe, write_videos
 
 from dreamdance.dancers.render import HELD_OUT_SEEDS, TRAINING_SEEDS, render_clip
-from dreamdance.data.loading.dataset import fixed_clips
+from dreamdance.data.loading.fixed_clips import fixed_clips
 from dreamdance.data.prepare import choose_format, prepare
 from dreamdance.data.shards.columns import FIRST_MODALITIES, metric_disparity
 from dreamdance.data.writing.dancer_clips import render_record

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support.older_shards import write_older_records, write_older_shards
 from support.random_shards import HEIGHT, WIDTH, flip_byte, random_clip, stored_clip, write_random_shards
 
-from dreamdance.data.loading.dataset import ClipDataset, StoredClips, fixed_clips
+from dreamdance.data.loading.dataset import ClipDataset, StoredClips
+from dreamdance.data.loading.fixed_clips import fixed_clips
 from dreamdance.data.loading.order import SampleKey
 from dreamdance.data.loading.stored_clip import ReferenceFrame, draw_window, far_references, fixed_reference, own_frame
 from dreamdance.data.shards.frame_codecs import decode_frame, encode_frame, frame_format
@@ -246,6 +248,34 @@ def test_a_set_of_two_sizes_gives_each_recipe_the_size_that_it_trains_at(tmp_pat
     large.training_sample(key)
     assert 2 * (between - before) < bytes_read() - between
     assert StoredClips(shards).clip(0).width == 64
+
+
+def test_maps_that_are_returned_smaller_are_read_at_the_stored_smaller_size(tmp_path):
+    """A set without that size gives them resized by training's own function, which is exact."""
+    record = grainy_clip(4, 64, 96)
+    both = write_records(tmp_path / "both", [record], smaller_sizes=((32, 48),))
+    one = write_records(tmp_path / "one", [record])
+    window = {"width": 64, "height": 96, "num_frames": 3, "maps": MAPS[2:], "cache_bytes": 0}
+    smaller = {"normal": (32, 48), "depth": (32, 48)}
+    for flip_probability in (0.0, 1.0):
+        drawn = {**window, "flip_probability": flip_probability}
+        key = SampleKey(0, 0)
+        full = ClipDataset(both, **drawn).training_sample(key)
+        exact = ClipDataset(one, **drawn, map_sizes=smaller).training_sample(key)
+        dataset = ClipDataset(both, **drawn, map_sizes=smaller)
+        before = bytes_read()
+        stored = dataset.training_sample(key)
+        read = bytes_read() - before
+        for name in MAPS:
+            if name not in smaller:
+                assert torch.equal(stored.maps[name], full.maps[name]), name
+                continue
+            expected = resize_map(full.maps[name], 48, 32, kind=MODALITIES[name].kind)
+            assert torch.equal(exact.maps[name], expected), name
+            assert (stored.maps[name] - expected).abs().max() < (0.501 / 255 if name != "depth" else 0.51 / 65535), name
+        before = bytes_read()
+        ClipDataset(both, **drawn).training_sample(key)
+        assert read < 0.75 * (bytes_read() - before)
 
 
 @pytest.mark.parametrize("size", [(128, 192), (64, 96), (32, 32)])

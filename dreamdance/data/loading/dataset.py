@@ -4,7 +4,7 @@ This module does not use the process group: ranks need no synchronisation, and a
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from dreamdance.data.loading.clip_frames import ClipFrames, crop_and_resize, fli
 from dreamdance.data.loading.domain_draw import draw_domain, name_target
 from dreamdance.data.loading.latent_windows import read_latents
 from dreamdance.data.loading.order import SampleKey
-from dreamdance.data.loading.stored_clip import StoredClip, Window, draw_window, first_window
+from dreamdance.data.loading.stored_clip import StoredClip, Window, draw_window
 from dreamdance.data.shards import cache
 from dreamdance.data.shards.columns import ColumnClip
 from dreamdance.data.shards.latents import REFERENCE, LatentClip
@@ -29,7 +29,7 @@ from dreamdance.data.shards.tracks import Extent, TrackClip
 from dreamdance.data.shards.verify import CheckedShards, open_shards
 from dreamdance.errors import LostWorkerError, ShardError, is_transient
 from dreamdance.media.transforms import flip_images
-from dreamdance.modalities import ALWAYS_READ, DOMAINS, MODALITIES, OPTIONAL, Kind
+from dreamdance.modalities import ALWAYS_READ, DOMAINS, MODALITIES, Kind
 from dreamdance.recipe.sections import Shards, Verify
 from dreamdance.runs.files import NUM_ATTEMPTS, retry_transient
 from dreamdance.runtime.ranks import Ranks
@@ -60,6 +60,7 @@ class StoredClips(StreamingDataset):
         ranks: Ranks | None = None,
         cache_bytes: int = 0,
         size: tuple[int, int] | None = None,
+        map_sizes: Mapping[str, tuple[int, int]] | None = None,
         before_shard: Callable[[str], None] | None = None,
     ) -> None:
         """Checks the sizes of the shards; reads no sample yet.
@@ -74,6 +75,7 @@ class StoredClips(StreamingDataset):
                 Of schema 2 nothing is kept: a sample decodes the frames that it uses and no others.
             size: the width and height to which the caller brings frames. Of a set that was stored at several sizes,
                 the smallest that is large enough is read; by default the largest.
+            map_sizes: the same for the maps that the caller brings to another size.
             before_shard: see `verify.open_shards`.
 
         Raises:
@@ -89,7 +91,7 @@ class StoredClips(StreamingDataset):
         self.spanner = Spanner(self.samples_per_shard)
         self.cache_limit = None
         self._shard_access_times: Any = np.zeros(len(self.shards), np.uint64)  # the base class writes to it
-        self._size = size
+        self._size, self._map_sizes = size, dict(map_sizes or {})
         self._cached: dict[int, StoredClip] = {}
         self._cache_left = cache_bytes
 
@@ -208,7 +210,8 @@ class StoredClips(StreamingDataset):
         if self.index.shards[shard_id].schema_version == 1:
             return ColumnClip(self[sample_id], where=where)
         head = self._read_file(sample_id, partial(read_sample_head, position=position, where=where))
-        return TrackClip(head.clip, partial(self._read_extents, sample_id, head), size=self._size, where=where)
+        read = partial(self._read_extents, sample_id, head)
+        return TrackClip(head.clip, read, size=self._size, map_sizes=self._map_sizes, where=where)
 
     def latents(self, sample_id: int) -> LatentClip:
         """The stored latents of one clip, if this is a folder of latents; reads their head.
@@ -240,6 +243,7 @@ class ClipDataset(StoredClips):
         reference_margin: int = 0,
         seed: int = 0,
         maps: Sequence[str] = (),
+        map_sizes: Mapping[str, tuple[int, int]] | None = None,
         verify: Verify = "first_use",
         ranks: Ranks | None = None,
         cache_bytes: int = CACHE_BYTES,
@@ -259,6 +263,7 @@ class ClipDataset(StoredClips):
             reference_margin: see `stored_clip.draw_window`.
             seed: the first part of every sample's key.
             maps: the modalities to read besides rgb and pose; a clip that lacks one of them is an error.
+            map_sizes: the size (width, height) of maps that are returned smaller than the others, with their aspect.
             latents: the folder of these clips' latents, which fit the recipe (`encoding.fit`); then no clip is cached.
             latent_names: what is read from it, see `read_latents`; it replaces the pictures of the same name.
             domain_weights: if given, only one domain of each sample is read; see `domain_draw`.
@@ -272,6 +277,7 @@ class ClipDataset(StoredClips):
             ranks=ranks,
             cache_bytes=cache_bytes if latents is None else 0,  # the cache decodes all maps of a clip
             size=(width, height),
+            map_sizes=map_sizes,
             before_shard=before_shard,
         )
         self.width, self.height, self.num_frames = width, height, num_frames
@@ -310,29 +316,29 @@ class ClipDataset(StoredClips):
     ) -> ClipSample:
         """Cuts a window from a clip: reads its frames, mirrors them if `window.flip`, crops to the aspect, resizes."""
         wanted = {*ALWAYS_READ, *self.maps} - self._latent_names - left_out
-        names = [name for name in MODALITIES if name in wanted]
-        frames = ClipFrames(
-            maps={
-                name: self._open_pictures(clip.pictures(name, window.frames), MODALITIES[name].kind, window.flip)
-                for name in names
-            },
-            keypoints=torch.from_numpy(clip.keypoints_of(window.frames)) if window.flip else None,
-        )
-        reference = self._reference(clip, window)
+        maps = {name: self._open_map(clip, window, name) for name in MODALITIES if name in wanted}
         if window.flip:
-            pose = self._open_pictures(clip.mirrored_pose(window.frames), "drawing", window.flip)
-            frames = flip_clip(frames, drawn_pose=pose)
+            keypoints = torch.from_numpy(clip.keypoints_of(window.frames))
+            maps = dict(flip_clip(ClipFrames(maps, keypoints), drawn_pose=maps["pose"]).maps)
         return ClipSample(
-            maps={name: self._resize(images, MODALITIES[name].kind) for name, images in frames.maps.items()}
+            maps={name: self._resize(images, MODALITIES[name].kind, name) for name, images in maps.items()}
             | self._read_latents(clip, window, key[2], self._latent_names - left_out),
-            reference=reference,
+            reference=self._reference(clip, window),
             fps=clip.fps / window.stride,
             key=key,
             clip_id=clip.clip_id,
         )
 
-    def _open_pictures(self, pictures: NDArray[Any], kind: Kind, flip: bool) -> Tensor:
-        return open_pictures(pictures, kind, flip=flip, width=self.width, height=self.height)
+    def _open_map(self, clip: StoredClip, window: Window, name: str) -> Tensor:
+        """The stored frames of a map; of a mirrored window the poses are drawn instead, already mirrored."""
+        kind = MODALITIES[name].kind
+        is_drawn = window.flip and kind == "drawing"
+        pictures = clip.mirrored_pose(window.frames) if is_drawn else clip.pictures(name, window.frames)
+        return self._open_pictures(pictures, kind, window.flip, name)
+
+    def _open_pictures(self, pictures: NDArray[Any], kind: Kind, flip: bool, name: str = "rgb") -> Tensor:
+        width, height = self._size_of(name)
+        return open_pictures(pictures, kind, flip=flip, width=width, height=height)
 
     def _reference(self, clip: StoredClip, window: Window) -> Tensor:
         """The reference picture, `3 H W`; empty if stored latents replace it."""
@@ -349,47 +355,9 @@ class ClipDataset(StoredClips):
             raise ShardError(f"{stored.where} does not belong to {clip.where}; encode the shards again")
         return read_latents(stored, window, sorted(names))
 
-    def _resize(self, images: Tensor, kind: Kind) -> Tensor:
-        return crop_and_resize(images, kind, width=self.width, height=self.height)
+    def _resize(self, images: Tensor, kind: Kind, name: str = "rgb") -> Tensor:
+        width, height = self._size_of(name)
+        return crop_and_resize(images, kind, width=width, height=height)
 
-
-def fixed_clips(
-    shards: Shards,
-    *,
-    width: int,
-    height: int,
-    num_frames: int,
-    count: int,
-    stride: int = 1,
-    maps: Sequence[str] | None = None,
-    verify: Verify = "first_use",
-    share_of: Ranks | None = None,
-) -> list[ClipSample]:
-    """The first clips of a set, always the same ones, for validation and samples.
-
-    Args:
-        shards, width, height, num_frames, verify: see `ClipDataset`.
-        count: number of clips; a smaller set gives all its clips.
-        stride: distance between the frames of the window.
-        maps: the modalities to read besides rgb and pose; None reads those that all of these clips have.
-        share_of: if given, rank r of n ranks gets only the clips r, r + n, ...; that may be none.
-
-    Returns:
-        The first window of each clip with the reference of `stored_clip.fixed_reference`; the key is (0, 0, number of
-        the clip).
-
-    Raises:
-        ShardError: shards are missing, damaged or of another format, or a clip is shorter than the window.
-    """
-    dataset = ClipDataset(
-        shards, width=width, height=height, num_frames=num_frames, maps=maps or (), verify=verify, cache_bytes=0
-    )
-    clips = [dataset.clip(number) for number in range(min(count, len(dataset)))]
-    if maps is None:
-        dataset.maps = tuple(name for name in OPTIONAL if all(clip.has(name) for clip in clips))
-    windows = [
-        first_window(clip, num_frames=num_frames, stride=stride) for clip in clips
-    ]  # for all clips, so that all ranks raise the same errors
-    ranks = share_of or Ranks()
-    share = range(ranks.rank, len(clips), ranks.world_size)
-    return [dataset.cut(clips[number], windows[number], (0, 0, number)).floats() for number in share]
+    def _size_of(self, name: str) -> tuple[int, int]:
+        return self._map_sizes.get(name, (self.width, self.height))

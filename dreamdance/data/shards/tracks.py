@@ -282,7 +282,15 @@ def _whole(value: Any, least: int, most: int) -> int:
 class TrackClip:
     """A clip of schema 2, at one of its sizes; reads frames when they are asked for."""
 
-    def __init__(self, head: ClipHead, read: ReadExtents, *, size: tuple[int, int] | None, where: str) -> None:
+    def __init__(
+        self,
+        head: ClipHead,
+        read: ReadExtents,
+        *,
+        size: tuple[int, int] | None,
+        where: str,
+        map_sizes: Mapping[str, tuple[int, int]] | None = None,
+    ) -> None:
         """Chooses the size; reads nothing yet.
 
         Args:
@@ -290,6 +298,7 @@ class TrackClip:
             read: reads ranges of the column `frames`.
             size: the size (width, height) to which frames will be brought; None means the largest one stored.
             where: the shard and the sample's place in it, for error texts.
+            map_sizes: the same for maps that will be brought to another size than the others.
 
         Raises:
             ShardError: the clip has no pictures.
@@ -302,10 +311,12 @@ class TrackClip:
         if not sizes:
             raise ShardError(f"{self.where} has no rgb frames; the shard is damaged")
         self.width, self.height = choose_size(sizes, size)
+        chosen = {name: choose_size(sizes, wanted) for name, wanted in (map_sizes or {}).items()}
         self._tracks: dict[tuple[str, str], Track] = {
             (track.subject, track.name): track
             for track in head.tracks
-            if track.kind is None or (track.kind.width, track.kind.height) == (self.width, self.height)
+            if track.kind is None
+            or (track.kind.width, track.kind.height) == chosen.get(track.name, (self.width, self.height))
         }
         if ("clip", "rgb") not in self._tracks:
             raise ShardError(f"{self.where} has no rgb frames of {self.width}x{self.height}; the shard is damaged")

@@ -186,7 +186,10 @@ class AnimationObjective(Objective):
         return encode_latents(self.vae, noised, scaled=False).float(), strength
 
     def _control_maps(self, batch: ClipBatch, keys: list[list[int]]) -> dict[str, Tensor]:
-        """The controller's maps `(b f) 3 H W` in [0,1]; maps that stage 1 predicts are blurred to its resolution."""
+        """The controller's maps `(b f) 3 H W` in [0,1]; maps that stage 1 predicts are blurred to its resolution.
+
+        The loader delivers the latter at that resolution (`TrainingStage.map_sizes`), validation at full size.
+        """
         maps: dict[str, Tensor] = {}
         for name in self.controller.config.controls:
             frames = batch.maps.get(name)
@@ -197,7 +200,8 @@ class AnimationObjective(Objective):
                 )
             if MODALITIES[name].domain:
                 size = (self.settings.geometry_height, self.settings.geometry_width)
-                frames = pass_through(frames, *size, kind=MODALITIES[name].kind)
+                full_size = (batch.pose.shape[-2], batch.pose.shape[-1])
+                frames = pass_through(frames, *size, kind=MODALITIES[name].kind, to=full_size)
             maps[name] = frames
         if self.training:
             maps = drop_controls(

@@ -1,14 +1,14 @@
 """Stage 2: Stable Video Diffusion, guided by a ControlNet and the cross-domain controller."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from diffusers import UNetSpatioTemporalConditionModel
 
 from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.data.shards.latents import EMBEDDING
-from dreamdance.modalities import OPTIONAL
+from dreamdance.modalities import MODALITIES, OPTIONAL
 from dreamdance.models import CrossDomainControllerModel, SpatioTemporalControlNetModel
 from dreamdance.models.autoencoding import downscale_factor
 from dreamdance.models.base_configs import STABLE_VIDEO_DIFFUSION_UNET
@@ -41,6 +41,21 @@ class AnimationStage:
     def maps(self) -> Sequence[str]:
         """The maps named in `model.controls`."""
         return [name for name in OPTIONAL if name in self.recipe.model.controls]
+
+    @property
+    def map_sizes(self) -> Mapping[str, tuple[int, int]]:
+        """Stage 1's size for the maps that it predicts; the objective enlarges them.
+
+        Of another aspect than the pictures they would show another part of the frame: then the objective reduces them.
+        """
+        data, width, height = (
+            self.recipe.data,
+            self.recipe.objective.geometry_width,
+            self.recipe.objective.geometry_height,
+        )
+        if width * data.height != height * data.width or width > data.width:
+            return {}
+        return {name: (width, height) for name in self.maps if MODALITIES[name].domain}
 
     @property
     def latent_names(self) -> Sequence[str]:

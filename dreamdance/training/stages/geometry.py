@@ -1,6 +1,6 @@
 """Stage 1: the geometry diffusion model, in one of its three training steps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from diffusers import UNet2DConditionModel
@@ -39,6 +39,11 @@ class GeometryStage:
     def maps(self) -> Sequence[str]:
         """Normal and depth."""
         return [name for name in OPTIONAL if name in DOMAINS]
+
+    @property
+    def map_sizes(self) -> Mapping[str, tuple[int, int]]:
+        """All maps have the size of the pictures."""
+        return {}
 
     @property
     def latent_names(self) -> Sequence[str]:

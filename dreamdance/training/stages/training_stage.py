@@ -3,7 +3,7 @@
 This module does not know ranks, optimizers or checkpoints.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
@@ -34,6 +34,10 @@ class TrainingStage(Protocol[AnyObjective]):
     @property
     def maps(self) -> Sequence[str]:
         """The maps of every clip that the objective reads, beside pictures and pose."""
+
+    @property
+    def map_sizes(self) -> Mapping[str, tuple[int, int]]:
+        """The size (width, height) of the maps that the loader delivers smaller than the pictures."""
 
     @property
     def latent_names(self) -> Sequence[str]:
