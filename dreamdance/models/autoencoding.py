@@ -105,10 +105,15 @@ def encode_moments(vae: Autoencoder, images: Tensor, *, chunk_size: int | None =
 
 
 def latents_from_moments(
-    vae: Autoencoder, mean: Tensor, deviation: Tensor, *, scaled: bool = True, noise: Tensor | None = None
+    vae: Autoencoder,
+    mean: Tensor,
+    deviation: Tensor | None = None,
+    *,
+    scaled: bool = True,
+    noise: Tensor | None = None,
 ) -> Tensor:
-    """The latents of a distribution: its mean, or a sample; see `encode_latents`."""
-    latents = mean if noise is None else mean + deviation * noise.to(mean)
+    """The latents of a distribution: its mean, or, with a deviation and noise, a sample; see `encode_latents`."""
+    latents = mean if noise is None or deviation is None else mean + deviation * noise.to(mean)
     return latents * vae.config.scaling_factor if scaled else latents
 
 

@@ -88,6 +88,19 @@ def test_every_sample_has_latents_of_its_own_clip_in_the_same_order(data, traini
         found.moments("nothing", [0], mirrored=False)
 
 
+def test_references_have_means_alone(tmp_path, data, training):
+    write_dancer_shards(tmp_path, num_train=2, references=2)
+    changed = training.model_copy(
+        update={"data": training.data.model_copy(update={"train": Shards(local=str(tmp_path / "train"))})}
+    )
+    encode(encode_recipe(changed, tmp_path / "latents"), tmp_path / "run")
+    found = StoredClips(Shards(local=str(tmp_path / "latents"))).latents(1)
+    shape = found.moments("rgb", [0], mirrored=False).shape
+    assert found.means("rgb", [1], subject="references", mirrored=False).shape == (1, *shape[2:])
+    with pytest.raises(ShardError, match=r"no latents of rgb\.deviation \(references\)"):
+        found.moments("rgb", [1], subject="references", mirrored=False)
+
+
 def test_bf16_rounds_each_value_by_at_most_half_a_unit(data, training, latents, tmp_path):
     encode(encode_recipe(training, tmp_path / "half", precision="bf16"), tmp_path / "run")
     exact, half = StoredClips(Shards(local=latents.output)), StoredClips(Shards(local=str(tmp_path / "half")))

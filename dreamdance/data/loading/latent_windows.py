@@ -15,7 +15,7 @@ def read_latents(stored: LatentClip, window: Window, names: Sequence[str]) -> di
     Args:
         stored: the latents of the window's clip.
         window: frames, reference, and whether they are mirrored.
-        names: modalities, whose moments are `f 2 c h w`; `REFERENCE`, `2 c h w`; `EMBEDDING`, `c`.
+        names: modalities, whose moments are `f 2 c h w`; `REFERENCE`, `c h w`; `EMBEDDING`, `c`.
 
     Raises:
         ShardError: the latents do not contain what is asked for, or are damaged.
@@ -25,7 +25,7 @@ def read_latents(stored: LatentClip, window: Window, names: Sequence[str]) -> di
         if name in MODALITIES:
             found[PREFIX + name] = stored.moments(name, window.frames, mirrored=window.flip)
         elif name == REFERENCE:
-            found[PREFIX + name] = stored.moments("rgb", [number], subject=subject, mirrored=window.flip)[0]
+            found[PREFIX + name] = stored.means("rgb", [number], subject=subject, mirrored=window.flip)[0]
         elif name == EMBEDDING:
             found[PREFIX + name] = stored.embeddings([number], subject=subject, mirrored=window.flip)[0]
         else:

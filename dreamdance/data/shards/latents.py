@@ -1,8 +1,9 @@
 """Stored latents: what the frozen networks of a training make of a clip's frames, in the form of schema 2.
 
 A folder of latents is a folder of shards with one sample for each sample of the shards that it was encoded from, in
-the same order. Its tracks are named `latents.rgb`, and `latents.rgb.mirrored` for the mirrored frames. This module
-does not know the networks.
+the same order. Its tracks are named `latents.rgb` for the means and `latents.rgb.deviation` for the standard
+deviations, which references lack; both have `.mirrored` appended for the mirrored frames. This module does not know
+the networks.
 """
 
 import hashlib
@@ -25,8 +26,10 @@ from dreamdance.errors import ShardError
 PREFIX = "latents."
 # The image encoder's embedding of a picture that may serve as the reference.
 EMBEDDING = "embedding"
-# The name of the reference's moments among the latents of a training window.
+# The name of the reference's latents, the mean of their distribution, among the latents of a training window.
 REFERENCE = "reference"
+# What is appended to the name of a modality for its standard deviations.
+DEVIATION = ".deviation"
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class LatentRecord:
 
         Args:
             name: a modality or `EMBEDDING`.
-            values: moments `n 2 c h w`, mean and standard deviation; or embeddings `n c`.
+            values: moments `n 2 c h w`, mean and standard deviation; means alone, `n 1 c h w`; or embeddings `n c`.
             subject: whose frames they are.
             mirrored: whether the frames were mirrored before.
 
@@ -104,11 +107,18 @@ class LatentRecord:
         """
         if not torch.isfinite(values).all():
             raise ShardError(f"clip '{self.clip.clip_id}': the {name} latents contain values that are not finite")
-        pattern = "n c -> n 1 1 c" if values.ndim == 2 else "n t c h w -> n h w (t c)"
-        frames = rearrange(values.float().cpu(), pattern).contiguous().numpy()
+        values = values.float().cpu()
+        if values.ndim == 2:
+            self._add_track(_track_name(name, mirrored), rearrange(values, "n c -> n 1 1 c"), subject)
+            return
+        for part, of_part in zip((name, name + DEVIATION), values.unbind(dim=1), strict=False):
+            self._add_track(_track_name(part, mirrored), rearrange(of_part, "n c h w -> n h w c"), subject)
+
+    def _add_track(self, name: str, values: Tensor, subject: Subject) -> None:
+        frames = values.contiguous().numpy()
         count, height, width, channels = frames.shape
         kind = FrameFormat(count, height, width, channels, frames.dtype, self.precision)
-        self._writer.add(_track_name(name, mirrored), subject, kind, [encode_floats(f, self.precision) for f in frames])
+        self._writer.add(name, subject, kind, [encode_floats(frame, self.precision) for frame in frames])
 
     def to_sample(self) -> dict[str, Any]:
         """The columns of a shard."""
@@ -136,7 +146,12 @@ class LatentClip:
         Raises:
             ShardError: there are none, or they are damaged.
         """
-        return rearrange(self._frames(name, indices, subject, mirrored), "n h w (t c) -> n t c h w", t=2).contiguous()
+        parts = [self.means(part, indices, subject=subject, mirrored=mirrored) for part in (name, name + DEVIATION)]
+        return torch.stack(parts, dim=1)
+
+    def means(self, name: str, indices: Sequence[int], *, subject: Subject = "clip", mirrored: bool) -> Tensor:
+        """Means of frames, `n c h w` float32. See `moments`."""
+        return rearrange(self._frames(name, indices, subject, mirrored), "n h w c -> n c h w").contiguous()
 
     def embeddings(self, indices: Sequence[int], *, subject: Subject = "clip", mirrored: bool) -> Tensor:
         """Embeddings of pictures, `n c` float32. See `moments`."""

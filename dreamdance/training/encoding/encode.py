@@ -108,17 +108,17 @@ class Encoder:
         yield record.to_sample()
 
     def _encode_references(self, clip: StoredClip, record: LatentRecord, *, flip: bool) -> Iterator[None]:
-        """Adds moments and embeddings of a clip's stored references, or the embeddings of all its frames."""
+        """Adds means and embeddings of a clip's stored references, or the embeddings of all its frames."""
         subject: Subject = "references" if clip.reference_positions else "clip"
-        moments, embeddings = list[Tensor](), list[Tensor]()
+        means, embeddings = list[Tensor](), list[Tensor]()
         for number in range(len(clip.reference_positions) or clip.num_frames):
             picture = self.pictures(clip, [0], ReferenceFrame(number, subject), flip=flip).reference
             embeddings.append(embed_images(self.image_encoder, picture, resizing=self.resizing)[:, 0].cpu())
             if subject == "references" and self.recipe.stage == "stage1":  # stage 2 encodes noisy references itself
-                moments.append(self.moments(picture).cpu())
+                means.append(self.moments(picture)[:, :1].cpu())
             yield None
-        if moments:
-            record.add("rgb", torch.cat(moments), subject=subject, mirrored=flip)
+        if means:
+            record.add("rgb", torch.cat(means), subject=subject, mirrored=flip)
         record.add(EMBEDDING, torch.cat(embeddings), subject=subject, mirrored=flip)
 
 

@@ -163,7 +163,7 @@ class GeometryObjective(Objective):
             kept -= drop_references(keys, self.settings.reference_dropout).to(kept)
         with torch.no_grad():
             if stored := batch.latents:
-                latents = latents_from_moments(self.vae, *stored["reference"].unbind(dim=1))
+                latents = latents_from_moments(self.vae, stored["reference"])
                 embeddings = rearrange(stored["embedding"], "b c -> b 1 c")
             else:
                 latents = encode_latents(self.vae, batch.reference)
