@@ -1,19 +1,24 @@
 """Measures how fast training reads its samples: samples per second of one core, and bytes read per sample.
 
     python tools/measure_loading.py
-    git worktree add --detach ../before 5194bb1 && python tools/measure_loading.py --before ../before
+    git worktree add --detach ../before 5194bb1
+    python tools/measure_loading.py --before ../before --csv tools/measure_loading.csv
 
 Rendered dancers are stored once by each tree, in the form that its `prepare` gives to videos, and are read with the
-settings of the four training recipes. This commit's tree also reads them from latents, which `task: encode` stores with
-an autoencoder and an image encoder whose weights are random and whose latents and embeddings have the size of the
-published ones. The bytes are those that the process asks the kernel for (`rchar` of
-/proc/self/io), whether or not they are in the page cache. The seconds are CPU time of one thread. Nothing is hashed or
-unpacked while the command measures, and no decoded clip is kept: a set of thousands of clips does not fit.
+settings of the four training recipes. This commit's tree also reads them from latents, which `task: encode` stores as
+fp32 and as bf16; these are random numbers of the size that published networks give. The bytes are those that the
+process asks the kernel for (`rchar` of /proc/self/io), whether or not they are in the page cache. The seconds are CPU
+time of one thread for what a data worker does: those of 5194bb1 deliver floats, those of now deliver numbers as stored,
+which the training's device scales. Nothing is hashed or unpacked while the command measures, and no decoded clip is
+kept: a set of thousands of clips does not fit.
 """
 
 import argparse
+import csv
+import datetime
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -35,6 +40,7 @@ MAPS = ("rgb", "pose", "normal", "depth", "mask")
 NUM_REFERENCES = 12
 # Width of the published image encoders' embeddings: CLIP ViT-L/14 in stage 1, ViT-H/14 in stage 2.
 EMBEDDING_WIDTHS = {"stage1": 768, "stage2": 1024}
+PRECISIONS = ("fp32", "bf16")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--num-frames", type=int, default=64, help="frames of a stored clip (64)")
     parser.add_argument("--clips", type=int, default=2, help="number of stored clips (2)")
     parser.add_argument("--samples", type=int, default=12, help="samples to read with each recipe (12)")
+    parser.add_argument("--csv", type=Path, help="a file that the results are written to as well")
     parser.add_argument("--reader", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.reader is not None:
@@ -56,7 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
         render_dancers(Path(folder), options)
         settings = {"folder": folder, "samples": options.samples, "recipes": read_recipes(options)}
         measured = {name: run_reader(tree, {**settings, "name": name}) for name, tree in trees.items()}
-    print_table(measured, options)
+    rows = list_rows(measured)
+    print_table(measured, rows, options)
+    if options.csv is not None:
+        write_csv(options.csv, rows, options)
     return 0
 
 
@@ -125,39 +135,47 @@ def store_and_read(settings: Mapping[str, Any]) -> dict[str, Any]:
     measured: dict[str, Any] = {"bytes": sum(path.stat().st_size for path in Path(shards.local).glob("*.mds*"))}
     for name, window in settings["recipes"].items():
         window = {**window, "stride": tuple(window["stride"])}
-        dataset = tree.ClipDataset(shards, **window, verify="size", cache_bytes=0)
-        measure_samples(tree, dataset, len(dataset))  # unpacks and compares every shard
-        measured[name] = measure_samples(tree, dataset, settings["samples"])
+        forms: dict[str, dict[str, Any]] = {"": {}}
         if settings["name"] == "now":
-            stored = open_latents(folder, shards, name, window)
-            dataset = tree.ClipDataset(shards, **window, verify="size", cache_bytes=0, **stored)
-            measure_samples(tree, dataset, len(dataset))
-            measured[f"{name} from latents"] = measure_samples(tree, dataset, settings["samples"])
+            read = read_by_stage(name, window)
+            forms = {"": read}
+            for precision in PRECISIONS:
+                forms[f"latents {precision}"] = {**read, **open_latents(folder, shards, name, window, precision)}
+        measured[name] = {}
+        for form, more in forms.items():
+            dataset = tree.ClipDataset(shards, **window, verify="size", cache_bytes=0, **more)
+            measure_samples(tree, dataset, len(dataset))  # unpacks and compares every shard
+            measured[name][form] = measure_samples(tree, dataset, settings["samples"])
     return measured
 
 
-def open_latents(folder: Path, shards: Any, name: str, window: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a dataset that reads latents, which are encoded first if no recipe of the stage needed them."""
-    from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
+def read_by_stage(name: str, window: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a dataset by which a stage reads less: one domain alone, or maps at a smaller size."""
+    from dreamdance.recipe.parse import load_recipe
+    from dreamdance.training.stages.training_stage import stage_of
 
+    recipe = load_recipe(REPOSITORY / "recipes" / f"{name}.yaml")
+    stage = stage_of(recipe)  # type: ignore[arg-type]  # all four train
+    scale = window["width"] / stage.recipe.data.width
+    sizes = {key: (round(width * scale), round(height * scale)) for key, (width, height) in stage.map_sizes.items()}
+    return {"domain_weights": stage.domain_weights, "map_sizes": sizes}
+
+
+def open_latents(folder: Path, shards: Any, name: str, window: Mapping[str, Any], precision: str) -> dict[str, Any]:
+    """The arguments of a dataset that reads latents, which are encoded first if no recipe of the stage needed them."""
     from dreamdance.data.loading.dataset import StoredClips
     from dreamdance.recipe.encode_recipe import EncodeRecipe
     from dreamdance.recipe.parse import load_recipe
     from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
-    from dreamdance.training.encoding.encode import encode
+    from dreamdance.training.encoding import encode as encoding
     from dreamdance.training.stages.training_stage import stage_of
 
     recipe = load_recipe(REPOSITORY / "recipes" / f"{name}.yaml")
     assert isinstance(recipe, Stage1Recipe | Stage2Recipe), "all four train"
-    stage, is_video = recipe.task, recipe.task == "stage2"
-    vae, output = folder / f"vae_{stage}", folder / f"latents_{stage}"
+    stage, output = recipe.task, folder / f"latents_{recipe.task}_{precision}"
     if not output.exists():
-        shape = {"down_block_types": ("DownEncoderBlock2D",) * 4, "latent_channels": 4, "layers_per_block": 1}
-        if is_video:
-            AutoencoderKLTemporalDecoder(block_out_channels=(32,) * 4, **shape).save_pretrained(vae)
-        else:
-            shape.update(up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=4)
-            AutoencoderKL(block_out_channels=(8,) * 4, **shape).save_pretrained(vae)
+        # The size of what is read does not depend on its values: no network has to run.
+        encoding.Encoder.moments = random_moments  # type: ignore[assignment]
         values = {
             "task": "encode",
             "name": "measured",
@@ -165,16 +183,24 @@ def open_latents(folder: Path, shards: Any, name: str, window: Mapping[str, Any]
             "output": str(output),
             "stage": stage,
             "model": {
-                "autoencoder": {"path": str(vae)},
+                "autoencoder": {"patch_size": 8},
                 "image_encoder": {"stand_in_width": EMBEDDING_WIDTHS[stage]},
             },
             "width": window["width"],
             "height": window["height"],
             "flip": window["flip_probability"] > 0,
+            "precision": precision,
             "verify_samples": 0,
         }
-        encode(EncodeRecipe.model_validate(values), folder / f"run_{stage}")
+        encoding.encode(EncodeRecipe.model_validate(values), folder / f"run_{stage}_{precision}")
     return {"latents": StoredClips(type(shards)(local=str(output))), "latent_names": stage_of(recipe).latent_names}
+
+
+def random_moments(_: Any, images: Any) -> Any:
+    """In place of `Encoder.moments`: mean and deviation, `n 2 4 h w` for pictures `n 3 8h 8w`."""
+    import torch
+
+    return torch.rand(len(images), 2, 4, images.shape[-2] // 8, images.shape[-1] // 8)
 
 
 def import_tree() -> SimpleNamespace:
@@ -244,10 +270,11 @@ def read_records(tree: SimpleNamespace, folder: Path) -> Iterator[Any]:
 def measure_samples(tree: SimpleNamespace, dataset: Any, count: int) -> dict[str, float]:
     """Reads samples; returns the median CPU seconds, and the mean and largest number of bytes, of one sample."""
     seconds, sizes = [], []
+    read = getattr(dataset, "stored_sample", dataset.training_sample)
     for number in range(count):
         key = tree.SampleKey(number // len(dataset), number % len(dataset))
         before, start = bytes_read(), time.process_time()
-        dataset.training_sample(key)
+        read(key)
         seconds.append(time.process_time() - start)
         sizes.append(bytes_read() - before)
     return {"seconds": statistics.median(seconds), "mean": statistics.mean(sizes), "most": max(sizes)}
@@ -259,29 +286,74 @@ def bytes_read() -> int:
     return int(text.split()[1])
 
 
-def print_table(measured: Mapping[str, Mapping[str, Any]], options: argparse.Namespace) -> None:
-    """Prints a table with one row per recipe and tree, and the ratios to the tree before."""
-    print(f"{options.clips} clips of {options.num_frames} frames of {options.width}x{options.height}")
-    print("| recipe | tree | CPU ms per sample | samples/s per core | MB per sample | most MB | faster | fewer bytes |")
-    print("|---|---|---|---|---|---|---|---|")
+def list_rows(measured: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each recipe, tree and form, with the ratios to the first tree's pixels."""
+    rows = []
     for recipe in RECIPES:
-        first = next(iter(measured.values()))[recipe]
-        rows = {tree: values[recipe] for tree, values in measured.items()}
-        rows["now, from latents"] = measured["now"][f"{recipe} from latents"]
-        for tree, row in rows.items():
-            cells = (
-                recipe,
-                tree,
-                f"{row['seconds'] * 1e3:.1f}",
-                f"{1 / row['seconds']:.2f}",
-                f"{row['mean'] / 1e6:.3f}",
-                f"{row['most'] / 1e6:.3f}",
-                f"{first['seconds'] / row['seconds']:.1f} x",
-                f"{first['mean'] / row['mean']:.1f} x",
-            )
-            print(f"| {' | '.join(cells)} |")
+        first = next(iter(measured.values()))[recipe][""]
+        for tree, values in measured.items():
+            for form, found in values[recipe].items():
+                rows.append(
+                    {
+                        "recipe": recipe,
+                        "tree": tree,
+                        "form": form or "pixels",
+                        "cpu_ms_per_sample": round(found["seconds"] * 1e3, 2),
+                        "samples_per_second_per_core": round(1 / found["seconds"], 2),
+                        "mean_bytes_per_sample": round(found["mean"]),
+                        "most_bytes_per_sample": found["most"],
+                        "times_faster": round(first["seconds"] / found["seconds"], 2),
+                        "times_fewer_bytes": round(first["mean"] / found["mean"], 2),
+                    }
+                )
+    return rows
+
+
+def print_table(
+    measured: Mapping[str, Mapping[str, Any]], rows: list[dict[str, Any]], options: argparse.Namespace
+) -> None:
+    """Prints the rows as a table."""
+    print(f"{options.clips} clips of {options.num_frames} frames of {options.width}x{options.height}")
+    print("| recipe | tree | form | CPU ms per sample | samples/s per core | MB per sample | faster | fewer bytes |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        cells = (
+            row["recipe"],
+            row["tree"],
+            row["form"],
+            f"{row['cpu_ms_per_sample']:.1f}",
+            f"{row['samples_per_second_per_core']:.2f}",
+            f"{row['mean_bytes_per_sample'] / 1e6:.3f}",
+            f"{row['times_faster']:.1f} x",
+            f"{row['times_fewer_bytes']:.1f} x",
+        )
+        print(f"| {' | '.join(cells)} |")
     for tree, values in measured.items():
         print(f"{tree}: {values['bytes'] / 1e6:.1f} MB of shard files")
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Writes the rows with what they were measured on; the load is that of the whole machine when the command ends."""
+    import torch
+
+    commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, text=True).strip()
+    facts = {
+        "clips": options.clips,
+        "frames": options.num_frames,
+        "width": options.width,
+        "height": options.height,
+        "samples": options.samples,
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[2], 1),
+        "torch": torch.__version__,
+        "commit": commit,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *facts], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**row, **facts} for row in rows)
 
 
 if __name__ == "__main__":
