@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.recipes import without
 
-from dreamdance.data.loading.batch import ClipBatch
+from dreamdance.data.loading.batch import ClipBatch, ClipSample, collate_clips
 from dreamdance.data.loading.shared_memory import PackedBatch, SharedSlots
 
 
@@ -68,6 +68,22 @@ def test_a_written_batch_can_be_read_from_its_description_alone():
     packed = slots.write(random_batch(0), slot=0)
     assert isinstance(packed, PackedBatch)
     assert_same(slots.read(packed, pin=False), random_batch(0))
+    slots.close()
+
+
+def test_a_slot_made_for_stored_depths_has_room_for_a_batch_of_floats_in_three_channels():
+    """As when the drawn domains of the first batch are all depth, and those of a later one depth and normal."""
+    first, later = (
+        [ClipSample({"target": image}, torch.empty(0), 8.0, (0, 0, 0), "clip") for image in images]
+        for images in (
+            [torch.zeros(2, 1, 6, 4, dtype=torch.uint16)] * 2,
+            [torch.ones(2, 1, 6, 4), torch.full((2, 3, 6, 4), 255, dtype=torch.uint8)],
+        )
+    )
+    slots = SharedSlots(2)
+    slots.write(collate_clips(first), slot=0)
+    packed = slots.write(collate_clips(later), slot=1)
+    assert torch.equal(slots.read(packed, pin=False).maps["target"], torch.ones(2, 2, 3, 6, 4))
     slots.close()
 
 

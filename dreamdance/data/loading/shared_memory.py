@@ -56,13 +56,13 @@ class SharedSlots:
     def write(self, batch: ClipBatch, *, slot: int) -> PackedBatch:
         """Copies a batch into a slot and overwrites its content; all batches have pictures of the same shapes.
 
-        A slot has room for all values as float32, as some batches have them; what is not written takes no memory.
+        A slot has room for all pictures as float32 in 3 channels, as some batches have them (`collate_clips`); what is
+        not written takes no memory.
         """
         tensors = batch.tensors
         aligned = [_align(tensor.nbytes) for tensor in tensors.values()]
         if self._memory is None:
-            most = sum(_align(tensor.numel() * max(tensor.itemsize, 4)) for tensor in tensors.values())
-            os.ftruncate(self._descriptor, self.count * most)
+            os.ftruncate(self._descriptor, self.count * sum(map(_most_bytes, tensors.values())))
         memory = self._mapped()
         slot_bytes = len(memory) // self.count
         assert sum(aligned) <= slot_bytes, "micro batches differ in size"
@@ -90,6 +90,14 @@ class SharedSlots:
         if self._memory is None:
             self._memory = mmap.mmap(self._descriptor, os.fstat(self._descriptor).st_size)
         return self._memory
+
+
+def _most_bytes(tensor: Tensor) -> int:
+    """The largest size of this tensor in any batch."""
+    values = tensor.numel()
+    if tensor.ndim > 3:  # pictures, or latents, which have 4 channels
+        values = values // tensor.shape[-3] * max(tensor.shape[-3], 3)
+    return _align(values * max(tensor.itemsize, 4))
 
 
 def _align(num_bytes: int) -> int:
