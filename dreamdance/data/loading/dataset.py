@@ -263,7 +263,8 @@ class ClipDataset(StoredClips):
             reference_margin: see `stored_clip.draw_window`.
             seed: the first part of every sample's key.
             maps: the modalities to read besides rgb and pose; a clip that lacks one of them is an error.
-            map_sizes: the size (width, height) of maps that are returned smaller than the others, with their aspect.
+            map_sizes: the size (width, height) of maps that are returned smaller than the others, with their aspect, if
+                the set is stored at that size too; else they are returned like the others.
             latents: the folder of these clips' latents, which fit the recipe (`encoding.fit`); then no clip is cached.
             latent_names: what is read from it, see `read_latents`; it replaces the pictures of the same name.
             domain_weights: if given, only one domain of each sample is read; see `domain_draw`.
@@ -280,6 +281,9 @@ class ClipDataset(StoredClips):
             map_sizes=map_sizes,
             before_shard=before_shard,
         )
+        settings = self.index.details.get("settings")
+        listed = settings.get("smaller_sizes", []) if isinstance(settings, dict) else []
+        self._map_sizes = {name: size for name, size in self._map_sizes.items() if list(size) in listed}
         self.width, self.height, self.num_frames = width, height, num_frames
         self.stride, self.flip_probability, self.seed = stride, flip_probability, seed
         self.reference_margin = reference_margin

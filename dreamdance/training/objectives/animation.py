@@ -188,7 +188,7 @@ class AnimationObjective(Objective):
     def _control_maps(self, batch: ClipBatch, keys: list[list[int]]) -> dict[str, Tensor]:
         """The controller's maps `(b f) 3 H W` in [0,1]; maps that stage 1 predicts are blurred to its resolution.
 
-        The loader delivers the latter at that resolution (`TrainingStage.map_sizes`), validation at full size.
+        The loader may deliver the latter at that resolution (`TrainingStage.map_sizes`).
         """
         maps: dict[str, Tensor] = {}
         for name in self.controller.config.controls:

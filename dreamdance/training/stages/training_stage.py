@@ -37,7 +37,7 @@ class TrainingStage(Protocol[AnyObjective]):
 
     @property
     def map_sizes(self) -> Mapping[str, tuple[int, int]]:
-        """The size (width, height) of the maps that the loader delivers smaller than the pictures."""
+        """The size (width, height) of the maps that the loader may deliver smaller than the pictures."""
 
     @property
     def latent_names(self) -> Sequence[str]:
