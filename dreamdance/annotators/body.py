@@ -25,16 +25,16 @@ _Array = NDArray[np.floating[Any]]
 _FOCAL = 1.8
 # Least distance between camera and hips, in metres of a body of standard height.
 _NEAREST = 2.0
-# Limbs with a less visible joint are left out.
+# Arms with a less visible joint are left out: one that is hidden must not lie before the trunk. Legs are not: wide
+# trousers hide their joints, and nothing else of a body is where they are.
 _LEAST_VISIBILITY = 0.3
 _FRAMES_PER_CHUNK = 8
 # How often the joints are moved to the middle of their limbs; each time the girths are fitted again.
 _CENTRINGS = 2
 
 _GREY = dancers.Material("plain", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-# Landmarks of each part; a part is left out of frames in which one of them is not visible enough.
+# Landmarks of each arm.
 _ARM_POINTS = ((11, 13, 15), (12, 14, 16))
-_LEG_POINTS = ((23, 25, 27), (24, 26, 28))
 
 
 class Body:
@@ -134,7 +134,7 @@ def _without_gaps(landmarks: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _surround(seen: SeenBody, girths: dancers.Girths) -> Quadrics:
-    """Puts the dancers' shapes around the skeleton; parts that are not visible enough are left out."""
+    """Puts the dancers' shapes around the skeleton; arms that are not visible enough are left out."""
     skeleton, num_frames = seen.skeleton, len(seen.visibility)
     person = dancers.Identity(
         body=seen.proportions, materials=(_GREY,) * 5, hair_style="short", sleeves=2.0, trousers=2.0, hem=0.0,
@@ -143,13 +143,14 @@ def _surround(seen: SeenBody, girths: dancers.Girths) -> Quadrics:
     body = dancers.BodyShapes(ShapeList(num_frames), dancers.Skins())
     dancers.add_head(body, person, skeleton, girths)
     dancers.add_trunk(body, person, skeleton, girths)
+    for side in (0, 1):
+        dancers.add_leg(body, person, skeleton, girths, side)
     hidden = np.zeros((num_frames, len(body.skins.cuts)), dtype=bool)
-    for add, limbs in ((dancers.add_arm, _ARM_POINTS), (dancers.add_leg, _LEG_POINTS)):
-        for side, points in enumerate(limbs):
-            first = len(body.skins.cuts)
-            add(body, person, skeleton, girths, side)
-            unseen = seen.visibility[:, points].min(axis=1) < _LEAST_VISIBILITY
-            hidden = np.concatenate([hidden, np.tile(unseen[:, None], len(body.skins.cuts) - first)], axis=1)
+    for side, points in enumerate(_ARM_POINTS):
+        first = len(body.skins.cuts)
+        dancers.add_arm(body, person, skeleton, girths, side)
+        unseen = seen.visibility[:, points].min(axis=1) < _LEAST_VISIBILITY
+        hidden = np.concatenate([hidden, np.tile(unseen[:, None], len(body.skins.cuts) - first)], axis=1)
     quadrics = to_camera(body.shapes, np.zeros(3), np.eye(3), sideless=True)
     return leave_out(quadrics, hidden[:, quadrics.skins])
 

@@ -177,7 +177,7 @@ def errors(clip: DancerClip, surface: Surface) -> tuple[float, float]:
     return angular_error(surface.normals, clip.normal, clip.mask).mean, relative
 
 
-def test_a_limb_that_is_not_visible_is_left_out() -> None:
+def test_an_arm_that_is_not_visible_is_left_out() -> None:
     forward = {"right_elbow": (-0.05, 0.35, 0.25), "right_wrist": (0.0, 0.25, 0.45)}
     poses = standing(**forward)
     chest = pixel(0.0, 0.25)
@@ -185,6 +185,19 @@ def test_a_limb_that_is_not_visible_is_left_out() -> None:
     landmarks = poses.landmarks.copy()
     landmarks[:, LANDMARK_NAMES.index("right_elbow"), 3] = 0.1
     assert heights(seen_surface(replace(poses, landmarks=landmarks)), poses)[chest] < 0.2
+
+
+def test_legs_whose_joints_are_uncertain_are_kept() -> None:
+    """Wide trousers hide knees and ankles; without legs the surface there would be flat."""
+    poses = standing()
+    landmarks = poses.landmarks.copy()
+    for name in ("left_knee", "right_knee", "left_ankle", "right_ankle"):
+        landmarks[:, LANDMARK_NAMES.index(name), 3] = 0.1
+    seen, uncertain = seen_surface(poses), seen_surface(replace(poses, landmarks=landmarks))
+    legs = (slice(None), slice(pixel(0.0, -0.3)[0], None))
+    turned = seen.normals[legs][..., 2] < 0.9
+    assert turned.any()
+    assert (uncertain.normals[legs][..., 2] < 0.9)[turned].mean() > 0.9
 
 
 def test_every_pixel_is_finite_and_the_background_is_the_far_end(dancers: list[DancerClip]) -> None:
