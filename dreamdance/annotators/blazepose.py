@@ -15,6 +15,7 @@ from dreamdance.annotators.anchor_detector import AnchorDetector
 from dreamdance.annotators.blazepose_body import BodyNetwork, BodyPass, region_around
 from dreamdance.annotators.blazepose_face import FaceNetworks
 from dreamdance.annotators.blazepose_hands import Hand, HandNetworks, keep_own_hands
+from dreamdance.annotators.heartbeats import beat
 from dreamdance.annotators.picture_regions import Region, whole_picture
 from dreamdance.annotators.protocols import LANDMARK_NAMES, NUM_LANDMARKS, Person, PersonPoses
 from dreamdance.annotators.tflite_network import TfliteNetwork
@@ -96,6 +97,7 @@ class BlazePose:
         return [self._find_people(frame) for frame in rgb]
 
     def _find_people(self, frame: NDArray[np.uint8]) -> list[Person]:
+        beat()
         height, width = frame.shape[:2]
         found = self._detector.detect(frame, whole_picture(width, height), threshold=_DETECTION_SCORE)
         kept: list[BodyPass] = []
@@ -127,6 +129,7 @@ class BlazePose:
         keypoints = np.zeros((num_frames, NUM_KEYPOINTS, 3), dtype=np.float32)
         landmarks = np.zeros((num_frames, NUM_LANDMARKS, 4), dtype=np.float32)
         for index, (frame, person) in enumerate(zip(rgb, people, strict=True)):
+            beat()
             body = self._body.run(frame, person.region) if person is not None else None
             if body is None or body.score < _PERSON_SCORE:
                 continue
@@ -149,6 +152,7 @@ class BlazePose:
         height, width = rgb.shape[1:3]
         mask = np.zeros(rgb.shape[:3], dtype=np.float32)
         for index, frame in enumerate(rgb):
+            beat()
             region = None
             if poses.landmarks is not None:
                 region = region_of_landmarks(poses.landmarks[index], width=width, height=height)

@@ -14,6 +14,7 @@ from dreamdance.annotators.body_centering import centre_joints
 from dreamdance.annotators.body_girths import fit_girths
 from dreamdance.annotators.body_outline import Surface, follow_mask
 from dreamdance.annotators.body_skeleton import SeenBody, find_skeleton
+from dreamdance.annotators.heartbeats import beat
 from dreamdance.annotators.protocols import NUM_LANDMARKS, Depths, PersonPoses
 from dreamdance.annotators.weights import NetworkFile
 from dreamdance.dancers import body as dancers
@@ -91,6 +92,7 @@ class Body:
         seen = find_skeleton(landmarks, width=width, height=height, focal=self.focal, nearest=_NEAREST)
         girths = fit_girths(seen, inside)
         for _ in range(_CENTRINGS):
+            beat()
             landmarks = centre_joints(landmarks, seen, girths, inside)
             seen = find_skeleton(landmarks, width=width, height=height, focal=self.focal, nearest=_NEAREST)
             girths = fit_girths(seen, inside)
@@ -99,6 +101,7 @@ class Body:
         normals = np.zeros((*mask.shape, 3), dtype=np.float32)
         normals[..., 2] = 1.0
         for start in range(0, num_frames, _FRAMES_PER_CHUNK):
+            beat()
             chunk = slice(start, start + _FRAMES_PER_CHUNK)
             _cast(quadrics.frames(chunk), seen.focal, depths[chunk], normals[chunk])
         return follow_mask(Surface(depths, normals), inside, focal=seen.focal, hips=-seen.skeleton.pelvis[:, 2])

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dreamdance.annotators.depth_windows import steady_person
+from dreamdance.annotators.heartbeats import beat
 from dreamdance.annotators.onnx_network import OnnxNetwork
 from dreamdance.annotators.protocols import Depths, PersonPoses
 from dreamdance.annotators.weights import NetworkFile, find_network_file
@@ -157,6 +158,7 @@ class David:
             task: np.empty((*rgb.shape[:3], 3) if task == "normal" else rgb.shape[:3], np.float32) for task in tasks
         }
         for index, frame in enumerate(rgb):
+            beat()
             results = network.run(_to_square(frame, place), shapes=tuple(shapes[task] for task in tasks))
             for task, result in zip(tasks, results, strict=True):
                 maps[task][index] = _to_frame(result, place)

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from dreamdance.annotators.depth_windows import steady_disparity
+from dreamdance.annotators.heartbeats import beat
 from dreamdance.annotators.local_models import find_weights, import_class, to_torch
 from dreamdance.annotators.protocols import Depths, PersonPoses, check_shape
 
@@ -79,6 +80,7 @@ class DepthAnything:
 
     @torch.inference_mode()
     def _estimate(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+        beat()
         inputs = self._processor(images=list(frames), return_tensors="pt", input_data_format="channels_last")
         pixels = inputs["pixel_values"].to(self._device, self._dtype)
         outputs = self._network(pixel_values=pixels)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from dreamdance.annotators.heartbeats import beat
 from dreamdance.media.surfaces import align_disparity
 
 # Video Depth Anything's numbers of frames.
@@ -76,6 +77,7 @@ def align_frames(window: _Values) -> _Values:
     """Brings each frame of a window `(f, H, W)` to the window's median by a scale and a shift."""
     aligned, reference = window, window[len(window) // 2]
     for _ in range(_ROUNDS):
+        beat()
         aligned = np.stack([_apply(fit(frame, reference), frame) for frame in window])
         reference = np.median(aligned, axis=0)
     return aligned

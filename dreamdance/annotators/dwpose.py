@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from dreamdance.annotators.heartbeats import beat
 from dreamdance.annotators.onnx_network import OnnxNetwork
 from dreamdance.annotators.protocols import Person, PersonPoses
 from dreamdance.annotators.weights import NetworkFile, find_network_file
@@ -99,11 +100,13 @@ class DWPose:
         """Finds the key points of one person, whose box in each frame is given; None where it was not found."""
         keypoints = np.zeros((len(rgb), NUM_KEYPOINTS, 3), np.float32)
         for index, (frame, person) in enumerate(zip(rgb, people, strict=True)):
+            beat()
             if person is not None:
                 keypoints[index] = self._find_points(frame, person.box)
         return PersonPoses(keypoints)
 
     def _find_in_frame(self, frame: NDArray[np.uint8]) -> list[Person]:
+        beat()
         height, width = frame.shape[:2]
         ratio = min(DETECTOR_SIZE / height, DETECTOR_SIZE / width)
         inner_height, inner_width = int(height * ratio), int(width * ratio)

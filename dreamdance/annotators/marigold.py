@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from dreamdance.annotators.heartbeats import beat
 from dreamdance.annotators.local_models import find_weights, import_class, to_torch
 from dreamdance.annotators.protocols import PersonPoses, check_shape
 
@@ -86,6 +87,7 @@ class Marigold:
         noise = self._draw_noise(Image.fromarray(rgb[0]))
         normals, last = [], None
         for frame in rgb:
+            beat()
             result = self._pipeline(
                 Image.fromarray(frame),
                 num_inference_steps=self._num_steps,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dreamdance.annotators.heartbeats import beat
 from dreamdance.annotators.weights import NetworkFile, find_network_file
 
 TRANSNETV2 = NetworkFile(
@@ -75,6 +76,7 @@ class ShotNetwork:
             )
         kept = [torch.zeros(0)]
         for window in _windows(frames):
+            beat()
             logits = self._network(torch.from_numpy(window).to(self._device)[None])
             kept.append(torch.sigmoid(logits)[0, _CONTEXT : _CONTEXT + _KEPT].cpu())
         return torch.cat(kept)[: len(frames)].numpy()

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from dreamdance.annotators.heartbeats import beat
 from dreamdance.annotators.transnetv2 import FRAME_HEIGHT, FRAME_WIDTH, ShotNetwork
 from dreamdance.annotators.weights import NetworkFile
 
@@ -137,10 +138,12 @@ class HistogramDetector:
         colours = _colour_shares(frames)
         values = np.zeros(num_frames, np.float32)
         for frame in range(num_frames - 1):
+            beat()
             before = colours[max(0, frame + 1 - _REACH) : frame + 1]
             after = colours[frame + 1 : frame + 1 + _REACH]
             values[frame] = 0.5 * np.abs(before[:, None] - after[None]).sum(axis=2).min()
         for frame in range(_HALF_SPAN, num_frames - _HALF_SPAN - 1):
+            beat()
             change = 0.5 * float(np.abs(colours[frame - _HALF_SPAN] - colours[frame + 1 + _HALF_SPAN]).sum())
             if change > values[frame]:
                 values[frame] = max(values[frame], change * _blend_share(frames, frame))
@@ -151,6 +154,7 @@ def _colour_shares(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Histograms of frames `(f, H, W, 3)` over 512 colours: `(f, 512)` float32, each of sum 1."""
     shares = np.empty((len(frames), 1 << 3 * _BITS), np.float32)
     for row, frame in enumerate(frames):  # one at a time: a video of an hour has 100,000
+        beat()
         red, green, blue = np.moveaxis(frame.astype(np.int64) >> (8 - _BITS), -1, 0)
         bins = (red << 2 * _BITS) + (green << _BITS) + blue
         shares[row] = np.bincount(bins.ravel(), minlength=shares.shape[1])

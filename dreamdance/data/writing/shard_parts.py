@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dreamdance.annotators.axes import AxesError
+from dreamdance.annotators.heartbeats import heartbeats_to
 from dreamdance.data.shards.frame_codecs import Codec
 from dreamdance.data.shards.mds import INDEX_FILE, MDSWriter
 from dreamdance.data.shards.tracks import TRACK_COLUMNS
@@ -259,13 +260,14 @@ def _write_clips(
     )
     damage = None
     try:
-        for record in part.make():
-            if record is None:
-                beat()
-                continue
-            writer.write(record if isinstance(record, dict) else shard_format.to_sample(record))
-            os.utime(incoming)  # the heartbeat that the parent process watches
-            on_clip()
+        with heartbeats_to(beat):
+            for record in part.make():
+                if record is None:
+                    beat()
+                    continue
+                writer.write(record if isinstance(record, dict) else shard_format.to_sample(record))
+                os.utime(incoming)  # the heartbeat that the parent process watches
+                on_clip()
     except UserError as error:
         if part.source is None or is_transient(error) or isinstance(error, NOT_DAMAGE):
             raise
