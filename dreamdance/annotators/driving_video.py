@@ -1,10 +1,12 @@
 """Driving videos: which frames are taken, and how the found key points become the skeleton that is drawn."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dreamdance.annotators.people import Box, check_choice
 from dreamdance.errors import UserError
 from dreamdance.media.alignment import align_keypoints
 from dreamdance.media.keypoint_filter import filter_keypoints
@@ -20,6 +22,24 @@ _RATE_TOLERANCE = 1.01
 
 class NobodyFoundError(UserError):
     """A picture or a video shows no person that the annotator finds; the text names it."""
+
+
+def check_options(*, align: str | None, person: int | Box | None, fps: float | None) -> None:
+    """Checks what a user asks for, before a long search.
+
+    Args:
+        align: `scale`, `bones` or None.
+        person: whom to follow, see `people.follow_person`.
+        fps: frames per second, or None.
+
+    Raises:
+        UserError: a value is not accepted.
+    """
+    if align not in (None, "scale", "bones"):
+        raise UserError(f"align {align!r} must be 'scale' or 'bones', or None, which leaves the skeleton as it is")
+    if fps is not None and not (isinstance(fps, int | float) and math.isfinite(fps) and fps > 0):
+        raise UserError(f"fps {fps!r} must be a number above 0, or None, which keeps the video's")
+    check_choice(person)
 
 
 def choose_frames(video: VideoInfo, fps: float | None) -> list[int]:
@@ -95,8 +115,6 @@ def fit_sequence(driving: KeypointSequence, reference: KeypointSequence, align: 
     Raises:
         UserError: the skeleton cannot be fitted.
     """
-    if align not in ("scale", "bones"):
-        raise UserError(f"align {align!r} must be 'scale' or 'bones'")
     keypoints = (retarget_bones if align == "bones" else align_keypoints)(driving, reference)
     return replace(driving, keypoints=keypoints, width=reference.width, height=reference.height)
 

@@ -101,9 +101,9 @@ def follow_person(
 
     Raises:
         NoSuchPersonError: there is no such person. If nobody was found, all choices but the default are such.
-        ValueError: the choice is neither.
+        UserError: the choice is neither.
     """
-    _check_choice(choice)
+    check_choice(choice)
     tracks = _connect(people)
     tracks.sort(key=lambda track: -_importance(track, width, height))
     if not tracks:
@@ -121,14 +121,15 @@ def follow_person(
     )
 
 
-def _check_choice(choice: int | Box | None) -> None:
+def check_choice(choice: int | Box | None) -> None:
+    """Raises UserError if a choice is neither a place in the order of importance nor a box."""
     if choice is None or (type(choice) is int and choice >= 0):
         return
     if isinstance(choice, Sequence) and len(choice) == 4 and all(type(value) in (int, float) for value in choice):
         left, top, right, bottom = choice
         if 0 <= left < right <= 1 and 0 <= top < bottom <= 1:
             return
-    raise ValueError(
+    raise UserError(
         f"person: {choice!r}; accepted is a whole number from 0 (the largest and most central), or a box [left, top, "
         "right, bottom] in fractions of the frame with left < right and top < bottom"
     )

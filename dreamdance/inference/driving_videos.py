@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dreamdance.annotators.driving_video import choose_frames, to_reference, to_sequence
 from dreamdance.annotators.opening import open_annotator
+from dreamdance.annotators.people import NoSuchPersonError
 from dreamdance.annotators.protocols import PoseAnnotator
 from dreamdance.annotators.video_person import find_in_picture, find_in_video
 from dreamdance.data.annotation.side_files import Arrays, SideFiles, StageKey
@@ -91,7 +92,7 @@ class KeypointFinder:
         try:
             keypoints = self._make(StageKey("video", settings, [state.sha256]), find)
         except UserError as error:
-            if type(error) is UserError:  # about people, who are named without the video
+            if type(error) in (UserError, NoSuchPersonError):  # about people, who are named without the video
                 raise UserError(f"{video.path}: {error}") from error
             raise
         return to_sequence(video, keypoints, fps=fps or video.fps, smooth=self._section.smooth)

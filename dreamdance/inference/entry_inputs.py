@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dreamdance.annotators.driving_video import fit_sequence
+from dreamdance.annotators.driving_video import choose_frames, fit_sequence
 from dreamdance.errors import UserError
 from dreamdance.inference.driving_videos import KeypointFinder
 from dreamdance.inference.manifest import ManifestEntry
@@ -23,6 +24,7 @@ from dreamdance.media.transforms import pictures_to_tensor, resize_images, resiz
 from dreamdance.media.video import VideoInfo, iterate_frames, probe_video
 from dreamdance.modalities import MODALITIES
 from dreamdance.runs.file_states import FileState, read_state
+from dreamdance.runtime.available_memory import available_memory
 
 MAX_FRAMES = 50_000
 _Value = TypeVar("_Value")
@@ -102,29 +104,47 @@ def load_inputs(
         finder: finds the key points of a driving video; needed for entries that name one.
 
     Raises:
-        UserError: a file is missing, damaged or too large, nobody is found in a video, or the skeleton cannot be
-            aligned.
+        UserError: a file is missing, damaged or too large, the frames exceed the free memory, nobody is found in a
+            video, or the skeleton cannot be aligned.
     """
+    pixels = sum(size.width * size.height for size in (*pose_sizes, *[aspect] * (1 + len(maps))))
+    check_memory = partial(_check_memory, entry, frame_bytes=pixels * 3 * 4)  # float32
     picture = read_picture(entry.image)
     reference = _cut(picture, aspect)
     video = None if entry.video is None else probe_video(entry.video)
     if entry.pose is not None:
-        drawings, fps = _decode(entry.pose)
+        drawings, num_frames, fps = _decode(entry.pose)
+        check_memory(num_frames)
     else:
+        if video is not None:
+            check_memory(len(choose_frames(video, entry.fps)))  # before a long search
         sequence = _read_skeleton(entry, video, finder)
         if entry.align is not None:
             sequence = fit_sequence(sequence, _read_body(entry, picture, finder), entry.align)
-        drawings, fps = _draw(sequence, entry.keypoints or _given(entry.video)), sequence.fps
-    frames: dict[Size, list[Tensor]] = {size: [] for size in pose_sizes}
-    for drawing in drawings:
+        num_frames, fps = len(sequence.keypoints), sequence.fps
+        check_memory(num_frames)
+        drawings = _draw(sequence, entry.keypoints or _given(entry.video))
+    poses = {size: torch.zeros(num_frames, 3, size.height, size.width) for size in pose_sizes}
+    for number, drawing in enumerate(drawings):
         cut = pictures_to_tensor(_cut(drawing, aspect))
-        for size, resized in frames.items():
-            resized.append(resize_images(cut, size.height, size.width))
-    poses = {size: torch.stack(resized).clamp(0, 1) for size, resized in frames.items()}
-    given = {name: _read_map(entry, name, aspect, num_frames=len(next(iter(poses.values())))) for name in maps}
+        for size, resized in poses.items():
+            resized[number] = resize_images(cut, size.height, size.width).clamp(0, 1)
+    given = {name: _read_map(entry, name, aspect, num_frames=num_frames) for name in maps}
     return EntryInputs(
         reference=pictures_to_tensor(reference), poses=poses, fps=entry.fps or fps, maps=given, video=video
     )
+
+
+def _check_memory(entry: ManifestEntry, num_frames: int, *, frame_bytes: int) -> None:
+    """Refuses an entry whose drawings, maps and results alone take more than the free memory."""
+    needed, available = num_frames * frame_bytes, available_memory()
+    if available is not None and needed > available:
+        file = entry.pose or entry.keypoints or entry.video
+        cure = "lower 'fps', or cut the video" if entry.video is not None else "divide it into shorter entries"
+        raise EntryError(
+            f"{file}: the drawings and results of {num_frames} frames take at least {needed / 2**30:.1f} GiB of "
+            f"memory, and {available / 2**30:.1f} GiB are free; {cure}"
+        )
 
 
 def _read_skeleton(entry: ManifestEntry, video: VideoInfo | None, finder: KeypointFinder | None) -> KeypointSequence:
@@ -164,18 +184,20 @@ def _draw(sequence: KeypointSequence, path: Path) -> Iterator[NDArray[np.uint8]]
     return (draw_pose(points, width=sequence.width, height=sequence.height) for points in sequence.keypoints)
 
 
-def _decode(path: Path) -> tuple[Iterator[NDArray[np.uint8]], float]:
+def _decode(path: Path) -> tuple[Iterator[NDArray[np.uint8]], int, float]:
+    """The frames of a video, their number and their rate."""
     video = probe_video(path)
     if video.num_frames > MAX_FRAMES:
         raise EntryError(f"{path} has {video.num_frames} frames; accepted are up to {MAX_FRAMES}")
-    return iterate_frames(video, video.constant_rate_frames()), video.fps
+    frames = video.constant_rate_frames()
+    return iterate_frames(video, frames), len(frames), video.fps
 
 
 def _read_map(entry: ManifestEntry, name: str, size: Size, *, num_frames: int) -> Tensor:
     """Reads a control map that the entry gives as a video, `f 3 H W` in [0, 1]."""
     if name not in entry.maps:
         raise EntryError(f"stage 2 reads {name} maps, which stage 1 does not make: add '{name}', a video of them")
-    frames, _ = _decode(entry.maps[name])
+    frames, _, _ = _decode(entry.maps[name])
     kind = MODALITIES[name].kind
     cuts = (pictures_to_tensor(_cut(frame, size)) for frame in frames)
     images = torch.stack([resize_map(cut, size.height, size.width, kind=kind) for cut in cuts]).clamp(0, 1)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from PIL import Image
 
-from dreamdance.annotators.driving_video import choose_frames, fit_sequence, to_reference, to_sequence
+from dreamdance.annotators.driving_video import check_options, choose_frames, fit_sequence, to_reference, to_sequence
 from dreamdance.annotators.opening import open_annotator
 from dreamdance.annotators.people import Box
 from dreamdance.annotators.protocols import PoseAnnotator
@@ -58,14 +58,21 @@ def poses_from_video(
         device: `cpu` or `cuda`, for an annotator's name.
 
     Raises:
-        UserError: a file, the weights or the person cannot be found; the skeleton cannot be fitted.
+        UserError: a value is not accepted; a file, the weights or the person cannot be found; the skeleton cannot be
+            fitted.
     """
+    check_options(align=align, person=person, fps=fps)
     if align is not None and image is None:
         raise UserError("align needs `image`, to whose person the skeleton is fitted")
     opened = open_annotator(annotator, weights=weights, device=device) if isinstance(annotator, str) else annotator
     if not isinstance(opened, PoseAnnotator):
         raise UserError(f"annotator: {annotator} finds no poses")
     source = probe_video(video)
+    body = None
+    if align is not None and image is not None:  # before the video, which takes longer
+        picture = read_picture(Path(image))
+        height, width = picture.shape[:2]
+        body = to_reference(find_in_picture(opened, picture), width=width, height=height, where=str(image))
     search = find_in_video(opened, source, choose_frames(source, fps), person=person)
     while True:
         try:
@@ -74,10 +81,7 @@ def poses_from_video(
             keypoints = found.value.keypoints
             break
     sequence = to_sequence(source, keypoints, fps=fps or source.fps, smooth=smooth)
-    if align is not None and image is not None:
-        picture = read_picture(Path(image))
-        height, width = picture.shape[:2]
-        body = to_reference(find_in_picture(opened, picture), width=width, height=height, where=str(image))
+    if align is not None and body is not None:
         sequence = fit_sequence(sequence, body, align)
     size = {"width": sequence.width, "height": sequence.height}
     return DrivingPoses([Image.fromarray(draw_pose(points, **size)) for points in sequence.keypoints], sequence.fps)

@@ -1,6 +1,7 @@
 """`animate` with driving videos: the same results as from the true key points, kept key points, sound, clear errors."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from support.sounds import sound_packets, write_video_with_sound
 from support.tiny_pipelines import tiny_animation_pipeline
 
 from dreamdance.dancers.render import HELD_OUT_SEEDS, render_clip
-from dreamdance.errors import MissingInputError
+from dreamdance.errors import MissingInputError, UserError
 from dreamdance.inference.animate import AnimateError, animate
 from dreamdance.media.keypoints import KeypointSequence, write_keypoint_file
 from dreamdance.media.pose_drawing import draw_poses
@@ -169,6 +170,28 @@ def test_missing_weights_end_the_run_before_anything_is_animated(job):
     with pytest.raises(MissingInputError, match=r"pose_detection.tflite: the weights.*tools/networks.sh"):
         job.run({"video": "b.mp4"}, pose="blazepose", weights=str(job.folder))
     assert not (job.folder / "results" / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fps": 0}, "fps 0 must be a number above 0"),
+        ({"fps": -5.0}, "fps -5.0 must be a number above 0"),
+        ({"fps": float("nan")}, "fps nan must be a number above 0"),
+        ({"align": "bone", "image": "a.png"}, "align 'bone' must be 'scale' or 'bones'"),
+        ({"align": "bones"}, "align needs `image`"),
+        ({"person": -1}, "person: -1; accepted is a whole number from 0"),
+        ({"person": (0.1, 0.1, 0.05, 0.5)}, "left < right"),
+        ({"align": "scale", "image": "no.png"}, "no.png"),
+    ],
+    ids=str,
+)
+def test_the_function_for_pipelines_checks_its_arguments_before_it_searches_the_video(job, options, message):
+    seen = EXACT.frames_seen
+    given = {**options, "image": job.folder / options["image"]} if "image" in options else options
+    with pytest.raises(UserError, match=re.escape(message)):
+        poses_from_video(job.folder / "b.mp4", annotator=EXACT, **given)
+    assert EXACT.frames_seen == seen
 
 
 def test_the_function_for_pipelines_draws_the_true_poses(job, dancers):

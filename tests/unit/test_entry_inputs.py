@@ -178,6 +178,30 @@ def test_too_long_videos_and_too_large_drawings_are_refused_before_they_fill_the
         load_inputs(changed(entry, keypoints=tmp_path / "large.json"), aspect=SQUARE, pose_sizes={SQUARE})
 
 
+def test_entries_that_need_more_than_the_free_memory_are_refused_before_anything_is_drawn(
+    entry: ManifestEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three frames take 3 x 3 x 4 bytes for each pixel of both sizes of drawings and of the results."""
+    write_video(tmp_path / "pose.mp4", [np.zeros((64, 64, 3), np.uint8)] * 3, fps=10.0)
+    needed = 36 * (16 * 16 + 16 * 16 + 8 * 8)
+    asked = {"aspect": SQUARE, "pose_sizes": {SQUARE, Size(8, 8)}}
+    poses = [entry, changed(entry, keypoints=None, pose=tmp_path / "pose.mp4")]
+    monkeypatch.setattr(entry_inputs, "available_memory", lambda: needed)
+    for given in poses:
+        assert len(load_inputs(given, **asked).poses[SQUARE]) == 3
+    monkeypatch.setattr(entry_inputs, "available_memory", lambda: needed - 1)
+    monkeypatch.setattr(entry_inputs, "draw_pose", None)
+    for given, name in zip(poses, ("keypoints.json", "pose.mp4"), strict=True):
+        with pytest.raises(EntryError, match=rf"{name}: .* 3 frames take at least .* GiB are free; divide it"):
+            load_inputs(given, **asked)
+    video = changed(entry, keypoints=None, video=tmp_path / "pose.mp4")  # there is no finder: it is not searched
+    with pytest.raises(EntryError, match=r"of 3 frames .*; lower 'fps', or cut the video"):
+        load_inputs(video, **asked)
+    monkeypatch.setattr(entry_inputs, "available_memory", lambda: 0)
+    with pytest.raises(EntryError, match=r"of 2 frames"):
+        load_inputs(changed(video, fps=5.0), **asked)
+
+
 @pytest.mark.parametrize("align", ["scale", "bones"])
 def test_aligned_key_points_are_drawn_in_the_references_frame(
     entry: ManifestEntry, tmp_path: Path, align: Alignment
