@@ -2,6 +2,7 @@
 
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,13 @@ def clips() -> list[ShownClip]:
         ShownClip(f"clip_{number}", f"dance {number}.mp4, 0.0 to 1.2 s", record.fps, record.maps, SCORES[number])
         for number, record in enumerate(records)
     ]
+
+
+@pytest.mark.parametrize("source", ["Танец.mp4, 0.0 to 1.2 s", "舞蹈.mp4", "café.mp4", "رقص.mp4"])
+def test_a_name_that_the_font_cannot_show_leaves_the_id_alone(clips, source):
+    alone, named = (draw_tile(replace(clips[0], source=text)) for text in ("", "dance.mp4"))
+    np.testing.assert_array_equal(draw_tile(replace(clips[0], source=source)), alone)
+    assert (named != alone).any()
 
 
 def test_a_strip_shows_the_maps_in_their_order(clips):

@@ -18,18 +18,24 @@ _TEXT_SIZE = 12
 _LINE_HEIGHT = 15
 _SCORES_PER_LINE = 4
 _MARGIN = 6
+# Unicode will never give it a meaning, so no font has a glyph for it.
+_NO_CHARACTER = "\uffff"
 _LARGEST_STRIP = 640  # pixels; strips of wide pictures are reduced to it
 _BACKGROUND, _INK, _FAINT_INK = (250, 250, 250), (25, 25, 25), (95, 95, 95)
 
 
 def draw_tile(clip: ShownClip) -> NDArray[np.uint8]:
-    """Draws the middle frame of a clip with all maps, and its name and scores below: `(H, W, 3)` uint8."""
+    """Draws the middle frame of a clip with all maps, and its name and scores below: `(H, W, 3)` uint8.
+
+    The name of its video is left out if the font, which has English letters alone, cannot show it.
+    """
     strip = Image.fromarray(strip_frame(clip, len(clip.maps["rgb"]) // 2, height=_PICTURE_HEIGHT))
     if strip.width > _LARGEST_STRIP:
         strip = strip.resize((_LARGEST_STRIP, round(strip.height * _LARGEST_STRIP / strip.width)))
     font = ImageFont.load_default(size=_TEXT_SIZE)
     scores = score_texts(clip.scores)
-    lines = [f"{clip.clip_id}  {clip.source}"]
+    named = f"{clip.clip_id}  {clip.source}"
+    lines = [named if _has_glyphs(font, named) else clip.clip_id]
     lines += ["   ".join(scores[start : start + _SCORES_PER_LINE]) for start in range(0, len(scores), _SCORES_PER_LINE)]
     width = max([strip.width, *(round(font.getlength(line)) for line in lines[1:])])
     tile = Image.new("RGB", (width, strip.height + len(lines) * _LINE_HEIGHT + 2), _BACKGROUND)
@@ -69,6 +75,12 @@ def write_contact_sheet(path: Path, tiles: Sequence[NDArray[np.uint8]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_atomically(path) as temporary:
         Image.fromarray(join_tiles(tiles)).save(temporary, format="PNG")
+
+
+def _has_glyphs(font: ImageFont.ImageFont | ImageFont.FreeTypeFont, text: str) -> bool:
+    """Whether a font can show a text; it shows all characters that it lacks as the same box."""
+    box = bytes(font.getmask(_NO_CHARACTER))
+    return all(bytes(font.getmask(character)) != box for character in set(text))
 
 
 def _shorten(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
