@@ -15,8 +15,9 @@ from support.video_folders import stored_clips, videos_recipe
 
 from dreamdance.dancers.render import HELD_OUT_SEEDS, render_clip
 from dreamdance.data.annotation.networks import open_networks
+from dreamdance.data.loading.stored_clip import draw_window
 from dreamdance.data.prepare import prepare
-from dreamdance.data.shards.columns import encode_normal
+from dreamdance.data.shards.columns import encode_normal, metric_disparity
 from dreamdance.data.writing.map_files import as_video
 from dreamdance.data.writing.video_opening import open_videos, read_given_keypoints
 from dreamdance.errors import MissingInputError, ShardError
@@ -138,9 +139,17 @@ def test_each_clip_has_scores_provenance_and_references_of_its_whole_video(job):
         truth = job.clips[clip.clip_id[0]]
         reference = clip.frames("rgb", subject="references").astype(int)
         assert np.abs(reference - truth.rgb[[4, 12, 20]]).mean() < 8
+        disparity = clip.frames("depth", subject="references") / 65535.0
+        for values, depth_range, frame in zip(
+            disparity, clip.metadata["reference_depth_ranges"], [4, 12, 20], strict=True
+        ):
+            mask = truth.mask[frame]
+            np.testing.assert_allclose(
+                1 / metric_disparity(values, depth_range)[mask], truth.depth[frame][mask], rtol=1e-3
+            )
 
 
-def test_given_files_win_over_annotators(job):
+def test_given_files_win_over_annotators(job, caplog):
     truth = job.clips["a"]
     moved = truth.keypoints.copy()
     moved[..., 0] += 0.05
@@ -157,13 +166,51 @@ def test_given_files_win_over_annotators(job):
     for number, clip in enumerate(found):
         np.testing.assert_allclose(clip.keypoints, moved[8 * number : 8 * number + 8], atol=1e-6)
         np.testing.assert_array_equal(clip.frames("mask"), np.uint8(255) * mask[:8])
-        assert (
-            np.abs(clip.frames("normal").astype(int) - encode_normal(normals[8 * number : 8 * number + 8])).max() <= 1
-        )
+        stored = clip.frames("normal").astype(int)
+        part = slice(8 * number, 8 * number + 8)
+        assert np.abs(stored - encode_normal(normals[part]))[mask[part]].max() <= 1
+        assert (stored[~mask[part]] == [128, 128, 255]).all()  # the annotator of depth sees no background
         assert set(clip.metadata["given"]) == {"keypoints", "mask", "normal"}
     others = only(job.clips_of(), "b")
     assert all(not clip.metadata["given"] for clip in others)
     assert [clip.metadata["source"] for clip in others] == ["b.MOV"] * 3
+    assert caplog.text.count("the background of 1 given maps is not stored, such as that of ") == 1
+    assert "a.normal.npz, because `videos.annotators.depth` (support.true_maps:open_truth) sees none" in caplog.text
+    assert "drawings of poses" not in caplog.text
+
+
+def test_given_depth_has_the_wall_of_the_normals_that_see_no_background(job):
+    truth = job.clips["a"]
+    np.savez(job.videos / "a.depth.npz", depth=truth.depth)
+    found = only(job.run(), "a")
+    assert len(found) == 3
+    for number, clip in enumerate(found):
+        part = slice(8 * number, 8 * number + 8)
+        low, high = clip.metadata["depth_range"]
+        depth = 1 / (low + (high - low) * clip.frames("depth") / 65535.0)
+        np.testing.assert_allclose(depth[truth.mask[part]], truth.depth[part][truth.mask[part]], rtol=1e-3)
+        assert (clip.frames("depth")[~truth.mask[part]] == 0).all()
+        assert clip.metadata["background"] == "none"
+
+
+def test_clips_of_a_drawing_without_key_points_are_never_mirrored(job, caplog):
+    """Else the set would be trained on two styles: the drawing, and the mirrored drawing of other key points."""
+    drawing = np.full((NUM_FRAMES, HEIGHT, WIDTH, 3), np.uint8([255, 0, 0]))
+    for name in "ab":
+        write_video(job.videos / f"{name}.pose.mkv", drawing, fps=FPS, lossless=True)
+    write_keypoint_file(job.videos / "b.keypoints.json", KeypointSequence(job.clips["b"].keypoints, WIDTH, HEIGHT, FPS))
+    found = job.run()
+    for name, has_keypoints in {"a": False, "b": True, "c": True}.items():
+        for clip in only(found, name):
+            assert clip.has_keypoints == has_keypoints
+            window = draw_window(clip, (0, 0, 0), num_frames=4, stride=(1, 1), flip_probability=1.0)
+            assert window.flip == has_keypoints
+            if name in "ab":
+                np.testing.assert_array_equal(clip.frames("pose"), drawing[:8])
+            assert clip.metadata["scores"]["visible_joints"] > 0.8
+    assert "1 drawings of poses have no key points beside them, such as " in caplog.text
+    assert caplog.text.count("drawings of poses") == 1
+    assert f"{job.videos / 'a.pose.mkv'}: clips" in caplog.text
 
 
 def test_a_given_map_with_a_turned_axis_is_a_problem_of_that_video(job):

@@ -76,7 +76,7 @@ def make_maps(
         poses: the person of the clip's shot.
         frames: the clip's frames, as numbers in the video.
         crop: the part of the video's frames that the pictures show.
-        given: the maps that need not be made.
+        given: the maps that need not be made; a map has no background either if the other's annotator sees none.
 
     Raises:
         AxesError: normals and depth disagree in the sign of an axis.
@@ -118,11 +118,11 @@ def make_maps(
         normal = given.maps["normal"]
     else:
         normal = (yield from _kept(stages, key("normal", mask_digest), make_normal))["normal"]
-        if not sees_background:
-            normal = np.where(inside[..., None], normal, encode_normal(np.array([0, 0, 1])))
+    if not sees_background:
+        normal = np.where(inside[..., None], normal, encode_normal(np.array([0, 0, 1])))
     depth_range = None
     if "depth" in given.maps:
-        depth = given.maps["depth"]
+        depth = given.maps["depth"] if sees_background else np.where(inside, given.maps["depth"], np.uint16(0))
         depths = Depths(depth.astype(np.float32) / 65535, "disparity")
     else:
         kept = yield from _kept(stages, key("depth", mask_digest), make_depth)

@@ -113,6 +113,11 @@ class _AnnotatedVideo:
     def rgb(self) -> VideoInfo:
         return self.stages.video
 
+    @property
+    def has_drawing(self) -> bool:
+        """Whether poses are given as a drawing alone: found key points would be drawn in another style if mirrored."""
+        return "pose" in self.files and self.keypoints is None
+
     @classmethod
     def open(cls, source: VideosSource, name: str, side_files: Path) -> Generator[None, None, "_AnnotatedVideo"]:
         """Opens the files of a video and finds its shots, its motion and its black bars."""
@@ -233,7 +238,7 @@ class _AnnotatedVideo:
             clip_id=clip_id,
             fps=self.rgb.fps / self.source.frame_stride,
             maps=maps,
-            keypoints=keypoints,
+            keypoints=None if self.has_drawing else keypoints,
             metadata=self._metadata(
                 poses, piece, part, made, self._measure(poses, piece, maps["rgb"], keypoints, made)
             ),
@@ -245,10 +250,12 @@ class _AnnotatedVideo:
         """The references of one person in one crop; their positions are counted from the video's first frame."""
         regular = {frame: place for place, frame in enumerate(self.rgb.constant_rate_frames())}
         positions, of_references, their_keypoints = list[int](), list[dict[str, NDArray[Any]]](), list[NDArray[Any]]()
+        ranges = list[tuple[float, float] | None]()
         for shot, frames in references:
             for crop, group in self._group_by_crop(shot, frames, part):
-                found, points, _ = yield from self._make_frames(shot, group, crop)
+                found, points, made = yield from self._make_frames(shot, group, crop)
                 positions += [regular[frame] for frame in group]
+                ranges += [self._depth_range(made)] * len(group)
                 of_references.append(found)
                 their_keypoints.append(points)
         order = np.argsort(positions, kind="stable").tolist()
@@ -257,7 +264,8 @@ class _AnnotatedVideo:
         return References(
             [positions[place] for place in order],
             {name: np.concatenate([found[name] for found in of_references])[order] for name in of_references[0]},
-            np.concatenate(their_keypoints)[order],
+            None if self.has_drawing else np.concatenate(their_keypoints)[order],
+            [ranges[place] for place in order],
         )
 
     def _find_crop(self, poses: FollowedPoses, frames: list[int]) -> Crop:
@@ -299,6 +307,9 @@ class _AnnotatedVideo:
         pose = read["pose"] if "pose" in read else draw_poses(keypoints, width=width, height=height)
         maps = {"rgb": read["rgb"], "pose": pose, "normal": made.normal, "depth": made.depth, "mask": made.mask}
         return maps, keypoints, made
+
+    def _depth_range(self, made: ClipMaps) -> tuple[float, float] | None:
+        return self.ranges["depth"].ends if is_metric(self.files.get("depth")) else made.depth_range
 
     def _measure(
         self,
@@ -350,8 +361,7 @@ class _AnnotatedVideo:
             "scores": scores.to_json(),
             "smoothed_jitter": _finite(measure_jitter(sequence)),
         }
-        depth_range = self.ranges["depth"].ends if is_metric(self.files.get("depth")) else made.depth_range
-        if depth_range is not None:
+        if (depth_range := self._depth_range(made)) is not None:
             metadata["depth_range"] = list(depth_range)
         if not made.sees_background:
             metadata["background"] = "none"

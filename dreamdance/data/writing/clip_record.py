@@ -30,6 +30,8 @@ class References:
             frames of the source, and negative before the clip.
         maps: frames by modality, as in `ClipRecord`; rgb is required.
         keypoints: `(n, 128, 3)` float32.
+        depth_ranges: for each reference, its `depth_range` (`data.shards.columns`), or None if its depth has no unit;
+            empty if all have the clip's. The clip's metadata store them as `reference_depth_ranges`.
         encoded: the maps that were encoded already. The clips of a video share it by `seen_from`, so that their common
             references are resized and encoded once.
     """
@@ -37,6 +39,7 @@ class References:
     positions: Sequence[int]
     maps: Mapping[str, NDArray[Any]]
     keypoints: NDArray[np.float32] | None = None
+    depth_ranges: Sequence[tuple[float, float] | None] = ()
     encoded: dict[tuple[Any, ...], EncodedMap] = field(default_factory=dict, compare=False, repr=False)
 
     def seen_from(self, first: int) -> "References":
@@ -106,11 +109,14 @@ class ClipRecord:
         references = self.references
         if references is not None and references.keypoints is not None:
             writer.add_keypoints("references", _checked_keypoints(references.keypoints, len(references.positions)))
+        metadata = self.metadata
+        if references is not None and any(references.depth_ranges):
+            metadata = metadata | {"reference_depth_ranges": list(references.depth_ranges)}
         head = ClipHead(
             clip_id=self.clip_id,
             num_frames=num_frames,
             fps=self.fps,
-            metadata=self.metadata,
+            metadata=metadata,
             tracks=(),
             reference_positions=() if references is None else tuple(int(place) for place in references.positions),
             frame_step=self.frame_step,

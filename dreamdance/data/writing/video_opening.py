@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import chain
 from pathlib import Path
@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dreamdance.data.writing.given_files import GivenFiles
 from dreamdance.data.writing.map_files import (
     MapSource,
     as_video,
     candidate_files,
-    lossy_reason,
     open_map,
     present_files,
 )
@@ -138,27 +138,23 @@ def check_videos(
         VideoError: the storage fails.
     """
     problems: dict[str, str] = {}
-    losses: dict[str, str] = {}
+    given = GivenFiles(source)
     with ThreadPoolExecutor(num_threads) as pool:
         opened = {pool.submit(open_videos, source, name): name for name in names}
         try:
             for number, future in enumerate(as_completed(opened), start=1):
                 on_video(number)
                 try:
-                    losses |= _losses(future.result())
+                    videos, keypoints = future.result(), keypoints_path(source, opened[future])
+                    given.add(videos, has_keypoints=os.path.lexists(keypoints))
                 except VideoError as error:
                     if is_transient(error):
                         raise
                     problems[opened[future]] = str(error)
         finally:
             pool.shutdown(cancel_futures=True)  # after an error the rest is not opened
-    if losses and Ranks.from_environment().is_main:
-        logger.warning(
-            "%d maps of depth or normals are not exact, such as %s (%s): give depth as .mkv (-c:v ffv1 -pix_fmt "
-            "gray16le) or .npz, normals as .mkv (-c:v ffv1) or .npz",
-            len(losses),
-            *min(losses.items()),
-        )
+    if Ranks.from_environment().is_main:
+        given.report()
     return problems
 
 
@@ -170,12 +166,6 @@ def _file_problem(path: Path) -> str | None:
     if not path.is_file():
         return f"{path} is not a file"
     return None if os.access(path, os.R_OK, effective_ids=True) else f"{path} cannot be read (permission denied)"
-
-
-def _losses(videos: Mapping[str, MapSource]) -> dict[str, str]:
-    """The files of depth and normals that are not exact, and why."""
-    reasons = {printable(source.path): lossy_reason(source, modality) for modality, source in videos.items()}
-    return {path: reason for path, reason in reasons.items() if reason is not None}
 
 
 def _shape_problem(rgb: VideoInfo, array: MapArray) -> str | None:
