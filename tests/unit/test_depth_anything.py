@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.tiny_annotators import save_depth_anything
+from support.true_networks import save_true_depth_anything
 from transformers import pipeline
 
 from dreamdance.annotators.depth_anything import DepthAnything
@@ -56,6 +57,34 @@ def test_a_metric_network_returns_distances(tmp_path, frames):
     depths = DepthAnything(folder).annotate_depth(frames, NOBODY, np.ones(frames.shape[:3]))
     assert depths.kind == "depth"
     np.testing.assert_allclose(depths.values, official(folder, frames), rtol=1e-4)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("kind", ["relative", "metric"])
+def test_the_true_depth_of_a_dancer_comes_back_near_and_far_in_their_places(tmp_path, kind):
+    """In the network's convention: a relative one returns what is larger where it is nearer, a metric one metres."""
+    clip = render_clip(1_000_000_003, num_frames=2, width=196, height=280)
+    depth = np.where(clip.mask, clip.depth, 8.0)
+    encoded = 2 / depth if kind == "relative" else (np.log(depth / (20 - depth)) + 2) / 4
+    picture = np.zeros((*depth.shape, 3), np.uint8)
+    picture[..., 2] = np.round(255 * encoded)
+    annotator = DepthAnything(save_true_depth_anything(tmp_path / kind, kind))
+    found = annotator.annotate_depth(picture, NOBODY, clip.mask.astype(np.float32))
+    patches = [Image.fromarray(frame).reduce(14).resize((196, 280), Image.Resampling.BILINEAR) for frame in encoded]
+    expected = np.stack([np.asarray(patch) for patch in patches])
+    if kind == "relative":
+        assert found.kind == "disparity"
+        # The network enlarges its patches such that the corners stay, which moves values by up to half a patch.
+        assert np.corrcoef(found.values.ravel(), expected.ravel())[0, 1] > 0.95
+        for turned in (expected[:, ::-1], expected[:, :, ::-1]):
+            assert np.corrcoef(found.values.ravel(), turned.ravel())[0, 1] < 0.9
+        scale, _ = align_disparity(found.values[clip.mask], 1 / depth[clip.mask])
+        assert scale > 0
+    else:
+        assert found.kind == "depth"
+        metres = 20 / (1 + np.exp(2 - 4 * expected))
+        assert np.median(np.abs(found.values / metres - 1)) < 0.02
+        assert found.values[clip.mask].mean() < 6.0 < found.values[~clip.mask].mean() < 8.1
 
 
 def test_the_files_are_recorded_with_hashes_and_the_licence_of_the_size(folder, tmp_path):

@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import MarigoldNormalsPipeline
+from diffusers.pipelines.marigold import MarigoldImageProcessor
 from PIL import Image
 from support.tiny_annotators import save_marigold
+from support.true_networks import save_true_marigold
 
+from dreamdance.annotators.axes import check_axes
 from dreamdance.annotators.marigold import Marigold
-from dreamdance.annotators.protocols import NormalAnnotator, PersonPoses
+from dreamdance.annotators.protocols import Depths, NormalAnnotator, PersonPoses
 from dreamdance.dancers.render import render_clip
 from dreamdance.errors import MissingInputError, UserError
+from dreamdance.media.surfaces import angles
 
 NOBODY = PersonPoses(np.zeros((3, 128, 3), np.float32))
 
@@ -46,6 +50,19 @@ def test_normals_are_those_of_diffusers_guide_for_videos(folder, frames):
         last = found.latent
     np.testing.assert_allclose(normals, np.stack(expected), atol=1e-5)
     assert np.abs(expected[1] - expected[0]).max() > 1e-3
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_true_normals_of_a_dancer_come_back_in_our_axes(tmp_path):
+    """In the network's axes, which diffusers states: x to the right, y to the top, z facing the observer."""
+    clip = render_clip(1_000_000_003, num_frames=2, width=70, height=105)
+    normals = np.where(clip.mask[..., None], clip.normal, np.float32([0, 0, 1]))
+    documented = torch.from_numpy(normals).permute(0, 3, 1, 2)
+    picture = np.stack([np.asarray(one) for one in MarigoldImageProcessor.visualize_normals(documented)])
+    annotator = Marigold(save_true_marigold(tmp_path), num_steps=1, resolution=0)
+    found = annotator.annotate_normal(picture, NOBODY, clip.mask.astype(np.float32))
+    assert angles(found, normals).max() < 1.0  # of 8 bits
+    assert check_axes(found, Depths(clip.depth, "depth"), clip.mask) < 15
 
 
 @pytest.mark.usefixtures("one_thread")
