@@ -11,6 +11,7 @@ from dreamdance.errors import UserError
 from dreamdance.media.alignment import align_keypoints
 from dreamdance.media.keypoint_filter import filter_keypoints
 from dreamdance.media.keypoints import BODY, KeypointSequence
+from dreamdance.media.leg_sides import exchange_legs, find_exchanged_legs
 from dreamdance.media.pose_drawing import CONFIDENCE_THRESHOLD
 from dreamdance.media.retargeting import retarget_bones
 from dreamdance.media.video import VideoInfo
@@ -71,7 +72,7 @@ def to_sequence(video: VideoInfo, keypoints: NDArray[np.float32], *, fps: float,
         video: the driving video.
         keypoints: `(f, 128, 3)`, as found.
         fps: their rate.
-        smooth: whether to smooth them over time and to fill short gaps.
+        smooth: whether to smooth them over time, to fill short gaps and to put exchanged legs right.
 
     Raises:
         NobodyFoundError: no joint of a body was found in any frame.
@@ -82,7 +83,10 @@ def to_sequence(video: VideoInfo, keypoints: NDArray[np.float32], *, fps: float,
             "choose the person by 'person'"
         )
     sequence = KeypointSequence(keypoints, video.width, video.height, fps)
-    return replace(sequence, keypoints=filter_keypoints(sequence)) if smooth else sequence
+    if not smooth:
+        return sequence
+    legs = exchange_legs(keypoints, find_exchanged_legs(sequence))
+    return replace(sequence, keypoints=filter_keypoints(replace(sequence, keypoints=legs)))
 
 
 def to_reference(keypoints: NDArray[np.float32], *, width: int, height: int, where: str) -> KeypointSequence:

@@ -7,11 +7,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dreamdance.annotators.people import Box, follow_person
-from dreamdance.annotators.protocols import NUM_LANDMARKS, Person, PersonPoses, PoseAnnotator
+from dreamdance.annotators.protocols import LANDMARK_NAMES, NUM_LANDMARKS, Person, PersonPoses, PoseAnnotator
 from dreamdance.media.keypoints import NUM_KEYPOINTS
+from dreamdance.media.leg_sides import exchange_points
 from dreamdance.media.video import VideoInfo, iterate_frames
 
 _FRAMES_AT_ONCE = 16
+_LANDMARKS = {name: index for index, name in enumerate(LANDMARK_NAMES)}
+# The landmarks of each part of the legs in `media.leg_sides.PARTS`.
+_LEG_LANDMARKS = (("hip",), ("knee", "ankle", "heel", "foot_index"))
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,11 @@ def find_in_video(
         VideoError: a frame is damaged.
     """
     return _find(annotator, lambda: _chunks(video, frames), width=video.width, height=video.height, person=person)
+
+
+def exchange_leg_landmarks(landmarks: NDArray[np.float32], exchanged: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Gives the legs their own names in landmarks `(f, 33, 4)`, by the result of `find_exchanged_legs` `(f, 2)`."""
+    return exchange_points(landmarks, exchanged, _LANDMARKS, _LEG_LANDMARKS)
 
 
 def find_in_picture(annotator: PoseAnnotator, picture: NDArray[np.uint8]) -> NDArray[np.float32]:

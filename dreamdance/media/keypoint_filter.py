@@ -40,8 +40,6 @@ _NECK, _HIPS, _SHOULDERS = 1, [8, 11], [2, 5]
 _DIFFERENCE_ORDER = 4
 # Standard deviation of the fourth difference of independent noise of deviation 1: the root of 1 + 16 + 36 + 16 + 1.
 _DIFFERENCE_GAIN = 70.0**0.5
-# Median of the absolute value of a normal variable, in standard deviations.
-_MEDIAN_DEVIATION = 0.6745
 
 
 def filter_keypoints(sequence: KeypointSequence) -> NDArray[np.float32]:
@@ -56,7 +54,7 @@ def filter_keypoints(sequence: KeypointSequence) -> NDArray[np.float32]:
     """
     filled = fill_gaps(sequence.keypoints)
     present = filled[..., 2] >= CONFIDENCE_THRESHOLD
-    unit = _torso_length(sequence) / np.array([sequence.width, sequence.height])
+    unit = torso_length(sequence) / np.array([sequence.width, sequence.height])
     paths = filled[..., :2] / unit
     forwards = _one_euro(paths, present, sequence.fps)
     backwards = _one_euro(paths[::-1], present[::-1], sequence.fps)[::-1]
@@ -94,10 +92,10 @@ def fill_gaps(keypoints: NDArray[np.float32]) -> NDArray[np.float32]:
 def measure_jitter(sequence: KeypointSequence) -> float:
     """How much the joints of the body tremble, in lengths of the torso; NaN if five frames in a row show no joint.
 
-    The value is the standard deviation of independent noise (of x, and of y) that would give the same median absolute
-    fourth difference over time. A fourth difference hardly sees motion that takes several frames: clean dancers at 30
-    frames per second have about .0001. At 8 frames per second dances themselves count as jitter; so compare only values
-    at similar rates.
+    The value is the standard deviation of independent noise (of x, and of y) that would give the same mean square of
+    the fourth difference over time; so single frames in which a joint jumps count, which a median would hide. A fourth
+    difference hardly sees motion that takes several frames: clean dancers at 30 frames per second have about .0005. At
+    8 frames per second dances themselves count as jitter; so compare only values at similar rates.
     """
     seen = sequence.keypoints[:, BODY, 2] >= CONFIDENCE_THRESHOLD
     if len(seen) <= _DIFFERENCE_ORDER:
@@ -105,10 +103,10 @@ def measure_jitter(sequence: KeypointSequence) -> float:
     places = sequence.keypoints[:, BODY, :2].astype(np.float64) * [sequence.width, sequence.height]
     differences = np.diff(places, n=_DIFFERENCE_ORDER, axis=0)
     usable = np.stack([seen[start : len(seen) - _DIFFERENCE_ORDER + start] for start in range(_DIFFERENCE_ORDER + 1)])
-    chosen = np.abs(differences[usable.all(axis=0)])
+    chosen = differences[usable.all(axis=0)]
     if chosen.size == 0:
         return float("nan")
-    return float(np.median(chosen) / (_MEDIAN_DEVIATION * _DIFFERENCE_GAIN * _torso_length(sequence)))
+    return float(np.sqrt(np.square(chosen).mean()) / (_DIFFERENCE_GAIN * torso_length(sequence)))
 
 
 def _one_euro(paths: _Array, present: NDArray[np.bool_], fps: float) -> _Array:
@@ -132,7 +130,7 @@ def _smoothing(cutoff_hertz: float | _Array, fps: float) -> _Array:
     return np.asarray(1.0 / (1.0 + fps / (2 * np.pi * cutoff_hertz)))
 
 
-def _torso_length(sequence: KeypointSequence) -> float:
+def torso_length(sequence: KeypointSequence) -> float:
     """The median length of the torso in pixels; from the shoulders, or from all joints, where hips are not visible."""
     seen = sequence.keypoints[:, BODY, 2] >= CONFIDENCE_THRESHOLD
     points = sequence.keypoints[:, BODY, :2].astype(np.float64) * [sequence.width, sequence.height]

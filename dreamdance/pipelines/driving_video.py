@@ -52,7 +52,7 @@ def poses_from_video(
         person: whom to follow: 0 (the default) is the largest and most central person; or a box in fractions of the
             frame.
         fps: frames per second that are taken; None keeps the video's.
-        smooth: whether to smooth the key points over time and to fill short gaps.
+        smooth: whether to put exchanged legs right, to fill short gaps, and to smooth the key points over time.
         annotator: an opened annotator, or the name of one.
         weights: folder of the networks' weights, for an annotator's name.
         device: `cpu` or `cuda`, for an annotator's name.

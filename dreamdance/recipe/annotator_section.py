@@ -91,7 +91,8 @@ class Annotators(Section):
     smooth: bool = Field(
         default=True,
         description=(
-            "Smooths the key points over time and fills gaps of up to 5 frames. False stores what the network found."
+            "Puts legs right whose sides the network exchanged, fills gaps of up to 5 frames, and smooths the key "
+            "points over time. False stores what the network found."
         ),
     )
     side_files: str | None = Field(
@@ -136,7 +137,8 @@ class DrivingAnnotators(Section):
     smooth: bool = Field(
         default=True,
         description=(
-            "Smooths the key points over time and fills gaps of up to 5 frames. False draws what the network found."
+            "Puts legs right whose sides the network exchanged, fills gaps of up to 5 frames, and smooths the key "
+            "points over time. False draws what the network found."
         ),
     )
     side_files: str | None = Field(

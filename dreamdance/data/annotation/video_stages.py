@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from dreamdance.annotators.axes import AxesCheck
 from dreamdance.annotators.people import Box, NoSuchPersonError
 from dreamdance.annotators.protocols import NUM_LANDMARKS
-from dreamdance.annotators.video_person import PersonTrack, find_in_video
+from dreamdance.annotators.video_person import PersonTrack, exchange_leg_landmarks, find_in_video
 from dreamdance.data.annotation.networks import Networks
 from dreamdance.data.annotation.side_files import Arrays, SideFiles, StageKey, last_result
 from dreamdance.data.curation.clothes import describe_clothes
@@ -20,6 +20,7 @@ from dreamdance.data.curation.shots import Shot, find_shots, shrink_frames
 from dreamdance.media.cropping import Crop
 from dreamdance.media.keypoint_filter import filter_keypoints
 from dreamdance.media.keypoints import NUM_KEYPOINTS, KeypointSequence
+from dreamdance.media.leg_sides import exchange_legs, find_exchanged_legs
 from dreamdance.media.letterbox import search_letterbox
 from dreamdance.media.pose_drawing import CONFIDENCE_THRESHOLD
 from dreamdance.media.video import VideoInfo, iterate_frames, read_frames
@@ -28,7 +29,7 @@ from dreamdance.recipe.annotator_section import Annotators
 logger = logging.getLogger(__name__)
 
 # Increase a stage's number when its code changes its results: side files of other numbers are not taken.
-STAGE_VERSIONS = {"area": 1, "clothes": 1, "cuts": 1, "motion": 2, "person": 1, "maps": 4}
+STAGE_VERSIONS = {"area": 1, "clothes": 1, "cuts": 1, "motion": 2, "person": 1, "used": 2, "maps": 4}
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class FollowedPoses:
 
     Attributes:
         frames: the numbers of the frames in the video.
-        found: key points `(f, 128, 3)` as the network found them.
+        found: key points `(f, 128, 3)` as the network found them, exchanged legs put right.
         smoothed: key points `(f, 128, 3)` to store and draw.
         landmarks: `(f, 33, 4)`, or None if the network finds none.
         num_people: number of people in each frame `(f,)`.
@@ -153,11 +154,17 @@ class VideoStages:
         if "missing" in found:
             raise NoSuchPersonError(str(found["missing"]))
         keypoints = found["keypoints"] if given is None else given.keypoints[frames]
+        landmarks = found["landmarks"] if len(found["landmarks"]) else None
         smoothed, smooth = keypoints, self._section.smooth and given is None
         if smooth:
-            smoothed = filter_keypoints(KeypointSequence(keypoints, self.video.width, self.video.height, fps))
-        landmarks = found["landmarks"] if len(found["landmarks"]) else None
-        used = StageKey("used", {"smooth": smooth, "fps": fps}, [key.digest, given_sha256])
+            sequence = KeypointSequence(keypoints, self.video.width, self.video.height, fps)
+            exchanged = find_exchanged_legs(sequence)
+            keypoints = exchange_legs(keypoints, exchanged)
+            if landmarks is not None:
+                landmarks = exchange_leg_landmarks(landmarks, exchanged)
+            smoothed = filter_keypoints(replace(sequence, keypoints=keypoints))
+        version = STAGE_VERSIONS["used"]
+        used = StageKey("used", {"version": version, "smooth": smooth, "fps": fps}, [key.digest, given_sha256])
         return FollowedPoses(frames, keypoints, smoothed, landmarks, found["num_people"], used.digest)
 
     def clothes(self, poses: FollowedPoses, frames: list[int]) -> Generator[None, None, NDArray[np.float32]]:
