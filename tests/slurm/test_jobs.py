@@ -33,7 +33,7 @@ def test_a_training_on_four_nodes_is_followed_to_its_end_without_accounting(shor
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"short: slurm job {run.job.job_id}, 4 processes, log ")
-    assert any(line.startswith("step 6/6 ") for line in lines)
+    assert any(line.startswith("step 6/6") for line in lines), done.stdout
     assert lines[-1].startswith("short finished in ")
     assert [step.number for step in run.steps()] == [1, 2, 3, 4, 5, 6]
     with capsys.disabled():  # for readers of CI's output

@@ -58,7 +58,7 @@ def main_ranks(run: Run) -> dict[str, int]:
 
 
 def test_an_array_whose_member_is_killed_writes_the_same_files_as_one_job(cluster: Cluster, videos: Path):
-    alone = load_recipe(ROOT / "recipes" / "prepare.yaml", [*WORDS, "output=alone"])
+    alone = load_recipe(ROOT / "recipes" / "prepare.yaml", [*WORDS, "output=alone/out"])
     prepare(alone, videos / "alone_run")
     run = Run(
         cluster,
@@ -90,7 +90,7 @@ def test_an_array_whose_member_is_killed_writes_the_same_files_as_one_job(cluste
     wait_until(lambda: {cluster.show(member)["JobState"] for member in job.members} == {"COMPLETED"}, f"ends\n{logs()}")
     assert [cluster.show(member)["Restarts"] for member in job.members] == ["0", "1"]
     assert "back into the queue: it failed" in job.log_file(run.run_folder, member=job.members[1]).read_text()
-    assert stored_files(videos / "out") == stored_files(videos / "alone")
+    assert stored_files(videos / "out") == stored_files(videos / "alone" / "out")
     assert not (videos / "out" / FOLDER_LOCK_FILE).exists()
     assert len(read_done(run.run_folder)) == len(set(read_done(run.run_folder))), "no part was written twice"
     assert "finished" in run.run_verb("status")

@@ -227,7 +227,8 @@ class TestBothStages:
             pipeline.set_progress_bar_config(**options)
             self.call(pipeline)
             shown.append(capsys.readouterr().err)
-        assert shown[0].count("a dance: 100%") == 2
+        bars = shown[0].removesuffix("\n").split("\n")
+        assert ["a dance: 100%" in bar for bar in bars] == [True, True]
         assert shown[1] == ""
 
     def test_each_stage_takes_its_own_number_of_steps_and_the_callback_sees_both(self, pipeline):
