@@ -25,11 +25,12 @@ PAUSE_SECONDS = 1.0  # so that each rank gets some of the work
 
 Recipe = AnimateRecipe | EvaluateRecipe | PrepareRecipe
 
-# By task: its module, the function there that does one piece of the work, and the class of its recipe.
-_TASKS: dict[str, tuple[str, str, type[Recipe]]] = {
-    "animate": ("dreamdance.inference.animate", "run_stages", AnimateRecipe),
-    "evaluate": ("dreamdance.evaluation.evaluate", "evaluate_clip", EvaluateRecipe),
-    "prepare": ("dreamdance.data.prepare", "render_record", PrepareRecipe),
+# By task: its module, the one that calls the function that does one piece of the work, this function, and the class of
+# its recipe.
+_TASKS: dict[str, tuple[str, str, str, type[Recipe]]] = {
+    "animate": ("dreamdance.inference.animate", "dreamdance.inference.animate", "run_stages", AnimateRecipe),
+    "evaluate": ("dreamdance.evaluation.evaluate", "dreamdance.evaluation.evaluate", "evaluate_clip", EvaluateRecipe),
+    "prepare": ("dreamdance.data.prepare", "dreamdance.data.planning", "render_record", PrepareRecipe),
 }
 
 
@@ -60,8 +61,8 @@ class FaultInShare:
 def work(ranks: Ranks, *, recipe: str, run_folder: str, fault: FaultInShare | None = None, pause: float = 0.0) -> None:
     """Runs a task on one rank; each piece of work takes `pause` seconds longer."""
     task = json.loads(recipe)["task"]
-    name, piece_of_work, recipe_class = _TASKS[task]
-    module = import_module(name)
+    name, caller, piece_of_work, recipe_class = _TASKS[task]
+    module = import_module(caller)
     do, num_done = getattr(module, piece_of_work), 0
 
     def do_with_fault(*arguments: Any) -> Any:
@@ -74,7 +75,7 @@ def work(ranks: Ranks, *, recipe: str, run_folder: str, fault: FaultInShare | No
         return result
 
     setattr(module, piece_of_work, do_with_fault)
-    getattr(module, task)(recipe_class.model_validate_json(recipe), Path(run_folder))
+    getattr(import_module(name), task)(recipe_class.model_validate_json(recipe), Path(run_folder))
 
 
 def start_task(recipe: Recipe, folder: Path, **more: Any) -> StartedRanks:
