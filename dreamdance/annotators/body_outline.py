@@ -29,6 +29,8 @@ _LEAST_COVER = 0.2
 # Standard deviation of the filter that smooths what is filled, in metres.
 _FILL_SMOOTHING = 0.03
 _FILL_ROUNDS = 3
+# Distances beyond this number of pixels are not told apart.
+_FARTHEST = 1000.0
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,19 @@ def _box(mask: _Mask, *, margin: int) -> tuple[slice, slice]:
     return slices[0], slices[1]
 
 
+def _distance(region: _Mask) -> _Map:
+    """Distance of each pixel of a region to the nearest one outside, in pixels, at most `_FARTHEST`.
+
+    OpenCV's last bits differ from call to call. Squares of distances between pixels are whole numbers.
+    """
+    found = cv2.distanceTransform(region.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    squares = np.minimum(np.asarray(found, dtype=np.float64), _FARTHEST) ** 2
+    return np.asarray(np.sqrt(np.rint(squares)), dtype=np.float32)
+
+
 def _signed_distance(region: _Mask) -> _Map:
     """Distance of each pixel's centre to a region's outline, positive inside, in pixels."""
-    inside = cv2.distanceTransform(region.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    outside = cv2.distanceTransform((~region).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    inside, outside = _distance(region), _distance(~region)
     return np.where(region, inside - 0.5, 0.5 - outside).astype(np.float32)
 
 
@@ -102,7 +113,7 @@ def _move(part: _Part, *, band: float) -> None:
     to_mask, to_shapes = _signed_distance(mask), _signed_distance(covered)
     smooth = cv2.GaussianBlur(to_shapes, (0, 0), _DIRECTION_SMOOTHING)
     right, down = cv2.Scharr(smooth, cv2.CV_32F, 1, 0), cv2.Scharr(smooth, cv2.CV_32F, 0, 1)
-    length = np.maximum(cv2.magnitude(right, down), 1e-6)
+    length = np.maximum(np.hypot(right, down), 1e-6)  # cv2.magnitude's last bits differ from call to call
     limit = _LARGEST_MOVE * band
     gap = np.clip(to_mask - to_shapes, -limit, limit)
     move = np.where(mask, gap * np.clip(1.0 - to_mask / band, 0.0, 1.0), 0.0).astype(np.float32)

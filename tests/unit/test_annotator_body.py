@@ -7,7 +7,7 @@ import pytest
 
 from dreamdance.annotators.body import Body
 from dreamdance.annotators.body_chords import find_chords
-from dreamdance.annotators.body_outline import Surface, follow_mask
+from dreamdance.annotators.body_outline import Surface, _distance, follow_mask
 from dreamdance.annotators.body_skeleton import find_skeleton
 from dreamdance.annotators.exact_poses import exact_poses
 from dreamdance.annotators.protocols import LANDMARK_NAMES, DepthAnnotator, NormalAnnotator, PersonPoses
@@ -198,6 +198,18 @@ def test_legs_whose_joints_are_uncertain_are_kept() -> None:
     turned = seen.normals[legs][..., 2] < 0.9
     assert turned.any()
     assert (uncertain.normals[legs][..., 2] < 0.9)[turned].mean() > 0.9
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
+def test_distances_in_a_mask_are_exact_to_the_last_bit(share: float) -> None:
+    """Those of OpenCV are not: they differ from call to call, and with them what two processes store."""
+    for seed in range(8):
+        outside = np.random.default_rng(seed).random((97, 61)) < share
+        pixels, others = np.argwhere(~outside), np.argwhere(outside)
+        squares = np.square(pixels[:, None] - others).sum(axis=-1).min(axis=1)
+        expected = np.zeros(outside.shape, dtype=np.float32)
+        expected[~outside] = np.sqrt(squares.astype(np.float64))
+        assert np.array_equal(_distance(~outside), expected)
 
 
 def test_every_pixel_is_finite_and_the_background_is_the_far_end(dancers: list[DancerClip]) -> None:

@@ -29,7 +29,7 @@ from dreamdance.recipe.annotator_section import Annotators
 logger = logging.getLogger(__name__)
 
 # Increase a stage's number when its code changes its results: side files of other numbers are not taken.
-STAGE_VERSIONS = {"area": 1, "clothes": 1, "cuts": 1, "motion": 2, "person": 1, "used": 2, "maps": 4}
+STAGE_VERSIONS = {"area": 1, "clothes": 1, "cuts": 1, "motion": 2, "person": 1, "used": 2, "maps": 5}
 
 
 @dataclass(frozen=True)
