@@ -110,7 +110,7 @@ def measure_jitter(sequence: KeypointSequence) -> float:
 
 
 def _one_euro(paths: _Array, present: NDArray[np.bool_], fps: float) -> _Array:
-    """One pass over paths `(f, n, 2)`; a point begins anew after frames in which it is missing."""
+    """One pass over paths `(f, n, 2)`; a point starts again after frames in which it is missing."""
     result = paths.copy()
     speed = np.zeros(paths.shape[1:])
     for frame in range(1, len(paths)):

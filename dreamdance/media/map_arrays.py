@@ -129,6 +129,7 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
             yield archive
     except OSError as error:
         raise VideoError(f"{path} cannot be read: {error.strerror or error}") from error
+    # zipfile raises the last two for other kinds of compression and for encryption.
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise VideoError(f"{path} is damaged or no .npz file: {error}") from error
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.animated_frames import frames
 from support.fault_log import record_fault
 from support.faulty_shares import STEP_TIMEOUT_SECONDS, FaultInShare, fail_and_start_again, start_task
 from support.recipes import HEIGHT, WIDTH
@@ -70,14 +71,6 @@ def run(recipe: AnimateRecipe, tmp_path: Path, **changes: str) -> Path:
     changed = recipe.model_copy(update=changes)
     animate(changed, tmp_path / "run")
     return Path(changed.output)
-
-
-def frames(output: Path) -> dict[str, np.ndarray]:
-    found = {}
-    for path in sorted(output.glob("[!.]*/arrays.npz")):
-        with np.load(path, allow_pickle=False) as stored:
-            found[path.parent.name] = stored["frames"]
-    return found
 
 
 def ages(output: Path) -> dict[str, int]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support import killed_search
+from support.animated_frames import frames
 from support.fault_log import record_fault
 from support.faulty_shares import PAUSE_SECONDS, WORLD_SIZE
 from support.ranks import StartedRanks
@@ -69,14 +70,6 @@ def make_recipe(work: Path, output: Path) -> AnimateRecipe:
         "animation": {"num_inference_steps": 1, "window_frames": 10, "window_overlap": 1},
     }
     return AnimateRecipe.model_validate_json(json.dumps(values))
-
-
-def frames(output: Path) -> dict[str, np.ndarray]:
-    found = {}
-    for path in sorted(output.glob("[!.]*/arrays.npz")):
-        with np.load(path, allow_pickle=False) as stored:
-            found[path.parent.name] = stored["frames"]
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.animated_frames import frames
 from support.fault_log import record_fault
 from support.slurm_jobs import ROOT, Cluster, Run, wait_until
 from support.tiny_pipelines import tiny_animation_pipeline, tiny_geometry_pipeline
@@ -124,14 +125,6 @@ def test_a_lost_ranks_clips_are_measured_by_the_next_attempt_with_the_same_table
         detected_seconds=detected,
         resumed_seconds=time.time() - fault_time,
     )
-
-
-def frames(results: Path) -> dict[str, np.ndarray]:
-    found = {}
-    for path in sorted(results.glob("[!.]*/arrays.npz")):
-        with np.load(path, allow_pickle=False) as stored:
-            found[path.parent.name] = stored["frames"]
-    return found
 
 
 def run_array(run: Run) -> None:

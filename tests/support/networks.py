@@ -1,9 +1,12 @@
 """The folder of fetched weights, for tests that run real networks."""
 
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
+
+from dreamdance.annotators.blazepose import FILES
 
 REQUIRED = "DREAMDANCE_NETWORKS_REQUIRED"
 FOLDER = Path(os.environ.get("DREAMDANCE_NETWORKS", Path(__file__).parents[2] / "weights" / "networks"))
@@ -18,3 +21,14 @@ def require_weights(*files: str) -> Path:
             pytest.fail(reason)
         pytest.skip(reason)
     return FOLDER
+
+
+def require_blazepose() -> Path:
+    """The same for the weights and the runtime of blazepose."""
+    folder = require_weights(*(file.file for file in FILES))
+    if importlib.util.find_spec("ai_edge_litert") is None:
+        reason = "no ai-edge-litert here (tools/networks.sh installs it)"
+        if os.environ.get(REQUIRED):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return folder

@@ -1,14 +1,12 @@
 """BlazePose's real networks on rendered dancers, whose key points, depths and masks are known exactly."""
 
 import hashlib
-import importlib.util
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.networks import REQUIRED, require_weights
+from support.networks import require_blazepose
 
 from dreamdance.annotators.blazepose import FILES, BlazePose, region_of_keypoints
 from dreamdance.annotators.protocols import LANDMARK_NAMES, MaskAnnotator, PersonPoses, PoseAnnotator
@@ -24,12 +22,7 @@ LIMBS = [
 
 @pytest.fixture(scope="module")
 def blazepose() -> BlazePose:
-    folder = require_weights(*(file.file for file in FILES))
-    if importlib.util.find_spec("ai_edge_litert") is None:
-        reason = "no ai-edge-litert here (tools/networks.sh installs it)"
-        if os.environ.get(REQUIRED):
-            pytest.fail(reason)
-        pytest.skip(reason)
+    folder = require_blazepose()
     return BlazePose(folder)
 
 

@@ -1,14 +1,10 @@
 """Driving videos: which frames are taken, and BlazePose's key points of a real search, kept and found again."""
 
-import importlib.util
-import os
-
 import numpy as np
 import pytest
 from support.exact_annotator import EXACT, NAME
-from support.networks import REQUIRED, require_weights
+from support.networks import require_blazepose
 
-from dreamdance.annotators.blazepose import FILES
 from dreamdance.annotators.driving_video import choose_frames
 from dreamdance.dancers.render import HELD_OUT_SEEDS, render_clip
 from dreamdance.errors import UserError
@@ -46,12 +42,7 @@ def test_a_video_that_is_replaced_while_it_is_searched_leaves_nothing_behind(dan
 
 
 def test_blazepose_finds_a_dancer_and_keeps_the_key_points(dancer, tmp_path):
-    folder = require_weights(*(file.file for file in FILES))
-    if importlib.util.find_spec("ai_edge_litert") is None:
-        reason = "no ai-edge-litert here (tools/networks.sh installs it)"
-        if os.environ.get(REQUIRED):
-            pytest.fail(reason)
-        pytest.skip(reason)
+    folder = require_blazepose()
     video = probe_video(tmp_path / "dance.mp4")
     state = read_state(video.path)
     beats = []

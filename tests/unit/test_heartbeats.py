@@ -1,17 +1,15 @@
 """Annotators show that they work while one call goes over a whole clip or video, and the watchdog of a job sees it."""
 
-import importlib.util
-import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from support.networks import REQUIRED, require_weights
+from support.networks import require_blazepose
 from support.onnx_graphs import require_onnx, save_david
 from support.random_shards import random_clip
 from support.tiny_annotators import save_depth_anything, save_marigold
 
-from dreamdance.annotators.blazepose import FILES, BlazePose
+from dreamdance.annotators.blazepose import BlazePose
 from dreamdance.annotators.body import Body
 from dreamdance.annotators.david import MULTI_TASK, David
 from dreamdance.annotators.depth_anything import DepthAnything
@@ -58,12 +56,7 @@ def test_depth_and_normals_beat_through_a_clip(clip, tmp_path):
 
 
 def test_blazepose_beats_through_a_clip(clip):
-    folder = require_weights(*(file.file for file in FILES))
-    if importlib.util.find_spec("ai_edge_litert") is None:
-        reason = "no ai-edge-litert here (tools/networks.sh installs it)"
-        if os.environ.get(REQUIRED):
-            pytest.fail(reason)
-        pytest.skip(reason)
+    folder = require_blazepose()
     network = BlazePose(folder)
     assert count(lambda: network.find_people(clip.rgb)) >= NUM_FRAMES
     assert count(lambda: network.annotate_pose(clip.rgb, [None] * NUM_FRAMES)) >= NUM_FRAMES
