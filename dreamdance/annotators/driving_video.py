@@ -10,9 +10,8 @@ from dreamdance.annotators.people import Box, check_choice
 from dreamdance.errors import UserError
 from dreamdance.media.alignment import align_keypoints
 from dreamdance.media.keypoint_filter import filter_keypoints
-from dreamdance.media.keypoints import BODY, KeypointSequence
+from dreamdance.media.keypoints import BODY, CONFIDENCE_THRESHOLD, KeypointSequence
 from dreamdance.media.leg_sides import exchange_legs, find_exchanged_legs
-from dreamdance.media.pose_drawing import CONFIDENCE_THRESHOLD
 from dreamdance.media.retargeting import retarget_bones
 from dreamdance.media.video import VideoInfo
 

@@ -15,16 +15,17 @@ from dreamdance.data.curation.contact_sheet import CLIPS_PER_SHEET, draw_tile, w
 from dreamdance.data.curation.page import PAGE_FILE, PageEntry, describe_clip, write_clip_video, write_page
 from dreamdance.data.curation.scores import Scores
 from dreamdance.data.curation.shown_clip import SHOWN_MAPS, ShownClip
-from dreamdance.data.loading.dataset import StoredClips
 from dreamdance.data.loading.stored_clip import StoredClip
+from dreamdance.data.loading.stored_clips import StoredClips
 from dreamdance.data.shards.index import read_index
 from dreamdance.data.shards.mds import INDEX_FILE
 from dreamdance.recipe.sections import Shards
-from dreamdance.runs.damaged_videos import by_reason, read_damaged
+from dreamdance.runs.damaged_videos import by_reason, read_damaged, read_without_clips
+from dreamdance.runs.layout import PAGE_PATH
 from dreamdance.runs.work_queue import WorkQueue
 from dreamdance.runtime.ranks import Ranks
 
-SHEETS_FOLDER = "contact_sheets"
+SHEETS_FOLDER = PAGE_PATH.partition("/")[0]
 
 _SPLITS = ("train", "validation")
 # Clips that are at least this large are shown reduced, so that the smallest stored size of it is enough to read.
@@ -80,7 +81,8 @@ class _ShownOutput:
         counts = {split: read_index(path, may_be_empty=True).num_samples for split, path in self._indices.items()}
         self._counts = {split: count for split, count in counts.items() if count > 0}
         places = [(split, number) for split, count in self._counts.items() for number in range(count)]
-        chosen = {place * len(places) // num_played for place in range(num_played)} if num_played else set()
+        # A rank that joins when all others have left finds no clips if they ended with an error.
+        chosen = {place * len(places) // num_played for place in range(num_played if places else 0)}
         self._played = [places[place] for place in sorted(chosen)]
         self._opened: dict[str, StoredClips] = {}
 
@@ -119,7 +121,8 @@ class _ShownOutput:
             entries.append(describe_clip(_describe(self._clip(split, number))))
         total = sum(self._counts.values())
         title = f"{self._output.name}, {len(entries)} of {total} clips"
-        write_page(self._folder, entries, title=title, failures=by_reason(read_damaged(self._output)))
+        failures = by_reason(read_damaged(self._output) | read_without_clips(self._output))
+        write_page(self._folder, entries, title=title, failures=failures)
 
     def _clip(self, split: str, number: int) -> StoredClip:
         if split not in self._opened:

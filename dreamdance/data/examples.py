@@ -6,8 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from dreamdance.data.loading.dataset import StoredClips
-from dreamdance.data.loading.stored_clip import StoredClip, fixed_reference
+from dreamdance.data.loading.stored_clip import ReferenceFrame, StoredClip, fixed_reference
+from dreamdance.data.loading.stored_clips import StoredClips
 from dreamdance.data.shards.index import read_index
 from dreamdance.data.shards.mds import INDEX_FILE
 from dreamdance.media.keypoints import KeypointSequence, write_keypoint_file
@@ -60,11 +60,28 @@ def _write_example(clip: StoredClip, number: int, output: Path) -> dict[str, str
         "id": clip.clip_id,
         "image": str(folder / "reference.png"),
         **_write_poses(clip, output, folder),
+        **_write_reference_pose(clip, reference, output, folder),
         "seed": number,
         "align": False,
         "fps": clip.fps,
         **({"reference_frame": reference.number} if reference.subject == "clip" else {}),
     }
+
+
+def _write_reference_pose(clip: StoredClip, reference: ReferenceFrame, output: Path, folder: Path) -> dict[str, str]:
+    """Writes the pose of a reference that is no frame of the clip; returns the manifest field, if there is a pose."""
+    if reference.subject == "clip":
+        return {}
+    if clip.has_keypoints_of("references"):
+        keypoints = clip.keypoints_of([reference.number], subject="references")
+        sequence = KeypointSequence(keypoints, width=clip.width, height=clip.height, fps=clip.fps)
+        write_keypoint_file(output / folder / "reference_keypoints.json", sequence)
+        return {"reference_keypoints": str(folder / "reference_keypoints.json")}
+    if not clip.has("pose", "references"):
+        return {}
+    drawing = clip.frames("pose", [reference.number], subject="references")[0]
+    Image.fromarray(drawing).save(output / folder / "reference_pose.png")
+    return {"reference_pose": str(folder / "reference_pose.png")}
 
 
 def _named_files_exist(manifest: Path) -> bool:

@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -15,18 +16,23 @@ from typing import Any
 
 from dreamdance.data.contact_sheets import show_output
 from dreamdance.data.examples import MANIFEST_FILE, write_examples
-from dreamdance.data.planning import describe_source, plan_parts, report_missing, side_files_folder
+from dreamdance.data.planning import describe_source, part_names, plan_parts, report_missing, side_files_folder
 from dreamdance.data.prepare_notes import (
     begun_compression,
     changed_videos_message,
     damage_table,
     damaged_videos_message,
+    join_reasons,
+    other_settings_message,
     read_inputs,
+    report_without_clips,
     unequal_ranks_message,
     unusable_videos_message,
     write_damaged,
     write_inputs,
+    write_without_clips,
 )
+from dreamdance.data.writing.part_notes import OtherSettingsError
 from dreamdance.data.writing.picture_folders import with_packed_pictures
 from dreamdance.data.writing.shard_parts import Part, ShardFormat
 from dreamdance.data.writing.shard_writer import ShardFolder, newly_damaged, share_missing, write_shared
@@ -37,7 +43,7 @@ from dreamdance.errors import ShardError, UserError
 from dreamdance.media.video import VideoError
 from dreamdance.recipe.schema import PrepareRecipe, VideosSource
 from dreamdance.runs.array_member import sharing
-from dreamdance.runs.damaged_videos import DAMAGED_FILE, read_damaged
+from dreamdance.runs.damaged_videos import DAMAGED_FILE, read_damaged, read_without_clips
 from dreamdance.runs.folder_lock import lock_folder
 from dreamdance.runs.layout import ProgressLog
 from dreamdance.runs.work_queue import WorkQueue
@@ -63,11 +69,30 @@ def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
     ranks = Ranks.from_environment()
     progress = ProgressLog(run_folder, ranks)
     output = Path(recipe.output)
-    settings, shard_format = describe_source(recipe), choose_format(recipe)
     claim = lock_folder(output, key="output", sharing=sharing(run_folder)) if ranks.is_main else nullcontext()
     with claim, WorkQueue(ranks, limits=recipe.cluster, run_folder=run_folder) as queue:
         recipe = find_sources(recipe, queue)
         parts = plan_parts(recipe, queue)
+        folders = open_folders(recipe, parts, queue)
+        error = write_output(recipe, folders, queue, progress, ProgressLog(run_folder, ranks))
+    if error is None:
+        total = sum(len(planned) for planned in parts.values())
+        failed = count_failed(recipe, len(read_damaged(output)), len(read_without_clips(output)))
+        progress.write(done=total, total=total, unit="parts", message=f"{output} is complete", **failed)
+    elif ranks.is_main:  # only this one: the launcher may stop the main rank when another rank fails
+        raise error
+
+
+def open_folders(
+    recipe: PrepareRecipe, parts: Mapping[Split, Sequence[Part]], queue: WorkQueue
+) -> dict[Split, ShardFolder]:
+    """The folder of each split. What was begun with other settings is removed if it has no clip.
+
+    Raises:
+        ShardError: the output has clips that were made with other settings.
+    """
+    output, settings, shard_format = Path(recipe.output), describe_source(recipe), choose_format(recipe)
+    try:
         folders = {
             split: ShardFolder(
                 output / split,
@@ -79,13 +104,16 @@ def prepare(recipe: PrepareRecipe, run_folder: Path) -> None:
             )
             for split, planned in parts.items()
         }
-        error = write_output(recipe, folders, queue, progress, ProgressLog(run_folder, ranks))
-    if error is None:
-        total = sum(len(planned) for planned in parts.values())
-        failed = count_failed(recipe, len(read_damaged(output)))
-        progress.write(done=total, total=total, unit="parts", message=f"{output} is complete", **failed)
-    elif ranks.is_main:  # only this one: the launcher may stop the main rank when another rank fails
-        raise error
+    except OtherSettingsError as error:
+        source = "videos" if recipe.dancers is None else "dancers"
+        raise ShardError(other_settings_message(output, error.differing, source=source)) from error
+
+    def discard() -> None:
+        for folder in folders.values():
+            folder.discard_stale()
+
+    queue.once("discard", discard)
+    return folders
 
 
 def find_sources(recipe: PrepareRecipe, queue: WorkQueue) -> PrepareRecipe:
@@ -120,10 +148,10 @@ def write_output(
 ) -> UserError | None:
     """Checks inputs, writes missing parts, completes the output; returns the error, the same on all ranks, or None."""
     output = Path(recipe.output)
-    missing = check_inputs(recipe, folders, queue, opening)
-    if isinstance(missing, UserError):
-        return missing
-    damaged = write_missing(recipe, folders, missing, queue, progress)
+    found = check_inputs(recipe, folders, queue, opening)
+    if isinstance(found, UserError):
+        return found
+    damaged = write_missing(recipe, folders, found, queue, progress)
     queue.once("complete", partial(complete, recipe, folders, queue, damaged))
     if (reason := queue.stop_reason()) is None:
         if recipe.contact_sheets:
@@ -134,13 +162,26 @@ def write_output(
     return ShardError(reason) if reason else VideoError(damaged_videos_message(damaged, output))
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What the check of the inputs found.
+
+    Attributes:
+        missing: split -> the names of the parts to write.
+        without_clips: split -> name -> why a video whose part is kept gave this split no clip.
+    """
+
+    missing: dict[Split, list[str]]
+    without_clips: dict[str, dict[str, str]]
+
+
 def check_inputs(
     recipe: PrepareRecipe, folders: Mapping[Split, ShardFolder], queue: WorkQueue, progress: ProgressLog
-) -> dict[Split, list[str]] | UserError:
+) -> Findings | UserError:
     """Compares the existing parts with their sources, and opens the videos of missing parts; the ranks share the work.
 
     Returns:
-        The names of the parts to write, for all ranks; or the error that ends the run, the same on all ranks. It names
+        The parts to write, for all ranks; or the error that ends the run, the same on all ranks. It names
         all videos concerned: the ranks found different videos in the folder, a complete output was made from other
         videos, or, unless `videos.on_error` is `skip`, headers show that videos cannot be used.
     """
@@ -153,12 +194,16 @@ def check_inputs(
     removed = {name for folder in folders.values() for name in folder.removed_sources()}
     if others := changed_videos_message(output, changed=changed, added=added, removed=removed):
         return ShardError(others)
-    broken = {name: reason for answer in answers for name, reason in answer["broken"].items()}
+    broken, damaged = (
+        {name: why for answer in answers for name, why in answer[key].items()} for key in ("broken", "damaged")
+    )
+    without_clips = {str(split): _merged(answers, "without_clips", split) for split in folders}
     is_stopped = bool(broken) and recipe.videos is not None and recipe.videos.on_error == "stop"
 
     def record() -> None:
-        if broken:
-            write_damaged(output, broken)
+        # Also where there are none: the tables of an earlier run must not be taken for those of this one.
+        write_damaged(output, damaged | broken)
+        write_without_clips(output, join_reasons(without_clips, planned_names(folders)))
         if not is_stopped:
             states = {name: state for answer in answers for name, state in answer["states"].items()}
             write_inputs(output, states, planned=source_files(folders))
@@ -174,7 +219,12 @@ def check_inputs(
             output / DAMAGED_FILE,
             damage_table(broken),
         )
-    return {split: [name for answer in answers for name in answer["missing"].get(split, [])] for split in folders}
+    missing = {split: [name for answer in answers for name in answer["missing"].get(split, [])] for split in folders}
+    return Findings(missing, without_clips)
+
+
+def _merged(answers: Sequence[Mapping[str, Any]], key: str, split: Split) -> dict[str, str]:
+    return {name: reason for answer in answers for name, reason in answer[key].get(split, {}).items()}
 
 
 def agree_on_plan(recipe: PrepareRecipe, folders: Mapping[Split, ShardFolder], queue: WorkQueue) -> None:
@@ -215,6 +265,8 @@ def check_shares(
             "changed": [name for survey in surveys.values() for name in survey.changed],
             "added": [name for survey in surveys.values() for name in survey.added],
             "broken": broken,
+            "damaged": {name: reason for survey in surveys.values() for name, reason in survey.damaged.items()},
+            "without_clips": {split: survey.without_clips for split, survey in surveys.items()},
             "states": {name: state.to_json() for survey in surveys.values() for name, state in survey.states.items()},
         }
         share.finish(item, json.dumps(found))
@@ -238,7 +290,7 @@ def open_parts(source: VideosSource, parts: Sequence[Part], num_threads: int, qu
 def write_missing(
     recipe: PrepareRecipe,
     folders: Mapping[Split, ShardFolder],
-    missing: Mapping[Split, Sequence[str]],
+    found: Findings,
     queue: WorkQueue,
     progress: ProgressLog,
 ) -> dict[str, str]:
@@ -247,8 +299,8 @@ def write_missing(
     Returns:
         The videos that any rank found damaged while it decoded them: name -> reason.
     """
-    share = share_missing(queue, {folders[split]: names for split, names in missing.items()})
-    report = WritingReport(recipe, list(folders.values()), share, progress, queue.ranks)
+    share = share_missing(queue, {folders[split]: names for split, names in found.missing.items()})
+    report = WritingReport(recipe, folders, share, progress, queue.ranks, without_clips=found.without_clips)
     write_shared(list(folders.values()), share, recipe.num_workers, queue, report)
     return newly_damaged(list(folders.values()), share)
 
@@ -272,6 +324,11 @@ def complete(
     }
     if recipe.videos is not None:
         write_damaged(output, left_out)
+        reasons = {str(split): folder.sources_without_clips() for split, folder in folders.items()}
+        sound = {
+            split: {name: why for name, why in one.items() if name not in left_out} for split, one in reasons.items()
+        }
+        report_without_clips(output, join_reasons(sound, planned_names(folders)))
     if left_out:
         logger.warning(
             "the output contains no clips of %d damaged videos, see %s:\n%s",
@@ -286,6 +343,11 @@ def complete(
     if "validation" in folders:
         count = write_examples(output, before_clip=partial(queue.watchdog.enter, "writing an example"))
         logger.info("%s lists %d validation clips for `animate`", output / MANIFEST_FILE, count)
+
+
+def planned_names(folders: Mapping[Split, ShardFolder]) -> dict[str, set[str]]:
+    """The names of the videos of each split."""
+    return {split: part_names(folder.parts) for split, folder in folders.items()}
 
 
 def source_files(folders: Mapping[Split, ShardFolder]) -> set[str]:

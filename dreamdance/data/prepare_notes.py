@@ -8,17 +8,18 @@ from typing import Any, Literal
 
 from dreamdance.data.shards.index import read_index
 from dreamdance.data.shards.mds import INDEX_FILE
-from dreamdance.data.writing.shard_parts import PARTS_FOLDER, read_object
-from dreamdance.data.writing.shard_writer import SETTINGS_FILE, SOURCES_KEY
+from dreamdance.data.writing.part_notes import read_object
+from dreamdance.data.writing.shard_folder import SETTINGS_FILE, SOURCES_KEY
 from dreamdance.media.video_names import printable
-from dreamdance.runs.damaged_videos import DAMAGED_FILE, HEADER
+from dreamdance.recipe.schema import PrepareRecipe
+from dreamdance.runs.damaged_videos import DAMAGED_FILE, HEADERS, WITHOUT_CLIPS_FILE, list_reasons
 from dreamdance.runs.file_states import FileState
 from dreamdance.runs.files import write_atomically
+from dreamdance.runs.finished_clips import PARTS_FOLDER, SPLITS, has_clips_of_split
 from dreamdance.runs.layout import INPUTS_FILE
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "validation")
 # An error lists at most this number of videos.
 MAX_LINES = 200
 
@@ -58,7 +59,8 @@ def begun_compression(output: Path) -> Literal["none", "zstd"] | None:
         settings: Any = {}
         if (index := output / split / INDEX_FILE).is_file():
             settings = read_index(index, may_be_empty=True).details.get("settings", {})
-        elif (noted := output / split / PARTS_FOLDER / SETTINGS_FILE).is_file():
+        elif has_clips_of_split(output / split):  # else it may be begun again in another form
+            noted = output / split / PARTS_FOLDER / SETTINGS_FILE
             settings = read_object(noted)
         compression = settings.get("compression") if isinstance(settings, dict) else None
         if compression in ("none", "zstd"):
@@ -68,11 +70,49 @@ def begun_compression(output: Path) -> Literal["none", "zstd"] | None:
 
 def write_damaged(output: Path, damaged: Mapping[str, str]) -> None:
     """Writes the table of the damaged videos, a file of two columns; deletes the file if there are none."""
-    path = output / DAMAGED_FILE
-    if not damaged:
+    _write_reasons(output / DAMAGED_FILE, damaged)
+
+
+def write_without_clips(output: Path, reasons: Mapping[str, str]) -> None:
+    """Writes the table of the sound videos without clips, from `join_reasons`; deletes the file if there are none."""
+    _write_reasons(output / WITHOUT_CLIPS_FILE, reasons)
+
+
+def join_reasons(reasons: Mapping[str, Mapping[str, str]], planned: Mapping[str, Collection[str]]) -> dict[str, str]:
+    """One reason for each video that gave no clip, or none for one of its splits: name -> reason.
+
+    Args:
+        reasons: split -> name -> why the video gave this split no clip.
+        planned: split -> the names of all videos that belong to it.
+    """
+    joined = {}
+    for name in sorted({name for found in reasons.values() for name in found}):
+        why = {split: found[name] for split, found in reasons.items() if name in found}
+        if len(set(why.values())) == 1 and all(split in why for split, names in planned.items() if name in names):
+            joined[name] = f"no clip: {next(iter(why.values()))}"
+        else:
+            joined[name] = "; ".join(f"no {split} clip: {reason}" for split, reason in why.items())
+    return joined
+
+
+def report_without_clips(output: Path, reasons: Mapping[str, str]) -> None:
+    """Writes the table of the sound videos without clips, and counts them by reason in the log."""
+    write_without_clips(output, reasons)
+    if reasons:
+        logger.warning(
+            "%d sound videos gave no clip, or none for one split, see %s:\n%s",
+            len(reasons),
+            output / WITHOUT_CLIPS_FILE,
+            list_reasons({printable(name): printable(reason) for name, reason in reasons.items()}),
+        )
+
+
+def _write_reasons(path: Path, reasons: Mapping[str, str]) -> None:
+    if not reasons:
         path.unlink(missing_ok=True)
         return
-    rows = [HEADER, *sorted(damaged.items())]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [HEADERS[path.name], *sorted(reasons.items())]
     write_atomically(path, "".join("\t".join(map(printable, row)) + "\n" for row in rows))
 
 
@@ -96,6 +136,26 @@ def damaged_videos_message(damaged: Mapping[str, str], output: Path) -> str:
         f"{len(damaged)} of the videos are damaged; `prepare` has written no clips of them and keeps all other clips:\n"
         f"{damage_table(damaged)}\nRepair, replace or remove these videos, or set videos.on_error=skip to leave them "
         f"out; the same command then continues. The table is in {output / DAMAGED_FILE}"
+    )
+
+
+def other_settings_message(output: Path, differing: Mapping[str, tuple[Any, Any]], *, source: str) -> str:
+    """The error text for an output that has clips that were made with other settings.
+
+    Args:
+        output: the output folder of the recipe.
+        differing: setting -> (value then, value now).
+        source: the recipe's section in which settings are that are no keys of the recipe itself.
+    """
+    lines = []
+    for name, (was, now) in differing.items():
+        key = name if name in PrepareRecipe.model_fields else f"{source}.{name}"
+        lines.append(printable(f"{key} was {was!r}, is {now!r}"))
+    kept = "; results of annotators may stay where they are, and are used again" if source == "videos" else ""
+    folders = " and ".join(str(output / split) for split in SPLITS if has_clips_of_split(output / split))
+    return (
+        f"{output} has clips that were made with other settings:\n{_listed(lines)}\nSet another `output`, use these "
+        f"values, or delete {folders}{kept}"
     )
 
 

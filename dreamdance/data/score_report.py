@@ -6,7 +6,7 @@ from dreamdance.data.curation.filters import choose_clips, filter_limits
 from dreamdance.data.curation.histograms import draw_histograms
 from dreamdance.data.curation.scores import Scores
 from dreamdance.data.loading.clip_choice import facts_of_clips, scores_of
-from dreamdance.data.loading.dataset import StoredClips
+from dreamdance.data.loading.stored_clips import StoredClips
 from dreamdance.data.shards.mds import INDEX_FILE
 from dreamdance.errors import ShardError
 from dreamdance.recipe.filter_section import ScoreFilters

@@ -4,8 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dreamdance.errors import UserError
-from dreamdance.media.keypoints import BODY, KeypointSequence
-from dreamdance.media.pose_drawing import CONFIDENCE_THRESHOLD
+from dreamdance.media.keypoints import BODY, CONFIDENCE_THRESHOLD, KeypointSequence
 
 # Trunk, hips, knees, ankles, shoulders, eyes and ears. Elbows and wrists move too much to measure a body.
 MEASURED_JOINTS = (0, 1, 2, 5, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17)

@@ -15,8 +15,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from dreamdance.media.keypoints import BODY, KeypointSequence
-from dreamdance.media.pose_drawing import CONFIDENCE_THRESHOLD
+from dreamdance.media.keypoints import BODY, CONFIDENCE_THRESHOLD, KeypointSequence
 
 _Array = NDArray[np.float64]
 

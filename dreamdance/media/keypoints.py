@@ -22,6 +22,8 @@ BODY = slice(0, 18)
 LEFT_HAND = slice(18, 39)
 RIGHT_HAND = slice(39, 60)
 FACE = slice(60, 128)
+# Points of lower confidence count as not seen, and are not drawn; the value is DWPose's.
+CONFIDENCE_THRESHOLD = 0.3
 
 BODY_NAMES = (
     "nose", "neck", "right_shoulder", "right_elbow", "right_wrist", "left_shoulder", "left_elbow", "left_wrist",

@@ -10,18 +10,22 @@ and in the worst clip from 22 to 9 %. The exact joints of 24 dancers at both rat
 it finds in 1,359 frames of three real videos. A leg that is placed on the other one is no exchange and stays wrong.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from dreamdance.media.keypoint_filter import MAX_GAP_FRAMES, torso_length
-from dreamdance.media.keypoints import BODY_NAMES, KeypointSequence
-from dreamdance.media.pose_drawing import CONFIDENCE_THRESHOLD
+from dreamdance.media.keypoints import BODY_NAMES, CONFIDENCE_THRESHOLD, KeypointSequence
 
 # The joints that a network exchanges together; hips often stay right where knees and ankles are exchanged.
 PARTS = (("hip",), ("knee", "ankle"))
 
 # Prices in torsos of the joints' mean distance from one frame to the next: of a change, and of each exchanged frame.
 _CHANGE_PRICE, _FRAME_PRICE = 0.15, 0.02
+
+# The most frames that a warning names.
+_MAX_NAMED = 10
 
 _JOINTS = {name: index for index, name in enumerate(BODY_NAMES)}
 
@@ -45,6 +49,24 @@ def find_exchanged_legs(sequence: KeypointSequence) -> NDArray[np.bool_]:
         for piece in np.split(np.arange(len(frames)), np.flatnonzero(np.diff(frames) > MAX_GAP_FRAMES + 1) + 1):
             result[frames[piece], part] = _choose_sides(places[piece])
     return result
+
+
+def describe_exchanged_legs(sequence: KeypointSequence, frames: Sequence[int] | None = None) -> str | None:
+    """A warning about given key points, which are taken as they are: it names the frames; None if there are none.
+
+    Args:
+        sequence: one person's key points.
+        frames: the numbers by which people know its frames; by default they are counted from 0.
+    """
+    found = np.flatnonzero(find_exchanged_legs(sequence).any(axis=1)).tolist()
+    if not found:
+        return None
+    named = ", ".join(str(row if frames is None else frames[row]) for row in found[:_MAX_NAMED])
+    more = f" and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else ""
+    return (
+        f"the given key points seem to exchange the left and the right leg in frames {named}{more}; they are taken as "
+        "they are: correct the file, or remove it so that the recipe's annotator finds key points"
+    )
 
 
 def exchange_legs(keypoints: NDArray[np.float32], exchanged: NDArray[np.bool_]) -> NDArray[np.float32]:

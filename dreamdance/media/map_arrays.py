@@ -8,13 +8,14 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dreamdance.media.archive_entry import ArchiveEntry
 from dreamdance.media.video_container import MAX_FRAME_PIXELS, MAX_VIDEO_FRAMES, VideoError
 
 # For each map the accepted arrays: name -> (types, channels).
@@ -45,6 +46,9 @@ class MapArray:
     width: int
     channels: int
     dtype: np.dtype[Any]
+    # Where the array is in the file, and the length of its header.
+    entry: ArchiveEntry = field(compare=False, repr=False)
+    header_bytes: int
 
 
 def open_map_array(path: Path | str, modality: str) -> MapArray:
@@ -80,12 +84,14 @@ def open_map_array(path: Path | str, modality: str) -> MapArray:
                     f"{path}: '{found[0]}' has shape {shape}; accepted are up to {MAX_VIDEO_FRAMES} frames of up to "
                     f"{MAX_FRAME_PIXELS} pixels"
                 )
-            size = file.tell() + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+            header_bytes = file.tell()
+            size = header_bytes + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
             if info.file_size != size:
                 raise VideoError(f"{path}: '{found[0]}' has {info.file_size} bytes, its shape {shape} needs {size}")
             while file.read(_BLOCK_BYTES):  # at the end the archive compares the checksum
                 pass
-    return MapArray(path, found[0], shape[0], shape[1], shape[2], channels, dtype)
+        entry = ArchiveEntry.of(path, info)
+    return MapArray(path, found[0], shape[0], shape[1], shape[2], channels, dtype, entry, header_bytes)
 
 
 def iterate_map_array(array: MapArray, frames: Sequence[int]) -> Iterator[NDArray[Any]]:
@@ -108,13 +114,12 @@ def iterate_map_array(array: MapArray, frames: Sequence[int]) -> Iterator[NDArra
         raise IndexError(f"{array.path} has {array.num_frames} frames; {frames[0]} to {frames[-1]} were asked for")
     shape = (array.height, array.width) if array.channels == 1 else (array.height, array.width, array.channels)
     size = array.dtype.itemsize * int(np.prod(shape))
-    with _opened(array.path) as archive, archive.open(f"{array.key}.npy") as file:
-        _read_header(file, array.path)
-        place, data = 0, b""
+    with _naming(array.path), array.path.open("rb") as file:
+        before, data = -1, b""
         for number in frames:
-            while place <= number:
-                data = file.read(size)
-                place += 1
+            if number != before:
+                data = array.entry.read(file, array.header_bytes + number * size, size)
+                before = number
             if len(data) != size:
                 raise VideoError(f"{array.path} changed while it was read: frame {number} is missing")
             frame = np.frombuffer(data, dtype=array.dtype).reshape(shape)
@@ -124,9 +129,15 @@ def iterate_map_array(array: MapArray, frames: Sequence[int]) -> Iterator[NDArra
 
 @contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    with _naming(path), zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Gives errors of damaged files the file's name."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
+        yield
     except OSError as error:
         raise VideoError(f"{path} cannot be read: {error.strerror or error}") from error
     # zipfile raises the last two for other kinds of compression and for encryption.

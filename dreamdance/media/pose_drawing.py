@@ -13,10 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dreamdance.media.keypoints import BODY, FACE, LEFT_HAND, NUM_KEYPOINTS, RIGHT_HAND
-
-# Points of lower confidence are not drawn; the value is DWPose's.
-CONFIDENCE_THRESHOLD = 0.3
+from dreamdance.media.keypoints import BODY, CONFIDENCE_THRESHOLD, FACE, LEFT_HAND, NUM_KEYPOINTS, RIGHT_HAND
 
 _DESIGN_SIDE = 512
 _SMALLEST_CANVAS = 192  # pixels of the short side below which a picture is drawn larger and averaged down

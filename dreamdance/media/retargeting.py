@@ -16,8 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dreamdance.media.alignment import MIN_JOINTS, SCALE_RANGE, AlignmentError
-from dreamdance.media.keypoints import BODY, FACE, LEFT_HAND, NUM_KEYPOINTS, RIGHT_HAND, KeypointSequence
-from dreamdance.media.pose_drawing import CONFIDENCE_THRESHOLD
+from dreamdance.media.keypoints import (
+    BODY,
+    CONFIDENCE_THRESHOLD,
+    FACE,
+    LEFT_HAND,
+    NUM_KEYPOINTS,
+    RIGHT_HAND,
+    KeypointSequence,
+)
 
 _Array = NDArray[np.float64]
 

@@ -27,7 +27,8 @@ def decode_normals(encoded: Tensor) -> Tensor:
 
 def _to_unit_length(vectors: Tensor) -> Tensor:
     length = vectors.square().sum(dim=-3, keepdim=True).sqrt()  # `norm` over this axis takes 15 times as long on CPUs
-    towards_camera = rearrange(vectors.new_tensor([0.0, 0.0, 1.0]), "c -> c 1 1").expand_as(vectors)
+    is_third = torch.arange(3, device=vectors.device) == 2  # no list of numbers: it would be copied to the device
+    towards_camera = rearrange(is_third.to(vectors.dtype), "c -> c 1 1").expand_as(vectors)
     return torch.where(length > _SMALLEST_LENGTH, vectors / length.clamp_min(_SMALLEST_LENGTH), towards_camera)
 
 

@@ -15,6 +15,10 @@ from dreamdance.media.video_container import VideoError
 from dreamdance.runs.files import replace_atomically
 
 LOSSLESS_SUFFIX = ".mkv"
+# Equal frames make equal files, on any number of cores. Without `mbtree` (rates by what later frames predict from a
+# block): its AVX-512 code in x264 165 gives other rates with other contents of the memory, so files differed from
+# process to process. With one thread: the number of threads, by default that of the cores, changes the result too.
+_H264_OPTIONS = {"preset": "medium", "mbtree": "0", "threads": "1"}
 AVCOL_SPC_BT709 = 1  # FFmpeg's name of the matrix; PyAV's `Colorspace` holds the scaler's own numbers
 
 
@@ -26,7 +30,7 @@ def write_video(
     lossless: bool = False,
     crf: int = 18,
 ) -> None:
-    """Writes a video; it appears under its name when it is complete.
+    """Writes a video; it appears under its name when it is complete. Equal frames make equal files.
 
     Args:
         path: `.mp4`, or `.mkv` for a lossless one.
@@ -48,7 +52,7 @@ def write_video(
     first = np.asarray(frames[0])
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        options = {"fflags": "+bitexact"} if lossless else {}  # equal frames make equal files
+        options = {"fflags": "+bitexact"}  # no random identifiers, no versions
         with replace_atomically(path) as temporary, av.open(str(temporary), "w", options=options) as container:
             rate = Fraction(fps).limit_denominator(1 << 16)
             stream = container.add_stream("ffv1", rate) if lossless else container.add_stream("libx264", rate)
@@ -58,7 +62,7 @@ def write_video(
                 stream.options = {"level": "3", "slicecrc": "1"}  # so that a reader notices damage
             else:
                 stream.pix_fmt = "yuv420p"
-                stream.options = {"crf": str(crf), "preset": "medium"}
+                stream.options = {**_H264_OPTIONS, "crf": str(crf)}
                 _tag(stream.codec_context)
             for number, frame in enumerate(frames):
                 picture = _check_frame(np.asarray(frame), first, lossless=lossless, where=f"{path}: frame {number}")

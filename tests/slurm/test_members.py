@@ -7,24 +7,33 @@ from pathlib import Path
 import pytest
 from support.fault_log import record_fault
 from support.slurm_jobs import ROOT, Cluster, Run, wait_until
-from support.video_folders import write_videos
+from support.true_maps import FOLDER, NAME, write_truth
 
+from dreamdance.dancers.render import HELD_OUT_SEEDS, render_clip
 from dreamdance.data.prepare import prepare
+from dreamdance.media.video import write_video
 from dreamdance.recipe import load_recipe
 from dreamdance.runs.folder_lock import FOLDER_LOCK_FILE
 from dreamdance.runs.layout import read_done
 
 NUM_VIDEOS = 40
 WORDS = ("videos.folder=videos", "videos.width=null", "videos.height=null", "smaller_sizes=[]", "videos.clip_frames=8")
-WORDS += ("videos.min_clip_frames=4", "videos.validation_fraction=0.25", "num_workers=1")
+WORDS += ("videos.min_clip_frames=4", "videos.validation_fraction=0.25", "videos.references=3", "num_workers=1")
+WORDS += tuple(f"videos.annotators.{what}={NAME}" for what in ("pose", "mask", "depth", "normal"))
 RESOURCES = ("cluster.partition=low", "cluster.memory_gib=null", "cluster.cpus_per_task=1", "cluster.time_minutes=10")
 
 
 @pytest.fixture
-def videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's folder with short videos."""
-    for number in range(NUM_VIDEOS):
-        write_videos(tmp_path / "videos", f"clip_{number:02d}", seed=number)
+def videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: Cluster) -> Path:
+    """A user's folder with short videos of pictures alone; the annotators know the dancers."""
+    for number, seed in enumerate(HELD_OUT_SEEDS[60 : 60 + NUM_VIDEOS]):
+        clip = render_clip(seed, num_frames=12, width=48, height=72, fps=8)
+        write_truth(tmp_path / "truth", f"{number:02d}", clip)
+        write_video(tmp_path / "videos" / f"clip_{number:02d}.mp4", clip.rgb, fps=8)
+    searched = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setitem(cluster.environment, "PYTHONPATH", searched)
+    monkeypatch.setitem(cluster.environment, FOLDER, str(tmp_path / "truth"))
+    monkeypatch.setenv(FOLDER, str(tmp_path / "truth"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -32,12 +41,13 @@ def videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def stored_files(output: Path) -> dict[str, bytes]:
     """The shards, the indices, the examples and the record of the videos, by path.
 
-    Of an example's drawings only the size: Matroska has a random number in its header.
+    Of an example's drawings only the size: Matroska has a random number in its header. A killed process may leave an
+    unfinished file in `annotations`, hidden.
     """
     return {
         str(path.relative_to(output)): str(path.stat().st_size).encode() if path.suffix == ".mkv" else path.read_bytes()
         for path in sorted(output.rglob("*"))
-        if path.is_file() and ".verified" not in path.parts
+        if path.is_file() and ".verified" not in path.parts and not path.match("annotations/*/.*.partial-*")
     }
 
 
@@ -57,6 +67,7 @@ def main_ranks(run: Run) -> dict[str, int]:
     return found
 
 
+@pytest.mark.long
 def test_an_array_whose_member_is_killed_writes_the_same_files_as_one_job(cluster: Cluster, videos: Path):
     alone = load_recipe(ROOT / "recipes" / "prepare.yaml", [*WORDS, "output=alone/out"])
     prepare(alone, videos / "alone_run")

@@ -6,8 +6,8 @@ from typing import Any
 import av
 import numpy as np
 
-from dreamdance.data.loading.dataset import StoredClips
 from dreamdance.data.loading.stored_clip import StoredClip
+from dreamdance.data.loading.stored_clips import StoredClips
 from dreamdance.media.video import write_video
 from dreamdance.recipe.schema import PrepareRecipe, VideosSource
 from dreamdance.recipe.sections import Shards

@@ -9,8 +9,9 @@ import pytest
 from support.random_shards import random_clip, write_random_shards
 
 from dreamdance.data.loading.clip_choice import choose_training_clips
-from dreamdance.data.loading.dataset import ClipDataset, StoredClips
+from dreamdance.data.loading.dataset import ClipDataset
 from dreamdance.data.loading.order import ClipOrder
+from dreamdance.data.loading.stored_clips import StoredClips
 from dreamdance.data.score_report import describe_scores
 from dreamdance.data.shards.mds import INDEX_FILE
 from dreamdance.data.writing.shard_writer import Part, ShardFormat, write_shards

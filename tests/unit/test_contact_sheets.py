@@ -1,11 +1,8 @@
 """`prepare` shows what it stored: sheets of all clips and a page that plays them, continued after a kill."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +10,8 @@ import pytest
 from PIL import Image
 from support.browser import Browser, require_chromium
 from support.fault_log import record_fault
+from support.killed_drawing import draw_in
+from support.ranks import StartedRanks
 from support.video_folders import damage_video, stored_clips, videos_recipe, write_videos
 
 from dreamdance.data import contact_sheets
@@ -21,7 +20,6 @@ from dreamdance.data.curation.shown_clip import SHOWN_MAPS
 from dreamdance.data.prepare import prepare
 from dreamdance.media.video import probe_video, read_frames
 from dreamdance.recipe.schema import DancersSource, PrepareRecipe
-from dreamdance.runtime.ranks import RESTART, START
 
 NUM_TRAIN, NUM_VALIDATION, NUM_FRAMES = 4, 2, 6
 WIDTH, HEIGHT = 96, 144
@@ -95,43 +93,15 @@ def test_a_killed_start_is_continued_and_a_complete_one_writes_nothing(dancers, 
     assert (folder / "index.html").read_bytes() == page
 
 
-# A rank that dies when it begins to draw its n-th clip, or that waits at its first clip until the other one has died.
-DRAWING_RANK = """
-import os, signal, sys, time
-from pathlib import Path
-from dreamdance.data import contact_sheets
-from dreamdance.data.prepare import prepare
-from dreamdance.recipe.schema import PrepareRecipe
-
-recipe, run, last, death = sys.argv[1:]
-contact_sheets.CLIPS_PER_SHEET = 1
-draw_tile, drawn = contact_sheets.draw_tile, []
-
-def draw_or_die(clip):
-    drawn.append(clip)
-    if len(drawn) == int(last):
-        Path(death).touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    until = time.monotonic() + 60
-    while int(last) == 0 and time.monotonic() < until and not Path(death).exists():
-        time.sleep(0.05)
-    return draw_tile(clip)
-
-contact_sheets.draw_tile = draw_or_die
-prepare(PrepareRecipe.model_validate_json(Path(recipe).read_text()), Path(run))
-"""
-
-
-def draw_on_two_ranks(output: Path, start: str, last_clips: tuple[int, int]) -> list[int]:
+def draw_on_two_ranks(output: Path, last_clips: tuple[int, int]) -> list[int]:
     """The exit codes of two ranks, each of which is killed at its n-th clip; 0: when the other one has been killed."""
-    folder = output.parent
-    (folder / "recipe.json").write_text(dancers_recipe(output, page_clips=4).model_dump_json())
-    ranks = []
-    for rank, last in enumerate(last_clips):
-        place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), START: start}
-        files = [folder / "recipe.json", folder / "run", str(last), folder / f"death of {start}"]
-        ranks.append(subprocess.Popen([sys.executable, "-c", DRAWING_RANK, *files], env={**os.environ, **place}))
-    return [rank.wait(timeout=240) for rank in ranks]
+    arguments = {
+        "recipe": dancers_recipe(output, page_clips=4).model_dump_json(),
+        "run_folder": str(output.parent / "run"),
+        "last_clips": last_clips,
+    }
+    with StartedRanks(draw_in, 2, output.parent / "ranks", **arguments) as ranks:
+        return ranks.wait()
 
 
 @pytest.mark.slow
@@ -145,10 +115,10 @@ def test_ranks_that_are_killed_while_they_draw_leave_the_pictures_of_one_rank(da
         small_sheets.setattr(contact_sheets, "CLIPS_PER_SHEET", 1)
         prepare(dancers_recipe(folders[0], page_clips=4), tmp_path / "run")
     whole, killed = (folder / "contact_sheets" for folder in folders)
-    assert draw_on_two_ranks(folders[1], "job", (3, 2)) == [-signal.SIGKILL] * 2
+    assert draw_on_two_ranks(folders[1], (3, 2)) == [-signal.SIGKILL] * 2
     assert len(list(killed.glob("[!.]*.png"))) == 3, "the sheets that they had finished"
     assert not (killed / "index.html").exists()
-    assert draw_on_two_ranks(folders[1], f"job{RESTART}1", (0, 1)) == [0, -signal.SIGKILL]
+    assert draw_on_two_ranks(folders[1], (0, 1)) == [0, -signal.SIGKILL]
     files = {path.relative_to(whole): path.read_bytes() for path in whole.rglob("*") if path.is_file()}
     assert len(files) == NUM_TRAIN + NUM_VALIDATION + 4 + 1, "sheets, clips and the page"
     assert {path.relative_to(killed): path.read_bytes() for path in killed.rglob("*") if path.is_file()} == files

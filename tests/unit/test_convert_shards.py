@@ -12,7 +12,7 @@ from support.older_shards import write_older_records, write_older_shards
 from support.random_shards import edit_index, flip_byte
 from support.video_folders import stored_clips, videos_recipe, write_videos
 
-from dreamdance.data.loading.dataset import StoredClips
+from dreamdance.data.loading.stored_clips import StoredClips
 from dreamdance.data.prepare import prepare
 from dreamdance.data.writing.shard_writer import ShardFormat
 from dreamdance.recipe.sections import Shards

@@ -15,8 +15,7 @@ from dreamdance.dancers.render import (
     DancerClip,
     render_clip,
 )
-from dreamdance.media.keypoints import BODY, FACE, LEFT_HAND, RIGHT_HAND
-from dreamdance.media.pose_drawing import CONFIDENCE_THRESHOLD
+from dreamdance.media.keypoints import BODY, CONFIDENCE_THRESHOLD, FACE, LEFT_HAND, RIGHT_HAND
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,12 @@ from support.older_shards import older_sample, write_older_shards
 from support.random_shards import HEIGHT, WIDTH, random_clip, stored_clip, write_random_shards
 
 from dreamdance.data.loading.batch import collate_clips
-from dreamdance.data.loading.dataset import ClipDataset, StoredClips
+from dreamdance.data.loading.dataset import ClipDataset
 from dreamdance.data.loading.fixed_clips import fixed_clips
 from dreamdance.data.loading.loader import ClipLoader
 from dreamdance.data.loading.order import ClipOrder, SampleKey
 from dreamdance.data.loading.stored_clip import ReferenceFrame, StoredClip, draw_window
+from dreamdance.data.loading.stored_clips import StoredClips
 from dreamdance.data.shards.columns import ColumnClip
 from dreamdance.data.shards.mds import StreamingDataset
 from dreamdance.errors import ShardError
@@ -270,7 +271,7 @@ def test_one_process_can_open_training_and_validation_sets_and_one_node_several_
 
 HOLD = """
 import sys
-from dreamdance.data.loading.dataset import StoredClips
+from dreamdance.data.loading.stored_clips import StoredClips
 from dreamdance.recipe.sections import Shards
 clips = StoredClips(Shards(local=sys.argv[1], remote=sys.argv[2]))
 clips.clip(0)

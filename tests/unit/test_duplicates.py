@@ -18,6 +18,7 @@ from dreamdance.data.curation.duplicates import (
     VideoHashes,
     check_leaks,
     find_duplicates,
+    find_groups,
     group_duplicates,
     hash_video,
 )
@@ -263,3 +264,39 @@ def test_a_hash_of_another_length_is_refused():
     content = video("a", bits()).to_json()
     with pytest.raises(ValueError, match="16 hexadecimal digits"):
         VideoHashes.from_json(content | {"frames": ["00ff"]})
+
+
+def one_camera(seed: int, *, num_videos: int = 30) -> list[VideoHashes]:
+    """Videos of two cameras, each second a few bits from its camera's picture, and some of other places."""
+    generator = np.random.default_rng(seed)
+    cameras = generator.random((2, 64)) < 0.5
+    videos = []
+    for number in range(num_videos):
+        length = int(generator.integers(1, 9))
+        picture = cameras[number % 2] if number % 5 else generator.random(64) < 0.5
+        rows = picture ^ (generator.random((length, 64)) < generator.choice([0.02, 0.05, 0.08]))
+        videos.append(video(f"v{number}", *rows))
+    return videos
+
+
+@pytest.mark.parametrize("make", [noisy_copies, one_camera])
+@pytest.mark.parametrize("seed", range(6))
+def test_groups_without_known_pairs_are_those_of_all_pairs(make, seed):
+    videos = make(seed)
+    names = [one.name for one in videos] + ["without hashes"]
+    expected = group_duplicates(names, find_duplicates(videos))
+    assert any(len(group) > 1 for group in expected)
+    assert find_groups(names, videos) == expected
+
+
+def test_videos_of_one_camera_are_compared_with_its_first_alone(monkeypatch):
+    videos = [video(f"v{number}", bits(number % 3), bits(number % 2)) for number in range(50)]
+    compared, near = [], duplicates._near_seconds
+
+    def count(some, others, *rest):
+        compared.append(len(some) * len(others))
+        return near(some, others, *rest)
+
+    monkeypatch.setattr(duplicates, "_near_seconds", count)
+    assert find_groups([one.name for one in videos], videos) == [[one.name for one in videos]]
+    assert sum(compared) == 3 * 2 * 98, "2 seconds with 98 others: as they are, and mirrored in two ways"

@@ -7,20 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
 from support.autoencoder_recipes import recipe_with_autoencoder, save_autoencoder
 from support.dancer_shards import NUM_FRAMES, write_dancer_shards
 from support.latents import encode_recipe, with_latents
 
-from dreamdance.data.loading.dataset import ClipDataset, StoredClips
+from dreamdance.data.loading.dataset import ClipDataset
 from dreamdance.data.loading.order import SampleKey
 from dreamdance.data.loading.stored_clip import ReferenceFrame, Window
+from dreamdance.data.loading.stored_clips import StoredClips
 from dreamdance.data.shards.cache import open_index
 from dreamdance.data.shards.latents import EMBEDDING
 from dreamdance.errors import ShardError, UserError
 from dreamdance.modalities import DOMAINS
+from dreamdance.models.equal_rewrites import apply_equal_rewrites
 from dreamdance.recipe.sections import Shards
 from dreamdance.training.encoding.encode import encode
-from dreamdance.training.encoding.fit import require_fitting_latents
+from dreamdance.training.encoding.fit import autoencoder_digest, require_fitting_latents
 from dreamdance.training.encoding.verify_latents import EncodeError
 from dreamdance.training.stages.training_stage import stage_of
 
@@ -224,3 +227,14 @@ def test_verification_prints_the_quality_of_decoded_latents(data, latents, tmp_p
 def test_the_index_names_shards_and_networks(latents):
     settings = open_index(Shards(local=latents.output)).details["settings"]
     assert {"source", "autoencoder", "image_encoder", "width", "height", "flip", "precision"} <= settings.keys()
+
+
+def test_rewrites_that_compute_the_same_do_not_make_another_autoencoder(data):
+    """Latents that an older commit encoded, before the rewrites, stay usable."""
+    vae = AutoencoderKL.from_pretrained(data / "vae")
+    before = autoencoder_digest(vae)
+    apply_equal_rewrites(vae)
+    assert type(vae.encoder.down_blocks[0].resnets[0]) is not ResnetBlock2D
+    assert autoencoder_digest(vae) == before
+    vae.encoder.conv_in.stride = (2, 2)
+    assert autoencoder_digest(vae) != before

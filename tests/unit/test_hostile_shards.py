@@ -18,7 +18,7 @@ from support.fault_log import record_fault
 from support.older_shards import older_sample, pack_frames
 from support.random_shards import edit_index, random_clip, write_random_shards
 
-from dreamdance.data.loading.dataset import StoredClips
+from dreamdance.data.loading.stored_clips import StoredClips
 from dreamdance.data.shards.columns import COLUMNS, unpack_frames, unpack_keypoints
 from dreamdance.data.shards.index import read_index
 from dreamdance.data.shards.mds import MDSWriter

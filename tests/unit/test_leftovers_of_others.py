@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can give fil
 STARTS = """
 import contextlib, ctypes, io, json, sys
 from pathlib import Path
-from dreamdance.data.loading.dataset import StoredClips
+from dreamdance.data.loading.stored_clips import StoredClips
 from dreamdance.errors import UserError
 from dreamdance.runs.folder_lock import lock_folder
 from dreamdance.launch.command import main

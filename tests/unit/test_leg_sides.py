@@ -1,10 +1,12 @@
 """Legs whose sides a network exchanged: found and put right in rendered dancers; legs that truly cross stay."""
 
+import json
 from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
+from PIL import Image
 from support.true_maps import NAME, TrueMaps, write_truth
 from support.video_folders import videos_recipe
 
@@ -14,9 +16,12 @@ from dreamdance.annotators.video_person import exchange_leg_landmarks
 from dreamdance.dancers.render import HELD_OUT_SEEDS, render_clip
 from dreamdance.data.annotation.networks import open_networks
 from dreamdance.data.writing.annotated_clips import AnnotatedVideoPart
+from dreamdance.inference.entry_inputs import Size, load_inputs
+from dreamdance.inference.manifest import read_entries
 from dreamdance.media.keypoint_filter import filter_keypoints, measure_jitter
-from dreamdance.media.keypoints import KeypointSequence
-from dreamdance.media.leg_sides import exchange_legs, find_exchanged_legs
+from dreamdance.media.keypoints import KeypointSequence, write_keypoint_file
+from dreamdance.media.leg_sides import describe_exchanged_legs, exchange_legs, find_exchanged_legs
+from dreamdance.media.pose_drawing import draw_poses
 from dreamdance.media.video import probe_video, write_video
 
 WIDTH, HEIGHT = 192, 288
@@ -78,6 +83,27 @@ def test_unseen_legs_stay_and_do_not_join_what_lies_before_and_after():
     assert not find_exchanged_legs(sequence(points[:1])).any()
     points[..., 2] = 0.0
     assert not find_exchanged_legs(sequence(points)).any()
+
+
+def test_given_key_points_stay_as_they_are_and_a_warning_names_the_frames_with_exchanged_legs(tmp_path, caplog):
+    truth, wrong = dancer(0, 8.0), with_exchanged(dancer(0, 8.0), [5, 9])
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "person.png")
+    size = Size(WIDTH, HEIGHT)
+    poses = []
+    for points in (truth, wrong):
+        write_keypoint_file(tmp_path / "keypoints.json", sequence(points, 8.0))
+        entry = {"id": "a", "image": "person.png", "keypoints": "keypoints.json"}
+        (tmp_path / "manifest.jsonl").write_text(json.dumps(entry))
+        caplog.clear()
+        inputs = load_inputs(read_entries(tmp_path / "manifest.jsonl")[0], aspect=size, pose_sizes={size})
+        poses.append(inputs.poses[size].movedim(1, -1).numpy())
+        assert ("exchange the left and the right leg in frames 5, 9; they are taken" in caplog.text) == (
+            points is wrong
+        )
+    drawn = draw_poses(wrong, width=WIDTH, height=HEIGHT)
+    assert (np.rint(poses[1] * 255) != drawn).mean() < 1e-5  # the file rounds coordinates
+    assert (poses[0] != poses[1]).any(axis=(1, 2, 3)).nonzero()[0].tolist() == [5, 9]
+    assert describe_exchanged_legs(sequence(wrong), range(100, 148)).count("105, 109;") == 1
 
 
 def test_landmarks_of_the_feet_follow_their_legs():

@@ -3,6 +3,7 @@
 import io
 import logging
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from support.video_folders import stored_clips, videos_recipe, write_videos
 from dreamdance.dancers.render import render_clip
 from dreamdance.data.prepare import prepare
 from dreamdance.data.shards.columns import metric_disparity
+from dreamdance.media.archive_entry import ArchiveEntry
 from dreamdance.media.map_arrays import iterate_map_array, open_map_array
 from dreamdance.media.video import VideoError, iterate_grey16, probe_video, read_frames, write_video
 
@@ -227,3 +229,48 @@ def test_a_replaced_array_is_noticed(tmp_path, clip):
     save(folder / "a.mask.npz", mask=~clip.mask)
     with pytest.raises(Exception, match=r"a\.mask\.npz"):
         prepared(tmp_path)
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_frames_in_any_order_of_reads_are_those_of_numpy(tmp_path, write):
+    """Noise does not compress, and a constant compresses to nothing: both lie between kept places."""
+    values = np.random.default_rng(0).random((40, 64, 512), dtype=np.float32)
+    values[10:25] = 3.0
+    write(tmp_path / "a.npz", disparity=values)
+    with np.load(tmp_path / "a.npz") as content:
+        truth = content["disparity"]
+    array = open_map_array(tmp_path / "a.npz", "depth")
+    for frames in ([39], [0, 1], [20, 20, 33], [5], list(range(40)), [38], [12, 13], [0]):
+        np.testing.assert_array_equal(np.stack(list(iterate_map_array(array, frames))), truth[frames])
+
+
+def test_a_frame_near_the_end_is_read_without_inflating_the_file_again(tmp_path, monkeypatch):
+    """Counted in bytes that the decompressor gives."""
+    values = np.random.default_rng(0).random((200, 64, 256), dtype=np.float32)
+    np.savez_compressed(tmp_path / "a.npz", disparity=values)
+    array = open_map_array(tmp_path / "a.npz", "depth")
+    list(iterate_map_array(array, range(200)))
+    given, inflate = [], ArchiveEntry._inflate
+
+    def count(entry, file, decoder, size):
+        given.append(len(part := inflate(entry, file, decoder, size)))
+        return part
+
+    monkeypatch.setattr(ArchiveEntry, "_inflate", count)
+    for frame in (190, 30, 111):
+        given.clear()
+        np.testing.assert_array_equal(next(iter(iterate_map_array(array, [frame]))), values[frame])
+        assert sum(given) <= 3 << 20, "of 12.5 MiB: up to 1 MiB between kept places, 1 MiB of a block, and the frame"
+
+
+def test_an_archive_that_was_cut_after_it_was_opened_is_an_error(tmp_path):
+    values = np.random.default_rng(0).random((40, 64, 512), dtype=np.float32)
+    np.savez_compressed(tmp_path / "a.npz", disparity=values)
+    array = open_map_array(tmp_path / "a.npz", "depth")
+    (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:300_000])
+    with pytest.raises(VideoError, match=r"a\.npz changed while it was read: frame 39 is missing"):
+        list(iterate_map_array(array, [39]))
+    (tmp_path / "a.npz").write_bytes(b"")
+    fresh = replace(array, entry=replace(array.entry, _kept=[], _last=None))
+    with pytest.raises(VideoError, match=r"a\.npz is damaged or no \.npz file: an entry has no header"):
+        list(iterate_map_array(fresh, [0]))

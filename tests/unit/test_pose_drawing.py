@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dreamdance.dancers.render import render_clip
-from dreamdance.media.keypoints import BODY, FACE, LEFT_HAND, flip_keypoints
-from dreamdance.media.pose_drawing import CONFIDENCE_THRESHOLD, draw_pose, draw_poses
+from dreamdance.media.keypoints import BODY, CONFIDENCE_THRESHOLD, FACE, LEFT_HAND, flip_keypoints
+from dreamdance.media.pose_drawing import draw_pose, draw_poses
 
 RIGHT_SHOULDER, RIGHT_ELBOW = 2, 3
 RED, WHITE, BLUE = (255, 0, 0), (255, 255, 255), (0, 0, 255)

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 
@@ -283,3 +284,52 @@ def test_a_complete_output_is_reported_as_complete(folder, caplog):
     caplog.set_level(logging.INFO)
     prepare(recipe_of(), Path("run"))
     assert caplog.text.count("is already complete") == 2
+
+
+def test_an_output_without_a_clip_takes_other_footage(tmp_path):
+    """The only video of the first folder is damaged, which decoding shows: the folders of both splits were begun."""
+    write_videos(tmp_path / "wrong", "a")
+    damage_video(tmp_path / "wrong" / "a.rgb.mp4")
+    write_videos(tmp_path / "right", "b")
+    output = tmp_path / "data"
+    choices = {"split_by": "time", "validation_fraction": 0.2}
+    with pytest.raises(VideoError):
+        prepare(videos_recipe(output, tmp_path / "wrong", **choices), tmp_path / "run")
+    assert (output / "train" / ".parts" / "settings.json").is_file()
+    right = videos_recipe(output, tmp_path / "right", **choices)
+    prepare(right, tmp_path / "run")
+    prepare(videos_recipe(tmp_path / "untouched", tmp_path / "right", **choices), tmp_path / "run2")
+    for split in ("train", "validation"):
+        assert (output / split / "index.json").read_bytes() == (
+            tmp_path / "untouched" / split / "index.json"
+        ).read_bytes()
+        assert not list((output / split).glob(".parts*"))
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_an_output_with_clips_refuses_other_footage_in_one_error(tmp_path, is_complete):
+    for seed, name in enumerate("ab"):
+        write_videos(tmp_path / "first", name, seed=seed)
+    write_videos(tmp_path / "second", "c")
+    if not is_complete:
+        damage_video(tmp_path / "first" / "b.rgb.mp4", packet=18)
+    output = tmp_path / "data"
+    choices = {"split_by": "time", "validation_fraction": 0.2}
+    with nullcontext() if is_complete else pytest.raises(VideoError):
+        prepare(videos_recipe(output, tmp_path / "first", **choices), tmp_path / "run")
+    with_clips = [output / "train", *([output / "validation"] if is_complete else [])]
+    before = sorted(output.rglob("*"))
+    with pytest.raises(ShardError) as raised:
+        prepare(videos_recipe(output, tmp_path / "second", clip_frames=6, **choices), tmp_path / "run")
+    assert str(raised.value).splitlines() == [
+        f"{output} has clips that were made with other settings:",
+        "  videos.clip_frames was 8, is 6",
+        f"  videos.folder was '{tmp_path / 'first'}', is '{tmp_path / 'second'}'",
+        f"Set another `output`, use these values, or delete {' and '.join(map(str, with_clips))}; results of "
+        "annotators may stay where they are, and are used again",
+    ]
+    assert sorted(output.rglob("*")) == before
+    for folder in with_clips:
+        shutil.rmtree(folder)
+    prepare(videos_recipe(output, tmp_path / "second", clip_frames=6, **choices), tmp_path / "run")
+    assert {clip.clip_id for clip in stored_clips(output, "train")} == {f"c.train.000{number}" for number in range(3)}

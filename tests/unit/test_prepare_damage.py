@@ -18,7 +18,8 @@ from support.video_folders import damage_video, stored_clips, videos_recipe, wri
 from dreamdance.data import writing_report
 from dreamdance.data.prepare import prepare
 from dreamdance.data.writing import video_opening
-from dreamdance.data.writing.shard_parts import ClipRecord, Part, PartSource, ShardFormat, read_note, write_part
+from dreamdance.data.writing.part_notes import read_note
+from dreamdance.data.writing.shard_parts import ClipRecord, Part, PartSource, ShardFormat, write_part
 from dreamdance.data.writing.video_opening import check_videos
 from dreamdance.errors import LostWorkerError, ShardError
 from dreamdance.launch.prepared import is_prepared
@@ -163,7 +164,7 @@ def test_skipping_all_videos_is_an_error(tmp_path):
     write_videos(tmp_path / "videos", "a")
     damage_video(tmp_path / "videos" / "a.rgb.mp4")
     recipe = videos_recipe(tmp_path / "data", tmp_path / "videos", on_error="skip", validation_fraction=0.0)
-    with pytest.raises(ShardError, match=r"there are no clips to write .*or damaged"):
+    with pytest.raises(ShardError, match=r"there are no clips to write into .*train:\n  1 x .*a\.rgb\.mp4"):
         prepare(recipe, tmp_path / "run")
     assert not (tmp_path / "data" / "train" / "index.json").exists()
 
@@ -200,7 +201,7 @@ def test_training_may_not_be_left_without_clips(tmp_path, videos):
     (name,) = names(tmp_path / "untouched", "train")
     damage_video(videos / f"{name}.rgb.mp4")
     recipe = videos_recipe(tmp_path / "data", videos, on_error="skip", validation_fraction=0.75)
-    with pytest.raises(ShardError, match=r"there are no clips to write into .*train: .*or damaged"):
+    with pytest.raises(ShardError, match=r"there are no clips to write into .*train:\n  1 x .*\.rgb\.mp4"):
         prepare(recipe, tmp_path / "run")
     assert not is_prepared(recipe)
 

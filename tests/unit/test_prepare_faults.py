@@ -16,7 +16,7 @@ from support.random_shards import random_clips, random_parts
 from support.video_folders import videos_recipe, write_videos
 
 from dreamdance.data.prepare import prepare
-from dreamdance.data.writing import shard_writer
+from dreamdance.data.writing import shard_folder
 from dreamdance.data.writing.shard_writer import ClipRecord, Part, PartSource, ShardFolder, ShardFormat, write_shards
 from dreamdance.data.writing.video_clips import VideoPart
 from dreamdance.errors import LostWorkerError, ShardError
@@ -100,14 +100,14 @@ def test_ranks_with_one_process_id_begin_one_folder_together(tmp_path, expected,
     folder, replace, met = tmp_path / "shards", os.replace, []
 
     def meet(source: Path, target: Path) -> None:
-        if target.name == shard_writer.SETTINGS_FILE and not met:
+        if target.name == shard_folder.SETTINGS_FILE and not met:
             met.append(target)
             with WorkQueue(Ranks()) as queue:
                 settings = {"settings": {"clips": 12}, "shard_format": SMALL}
                 ShardFolder(folder, random_parts(12), **settings, queue=queue).begin()
         replace(source, target)
 
-    monkeypatch.setattr(shard_writer.os, "replace", meet)
+    monkeypatch.setattr(shard_folder.os, "replace", meet)
     write(folder, random_parts(12))
     assert met
     assert content(folder) == expected

@@ -36,7 +36,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 def debug(*words: str) -> int:
     """The command, in this process; unlike a user's, it lives on, so its last job is forgotten."""
     Path("runs/prepare/logs/job.json").unlink(missing_ok=True)
-    return main((*WORDS, "num_workers=1", *words, "--cluster", "debug"), lambda recipe, gpu_memory_gib: "")
+    return main((*WORDS, "num_workers=1", *words, "--cluster", "debug"), lambda *_: "")
 
 
 def failure() -> str:

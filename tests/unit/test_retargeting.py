@@ -144,6 +144,15 @@ def test_a_body_that_differs_only_in_size_and_place_is_met_exactly():
     np.testing.assert_array_equal(result[..., 2], driving[..., 2])
 
 
+def test_black_bars_around_the_reference_change_nothing():
+    driving, truth = pair(0)
+    without = retarget_bones(sequence(driving), sequence(truth[:1]))
+    framed, (width, height) = truth[:1].copy(), (WIDTH + 300, HEIGHT + 120)
+    framed[..., :2] = (pixels(framed) + np.array([150, 60])) / [width, height]
+    result = retarget_bones(sequence(driving), KeypointSequence(framed, width, height, 1.0))
+    np.testing.assert_allclose(result[..., :2] * [width, height] - [150, 60], pixels(without), atol=0.05)
+
+
 @pytest.mark.parametrize("lost", ["left_knee", "right_shoulder", "right_hip", "neck"])
 def test_a_joint_that_is_lost_for_a_while_moves_no_other_joint_far(lost):
     driving, truth = pair(0)

@@ -17,7 +17,7 @@ from support.fault_log import record_fault
 from support.older_shards import older_sample, write_older_shards
 from support.random_shards import edit_index, flip_byte, random_clip, write_random_shards
 
-from dreamdance.data.loading.dataset import StoredClips
+from dreamdance.data.loading.stored_clips import StoredClips
 from dreamdance.data.shards import cache as shard_cache
 from dreamdance.data.shards import verify
 from dreamdance.data.shards.columns import ColumnClip

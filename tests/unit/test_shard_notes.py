@@ -14,9 +14,10 @@ import pytest
 from support.older_shards import write_older_shards
 from support.random_shards import HEIGHT, WIDTH, edit_index, random_clip
 
-from dreamdance.data.loading.dataset import ClipDataset, StoredClips
+from dreamdance.data.loading.dataset import ClipDataset
 from dreamdance.data.loading.loader import ClipLoader
 from dreamdance.data.loading.order import ClipOrder
+from dreamdance.data.loading.stored_clips import StoredClips
 from dreamdance.data.shards import notes as shard_notes
 from dreamdance.data.shards.cache import open_index
 from dreamdance.data.shards.index import read_index

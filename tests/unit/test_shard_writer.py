@@ -17,7 +17,7 @@ import pytest
 from support.random_shards import random_clip, random_clips, random_parts, stored_clip, write_random_shards
 from support.ranks import run_ranks
 
-from dreamdance.data.loading.dataset import StoredClips
+from dreamdance.data.loading.stored_clips import StoredClips
 from dreamdance.data.shards.index import read_index
 from dreamdance.data.shards.verify import verify_shards
 from dreamdance.data.writing.clip_record import ClipRecord

@@ -16,9 +16,10 @@ import pytest
 from support.fault_log import record_fault
 from support.random_shards import HEIGHT, WIDTH, write_random_shards
 
-from dreamdance.data.loading.dataset import ClipDataset, StoredClips
+from dreamdance.data.loading.dataset import ClipDataset
 from dreamdance.data.loading.loader import ClipLoader
 from dreamdance.data.loading.order import ClipOrder
+from dreamdance.data.loading.stored_clips import StoredClips
 from dreamdance.errors import LostWorkerError, ShardError, is_transient
 from dreamdance.recipe.sections import Shards
 from dreamdance.runs import files

@@ -16,10 +16,11 @@ from PIL import Image
 from support.older_shards import write_older_records, write_older_shards
 from support.random_shards import HEIGHT, WIDTH, flip_byte, random_clip, stored_clip, write_random_shards
 
-from dreamdance.data.loading.dataset import ClipDataset, StoredClips
+from dreamdance.data.loading.dataset import ClipDataset
 from dreamdance.data.loading.fixed_clips import fixed_clips
 from dreamdance.data.loading.order import SampleKey
 from dreamdance.data.loading.stored_clip import ReferenceFrame, draw_window, far_references, fixed_reference, own_frame
+from dreamdance.data.loading.stored_clips import StoredClips
 from dreamdance.data.shards.frame_codecs import decode_frame, encode_frame, frame_format
 from dreamdance.data.shards.range_reads import read_sample_head
 from dreamdance.data.shards.tracks import ClipHead, TrackWriter, choose_size, read_head

@@ -17,9 +17,10 @@ from support.fault_log import record_fault
 from support.older_shards import older_sample, write_older_shards
 from support.random_shards import HEIGHT, WIDTH, edit_index, flip_byte, random_clip, write_random_shards
 
-from dreamdance.data.loading.dataset import ClipDataset, StoredClips
+from dreamdance.data.loading.dataset import ClipDataset
 from dreamdance.data.loading.loader import ClipLoader
 from dreamdance.data.loading.order import ClipOrder
+from dreamdance.data.loading.stored_clips import StoredClips
 from dreamdance.data.shards.cache import zstd_content_size
 from dreamdance.data.shards.columns import COLUMNS
 from dreamdance.data.shards.index import read_index

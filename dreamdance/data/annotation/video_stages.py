@@ -19,10 +19,9 @@ from dreamdance.data.curation.motion import MotionTrack, measure_motion
 from dreamdance.data.curation.shots import Shot, find_shots, shrink_frames
 from dreamdance.media.cropping import Crop
 from dreamdance.media.keypoint_filter import filter_keypoints
-from dreamdance.media.keypoints import NUM_KEYPOINTS, KeypointSequence
-from dreamdance.media.leg_sides import exchange_legs, find_exchanged_legs
+from dreamdance.media.keypoints import CONFIDENCE_THRESHOLD, NUM_KEYPOINTS, KeypointSequence
+from dreamdance.media.leg_sides import describe_exchanged_legs, exchange_legs, find_exchanged_legs
 from dreamdance.media.letterbox import search_letterbox
-from dreamdance.media.pose_drawing import CONFIDENCE_THRESHOLD
 from dreamdance.media.video import VideoInfo, iterate_frames, read_frames
 from dreamdance.recipe.annotator_section import Annotators
 
@@ -156,8 +155,10 @@ class VideoStages:
         keypoints = found["keypoints"] if given is None else given.keypoints[frames]
         landmarks = found["landmarks"] if len(found["landmarks"]) else None
         smoothed, smooth = keypoints, self._section.smooth and given is None
+        sequence = KeypointSequence(keypoints, self.video.width, self.video.height, fps)
+        if given is not None and (warning := describe_exchanged_legs(sequence, frames)) is not None:
+            logger.warning("%s: %s", self.video.path, warning)
         if smooth:
-            sequence = KeypointSequence(keypoints, self.video.width, self.video.height, fps)
             exchanged = find_exchanged_legs(sequence)
             keypoints = exchange_legs(keypoints, exchanged)
             if landmarks is not None:

@@ -11,8 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dreamdance.media.keypoints import BODY_NAMES
-from dreamdance.media.pose_drawing import CONFIDENCE_THRESHOLD
+from dreamdance.media.keypoints import BODY_NAMES, CONFIDENCE_THRESHOLD
 
 # Two shots show one person if no part of the body differs by more.
 LARGEST_DIFFERENCE = 0.4

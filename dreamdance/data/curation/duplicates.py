@@ -143,20 +143,30 @@ class _Seconds:
         self._colours = np.concatenate([np.zeros((0, 2), np.float32), *(one.colours for one in self.videos)])
 
     def same_footage(
-        self, video: VideoHashes, first: int, *, max_distance: int = MAX_DISTANCE, min_share: float = MIN_SHARE
+        self,
+        video: VideoHashes,
+        first: int,
+        *,
+        max_distance: int = MAX_DISTANCE,
+        min_share: float = MIN_SHARE,
+        known: NDArray[np.bool_] | None = None,
     ) -> list[str]:
         """The names of the videos from number `first` on that show the footage of another video.
 
         The answer does not depend on which of two videos is asked for: each is compared with the other's mirrored
         pictures, whose hashes differ where neighbours are equal, and of two equal lengths the larger share counts.
+        Videos that are `known`, a flag for each from `first` on, are left out.
         """
+        if known is not None and known.all():
+            return []
+        left_out = None if known is None or not known.any() else np.repeat(known, self._lengths[first:])
         lengths, share = self._lengths[first:], np.zeros(len(self.videos) - first)
         own, mirrored = _signs(video.frames), _signs(video.mirrored)
         for hashes, signs in ((own, self._signs), (mirrored, self._signs), (own, self._mirrored)):
             # Which seconds of the video are found in each other video, and which seconds of those are found in it.
             found_here = np.zeros((0, 0), bool)
             found_there = np.zeros(0, bool)
-            for here, there in _near_seconds(hashes, signs[self._starts[first] :], max_distance):
+            for here, there in _near_seconds(hashes, signs[self._starts[first] :], max_distance, left_out):
                 colours = self._colours[self._starts[first] + there]
                 alike = np.abs(video.colours[here] - colours).max(axis=1) <= MAX_COLOUR_DISTANCE
                 if not found_there.size:
@@ -173,7 +183,10 @@ class _Seconds:
 
 
 def _near_seconds(
-    some: NDArray[np.float32], others: NDArray[np.float32], max_distance: int
+    some: NDArray[np.float32],
+    others: NDArray[np.float32],
+    max_distance: int,
+    left_out: NDArray[np.bool_] | None = None,
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Yields the pairs of hashes, as signs `(s, 64)`, of which at most `max_distance` bits differ: numbers in both."""
     for top in range(0, len(some), _MAX_ROWS):
@@ -182,9 +195,40 @@ def _near_seconds(
         for start in range(0, len(others), size):
             # The product of signs is 64 - 2 x the number of bits that differ.
             near = rows @ others[start : start + size].T >= _BITS - 2 * max_distance
+            if left_out is not None:
+                near &= ~left_out[start : start + size]
             if near.any():
                 here, there = np.nonzero(near)
                 yield here + top, there + start
+
+
+def find_groups(
+    names: Sequence[str],
+    videos: Sequence[VideoHashes],
+    *,
+    before_video: Callable[[str], None] = lambda name: None,
+) -> list[list[str]]:
+    """The groups of `group_duplicates` over all pairs of `find_duplicates`, without a look at pairs within a group.
+
+    Two videos that are in one group already need no comparison. So many videos of one camera, which are all alike, take
+    a comparison of the first with the others, and not of all with all.
+
+    Args:
+        names: of all videos.
+        videos: the hashes of those that have any, with unique names.
+        before_video: called with the name of a video before it is compared with all that follow it.
+    """
+    seconds = _Seconds(videos)
+    places = {video.name: place for place, video in enumerate(seconds.videos)}
+    group = np.arange(len(places))
+    pairs = []
+    for number, video in enumerate(seconds.videos[:-1]):
+        before_video(video.name)
+        known = group[number + 1 :] == group[number]
+        for other in seconds.same_footage(video, number + 1, known=known):
+            pairs.append((video.name, other))
+            group[group == group[places[other]]] = group[number]
+    return group_duplicates(names, pairs)
 
 
 def group_duplicates(names: Sequence[str], pairs: Iterable[tuple[str, str]]) -> list[list[str]]:

@@ -8,8 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dreamdance.media.keypoints import BODY
-from dreamdance.media.pose_drawing import CONFIDENCE_THRESHOLD
+from dreamdance.media.keypoints import BODY, CONFIDENCE_THRESHOLD
 
 # Higher frames are reduced to this height before sharpness is measured, so that a video's size matters less.
 SHARPNESS_HEIGHT = 512

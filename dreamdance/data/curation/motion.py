@@ -3,6 +3,8 @@
 The vectors cost little more than decoding. H.264, MPEG-4 and MPEG-2 give them; HEVC, VP8, VP9, AV1 and MJPEG do not.
 Both agree on real dance videos (0.0138 and 0.0145, 0.0092 and 0.0137, 0.092 and 0.085 frame heights per second).
 Motion of many blocks' widths per frame is underestimated by the vectors: the codec stores such blocks without one.
+A vector does not name its frame, and counts as one to the nearest reference: frames that refer further back, as x264
+lets some do, count up to double (a mean of 40 frames was 9 % too large).
 """
 
 from collections.abc import Generator, Iterator

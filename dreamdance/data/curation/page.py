@@ -68,7 +68,7 @@ def write_page(
         folder: the folder that contains the videos.
         entries: from `write_clip_video`.
         title: shown above the clips.
-        failures: names of the videos that have no clips, by the reason.
+        failures: names of the videos that have no clips, or none for one split, by the reason.
 
     Returns:
         The path of the page.

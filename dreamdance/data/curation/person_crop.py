@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dreamdance.media.cropping import Crop, centred_crop
-from dreamdance.media.pose_drawing import CONFIDENCE_THRESHOLD
+from dreamdance.media.keypoints import CONFIDENCE_THRESHOLD
 
 # Free space around the person, as a share of the height of the box that holds the person in all frames.
 DEFAULT_MARGIN = 0.1

@@ -1,7 +1,7 @@
 """The batch that the objectives train on, and the function that stacks clips into one. No shards or files here."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ class ClipSample:
     fps: float
     key: tuple[int, int, int]
     clip_id: str
+    regions: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def floats(self) -> "ClipSample":
         """The sample with maps and reference as the objectives use them: float32 in [0,1], 3 channels."""
@@ -39,11 +40,14 @@ class ClipBatch:
             ones, without those that stored latents replace. Normals are (n+1)/2, of unit length after decoding; depth
             is disparity, near points bright; a mask is 1 on the body, else 0. Maps with one value per pixel repeat it
             in all 3 channels. The stored latents are listed beside them, with names that begin with `latents.`.
+            If the reference comes first (`ClipDataset`), frame 0 of each map is the reference's own.
             If the loader draws one domain of each clip, that is `target`, or `latents.target`; the others are absent.
         reference: `b 3 H W` in [0,1], a frame of the same clip; empty if its stored latents replace it.
         fps: `b`, frames per second after the stride.
         keys: `b 3` int64: seed, epoch, sample id; the source of every random number about a sample.
         clip_ids: b names.
+        regions: `b f 3 5`, the boxes of face and hands in each frame as `media.keypoint_regions.region_boxes` gives
+            them, and confidence `UNKNOWN` in clips without key points; empty if the loader was not asked for them.
     """
 
     maps: Mapping[str, Tensor]
@@ -51,6 +55,7 @@ class ClipBatch:
     fps: Tensor
     keys: Tensor
     clip_ids: list[str]
+    regions: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def __len__(self) -> int:
         return len(self.clip_ids)
@@ -60,14 +65,16 @@ class ClipBatch:
         """The inverse of `tensors`."""
         maps = dict(tensors)
         reference = maps.pop("reference", torch.empty(0))
+        regions = maps.pop("regions", torch.empty(0))
         fps, keys = maps.pop("fps"), maps.pop("keys")
-        return cls(maps, reference, fps, keys, clip_ids)
+        return cls(maps, reference, fps, keys, clip_ids, regions)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the batch by name."""
-        reference = {"reference": self.reference} if self.reference.numel() else {}
-        return {**self.maps, **reference, "fps": self.fps, "keys": self.keys}
+        optional = {"reference": self.reference, "regions": self.regions}
+        present = {name: tensor for name, tensor in optional.items() if tensor.numel()}
+        return {**self.maps, **present, "fps": self.fps, "keys": self.keys}
 
     @property
     def rgb(self) -> Tensor:
@@ -84,6 +91,11 @@ class ClipBatch:
         """Stored latents by name, see `latent_windows.read_latents`; empty if training encodes pictures itself."""
         return {name.removeprefix(PREFIX): values for name, values in self.maps.items() if name.startswith(PREFIX)}
 
+    def select(self, indices: Sequence[int]) -> "ClipBatch":
+        """The clips of the given numbers, without sharing memory."""
+        chosen = {name: tensor[list(indices)] for name, tensor in self.tensors.items()}
+        return self.from_tensors(chosen, [self.clip_ids[index] for index in indices])
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "ClipBatch":
         """Returns the batch on a device, as float32; `keys` stay on the CPU, where random numbers are drawn."""
         moved = {
@@ -91,7 +103,7 @@ class ClipBatch:
             for name, tensor in self.tensors.items()
             if name != "keys"
         }
-        pictures = {name: moved[name] for name in moved if name != "fps"}
+        pictures = {name: moved[name] for name in moved if name not in ("fps", "regions")}
         return self.from_tensors({**moved, **_maps_as_floats(pictures), "keys": self.keys}, self.clip_ids)
 
     def pin_memory(self) -> "ClipBatch":
@@ -114,6 +126,7 @@ def collate_clips(samples: Sequence[ClipSample]) -> ClipBatch:
         fps=torch.tensor([sample.fps for sample in samples], dtype=torch.float32),
         keys=torch.tensor([sample.key for sample in samples], dtype=torch.int64),
         clip_ids=[sample.clip_id for sample in samples],
+        regions=torch.stack([sample.regions for sample in samples]),
     )
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from dreamdance.data.curation.filters import ClipChoice, choose_clips, filter_limits
 from dreamdance.data.curation.scores import Scores
-from dreamdance.data.loading.dataset import StoredClips
+from dreamdance.data.loading.stored_clips import StoredClips
 from dreamdance.data.shards.clip_facts import Facts, facts_of, listed_facts
 from dreamdance.errors import ShardError
 from dreamdance.recipe.filter_section import ScoreFilters

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dreamdance.media.cropping import centred_crop
+from dreamdance.media.cropping import Crop, PartialCrop, centred_crop
 from dreamdance.media.keypoints import flip_keypoints
 from dreamdance.media.pose_drawing import draw_poses
 from dreamdance.media.transforms import flip_map, pictures_to_tensor, resize_map
@@ -53,7 +53,9 @@ def flip_clip(clip: ClipFrames, *, drawn_pose: Tensor | None = None) -> ClipFram
     return ClipFrames(maps, torch.from_numpy(keypoints))
 
 
-def open_pictures(pictures: NDArray[Any], kind: Kind, *, flip: bool, width: int, height: int) -> Tensor:
+def open_pictures(
+    pictures: NDArray[Any], kind: Kind, *, flip: bool, width: int, height: int, cropped: bool = False
+) -> Tensor:
     """Pictures `(..., H, W, c)` as a tensor `(..., c, H, W)`: as stored if nothing is computed with their values.
 
     They are computed with if they are resized, rounded to a region or mirrored as normals. torch cannot mirror uint16.
@@ -63,16 +65,28 @@ def open_pictures(pictures: NDArray[Any], kind: Kind, *, flip: bool, width: int,
         kind: the meaning of their values.
         flip: whether they will be mirrored.
         width, height: the size that they will have.
+        cropped: whether `crop_and_resize` will take a part of them that was drawn.
     """
     part = centred_crop(pictures.shape[-2], pictures.shape[-3], to_width=width, to_height=height)
-    is_resized = (part.width, part.height) != (width, height)
+    is_resized = cropped or (part.width, part.height) != (width, height)
     if is_resized or kind == "region" or (flip and (kind == "normals" or pictures.dtype != np.uint8)):
         return pictures_to_tensor(pictures)
     return torch.from_numpy(np.moveaxis(pictures, -1, -3))
 
 
-def crop_and_resize(images: Tensor, kind: Kind, *, width: int, height: int) -> Tensor:
-    """The largest centred part of images `(..., c, H, W)` that has the aspect of a size, at that size."""
-    part = centred_crop(images.shape[-1], images.shape[-2], to_width=width, to_height=height)
+def shown_part(frame: tuple[int, int], size: tuple[int, int], crop: PartialCrop | None = None) -> Crop:
+    """The part of a frame (width, height) that is brought to a size: the largest centred one of that aspect.
+
+    Args:
+        frame, size: width and height.
+        crop: takes this part of it.
+    """
+    part = centred_crop(*frame, to_width=size[0], to_height=size[1])
+    return part if crop is None else crop.of(part)
+
+
+def crop_and_resize(images: Tensor, kind: Kind, *, width: int, height: int, crop: PartialCrop | None = None) -> Tensor:
+    """The part of images `(..., c, H, W)` that `shown_part` names, at a size."""
+    part = shown_part((images.shape[-1], images.shape[-2]), (width, height), crop)
     images = images[..., part.top : part.top + part.height, part.left : part.left + part.width]
     return resize_map(images, height, width, kind=kind)

@@ -1,15 +1,13 @@
-"""The datasets of stored clips and of training windows cut from them; `loader` delivers the windows to the ranks.
+"""The dataset of training windows, which are cut from stored clips; `loader` delivers the windows to the ranks.
 
 This module does not use the process group: ranks need no synchronisation, and a single rank may open a dataset.
 """
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -19,213 +17,19 @@ from dreamdance.data.loading.clip_frames import ClipFrames, crop_and_resize, fli
 from dreamdance.data.loading.domain_draw import draw_domain, name_target
 from dreamdance.data.loading.latent_windows import read_latents
 from dreamdance.data.loading.order import SampleKey
-from dreamdance.data.loading.stored_clip import StoredClip, Window, draw_window
-from dreamdance.data.shards import cache
-from dreamdance.data.shards.columns import ColumnClip
+from dreamdance.data.loading.stored_clip import NO_CROP, StoredClip, Window, draw_window, read_window
+from dreamdance.data.loading.stored_clips import StoredClips
+from dreamdance.data.loading.window_regions import window_regions
+from dreamdance.data.shards.generated_maps import GENERATED, GeneratedClip
 from dreamdance.data.shards.latents import REFERENCE, LatentClip
-from dreamdance.data.shards.mds import Spanner, Stream, StreamingDataset, World
-from dreamdance.data.shards.range_reads import SampleHead, check_sample, read_extents, read_sample_head
-from dreamdance.data.shards.tracks import Extent, TrackClip
-from dreamdance.data.shards.verify import CheckedShards, open_shards
-from dreamdance.errors import LostWorkerError, ShardError, is_transient
+from dreamdance.errors import ShardError
+from dreamdance.media.cropping import PartialCrop
 from dreamdance.media.transforms import flip_images
 from dreamdance.modalities import ALWAYS_READ, DOMAINS, MODALITIES, Kind
 from dreamdance.recipe.sections import Shards, Verify
-from dreamdance.runs.files import NUM_ATTEMPTS, retry_transient
 from dreamdance.runtime.ranks import Ranks
 
-_Result = TypeVar("_Result")
-
-logger = logging.getLogger(__name__)
-
 CACHE_BYTES = 256 << 20
-_DAMAGED = (OSError, ValueError, RuntimeError, IndexError, KeyError)
-
-
-class StoredClips(StreamingDataset):
-    """The stored clips of a folder of shards, by number.
-
-    This class uses the storage part of mosaicml-streaming's dataset: format, index, shard readers, remote folders and
-    random access. A missing shard is downloaded; a damaged shard raises. The library's constructor is not called: it
-    sets up shared memory, file locks, barriers and a process group for its `__iter__`, which ends an epoch early or
-    hangs on a damaged shard, and the shared memory of a killed run can block the next start. `ClipOrder` gives the
-    order instead.
-    """
-
-    def __init__(
-        self,
-        shards: Shards,
-        *,
-        verify: Verify = "first_use",
-        ranks: Ranks | None = None,
-        cache_bytes: int = 0,
-        size: tuple[int, int] | None = None,
-        map_sizes: Mapping[str, tuple[int, int]] | None = None,
-        before_shard: Callable[[str], None] | None = None,
-    ) -> None:
-        """Checks the sizes of the shards; reads no sample yet.
-
-        Args:
-            shards: the local folder, and the remote folder if there is one.
-            verify: how to check the files now (`verify.verify_shards`). Unless it is `size`, each file of schema 1 is
-                also compared with its hash when it is first opened.
-            ranks: this process; by default from the environment.
-            cache_bytes: size of the cache of decoded clips of schema 1, which are read whole, in each reading process.
-                Clips are never evicted: every epoch reads all clips, so a cache of the latest ones would have few hits.
-                Of schema 2 nothing is kept: a sample decodes the frames that it uses and no others.
-            size: the width and height to which the caller brings frames. Of a set that was stored at several sizes,
-                the smallest that is large enough is read; by default the largest.
-            map_sizes: the same for the maps that the caller brings to another size.
-            before_shard: see `verify.open_shards`.
-
-        Raises:
-            ShardError: shards are missing, damaged, of another format or hostile.
-        """
-        self.index = open_shards(shards, how=verify, ranks=ranks, before_shard=before_shard)
-        self._checked = CheckedShards(self.index, remote=shards.remote, by_hash=verify != "size")
-        stream = Stream(remote=shards.remote, local=str(self.index.folder), keep_zip=True, download_retry=1)
-        self.streams = [stream]
-        self.shards = stream.get_shards(World.detect(), allow_unsafe_types=False)
-        self.num_samples = self.index.num_samples
-        self.samples_per_shard = np.array(self.index.samples_per_shard, np.int64)
-        self.spanner = Spanner(self.samples_per_shard)
-        self.cache_limit = None
-        self._shard_access_times: Any = np.zeros(len(self.shards), np.uint64)  # the base class writes to it
-        self._size, self._map_sizes = size, dict(map_sizes or {})
-        self._cached: dict[int, StoredClip] = {}
-        self._cache_left = cache_bytes
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yields all stored samples in the order of the shards; raises at a damaged one."""
-        return (self[sample_id] for sample_id in range(self.num_samples))
-
-    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Downloads and unpacks a shard; the base class calls this if the file is missing."""
-        self._checked.fetch(shard_id)
-
-    def get_item(self, sample_id: int, retry: int = 2) -> dict[str, Any]:
-        """The stored columns of one sample.
-
-        If the storage fails or the whole folder is gone, the read is retried for some seconds.
-
-        Raises:
-            IndexError: there is no such sample.
-            ShardError: the sample's shard is missing or damaged.
-            LostWorkerError: the storage failed at every attempt.
-        """
-        if not 0 <= sample_id < self.num_samples:
-            raise IndexError(f"sample {sample_id} of {self.num_samples}")
-        where, read_item = self.describe(sample_id), super().get_item
-
-        def read(path: Path) -> dict[str, Any]:
-            item: dict[str, Any] = read_item(sample_id, retry)
-            if item["schema_version"] != 1:  # shards of schema 1 are compared with their hash
-                check_sample(item, where=where)
-            return item
-
-        return self._read_file(sample_id, read)
-
-    def _retried(self, sample_id: int, read: Callable[[], _Result]) -> _Result:
-        """Reads something of a sample; the errors are those of `get_item`."""
-        where = self.describe(sample_id)
-
-        def should_retry(error: Exception) -> bool:
-            if isinstance(error, LostWorkerError) or not isinstance(error, _DAMAGED):
-                return False  # a LostWorkerError comes after retries
-            return is_transient(error) or cache.is_gone(self.index.folder)
-
-        try:
-            return retry_transient(read, f"reading {where}", should_retry=should_retry)
-        except _DAMAGED as error:
-            if should_retry(error):
-                raise LostWorkerError(f"{where} cannot be read, {NUM_ATTEMPTS} attempts failed: {error}") from error
-            if isinstance(error, ShardError):
-                raise
-            raise ShardError(f"{where} cannot be read: {error}") from error
-
-    def _read_file(self, sample_id: int, read: Callable[[Path], _Result]) -> _Result:
-        """Reads from a sample's file; a damaged file that can be made again is replaced once.
-
-        Args:
-            sample_id: the sample.
-            read: reads from the file and compares what it read with its checksums.
-        """
-        shard_id = self.spanner[sample_id][0]
-        path = self.index.folder / self.index.shards[shard_id].raw.name
-
-        def read_checked() -> _Result:
-            self._checked.require(shard_id)
-            try:
-                return read(path)
-            except ShardError as error:
-                if not self._checked.is_replaceable(shard_id):
-                    raise
-                logger.warning("%s; this process makes the file again", error)
-                self._checked.replace(shard_id)
-                return read(path)
-
-        return self._retried(sample_id, read_checked)
-
-    def describe(self, sample_id: int) -> str:
-        """The place of a sample, for messages."""
-        shard_id, position = self.spanner[sample_id]
-        return f"sample {position} of shard {self.index.folder / self.index.shards[shard_id].raw.name}"
-
-    def clip(self, sample_id: int) -> StoredClip:
-        """One stored clip. If the cache has room, a clip of schema 1 is kept there with all its frames decoded.
-
-        Raises:
-            ShardError: the clip's shard is missing or damaged.
-        """
-        cached = self._cached.get(sample_id)
-        if cached is not None:
-            return cached
-        stored = self._open(sample_id)
-        clip = StoredClip(stored)
-        if isinstance(stored, ColumnClip) and clip.decoded_bytes <= self._cache_left:
-            clip.decode_all()
-            self._cached[sample_id] = clip
-            self._cache_left -= clip.decoded_bytes
-        return clip
-
-    def metadata(self, sample_id: int) -> dict[str, Any]:
-        """The metadata of a clip; of its frames nothing is read, and nothing at all in schema 1, which is empty here.
-
-        Raises:
-            ShardError: the clip's shard is missing or damaged.
-        """
-        if self.index.shards[self.spanner[sample_id][0]].schema_version == 1:
-            return {}
-        return self._open(sample_id).metadata
-
-    def _open(self, sample_id: int) -> TrackClip | ColumnClip:
-        """A clip whose head, or whose whole sample in schema 1, was read and checked."""
-        if not 0 <= sample_id < self.num_samples:
-            raise IndexError(f"sample {sample_id} of {self.num_samples}")
-        where = self.describe(sample_id)
-        shard_id, position = self.spanner[sample_id]
-        if self.index.shards[shard_id].schema_version == 1:
-            return ColumnClip(self[sample_id], where=where)
-        head = self._read_file(sample_id, partial(read_sample_head, position=position, where=where))
-        read = partial(self._read_extents, sample_id, head)
-        return TrackClip(head.clip, read, size=self._size, map_sizes=self._map_sizes, where=where)
-
-    def latents(self, sample_id: int) -> LatentClip:
-        """The stored latents of one clip, if this is a folder of latents; reads their head.
-
-        Raises:
-            ShardError: the clip's shard is missing or damaged.
-        """
-        where, position = self.describe(sample_id), self.spanner[sample_id][1]
-        head = self._read_file(sample_id, partial(read_sample_head, position=position, where=where))
-        return LatentClip(head.clip, partial(self._read_extents, sample_id, head), where=where)
-
-    def _read_extents(self, sample_id: int, head: SampleHead, extents: Sequence[Extent]) -> list[bytes]:
-        where = f"{self.describe(sample_id)} (clip '{head.clip.clip_id}')"
-        return self._read_file(sample_id, partial(read_extents, head=head, extents=extents, where=where))
 
 
 class ClipDataset(StoredClips):
@@ -241,6 +45,8 @@ class ClipDataset(StoredClips):
         stride: tuple[int, int] = (1, 1),
         flip_probability: float = 0.0,
         reference_margin: int = 0,
+        crop_scale: tuple[float, float] = NO_CROP,
+        reference_first: bool = False,
         seed: int = 0,
         maps: Sequence[str] = (),
         map_sizes: Mapping[str, tuple[int, int]] | None = None,
@@ -250,24 +56,30 @@ class ClipDataset(StoredClips):
         before_shard: Callable[[str], None] | None = None,
         latents: StoredClips | None = None,
         latent_names: Sequence[str] = (),
+        generated: StoredClips | None = None,
         domain_weights: Tensor | None = None,
+        with_regions: bool = False,
     ) -> None:
         """Checks the shards.
 
         Args:
             shards, verify, ranks, cache_bytes, before_shard: see `StoredClips`.
             width, height: size of the returned frames in pixels.
-            num_frames: number of frames in a window.
+            num_frames: number of frames in a window, with the reference if it comes first.
             stride: smallest and largest distance between the frames of a window.
             flip_probability: probability of mirroring a clip that has key points.
-            reference_margin: see `stored_clip.draw_window`.
+            reference_margin, crop_scale: see `stored_clip.draw_window`.
+            reference_first: whether the reference, with its own maps, is the first frame of every window.
             seed: the first part of every sample's key.
             maps: the modalities to read besides rgb and pose; a clip that lacks one of them is an error.
             map_sizes: the size (width, height) of maps that are returned smaller than the others, with their aspect, if
-                the set is stored at that size too; else they are returned like the others.
+                the set is stored at that size too; else they are returned like the others, as they are if frames are
+                cropped, so that a crop shows the same of all maps.
             latents: the folder of these clips' latents, which fit the recipe (`encoding.fit`); then no clip is cached.
             latent_names: what is read from it, see `read_latents`; it replaces the pictures of the same name.
+            generated: the folder of the maps of these clips that a stage 1 made, which replace the true ones.
             domain_weights: if given, only one domain of each sample is read; see `domain_draw`.
+            with_regions: whether samples have the boxes of face and hands (`ClipBatch.regions`).
 
         Raises:
             ShardError: shards are missing, damaged, of another format or hostile.
@@ -278,16 +90,19 @@ class ClipDataset(StoredClips):
             ranks=ranks,
             cache_bytes=cache_bytes if latents is None else 0,  # the cache decodes all maps of a clip
             size=(width, height),
-            map_sizes=map_sizes,
+            map_sizes=map_sizes if crop_scale == NO_CROP else None,
             before_shard=before_shard,
         )
         settings = self.index.details.get("settings")
         listed = settings.get("smaller_sizes", []) if isinstance(settings, dict) else []
-        self._map_sizes = {name: size for name, size in self._map_sizes.items() if list(size) in listed}
+        self._generated = generated
+        if generated is None:  # generated maps have that size
+            self._map_sizes = {name: size for name, size in self._map_sizes.items() if list(size) in listed}
         self.width, self.height, self.num_frames = width, height, num_frames
         self.stride, self.flip_probability, self.seed = stride, flip_probability, seed
-        self.reference_margin = reference_margin
-        self.maps, self.domain_weights = tuple(maps), domain_weights
+        self.reference_margin, self.crop_scale = reference_margin, crop_scale
+        self.maps, self.domain_weights, self.with_regions = tuple(maps), domain_weights, with_regions
+        self.reference_first = reference_first
         self._latents, self._latent_names = latents, frozenset(latent_names if latents is not None else ())
 
     def training_sample(self, key: SampleKey) -> ClipSample:
@@ -305,11 +120,15 @@ class ClipDataset(StoredClips):
         window = draw_window(
             clip,
             full_key,
-            num_frames=self.num_frames,
+            num_frames=self.num_frames - self.reference_first,
             stride=self.stride,
             flip_probability=self.flip_probability,
             reference_margin=self.reference_margin,
+            crop_scale=self.crop_scale,
         )
+        if self.reference_first:
+            flip = window.flip and clip.has_keypoints_of(window.reference.subject)
+            window = replace(window, reference_first=True, flip=flip)
         if self.domain_weights is None:
             return self.cut(clip, window, full_key)
         drawn = DOMAINS[int(draw_domain(self.domain_weights, full_key))]
@@ -318,50 +137,71 @@ class ClipDataset(StoredClips):
     def cut(
         self, clip: StoredClip, window: Window, key: tuple[int, int, int], left_out: Set[str] = frozenset()
     ) -> ClipSample:
-        """Cuts a window from a clip: reads its frames, mirrors them if `window.flip`, crops to the aspect, resizes."""
+        """Cuts a window from a clip: reads its frames, mirrors them if `window.flip`, crops, resizes."""
         wanted = {*ALWAYS_READ, *self.maps} - self._latent_names - left_out
-        maps = {name: self._open_map(clip, window, name) for name in MODALITIES if name in wanted}
+        maps = {name: self._open_map(clip, window, name, key[2]) for name in MODALITIES if name in wanted}
         if window.flip:
             keypoints = torch.from_numpy(clip.keypoints_of(window.frames))
             maps = dict(flip_clip(ClipFrames(maps, keypoints), drawn_pose=maps["pose"]).maps)
         return ClipSample(
-            maps={name: self._resize(images, MODALITIES[name].kind, name) for name, images in maps.items()}
+            maps={name: self._resize_frames(images, window, name) for name, images in maps.items()}
             | self._read_latents(clip, window, key[2], self._latent_names - left_out),
             reference=self._reference(clip, window),
             fps=clip.fps / window.stride,
             key=key,
             clip_id=clip.clip_id,
+            regions=window_regions(clip, window, width=self.width, height=self.height)
+            if self.with_regions
+            else torch.empty(0),
         )
 
-    def _open_map(self, clip: StoredClip, window: Window, name: str) -> Tensor:
+    def _open_map(self, clip: StoredClip, window: Window, name: str, sample_id: int) -> Tensor:
         """The stored frames of a map; of a mirrored window the poses are drawn instead, already mirrored."""
         kind = MODALITIES[name].kind
-        is_drawn = window.flip and kind == "drawing"
-        pictures = clip.mirrored_pose(window.frames) if is_drawn else clip.pictures(name, window.frames)
-        return self._open_pictures(pictures, kind, window.flip, name)
+        read: Callable[..., NDArray[Any]] = partial(clip.pictures, name)
+        if self._generated is not None and name in GENERATED:
+            generated = self._generated.generated(sample_id)
+            _check_same_clip(generated, clip)
+            read = partial(generated.pictures, name)
+        elif window.flip and kind == "drawing":
+            read = clip.mirrored_pose
+        return self._open_pictures(read_window(read, window), kind, window, name)
 
-    def _open_pictures(self, pictures: NDArray[Any], kind: Kind, flip: bool, name: str = "rgb") -> Tensor:
+    def _open_pictures(self, pictures: NDArray[Any], kind: Kind, window: Window, name: str = "rgb") -> Tensor:
         width, height = self._size_of(name)
-        return open_pictures(pictures, kind, flip=flip, width=width, height=height)
+        cropped = window.crop is not None
+        return open_pictures(pictures, kind, flip=window.flip, width=width, height=height, cropped=cropped)
 
     def _reference(self, clip: StoredClip, window: Window) -> Tensor:
         """The reference picture, `3 H W`; empty if stored latents replace it."""
         if REFERENCE in self._latent_names:
             return torch.empty(0)
-        reference = self._open_pictures(clip.reference_picture(window.reference), "colours", window.flip)
-        return self._resize(flip_images(reference) if window.flip else reference, "colours")
+        reference = self._open_pictures(clip.reference_picture(window.reference), "colours", window)
+        return self._resize(flip_images(reference) if window.flip else reference, "colours", window.reference_crop)
 
     def _read_latents(self, clip: StoredClip, window: Window, sample_id: int, names: Set[str]) -> dict[str, Tensor]:
         if self._latents is None:
             return {}
         stored = self._latents.latents(sample_id)
-        if (stored.clip_id, stored.num_frames) != (clip.clip_id, clip.num_frames):
-            raise ShardError(f"{stored.where} does not belong to {clip.where}; encode the shards again")
+        _check_same_clip(stored, clip)
         return read_latents(stored, window, sorted(names))
 
-    def _resize(self, images: Tensor, kind: Kind, name: str = "rgb") -> Tensor:
+    def _resize_frames(self, images: Tensor, window: Window, name: str) -> Tensor:
+        """Crops and resizes the frames of a map; the reference before them has a crop of its own."""
+        kind = MODALITIES[name].kind
+        if not window.reference_first or window.crop == window.reference_crop:
+            return self._resize(images, kind, window.crop, name)
+        parts = (images[:1], window.reference_crop), (images[1:], window.crop)
+        return torch.cat([self._resize(frames, kind, crop, name) for frames, crop in parts])
+
+    def _resize(self, images: Tensor, kind: Kind, crop: PartialCrop | None, name: str = "rgb") -> Tensor:
         width, height = self._size_of(name)
-        return crop_and_resize(images, kind, width=width, height=height)
+        return crop_and_resize(images, kind, width=width, height=height, crop=crop)
 
     def _size_of(self, name: str) -> tuple[int, int]:
         return self._map_sizes.get(name, (self.width, self.height))
+
+
+def _check_same_clip(stored: LatentClip | GeneratedClip, clip: StoredClip) -> None:
+    if (stored.clip_id, stored.num_frames) != (clip.clip_id, clip.num_frames):
+        raise ShardError(f"{stored.where} does not belong to {clip.where}; encode the shards again")

@@ -1,6 +1,7 @@
 """The fixed clips of a set that validation and samples show."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from dreamdance.data.loading.batch import ClipSample
 from dreamdance.data.loading.dataset import ClipDataset
@@ -21,6 +22,7 @@ def fixed_clips(
     maps: Sequence[str] | None = None,
     verify: Verify = "first_use",
     share_of: Ranks | None = None,
+    reference_first: bool = False,
 ) -> list[ClipSample]:
     """The first clips of a set, always the same ones, for validation and samples.
 
@@ -29,6 +31,7 @@ def fixed_clips(
         count: number of clips; a smaller set gives all its clips.
         stride: distance between the frames of the window.
         maps: the modalities to read besides rgb and pose; None reads those that all of these clips have.
+        reference_first: whether the reference, with its own maps, is the first of the `num_frames` frames.
         share_of: if given, rank r of n ranks gets only the clips r, r + n, ...; that may be none.
 
     Returns:
@@ -45,7 +48,10 @@ def fixed_clips(
     if maps is None:
         dataset.maps = tuple(name for name in OPTIONAL if all(clip.has(name) for clip in clips))
     windows = [
-        first_window(clip, num_frames=num_frames, stride=stride) for clip in clips
+        replace(
+            first_window(clip, num_frames=num_frames - reference_first, stride=stride), reference_first=reference_first
+        )
+        for clip in clips
     ]  # for all clips, so that all ranks raise the same errors
     ranks = share_of or Ranks()
     share = range(ranks.rank, len(clips), ranks.world_size)

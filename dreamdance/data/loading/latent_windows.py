@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from dreamdance.data.loading.stored_clip import Window
@@ -15,7 +16,8 @@ def read_latents(stored: LatentClip, window: Window, names: Sequence[str]) -> di
     Args:
         stored: the latents of the window's clip.
         window: frames, reference, and whether they are mirrored.
-        names: modalities, whose moments are `f 2 c h w`; `REFERENCE`, `c h w`; `EMBEDDING`, `c`.
+        names: modalities, whose moments are `f 2 c h w`, those of the reference first if `window.reference_first`;
+            `REFERENCE`, `c h w`; `EMBEDDING`, `c`.
 
     Raises:
         ShardError: the latents do not contain what is asked for, or are damaged.
@@ -23,7 +25,11 @@ def read_latents(stored: LatentClip, window: Window, names: Sequence[str]) -> di
     found, subject, number = dict[str, Tensor](), window.reference.subject, window.reference.number
     for name in names:
         if name in MODALITIES:
-            found[PREFIX + name] = stored.moments(name, window.frames, mirrored=window.flip)
+            moments = stored.moments(name, window.frames, mirrored=window.flip)
+            if window.reference_first:
+                first = stored.moments(name, [number], subject=subject, mirrored=window.flip)
+                moments = torch.cat([first, moments])
+            found[PREFIX + name] = moments
         elif name == REFERENCE:
             found[PREFIX + name] = stored.means("rgb", [number], subject=subject, mirrored=window.flip)[0]
         elif name == EMBEDDING:

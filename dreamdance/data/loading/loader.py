@@ -1,6 +1,7 @@
 """The loader: delivers the micro batches of each optimizer step to a rank, in the run's order, from any step on."""
 
 import contextlib
+import logging
 from collections.abc import Generator, Iterator, Mapping
 from itertools import chain, count, islice
 from typing import Any
@@ -12,8 +13,11 @@ from dreamdance.data.loading.dataset import ClipDataset
 from dreamdance.data.loading.order import ClipOrder, SampleKey
 from dreamdance.data.loading.workers import BatchWorkers
 from dreamdance.errors import LostWorkerError
+from dreamdance.media.keypoint_regions import UNKNOWN
 from dreamdance.recipe.batch_arithmetic import accumulation_steps
 from dreamdance.runtime.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 
 class ClipLoader:
@@ -53,6 +57,7 @@ class ClipLoader:
         self.micro_batch_size, self.num_workers, self.timeout_seconds = micro_batch_size, num_workers, timeout_seconds
         self.accumulation_steps = accumulation_steps(order.batch_size, micro_batch_size, self.ranks.world_size)
         self.step = 0
+        self._has_noted = False
 
     def __iter__(self) -> Generator[list[ClipBatch]]:
         """Yields the micro batches of each step from `step` on. Close the generator: it keeps worker processes alive.
@@ -64,8 +69,23 @@ class ClipLoader:
         with contextlib.closing(self._read_ahead() if self.num_workers else self._read_here()) as batches:
             while True:
                 micro_batches = list(islice(batches, self.accumulation_steps))
+                self._note_unknown_regions(micro_batches)
                 self.step += 1
                 yield micro_batches
+
+    def _note_unknown_regions(self, batches: list[ClipBatch]) -> None:
+        """Says once, on the main rank, that a clip has no key points although the loss weighs face and hands."""
+        if self._has_noted or not self.ranks.is_main:
+            return
+        for batch in batches:
+            if batch.regions.numel() and (unknown := (batch.regions[:, 0, 0, 4] == UNKNOWN).tolist()).count(True):
+                self._has_noted = True
+                logger.warning(
+                    "clip '%s' has no key points: objective.region_weights weighs neither its face and hands nor those "
+                    "of other such clips",
+                    batch.clip_ids[unknown.index(True)],
+                )
+                return
 
     def micro_batch_keys(self, step: int) -> list[list[SampleKey]]:
         """This rank's share of a step: a contiguous part of the batch, split into micro batches."""
@@ -73,9 +93,9 @@ class ClipLoader:
         share = self.order.batch(step)[self.ranks.rank * per_rank :][:per_rank]
         return [share[start : start + self.micro_batch_size] for start in range(0, per_rank, self.micro_batch_size)]
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position, the same on every rank (JSON-able)."""
-        return self.order.state_dict(self.step)
+    def state_dict(self, *, steps_ahead: int = 0) -> dict[str, Any]:
+        """The position, the same on every rank (JSON-able); `steps_ahead` steps were delivered and are not used yet."""
+        return self.order.state_dict(self.step - steps_ahead)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues at a saved position; call this before iterating.

@@ -1,6 +1,6 @@
 """One stored clip: its frames, which are read on demand, and the windows and references chosen from it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,11 +10,15 @@ import torch
 from numpy.typing import NDArray
 
 from dreamdance.data.shards.columns import ColumnClip
-from dreamdance.data.shards.tracks import SUBJECTS, Subject, TrackClip
+from dreamdance.data.shards.tracks import SUBJECTS, ClipHead, Subject, TrackClip
 from dreamdance.errors import ShardError
+from dreamdance.media.cropping import PartialCrop
 from dreamdance.media.keypoints import flip_keypoints
-from dreamdance.media.pose_drawing import draw_pose
+from dreamdance.media.pose_drawing import draw_pose, draw_poses
 from dreamdance.runtime.sample_random import sample_generator
+
+# The range of `draw_window`'s crops that crops nothing.
+NO_CROP = (1.0, 1.0)
 
 
 class StoredClip:
@@ -42,24 +46,41 @@ class StoredClip:
         self._mirrored: dict[int, NDArray[Any]] = {}
 
     @property
+    def frameless_head(self) -> ClipHead:
+        """The clip's head for another record of the same clip: places and times, without frames and metadata."""
+        return ClipHead(
+            clip_id=self.clip_id,
+            num_frames=self.num_frames,
+            fps=self.fps,
+            metadata={},
+            tracks=(),
+            reference_positions=self.reference_positions,
+            frame_step=self.frame_step,
+        )
+
+    @property
     def has_keypoints(self) -> bool:
         """Whether the clip has key points."""
-        return self._stored.has_keypoints()
+        return self.has_keypoints_of("clip")
 
     @cached_property
     def keypoints(self) -> NDArray[np.float32] | None:
         """The key points of all frames, `(f, 128, 3)` float32, or None."""
         return self._stored.keypoints(range(self.num_frames)) if self.has_keypoints else None
 
-    def keypoints_of(self, indices: Sequence[int]) -> NDArray[np.float32]:
+    def has_keypoints_of(self, subject: Subject) -> bool:
+        """Whether the clip, or its references, have key points."""
+        return self._stored.has_keypoints(subject)
+
+    def keypoints_of(self, indices: Sequence[int], *, subject: Subject = "clip") -> NDArray[np.float32]:
         """The key points of some frames, `(n, 128, 3)` float32.
 
         Raises:
             ShardError: the clip has no key points, or they are damaged.
         """
-        if not self.has_keypoints:
+        if not self.has_keypoints_of(subject):
             raise ShardError(f"{self.where} has no key points; a pose drawing without key points cannot be mirrored")
-        return self._stored.keypoints(indices)
+        return self._stored.keypoints(indices, subject)
 
     @property
     def decoded_bytes(self) -> int:
@@ -89,7 +110,7 @@ class StoredClip:
             raise ShardError(
                 f"{self.where} has no {column} frames{'' if subject == 'clip' else ' of references'}, which this "
                 f"recipe needs; prepare clips with {column} frames (stage 2 can do without: remove {column} from its "
-                "`model.controls`)"
+                f"`model.controls`{'' if subject == 'clip' else ', or set `objective.reference_first: false`'})"
             )
         decoded = self._decoded.get((subject, column))
         if decoded is not None:
@@ -111,14 +132,17 @@ class StoredClip:
         picture: NDArray[np.uint8] = self.frames("rgb", [reference.number], subject=reference.subject)[0]
         return picture
 
-    def mirrored_pose(self, indices: Sequence[int]) -> NDArray[Any]:
-        """The poses of the mirrored clip, drawn from its key points, `(n, H, W, 3)` uint8.
+    def mirrored_pose(self, indices: Sequence[int], *, subject: Subject = "clip") -> NDArray[Any]:
+        """The poses of the mirrored clip or of its references, drawn from key points, `(n, H, W, 3)` uint8.
 
-        If the clip's frames are kept decoded, the drawings are kept too.
+        If the clip's frames are kept decoded, its drawings are kept too.
 
         Raises:
-            ShardError: the clip has no key points.
+            ShardError: there are no key points.
         """
+        if subject == "references":
+            keypoints = flip_keypoints(self.keypoints_of(indices, subject=subject))
+            return draw_poses(keypoints, width=self.width, height=self.height)
         missing = [index for index in dict.fromkeys(indices) if index not in self._mirrored]
         keypoints = flip_keypoints(self.keypoints_of(missing))
         drawn = {
@@ -153,12 +177,18 @@ class Window:
         stride: distance between the frames.
         reference: the frame that serves as the reference.
         flip: whether the clip is mirrored.
+        crop: the part of the (mirrored) frames that is shown; None shows all.
+        reference_crop: the same for the reference.
+        reference_first: whether the reference, with its own maps, comes before the frames.
     """
 
     frames: list[int]
     stride: int
     reference: ReferenceFrame
     flip: bool
+    crop: PartialCrop | None = None
+    reference_crop: PartialCrop | None = None
+    reference_first: bool = False
 
 
 def draw_window(
@@ -169,6 +199,7 @@ def draw_window(
     stride: tuple[int, int],
     flip_probability: float,
     reference_margin: int = 0,
+    crop_scale: tuple[float, float] = NO_CROP,
 ) -> Window:
     """Draws a training window; the result depends only on the clip and the sample's key.
 
@@ -183,6 +214,7 @@ def draw_window(
         stride: smallest and largest distance between the frames of the window.
         flip_probability: probability of mirroring, in [0,1].
         reference_margin: smallest distance of the reference from the window, in frames of the source.
+        crop_scale: smallest and largest share of the area that is shown; the reference has a draw of its own.
 
     Raises:
         ShardError: the clip has fewer frames than the window.
@@ -196,7 +228,22 @@ def draw_window(
     candidates = far_references(clip, frames, reference_margin)
     reference = candidates[_draw(0, len(candidates), sample_generator(key, "reference"))]
     flip = torch.rand((), generator=sample_generator(key, "flip")).item() < flip_probability
-    return Window(frames=frames, stride=chosen, reference=reference, flip=flip and clip.has_keypoints)
+    crops: tuple[PartialCrop | None, PartialCrop | None] = (None, None)
+    if crop_scale != NO_CROP:
+        crops = draw_crop(crop_scale, key, "crop"), draw_crop(crop_scale, key, "reference crop")
+    return Window(frames, chosen, reference, flip and clip.has_keypoints, *crops)
+
+
+def draw_crop(scale: tuple[float, float], key: Sequence[int], purpose: str) -> PartialCrop:
+    """Draws a crop by the sample's key: its share of the area, then its place, all uniformly.
+
+    Args:
+        scale: smallest and largest share of the area.
+        key: (seed, epoch, sample id).
+        purpose: the draw's name; draws of different names are independent.
+    """
+    share, x, y = torch.rand(3, generator=sample_generator(key, purpose), dtype=torch.float64).tolist()
+    return PartialCrop(share=scale[0] + share * (scale[1] - scale[0]), x=x, y=y)
 
 
 def first_window(clip: StoredClip, *, num_frames: int, stride: int = 1) -> Window:
@@ -209,6 +256,24 @@ def first_window(clip: StoredClip, *, num_frames: int, stride: int = 1) -> Windo
     chosen = min(stride, (clip.num_frames - 1) // (num_frames - 1)) if num_frames > 1 else stride
     frames = [chosen * frame for frame in range(num_frames)]
     return Window(frames=frames, stride=chosen, reference=fixed_reference(clip), flip=False)
+
+
+def read_window(read: Callable[..., NDArray[Any]], window: Window) -> NDArray[Any]:
+    """The frames of a window, `(n, H, W, c)`, after the reference's own if `window.reference_first`.
+
+    Args:
+        read: reads frames by their numbers; its argument `subject` says whether they are those of the references.
+        window: a window of the clip.
+
+    Raises:
+        ShardError: there are no such frames or no key points, or a frame is damaged.
+    """
+    first, subject = window.reference.number, window.reference.subject
+    if not window.reference_first:
+        return read(window.frames)
+    if subject == "clip":
+        return read([first, *window.frames])
+    return np.concatenate([read([first], subject=subject), read(window.frames)])
 
 
 def far_references(clip: StoredClip, frames: Sequence[int], margin: int) -> list[ReferenceFrame]:

@@ -2,8 +2,8 @@
 
 A folder of latents is a folder of shards with one sample for each sample of the shards that it was encoded from, in
 the same order. Its tracks are named `latents.rgb` for the means and `latents.rgb.deviation` for the standard
-deviations, which references lack; both have `.mirrored` appended for the mirrored frames. This module does not know
-the networks.
+deviations, which references lack in stage 1's folders; both have `.mirrored` appended for the mirrored frames. This
+module does not know the networks.
 """
 
 import hashlib
@@ -43,6 +43,7 @@ class LatentSettings:
         domains: the modalities of the clips whose latents are stored.
         flip: whether the mirrored frames were encoded too.
         precision: number format of the stored values.
+        reference_moments: whether references have standard deviations too, as stage 2 needs them.
     """
 
     source: str
@@ -53,9 +54,13 @@ class LatentSettings:
     domains: tuple[str, ...]
     flip: bool
     precision: FloatCodec
+    reference_moments: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "domains": list(self.domains), "kind": "latents"}
+        values = {**asdict(self), "domains": list(self.domains), "kind": "latents"}
+        if not self.reference_moments:  # as folders of earlier versions, which lack the entry
+            del values["reference_moments"]
+        return values
 
     @classmethod
     def of_index(cls, index: ShardIndex) -> "LatentSettings":
@@ -68,6 +73,7 @@ class LatentSettings:
         try:
             if found.pop("kind") != "latents":
                 raise KeyError("kind")
+            found.setdefault("reference_moments", False)
             values = {name: found[name] for name in cls.__dataclass_fields__}
             return cls(**{**values, "domains": tuple(values["domains"])})
         except (KeyError, TypeError) as error:

@@ -19,10 +19,10 @@ from dreamdance.data.curation.measures import measure_cut, measure_people, measu
 from dreamdance.data.curation.motion import MotionTrack
 from dreamdance.data.curation.person_crop import crop_person, holds_joints
 from dreamdance.data.curation.scores import Scores
-from dreamdance.data.writing.clip_record import ClipRecord, References
+from dreamdance.data.writing.clip_record import ClipRecord, NoClips, References
 from dreamdance.data.writing.map_files import MapSource, ValueRange, as_video, disparity_range, is_metric
 from dreamdance.data.writing.reference_choice import ShotReferences, choose_references, shows_person
-from dreamdance.data.writing.video_clips import Split, read_maps, split_span
+from dreamdance.data.writing.video_clips import Split, explain_shortness, read_maps, split_span
 from dreamdance.data.writing.video_opening import keypoints_path, open_videos, read_given_keypoints
 from dreamdance.media.cropping import Crop
 from dreamdance.media.keypoint_filter import measure_jitter
@@ -57,8 +57,8 @@ class AnnotatedVideoPart:
     split: Split
     side_files: Path
 
-    def __call__(self) -> Iterator[ClipRecord | None]:
-        """Yields None while it works on a clip, then the clip.
+    def __call__(self) -> Iterator[ClipRecord | NoClips | None]:
+        """Yields None while it works on a clip, then the clip; if the video gives none, the reason.
 
         Raises:
             VideoError: a video cannot be decoded, is not aligned with the pictures, or shows the chosen person nowhere.
@@ -69,6 +69,9 @@ class AnnotatedVideoPart:
         shots = yield from video.follow_people(own)
         clips = [(poses, piece) for poses in shots for piece in video.cut([f for f in poses.frames if f in own])]
         kept = [(poses, piece) for poses, piece in clips if shows_person(poses, piece).mean() >= _LEAST_FRAMES]
+        if not kept:
+            yield NoClips(video.explain_no_clips(self.split, num_shots=len(shots)))
+            return
         if len(kept) < len(clips):
             logger.warning(
                 "%s: %d of %d %s clips are left out, because nobody is seen in most of their frames",
@@ -76,14 +79,6 @@ class AnnotatedVideoPart:
                 len(clips) - len(kept),
                 len(clips),
                 self.split,
-            )
-        if not kept:
-            logger.warning(
-                "%s gives no %s clip: it has %d shots of at least %d frames (`videos.min_clip_frames`)",
-                printable(video.rgb.path),
-                self.split,
-                len(shots),
-                self.source.min_clip_frames,
             )
         found = yield from choose_references(video.stages, shots, own, self.source.references)
         references = {poses.frames[0]: of_shot for poses, of_shot in zip(shots, found, strict=True)}
@@ -207,6 +202,28 @@ class _AnnotatedVideo:
     def _span(self, frames: list[int]) -> str:
         first, last = self.rgb.times([frames[0], frames[-1]])
         return f"{first:.1f} to {last:.1f} s"
+
+    def explain_no_clips(self, split: Split, *, num_shots: int) -> str:
+        """Why the video gives a split no clip, although it shows the chosen person, or nobody.
+
+        Args:
+            split: the part of the set.
+            num_shots: number of shots that are long enough and show the chosen person, or nobody.
+        """
+        if num_shots:
+            return "nobody is seen in most of the frames of any clip"
+        least, own = self.source.min_clip_frames, set(self.own_frames(split))
+        num_frames = len(self.rgb.constant_rate_frames()[:: self.source.frame_stride])
+        if len(split_span(range(num_frames), split, self.source)) < least:
+            return explain_shortness(num_frames, split, self.source)
+        longest = max((sum(frame in own for frame in frames) for frames in self.shots), default=0)
+        if longest >= least:
+            return "no shot shows the person that `videos.annotators.person` chooses"
+        where = f" in the part for {split} (`videos.split_by`)" if self.source.split_by == "time" else ""
+        return (
+            f"its longest shot of {len(self.shots)} has {longest} frames{where}, cuts and the half second beside them "
+            f"left out; a clip has at least {least} (`videos.min_clip_frames`)"
+        )
 
     def own_frames(self, split: Split) -> list[int]:
         """The frames of the video that belong to a split."""

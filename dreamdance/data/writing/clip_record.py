@@ -48,6 +48,17 @@ class References:
 
 
 @dataclass(frozen=True)
+class NoClips:
+    """What a part gives in place of clips if its video has none.
+
+    Attributes:
+        reason: for users. Reasons of one kind differ in numbers alone, so that they can be counted.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class ClipRecord:
     """A clip to store.
 

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from dreamdance.data.annotation.video_stages import FollowedPoses, VideoStages
 from dreamdance.data.curation.clothes import wear_same_clothes
 from dreamdance.data.writing.clip_record import spread_over
-from dreamdance.media.keypoints import BODY
-from dreamdance.media.pose_drawing import CONFIDENCE_THRESHOLD
+from dreamdance.media.keypoints import BODY, CONFIDENCE_THRESHOLD
 from dreamdance.media.video_names import printable
 
 logger = logging.getLogger(__name__)

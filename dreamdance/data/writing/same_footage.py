@@ -13,8 +13,7 @@ from dreamdance.data.annotation.video_stages import small_frames
 from dreamdance.data.curation.duplicates import (
     VideoHashes,
     check_leaks,
-    find_duplicates,
-    group_duplicates,
+    find_groups,
     hash_video,
 )
 from dreamdance.data.writing.map_files import as_video
@@ -59,7 +58,7 @@ def group_footage(
     fresh = share.results()
     queue.once("same_footage", lambda: _write(output, {name: json.loads(text) for name, text in fresh.items()}))
     hashes = _named(read_hashes(output), names)
-    groups = group_duplicates(names, find_duplicates(hashes, before_video=_comparing(queue)))
+    groups = find_groups(names, hashes, before_video=_comparing(queue))
     same = [group for group in groups if len(group) > 1]
     if same and queue.ranks.is_main:
         lines = "\n".join("  " + ", ".join(map(printable, group)) for group in same[:_MAX_GROUPS])

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -23,16 +23,16 @@ from dreamdance.annotators.heartbeats import heartbeats_to
 from dreamdance.data.shards.frame_codecs import Codec
 from dreamdance.data.shards.mds import INDEX_FILE, MDSWriter
 from dreamdance.data.shards.tracks import TRACK_COLUMNS
-from dreamdance.data.writing.clip_record import RGB_QUALITY, ClipRecord
-from dreamdance.errors import LostWorkerError, MissingInputError, ShardError, UserError, is_transient
-from dreamdance.runs.file_states import FileState, read_state
+from dreamdance.data.writing.clip_record import RGB_QUALITY, ClipRecord, NoClips
+from dreamdance.data.writing.part_notes import NOTE_FILE, PartNote
+from dreamdance.errors import LostWorkerError, MissingInputError, UserError, is_transient
+from dreamdance.runs.file_states import read_state
 from dreamdance.runs.files import replace_atomically
+from dreamdance.runs.finished_clips import PARTS_FOLDER
 from dreamdance.runs.work_queue import WorkQueue
 from dreamdance.runtime.warnings_once import collect_warnings, warn_once
 from dreamdance.runtime.worker_processes import start_worker, worker_context
 
-PARTS_FOLDER = ".parts"
-NOTE_FILE = "source.json"
 HASHES = ["sha1", "xxh64"]
 POLL_SECONDS = 1.0
 HEARTBEAT_SECONDS = 0.5  # shortest time between two heartbeats of a part
@@ -63,38 +63,17 @@ class PartSource:
 class Part:
     """Clips that one worker writes together. The worker calls `make`, which must be picklable.
 
-    `make` yields clips, or the columns of a sample, and None as a heartbeat while it works on one.
+    `make` yields clips, or the columns of a sample, and None as a heartbeat while it works on one. If a sound source
+    has no clips, it yields the reason instead.
     """
 
     name: str
-    make: Callable[[], Iterator[ClipRecord | dict[str, Any] | None]]
+    make: Callable[[], Iterator[ClipRecord | NoClips | dict[str, Any] | None]]
     source: PartSource | None = None
-
-
-@dataclass(frozen=True)
-class PartNote:
-    """The files that a part was made from, and the damage because of which it has no clips."""
-
-    name: str
-    clip_id: str
-    files: Mapping[str, FileState | None]
-    damage: str | None = None
-
-    def hashes(self) -> dict[str, str | None]:
-        return {name: None if state is None else state.sha256 for name, state in self.files.items()}
-
-    def to_json(self) -> dict[str, Any]:
-        files = {name: None if state is None else state.to_json() for name, state in self.files.items()}
-        return {"name": self.name, "clip_id": self.clip_id, "files": files, "damage": self.damage}
 
 
 # A part to write, and the folder of shards that it belongs to.
 Target = tuple[Path, Part]
-
-
-def same_files(one: Mapping[str, str | None], other: Mapping[str, str | None]) -> bool:
-    """Whether two notes have the same hashes. A missing file and a file that a note omits both count as None."""
-    return all(one.get(name) == other.get(name) for name in {*one, *other})
 
 
 @dataclass(frozen=True)
@@ -131,51 +110,6 @@ class ShardFormat:
 
 def part_folder(folder: Path, part: Part) -> Path:
     return folder / PARTS_FOLDER / part.name
-
-
-def read_note(folder: Path) -> PartNote | None:
-    """The note in a part's folder; None if there is none.
-
-    Raises:
-        ShardError: the note is damaged.
-    """
-    path = folder / NOTE_FILE
-    if not path.is_file():
-        return None
-    content = read_object(path)
-    try:
-        files = {str(name): FileState.from_json(state) for name, state in content["files"].items()}
-        return PartNote(content["name"], content["clip_id"], files, content["damage"])
-    except (KeyError, AttributeError) as error:
-        raise ShardError(f"{path} is damaged; delete {folder}, `prepare` then makes its clips again") from error
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Reads a JSON object from a file in a folder of parts.
-
-    Raises:
-        ShardError: the file contains no JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ShardError(f"{path} is damaged ({error}); delete {path.parent}, `prepare` then makes it again") from error
-    if not isinstance(content, dict):
-        raise ShardError(f"{path} is damaged: no JSON object; delete {path.parent}, `prepare` then makes it again")
-    return content
-
-
-def check_settings(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raises a ShardError that names the differences if a folder was made with other settings."""
-    differing = [
-        f"{name} was {found.get(name)!r}, is {wanted.get(name)!r}"
-        for name in sorted({*found, *wanted})
-        if found.get(name) != wanted.get(name)
-    ]
-    if differing:
-        raise ShardError(
-            f"{folder} was made with other settings: {'; '.join(differing)}. Set another `output` or delete that folder"
-        )
 
 
 def write_part(
@@ -218,7 +152,7 @@ def _write_part(
     """Writes a part's clips and its note, or only the note if the source is damaged. Returns the damage."""
     files = () if part.source is None else part.source.files
     states = {path.name: read_state(path, on_block=beat) for path in files}
-    damage = _write_clips(folder, part, shard_format, on_clip, beat)
+    damage, no_clips = _write_clips(folder, part, shard_format, on_clip, beat)
     if damage is None:
         now = {path.name: read_state(path, states[path.name], on_block=beat) for path in files}
         changed = [name for name, state in now.items() if state != states[name]]
@@ -228,7 +162,7 @@ def _write_part(
         folder.mkdir()
         (folder / INDEX_FILE).write_text(json.dumps({"version": 2, "shards": []}), encoding="utf-8")
     if part.source is not None:
-        note = PartNote(part.source.name, part.source.clip_id, states, damage)
+        note = PartNote(part.source.name, part.source.clip_id, states, damage, no_clips)
         (folder / NOTE_FILE).write_text(json.dumps(note.to_json(), indent=1), encoding="utf-8")
     return damage
 
@@ -249,8 +183,8 @@ def _heartbeat(incoming: Path, on_heartbeat: Callable[[], None]) -> Callable[[],
 
 def _write_clips(
     incoming: Path, part: Part, shard_format: ShardFormat, on_clip: Callable[[], None], beat: Callable[[], None]
-) -> str | None:
-    """Writes a part's clips; returns the damage of its source, or None."""
+) -> tuple[str | None, str | None]:
+    """Writes a part's clips; returns the damage of its source, and the reason why a sound source has no clips."""
     writer = MDSWriter(
         columns=TRACK_COLUMNS,
         out=str(incoming),
@@ -258,12 +192,15 @@ def _write_clips(
         hashes=HASHES,
         size_limit=shard_format.shard_size_mib << 20,
     )
-    damage = None
+    damage = no_clips = None
     try:
         with heartbeats_to(beat):
             for record in part.make():
                 if record is None:
                     beat()
+                    continue
+                if isinstance(record, NoClips):
+                    no_clips = record.reason
                     continue
                 writer.write(record if isinstance(record, dict) else shard_format.to_sample(record))
                 os.utime(incoming)  # the heartbeat that the parent process watches
@@ -273,7 +210,7 @@ def _write_clips(
             raise
         damage = str(error)
     writer.finish()
-    return damage
+    return damage, no_clips
 
 
 def write_parts(

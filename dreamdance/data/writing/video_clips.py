@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from numpy.typing import NDArray
 
-from dreamdance.data.writing.clip_record import ClipRecord, References, spread_over
+from dreamdance.data.writing.clip_record import ClipRecord, NoClips, References, spread_over
 from dreamdance.data.writing.map_files import (
     MapSource,
     ValueRange,
@@ -115,8 +115,8 @@ class VideoPart:
     clip_id: str
     split: Split
 
-    def __call__(self) -> Iterator[ClipRecord | None]:
-        """Yields None for each frame in which it searches for black bars, then the clips.
+    def __call__(self) -> Iterator[ClipRecord | NoClips | None]:
+        """Yields None for each frame in which it searches for black bars, then the clips, or why there are none.
 
         Raises:
             VideoError: a video cannot be decoded, or is not aligned with the pictures.
@@ -126,12 +126,7 @@ class VideoPart:
         frames = rgb.constant_rate_frames()[:: self.source.frame_stride]
         pieces = split_frames(frames, self.split, self.source)
         if not pieces:
-            logger.warning(
-                "%s is too short for a %s clip: a clip has at least %d frames (`videos.min_clip_frames`)",
-                printable(rgb.path),
-                self.split,
-                self.source.min_clip_frames,
-            )
+            yield NoClips(explain_shortness(len(frames), self.split, self.source))
             return
         part = yield from self._find_crop(rgb)
         span = split_span(frames, self.split, self.source)
@@ -212,6 +207,26 @@ def split_frames(frames: list[int], split: Split, source: VideosSource) -> list[
     frames = frames[span.start : span.stop]
     pieces = [frames[start : start + source.clip_frames] for start in range(0, len(frames), source.clip_frames)]
     return [(piece[0], piece) for piece in pieces if len(piece) >= source.min_clip_frames]
+
+
+def explain_shortness(num_frames: int, split: Split, source: VideosSource) -> str:
+    """Why a video is too short for a clip of a split.
+
+    Args:
+        num_frames: number of its frames at `videos.frame_stride`.
+    """
+    length = f"it has {num_frames} frames"
+    if source.split_by == "time":
+        share, end = source.validation_fraction, "last"
+        if split == "train":
+            share, end = 1 - share, "first"
+        own = len(split_span(range(num_frames), split, source))
+        length = (
+            f"the {end} {100 * share:g} % of its {num_frames} frames, which are for {split} (`videos.split_by`, "
+            f"`videos.validation_fraction`), are {own} frames"
+        )
+    stride = f" at `videos.frame_stride` {source.frame_stride}" if source.frame_stride > 1 else ""
+    return f"{length}{stride}; a clip has at least {source.min_clip_frames} (`videos.min_clip_frames`)"
 
 
 def split_span(frames: Sequence[int], split: Split, source: VideosSource) -> range:
