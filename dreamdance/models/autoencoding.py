@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from einops import rearrange
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dreamdance.models.patch_autoencoder import PatchAutoencoder
 
@@ -57,6 +58,11 @@ def keep_in_float32(network: nn.Module) -> Iterator[None]:
                 cast.data = values.to(cast.device)
 
 
+def computes_one_by_one(pictures: Tensor) -> bool:
+    """Whether an encoder takes pictures one by one, see `encode_moments`; fake tensors stand for those of a GPU."""
+    return pictures.device.type == "cpu" and not isinstance(pictures, FakeTensor)
+
+
 @torch.no_grad()
 def encode_latents(
     vae: Autoencoder,
@@ -98,7 +104,7 @@ def encode_moments(vae: Autoencoder, images: Tensor, *, chunk_size: int | None =
     """
     _widen(vae)
     pictures = images.to(device=vae.device, dtype=vae.dtype) * 2 - 1
-    size = 1 if vae.device.type == "cpu" else chunk_size or max(len(pictures), 1)
+    size = 1 if computes_one_by_one(pictures) else chunk_size or max(len(pictures), 1)
     distributions = [vae.encode(chunk.contiguous()).latent_dist for chunk in pictures.split(size)]
     mean, deviation = (torch.cat([getattr(part, name) for part in distributions]) for name in ("mean", "std"))
     return mean, deviation

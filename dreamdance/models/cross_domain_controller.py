@@ -63,20 +63,23 @@ class CrossDomainControllerModel(ModelMixin, ConfigMixin):
             nn.init.zeros_(parameter)
         self.gradient_checkpointing = False
 
-    def forward(self, maps: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, maps: Mapping[str, Tensor], scales: Mapping[str, float] | None = None) -> Tensor:
         """Fuses the maps of each frame into one guidance feature.
 
         Args:
             maps: for each modality `(b f) 3 H W` in [0, 1]; a dropped map is all zeros.
+            scales: factors of single modalities' features before the mean, after the attention; others keep 1.
 
         Returns:
             `(b f) c h w`, zero at initialisation.
 
         Raises:
-            ValueError: The maps are not those of `controls`, or do not divide into latents.
+            ValueError: The maps are not those of `controls`, or do not divide into latents, or another one is scaled.
         """
         controls = list(self.config.controls)
         self._check_maps(maps, controls)
+        if scales is not None and not scales.keys() <= set(controls):
+            raise ValueError(f"the controller reads {controls} (model.controls); scales were given for {list(scales)}")
         features = torch.stack([self._encode(name, maps[name]) for name in controls], dim=1)
         height = features.shape[-2]
         if self.attention is not None:
@@ -84,6 +87,9 @@ class CrossDomainControllerModel(ModelMixin, ConfigMixin):
             tokens = rearrange(features, "k m c h w -> (k m) (h w) c")
             tokens = tokens + self.attention(tokens, num_domains=len(controls), backend=self.config.attention_backend)
             features = rearrange(tokens, "(k m) (h w) c -> k m c h w", m=len(controls), h=height)
+        if scales is not None and any(scale != 1 for scale in scales.values()):
+            factors = [float(scales.get(name, 1.0)) for name in controls]
+            features = torch.stack([features[:, m] * factor for m, factor in enumerate(factors)], dim=1)
         return self.zero_convolution(features.mean(dim=1))
 
     def _encode(self, name: str, maps: Tensor) -> Tensor:

@@ -64,7 +64,9 @@ def _running_order(name: str) -> tuple[int, ...]:
     return (("down_blocks", "mid_block", "up_blocks").index(stage), *(int(part) for part in rest if part.isdigit()))
 
 
-def load_base_weights(model: nn.Module, base: nn.Module, *, added: Iterable[str], unused: Iterable[str]) -> None:
+def load_base_weights(
+    model: nn.Module, base: nn.Module, *, added: Iterable[str], unused: Iterable[str], reuse: bool = False
+) -> None:
     """Copy the weights of a plain UNet and account for every one of them.
 
     Args:
@@ -72,11 +74,12 @@ def load_base_weights(model: nn.Module, base: nn.Module, *, added: Iterable[str]
         base: the network that has the weights; it is not changed.
         added: names of weights that only `model` has and that keep their initial value.
         unused: names of modules that only `base` has.
+        reuse: take the memory of the weights instead of copies; what trains one network then changes the other.
 
     Raises:
         CheckpointError: any other weight is missing or left over.
     """
-    result = model.load_state_dict(base.state_dict(), strict=False)
+    result = model.load_state_dict(base.state_dict(), strict=False, assign=reuse)
     unused = tuple(unused)
     left_over = [key for key in result.unexpected_keys if not any(key.startswith(f"{name}.") for name in unused)]
     missing = sorted(set(result.missing_keys) ^ set(added))

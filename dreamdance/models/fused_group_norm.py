@@ -6,10 +6,13 @@ on a GPU, where torch's own converts every input to the contiguous layout and th
 
 from typing import TypeGuard
 
-from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
 from torch import Tensor, nn
 
 from dreamdance_kernels import group_norm_silu
+
+# Residual blocks that have SiLU behind both of their norms, unless a setting puts something between.
+_BLOCKS = (ResnetBlock2D, TemporalResnetBlock)
 
 
 class FusedGroupNorm(nn.GroupNorm):
@@ -43,7 +46,7 @@ class FusedGroupNorm(nn.GroupNorm):
         return fused.train(norm.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        """`n c h w` to the same."""
+        """`n c h w` or `n c f h w` to the same."""
         return group_norm_silu(input, self.num_groups, self.weight, self.bias, self.eps, activation=self.activation)
 
     def extra_repr(self) -> str:
@@ -73,7 +76,7 @@ def fuse_group_norms(network: nn.Module) -> None:
     Outputs on CPU stay bit-identical. Call this function before the network is wrapped or compiled.
     """
     for module in list(network.modules()):
-        if isinstance(module, ResnetBlock2D) and _has_silu_behind_both_norms(module):
+        if isinstance(module, _BLOCKS) and _has_silu_behind_both_norms(module):
             _fuse_block(module)
         last = getattr(module, "conv_norm_out", None)
         if _is_plain(last) and type(getattr(module, "conv_act", None)) is nn.SiLU:
@@ -89,22 +92,22 @@ def _is_plain(module: object) -> TypeGuard[nn.GroupNorm]:
     return type(module) is nn.GroupNorm and module.affine
 
 
-def _has_silu_behind_both_norms(block: ResnetBlock2D) -> bool:
+def _has_silu_behind_both_norms(block: ResnetBlock2D | TemporalResnetBlock) -> bool:
     """Whether only a sum lies between norm and SiLU, not a scale and shift by the time embedding."""
     embeds_plainly = block.time_emb_proj is None or type(block.time_emb_proj) is nn.Linear
     return (
         type(block.nonlinearity) is nn.SiLU
         and _is_plain(block.norm1)
         and _is_plain(block.norm2)
-        and block.time_embedding_norm == "default"
+        and (isinstance(block, TemporalResnetBlock) or block.time_embedding_norm == "default")
         and embeds_plainly
     )
 
 
-def _fuse_block(block: ResnetBlock2D) -> None:
+def _fuse_block(block: ResnetBlock2D | TemporalResnetBlock) -> None:
     block.norm1 = FusedGroupNorm.sharing(block.norm1, activation=True)
     block.norm2 = FusedGroupNorm.sharing(block.norm2, activation=True)
-    if block.time_emb_proj is not None and not block.skip_time_act:
+    if block.time_emb_proj is not None and not getattr(block, "skip_time_act", False):
         # the block applies its activation to the time embedding too
         block.time_emb_proj = ActivatedLinear.sharing(block.time_emb_proj)
     block.nonlinearity = nn.Identity()

@@ -83,16 +83,33 @@ class GeometryTransformerBlock(nn.Module):
     ) -> Tensor:
         """Run on `((b f m) n c)`; arguments and their order are those in which diffusers calls a transformer block."""
         context: GeometryContext = (cross_attention_kwargs or {})["context"]
-        backend = context.attention_backend
-        # 1. spatial, with the reference (Eq. 4)
         reference = None if context.reference_features is None else context.reference_features[self.name]
+        return self.compute(
+            hidden_states,
+            encoder_hidden_states,
+            reference,
+            num_frames=context.num_frames,
+            num_domains=context.num_domains,
+            backend=context.attention_backend,
+        )
+
+    def compute(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        reference: Tensor | None,
+        *,
+        num_frames: int,
+        num_domains: int,
+        backend: str | None,
+    ) -> Tensor:
+        """Run on `((b f m) n c)` with the block's own reference feature `(b n c)`, or None; see `GeometryContext`."""
+        # 1. spatial, with the reference (Eq. 4)
         normed = self.norm1(hidden_states)
         hidden_states = hidden_states + attend_to_reference(self.attn1, normed, reference, backend=backend)
         # 2. geometry (Eq. 5)
         if self.geometry is not None:
-            hidden_states = hidden_states + self.geometry(
-                hidden_states, num_domains=context.num_domains, backend=backend
-            )
+            hidden_states = hidden_states + self.geometry(hidden_states, num_domains=num_domains, backend=backend)
         # 3. cross
         hidden_states = hidden_states + self.attn2(self.norm2(hidden_states), encoder_hidden_states)
         # 4. feed-forward
@@ -100,7 +117,7 @@ class GeometryTransformerBlock(nn.Module):
         # 5. temporal
         if self.temporal is not None:
             hidden_states = hidden_states + self.temporal(
-                hidden_states, num_frames=context.num_frames, num_domains=context.num_domains, backend=backend
+                hidden_states, num_frames=num_frames, num_domains=num_domains, backend=backend
             )
         return hidden_states
 
@@ -171,8 +188,15 @@ class GeometryUNetModel(UNet2DConditionModel):
         max_frames: int = 32,
         trained_frames: int | None = None,
         attention_backend: str | None = None,
+        reuse_weights: bool = False,
     ) -> Self:
         """Take a plain UNet's weights, on its device and in its dtype; the added modules keep their initial values.
+
+        Args:
+            unet: the UNet with the weights.
+            domain_embedding, geometry_attention, temporal_attention, max_frames, trained_frames, attention_backend:
+                see the constructor.
+            reuse_weights: share the memory of `unet`'s weights; what trains one then changes the other.
 
         Raises:
             CheckpointError: a weight is missing or left over.
@@ -188,7 +212,7 @@ class GeometryUNetModel(UNet2DConditionModel):
                 attention_backend=attention_backend,
             ).to(dtype=unet.dtype)
         added = (*model.domain_parameters(), *model.geometry_parameters(), *model.temporal_parameters())
-        load_base_weights(model, unet, added=added, unused=())
+        load_base_weights(model, unet, added=added, unused=(), reuse=reuse_weights)
         return model
 
     def domain_parameters(self) -> dict[str, nn.Parameter]:

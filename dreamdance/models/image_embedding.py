@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
 from dreamdance.errors import UserError
+from dreamdance.models.autoencoding import computes_one_by_one
 
 # what CLIP's pictures were normalised with in its training, rgb
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -92,10 +93,21 @@ def embed_images(image_encoder: ImageEncoder, images: Tensor, *, resizing: Resiz
     Returns:
         `b 1 c`. A dropped embedding is zeros of that shape.
     """
-    if isinstance(image_encoder, CLIPVisionModelWithProjection):
-        images = prepare_for_clip(images, image_encoder.config.image_size, resizing=resizing)
+    return embed_prepared(image_encoder, prepare_images(image_encoder, images, resizing=resizing))
+
+
+def prepare_images(image_encoder: ImageEncoder, images: Tensor, *, resizing: Resizing) -> Tensor:
+    """The first half of `embed_images`: pictures of the encoder's size. It copies filters to the pictures' device."""
+    if not isinstance(image_encoder, CLIPVisionModelWithProjection):
+        return images
+    return prepare_for_clip(images, image_encoder.config.image_size, resizing=resizing)
+
+
+@torch.no_grad()
+def embed_prepared(image_encoder: ImageEncoder, images: Tensor) -> Tensor:
+    """The second half of `embed_images`, of pictures from `prepare_images`; returns `b 1 c`."""
     images = images.to(device=image_encoder.device, dtype=image_encoder.dtype)
-    size = 1 if image_encoder.device.type == "cpu" else max(len(images), 1)
+    size = 1 if computes_one_by_one(images) else max(len(images), 1)
     embeddings = torch.cat([image_encoder(chunk.contiguous()).image_embeds for chunk in images.split(size)])
     return rearrange(embeddings, "b c -> b 1 c")
 

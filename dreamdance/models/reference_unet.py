@@ -57,6 +57,10 @@ class ReferenceTransformerBlock(nn.Module):
         sink.features[self.name] = normed
         if not hasattr(self, "attn1"):
             return hidden_states
+        return self.compute(hidden_states, normed, encoder_hidden_states)
+
+    def compute(self, hidden_states: Tensor, normed: Tensor, encoder_hidden_states: Tensor | None) -> Tensor:
+        """What follows the feature `normed`, `(b n c)`."""
         hidden_states = hidden_states + self.attn1(normed)
         hidden_states = hidden_states + self.attn2(self.norm2(hidden_states), encoder_hidden_states)
         return hidden_states + self.ff(self.norm3(hidden_states))

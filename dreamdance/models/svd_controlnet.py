@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from dreamdance.models.svd_unet import run_encoder_half
 
+# The facts about its training that a ControlNet's config records, with their values in configs that lack them.
+TRAINING_FACTS: dict[str, Any] = {"trained_frames": None, "reference_first": False, "trained_fps": None}
+
 
 class ControlResiduals(NamedTuple):
     """What `run_svd_unet` adds.
@@ -25,7 +28,13 @@ class ControlResiduals(NamedTuple):
 class SpatioTemporalControlNetModel(UNetSpatioTemporalConditionModel):
     """Copy of SVD's `conv_in`, time embeddings, down blocks and mid block; a zero convolution on each output.
 
-    The constructor takes the SVD UNet's arguments and `trained_frames`, so that a UNet's config builds its ControlNet.
+    The constructor takes the SVD UNet's arguments, so that a UNet's config builds its ControlNet, and `TRAINING_FACTS`,
+    which a pipeline reads from the config:
+
+    * `trained_frames`: number of frames that the networks saw at once in training; None if it is not recorded.
+    * `reference_first`: whether the first of them was the reference.
+    * `trained_fps`: the constant frame rate that conditioned SVD; None if it was that of each clip.
+
     Gradient checkpointing is diffusers' own (`enable_gradient_checkpointing`).
     """
 
@@ -34,10 +43,10 @@ class SpatioTemporalControlNetModel(UNetSpatioTemporalConditionModel):
     added_weights = ("down_zero_convolutions.", "mid_zero_convolution.")
 
     @wraps(UNetSpatioTemporalConditionModel.__init__)  # type: ignore[misc]  # mypy takes the class for an instance
-    def __init__(self, *args: Any, trained_frames: int | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        facts = {name: kwargs.pop(name, absent) for name, absent in TRAINING_FACTS.items()}
         super().__init__(*args, **kwargs)
-        # the length of the clips of its training; None if it is not recorded
-        self.register_to_config(trained_frames=trained_frames)
+        self.register_to_config(**facts)
         del self.up_blocks, self.conv_norm_out, self.conv_act, self.conv_out
         widths = self.config.block_out_channels
         # the skip connections: conv_in, then every layer and the downsampler of each block
@@ -50,25 +59,32 @@ class SpatioTemporalControlNetModel(UNetSpatioTemporalConditionModel):
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:
         """diffusers reads signatures, and `wraps` shows it the UNet's."""
-        return UNetSpatioTemporalConditionModel._get_init_keys(UNetSpatioTemporalConditionModel) | {"trained_frames"}
+        return UNetSpatioTemporalConditionModel._get_init_keys(UNetSpatioTemporalConditionModel) | {*TRAINING_FACTS}
 
     @classmethod
     def from_unet(
-        cls, unet: UNetSpatioTemporalConditionModel, *, trained_frames: int | None = None
+        cls,
+        unet: UNetSpatioTemporalConditionModel,
+        *,
+        trained_frames: int | None = None,
+        reference_first: bool = False,
+        trained_fps: float | None = None,
     ) -> "SpatioTemporalControlNetModel":
         """Copies the encoder half of `unet`; the zero convolutions start at zero, so that SVD's output does not
         change.
 
         Args:
             unet: an SVD UNet. It is not changed and shares no weight with the copy, which has its device and type.
-            trained_frames: length of the clips of the coming training.
+            trained_frames, reference_first, trained_fps: facts of the coming training, see the class.
 
         Raises:
             ValueError: the UNet's weights do not fit its config (a key is missing or left over).
         """
         # built on the meta device first, so that the base network's up blocks are never allocated
         with torch.device("meta"):
-            controlnet = cls.from_config(unet.config, trained_frames=trained_frames)
+            controlnet = cls.from_config(
+                unet.config, trained_frames=trained_frames, reference_first=reference_first, trained_fps=trained_fps
+            )
         copied = {
             name: weight.detach().clone()
             for name, weight in unet.state_dict().items()

@@ -33,7 +33,7 @@ def group_norm_silu(
     and the result are in float32, as in `torch.nn.functional.group_norm`. The backward has no derivative.
 
     Args:
-        hidden_states: `n c h w`, or `n c` followed by any dimensions.
+        hidden_states: `n c h w`, `n c f h w`, or `n c` followed by any dimensions.
         num_groups: groups of neighbouring channels; divides c.
         weight: `c`, in the dtype of `hidden_states` (or float32 beside half precision).
         bias: as `weight`.
@@ -54,6 +54,11 @@ def group_norm_silu(
             f"weight and bias must have the shape ({channels},), one number for each channel; "
             f"got {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
+    if hidden_states.dim() == 5 and hidden_states.is_contiguous(memory_format=torch.channels_last_3d):
+        # frames and rows as one axis: a view in channels_last, which Triton's kernels take
+        folded = group_norm_silu(hidden_states.flatten(2, 3), num_groups, weight, bias, eps, activation=activation)
+        clips: Tensor = folded.unflatten(2, hidden_states.shape[2:4])
+        return clips
     reason = _why_not_triton(hidden_states)
     _log_once(reason)
     if reason is not None and hidden_states.device.type != "cpu":

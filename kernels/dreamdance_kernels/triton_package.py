@@ -40,6 +40,11 @@ def why_unable_to_start() -> str | None:
             "it needs a C compiler, and neither gcc nor clang is on PATH "
             "(apt-get install gcc libc6-dev, or name one in the environment's CC)"
         )
+    return why_no_headers()
+
+
+def why_no_headers() -> str | None:
+    """The reason why no C module for this Python can be built here, if that is a lack of headers; None if it is not."""
     scheme = sysconfig.get_default_scheme()
     headers = Path(sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"])
     if not (headers / "Python.h").is_file():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreamdance_kernels import group_norm_operator, group_norm_silu
 from dreamdance_kernels.triton_kernels import group_norm
@@ -203,6 +204,38 @@ def test_under_autocast_on_a_gpu_it_returns_float32_as_torchs_own_does():
             torch.set_autocast_enabled("cuda", False)
     assert output.dtype == torch.float32
     assert output.stride() == images.stride()
+
+
+class NormalisedInputs(TorchDispatchMode):
+    """Lists the inputs of the operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: list[Tensor] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is OPERATORS.group_norm_silu.default:
+            self.inputs.append(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("activation", [True, False])
+def test_clips_with_channels_innermost_run_as_pictures_that_hold_their_frames_as_rows(activation):
+    generator = torch.Generator().manual_seed(0)
+    clips, weight, bias = (torch.randn(shape, generator=generator) for shape in ((2, 8, 3, 5, 2), 8, 8))
+    inputs = [clips.contiguous(memory_format=torch.channels_last_3d), weight, bias]
+    inputs = [x.requires_grad_() for x in inputs]
+    with NormalisedInputs() as normalised:
+        output = group_norm_silu(inputs[0], 4, *inputs[1:], activation=activation)
+    assert [x.shape for x in normalised.inputs] == [(2, 8, 15, 2)]
+    assert normalised.inputs[0].is_contiguous(memory_format=torch.channels_last)
+    gradients = torch.autograd.grad(output.square().sum(), inputs)
+    expected = F.group_norm(inputs[0], 4, *inputs[1:])
+    expected = F.silu(expected) if activation else expected
+    expected_gradients = torch.autograd.grad(expected.square().sum(), inputs)
+    torch.testing.assert_close((output, *gradients), (expected, *expected_gradients), rtol=1e-5, atol=1e-5)
+    for found in (output, gradients[0]):
+        assert found.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 @pytest.mark.parametrize("activation", [True, False])

@@ -38,6 +38,7 @@ def make_objective(svd: StableVideoDiffusionPipeline, sigma: float) -> Animation
         augmentation_log_mean=math.log(NOISE_AUGMENTATION),
         augmentation_log_std=NEARLY_FIXED,
         motion_bucket=MOTION_BUCKET,
+        fps="clip",
         target_latents="mode",
         geometry_width=SIZE,
         geometry_height=SIZE,

@@ -93,6 +93,27 @@ def test_without_control_every_step_is_that_of_diffusers_svd_pipeline(svd, guida
         torch.testing.assert_close(our_latents / scale, their_latents / scale, rtol=0, atol=1e-5)
 
 
+def test_the_constant_frame_rate_of_training_is_the_default_of_diffusers_svd_pipeline(svd):
+    """Both condition on 7 frames per second, whose number is 6, if the caller gives none."""
+    image, latents = random_pictures(1, 3, SIZE, SIZE, seed=5), torch.randn(1, 2, 4, 16, 16, generator=seeded(6))
+    added = []
+    for unet in (svd.unet, (pipeline := animation_of(svd)).unet):
+        unet.add_embedding.register_forward_pre_hook(lambda _, inputs: added.append(inputs[0].clone()))
+    shared = {"num_inference_steps": 1, "output_type": "latent"}
+    guidance = {"min_guidance_scale": 1.0, "max_guidance_scale": 1.0}
+    sizes = {"height": SIZE, "width": SIZE}
+    svd(image, num_frames=2, generator=seeded(), latents=latents, **sizes, **guidance, **shared)
+    controls = random_pictures(2, 3, SIZE, SIZE, seed=7)
+    pipeline.controlnet.register_to_config(trained_fps=7.0)
+    for fps in ({}, {"fps": 8}):
+        pipeline(
+            image, controls, controls, controls, generator=seeded(), latents=latents, guidance_scale=1, **fps, **shared
+        )
+    theirs, ours, other = added
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert not torch.equal(other, theirs)
+
+
 def test_decoded_frames_are_those_of_diffusers_svd_pipeline(svd):
     latents = torch.randn(1, 5, 4, 16, 16, generator=seeded()) * 0.2
     pipeline = animation_of(svd)

@@ -13,7 +13,7 @@ from support.recipes import record_inputs, tiny_clip_batch
 from torch import Tensor
 
 from dreamdance.data.loading.batch import ClipBatch
-from dreamdance.models.autoencoding import decode_latents, encode_latents
+from dreamdance.models.autoencoding import decode_latents, encode_latents, latent_shape
 from dreamdance.pipelines import AnimationPipeline, DreamDancePipeline, GeometryPipeline
 from dreamdance.training.stages.training_stage import stage_of
 
@@ -48,13 +48,19 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     return ((found.double() - exact).norm() / exact.norm()).item()
 
 
+def targets(objective, images: Tensor, keys: list[list[int]], form: str = "sample") -> Tensor:
+    """The objective's targets of pictures, as many for each key."""
+    shape = (len(images) // len(keys), *latent_shape(objective.vae, images))
+    return objective.encode_targets(images, objective.draw_target_noise(keys, shape, form))
+
+
 @STAGES
 def test_targets_of_a_bfloat16_training_are_those_of_float64(folder, batch, temporal):
     objective = make_objective(folder, temporal=temporal, form="mode").bfloat16()
     assert objective.unet.dtype == torch.bfloat16
     frames = rearrange(batch.rgb, "b f c h w -> (b f) c h w")
     exact_vae = saved_autoencoder(folder, temporal=temporal)
-    found, exact = objective.encode_targets(frames, batch.keys.tolist(), "mode"), encode_latents(exact_vae, frames)
+    found, exact = targets(objective, frames, batch.keys.tolist(), "mode"), encode_latents(exact_vae, frames)
     assert relative_error(found, exact) < 1e-4
     # the former computation: weights and arithmetic of bfloat16
     narrow = saved_autoencoder(folder, temporal=temporal).bfloat16()
@@ -103,7 +109,7 @@ def test_targets_are_drawn_from_the_latent_distribution_of_each_sample(folder, b
     objective = make_objective(folder, temporal=temporal)
     picture = batch.rgb[0, :1, :, 16:32, 8:24]
     keys = [[0, 0, sample] for sample in range(1000)]
-    drawn = objective.encode_targets(picture.expand(1000, -1, -1, -1), keys, "sample")
+    drawn = targets(objective, picture.expand(1000, -1, -1, -1), keys)
     exact_vae = saved_autoencoder(folder, temporal=temporal)
     with torch.no_grad():
         distribution = exact_vae.encode(picture.double() * 2 - 1).latent_dist
@@ -118,12 +124,12 @@ def test_targets_are_drawn_from_the_latent_distribution_of_each_sample(folder, b
 def test_a_draw_belongs_to_the_sample_and_not_to_its_batch(folder, batch, temporal):
     objective = make_objective(folder, temporal=temporal)
     frames = batch.rgb[0, :2].repeat(2, 1, 1, 1)
-    together = objective.encode_targets(frames, [[0, 0, 1], [0, 0, 2]], "sample")
-    torch.testing.assert_close(objective.encode_targets(frames[2:], [[0, 0, 2]], "sample"), together[2:])
+    together = targets(objective, frames, [[0, 0, 1], [0, 0, 2]])
+    torch.testing.assert_close(targets(objective, frames[2:], [[0, 0, 2]]), together[2:])
     first, second, third, fourth = together
     assert not torch.allclose(first, third)  # the same picture in another sample
     assert not torch.allclose(first - second, third - fourth)  # each frame has a draw of its own
-    assert not torch.allclose(objective.encode_targets(frames[2:], [[0, 1, 2]], "sample"), together[2:])  # next epoch
+    assert not torch.allclose(targets(objective, frames[2:], [[0, 1, 2]]), together[2:])  # next epoch
 
 
 def test_the_recipe_may_keep_the_mode(folder, batch):
@@ -132,7 +138,7 @@ def test_the_recipe_may_keep_the_mode(folder, batch):
         objective = make_objective(folder, temporal=False, form=form).eval()
         calls = record_inputs(objective.unet)
         losses[form] = objective(batch).loss.item()
-        objective.encode_targets = lambda images, keys, _, objective=objective: encode_latents(objective.vae, images)
+        objective.encode_targets = lambda images, _, objective=objective: encode_latents(objective.vae, images)
         objective(batch)
         (drawn, *_), (mode, *_) = (arguments for arguments, _ in calls)
         assert torch.equal(drawn, mode) is (form == "mode")
@@ -152,6 +158,6 @@ def test_conditions_are_the_mode(folder, batch):
     for _ in range(2):
         stage_2(batch)
     first, second = (arguments[0].chunk(2, dim=2)[1][:, 0] for arguments, _ in calls)
-    noised, _ = stage_2._encode_reference_pixels(batch.reference, batch.keys.tolist())
+    noised, _ = stage_2._encode_reference_pixels(batch.reference, stage_2.draw(batch))
     assert torch.equal(first, second)
     assert torch.equal(first, noised)

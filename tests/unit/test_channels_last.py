@@ -45,8 +45,9 @@ def test_every_fused_norm_sees_channels_innermost_even_where_sharding_has_flatte
 
     def note(name):
         def hook(module, inputs):
-            if inputs[0].dim() == 4 and inputs[0].shape[1] > 1 and inputs[0].shape[2:].numel() > 1:
-                layouts[name] = inputs[0].is_contiguous(memory_format=torch.channels_last)
+            layout = {4: torch.channels_last, 5: torch.channels_last_3d}[inputs[0].dim()]
+            if inputs[0].shape[1] > 1 and inputs[0].shape[2:].numel() > 1:
+                layouts[name] = inputs[0].is_contiguous(memory_format=layout)
 
         return hook
 

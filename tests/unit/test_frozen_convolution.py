@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._prims_common import suggest_memory_format
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreamdance.models.channels_last import use_channels_last
 from dreamdance.models.temporal_convolution import FoldedConv3d, fold_temporal_convolutions
@@ -24,6 +26,7 @@ CONVOLUTIONS = [
     nn.Conv3d(2, 4, 3, stride=(1, 2, 2), padding=1),
     FoldedConv3d(3, 5, (3, 1, 1), padding=(1, 0, 0)),
 ]
+LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}  # by number of axes
 DESCRIPTIONS = [str(convolution) for convolution in CONVOLUTIONS]
 
 
@@ -100,6 +103,26 @@ def test_replacing_keeps_names_parameters_and_modes_and_can_be_repeated():
     assert not network[1][1].training
     # other paddings are not supported by the replacement
     assert network[2] is reflecting
+
+
+@pytest.mark.parametrize("convolution", CONVOLUTIONS, ids=DESCRIPTIONS)
+def test_the_backward_of_an_input_with_channels_innermost_is_asked_for_in_that_layout(convolution):
+    class Backward(TorchDispatchMode):
+        layouts = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.convolution_backward.default:
+                self.layouts.append(suggest_memory_format(args[1]))
+            return func(*args, **(kwargs or {}))
+
+    plain, lean, images = make_pair(convolution, frozen=True)
+    images = images.contiguous(memory_format=LAYOUTS[images.dim()])
+    expected_output, expected_gradient, _ = run(plain, images)
+    with Backward() as backward:
+        output, gradient, _ = run(lean, images)
+    assert backward.layouts == [LAYOUTS[4] if isinstance(plain, FoldedConv3d) else LAYOUTS[images.dim()]]
+    torch.testing.assert_close(output, expected_output, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
 
 
 def test_a_folded_convolution_stays_folded():

@@ -95,6 +95,22 @@ def test_every_transformer_block_has_one_branch_of_each_kind_whose_output_projec
             assert (".to_out." in name) == (not parameter.any()) or name.endswith("norm.bias")
 
 
+def test_weights_may_be_reused_instead_of_copied():
+    torch.manual_seed(0)
+    base = make_base()
+    models = []
+    for reuse in (False, True):
+        torch.manual_seed(1)  # the added branches have random weights
+        models.append(GeometryUNetModel.from_unet2d(base, geometry_attention=True, reuse_weights=reuse))
+    own = {value.data_ptr() for value in base.parameters()}
+    assert not own & {value.data_ptr() for value in models[0].parameters()}
+    assert own <= {value.data_ptr() for value in models[1].parameters()}
+    copied, reused = (model.state_dict() for model in models)
+    assert copied.keys() == reused.keys()
+    assert all(torch.equal(value, reused[name]) for name, value in copied.items())
+    assert all(value.requires_grad for value in models[1].parameters())
+
+
 def test_the_added_parameters_are_exactly_those_that_the_base_lacks():
     base = make_base()
     unet = GeometryUNetModel.from_unet2d(base, geometry_attention=True, temporal_attention=True)
