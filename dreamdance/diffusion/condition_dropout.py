@@ -63,23 +63,24 @@ def drop_conditions(keys: Keys, *, latents: float, embedding: float, both: float
     return DroppedConditions(latents=only_latents | together, embedding=only_embedding | together)
 
 
-def drop_controls(
-    maps: Mapping[str, Tensor], keys: Keys, *, frame_rate: float, modality_rate: float
+def draw_kept_controls(
+    keys: Keys, names: Sequence[str], num_frames: int, *, frame_rate: float, modality_rate: float
 ) -> dict[str, Tensor]:
-    """Robust conditioning: replaces control maps by zero images, across frames and modalities.
+    """Robust conditioning: decides which control maps become zero images, across frames and modalities.
 
     A modality is dropped for the whole clip with probability `modality_rate`, and each of its frames with probability
     `frame_rate`, all independently. A clip never loses all of its maps: the function draws such an outcome again, so
     that all other outcomes keep their proportions. A single modality is therefore never dropped for a whole clip.
 
     Args:
-        maps: for each modality `b f 3 H W` or `(b f) 3 H W` in [0, 1].
         keys: `b` keys.
+        names: the modalities.
+        num_frames: f.
         frame_rate: below 1.
         modality_rate: below 1.
 
     Returns:
-        New maps of the same names and shapes.
+        For each modality `b f` booleans on the CPU: whether the map is kept.
 
     Raises:
         UserError: a rate is 1 or more: every map would be dropped.
@@ -88,10 +89,22 @@ def drop_controls(
         if not 0 <= rate < 1:
             raise UserError(f"objective.{name} is {rate}; it must be at least 0 and below 1, or no map is left")
     # sorted, so that the order of the recipe's list does not change what is dropped
-    names = sorted(maps)
-    num_frames = maps[names[0]].shape[:-3].numel() // len(keys)
+    names = sorted(names)
     kept = torch.stack([_draw_kept(key, len(names), num_frames, frame_rate, modality_rate) for key in keys], dim=1)
-    return {name: _blank(maps[name], frames) for name, frames in zip(names, kept, strict=True)}
+    return dict(zip(names, kept, strict=True))
+
+
+def blank_controls(maps: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Replaces control maps by zero images.
+
+    Args:
+        maps: for each modality `b f 3 H W` or `(b f) 3 H W` in [0, 1].
+        kept: for each modality `b f` booleans, on the maps' device, see `draw_kept_controls`.
+
+    Returns:
+        New maps of the same names and shapes.
+    """
+    return {name: _blank(frames, kept[name]) for name, frames in maps.items()}
 
 
 def _draw_kept(
@@ -109,7 +122,7 @@ def _draw_kept(
 
 def _blank(maps: Tensor, kept: Tensor) -> Tensor:
     """Zeroes the frames of one modality that are not `kept` (`b f`)."""
-    flags = rearrange(kept, "b f -> (b f)").to(maps.device).reshape(*maps.shape[:-3], 1, 1, 1)
+    flags = rearrange(kept, "b f -> (b f)").reshape(*maps.shape[:-3], 1, 1, 1)
     return torch.where(flags, maps, torch.zeros_like(maps))
 
 

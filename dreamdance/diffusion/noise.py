@@ -4,7 +4,9 @@ Every random draw for a sample depends on the sample's key alone and happens on 
 any device, in any batch and on any number of ranks. The schedules are those of diffusers.
 """
 
+import math
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -44,6 +46,21 @@ def draw_timesteps(keys: Keys, num_train_timesteps: int, *, purpose: str = "time
     """Draws one DDPM timestep per sample, uniformly from 0 to `num_train_timesteps` - 1; `b`, int64 on the CPU."""
     draws = [torch.randint(num_train_timesteps, (), generator=sample_generator(key, purpose)) for key in keys]
     return torch.stack(draws)
+
+
+def level_quantiles(count: int) -> list[float]:
+    """The quantiles of a distribution of noise levels at which validation measures: the middles of `count` parts."""
+    return [(number + 0.5) / count for number in range(count)]
+
+
+def timestep_at(quantile: float, num_train_timesteps: int) -> int:
+    """The DDPM timestep at a quantile, in (0, 1), of the distribution of `draw_timesteps`."""
+    return int(quantile * num_train_timesteps)
+
+
+def log_normal_at(quantile: float, mean: float, std: float) -> float:
+    """The value at a quantile, in (0, 1), of the distribution of `draw_log_normal`."""
+    return math.exp(NormalDist(mean, std).inv_cdf(quantile))
 
 
 def draw_log_normal(keys: Keys, mean: float, std: float, *, purpose: str) -> Tensor:

@@ -145,6 +145,14 @@ class GeometryModel(Section):
             "run in Triton, which needs a C compiler. Results are equal to rounding; the speed is not measured."
         ),
     )
+    compile: Literal["none", "blocks"] = Field(
+        default="none",
+        description=(
+            "With blocks, torch.compile compiles the residual and transformer blocks, when a size first occurs, which "
+            "takes minutes. Results are equal to rounding; the speed is not measured. Needs a C and a C++ compiler and "
+            "Python's headers."
+        ),
+    )
 
 
 class AnimationModel(Section):
@@ -216,5 +224,12 @@ class AnimationModel(Section):
         description=(
             "Stores activations with the channels innermost, as in stage 1 and with the same requirement: on GPUs the "
             "group norms need Triton and a C compiler. The speed is not measured."
+        ),
+    )
+    compile: Literal["none", "blocks"] = Field(
+        default="none",
+        description=(
+            "With blocks, torch.compile compiles the blocks of SVD and its ControlNet, when a size first occurs, which "
+            "takes minutes. The requirements are those of stage 1."
         ),
     )

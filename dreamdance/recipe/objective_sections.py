@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dreamdance.modalities import DOMAINS
+from dreamdance.recipe.model_sections import Control
 from dreamdance.recipe.sections import (
     Fraction,
     Frames,
@@ -40,6 +41,32 @@ class DomainWeights(Section):
         return tuple(getattr(self, domain) for domain in DOMAINS)
 
 
+RegionWeight = Annotated[float, Field(ge=1.0)]
+
+
+class RegionWeights(Section):
+    """Weights of face and hands in the loss, relative to the rest of a frame, which has 1.
+
+    A region is the box around its certain key points with a margin; its weight is nearer to 1 the less certain they
+    are. The weights of a clip are scaled to a mean of 1, so that clips count alike, the learning rate keeps its
+    meaning, and a close-up, which shows little but a face, is not weighed up. The held-out loss has no such weights.
+    """
+
+    face: RegionWeight = Field(
+        default=1.0,
+        description="Weight of the box of the face. Raise it (2 to 5) if faces of full bodies stay blurred.",
+    )
+    hands: RegionWeight = Field(
+        default=1.0,
+        description="Weight of the box of each hand. Raise it (2 to 5) if fingers melt, as MimicMotion does.",
+    )
+
+    @property
+    def is_active(self) -> bool:
+        """Whether any region weighs more than the rest."""
+        return (self.face, self.hands) != (1.0, 1.0)
+
+
 class GeometryObjectiveSettings(Section):
     """The DDPM noise and the loss of stage 1 (Eq. 1, 3). The defaults of the schedule are Stable Diffusion 1.5's."""
 
@@ -47,7 +74,7 @@ class GeometryObjectiveSettings(Section):
         default="epsilon",
         description=(
             "What the network predicts: the noise (Eq. 1 and 3, as Stable Diffusion 1.5), the velocity, or the clean "
-            "latents. Keep epsilon with Stable Diffusion weights."
+            "latents. The second set of recipes (stage1_*_v) takes v_prediction, also with Stable Diffusion's weights."
         ),
     )
     num_train_timesteps: Positive = Field(
@@ -82,14 +109,15 @@ class GeometryObjectiveSettings(Section):
         default=0.0,
         description=(
             "Strength of noise that is constant over a picture, added to the noise; drawn once per clip, domain and "
-            "channel. 0 is Eq. 3. The method's author used 0.1, for very dark and very bright pictures."
+            "channel. 0 is Eq. 3. Raise it to 0.05, as Moore and Champ do, if flat maps tend to mid-grey."
         ),
     )
     min_snr_gamma: PositiveFloat | None = Field(
         default=None,
         description=(
             "Upper bound of the signal-to-noise ratio (SNR) that weighs the loss of a timestep (arXiv 2303.09556, "
-            "there 5); of SNR + 1 with zero_terminal_snr. Without it all timesteps weigh the same, as in Eq. 3."
+            "there 5, as in stage1_*_v); of SNR + 1 with zero_terminal_snr. Without it all timesteps weigh the same, "
+            "as in Eq. 3."
         ),
     )
     target_latents: Literal["sample", "mode"] = Field(
@@ -105,6 +133,10 @@ class GeometryObjectiveSettings(Section):
             "Probability that a clip trains without its reference (zero latents, zero embedding). Guidance needs this "
             "(Eq. 6)."
         ),
+    )
+    region_weights: RegionWeights = Field(
+        default=RegionWeights(),
+        description="Weights of face and hands in the loss of each domain, in clips with key points.",
     )
     domain_draw: DomainWeights = Field(
         default=DomainWeights(),
@@ -180,6 +212,26 @@ class AnimationObjectiveSettings(Section):
         description=(
             "Probability that one control map is replaced by zeros in all frames of a clip. Below 1. A clip never "
             "loses all maps."
+        ),
+    )
+    region_weights: RegionWeights = Field(
+        default=RegionWeights(),
+        description="Weights of face and hands in the loss of the frames, in clips with key points.",
+    )
+    reference_first: bool = Field(
+        default=True,
+        description=(
+            "Whether the reference, with its own pose, depth and normal, is the first of the data.num_frames frames of "
+            "each window, in training and inference; there it is not part of the result. SVD was trained on videos "
+            "that begin with the picture it is given. Then `animate` needs the reference's pose. false: as the paper "
+            "reads, which is silent; for stored references without maps."
+        ),
+    )
+    fps: Annotated[PositiveFloat, Unit("frames/s")] | Literal["clip"] = Field(
+        default=7.0,
+        description=(
+            "Frame rate that conditions SVD, in training and inference, whatever that of the clips. SVD 1.1 was tuned "
+            "at a constant 6, its number for 7. clip: the window's own rate, for SVD 1.0 and XT."
         ),
     )
     motion_bucket: NonNegative = Field(
@@ -268,17 +320,41 @@ class AnimationSampling(Section):
             "unconditional pass."
         ),
     )
+    conditioning_scale: Scale = Field(
+        default=1.0,
+        description=(
+            "Factor of the ControlNet's residuals: below 1 the maps guide less and the video model decides more, 0 "
+            "ignores them. Training has 1."
+        ),
+    )
+    control_scales: dict[Control, Scale] = Field(
+        default={},
+        description=(
+            "Factors of single maps of model.controls in the controller, before the mean over the maps, such as "
+            "`{normal: 0.5}` for poor normals. A map that is left out has 1, as in training. The maps have attended "
+            "to one another before, so 0 does not remove all that a map says."
+        ),
+    )
     window_frames: Frames = Field(
         default=16,
         description=(
-            "Frames that are denoised together; longer videos are covered by overlapping windows. More than stage 2 "
-            "was trained on (data.num_frames) is possible, but frames may drift."
+            "Frames that are denoised together, with the reference if objective.reference_first; longer videos are "
+            "covered by overlapping windows. More than stage 2 was trained on (data.num_frames) is possible, but "
+            "frames may drift."
         ),
     )
     window_overlap: Annotated[NonNegative, Unit("frames")] = Field(
         default=4,
         description=(
-            "Frames that neighbouring windows share; their predictions are averaged there. Below window_frames."
+            "Frames that neighbouring windows share, without the reference; their predictions are averaged there. "
+            "Below window_frames, and below window_frames - 1 with objective.reference_first."
+        ),
+    )
+    repeated_noise: bool = Field(
+        default=False,
+        description=(
+            "Whether all windows begin with the same noises, repeated over the video, as in MimicMotion: it may keep "
+            "windows alike, and may show as a repetition. false: each frame has its own noise."
         ),
     )
     sequential_guidance: bool = Field(

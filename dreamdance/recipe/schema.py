@@ -147,6 +147,7 @@ class TrainingRecipe(Recipe):
     # of the recipe that checkpoints hold.
     if TYPE_CHECKING:
         model: GeometryModel | AnimationModel
+        objective: GeometryObjectiveSettings | AnimationObjectiveSettings
         sampling: GeometrySampling | AnimationSampling
 
     @property
@@ -193,7 +194,7 @@ class PrepareRecipe(Recipe):
     task: Literal["prepare"] = Field(description=TASK)
     output: str = Field(
         description=(
-            "Folder for train, validation, manifest.jsonl and examples. It belongs to one recipe: other settings or "
+            "Folder for train, validation, manifest.jsonl and examples. Once it has a clip, other settings or "
             "other videos are refused."
         ),
     )

@@ -22,6 +22,8 @@ from dreamdance.recipe.sections import (
     Verify,
 )
 
+CropShare = Annotated[float, Field(gt=0.0, le=1.0)]
+
 
 class TrainingData(Section):
     """Training windows that are cut from stored clips (C9)."""
@@ -40,6 +42,14 @@ class TrainingData(Section):
             "if other shards, networks or sizes were encoded. Validation always encodes its pictures."
         ),
     )
+    maps: Shards | None = Field(
+        default=None,
+        description=(
+            "Normal and depth maps of data.train that a trained stage 1 made (`task: encode` with geometry_from). "
+            "Stage 2 then trains on these, with the errors that it gets in `animate`. Without it, on the true maps, "
+            "blurred to stage 1's size. Refused if they are of other shards or sizes. Validation reads true maps."
+        ),
+    )
     width: Pixels = Field(
         description=(
             "Width of the frames, a multiple of the autoencoder's factor times the UNet's reductions: of 64 for Stable "
@@ -54,8 +64,9 @@ class TrainingData(Section):
     )
     num_frames: Frames = Field(
         description=(
-            "Frames of a training window. A shorter clip is an error. The paper: 16 in stage 2; in stage 1 it states "
-            "none, and single frames serve the first two steps."
+            "Frames of a training window; with objective.reference_first of stage 2 the reference is one of them. A "
+            "shorter clip is an error. The paper: 16 in stage 2; in stage 1 it states none, and single frames serve "
+            "the first two steps."
         ),
     )
     stride: Annotated[tuple[Positive, Positive], Unit("frames")] = Field(
@@ -70,6 +81,14 @@ class TrainingData(Section):
         description=(
             "Probability that a window is mirrored. Only clips with key points are mirrored: a pose that is only drawn "
             "cannot be, because its colours distinguish left and right."
+        ),
+    )
+    crop_scale: tuple[CropShare, CropShare] = Field(
+        default=(1.0, 1.0),
+        description=(
+            "Smallest and largest share of a frame's area that a random crop keeps, drawn once per window and once "
+            "more for its reference; the aspect stays, and the crop is enlarged. [0.9, 1.0] is what Moore and Champ "
+            "take, so that a person is not always framed alike. [1, 1] crops nothing. Not with data.latents."
         ),
     )
     reference_margin: Annotated[NonNegative, Unit("frames")] = Field(
@@ -121,11 +140,28 @@ class TrainingData(Section):
 class Optimizer(Section):
     """AdamW, the schedule of its learning rate, and the moving average of the weights."""
 
+    only: list[str] = Field(
+        default=[],
+        description=(
+            "Patterns of the parameters that train, such as [controller.*, controlnet.down_blocks.0.*] (`*` stands for "
+            "any text); the others of the step stay as they are. Empty: all that the step trains. For experiments, and "
+            "for machines that cannot hold the optimizer's state of all."
+        ),
+    )
     lr: PositiveFloat = Field(
         description=(
             "Highest learning rate of AdamW. The paper states none. The full recipes take 5e-5 where only geometry "
-            "attention trains and 1e-5 elsewhere; the tiny random networks of the demo take 1e-3 to 2e-3."
+            "attention trains, 1e-4 where only temporal attention does, and 1e-5 elsewhere; the tiny random networks "
+            "of the demo take 1e-3 to 2e-3."
         )
+    )
+    lr_scales: dict[str, PositiveFloat] = Field(
+        default={},
+        description=(
+            "Factors on the learning rate of networks or parts of networks, by name: `{unet.domain_embedder: 10}` is "
+            "Wonder3D's. A name stands for all that lies below it, and the longest counts. Raise what begins from "
+            "random weights, lower what must stay near its base. A name that does not train is refused with a list."
+        ),
     )
     betas: tuple[float, float] = Field(
         default=(0.9, 0.999),
@@ -175,7 +211,7 @@ class Optimizer(Section):
         description=(
             "Decay d of the moving average of the weights: average = d average + (1 - d) weights, at each step. After "
             "n steps d is at most (1 + n) / (10 + n). Validation and exports use the average. Lower it for short runs; "
-            "0 makes the average equal to the weights."
+            "0 makes the average equal to the weights, which saves its memory (4 bytes for each parameter that trains)."
         ),
     )
 
@@ -187,14 +223,17 @@ class Sharding(Section):
         default=2,
         description=(
             "What ZeRO divides over the processes: 0 nothing (precision fp32 only), 1 the optimizer state, 2 also the "
-            "gradients."
+            "gradients. 1 takes less host time for each trainable tensor, and 4 bytes for each trainable number."
         ),
     )
-    gradient_checkpointing: Literal[True, False, "keep_attention"] = Field(
-        default=True,
+    gradient_checkpointing: Literal["auto", "none", "blocks", "keep_attention", "transformers", True, False] = Field(
+        default="auto",
         description=(
-            "Whether activations inside a block are computed again in the backward pass, which saves memory and takes "
-            "time. keep_attention keeps the results of attention: more memory, less to compute again."
+            "Which activations are computed again in the backward pass, which saves memory, takes time and changes no "
+            "bit. none: no activations. blocks (or true): those inside of blocks, except SVD's temporal ones. "
+            "keep_attention: the same, but not attention. transformers: those of whole transformers too, for the least "
+            "memory. false is none. auto takes the first of none, blocks and transformers that fits in the GPUs by the "
+            "plan of --dry-run, and blocks without a GPU."
         ),
     )
     overlap_communication: bool = Field(
@@ -211,6 +250,17 @@ class Sharding(Section):
             "ones fewer messages."
         ),
     )
+
+    @property
+    def checkpointing_level(self) -> Literal["none", "blocks", "keep_attention", "transformers"]:
+        """The level of `gradient_checkpointing`; "blocks" for an `auto` that nothing has resolved."""
+        match self.gradient_checkpointing:
+            case False:
+                return "none"
+            case True | "auto":
+                return "blocks"
+            case level:
+                return level
 
 
 class Checkpoint(Section):
@@ -235,6 +285,14 @@ class Checkpoint(Section):
         description=(
             "Checkpoints at multiples of this step stay for good. A multiple of every_steps. Without it, only the "
             "newest stay."
+        ),
+    )
+    copy_in_memory: bool = Field(
+        default=True,
+        description=(
+            "Whether a save copies the state in host memory first (16 bytes for each parameter that trains, divided "
+            "among the ranks), so that training continues while the files are written. Without it, training waits for "
+            "the files. Set it to false where host memory is short."
         ),
     )
     allow_changed: list[str] = Field(
@@ -293,14 +351,31 @@ class Validation(Section):
     num_loss_clips: Clips = Field(
         default=16,
         description=(
-            "Number of held-out clips for the loss: the first ones, always with the same window, noise and timestep. "
-            "Ranks divide them."
+            "Number of held-out clips for the loss: the first ones, always with the same window and noise. Ranks "
+            "divide them."
+        ),
+    )
+    noise_levels: Positive = Field(
+        default=8,
+        description=(
+            "Number of noise levels (timesteps in stage 1, sigmas in stage 2) at which each of these clips is "
+            "measured: the same quantiles of training's distribution for all clips, so that the loss does not depend "
+            "on drawn levels. TensorBoard shows the loss of each level. The cost: one forward pass per clip and level."
         ),
     )
     num_sample_clips: Clips = Field(
         default=4,
         description=(
-            "Number of held-out clips for samples: the first ones. The main process draws them while the others wait."
+            "Number of held-out clips for samples: the first ones. Ranks divide them. TensorBoard shows their "
+            "distance from the truth: L1 and PSNR of pictures, L1 of depth, degrees of normals."
+        ),
+    )
+    num_cross_clips: Annotated[NonNegative, Unit("clips")] = Field(
+        default=1,
+        description=(
+            "Number of these clips that are sampled once more, with the reference of the next clip of another video: "
+            "the result must show the other person in this clip's motion. A network that copies the person of the "
+            "poses shows it here alone. 0 samples none."
         ),
     )
     num_frames: Frames = Field(

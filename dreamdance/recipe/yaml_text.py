@@ -36,6 +36,11 @@ class Problem:
     path: KeyPath = ()
     line: int | None = None
 
+    @classmethod
+    def at(cls, path: str, message: str) -> "Problem":
+        """A mistake at a dotted key."""
+        return cls(message, tuple(path.split(".")))
+
 
 @dataclass
 class Document:

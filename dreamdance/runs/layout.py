@@ -23,11 +23,15 @@ WARNED_FILE = "warned_of_the_time_limit"
 EXPORT_INDEX_FILE = "model_index.json"
 # In the output of `prepare`: size, times and hash of each video that it read.
 INPUTS_FILE = "inputs.json"
+# In the output of `prepare`: the page that plays clips.
+PAGE_PATH = "contact_sheets/index.html"
 # The fields of the manifest of `prepare` that name files: the inputs of an example.
-EXAMPLE_FIELDS = ("image", "pose", "keypoints")
+EXAMPLE_FIELDS = ("image", "pose", "keypoints", "reference_keypoints", "reference_pose")
 # In the result of a clip, which `animate` writes and `evaluate` reads.
 RESULT_FILE = "result.json"
 ARRAYS_FILE = "arrays.npz"
+# In the output of `animate` until all its entries have results: their ids. No entry's id begins with a dot.
+ENTRIES_FILE = ".entries.json"
 _LAST_BYTES = 65_536
 
 

@@ -99,6 +99,13 @@ def gather_from_ranks(value: Any) -> list[Any]:
     return values
 
 
+def gather_on_main(value: Any) -> list[Any] | None:
+    """Returns every rank's `value`, in the order of ranks, on the main process, and None on the others. Collective."""
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values, dst=0)
+    return values
+
+
 def from_main(value: Any) -> Any:
     """Returns the main process's `value` (a small plain object) on every rank."""
     holder = [value]

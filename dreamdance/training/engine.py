@@ -27,6 +27,7 @@ from dreamdance.recipe.batch_arithmetic import accumulation_steps
 from dreamdance.recipe.schema import TrainingRecipe
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.deepspeed_config import deepspeed_config
+from dreamdance.training.parameter_groups import REST, group_names
 
 # Undocumented names of DeepSpeed that this module uses:
 #   ops.__compatible_ops__     the operations that DeepSpeed compiles;
@@ -90,6 +91,11 @@ class Engine:
         self.trainable = {name: value for name, value in objective.named_parameters() if value.requires_grad}
         if not self.trainable:
             raise RecipeError("nothing to train: no parameter of the recipe's networks requires a gradient")
+        frozen = [name for name, value in objective.named_parameters() if not value.requires_grad]
+        parts = group_names(self.trainable, frozen, section.lr_scales)
+        self._group_names = list(parts)
+        # in the order of the optimizer's groups, as its tensors are if nothing is sharded
+        self.trainable = {name: self.trainable[name] for members in parts.values() for name in members}
         self.sharded = recipe.sharding.zero_stage > 0
         if not self.sharded and recipe.precision == "bf16":
             raise RecipeError("sharding.zero_stage=0 has no fp32 masters for precision=bf16; use zero_stage 1 or 2")
@@ -103,7 +109,7 @@ class Engine:
         # True: one pass over weights and moments instead of about 20. None: torch chooses, and loops on a CPU.
         fused = True if ranks.device.type == "cuda" else None
         self._adamw = torch.optim.AdamW(
-            list(self.trainable.values()),
+            [{"params": [self.trainable[name] for name in members]} for members in parts.values()],
             lr=section.lr,
             betas=section.betas,
             eps=section.eps,
@@ -112,7 +118,8 @@ class Engine:
         )
         exact: dict[str, Tensor] = {}
         if recipe.precision == "bf16":
-            exact = {name: parameter.detach().clone() for name, parameter in self.trainable.items()}
+            # no copies: casting gives each parameter new memory, and leaves the old one to `exact`
+            exact = {name: parameter.detach() for name, parameter in self.trainable.items()}
             objective.to(torch.bfloat16)  # as from_pretrained; DeepSpeed would leave buffers in fp32
         os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed requires the variable
         if groups._WORLD_GROUP is None:  # DeepSpeed's own group would have the backend's default time-out
@@ -121,6 +128,7 @@ class Engine:
             self._engine, *_ = deepspeed.initialize(model=objective, optimizer=self._adamw, config=config)
         if exact:
             self._set_masters(exact)
+            exact.clear()
         for weight in self._partitions:  # as in AdamW's first step, so that there is always a state to save
             count = torch.zeros((), dtype=torch.float32, device=weight.device if fused else "cpu")
             self._adamw.state[weight] = {"step": count, **{name: torch.zeros_like(weight) for name in self.MOMENTS}}
@@ -143,8 +151,8 @@ class Engine:
 
     def update(self, learning_rate: float) -> Update:
         """Takes the optimizer step, after `accumulation_steps` calls of `backward`."""
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+        for name, group in zip(self._group_names, self._engine.optimizer.param_groups, strict=True):
+            group["lr"] = learning_rate * self.optimizer_section.lr_scales.get(name, 1.0)
         if self.sharded:
             self._engine.step()
             norm = float(self._engine.get_global_grad_norm())
@@ -162,6 +170,12 @@ class Engine:
             torch.nn.utils.clip_grads_with_norm_(trainable, self.optimizer_section.gradient_clipping, norm)
         self._engine.step()
         return Update(float(norm), applied=applied)
+
+    @property
+    def scaled_rates(self) -> dict[str, float]:
+        """The learning rates of the last update that `optimizer.lr_scales` scales, by name."""
+        rates = (group["lr"] for group in self._engine.optimizer.param_groups)
+        return {name: rate for name, rate in zip(self._group_names, rates, strict=True) if name != REST}
 
     @property
     def _partitions(self) -> list[Tensor]:

@@ -8,7 +8,7 @@ import logging
 import math
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from dreamdance.modalities import DOMAINS
 from dreamdance.runs.durations import duration
 from dreamdance.runs.files import write_atomically
 from dreamdance.runs.layout import ProgressLog, step_name
+from dreamdance.runtime.gpus import TERA
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.stragglers import NOT_TIMED, RankSeconds, StragglerReport
 
@@ -73,7 +74,13 @@ NO_LOSSES = Losses(0.0, 0.0, (0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step, over all ranks; `step` counts from 1."""
+    """One optimizer step, over all ranks; `step` counts from 1.
+
+    Attributes:
+        host_seconds: how long the main process was busy with starting the forward and backward passes; on a CPU, with
+            computing them.
+        flops: operations of the main process's micro batches (`StepFlops`); None if they were not counted.
+    """
 
     step: int
     losses: Losses
@@ -82,6 +89,9 @@ class StepReport:
     seconds: float
     data_wait_seconds: float
     rank_seconds: RankSeconds = NOT_TIMED
+    scaled_rates: Mapping[str, float] = field(default_factory=dict)
+    host_seconds: float = 0.0
+    flops: int | None = None
 
 
 @dataclass
@@ -91,6 +101,8 @@ class _Interval:
     losses: Losses = NO_LOSSES
     seconds: float = 0.0
     waited: float = 0.0
+    host: float = 0.0
+    flops: int = 0
     steps: int = 0
     started: float = field(default_factory=time.perf_counter)
 
@@ -99,14 +111,29 @@ class _Interval:
             self.losses = self.losses + report.losses
         self.seconds += report.seconds
         self.waited += report.data_wait_seconds
+        self.host += report.host_seconds
+        self.flops += report.flops or 0
         self.steps += 1
+
+    @property
+    def tflops(self) -> float | None:
+        """Counted operations per second of the main process, in units of 1e12; None if they were not counted."""
+        return self.flops / self.seconds / TERA if self.flops else None
 
 
 class Metrics:
     """Records one run; at a resume, TensorBoard drops the steps that will be trained again."""
 
     def __init__(
-        self, run: Path, ranks: Ranks, *, first_step: int, max_steps: int, every_steps: int, recipe_text: str
+        self,
+        run: Path,
+        ranks: Ranks,
+        *,
+        first_step: int,
+        max_steps: int,
+        every_steps: int,
+        recipe_text: str,
+        peak_flops: float | None = None,
     ) -> None:
         """Opens TensorBoard's file and the progress log.
 
@@ -117,9 +144,11 @@ class Metrics:
             max_steps: the last step of the run.
             every_steps: number of steps from one printed line, and from one set of scalars, to the next.
             recipe_text: the resolved recipe as YAML.
+            peak_flops: operations per second that the device could do at the recipe's precision (`runtime.gpus`); None
+                if it is not known.
         """
         self.run, self.max_steps, self.every_steps = run, max_steps, every_steps
-        self.recording = ranks.is_main
+        self.recording, self._peak_flops = ranks.is_main, peak_flops
         self._interval, self._stragglers = _Interval(), StragglerReport()
         if not self.recording:
             return
@@ -158,6 +187,10 @@ class Metrics:
             unit="steps",
             loss=interval.losses.mean if interval.losses.num_samples else None,
             samples_per_second=samples_per_second,
+            data_wait_ms=1000 * interval.waited / interval.steps,
+            host_ms=1000 * interval.host / interval.steps,
+            tflops=interval.tflops,
+            mfu=self._mfu(interval),
         )
         if (straggler := self._stragglers.take()) is not None:
             self.message(straggler, step=report.step, level=logging.WARNING)
@@ -165,10 +198,17 @@ class Metrics:
         for domain, loss in interval.losses.domain_means.items():
             self._scalar(f"train/loss_{domain}", loss, report.step)
         self._scalar("optim/lr", report.learning_rate, report.step)
+        for name, rate in report.scaled_rates.items():
+            self._scalar(f"optim/lr_{name}", rate, report.step)
         self._scalar("optim/grad_norm", report.gradient_norm, report.step)
         self._scalar("perf/samples_per_second", samples_per_second, report.step)
         self._scalar("perf/step_seconds", interval.seconds / interval.steps, report.step)
         self._scalar("perf/data_wait_share", interval.waited / interval.seconds, report.step)
+        self._scalar("perf/data_wait_milliseconds", 1000 * interval.waited / interval.steps, report.step)
+        self._scalar("perf/host_milliseconds", 1000 * interval.host / interval.steps, report.step)
+        for tag, value in (("perf/tflops", interval.tflops), ("perf/mfu", self._mfu(interval))):
+            if value is not None:
+                self._scalar(tag, value, report.step)
         self._scalar("perf/memory_gib", used_memory_gib(), report.step)
         if torch.cuda.is_available():
             self._scalar("perf/memory_reserved_gib", torch.cuda.max_memory_reserved() / _GIB, report.step)
@@ -181,36 +221,50 @@ class Metrics:
             self._scalar("perf/checkpoint_seconds", seconds, step)
             self._scalar("perf/checkpoint_wait_seconds", waited_seconds, step)
 
-    def validation(self, losses: Losses, *, step: int) -> None:
-        """Writes the loss on the held-out clips."""
+    def validation(self, losses: Losses, by_noise: Mapping[str, float], *, step: int) -> None:
+        """Writes the loss on the held-out clips, over all noise levels and at each of them."""
         if not self.recording:
             return
         self._scalar("val/loss", losses.mean, step)
         for domain, loss in losses.domain_means.items():
             self._scalar(f"val/loss_{domain}", loss, step)
+        for level, loss in by_noise.items():
+            self._scalar(f"val_by_noise/{level}", loss, step)
         logger.info("step %s  held-out loss %.4f%s", _of(step, self.max_steps), losses.mean, _domains(losses))
 
-    def samples(self, grid: NDArray[np.uint8], predictions: dict[str, Tensor], *, step: int) -> None:
+    def samples(
+        self,
+        grid: NDArray[np.uint8],
+        predictions: dict[str, Tensor],
+        scores: Mapping[str, float],
+        *,
+        step: int,
+        suffix: str = "",
+    ) -> None:
         """Writes the pipeline's samples of held-out clips to TensorBoard and to files in `samples/`.
 
         Args:
             grid: `H W 3` uint8.
             predictions: by name, `b f c H W` in [0,1]; more than one frame also becomes an animated picture.
+            scores: numbers about them, by name.
             step: finished steps.
+            suffix: follows the names of files and pictures.
         """
         if not self.recording:
             return
         folder = self.run / "samples"
         folder.mkdir(exist_ok=True)
-        Image.fromarray(grid).save(folder / f"{step_name(step)}.png")
-        self._board.add_image("samples/grid", grid, step, dataformats="HWC")
+        Image.fromarray(grid).save(folder / f"{step_name(step)}{suffix}.png")
+        self._board.add_image(f"samples/grid{suffix}", grid, step, dataformats="HWC")
+        for name, score in scores.items():
+            self._scalar(f"samples/{name}{suffix}", score, step)
         for name, frames in predictions.items():
             if frames.shape[1] > 1:
                 encoded = animated_picture(frames)
-                (folder / f"{step_name(step)}_{name}.gif").write_bytes(encoded)
+                (folder / f"{step_name(step)}_{name}{suffix}.gif").write_bytes(encoded)
                 height, width = frames.shape[-2], frames.shape[-1] * frames.shape[0]
                 picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded)
-                summary = Summary(value=[Summary.Value(tag=f"samples/{name}", image=picture)])
+                summary = Summary(value=[Summary.Value(tag=f"samples/{name}{suffix}", image=picture)])
                 self._board._get_file_writer().add_summary(summary, step)
 
     def flush(self) -> None:
@@ -236,12 +290,22 @@ class Metrics:
     def _scalar(self, tag: str, value: float, step: int) -> None:
         self._board.add_scalar(tag, value, step)
 
+    def _mfu(self, interval: _Interval) -> float | None:
+        """The share of the peak rate that an interval reached; None if either is not known."""
+        if interval.tflops is None or self._peak_flops is None:
+            return None
+        return interval.tflops * TERA / self._peak_flops
+
     def _line(self, report: StepReport, interval: _Interval, samples_per_second: float, eta_seconds: float) -> str:
         steps = interval.steps
+        mfu = self._mfu(interval)
+        rate = "" if interval.tflops is None else f"{interval.tflops:.3g} TFLOP/s  "
+        rate += "" if mfu is None else f"MFU {mfu:.1%}  "
         return (
             f"step {_of(report.step, self.max_steps)}  loss {interval.losses.mean:.4f}{_domains(interval.losses)}  "
             f"gnorm {report.gradient_norm:.3g}  lr {report.learning_rate:.1e}  {samples_per_second:.1f} samples/s  "
-            f"step {interval.seconds / steps:.2f}s (data {interval.waited / steps:.2f})  "
+            f"step {interval.seconds / steps:.2f}s (data {interval.waited / steps:.2f}, host "
+            f"{interval.host / steps:.2f})  {rate}"
             f"mem {_memory()}  eta {duration(eta_seconds)}"
         )
 

@@ -1,7 +1,7 @@
 """Samples held-out clips with an objective's networks and the real pipeline, and draws the results beside the truth."""
 
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeAlias, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,10 @@ from dreamdance.recipe.schema import Stage2Recipe
 from dreamdance.runtime.sample_random import sample_generator
 from dreamdance.training.objectives.animation import AnimationObjective
 from dreamdance.training.objectives.geometry import GeometryObjective
+from dreamdance.training.sample_scores import sample_scores
+
+# By name, `b f c H W` in [0,1]: normal (encoded), depth and rgb in stage 1, rgb in stage 2.
+Predictions: TypeAlias = dict[str, Tensor]
 
 # Frames of a clip that are shown, evenly spaced.
 MAX_COLUMNS = 6
@@ -30,15 +34,17 @@ class Samples:
     Attributes:
         grid: `H W 3` uint8, labelled, with the truth under each prediction.
         predictions: by name, `b f c H W` in [0,1]: normal (encoded), depth and rgb in stage 1, rgb in stage 2.
+        scores: see `sample_scores`.
     """
 
     grid: NDArray[np.uint8]
     predictions: dict[str, Tensor]
+    scores: dict[str, float]
 
 
 def show(batch: ClipBatch, given: dict[str, Tensor], predictions: dict[str, Tensor]) -> Samples:
-    """Draws the inputs and predictions of a pipeline (both `b f c H W`, by name) beside the truth."""
-    return Samples(grid=_draw(batch, given, predictions), predictions=predictions)
+    """Draws the inputs and predictions of a pipeline (both `b f c H W`, by name) beside the truth, and measures."""
+    return Samples(_draw(batch, given, predictions), predictions, sample_scores(batch, predictions))
 
 
 def sample_geometry(
@@ -77,8 +83,19 @@ def sample_animation(
     maps: dict[str, Tensor],
     sampling: AnimationSampling,
     on_step: StepCallback | None = None,
+    *,
+    of_reference: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """Stage 2 on a batch and its control `maps`: frames `b f 3 H W` in [0,1]."""
+    """Stage 2 on a batch and its control `maps`: frames `b f 3 H W` in [0,1].
+
+    Args:
+        objective: holds the networks.
+        batch: the clips.
+        maps: control maps `b f 3 H W`.
+        sampling: the recipe's section.
+        on_step: called after each denoising step.
+        of_reference: the reference's own maps `b 3 H W`, exactly with `objective.reference_first`.
+    """
     pipeline = objective.make_pipeline()
     pipeline.set_progress_bar_config(disable=True)
     clips = []
@@ -88,7 +105,8 @@ def sample_animation(
         (frames,) = pipeline(
             batch.reference[chosen],
             maps={name: frames[chosen] for name, frames in maps.items()},
-            fps=float(batch.fps[index]),
+            reference_maps=of_reference and {name: pictures[chosen] for name, pictures in of_reference.items()},
+            fps=pipeline.trained_fps or float(batch.fps[index]),
             **sampling.model_dump(),
             generator=generator,
             callback_on_step_end=on_step,

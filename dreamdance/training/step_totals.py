@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -67,7 +68,9 @@ class StepTotals:
     def add(self, batch: ClipBatch, output: ObjectiveOutput) -> None:
         """Adds a micro batch. It reads no number from a GPU, so the next forward pass need not wait for this one."""
         losses = output.sample_losses.detach()
-        self._added.append((batch, losses))
+        # what names the samples, without their pictures, whose memory on the GPU the next micro batch needs
+        named = replace(batch, maps={}, reference=torch.empty(0), regions=torch.empty(0))
+        self._added.append((named, losses))
         self._sums.append(output.sums())
 
     @property

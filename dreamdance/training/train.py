@@ -14,14 +14,18 @@ import torch
 import yaml
 
 from dreamdance.data.loading.clip_choice import choose_training_clips
-from dreamdance.data.loading.dataset import ClipDataset, StoredClips
+from dreamdance.data.loading.dataset import ClipDataset
 from dreamdance.data.loading.loader import ClipLoader
 from dreamdance.data.loading.order import ClipOrder
+from dreamdance.data.loading.stored_clips import StoredClips
+from dreamdance.models.compiled_blocks import compile_blocks
 from dreamdance.recipe.same_run import result_json
 from dreamdance.recipe.schema import TrainingRecipe
 from dreamdance.runs.layout import note_signal
+from dreamdance.runtime.gpus import known_gpu
 from dreamdance.runtime.process_group import (
     common_store,
+    gather_from_ranks,
     is_deterministic,
     on_main,
     process_group,
@@ -33,15 +37,19 @@ from dreamdance.runtime.watchdog import Watchdog
 from dreamdance.training.checkpointing.checkpointer import Checkpointer, Resumed
 from dreamdance.training.checkpointing.saving_plan import SAVING_SHARE
 from dreamdance.training.ema import ShardedEma
-from dreamdance.training.encoding.fit import require_fitting_latents
+from dreamdance.training.encoding.fit import require_fitting_latents, require_fitting_maps
 from dreamdance.training.engine import Engine
 from dreamdance.training.export import export_average
 from dreamdance.training.guard import StepGuard
 from dreamdance.training.metrics import Metrics
+from dreamdance.training.networks.build import exportable
 from dreamdance.training.networks.initial_weights import load_initial_weights
+from dreamdance.training.planning.checkpointing_level import choose_level
+from dreamdance.training.planning.step_cost import count_recipe
 from dreamdance.training.same_start import require_same, require_same_start, weights_digests
 from dreamdance.training.shard_check import verify_at_opening, verify_by_hash
 from dreamdance.training.stages.training_stage import TrainingStage, stage_of
+from dreamdance.training.step_flops import StepFlops
 from dreamdance.training.trainer import Trainer
 from dreamdance.training.validation import Validator
 
@@ -97,13 +105,21 @@ def build_trainer(
     _seed_global_generators(recipe.seed)
     on_shard = partial(watchdog.enter, "checking a shard")
     if recipe.data.verify == "hash":
-        folders = [recipe.data.train, recipe.data.validation, *([recipe.data.latents] if recipe.data.latents else [])]
+        data = recipe.data
+        folders = [folder for folder in (data.train, data.validation, data.latents, data.maps) if folder is not None]
         verify_by_hash(folders, ranks, common_store(), on_progress=on_shard)
+    watchdog.enter("planning memory", f"rank {ranks.rank}")
+    chosen = choose_level(recipe, _gpu_memory_gib(ranks))
+    stage = stage_of(chosen.recipe)
     watchdog.enter("loading weights", f"rank {ranks.rank}")
     objective = stage.build()
     load_initial_weights(objective, run_folder.parent, init_from=recipe.init_from, init_step=recipe.init_step)
     require_fitting_latents(recipe, objective)
+    require_fitting_maps(recipe)
     stage.set_trainable(objective)
+    if recipe.model.compile == "blocks":
+        for network in exportable(objective).values():
+            compile_blocks(network)
     weights = weights_digests(objective)
     require_same({"frozen weights": weights.frozen, "weights to train": weights.trainable})
     watchdog.enter("starting DeepSpeed", f"rank {ranks.rank}")
@@ -124,7 +140,10 @@ def build_trainer(
         max_steps=recipe.max_steps,
         every_steps=recipe.logging.every_steps,
         recipe_text=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
+        peak_flops=_peak_flops(recipe, ranks),
     )
+    if recipe.sharding.gradient_checkpointing == "auto":
+        metrics.message(chosen.reason, step=step)
     metrics.message(describe_start(run_folder, resumed, loader, world_size=ranks.world_size), step=step)
     watchdog.enter("reading the held-out clips", f"rank {ranks.rank}")
     validator = Validator(stage, engine, ema, ranks, metrics, stop=stop)
@@ -141,9 +160,33 @@ def build_trainer(
         stop=stop,
         guard=guard,
         watchdog=watchdog,
+        flops=_prepare_flops(recipe, ranks),
         step=step,
         validation_pending=validation_pending,
     )
+
+
+def _gpu_memory_gib(ranks: Ranks) -> float | None:
+    """The memory of the smallest of all ranks' GPUs; None without GPUs. Collective."""
+    if ranks.device.type != "cuda":
+        return None
+    sizes: list[float] = gather_from_ranks(torch.cuda.get_device_properties(ranks.device).total_memory / 2**30)
+    return min(sizes)
+
+
+def _prepare_flops(recipe: TrainingRecipe, ranks: Ranks) -> StepFlops:
+    """The count of a step's operations, for the main process; of compiled networks it is made on fake tensors."""
+    if not (ranks.is_main and recipe.model.compile == "blocks"):
+        return StepFlops(enabled=ranks.is_main)
+    return StepFlops(enabled=True, per_micro_batch=count_recipe(recipe).model_flops)
+
+
+def _peak_flops(recipe: TrainingRecipe, ranks: Ranks) -> float | None:
+    """The peak rate of this process's device at the recipe's precision; None on a CPU or an unknown GPU."""
+    gpu = known_gpu(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
+    if gpu is None:
+        return None
+    return gpu.bf16_flops if recipe.precision == "bf16" else gpu.tf32_flops if recipe.tf32 else gpu.fp32_flops
 
 
 def _restore(resumed: Resumed | None, loader: ClipLoader, guard: StepGuard) -> tuple[int, bool]:
@@ -172,6 +215,9 @@ def make_loader(
     latents = None
     if data.latents is not None:
         latents = StoredClips(data.latents, verify=verify, ranks=ranks, before_shard=before_shard)
+    generated = None
+    if data.maps is not None:
+        generated = StoredClips(data.maps, verify=verify, ranks=ranks, before_shard=before_shard)
     dataset = ClipDataset(
         data.train,
         width=data.width,
@@ -180,6 +226,8 @@ def make_loader(
         stride=data.stride,
         flip_probability=data.flip_probability,
         reference_margin=data.reference_margin,
+        crop_scale=data.crop_scale,
+        reference_first=stage.reference_first,
         seed=recipe.seed,
         maps=stage.maps,
         map_sizes=stage.map_sizes,
@@ -188,7 +236,9 @@ def make_loader(
         before_shard=before_shard,
         latents=latents,
         latent_names=stage.latent_names,
+        generated=generated,
         domain_weights=stage.domain_weights,
+        with_regions=recipe.objective.region_weights.is_active,
     )
     choice = choose_training_clips(dataset, data.filters, data.mixed_backgrounds)
     if choice.dropped_by and ranks.is_main:

@@ -3,25 +3,25 @@
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 
-from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.data.loading.loader import ClipLoader
 from dreamdance.errors import UserError
 from dreamdance.recipe.schema import TrainingRecipe
 from dreamdance.runtime.process_group import gather_from_ranks
 from dreamdance.runtime.stop_request import StopRequest
+from dreamdance.runtime.stopwatch import Stopwatch
 from dreamdance.runtime.watchdog import Watchdog
 from dreamdance.training.checkpointing.checkpointer import Checkpointer
 from dreamdance.training.ema import ShardedEma
 from dreamdance.training.engine import Engine
 from dreamdance.training.guard import StepGuard
+from dreamdance.training.inputs import PreparedInputs
 from dreamdance.training.metrics import Metrics, StepReport
 from dreamdance.training.schedule import learning_rate
+from dreamdance.training.step_flops import StepFlops
 from dreamdance.training.step_totals import StepTotals
-from dreamdance.training.stragglers import Stopwatch
 from dreamdance.training.validation import Validator
 
 
@@ -31,6 +31,7 @@ class Trainer:
 
     Attributes:
         step: finished optimizer steps.
+        inputs: the prepared micro batches; `train` sets it.
         validation_pending: whether the last step's validation was interrupted and must be repeated.
     """
 
@@ -44,8 +45,10 @@ class Trainer:
     stop: StopRequest
     guard: StepGuard
     watchdog: Watchdog
+    flops: StepFlops
     step: int = 0
     validation_pending: bool = False
+    inputs: PreparedInputs = field(init=False)
 
     def train(self) -> bool:
         """Trains to `max_steps`, or until all ranks agree to stop early; returns whether it reached `max_steps`."""
@@ -56,8 +59,9 @@ class Trainer:
         first_step = self.step
         # Always close: after an error the traceback keeps the iterator alive, and its workers block exit.
         with contextlib.closing(iter(self.loader)) as steps:
+            self.inputs = PreparedInputs(steps, self.engine.objective, self.engine.ranks.device)
             while self.step < self.recipe.max_steps:
-                totals = self._take_step(steps)
+                totals = self._take_step()
                 if self.step == first_step + 1:
                     self.checkpointer.reserve()
                 if self.checkpointer.is_saving and not totals.is_writing:
@@ -80,19 +84,24 @@ class Trainer:
         self.validation_pending = not self.validation.after_step(self.step)
         return not self.validation_pending
 
-    def _take_step(self, steps: Iterator[list[ClipBatch]]) -> StepTotals:
+    def _take_step(self) -> StepTotals:
         self.watchdog.enter("training a step", f"step {self.step + 1}", is_measured=True)
         started = time.perf_counter()
-        micro_batches = next(steps)
-        waited = time.perf_counter() - started
-        totals, forward = StepTotals(), Stopwatch(self.engine.ranks.device)
-        for batch in micro_batches:
-            with forward.running():
+        totals, forward, host_seconds = StepTotals(), Stopwatch(self.engine.ranks.device), 0.0
+        is_last_step = self.step + 1 == self.recipe.max_steps
+        for index, batch in enumerate(self.inputs.micro_batches(is_last_step=is_last_step), start=1):
+            begun = time.perf_counter()
+            with forward.running(), self.flops.counting("forward"):
                 output = self.engine.forward(batch)
-            if self.guard.looks_for_spikes and batch is micro_batches[-1]:
+            host_seconds += time.perf_counter() - begun
+            if self.guard.looks_for_spikes and index == self.engine.accumulation_steps:
                 totals.is_spike = self.guard.is_spike(totals.loss_with(output))
-            self.engine.backward(output.loss, drop=totals.is_spike)
-            totals.add(batch, output)
+            begun = time.perf_counter()
+            with self.flops.counting("backward"):
+                self.engine.backward(output.loss, drop=totals.is_spike)
+            host_seconds += time.perf_counter() - begun
+            totals.add(batch.clips, output)
+        waited = self.inputs.take_waited_seconds()
         rate = learning_rate(self.recipe.optimizer, self.step, max_steps=self.recipe.max_steps)
         update = self.engine.update(rate)
         if update.applied:
@@ -110,7 +119,18 @@ class Trainer:
         if not totals.is_skipped:
             self.guard.note_applied(totals.losses.mean)
         seconds = time.perf_counter() - started
-        report = StepReport(self.step, totals.losses, rate, update.gradient_norm, seconds, waited, totals.rank_seconds)
+        report = StepReport(
+            step=self.step,
+            losses=totals.losses,
+            learning_rate=rate,
+            gradient_norm=update.gradient_norm,
+            seconds=seconds,
+            data_wait_seconds=waited,
+            rank_seconds=totals.rank_seconds,
+            scaled_rates=self.engine.scaled_rates,
+            host_seconds=host_seconds,
+            flops=self.flops.of_micro_batches(self.engine.accumulation_steps),
+        )
         self.metrics.step(report)
         return totals
 
@@ -171,7 +191,7 @@ class Trainer:
         self.metrics.flush()  # steps before a checkpoint are not written again
         state = {
             "guard": self.guard.state_dict(),
-            "loader": self.loader.state_dict(),
+            "loader": self.loader.state_dict(steps_ahead=self.inputs.steps_ahead),
             "validation_pending": self.validation_pending,
         }
         self.checkpointer.begin(self.step, state)

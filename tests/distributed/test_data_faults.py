@@ -33,9 +33,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dreamdance.data.loading import workers as batch_workers
 from dreamdance.data.loading.batch import ClipSample
-from dreamdance.data.loading.dataset import ClipDataset, StoredClips
+from dreamdance.data.loading.dataset import ClipDataset
 from dreamdance.data.loading.loader import ClipLoader
 from dreamdance.data.loading.order import ClipOrder, SampleKey
+from dreamdance.data.loading.stored_clips import StoredClips
 from dreamdance.data.shards import cache
 from dreamdance.data.shards.verify import verify_shards
 from dreamdance.errors import ShardError

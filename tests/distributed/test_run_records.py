@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dreamdance.recipe.schema import Stage1Recipe
 from dreamdance.runs.layout import export_folder, newest_export, progress_file, step_name
+from dreamdance.training.planning.step_cost import count_recipe
 from dreamdance.training.schedule import learning_rate
 
 pytestmark = pytest.mark.distributed
@@ -23,7 +24,8 @@ MAX_STEPS = 3
 UMASKS = {"stage1": 0o022, "stage2": 0o027}
 SCALARS = {
     "train/loss", "optim/lr", "optim/grad_norm", "perf/samples_per_second", "perf/step_seconds",
-    "perf/data_wait_share", "perf/memory_gib", "val/loss",
+    "perf/data_wait_share", "perf/data_wait_milliseconds", "perf/host_milliseconds", "perf/tflops",
+    "perf/memory_gib", "val/loss",
     "perf/checkpoint_seconds", "perf/checkpoint_wait_seconds",
 }  # fmt: skip
 
@@ -46,7 +48,10 @@ def finished(request: pytest.FixtureRequest, shards: Path, tmp_path_factory: pyt
         "sampling.num_inference_steps": 1,
         "logging.every_steps": 1,
     }
-    recipe = tiny_stage1_recipe("temporal", changes) if request.param == "stage1" else tiny_stage2_recipe(changes)
+    defaults = {"objective.reference_first": True, "objective.fps": 7.0}  # the tiny recipe of stage 2 has others
+    recipe = (
+        tiny_stage1_recipe("temporal", changes) if request.param == "stage1" else tiny_stage2_recipe(changes | defaults)
+    )
     run = tmp_path_factory.mktemp("runs") / request.param
     output = tmp_path_factory.mktemp("output")
     run_ranks(run_recorded, 1, output, recipe=recipe, run=run, umask=UMASKS[request.param])
@@ -65,11 +70,19 @@ def test_every_promised_number_is_there_for_every_step(finished: tuple[Recipe, P
     recipe, _, board = finished
     domains = ("rgb", "normal", "depth") if isinstance(recipe, Stage1Recipe) else ("rgb",)
     of_domains = {f"{part}/loss_{domain}" for part in ("train", "val") for domain in domains}
-    assert set(board.Tags()["scalars"]) == SCALARS | of_domains
+    # the quartiles of 1,000 timesteps, and of exp(normal(0.7, 1.6))
+    levels = ("timestep_250", "timestep_750") if isinstance(recipe, Stage1Recipe) else ("sigma_0.684", "sigma_5.93")
+    scores = {"samples/l1_rgb", "samples/psnr_rgb"}
+    if isinstance(recipe, Stage1Recipe):
+        scores |= {"samples/l1_depth", "samples/normal_degrees_body"}
+    expected = SCALARS | of_domains | scores | {f"val_by_noise/{level}" for level in levels}
+    assert set(board.Tags()["scalars"]) == expected
     for tag in board.Tags()["scalars"]:
         found = scalars(board, tag)
-        # Held-out losses every second step and at the last one; the only checkpoint is that of the last step.
-        steps = [2, 3] if tag.startswith("val/") else [3] if tag.startswith("perf/checkpoint") else [1, 2, 3]
+        # Held-out losses and samples every second step and at the last; the only checkpoint is that of the last step.
+        steps = (
+            [2, 3] if tag.startswith(("val", "samples")) else [3] if tag.startswith("perf/checkpoint") else [1, 2, 3]
+        )
         assert list(found) == steps, tag
         assert all(math.isfinite(value) for value in found.values()), tag
 
@@ -89,6 +102,19 @@ def test_numbers_have_the_meaning_of_their_tags(finished: tuple[Recipe, Path, Ev
         for step, loss in scalars(board, "train/loss").items():
             domains = [scalars(board, f"train/loss_{domain}")[step] for domain in ("rgb", "normal", "depth")]
             assert min(domains) <= loss <= max(domains)
+
+
+def test_tflops_are_the_operations_of_a_simulated_step_by_the_measured_seconds(
+    finished: tuple[Recipe, Path, EventAccumulator],
+) -> None:
+    """The run counts the operations of its own first step. It has no peak rate here, so there is no MFU."""
+    recipe, _, board = finished
+    flops = recipe.accumulation_steps * count_recipe(recipe).model_flops
+    seconds = scalars(board, "perf/step_seconds")
+    for step, tflops in scalars(board, "perf/tflops").items():
+        assert tflops * 1e12 == pytest.approx(flops / seconds[step], rel=1e-4)
+        host, waited = (scalars(board, f"perf/{kind}_milliseconds")[step] / 1000 for kind in ("host", "data_wait"))
+        assert 0 < host < seconds[step] - waited <= seconds[step]  # the last step reads nothing ahead
 
 
 def test_all_files_and_folders_of_a_run_follow_the_umask(finished: tuple[Recipe, Path, EventAccumulator]) -> None:
@@ -132,7 +158,7 @@ def test_samples_are_grids_and_videos_in_tensorboard_and_as_files(
 def test_progress_ends_at_the_last_step_with_the_name_of_the_export(
     finished: tuple[Recipe, Path, EventAccumulator],
 ) -> None:
-    _, run, _ = finished
+    recipe, run, _ = finished
     lines = [json.loads(line) for line in progress_file(run).read_text().splitlines()]
     assert [line["done"] for line in lines if "loss" in line] == [1, 2, 3]
     assert all(line["total"] == MAX_STEPS and line["unit"] == "steps" for line in lines)
@@ -141,3 +167,7 @@ def test_progress_ends_at_the_last_step_with_the_name_of_the_export(
     assert messages[-1] == f"finished at step 3; exported to {export_folder(run, MAX_STEPS)}"
     assert newest_export(run) == export_folder(run, MAX_STEPS)
     assert (newest_export(run) / "model_index.json").is_file()
+    if not isinstance(recipe, Stage1Recipe):
+        config = json.loads((newest_export(run) / "controlnet" / "config.json").read_text(encoding="utf-8"))
+        facts = {name: config[name] for name in ("trained_frames", "reference_first", "trained_fps")}
+        assert facts == {"trained_frames": recipe.data.num_frames, "reference_first": True, "trained_fps": 7.0}

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from support.interruptions import (
 )
 from support.ranks import StartedRanks
 from support.recipes import tiny_stage1_recipe
-from support.training_scenarios import FailingDisk, ReadOnlyFolder, Recipe, SlowDisk, SmallDisk, classify_error
+from support.training_scenarios import FailingDisk, Fault, ReadOnlyFolder, Recipe, SlowDisk, SmallDisk, classify_error
 
 from dreamdance.errors import CheckpointError
 from dreamdance.runs.files import hash_file
@@ -49,6 +50,23 @@ def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "whole"
     assert start_and_wait(recipe, run) == [0, 0], output(run)
     return run
+
+
+def test_a_run_without_copies_and_average_continues_after_a_kill_with_the_weights_of_one_with_both(
+    shards: Path, whole: Path, tmp_path: Path
+) -> None:
+    """Neither changes training; an average that is the masters themselves is stored, and not read over them."""
+    changes = {"checkpoint.copy_in_memory": False, "optimizer.ema_decay": 0}
+    frugal = tiny_stage1_recipe("domains", run_settings(shards, max_steps=MAX_STEPS, **changes))
+    run = tmp_path / "run"
+    assert start_and_wait(frugal, run, Fault(0, forward=MICRO_BATCHES * 5))[0] == -signal.SIGKILL
+    assert start_and_wait(frugal, run) == [0, 0], output(run)
+    assert resumed_step(run) in (2, 4)
+    expected = read_checkpoint_weights(checkpoint_folder(whole, MAX_STEPS), kind="master")
+    for kind in ("master", "average"):
+        weights = read_checkpoint_weights(checkpoint_folder(run, MAX_STEPS), kind=kind)
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[name], value) for name, value in expected.items()), kind
 
 
 def test_a_disk_that_is_full_for_a_moment_costs_nothing_but_a_warning(recipe, whole, tmp_path):

@@ -84,7 +84,11 @@ def train_plainly(
     parameters = {name: value for name, value in objective.named_parameters() if name in set(names)}
     section = recipe.optimizer
     optimizer = torch.optim.AdamW(
-        parameters.values(), lr=section.lr, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay
+        [{"params": [value], "factor": factor(name, section.lr_scales)} for name, value in parameters.items()],
+        lr=section.lr,
+        betas=section.betas,
+        eps=section.eps,
+        weight_decay=section.weight_decay,
     )
     ema = ShardedEma([value.data for value in parameters.values()], decay=section.ema_decay)
     losses: list[dict[tuple[int, int], float]] = []
@@ -99,11 +103,17 @@ def train_plainly(
             losses[-1].update(zip(keys, output.sample_losses.tolist(), strict=True))
         torch.nn.utils.clip_grad_norm_(parameters.values(), section.gradient_clipping)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(section, step, max_steps=recipe.max_steps)
+            group["lr"] = group["factor"] * learning_rate(section, step, max_steps=recipe.max_steps)
         optimizer.step()
         optimizer.zero_grad()
         ema.update([value.data for value in parameters.values()])
     return losses, dict(zip(parameters, ema.shards, strict=True))
+
+
+def factor(parameter: str, scales: dict[str, float]) -> float:
+    """What the longest name above a parameter says of its learning rate."""
+    above = [name for name in scales if parameter.startswith(f"{name}.")]
+    return scales[max(above, key=len)] if above else 1.0
 
 
 def largest_difference(some: list[dict[Any, float]], others: list[dict[Any, float]]) -> float:
@@ -113,11 +123,11 @@ def largest_difference(some: list[dict[Any, float]], others: list[dict[Any, floa
     return max(abs(loss - other) / abs(other) for loss, other in pairs)
 
 
-def held_out_loss(run: Path) -> float:
-    """The largest relative difference at the last step."""
+def last_value(run: Path, tag: str) -> float:
+    """A scalar of TensorBoard at the last step."""
     board = EventAccumulator(str(run / "tensorboard"))
     board.Reload()
-    return board.Scalars("val/loss")[-1].value
+    return board.Scalars(tag)[-1].value
 
 
 def distance(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
@@ -143,7 +153,7 @@ def test_losses_on_any_number_of_ranks_equal_a_plain_loop_in_one_process(stage, 
         assert largest_difference(losses_of(run, world_size), plain) < ROUNDING
         saved = read_checkpoint_weights(checkpoint_folder(run, recipe.max_steps))
         assert distance(saved, average) < 3 * distance(split_average, average)
-        held_out.append(held_out_loss(run))
+        held_out.append(last_value(run, "val/loss"))
     assert held_out == pytest.approx([held_out[0]] * len(held_out), rel=ROUNDING), "3 clips leave one of 4 ranks idle"
 
 
@@ -245,6 +255,43 @@ def test_too_many_nan_steps_end_the_run_with_the_samples_and_the_key_to_change(s
     )
 
 
+def test_scaled_learning_rates_train_as_a_plain_loop_does_and_resume_on_fewer_ranks(shards, tmp_path):
+    scales = {"unet": 0.5, "unet.domain_embedder": 10.0}
+    more = {"optimizer.lr_scales": scales, "optimizer.decay": "constant"}
+    whole = make_recipe("domains", shards, world_size=1, **more)
+    _, average = train_plainly(whole, micro_batch_size=BATCH_SIZE)
+    _, split_average = train_plainly(whole, micro_batch_size=1)
+    _, unscaled = train_plainly(make_recipe("domains", shards, world_size=1), micro_batch_size=BATCH_SIZE)
+    run = tmp_path / "run"
+    for world_size, max_steps in ((2, 10), (1, 20)):
+        recipe = make_recipe("domains", shards, world_size=world_size, max_steps=max_steps, **more)
+        run_ranks(run_recorded, world_size, run / f"output_{world_size}", recipe=recipe, run=run)
+    saved = read_checkpoint_weights(checkpoint_folder(run, 20))
+    assert distance(saved, average) < 3 * distance(split_average, average)
+    assert distance(saved, unscaled) > 1000 * distance(saved, average)
+    assert last_value(run, "optim/lr_unet.domain_embedder") == pytest.approx(10 * recipe.optimizer.lr)
+    assert last_value(run, "optim/lr_unet") == pytest.approx(0.5 * recipe.optimizer.lr)
+    assert last_value(run, "optim/lr") == pytest.approx(recipe.optimizer.lr)
+
+
+def test_losses_and_samples_of_held_out_clips_are_the_same_bits_on_any_number_of_ranks(shards, tmp_path):
+    samples, losses = {}, {}
+    for world_size in (1, 3):
+        run = tmp_path / f"on_{world_size}"
+        run.mkdir()
+        changes = {"batch_size": 3, "validation.num_loss_clips": 4, "validation.num_sample_clips": 4}
+        recipe = make_recipe("domains", shards, world_size=world_size, **changes)
+        arguments = {"recipe": recipe, "run": run, "steps": 0}  # untrained: training rounds by the number of ranks
+        found = run_ranks(prepare_and_inspect, world_size, tmp_path / f"output_{world_size}", **arguments)
+        samples[world_size] = {name: clip for rank in found for name, clip in rank["samples"].items()}
+        losses[world_size] = sum(rank["losses"] for rank in found)
+    assert losses[1].any()
+    assert torch.equal(losses[1], losses[3])
+    assert samples[1].keys() == samples[3].keys()
+    for name, clip in samples[1].items():
+        assert all(torch.equal(values, samples[3][name][key]) for key, values in clip.items())
+
+
 @pytest.mark.parametrize(
     ("stage", "precision"), [("temporal", "fp32"), ("domains", "bf16"), ("stage2", "fp32"), ("stage2", "bf16")]
 )
@@ -255,8 +302,8 @@ def test_from_pretrained_reproduces_the_runs_own_samples_bit_for_bit(stage, prec
     # A run that is at its last step only draws samples from its last checkpoint.
     arguments = {"recipe": recipe, "run": run, "steps": 0}
     found = run_ranks(prepare_and_inspect, 2, tmp_path / "output", **arguments)
-    own = found[0]["predictions"]
-    assert "predictions" not in found[1], "the other rank holds no clips to draw"
+    own = found[0]["samples"] | found[1]["samples"]
+    assert not set(found[0]["samples"]) & set(found[1]["samples"]), "each clip is sampled once"
     assert not set(found[0]["clips"]) & set(found[1]["clips"]), "each clip's loss is computed once"
 
     kind = AnimationPipeline if stage == "stage2" else GeometryPipeline
@@ -273,10 +320,12 @@ def test_from_pretrained_reproduces_the_runs_own_samples_bit_for_bit(stage, prec
     )
     objective = stage_of(recipe).build()
     objective.make_pipeline = lambda: pipeline
-    theirs = stage_of(recipe).sample(objective, collate_clips(clips)).predictions
-    assert own.keys() == theirs.keys()
-    for name, frames in own.items():
-        assert torch.equal(frames, theirs[name]), name
+    assert own.keys() == {clip.clip_id for clip in clips}
+    for clip in clips:
+        theirs = stage_of(recipe).predict(objective, collate_clips([clip]))
+        assert own[clip.clip_id].keys() == theirs.keys()
+        for name, frames in theirs.items():
+            assert torch.equal(own[clip.clip_id][name], frames), name
     assert (run / "samples" / "step_00000003.png").is_file()
 
 

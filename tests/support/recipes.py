@@ -66,7 +66,12 @@ def tiny_stage2_recipe(changes: dict[str, Any] | None = None) -> Stage2Recipe:
             "controller_head_width": 16,
             "unfreeze": "all",
         },
-        "objective": {"geometry_width": WIDTH // 2, "geometry_height": HEIGHT // 2},
+        "objective": {
+            "geometry_width": WIDTH // 2,
+            "geometry_height": HEIGHT // 2,
+            "reference_first": False,
+            "fps": "clip",
+        },
         "sampling": {"num_inference_steps": 4, "window_frames": 4, "window_overlap": 1},
     }
     return _checked(Stage2Recipe, recipe, changes)
@@ -151,8 +156,7 @@ def without(batch: ClipBatch, *names: str) -> ClipBatch:
 
 def select_clips(batch: ClipBatch, *indices: int) -> ClipBatch:
     """The batch of the clips with the given indices."""
-    chosen = {name: tensor[list(indices)] for name, tensor in batch.tensors.items()}
-    return ClipBatch.from_tensors(chosen, [batch.clip_ids[index] for index in indices])
+    return batch.select(indices)
 
 
 def perturb(network: nn.Module) -> Any:
@@ -199,6 +203,7 @@ def _shared(*, num_frames: int) -> dict[str, Any]:
         },
         "optimizer": {"lr": 1e-3},
         "sharding": {"gradient_checkpointing": False},
+        "validation": {"noise_levels": 2},
     }
 
 

@@ -25,6 +25,7 @@ from dreamdance.runtime.process_group import process_group, repeatable_arithmeti
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.runtime.stop_request import StopRequest
 from dreamdance.runtime.watchdog import Watchdog
+from dreamdance.training.inputs import PreparedInputs
 from dreamdance.training.objectives.animation import AnimationObjective
 from dreamdance.training.objectives.geometry import GeometryObjective
 from dreamdance.training.objectives.output import ObjectiveOutput
@@ -256,28 +257,28 @@ def run_recorded(
     def record_losses(module: nn.Module, inputs: Any, output: Any) -> None:
         if _is_training(module):
             assert isinstance(output, ObjectiveOutput)
-            for key, loss in zip(inputs[0].keys.tolist(), output.sample_losses.tolist(), strict=True):
+            for key, loss in zip(inputs[0].clips.keys.tolist(), output.sample_losses.tolist(), strict=True):
                 record.write(json.dumps({"epoch": key[1], "sample": key[2], "loss": loss}) + "\n")
             record.flush()
 
     def poison(module: nn.Module, inputs: Any) -> Any:
         if not _is_training(module):
             return None
-        batch: ClipBatch = inputs[0].to("cpu")  # floats, as the objective makes them
+        batch: ClipBatch = inputs[0].clips
         hit = torch.tensor([sample in poisoned for sample in batch.keys[:, 2].tolist()])
         pose = batch.pose.clone()
         pose[hit] = torch.nan
-        return (replace(batch, maps={**batch.maps, "pose": pose}),)
+        return (replace(inputs[0], clips=replace(batch, maps={**batch.maps, "pose": pose})),)
 
     def scale(module: nn.Module, inputs: Any) -> Any:
         if not _is_training(module):
             return None
-        batch: ClipBatch = inputs[0].to("cpu")  # floats, as the objective makes them
+        batch: ClipBatch = inputs[0].clips
         assert scaled is not None
         hit = torch.tensor([(epoch, sample) in scaled.keys for _, epoch, sample in batch.keys.tolist()])
         factors = torch.where(hit, scaled.factor, 1.0).reshape(-1, 1, 1, 1, 1)
         changed = {name: batch.maps[name] * factors for name in (*DOMAINS, TARGET) if name in batch.maps}
-        return (replace(batch, maps={**batch.maps, **changed}),)
+        return (replace(inputs[0], clips=replace(batch, maps={**batch.maps, **changed})),)
 
     register_module_forward_hook(record_losses)
     if scaled is not None:
@@ -304,24 +305,27 @@ def prepare_and_inspect(ranks: Ranks, *, recipe: Recipe, run: Path, steps: int) 
         trainer = build_trainer(
             stage_of(recipe), run, ranks, stop, Watchdog.from_limits(recipe.cluster), deterministic=True
         )
-        batches = iter(trainer.loader)
         objective = trainer.engine.objective
+        trainer.inputs = PreparedInputs(iter(trainer.loader), objective, ranks.device)
         first = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
         for _ in range(steps):
-            trainer._take_step(batches)
+            trainer._take_step()
         found = _inspect(trainer, first)
         with trainer.validation.averaged_weights():
             found["weights_in_average"] = _trainable(objective)
             found["is_training_in_average"] = objective.training
             found["clips"] = [sample.clip_id for sample in trainer.validation.loss_clips]
-            if trainer.validation.sample_clips is not None:
-                found["predictions"] = stage_of(recipe).sample(objective, trainer.validation.sample_clips).predictions
+            found["samples"] = {
+                clip.clip_ids[0]: stage_of(recipe).predict(objective, clip)
+                for clip in trainer.validation.own_samples[""]
+            }
+            found["losses"] = trainer.validation._losses()
             found["average_gathered"] = {
                 name: value.clone() for name, value in trainer.engine.gather_parameters(trainer.ema.shards)
             }
         found["weights_after"] = _trainable(objective)
         found["is_training_after"] = objective.unet.training
-        trainer._take_step(batches)
+        trainer._take_step()
         found["weights_one_step_later"] = _trainable(objective)
         trainer.metrics.close()
     return found

@@ -30,6 +30,7 @@ from dreamdance.training.checkpointing import complete_file
 from dreamdance.training.checkpointing.checkpointer import read_checkpoint_weights
 from dreamdance.training.checkpointing.complete_file import FileRecord
 from dreamdance.training.checkpointing.rank_file import generator_states, restore_generators
+from dreamdance.training.inputs import PreparedInputs
 from dreamdance.training.stages.training_stage import stage_of
 from dreamdance.training.train import build_trainer, train
 from dreamdance.training.trainer import Trainer
@@ -346,14 +347,14 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_skips_the_update(prec
         parameter = next(iter(trainer.engine.trainable.values()))
         before = {name: value.detach().clone() for name, value in trainer.engine.trainable.items()}
         hook = parameter.register_hook(lambda gradient: gradient * math.inf)
-        steps = iter(trainer.loader)
-        tally = trainer._take_step(steps)
+        trainer.inputs = PreparedInputs(iter(trainer.loader), trainer.engine.objective, ranks.device)
+        tally = trainer._take_step()
         hook.remove()
         assert tally.is_skipped
         assert math.isfinite(tally.losses.mean)
         assert tally.nonfinite_samples == []
         assert all(torch.equal(value, before[name]) for name, value in trainer.engine.trainable.items())
-        assert not trainer._take_step(steps).is_skipped
+        assert not trainer._take_step().is_skipped
         trainer.metrics.close()
     record_fault(
         "non-finite gradient",

@@ -5,11 +5,22 @@ import math
 import pytest
 import torch
 
-from dreamdance.diffusion.condition_dropout import drop_conditions, drop_controls, drop_references
+from dreamdance.diffusion.condition_dropout import (
+    blank_controls,
+    draw_kept_controls,
+    drop_conditions,
+    drop_references,
+)
 from dreamdance.errors import UserError
 
 NUM_KEYS = 4000
 KEYS = [[0, 0, sample] for sample in range(NUM_KEYS)]
+
+
+def drop_controls(maps, keys, *, frame_rate, modality_rate):
+    num_frames = next(iter(maps.values())).shape[:-3].numel() // len(keys)
+    kept = draw_kept_controls(keys, list(maps), num_frames, frame_rate=frame_rate, modality_rate=modality_rate)
+    return blank_controls(maps, kept)
 
 
 def assert_share(happened: torch.Tensor, probability: float) -> None:

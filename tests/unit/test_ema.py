@@ -56,6 +56,14 @@ def test_decay_of_zero_makes_the_average_equal_to_the_weights():
     assert all(torch.equal(shard, master) for shard, master in zip(ema.shards, random_masters(1), strict=True))
 
 
+def test_with_a_decay_of_zero_the_average_takes_no_memory():
+    masters = random_masters(0)
+    ema = ShardedEma(masters, decay=0.0)
+    assert [shard.data_ptr() for shard in ema.shards] == [master.data_ptr() for master in masters]
+    ema.update(masters)
+    assert [shard.data_ptr() for shard in ema.shards] == [master.data_ptr() for master in masters]
+
+
 def test_an_update_far_below_bf16s_resolution_is_not_rounded_away():
     start = [torch.ones(4)]
     ema = ShardedEma(start, decay=0.9999)

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dreamdance.launch.follow import progress_line
 from dreamdance.runs.layout import progress_file
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.metrics import Losses, Metrics, StepReport, animated_picture
@@ -45,6 +47,40 @@ def test_losses_add_up_to_means_over_samples_not_over_steps():
     assert total.domain_means == {"rgb": 3.0, "normal": 1.0, "depth": 1.0}
 
 
+def test_rates_are_those_of_the_interval_and_mfu_needs_a_known_peak(tmp_path, caplog):
+    def record(run, **settings):
+        metrics = Metrics(run, Ranks(), first_step=0, max_steps=10, every_steps=2, recipe_text="name: tiny", **settings)
+        for step, seconds in ((1, 0.5), (2, 1.5)):
+            metrics.step(replace(report(step, 1.0), seconds=seconds, host_seconds=0.2, flops=3 * 10**12))
+        metrics.close()
+
+    with caplog.at_level(logging.INFO):
+        record(tmp_path / "known", peak_flops=12e12)
+        record(tmp_path / "unknown")
+    assert scalars(tmp_path / "known", "perf/tflops") == scalars(tmp_path / "unknown", "perf/tflops") == [(2, 3.0)]
+    assert scalars(tmp_path / "known", "perf/mfu") == [(2, 0.25)]
+    assert scalars(tmp_path / "known", "perf/host_milliseconds") == [(2, pytest.approx(200))]
+    assert scalars(tmp_path / "known", "perf/data_wait_milliseconds") == [(2, pytest.approx(50))]
+    assert "perf/mfu" not in read_board(tmp_path / "unknown").Tags()["scalars"]
+    first, second = (record.getMessage() for record in caplog.records if "samples/s" in record.getMessage())
+    assert "step 1.00s (data 0.05, host 0.20)  3 TFLOP/s  MFU 25.0%  mem" in first
+    assert "3 TFLOP/s  mem" in second
+    (known,), (unknown,) = (
+        [json.loads(line) for line in progress_file(tmp_path / name).read_text().splitlines()]
+        for name in ("known", "unknown")
+    )
+    assert (known["tflops"], known["mfu"], known["host_ms"]) == (3.0, 0.25, pytest.approx(200))
+    assert "mfu" not in unknown
+    assert "data wait ms 50  host ms 200  tflops 3  mfu 0.25" in progress_line(known)
+
+
+def test_a_step_whose_operations_were_not_counted_has_no_rate(tmp_path):
+    metrics = make_metrics(tmp_path)
+    metrics.step(report(1, 1.0))
+    metrics.close()
+    assert "perf/tflops" not in read_board(tmp_path).Tags()["scalars"]
+
+
 def test_a_domain_without_samples_has_no_mean():
     assert Losses(1.0, 1.0, (1.0, 0.0, 0.0), (1.0, 0.0, 0.0)).domain_means == {"rgb": 1.0}
 
@@ -61,7 +97,7 @@ def test_a_line_and_scalars_show_the_mean_since_the_last_line(tmp_path, caplog):
     assert scalars(tmp_path, "optim/lr") == [(2, pytest.approx(1e-3))]
     line = caplog.messages[-1]
     assert line.startswith("step 2/10  loss 2.0000 (rgb 4.0000)  gnorm 0.5  lr 1.0e-03")
-    assert "step 0.20s (data 0.05)" in line
+    assert "step 0.20s (data 0.05, host 0.00)" in line
     assert "eta" in line
 
 
@@ -102,22 +138,28 @@ def test_samples_become_pictures_on_disk_and_in_tensorboard(tmp_path):
     metrics = make_metrics(tmp_path)
     grid = np.arange(12 * 10 * 3, dtype=np.uint8).reshape(12, 10, 3)
     frames = torch.rand(2, 3, 1, 6, 4, generator=torch.Generator().manual_seed(0))
-    metrics.samples(grid, {"depth": frames, "rgb": frames[:, :1]}, step=5)
+    metrics.samples(grid, {"depth": frames, "rgb": frames[:, :1]}, {"psnr_rgb": 21.5}, step=5)
+    metrics.samples(grid, {"depth": frames}, {}, step=5, suffix="_other_reference")
     metrics.close()
     assert np.array_equal(np.asarray(Image.open(tmp_path / "samples" / "step_00000005.png")), grid)
     assert (tmp_path / "samples" / "step_00000005_depth.gif").is_file()
     assert not (tmp_path / "samples" / "step_00000005_rgb.gif").exists(), "a single frame is no animation"
     board = read_board(tmp_path)
-    assert set(board.Tags()["images"]) == {"samples/grid", "samples/depth"}
+    assert (tmp_path / "samples" / "step_00000005_other_reference.png").is_file()
+    assert (tmp_path / "samples" / "step_00000005_depth_other_reference.gif").is_file()
+    both = {"samples/grid", "samples/depth"}
+    assert set(board.Tags()["images"]) == both | {f"{name}_other_reference" for name in both}
+    assert scalars(tmp_path, "samples/psnr_rgb") == [(5, 21.5)]
     assert board.Images("samples/depth")[0].width == 8
 
 
 def test_validation_and_recipe_are_written(tmp_path):
     metrics = make_metrics(tmp_path, first_step=3)
-    metrics.validation(Losses(2.0, 4.0, (0.0, 3.0, 0.0), (0.0, 2.0, 0.0)), step=5)
+    metrics.validation(Losses(2.0, 4.0, (0.0, 3.0, 0.0), (0.0, 2.0, 0.0)), {"sigma_0.172": 0.25}, step=5)
     metrics.close()
     assert scalars(tmp_path, "val/loss") == [(5, 0.5)]
     assert scalars(tmp_path, "val/loss_normal") == [(5, 1.5)]
+    assert scalars(tmp_path, "val_by_noise/sigma_0.172") == [(5, 0.25)]
     text = read_board(tmp_path).Tensors("recipe/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "name: tiny" in text
 
@@ -126,7 +168,7 @@ def test_only_the_main_process_writes(tmp_path):
     metrics = make_metrics(tmp_path, ranks=Ranks(1, 2, 1))
     metrics.message("hello", step=0)
     metrics.step(report(1, 1.0))
-    metrics.validation(Losses(1.0, 1.0, (0, 0, 0), (0, 0, 0)), step=1)
+    metrics.validation(Losses(1.0, 1.0, (0, 0, 0), (0, 0, 0)), {}, step=1)
     metrics.flush()
     metrics.close()
     assert list(tmp_path.iterdir()) == []

@@ -50,12 +50,6 @@ def test_a_saved_network_loads_with_its_weights(tmp_path: Path) -> None:
     assert all(torch.equal(value, weights[name]) for name, value in saved.state_dict().items())
 
 
-def test_a_home_folder_may_be_written_as_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    UNet2DConditionModel(**tiny_unet_config()).save_pretrained(tmp_path / "unet")
-    assert open_tiny(NetworkSource(path="~/unet")).config.in_channels == tiny_unet_config()["in_channels"]
-
-
 @pytest.mark.parametrize("left", ["nothing", "config", "weights", "pickle"])
 def test_an_incomplete_folder_is_refused_with_what_it_lacks_and_what_to_do(tmp_path: Path, left: str) -> None:
     folder = tmp_path / "unet"
@@ -192,3 +186,40 @@ def test_a_tower_that_lacks_its_projection_is_refused_and_not_left_random(tmp_pa
         RecipeError, match=r"model\.image_encoder\.path: .*1 tensors are not there, such as visual_proj"
     ):
         open_clip(tmp_path)
+
+
+@pytest.mark.parametrize("shard_size", ["10GB", "200KB"])
+def test_weights_of_one_variant_alone_are_read_into_float32(tmp_path: Path, shard_size: str) -> None:
+    """Users fetch `*.fp16.safetensors` alone, which takes half of the disk."""
+    torch.manual_seed(0)
+    saved = UNet2DConditionModel(**tiny_unet_config()).half()
+    saved.save_pretrained(tmp_path, variant="fp16", max_shard_size=shard_size)
+    loaded = open_tiny(NetworkSource(path=str(tmp_path)))
+    weights = loaded.state_dict()
+    assert loaded.dtype is torch.float32
+    assert all(torch.equal(value.float(), weights[name]) for name, value in saved.state_dict().items())
+
+
+def test_an_image_encoder_of_one_variant_alone_is_read_into_float32(tmp_path: Path) -> None:
+    config = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    saved = CLIPVisionModelWithProjection(config).half()
+    saved.save_pretrained(tmp_path, variant="fp16")
+    loaded = open_image_encoder(ImageEncoderSource(path=str(tmp_path)), huge=True, device="cpu")
+    assert loaded.visual_projection.weight.dtype is torch.float32
+    assert torch.equal(loaded.visual_projection.weight, saved.visual_projection.weight.float())
+
+
+def test_weights_without_a_variant_win_over_those_of_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    saved = UNet2DConditionModel(**tiny_unet_config())
+    saved.save_pretrained(tmp_path)
+    UNet2DConditionModel(**tiny_unet_config()).save_pretrained(tmp_path, variant="fp16")
+    weights = open_tiny(NetworkSource(path=str(tmp_path))).state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in saved.state_dict().items())
+
+
+def test_several_variants_are_refused_by_name(tmp_path: Path) -> None:
+    for variant in ("fp16", "bf16"):
+        UNet2DConditionModel(**tiny_unet_config()).save_pretrained(tmp_path, variant=variant)
+    with pytest.raises(RecipeError, match=r"model.unet.path: .* holds the variants bf16, fp16 .* leave one of them"):
+        open_tiny(NetworkSource(path=str(tmp_path)))

@@ -12,9 +12,12 @@ from dreamdance.diffusion.noise import (
     draw_timesteps,
     edm_preconditioning,
     edm_weight,
+    level_quantiles,
+    log_normal_at,
     make_ddim_scheduler,
     make_ddpm_scheduler,
     min_snr_weights,
+    timestep_at,
 )
 from dreamdance.errors import UserError
 
@@ -75,6 +78,16 @@ def test_timesteps_are_uniform():
     shares = torch.bincount(timesteps, minlength=10) / len(KEYS)
     assert len(shares) == 10
     assert torch.all((shares - 0.1).abs() < 4 * math.sqrt(0.09 / len(KEYS)))
+
+
+def test_quantiles_of_noise_levels_are_those_of_the_draws():
+    assert level_quantiles(4) == [0.125, 0.375, 0.625, 0.875]
+    assert [timestep_at(quantile, 1000) for quantile in level_quantiles(8)] == [62, 187, 312, 437, 562, 687, 812, 937]
+    assert timestep_at(level_quantiles(1000)[-1], 1000) == 999
+    drawn = draw_log_normal(KEYS, 0.7, 1.6, purpose="sigma")
+    for quantile in level_quantiles(8):
+        share = (drawn <= log_normal_at(quantile, 0.7, 1.6)).double().mean()
+        assert abs(share - quantile) < 4 * math.sqrt(quantile * (1 - quantile) / len(KEYS))
 
 
 def test_log_normal_draws_have_the_mean_and_deviation_of_their_logarithm():
@@ -171,6 +184,20 @@ def test_without_zero_terminal_snr_weights_are_those_of_the_min_snr_paper():
     snr = alphas / (1 - alphas)
     found = min_snr_weights(scheduler, torch.arange(1000), 5.0).double()
     torch.testing.assert_close(found, snr.clamp(max=5.0) / (snr + 1), rtol=1e-4, atol=0)
+
+
+def test_weights_of_v_with_zero_terminal_snr_are_those_of_the_peers_in_float64():
+    """Moore and Champ: min(SNR + 1, 5) / (SNR + 1), with the betas of arXiv 2305.08891, Algorithm 1."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    roots = (1 - betas).cumprod(0).sqrt()
+    roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+    signal = roots.square()
+    expected = (5 * (1 - signal)).clamp(max=1.0)  # min(SNR + 1, 5) / (SNR + 1), as SNR + 1 = 1 / (1 - signal)
+    scheduler = make_ddpm_scheduler(prediction_type="v_prediction", zero_terminal_snr=True)
+    found = min_snr_weights(scheduler, torch.arange(1000), 5.0)
+    assert found[-1] == 1.0
+    # the schedule is in float32: 1 - signal is small at the first timesteps
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize(("prediction_type", "share"), [("v_prediction", 0.1), ("sample", 0.04)])

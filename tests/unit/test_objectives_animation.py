@@ -17,6 +17,7 @@ from dreamdance.modalities import MODALITIES
 from dreamdance.models.autoencoding import encode_latents
 from dreamdance.models.image_embedding import embed_images
 from dreamdance.training.objectives.animation import AnimationObjective
+from dreamdance.training.planning.activation_memory import LiveBytes
 from dreamdance.training.stages.training_stage import stage_of
 
 NOTHING_DROPPED = {
@@ -61,6 +62,16 @@ def test_loss_is_the_weighted_error_of_the_denoised_latents(batch):
     denoised = noisy / (sigmas**2 + 1) - raw * sigmas / (sigmas**2 + 1).sqrt()
     expected = ((sigmas**2 + 1) / sigmas**2 * (denoised - latents) ** 2).mean()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+
+
+def test_at_a_quantile_all_clips_have_its_sigma(batch):
+    objective = make_objective().eval()
+    calls = record_inputs(objective.controlnet)
+    with torch.no_grad():
+        objective(batch, noise_quantile=0.5)
+    timestep = calls[0][0][1]
+    torch.testing.assert_close(timestep, torch.full((2,), 0.7 / 4), rtol=1e-6, atol=0)  # the median: ln(sigma) is 0.7
+    assert objective.describe_noise(0.5) == "sigma_2.01"
 
 
 def test_networks_read_scaled_noise_beside_unscaled_conditioning_at_a_quarter_of_log_sigma(batch):
@@ -242,13 +253,18 @@ def test_a_missing_control_is_refused_by_name(batch):
         make_objective()(lacking)
 
 
-def test_checkpointed_gradients_are_the_same(batch):
-    gradients = []
-    for checkpointing in (False, True, "keep_attention"):
-        objective = make_objective({"sharding.gradient_checkpointing": checkpointing})
-        objective(batch).loss.backward()
+@pytest.mark.parametrize("unfreeze", ["none", "all"])
+def test_gradients_are_the_same_at_every_level_of_checkpointing(batch, unfreeze):
+    gradients, kept = [], {}
+    for level in ("none", "blocks", "keep_attention", "transformers"):
+        objective = make_objective({"sharding.gradient_checkpointing": level, "model.unfreeze": unfreeze})
+        with LiveBytes(beside=objective.parameters()) as live:
+            loss = objective(batch).loss
+            kept[level] = live.current
+            loss.backward()
         gradients.append([parameter.grad for parameter in objective.parameters() if parameter.grad is not None])
     assert all(torch.equal(first, other) for first, *others in zip(*gradients, strict=True) for other in others)
+    assert kept["none"] > kept["keep_attention"] > kept["blocks"] > kept["transformers"]
 
 
 def test_report_names_the_loss_as_that_of_rgb(batch):

@@ -17,6 +17,7 @@ from dreamdance.errors import UserError
 from dreamdance.models.autoencoding import encode_latents
 from dreamdance.models.image_embedding import embed_images
 from dreamdance.training.objectives.geometry import GeometryObjective
+from dreamdance.training.planning.activation_memory import LiveBytes
 from dreamdance.training.stages.training_stage import stage_of
 
 
@@ -57,6 +58,21 @@ def test_loss_is_the_mean_squared_error_of_the_unified_diffusion(batch, predicti
     }[prediction_type]
     expected = (predictions[0] - target).square().mean()
     torch.testing.assert_close(output.loss, expected, rtol=1e-6, atol=0)
+
+
+def test_at_a_quantile_all_clips_have_its_timestep_and_the_same_noise(batch):
+    objective = make_objective("geometry").eval()
+    calls = record_inputs(objective.unet)
+    with torch.no_grad():
+        drawn, fixed = objective(batch), objective(batch, noise_quantile=0.3125)
+    assert calls[1][0][1].tolist() == [312, 312]
+    assert objective.describe_noise(0.3125) == "timestep_312"
+    noise = []
+    for (noisy, timesteps, _), _ in calls:
+        alpha = repeat(objective.noise_scheduler.alphas_cumprod[timesteps], "b -> (b f m) 1 1 1", f=4, m=3)
+        noise.append((noisy - alpha.sqrt() * all_latents(objective, batch)) / (1 - alpha).sqrt())
+    torch.testing.assert_close(*noise, rtol=0, atol=1e-4)
+    assert not torch.equal(drawn.sample_losses, fixed.sample_losses)
 
 
 def test_denoiser_sees_independent_noise_for_each_frame_and_domain_at_one_timestep_per_clip(batch):
@@ -220,17 +236,21 @@ def test_noise_offset_shifts_whole_pictures(batch):
     assert spread.max() < 1e-6
 
 
-def test_checkpointed_gradients_are_the_same(batch):
-    losses, gradients = [], []
-    for checkpointing in (False, True, "keep_attention"):
-        objective = make_objective("geometry", {"sharding.gradient_checkpointing": checkpointing})
-        assert objective.unet.is_gradient_checkpointing is bool(checkpointing)
-        loss = objective(batch).loss
-        loss.backward()
+@pytest.mark.parametrize("step", ["domains", "temporal"])
+def test_loss_and_gradients_are_the_same_at_every_level_of_checkpointing(batch, step):
+    losses, gradients, kept = [], [], {}
+    for level in ("none", "blocks", "keep_attention", "transformers"):
+        objective = make_objective(step, {"sharding.gradient_checkpointing": level})
+        assert objective.unet.is_gradient_checkpointing is (level != "none")
+        with LiveBytes(beside=objective.parameters()) as live:
+            loss = objective(batch).loss
+            kept[level] = live.current
+            loss.backward()
         losses.append(loss)
         gradients.append([p.grad for p in objective.parameters() if p.grad is not None])
-    assert losses[0] == losses[1] == losses[2]
+    assert len({loss.item() for loss in losses}) == 1
     assert all(torch.equal(first, other) for first, *others in zip(*gradients, strict=True) for other in others)
+    assert kept["none"] > kept["keep_attention"] > kept["blocks"] > kept["transformers"]
 
 
 def test_bfloat16_networks_give_nearly_the_same_loss(batch):

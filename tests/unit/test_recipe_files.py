@@ -11,7 +11,8 @@ from dreamdance.recipe.parse import TASKS, flatten
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FILES = sorted(RECIPES.rglob("*.yaml"))
-FULL = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+SECOND_SET = sorted(path.stem for path in RECIPES.glob("*_v.yaml"))
+FULL = sorted({path.stem for path in RECIPES.glob("*.yaml")} - set(SECOND_SET))
 
 
 @functools.cache
@@ -86,7 +87,7 @@ def test_the_full_recipes_have_the_papers_sizes():
     assert (stage2.data.width, stage2.data.height, stage2.data.num_frames) == (512, 768, 16)
     assert (stage2.max_steps, stage2.batch_size, stage2.cluster.world_size) == (50_000, 8, 8)
     assert stage2.model.unfreeze == "none"
-    assert [recipe.optimizer.lr for recipe in (*stage1, stage2)] == [1e-5, 5e-5, 1e-5, 1e-5]
+    assert [recipe.optimizer.lr for recipe in (*stage1, stage2)] == [1e-5, 5e-5, 1e-4, 1e-5]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +108,21 @@ def test_an_ablation_differs_from_the_full_recipe_only_in_the_ablated_part(ablat
     with_part = flatten(load_recipe(RECIPES / f"{full}.yaml").model_dump(mode="json"))
     without = flatten(load_recipe(RECIPES / "ablations" / f"{ablation}.yaml").model_dump(mode="json"))
     assert {key for key in with_part if with_part[key] != without[key]} == changed
+
+
+def test_the_second_set_differs_from_the_first_in_its_noise_and_weights_alone():
+    assert SECOND_SET == ["stage1_domains_v", "stage1_geometry_v", "stage1_temporal_v"]
+    noise = {
+        "objective.prediction_type": "v_prediction",
+        "objective.zero_terminal_snr": True,
+        "objective.noise_offset": 0.05,
+        "objective.min_snr_gamma": 5.0,
+    }
+    for name in SECOND_SET:
+        first = flatten(load_recipe(RECIPES / f"{name.removesuffix('_v')}.yaml").model_dump(mode="json"))
+        second = flatten(load_recipe(RECIPES / f"{name}.yaml").model_dump(mode="json"))
+        names = {"name": name} | ({"init_from": f"{first['init_from']}_v"} if first["init_from"] else {})
+        assert {key: second[key] for key in second if second[key] != first.get(key)} == noise | names
 
 
 def test_every_ablation_is_compared_with_its_full_recipe():

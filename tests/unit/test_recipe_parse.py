@@ -102,8 +102,8 @@ TEXTS = [
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_every_character_of_a_text_value_arrives_and_survives_the_run_folder(write, tmp_path, text):
-    recipe = load_recipe(write(STAGE1), [f"data.train.local={text}", f"cluster.environment.A={text}"])
-    assert recipe.data.train.local == text
+    recipe = load_recipe(write(STAGE1), [f"init_from={text}", f"cluster.environment.A={text}"])
+    assert recipe.init_from == text
     assert recipe.cluster.environment == {"A": text}
     again = tmp_path / "again.yaml"
     again.write_text(dump_recipe(recipe), encoding="utf-8")

@@ -106,6 +106,12 @@ def test_a_micro_batch_that_does_not_divide_names_those_that_do(tmp_path):
         (STAGE1, ["model.max_frames=16", "data.num_frames=17"], "data.num_frames 17 is more than model.max_frames 16"),
         (STAGE1, ["data.num_frames=8", "validation.num_frames=12"], "longer than data.num_frames 8, on which temporal"),
         (STAGE1, ["model.max_frames=8"], "sampling.window_frames 16 is more than model.max_frames 8"),
+        (STAGE1, ["data.crop_scale=[1.0,0.9]"], "data.crop_scale [1, 0.9] is [smallest, largest]; swap the two"),
+        (
+            STAGE1,
+            ["data.crop_scale=[0.9,1.0]", "data.latents={local: latents}"],
+            "data.crop_scale [0.9, 1] crops pictures, but data.latents are of whole frames; set it to [1, 1]",
+        ),
         (STAGE1, ["model.pose_channels=[16]"], "model.pose_channels has 1 widths; to reach the latents' size it needs"),
         (STAGE2, ["model.controller_channels=[16, 33]"], "must end with a multiple of model.controller_head_width 64"),
         (STAGE1, ["objective.beta_start=0.5"], "objective.beta_start 0.5 must be below objective.beta_end 0.012"),
@@ -204,3 +210,38 @@ def test_all_broken_relations_are_reported_at_once(tmp_path):
 
 def test_stage_1_without_geometry_attention_is_a_recipe(tmp_path):
     assert problems(tmp_path, STAGE1, "model.geometry_attention=false") == []
+
+
+PREPARE = "task: prepare\nname: p\noutput: data\nvideos: {folder: videos, annotators: {}}\n"
+
+
+@pytest.mark.parametrize(
+    ("word", "advice"),
+    [
+        ("videos.folder=~/videos", "write /home/someone/videos (for a folder of that name: ./~/videos)"),
+        ("output=~", "write /home/someone (for a folder of that name: ./~)"),
+        ("videos.folder=$HOME/videos", "write /home/someone/videos"),
+        ("videos.list=/data/${HERE}/ids.txt", "write /data/tonight/ids.txt"),
+        ("videos.annotators.weights=$NOWHERE/weights", "write the whole path"),
+    ],
+)
+def test_a_path_that_a_shell_would_expand_is_refused_with_the_path_to_write(tmp_path, monkeypatch, word, advice):
+    """C7: the recipe of a run is its text, which must name the same files for every user and machine."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("HERE", "tonight")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    (found,) = problems(tmp_path, PREPARE, word)
+    key, _, value = word.partition("=")
+    assert f"{key} is {value!r}: recipes expand neither ~ nor variables" in found
+    assert found.endswith(advice)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("videos.folder=./~/videos", "videos.folder=a~b/c", "videos.folder=~backup", "output=data/price_in_$"),
+        "cluster.setup=['source ~/env/bin/activate', 'cd $SLURM_SUBMIT_DIR']",
+    ],
+)
+def test_names_with_such_characters_and_lines_for_the_shell_are_accepted(tmp_path, word):
+    assert problems(tmp_path, PREPARE, word) == []

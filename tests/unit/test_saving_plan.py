@@ -15,6 +15,7 @@ from dreamdance.runtime.ranks import Ranks
 from dreamdance.runtime.stop_request import StopRequest
 from dreamdance.runtime.watchdog import Watchdog
 from dreamdance.training.checkpointing.saving_plan import describe_checkpoint, plan_checkpoint
+from dreamdance.training.inputs import PreparedInputs
 from dreamdance.training.planning.plan import describe
 from dreamdance.training.stages.training_stage import stage_of
 from dreamdance.training.train import build_trainer
@@ -38,7 +39,8 @@ def save_one_of_each(ranks: Ranks, *, recipes: list[Stage1Recipe], runs: Path) -
             trainer = build_trainer(
                 stage_of(recipe), run, ranks, stop, Watchdog.from_limits(recipe.cluster), deterministic=True
             )
-            trainer._take_step(iter(trainer.loader))
+            trainer.inputs = PreparedInputs(iter(trainer.loader), trainer.engine.objective, ranks.device)
+            trainer._take_step()
             trainer.checkpointer.begin(1, {"loader": trainer.loader.state_dict(), "guard": {}})
             trainer.checkpointer.finish()
             trainer.checkpointer.close()

@@ -1,6 +1,7 @@
 """Totals of a step: sums over micro batches, flags that any rank may set, named samples."""
 
 import math
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -46,6 +47,18 @@ def test_the_loss_of_a_step_is_the_mean_over_its_samples_not_over_its_micro_batc
     assert totals.losses.domain_means == {"rgb": 4.0, "depth": 2.0}
     assert not totals.should_stop
     assert not totals.is_skipped
+
+
+def test_pictures_of_a_micro_batch_are_freed_before_the_next_one_is_computed() -> None:
+    """On a GPU those of a whole step would take gigabytes, which no plan counts."""
+    clips, totals = tiny_clip_batch(num_clips=2, num_frames=1), StepTotals()
+    pictures = [weakref.ref(tensor) for name, tensor in clips.tensors.items() if name not in ("keys", "fps")]
+    totals.add(clips, output([math.inf, 0.5]))
+    name = clips.clip_ids[0]
+    del clips
+    assert len(pictures) > 3
+    assert [reference() for reference in pictures] == [None] * len(pictures)
+    assert name in totals.nonfinite_samples[0]
 
 
 @pytest.mark.usefixtures("group")

@@ -4,7 +4,8 @@ import time
 
 import torch
 
-from dreamdance.training.stragglers import LEAST_STEPS, RankSeconds, Stopwatch, StragglerReport
+from dreamdance.runtime.stopwatch import Stopwatch
+from dreamdance.training.stragglers import LEAST_STEPS, RankSeconds, StragglerReport
 
 EVEN = [0.1, 0.1, 0.1, 0.1]
 

@@ -5,6 +5,8 @@ import torch
 from support.recipes import tiny_clip_batch, tiny_stage1_recipe, tiny_stage2_recipe
 from torch import nn
 
+from dreamdance.errors import RecipeError
+from dreamdance.models.equal_rewrites import EQUAL_REWRITES
 from dreamdance.training.networks.trainability import set_modes
 from dreamdance.training.stages.training_stage import stage_of
 
@@ -190,18 +192,23 @@ def test_four_steps_of_stage_2_move_each_trainable_parameter_and_nothing_else(un
     assert all((parameter.grad is None) != (name in names) for name, parameter in objective.named_parameters())
 
 
-def test_query_key_and_norm_of_one_token_cross_attention_get_only_rounding_noise():
+def test_query_key_and_norm_of_one_token_cross_attention_get_no_gradient_or_only_rounding_noise():
     recipe = tiny_stage1_recipe("domains")
-    objective = stage_of(recipe).build()
-    names = stage_of(recipe).set_trainable(objective)
-    objective.unet.requires_grad_(True)
-    objective(tiny_clip_batch(num_frames=1)).loss.backward()
-    left_out = {name: p for name, p in objective.unet.named_parameters() if f"unet.{name}" not in names}
     blind = ("attn2.to_q", "attn2.to_k", "norm2")
-    assert left_out
-    assert all(any(part in name for part in blind) for name in left_out)
-    largest = max(p.grad.abs().max() for name, p in objective.unet.named_parameters() if f"unet.{name}" in names)
-    assert max(parameter.grad.abs().max() for parameter in left_out.values()) < 1e-6 * largest
+    for rewrites in (EQUAL_REWRITES, EQUAL_REWRITES - {"one_token_attention"}):
+        objective = stage_of(recipe).build(rewrites=rewrites)
+        names = stage_of(recipe).set_trainable(objective)
+        objective.unet.requires_grad_(True)
+        objective(tiny_clip_batch(num_frames=1)).loss.backward()
+        gradients = {f"unet.{name}": parameter.grad for name, parameter in objective.unet.named_parameters()}
+        left_out = gradients.keys() - set(names)
+        assert left_out
+        assert all(any(part in name for part in blind) for name in left_out)
+        if "one_token_attention" in rewrites:
+            assert all(gradients[name] is None for name in left_out)
+        else:
+            largest = max(gradients[name].abs().max() for name in names if name in gradients)
+            assert max(gradients[name].abs().max() for name in left_out) < 1e-6 * largest
 
 
 def test_networks_that_are_frozen_as_a_whole_are_in_evaluation_mode():
@@ -273,3 +280,25 @@ def record_saved_inputs(objective: nn.Module, batch: object) -> tuple[dict[str, 
     for handle in handles:
         handle.remove()
     return inputs, saved
+
+
+def test_only_the_parameters_that_a_pattern_matches_train():
+    patterns = ["controller.*", "controlnet.down_blocks.0.*"]
+    stage = stage_of(tiny_stage2_recipe({"optimizer.only": patterns}))
+    objective = stage.build()
+    everything = set(stage_of(tiny_stage2_recipe()).set_trainable(objective))
+    names = stage.set_trainable(objective)
+    expected = {name for name in everything if name.startswith(("controller.", "controlnet.down_blocks.0."))}
+    assert set(names) == expected
+    assert {name for name, value in objective.named_parameters() if value.requires_grad} == expected
+    assert 0 < len(expected) < len(everything)
+    assert objective.controlnet.training
+    assert not objective.unet.training
+
+
+def test_a_pattern_without_a_parameter_is_refused_with_the_names_that_there_are():
+    stage = stage_of(tiny_stage1_recipe("geometry", {"optimizer.only": ["unet.*", "pose_encoder.*"]}))
+    with pytest.raises(
+        RecipeError, match=r"optimizer.only: .* matches pose_encoder.\*; their names begin with unet.down_blocks"
+    ):
+        stage.set_trainable(stage.build())

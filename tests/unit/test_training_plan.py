@@ -10,13 +10,10 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.recipe import load_recipe
-from dreamdance.training.planning.activation_memory import (
-    LiveBytes,
-    _drop_gradient,
-    _empty_batch,
-    peak_activation_bytes,
-)
+from dreamdance.training.planning.activation_memory import LiveBytes
 from dreamdance.training.planning.plan import describe, make_plan, network_sizes, state_memory, verdict
+from dreamdance.training.planning.simulated_batch import simulated_batch
+from dreamdance.training.planning.step_cost import count_step
 from dreamdance.training.stages.training_stage import stage_of
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -35,7 +32,7 @@ def built(recipe, device):
 
 
 def activations(recipe):
-    return peak_activation_bytes(built(recipe, "meta"), stage_of(recipe))
+    return count_step(built(recipe, "meta"), stage_of(recipe)).peak_bytes
 
 
 def states(recipe, trainable=1_000_000, total=3_000_000, exact=0):
@@ -60,6 +57,12 @@ def test_without_weights_the_full_size_is_counted_from_the_published_configurati
     assert networks["controlnet"].trainable > 600_000_000
 
 
+def drop_gradients(objective):
+    for parameter in objective.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
+
+
 class _Tracker(MemTracker):
     """torch's own count of memory, without its statistics by module, whose hooks do not accept frozen weights."""
 
@@ -76,12 +79,11 @@ def peak_beside_weights(recipe):
     """The peak of the simulation in torch's count: all tensors that exist at once, without parameters and buffers."""
     objective = built(recipe, "meta").to(torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
     objective.training = False
+    batch = simulated_batch(stage_of(recipe), objective)
     with FakeTensorMode(allow_non_fake_inputs=True):
         objective.to_empty(device="cpu")
-        for parameter in objective.parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        batch, tracker = _empty_batch(stage_of(recipe)), _Tracker()
+        drop_gradients(objective)
+        tracker = _Tracker()
         tracker.track_external(objective)
         with tracker:
             objective(batch).loss.backward()
@@ -116,9 +118,7 @@ def test_a_simulated_step_needs_the_memory_of_a_real_one():
     recipe = demo("stage1_geometry")
     objective = built(recipe, "cpu")
     objective.training = False
-    for parameter in objective.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(_drop_gradient)
+    drop_gradients(objective)
     maps = {
         name: torch.rand(1, 1, 3, recipe.data.height, recipe.data.width) for name in ("rgb", "pose", "normal", "depth")
     }
@@ -127,8 +127,7 @@ def test_a_simulated_step_needs_the_memory_of_a_real_one():
     batch = ClipBatch(maps=maps, reference=reference, fps=torch.ones(1), keys=keys, clip_ids=["a"])
     with LiveBytes(beside=(*objective.parameters(), *objective.buffers())) as live:
         objective(batch).loss.backward()
-    simulated = peak_activation_bytes(built(recipe, "meta"), stage_of(recipe))
-    assert simulated == pytest.approx(live.peak, rel=0.02)
+    assert activations(recipe) == pytest.approx(live.peak, rel=0.02)
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """Saves and resumes a run (C8): all ranks save, then the checkpoint counts; a run resumes the newest that verifies.
 
 Training waits only while each rank copies its state in memory; a thread writes, hashes and reads back the files while
-training continues. This module decides when a checkpoint counts and what it contains; `rank_file` has the file format.
+training continues. With `checkpoint.copy_in_memory: false` nothing is copied, and training waits for the files. This
+module decides when a checkpoint counts and what it contains; `rank_file` has the file format.
 """
 
 import errno
@@ -9,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -115,7 +116,7 @@ class Checkpointer:
         self.recipe_digest, self._weights = recipe_digest, weights
         self._folders = CheckpointFolders(run, section)
         on_main(self._folders.check_writable)
-        self._memory = HostCopy()
+        self._memory = HostCopy() if section.copy_in_memory else None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._reserved: Future[None] | None = None
         self._save: _Save | None = None
@@ -132,7 +133,8 @@ class Checkpointer:
 
     def reserve(self) -> None:
         """Allocates the memory for saves in the background, so that the first save does not wait for it."""
-        self._reserved = self._thread.submit(self._memory.reserve, self._content().tensors)
+        if self._memory is not None:
+            self._reserved = self._thread.submit(self._memory.reserve, self._content().tensors)
 
     def begin(self, step: int, state: Mapping[str, Any]) -> None:
         """Copies the state of `step` and starts to write it in the background; `finish` makes it count.
@@ -152,12 +154,15 @@ class Checkpointer:
         if self._reserved is not None:
             self._reserved.result()
         content = self._content()
-        copied = replace(content, tensors=self._memory.copy(content.tensors))
-        files: dict[str, Callable[[HashedFile], None]] = {rank_path(folder, self.ranks.rank).name: copied.write}
+        if self._memory is not None:
+            content = replace(content, tensors=self._memory.copy(content.tensors))
+        files: dict[str, Callable[[HashedFile], None]] = {rank_path(folder, self.ranks.rank).name: content.write}
         if self.ranks.is_main:
             text = self._state_text({**state, "step": step})
             files[_STATE_FILE] = lambda file: file.write(text.encode())
         written = self._thread.submit(complete_file.write_files, folder, files)
+        if self._memory is None:
+            wait([written])  # the next step would change what is being written
         self._save = _Save(folder, step, written, started, time.perf_counter() - started)
 
     def finish(self) -> Saved:
@@ -193,9 +198,11 @@ class Checkpointer:
         """Waits until old checkpoints are deleted; no save can begin afterwards."""
         self._thread.shutdown()
 
-    def _pieces(self) -> dict[str, Piece]:
+    def _pieces(self, *, with_average: bool = True) -> dict[str, Piece]:
         """This rank's share of all parameters: the live tensors themselves."""
-        shares = {"master": self.engine.masters, **self.engine.moments(), "average": self.ema.shards}
+        shares = {"master": self.engine.masters, **self.engine.moments()}
+        if with_average:
+            shares["average"] = self.ema.shards
         counts = self.engine.step_counts()
         return {
             part.name: Piece(part.start, {kind: part.of(share) for kind, share in shares.items()}, counts[part.shard])
@@ -250,8 +257,10 @@ class Checkpointer:
     def _restore(self, folder: Path, manifest: Manifest) -> Resumed:
         state = _read_state(folder, _STATE_KEYS)
         self._check_same_networks(folder, state)
+        # An average that is the masters themselves must not be read over them: its decay may have been another one.
+        pieces = self._pieces(with_average=not self.ema.is_masters)
         with torch.no_grad():
-            self.engine.apply_restored(read_pieces(folder, manifest.world_size, self._pieces()))
+            self.engine.apply_restored(read_pieces(folder, manifest.world_size, pieces))
         own = read_rank_file(folder, min(self.ranks.rank, manifest.world_size - 1))
         self.ema.num_updates = own.average_updates
         restore_generators(own.generators)

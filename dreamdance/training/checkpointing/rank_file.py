@@ -83,7 +83,7 @@ class RankFile:
         text += b" " * (-len(text) % 8)
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in self.tensors.values():
-            file.write(tensor.numpy().data.cast("B"))
+            file.write(tensor.cpu().numpy().data.cast("B"))
 
 
 def rank_path(folder: Path, rank: int) -> Path:

@@ -4,7 +4,7 @@ The ranks share parts of a few clips each through a `WorkQueue`. A part is writt
 folder is not changed. Pictures come from the training's own dataset, so that they are those of a training.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,10 @@ from dreamdance.data.loading.batch import ClipBatch, collate_clips
 from dreamdance.data.loading.dataset import ClipDataset
 from dreamdance.data.loading.stored_clip import ReferenceFrame, StoredClip, Window
 from dreamdance.data.shards.latents import EMBEDDING, LatentRecord, LatentSettings, source_digest
-from dreamdance.data.shards.tracks import ClipHead, Subject
+from dreamdance.data.shards.tracks import Subject
 from dreamdance.data.writing.shard_writer import Part, ShardFormat, write_shards
 from dreamdance.models.autoencoding import encode_moments
+from dreamdance.models.equal_rewrites import apply_equal_rewrites
 from dreamdance.models.image_embedding import embed_images
 from dreamdance.recipe.schema import EncodeRecipe
 from dreamdance.runs.array_member import sharing
@@ -28,6 +29,7 @@ from dreamdance.runs.layout import ProgressLog
 from dreamdance.runs.work_queue import WorkQueue
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.training.encoding.fit import autoencoder_digest, image_encoder_digest, resizing_of
+from dreamdance.training.encoding.generate import MapGenerator
 from dreamdance.training.encoding.verify_latents import verify_latents
 from dreamdance.training.networks.sources import open_autoencoder, open_image_encoder
 from dreamdance.training.objectives.output import ENCODE_CHUNK_SIZE
@@ -43,9 +45,11 @@ class Encoder:
             MissingInputError: weights are missing.
             ShardError: the shards are missing or damaged.
         """
+        assert recipe.model is not None, "the rules of the recipe check it"
         is_video = recipe.stage == "stage2"
         self.recipe, self.device, self.resizing = recipe, ranks.device, resizing_of(recipe)
         self.vae = open_autoencoder(recipe.model.autoencoder, temporal=is_video, device="cpu").to(ranks.device)
+        apply_equal_rewrites(self.vae)
         encoder = open_image_encoder(recipe.model.image_encoder, huge=is_video, device="cpu")
         self.image_encoder = encoder.to(ranks.device).float()
         self.domains = recipe.encoded_domains
@@ -70,6 +74,7 @@ class Encoder:
             domains=tuple(self.domains),
             flip=self.recipe.flip,
             precision=self.recipe.precision,
+            reference_moments=self.recipe.stage == "stage2",
         )
 
     def pictures(self, clip: StoredClip, frames: list[int], reference: ReferenceFrame, *, flip: bool) -> ClipBatch:
@@ -84,16 +89,7 @@ class Encoder:
     def encode(self, sample_id: int) -> Iterator[dict[str, Any] | None]:
         """Encodes a clip; yields None after every few frames, then the columns of its sample."""
         clip = self.clips.clip(sample_id)
-        head = ClipHead(
-            clip_id=clip.clip_id,
-            num_frames=clip.num_frames,
-            fps=clip.fps,
-            metadata={},
-            tracks=(),
-            reference_positions=clip.reference_positions,
-            frame_step=clip.frame_step,
-        )
-        record = LatentRecord(head, self.recipe.precision)
+        record = LatentRecord(clip.frameless_head, self.recipe.precision)
         for flip in (False, True) if self.recipe.flip and clip.has_keypoints else (False,):
             found: dict[str, list[Tensor]] = {name: [] for name in self.domains}
             for start in range(0, clip.num_frames, ENCODE_CHUNK_SIZE):
@@ -108,30 +104,33 @@ class Encoder:
         yield record.to_sample()
 
     def _encode_references(self, clip: StoredClip, record: LatentRecord, *, flip: bool) -> Iterator[None]:
-        """Adds means and embeddings of a clip's stored references, or the embeddings of all its frames."""
+        """Adds latents and embeddings of a clip's stored references, or the embeddings of all its frames."""
         subject: Subject = "references" if clip.reference_positions else "clip"
-        means, embeddings = list[Tensor](), list[Tensor]()
+        moments, embeddings = list[Tensor](), list[Tensor]()
         for number in range(len(clip.reference_positions) or clip.num_frames):
             picture = self.pictures(clip, [0], ReferenceFrame(number, subject), flip=flip).reference
             embeddings.append(embed_images(self.image_encoder, picture, resizing=self.resizing)[:, 0].cpu())
-            if subject == "references" and self.recipe.stage == "stage1":  # stage 2 encodes noisy references itself
-                means.append(self.moments(picture)[:, :1].cpu())
+            if subject == "references":
+                # Stage 1 reads their means. Stage 2 encodes noisy references itself, but denoises clean ones as frame 0
+                # (`objective.reference_first`), drawn from their moments as other frames are.
+                stored = 1 if self.recipe.stage == "stage1" else 2
+                moments.append(self.moments(picture)[:, :stored].cpu())
             yield None
-        if means:
-            record.add("rgb", torch.cat(means), subject=subject, mirrored=flip)
+        if moments:
+            record.add("rgb", torch.cat(moments), subject=subject, mirrored=flip)
         record.add(EMBEDDING, torch.cat(embeddings), subject=subject, mirrored=flip)
 
 
 def encode(recipe: EncodeRecipe, run_folder: Path) -> None:
-    """Stores the latents of all clips of a recipe's shards.
+    """Stores the latents of all clips of a recipe's shards, or the maps that a trained stage 1 makes of them.
 
     Args:
         recipe: shards, networks, sizes and the output folder.
         run_folder: the folder for the progress log and the work queue.
 
     Raises:
-        MissingInputError: weights are missing.
-        ShardError: the shards are missing or damaged, or `output` has latents of other shards, networks or settings.
+        MissingInputError: weights, or the run or export of stage 1, are missing.
+        ShardError: the shards are missing or damaged, or `output` has content of other shards, networks or settings.
         EncodeError: stored latents differ from the networks' (`verify_samples`).
         LostWorkerError: another rank gives no sign.
     """
@@ -143,23 +142,32 @@ def encode(recipe: EncodeRecipe, run_folder: Path) -> None:
             held.enter_context(lock_folder(output, key="output", sharing=sharing(run_folder)))
         queue = held.enter_context(WorkQueue(ranks, limits=recipe.cluster, run_folder=run_folder))
         queue.watchdog.enter("loading the networks", recipe.name)
-        encoder = Encoder(recipe, ranks)
-        count, size = len(encoder.clips), recipe.clips_per_part
+        maker: Encoder | MapGenerator
+        if recipe.geometry_from is None:
+            maker = encoder = Encoder(recipe, ranks)
+            make: Callable[[int], Iterator[dict[str, Any] | None]] = encoder.encode
+        else:
+            maker = generator = MapGenerator(recipe, run_folder, ranks)
+            make = generator.generate
+        count, size = len(maker.clips), recipe.clips_per_part
         parts = [
-            Part(f"{start:07d}", partial(_encode_range, encoder, range(start, min(start + size, count))))
+            Part(f"{start:07d}", partial(_make_range, make, range(start, min(start + size, count))))
             for start in range(0, count, size)
         ]
         write_shards(
             output,
             parts,
-            settings={**encoder.settings().to_json(), "clips_per_part": size},
+            settings={**maker.settings().to_json(), "clips_per_part": size},
             shard_format=ShardFormat(shard_size_mib=recipe.shard_size_mib),
             queue=queue,
             on_part=lambda done, total: progress.write(done=done, total=total, unit="parts"),
         )
-        queue.once("verify", partial(verify_latents, encoder, output, queue.watchdog))
+        if isinstance(maker, Encoder):
+            queue.once("verify", partial(verify_latents, maker, output, queue.watchdog))
 
 
-def _encode_range(encoder: Encoder, sample_ids: range) -> Iterator[dict[str, Any] | None]:
+def _make_range(
+    make: Callable[[int], Iterator[dict[str, Any] | None]], sample_ids: range
+) -> Iterator[dict[str, Any] | None]:
     for sample_id in sample_ids:
-        yield from encoder.encode(sample_id)
+        yield from make(sample_id)

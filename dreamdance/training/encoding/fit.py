@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import logging
 
 from torch import nn
 
 from dreamdance.data.shards.cache import open_index
+from dreamdance.data.shards.generated_maps import MapSettings
 from dreamdance.data.shards.latents import LatentSettings, source_digest
 from dreamdance.errors import UserError
 from dreamdance.modalities import DOMAINS
@@ -14,7 +16,10 @@ from dreamdance.models.image_embedding import ImageEncoder, Resizing
 from dreamdance.recipe.schema import EncodeRecipe, Stage2Recipe, TrainingRecipe
 from dreamdance.training.objectives.output import Objective
 
+logger = logging.getLogger(__name__)
+
 COMMAND = "python launchers/slurm.py recipes/encode.yaml"
+MAPS_COMMAND = "python launchers/slurm.py recipes/encode_maps.yaml"
 
 
 def resizing_of(recipe: TrainingRecipe | EncodeRecipe) -> Resizing:
@@ -33,9 +38,18 @@ def autoencoder_digest(vae: Autoencoder) -> str:
         "factor": downscale_factor(vae),
         "channels": vae.config.latent_channels,
         "scaling_factor": vae.config.scaling_factor,
-        "layers": [str(part) for part in parts],
+        "layers": [_layers(part) for part in parts],
     }
     return _digest(conventions, *parts)
+
+
+def _layers(network: nn.Module) -> str:
+    """The layers as torch prints them; a class of ours that computes the same (`equal_rewrites`) as its base class."""
+    text = str(network)
+    for kind in {type(module) for module in network.modules()}:
+        own = next(base for base in kind.__mro__ if not base.__module__.startswith("dreamdance."))
+        text = text.replace(f"{kind.__name__}(", f"{own.__name__}(")
+    return text
 
 
 def image_encoder_digest(image_encoder: ImageEncoder, *, resizing: Resizing) -> str:
@@ -79,6 +93,11 @@ def require_fitting_latents(recipe: TrainingRecipe, objective: Objective) -> Non
             f"data.flip_probability is {data.flip_probability:g}, the latents are of pictures that are not mirrored "
             "(encode with `flip: true`, or set data.flip_probability to 0)"
         )
+    if isinstance(recipe, Stage2Recipe) and recipe.objective.reference_first and not found.reference_moments:
+        problems.append(
+            "objective.reference_first is true, the latents of references were stored without standard deviations, by "
+            "an earlier version or for stage 1 (encode again with `stage: stage2`, or set it to false)"
+        )
     wanted = ("rgb",) if isinstance(recipe, Stage2Recipe) else DOMAINS
     if missing := [name for name in wanted if name not in found.domains]:
         problems.append(f"this stage denoises {', '.join(wanted)}, the latents lack {', '.join(missing)} (`domains`)")
@@ -87,3 +106,28 @@ def require_fitting_latents(recipe: TrainingRecipe, objective: Objective) -> Non
             f"data.latents.local '{data.latents.local}' does not fit this recipe: {'; '.join(problems)}. Encode into "
             f"another folder ({COMMAND} output=...), or leave data.latents out to encode while training"
         )
+
+
+def require_fitting_maps(recipe: TrainingRecipe) -> None:
+    """Checks that the recipe's `data.maps`, if it names any, are maps of its training clips at stage 1's size.
+
+    Raises:
+        UserError: they are not; the text lists every difference with the keys to change.
+        ShardError: the folder is missing or contains no generated maps.
+    """
+    data = recipe.data
+    if data.maps is None or not isinstance(recipe, Stage2Recipe):
+        return
+    found = MapSettings.of_index(open_index(data.maps))
+    compared = [
+        ("the shards data.train.local", found.source, source_digest(open_index(data.train))),
+        ("objective.geometry_width", found.width, recipe.objective.geometry_width),
+        ("objective.geometry_height", found.height, recipe.objective.geometry_height),
+    ]
+    problems = [f"{name} is {now}, the maps are of {then}" for name, then, now in compared if then != now]
+    if problems:
+        raise UserError(
+            f"data.maps.local '{data.maps.local}' does not fit this recipe: {'; '.join(problems)}. Make the maps in "
+            f"another folder ({MAPS_COMMAND} output=...), or leave data.maps out to train on true maps"
+        )
+    logger.info("training on the maps of the stage 1 whose export has the sha256 %s", found.geometry)

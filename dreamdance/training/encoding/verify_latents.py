@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dreamdance.data.loading.dataset import StoredClips
 from dreamdance.data.loading.stored_clip import ReferenceFrame
+from dreamdance.data.loading.stored_clips import StoredClips
 from dreamdance.errors import UserError
 from dreamdance.models.autoencoding import decode_latents, latents_from_moments
 from dreamdance.recipe.sections import Shards

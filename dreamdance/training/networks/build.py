@@ -1,6 +1,6 @@
 """Steps that both stages share when they build networks: seeding, moving to the device, and checks of sizes."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -9,10 +9,10 @@ from diffusers import ModelMixin
 from dreamdance.errors import RecipeError
 from dreamdance.models.autoencoding import Autoencoder, downscale_factor
 from dreamdance.models.channels_last import use_channels_last
-from dreamdance.models.temporal_convolution import fold_temporal_convolutions
+from dreamdance.models.equal_rewrites import EQUAL_REWRITES, apply_equal_rewrites
+from dreamdance.models.gradient_checkpointing import set_checkpointing_level
 from dreamdance.recipe.training_sections import Sharding, TrainingData
 from dreamdance.training.objectives.output import Objective
-from dreamdance_kernels import checkpoint_keeping_attention
 
 _FROZEN_COMPONENTS = ("vae", "image_encoder")
 
@@ -29,26 +29,29 @@ def seeded_networks(seed: int, device: str) -> Iterator[None]:
         yield
 
 
-def prepare_networks(objective: Objective, sharding: Sharding, *, channels_last: bool, device: str) -> None:
-    """Moves an objective's networks to the device; sets their memory format and gradient checkpointing.
+def prepare_networks(
+    objective: Objective,
+    sharding: Sharding,
+    *,
+    channels_last: bool,
+    device: str,
+    rewrites: Collection[str] = EQUAL_REWRITES,
+) -> None:
+    """Moves an objective's networks to the device; sets how they compute, their memory format and checkpointing.
 
     Args:
         objective: changed in place.
-        sharding: the recipe's section; its `gradient_checkpointing` is applied.
+        sharding: the recipe's section; its `checkpointing_level` is applied.
         channels_last: the recipe's `model.channels_last`.
         device: `"cpu"`, `"cuda"` or `"meta"`.
+        rewrites: see `apply_equal_rewrites`.
     """
     objective.to(device)
-    fold_temporal_convolutions(objective)
+    apply_equal_rewrites(objective, rewrites)
     for network in exportable(objective).values():
         if channels_last:
             use_channels_last(network)
-        if sharding.gradient_checkpointing and network._supports_gradient_checkpointing:
-            network.enable_gradient_checkpointing(
-                checkpoint_keeping_attention
-                if sharding.gradient_checkpointing == "keep_attention"
-                else None  # diffusers' own checkpointing: everything inside a block is computed twice
-            )
+        set_checkpointing_level(network, sharding.checkpointing_level)
 
 
 def exportable(objective: Objective) -> dict[str, ModelMixin]:

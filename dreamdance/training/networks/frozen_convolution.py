@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv3d_input
 
@@ -86,12 +87,22 @@ class _FrozenConvolution(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         images, weight, _, *ctx.settings = inputs
-        ctx.shape = images.shape
+        ctx.shape, ctx.layout = images.shape, suggest_memory_format(images)
         ctx.save_for_backward(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        input_gradient = conv2d_input if weight.ndim == 4 else conv3d_input
-        return input_gradient(ctx.shape, weight, gradient, *ctx.settings), *(None,) * 6
+        if ctx.layout == torch.contiguous_format:
+            input_gradient = conv2d_input if weight.ndim == 4 else conv3d_input
+            return input_gradient(ctx.shape, weight, gradient, *ctx.settings), *(None,) * 6
+        # cuDNN takes the layout from the input, whose values it does not read; with that of torch.nn.grad, which has no
+        # layout, it would copy the gradient to the contiguous layout and back
+        images = torch.empty(ctx.shape, dtype=gradient.dtype, device=gradient.device, memory_format=ctx.layout)
+        stride, padding, dilation, groups = ctx.settings
+        no_output_padding, only_input = (0,) * (weight.ndim - 2), (True, False, False)
+        found = torch.ops.aten.convolution_backward(
+            gradient, images, weight, None, stride, padding, dilation, False, no_output_padding, groups, only_input
+        )
+        return found[0], *(None,) * 6

@@ -5,6 +5,7 @@ device a network whose folder is absent gets the shape of the published network.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def open_unet(
     if device == "meta":
         return _build(network_class, _shape_of(network_class, folder, published), key=f"{key}.path")
     _require_weights(folder, key)
-    return network_class.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    return _load_diffusers(network_class, folder, key)
 
 
 def open_autoencoder(source: AutoencoderSource, *, temporal: bool, device: str) -> nn.Module:
@@ -98,7 +99,7 @@ def open_autoencoder(source: AutoencoderSource, *, temporal: bool, device: str) 
         published = _STABLE_VIDEO_DIFFUSION_VAE if temporal else _STABLE_DIFFUSION_VAE
         return _build(network_class, _shape_of(network_class, folder, published), key=f"{key}.path")
     _require_weights(folder, key)
-    return network_class.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+    return _load_diffusers(network_class, folder, key).eval()
 
 
 def open_image_encoder(source: ImageEncoderSource, *, huge: bool, device: str) -> nn.Module:
@@ -127,12 +128,58 @@ def open_image_encoder(source: ImageEncoderSource, *, huge: bool, device: str) -
     return _load_clip(folder, key).eval()
 
 
+def _load_diffusers(network_class: type[ModelMixin], folder: Path, key: str) -> ModelMixin:
+    """Loads a diffusers network; diffusers would leave weights that the files lack random, and warn."""
+    network, loaded = network_class.from_pretrained(
+        folder,
+        variant=_variant(folder, "diffusion_pytorch_model", key),
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    if missing := sorted(loaded["missing_keys"]):
+        unknown = sorted(loaded["unexpected_keys"])
+        raise RecipeError(
+            f"{key}.path: '{folder}' does not hold all weights of its config.json: {len(missing)} tensors are not "
+            f"there, such as {missing[0]}"
+            + (f"; {len(unknown)} others are unknown, such as {unknown[0]}" if unknown else "")
+        )
+    return network
+
+
+def _variant(folder: Path, stem: str, key: str) -> str | None:
+    """The variant of the weights to read, as in `diffusion_pytorch_model.fp16.safetensors`; None for those without one.
+
+    The weights without a variant win, because they are the most exact. Weights of every variant are read into float32.
+
+    Raises:
+        RecipeError: several variants are there, and nothing tells which is meant.
+    """
+    names = [file.name for file in folder.glob("[!.]*.safetensors")]
+    plain = re.compile(rf"{stem}(-\d+-of-\d+)?\.safetensors")
+    if any(plain.fullmatch(name) for name in names):
+        return None
+    of_variant = re.compile(rf"{stem}\.([^.]+?)(-\d+-of-\d+)?\.safetensors")
+    variants = sorted({match[1] for name in names if (match := of_variant.fullmatch(name))})
+    if len(variants) > 1:
+        raise RecipeError(
+            f"{key}.path: '{folder}' holds the variants {', '.join(variants)} of the weights and none without one; "
+            f"leave one of them there, or rename the one to read to {stem}.safetensors"
+        )
+    return variants[0] if variants else None
+
+
 def _load_clip(folder: Path, key: str) -> CLIPVisionModelWithProjection:
     """Loads CLIP's vision tower from its own folder or from the folder of a whole CLIP."""
     config = _read_clip_config(folder, key)
     try:
         encoder, loaded = CLIPVisionModelWithProjection.from_pretrained(
-            folder, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder,
+            config=config,
+            variant=_variant(folder, "model", key),
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (RuntimeError, ValueError, OSError) as error:  # sizes differ from the config, or the file is damaged
         raise RecipeError(f"{key}.path: the weights in '{folder}' do not fit its config.json: {error}") from error
@@ -173,7 +220,7 @@ def read_weights(folder: Path, *, key: str) -> dict[str, torch.Tensor]:
 
 
 def _folder(path: str, subfolder: str | None) -> Path:
-    return Path(path).expanduser() / (subfolder or "")
+    return Path(path) / (subfolder or "")
 
 
 def _require_weights(folder: Path, key: str) -> None:

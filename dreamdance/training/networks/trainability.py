@@ -6,11 +6,13 @@ Paper: both UNets train in the first step. Here: the layers before the softmax o
 single token of the image embedding that softmax is 1; its gradient is rounding noise, which Adam would turn into steps.
 """
 
+import fnmatch
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
+from dreamdance.errors import RecipeError
 from dreamdance.training.networks.frozen_convolution import replace_convolutions
 from dreamdance.training.objectives.output import Objective
 
@@ -19,20 +21,40 @@ _NO_GRADIENT_WITH_ONE_TOKEN = re.compile(r"\.(attn2\.to_q|attn2\.to_k|norm2)\.(w
 _TRANSFORMER_BLOCK = re.compile(r"transformer_blocks\.\d+\.")
 
 
-def train_only(objective: Objective, names: Collection[str]) -> list[str]:
+def train_only(objective: Objective, names: Collection[str], patterns: Sequence[str] = ()) -> list[str]:
     """Sets `requires_grad` of every parameter: only `names` train.
 
     Networks that train get training mode, the others evaluation mode. The denoiser's convolutions are replaced by
     classes that keep their input only if their weight trains.
 
+    Args:
+        objective: changed in place.
+        names: names of parameters.
+        patterns: the recipe's `optimizer.only`: of `names`, those that match one of them train; empty for all.
+
     Returns:
         The sorted names.
+
+    Raises:
+        RecipeError: a pattern matches none of `names`.
     """
+    names = _matching(names, patterns) if patterns else names
     for name, parameter in objective.named_parameters():
         parameter.requires_grad_(name in names)
     replace_convolutions(objective.unet)
     set_modes(objective)
     return sorted(names)
+
+
+def _matching(names: Collection[str], patterns: Sequence[str]) -> set[str]:
+    found = {pattern: set(fnmatch.filter(names, pattern)) for pattern in patterns}
+    if unused := [pattern for pattern, matches in found.items() if not matches]:
+        beginnings = sorted({".".join(name.split(".")[:2]) for name in names})
+        raise RecipeError(
+            f"optimizer.only: no parameter that this step trains matches {', '.join(unused)}; their names begin with "
+            f"{', '.join(beginnings)}"
+        )
+    return set().union(*found.values())
 
 
 def set_modes(objective: Objective) -> None:

@@ -4,6 +4,7 @@ The objective holds all networks, trained and frozen. This module does not know 
 random draw about a clip is keyed by the clip (C8).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,24 +13,26 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from dreamdance.data.loading.batch import ClipBatch
-from dreamdance.diffusion.condition_dropout import drop_conditions, drop_controls
+from dreamdance.diffusion.condition_dropout import blank_controls, draw_kept_controls, drop_conditions
 from dreamdance.diffusion.noise import (
     draw_log_normal,
     draw_noise,
     edm_preconditioning,
     edm_weight,
+    log_normal_at,
     make_svd_scheduler,
 )
 from dreamdance.errors import UserError
 from dreamdance.media.transforms import pass_through
 from dreamdance.modalities import DOMAINS, MODALITIES
 from dreamdance.models import CrossDomainControllerModel, SpatioTemporalControlNetModel
-from dreamdance.models.autoencoding import Autoencoder, encode_latents
-from dreamdance.models.image_embedding import ImageEncoder, embed_images
+from dreamdance.models.autoencoding import Autoencoder, encode_latents, latent_shape
+from dreamdance.models.image_embedding import ImageEncoder, embed_prepared, prepare_images
 from dreamdance.models.svd_unet import is_encoder_half_frozen, run_svd_unet
 from dreamdance.pipelines import AnimationPipeline
 from dreamdance.recipe import schema
-from dreamdance.training.objectives.output import Objective, ObjectiveOutput, no_grad_if_frozen
+from dreamdance.training.objectives.output import Objective, ObjectiveOutput, PreparedBatch, no_grad_if_frozen
+from dreamdance.training.objectives.region_weights import region_weights
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,10 @@ class DenoiserInput:
 
 class AnimationObjective(Objective):
     """Denoising of videos under EDM noise with robust conditioning.
+
+    With `settings.reference_first` frame 0 of each clip is the reference. It stays a target like the other frames, as
+    in MimicMotion, StableAnimator and ControlNeXt: in sampling its noisy latents are denoised with those of the others,
+    which attend to it, so the networks must denoise it too.
 
     Args:
         unet: SVD's denoiser.
@@ -96,32 +103,80 @@ class AnimationObjective(Objective):
             scheduler=make_svd_scheduler(),
         )
 
-    def forward(self, batch: ClipBatch) -> ObjectiveOutput:
+    def describe_noise(self, quantile: float) -> str:
+        """See `Objective`."""
+        return f"sigma_{self._sigma_at(quantile):.3g}"
+
+    def _sigma_at(self, quantile: float) -> float:
+        return log_normal_at(quantile, self.settings.sigma_log_mean, self.settings.sigma_log_std)
+
+    def draw(self, batch: ClipBatch, *, noise_quantile: float | None = None) -> dict[str, Tensor]:
+        """See `Objective`: noise, sigmas, strengths and noise of the reference, and what is kept of the conditions."""
+        keys, settings, num_frames = batch.keys.tolist(), self.settings, batch.pose.shape[1]
+        shape = (num_frames, *latent_shape(self.vae, batch.pose))
+        mean, std = settings.augmentation_log_mean, settings.augmentation_log_std
+        draws = {
+            "noise": draw_noise(keys, shape),
+            "sigmas": self._choose_sigmas(keys, noise_quantile),
+            "augmentation": draw_log_normal(keys, mean, std, purpose="augmentation"),
+            "augmentation noise": draw_noise(keys, batch.reference.shape[1:], purpose="augmentation noise"),
+            **self.draw_target_noise(keys, shape, settings.target_latents),
+        }
+        if self.training:
+            dropped = drop_conditions(
+                keys,
+                latents=settings.latents_dropout,
+                embedding=settings.embedding_dropout,
+                both=settings.both_dropout,
+            )
+            draws |= {"kept latents": ~dropped.latents, "kept embedding": ~dropped.embedding}
+            rates = {
+                "frame_rate": settings.frame_control_dropout,
+                "modality_rate": settings.modality_control_dropout,
+            }
+            kept = draw_kept_controls(keys, self.controller.config.controls, num_frames, **rates)
+            draws |= {f"kept {name}": frames for name, frames in kept.items()}
+        return draws
+
+    def _choose_sigmas(self, keys: list[list[int]], quantile: float | None) -> Tensor:
+        """`b` sigmas, on the CPU: drawn by the keys, or the one at a quantile."""
+        if quantile is None:
+            mean, std = self.settings.sigma_log_mean, self.settings.sigma_log_std
+            return draw_log_normal(keys, mean, std, purpose="sigma")
+        return torch.full((len(keys),), self._sigma_at(quantile))
+
+    def resize_reference(self, batch: ClipBatch) -> Tensor | None:
+        """See `Objective`."""
+        if batch.latents:
+            return None
+        return prepare_images(self.image_encoder, batch.reference, resizing="svd")
+
+    def forward(self, batch: ClipBatch | PreparedBatch, *, noise_quantile: float | None = None) -> ObjectiveOutput:
         """The loss of one micro batch; in evaluation mode no condition is dropped.
 
         Args:
-            batch: clips with the maps that the recipe's controls name, on any device; rgb may be stored latents.
+            batch: clips with the maps that the recipe's controls name, on any device; rgb may be stored latents. Or
+                what `prepare` made of them.
+            noise_quantile: see `Objective`.
 
         Raises:
             UserError: the clips lack a map that the controls name.
         """
-        keys = batch.keys.tolist()
-        batch = batch.to(self.unet.device)
+        prepared = batch if isinstance(batch, PreparedBatch) else self.prepare(batch, noise_quantile=noise_quantile)
+        batch, draws = prepared.clips, prepared.draws
         num_frames = batch.pose.shape[1]
 
         # 1. noisy latents at one noise level per clip
-        form = self.settings.target_latents
         if batch.latents:
-            latents = self.draw_targets(rearrange(batch.latents["rgb"], "b f ... -> (b f) ..."), keys, form)
+            latents = self.draw_targets(rearrange(batch.latents["rgb"], "b f ... -> (b f) ..."), draws)
         else:
-            latents = self.encode_targets(rearrange(batch.rgb, "b f c h w -> (b f) c h w"), keys, form)
+            latents = self.encode_targets(rearrange(batch.rgb, "b f c h w -> (b f) c h w"), draws)
         latents = rearrange(latents, "(b f) c h w -> b f c h w", f=num_frames)
-        sigmas = draw_log_normal(keys, self.settings.sigma_log_mean, self.settings.sigma_log_std, purpose="sigma")
-        sigmas = rearrange(sigmas.to(latents), "b -> b 1 1 1 1")
-        noisy = latents + sigmas * draw_noise(keys, latents.shape[1:]).to(latents)
+        sigmas = rearrange(draws["sigmas"], "b -> b 1 1 1 1")
+        noisy = latents + sigmas * draws["noise"]
 
         # 2. prediction; the UNet's encoder half runs without a graph if it is frozen
-        inputs = self._prepare_input(batch, keys, noisy, sigmas)
+        inputs = self._prepare_input(prepared, noisy, sigmas)
         conditions = (inputs.timestep, inputs.embeddings, inputs.added_time_ids)
         residuals = self.controlnet(inputs.sample, *conditions, inputs.control_features)
         output = run_svd_unet(
@@ -136,56 +191,55 @@ class AnimationObjective(Objective):
         denoised = c_skip * noisy + c_out * output.float()
 
         # 3. loss
-        losses = (edm_weight(sigmas) * (denoised - latents).square()).mean(dim=(1, 2, 3, 4))
-        only_rgb = torch.tensor([domain == "rgb" for domain in DOMAINS], device=losses.device)
+        squared_error = edm_weight(sigmas) * (denoised - latents).square()
+        if self.training and self.settings.region_weights.is_active and batch.regions.numel():
+            height, width = squared_error.shape[-2:]
+            weights = region_weights(batch.regions, self.settings.region_weights, height=height, width=width)
+            squared_error = squared_error * rearrange(weights, "b f h w -> b f 1 h w")
+        losses = squared_error.mean(dim=(1, 2, 3, 4))
+        only_rgb = torch.arange(len(DOMAINS), device=losses.device) == DOMAINS.index("rgb")
         return ObjectiveOutput(
             loss=losses.mean(),
             sample_losses=losses.detach(),
             domain_sums=only_rgb * losses.detach().sum(),
-            domain_counts=only_rgb * len(keys),
+            domain_counts=only_rgb * len(losses),
         )
 
-    def _prepare_input(self, batch: ClipBatch, keys: list[list[int]], noisy: Tensor, sigmas: Tensor) -> DenoiserInput:
-        """Preconditions `noisy` (`b f c h w`, at `sigmas`: `b 1 1 1 1`) and draws and encodes all conditions."""
-        dtype = self.unet.dtype
+    def _prepare_input(self, prepared: PreparedBatch, noisy: Tensor, sigmas: Tensor) -> DenoiserInput:
+        """Preconditions `noisy` (`b f c h w`, at `sigmas`: `b 1 1 1 1`) and encodes all conditions."""
+        dtype, batch, draws = self.unet.dtype, prepared.clips, prepared.draws
         num_frames = noisy.shape[1]
         _, _, c_in, timestep = edm_preconditioning(sigmas)
-        conditioning, augmentation = self._encode_reference_pixels(batch.reference, keys)
+        conditioning, augmentation = self._encode_reference_pixels(batch.reference, draws)
         if stored := batch.latents:
             embeddings = rearrange(stored["embedding"], "b c -> b 1 c")
         else:
-            embeddings = embed_images(self.image_encoder, batch.reference, resizing="svd")
-        if self.training:
-            latents_dropped, embedding_dropped = drop_conditions(
-                keys,
-                latents=self.settings.latents_dropout,
-                embedding=self.settings.embedding_dropout,
-                both=self.settings.both_dropout,
-            )
-            conditioning = conditioning * rearrange(~latents_dropped, "b -> b 1 1 1").to(conditioning)
-            embeddings = embeddings * rearrange(~embedding_dropped, "b -> b 1 1").to(embeddings)
+            assert prepared.encoder_pictures is not None
+            embeddings = embed_prepared(self.image_encoder, prepared.encoder_pictures)
+        if "kept latents" in draws:
+            conditioning = conditioning * rearrange(draws["kept latents"], "b -> b 1 1 1").to(conditioning)
+            embeddings = embeddings * rearrange(draws["kept embedding"], "b -> b 1 1").to(embeddings)
         conditioning = repeat(conditioning, "b c h w -> b f c h w", f=num_frames)
         motion_bucket = torch.full_like(augmentation, self.settings.motion_bucket)
+        fps = batch.fps if self.settings.fps == "clip" else torch.full_like(batch.fps, self.settings.fps)
         with no_grad_if_frozen(self.controller):
-            control_features = self.controller(self._control_maps(batch, keys))
+            control_features = self.controller(self._control_maps(batch, draws))
         return DenoiserInput(
             sample=torch.cat([c_in * noisy, conditioning], dim=2).to(dtype),
             timestep=rearrange(timestep, "b 1 1 1 1 -> b"),
             embeddings=embeddings.to(dtype),
-            added_time_ids=torch.stack([batch.fps - 1, motion_bucket, augmentation], dim=1),
+            added_time_ids=torch.stack([fps - 1, motion_bucket, augmentation], dim=1),
             control_features=control_features,
         )
 
-    def _encode_reference_pixels(self, reference: Tensor, keys: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def _encode_reference_pixels(self, reference: Tensor, draws: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Returns conditioning latents `b c h w` of the noisy reference, not scaled, and its noise strengths `b`."""
-        mean, std = self.settings.augmentation_log_mean, self.settings.augmentation_log_std
-        strength = draw_log_normal(keys, mean, std, purpose="augmentation").to(reference)
-        noise = draw_noise(keys, reference.shape[1:], purpose="augmentation noise").to(reference)
+        strength, noise = draws["augmentation"], draws["augmentation noise"]
         # strengths are meant for pixels in [-1, 1]; for pixels in [0, 1] they are half as large
         noised = reference + 0.5 * rearrange(strength, "b -> b 1 1 1") * noise
         return encode_latents(self.vae, noised, scaled=False).float(), strength
 
-    def _control_maps(self, batch: ClipBatch, keys: list[list[int]]) -> dict[str, Tensor]:
+    def _control_maps(self, batch: ClipBatch, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The controller's maps `(b f) 3 H W` in [0,1]; maps that stage 1 predicts are blurred to its resolution.
 
         The loader may deliver the latter at that resolution (`TrainingStage.map_sizes`).
@@ -203,12 +257,7 @@ class AnimationObjective(Objective):
                 full_size = (batch.pose.shape[-2], batch.pose.shape[-1])
                 frames = pass_through(frames, *size, kind=MODALITIES[name].kind, to=full_size)
             maps[name] = frames
-        if self.training:
-            maps = drop_controls(
-                maps,
-                keys,
-                frame_rate=self.settings.frame_control_dropout,
-                modality_rate=self.settings.modality_control_dropout,
-            )
+        if any(f"kept {name}" in draws for name in maps):
+            maps = blank_controls(maps, {name: draws[f"kept {name}"] for name in maps})
         dtype = self.unet.dtype
         return {name: rearrange(frames, "b f c h w -> (b f) c h w").to(dtype) for name, frames in maps.items()}

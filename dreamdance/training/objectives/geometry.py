@@ -21,15 +21,17 @@ from dreamdance.diffusion.noise import (
     make_ddim_scheduler,
     make_ddpm_scheduler,
     min_snr_weights,
+    timestep_at,
 )
 from dreamdance.errors import UserError
 from dreamdance.modalities import DOMAINS
 from dreamdance.models import GeometryUNetModel, PoseEncoderModel, ReferenceUNetModel
-from dreamdance.models.autoencoding import Autoencoder, encode_latents, latents_from_moments
-from dreamdance.models.image_embedding import ImageEncoder, embed_images
+from dreamdance.models.autoencoding import Autoencoder, encode_latents, latent_shape, latents_from_moments
+from dreamdance.models.image_embedding import ImageEncoder, embed_prepared, prepare_images
 from dreamdance.pipelines import GeometryPipeline
 from dreamdance.recipe import schema
-from dreamdance.training.objectives.output import Objective, ObjectiveOutput, no_grad_if_frozen
+from dreamdance.training.objectives.output import Objective, ObjectiveOutput, PreparedBatch, no_grad_if_frozen
+from dreamdance.training.objectives.region_weights import region_weights
 
 Step = Literal["domains", "geometry", "temporal"]
 
@@ -96,40 +98,75 @@ class GeometryObjective(Objective):
             scheduler=make_ddim_scheduler(self.noise_scheduler),
         )
 
-    def forward(self, batch: ClipBatch) -> ObjectiveOutput:
+    def describe_noise(self, quantile: float) -> str:
+        """See `Objective`."""
+        return f"timestep_{timestep_at(quantile, self.settings.num_train_timesteps)}"
+
+    def draw(self, batch: ClipBatch, *, noise_quantile: float | None = None) -> dict[str, Tensor]:
+        """See `Objective`: domains `b m`, noise `(b f m) c h w`, timesteps `b`, kept references `b`, loss weights."""
+        keys, num_frames = batch.keys.tolist(), batch.pose.shape[1]
+        domains = self._choose_domains(keys)
+        shape = latent_shape(self.vae, batch.pose)
+        # one timestep per clip, independent noise for each of its frames and domains. All frames share one offset, but
+        # each domain has its own: the network could infer a shared one from a domain whose level is known
+        noise = draw_noise(keys, (num_frames, domains.shape[1], *shape), offset=self.settings.noise_offset)
+        kept = torch.ones(len(keys))
+        if self.training:
+            kept -= drop_references(keys, self.settings.reference_dropout).to(kept)
+        num_pictures = num_frames * domains.shape[1]
+        return {
+            "domains": domains,
+            "noise": rearrange(noise, "b f m c h w -> (b f m) c h w"),
+            "timesteps": self._choose_timesteps(keys, noise_quantile),
+            "kept": kept,
+            "loss weights": self._loss_weights,
+            **self.draw_target_noise(keys, (num_pictures, *shape), self.settings.target_latents),
+        }
+
+    def resize_reference(self, batch: ClipBatch) -> Tensor | None:
+        """See `Objective`."""
+        if batch.latents:
+            return None
+        return prepare_images(self.image_encoder, batch.reference, resizing="clip")
+
+    def prepare(
+        self, batch: ClipBatch, *, non_blocking: bool = False, noise_quantile: float | None = None
+    ) -> PreparedBatch:
+        """See `Objective`; the tables of noise levels move to the device as well, once."""
+        self.noise_scheduler.alphas_cumprod = self.noise_scheduler.alphas_cumprod.to(self.unet.device)
+        return super().prepare(batch, non_blocking=non_blocking, noise_quantile=noise_quantile)
+
+    def forward(self, batch: ClipBatch | PreparedBatch, *, noise_quantile: float | None = None) -> ObjectiveOutput:
         """The loss of one micro batch (Eq. 3); in evaluation mode no condition is dropped.
 
         Args:
-            batch: clips with `normal` and `depth`, or with their stored latents, on any device.
+            batch: clips with `normal` and `depth`, or with their stored latents, on any device; or what `prepare` made
+                of them.
+            noise_quantile: see `Objective`.
 
         Raises:
             UserError: the clips have no normal or depth maps.
         """
-        keys = batch.keys.tolist()
-        batch = batch.to(self.unet.device)
+        prepared = batch if isinstance(batch, PreparedBatch) else self.prepare(batch, noise_quantile=noise_quantile)
+        batch, draws = prepared.clips, prepared.draws
         num_frames = batch.pose.shape[1]
 
         # 1. clean latents of the drawn domain, or of all three
-        domains = self._choose_domains(keys)
+        domains = draws["domains"]
         num_domains = domains.shape[1]
-        form = self.settings.target_latents
         if batch.latents:
-            latents = self.draw_targets(_of_domains(batch.latents, domains), keys, form)
+            latents = self.draw_targets(_of_domains(batch.latents, domains), draws)
         else:
-            latents = self.encode_targets(_of_domains(batch.maps, domains), keys, form)
+            latents = self.encode_targets(_of_domains(batch.maps, domains), draws)
 
-        # 2. noise: one timestep per clip, independent noise for each of its frames and domains. All frames share one
-        # offset, but each domain has its own: the network could infer a shared one from a domain whose level is known
-        shape = (num_frames, num_domains, *latents.shape[1:])
-        noise = draw_noise(keys, shape, offset=self.settings.noise_offset).to(latents.device)
-        noise = rearrange(noise, "b f m c h w -> (b f m) c h w")
-        timesteps = draw_timesteps(keys, self.settings.num_train_timesteps).to(latents.device)
+        # 2. noise
+        noise, timesteps = draws["noise"], draws["timesteps"]
         latent_timesteps = repeat(timesteps, "b -> (b f m)", f=num_frames, m=num_domains)
         noisy = self.noise_scheduler.add_noise(latents, noise, latent_timesteps)
 
         # 3. conditions
         dtype = self.unet.dtype
-        embeddings, reference_features = self._encode_references(batch, keys)
+        embeddings, reference_features = self._encode_references(prepared)
         with no_grad_if_frozen(self.pose_encoder):
             pose_features = self.pose_encoder(rearrange(batch.pose, "b f c h w -> (b f) c h w").to(dtype))
 
@@ -146,28 +183,37 @@ class GeometryObjective(Objective):
         )
         target = ddpm_target(self.noise_scheduler, latents, noise, latent_timesteps)
         squared_error = (prediction.float() - target).square()
+        if self.training and self.settings.region_weights.is_active and batch.regions.numel():
+            height, width = squared_error.shape[-2:]
+            weights = region_weights(batch.regions, self.settings.region_weights, height=height, width=width)
+            squared_error = squared_error * repeat(weights, "b f h w -> (b f m) 1 h w", m=num_domains)
         losses = rearrange(squared_error, "(b f m) c h w -> b m (f c h w)", f=num_frames, m=num_domains).mean(dim=-1)
-        return self._weigh(losses, timesteps, domains)
+        return self._weigh(losses, draws)
+
+    def _choose_timesteps(self, keys: list[list[int]], quantile: float | None) -> Tensor:
+        """`b` timesteps, on the CPU: drawn by the keys, or the one at a quantile."""
+        count = self.settings.num_train_timesteps
+        if quantile is None:
+            return draw_timesteps(keys, count)
+        return torch.full((len(keys),), timestep_at(quantile, count))
 
     def _choose_domains(self, keys: list[list[int]]) -> Tensor:
         """`b m` domain numbers: one drawn per clip in the first step, all three afterwards."""
         if self.step != "domains":
-            return repeat(torch.arange(len(DOMAINS), device=self.unet.device), "m -> b m", b=len(keys))
-        return torch.stack([draw_domain(self._draw_weights, key) for key in keys]).to(self.unet.device)
+            return repeat(torch.arange(len(DOMAINS)), "m -> b m", b=len(keys))
+        return torch.stack([draw_domain(self._draw_weights, key) for key in keys])
 
-    def _encode_references(self, batch: ClipBatch, keys: list[list[int]]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _encode_references(self, prepared: PreparedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns image embeddings `b t c` and reference features; a dropped reference enters the network as zeros."""
-        dtype = self.unet.dtype
-        kept = torch.ones(len(keys), device=batch.pose.device)
-        if self.training:
-            kept -= drop_references(keys, self.settings.reference_dropout).to(kept)
+        dtype, batch, kept = self.unet.dtype, prepared.clips, prepared.draws["kept"]
         with torch.no_grad():
             if stored := batch.latents:
                 latents = latents_from_moments(self.vae, stored["reference"])
                 embeddings = rearrange(stored["embedding"], "b c -> b 1 c")
             else:
+                assert prepared.encoder_pictures is not None
                 latents = encode_latents(self.vae, batch.reference)
-                embeddings = embed_images(self.image_encoder, batch.reference, resizing="clip")
+                embeddings = embed_prepared(self.image_encoder, prepared.encoder_pictures)
             latents = latents * rearrange(kept, "b -> b 1 1 1")
             embeddings = embeddings * rearrange(kept, "b -> b 1 1")
         embeddings = embeddings.to(dtype)
@@ -175,17 +221,17 @@ class GeometryObjective(Objective):
             features = self.reference_unet(latents.to(dtype), torch.zeros_like(kept), embeddings)
         return embeddings, features
 
-    def _weigh(self, losses: Tensor, timesteps: Tensor, domains: Tensor) -> ObjectiveOutput:
+    def _weigh(self, losses: Tensor, draws: Mapping[str, Tensor]) -> ObjectiveOutput:
         """Reduces `b m` losses to one: min-SNR weights of timesteps, then domain weights (which sum to 1)."""
         if self.settings.min_snr_gamma is not None:
-            weights = min_snr_weights(self.noise_scheduler, timesteps, self.settings.min_snr_gamma)
+            weights = min_snr_weights(self.noise_scheduler, draws["timesteps"], self.settings.min_snr_gamma)
             losses = losses * rearrange(weights, "b -> b 1")
         if self.step == "domains":
             sample_losses = rearrange(losses, "b 1 -> b")
         else:
-            sample_losses = losses @ self._loss_weights.to(losses.device)
+            sample_losses = losses @ draws["loss weights"]
         zeros = torch.zeros(len(DOMAINS), device=losses.device)
-        index = rearrange(domains, "b m -> (b m)")
+        index = rearrange(draws["domains"], "b m -> (b m)")
         return ObjectiveOutput(
             loss=sample_losses.mean(),
             sample_losses=sample_losses.detach(),

@@ -1,4 +1,4 @@
-"""The plan of a training run, made before it starts: parameters of each network, and memory on each device.
+"""The plan of a training run, made before it starts: parameters of each network, memory on each device, and time.
 
 No weights are read or allocated: networks are built as shapes only, from the published configurations if their folders
 are absent. The counts are exact; all other numbers are estimates.
@@ -11,9 +11,12 @@ from typing import Any
 from torch import nn
 
 from dreamdance.recipe.schema import TrainingRecipe
+from dreamdance.runtime.gpus import DEFAULT_GPU, GPUS, Gpu
 from dreamdance.training.checkpointing.saving_plan import describe_checkpoint
-from dreamdance.training.objectives.output import Objective
-from dreamdance.training.planning.activation_memory import peak_activation_bytes
+from dreamdance.training.parameter_groups import group_names
+from dreamdance.training.planning.duration import describe_duration, sample_bytes
+from dreamdance.training.planning.simulated_batch import simulated_batch
+from dreamdance.training.planning.step_cost import StepCost, count_step, countable
 from dreamdance.training.stages.training_stage import TrainingStage, stage_of
 
 GIB = 2**30
@@ -42,10 +45,17 @@ class MemoryPart:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Parameters and memory of a training recipe on one of its processes."""
+    """Parameters, memory and work of a training recipe on one of its processes.
+
+    Attributes:
+        cost: of one micro batch.
+        bytes_per_sample: what training reads from storage, an estimate.
+    """
 
     networks: list[NetworkSize]
     memory: list[MemoryPart]
+    cost: StepCost
+    bytes_per_sample: float
 
     @property
     def num_trainable(self) -> int:
@@ -60,16 +70,22 @@ def make_plan(stage: TrainingStage[Any]) -> TrainingPlan:
     """Builds the recipe's networks as shapes, counts their parameters, and simulates one training step.
 
     Raises:
-        RecipeError: the networks that the recipe names do not fit together.
+        RecipeError: the networks that the recipe names do not fit together, or `optimizer.lr_scales` does not fit them.
     """
+    stage = stage_of(countable(stage.recipe))
     objective = stage.build(device="meta")
     stage.set_trainable(objective)
+    frozen = [name for name, parameter in objective.named_parameters() if not parameter.requires_grad]
+    trained = [name for name, parameter in objective.named_parameters() if parameter.requires_grad]
+    group_names(trained, frozen, stage.recipe.optimizer.lr_scales)  # refuses names that the training would refuse
     networks = network_sizes(objective)
     trainable = sum(network.trainable for network in networks)
     total = trainable + sum(network.frozen for network in networks)
     exact = sum(parameter.numel() for parameter in objective.vae.parameters())
     memory = state_memory(stage.recipe, trainable, total, exact=exact)
-    return TrainingPlan(networks, [*memory, _activations(objective, stage)])
+    bytes_per_sample = sample_bytes(simulated_batch(stage, objective))
+    cost = count_step(objective, stage)
+    return TrainingPlan(networks, [*memory, _activations(stage, cost)], cost, bytes_per_sample)
 
 
 def network_sizes(objective: nn.Module) -> list[NetworkSize]:
@@ -77,10 +93,23 @@ def network_sizes(objective: nn.Module) -> list[NetworkSize]:
     return [_size(name, network) for name, network in objective.named_children()]
 
 
-def describe(recipe: TrainingRecipe, *, gpu_memory_gib: float | None = None) -> str:
-    """The plan as text; `gpu_memory_gib` is the memory of one GPU of this machine, None without a GPU."""
+def describe(
+    recipe: TrainingRecipe,
+    *,
+    gpu_memory_gib: float | None = None,
+    gpu: Gpu = GPUS[DEFAULT_GPU],
+    plan: TrainingPlan | None = None,
+) -> str:
+    """The plan as text.
+
+    Args:
+        recipe: the recipe of a run.
+        gpu_memory_gib: memory of one GPU of this machine, None without a GPU.
+        gpu: the GPU whose rates the time is estimated with.
+        plan: its plan, if it was made before.
+    """
     stage = stage_of(recipe)
-    plan = make_plan(stage)
+    plan = plan or make_plan(stage)
     lines = ["parameters:", f"  {'':<16}{'trainable':>16}{'frozen':>16}"]
     for network in plan.networks:
         lines.append(f"  {network.name:<16}{network.trainable:>16,}{network.frozen:>16,}")
@@ -94,6 +123,7 @@ def describe(recipe: TrainingRecipe, *, gpu_memory_gib: float | None = None) -> 
     lines.append(f"  {'together':<24}{plan.total_bytes / GIB:>9.2f} GiB")
     if recipe.cluster.gpus_per_node:
         lines.append(f"  {verdict(plan.total_bytes / GIB + GPU_RESERVE_GIB, gpu_memory_gib)}")
+        lines += describe_duration(recipe, plan.cost, gpu, plan.bytes_per_sample)
     return "\n".join([*lines, *describe_checkpoint(recipe, plan.num_trainable)])
 
 
@@ -104,7 +134,7 @@ def verdict(wanted_gib: float, gpu_memory_gib: float | None) -> str:
         return f"{wanted} (no GPU here to compare with)"
     if wanted_gib <= gpu_memory_gib:
         return f"{wanted}; fits in the {gpu_memory_gib:.0f} GiB of the GPUs here"
-    advice = "lower micro_batch_size, or use more processes"
+    advice = "lower micro_batch_size, use more processes, or set sharding.gradient_checkpointing: transformers"
     return f"{wanted}: MORE than the {gpu_memory_gib:.0f} GiB of the GPUs here; {advice}"
 
 
@@ -145,7 +175,7 @@ def state_memory(recipe: TrainingRecipe, trainable: int, total: int, *, exact: i
             states * (masters + 2 * FP32_BYTES),
             f"{millions} x {masters + 2 * FP32_BYTES} bytes {state_reason}",
         ),
-        MemoryPart("moving average", states * FP32_BYTES, f"{millions} x {FP32_BYTES} bytes {state_reason}"),
+        _average_memory(recipe, states, f"{millions} x {FP32_BYTES} bytes {state_reason}"),
         MemoryPart(
             "communication buckets",
             buckets * weight_bytes * copies,
@@ -154,14 +184,18 @@ def state_memory(recipe: TrainingRecipe, trainable: int, total: int, *, exact: i
     ]
 
 
-def _activations(objective: Objective, stage: TrainingStage[Any]) -> MemoryPart:
+def _average_memory(recipe: TrainingRecipe, states: int, reason: str) -> MemoryPart:
+    if recipe.optimizer.ema_decay == 0:
+        return MemoryPart("moving average", 0, "it is the masters themselves (optimizer.ema_decay=0)")
+    return MemoryPart("moving average", states * FP32_BYTES, reason)
+
+
+def _activations(stage: TrainingStage[Any], cost: StepCost) -> MemoryPart:
     recipe = stage.recipe
     data, clips = recipe.data, recipe.micro_batch_size
     frames = f"{clips} x {data.num_frames} frame{'s' * (data.num_frames > 1)} at {data.width}x{data.height}"
-    checkpointing = "with" if recipe.sharding.gradient_checkpointing else "without"
-    kept = " that keeps attention" if recipe.sharding.gradient_checkpointing == "keep_attention" else ""
-    reason = f"peak of one simulated step, {frames}, {checkpointing} gradient checkpointing{kept}"
-    return MemoryPart("activations", peak_activation_bytes(objective, stage), reason)
+    reason = f"peak of one simulated step, {frames}, gradient_checkpointing {recipe.sharding.checkpointing_level}"
+    return MemoryPart("activations", cost.peak_bytes, reason)
 
 
 def _absent_folders(stage: TrainingStage[Any]) -> list[str]:

@@ -1,8 +1,8 @@
 """Stage 2: Stable Video Diffusion, guided by a ControlNet and the cross-domain controller."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from diffusers import UNetSpatioTemporalConditionModel
 
@@ -12,6 +12,7 @@ from dreamdance.modalities import MODALITIES, OPTIONAL
 from dreamdance.models import CrossDomainControllerModel, SpatioTemporalControlNetModel
 from dreamdance.models.autoencoding import downscale_factor
 from dreamdance.models.base_configs import STABLE_VIDEO_DIFFUSION_UNET
+from dreamdance.models.equal_rewrites import EQUAL_REWRITES
 from dreamdance.models.image_embedding import embedding_width
 from dreamdance.models.svd_unet import DECODER_HALF
 from dreamdance.pipelines.sampling import StepCallback
@@ -21,7 +22,7 @@ from dreamdance.training.networks.build import check_fit, prepare_networks, seed
 from dreamdance.training.networks.sources import open_autoencoder, open_image_encoder, open_unet
 from dreamdance.training.networks.trainability import names_with_gradient, train_only
 from dreamdance.training.objectives.animation import AnimationObjective
-from dreamdance.training.sample_pictures import Samples, blur_maps, sample_animation, show
+from dreamdance.training.sample_pictures import Predictions, Samples, blur_maps, sample_animation, show
 
 _TEMPORAL_LAYERS = re.compile(r"temporal_transformer_blocks|temporal_res_block|time_mixer|time_pos_embed")
 
@@ -63,11 +64,16 @@ class AnimationStage:
         return ("rgb", EMBEDDING)
 
     @property
+    def reference_first(self) -> bool:
+        """`objective.reference_first`."""
+        return self.recipe.objective.reference_first
+
+    @property
     def domain_weights(self) -> None:
         """None: stage 2 draws no domain."""
         return
 
-    def build(self, *, device: str = "cpu") -> AnimationObjective:
+    def build(self, *, device: str = "cpu", rewrites: Collection[str] = EQUAL_REWRITES) -> AnimationObjective:
         """See `TrainingStage`."""
         model, published = self.recipe.model, STABLE_VIDEO_DIFFUSION_UNET
         with seeded_networks(self.recipe.seed, device):
@@ -86,13 +92,24 @@ class AnimationStage:
             )
             objective = AnimationObjective(
                 unet,
-                SpatioTemporalControlNetModel.from_unet(unet, trained_frames=self.recipe.data.num_frames),
+                SpatioTemporalControlNetModel.from_unet(
+                    unet,
+                    trained_frames=self.recipe.data.num_frames,
+                    reference_first=self.reference_first,
+                    trained_fps=None if self.recipe.objective.fps == "clip" else self.recipe.objective.fps,
+                ),
                 controller,
                 vae,
                 image_encoder,
                 settings=self.recipe.objective,
             )
-        prepare_networks(objective, self.recipe.sharding, channels_last=model.channels_last, device=device)
+        prepare_networks(
+            objective,
+            self.recipe.sharding,
+            channels_last=model.channels_last,
+            device=device,
+            rewrites=rewrites,
+        )
         return objective
 
     def set_trainable(self, objective: AnimationObjective) -> list[str]:
@@ -106,11 +123,28 @@ class AnimationStage:
             unet = {name for name in unet if name.split(".", 1)[0] in DECODER_HALF}
         elif unfreeze == "none":
             unet = set()
-        return train_only(objective, names | {f"unet.{name}" for name in unet})
+        return train_only(objective, names | {f"unet.{name}" for name in unet}, self.recipe.optimizer.only)
+
+    def predict(
+        self, objective: AnimationObjective, batch: ClipBatch, on_step: StepCallback | None = None
+    ) -> Predictions:
+        """Videos from references, poses and the true maps, blurred to the resolution of stage 1."""
+        maps, of_reference = blur_maps(batch, self.recipe), None
+        if self.reference_first:
+            of_reference = {name: frames[:, 0] for name, frames in maps.items()}
+            maps = {name: frames[:, 1:] for name, frames in maps.items()}
+        frames = sample_animation(objective, batch, maps, self.recipe.sampling, on_step, of_reference=of_reference)
+        return {"rgb": frames}
+
+    def show(self, batch: ClipBatch, predictions: Predictions) -> Samples:
+        """See `TrainingStage`."""
+        maps = blur_maps(batch, self.recipe)
+        if self.reference_first:
+            maps = {name: frames[:, 1:] for name, frames in maps.items()}
+            batch = replace(batch, maps={name: frames[:, 1:] for name, frames in batch.maps.items()})
+        given = {"pose": batch.pose} | {name: maps[name] for name in self.recipe.model.controls if name in maps}
+        return show(batch, given, predictions)
 
     def sample(self, objective: AnimationObjective, batch: ClipBatch, on_step: StepCallback | None = None) -> Samples:
-        """Samples videos from references, poses and the true maps, blurred to the resolution of stage 1."""
-        maps = blur_maps(batch, self.recipe)
-        frames = sample_animation(objective, batch, maps, self.recipe.sampling, on_step)
-        given = {"pose": batch.pose} | {name: maps[name] for name in self.recipe.model.controls if name in maps}
-        return show(batch, given, {"rgb": frames})
+        """See `TrainingStage`."""
+        return self.show(batch, self.predict(objective, batch, on_step))

@@ -1,6 +1,6 @@
 """Stage 1: the geometry diffusion model, in one of its three training steps."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from diffusers import UNet2DConditionModel
@@ -13,6 +13,7 @@ from dreamdance.modalities import DOMAINS, OPTIONAL
 from dreamdance.models import GeometryUNetModel, PoseEncoderModel, ReferenceUNetModel
 from dreamdance.models.autoencoding import downscale_factor
 from dreamdance.models.base_configs import STABLE_DIFFUSION_1_5_UNET
+from dreamdance.models.equal_rewrites import EQUAL_REWRITES
 from dreamdance.models.image_embedding import embedding_width
 from dreamdance.pipelines.sampling import StepCallback
 from dreamdance.recipe.model_sections import AutoencoderSource, ImageEncoderSource, NetworkSource
@@ -21,7 +22,7 @@ from dreamdance.training.networks.build import check_fit, prepare_networks, seed
 from dreamdance.training.networks.sources import open_autoencoder, open_image_encoder, open_unet
 from dreamdance.training.networks.trainability import names_with_gradient, train_only
 from dreamdance.training.objectives.geometry import GeometryObjective
-from dreamdance.training.sample_pictures import Samples, sample_geometry, show
+from dreamdance.training.sample_pictures import Predictions, Samples, sample_geometry, show
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,18 @@ class GeometryStage:
         return (*DOMAINS, REFERENCE, EMBEDDING)
 
     @property
+    def reference_first(self) -> bool:
+        """False: the reference UNet reads the reference."""
+        return False
+
+    @property
     def domain_weights(self) -> Tensor | None:
         """Those of `objective.domain_draw` in the first step, which trains on one domain of each clip."""
         if self.recipe.train != "domains":
             return None
         return normalise_weights(self.recipe.objective.domain_draw.in_order, "objective.domain_draw")
 
-    def build(self, *, device: str = "cpu") -> GeometryObjective:
+    def build(self, *, device: str = "cpu", rewrites: Collection[str] = EQUAL_REWRITES) -> GeometryObjective:
         """See `TrainingStage`."""
         model = self.recipe.model
         with seeded_networks(self.recipe.seed, device):
@@ -72,6 +78,7 @@ class GeometryStage:
                 max_frames=model.max_frames,
                 trained_frames=self.recipe.data.num_frames if model.temporal_attention else None,
                 attention_backend=model.attention_backend,
+                reuse_weights=True,
             )
             pose_encoder = PoseEncoderModel(
                 out_channels=base.config.block_out_channels[0],
@@ -87,22 +94,39 @@ class GeometryStage:
                 step=self.recipe.train,
                 settings=self.recipe.objective,
             )
-        prepare_networks(objective, self.recipe.sharding, channels_last=model.channels_last, device=device)
+        prepare_networks(
+            objective,
+            self.recipe.sharding,
+            channels_last=model.channels_last,
+            device=device,
+            rewrites=rewrites,
+        )
         return objective
 
     def set_trainable(self, objective: GeometryObjective) -> list[str]:
         """The step `domains` trains both UNets and the pose encoder; the other steps train the layers that they add."""
-        unet = objective.unet
+        unet, only = objective.unet, self.recipe.optimizer.only
         added = {"geometry": unet.geometry_parameters().keys(), "temporal": unet.temporal_parameters().keys()}
         if self.recipe.train != "domains":
-            return train_only(objective, {f"unet.{name}" for name in added[self.recipe.train]})
+            return train_only(objective, {f"unet.{name}" for name in added[self.recipe.train]}, only)
         return train_only(
             objective,
             {f"unet.{name}" for name in names_with_gradient(unet) - added["geometry"] - added["temporal"]}
             | {f"reference_unet.{name}" for name in names_with_gradient(objective.reference_unet)}
             | {f"pose_encoder.{name}" for name, _ in objective.pose_encoder.named_parameters()},
+            only,
         )
 
+    def predict(
+        self, objective: GeometryObjective, batch: ClipBatch, on_step: StepCallback | None = None
+    ) -> Predictions:
+        """Normals, depths and pictures at low resolution, from references and poses."""
+        return sample_geometry(objective, batch, self.recipe.sampling, on_step)
+
+    def show(self, batch: ClipBatch, predictions: Predictions) -> Samples:
+        """See `TrainingStage`."""
+        return show(batch, {"pose": batch.pose}, predictions)
+
     def sample(self, objective: GeometryObjective, batch: ClipBatch, on_step: StepCallback | None = None) -> Samples:
-        """Samples normals, depths and pictures at low resolution from references and poses."""
-        return show(batch, {"pose": batch.pose}, sample_geometry(objective, batch, self.recipe.sampling, on_step))
+        """See `TrainingStage`."""
+        return self.show(batch, self.predict(objective, batch, on_step))

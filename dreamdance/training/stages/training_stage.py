@@ -3,17 +3,18 @@
 This module does not know ranks, optimizers or checkpoints.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 from dreamdance.data.loading.batch import ClipBatch
+from dreamdance.models.equal_rewrites import EQUAL_REWRITES
 from dreamdance.pipelines.sampling import StepCallback
 from dreamdance.recipe.model_sections import AutoencoderSource, ImageEncoderSource, NetworkSource
 from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe, TrainingRecipe
 from dreamdance.training.objectives.output import Objective
-from dreamdance.training.sample_pictures import Samples
+from dreamdance.training.sample_pictures import Predictions, Samples
 from dreamdance.training.stages.animation import AnimationStage
 from dreamdance.training.stages.geometry import GeometryStage
 
@@ -44,10 +45,14 @@ class TrainingStage(Protocol[AnyObjective]):
         """What the objective takes from stored latents (`data.latents`), see `latent_windows.read_latents`."""
 
     @property
+    def reference_first(self) -> bool:
+        """Whether the reference, with its own maps, is the first frame of every window."""
+
+    @property
     def domain_weights(self) -> Tensor | None:
         """The weights by which the loader draws one domain of each sample; None if the objective reads all maps."""
 
-    def build(self, *, device: str = "cpu") -> AnyObjective:
+    def build(self, *, device: str = "cpu", rewrites: Collection[str] = EQUAL_REWRITES) -> AnyObjective:
         """Builds all networks and the objective that holds them.
 
         Networks that the recipe names by a path are read. All other weights are random; they depend only on the
@@ -56,6 +61,7 @@ class TrainingStage(Protocol[AnyObjective]):
         Args:
             device: device of the networks; `"meta"` builds shapes only, from the published configurations if weights
                 are absent.
+            rewrites: see `apply_equal_rewrites`; fewer than all serve measurements.
 
         Raises:
             MissingInputError: a folder or its weights are missing.
@@ -65,7 +71,7 @@ class TrainingStage(Protocol[AnyObjective]):
     def set_trainable(self, objective: AnyObjective) -> list[str]:
         """Sets `requires_grad` of every parameter and the networks' modes; returns the sorted names that train."""
 
-    def sample(self, objective: AnyObjective, batch: ClipBatch, on_step: StepCallback | None = None) -> Samples:
+    def predict(self, objective: AnyObjective, batch: ClipBatch, on_step: StepCallback | None = None) -> Predictions:
         """Runs the pipeline with the recipe's `sampling` section; a clip has the same noise every time.
 
         Args:
@@ -73,6 +79,12 @@ class TrainingStage(Protocol[AnyObjective]):
             batch: held-out clips.
             on_step: called after each denoising step, as diffusers calls `callback_on_step_end`.
         """
+
+    def show(self, batch: ClipBatch, predictions: Predictions) -> Samples:
+        """Draws predictions beside the inputs and the truth, and measures them."""
+
+    def sample(self, objective: AnyObjective, batch: ClipBatch, on_step: StepCallback | None = None) -> Samples:
+        """Predicts all clips at once, and shows them."""
 
 
 def stage_of(recipe: TrainingRecipe) -> TrainingStage[Any]:
