@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dreamdance.data.loading.dataset import StoredClips
 from dreamdance.data.loading.stored_clip import StoredClip
+from dreamdance.data.loading.stored_clips import StoredClips
 from dreamdance.data.shards.columns import metric_disparity
 from dreamdance.data.shards.tracks import Subject
 from dreamdance.errors import MissingInputError, UserError
@@ -26,7 +26,7 @@ from dreamdance.media.surfaces import PinholeCamera
 from dreamdance.media.transforms import decode_normals, pictures_to_tensor, resize_map
 from dreamdance.modalities import MODALITIES
 from dreamdance.recipe.sections import Shards
-from dreamdance.runs.layout import ARRAYS_FILE, RESULT_FILE
+from dreamdance.runs.layout import ARRAYS_FILE, ENTRIES_FILE, RESULT_FILE
 from dreamdance.runtime.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -145,6 +145,24 @@ def find_results(folder: Path) -> list[Path]:
     if not found:
         raise MissingInputError(f"{folder} holds no results (key: results); run the animate recipe first")
     return found
+
+
+def read_requested_ids(folder: Path) -> set[str]:
+    """The ids of all clips that `animate` was asked for, until all have results; empty then.
+
+    Raises:
+        ResultError: the list is damaged.
+    """
+    path = folder / ENTRIES_FILE
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+            raise ValueError("it must be a list of ids")
+    except FileNotFoundError:
+        return set()
+    except (OSError, ValueError, RecursionError) as error:
+        raise ResultError(f"{path} is damaged ({error}); give the command of animate again") from error
+    return set(listed)
 
 
 def read_result(folder: Path) -> Result:

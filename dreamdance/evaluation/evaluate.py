@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dreamdance.data.loading.stored_clip import ReferenceFrame, StoredClip, fixed_reference, own_frame
-from dreamdance.errors import MissingInputError
+from dreamdance.errors import MissingInputError, UserError
 from dreamdance.evaluation.clips import (
     Prediction,
     Result,
@@ -20,12 +21,13 @@ from dreamdance.evaluation.clips import (
     Truth,
     find_results,
     open_clips,
+    read_requested_ids,
     read_result,
     read_truth,
 )
 from dreamdance.evaluation.measured import EvaluatedClip, MeasuredClips, note_table, read_result_states
 from dreamdance.evaluation.scores import Scores, as_bytes, mean_scores, score
-from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table
+from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table, describe_missing
 from dreamdance.evaluation.times import pair_frames
 from dreamdance.evaluation.trivial import FRAMES_PER_TRAINING_CLIP, TrainingMean, average_training_set, trivial_answers
 from dreamdance.media.grids import GridRow, draw_grid
@@ -43,6 +45,10 @@ OVERVIEW_CLIPS = 12
 SMALLEST_WIDTH = 128
 
 
+class PartialTableError(UserError):
+    """The table lacks clips. The run is not finished, so that no script takes this table for the whole one."""
+
+
 def evaluate(recipe: EvaluateRecipe, run_folder: Path) -> None:
     """Measures all results that have a true clip of the same id. The ranks share the work; one writes the table.
 
@@ -54,6 +60,7 @@ def evaluate(recipe: EvaluateRecipe, run_folder: Path) -> None:
         MissingInputError: there are no results, or no result has a true clip.
         ResultError: a result is damaged, has changed while it was measured, or does not match the other results or the
             truth.
+        PartialTableError: clips that `animate` was asked for have no result; the table of the others is written.
         LostWorkerError: another rank gives no sign.
     """
     ranks = Ranks.from_environment()
@@ -72,19 +79,24 @@ def evaluate(recipe: EvaluateRecipe, run_folder: Path) -> None:
                 before_clip=partial(queue.watchdog.enter, "averaging the training set"),
             )
         measured = MeasuredClips(run_folder / MEASURED_FOLDER, recipe)
-        comparison = Comparison(recipe, folders, first, training_mean)
-        found = measure_clips(comparison, measured, queue, progress)
+        comparison = Comparison(recipe, folders, read_requested_ids(Path(recipe.results)), first, training_mean)
+        found, missing = measure_clips(comparison, measured, queue, progress)
 
         def write_table() -> None:
             measured.check(found, partial(queue.watchdog.enter, "comparing a result with its measurement"))
             queue.watchdog.enter("writing the table", str(run_folder))
-            tabulate(comparison, {folder.name: measured.read(folder) for folder in found}, run_folder)
+            tabulate(comparison, {folder.name: measured.read(folder) for folder in found}, missing, run_folder)
 
         queue.once("table", write_table)
     if ranks.is_main:  # not earlier: if a rank is lost, the next start finds all measurements
         text = (run_folder / TABLE_MARKDOWN).read_text(encoding="utf-8")
         # `--follow` shows messages, and therefore the table
         progress.write(done=len(found), total=len(found), unit="clips", message=f"{run_folder}:\n\n{text}")
+        table = json.loads((run_folder / TABLE_JSON).read_text(encoding="utf-8"))
+        if table["missing"]:  # the measurements stay for the next start
+            raise PartialTableError(
+                f"{run_folder / TABLE_MARKDOWN}: {describe_missing(table['missing'], len(table['clips']))}"
+            )
         measured.close()
 
 
@@ -95,23 +107,26 @@ class Comparison:
     Attributes:
         recipe: names the results and the truth.
         folders: id -> result folder.
+        entries: ids of all clips that `animate` was asked for, while some of them have no result.
         first: the first result; all others must have its sizes.
         training_mean: mean pictures of the training set; None if the recipe names no training set.
     """
 
     recipe: EvaluateRecipe
     folders: dict[str, Path]
+    entries: set[str]
     first: Result
     training_mean: TrainingMean | None
 
 
 def measure_clips(
     comparison: Comparison, measured: MeasuredClips, queue: WorkQueue, progress: ProgressLog
-) -> list[Path]:
+) -> tuple[list[Path], list[str]]:
     """Measures, together with all other ranks, the results that were not measured before.
 
     Returns:
-        The folders of all results that have a true clip.
+        The folders of all results that have a true clip, and the ids of true clips that miss their result. Both are the
+        same on all ranks, even if results appear meanwhile.
 
     Raises:
         MissingInputError: no result has a true clip.
@@ -131,7 +146,7 @@ def measure_clips(
         queue.watchdog.enter("measuring a clip", f"{item} of the truth")  # not measured: clips differ in length
         clip = clips.clip(int(item))
         if clip.clip_id not in folders:
-            share.finish(item)
+            share.finish(item, json.dumps({"missing": clip.clip_id}) if clip.clip_id in comparison.entries else "")
             continue
         folder = folders[clip.clip_id]
         is_new = not measured.holds(folder)
@@ -140,25 +155,29 @@ def measure_clips(
             result = read_result(folder)
             _check_sizes(result, comparison.first)
             measured.write(folder, replace(evaluate_clip(result, clip, comparison.training_mean), files=files))
-        share.finish(item, clip.clip_id, made=clip.clip_id if is_new else None)
+        share.finish(item, json.dumps({"measured": clip.clip_id}), made=clip.clip_id if is_new else None)
         report(f"measured {clip.clip_id}")
-    found = [folders[clip_id] for clip_id in share.results().values() if clip_id]
+    outcomes = [json.loads(text) for text in share.results().values() if text]
+    found = [Path(recipe.results) / outcome["measured"] for outcome in outcomes if "measured" in outcome]
     if not found and not queue.everyone_left:
         raise MissingInputError(
             f"none of the {len(folders)} results in {recipe.results} has a clip with its id in {recipe.truth.local} "
             f"(the first result is '{next(iter(folders))}'; keys: results, truth.local)"
         )
-    return found
+    return found, [outcome["missing"] for outcome in outcomes if "missing" in outcome]
 
 
-def tabulate(comparison: Comparison, evaluated: dict[str, EvaluatedClip], run_folder: Path) -> None:
+def tabulate(
+    comparison: Comparison, evaluated: dict[str, EvaluatedClip], missing: Sequence[str], run_folder: Path
+) -> None:
     """Writes the table from the measurements of all ranks."""
-    for missing in sorted(set(comparison.folders) - set(evaluated)):
-        logger.warning("result '%s' is left out: no clip in %s has its id", missing, comparison.recipe.truth.local)
+    for other in sorted(set(comparison.folders) - set(evaluated)):
+        logger.warning("result '%s' is left out: no clip in %s has its id", other, comparison.recipe.truth.local)
     table = Table(
         rows=_mean_rows(evaluated),
         clips={name: clip.scores for name, clip in evaluated.items()},
         protocol=describe_protocol(comparison.recipe, comparison.first, evaluated, comparison.training_mean),
+        missing=missing,
     )
     write_report(table, evaluated, run_folder)
     note_table(comparison.recipe, evaluated.values(), run_folder)
@@ -239,7 +258,7 @@ def describe_protocol(
         protocol["training set's mean"] = (
             f"over {training_mean.num_clips} clips, up to {FRAMES_PER_TRAINING_CLIP} frames each"
         )
-    protocol["not measured"] = "LPIPS, FID-VID, FVD: they need the weights of feature networks"
+    protocol["not measured"] = "LPIPS, FID-VID, FVD: this version does not compute them"
     return protocol
 
 

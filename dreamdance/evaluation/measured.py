@@ -17,6 +17,7 @@ import numpy as np
 from dreamdance.data.shards.index import read_index
 from dreamdance.evaluation.clips import ResultError
 from dreamdance.evaluation.scores import Scores
+from dreamdance.evaluation.table import listed
 from dreamdance.media.grids import GridRow
 from dreamdance.recipe.same_run import result_json
 from dreamdance.recipe.schema import EvaluateRecipe
@@ -26,7 +27,6 @@ from dreamdance.runs.files import replace_atomically
 from dreamdance.runs.layout import ARRAYS_FILE, RESULT_FILE
 
 INDEX_FILE = "index.json"
-MAX_NAMES = 10  # of results, in an error message
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class MeasuredClips:
                 others.append(result.name)
         if others:
             raise ResultError(
-                f"{len(others)} of the {len(results)} results changed while they were measured ({_listed(others)}); "
+                f"{len(others)} of the {len(results)} results changed while they were measured ({listed(others)}); "
                 "run evaluate again when no other program writes to them"
             )
 
@@ -152,8 +152,3 @@ class MeasuredClips:
 def _files(text: dict[str, Any]) -> dict[Path, FileState]:
     states = {Path(path): FileState.from_json(state) for path, state in text["files"].items()}
     return {path: state for path, state in states.items() if state is not None}
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = [f"and {len(names) - MAX_NAMES} more"] if len(names) > MAX_NAMES else []
-    return ", ".join([*(f"'{name}'" for name in names[:MAX_NAMES]), *more])

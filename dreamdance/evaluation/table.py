@@ -1,6 +1,6 @@
 """The table of scores and of improvements over the best trivial answer, as JSON and as Markdown."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from dreamdance.evaluation.scores import (
 RESULT_ROW = "this run"
 TRUTH_ROW = "truth itself"
 NOT_MEASURED = "-"
+MAX_NAMES = 10  # of clips, in a sentence
 MAX_CLIPS_SHOWN = 12  # above this number, the Markdown has no table of single clips
 
 
@@ -46,11 +47,13 @@ class Table:
         rows: row name -> mean scores; the first row is the result's.
         clips: clip id -> row name -> scores.
         protocol: how the scores were measured: title -> text or values.
+        missing: ids of the clips that `animate` was asked for, and that have no result.
     """
 
     rows: Mapping[str, Scores]
     clips: Mapping[str, Mapping[str, Scores]] = field(default_factory=dict)
     protocol: Mapping[str, Any] = field(default_factory=dict)
+    missing: Sequence[str] = ()
 
     def improvements(self) -> dict[str, Improvement]:
         """The result's improvement over the best trivial answer, for each of `IMPROVEMENT_KEYS`."""
@@ -68,6 +71,7 @@ class Table:
             for key, entry in self.improvements().items()
         }
         return {
+            "missing": list(self.missing),
             "protocol": dict(self.protocol),
             "rows": {name: _without_nan(scores) for name, scores in self.rows.items()},
             "improvements": improvements,
@@ -77,8 +81,8 @@ class Table:
         }
 
     def as_markdown(self) -> str:
-        """Tables (geometry, frames inside the body, whole frames), improvements, single clips, and the protocol."""
-        parts = []
+        """Missing clips, tables (geometry, frames inside the body, whole frames), improvements, clips, protocol."""
+        parts = [describe_missing(self.missing, len(self.clips))] if self.missing else []
         for title, metrics in (
             ("Geometry inside the body", GEOMETRY_METRICS),
             ("Frames inside the body", BODY_METRICS),
@@ -115,6 +119,21 @@ class Table:
                 line.append(f"{_formatted(entry.trivial, metric)} ({entry.answer})" if entry else NOT_MEASURED)
             lines.append(line)
         return _markdown(header, lines)
+
+
+def describe_missing(missing: Sequence[str], num_clips: int) -> str:
+    """One sentence for people: which clips a partial table lacks, and how to get the whole one."""
+    return (
+        f"This table is partial: {len(missing)} of {len(missing) + num_clips} clips have no result yet "
+        f"({listed(missing)}); when animate has made them (if it does not run now, give its command again), the same "
+        "evaluate command makes the whole table."
+    )
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, and the number of the others."""
+    more = [f"and {len(names) - MAX_NAMES} more"] if len(names) > MAX_NAMES else []
+    return ", ".join([*(f"'{name}'" for name in names[:MAX_NAMES]), *more])
 
 
 def compare_with_trivial(rows: Mapping[str, Scores]) -> dict[str, Improvement]:

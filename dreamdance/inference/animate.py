@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -22,23 +22,27 @@ from dreamdance.errors import UserError, is_transient
 from dreamdance.inference.driving_videos import KeypointFinder
 from dreamdance.inference.entry_inputs import EntryError, EntryInputs, Size, load_inputs, read_entry_states
 from dreamdance.inference.manifest import ManifestEntry, read_entries
+from dreamdance.inference.part_seconds import PartSeconds, describe_parts, machine_name
+from dreamdance.inference.reference_pose import explaining_missing_annotator
 from dreamdance.inference.results import (
     ClipResult,
     installed_versions,
     is_done,
     known_states,
+    list_entries,
     note_results,
     write_result,
 )
 from dreamdance.inference.stages import Stages, before_each_computation, load_stages
 from dreamdance.media.transforms import encode_normals, resize_images
 from dreamdance.modalities import GIVEN_CONTROLS
+from dreamdance.pipelines import GeometryPipeline
 from dreamdance.recipe.schema import AnimateRecipe
 from dreamdance.runs.array_member import sharing
 from dreamdance.runs.file_states import FileState
 from dreamdance.runs.files import write_atomically
 from dreamdance.runs.folder_lock import OutputError, lock_folder
-from dreamdance.runs.layout import ProgressLog
+from dreamdance.runs.layout import ENTRIES_FILE, ProgressLog
 from dreamdance.runs.work_queue import Share, WorkQueue
 from dreamdance.runtime.ranks import Ranks
 from dreamdance.runtime.sample_random import sample_generator
@@ -47,6 +51,8 @@ from dreamdance.runtime.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 FAILURES_FILE = "failures.json"
+# The keys of `animation` that results of older commits lack, with the values that change nothing.
+_LATER_KEYS: dict[str, Any] = {"conditioning_scale": 1.0, "control_scales": {}, "repeated_noise": False}
 
 
 class AnimateError(UserError):
@@ -82,14 +88,21 @@ def animate(recipe: AnimateRecipe, run_folder: Path) -> None:
     # The main rank locks the folder for all ranks. The others wait for the queue, which the main rank opens afterwards.
     jobs = sharing(run_folder)
     with lock_folder(Path(recipe.output), key="output", sharing=jobs) if ranks.is_main else nullcontext():
+        if ranks.is_main:
+            list_entries(entries, Path(recipe.output))
         with WorkQueue(ranks, limits=recipe.cluster, run_folder=run_folder) as queue:
             queue.watchdog.enter("loading the networks", recipe.name)
             stages = load_stages(recipe, run_folder, ranks.device)
+            if stages.animation.reference_first:
+                entries = [replace(entry, needs_reference_pose=True) for entry in entries]
             failures = animate_entries(entries, recipe, stages, queue, progress)
             if not failures:
                 noting = partial(queue.watchdog.enter, "noting what was done")
                 queue.once("note", partial(note_results, entries, Path(recipe.output), stages, run_folder, noting))
         if ranks.is_main:
+            for line in describe_parts(Path(recipe.output), [entry.id for entry in entries]):
+                logger.info(line)
+                progress(done=len(entries), message=line)
             report_failures(failures, Path(recipe.output), run_folder, num_entries=len(entries))
 
 
@@ -117,6 +130,7 @@ def animate_entries(
     share = queue.share("animate", list(by_id))
     computing = partial(queue.watchdog.enter, "computing", "a network's pass", is_measured=True)
     before_each_computation(stages, computing)
+    parts = PartSeconds(stages)
     for item in share.take():
         if item is None:
             progress(done=share.num_done(), message="waiting for the other ranks")
@@ -124,7 +138,7 @@ def animate_entries(
         entry, failure, is_new = by_id[item], None, False
         progress(done=share.num_done(), message=f"animating {entry.id}")
         try:
-            is_new = animate_entry(entry, recipe, stages, queue.watchdog, share, finder)
+            is_new = animate_entry(entry, recipe, stages, queue.watchdog, share, finder, parts)
         except OutputError:
             raise
         except (UserError, torch.OutOfMemoryError) as error:
@@ -144,6 +158,7 @@ def animate_entry(
     watchdog: Watchdog,
     share: Share,
     finder: KeypointFinder,
+    parts: PartSeconds,
 ) -> bool:
     """Animates one entry and writes its result, unless the same result exists; returns whether it wrote one.
 
@@ -154,8 +169,9 @@ def animate_entry(
     folder = Path(recipe.output) / entry.id
     states = read_entry_states(entry, known_states(folder))
     request = describe_request(entry, recipe, stages, states)
-    if entry.video is not None:
-        request["annotator"] = finder.settings(entry.person)
+    if entry.video is not None or entry.reference_pose_from == "annotator":
+        with explaining_missing_annotator(entry):
+            request["annotator"] = finder.settings(entry.person)
     if is_done(folder, request):
         logger.info("skipped '%s': %s contains its result", entry.id, folder)
         return False
@@ -166,14 +182,17 @@ def animate_entry(
     inputs = load_inputs(entry, aspect=frame_size, pose_sizes={frame_size, map_size}, maps=given, finder=finder)
     if read_entry_states(entry, {entry.files[name].absolute(): state for name, state in states.items()}) != states:
         raise EntryError("one of the entry's files was replaced while they were read")
-    result = run_stages(entry, inputs, recipe, stages)
+    parts.take()  # an entry that failed may have left some
+    result = run_stages(entry, inputs, recipe, stages, parts)
     details = {
         "id": entry.id,
         "files": {name: {"path": str(path), **states[name].to_json()} for name, path in entry.files.items()},
         "exports": stages.exports,
         "reference_frame": entry.reference_frame,
         "seconds": round(time.monotonic() - started, 3),
+        "part_seconds": parts.take(),
         "device": str(stages.animation.device),
+        "machine": machine_name(stages.animation.device),
         "versions": installed_versions(),
     }
     watchdog.enter("writing a result", entry.id)
@@ -199,49 +218,52 @@ def describe_request(
         "weights": stages.weights,
         **{name: getattr(recipe, name) for name in settings},
         "geometry": recipe.geometry.model_dump(mode="json") if stages.geometry is not None else None,
-        "animation": recipe.animation.model_dump(mode="json"),
+        "animation": _without_later_keys(recipe.animation.model_dump(mode="json")),
+        **({} if entry.reference_pose_from is None else {"reference_pose_from": entry.reference_pose_from}),
+        **({"reference_frame": entry.reference_frame} if entry.reference_pose_from == "reference_frame" else {}),
     }
 
 
-def run_stages(entry: ManifestEntry, inputs: EntryInputs, recipe: AnimateRecipe, stages: Stages) -> ClipResult:
+def run_stages(
+    entry: ManifestEntry, inputs: EntryInputs, recipe: AnimateRecipe, stages: Stages, parts: PartSeconds
+) -> ClipResult:
     """Runs both pipelines on one entry; both draw noise from one generator, stage 1 first."""
     generator = sample_generator((entry.seed, 0, _number_of(entry.id)), "animate")
     poses = inputs.poses[Size(recipe.width, recipe.height)]
+    drawn = inputs.poses[Size(recipe.geometry_width, recipe.geometry_height)]
+    maps, of_reference = dict(inputs.maps), dict(inputs.reference_maps)
     normals = depths = None
     if stages.geometry is not None:
-        sampling = recipe.geometry
-        normals, depths, _ = cast(
-            tuple[Tensor, Tensor, Tensor],
-            stages.geometry(
-                # The same part of the picture as stage 2 gets, even if the aspects of the two sizes differ a little.
-                resize_images(inputs.reference, recipe.geometry_height, recipe.geometry_width),
-                inputs.poses[Size(recipe.geometry_width, recipe.geometry_height)],
-                height=recipe.geometry_height,
-                width=recipe.geometry_width,
-                guidance_scales=sampling.guidance_scales.in_order,
-                **sampling.model_dump(exclude={"guidance_scales"}),
-                generator=generator,
-                output_type="pt",
-                return_dict=False,
-            ),
-        )
+        parts.begin("geometry")
+        normals, depths = _run_geometry(stages.geometry, inputs.reference, drawn, recipe, generator)
+        parts.end()
+        maps |= {"normal": encode_normals(normals), "depth": depths}
+    if stages.animation.reference_first:
+        of_reference["pose"] = inputs.reference_poses[Size(recipe.width, recipe.height)]
+        if stages.geometry is not None:  # a clip of one frame, whose pose is that of the reference itself
+            own = inputs.reference_poses[Size(recipe.geometry_width, recipe.geometry_height)][None]
+            parts.begin("geometry")
+            own_normals, own_depths = _run_geometry(stages.geometry, inputs.reference, own, recipe, generator)
+            parts.end()
+            of_reference |= {"normal": encode_normals(own_normals)[:, 0], "depth": own_depths[:, 0]}
+    parts.begin("animation")
     (frames,) = cast(
         tuple[Tensor],
         stages.animation(
             inputs.reference,
             poses,
-            None if normals is None else encode_normals(normals),
-            depths,
-            maps=inputs.maps,
+            maps=maps,
+            reference_maps=of_reference or None,
             height=recipe.height,
             width=recipe.width,
-            fps=inputs.fps,
+            fps=stages.animation.trained_fps or inputs.fps,
             **recipe.animation.model_dump(),
             generator=generator,
             output_type="pt",
             return_dict=False,
         ),
     )
+    parts.end()
     return ClipResult(
         reference=inputs.reference,
         poses=poses,
@@ -253,10 +275,37 @@ def run_stages(entry: ManifestEntry, inputs: EntryInputs, recipe: AnimateRecipe,
     )
 
 
-def report_failures(failures: Sequence[Failure], output: Path, run_folder: Path, *, num_entries: int) -> None:
-    """Writes `failures.json` and raises if there are failures; otherwise removes an older file.
+def _run_geometry(
+    geometry: GeometryPipeline, reference: Tensor, poses: Tensor, recipe: AnimateRecipe, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Stage 1 on a reference `3 H W` and poses `f 3 h w` of its size: unit normals and depths `1 f c h w`."""
+    normals, depths, _ = cast(
+        tuple[Tensor, Tensor, Tensor],
+        geometry(
+            # The same part of the picture as stage 2 gets, even if the aspects of the two sizes differ a little.
+            resize_images(reference, recipe.geometry_height, recipe.geometry_width),
+            poses,
+            height=recipe.geometry_height,
+            width=recipe.geometry_width,
+            guidance_scales=recipe.geometry.guidance_scales.in_order,
+            **recipe.geometry.model_dump(exclude={"guidance_scales"}),
+            generator=generator,
+            output_type="pt",
+            return_dict=False,
+        ),
+    )
+    return normals, depths
 
-    The file is in the run folder, because an entry may have the same name in the output folder.
+
+def _without_later_keys(animation: dict[str, Any]) -> dict[str, Any]:
+    """The section `animation` as the results of older commits record it, if its newer keys have no effect."""
+    return {name: value for name, value in animation.items() if _LATER_KEYS.get(name, ...) != value}
+
+
+def report_failures(failures: Sequence[Failure], output: Path, run_folder: Path, *, num_entries: int) -> None:
+    """Writes `failures.json` and raises if there are failures; otherwise removes an older file and the list of entries.
+
+    `failures.json` is in the run folder, because an entry may have the same name in the output folder.
 
     Raises:
         AnimateError: there are failures; the error names each failed entry and the reason.
@@ -264,6 +313,7 @@ def report_failures(failures: Sequence[Failure], output: Path, run_folder: Path,
     path = run_folder / FAILURES_FILE
     if not failures:
         path.unlink(missing_ok=True)
+        (output / ENTRIES_FILE).unlink(missing_ok=True)
         logger.info("all %d entries are in %s", num_entries, output)
         return
     write_atomically(path, json.dumps([asdict(failure) for failure in failures], indent=2) + "\n")

@@ -59,7 +59,7 @@ class KeypointFinder:
 
     def settings(self, person: int | PersonBox | None) -> dict[str, Any]:
         """Everything besides the files that determines the key points of a driving video, JSON-able."""
-        chosen = self._section.person if person is None else person
+        chosen = self._choice(person)
         return {
             **self._network(),
             "person": list(chosen) if isinstance(chosen, tuple) else chosen,
@@ -81,7 +81,7 @@ class KeypointFinder:
             UserError: the video cannot be used, or shows nobody, or not this person.
         """
         frames = choose_frames(video, fps)
-        chosen = self._section.person if person is None else person
+        chosen = self._choice(person)
 
         def find() -> Iterator[Arrays | None]:
             track = yield from find_in_video(self.annotator, video, frames, person=chosen)
@@ -117,6 +117,10 @@ class KeypointFinder:
         keypoints = self._make(StageKey("picture", self._network(), [state.sha256]), find)
         height, width = picture.shape[:2]
         return to_reference(keypoints, width=width, height=height, where=str(path))
+
+    def _choice(self, person: int | PersonBox | None) -> int | PersonBox | None:
+        """Whom to follow; None for the largest and most central, also if the number 0 names them: equal keys."""
+        return (self._section.person if person is None else person) or None
 
     def _network(self) -> dict[str, Any]:
         files = {file.file: file.sha256 for file in self.annotator.networks}

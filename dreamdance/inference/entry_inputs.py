@@ -1,7 +1,8 @@
 """Loads the inputs of a manifest entry: the reference picture, the pose drawings and the control maps."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -15,9 +16,11 @@ from dreamdance.annotators.driving_video import choose_frames, fit_sequence
 from dreamdance.errors import UserError
 from dreamdance.inference.driving_videos import KeypointFinder
 from dreamdance.inference.manifest import ManifestEntry
+from dreamdance.inference.reference_pose import draw_reference_pose
 from dreamdance.media.cropping import centred_crop
 from dreamdance.media.keypoint_formats import read_any_keypoints
 from dreamdance.media.keypoints import KeypointSequence
+from dreamdance.media.leg_sides import describe_exchanged_legs
 from dreamdance.media.pictures import MAX_PICTURE_PIXELS, read_picture
 from dreamdance.media.pose_drawing import draw_pose
 from dreamdance.media.transforms import pictures_to_tensor, resize_images, resize_map
@@ -26,7 +29,11 @@ from dreamdance.modalities import MODALITIES
 from dreamdance.runs.file_states import FileState, read_state
 from dreamdance.runtime.available_memory import available_memory
 
+logger = logging.getLogger(__name__)
+
 MAX_FRAMES = 50_000
+# Drawings that are this many times larger or smaller than the frames give a warning.
+MAX_DRAWING_SCALE = 1.5
 _Value = TypeVar("_Value")
 
 
@@ -52,6 +59,8 @@ class EntryInputs:
         fps: frames per second.
         maps: the requested control maps by modality, `f 3 H W` in [0, 1], in the size of the result.
         video: the driving video, whose sound the result gets; None if poses were given.
+        reference_poses: the pose drawing of the reference, `3 H W`, for each requested size; empty if not needed.
+        reference_maps: the reference's own `maps`, `3 H W`; empty if not needed.
     """
 
     reference: Tensor
@@ -59,6 +68,8 @@ class EntryInputs:
     fps: float
     maps: dict[str, Tensor]
     video: VideoInfo | None = None
+    reference_poses: dict[Size, Tensor] = field(default_factory=dict)
+    reference_maps: dict[str, Tensor] = field(default_factory=dict)
 
 
 def read_entry_states(entry: ManifestEntry, known: Mapping[Path, FileState] | None = None) -> dict[str, FileState]:
@@ -115,6 +126,7 @@ def load_inputs(
     if entry.pose is not None:
         drawings, num_frames, fps = _decode(entry.pose)
         check_memory(num_frames)
+        drawings = _warning_of_size(drawings, entry, aspect)
     else:
         if video is not None:
             check_memory(len(choose_frames(video, entry.fps)))  # before a long search
@@ -131,8 +143,49 @@ def load_inputs(
             resized[number] = resize_images(cut, size.height, size.width).clamp(0, 1)
     given = {name: _read_map(entry, name, aspect, num_frames=num_frames) for name in maps}
     return EntryInputs(
-        reference=pictures_to_tensor(reference), poses=poses, fps=entry.fps or fps, maps=given, video=video
+        reference=pictures_to_tensor(reference),
+        poses=poses,
+        fps=entry.fps or fps,
+        maps=given,
+        video=video,
+        reference_poses=_reference_poses(entry, picture, poses, aspect, finder),
+        reference_maps=_reference_maps(entry, given),
     )
+
+
+def _reference_poses(
+    entry: ManifestEntry,
+    picture: NDArray[np.uint8],
+    poses: Mapping[Size, Tensor],
+    aspect: Size,
+    finder: KeypointFinder | None,
+) -> dict[Size, Tensor]:
+    """The drawing of the reference's pose in each size of `poses`, if stage 2 needs it."""
+    if entry.reference_pose_from is None:
+        return {}
+    if entry.reference_pose_from == "reference_frame":
+        return {size: drawings[_own_frame(entry, len(drawings))] for size, drawings in poses.items()}
+    cut = pictures_to_tensor(_cut(draw_reference_pose(entry, picture, finder), aspect))
+    return {size: resize_images(cut, size.height, size.width).clamp(0, 1) for size in poses}
+
+
+def _reference_maps(entry: ManifestEntry, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The reference's own frames of the maps that the entry gives, if stage 2 needs them."""
+    if entry.reference_pose_from is None or not given:
+        return {}
+    if entry.reference_frame is None:
+        raise EntryError(
+            f"stage 2 was trained with objective.reference_first and reads {' and '.join(given)} of the reference too; "
+            "only a reference that is a frame of the sequence has it: give 'reference_frame'"
+        )
+    return {name: frames[_own_frame(entry, len(frames))] for name, frames in given.items()}
+
+
+def _own_frame(entry: ManifestEntry, num_frames: int) -> int:
+    number = _given(entry.reference_frame)
+    if number >= num_frames:
+        raise EntryError(f"reference_frame {number} is not one of the {num_frames} frames of the pose sequence")
+    return number
 
 
 def _check_memory(entry: ManifestEntry, num_frames: int, *, frame_bytes: int) -> None:
@@ -153,7 +206,10 @@ def _read_skeleton(entry: ManifestEntry, video: VideoInfo | None, finder: Keypoi
         return _given(finder).of_video(video, _state(video.path), person=entry.person, fps=entry.fps)
     person = entry.person
     assert person is None or isinstance(person, int), "the check of the manifest refuses a box for key points"
-    return read_any_keypoints(_given(entry.keypoints), size=entry.keypoints_size, fps=entry.fps, person=person)
+    sequence = read_any_keypoints(_given(entry.keypoints), size=entry.keypoints_size, fps=entry.fps, person=person)
+    if (warning := describe_exchanged_legs(sequence)) is not None:
+        logger.warning("%s: %s", entry.keypoints, warning)
+    return sequence
 
 
 def _read_body(entry: ManifestEntry, picture: NDArray[np.uint8], finder: KeypointFinder | None) -> KeypointSequence:
@@ -191,6 +247,32 @@ def _decode(path: Path) -> tuple[Iterator[NDArray[np.uint8]], int, float]:
         raise EntryError(f"{path} has {video.num_frames} frames; accepted are up to {MAX_FRAMES}")
     frames = video.constant_rate_frames()
     return iterate_frames(video, frames), len(frames), video.fps
+
+
+def _warning_of_size(
+    drawings: Iterator[NDArray[np.uint8]], entry: ManifestEntry, size: Size
+) -> Iterator[NDArray[np.uint8]]:
+    """The drawings; warns if they are much larger or smaller than the frames, at whose size the networks were trained.
+
+    DWPose's own program draws limbs 4 pixels wide at any size; ours are relative to the picture, as if at 512 pixels.
+    """
+    for number, drawing in enumerate(drawings):
+        scale = _cut(drawing, size).shape[1] / size.width
+        if number == 0 and not 1 / MAX_DRAWING_SCALE < scale < MAX_DRAWING_SCALE:
+            logger.warning(
+                "'%s': the drawings of %s have %dx%d pixels, for frames of %dx%d. Limbs that a program draws with a "
+                "constant width in pixels, as DWPose's does, are then %.1f times %s than in drawings of that size, and "
+                "the networks may not know them. Give 'keypoints', or draw at the size of the frames",
+                entry.id,
+                entry.pose,
+                drawing.shape[1],
+                drawing.shape[0],
+                size.width,
+                size.height,
+                max(scale, 1 / scale),
+                "thinner" if scale > 1 else "thicker",
+            )
+        yield drawing
 
 
 def _read_map(entry: ManifestEntry, name: str, size: Size, *, num_frames: int) -> Tensor:

@@ -25,13 +25,16 @@ ID_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 REQUIRED_FIELDS = ("id", "image")
 # What moves the person; an entry has one of them.
 DRIVING_FIELDS = ("pose", "keypoints", "video")
-PATH_FIELDS = ("image", "pose", "keypoints", "video", "reference_keypoints", *GIVEN_CONTROLS)
-OTHER_FIELDS = ("seed", "align", "fps", "reference_keypoints", "reference_frame", "keypoints_size", "person")
+# What may give the pose of the reference picture.
+REFERENCE_FIELDS = ("reference_keypoints", "reference_pose")
+PATH_FIELDS = ("image", "pose", "keypoints", "video", *REFERENCE_FIELDS, *GIVEN_CONTROLS)
+OTHER_FIELDS = ("seed", "align", "fps", *REFERENCE_FIELDS, "reference_frame", "keypoints_size", "person")
 FIELDS = (*REQUIRED_FIELDS, *DRIVING_FIELDS, *OTHER_FIELDS, *GIVEN_CONTROLS)
 
 # How a driving skeleton is fitted to the body of the reference: by one scale (`media.alignment`), or bone by bone
 # (`media.retargeting`).
 Alignment = Literal["scale", "bones"]
+ReferencePoseSource = Literal["reference_pose", "reference_keypoints", "reference_frame", "annotator"]
 
 
 @dataclass(frozen=True)
@@ -49,14 +52,17 @@ class ManifestEntry:
         align: how to fit the driving skeleton to the body of the reference; None leaves it as it is.
         reference_keypoints: key-point file of the reference picture; only its first frame is used. With `video`, None
             lets the annotator find them.
+        reference_pose: picture of the reference's pose drawing, for drawings whose key points are not known.
         fps: frames per second; None keeps the frame rate of the sequence. Drawings and key points are played at this
             rate; from `video`, frames are taken at this rate.
         maps: videos of the control maps that stage 2 reads and stage 1 does not make, by modality.
-        reference_frame: frame number of the reference in the clip that it was taken from, for the evaluation.
+        reference_frame: frame number of the reference in the clip that it was taken from, for the evaluation. The pose
+            of that frame is the reference's if nothing else gives it and the poses are not aligned.
         keypoints_size: width and height of the frames of `keypoints`, in pixels, if the file does not state them.
         person: who to follow in `keypoints` or `video` of several people; None takes the largest, or whom the recipe
             names. For `video`, a place in the order of size, or a box in fractions of the frame.
         line: line number in the manifest, for messages.
+        needs_reference_pose: whether stage 2 was trained with `objective.reference_first`; not a field of the manifest.
     """
 
     id: str
@@ -67,19 +73,34 @@ class ManifestEntry:
     seed: int = 0
     align: Alignment | None = None
     reference_keypoints: Path | None = None
+    reference_pose: Path | None = None
     fps: float | None = None
     maps: dict[str, Path] = field(default_factory=dict)
     reference_frame: int | None = None
     keypoints_size: tuple[int, int] | None = None
     person: int | PersonBox | None = None
     line: int = field(default=0, compare=False)
+    needs_reference_pose: bool = False
+
+    @property
+    def reference_pose_from(self) -> ReferencePoseSource | None:
+        """Where the pose of the reference comes from; None if stage 2 does not need it."""
+        if not self.needs_reference_pose:
+            return None
+        if self.reference_pose is not None:
+            return "reference_pose"
+        if self.reference_keypoints is not None:
+            return "reference_keypoints"
+        if self.reference_frame is not None and self.video is None and self.align is None:
+            return "reference_frame"
+        return "annotator"
 
     @property
     def files(self) -> dict[str, Path]:
         """All files that the result depends on, by field; those of a folder of key points by field and name."""
         named = {name: getattr(self, name) for name in PATH_FIELDS if name not in GIVEN_CONTROLS} | self.maps
-        if self.align is None:
-            named.pop("reference_keypoints")
+        used = {self.reference_pose_from, None if self.align is None else "reference_keypoints"}
+        named = {name: path for name, path in named.items() if name not in REFERENCE_FIELDS or name in used}
         files: dict[str, Path] = {}
         for name, path in named.items():
             if path is not None and name in ("keypoints", "reference_keypoints") and path.is_dir():

@@ -22,9 +22,9 @@ from dreamdance.media.video import VideoError, VideoInfo, write_video
 from dreamdance.modalities import MODALITIES
 from dreamdance.runs.file_notes import Expectation, forget_note, of_content, write_note
 from dreamdance.runs.file_states import FileState, read_state
-from dreamdance.runs.files import replace_atomically
+from dreamdance.runs.files import replace_atomically, write_atomically
 from dreamdance.runs.folder_lock import OutputError
-from dreamdance.runs.layout import ARRAYS_FILE, RESULT_FILE
+from dreamdance.runs.layout import ARRAYS_FILE, ENTRIES_FILE, RESULT_FILE
 from dreamdance.runs.provenance import code_version, package_versions
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,18 @@ def known_states(folder: Path) -> dict[Path, FileState]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
     return {path: state for path, state in noted.items() if state is not None}
+
+
+def list_entries(entries: Sequence[ManifestEntry], output: Path) -> None:
+    """Lists in the output folder what is to be made, so that `evaluate` notices what is missing until all is made.
+
+    Raises:
+        OutputError: the disk is full, or the folder cannot be written.
+    """
+    try:
+        write_atomically(output / ENTRIES_FILE, json.dumps([entry.id for entry in entries]) + "\n")
+    except OSError as error:
+        raise OutputError(f"{output} cannot be written: {error}; give another `output`") from error
 
 
 def write_result(folder: Path, result: ClipResult, *, request: dict[str, Any], details: dict[str, Any]) -> None:

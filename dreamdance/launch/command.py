@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import difflib
 import logging
-import re
 import signal
 import sys
 import time
@@ -23,11 +22,13 @@ from dreamdance.launch.finished import is_finished
 from dreamdance.launch.follow import explain_failure, follow
 from dreamdance.launch.job import Job
 from dreamdance.launch.local.heartbeat import Heartbeat
+from dreamdance.launch.prepared_output import describe_output
 from dreamdance.launch.program import DEFAULT_RUNS, launcher_command, program
 from dreamdance.launch.run_folder import DifferentRecipeError, create_or_check, locked, refuse_different
-from dreamdance.recipe import LoadedRecipe, Recipe, given_value, load
-from dreamdance.recipe.overrides import split_choices
+from dreamdance.launch.sweeps import load_all
+from dreamdance.recipe import LoadedRecipe, PrepareRecipe, Recipe
 from dreamdance.runs.layout import progress_file
+from dreamdance.runtime.gpus import DEFAULT_GPU, GPUS, Gpu
 
 OK, FAILED, BAD_RECIPE, OTHER_RECIPE, HAS_JOB = 0, 1, 2, 3, 4
 INTERRUPTED = 128 + signal.SIGINT
@@ -37,7 +38,7 @@ something is missing, 3 the run folder belongs to a different recipe, 4 the run 
 submitted again (with --follow, that job is shown, and the exit code is the job's), 130 Ctrl-C under --follow (a local
 job was stopped, a Slurm job continues)."""
 
-Planner = Callable[[Recipe, float | None], str]
+Planner = Callable[[Recipe, float | None, Gpu], str]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,8 +51,9 @@ def main(argv: Sequence[str], plan: Planner) -> int:
 
     Args:
         argv: the words after the program's name.
-        plan: describes a recipe's parameters and memory, given the GPU's memory in GiB if it is known, and the scores
-            of its clips; may be empty. The caller passes it, because the launcher knows no models and no clips.
+        plan: describes a recipe's parameters, memory and time, given the memory in GiB of the GPUs here if there are
+            any, and the GPU to estimate the time with; and the scores of its clips. May be empty. The caller passes
+            it, because the launcher knows no models and no clips.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
@@ -61,7 +63,7 @@ def main(argv: Sequence[str], plan: Planner) -> int:
         options = _options(argv)
         if options.words and options.words[0] in ("status", "cancel"):
             return _ask(options)
-        return _run_all(_recipes(options), options, plan, argv)
+        return _run_all(load_all(options.words, options.sweep, options.cluster, usage=_usage()), options, plan, argv)
     except DifferentRecipeError as error:
         sys.stderr.write(f"{error}\n")
         return OTHER_RECIPE
@@ -87,6 +89,11 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
         help="auto (default): Slurm if a cluster answers, else this machine; debug: in this process",
     )
     parser.add_argument("--dry-run", action="store_true", help="show recipe, plan and batch script; submit nothing")
+    parser.add_argument(
+        "--gpu",
+        choices=tuple(GPUS),
+        help=f"with --dry-run: the GPU to estimate the time with (default: the one here if known, else {DEFAULT_GPU})",
+    )
     parser.add_argument("--follow", action="store_true", help="show progress and exit with the job's own status")
     parser.add_argument(
         "--runs", type=Path, default=DEFAULT_RUNS, metavar="DIR", help="the folder of all runs (default: runs)"
@@ -105,6 +112,8 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
         key = unknown[0].lstrip("-").partition("=")[0]
         hint = f"; did you mean '{near[0]}'?" if near else f"; a recipe key has no dashes: {key}=..."
         raise RecipeError(f"unknown option '{unknown[0]}'{hint}")
+    if options.gpu and not options.dry_run:
+        raise RecipeError(f"--gpu {options.gpu} chooses the GPU of an estimate: add --dry-run, or leave it out")
     if not options.words:
         parser.print_help()
         raise RecipeError("no recipe given")
@@ -133,43 +142,6 @@ def _ask(options: argparse.Namespace) -> int:
     return OK
 
 
-def _recipes(options: argparse.Namespace) -> list[LoadedRecipe]:
-    """The recipe with the command line's changes, once for each combination of swept values."""
-    file, *overrides = options.words
-    if "=" in file:
-        raise RecipeError(f"the first word is the recipe's file, not '{file}'\nusage: {_usage()}")
-    if options.cluster == "debug":  # one process, with a GPU if the recipe uses GPUs
-        gpus = given_value(file, overrides, "cluster.gpus_per_node")
-        overrides += ["cluster.nodes=1", "cluster.tasks_per_node=1", "cluster.array=1"]
-        overrides += ["cluster.gpus_per_node=1"] if isinstance(gpus, int) and gpus > 1 else []
-    combinations: list[list[str]] = [[]]
-    for sweep in options.sweep:
-        key, equals, values = sweep.partition("=")
-        if not equals or not values:
-            raise RecipeError(f"--sweep expects key=v1,v2, not '{sweep}'")
-        choices = [f"{key}={value}" for value in split_choices(values)]
-        combinations = [[*chosen, choice] for chosen in combinations for choice in choices]
-    loaded = [load(file, [*overrides, *chosen]) for chosen in combinations]
-    if not options.sweep:
-        return loaded
-    names = [_sweep_name(one.recipe.name, chosen) for one, chosen in zip(loaded, combinations, strict=True)]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        alike = [" ".join(chosen) for name, chosen in zip(names, combinations, strict=True) if name == twice]
-        raise RecipeError(
-            f"--sweep: {' and '.join(alike)} would have the same name '{twice}'; run them separately, each with name="
-        )
-    return [load(file, [*overrides, *chosen, f"name={name}"]) for name, chosen in zip(names, combinations, strict=True)]
-
-
-def _sweep_name(name: str, chosen: Sequence[str]) -> str:
-    """The recipe's name with the chosen values; `1e-4` gives `1e_4`, `-1` gives `minus_1`."""
-    for choice in chosen:
-        key, _, value = choice.partition("=")
-        value = re.sub(r"(?<![a-z0-9.])-(?=[0-9.])", "minus_", value.lower())
-        name += f"_{key.rpartition('.')[2]}_{value}"
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-
-
 def _run_all(recipes: Sequence[LoadedRecipe], options: argparse.Namespace, plan: Planner, argv: Sequence[str]) -> int:
     """Runs all: on Slurm at once, else one after the other. Returns the highest exit code; Ctrl-C ends the sequence."""
     cluster = submission.choose_cluster(options.cluster)
@@ -177,7 +149,7 @@ def _run_all(recipes: Sequence[LoadedRecipe], options: argparse.Namespace, plan:
     for group in _groups(recipes, cluster):
         if options.dry_run:
             for loaded in group:
-                _show_plan(loaded, options.runs, cluster, plan)
+                _show_plan(loaded, options, cluster, plan)
             continue
         for code in _run(group, cluster, options, argv):
             worst = max(worst, code)
@@ -208,10 +180,14 @@ class _Started:
     """
 
     job: submission.SubmittedJob
-    recipe: Recipe
+    loaded: LoadedRecipe
     run_folder: Path
     offset: int
     state: submission.State | None
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.loaded.recipe
 
     @property
     def is_new(self) -> bool:
@@ -226,7 +202,7 @@ def _run(
     for one in started:
         job, name = one.job, one.recipe.name
         if job.cluster == "debug" and one.is_new:
-            yield _run_here(one.run_folder)
+            yield _run_here(one, options.runs)
             return
         what = f"{job.cluster} job {job.job_id}"
         what = what if one.is_new else f"not submitted again, {what} is already {one.state}"
@@ -249,9 +225,11 @@ def _start(
     group: Sequence[LoadedRecipe], cluster: submission.ClusterName, runs: Path, argv: Sequence[str]
 ) -> list[_Started]:
     """Creates and submits the runs without a job. A run with a job is left as it is: the job may reread its recipe."""
-    unfinished = [loaded for loaded in group if not _show_finished(loaded.recipe, _run_folder(loaded, runs))]
+    unfinished = [loaded for loaded in group if not _show_finished(loaded, runs)]
     for loaded in unfinished:
         _check(loaded, cluster, runs)
+        if cluster != "slurm" and (warning := preflight.oversize(loaded.recipe)):
+            sys.stderr.write(f"{warning}\n")
     with _naming_what_fails(), contextlib.ExitStack() as locks:
         jobs: dict[str, submission.SubmittedJob] = {}
         states: dict[str, submission.State] = {}
@@ -260,7 +238,7 @@ def _start(
             recipe, run_folder = loaded.recipe, _run_folder(loaded, runs)
             run_folder.mkdir(parents=True, exist_ok=True)
             locks.enter_context(locked(run_folder))
-            if _show_finished(recipe, run_folder):  # another launcher's job may have finished while this one waited
+            if _show_finished(loaded, runs):  # another launcher's job may have finished while this one waited
                 continue
             job = submission.last_job(run_folder)
             status = submission.status_of(job, recipe, run_folder) if job is not None else None
@@ -278,7 +256,7 @@ def _start(
     return [
         _Started(
             job=jobs[loaded.recipe.name],
-            recipe=loaded.recipe,
+            loaded=loaded,
             run_folder=_run_folder(loaded, runs),
             offset=offsets[loaded.recipe.name],
             state=states.get(loaded.recipe.name),
@@ -306,11 +284,13 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _show_finished(recipe: Recipe, run_folder: Path) -> bool:
+def _show_finished(loaded: LoadedRecipe, runs: Path) -> bool:
+    recipe, run_folder = loaded.recipe, _run_folder(loaded, runs)
     if not is_finished(recipe, run_folder):
         return False
     refuse_different(recipe, run_folder)
     _show(f"{recipe.name} is finished: {run_folder}")
+    _show_output(loaded, runs)
     return True
 
 
@@ -335,27 +315,36 @@ def _refuse_nodes_on_one_machine(recipe: Recipe, cluster: submission.ClusterName
         )
 
 
-def _show_plan(loaded: LoadedRecipe, runs: Path, cluster: submission.ClusterName, plan: Planner) -> None:
-    recipe, run_folder = loaded.recipe, _run_folder(loaded, runs)
+def _show_plan(
+    loaded: LoadedRecipe, options: argparse.Namespace, cluster: submission.ClusterName, plan: Planner
+) -> None:
+    recipe, run_folder = loaded.recipe, _run_folder(loaded, options.runs)
     _refuse_nodes_on_one_machine(recipe, cluster)
-    missing = preflight.missing(recipe, loaded.file, runs, check_gpu=cluster != "slurm")
-    _show(f"# Recipe {loaded.file} (run folder {run_folder})\n{dry_run.resolved_recipe(loaded)}")
-    _show(f"\n# Plan\n{dry_run.batch_arithmetic(loaded, cluster)}")
-    if described := plan(recipe, preflight.gpu_memory_gib()):
-        _show(described)
-    _show(f"\n# Batch script\n{dry_run.script(loaded, run_folder, cluster)}")
-    if missing:
-        _show(f"\n# Warnings\n{preflight.report(recipe, loaded.file, runs, missing)}")
+    missing = preflight.missing(recipe, loaded.file, options.runs, check_gpu=cluster != "slurm")
+    gpu = GPUS[options.gpu] if options.gpu else preflight.gpu_at_hand() or GPUS[DEFAULT_GPU]
+    _show(dry_run.pages(loaded, run_folder, cluster, plan(recipe, preflight.gpu_memory_gib(), gpu)))
+    warnings = [preflight.oversize(recipe)] if cluster != "slurm" else []
+    warnings += [preflight.report(recipe, loaded.file, options.runs, missing)] if missing else []
+    if text := "\n".join(warning for warning in warnings if warning):
+        _show(f"\n# Warnings\n{text}")
 
 
-def _run_here(run_folder: Path) -> int:
+def _run_here(started: _Started, runs: Path) -> int:
     """Runs the job in this process: breakpoints work, and an unexpected error shows its traceback."""
     try:
-        with Heartbeat(run_folder):
-            Job(run_folder)()
+        with Heartbeat(started.run_folder):
+            Job(started.run_folder)()
     except SystemExit as ending:
-        return FAILED if ending.code else OK
+        if ending.code:
+            return FAILED
+    _show_output(started.loaded, runs)
     return OK
+
+
+def _show_output(loaded: LoadedRecipe, runs: Path) -> None:
+    """What a finished `prepare` has made, and the next command."""
+    if isinstance(loaded.recipe, PrepareRecipe) and (text := describe_output(loaded.recipe, loaded.file, runs)):
+        _show(text)
 
 
 def _follow(started: _Started, runs: Path) -> int:
@@ -381,6 +370,7 @@ def _follow(started: _Started, runs: Path) -> int:
         return FAILED
     if is_finished(recipe, run_folder):
         _show(f"{recipe.name} finished in {time.monotonic() - since:.0f} s: {run_folder}")
+        _show_output(started.loaded, runs)
         return OK
     _show(f"{recipe.name} stopped before its end; the same command resumes")
     return FAILED

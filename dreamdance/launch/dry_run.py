@@ -19,6 +19,15 @@ def resolved_recipe(loaded: LoadedRecipe) -> str:
     return "\n".join(line + MARK if number in marked else line for number, line in enumerate(lines, start=1))
 
 
+def pages(loaded: LoadedRecipe, run_folder: Path, cluster: ClusterName, described: str) -> str:
+    """All parts one below the other; `described` is what other places know of the plan, may be empty."""
+    plan = "\n".join(filter(None, [batch_arithmetic(loaded, cluster), described]))
+    return (
+        f"# Recipe {loaded.file} (run folder {run_folder})\n{resolved_recipe(loaded)}\n\n# Plan\n{plan}\n\n"
+        f"# Batch script\n{script(loaded, run_folder, cluster)}"
+    )
+
+
 def batch_arithmetic(loaded: LoadedRecipe, cluster: ClusterName) -> str:
     """The number of processes, and how they divide a batch."""
     recipe = loaded.recipe

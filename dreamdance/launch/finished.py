@@ -9,10 +9,11 @@ import json
 import time
 from pathlib import Path
 
-from dreamdance.launch.prepared import INDEX_FILE, describe_videos, is_encoded, is_prepared
+from dreamdance.launch.prepared import describe_videos, is_encoded, is_prepared
 from dreamdance.recipe import AnimateRecipe, EncodeRecipe, EvaluateRecipe, PrepareRecipe, Recipe, TrainingRecipe
 from dreamdance.runs.file_notes import is_as_noted
 from dreamdance.runs.files import hash_file, write_atomically
+from dreamdance.runs.finished_clips import INDEX_FILE
 from dreamdance.runs.layout import EXPORT_INDEX_FILE, FINISHED_FILE, RESULT_FILE, export_folder, is_export, step_folders
 
 
@@ -66,7 +67,8 @@ def digest_inputs(recipe: Recipe, runs: Path) -> str:
     elif isinstance(recipe, EncodeRecipe):
         index = Path(recipe.shards.remote or recipe.shards.local) / INDEX_FILE
         parts.append(hash_file(index) if index.is_file() else "")
-        for source in (recipe.model.autoencoder, recipe.model.image_encoder):
+        parts += _weights(recipe.geometry_from, runs) if recipe.geometry_from else []
+        for source in (recipe.model.autoencoder, recipe.model.image_encoder) if recipe.model else ():
             parts += _listing(Path(source.path) / (source.subfolder or ""), "*.safetensors") if source.path else []
     elif isinstance(recipe, PrepareRecipe) and recipe.videos is not None:
         parts += describe_videos(recipe.videos)

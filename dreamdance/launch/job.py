@@ -144,7 +144,7 @@ def default_environment(recipe: Recipe, *, local_rank: int, logs: Path | None) -
         # Two Python environments that share the default folder would rebuild each other's compiled ops.
         "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
         # NCCL keeps the last collectives of each rank, and writes them to files when one reaches its time-out.
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "TORCH_FR_BUFFER_SIZE": "2000",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
         "PYTHONFAULTHANDLER": "1",
         # Compute nodes may have no network, and a job must not wait for it: weights are checked before the start.

@@ -1,5 +1,6 @@
 """Checks what a recipe needs on this machine before anything starts: weights, data, runs, packages, GPUs."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -11,11 +12,14 @@ from dreamdance.launch.program import launcher_command
 from dreamdance.launch.requirements import (
     BACKEND_KEY,
     CHANNELS_LAST_KEY,
+    COMPILE_KEY,
     installation,
     missing_packages,
     named_backend,
+    wants_compiled_blocks,
     wants_fused_norms,
     why_backend_cannot_run_in_a_job,
+    why_blocks_cannot_compile_in_a_job,
     why_kernels_cannot_start_in_a_job,
 )
 from dreamdance.launch.run_folder import weight_sources
@@ -32,6 +36,7 @@ from dreamdance.runs.layout import (
     is_export,
     step_folders,
 )
+from dreamdance.runtime.gpus import Gpu, known_gpu
 
 DOWNLOADS = {
     "stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -63,6 +68,23 @@ def missing(recipe: Recipe, recipe_file: Path, runs: Path, *, check_gpu: bool) -
     return [*found, *_gpus(recipe), *_backend(recipe), *_kernels(recipe)] if check_gpu else found
 
 
+def oversize(recipe: Recipe) -> str:
+    """Warns if `prepare` would start more processes than this machine has cores, or wants more memory than it has."""
+    if not isinstance(recipe, PrepareRecipe):
+        return ""
+    processes, cores = recipe.num_workers * recipe.cluster.tasks_per_node, len(os.sched_getaffinity(0))
+    wanted, memory = recipe.cluster.memory_gib, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    found = []
+    if processes > cores:
+        found.append(
+            f"{processes} processes would work on {cores} cores (num_workers x cluster.tasks_per_node); each needs "
+            f"memory of its own: num_workers={max(1, cores // recipe.cluster.tasks_per_node)} fits this machine"
+        )
+    if wanted is not None and wanted > memory:
+        found.append(f"the recipe is written for {wanted} GiB (cluster.memory_gib), this machine has {memory:.0f} GiB")
+    return "\n".join(f"warning: {text}" for text in found)
+
+
 def report(recipe: Recipe, recipe_file: Path, runs: Path, problems: list[Missing]) -> str:
     """The text for the user, with the demo recipe of the same task if there is one beside the recipe."""
     lines = [f"{recipe_file} ({recipe.name}) cannot start here:", *(f"  - {problem}" for problem in problems)]
@@ -92,9 +114,11 @@ def _data(recipe: Recipe, recipe_file: Path, runs: Path) -> Iterator[Missing]:
     folders: list[tuple[str, Shards]] = []
     if isinstance(recipe, TrainingRecipe):
         folders = [("data.train", recipe.data.train), ("data.validation", recipe.data.validation)]
-        place = (recipe.data.latents.remote or recipe.data.latents.local) if recipe.data.latents else "://"
-        if "://" not in place and not (Path(place) / "index.json").is_file():
-            yield Missing("latents for data.latents", f"{place}/index.json", _launch(recipe_file, "encode", runs))
+        for key, made in (("latents", recipe.data.latents), ("maps", recipe.data.maps)):
+            place = (made.remote or made.local) if made else "://"
+            if "://" not in place and not (Path(place) / "index.json").is_file():
+                remedy = _launch(recipe_file, "encode" if key == "latents" else "encode_maps", runs)
+                yield Missing(f"{key} for data.{key}", f"{place}/index.json", remedy)
     elif isinstance(recipe, EncodeRecipe):
         folders = [("shards", recipe.shards)]
     elif isinstance(recipe, EvaluateRecipe):
@@ -158,8 +182,10 @@ def _runs(recipe: Recipe, recipe_file: Path, runs: Path) -> Iterator[Missing]:
         names, step = {"init_from": recipe.init_from}, recipe.init_step
     elif isinstance(recipe, AnimateRecipe):
         names = {"geometry_from": recipe.geometry_from, "animation_from": recipe.animation_from}
+    elif isinstance(recipe, EncodeRecipe):
+        names = {"geometry_from": recipe.geometry_from}
     for key, name in names.items():
-        if name is None or (isinstance(recipe, AnimateRecipe) and is_export(Path(name))):
+        if name is None or (not isinstance(recipe, TrainingRecipe) and is_export(Path(name))):
             continue
         run = runs / name
         if step is not None:
@@ -200,11 +226,14 @@ def _backend(recipe: Recipe) -> Iterator[Missing]:
 
 
 def _kernels(recipe: Recipe) -> Iterator[Missing]:
-    """The tools that start the kernels for channels_last."""
+    """The tools that start the kernels for channels_last, and those that build what torch.compile generates."""
     if wants_fused_norms(recipe) and (reason := why_kernels_cannot_start_in_a_job(recipe)):
         looked = f"{sys.executable} on this machine: {reason}"
         remedy = f"install it, or set {CHANNELS_LAST_KEY}=false, which does not need it"
         yield Missing(f"the tools that start Triton's group norm ({CHANNELS_LAST_KEY})", looked, remedy)
+    if wants_compiled_blocks(recipe) and (reason := why_blocks_cannot_compile_in_a_job(recipe)):
+        looked = f"{sys.executable} on this machine: {reason}"
+        yield Missing(f"the tools of torch.compile ({COMPILE_KEY})", looked, f"install it, or set {COMPILE_KEY}=none")
 
 
 def _gpus(recipe: Recipe) -> Iterator[Missing]:
@@ -225,6 +254,12 @@ def gpu_memory_gib() -> float | None:
     """The smallest memory of this machine's GPUs in GiB; None without a GPU."""
     sizes = [float(line) / 1024 for line in _nvidia_smi("memory.total")]
     return min(sizes) if sizes else None
+
+
+def gpu_at_hand() -> Gpu | None:
+    """The kind of this machine's first GPU; None if there is none, or if its rates are not known."""
+    names = _nvidia_smi("name")
+    return known_gpu(names[0]) if names else None
 
 
 def _nvidia_smi(field: str) -> list[str]:

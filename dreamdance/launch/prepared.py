@@ -12,10 +12,9 @@ from dreamdance.modalities import ADDED_TO_DANCERS
 from dreamdance.recipe import PrepareRecipe
 from dreamdance.recipe.schema import VideosSource
 from dreamdance.runs.file_states import FileStamp, FileState
+from dreamdance.runs.finished_clips import INDEX_FILE, SPLITS
 from dreamdance.runs.layout import EXAMPLE_FIELDS, INPUTS_FILE
 
-SPLITS = ("train", "validation")
-INDEX_FILE = "index.json"
 MANIFEST_FILE = "manifest.jsonl"
 KEYPOINTS_SUFFIX = ".keypoints.json"  # of key points that are given beside a video
 

@@ -5,6 +5,7 @@ The launcher checks this before it submits, and each job on its own machine befo
 
 import importlib.util
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ EXTRAS = {
 
 BACKEND_KEY = "model.attention_backend"
 CHANNELS_LAST_KEY = "model.channels_last"
+COMPILE_KEY = "model.compile"
 _ASK_SECONDS = 120
 
 
@@ -44,7 +46,7 @@ def refuse_missing(recipe: Recipe) -> None:
 
     Raises:
         MissingInputError: a package is not installed, the attention backend that the recipe names cannot run, or
-            Triton cannot start the kernels for channels_last.
+            Triton cannot start the kernels for channels_last, or torch.compile lacks a compiler.
     """
     here = f"this Python ({sys.executable} on {socket.gethostname()})"
     if missing := missing_packages(recipe):
@@ -54,6 +56,9 @@ def refuse_missing(recipe: Recipe) -> None:
         raise MissingInputError(f"attention backend '{backend}' ({BACKEND_KEY}) cannot run in {here}: {reason}")
     if wants_fused_norms(recipe) and (reason := why_kernels_cannot_start()):
         raise MissingInputError(f"{CHANNELS_LAST_KEY} needs Triton's group norm, which {here} cannot start: {reason}")
+    on_gpus = recipe.cluster.gpus_per_node > 0
+    if wants_compiled_blocks(recipe) and (reason := why_blocks_cannot_compile(on_gpus=on_gpus)):
+        raise MissingInputError(f"{COMPILE_KEY} needs torch.compile, which cannot run in {here}: {reason}")
 
 
 def named_backend(recipe: Recipe) -> str | None:
@@ -66,6 +71,26 @@ def wants_fused_norms(recipe: Recipe) -> bool:
     if not isinstance(recipe, TrainingRecipe):
         return False
     return recipe.model.channels_last and recipe.cluster.gpus_per_node > 0
+
+
+def wants_compiled_blocks(recipe: Recipe) -> bool:
+    """Whether the recipe compiles the networks' blocks."""
+    return isinstance(recipe, TrainingRecipe) and recipe.model.compile == "blocks"
+
+
+def why_blocks_cannot_compile(*, on_gpus: bool) -> str:
+    """What this machine lacks to build the code that torch.compile generates; empty if it lacks nothing."""
+    from dreamdance_kernels import triton_package
+
+    if on_gpus:  # torch generates kernels for Triton
+        return triton_package.why_unusable() or triton_package.why_unable_to_start() or ""
+    compiler = os.environ.get("CXX", "g++")  # torch/_inductor/config.py
+    if shutil.which(compiler) is None:
+        return (
+            f"it needs a C++ compiler, and there is no {compiler!r} on PATH "
+            "(apt-get install g++, or name one in the environment's CXX)"
+        )
+    return triton_package.why_no_headers() or ""
 
 
 def why_kernels_cannot_start() -> str:
@@ -93,6 +118,11 @@ def why_backend_cannot_run_in_a_job(recipe: Recipe, name: str) -> str:
 def why_kernels_cannot_start_in_a_job(recipe: Recipe) -> str:
     """As `why_kernels_cannot_start`, for a job on this machine."""
     return _ask_in_a_job(recipe, "why_kernels_cannot_start()")
+
+
+def why_blocks_cannot_compile_in_a_job(recipe: Recipe) -> str:
+    """As `why_blocks_cannot_compile`, for a job on this machine."""
+    return _ask_in_a_job(recipe, f"why_blocks_cannot_compile(on_gpus={recipe.cluster.gpus_per_node > 0})")
 
 
 def _ask_in_a_job(recipe: Recipe, question: str) -> str:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from dreamdance.errors import RecipeError, UserError
-from dreamdance.recipe import Recipe, TrainingRecipe, dump_recipe, load_stored_recipe
+from dreamdance.recipe import PrepareRecipe, Recipe, TrainingRecipe, dump_recipe, load_stored_recipe
 from dreamdance.recipe.parse import flatten
 from dreamdance.recipe.same_run import CHANGEABLE_KEYS, is_changeable
 from dreamdance.recipe.yaml_text import read_yaml
 from dreamdance.runs.file_states import FileState, read_state
 from dreamdance.runs.files import NUM_PATIENT_ATTEMPTS, retry_transient, write_atomically
+from dreamdance.runs.finished_clips import has_clips
 from dreamdance.runs.layout import PROVENANCE_FILE, RECIPE_FILE
 from dreamdance.runs.locks import HeldLockError, locked_file
 from dreamdance.runs.provenance import code_version, package_versions
@@ -29,10 +30,14 @@ logger = logging.getLogger(__name__)
 LOCK_FILE = ".launch_lock"
 LOCK_SECONDS = 60.0
 FOLDERS = ("checkpoints", "exports", "samples", "tensorboard", "logs")
-# The meaning of keys that old stored recipes lack, where it differs from today's default.
-FORMER_VALUES = {"objective.target_latents": "mode"}
+# The meaning of keys that old stored recipes lack, by task, where it differs from today's default.
+FORMER_VALUES: dict[str, dict[str, str]] = {
+    "stage1": {"objective.target_latents": "mode"},
+    "stage2": {"objective.target_latents": "mode", "objective.reference_first": "false", "objective.fps": "clip"},
+}
 ABSENT = "(not set)"
-_TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
+# Of the times in `provenance.json`.
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 
 
 class DifferentRecipeError(UserError):
@@ -65,12 +70,14 @@ def locked(run_folder: Path, *, wait_seconds: float = LOCK_SECONDS) -> Iterator[
 def create_or_check(recipe: Recipe, run_folder: Path, argv: Sequence[str]) -> None:
     """Creates the run folder, or checks that it belongs to this recipe, and records this start.
 
+    A run of `prepare` that has not finished a clip takes any other recipe of `prepare`.
+
     Raises:
         DifferentRecipeError: the folder belongs to another recipe; the text names the keys that differ, old -> new.
         OSError: the folder cannot be written; this shows before the first save.
     """
     stored = run_folder / RECIPE_FILE
-    if stored.is_file():
+    if stored.is_file() and not _has_made_nothing(run_folder):
         refuse_different(recipe, run_folder)
         _warn_of_new_keys(recipe, stored)
     for folder in (run_folder, *(run_folder / name for name in FOLDERS)):
@@ -118,7 +125,7 @@ def record_job(run_folder: Path, job_id: str, hosts: Sequence[str]) -> None:
     with locked(run_folder):
         content = json.loads(provenance.read_text(encoding="utf-8"))
         begun = content["starts"][-1].setdefault("jobs", [])
-        begun.append({"time": time.strftime(_TIME_FORMAT), "job_id": job_id, "hosts": list(hosts)})
+        begun.append({"time": time.strftime(TIME_FORMAT), "job_id": job_id, "hosts": list(hosts)})
         write_atomically(provenance, json.dumps(content, indent=2) + "\n")
 
 
@@ -132,9 +139,23 @@ def refuse_different(recipe: Recipe, run_folder: Path) -> None:
     lines = [f"{run_folder} belongs to a different recipe:"]
     lines += [f"  {key}: {old} -> {new}" for key, (old, new) in refused.items()]
     lines.append("give this run another name (name=...), remove that folder, or use its values")
+    if isinstance(recipe, PrepareRecipe) and has_clips(output := Path(recipe.output)):
+        lines[-1] = (
+            f"{output} has clips of that recipe: give this run another name and another output (name=... output=...), "
+            f"remove {run_folder}, {output / 'train'} and {output / 'validation'}, or use its values"
+        )
     if isinstance(recipe, TrainingRecipe):
         lines[-1] += f"; checkpoint.allow_changed=[{', '.join(refused)}] continues with the new values"
     raise DifferentRecipeError("\n".join(lines))
+
+
+def _has_made_nothing(run_folder: Path) -> bool:
+    """Whether the run is one of `prepare` of which no clip is finished."""
+    try:
+        stored = _load_stored(run_folder / RECIPE_FILE)
+    except UserError:
+        return False
+    return isinstance(stored, PrepareRecipe) and not has_clips(Path(stored.output))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[str, str]]:
@@ -173,8 +194,13 @@ def _load_stored(path: Path) -> Recipe:
     recipe = load_stored_recipe(path)
     if not isinstance(recipe, TrainingRecipe):
         return recipe
-    former = [f"{key}={value}" for key, value in FORMER_VALUES.items() if not _is_written(recipe, key)]
+    former = [f"{key}={value}" for key, value in _former_values(recipe).items() if not _is_written(recipe, key)]
     return load_stored_recipe(path, former) if former else recipe
+
+
+def _former_values(recipe: Recipe) -> dict[str, str]:
+    """The keys of a recipe's task whose absence in a stored recipe means another value than today's default."""
+    return FORMER_VALUES.get(recipe.task, {})
 
 
 def _is_written(recipe: Recipe, key: str) -> bool:
@@ -193,7 +219,7 @@ def _warn_of_new_keys(recipe: Recipe, stored: Path) -> None:
     written, now = flatten(_written_values(stored)), flatten(recipe.model_dump(mode="json"))
     compared = (
         *CHANGEABLE_KEYS,
-        *FORMER_VALUES,
+        *_former_values(recipe),
         *written,
     )  # a section that was null before, and is set now, is not new
     new = [key for key in now if not _covered(key, compared) and not any(_covered(old, [key]) for old in written)]
@@ -209,7 +235,7 @@ def _warn_of_new_keys(recipe: Recipe, stored: Path) -> None:
 
 def _this_start(recipe: Recipe, argv: Sequence[str], known_weights: dict[str, Any]) -> dict[str, Any]:
     return {
-        "time": time.strftime(_TIME_FORMAT),
+        "time": time.strftime(TIME_FORMAT),
         "argv": list(argv),
         "git": code_version(),
         "host": socket.gethostname(),

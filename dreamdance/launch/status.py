@@ -4,16 +4,19 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from dreamdance.errors import UserError
 from dreamdance.launch.finished import is_finished
 from dreamdance.launch.follow import explain_failure, progress_line
+from dreamdance.launch.prepared_output import describe_clips
 from dreamdance.launch.requeue import read_requeues
+from dreamdance.launch.run_folder import TIME_FORMAT
 from dreamdance.launch.submission import JobStatus, SubmittedJob, last_job, status_of
 from dreamdance.recipe import PrepareRecipe, Recipe, load_stored_recipe
-from dreamdance.runs.damaged_videos import DAMAGED_FILE, by_reason, read_damaged
+from dreamdance.runs.damaged_videos import DAMAGED_FILE, WITHOUT_CLIPS_FILE, by_reason, read_reasons
 from dreamdance.runs.durations import duration
 from dreamdance.runs.layout import (
     COMPLETE_FILE,
@@ -69,7 +72,9 @@ def details(run_folder: Path) -> str:
     if steps := complete_steps(run_folder):
         written = (checkpoint_folder(run_folder, steps[-1]) / COMPLETE_FILE).stat().st_mtime
         lines.append(f"  checkpoint   {step_name(steps[-1])}, complete since {duration(time.time() - written)}")
-    lines += _left_out(run.recipe)
+    lines += _left_out(run, run_folder)
+    if isinstance(run.recipe, PrepareRecipe) and not run.is_active:
+        lines += [f"  {name:<12} {text}" for name, text in describe_clips(run.recipe).items()]
     for name in ("checkpoints", "exports"):
         folders = [folder.name for folder in step_folders(run_folder / name)]
         if folders:
@@ -81,20 +86,36 @@ def details(run_folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _left_out(recipe: Recipe | None) -> list[str]:
-    """The videos that `prepare` could not use, in a line for each reason, the most frequent first.
+def _left_out(run: "_RunState", run_folder: Path) -> list[str]:
+    """The videos without clips, in a line for each reason, the most frequent first.
 
-    They are left out only if `videos.on_error` says so; else they stop the run.
+    Those that cannot be used are left out only if `videos.on_error` says so; else they stop the run.
     """
-    if not isinstance(recipe, PrepareRecipe) or recipe.videos is None:
+    if not isinstance(run.recipe, PrepareRecipe) or run.recipe.videos is None:
         return []
-    groups = by_reason(read_damaged(Path(recipe.output)))
-    label = f"  {'left out' if recipe.videos.on_error == 'skip' else 'unusable':<12} "
-    lines = [f"{label}{len(names)} x {reason}" for reason, names in groups.items()]
+    label = "left out" if run.recipe.videos.on_error == "skip" else "unusable"
+    tables = {DAMAGED_FILE: label, WITHOUT_CLIPS_FILE: "videos"}
+    lines = []
+    for name, label in tables.items():
+        path = Path(run.recipe.output) / name
+        if path.is_file() and not (run.is_active and path.stat().st_mtime < _began(run_folder)):
+            lines += _reasons(path, label)
+    return lines
+
+
+def _reasons(path: Path, label: str) -> list[str]:
+    groups = by_reason(read_reasons(path))
+    lines = [f"  {label:<12} {len(names)} x {reason}" for reason, names in groups.items()]
     if len(lines) > MAX_REASONS:
         rest = sum(len(names) for names in list(groups.values())[MAX_REASONS:])
-        lines = [*lines[:MAX_REASONS], f"{label}{rest} for other reasons"]
-    return [*lines, f"               see {Path(recipe.output) / DAMAGED_FILE}"] if lines else []
+        lines = [*lines[:MAX_REASONS], f"  {label:<12} {rest} for other reasons"]
+    return [*lines, f"               see {path}"] if lines else []
+
+
+def _began(run_folder: Path) -> float:
+    """When the run's last job was submitted, in seconds since 1970; tables that are older are of an earlier job."""
+    starts = _starts(run_folder)
+    return datetime.strptime(starts[-1]["time"], TIME_FORMAT).timestamp() if starts else 0.0
 
 
 @dataclass(frozen=True)
@@ -108,6 +129,11 @@ class _RunState:
     is_finished: bool
     job: SubmittedJob | None
     status: JobStatus | None
+
+    @property
+    def is_active(self) -> bool:
+        """Whether its job waits or runs."""
+        return self.status is not None and self.status.is_active
 
 
 def _state_of(run_folder: Path) -> _RunState:
@@ -137,10 +163,18 @@ def _num_restarts(begun: Sequence[dict[str, Any]]) -> int:
 
 def _starts_of_job(run_folder: Path) -> list[dict[str, Any]]:
     """The records of each time that the ranks of the run's last job began."""
-    provenance = run_folder / PROVENANCE_FILE
-    starts = json.loads(provenance.read_text(encoding="utf-8"))["starts"] if provenance.is_file() else []
+    starts = _starts(run_folder)
     found: list[dict[str, Any]] = starts[-1].get("jobs", []) if starts else []
     return found
+
+
+def _starts(run_folder: Path) -> list[dict[str, Any]]:
+    """The records of each time that the run was submitted."""
+    provenance = run_folder / PROVENANCE_FILE
+    starts: list[dict[str, Any]] = []
+    if provenance.is_file():
+        starts = json.loads(provenance.read_text(encoding="utf-8"))["starts"]
+    return starts
 
 
 def _row(run_folder: Path, run: _RunState) -> tuple[str, str, str]:

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from diffusers import EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
@@ -10,21 +11,14 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from dreamdance.diffusion.guidance import classifier_free_guidance
-from dreamdance.media.transforms import resize_images, resize_map
-from dreamdance.modalities import MODALITIES
+from dreamdance.media.transforms import resize_images
 from dreamdance.models import CrossDomainControllerModel, SpatioTemporalControlNetModel
 from dreamdance.models.autoencoding import Autoencoder, decode_latents, downscale_factor, encode_latents
+from dreamdance.models.equal_rewrites import apply_equal_rewrites
 from dreamdance.models.image_embedding import ImageEncoder, embed_images
 from dreamdance.models.svd_unet import run_svd_unet
-from dreamdance.models.temporal_convolution import fold_temporal_convolutions
-from dreamdance.pipelines.inputs import (
-    MAP_ASPECT_TOLERANCE,
-    Clips,
-    Images,
-    clip_tensor,
-    cut_to_aspect,
-    image_tensor,
-)
+from dreamdance.pipelines.control_maps import fit_control_maps, put_reference_first
+from dreamdance.pipelines.inputs import Clips, Images, cut_to_aspect, image_tensor
 from dreamdance.pipelines.outputs import AnimationOutput, Frames, check_output_type, frames_output
 from dreamdance.pipelines.sampling import (
     Generators,
@@ -34,7 +28,10 @@ from dreamdance.pipelines.sampling import (
     draw_initial_noise,
     predict_for_each,
 )
-from dreamdance.pipelines.windows import SamplingWindow, plan_windows
+from dreamdance.pipelines.windows import SamplingWindow, plan_windows, repeat_noise
+
+# The frame rate that conditions SVD if neither its training nor the caller gives one.
+DEFAULT_FPS = 8.0
 
 
 @dataclass(frozen=True)
@@ -64,8 +61,8 @@ class AnimationCondition:
 class AnimationPipeline(SamplingPipeline):
     """Stable Video Diffusion, guided by the cross-domain controller through an SVD ControlNet (Eq. 7).
 
-    The pipeline shares the networks with the caller, and folds their temporal convolutions
-    (`fold_temporal_convolutions`).
+    The pipeline shares the networks with the caller, and makes them compute the same with less work
+    (`apply_equal_rewrites`).
 
     Args:
         unet: SVD's denoiser.
@@ -100,13 +97,23 @@ class AnimationPipeline(SamplingPipeline):
             scheduler=scheduler,
         )
         for network in (unet, controlnet, vae):
-            fold_temporal_convolutions(network)
+            apply_equal_rewrites(network)
         self.register_to_config(default_height=default_height, default_width=default_width)
 
     @property
     def controls(self) -> tuple[str, ...]:
         """Names of the maps that the controller reads, from `modalities.CONTROLS`."""
         return tuple(self.controller.config.controls)
+
+    @property
+    def reference_first(self) -> bool:
+        """Whether the networks were trained on windows that begin with the reference: then it needs maps too."""
+        return bool(self.controlnet.config.reference_first)
+
+    @property
+    def trained_fps(self) -> float | None:
+        """The constant frame rate that conditioned SVD in training; None if it was that of each clip."""
+        return self.controlnet.config.trained_fps
 
     def describe_untrained(self, window_frames: int) -> str | None:
         """A warning if windows are longer than the ControlNet's training clips, otherwise None.
@@ -130,15 +137,19 @@ class AnimationPipeline(SamplingPipeline):
         depths: Clips | None = None,
         *,
         maps: Mapping[str, Clips] | None = None,
+        reference_maps: Mapping[str, Images] | None = None,
         height: int | None = None,
         width: int | None = None,
-        fps: float | Sequence[float] = 8.0,
+        fps: float | Sequence[float] | None = None,
         motion_bucket: int = 127,
         noise_augmentation: float = 0.02,
         num_inference_steps: int = 25,
         guidance_scale: float = 2.5,
+        conditioning_scale: float = 1.0,
+        control_scales: Mapping[str, float] | None = None,
         window_frames: int = 16,
         window_overlap: int = 4,
+        repeated_noise: bool = False,
         sequential_guidance: bool = False,
         decode_chunk_size: int = 8,
         generator: Generators = None,
@@ -153,53 +164,47 @@ class AnimationPipeline(SamplingPipeline):
             image: the reference: a picture, b pictures, or `(b) 3 H W` in [0, 1]; see `pipelines.inputs`.
             poses, normals, depths, maps: the control maps in `controls`, of any size: f pictures, b lists of them, or
                 `(b) f 3 H W` (depths also `(b) f 1 H W`) in [0, 1]. `maps` contains maps by name.
+            reference_maps: the reference's own map of each control, a picture or `(b) 3 H W`; exactly if the networks
+                were trained with `reference_first`. It is denoised as frame 0 of every window, and not returned.
             height, width: size of the frames in pixels, by default from `size_of_result`. Inputs of another aspect
                 ratio are cropped at the centre; normals and depths of nearly this aspect ratio are not cropped.
-            fps: frames per second, one number for all clips or one for each; a condition of SVD, like the next two.
-            motion_bucket, noise_augmentation: conditions of SVD; the noise is in units of pixels in [-1, 1].
+            fps, motion_bucket, noise_augmentation: conditions of SVD: frames per second, one number or one for each
+                clip, by default the constant of the training, else 8; noise in units of pixels in [-1, 1].
             num_inference_steps: number of Euler steps.
             guidance_scale: w of `uncond + w (cond - uncond)`, the same for all frames; 1 is no guidance.
-            window_frames, window_overlap: number of frames denoised together, and shared by neighbouring windows.
+            conditioning_scale: factor of the ControlNet's residuals.
+            control_scales: factors of single controls before their mean, by name (`CrossDomainControllerModel`).
+            window_frames, window_overlap: frames denoised together, and shared by neighbours; see `plan_windows`.
+            repeated_noise: whether all windows begin with the same noises, see `windows.repeat_noise`.
             sequential_guidance: compute conditional and unconditional predictions one after the other, to save memory.
             decode_chunk_size: number of frames decoded at once.
             generator: one generator, or one for each clip.
-            latents: initial unit noise `b f c h w`; drawn from `generator` by default.
+            latents: initial unit noise `b f c h w`, also for a first reference; drawn from `generator` by default.
             output_type, return_dict: `pil`, `np`, `pt` or `latent`; False returns (frames,).
             callback_on_step_end: (pipeline, step, timestep, {"latents": `b f c h w`}) -> changed latents or None.
 
         Raises:
-            ValueError: inputs, sizes or windows do not match each other, or a control map is missing.
+            ValueError: inputs, sizes or windows do not match each other, or a map of the clip or reference is missing.
         """
         check_output_type(output_type)
         reference = self._fitted_reference(image, height, width)
-        height, width = reference.shape[-2:]
         given = {"pose": poses, "normal": normals, "depth": depths, **(maps or {})}
-        controls = self._control_maps(given, height, width)
+        controls = fit_control_maps(self.controls, given, *reference.shape[-2:])
         self._check_inputs(reference, controls, guidance_scale)
         windows = self._plan_windows(controls, window_frames, window_overlap)
-
+        controls = put_reference_first(controls, reference_maps, is_needed=self.reference_first)
+        numbers = _added_numbers(fps or self.trained_fps or DEFAULT_FPS, motion_bucket, noise_augmentation, reference)
         with self._evaluation_mode():
-            # 1. conditions, once for all steps and windows; the noise of pixels is drawn first, as in SVD's pipeline
-            pixel_noise = draw_initial_noise(reference.shape, generator)
-            numbers = _added_numbers(fps, motion_bucket, noise_augmentation, len(reference))
-            conditions = self._encode_conditions(reference, pixel_noise, numbers, with_dropped=guidance_scale > 1)
-            control_features = self._encode_controls(controls, decode_chunk_size)
-
-            # 2. denoising, from noise for the whole sequence
-            factor, channels = downscale_factor(self.vae), self.unet.config.out_channels
-            shape = (len(reference), windows[-1].stop, channels, height // factor, width // factor)
-            latents = draw_initial_noise(shape, generator) if latents is None else checked_latents(latents, shape)
-
-            def predict(scaled: Tensor, window: SamplingWindow, timestep: Tensor) -> Tensor:
-                features = control_features[:, window.frames]
-                return self._predict(scaled, timestep, features, conditions, guidance_scale, sequential_guidance)
-
-            latents = self._denoise_windows(
-                latents, windows, predict, num_inference_steps, generator, callback_on_step_end
+            conditions = self._encode_conditions(reference, generator, numbers, with_dropped=guidance_scale > 1)
+            features = self._encode_controls(controls, control_scales, decode_chunk_size)
+            predict = partial(
+                self._predict, features, conditions, guidance_scale, conditioning_scale, sequential=sequential_guidance
             )
-
-            # 3. frames
-            frames = self._decode(latents, decode_chunk_size, output_type)
+            noise = self._initial_noise(reference, windows, generator, repeated=repeated_noise, given=latents)
+            denoised = self._denoise_windows(
+                noise, windows, predict, num_inference_steps, generator, callback_on_step_end
+            )
+            frames = self._decode(denoised[:, int(self.reference_first) :], decode_chunk_size, output_type)
         self.maybe_free_model_hooks()
         return AnimationOutput(frames=frames) if return_dict else (frames,)
 
@@ -210,23 +215,11 @@ class AnimationPipeline(SamplingPipeline):
         return resize_images(cut_to_aspect(reference, height, width), height, width)
 
     def _plan_windows(self, maps: dict[str, Tensor], window_frames: int, overlap: int) -> list[SamplingWindow]:
-        windows = plan_windows(next(iter(maps.values())).shape[1], window_frames, overlap)
+        num_frames = next(iter(maps.values())).shape[1]
+        windows = plan_windows(num_frames, window_frames, overlap, reference_first=self.reference_first)
         if problem := self.describe_untrained(windows[0].num_frames):
             warnings.warn(problem, stacklevel=4)
         return windows
-
-    def _control_maps(self, given: Mapping[str, Clips | None], height: int, width: int) -> dict[str, Tensor]:
-        """The controller's maps as `b f 3 H W` in the frames' size; maps that it does not read are ignored."""
-        maps = {}
-        for name in self.controls:
-            frames, modality = given.get(name), MODALITIES[name]
-            if frames is None:
-                missing = f"{name}s" if name in given else f'maps={{"{name}": ...}}'
-                raise ValueError(f"this controller reads {', '.join(self.controls)}, but no {missing} were given")
-            tolerance = MAP_ASPECT_TOLERANCE if modality.domain else 0.0
-            cut = cut_to_aspect(clip_tensor(frames, f"{name}s"), height, width, tolerance=tolerance)
-            maps[name] = resize_map(cut, height, width, kind=modality.kind)
-        return maps
 
     def _check_inputs(self, reference: Tensor, maps: dict[str, Tensor], guidance_scale: float) -> None:
         lengths = {f"{name}s": tuple(frames.shape[:2]) for name, frames in maps.items()}
@@ -239,10 +232,13 @@ class AnimationPipeline(SamplingPipeline):
             raise ValueError(f"guidance_scale is {guidance_scale}; it must be at least 1 (1 is no guidance)")
 
     def _encode_conditions(
-        self, reference: Tensor, pixel_noise: Tensor, numbers: Tensor, *, with_dropped: bool
+        self, reference: Tensor, generator: Generators, numbers: Tensor, *, with_dropped: bool
     ) -> list[AnimationCondition]:
-        """The condition with the reference; for guidance, a condition with zeros comes before it."""
-        device = self._execution_device
+        """The condition with the reference; for guidance, a condition with zeros comes before it.
+
+        The noise of pixels is drawn first of all noises, as in SVD's pipeline.
+        """
+        device, pixel_noise = self._execution_device, draw_initial_noise(reference.shape, generator)
         noise_augmentation = numbers[0, 2]
         # the strength is for pixels in [-1, 1]; pixels in [0, 1] have half their range
         noised = reference.to(device) + 0.5 * noise_augmentation.to(device) * pixel_noise.to(device)
@@ -254,7 +250,7 @@ class AnimationPipeline(SamplingPipeline):
             for kept in ((0.0, 1.0) if with_dropped else (1.0,))
         ]
 
-    def _encode_controls(self, maps: dict[str, Tensor], chunk_size: int) -> Tensor:
+    def _encode_controls(self, maps: dict[str, Tensor], scales: Mapping[str, float] | None, chunk_size: int) -> Tensor:
         """The controller's guidance features `b f c h w`; it encodes frame by frame, so chunks do not change them."""
         num_clips, num_frames = next(iter(maps.values())).shape[:2]
         device, dtype = self._execution_device, self.controller.dtype
@@ -262,24 +258,48 @@ class AnimationPipeline(SamplingPipeline):
         features = []
         for start in range(0, num_clips * num_frames, chunk_size):
             chunk = slice(start, start + chunk_size)
-            features.append(self.controller({name: clip[chunk].to(device, dtype) for name, clip in frames.items()}))
+            inputs = {name: clip[chunk].to(device, dtype) for name, clip in frames.items()}
+            features.append(self.controller(inputs, scales))
         return rearrange(torch.cat(features), "(b f) c h w -> b f c h w", b=num_clips)
+
+    def _initial_noise(
+        self,
+        reference: Tensor,
+        windows: Sequence[SamplingWindow],
+        generator: Generators,
+        *,
+        repeated: bool,
+        given: Tensor | None,
+    ) -> Tensor:
+        """Unit noise `b f c h w` for the whole sequence, drawn unless it is given."""
+        factor, (height, width) = downscale_factor(self.vae), reference.shape[-2:]
+        per_frame = (self.unet.config.out_channels, height // factor, width // factor)
+        shape = (len(reference), windows[-1].stop, *per_frame)
+        if given is not None:
+            return checked_latents(given, shape)
+        if not repeated:
+            return draw_initial_noise(shape, generator)
+        noise = draw_initial_noise((len(reference), windows[0].num_frames, *per_frame), generator)
+        return repeat_noise(noise, windows[-1].stop, reference_first=self.reference_first)
 
     def _predict(
         self,
-        scaled: Tensor,
-        timestep: Tensor,
         control_features: Tensor,
         conditions: list[AnimationCondition],
         guidance_scale: float,
+        conditioning_scale: float,
+        scaled: Tensor,
+        window: SamplingWindow,
+        timestep: Tensor,
+        *,
         sequential: bool,
     ) -> Tensor:
         """The guided prediction for one window: `b f c h w` -> `b f c h w` float32."""
         predictions = predict_for_each(
             conditions,
-            lambda noisy, features, condition: self._denoise(noisy, timestep, features, condition),
+            lambda noisy, features, condition: self._denoise(noisy, timestep, features, condition, conditioning_scale),
             scaled,
-            control_features,
+            control_features[:, window.frames],
             merge=AnimationCondition.merged,
             sequential=sequential,
         )
@@ -289,7 +309,12 @@ class AnimationPipeline(SamplingPipeline):
         return classifier_free_guidance(conditional, unconditional, guidance_scale)
 
     def _denoise(
-        self, scaled: Tensor, timestep: Tensor, control_features: Tensor, condition: AnimationCondition
+        self,
+        scaled: Tensor,
+        timestep: Tensor,
+        control_features: Tensor,
+        condition: AnimationCondition,
+        conditioning_scale: float,
     ) -> Tensor:
         """Runs ControlNet and SVD once: `b f c h w` -> `b f c h w` float32."""
         dtype = self.unet.dtype
@@ -297,10 +322,10 @@ class AnimationPipeline(SamplingPipeline):
         sample = torch.cat([scaled, conditioning], dim=2).to(dtype)
         inputs = (sample, timestep, condition.embedding, condition.added_time_ids)
         features = rearrange(control_features, "b f c h w -> (b f) c h w").to(dtype)
-        residuals = self.controlnet(*inputs, features)
-        prediction = run_svd_unet(
-            self.unet, *inputs, down_residuals=residuals.down, mid_residual=residuals.mid, encoder_without_grad=False
-        )
+        down, mid = self.controlnet(*inputs, features)
+        if conditioning_scale != 1:
+            down, mid = [conditioning_scale * residual for residual in down], conditioning_scale * mid
+        prediction = run_svd_unet(self.unet, *inputs, down_residuals=down, mid_residual=mid, encoder_without_grad=False)
         return prediction.float()
 
     def _decode(self, latents: Tensor, chunk_size: int, output_type: str) -> Frames:
@@ -318,10 +343,10 @@ class AnimationPipeline(SamplingPipeline):
 
 
 def _added_numbers(
-    fps: float | Sequence[float], motion_bucket: int, noise_augmentation: float, num_clips: int
+    fps: float | Sequence[float], motion_bucket: int, noise_augmentation: float, reference: Tensor
 ) -> Tensor:
     """SVD's conditions `b 3` of each clip. SVD was trained on frames per second minus one."""
-    rates = [float(fps)] * num_clips if isinstance(fps, int | float) else [float(rate) for rate in fps]
-    if len(rates) != num_clips:
-        raise ValueError(f"fps has {len(rates)} values for {num_clips} clips")
+    rates = [float(fps)] * len(reference) if isinstance(fps, int | float) else [float(rate) for rate in fps]
+    if len(rates) != len(reference):
+        raise ValueError(f"fps has {len(rates)} values for {len(reference)} clips")
     return torch.tensor([[rate - 1.0, motion_bucket, noise_augmentation] for rate in rates])

@@ -19,7 +19,15 @@ from dreamdance.models.autoencoding import Autoencoder
 from dreamdance.models.image_embedding import ImageEncoder
 from dreamdance.pipelines.animation import AnimationPipeline
 from dreamdance.pipelines.geometry import GeometryPipeline
-from dreamdance.pipelines.inputs import Clips, Images, clip_tensor, cut_to_aspect, have_same_aspect, image_tensor
+from dreamdance.pipelines.inputs import (
+    Clips,
+    Images,
+    clip_tensor,
+    cut_to_aspect,
+    have_same_aspect,
+    image_tensor,
+    still_tensor,
+)
 from dreamdance.pipelines.outputs import DreamDanceOutput, Frames, check_output_type, frames_output, normals_output
 from dreamdance.pipelines.sampling import Generators, SamplingPipeline, StepCallback
 
@@ -118,19 +126,24 @@ class DreamDancePipeline(SamplingPipeline):
         poses: Clips,
         *,
         maps: Mapping[str, Clips] | None = None,
+        reference_pose: Images | None = None,
+        reference_maps: Mapping[str, Images] | None = None,
         height: int | None = None,
         width: int | None = None,
         geometry_height: int | None = None,
         geometry_width: int | None = None,
-        fps: float = 8.0,
+        fps: float | None = None,
         motion_bucket: int = 127,
         noise_augmentation: float = 0.02,
         num_inference_steps: int = 25,
         geometry_num_inference_steps: int | None = None,
         guidance_scales: Sequence[float] = (2.5, 1.0, 1.5),
         guidance_scale: float = 2.5,
+        conditioning_scale: float = 1.0,
+        control_scales: Mapping[str, float] | None = None,
         window_frames: int = 16,
         window_overlap: int = 4,
+        repeated_noise: bool = False,
         sequential_guidance: bool = False,
         decode_chunk_size: int = 8,
         generator: Generators = None,
@@ -142,14 +155,15 @@ class DreamDancePipeline(SamplingPipeline):
 
         Args:
             image, poses, maps, height, width: as in `AnimationPipeline`; stage 1 makes normal and depth.
+            reference_pose: the pose drawing of the reference, exactly if stage 2 was trained with `reference_first`;
+                stage 1 makes the reference's normals and depth from it.
+            reference_maps: the reference's `maps`.
             geometry_height, geometry_width: size of stage 1's maps, by default the size at which it was trained.
-            window_frames, window_overlap, sequential_guidance, decode_chunk_size: as in the two pipelines.
-            fps, motion_bucket, noise_augmentation, guidance_scale: settings of stage 2; a scale of 1 is no guidance.
             guidance_scales: stage 1's scales for rgb, normal, depth (Eq. 6); 0 is no guidance.
             num_inference_steps, geometry_num_inference_steps: for stage 2; for stage 1, by default the same.
             generator: one generator, or one for each clip; stage 1 draws from it first.
             output_type, return_dict: `pil`, `np` or `pt`; False returns (frames, normals, depths).
-            callback_on_step_end: as in the two pipelines; both call it.
+            callback_on_step_end and the others: as in the two pipelines.
 
         Raises:
             ValueError: as in the two stages; or their aspect ratios differ, or stage 1's size is not known.
@@ -158,40 +172,58 @@ class DreamDancePipeline(SamplingPipeline):
         reference, drawings = image_tensor(image), clip_tensor(poses, "poses")
         size, map_size = self._sizes(reference, (height, width), (geometry_height, geometry_width))
         reference, drawings = (cut_to_aspect(pictures, **size) for pictures in (reference, drawings))
-        shared: dict[str, Any] = {
-            "window_frames": window_frames,
-            "window_overlap": window_overlap,
-            "sequential_guidance": sequential_guidance,
-            "decode_chunk_size": decode_chunk_size,
-            "generator": generator,
-            "callback_on_step_end": callback_on_step_end,
-            "output_type": "pt",
-            "return_dict": False,
-        }
-        stage1 = self.geometry(
-            resize_images(reference, **map_size),
-            resize_images(drawings, **map_size),
-            **map_size,
-            num_inference_steps=geometry_num_inference_steps or num_inference_steps,
-            guidance_scales=guidance_scales,
-            **shared,
+        own_pose = self._own_pose(reference_pose, size)
+        shared: dict[str, Any] = {"window_frames": window_frames, "window_overlap": window_overlap}
+        shared |= {"sequential_guidance": sequential_guidance, "decode_chunk_size": decode_chunk_size}
+        shared |= {"generator": generator, "callback_on_step_end": callback_on_step_end}
+        stage1 = {"num_inference_steps": geometry_num_inference_steps or num_inference_steps, **map_size, **shared}
+        stage1["guidance_scales"] = guidance_scales
+        stage2 = {"num_inference_steps": num_inference_steps, **size, **shared, "repeated_noise": repeated_noise}
+        stage2 |= {"fps": fps, "motion_bucket": motion_bucket, "noise_augmentation": noise_augmentation}
+        stage2 |= {"guidance_scale": guidance_scale, "conditioning_scale": conditioning_scale}
+
+        normals, made = self._run_geometry(reference, drawings, stage1)
+        own_maps = dict(reference_maps or {})
+        if own_pose is not None:
+            own_maps |= {
+                name: frames[:, 0] for name, frames in self._run_geometry(reference, own_pose, stage1)[1].items()
+            }
+            own_maps["pose"] = own_pose[:, 0]
+        stage2 |= {"maps": {**(maps or {}), **made}, "reference_maps": own_maps or None}
+        result = self.animation(
+            reference, drawings, **stage2, control_scales=control_scales, output_type="pt", return_dict=False
         )
-        normals, depths, _ = cast(tuple[Tensor, Tensor, Tensor], stage1)
-        stage2 = self.animation(
-            reference,
-            drawings,
-            maps={**(maps or {}), "normal": encode_normals(normals), "depth": depths},
-            **size,
-            fps=fps,
-            motion_bucket=motion_bucket,
-            noise_augmentation=noise_augmentation,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            **shared,
-        )
-        frames = frames_output(cast(Tensor, stage2[0]), output_type)
-        geometry = normals_output(normals, output_type), frames_output(depths, output_type)
+        frames = frames_output(cast(Tensor, result[0]), output_type)
+        geometry = normals_output(normals, output_type), frames_output(made["depth"], output_type)
         return DreamDanceOutput(frames, *geometry) if return_dict else (frames, *geometry)
+
+    def _run_geometry(
+        self, reference: Tensor, poses: Tensor, settings: Mapping[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Stage 1 on poses `b f 3 H W`: unit normals, and the maps as stage 2 reads them."""
+        size = {"height": settings["height"], "width": settings["width"]}
+        normals, depths, _ = cast(
+            tuple[Tensor, Tensor, Tensor],
+            self.geometry(
+                resize_images(reference, **size),
+                resize_images(poses, **size),
+                **settings,
+                output_type="pt",
+                return_dict=False,
+            ),
+        )
+        return normals, {"normal": encode_normals(normals), "depth": depths}
+
+    def _own_pose(self, drawing: Images | None, size: Mapping[str, int]) -> Tensor | None:
+        """The reference's pose `b 1 3 H W` if stage 2 needs it; checked before stage 1 runs."""
+        if (drawing is None) == self.animation.reference_first:
+            raise ValueError(
+                "reference_pose is missing: stage 2 was trained with the reference as the first frame of each window "
+                "(objective.reference_first)"
+                if drawing is None
+                else "reference_pose was given, but stage 2 was trained without reference_first"
+            )
+        return None if drawing is None else cut_to_aspect(still_tensor(drawing, "poses"), size["height"], size["width"])
 
     def _sizes(
         self, reference: Tensor, asked: tuple[int | None, int | None], asked_of_maps: tuple[int | None, int | None]

@@ -25,10 +25,13 @@ class DrivingPoses:
         poses: a drawing for each frame; of the image's size if the skeleton was fitted to its person, else of the
             video's.
         fps: frames per second.
+        reference_pose: the drawing of the image's person, of the image's size, for the argument of that name; None
+            without `image`.
     """
 
     poses: list[Image.Image]
     fps: float
+    reference_pose: Image.Image | None = None
 
 
 def poses_from_video(
@@ -47,7 +50,7 @@ def poses_from_video(
 
     Args:
         video: a video of a person.
-        image: the reference picture; needed by `align`.
+        image: the reference picture; needed by `align`, and for `reference_pose`.
         align: fits the skeleton to the person of the image: by one scale, or limb by limb. None leaves it as it is.
         person: whom to follow: 0 (the default) is the largest and most central person; or a box in fractions of the
             frame.
@@ -68,11 +71,12 @@ def poses_from_video(
     if not isinstance(opened, PoseAnnotator):
         raise UserError(f"annotator: {annotator} finds no poses")
     source = probe_video(video)
-    body = None
-    if align is not None and image is not None:  # before the video, which takes longer
+    body, reference_pose = None, None
+    if image is not None:  # before the video, which takes longer
         picture = read_picture(Path(image))
         height, width = picture.shape[:2]
         body = to_reference(find_in_picture(opened, picture), width=width, height=height, where=str(image))
+        reference_pose = Image.fromarray(draw_pose(body.keypoints[0], width=width, height=height))
     search = find_in_video(opened, source, choose_frames(source, fps), person=person)
     while True:
         try:
@@ -84,4 +88,5 @@ def poses_from_video(
     if align is not None and body is not None:
         sequence = fit_sequence(sequence, body, align)
     size = {"width": sequence.width, "height": sequence.height}
-    return DrivingPoses([Image.fromarray(draw_pose(points, **size)) for points in sequence.keypoints], sequence.fps)
+    poses = [Image.fromarray(draw_pose(points, **size)) for points in sequence.keypoints]
+    return DrivingPoses(poses, sequence.fps, reference_pose)

@@ -13,6 +13,7 @@ from dreamdance.media.transforms import decode_normals, resize_images
 from dreamdance.modalities import DOMAINS
 from dreamdance.models import GeometryUNetModel, PoseEncoderModel, ReferenceUNetModel
 from dreamdance.models.autoencoding import Autoencoder, decode_latents, downscale_factor, encode_latents
+from dreamdance.models.equal_rewrites import apply_equal_rewrites
 from dreamdance.models.image_embedding import ImageEncoder, embed_images
 from dreamdance.pipelines.inputs import Clips, Images, clip_tensor, cut_to_aspect, image_tensor
 from dreamdance.pipelines.outputs import Frames, GeometryOutput, check_output_type, frames_output, normals_output
@@ -51,6 +52,9 @@ class ReferenceCondition:
 class GeometryPipeline(SamplingPipeline):
     """Mutually aligned geometry diffusion: rgb, normal and depth of all frames are denoised together (Eq. 3).
 
+    The pipeline shares the networks with the caller, and makes them compute the same with less work
+    (`apply_equal_rewrites`).
+
     Args:
         reference_unet: computes the reference's features (Eq. 4).
         unet: the denoiser.
@@ -83,6 +87,8 @@ class GeometryPipeline(SamplingPipeline):
             image_encoder=image_encoder,
             scheduler=scheduler,
         )
+        for network in (reference_unet, unet, vae):
+            apply_equal_rewrites(network)
         self.register_to_config(default_height=default_height, default_width=default_width)
 
     @torch.no_grad()

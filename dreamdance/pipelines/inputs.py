@@ -64,6 +64,13 @@ def clip_tensor(frames: Clips, name: str) -> Tensor:
     return _checked(tensor, name, 5)
 
 
+def still_tensor(image: Images, name: str) -> Tensor:
+    """Poses or maps of b single pictures as `b 1 3 H W` float32 in [0, 1]; else as `clip_tensor`."""
+    tensor = _as_tensor(image, name)
+    tensor = tensor[None] if tensor.ndim == 3 else tensor
+    return clip_tensor(tensor[:, None], name)
+
+
 def cut_to_aspect(images: Tensor, height: int, width: int, *, tolerance: float = 0.0) -> Tensor:
     """Crops pictures at the centre to the aspect ratio of `height` x `width`, so that resizing never distorts them.
 

@@ -19,19 +19,22 @@ class SamplingWindow:
         start: first frame.
         stop: the frame after the last.
         weights: `f` float32, positive; the weights of a frame sum to one over all windows of a plan.
+        after_first: whether frame 0 of the sequence, the reference, comes before them.
     """
 
     start: int
     stop: int
     weights: Tensor
+    after_first: bool = False
 
     @property
-    def frames(self) -> slice:
-        return slice(self.start, self.stop)
+    def frames(self) -> slice | list[int]:
+        """The index of the window's frames."""
+        return [0, *range(self.start, self.stop)] if self.after_first else slice(self.start, self.stop)
 
     @property
     def num_frames(self) -> int:
-        return self.stop - self.start
+        return self.stop - self.start + self.after_first
 
 
 def window_starts(num_frames: int, window_frames: int, overlap: int) -> list[int]:
@@ -65,22 +68,58 @@ def triangular_weights(window_frames: int) -> Tensor:
     return torch.minimum(position + 1, window_frames - position)
 
 
-def plan_windows(num_frames: int, window_frames: int, overlap: int) -> list[SamplingWindow]:
+def plan_windows(
+    num_frames: int, window_frames: int, overlap: int, *, reference_first: bool = False
+) -> list[SamplingWindow]:
     """Windows over a sequence, with normalised triangular weights.
+
+    Args:
+        num_frames: number of frames, without the reference.
+        window_frames: length of a window, with the reference.
+        overlap: number of frames that neighbouring windows share, without the reference.
+        reference_first: whether the sequence begins with the reference, followed by its `num_frames` frames. Then every
+            window does, as in MimicMotion; in all windows frame 0 has the same weight.
 
     Raises:
         ValueError: see `window_starts`.
     """
-    length = min(num_frames, window_frames)
-    starts = window_starts(num_frames, window_frames, overlap)
+    if reference_first and not 0 <= overlap < window_frames - 1:
+        raise ValueError(
+            f"each window begins with the reference: window_overlap must be less than window_frames {window_frames} "
+            f"- 1, not {overlap}"
+        )
+    before = int(reference_first)
+    length = min(num_frames, window_frames - before)
+    starts = window_starts(num_frames, window_frames - before, overlap)
     triangle = triangular_weights(length)
     total = torch.zeros(num_frames, dtype=torch.float64)
     for start in starts:
         total[start : start + length] += triangle
-    return [
-        SamplingWindow(start, start + length, (triangle / total[start : start + length]).to(torch.float32))
-        for start in starts
-    ]
+    of_reference = torch.full((before,), 1 / len(starts), dtype=torch.float64)
+    windows = []
+    for start in starts:
+        weights = torch.cat([of_reference, triangle / total[start : start + length]]).to(torch.float32)
+        windows.append(SamplingWindow(before + start, before + start + length, weights, reference_first))
+    return windows
+
+
+def repeat_noise(noise: Tensor, num_frames: int, *, reference_first: bool) -> Tensor:
+    """Repeats the noise of one window over a sequence, so that all windows begin with the same noises.
+
+    As in MimicMotion, frames that are a window apart have the same noise: any window contains each noise once, and
+    the windows differ in its order. The reference keeps its own noise.
+
+    Args:
+        noise: `b w ...`, for a window of w frames, the reference first if the sequence begins with it.
+        num_frames: number of frames of the sequence, with the reference.
+
+    Returns:
+        `b num_frames ...`.
+    """
+    before = int(reference_first)
+    length = noise.shape[1] - before
+    index = [*range(before), *(before + number % length for number in range(num_frames - before))]
+    return noise[:, index]
 
 
 def blend_windows(predict: Callable[[SamplingWindow], Tensor], windows: Sequence[SamplingWindow]) -> Tensor:

@@ -20,7 +20,8 @@ from support.tiny_pipelines import tiny_animation_pipeline, tiny_geometry_pipeli
 import dreamdance
 from dreamdance.dancers.render import HELD_OUT_SEEDS, render_clip
 from dreamdance.errors import CheckpointError, ManifestError, MissingInputError, RecipeError
-from dreamdance.inference.animate import AnimateError, animate
+from dreamdance.evaluation.clips import read_requested_ids
+from dreamdance.inference.animate import AnimateError, _number_of, animate
 from dreamdance.inference.entry_inputs import Size, load_inputs
 from dreamdance.inference.manifest import read_entries
 from dreamdance.launch.finished import digest_inputs, is_finished, mark_finished
@@ -28,9 +29,11 @@ from dreamdance.launch.job import free_port
 from dreamdance.media.keypoints import KeypointSequence, write_keypoint_file
 from dreamdance.media.pose_drawing import draw_poses
 from dreamdance.media.video import write_video
+from dreamdance.pipelines import DreamDancePipeline
 from dreamdance.recipe.schema import AnimateRecipe
 from dreamdance.runs.layout import progress_file
 from dreamdance.runs.provenance import code_version
+from dreamdance.runtime.sample_random import sample_generator
 
 NUM_FRAMES = 5
 
@@ -144,6 +147,20 @@ def test_a_result_holds_videos_arrays_a_contact_sheet_and_how_it_was_made(job):
     assert (result["fps"], result["reference_frame"], result["num_frames"]) == (8.0, NUM_FRAMES - 1, NUM_FRAMES)
 
 
+def test_the_end_reports_seconds_per_frame_of_each_part_and_the_machine(job, caplog):
+    job.add("dancer")
+    with caplog.at_level(logging.INFO):
+        job.run()
+    result = job.result("dancer")
+    for stage, network in (("geometry", "reference network"), ("geometry", "denoising"), ("animation", "ControlNet")):
+        assert 0 < result["part_seconds"][stage][network] < result["seconds"]
+    seconds = [value for parts in result["part_seconds"].values() for value in parts.values()]
+    assert sum(seconds) <= result["seconds"]
+    lines = [record.getMessage() for record in caplog.records if "s per frame" in record.getMessage()]
+    assert [line.split(":")[0] for line in lines] == ["geometry guidance (stage 1)", "animation (stage 2)"]
+    assert all(line.endswith(f"{NUM_FRAMES} frames on {result['machine']}") for line in lines)
+
+
 def test_finished_entries_are_skipped_and_changed_ones_are_done_again(job, runs):
     job.add("a")
     job.add("b", seed=1)
@@ -246,10 +263,14 @@ def test_one_bad_entry_is_reported_and_the_others_are_done(job, caplog):
     assert all(name in str(caught.value) and name in caplog.text for name in failed)
     assert set(job.ages()) == {"good", "also_good"}
     assert job.result("also_good")["fps"] == pytest.approx(10.0)
+    assert read_requested_ids(job.folder / "results") == failed | {"good", "also_good"}, (
+        "evaluate must notice what is missing"
+    )
 
     job.entries = [entry for entry in job.entries if entry["id"] not in failed]
     job.run()
     assert not (job.run_folder / "failures.json").exists()
+    assert read_requested_ids(job.folder / "results") == set()
 
 
 def test_the_id_of_an_entry_may_equal_the_name_of_one_of_our_files(job):
@@ -333,6 +354,43 @@ def test_a_pose_only_controller_runs_without_stage_1(job):
     assert set(job.arrays("dancer")) == {"frames"}
     with pytest.raises(RecipeError, match="give geometry_from"):
         job.run(geometry_from=None)
+
+
+def test_a_stage_2_that_needs_the_references_pose_gets_it_and_its_maps_as_in_the_joint_pipeline(job, runs):
+    """Drawings, maps and frames have one size here, so that the joint pipeline gets the same pixels."""
+    anchored = tiny_animation_pipeline()
+    anchored.controlnet.register_to_config(reference_first=True, trained_fps=7.0)
+    anchored.save_pretrained(runs / "anchored" / "exports" / "step_00000004")
+    job.add("frame")
+    sizes = {"geometry_width": WIDTH * 2, "geometry_height": HEIGHT * 2}
+    job.run(animation_from="anchored", **sizes)
+    request = job.result("frame")["request"]
+    assert (request["reference_pose_from"], request["reference_frame"]) == ("reference_frame", NUM_FRAMES - 1)
+
+    (entry,) = read_entries(job.folder / "manifest.jsonl")
+    size = Size(WIDTH * 2, HEIGHT * 2)
+    inputs = load_inputs(entry, aspect=size, pose_sizes={size})
+    both = DreamDancePipeline.from_stages(tiny_geometry_pipeline(), anchored)
+    both.set_progress_bar_config(disable=True)
+    expected = both(
+        inputs.reference,
+        inputs.poses[size],
+        reference_pose=inputs.poses[size][NUM_FRAMES - 1],
+        height=size.height,
+        width=size.width,
+        **sizes,
+        num_inference_steps=1,
+        window_frames=4,
+        window_overlap=1,
+        generator=sample_generator((entry.seed, 0, _number_of("frame")), "animate"),
+        output_type="np",
+    )
+    found = job.arrays("frame")
+    assert found["frames"].shape == (NUM_FRAMES, size.height, size.width, 3)
+    np.testing.assert_array_equal(found["frames"], np.rint(expected.frames[0] * 255).astype(np.uint8))
+    done = job.ages()
+    job.run(animation_from="anchored", **sizes)
+    assert job.ages() == done
 
 
 def test_a_run_that_is_not_there_is_named_with_its_key(job):

@@ -116,13 +116,23 @@ def test_a_video_is_searched_once_for_all_entries_and_runs(job):
 
 def test_another_person_or_rate_makes_the_entry_again(job):
     result = job.folder / "results" / "x" / "result.json"
-    for number, entry in enumerate(({}, {"person": 0}, {"fps": 4})):
+    for number, entry in enumerate(({}, {"person": [0, 0, 1, 1]}, {"fps": 4})):
         job.run({"video": "b.mp4", **entry})
         before = result.stat().st_mtime_ns
         job.run({"video": "b.mp4", **entry})
         assert result.stat().st_mtime_ns == before
         assert len(job.kept()) == number + 1
     assert len(job.frames()) == 3  # frames 0, 2 and 4
+
+
+def test_person_0_is_the_person_of_no_choice_and_makes_nothing_again(job):
+    result = job.folder / "results" / "x" / "result.json"
+    job.run({"video": "b.mp4"})
+    before, seen = result.stat().st_mtime_ns, EXACT.frames_seen
+    job.run({"video": "b.mp4", "person": 0})
+    assert (result.stat().st_mtime_ns, EXACT.frames_seen, len(job.kept())) == (before, seen, 1)
+    job.run({"video": "b.mp4", "person": 0}, person=[0, 0, 1, 1])  # the entry wins over the recipe's box
+    assert (EXACT.frames_seen, len(job.kept())) == (seen, 1)
 
 
 def test_person_chooses_one_of_two_dancers(job, dancers):

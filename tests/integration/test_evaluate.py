@@ -22,7 +22,7 @@ from dreamdance.data.prepare import prepare
 from dreamdance.data.writing.clip_record import ClipRecord
 from dreamdance.errors import MissingInputError
 from dreamdance.evaluation.clips import Prediction, Result, ResultError, open_clips, read_result, read_truth
-from dreamdance.evaluation.evaluate import evaluate, evaluate_clip
+from dreamdance.evaluation.evaluate import PartialTableError, evaluate, evaluate_clip
 from dreamdance.evaluation.measured import EvaluatedClip, MeasuredClips, read_result_states
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table
 from dreamdance.evaluation.trivial import (
@@ -294,6 +294,32 @@ def test_results_without_truth_are_reported_and_left_out(tmp_path, data, truths,
     assert set(table["clips"]) == {name}
     assert "'somebody_else' is left out: no clip in " in caplog.text
     assert "the last frame is assumed" in caplog.text
+
+
+def test_a_table_made_before_animate_has_ended_names_the_missing_clips_and_is_completed_later(
+    tmp_path, data, truths, caplog
+):
+    (first, truth), (second, other), (third, _) = truths.items()
+    write_result(tmp_path / "results", first, truth.pictures.frames)
+    entries = tmp_path / "results" / ".entries.json"  # `somebody_else` has no truth, and can never be compared
+    entries.write_text(json.dumps([first, second, third, "somebody_else"]))
+    told = f"This table is partial: 2 of 3 clips have no result yet ('{second}', '{third}'); when animate has made"
+    with caplog.at_level(logging.INFO), pytest.raises(PartialTableError, match=re.escape(told)):
+        run(tmp_path, data)
+    table = json.loads((tmp_path / "run" / "table.json").read_text())
+    assert (table["missing"], list(table["clips"])) == ([second, third], [first])
+    assert (tmp_path / "run" / "table.md").read_text().startswith(told)
+    shown = json.loads((tmp_path / "run" / "logs" / "progress.jsonl").read_text().splitlines()[-1])["message"]
+    assert shown.index(told) < shown.index("| this run")
+    assert caplog.text.index(told) < caplog.text.index("| this run")
+    write_result(tmp_path / "results", second, other.pictures.frames)
+    entries.write_text(json.dumps([first, second]))
+    table = run(tmp_path, data)
+    assert (table["missing"], list(table["clips"])) == ([], [first, second])
+    assert "partial" not in (tmp_path / "run" / "table.md").read_text()
+    entries.write_text("{}")
+    with pytest.raises(ResultError, match=r"is damaged .*must be a list of ids.*give the command of animate again"):
+        run(tmp_path, data)
 
 
 def test_unusable_results_are_named(tmp_path, data, truths):

@@ -116,10 +116,13 @@ def start_training(folder, name):
     return run_folder
 
 
-def test_a_finished_run_is_reported_in_one_line_and_a_changed_one_is_refused(folder):
+def test_a_finished_run_is_reported_with_its_clips_and_a_changed_one_is_refused(folder):
     again = launch(folder, DEMO / "prepare.yaml", *FEW)
-    assert (again.returncode, again.stdout.count("\n")) == (0, 1)
-    assert "is finished" in again.stdout
+    assert again.returncode == 0
+    first, *output = again.stdout.splitlines()
+    assert "is finished" in first
+    assert [line.split(":")[0].strip() for line in output] == ["clips", "page", "next"]
+    assert "6 for training, 2 for validation" in output[0]
     changed = launch(folder, DEMO / "prepare.yaml", *FEW, "seed=1")
     assert changed.returncode == 3
     assert "seed: 0 -> 1" in changed.stderr

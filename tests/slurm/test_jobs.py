@@ -11,8 +11,8 @@ import pytest
 from support.fault_log import record_fault
 from support.slurm_jobs import ROOT, Cluster, Run, wait_until, write_training
 
-from dreamdance.data.writing.shard_writer import PARTS_FOLDER
 from dreamdance.launch.requeue import read_failures
+from dreamdance.runs.finished_clips import PARTS_FOLDER
 
 PREPARE = ROOT / "recipes" / "demo" / "prepare.yaml"
 SMALL = ("dancers.num_validation_clips=4", "clips_per_part=2", "num_workers=1", "cluster.cpus_per_task=1")

@@ -56,6 +56,18 @@ def test_margins_go_evenly_and_only_the_proportion_of_the_aspect_counts(entry: M
     assert load_inputs(entry, aspect=Size(1, 3), pose_sizes=set()).reference.shape == (3, 60, 20)
 
 
+@pytest.mark.parametrize(
+    ("drawn", "words"), [((40, 60), "2.0 times thinner"), ((20, 30), None), ((12, 18), "1.7 times thicker")]
+)
+def test_drawings_much_larger_or_smaller_than_the_frames_give_a_warning(entry, tmp_path, caplog, drawn, words) -> None:
+    """Limbs of 4 pixels on a picture of 40 that is reduced to 20 are 2 pixels wide: half of those drawn at 20."""
+    write_video(tmp_path / "pose.mkv", np.zeros((2, drawn[1], drawn[0], 3), np.uint8), fps=8.0, lossless=True)
+    load_inputs(changed(entry, keypoints=None, pose=tmp_path / "pose.mkv"), aspect=Size(20, 30), pose_sizes={SQUARE})
+    assert [words in message for message in caplog.messages] == ([True] if words else [])
+    load_inputs(entry, aspect=Size(10, 15), pose_sizes={SQUARE})  # key points are drawn to scale
+    assert len(caplog.messages) == (words is not None)
+
+
 def test_a_photograph_with_an_orientation_is_turned_upright(entry: ManifestEntry, tmp_path: Path) -> None:
     with Image.open(entry.image) as upright:
         tags = Image.Exif()

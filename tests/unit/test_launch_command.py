@@ -30,7 +30,7 @@ def checkout(tmp_path, monkeypatch):
 @pytest.fixture
 def command(capsys):
     def run(*words):
-        code = main(words, lambda recipe, gpu_memory_gib: f"plan of {recipe.name}")
+        code = main(words, lambda recipe, gpu_memory_gib, gpu: f"plan of {recipe.name} on {gpu.name}")
         output = capsys.readouterr()
         return code, output.out, output.err
 
@@ -69,6 +69,8 @@ def job_environment(monkeypatch):
         ([STAGE1], "shards for data.train, data.validation"),
         ([STAGE1, "--runs", "my runs"], "python launchers/slurm.py recipes/demo/prepare.yaml --runs 'my runs'"),
         (["status", "nothing"], "no run 'nothing'"),
+        ([STAGE1, "--dry-run", "--gpu", "b300"], "argument --gpu: invalid choice: 'b300'"),
+        ([STAGE1, "--gpu", "a800"], "--gpu a800 chooses the GPU of an estimate: add --dry-run, or leave it out"),
         (["cancel"], "cancel needs the name of one run"),
         (["cancel", "nothing"], "no run 'nothing'"),
     ],
@@ -97,6 +99,22 @@ def test_a_dry_run_shows_recipe_plan_and_batch_script_with_warnings_and_makes_no
     assert "shards for data.train" in output
     assert output.count("# <- command line") == 3
     assert not (checkout / "runs").exists()
+
+
+def test_the_plan_is_for_the_named_gpu_the_one_at_hand_or_the_default(command, checkout, monkeypatch):
+    def planned(*words):
+        (line,) = (line for line in command(STAGE1, "--dry-run", *words)[1].splitlines() if line.startswith("plan of"))
+        return line.rpartition(" ")[2]
+
+    assert planned() == "h200"
+    assert planned("--gpu", "a800") == "a800"
+    for name, expected in (("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA L40S", "h200")):
+        program = checkout / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\ncase $1 in *name) echo '{name}';; *) echo 81559;; esac\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(checkout), prepend=":")
+        assert planned() == expected
+        assert planned("--gpu", "a800") == "a800"
 
 
 def test_a_dry_run_of_a_task_that_trains_nothing_has_no_plan_of_networks(monkeypatch, capsys):
@@ -156,8 +174,11 @@ def test_a_debug_run_finishes_then_is_reported_as_finished_and_refuses_a_differe
     assert command(*words)[0] == 0
     code, output, _ = command(*words)
     assert code == 0
-    assert output.startswith("demo_prepare is finished: ")
-    assert output.count("\n") == 1
+    finished, *made = output.splitlines()
+    assert finished.startswith("demo_prepare is finished: ")
+    assert [line.split()[0] for line in made] == ["clips:", "page:", "next:"]
+    assert made[0].endswith("2 for training, 1 for validation")
+    assert made[2].endswith("recipes/demo/stage1_domains.yaml"), "the output is the one that it reads"
     code, _, errors = command(*words, "seed=1")
     assert code == 3
     assert "seed: 0 -> 1" in errors
@@ -200,7 +221,7 @@ import ctypes, sys
 header = (ctypes.c_uint32 * 2)(0x20080522, 0)
 assert ctypes.CDLL(None).capset(header, (ctypes.c_uint32 * 6)()) == 0
 from dreamdance.launch.command import main
-sys.exit(main(sys.argv[1:], lambda recipe, gpu_memory_gib: ""))
+sys.exit(main(sys.argv[1:], lambda *_: ""))
 """
 
 

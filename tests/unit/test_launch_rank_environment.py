@@ -112,7 +112,7 @@ def test_nccl_errors_and_allocator_keep_torchs_defaults_except_settings_that_hel
         monkeypatch.delenv(name, raising=False)
     found = default_environment(recipe(4), local_rank=1, logs=tmp_path / "logs")
     assert "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in found, "1 enables the abort that can hang"
-    assert found["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "2000"
+    assert found["TORCH_FR_BUFFER_SIZE"] == "2000"
     assert found["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
     assert found["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == f"{tmp_path}/logs/nccl_trace_rank_"
     assert found["PYTORCH_ALLOC_CONF"] == found["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"

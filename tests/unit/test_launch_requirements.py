@@ -140,3 +140,30 @@ def test_a_job_refuses_channels_last_on_gpus_without_a_compiler(path: Path, head
         refuse_missing(on_gpus())
     executable(path / "gcc")
     refuse_missing(on_gpus())
+
+
+def test_compiled_blocks_without_a_compiler_are_found_before_submission_and_refused_by_a_job(
+    path: Path, headers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    compiled = stage2("model.compile=blocks")
+    problems = [str(problem) for problem in preflight.missing(compiled, STAGE2, Path("runs"), check_gpu=True)]
+    (problem,) = [problem for problem in problems if "torch.compile" in problem]
+    assert "no 'g++' on PATH" in problem
+    assert "model.compile=none" in problem
+    with pytest.raises(MissingInputError, match=r"model\.compile needs torch.compile, .* needs a C\+\+ compiler"):
+        refuse_missing(compiled)
+    executable(path / "g++")
+    refuse_missing(compiled)
+    (headers / "Python.h").unlink()
+    with pytest.raises(MissingInputError, match=r"model\.compile .*there is no .*Python\.h"):
+        refuse_missing(compiled)
+    refuse_missing(stage2())
+
+
+def test_compiled_blocks_on_gpus_need_what_triton_needs(path: Path, headers: Path) -> None:
+    executable(path / "g++")
+    with pytest.raises(MissingInputError, match=r"model\.compile .*neither gcc nor clang is on PATH"):
+        refuse_missing(on_gpus("model.channels_last=false", "model.compile=blocks"))
+    executable(path / "gcc")
+    refuse_missing(on_gpus("model.compile=blocks"))

@@ -139,6 +139,20 @@ def test_a_run_that_began_before_targets_were_sampled_keeps_its_targets_or_is_re
     assert stored_recipe(run_folder).objective.target_latents == "sample"
 
 
+def test_a_run_of_stage_2_that_began_before_has_no_reference_among_its_frames_and_the_clips_rates(run_folder):
+    def stage2(*overrides):
+        return load_recipe(DEMO.with_name("stage2.yaml"), overrides)
+
+    before = ("objective.reference_first=false", "objective.fps=clip")
+    create_or_check(stage2(*before), run_folder, [])
+    written_before("objective.reference_first", "  reference_first: false\n", run_folder)
+    written_before("objective.fps", "  fps: clip\n", run_folder)
+    assert stored_recipe(run_folder) == stage2(*before)
+    with pytest.raises(DifferentRecipeError, match=r"reference_first: false -> true\n.*fps: \"clip\" -> 7.0"):
+        create_or_check(stage2("objective.reference_first=true", "objective.fps=7"), run_folder, [])
+    create_or_check(stage2(*before), run_folder, [])
+
+
 @pytest.mark.parametrize("task", ["prepare", "animate", "evaluate"])
 def test_a_run_of_the_time_when_every_task_had_the_key_logging_still_loads_and_continues(task, run_folder, caplog):
     now = load_recipe(DEMO.with_name(f"{task}.yaml"))
@@ -262,3 +276,23 @@ def test_a_missing_stored_recipe_is_a_storage_error_and_a_wrong_one_is_an_error_
     (run_folder / "recipe.yaml").write_text("task: nothing\n")
     with pytest.raises(RecipeError, match="unknown task 'nothing'"):
         stored_recipe(run_folder)
+
+
+def test_a_run_of_prepare_without_a_clip_takes_other_videos_and_one_with_clips_names_both_words(tmp_path, run_folder):
+    def prepare_recipe(*overrides):
+        return load_recipe(DEMO.parents[1] / "prepare.yaml", [f"output={tmp_path / 'data'}", *overrides])
+
+    create_or_check(prepare_recipe("videos.folder=wrong"), run_folder, [])
+    create_or_check(prepare_recipe("videos.folder=right"), run_folder, [])
+    assert load_recipe(run_folder / "recipe.yaml").videos.folder == "right"
+    part = tmp_path / "data" / "train" / ".parts" / "a-1"
+    part.mkdir(parents=True)
+    (part / "index.json").write_text(json.dumps({"version": 2, "shards": []}))
+    create_or_check(prepare_recipe("videos.folder=again"), run_folder, [])
+    (part / "index.json").write_text(json.dumps({"version": 2, "shards": [{"samples": 1}]}))
+    with pytest.raises(DifferentRecipeError) as caught:
+        create_or_check(prepare_recipe("videos.folder=other"), run_folder, [])
+    _, change, advice = str(caught.value).splitlines()
+    assert change == '  videos.folder: "again" -> "other"'
+    assert advice.startswith(f"{tmp_path / 'data'} has clips of that recipe: give this run another name and another ")
+    assert "(name=... output=...)" in advice

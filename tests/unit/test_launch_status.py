@@ -144,6 +144,28 @@ def test_details_show_videos_per_hour_and_failures_by_reason(
     ]
 
 
+def test_tables_of_an_earlier_job_are_not_shown_while_a_new_one_works(runs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "data"
+    run = make_run(runs, "prepare", "videos")
+    recipe = load_recipe(DEMO.parent / "prepare.yaml", [f"output={output}", f"videos.folder={tmp_path}"])
+    (run / RECIPE_FILE).write_text(dump_recipe(recipe))
+    output.mkdir()
+    tables = [output / "damaged_videos.tsv", output / "videos_without_clips.tsv"]
+    for table_file in tables:
+        table_file.write_text("video\treason\na\tbroken\n")
+        os.utime(table_file, (1.7e9, 1.7e9))
+    start = {"time": "2023-11-14T22:13:30+0000", "jobs": []}  # 10 seconds later
+    (run / "provenance.json").write_text(json.dumps({"starts": [start]}))
+    submit(run)
+    assert "broken" in details(run), "the job is over: the tables may be of its own"
+    submit(run, host="another")
+    assert "running" in states(runs)["videos"]
+    assert "broken" not in details(run)
+    for table_file in tables:
+        os.utime(table_file, (1.7e9 + 20, 1.7e9 + 20))
+    assert details(run).count("1 x broken") == 2
+
+
 def test_reasons_are_grouped_whatever_the_names_and_numbers() -> None:
     damaged = {
         "a": "/x/a.rgb.mp4 has 20 frames of 64x96, a.pose.mp4 10 of 64x96; at -0.5 s",

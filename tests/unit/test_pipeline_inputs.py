@@ -14,11 +14,11 @@ from support.tiny_pipelines import random_pictures, tiny_animation_pipeline, tin
 from dreamdance.errors import CheckpointError
 from dreamdance.inference.entry_inputs import Size, load_inputs
 from dreamdance.inference.manifest import ManifestEntry
-from dreamdance.inference.stages import find_export
 from dreamdance.media.keypoints import NUM_KEYPOINTS, KeypointSequence, write_keypoint_file
 from dreamdance.media.transforms import encode_normals, resize_images, resize_normals
 from dreamdance.pipelines import AnimationPipeline, DreamDancePipeline, GeometryPipeline
 from dreamdance.pipelines.inputs import clip_tensor, cut_to_aspect, image_tensor
+from dreamdance.runs.exports import find_export
 
 HEIGHT, WIDTH = 24, 16
 NAMES = {GeometryPipeline: tiny_geometry_pipeline, AnimationPipeline: tiny_animation_pipeline}
