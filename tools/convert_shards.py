@@ -18,14 +18,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from dreamdance.data.loading.dataset import StoredClips
 from dreamdance.data.loading.stored_clip import StoredClip
+from dreamdance.data.loading.stored_clips import StoredClips
 from dreamdance.data.shards.frame_codecs import CODECS
 from dreamdance.data.shards.index import DETAILS_KEY, read_index
 from dreamdance.data.shards.mds import INDEX_FILE
 from dreamdance.data.writing.clip_record import RGB_QUALITY, ClipRecord
+from dreamdance.data.writing.shard_folder import SOURCES_KEY
 from dreamdance.data.writing.shard_parts import Part, ShardFormat
-from dreamdance.data.writing.shard_writer import SOURCES_KEY, write_shards
+from dreamdance.data.writing.shard_writer import write_shards
 from dreamdance.errors import ShardError, UserError
 from dreamdance.modalities import MODALITIES
 from dreamdance.recipe.sections import Shards

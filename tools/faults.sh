@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs every test that injects a fault (the tests with Slurm if a cluster can be started here), then a chaos run: a training
-# with faults at random instants. Prints a table of the results. Takes under an hour on two cores. The exit code is not 0 if
-# anything failed.
+# Runs every test that injects a fault, and the `long` tests in the same files (those with Slurm if a cluster can be started
+# here), then a chaos run: a training with faults at random instants. Prints a table of the results. Takes about an hour on two
+# cores. The exit code is not 0 if anything failed.
 #   bash tools/faults.sh [TABLE]       also writes the table, in Markdown, to TABLE (default: tools/faults.md)
 #   DREAMDANCE_CHAOS_FAULTS=40 DREAMDANCE_CHAOS_SEED=1 DREAMDANCE_CHAOS_RANKS=4 bash tools/faults.sh      another chaos run
 #   DREAMDANCE_FAULTS_FOLDER=DIR bash tools/faults.sh      keeps the results of each part in DIR; parts that passed are skipped

@@ -23,7 +23,7 @@ A recipe is one YAML file that describes a run completely. `task` decides which 
 | task | what it does | recipes |
 |---|---|---|
 | `prepare` | makes streaming shards of videos or of rendered dancers | `prepare.yaml`, `footage/`, `demo/` |
-| `encode` | stores latents and embeddings of shards, from which stages then train | `encode.yaml`, `demo/` |
+| `encode` | stores latents of shards, or maps of a trained stage 1, from which stages train | `encode*.yaml`, `demo/` |
 | `stage1` | trains the geometry model, in three steps (`train`) | `stage1_*.yaml`, `ablations/`, `demo/` |
 | `stage2` | trains the SVD-ControlNet and its controller | `stage2.yaml`, `ablations/`, `footage/`, `demo/` |
 | `animate` | animates a manifest of reference pictures and poses | `animate.yaml`, `footage/`, `demo/` |
@@ -42,9 +42,9 @@ The comment at the head of each recipe describes the run, how to launch it, and 
 * **Names.** `name` is unique over all recipes; names of the demo begin with `demo_`. The run is the folder
   `runs/<name>/` (`--runs` changes `runs`). The same command continues the run in it.
 * **A changed recipe.** An existing run folder accepts the same recipe only. Not counted as changes: `cluster`,
-  `logging`, `checkpoint.allow_changed`, `data.verify`, `data.mixed_backgrounds`, `compression`, `videos.on_error`,
-  `videos.list` and a raised `max_steps`. Other changes are refused with a list (exit code 3), unless
-  `checkpoint.allow_changed` names their keys.
+  `logging`, `checkpoint.allow_changed`, `checkpoint.copy_in_memory`, `sharding.gradient_checkpointing`, `data.verify`,
+  `data.mixed_backgrounds`, `compression`, `videos.on_error`, `videos.list` and a raised `max_steps`. Other changes are
+  refused with a list (exit code 3), unless `checkpoint.allow_changed` names their keys.
 * **Starting from another run.** `init_from: stage1_domains` takes the averaged weights of that run under `--runs`:
   module weights only, no optimizer state. The run must be finished, unless `init_step` names one of its steps.
 * **Relative paths** start at the folder where the command is called.

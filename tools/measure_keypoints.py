@@ -19,8 +19,8 @@ from dreamdance.annotators.blazepose import BlazePose
 from dreamdance.annotators.people import follow_person
 from dreamdance.annotators.protocols import LANDMARK_NAMES, PersonPoses
 from dreamdance.dancers.render import HELD_OUT_SEEDS, DancerClip, render_clip
-from dreamdance.media.keypoints import BODY, BODY_NAMES, FACE, LEFT_HAND, RIGHT_HAND
-from dreamdance.media.pose_drawing import _BODY_COLOURS, CONFIDENCE_THRESHOLD
+from dreamdance.media.keypoints import BODY, BODY_NAMES, CONFIDENCE_THRESHOLD, FACE, LEFT_HAND, RIGHT_HAND
+from dreamdance.media.pose_drawing import _BODY_COLOURS
 from dreamdance.media.video import probe_video, read_frames
 
 _Array = NDArray[np.floating[Any]]

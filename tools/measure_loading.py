@@ -163,7 +163,7 @@ def read_by_stage(name: str, window: Mapping[str, Any]) -> dict[str, Any]:
 
 def open_latents(folder: Path, shards: Any, name: str, window: Mapping[str, Any], precision: str) -> dict[str, Any]:
     """The arguments of a dataset that reads latents, which are encoded first if no recipe of the stage needed them."""
-    from dreamdance.data.loading.dataset import StoredClips
+    from dreamdance.data.loading.stored_clips import StoredClips
     from dreamdance.recipe.encode_recipe import EncodeRecipe
     from dreamdance.recipe.parse import load_recipe
     from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe

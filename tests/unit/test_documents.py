@@ -178,7 +178,7 @@ def problems_of_launch(words: list[str]) -> list[str]:
 
 def plain_words(words: list[str]) -> list[str]:
     """The words that are neither options nor their values."""
-    with_value = {"--cluster", "--runs", "--sweep", "--task"}
+    with_value = {"--cluster", "--gpu", "--runs", "--sweep", "--task"}
     return [
         word
         for index, word in enumerate(words)
