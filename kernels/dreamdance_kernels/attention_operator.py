@@ -143,11 +143,12 @@ def _attention_backward(
     num_heads: int,
     deterministic: bool,
     implementation: str,
+    needs_shared: bool,
 ) -> list[Tensor]:
-    """Gradients of query, key and value, and of the shared segment's two if there is one."""
+    """Gradients of query, key and value, and of the shared segment's two if there is one and they are needed."""
     inputs = (query, key, value, shared_key, shared_value)
     if implementation == "torch":
-        return _torch_backward(grad_output, *inputs, output, log_sum_exp, num_heads)
+        return _torch_backward(grad_output, *inputs, output, log_sum_exp, num_heads, needs_shared=needs_shared)
     if _is_short(query, key, shared_key):
         from dreamdance_kernels.triton_kernels import short
 
@@ -156,7 +157,13 @@ def _attention_backward(
         from dreamdance_kernels.triton_kernels import long_backward
 
         gradients = long_backward.backward(
-            grad_output, *inputs, output, log_sum_exp, num_heads=num_heads, deterministic=deterministic
+            grad_output,
+            *inputs,
+            output,
+            log_sum_exp,
+            num_heads=num_heads,
+            deterministic=deterministic,
+            needs_shared=needs_shared,
         )
     found = (gradients.query, gradients.key, gradients.value, gradients.shared_key, gradients.shared_value)
     return [gradient for gradient in found if gradient is not None]
@@ -192,9 +199,15 @@ def _fake_attention_backward(
     value: Tensor,
     shared_key: Tensor | None,
     shared_value: Tensor | None,
-    *_: Any,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    num_heads: int,
+    deterministic: bool,
+    implementation: str,
+    needs_shared: bool,
 ) -> list[Tensor]:
-    return [torch.empty_like(x) for x in (query, key, value, shared_key, shared_value) if x is not None]
+    shared = (shared_key, shared_value) if needs_shared else ()
+    return [torch.empty_like(x) for x in (query, key, value, *shared) if x is not None]
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -208,8 +221,9 @@ def _differentiate(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tu
         return (None,) * 8
     if grad_output.stride(-1) != 1:
         grad_output = grad_output.contiguous()
+    needs_shared = any(ctx.needs_input_grad[3:5])  # not if they come from a frozen network
     gradients = _attention_backward(
-        grad_output, *ctx.saved_tensors, ctx.num_heads, ctx.deterministic, ctx.implementation
+        grad_output, *ctx.saved_tensors, ctx.num_heads, ctx.deterministic, ctx.implementation, needs_shared
     )
     return (*gradients, *(None,) * (8 - len(gradients)))
 
@@ -232,10 +246,29 @@ def _count_forward(
 
 @register_flop_formula(torch.ops.dreamdance.segmented_attention_backward)
 def _count_backward(
-    grad_output: Shape, query: Shape, key: Shape, value: Shape, shared_key: Shape | None, *_: Any, out_shape: Any = None
+    grad_output: Shape,
+    query: Shape,
+    key: Shape,
+    value: Shape,
+    shared_key: Shape | None,
+    shared_value: Shape | None,
+    output: Shape,
+    log_sum_exp: Shape,
+    num_heads: int,
+    deterministic: bool,
+    implementation: str,
+    needs_shared: bool,
+    *,
+    out_shape: Any = None,
 ) -> int:
-    """Five products: the scores again, dP, dV, dQ and dK."""
-    return _count_forward(query, key, value, shared_key) * 5 // 2
+    """Five products: the scores again, dP, dV, dQ and dK. Of a shared segment without gradient no dV and no dK.
+
+    torch's kernel computes those too. The two products that the deterministic form computes again are not counted.
+    """
+    own = _count_forward(query, key, value, None)
+    shared = _count_forward(query, key, value, shared_key) - own
+    shared_products = 5 if needs_shared or implementation == "torch" else 3
+    return (own * 5 + shared * shared_products) // 2
 
 
 def _torch_forward(
@@ -257,8 +290,13 @@ def _torch_backward(
     output: Tensor,
     log_sum_exp: Tensor,
     num_heads: int,
+    *,
+    needs_shared: bool,
 ) -> list[Tensor]:
-    """Gradients from the saved log-sum-exp, without a second forward; the shared segment's is the sum over i."""
+    """Gradients from the saved log-sum-exp, without a second forward; the shared segment's is the sum over i.
+
+    torch's kernel has no switch for single gradients: a shared segment without one saves its sum, not its products.
+    """
     keys, values = _append(key, shared_key), _append(value, shared_value)
     heads = [_split_heads(x, num_heads) for x in (grad_output, query, keys, values, output)]
     statistics = rearrange(log_sum_exp, "b i heads l -> (b i) heads l")
@@ -266,7 +304,7 @@ def _torch_backward(
     grad_query, grad_keys, grad_values = (_merge_heads(x, query) for x in found)
     own, inputs = key.shape[2], [query, key, value]
     gradients = [grad_query, grad_keys[:, :, :own], grad_values[:, :, :own]]
-    if shared_key is not None and shared_value is not None:
+    if needs_shared and shared_key is not None and shared_value is not None:
         inputs += [shared_key, shared_value]
         gradients += [reduce(x[:, :, own:], "b i s c -> b s c", "sum") for x in (grad_keys, grad_values)]
     return [torch.empty_like(x).copy_(gradient) for x, gradient in zip(inputs, gradients, strict=True)]

@@ -170,22 +170,24 @@ def test_the_forward_passes_torchs_operator_checks(layout, implementation):
 
 
 @pytest.mark.parametrize("implementation", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("needs_shared", [True, False])
 @layouts
-def test_the_backward_passes_torchs_operator_checks(layout, implementation):
+def test_the_backward_passes_torchs_operator_checks(layout, needs_shared, implementation):
     inputs = [None if x is None else x.detach() for x in LAYOUTS[layout](torch.float32)]
     output, log_sum_exp = attention_operator._attention(*inputs, 2, False, implementation)
-    arguments = (torch.ones_like(output), *inputs, output, log_sum_exp, 2, False, implementation)
+    arguments = (torch.ones_like(output), *inputs, output, log_sum_exp, 2, False, implementation, needs_shared)
     torch.library.opcheck(attention_operator._attention_backward, arguments)
 
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("needs_shared", [True, False])
 @layouts
-def test_the_fake_has_the_shapes_and_strides_of_the_real_one(layout, implementation):
+def test_the_fake_has_the_shapes_and_strides_of_the_real_one(layout, needs_shared, implementation):
     inputs = [None if x is None else x.detach() for x in LAYOUTS[layout](torch.float32)]
 
     def run(tensors):
         output, log_sum_exp = attention_operator._attention(*tensors, 2, False, implementation)
-        arguments = (torch.ones_like(output), *tensors, output, log_sum_exp, 2, False, implementation)
+        arguments = (torch.ones_like(output), *tensors, output, log_sum_exp, 2, False, implementation, needs_shared)
         return [output, log_sum_exp, *attention_operator._attention_backward(*arguments)]
 
     with FakeTensorMode() as mode:
@@ -215,7 +217,7 @@ def test_torchs_switch_for_determinism_reaches_the_backward(wanted):
         torch.use_deterministic_algorithms(before)
     with Calls() as calls:
         output.sum().backward()
-    assert calls.arguments[BACKWARD][-2] is wanted
+    assert calls.arguments[BACKWARD][-3] is wanted
 
 
 def test_operations_are_counted_by_torchs_own_formulas():
@@ -233,6 +235,39 @@ def test_a_shared_segment_is_counted_once_for_every_sample_that_reads_it():
     with FlopCounterMode(display=False) as counter:
         segmented_attention(*inputs, num_heads=2)
     assert counter.get_total_flops() == 4 * 2 * 3 * 5 * (5 + 4) * 12
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_a_frozen_shared_segment_leaves_the_other_gradients_the_same_to_the_bit(implementation):
+    inputs = as_leaves(LAYOUTS["packed with a shared segment"](torch.float32))
+
+    def gradients(*common):
+        output = segmented_attention(
+            *inputs[:3], *common, num_heads=2, deterministic=True, implementation=implementation
+        )
+        return torch.autograd.grad(output, inputs[:3], random(2, 3, 5, 12, dtype=torch.float32, seed=2))
+
+    trained, frozen = gradients(*inputs[3:]), gradients(*(x.detach() for x in inputs[3:]))
+    assert all(torch.equal(one, other) for one, other in zip(trained, frozen, strict=True))
+
+
+@pytest.mark.parametrize(("implementation", "products"), [("triton", 3), ("torch", 5)])
+def test_a_frozen_shared_segment_costs_three_of_five_products_backwards(implementation, products):
+    """The scores again, the gradients of the weights and the queries; torch's kernel computes all five whatever for."""
+
+    def count(common_needs_gradient):
+        with FakeTensorMode():
+            query, key, value = (torch.empty(2, 3, 5, 12, requires_grad=True) for _ in range(3))
+            common = [torch.empty(2, 4, 12, requires_grad=common_needs_gradient) for _ in range(2)]
+            output = segmented_attention(query, key, value, *common, num_heads=2, implementation=implementation)
+            with FlopCounterMode(display=False) as counter:
+                output.sum().backward()
+        assert all((x.grad is not None) == common_needs_gradient for x in common)
+        return counter.get_flop_counts()["Global"][BACKWARD.overloadpacket]
+
+    own, common = (2 * 2 * 3 * 5 * keys * 12 for keys in (5, 4))  # of one product
+    assert count(True) == 5 * own + 5 * common
+    assert count(False) == 5 * own + products * common
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

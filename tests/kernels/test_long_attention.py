@@ -103,11 +103,20 @@ def plain_gradients(operands: Operands, grad_output: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(plain_attention(leaves), [x for x in leaves if x is not None], grad_output))
 
 
-def our_gradients(operands: Operands, grad_output: Tensor, *, deterministic: bool) -> list[Tensor]:
-    """The given operands in their order."""
+def our_gradients(
+    operands: Operands, grad_output: Tensor, *, deterministic: bool, needs_shared: bool = True
+) -> list[Tensor]:
+    """The given operands in their order; without the shared ones if they need none."""
     output, log_sum_exp = long_forward.forward(*operands, num_heads=HEADS, tile=SMALL_TILE)
     gradients = long_backward.backward(
-        grad_output, *operands, output, log_sum_exp, num_heads=HEADS, deterministic=deterministic, tile=SMALL_TILE
+        grad_output,
+        *operands,
+        output,
+        log_sum_exp,
+        num_heads=HEADS,
+        deterministic=deterministic,
+        needs_shared=needs_shared,
+        tile=SMALL_TILE,
     )
     assert isinstance(gradients, Gradients)
     return [gradient for gradient in vars(gradients).values() if gradient is not None]
@@ -159,6 +168,41 @@ def test_every_gradient_is_as_exact_as_plain_torch(sizes, dtype, deterministic):
     for one, plain_one, exact_one in zip(ours, plain, exact, strict=True):
         if one.numel():
             assert_as_exact_as(plain_one, ours=one, exact=exact_one)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_without_the_shared_segments_gradient_the_others_stay_the_same(sizes, dtype, deterministic):
+    operands = random_operands(sizes, dtype)
+    grad_output = random_gradient(operands)
+    every = our_gradients(operands, grad_output, deterministic=deterministic)
+    ours = our_gradients(operands, grad_output, deterministic=deterministic, needs_shared=False)
+    assert len(ours) == 3
+    assert all(torch.equal(one, other) for one, other in zip(ours[1:], every[1:3], strict=True))
+    if deterministic:
+        assert torch.equal(ours[0], every[0])
+    else:  # the shared part is added in another order
+        exact = plain_gradients(in_float64(operands), grad_output.double())[0]
+        assert_as_exact_as(plain_gradients(operands, grad_output)[0], ours=ours[0], exact=exact)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_no_program_computes_a_shared_gradient_that_nobody_needs(deterministic, monkeypatch):
+    launch, programs = long_backward.launch, {}
+
+    def counting(kernel, *arguments, num_programs, **others):
+        programs[kernel.fn.__name__] = num_programs
+        launch(kernel, *arguments, num_programs=num_programs, **others)
+
+    monkeypatch.setattr(long_backward, "launch", counting)
+    operands = random_operands(Sizes(1, 3, 63, 63, 17, head_width=40), torch.float32)
+    found = []
+    for needs_shared in (True, False):
+        our_gradients(operands, random_gradient(operands), deterministic=deterministic, needs_shared=needs_shared)
+        found.append(programs["long_backward"])
+    # In each of two heads: four blocks of 16 own keys of each of three samples, and two blocks of shared keys.
+    assert found == [HEADS * (3 * 4 + 2), HEADS * 3 * 4]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Gradients:
-    """The gradient of each input, in its shape and dtype; `None` if there was no shared segment."""
+    """The gradient of each input, in its shape and dtype; `None` without a shared segment, or if nobody needs its."""
 
     query: Tensor
     key: Tensor

@@ -2,7 +2,8 @@
 
 Fast form: the pass also adds each block's part of the query gradient to float32 sums, in the order in which the
 programs happen to run. Deterministic form: a second pass, `long_backward_deterministic`, computes the query gradient.
-In both forms one program adds up the gradient of a block of shared keys, sample after sample.
+In both forms one program adds up the gradient of a block of shared keys, sample after sample. If nobody needs that
+gradient, the pass leaves the shared segment out, and its part of the query gradient comes from the second pass.
 """
 
 import torch
@@ -59,6 +60,7 @@ def backward(
     *,
     num_heads: int,
     deterministic: bool,
+    needs_shared: bool = True,
     tile: Tile | None = None,
 ) -> Gradients:
     """The gradient of each input of the forward.
@@ -74,15 +76,17 @@ def backward(
         log_sum_exp: as the forward returned it.
         num_heads: as in the forward.
         deterministic: give the same bits each time, with seven matrix products instead of five.
+        needs_shared: compute the gradients of the shared segment, which nobody needs if it comes from a frozen network.
         tile: a tile to use instead of the table's, for both passes.
 
     Returns:
-        Each gradient, dense, in its input's dtype, shape and order of dimensions; None without a shared segment.
+        Each gradient, dense, in its input's dtype, shape and order of dimensions; None for a shared segment that does
+        not exist or needs none.
 
     Raises:
         ValueError: as in the forward.
     """
-    has_shared = shared_key is not None
+    writes_shared = needs_shared and shared_key is not None
     if shared_key is None or shared_value is None:
         shared_key = shared_value = query.new_empty((query.shape[0], 0, query.shape[-1]))
     lengths = lengths_of(query, key, shared_key)
@@ -90,19 +94,27 @@ def backward(
     check_operands(lengths, shared_key=shared_key, shared_value=shared_value)
     delta = _output_dot_gradient(output, grad_output, num_heads=num_heads)
     problem = BackwardProblem(query, key, value, shared_key, shared_value, grad_output, log_sum_exp, delta, num_heads)
+    with_gradient = problem if writes_shared else problem.of_own_keys()
     if deterministic:
-        grads = _key_gradients(problem, query_sums=None, tile=tile)
+        grads = _key_gradients(with_gradient, query_sums=None, tile=tile)
         grad_query = long_backward_deterministic.query_gradient(problem, tile=tile)
     else:
         query_sums = torch.zeros_like(query, dtype=torch.float32)
-        grads = _key_gradients(problem, query_sums=query_sums, tile=tile)
-        grad_query = torch.mul(query_sums, problem.head_width**-0.5, out=torch.empty_like(query))
+        grads = _key_gradients(with_gradient, query_sums=query_sums, tile=tile)
+        grad_query = torch.empty_like(query)
+        if writes_shared or lengths.shared == 0:
+            torch.mul(query_sums, problem.head_width**-0.5, out=grad_query)
+        else:
+            from_shared = long_backward_deterministic.query_gradient(
+                problem.of_shared_keys(), tile=tile, dtype=torch.float32
+            )
+            torch.add(from_shared, query_sums, alpha=problem.head_width**-0.5, out=grad_query)
     return Gradients(
         query=grad_query,
         key=grads["grad_key"],
         value=grads["grad_value"],
-        shared_key=grads["grad_shared_key"] if has_shared else None,
-        shared_value=grads["grad_shared_value"] if has_shared else None,
+        shared_key=grads["grad_shared_key"] if writes_shared else None,
+        shared_value=grads["grad_shared_value"] if writes_shared else None,
     )
 
 

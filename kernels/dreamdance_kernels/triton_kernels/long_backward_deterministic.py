@@ -1,4 +1,7 @@
-"""Path L, backward, deterministic form: a separate pass for the query gradient, one block of queries per program."""
+"""Path L, backward: a separate pass for the query gradient, one block of queries per program.
+
+The deterministic form runs it over all keys, the fast form over a shared segment whose own gradient nobody needs.
+"""
 
 import torch
 import triton
@@ -37,11 +40,11 @@ TILES = {
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
-def query_gradient(problem: BackwardProblem, *, tile: Tile | None = None) -> Tensor:
-    """The gradient of the queries, `(b, i, l, heads*d)`, in their dtype and order of dimensions."""
+def query_gradient(problem: BackwardProblem, *, tile: Tile | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """The gradient of the queries, `(b, i, l, heads*d)`, in their order of dimensions; `dtype` None takes theirs."""
     query, lengths = problem.query, problem.lengths
     tile = tile or tile_for(problem.head_width, architecture_of(query.device), dtype=query.dtype)
-    grad_query = torch.empty_like(query)
+    grad_query = torch.empty_like(query, dtype=dtype)
     launch(
         long_backward_queries,
         problem.arguments() | tensor_arguments(grad_query=grad_query),
@@ -65,7 +68,11 @@ def builds(architecture: tuple[int, int]) -> list[KernelBuild]:
     """Every variant of this pass that the models launch; `long_backward.builds` lists the first pass."""
     float32 = frozenset({"log_sum_exp", "delta"})
     name = "long_backward_deterministic_queries"
-    return model_builds(long_backward_queries, architecture, name=name, tiles=TILES, float32=float32)
+    found = model_builds(long_backward_queries, architecture, name=name, tiles=TILES, float32=float32)
+    # The fast form's part of a shared segment without gradient is one segment.
+    name, float32 = "long_backward_shared_queries", float32 | {"grad_query"}
+    of_shared = model_builds(long_backward_queries, architecture, name=name, tiles=TILES, float32=float32)
+    return found + [build for build in of_shared if not build.constants["two_segments"]]
 
 
 @triton.jit(do_not_specialize=["num_outer", "num_inner", "num_heads", "num_queries", "num_keys", "num_shared"])

@@ -4,10 +4,11 @@ Kernels name a tensor's strides after it: `query`, `query_outer` (b), `query_inn
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from einops import repeat
 from torch import Tensor
 
 from dreamdance_kernels.triton_kernels.builds import KernelBuild
@@ -114,6 +115,16 @@ class BackwardProblem:
     @property
     def lengths(self) -> Lengths:
         return lengths_of(self.query, self.key, self.shared_key)
+
+    def of_own_keys(self) -> "BackwardProblem":
+        """The same queries without the shared segment."""
+        return replace(self, shared_key=self.shared_key[:, :0], shared_value=self.shared_value[:, :0])
+
+    def of_shared_keys(self) -> "BackwardProblem":
+        """The same queries with the shared keys alone: as each sample's own, through an expanded view."""
+        num_inner = self.query.shape[1]
+        key, value = (repeat(x, "b s c -> b i s c", i=num_inner) for x in (self.shared_key, self.shared_value))
+        return replace(self.of_own_keys(), key=key, value=value)
 
     def operands(self) -> dict[str, Tensor]:
         """The tensors in the dtype of the model, by name."""
