@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from torch import nn
 
+from dreamdance.models.gated_gelu import join_gate_gradients
 from dreamdance.models.interpolated_blending import blend_in_one_pass
 from dreamdance.models.one_token_attention import skip_softmax_over_one_token
 from dreamdance.models.temporal_convolution import fold_temporal_convolutions
@@ -19,6 +20,7 @@ _REWRITES: Mapping[str, Callable[[nn.Module], None]] = {
     "no_division": skip_division_by_one,
     "temporal_convolutions": fold_temporal_convolutions,
     "blending": blend_in_one_pass,
+    "gate_gradients": join_gate_gradients,
 }
 # All names; a measurement of one rewrite's gain applies the others.
 EQUAL_REWRITES = frozenset(_REWRITES)

@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, UNet2DConditionModel
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import AlphaBlender, ResnetBlock2D, SpatioTemporalResBlock
@@ -179,10 +180,11 @@ def test_outputs_and_all_gradients_are_those_of_diffusers(name, rewrites):
     )
 
 
+@pytest.mark.parametrize("rewrite", ["no_division", "gate_gradients"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_leaving_out_divisions_by_one_changes_no_bit(name):
+def test_some_rewrites_change_no_bit(name, rewrite):
     expected = plain_results(name, torch.float32)
-    found = results(name, rewritten(make(name), {"no_division"}), torch.float32)
+    found = results(name, rewritten(make(name), {rewrite}), torch.float32)
     assert found.keys() == expected.keys()
     assert [each for each in expected if not torch.equal(found[each], expected[each])] == []
 
@@ -214,6 +216,16 @@ def test_neither_divisions_nor_softmax_over_one_token_nor_its_norm_run(name):
     assert plain["div"] - found["div"] >= 2 * (2 * blocks - (name == "geometry UNet") * blocks)
     assert plain[softmax] - found[softmax] == blocks
     assert plain["native_layer_norm"] - found["native_layer_norm"] == blocks
+
+
+@pytest.mark.parametrize("name", ["geometry UNet", "SVD's UNet"])
+def test_gradients_of_values_and_gates_are_written_once(name):
+    network = make(name)
+    plain, found = operations(name, network), operations(name, rewritten(network, {"gate_gradients"}))
+    blocks = sum(type(module) is GEGLU for module in network.modules())
+    assert blocks > 0
+    assert plain["cat"] - found["cat"] == blocks
+    assert all(plain[each] == found[each] for each in ("mul", "gelu", "gelu_backward", "clone", "copy_"))
 
 
 def test_with_more_tokens_attention_and_its_gradients_are_bit_for_bit_those_of_diffusers():
@@ -287,7 +299,7 @@ def test_a_saved_network_loads_as_diffusers_own_and_a_copy_uses_its_own_norm(tmp
     assert all(block.attn2.query_norm is block.norm2 for block in blocks)
 
 
-REWRITTEN = (Attention, AlphaBlender, ResnetBlock2D)
+REWRITTEN = (Attention, AlphaBlender, GEGLU, ResnetBlock2D)
 
 
 def assert_plain(network):

@@ -65,6 +65,15 @@ def test_bytes_are_those_of_inputs_and_outputs_and_views_move_none():
     assert counter.work["forward"].product_bytes == counter.work["forward"].num_bytes == 4 * (2 * 64 * 32 + 64 * 64)
 
 
+def test_a_given_output_is_written_once_and_not_read():
+    a, out = torch.ones(64, 32), torch.empty(64, 32)
+    with OperatorCount() as counter:
+        torch.mul(a, 2 * a, out=out)
+        out.add_(a)  # in place: read and written
+        torch.mul(out, a, out=out)  # the same
+    assert counter.work["forward"].num_bytes == 64 * 32 * 4 * (2 + 3 + 3 + 3)
+
+
 @pytest.mark.parametrize("backend", ["reference", "sdpa", "operator"])
 def test_attention_counts_the_same_through_each_backend(backend):
     """The operator is the one under the backend `triton`, which needs a GPU."""

@@ -174,7 +174,9 @@ class OperatorCount(TorchDispatchMode):
             return result
         repeats = self.phase == "backward" and self._num_running > 0
         phase: Phase = "recomputation" if repeats else self.phase
-        inputs = {id(value): value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}.values()
+        outs = {argument.name for argument in func._schema.arguments if argument.is_out}  # written, not read
+        read = (args, {name: value for name, value in (kwargs or {}).items() if name not in outs})
+        inputs = {id(value): value for value in tree_leaves(read) if isinstance(value, Tensor)}.values()
         outputs = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
         num_bytes = sum(map(_size, inputs)) + sum(map(_size, outputs))
         sums = self._sums[phase]
