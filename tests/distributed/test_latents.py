@@ -23,8 +23,7 @@ from dreamdance.training.encoding import encode as encoding
 
 pytestmark = pytest.mark.distributed
 
-# Of `domains` as many as a user would compare; the others prove in four that they read and draw the same.
-STEPS = {"domains": 20, "temporal": 4, "stage2": 4}
+NUM_STEPS = 20
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +36,16 @@ def data(tmp_path_factory):
 
 
 def training_recipe(data: Path, kind: str, **more: Any):
-    """A few steps of two clips, half of them mirrored; the targets are samples of their distributions."""
+    """Steps of two clips, half of them mirrored; the targets are samples of their distributions."""
     changes = {
         "data.train": {"local": str(data / "train")},
         "data.validation": {"local": str(data / "validation")},
         "data.flip_probability": 0.5,
         "objective.target_latents": "sample",
-        "max_steps": STEPS[kind],
+        "max_steps": NUM_STEPS,
         "batch_size": 2,
         "micro_batch_size": 2,
-        "checkpoint.every_steps": STEPS[kind],
+        "checkpoint.every_steps": NUM_STEPS,
         **({} if kind == "domains" else {"data.num_frames": 2}),
         **more,
     }
@@ -72,13 +71,13 @@ def train(recipe, run: Path, *encoded: EncodeRecipe) -> tuple[list[str], dict[st
     return losses, weights
 
 
-@pytest.mark.parametrize("kind", ["domains", "temporal", "stage2"])
+@pytest.mark.parametrize("kind", ["domains", "geometry", "temporal", "stage2"])
 def test_losses_and_weights_are_those_of_training_from_pixels_bit_for_bit(data, tmp_path, kind):
     recipe = training_recipe(data, kind)
     exact = encode_recipe(recipe, tmp_path / "latents", flip=True)
     rounded = encode_recipe(recipe, tmp_path / "bf16", flip=True, precision="bf16")
     losses, weights = train(recipe, tmp_path / "pixels" / "run", *([exact, rounded] if kind == "temporal" else [exact]))
-    assert len(losses) == 2 * STEPS[kind]
+    assert len(losses) == 2 * NUM_STEPS
     stored, stored_weights = train(with_latents(recipe, exact.output, {}), tmp_path / "from_latents" / "run")
     assert stored == losses
     assert stored_weights.keys() == weights.keys()
