@@ -133,9 +133,11 @@ _UNGUIDED = "sampling.guidance_scales={rgb: 0, normal: 0, depth: 0}"
 TRAININGS = {
     "stage1_geometry": ["init_from=null", _UNGUIDED],
     "stage1_temporal": ["init_from=full_stage1_geometry", "data.num_frames=8", _UNGUIDED],
-    # Stage 2's optimizer covers the controller and the first down block alone: all of it takes more than 22 GB.
+    # Stage 2's optimizer covers the controller, the first down block, and the zero convolutions, without which no gradient
+    # reaches the others: all of it takes more than 22 GB.
     "stage2": [
-        *("optimizer.only=[controller.*,controlnet.down_blocks.0.*]", "optimizer.ema_decay=0"),
+        "optimizer.only=[controller.*,controlnet.down_blocks.0.*,controlnet.*zero_convolution*]",
+        "optimizer.ema_decay=0",
         *("checkpoint.copy_in_memory=false", "sharding.gradient_checkpointing=transformers"),
         "sampling.guidance_scale=1",
     ],
@@ -156,13 +158,14 @@ def _first_step(name: str) -> Callable[[Piece, Path], Row]:
         plan = _launch(replace(piece, name=f"{name} plan"), folder, [*recipe, "--dry-run"])
         planned = re.search(r"together +([0-9.]+) GiB", plan.output)
         complete = folder / f"runs/full_{name}/checkpoints/step_00000001/COMPLETE"
-        return _row(
+        row = _row(
             piece,
             _launch(piece, folder, recipe, kill_when=complete.exists),
             planned=planned[1] if planned else "",
             wanted=-signal.SIGKILL,
             losses=folder / f"runs/full_{name}",
         )
+        return row if complete.exists() else replace(row, result="FAILED: killed before its checkpoint was complete")
 
     return run
 
@@ -272,6 +275,8 @@ def _losses(log: Path) -> str:
     losses = {line["done"]: line["loss"] for line in lines if line.get("loss") is not None}
     if not losses or not all(map(math.isfinite, losses.values())):
         return f"FAILED: losses {losses}"
+    if warnings := [line["message"] for line in lines if "nothing is learned" in line.get("message", "")]:
+        return f"FAILED: {warnings[0]}"
     return ", ".join(f"loss {loss:.4f} at step {step}" for step, loss in sorted(losses.items()))
 
 

@@ -24,6 +24,12 @@ from dreamdance.training.step_flops import StepFlops
 from dreamdance.training.step_totals import StepTotals
 from dreamdance.training.validation import Validator
 
+NO_GRADIENT = (
+    "every gradient of step {step} is 0, so that nothing is learned; where layers begin at zero (stage 2's "
+    "controlnet.*zero_convolution*), no gradient reaches the layers before them unless they train as well: see "
+    "optimizer.only"
+)
+
 
 @dataclass
 class Trainer:
@@ -33,6 +39,7 @@ class Trainer:
         step: finished optimizer steps.
         inputs: the prepared micro batches; `train` sets it.
         validation_pending: whether the last step's validation was interrupted and must be repeated.
+        warned_of_zero_gradient: the warning comes once.
     """
 
     recipe: TrainingRecipe
@@ -48,6 +55,7 @@ class Trainer:
     flops: StepFlops
     step: int = 0
     validation_pending: bool = False
+    warned_of_zero_gradient: bool = False
     inputs: PreparedInputs = field(init=False)
 
     def train(self) -> bool:
@@ -132,6 +140,9 @@ class Trainer:
             flops=self.flops.of_micro_batches(self.engine.accumulation_steps),
         )
         self.metrics.step(report)
+        if update.applied and update.gradient_norm == 0 and not self.warned_of_zero_gradient:
+            self.warned_of_zero_gradient = True
+            self.metrics.message(NO_GRADIENT.format(step=self.step), step=self.step, level=logging.WARNING)
         return totals
 
     def _after_skipped_step(self, totals: StepTotals) -> None:

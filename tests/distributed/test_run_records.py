@@ -171,3 +171,24 @@ def test_progress_ends_at_the_last_step_with_the_name_of_the_export(
         config = json.loads((newest_export(run) / "controlnet" / "config.json").read_text(encoding="utf-8"))
         facts = {name: config[name] for name in ("trained_frames", "reference_first", "trained_fps")}
         assert facts == {"trained_frames": recipe.data.num_frames, "reference_first": True, "trained_fps": 7.0}
+
+
+@pytest.mark.parametrize(("only", "learns"), [("controlnet.down_blocks.0.*", False), ("controlnet.*zero_conv*", True)])
+def test_a_run_whose_gradients_are_all_zero_says_so_once(shards: Path, tmp_path: Path, only: str, learns: bool) -> None:
+    changes = {
+        "data.train.local": str(shards / "train"),
+        "data.validation.local": str(shards / "validation"),
+        "data.num_workers": 0,
+        "max_steps": 2,
+        "model.unfreeze": "none",
+        "optimizer.only": [only],
+        "validation.num_loss_clips": 1,
+        "validation.num_sample_clips": 1,
+        "validation.num_frames": 4,
+        "sampling.num_inference_steps": 1,
+    }
+    run_ranks(run_recorded, 1, tmp_path / "output", recipe=tiny_stage2_recipe(changes), run=tmp_path / "run")
+    lines = map(json.loads, progress_file(tmp_path / "run").read_text().splitlines())
+    messages = [line["message"] for line in lines if "nothing is learned" in line.get("message", "")]
+    assert len(messages) == (0 if learns else 1)
+    assert learns or "optimizer.only" in messages[0]
