@@ -124,11 +124,11 @@ class Validator:
         """The losses of this rank's share of the clips (keyed draws, C8), as `_no_losses`; zero for all other clips."""
         rows = self._no_losses()
         for number, clip in enumerate(self.loss_clips):
-            batch = collate_clips([clip]).to(self.ranks.device)  # once for all levels
-            for level, quantile in enumerate(self.quantiles):
+            objective = self.engine.objective
+            for level, prepared in enumerate(objective.prepare_levels(collate_clips([clip]), self.quantiles)):
                 if self.stop:
                     return rows
-                sums = self.engine.objective(batch, noise_quantile=quantile).sums()
+                sums = objective(prepared).sums()
                 rows[self.ranks.rank + number * self.ranks.world_size, level] = sums.cpu()
         return rows
 

@@ -285,6 +285,8 @@ def test_losses_and_samples_of_held_out_clips_are_the_same_bits_on_any_number_of
         found = run_ranks(prepare_and_inspect, world_size, tmp_path / f"output_{world_size}", **arguments)
         samples[world_size] = {name: clip for rank in found for name, clip in rank["samples"].items()}
         losses[world_size] = sum(rank["losses"] for rank in found)
+        for rank in found:
+            assert rank["encodings"] == len(rank["clips"]), "each clip is encoded once for its 8 noise levels"
     assert losses[1].any()
     assert torch.equal(losses[1], losses[3])
     assert samples[1].keys() == samples[3].keys()

@@ -32,6 +32,7 @@ from dreamdance.training.objectives.output import ObjectiveOutput
 from dreamdance.training.stages.training_stage import stage_of
 from dreamdance.training.train import build_trainer, train
 from dreamdance.training.trainer import Trainer
+from support.recipes import record_inputs
 
 Recipe = Stage1Recipe | Stage2Recipe
 
@@ -319,7 +320,9 @@ def prepare_and_inspect(ranks: Ranks, *, recipe: Recipe, run: Path, steps: int) 
                 clip.clip_ids[0]: stage_of(recipe).predict(objective, clip)
                 for clip in trainer.validation.own_samples[""]
             }
+            embedded = record_inputs(objective.image_encoder)
             found["losses"] = trainer.validation._losses()
+            found["encodings"] = len(embedded)
             found["average_gathered"] = {
                 name: value.clone() for name, value in trainer.engine.gather_parameters(trainer.ema.shards)
             }

@@ -158,6 +158,21 @@ def test_conditions_are_the_mode(folder, batch):
     for _ in range(2):
         stage_2(batch)
     first, second = (arguments[0].chunk(2, dim=2)[1][:, 0] for arguments, _ in calls)
-    noised, _ = stage_2._encode_reference_pixels(batch.reference, stage_2.draw(batch))
+    noised = stage_2._encode_reference_pixels(batch.reference, stage_2.draw(batch))
     assert torch.equal(first, second)
     assert torch.equal(first, noised)
+
+
+@STAGES
+def test_a_clip_is_encoded_once_for_all_noise_levels_and_its_losses_keep_their_bits(folder, batch, temporal):
+    objective = make_objective(folder, temporal=temporal).eval()
+    quantiles = (0.1, 0.5, 0.9)
+    with torch.no_grad():
+        apart = [objective(batch, noise_quantile=quantile).sums() for quantile in quantiles]
+        encoded, embedded = record_inputs(objective.vae.encoder), record_inputs(objective.image_encoder)
+        together = [objective(prepared).sums() for prepared in objective.prepare_levels(batch, quantiles)]
+    assert torch.equal(torch.stack(together), torch.stack(apart))
+    assert len({sums[0].item() for sums in together}) == len(quantiles)
+    num_domains = 1 if temporal else 3
+    assert len(encoded) == batch.pose.shape[1] * num_domains + 1, "each frame and the reference, one by one on the CPU"
+    assert len(embedded) == 1

@@ -31,7 +31,13 @@ from dreamdance.models.image_embedding import ImageEncoder, embed_prepared, prep
 from dreamdance.models.svd_unet import is_encoder_half_frozen, run_svd_unet
 from dreamdance.pipelines import AnimationPipeline
 from dreamdance.recipe import schema
-from dreamdance.training.objectives.output import Objective, ObjectiveOutput, PreparedBatch, no_grad_if_frozen
+from dreamdance.training.objectives.output import (
+    EncodedClips,
+    Objective,
+    ObjectiveOutput,
+    PreparedBatch,
+    no_grad_if_frozen,
+)
 from dreamdance.training.objectives.region_weights import region_weights
 
 
@@ -167,16 +173,13 @@ class AnimationObjective(Objective):
         num_frames = batch.pose.shape[1]
 
         # 1. noisy latents at one noise level per clip
-        if batch.latents:
-            latents = self.draw_targets(rearrange(batch.latents["rgb"], "b f ... -> (b f) ..."), draws)
-        else:
-            latents = self.encode_targets(rearrange(batch.rgb, "b f c h w -> (b f) c h w"), draws)
-        latents = rearrange(latents, "(b f) c h w -> b f c h w", f=num_frames)
+        encoded = prepared.encoded or self.encode(prepared)
+        latents = rearrange(encoded.targets, "(b f) c h w -> b f c h w", f=num_frames)
         sigmas = rearrange(draws["sigmas"], "b -> b 1 1 1 1")
         noisy = latents + sigmas * draws["noise"]
 
         # 2. prediction; the UNet's encoder half runs without a graph if it is frozen
-        inputs = self._prepare_input(prepared, noisy, sigmas)
+        inputs = self._prepare_input(prepared, encoded, noisy, sigmas)
         conditions = (inputs.timestep, inputs.embeddings, inputs.added_time_ids)
         residuals = self.controlnet(inputs.sample, *conditions, inputs.control_features)
         output = run_svd_unet(
@@ -205,17 +208,27 @@ class AnimationObjective(Objective):
             domain_counts=only_rgb * len(losses),
         )
 
-    def _prepare_input(self, prepared: PreparedBatch, noisy: Tensor, sigmas: Tensor) -> DenoiserInput:
-        """Preconditions `noisy` (`b f c h w`, at `sigmas`: `b 1 1 1 1`) and encodes all conditions."""
-        dtype, batch, draws = self.unet.dtype, prepared.clips, prepared.draws
-        num_frames = noisy.shape[1]
-        _, _, c_in, timestep = edm_preconditioning(sigmas)
-        conditioning, augmentation = self._encode_reference_pixels(batch.reference, draws)
+    @torch.no_grad()
+    def encode(self, prepared: PreparedBatch) -> EncodedClips:
+        """See `Objective`; the targets are `(b f) c h w`, and the reference has its noise."""
+        batch, draws = prepared.clips, prepared.draws
         if stored := batch.latents:
+            targets = self.draw_targets(rearrange(stored["rgb"], "b f ... -> (b f) ..."), draws)
             embeddings = rearrange(stored["embedding"], "b c -> b 1 c")
         else:
             assert prepared.encoder_pictures is not None
+            targets = self.encode_targets(rearrange(batch.rgb, "b f c h w -> (b f) c h w"), draws)
             embeddings = embed_prepared(self.image_encoder, prepared.encoder_pictures)
+        return EncodedClips(targets, self._encode_reference_pixels(batch.reference, draws), embeddings)
+
+    def _prepare_input(
+        self, prepared: PreparedBatch, encoded: EncodedClips, noisy: Tensor, sigmas: Tensor
+    ) -> DenoiserInput:
+        """Preconditions `noisy` (`b f c h w`, at `sigmas`: `b 1 1 1 1`) and puts all conditions together."""
+        dtype, batch, draws = self.unet.dtype, prepared.clips, prepared.draws
+        num_frames = noisy.shape[1]
+        _, _, c_in, timestep = edm_preconditioning(sigmas)
+        conditioning, embeddings, augmentation = encoded.reference, encoded.embeddings, draws["augmentation"]
         if "kept latents" in draws:
             conditioning = conditioning * rearrange(draws["kept latents"], "b -> b 1 1 1").to(conditioning)
             embeddings = embeddings * rearrange(draws["kept embedding"], "b -> b 1 1").to(embeddings)
@@ -232,12 +245,12 @@ class AnimationObjective(Objective):
             control_features=control_features,
         )
 
-    def _encode_reference_pixels(self, reference: Tensor, draws: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Returns conditioning latents `b c h w` of the noisy reference, not scaled, and its noise strengths `b`."""
+    def _encode_reference_pixels(self, reference: Tensor, draws: Mapping[str, Tensor]) -> Tensor:
+        """Conditioning latents `b c h w` of the noisy reference, not scaled."""
         strength, noise = draws["augmentation"], draws["augmentation noise"]
         # strengths are meant for pixels in [-1, 1]; for pixels in [0, 1] they are half as large
         noised = reference + 0.5 * rearrange(strength, "b -> b 1 1 1") * noise
-        return encode_latents(self.vae, noised, scaled=False).float(), strength
+        return encode_latents(self.vae, noised, scaled=False).float()
 
     def _control_maps(self, batch: ClipBatch, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The controller's maps `(b f) 3 H W` in [0,1]; maps that stage 1 predicts are blurred to its resolution.

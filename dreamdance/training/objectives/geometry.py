@@ -30,7 +30,13 @@ from dreamdance.models.autoencoding import Autoencoder, encode_latents, latent_s
 from dreamdance.models.image_embedding import ImageEncoder, embed_prepared, prepare_images
 from dreamdance.pipelines import GeometryPipeline
 from dreamdance.recipe import schema
-from dreamdance.training.objectives.output import Objective, ObjectiveOutput, PreparedBatch, no_grad_if_frozen
+from dreamdance.training.objectives.output import (
+    EncodedClips,
+    Objective,
+    ObjectiveOutput,
+    PreparedBatch,
+    no_grad_if_frozen,
+)
 from dreamdance.training.objectives.region_weights import region_weights
 
 Step = Literal["domains", "geometry", "temporal"]
@@ -154,10 +160,8 @@ class GeometryObjective(Objective):
         # 1. clean latents of the drawn domain, or of all three
         domains = draws["domains"]
         num_domains = domains.shape[1]
-        if batch.latents:
-            latents = self.draw_targets(_of_domains(batch.latents, domains), draws)
-        else:
-            latents = self.encode_targets(_of_domains(batch.maps, domains), draws)
+        encoded = prepared.encoded or self.encode(prepared)
+        latents = encoded.targets
 
         # 2. noise
         noise, timesteps = draws["noise"], draws["timesteps"]
@@ -166,7 +170,7 @@ class GeometryObjective(Objective):
 
         # 3. conditions
         dtype = self.unet.dtype
-        embeddings, reference_features = self._encode_references(prepared)
+        embeddings, reference_features = self._condition_on_reference(encoded, draws["kept"])
         with no_grad_if_frozen(self.pose_encoder):
             pose_features = self.pose_encoder(rearrange(batch.pose, "b f c h w -> (b f) c h w").to(dtype))
 
@@ -203,20 +207,28 @@ class GeometryObjective(Objective):
             return repeat(torch.arange(len(DOMAINS)), "m -> b m", b=len(keys))
         return torch.stack([draw_domain(self._draw_weights, key) for key in keys])
 
-    def _encode_references(self, prepared: PreparedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    @torch.no_grad()
+    def encode(self, prepared: PreparedBatch) -> EncodedClips:
+        """See `Objective`; the targets are `(b f m) c h w`."""
+        batch, draws = prepared.clips, prepared.draws
+        if stored := batch.latents:
+            return EncodedClips(
+                targets=self.draw_targets(_of_domains(stored, draws["domains"]), draws),
+                reference=latents_from_moments(self.vae, stored["reference"]),
+                embeddings=rearrange(stored["embedding"], "b c -> b 1 c"),
+            )
+        assert prepared.encoder_pictures is not None
+        return EncodedClips(
+            targets=self.encode_targets(_of_domains(batch.maps, draws["domains"]), draws),
+            reference=encode_latents(self.vae, batch.reference),
+            embeddings=embed_prepared(self.image_encoder, prepared.encoder_pictures),
+        )
+
+    def _condition_on_reference(self, encoded: EncodedClips, kept: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns image embeddings `b t c` and reference features; a dropped reference enters the network as zeros."""
-        dtype, batch, kept = self.unet.dtype, prepared.clips, prepared.draws["kept"]
-        with torch.no_grad():
-            if stored := batch.latents:
-                latents = latents_from_moments(self.vae, stored["reference"])
-                embeddings = rearrange(stored["embedding"], "b c -> b 1 c")
-            else:
-                assert prepared.encoder_pictures is not None
-                latents = encode_latents(self.vae, batch.reference)
-                embeddings = embed_prepared(self.image_encoder, prepared.encoder_pictures)
-            latents = latents * rearrange(kept, "b -> b 1 1 1")
-            embeddings = embeddings * rearrange(kept, "b -> b 1 1")
-        embeddings = embeddings.to(dtype)
+        dtype = self.unet.dtype
+        latents = encoded.reference * rearrange(kept, "b -> b 1 1 1")
+        embeddings = (encoded.embeddings * rearrange(kept, "b -> b 1 1")).to(dtype)
         with no_grad_if_frozen(self.reference_unet):
             features = self.reference_unet(latents.to(dtype), torch.zeros_like(kept), embeddings)
         return embeddings, features

@@ -1,9 +1,9 @@
 """The output and the base class of both objectives. This module does not know ranks, optimizers or recipes."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -45,6 +45,21 @@ class ObjectiveOutput(NamedTuple):
 
 
 @dataclass(frozen=True)
+class EncodedClips:
+    """What the frozen encoders make of a micro batch; no noise level has a part in it.
+
+    Attributes:
+        targets: `(b k) c h w`, the latents to denoise, float32.
+        reference: `b c h w`, the latents of the reference.
+        embeddings: `b 1 c`, its image embedding.
+    """
+
+    targets: Tensor
+    reference: Tensor
+    embeddings: Tensor
+
+
+@dataclass(frozen=True)
 class PreparedBatch:
     """A micro batch on the networks' device, with all that `forward` reads.
 
@@ -52,11 +67,13 @@ class PreparedBatch:
         clips: the clips; their keys are on the CPU.
         draws: random numbers about them by name, see `Objective.draw`.
         encoder_pictures: see `Objective.resize_reference`.
+        encoded: what the encoders made of the clips; None lets `forward` encode them.
     """
 
     clips: ClipBatch
     draws: Mapping[str, Tensor]
     encoder_pictures: Tensor | None
+    encoded: EncodedClips | None = None
 
     def tensors(self) -> list[Tensor]:
         """All tensors on the device."""
@@ -133,6 +150,26 @@ class Objective(nn.Module, ABC):
         clips = batch.to(device, non_blocking=non_blocking)
         moved = {name: values.to(device, non_blocking=non_blocking) for name, values in draws.items()}
         return PreparedBatch(clips, moved, self.resize_reference(clips))
+
+    @abstractmethod
+    def encode(self, prepared: PreparedBatch) -> EncodedClips:
+        """Runs the frozen encoders, or takes what the batch has stored of them; drops no condition."""
+
+    def prepare_levels(self, batch: ClipBatch, quantiles: Sequence[float]) -> Iterator[PreparedBatch]:
+        """Yields a batch at several noise levels, encoded once.
+
+        `forward` of each gives the same bits as of the batch at that `noise_quantile`. Keyed draws are the same at all
+        levels, but for the level itself.
+
+        Args:
+            batch: clips on any device.
+            quantiles: one or more, see `forward`.
+        """
+        prepared = self.prepare(batch, noise_quantile=quantiles[0])
+        prepared = replace(prepared, encoded=self.encode(prepared))
+        for quantile in quantiles:
+            draws = self.draw(prepared.clips, noise_quantile=quantile)
+            yield replace(prepared, draws={name: values.to(self.unet.device) for name, values in draws.items()})
 
     def draw_target_noise(
         self, keys: Sequence[Sequence[int]], shape: Sequence[int], form: Literal["sample", "mode"]
