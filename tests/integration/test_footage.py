@@ -4,7 +4,6 @@ A short run of recipes/footage, small enough for a test; those recipes state the
 videos is kept: everything is written to the folder of the test.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.networks import require_weights
+from support.tool_modules import load_tool
 
 from dreamdance.data.loading.stored_clips import StoredClips
 from dreamdance.evaluation.table import RESULT_ROW
@@ -153,9 +153,7 @@ def test_clips_have_all_maps_of_the_person_and_scores(folder):
 
 def test_poses_are_those_of_another_network(folder):
     """The drawings beside the videos are DWPose's. Errors are in lengths of the torso, of the joints of the body."""
-    spec = importlib.util.spec_from_file_location("measure_keypoints", ROOT / "tools" / "measure_keypoints.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool("measure_keypoints")
     # The points of hands have the colour of the left knee, and the face hides eyes and ears.
     errors = {name: [] for name in BODY_NAMES[:14] if name != "left_knee"}
     for clip in stored(folder, "train"):

@@ -3,7 +3,6 @@
 `older_files/files.tar.xz` contains the output of that commit's commands; `older_files/make.sh` makes it again.
 """
 
-import importlib.util
 import json
 import re
 import shutil
@@ -14,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from support.tool_modules import load_tool
 
 from dreamdance.evaluation.clips import open_clips
 from dreamdance.launch.command import main
@@ -173,12 +173,7 @@ def test_a_training_starts_from_an_export_as_it_did(command, folder):
 @pytest.fixture
 def convert(capsys):
     """Runs the command that an error names, in this process."""
-    path = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("convert_checkpoint")
 
     def run(output: str) -> str:
         (named,) = set(re.findall(r"`python tools/convert_checkpoint\.py ([^`]+)`", output))

@@ -1,10 +1,8 @@
 """The commands for checkpoints: conversion of old ones without loss, and export of plain weights from any."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.recipes import tiny_stage1_recipe
+from support.tool_modules import load_tool
 
 from dreamdance.errors import CheckpointError
 from dreamdance.runs.files import hash_file
@@ -27,16 +26,6 @@ from dreamdance.training.engine import Engine
 from dreamdance.training.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def load_tool(name: str) -> ModuleType:
-    path = Path(__file__).parents[2] / "tools" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 convert_tool, export_tool = load_tool("convert_checkpoint"), load_tool("export_checkpoint")

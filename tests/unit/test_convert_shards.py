@@ -1,6 +1,5 @@
 """The command that converts shards of schema 1 to schema 2 keeps every value."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from support.older_shards import write_older_records, write_older_shards
 from support.random_shards import edit_index, flip_byte
+from support.tool_modules import load_tool
 from support.video_folders import stored_clips, videos_recipe, write_videos
 
 from dreamdance.data.loading.stored_clips import StoredClips
@@ -22,12 +22,7 @@ MAPS = ("rgb", "pose", "normal", "depth", "mask")
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    path = Path(__file__).parents[2] / "tools" / "convert_shards.py"
-    spec = importlib.util.spec_from_file_location("convert_shards", path)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("convert_shards")
 
 
 @pytest.mark.parametrize(("codec", "compression"), [("png", "zstd"), ("jpeg", "none")])

@@ -1,13 +1,12 @@
 """The table of faults: one row for each fault with its worst numbers, and a non-zero exit code after a failure."""
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from support.fault_log import FAULT_LOG, record_fault
+from support.tool_modules import load_tool
 
 ROOT = Path(__file__).parents[2]
 PASSED = '<testcase classname="tests.unit.test_a" name="test_whole" time="90.0"/>'
@@ -26,12 +25,7 @@ def log(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def make_table(tmp_path, log, monkeypatch, capsys) -> Callable[..., tuple[int, list[str]]]:
     """Runs the tool over the fault log and results with the given cases; returns its exit code and its lines."""
-    spec = importlib.util.spec_from_file_location("fault_table_in_test", ROOT / "tools" / "fault_table.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tool: ModuleType = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, tool)  # its dataclasses look up their module
-    spec.loader.exec_module(tool)
+    tool = load_tool("fault_table")
     monkeypatch.chdir(ROOT)  # it asks git for the commit
 
     def make_table(*parts: str, missing: tuple[str, ...] = ()) -> tuple[int, list[str]]:

@@ -1,12 +1,12 @@
 """The figures that the project states about itself: counted over files that git knows, checked against the limits."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support.tool_modules import load_tool
 
 TOOL = Path(__file__).parents[2] / "tools" / "figures.py"
 
@@ -31,11 +31,7 @@ def figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     )
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     subprocess.run(["git", "add", "package", "tests"], cwd=tmp_path, check=True)
-    spec = importlib.util.spec_from_file_location("figures_in_test", tmp_path / "tools" / "figures.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("figures", folder=tmp_path / "tools")
     monkeypatch.setattr(sys, "argv", ["figures.py", "--check"])
     return module
 

@@ -1,28 +1,16 @@
 """What `tools/full_size.py` would run for hours: its recipes are accepted, and its checks call pipelines rightly."""
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from support.recipes import HEIGHT, WIDTH
 from support.tiny_pipelines import tiny_animation_pipeline, tiny_geometry_pipeline
+from support.tool_modules import load_tool
 
 from dreamdance.launch.run_folder import differences
 from dreamdance.recipe import TrainingRecipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
-
-
-def load_tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 tool, checks = load_tool("full_size"), load_tool("full_size_checks")

@@ -1,6 +1,5 @@
 """`tools/published_weights.py` writes files that the classes of diffusers and transformers read whole."""
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, UNet2DConditionModel
 from diffusers import UNetSpatioTemporalConditionModel as VideoUNet
 from safetensors import safe_open
+from support.tool_modules import load_tool
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from dreamdance.errors import RecipeError
@@ -26,12 +26,7 @@ OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "p
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("published_weights", ROOT / "tools/published_weights.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("published_weights")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The key reference: every key is described, `explain` shows it, and recipes/README.md is generated from it."""
 
-import importlib.util
 import inspect
 import re
 import subprocess
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
+from support.tool_modules import load_tool
 
 from dreamdance.launch.command import main
 from dreamdance.recipe import load_recipe
@@ -45,12 +45,7 @@ def fields() -> dict[str, FieldInfo]:
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("key_reference", ROOT / "tools" / "key_reference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("key_reference")
 
 
 def test_every_key_is_described_by_a_sentence() -> None:

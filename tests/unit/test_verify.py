@@ -1,6 +1,5 @@
 """Damaged, missing, foreign and hostile shards give an error that names the file, never a short epoch or a hang."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -9,13 +8,13 @@ import time
 from hashlib import sha1
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import zstd
 from support.fault_log import record_fault
 from support.older_shards import older_sample, write_older_shards
 from support.random_shards import HEIGHT, WIDTH, edit_index, flip_byte, random_clip, write_random_shards
+from support.tool_modules import load_tool
 
 from dreamdance.data.loading.dataset import ClipDataset
 from dreamdance.data.loading.loader import ClipLoader
@@ -363,16 +362,8 @@ def test_the_index_notes_schema_and_count(sound):
     assert (details["schema_version"], details["num_samples"]) == (2 if list(sound.glob("*.zstd")) else 1, 12)
 
 
-def load_command() -> ModuleType:
-    path = Path(__file__).parents[2] / "tools" / "verify_shards.py"
-    spec = importlib.util.spec_from_file_location("verify_shards", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_command_describes_a_folder_or_names_the_bad_file(folder, capsys):
-    command = load_command()
+    command = load_tool("verify_shards")
     assert command.main([str(folder), "--decode"]) == 0
     assert capsys.readouterr().out == f"{folder}: 12 clips in 3 shards are valid, 72 frames decoded\n"
     for path in folder.glob(f"{SECOND}*"):
