@@ -133,8 +133,8 @@ _UNGUIDED = "sampling.guidance_scales={rgb: 0, normal: 0, depth: 0}"
 TRAININGS = {
     "stage1_geometry": ["init_from=null", _UNGUIDED],
     "stage1_temporal": ["init_from=full_stage1_geometry", "data.num_frames=8", _UNGUIDED],
-    # Stage 2's optimizer covers the controller, the first down block, and the zero convolutions, without which the others
-    # get no gradient: all of it takes more than 22 GB.
+    # All of stage 2's optimizer takes more than 22 GB. Here it covers the controller, the first down block, and the
+    # zero convolutions, without which the others get no gradient.
     "stage2": [
         "optimizer.only=[controller.*,controlnet.down_blocks.0.*,controlnet.*zero_convolution*]",
         "optimizer.ema_decay=0",
