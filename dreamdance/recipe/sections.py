@@ -56,9 +56,9 @@ class Cluster(Section):
     array: Positive = Field(
         default=1,
         description=(
-            "Number of Slurm jobs, the members of one array, that share the items of prepare, animate or evaluate. "
-            "Each has the nodes and processes that this section asks for. Members that start late or are lost do no "
-            "harm: the others do their items. Training is one job. Slurm only."
+            "Number of Slurm jobs, the members of one array, that share the items of prepare, encode, animate or "
+            "evaluate. Each has the nodes and processes that this section asks for. Members that start late or are "
+            "lost do no harm: the others do their items. Training is one job. Slurm only."
         ),
     )
     gpus_per_node: NonNegative = Field(
@@ -167,8 +167,8 @@ class Cluster(Section):
         default=600,
         description=(
             "A training step or network pass that takes longer than this, and longer than 10 times the median, ends "
-            "the job, which then continues from its last checkpoint. In prepare, animate and evaluate, a rank that is "
-            "silent for this long loses its items to the other ranks. 0 switches both off, for all activities."
+            "the job, which then continues from its last checkpoint. In prepare, encode, animate and evaluate, a rank "
+            "that is silent for this long loses its items to the other ranks. 0 switches both off, for all activities."
         ),
     )
     storage_mb_per_second: Annotated[Positive, Unit("MB/s")] = Field(
