@@ -1,10 +1,13 @@
 """Records of a short real run for people: every promised number in TensorBoard, pictures, progress, recipe."""
 
+import io
 import json
 import math
 import stat
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -21,6 +24,8 @@ from dreamdance.training.schedule import learning_rate
 pytestmark = pytest.mark.distributed
 
 MAX_STEPS = 3
+# What the files of samples with another person's reference end with.
+OTHER_REFERENCE = "_other_reference"
 UMASKS = {"stage1": 0o022, "stage2": 0o027}
 SCALARS = {
     "train/loss", "optim/lr", "optim/grad_norm", "perf/samples_per_second", "perf/step_seconds",
@@ -43,7 +48,8 @@ def finished(request: pytest.FixtureRequest, shards: Path, tmp_path_factory: pyt
         "optimizer.warmup_steps": 2,
         "validation.loss_every_steps": 2,
         "validation.sample_every_steps": 2,
-        "validation.num_sample_clips": 1,
+        "validation.num_sample_clips": 2,
+        "validation.num_cross_clips": 1,
         "validation.num_frames": 4,
         "sampling.num_inference_steps": 1,
         "logging.every_steps": 1,
@@ -144,15 +150,22 @@ def test_samples_are_grids_and_videos_in_tensorboard_and_as_files(
 ) -> None:
     recipe, run, board = finished
     names = ("normal", "depth", "rgb") if isinstance(recipe, Stage1Recipe) else ("rgb",)
-    assert set(board.Tags()["images"]) == {"samples/grid", *(f"samples/{name}" for name in names)}
-    for step in (2, 3):
-        with Image.open(run / "samples" / f"{step_name(step)}.png") as grid:
+    suffixes = {"": 2, OTHER_REFERENCE: 1}  # with the number of clips
+    assert set(board.Tags()["images"]) == {
+        f"samples/{name}{suffix}" for name in ("grid", *names) for suffix in suffixes
+    }
+    for step, (suffix, count) in product((2, 3), suffixes.items()):
+        with Image.open(run / "samples" / f"{step_name(step)}{suffix}.png") as grid:
             assert grid.width > 300
         for name in names:
-            with Image.open(run / "samples" / f"{step_name(step)}_{name}.gif") as video:
+            with Image.open(run / "samples" / f"{step_name(step)}_{name}{suffix}.gif") as video:
                 assert video.is_animated
-                assert video.size == (recipe.data.width, recipe.data.height)
+                assert video.size == (count * recipe.data.width, recipe.data.height)
     assert [event.step for event in board.Images("samples/grid")] == [2, 3]
+    # The same clip with another person: the first clip's frames differ, which only `num_cross_clips` draws.
+    own, other = (board.Images(f"samples/{names[-1]}{suffix}")[0].encoded_image_string for suffix in suffixes)
+    first, crossed = (np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in (own, other))
+    assert not np.array_equal(first[:, : recipe.data.width], crossed)
 
 
 def test_progress_ends_at_the_last_step_with_the_name_of_the_export(
