@@ -69,6 +69,13 @@ def _maps(recipe: Stage2Recipe) -> Iterator[Problem]:
             f"{objective.geometry_height} show another part of the frame than pictures of {data.width}x{data.height}; "
             "give both one aspect ratio",
         )
+    smallest, largest = data.crop_scale
+    if smallest < 1.0:  # a crop's edges are rounded to whole pixels of each size, and its maps are blurred once more
+        yield Problem.at(
+            "data.crop_scale",
+            f"data.crop_scale [{smallest:g}, {largest:g}] would shift data.maps against the pictures by up to one of "
+            "their own, larger pixels; set it to [1, 1], or leave data.maps out to train on true maps",
+        )
     if not {"normal", "depth"} & {*recipe.model.controls}:
         yield Problem.at("data.maps", f"data.maps: model.controls {recipe.model.controls} reads none of them")
 

@@ -16,6 +16,7 @@ from dreamdance.data.loading.order import SampleKey
 from dreamdance.data.loading.stored_clip import ReferenceFrame, Window, fixed_reference
 from dreamdance.data.loading.stored_clips import StoredClips
 from dreamdance.errors import RecipeError, ShardError, UserError
+from dreamdance.media.cropping import Crop, PartialCrop
 from dreamdance.media.transforms import flip_map
 from dreamdance.pipelines import GeometryPipeline
 from dreamdance.recipe import rules
@@ -158,6 +159,18 @@ def test_maps_of_other_shards_or_sizes_and_sets_without_maps_are_refused_by_name
         )
     with pytest.raises(ShardError, match=r"lists no generated maps; a recipe with `task: encode` and geometry_from"):
         require_fitting_maps(training(data, data / "validation"))
+
+
+def test_crops_are_refused_because_they_would_shift_maps_against_pictures(data, maps):
+    part = PartialCrop(0.95, x=0.5, y=0.0)
+    # 512 x 0.95**0.5 = 499.03 and (512 - 499 + 1) / 2 = 7; 256 x 0.95**0.5 = 249.5 and (256 - 250 + 1) / 2 = 3.5
+    picture, smaller = part.of(Crop(0, 0, 512, 768)), part.of(Crop(0, 0, 256, 384))
+    assert (picture.left, picture.width, 2 * smaller.left, 2 * smaller.width) == (7, 499, 6, 500)
+    recipe = training(data, maps)
+    cropping = recipe.model_copy(update={"data": recipe.data.model_copy(update={"crop_scale": (0.9, 1.0)})})
+    (problem,) = rules.problems(cropping)
+    assert problem.message.startswith("data.crop_scale [0.9, 1] would shift data.maps against the pictures")
+    assert list(rules.problems(recipe)) == list(rules.problems(without_maps(cropping))) == []
 
 
 def test_recipes_that_mix_latents_and_maps_are_refused(data, tmp_path):
