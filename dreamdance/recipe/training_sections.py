@@ -88,7 +88,8 @@ class TrainingData(Section):
         description=(
             "Smallest and largest share of a frame's area that a random crop keeps, drawn once per window and once "
             "more for its reference; the aspect stays, and the crop is enlarged. [0.9, 1.0] is what Moore and Champ "
-            "take, so that a person is not always framed alike. [1, 1] crops nothing. Not with data.latents or data.maps."
+            "take, so that a person is not always framed alike. [1, 1] crops nothing. Not with data.latents or "
+            "data.maps."
         ),
     )
     reference_margin: Annotated[NonNegative, Unit("frames")] = Field(
