@@ -22,6 +22,7 @@ from dreamdance.models.compiled_blocks import compile_blocks
 from dreamdance.recipe.same_run import result_json
 from dreamdance.recipe.schema import TrainingRecipe
 from dreamdance.runs.layout import note_signal
+from dreamdance.runtime.available_memory import return_freed_memory
 from dreamdance.runtime.gpus import known_gpu
 from dreamdance.runtime.process_group import (
     common_store,
@@ -131,6 +132,7 @@ def build_trainer(
         run_folder, engine, ema, ranks, recipe.checkpoint, recipe_digest=recipe_digest(recipe), weights=weights
     )
     resumed = checkpointer.resume()
+    return_freed_memory()
     guard = StepGuard(recipe.recovery, max_nonfinite_steps=recipe.max_nonfinite_steps)
     step, validation_pending = _restore(resumed, loader, guard)
     metrics = Metrics(

@@ -130,6 +130,21 @@ def test_a_simulated_step_needs_the_memory_of_a_real_one():
     assert activations(recipe) == pytest.approx(live.peak, rel=0.02)
 
 
+def test_a_process_without_a_gpu_also_holds_its_programs_and_the_copy_that_it_saves():
+    def parts(*overrides):
+        recipe = load_recipe(RECIPES / "demo/stage1_geometry.yaml", ["cluster.tasks_per_node=1", *overrides])
+        plan = make_plan(stage_of(recipe))
+        return {part.name: part.num_bytes for part in plan.memory}, plan.num_trainable
+
+    on_cpu, trainable = parts()
+    assert on_cpu["copy for checkpoints"] == trainable * 4 * 4  # master, two moments, average
+    assert on_cpu["programs"] > 0
+    without_copy, _ = parts("checkpoint.copy_in_memory=false")
+    assert "copy for checkpoints" not in without_copy
+    on_gpu, _ = parts("cluster.gpus_per_node=1", "cluster.memory_gib=64")
+    assert on_cpu.keys() - on_gpu.keys() == {"programs", "copy for checkpoints"}
+
+
 @pytest.mark.slow
 def test_a_larger_micro_batch_needs_more_memory_and_checkpointing_less():
     small = activations(demo("stage2"))

@@ -12,7 +12,7 @@ from torch import nn
 
 from dreamdance.recipe.schema import TrainingRecipe
 from dreamdance.runtime.gpus import DEFAULT_GPU, GPUS, Gpu
-from dreamdance.training.checkpointing.saving_plan import describe_checkpoint
+from dreamdance.training.checkpointing.saving_plan import describe_checkpoint, plan_checkpoint
 from dreamdance.training.parameter_groups import group_names
 from dreamdance.training.planning.duration import describe_duration, sample_bytes
 from dreamdance.training.planning.simulated_batch import simulated_batch
@@ -23,6 +23,8 @@ GIB = 2**30
 FP32_BYTES, BF16_BYTES = 4, 2
 # Memory for a CUDA context, NCCL's buffers, cuDNN's workspaces, and fragments that the allocator cannot fill.
 GPU_RESERVE_GIB = 3.0
+# A process on a CPU: Python, torch, DeepSpeed and their libraries, without a network.
+PROGRAM_GIB = 0.5
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ def make_plan(stage: TrainingStage[Any]) -> TrainingPlan:
     memory = state_memory(stage.recipe, trainable, total, exact=exact)
     bytes_per_sample = sample_bytes(simulated_batch(stage, objective))
     cost = count_step(objective, stage)
-    return TrainingPlan(networks, [*memory, _activations(stage, cost)], cost, bytes_per_sample)
+    memory = [*memory, _activations(stage, cost), *_beside_training(stage.recipe, trainable)]
+    return TrainingPlan(networks, memory, cost, bytes_per_sample)
 
 
 def network_sizes(objective: nn.Module) -> list[NetworkSize]:
@@ -188,6 +191,19 @@ def _average_memory(recipe: TrainingRecipe, states: int, reason: str) -> MemoryP
     if recipe.optimizer.ema_decay == 0:
         return MemoryPart("moving average", 0, "it is the masters themselves (optimizer.ema_decay=0)")
     return MemoryPart("moving average", states * FP32_BYTES, reason)
+
+
+def _beside_training(recipe: TrainingRecipe, trainable: int) -> list[MemoryPart]:
+    """What a process on a CPU holds in the same memory; beside a GPU it lies in the host's."""
+    if recipe.cluster.gpus_per_node:
+        return []
+    parts = [MemoryPart("programs", int(PROGRAM_GIB * GIB), "Python, torch and their libraries")]
+    if recipe.checkpoint.copy_in_memory:
+        num_bytes = plan_checkpoint(recipe, trainable).num_bytes
+        shares = recipe.cluster.world_size if recipe.sharding.zero_stage else 1
+        reason = f"{trainable / 1e6:,.1f} M x {num_bytes // trainable} bytes / {shares} (checkpoint.copy_in_memory)"
+        parts.append(MemoryPart("copy for checkpoints", -(-num_bytes // shares), reason))
+    return parts
 
 
 def _activations(stage: TrainingStage[Any], cost: StepCost) -> MemoryPart:
