@@ -20,7 +20,8 @@ from pathlib import Path
 
 from dreamdance.recipe import load_recipe
 from dreamdance.recipe.schema import TrainingRecipe
-from dreamdance.training.planning.step_cost import PHASES, StepCost, count_recipe
+from dreamdance.training.planning.operator_count import PHASES
+from dreamdance.training.planning.step_cost import StepCost, count_recipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).with_suffix(".csv")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from dreamdance.training.planning.step_cost import OperatorCount, count_model_flops
+from dreamdance.training.planning.operator_count import OperatorCount, count_model_flops
 
 
 class StepFlops:

@@ -15,8 +15,9 @@ from dreamdance.training.planning.duration import (
     sample_bytes,
     step_seconds,
 )
+from dreamdance.training.planning.operator_count import NO_WORK, Work
 from dreamdance.training.planning.simulated_batch import simulated_batch
-from dreamdance.training.planning.step_cost import NO_WORK, StepCost, Work
+from dreamdance.training.planning.step_cost import StepCost
 from dreamdance.training.stages.training_stage import stage_of
 
 # 100 TFLOP in bfloat16, 10 in float32 (5 of each repeated), and 1 TB beside products.

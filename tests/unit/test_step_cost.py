@@ -8,8 +8,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from dreamdance.training.planning.operator_count import MORE_FORMULAS, OperatorCount
 from dreamdance.training.planning.simulated_batch import simulated_batch
-from dreamdance.training.planning.step_cost import MORE_FORMULAS, OperatorCount, count_recipe
+from dreamdance.training.planning.step_cost import count_recipe
 from dreamdance.training.stages.training_stage import stage_of
 from dreamdance_kernels import geometry_attention, segmented_attention
 
