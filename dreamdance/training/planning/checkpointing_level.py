@@ -45,10 +45,15 @@ def choose_level(recipe: TrainingRecipe, gpu_memory_gib: float | None) -> Chosen
     for name in AUTO_LEVELS:
         chosen = _with_level(recipe, name)
         plan = make_plan(stage_of(chosen))
-        if plan.total_bytes / GIB * MARGIN + GPU_RESERVE_GIB <= gpu_memory_gib:
+        if fits(plan.total_bytes, gpu_memory_gib):
             break
     reason = f"gradient checkpointing: auto takes {name} on GPUs of {gpu_memory_gib:.0f} GiB, by the plan of --dry-run"
     return ChosenLevel(chosen, reason, plan)
+
+
+def fits(num_bytes: int, gpu_memory_gib: float) -> bool:
+    """Whether a plan of that size fits in a GPU with the margin and what CUDA, NCCL and fragmentation take."""
+    return num_bytes / GIB * MARGIN + GPU_RESERVE_GIB <= gpu_memory_gib
 
 
 def describe_with_level(
