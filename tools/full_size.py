@@ -155,13 +155,12 @@ def _first_step(name: str) -> Callable[[Piece, Path], Row]:
     def run(piece: Piece, folder: Path) -> Row:
         """Trains one step; the process is killed as soon as the checkpoint of that step counts, before the export."""
         recipe = _training(name, folder, max_steps=1)  # of two, the second would be trained before the first counts
-        plan = _launch(replace(piece, name=f"{name} plan"), folder, [*recipe, "--dry-run"])
-        planned = re.search(r"together +([0-9.]+) GiB", plan.output)
+        _launch(replace(piece, name=f"{name} plan"), folder, [*recipe, "--dry-run"])
         complete = folder / f"runs/full_{name}/checkpoints/step_00000001/COMPLETE"
         row = _row(
             piece,
             _launch(piece, folder, recipe, kill_when=complete.exists),
-            planned=planned[1] if planned else "",
+            planned=_planned(name, folder),
             wanted=-signal.SIGKILL,
             losses=folder / f"runs/full_{name}",
         )
@@ -170,11 +169,18 @@ def _first_step(name: str) -> Callable[[Piece, Path], Row]:
     return run
 
 
+def _planned(name: str, folder: Path) -> str:
+    """The plan's memory in GiB, as the dry run of the first step printed it."""
+    printed = _log(f"{name} plan", folder).read_text(encoding="utf-8")
+    found = re.search(r"together +([0-9.]+) GiB", printed)
+    return found[1] if found else ""
+
+
 def _second_step(name: str) -> Callable[[Piece, Path], Row]:
     def run(piece: Piece, folder: Path) -> Row:
         """Resumes from the checkpoint, trains the second step, and exports."""
         training = _launch(piece, folder, _training(name, folder, max_steps=2))
-        return _row(piece, training, losses=folder / f"runs/full_{name}")
+        return _row(piece, training, planned=_planned(name, folder), losses=folder / f"runs/full_{name}")
 
     return run
 
@@ -214,7 +220,7 @@ def _measure(
     piece: Piece, folder: Path, command: list[str], *, kill_when: Callable[[], bool] | None = None
 ) -> Measured:
     """Runs a command to its end, or kills it when `kill_when` says so or its minutes are over."""
-    log = folder / "logs" / f"{re.sub(r'[^a-z0-9]+', '_', piece.name)}.txt"
+    log = _log(piece.name, folder)
     log.parent.mkdir(parents=True, exist_ok=True)
     threads = str(len(os.sched_getaffinity(0)))
     environment = {"OMP_NUM_THREADS": threads, **os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
@@ -232,6 +238,11 @@ def _measure(
                 process.terminate()
             time.sleep(SAMPLE_SECONDS)
     return Measured(process.returncode, time.perf_counter() - started, peak / GIB, log.read_text(encoding="utf-8"))
+
+
+def _log(name: str, folder: Path) -> Path:
+    """The file with a piece's output."""
+    return folder / "logs" / f"{re.sub(r'[^a-z0-9]+', '_', name)}.txt"
 
 
 def _own_bytes(process: int) -> int:
