@@ -65,7 +65,10 @@ CONTESTANTS: dict[str, Contestant] = {
 GAINS: dict[str, Contestant] = {
     **{
         f"ours without {name}": Contestant(without=name)
-        for name in ("one_token_attention", "no_division", "temporal_convolutions", "blending", "prepared inputs")
+        for name in (
+            *("one_token_attention", "no_division", "temporal_convolutions", "blending", "gate_gradients"),
+            "prepared inputs",
+        )
     },
     "ours, blocks computed again": Contestant(overrides=("sharding.gradient_checkpointing=blocks",)),
     "ours, plain attention": Contestant(overrides=("model.attention_backend=reference",)),
