@@ -12,12 +12,13 @@ stored latents (`task: encode`). The plain data set has resized, blurred and dra
 ours does so within. One rank, ZeRO-2, one micro batch, latents at the mode of their distribution, clips' own frame
 rate. In bf16 the plain trainer's autoencoder is bf16 too, as usual, which is faster than our float32.
 
-Each contestant is a process. On a CPU all take a step in turn, so that what else the machine does hits all alike, and
-seconds are CPU time of one thread; memory is the whole process's. On a GPU they run one after another, in bf16, and the
-rest of the time is `kernels/benchmarks/measure.py`'s, which then writes the dispatch table; this part has not run on a
-GPU yet. Each result is written to the CSV file at once; what it has for this commit, machine and size is not measured
-again. Operations are those of a whole step with its optimizer; MFU is the share of the GPU's peak rate that the
-operations of ours make in the seconds of each. Exit codes: 0 done, 1 something failed, 3 the time is up: call again.
+Each contestant is a process. On a CPU ours and up to four others take a step in turn, so that what else the machine
+does hits all alike, and seconds are CPU time of one thread; memory is the whole process's. On a GPU they run one after
+another, in bf16, and the rest of the time is `kernels/benchmarks/measure.py`'s, which then writes the dispatch table;
+this part has not run on a GPU yet. Each result is written to the CSV file at once; what it has for this commit, machine
+and size is not measured again. Operations are those of a whole step with its optimizer; MFU is the share of the GPU's
+peak rate that the operations of ours make in the seconds of each. Exit codes: 0 done, 1 something failed, 3 the time is
+up: call again.
 """
 
 import argparse
@@ -45,6 +46,8 @@ TABLE = Path(__file__).with_suffix(".csv")
 KERNELS = REPOSITORY / "kernels" / "benchmarks" / "measure.py"
 # Seconds that a contestant of full size is given to start, and the share of the time that the kernels have at least.
 LAST_START_SECONDS, KERNEL_SHARE = 60.0, 0.3
+# Contestants that are in memory beside ours on a CPU.
+MOST_BESIDE = 4
 # An answer that takes longer will not come.
 LONGEST_WAIT_SECONDS = 3600.0
 # First losses in float32 may differ by this much of ours.
@@ -156,8 +159,7 @@ def measure_stages(
     identity = identify(options.size)
     for stage in options.stages:
         rows, here = read_rows(options.csv), {**identity, "stage": stage}
-        lacking = missing(rows, here, contestants)
-        for group in groups(lacking):
+        for group in groups(missing(rows, here, contestants)):
             if deadline - time.monotonic() < (LAST_START_SECONDS if on_gpu() else 0.0):
                 raise OutOfTimeError
             with processes(group, contestants, stage, options.size, networks, trees, deadline) as running:
@@ -167,7 +169,7 @@ def measure_stages(
             for ours in [found[OURS]] if OURS in found else stored:
                 new = [make_row({**here, "contestant": name}, found[name], ours) for name in found]
                 failed += list(other_losses(new, ours["loss"]))
-                rows += [row for row in new if row["contestant"] in lacking]
+                rows += [row for row in new if not find(rows, {**here, "contestant": row["contestant"]})]
                 write_rows(options.csv, rows)
     return failed
 
@@ -187,10 +189,11 @@ def identify(size: str) -> Row:
 
 
 def groups(names: Sequence[str]) -> list[list[str]]:
-    """Which contestants run beside one another: on a CPU all, with ours; on a GPU each alone."""
+    """Which contestants run beside one another: on a CPU a few, with ours; on a GPU each alone."""
     if on_gpu():
         return [[name] for name in names]
-    return [[OURS, *(name for name in names if name != OURS)]] if names else []
+    others = [name for name in names if name != OURS]
+    return [[OURS, *others[at : at + MOST_BESIDE]] for at in range(0, max(len(others), len(names[:1])), MOST_BESIDE)]
 
 
 def find(rows: Sequence[Row], wanted: Mapping[str, str]) -> list[Row]:

@@ -77,6 +77,8 @@ def test_a_table_that_was_cut_is_continued_with_what_it_lacks(tmp_path: Path) ->
     assert measure_step.missing(found, {**wanted, "commit": "def", "stage": "stage2"}, chosen) == [ours, plain, before]
     assert measure_step.groups([before]) == [[ours, before]], "ratios are to ours beside it"
     assert measure_step.groups([]) == []
+    assert measure_step.groups([ours]) == [[ours]]
+    assert measure_step.groups([ours, *"abcdef"]) == [[ours, *"abcd"], [ours, *"ef"]], "memory bounds a group"
     assert measure_step.of_row(found[1]) == {"rounds": [2.0, 3.0], "loss": 0.5, "tf": 2.0}
 
 
