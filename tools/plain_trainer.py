@@ -366,10 +366,6 @@ class PlainTrainer:
         if checkpointing:
             for network in (model.unet, getattr(model, model.second_unet)):
                 network.enable_gradient_checkpointing()
-        else:  # DeepSpeed lays out anew what trains
-            for weight in model.parameters():
-                if weight.dim() == 4 and not weight.requires_grad:
-                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         self.device, self.trained = device, [value for value in model.parameters() if value.requires_grad]
         on_gpu, bucket = device.type == "cuda", min(100_000_000, sum(value.numel() for value in self.trained))
         settings = {name: getattr(optimizer, name) for name in ("lr", "betas", "eps", "weight_decay")}
@@ -389,6 +385,10 @@ class PlainTrainer:
             "zero_force_ds_cpu_optimizer": False,
         }
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config)
+        if not checkpointing:  # afterwards: DeepSpeed broadcasts dense weights alone, and lays out anew what trains
+            for weight in model.parameters():
+                if weight.dim() == 4 and not weight.requires_grad:
+                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         self.average = EMAModel(self.trained, decay=optimizer.ema_decay, foreach=True)
 
     def step(self, inputs: Inputs) -> Tensor:
