@@ -144,9 +144,10 @@ class Optimizer(Section):
     only: list[str] = Field(
         default=[],
         description=(
-            "Patterns of the parameters that train, such as [controller.*, controlnet.down_blocks.0.*] (`*` stands for "
-            "any text); the others of the step stay as they are. Empty: all that the step trains. For experiments, and "
-            "for machines that cannot hold the optimizer's state of all."
+            "Patterns of the parameters that train, such as [controller.*, controlnet.*zero_convolution*] (`*` stands "
+            "for any text); the others of the step stay as they are. Layers before zero convolutions get no gradient "
+            "unless those train as well. Empty: all that the step trains. For experiments, and for machines that "
+            "cannot hold the optimizer's state of all."
         ),
     )
     lr: PositiveFloat = Field(
