@@ -25,6 +25,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from measure_memory import own_bytes
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
@@ -231,7 +232,7 @@ def _measure(
         subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT) as process,
     ):
         while process.poll() is None:
-            peak = max(peak, _own_bytes(process.pid))
+            peak = max(peak, own_bytes(process.pid))
             if kill_when is not None and kill_when():
                 process.kill()
             elif time.perf_counter() - started > 60 * piece.minutes:
@@ -243,16 +244,6 @@ def _measure(
 def _log(name: str, folder: Path) -> Path:
     """The file with a piece's output."""
     return folder / "logs" / f"{re.sub(r'[^a-z0-9]+', '_', name)}.txt"
-
-
-def _own_bytes(process: int) -> int:
-    """The process' memory without the files that it has mapped, in bytes; 0 if it is gone."""
-    try:
-        status = Path(f"/proc/{process}/status").read_text(encoding="ascii")
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    found = re.search(r"RssAnon:\s+(\d+) kB", status)
-    return 1024 * int(found[1]) if found else 0
 
 
 def _row(piece: Piece, measured: Measured, *, planned: str = "", wanted: int = 0, losses: Path | None = None) -> Row:

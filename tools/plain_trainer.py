@@ -385,7 +385,7 @@ class PlainTrainer:
             "zero_force_ds_cpu_optimizer": False,
         }
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config)
-        if not checkpointing:  # afterwards: DeepSpeed broadcasts dense weights alone, and lays out anew what trains
+        if not checkpointing:  # not before: DeepSpeed broadcasts dense weights alone; what trains gets its own layout
             for weight in model.parameters():
                 if weight.dim() == 4 and not weight.requires_grad:
                     weight.data = weight.data.contiguous(memory_format=torch.channels_last)

@@ -234,36 +234,33 @@ def run_stages(
     maps, of_reference = dict(inputs.maps), dict(inputs.reference_maps)
     normals = depths = None
     if stages.geometry is not None:
-        parts.begin("geometry")
-        normals, depths = _run_geometry(stages.geometry, inputs.reference, drawn, recipe, generator)
-        parts.end()
+        with parts.of_stage("geometry"):
+            normals, depths = _run_geometry(stages.geometry, inputs.reference, drawn, recipe, generator)
         maps |= {"normal": encode_normals(normals), "depth": depths}
     if stages.animation.reference_first:
         of_reference["pose"] = inputs.reference_poses[Size(recipe.width, recipe.height)]
         if stages.geometry is not None:  # a clip of one frame, whose pose is that of the reference itself
             own = inputs.reference_poses[Size(recipe.geometry_width, recipe.geometry_height)][None]
-            parts.begin("geometry")
-            own_normals, own_depths = _run_geometry(stages.geometry, inputs.reference, own, recipe, generator)
-            parts.end()
+            with parts.of_stage("geometry"):
+                own_normals, own_depths = _run_geometry(stages.geometry, inputs.reference, own, recipe, generator)
             of_reference |= {"normal": encode_normals(own_normals)[:, 0], "depth": own_depths[:, 0]}
-    parts.begin("animation")
-    (frames,) = cast(
-        tuple[Tensor],
-        stages.animation(
-            inputs.reference,
-            poses,
-            maps=maps,
-            reference_maps=of_reference or None,
-            height=recipe.height,
-            width=recipe.width,
-            fps=stages.animation.trained_fps or inputs.fps,
-            **recipe.animation.model_dump(),
-            generator=generator,
-            output_type="pt",
-            return_dict=False,
-        ),
-    )
-    parts.end()
+    with parts.of_stage("animation"):
+        (frames,) = cast(
+            tuple[Tensor],
+            stages.animation(
+                inputs.reference,
+                poses,
+                maps=maps,
+                reference_maps=of_reference or None,
+                height=recipe.height,
+                width=recipe.width,
+                fps=stages.animation.trained_fps or inputs.fps,
+                **recipe.animation.model_dump(),
+                generator=generator,
+                output_type="pt",
+                return_dict=False,
+            ),
+        )
     return ClipResult(
         reference=inputs.reference,
         poses=poses,

@@ -46,14 +46,9 @@ class PartSeconds:
             if pipeline is not None:
                 self._measure_parts(stage, pipeline.components)
 
-    def begin(self, stage: str) -> None:
-        """A stage begins."""
-        self._whole = self._watches[stage, "whole"].running()
-        self._whole.__enter__()
-
-    def end(self) -> None:
-        """The stage that began is at its end."""
-        self._whole.__exit__(None, None, None)
+    def of_stage(self, stage: str) -> AbstractContextManager[None]:
+        """Within it, a stage runs: what its parts do not take belongs to the rest."""
+        return self._watches[stage, "whole"].running()
 
     def take(self) -> dict[str, dict[str, float]]:
         """Seconds since the last call, by stage and part; waits until the device has finished."""

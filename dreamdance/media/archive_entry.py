@@ -53,10 +53,10 @@ class ArchiveEntry:
         """The entry that an archive's list describes.
 
         Raises:
-            NotImplementedError: it is compressed in another way.
+            zipfile.BadZipFile: it is compressed in another way.
         """
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise NotImplementedError(f"compression of type {info.compress_type}; np.savez_compressed uses deflate")
+            raise zipfile.BadZipFile(f"compression of type {info.compress_type}; np.savez_compressed uses deflate")
         return cls(path, info.header_offset, info.compress_type == zipfile.ZIP_DEFLATED, info.file_size)
 
     def read(self, file: IO[bytes], start: int, size: int) -> bytes:

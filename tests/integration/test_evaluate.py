@@ -303,15 +303,15 @@ def test_a_table_made_before_animate_has_ended_names_the_missing_clips_and_is_co
     write_result(tmp_path / "results", first, truth.pictures.frames)
     entries = tmp_path / "results" / ".entries.json"  # `somebody_else` has no truth, and can never be compared
     entries.write_text(json.dumps([first, second, third, "somebody_else"]))
-    told = f"This table is partial: 2 of 3 clips have no result yet ('{second}', '{third}'); when animate has made"
-    with caplog.at_level(logging.INFO), pytest.raises(PartialTableError, match=re.escape(told)):
+    note = f"This table is partial: 2 of 3 clips have no result yet ('{second}', '{third}'); when animate has made"
+    with caplog.at_level(logging.INFO), pytest.raises(PartialTableError, match=re.escape(note)):
         run(tmp_path, data)
     table = json.loads((tmp_path / "run" / "table.json").read_text())
     assert (table["missing"], list(table["clips"])) == ([second, third], [first])
-    assert (tmp_path / "run" / "table.md").read_text().startswith(told)
+    assert (tmp_path / "run" / "table.md").read_text().startswith(note)
     shown = json.loads((tmp_path / "run" / "logs" / "progress.jsonl").read_text().splitlines()[-1])["message"]
-    assert shown.index(told) < shown.index("| this run")
-    assert caplog.text.index(told) < caplog.text.index("| this run")
+    assert shown.index(note) < shown.index("| this run")
+    assert caplog.text.index(note) < caplog.text.index("| this run")
     write_result(tmp_path / "results", second, other.pictures.frames)
     entries.write_text(json.dumps([first, second]))
     table = run(tmp_path, data)

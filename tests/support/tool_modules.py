@@ -9,7 +9,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def load_tool(name: str, *, folder: Path = TOOLS) -> ModuleType:
-    """Loads `folder`/<name>.py anew, and not as the command that it is.
+    """Loads `folder`/<name>.py once more, and not as the command that it is.
 
     The module takes the place of an earlier one of this name in `sys.modules`, where its dataclasses look it up.
     """

@@ -84,7 +84,7 @@ def test_one_crop_shows_the_same_of_all_maps_and_the_reference_has_its_own(shard
     depth = sample.maps["depth"][0, 0].double() * 65535 / 256
     torch.testing.assert_close(depth[:, 1:-1], columns.expand(HEIGHT, -1)[:, 1:-1], rtol=0, atol=1e-2)
     assert torch.equal(sample.maps["mask"][0, 0, 5] > 0.5, columns < WIDTH / 2 - 0.5)
-    if not flip:  # a mirrored pose is drawn anew
+    if not flip:  # a mirrored pose is drawn again
         assert torch.equal(sample.maps["pose"], sample.maps["rgb"])
 
 

@@ -47,14 +47,13 @@ def stages():
 
 def test_each_pass_counts_for_its_part_and_the_remaining_time_for_the_rest(stages):
     parts, networks = PartSeconds(stages), stages.geometry.components
-    parts.begin("geometry")
-    for network in (networks["image_encoder"], networks["vae"].encoder, networks["reference_unet"]):
-        network()
-    for _ in range(3):
-        networks["unet"]()
-    networks["vae"].decoder()
-    time.sleep(0.05)
-    parts.end()
+    with parts.of_stage("geometry"):
+        for network in (networks["image_encoder"], networks["vae"].encoder, networks["reference_unet"]):
+            network()
+        for _ in range(3):
+            networks["unet"]()
+        networks["vae"].decoder()
+        time.sleep(0.05)
     found = parts.take()
     assert set(found) == {"geometry"}
     seconds = found["geometry"]
@@ -68,13 +67,11 @@ def test_each_pass_counts_for_its_part_and_the_remaining_time_for_the_rest(stage
 
 def test_a_pass_that_failed_does_not_count_for_the_next_clip(stages):
     parts, networks = PartSeconds(stages), stages.animation.components
-    parts.begin("animation")
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError), parts.of_stage("animation"):
         networks["controlnet"](fails=True)
     parts.take()
-    parts.begin("animation")
-    networks["controlnet"]()
-    parts.end()
+    with parts.of_stage("animation"):
+        networks["controlnet"]()
     assert 0.01 <= parts.take()["animation"]["ControlNet"] < 1
 
 
