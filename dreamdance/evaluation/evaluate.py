@@ -18,6 +18,7 @@ from dreamdance.evaluation.clips import (
     Prediction,
     Result,
     ResultError,
+    Size,
     Truth,
     find_results,
     open_clips,
@@ -27,6 +28,7 @@ from dreamdance.evaluation.clips import (
 )
 from dreamdance.evaluation.measured import EvaluatedClip, MeasuredClips, note_table, read_result_states
 from dreamdance.evaluation.scores import Scores, as_bytes, mean_scores, score
+from dreamdance.evaluation.side_by_side import check_comparable, join_rows
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table, describe_missing
 from dreamdance.evaluation.times import pair_frames
 from dreamdance.evaluation.trivial import FRAMES_PER_TRAINING_CLIP, TrainingMean, average_training_set, trivial_answers
@@ -67,11 +69,16 @@ def evaluate(recipe: EvaluateRecipe, run_folder: Path) -> None:
     progress = ProgressLog(run_folder, ranks)
     with WorkQueue(ranks, limits=recipe.cluster, run_folder=run_folder) as queue:
         queue.watchdog.enter("looking for results", recipe.results)
-        folders = {path.name: path for path in find_results(Path(recipe.results))}
-        first = read_result(next(iter(folders.values())))
+        results = {
+            row: {path.name: path for path in find_results(Path(folder))}
+            for row, folder in {RESULT_ROW: recipe.results, **recipe.compare}.items()
+        }
+        firsts = {row: read_result(next(iter(found.values()))) for row, found in results.items()}
+        check_comparable(firsts)
+        first = firsts[RESULT_ROW]
         training_mean = None
         if recipe.training_set is not None:
-            progress.write(done=0, total=len(folders), unit="clips", message="averaging the training set")
+            progress.write(done=0, total=len(results[RESULT_ROW]), unit="clips", message="averaging the training set")
             training_mean = average_training_set(
                 recipe.training_set,
                 frame_size=first.frame_size,
@@ -79,13 +86,19 @@ def evaluate(recipe: EvaluateRecipe, run_folder: Path) -> None:
                 before_clip=partial(queue.watchdog.enter, "averaging the training set"),
             )
         measured = MeasuredClips(run_folder / MEASURED_FOLDER, recipe)
-        comparison = Comparison(recipe, folders, read_requested_ids(Path(recipe.results)), first, training_mean)
+        requested = [read_requested_ids(Path(folder)) for folder in (recipe.results, *recipe.compare.values())]
+        comparison = Comparison(recipe, results, set().union(*requested), firsts, training_mean)
         found, missing = measure_clips(comparison, measured, queue, progress)
 
         def write_table() -> None:
-            measured.check(found, partial(queue.watchdog.enter, "comparing a result with its measurement"))
+            folders = [results[row][clip_id] for clip_id in found for row in results]
+            measured.check(folders, partial(queue.watchdog.enter, "comparing a result with its measurement"))
             queue.watchdog.enter("writing the table", str(run_folder))
-            tabulate(comparison, {folder.name: measured.read(folder) for folder in found}, missing, run_folder)
+            evaluated = {
+                clip_id: join_rows(clip_id, {row: measured.read(results[row][clip_id]) for row in results})
+                for clip_id in found
+            }
+            tabulate(comparison, evaluated, missing, run_folder)
 
         queue.once("table", write_table)
     if ranks.is_main:  # not earlier: if a rank is lost, the next start finds all measurements
@@ -106,33 +119,37 @@ class Comparison:
 
     Attributes:
         recipe: names the results and the truth.
-        folders: id -> result folder.
+        results: row of the table -> id -> result folder; the row of `results` first, then those of `compare`.
         entries: ids of all clips that `animate` was asked for, while some of them have no result.
-        first: the first result; all others must have its sizes.
+        firsts: the first result of each row; all others must have its sizes.
         training_mean: mean pictures of the training set; None if the recipe names no training set.
     """
 
     recipe: EvaluateRecipe
-    folders: dict[str, Path]
+    results: dict[str, dict[str, Path]]
     entries: set[str]
-    first: Result
+    firsts: dict[str, Result]
     training_mean: TrainingMean | None
+
+    @property
+    def first(self) -> Result:
+        return self.firsts[RESULT_ROW]
 
 
 def measure_clips(
     comparison: Comparison, measured: MeasuredClips, queue: WorkQueue, progress: ProgressLog
-) -> tuple[list[Path], list[str]]:
+) -> tuple[list[str], list[str]]:
     """Measures, together with all other ranks, the results that were not measured before.
 
     Returns:
-        The folders of all results that have a true clip, and the ids of true clips that miss their result. Both are the
-        same on all ranks, even if results appear meanwhile.
+        The ids of all true clips that have every result, and the ids of true clips that miss one which `animate` was
+        asked for. Both are the same on all ranks, even if results appear meanwhile.
 
     Raises:
         MissingInputError: no result has a true clip.
         ResultError: a result is damaged, or does not match the other results or the truth.
     """
-    recipe, folders = comparison.recipe, comparison.folders
+    recipe, results = comparison.recipe, comparison.results
     clips = open_clips(recipe.truth, before_shard=partial(queue.watchdog.enter, "checking a shard"))
     share = queue.share("measure", [str(number) for number in range(len(clips))])
 
@@ -145,49 +162,64 @@ def measure_clips(
             continue
         queue.watchdog.enter("measuring a clip", f"{item} of the truth")  # not measured: clips differ in length
         clip = clips.clip(int(item))
-        if clip.clip_id not in folders:
+        if not all(clip.clip_id in found for found in results.values()):
             share.finish(item, json.dumps({"missing": clip.clip_id}) if clip.clip_id in comparison.entries else "")
             continue
-        folder = folders[clip.clip_id]
-        is_new = not measured.holds(folder)
-        if is_new:
-            files = read_result_states(folder)
-            result = read_result(folder)
-            _check_sizes(result, comparison.first)
-            measured.write(folder, replace(evaluate_clip(result, clip, comparison.training_mean), files=files))
+        is_new = False
+        for row, found in results.items():
+            folder = found[clip.clip_id]
+            if not measured.holds(folder):
+                files, result, is_new = read_result_states(folder), read_result(folder), True
+                _check_sizes(result, comparison.firsts[row])
+                size = comparison.first.map_size
+                evaluated = evaluate_clip(result, clip, comparison.training_mean, map_size=size)
+                measured.write(folder, replace(evaluated, files=files))
         share.finish(item, json.dumps({"measured": clip.clip_id}), made=clip.clip_id if is_new else None)
         report(f"measured {clip.clip_id}")
     outcomes = [json.loads(text) for text in share.results().values() if text]
-    found = [Path(recipe.results) / outcome["measured"] for outcome in outcomes if "measured" in outcome]
-    if not found and not queue.everyone_left:
+    measured_ids = [outcome["measured"] for outcome in outcomes if "measured" in outcome]
+    if not measured_ids and not queue.everyone_left:
+        folders = results[RESULT_ROW]
+        others = "".join(f", and a result in {folder}" for folder in recipe.compare.values())
         raise MissingInputError(
-            f"none of the {len(folders)} results in {recipe.results} has a clip with its id in {recipe.truth.local} "
-            f"(the first result is '{next(iter(folders))}'; keys: results, truth.local)"
+            f"none of the {len(folders)} results in {recipe.results} has a clip with its id in {recipe.truth.local}"
+            f"{others} (the first result is '{next(iter(folders))}'; keys: results, truth.local, compare)"
         )
-    return found, [outcome["missing"] for outcome in outcomes if "missing" in outcome]
+    return measured_ids, [outcome["missing"] for outcome in outcomes if "missing" in outcome]
 
 
 def tabulate(
     comparison: Comparison, evaluated: dict[str, EvaluatedClip], missing: Sequence[str], run_folder: Path
 ) -> None:
     """Writes the table from the measurements of all ranks."""
-    for other in sorted(set(comparison.folders) - set(evaluated)):
-        logger.warning("result '%s' is left out: no clip in %s has its id", other, comparison.recipe.truth.local)
+    for other in sorted(set().union(*comparison.results.values()) - set(evaluated)):
+        lacking = [row for row, found in comparison.results.items() if other not in found]
+        reason = f"{lacking} lack it" if lacking else f"no clip in {comparison.recipe.truth.local} has its id"
+        logger.warning("result '%s' is left out: %s", other, reason)
     table = Table(
         rows=_mean_rows(evaluated),
         clips={name: clip.scores for name, clip in evaluated.items()},
         protocol=describe_protocol(comparison.recipe, comparison.first, evaluated, comparison.training_mean),
         missing=missing,
+        compared=list(comparison.recipe.compare),
     )
     write_report(table, evaluated, run_folder)
     note_table(comparison.recipe, evaluated.values(), run_folder)
     logger.info("%s\n\n%s", run_folder / TABLE_MARKDOWN, table.as_markdown())
 
 
-def evaluate_clip(result: Result, clip: StoredClip, training_mean: TrainingMean | None) -> EvaluatedClip:
+def evaluate_clip(
+    result: Result, clip: StoredClip, training_mean: TrainingMean | None, *, map_size: Size | None = None
+) -> EvaluatedClip:
     """Scores the result, the trivial answers and the truth itself, on all frames except the reference frame.
 
     A result that names no frame of the clip was made from the reference that `prepare` gives with the clip.
+
+    Args:
+        result: of an `animate` run.
+        clip: the true clip.
+        training_mean: of the training set, or None.
+        map_size: size of the truth's maps; by default that of the result's.
 
     Raises:
         ResultError: no frame of the result can be compared.
@@ -209,7 +241,7 @@ def evaluate_clip(result: Result, clip: StoredClip, training_mean: TrainingMean 
             "be compared"
         )
     compared = [true_frame for _, true_frame in pairs]
-    read = partial(read_truth, clip, frame_size=result.frame_size, map_size=result.map_size)
+    read = partial(read_truth, clip, frame_size=result.frame_size, map_size=map_size or result.map_size)
     truth = read(frames=compared)
     reference = read(frames=[chosen.number], subject=chosen.subject)
     prediction = result.prediction.at([frame for frame, _ in pairs])
@@ -221,7 +253,7 @@ def evaluate_clip(result: Result, clip: StoredClip, training_mean: TrainingMean 
     scores = {name: score(answer, truth) for name, answer in answers.items()}
     # The truth's other scores are perfect. Its consistency is not: the maps are sampled at this size.
     scores[TRUTH_ROW] = {key: value for key, value in scores[TRUTH_ROW].items() if key == "consistency_angle"}
-    return EvaluatedClip(scores, _overview_row(result.id, prediction, truth, reference), len(compared))
+    return EvaluatedClip(scores, _overview_row(result.id, prediction, truth, reference), compared)
 
 
 def describe_protocol(
@@ -231,6 +263,7 @@ def describe_protocol(
     (height, width), (map_height, map_width) = first.frame_size, first.map_size
     protocol = {
         "results": recipe.results,
+        **{f"results of {name}": folder for name, folder in recipe.compare.items()},
         "truth": recipe.truth.local,
         "clips": f"{len(evaluated)}, mean over clips; {sum(clip.num_frames for clip in evaluated.values())} frames",
         "frames": f"{width}x{height} pixels, compared at equal times, without the reference frame; truth resized "

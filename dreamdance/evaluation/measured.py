@@ -36,14 +36,18 @@ class EvaluatedClip:
     Attributes:
         scores: name of the table's row -> scores.
         row: the clip's line in the overview picture.
-        num_frames: number of compared frames.
+        frames: numbers of the compared frames in the clip.
         files: absolute path -> state of each file of the result when it was read.
     """
 
     scores: dict[str, Scores]
     row: GridRow
-    num_frames: int
+    frames: Sequence[int]
     files: dict[Path, FileState] = field(default_factory=dict)
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.frames)
 
 
 def read_result_states(result: Path, known: Mapping[Path, FileState] = MappingProxyType({})) -> dict[Path, FileState]:
@@ -70,7 +74,7 @@ def note_table(recipe: EvaluateRecipe, evaluated: Iterable[EvaluatedClip], run_f
 class MeasuredClips:
     """A folder with one file for each measured result.
 
-    The file's name depends on the recipe, the truth and the result's name alone, so that all ranks look for the same
+    The file's name depends on the recipe, the truth and the result's folder alone, so that all ranks look for the same
     file. The file contains the hashes of the result's files.
     """
 
@@ -89,7 +93,7 @@ class MeasuredClips:
 
     def path(self, result: Path) -> Path:
         """The file of a result's measurement."""
-        content = [self._recipe, *self._truth, result.name]
+        content = [self._recipe, *self._truth, str(result)]
         return self.folder / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()}.npz"
 
     def holds(self, result: Path) -> bool:
@@ -109,7 +113,7 @@ class MeasuredClips:
         self.folder.mkdir(parents=True, exist_ok=True)
         pictures = {f"picture_{number}": picture for number, picture in enumerate(clip.row.pictures)}
         files = {str(path): state.to_json() for path, state in clip.files.items()}
-        content = {"scores": clip.scores, "num_frames": clip.num_frames, "label": clip.row.label, "files": files}
+        content = {"scores": clip.scores, "frames": list(clip.frames), "label": clip.row.label, "files": files}
         text = json.dumps(content)
         with replace_atomically(target) as temporary, temporary.open("wb") as file:
             np.savez(
@@ -121,7 +125,7 @@ class MeasuredClips:
         with np.load(self.path(result), allow_pickle=False) as stored:
             text = json.loads(str(stored["text"]))
             pictures = [stored[f"picture_{number}"] for number in range(len(stored.files) - 1)]
-        return EvaluatedClip(text["scores"], GridRow(text["label"], pictures), text["num_frames"], _files(text))
+        return EvaluatedClip(text["scores"], GridRow(text["label"], pictures), text["frames"], _files(text))
 
     def check(self, results: Sequence[Path], before_result: Callable[[str], None]) -> None:
         """Checks that no result has changed since it was measured; to be called when all are measured.

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dreamdance.evaluation.paired_differences import PAIR_HEADER, pair_lines, pairs_as_json
 from dreamdance.evaluation.scores import (
     BODY_METRICS,
     FRAME_METRICS,
@@ -44,20 +45,22 @@ class Table:
     """All scores of an evaluation.
 
     Attributes:
-        rows: row name -> mean scores; the first row is the result's.
+        rows: row name -> mean scores; the first row is the result's, those of `compared` follow.
         clips: clip id -> row name -> scores.
         protocol: how the scores were measured: title -> text or values.
         missing: ids of the clips that `animate` was asked for, and that have no result.
+        compared: names of the rows of the recipe's further results.
     """
 
     rows: Mapping[str, Scores]
     clips: Mapping[str, Mapping[str, Scores]] = field(default_factory=dict)
     protocol: Mapping[str, Any] = field(default_factory=dict)
     missing: Sequence[str] = ()
+    compared: Sequence[str] = ()
 
     def improvements(self) -> dict[str, Improvement]:
         """The result's improvement over the best trivial answer, for each of `IMPROVEMENT_KEYS`."""
-        return compare_with_trivial(self.rows)
+        return compare_with_trivial(self.rows, self.compared)
 
     def as_json(self) -> dict[str, Any]:
         """JSON values; scores that could not be measured are absent."""
@@ -75,6 +78,7 @@ class Table:
             "protocol": dict(self.protocol),
             "rows": {name: _without_nan(scores) for name, scores in self.rows.items()},
             "improvements": improvements,
+            "compared": {name: pairs_as_json(self.clips, RESULT_ROW, name) for name in self.compared},
             "clips": {
                 clip: {name: _without_nan(scores) for name, scores in rows.items()} for clip, rows in self.clips.items()
             },
@@ -94,6 +98,8 @@ class Table:
         improvements = self.improvements()
         if improvements:
             parts.append(f"## Against the best trivial answer\n\n{_improvements_as_markdown(improvements)}")
+        if pairs := [line for name in self.compared for line in pair_lines(self.clips, RESULT_ROW, name)]:
+            parts.append(f"## Against the other results, clip by clip\n\n{_markdown(PAIR_HEADER, pairs)}")
         if 1 < len(self.clips) <= MAX_CLIPS_SHOWN:
             parts.append(f"## Clip by clip\n\n{self._clips_as_markdown()}")
         notes = "\n".join(f"* {name}: {_plain(value)}" for name, value in self.protocol.items())
@@ -112,7 +118,7 @@ class Table:
         for metric in metrics:
             header += [_arrowed(metric), "best trivial answer"]
         for clip, rows in self.clips.items():
-            found, line = compare_with_trivial(rows), [clip]
+            found, line = compare_with_trivial(rows, self.compared), [clip]
             for metric in metrics:
                 entry = found.get(metric.key)
                 line.append(_formatted(entry.value if entry else None, metric))
@@ -136,13 +142,14 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join([*(f"'{name}'" for name in names[:MAX_NAMES]), *more])
 
 
-def compare_with_trivial(rows: Mapping[str, Scores]) -> dict[str, Improvement]:
+def compare_with_trivial(rows: Mapping[str, Scores], compared: Sequence[str] = ()) -> dict[str, Improvement]:
     """Compares the result with the best trivial answer, for each of `IMPROVEMENT_KEYS`.
 
     Args:
         rows: row name -> scores of one clip, or means over clips.
+        compared: the rows of further results, which are no trivial answers.
     """
-    trivial = {name: scores for name, scores in rows.items() if name not in (RESULT_ROW, TRUTH_ROW)}
+    trivial = {name: scores for name, scores in rows.items() if name not in (RESULT_ROW, TRUTH_ROW, *compared)}
     metrics = {metric.key: metric for metric in METRICS}
     found = {}
     for key in IMPROVEMENT_KEYS:

@@ -62,8 +62,8 @@ def digest_inputs(recipe: Recipe, runs: Path) -> str:
         for name in (recipe.geometry_from, recipe.animation_from):
             parts += _weights(name, runs) if name else []
     elif isinstance(recipe, EvaluateRecipe):
-        found = sorted(path.parent.name for path in Path(recipe.results).glob(f"[!.]*/{RESULT_FILE}"))
-        parts += found  # the note of files covers the contents
+        for folder in (recipe.results, *recipe.compare.values()):  # the note of files covers the contents
+            parts += sorted(path.parent.name for path in Path(folder).glob(f"[!.]*/{RESULT_FILE}"))
     elif isinstance(recipe, EncodeRecipe):
         index = Path(recipe.shards.remote or recipe.shards.local) / INDEX_FILE
         parts.append(hash_file(index) if index.is_file() else "")

@@ -124,8 +124,10 @@ def _data(recipe: Recipe, recipe_file: Path, runs: Path) -> Iterator[Missing]:
     elif isinstance(recipe, EvaluateRecipe):
         folders = [("truth", recipe.truth)]
         folders += [("training_set", recipe.training_set)] if recipe.training_set else []
-        if not Path(recipe.results).is_dir():
-            yield Missing("results to score", f"{recipe.results}/ (results)", _launch(recipe_file, "animate", runs))
+        compared = {f"compare.{name}": folder for name, folder in recipe.compare.items()}
+        for key, folder in {"results": recipe.results, **compared}.items():
+            if not Path(folder).is_dir():
+                yield Missing("results to score", f"{folder}/ ({key})", _launch(recipe_file, "animate", runs))
     elif isinstance(recipe, PrepareRecipe) and recipe.videos is not None:
         yield from _videos(recipe.videos)
     elif isinstance(recipe, AnimateRecipe):

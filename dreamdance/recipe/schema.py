@@ -30,6 +30,7 @@ from dreamdance.recipe.objective_sections import (
 from dreamdance.recipe.sections import (
     Clips,
     Logging,
+    Name,
     NonNegative,
     Pixels,
     Positive,
@@ -341,6 +342,13 @@ class EvaluateRecipe(Recipe):
     results: str = Field(
         description=(
             "Folder of results, the `output` of an animate recipe. A result is compared with the clip of the same id."
+        ),
+    )
+    compare: dict[Name, str] = Field(
+        default={},
+        description=(
+            "Further folders of results by names of your choice, such as `{before: results/before}`: all are measured "
+            "on the clips that every folder has, and the table and the page show them side by side."
         ),
     )
     truth: Shards = Field(

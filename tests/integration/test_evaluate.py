@@ -9,6 +9,7 @@ import signal
 import time
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,11 +18,12 @@ from PIL import Image
 from support.fault_log import record_fault
 from support.faulty_shares import STEP_TIMEOUT_SECONDS, FaultInShare, fail_and_start_again, start_task
 from support.random_shards import stored_clip
+from support.results import prepare_dancers, read_truths
+from support.results import write_result as write_any_result
 
-from dreamdance.data.prepare import prepare
 from dreamdance.data.writing.clip_record import ClipRecord
 from dreamdance.errors import MissingInputError
-from dreamdance.evaluation.clips import Prediction, Result, ResultError, open_clips, read_result, read_truth
+from dreamdance.evaluation.clips import Prediction, Result, ResultError, open_clips, read_result
 from dreamdance.evaluation.evaluate import PartialTableError, evaluate, evaluate_clip
 from dreamdance.evaluation.measured import EvaluatedClip, MeasuredClips, read_result_states
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table
@@ -36,7 +38,7 @@ from dreamdance.inference.results import ClipResult
 from dreamdance.inference.results import write_result as write_clip_result
 from dreamdance.launch.finished import digest_inputs, is_finished, mark_finished
 from dreamdance.media.grids import GridRow
-from dreamdance.recipe.schema import EvaluateRecipe, PrepareRecipe
+from dreamdance.recipe.schema import EvaluateRecipe
 from dreamdance.recipe.sections import Shards
 
 NUM_FRAMES, HEIGHT, WIDTH, FPS = 5, 48, 32, 8.0
@@ -47,47 +49,17 @@ MAP_SIZE = (24, 16)
 def data(tmp_path_factory):
     """Shards of rendered dancers, written by the real task: four for training, three held out."""
     folder = tmp_path_factory.mktemp("data")
-    recipe = PrepareRecipe.model_validate_json(
-        json.dumps(
-            {
-                "task": "prepare",
-                "name": "tiny_prepare",
-                "output": str(folder),
-                "num_workers": 1,
-                "dancers": {
-                    "num_train_clips": 4,
-                    "num_validation_clips": 3,
-                    "num_frames": NUM_FRAMES,
-                    "width": WIDTH,
-                    "height": HEIGHT,
-                    "fps": FPS,
-                },
-            }
-        )
-    )
-    prepare(recipe, folder / "run")
+    sizes = {"num_frames": NUM_FRAMES, "width": WIDTH, "height": HEIGHT, "fps": FPS}
+    prepare_dancers(folder, num_train_clips=4, num_validation_clips=3, **sizes)
     return folder
 
 
 @pytest.fixture
 def truths(data):
-    clips = open_clips(Shards(local=str(data / "validation")))
-    return {
-        clip.clip_id: read_truth(clip, frame_size=(HEIGHT, WIDTH), map_size=MAP_SIZE)
-        for clip in (clips.clip(number) for number in range(len(clips)))
-    }
+    return read_truths(data / "validation", frame_size=(HEIGHT, WIDTH), map_size=MAP_SIZE)
 
 
-def write_result(
-    folder, name: str, frames, normals=None, depths=None, *, reference_frame: int | None = NUM_FRAMES - 1, fps=FPS
-):
-    """Writes a result in the form of `animate`."""
-    (folder / name).mkdir(parents=True)
-    arrays = {"frames": np.rint(np.asarray(frames) * 255).astype(np.uint8)}
-    if normals is not None:
-        arrays |= {"normals": normals.astype(np.float16), "depths": depths.astype(np.float16)}
-    np.savez_compressed(folder / name / "arrays.npz", **arrays)
-    (folder / name / "result.json").write_text(json.dumps({"fps": fps, "reference_frame": reference_frame}))
+write_result = partial(write_any_result, reference_frame=NUM_FRAMES - 1, fps=FPS)
 
 
 def make_recipe(tmp_path, data, *, training_set: bool = False) -> EvaluateRecipe:
@@ -269,7 +241,7 @@ def test_a_measured_result_is_known_by_its_content_and_one_that_changed_meanwhil
         write_result(path.parent, path.name, np.zeros((2, 4, 4, 3)))
         assert not measured.holds(path)
         measured.write(
-            path, EvaluatedClip({RESULT_ROW: {"l1": 0.5}}, GridRow(path.name, []), 2, read_result_states(path))
+            path, EvaluatedClip({RESULT_ROW: {"l1": 0.5}}, GridRow(path.name, []), [0, 1], read_result_states(path))
         )
         (path / "arrays.npz").chmod(0o640)
         os.link(path / "result.json", tmp_path / f"{path.name}.json")
