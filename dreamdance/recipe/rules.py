@@ -241,6 +241,7 @@ def _stage1(recipe: Stage1Recipe) -> Iterator[Problem]:
         yield Problem.at("data.maps", "data.maps is for stage 2: stage 1 learns the true maps")
     model, objective = recipe.model, recipe.objective
     wanted = {
+        "image": {"geometry_attention": False, "temporal_attention": False},
         "domains": {"geometry_attention": False, "temporal_attention": False},
         "geometry": {"geometry_attention": True, "temporal_attention": False},
         "temporal": {"temporal_attention": True},

@@ -161,10 +161,11 @@ class Stage1Recipe(TrainingRecipe):
     """One of the three steps that train the geometry diffusion model."""
 
     task: Literal["stage1"] = Field(description=TASK)
-    train: Literal["domains", "geometry", "temporal"] = Field(
+    train: Literal["image", "domains", "geometry", "temporal"] = Field(
         description=(
             "The training step, one of the paper's three: domains trains both UNets and the pose encoder on one domain "
-            "per clip, geometry only the geometry attention, temporal only the temporal attention."
+            "per clip, geometry only the geometry attention, temporal only the temporal attention. Before them, where "
+            "no Stable Diffusion fits: image trains a plain UNet on pictures, from their image embedding alone."
         ),
     )
     model: GeometryModel = Field(description="Networks of the geometry diffusion model.")

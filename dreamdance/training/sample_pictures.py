@@ -5,6 +5,7 @@ from typing import TypeAlias, cast
 
 import numpy as np
 import torch
+from einops import rearrange, repeat
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -12,7 +13,9 @@ from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.media.grids import GridRow, draw_grid
 from dreamdance.media.transforms import encode_normals, pass_through, tensor_to_pictures
 from dreamdance.modalities import MODALITIES
-from dreamdance.pipelines.sampling import StepCallback
+from dreamdance.models.autoencoding import decode_latents, latent_shape
+from dreamdance.models.image_embedding import embed_images
+from dreamdance.pipelines.sampling import StepCallback, draw_initial_noise
 from dreamdance.recipe.objective_sections import AnimationSampling, GeometrySampling
 from dreamdance.recipe.schema import Stage2Recipe
 from dreamdance.runtime.sample_random import sample_generator
@@ -65,6 +68,30 @@ def sample_geometry(
     )
     maps = {"normal": encode_normals(cast(Tensor, normals)), "depth": depths, "rgb": images}
     return cast(dict[str, Tensor], maps)
+
+
+def sample_images(
+    objective: GeometryObjective, batch: ClipBatch, sampling: GeometrySampling, on_step: StepCallback | None = None
+) -> dict[str, Tensor]:
+    """The base network of stage 1 alone: `rgb`, `b f 3 H W` in [0,1], from nothing but the references' embeddings.
+
+    Without guidance; the frames of a clip are independent pictures.
+    """
+    pipeline, num_frames = objective.make_pipeline(), batch.pose.shape[1]
+    scheduler, unet = pipeline.scheduler, objective.unet
+    scheduler.set_timesteps(sampling.num_inference_steps, device=unet.device)
+    embeddings = embed_images(objective.image_encoder, batch.reference, resizing="clip")
+    embeddings = repeat(embeddings, "b t c -> (b f) t c", f=num_frames).to(unet.device, unet.dtype)
+    shape = (len(batch.reference), num_frames, *latent_shape(objective.vae, batch.pose))
+    latents = rearrange(draw_initial_noise(shape, _generators(batch)), "b f c h w -> (b f) c h w").to(unet.device)
+    with torch.no_grad():
+        for step, timestep in enumerate(scheduler.timesteps):
+            prediction = unet(latents.to(unet.dtype), timestep, embeddings).float()
+            latents = scheduler.step(prediction, timestep, latents).prev_sample
+            if on_step is not None:
+                on_step(pipeline, step, timestep, {})
+        pictures = decode_latents(objective.vae, latents, chunk_size=len(latents), num_frames=num_frames)
+    return {"rgb": rearrange(pictures, "(b f) c h w -> b f c h w", f=num_frames)}
 
 
 def blur_maps(batch: ClipBatch, recipe: Stage2Recipe) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ random draw about a clip is keyed by the clip (C8).
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange, repeat
@@ -39,7 +39,20 @@ from dreamdance.training.objectives.output import (
 )
 from dreamdance.training.objectives.region_weights import region_weights
 
-Step = Literal["domains", "geometry", "temporal"]
+Step = Literal["image", "domains", "geometry", "temporal"]
+
+
+def domain_weights(step: Step, settings: schema.GeometryObjectiveSettings) -> Tensor | None:
+    """The weights by which one domain of each clip is drawn, in the order of `DOMAINS`; None in a step with all three.
+
+    Raises:
+        UserError: all weights of `objective.domain_draw` are zero.
+    """
+    if step == "image":
+        return normalise_weights([float(name == "rgb") for name in DOMAINS], "the step image")
+    if step == "domains":
+        return normalise_weights(settings.domain_draw.in_order, "objective.domain_draw")
+    return None
 
 
 class GeometryObjective(Objective):
@@ -51,7 +64,8 @@ class GeometryObjective(Objective):
         pose_encoder: encodes the pose drawing, once per frame, shared by the domains.
         vae: the frozen image autoencoder.
         image_encoder: the frozen CLIP vision tower, or its stand-in.
-        step: `"domains"` draws one domain per clip; `"geometry"` and `"temporal"` denoise all three together.
+        step: `"image"` denoises rgb with the base network alone, from the image embedding; `"domains"` draws one domain
+            per clip; `"geometry"` and `"temporal"` denoise all three together.
         settings: the recipe's `objective` section.
 
     Raises:
@@ -90,7 +104,7 @@ class GeometryObjective(Objective):
                 beta_end=settings.beta_end,
                 zero_terminal_snr=settings.zero_terminal_snr,
             )
-        self._draw_weights = normalise_weights(settings.domain_draw.in_order, "objective.domain_draw")
+        self._draw_weights = domain_weights(step, settings)
         self._loss_weights = normalise_weights(settings.domain_loss.in_order, "objective.domain_loss")
 
     def make_pipeline(self) -> GeometryPipeline:
@@ -168,22 +182,22 @@ class GeometryObjective(Objective):
         latent_timesteps = repeat(timesteps, "b -> (b f m)", f=num_frames, m=num_domains)
         noisy = self.noise_scheduler.add_noise(latents, noise, latent_timesteps)
 
-        # 3. conditions
+        # 3. conditions: the base network of the step "image" has only the image embedding
         dtype = self.unet.dtype
-        embeddings, reference_features = self._condition_on_reference(encoded, draws["kept"])
-        with no_grad_if_frozen(self.pose_encoder):
-            pose_features = self.pose_encoder(rearrange(batch.pose, "b f c h w -> (b f) c h w").to(dtype))
+        embeddings = (encoded.embeddings * rearrange(draws["kept"], "b -> b 1 1")).to(dtype)
+        conditions: dict[str, Any] = {}
+        if self.step != "image":
+            with no_grad_if_frozen(self.pose_encoder):
+                pose_features = self.pose_encoder(rearrange(batch.pose, "b f c h w -> (b f) c h w").to(dtype))
+            conditions = {
+                "domains": repeat(domains, "b m -> (b f m)", f=num_frames),
+                "pose_features": pose_features,
+                "reference_features": self._reference_features(encoded, draws["kept"], embeddings),
+            }
 
         # 4. prediction and loss
         prediction = self.unet(
-            noisy.to(dtype),
-            timesteps,
-            embeddings,
-            domains=repeat(domains, "b m -> (b f m)", f=num_frames),
-            num_frames=num_frames,
-            num_domains=num_domains,
-            pose_features=pose_features,
-            reference_features=reference_features,
+            noisy.to(dtype), timesteps, embeddings, num_frames=num_frames, num_domains=num_domains, **conditions
         )
         target = ddpm_target(self.noise_scheduler, latents, noise, latent_timesteps)
         squared_error = (prediction.float() - target).square()
@@ -202,8 +216,8 @@ class GeometryObjective(Objective):
         return torch.full((len(keys),), timestep_at(quantile, count))
 
     def _choose_domains(self, keys: list[list[int]]) -> Tensor:
-        """`b m` domain numbers: one drawn per clip in the first step, all three afterwards."""
-        if self.step != "domains":
+        """`b m` domain numbers: one drawn per clip in the first steps, all three afterwards."""
+        if self._draw_weights is None:
             return repeat(torch.arange(len(DOMAINS)), "m -> b m", b=len(keys))
         return torch.stack([draw_domain(self._draw_weights, key) for key in keys])
 
@@ -224,21 +238,21 @@ class GeometryObjective(Objective):
             embeddings=embed_prepared(self.image_encoder, prepared.encoder_pictures),
         )
 
-    def _condition_on_reference(self, encoded: EncodedClips, kept: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns image embeddings `b t c` and reference features; a dropped reference enters the network as zeros."""
-        dtype = self.unet.dtype
+    def _reference_features(self, encoded: EncodedClips, kept: Tensor, embeddings: Tensor) -> dict[str, Tensor]:
+        """Features of the references, given their embeddings; a dropped one enters the network as zeros."""
         latents = encoded.reference * rearrange(kept, "b -> b 1 1 1")
-        embeddings = (encoded.embeddings * rearrange(kept, "b -> b 1 1")).to(dtype)
         with no_grad_if_frozen(self.reference_unet):
-            features = self.reference_unet(latents.to(dtype), torch.zeros_like(kept), embeddings)
-        return embeddings, features
+            features: dict[str, Tensor] = self.reference_unet(
+                latents.to(self.unet.dtype), torch.zeros_like(kept), embeddings
+            )
+        return features
 
     def _weigh(self, losses: Tensor, draws: Mapping[str, Tensor]) -> ObjectiveOutput:
         """Reduces `b m` losses to one: min-SNR weights of timesteps, then domain weights (which sum to 1)."""
         if self.settings.min_snr_gamma is not None:
             weights = min_snr_weights(self.noise_scheduler, draws["timesteps"], self.settings.min_snr_gamma)
             losses = losses * rearrange(weights, "b -> b 1")
-        if self.step == "domains":
+        if self._draw_weights is not None:
             sample_losses = rearrange(losses, "b 1 -> b")
         else:
             sample_losses = losses @ draws["loss weights"]

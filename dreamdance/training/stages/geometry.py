@@ -7,7 +7,6 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from dreamdance.data.loading.batch import ClipBatch
-from dreamdance.data.loading.domain_draw import normalise_weights
 from dreamdance.data.shards.latents import EMBEDDING, REFERENCE
 from dreamdance.modalities import DOMAINS, OPTIONAL
 from dreamdance.models import GeometryUNetModel, PoseEncoderModel, ReferenceUNetModel
@@ -21,8 +20,8 @@ from dreamdance.recipe.schema import Stage1Recipe
 from dreamdance.training.networks.build import check_fit, prepare_networks, seeded_networks
 from dreamdance.training.networks.sources import open_autoencoder, open_image_encoder, open_unet
 from dreamdance.training.networks.trainability import names_with_gradient, train_only
-from dreamdance.training.objectives.geometry import GeometryObjective
-from dreamdance.training.sample_pictures import Predictions, Samples, sample_geometry, show
+from dreamdance.training.objectives.geometry import GeometryObjective, domain_weights
+from dreamdance.training.sample_pictures import Predictions, Samples, sample_geometry, sample_images, show
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,8 @@ class GeometryStage:
 
     @property
     def maps(self) -> Sequence[str]:
-        """Normal and depth."""
-        return [name for name in OPTIONAL if name in DOMAINS]
+        """Normal and depth; none where only pictures train."""
+        return [name for name in OPTIONAL if name in DOMAINS and self.recipe.train != "image"]
 
     @property
     def map_sizes(self) -> Mapping[str, tuple[int, int]]:
@@ -58,10 +57,8 @@ class GeometryStage:
 
     @property
     def domain_weights(self) -> Tensor | None:
-        """Those of `objective.domain_draw` in the first step, which trains on one domain of each clip."""
-        if self.recipe.train != "domains":
-            return None
-        return normalise_weights(self.recipe.objective.domain_draw.in_order, "objective.domain_draw")
+        """Those of the steps that train on one domain of each clip."""
+        return domain_weights(self.recipe.train, self.recipe.objective)
 
     def build(self, *, device: str = "cpu", rewrites: Collection[str] = EQUAL_REWRITES) -> GeometryObjective:
         """See `TrainingStage`."""
@@ -104,9 +101,12 @@ class GeometryStage:
         return objective
 
     def set_trainable(self, objective: GeometryObjective) -> list[str]:
-        """The step `domains` trains both UNets and the pose encoder; the other steps train the layers that they add."""
+        """The step `domains` trains both UNets and the pose encoder; `image` the plain UNet; others what they add."""
         unet, only = objective.unet, self.recipe.optimizer.only
         added = {"geometry": unet.geometry_parameters().keys(), "temporal": unet.temporal_parameters().keys()}
+        if self.recipe.train == "image":
+            base = names_with_gradient(unet) - unet.domain_parameters().keys()
+            return train_only(objective, {f"unet.{name}" for name in base}, only)
         if self.recipe.train != "domains":
             return train_only(objective, {f"unet.{name}" for name in added[self.recipe.train]}, only)
         return train_only(
@@ -120,12 +120,14 @@ class GeometryStage:
     def predict(
         self, objective: GeometryObjective, batch: ClipBatch, on_step: StepCallback | None = None
     ) -> Predictions:
-        """Normals, depths and pictures at low resolution, from references and poses."""
+        """Normals, depths and pictures at low resolution, from references and poses; pictures alone from `image`."""
+        if self.recipe.train == "image":
+            return sample_images(objective, batch, self.recipe.sampling, on_step)
         return sample_geometry(objective, batch, self.recipe.sampling, on_step)
 
     def show(self, batch: ClipBatch, predictions: Predictions) -> Samples:
         """See `TrainingStage`."""
-        return show(batch, {"pose": batch.pose}, predictions)
+        return show(batch, {} if self.recipe.train == "image" else {"pose": batch.pose}, predictions)
 
     def sample(self, objective: GeometryObjective, batch: ClipBatch, on_step: StepCallback | None = None) -> Samples:
         """See `TrainingStage`."""
