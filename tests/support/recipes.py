@@ -29,11 +29,12 @@ def tiny_stage1_recipe(train: str = "domains", changes: dict[str, Any] | None = 
     """A recipe of one step of stage 1: 16x24 pixels, patches of 2, a UNet of two levels.
 
     Args:
-        train: domains, geometry or temporal.
+        train: image, domains, geometry or temporal.
         changes: dotted keys and their values, e.g. `{"data.num_frames": 6}`.
     """
+    is_joint = train in ("geometry", "temporal")
     recipe = {
-        **_shared(num_frames=1 if train == "domains" else 4),
+        **_shared(num_frames=4 if is_joint else 1),
         "task": "stage1",
         "name": f"tiny_stage1_{train}",
         "train": train,
@@ -42,7 +43,7 @@ def tiny_stage1_recipe(train: str = "domains", changes: dict[str, Any] | None = 
             "autoencoder": {"patch_size": PATCH_SIZE},
             "image_encoder": {"stand_in_width": EMBEDDING_WIDTH},
             "pose_channels": [8, 16],
-            "geometry_attention": train != "domains",
+            "geometry_attention": is_joint,
             "temporal_attention": train == "temporal",
             "max_frames": 16,
         },
