@@ -42,8 +42,11 @@ class SamplingPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
-        """Works as in diffusers; the autoencoders are in float32, unless `torch_dtype` is a dict with other types."""
-        dtype = kwargs.get("torch_dtype")
+        """Works as in diffusers; the autoencoders are in float32, unless `torch_dtype` is a dict with other types.
+
+        By default all networks are in float32; with transformers 5 its own ones would have the type of the files.
+        """
+        dtype = kwargs.setdefault("torch_dtype", torch.float32)
         if isinstance(dtype, torch.dtype):
             wide = dict.fromkeys(AUTOENCODERS, torch.promote_types(dtype, torch.float32))
             kwargs["torch_dtype"] = {"default": dtype, **wide}

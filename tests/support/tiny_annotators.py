@@ -37,7 +37,7 @@ def save_depth_anything(folder: Path, kind: str = "relative") -> Path:
         head_in_index=-1,
         patch_size=14,
         depth_estimation_type=kind,
-        max_depth=20 if kind == "metric" else None,
+        max_depth=20 if kind == "metric" else 1,
     )
     network = DepthAnythingForDepthEstimation(config)
     with torch.no_grad():  # transformers' first weights are so small that the result would be the same everywhere

@@ -9,7 +9,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from support.recipes import EMBEDDING_WIDTH
 from support.tiny_pipelines import random_pictures, tiny_animation_pipeline, tiny_geometry_pipeline
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from dreamdance.errors import CheckpointError
 from dreamdance.inference.entry_inputs import Size, load_inputs
@@ -235,6 +237,19 @@ def test_a_recorded_size_that_is_no_number_is_refused_as_a_component_would_be(ex
     (tmp_path / "model_index.json").write_text(json.dumps({**index, "default_height": ["os", "system"]}))
     with pytest.raises(CheckpointError, match=r"geometry_from: .* takes 'default_height' from \['os', 'system'\]"):
         find_export(str(tmp_path), tmp_path, GeometryPipeline, key="geometry_from")
+
+
+def test_an_image_encoder_whose_file_is_of_half_precision_is_in_float32_by_default(tmp_path):
+    """Where transformers 5 is installed, it would have the type of the file."""
+    saved = tiny_geometry_pipeline()
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, projection_dim=EMBEDDING_WIDTH
+    )
+    saved.register_modules(image_encoder=CLIPVisionModelWithProjection(vision).half())
+    saved.save_pretrained(tmp_path)
+    for asked, expected in [({}, torch.float32), ({"torch_dtype": torch.bfloat16}, torch.bfloat16)]:
+        loaded = GeometryPipeline.from_pretrained(tmp_path, **asked)
+        assert (loaded.image_encoder.dtype, loaded.unet.dtype) == (expected, expected)
 
 
 @pytest.mark.parametrize("kind", [GeometryPipeline, AnimationPipeline])

@@ -188,7 +188,7 @@ def _load_clip(folder: Path, key: str) -> CLIPVisionModelWithProjection:
             f"{key}.path: '{folder}' holds no CLIP vision tower with its projection: {len(missing)} tensors are not "
             f"there, such as {missing[0]}"
         )
-    return encoder
+    return encoder.float()  # transformers 5 keeps the type of the files
 
 
 def _read_clip_config(folder: Path, key: str) -> CLIPVisionConfig:
