@@ -1,7 +1,7 @@
 """Writes the base UNet of an export as plain diffusers: what `train: image`, or the UNet of stage 2, has learnt.
 
-    python tools/export_base.py runs/base_image/exports/step_00020000 recipes/base/image
-    python tools/export_base.py runs/base_video/exports/step_00005000 recipes/base/video --dtype fp32
+    python tools/export_base.py runs/base_image/exports/step_00010000 recipes/base/image
+    python tools/export_base.py runs/base_video/exports/step_00004000 recipes/base/video --dtype fp32
 
 OUT becomes a folder with config.json and one file of weights, which `model.unet.path` and diffusers' own classes read:
 `UNet2DConditionModel.from_pretrained(OUT, variant="fp16")` for stage 1, `UNetSpatioTemporalConditionModel` for stage 2.
@@ -50,7 +50,7 @@ def read_base(export: Path) -> ModelMixin:
     file = export / "unet" / "config.json"
     if not file.is_file():
         raise MissingInputError(
-            f"{file} is not there: give a folder of a run's exports/, such as exports/step_00020000"
+            f"{file} is not there: give a folder of a run's exports/, such as exports/step_00010000"
         )
     if json.loads(file.read_text(encoding="utf-8"))["_class_name"] != GeometryUNetModel.__name__:
         return UNetSpatioTemporalConditionModel.from_pretrained(export / "unet", local_files_only=True)
