@@ -27,7 +27,9 @@ from dreamdance.evaluation.clips import (
     read_truth,
 )
 from dreamdance.evaluation.measured import EvaluatedClip, MeasuredClips, note_table, read_result_states
+from dreamdance.evaluation.report_page import PAGE_FILE, SHOWN_FOLDER, write_report_page
 from dreamdance.evaluation.scores import Scores, as_bytes, mean_scores, score
+from dreamdance.evaluation.shown_clip import is_shown, show_clip
 from dreamdance.evaluation.side_by_side import check_comparable, join_rows
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table, describe_missing
 from dreamdance.evaluation.times import pair_frames
@@ -56,7 +58,8 @@ def evaluate(recipe: EvaluateRecipe, run_folder: Path) -> None:
 
     Args:
         recipe: names the results, the truth shards, and optionally the training set.
-        run_folder: folder for `table.json`, `table.md` and `overview.png`, and for the measurements until these exist.
+        run_folder: folder for `table.json`, `table.md`, `report.html` with its folder of videos, and `overview.png`,
+            and for the measurements until these exist.
 
     Raises:
         MissingInputError: there are no results, or no result has a true clip.
@@ -88,7 +91,7 @@ def evaluate(recipe: EvaluateRecipe, run_folder: Path) -> None:
         measured = MeasuredClips(run_folder / MEASURED_FOLDER, recipe)
         requested = [read_requested_ids(Path(folder)) for folder in (recipe.results, *recipe.compare.values())]
         comparison = Comparison(recipe, results, set().union(*requested), firsts, training_mean)
-        found, missing = measure_clips(comparison, measured, queue, progress)
+        found, missing = measure_clips(comparison, measured, queue, progress, run_folder / SHOWN_FOLDER)
 
         def write_table() -> None:
             folders = [results[row][clip_id] for clip_id in found for row in results]
@@ -104,7 +107,8 @@ def evaluate(recipe: EvaluateRecipe, run_folder: Path) -> None:
     if ranks.is_main:  # not earlier: if a rank is lost, the next start finds all measurements
         text = (run_folder / TABLE_MARKDOWN).read_text(encoding="utf-8")
         # `--follow` shows messages, and therefore the table
-        progress.write(done=len(found), total=len(found), unit="clips", message=f"{run_folder}:\n\n{text}")
+        message = f"{run_folder}:\n\n{text}\npage: {run_folder / PAGE_FILE}"
+        progress.write(done=len(found), total=len(found), unit="clips", message=message)
         table = json.loads((run_folder / TABLE_JSON).read_text(encoding="utf-8"))
         if table["missing"]:  # the measurements stay for the next start
             raise PartialTableError(
@@ -137,7 +141,7 @@ class Comparison:
 
 
 def measure_clips(
-    comparison: Comparison, measured: MeasuredClips, queue: WorkQueue, progress: ProgressLog
+    comparison: Comparison, measured: MeasuredClips, queue: WorkQueue, progress: ProgressLog, shown: Path
 ) -> tuple[list[str], list[str]]:
     """Measures, together with all other ranks, the results that were not measured before.
 
@@ -165,16 +169,14 @@ def measure_clips(
         if not all(clip.clip_id in found for found in results.values()):
             share.finish(item, json.dumps({"missing": clip.clip_id}) if clip.clip_id in comparison.entries else "")
             continue
-        is_new = False
-        for row, found in results.items():
-            folder = found[clip.clip_id]
-            if not measured.holds(folder):
-                files, result, is_new = read_result_states(folder), read_result(folder), True
-                _check_sizes(result, comparison.firsts[row])
-                size = comparison.first.map_size
-                evaluated = evaluate_clip(result, clip, comparison.training_mean, map_size=size)
-                measured.write(folder, replace(evaluated, files=files))
-        share.finish(item, json.dumps({"measured": clip.clip_id}), made=clip.clip_id if is_new else None)
+        folders = {row: found[clip.clip_id] for row, found in results.items()}
+        new = {row: folder for row, folder in folders.items() if not measured.holds(folder)}
+        scored = {folder: _measure(comparison, row, folder, clip) for row, folder in new.items()}
+        if new or not is_shown(shown, clip.clip_id):  # before the measurement, which says that both are done
+            show_clip(shown, clip, folders, map_size=comparison.first.map_size)
+        for folder, evaluated in scored.items():
+            measured.write(folder, evaluated)
+        share.finish(item, json.dumps({"measured": clip.clip_id}), made=clip.clip_id if new else None)
         report(f"measured {clip.clip_id}")
     outcomes = [json.loads(text) for text in share.results().values() if text]
     measured_ids = [outcome["measured"] for outcome in outcomes if "measured" in outcome]
@@ -186,6 +188,13 @@ def measure_clips(
             f"{others} (the first result is '{next(iter(folders))}'; keys: results, truth.local, compare)"
         )
     return measured_ids, [outcome["missing"] for outcome in outcomes if "missing" in outcome]
+
+
+def _measure(comparison: Comparison, row: str, folder: Path, clip: StoredClip) -> EvaluatedClip:
+    files, result = read_result_states(folder), read_result(folder)
+    _check_sizes(result, comparison.firsts[row])
+    evaluated = evaluate_clip(result, clip, comparison.training_mean, map_size=comparison.first.map_size)
+    return replace(evaluated, files=files)
 
 
 def tabulate(
@@ -204,6 +213,7 @@ def tabulate(
         compared=list(comparison.recipe.compare),
     )
     write_report(table, evaluated, run_folder)
+    write_report_page(table, run_folder)
     note_table(comparison.recipe, evaluated.values(), run_folder)
     logger.info("%s\n\n%s", run_folder / TABLE_MARKDOWN, table.as_markdown())
 

@@ -24,7 +24,7 @@ from dreamdance.runs.file_notes import Expectation, forget_note, of_content, wri
 from dreamdance.runs.file_states import FileState, read_state
 from dreamdance.runs.files import replace_atomically, write_atomically
 from dreamdance.runs.folder_lock import OutputError
-from dreamdance.runs.layout import ARRAYS_FILE, ENTRIES_FILE, RESULT_FILE
+from dreamdance.runs.layout import ARRAYS_FILE, ENTRIES_FILE, POSE_VIDEO, RESULT_FILE
 from dreamdance.runs.provenance import code_version, package_versions
 
 logger = logging.getLogger(__name__)
@@ -163,6 +163,7 @@ def _write_files(folder: Path, result: ClipResult, *, request: dict[str, Any], d
     write_video(folder / VIDEO_FILE, arrays["frames"], fps=result.fps)
     sound = _copy_sound(folder / VIDEO_FILE, result)
     columns = _columns(result)
+    write_video(folder / POSE_VIDEO, columns["pose"], fps=result.fps)
     write_video(folder / SIDE_BY_SIDE_FILE, _side_by_side(columns), fps=result.fps)
     Image.fromarray(_contact_sheet(columns)).save(folder / CONTACT_SHEET_FILE)
     content = {"request": request, "num_frames": len(result.frames), "fps": result.fps, **sound, **details}

@@ -21,7 +21,7 @@ EXTRAS = {
     "prepare": {"streaming": "train", "av": "video", "cv2": "video"},
     "encode": {"streaming": "train", "cv2": "train"},
     "animate": {"av": "video", "cv2": "video"},
-    "evaluate": {"streaming": "train", "cv2": "train"},
+    "evaluate": {"streaming": "train", "av": "video", "cv2": "video"},
 }
 
 BACKEND_KEY = "model.attention_backend"

@@ -30,6 +30,8 @@ EXAMPLE_FIELDS = ("image", "pose", "keypoints", "reference_keypoints", "referenc
 # In the result of a clip, which `animate` writes and `evaluate` reads.
 RESULT_FILE = "result.json"
 ARRAYS_FILE = "arrays.npz"
+# The poses that drove the result, as its networks saw them.
+POSE_VIDEO = "pose.mp4"
 # In the output of `animate` until all its entries have results: their ids. No entry's id begins with a dot.
 ENTRIES_FILE = ".entries.json"
 _LAST_BYTES = 65_536

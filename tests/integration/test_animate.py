@@ -125,6 +125,7 @@ def test_a_result_holds_videos_arrays_a_contact_sheet_and_how_it_was_made(job):
     assert {path.name for path in folder.iterdir()} == {
         "video.mp4",
         "side_by_side.mp4",
+        "pose.mp4",
         "contact_sheet.png",
         "arrays.npz",
         "result.json",

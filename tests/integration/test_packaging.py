@@ -171,6 +171,7 @@ def test_the_wheel_holds_the_packages_whole_and_nothing_else(wheel: Path) -> Non
     assert {file for file in files if ".dist-info/" not in file} == {
         *(path.as_posix() for path in sources),
         "dreamdance/data/curation/page.html",
+        "dreamdance/evaluation/report.html",
         "dreamdance/py.typed",
         "dreamdance_kernels/py.typed",
         "dreamdance_kernels/dispatch_table.csv",

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from dreamdance.data.curation.scores import SCORE_KINDS, Scores
@@ -90,10 +91,20 @@ def write_page(
         ],
         "failures": [{"reason": reason, "names": list(names)} for reason, names in (failures or {}).items()],
     }
-    # No text of a file name can end the script element that contains it.
-    text = json.dumps(content, ensure_ascii=True, allow_nan=False).replace("<", "\\u003c")
-    template = (resources.files("dreamdance.data.curation") / _TEMPLATE).read_text(encoding="utf-8")
     path = folder / PAGE_FILE
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, template.replace(_CONTENT_MARK, text))
+    write_atomically(path, fill_page("dreamdance.data.curation", _TEMPLATE, content))
     return path
+
+
+def fill_page(package: str, template: str, content: Any) -> str:
+    """The text of a page: a template of a package with its content.
+
+    Args:
+        package: the package that contains the template.
+        template: its name; it has the word `__CONTENT__` in a script element of JSON.
+        content: JSON values.
+    """
+    # No text of a file name can end the script element that contains it.
+    text = json.dumps(content, ensure_ascii=True, allow_nan=False).replace("<", "\\u003c")
+    return (resources.files(package) / template).read_text(encoding="utf-8").replace(_CONTENT_MARK, text)

@@ -1,0 +1,191 @@
+"""A clip of the report's page: one small video with all its pictures as cells, and the curves of its scores.
+
+All cells of a clip lie in one video, so that they cannot play out of step; the page cuts them apart.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from dreamdance.data.loading.stored_clip import ReferenceFrame, StoredClip, fixed_reference, own_frame
+from dreamdance.evaluation.clips import Prediction, Result, Size, Truth, read_result, read_truth
+from dreamdance.evaluation.frame_curves import frame_curves
+from dreamdance.evaluation.scores import as_bytes
+from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW
+from dreamdance.evaluation.times import pair_frames
+from dreamdance.evaluation.trivial import REPEATED_REFERENCE, trivial_answers
+from dreamdance.media.video import probe_video, read_frames
+from dreamdance.media.video_writing import write_video
+from dreamdance.runs.files import write_atomically
+from dreamdance.runs.layout import POSE_VIDEO
+
+# Cells narrower than this are enlarged by a whole factor, those higher than that are reduced.
+SMALLEST_WIDTH, LARGEST_HEIGHT = 128, 384
+_VIDEO_WIDTH = 2048  # of all cells of a line
+_VIDEO_CRF = 16
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The pictures of one cell.
+
+    Attributes:
+        row: `RESULT_ROW`, the name of another result, or `TRUTH_ROW`; empty for the reference and the pose.
+        kind: `reference`, `pose`, `normals`, `depth` or `frames`.
+        pictures: `f h w 3` or `f h w`: uint8, or floats in [0, 1] (normals in [-1, 1]). One frame stands for all.
+    """
+
+    row: str
+    kind: str
+    pictures: NDArray[Any]
+
+    def draw(self, frame: int, size: Size) -> NDArray[np.uint8]:
+        """A frame in colours, of a size in pixels."""
+        picture = self.pictures[frame if len(self.pictures) > 1 else 0]
+        if picture.dtype != np.uint8:
+            picture = as_bytes((picture + 1) / 2 if self.kind == "normals" else picture)
+        if picture.ndim == 2:
+            picture = np.repeat(picture[..., None], 3, axis=-1)
+        how = cv2.INTER_AREA if size[0] < picture.shape[0] else cv2.INTER_NEAREST
+        return np.asarray(cv2.resize(picture, (size[1], size[0]), interpolation=how), dtype=np.uint8)
+
+
+class CellFrames(Sequence[NDArray[np.uint8]]):
+    """The frames of the video; each is drawn when it is asked for, so that long clips need no memory for them."""
+
+    def __init__(self, cells: Sequence[Cell], num_frames: int, size: Size) -> None:
+        """Places the cells.
+
+        Args:
+            cells: line by line.
+            num_frames: length of the video.
+            size: height and width of a cell.
+        """
+        self.columns = max(1, min(len(cells), _VIDEO_WIDTH // size[1]))
+        self._cells, self._num_frames, self._size = cells, num_frames, size
+
+    def __len__(self) -> int:
+        return self._num_frames
+
+    @overload
+    def __getitem__(self, number: int) -> NDArray[np.uint8]: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[NDArray[np.uint8]]: ...
+    def __getitem__(self, number: int | slice) -> NDArray[np.uint8] | Sequence[NDArray[np.uint8]]:
+        if isinstance(number, slice):
+            return [self[one] for one in range(*number.indices(len(self)))]
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        height, width = self._size
+        lines = math.ceil(len(self._cells) / self.columns)
+        canvas = np.zeros((lines * height, self.columns * width, 3), np.uint8)
+        for place, cell in enumerate(self._cells):
+            line, column = divmod(place, self.columns)
+            top, left = line * height, column * width
+            canvas[top : top + height, left : left + width] = cell.draw(number, self._size)
+        return canvas
+
+
+def is_shown(folder: Path, clip_id: str) -> bool:
+    """Whether the folder has the video and the description of a clip."""
+    return all((folder / f"{clip_id}{suffix}").is_file() for suffix in (".mp4", ".json"))
+
+
+def show_clip(folder: Path, clip: StoredClip, results: Mapping[str, Path], *, map_size: Size) -> None:
+    """Writes `<id>.mp4` and its description `<id>.json`.
+
+    Args:
+        folder: for both files.
+        clip: the true clip.
+        results: row of the table -> result folder; the own one first.
+        map_size: size of the maps.
+
+    Raises:
+        ResultError: a result is damaged.
+        VideoError: the video cannot be written, such as on a full disk.
+    """
+    read = {row: read_result(path) for row, path in results.items()}
+    own = read[RESULT_ROW]
+    pairs = {row: _by_true_frame(result, clip) for row, result in read.items()}
+    shown = [number for number in pairs[RESULT_ROW] if all(number in paired for paired in pairs.values())]
+    truth = read_truth(clip, frame_size=own.frame_size, map_size=map_size, frames=shown)
+    chosen = fixed_reference(clip) if own.reference_frame is None else ReferenceFrame(own.reference_frame)
+    sizes = {"frame_size": own.frame_size, "map_size": map_size}
+    reference = read_truth(clip, frames=[chosen.number], subject=chosen.subject, **sizes)
+    predictions = {row: result.prediction.at([pairs[row][number] for number in shown]) for row, result in read.items()}
+    pose_path = results[RESULT_ROW] / POSE_VIDEO
+    pose = _read_pose(pose_path, [pairs[RESULT_ROW][number] for number in shown])
+    poses = clip.frames("pose", shown) if pose is None and clip.has("pose") else pose
+    cells = [Cell("", "reference", _given(reference.pictures.frames))]
+    cells += [] if poses is None else [Cell("", "pose", poses)]
+    for row, prediction in [*predictions.items(), (TRUTH_ROW, truth.pictures)]:
+        cells += _cells_of(row, prediction)
+    size = _cell_size(own.frame_size)
+    repeated = trivial_answers(reference, len(shown), None)[REPEATED_REFERENCE]
+    skipped = shown.index(same) if (same := own_frame(clip, chosen)) in shown else None
+    frames = CellFrames(cells, len(shown), size)
+    write_video(folder / f"{clip.clip_id}.mp4", frames, fps=own.fps, crf=_VIDEO_CRF)
+    content = {
+        "id": clip.clip_id,
+        "fps": own.fps,
+        "width": size[1],
+        "height": size[0],
+        "columns": frames.columns,
+        "cells": [{"row": cell.row, "kind": cell.kind} for cell in cells],
+        "frames": shown,
+        "reference": skipped,
+        "pose_is_true": pose is None,
+        "curves": _curves({**predictions, REPEATED_REFERENCE: repeated}, truth, skipped=skipped),
+    }
+    write_atomically(folder / f"{clip.clip_id}.json", json.dumps(content, allow_nan=False))
+
+
+def _by_true_frame(result: Result, clip: StoredClip) -> dict[int, int]:
+    """Number of a frame of the clip -> number of the result's frame of the same moment."""
+    return {true: own for own, true in pair_frames(result, num_frames=clip.num_frames, fps=clip.fps)}
+
+
+def _read_pose(path: Path, frames: Sequence[int]) -> NDArray[np.uint8] | None:
+    """Frames of the poses that drove a result; None if `animate` was of a version that did not write them."""
+    return read_frames(probe_video(path), frames) if path.is_file() else None
+
+
+def _cells_of(row: str, pictures: Prediction) -> list[Cell]:
+    parts = {"normals": pictures.normals, "depth": pictures.disparity, "frames": pictures.frames}
+    return [Cell(row, kind, part) for kind, part in parts.items() if part is not None]
+
+
+def _cell_size(frame_size: Size) -> Size:
+    """Height and width of a cell in the video, both even."""
+    height, width = frame_size
+    factor = float(max(1, math.ceil(SMALLEST_WIDTH / width)))
+    if height * factor > LARGEST_HEIGHT:
+        factor = max(1.0, math.floor(LARGEST_HEIGHT / height)) if height <= LARGEST_HEIGHT else LARGEST_HEIGHT / height
+    return 2 * round(height * factor / 2), 2 * round(width * factor / 2)
+
+
+def _curves(
+    predictions: Mapping[str, Prediction], truth: Truth, *, skipped: int | None
+) -> dict[str, dict[str, list[float | None]]]:
+    """Curve -> row -> a value for each shown frame; None for the reference itself, which is not compared."""
+    curves: dict[str, dict[str, list[float | None]]] = {}
+    num_frames = len(_given(truth.pictures.frames))
+    compared = [number for number in range(num_frames) if number != skipped]
+    for row, prediction in predictions.items():
+        for key, values in frame_curves(prediction.at(compared), truth.at(compared)).items():
+            by_frame = dict(zip(compared, values, strict=True))
+            curve = [by_frame.get(number, math.nan) for number in range(num_frames)]
+            curves.setdefault(key, {})[row] = [None if math.isnan(value) else float(f"{value:.5g}") for value in curve]
+    return curves
+
+
+def _given(part: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    assert part is not None, "results and stored clips always have frames"
+    return part
