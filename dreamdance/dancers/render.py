@@ -6,7 +6,7 @@ The dataset of the demo, the tests and the ablations. Everything follows from a 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,6 +91,7 @@ def render_clip(
     height: int,
     fps: float = 8.0,
     identity_seed: int | None = None,
+    place_seed: int | None = None,
     further_times: Sequence[float] = (),
 ) -> DancerClip:
     """Renders the dancer of a seed.
@@ -102,24 +103,28 @@ def render_clip(
         fps: frames per second; the motion itself is a function of seconds.
         identity_seed: takes body and clothes from this seed's dancer instead, who performs the motion of `seed`. The
             camera stands at the same place and is aimed at the other body.
+        place_seed: takes floor, walls and light from this seed's clip instead. The camera stands where that of `seed`
+            stands, so that the motion is seen from the same side.
         further_times: seconds after the first frame of further frames, which follow the clip's own in the result. The
             camera shows the dancer at all times.
 
     Raises:
-        ValueError: a seed lies outside of both ranges, the two lie in different ones, or the clip is empty.
+        ValueError: a seed lies outside of both ranges, they lie in different ones, or the clip is empty.
     """
     identity_seed = seed if identity_seed is None else identity_seed
-    for number in (seed, identity_seed):
+    place_seed = seed if place_seed is None else place_seed
+    for number in (seed, identity_seed, place_seed):
         if number not in TRAINING_SEEDS and number not in HELD_OUT_SEEDS:
             raise ValueError(
                 f"seed {number} is neither in {TRAINING_SEEDS} (training) nor in {HELD_OUT_SEEDS} (held out)"
             )
-    if (seed in TRAINING_SEEDS) != (identity_seed in TRAINING_SEEDS):
-        raise ValueError(f"seed {seed} and identity_seed {identity_seed}: one is held out, the other is for training")
+    for name, other in (("identity_seed", identity_seed), ("place_seed", place_seed)):
+        if (seed in TRAINING_SEEDS) != (other in TRAINING_SEEDS):
+            raise ValueError(f"seed {seed} and {name} {other}: one is held out, the other is for training")
     if min(num_frames, width, height) < 1 or not fps > 0:
         raise ValueError(f"cannot render {num_frames} frames of {width}x{height} at {fps} frames per second")
     times = np.concatenate([np.arange(num_frames) / fps, np.asarray(further_times, np.float64)])
-    scene = _build_scene(seed, identity_seed, times)
+    scene = _build_scene(seed, identity_seed, place_seed, times)
     num_frames = len(times)
     focal = fit_focal(scene.quadrics.bounds, width, height)
     samples = 3 if min(width, height) < 128 else 2
@@ -143,15 +148,15 @@ def render_clip(
     )
 
 
-def _build_scene(seed: int, identity_seed: int, times: NDArray[np.float64]) -> _Scene:
-    _, motion, place = (np.random.default_rng(part) for part in np.random.SeedSequence(seed).spawn(3))
-    person = np.random.default_rng(np.random.SeedSequence(identity_seed).spawn(3)[0])
-    identity = draw_identity(person)
-    skeleton = dance(motion, identity.body, times)
+def _build_scene(seed: int, identity_seed: int, place_seed: int, times: NDArray[np.float64]) -> _Scene:
+    identity = draw_identity(_generators(identity_seed)[0])
+    skeleton = dance(_generators(seed)[1], identity.body, times)
     body = build_body(identity, skeleton)
     landmarks = find_landmarks(skeleton, identity.body)
     points = landmarks.points.reshape(-1, 3)
-    stage = draw_stage(place, points)
+    stage = draw_stage(_generators(place_seed)[2], points)
+    if place_seed != seed:
+        stage = replace(stage, eye=draw_stage(_generators(seed)[2], points).eye)
     camera = aim_camera(stage.eye, points)
     return _Scene(
         identity=identity,
@@ -164,6 +169,11 @@ def _build_scene(seed: int, identity_seed: int, times: NDArray[np.float64]) -> _
         skins=tabulate_skins(body.skins, camera.position, camera.rotation),
         light=camera_light(stage, camera),
     )
+
+
+def _generators(seed: int) -> list[np.random.Generator]:
+    """The sources of person, motion and place."""
+    return [np.random.default_rng(part) for part in np.random.SeedSequence(seed).spawn(3)]
 
 
 def _draw_geometry(

@@ -21,7 +21,7 @@ from dreamdance.data.shards.index import read_index
 from dreamdance.data.shards.mds import INDEX_FILE
 from dreamdance.recipe.sections import Shards
 from dreamdance.runs.damaged_videos import by_reason, read_damaged, read_without_clips
-from dreamdance.runs.layout import PAGE_PATH
+from dreamdance.runs.layout import DRIVEN_BY, PAGE_PATH
 from dreamdance.runs.work_queue import WorkQueue
 from dreamdance.runtime.ranks import Ranks
 
@@ -142,6 +142,8 @@ def _describe(clip: StoredClip) -> ShownClip:
 
 def _source_text(metadata: Mapping[str, Any]) -> str:
     """The video and the time span of a clip, or a dancer's seed."""
+    if DRIVEN_BY in metadata:
+        return f"rendered dancer, seed {metadata['identity_seed']}, in the motion of {metadata[DRIVEN_BY]}"
     if "seed" in metadata:
         return f"rendered dancer, seed {metadata['seed']}"
     if "source" not in metadata:

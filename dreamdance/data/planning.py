@@ -48,6 +48,8 @@ def describe_source(recipe: PrepareRecipe) -> dict[str, Any]:
         details["added_maps"] = list(ADDED_TO_DANCERS)
     if not source.references:
         del details["references"]  # outputs of older commits have none
+    if not details.get("pairs", True):
+        del details["pairs"]
     return details
 
 
@@ -109,17 +111,30 @@ def part_names(parts: Sequence[Part]) -> set[str]:
 
 
 def plan_dancers(source: DancersSource, clips_per_part: int) -> dict[Split, list[Part]]:
-    """Makes parts of `clips_per_part` dancers; training and validation use disjoint ranges of seeds."""
+    """Makes parts of `clips_per_part` dancers; training and validation use disjoint ranges of seeds.
+
+    With `source.pairs`, the parts of all held-out dancers are followed by those of the pairs: the motion of each on the
+    next one, that of the last on the first.
+    """
     seeds: dict[Split, range] = {
         "train": TRAINING_SEEDS[: source.num_train_clips],
         "validation": HELD_OUT_SEEDS[: source.num_validation_clips],
     }
-    return {
-        split: [
-            Part(f"part_{number:05d}", DancerPart(source, chosen[start : start + clips_per_part]))
-            for number, start in enumerate(range(0, len(chosen), clips_per_part))
-        ]
+    work: dict[Split, list[DancerPart | PairPart]] = {
+        split: [DancerPart(source, chosen[start : start + clips_per_part])
+                for start in range(0, len(chosen), clips_per_part)]
         for split, chosen in seeds.items()
+    }  # fmt: skip
+    if source.pairs:
+        held_out = seeds["validation"]
+        pairs = [(seed, held_out[(number + 1) % len(held_out)]) for number, seed in enumerate(held_out)]
+        work["validation"] += [
+            PairPart(source, tuple(pairs[start : start + clips_per_part]))
+            for start in range(0, len(pairs), clips_per_part)
+        ]
+    return {
+        split: [Part(f"part_{number:05d}", make) for number, make in enumerate(makers)]
+        for split, makers in work.items()
     }
 
 
@@ -174,3 +189,15 @@ class DancerPart:
     def __call__(self) -> Iterator[ClipRecord]:
         """Yields one clip per seed."""
         return (render_record(seed, self.source) for seed in self.seeds)
+
+
+@dataclass(frozen=True)
+class PairPart:
+    """Motions of one part on other dancers: (seed of the motion, seed of the person and the place)."""
+
+    source: DancersSource
+    pairs: tuple[tuple[int, int], ...]
+
+    def __call__(self) -> Iterator[ClipRecord]:
+        """Yields one clip per pair."""
+        return (render_record(seed, self.source, person_seed=person) for seed, person in self.pairs)

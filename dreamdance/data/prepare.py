@@ -341,7 +341,9 @@ def complete(
     if recipe.videos is not None:
         write_inputs(output, states, planned=source_files(folders))
     if "validation" in folders:
-        count = write_examples(output, before_clip=partial(queue.watchdog.enter, "writing an example"))
+        has_pairs = recipe.dancers is not None and recipe.dancers.pairs
+        before_clip = partial(queue.watchdog.enter, "writing an example")
+        count = write_examples(output, before_clip=before_clip, has_pairs=has_pairs)
         logger.info("%s lists %d validation clips for `animate`", output / MANIFEST_FILE, count)
 
 

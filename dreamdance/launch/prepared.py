@@ -13,7 +13,7 @@ from dreamdance.recipe import PrepareRecipe
 from dreamdance.recipe.schema import VideosSource
 from dreamdance.runs.file_states import FileStamp, FileState
 from dreamdance.runs.finished_clips import INDEX_FILE, SPLITS
-from dreamdance.runs.layout import EXAMPLE_FIELDS, INPUTS_FILE
+from dreamdance.runs.layout import EXAMPLE_FIELDS, INPUTS_FILE, PAIRS_FILE
 
 MANIFEST_FILE = "manifest.jsonl"
 KEYPOINTS_SUFFIX = ".keypoints.json"  # of key points that are given beside a video
@@ -38,7 +38,9 @@ def is_prepared(recipe: PrepareRecipe) -> bool:
                 return False
         if recipe.videos is not None and not _are_as_noted(recipe.videos, output / INPUTS_FILE):
             return False
-        return not has_validation or all(path.is_file() for path in _examples(output / MANIFEST_FILE))
+        manifests = [MANIFEST_FILE] if has_validation else []
+        manifests += [PAIRS_FILE] if recipe.dancers is not None and recipe.dancers.pairs else []
+        return all(path.is_file() for name in manifests for path in _examples(output / name))
     except (OSError, ValueError, TypeError, KeyError):  # a file is missing or damaged
         return False
 

@@ -312,6 +312,8 @@ def _prepare(recipe: PrepareRecipe) -> Iterator[Problem]:
         given = "neither is given" if recipe.dancers is None else "both are given"
         yield Problem(f"a prepare recipe has either a section dancers or a section videos; {given}", _place(recipe))
     yield from _smaller_sizes(recipe)
+    if recipe.dancers is not None and recipe.dancers.pairs and recipe.dancers.num_validation_clips < 2:
+        yield Problem.at("dancers.pairs", "dancers.pairs needs dancers.num_validation_clips of at least 2")
     videos = recipe.videos
     if videos is None:
         return

@@ -47,6 +47,13 @@ class DancersSource(Section):
             "over 360 frames. With 0 the reference is a frame of the clip itself."
         ),
     )
+    pairs: bool = Field(
+        default=False,
+        description=(
+            "Whether validation also has each motion on another held-out dancer, with that one's body, clothes and "
+            "place: the exact truth of driving one person by the poses of another. `pairs.jsonl` is their manifest."
+        ),
+    )
 
 
 class VideosSource(Section):

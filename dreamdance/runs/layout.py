@@ -27,6 +27,10 @@ INPUTS_FILE = "inputs.json"
 PAGE_PATH = "contact_sheets/index.html"
 # The fields of the manifest of `prepare` that name files: the inputs of an example.
 EXAMPLE_FIELDS = ("image", "pose", "keypoints", "reference_keypoints", "reference_pose")
+# In the output of `prepare` with `dancers.pairs`: the manifest of the pairs, and the entry of a clip's metadata that
+# names the clip with the poses that drive it.
+PAIRS_FILE = "pairs.jsonl"
+DRIVEN_BY = "driven_by"
 # In the result of a clip, which `animate` writes and `evaluate` reads.
 RESULT_FILE = "result.json"
 ARRAYS_FILE = "arrays.npz"

@@ -25,6 +25,12 @@ def write_dancer_shards(folder: Path, *, num_train: int = 10, num_validation: in
 
 
 def _render(seeds: range, references: int) -> Iterator[ClipRecord]:
-    sizes = {"num_frames": NUM_FRAMES, "width": WIDTH, "height": HEIGHT, "references": references}
-    source = DancersSource(num_train_clips=1, num_validation_clips=1, **sizes)
+    source = DancersSource(
+        num_train_clips=1,
+        num_validation_clips=1,
+        num_frames=NUM_FRAMES,
+        width=WIDTH,
+        height=HEIGHT,
+        references=references,
+    )
     return (replace(render_record(seed, source), clip_id=f"dancer_{seed}", metadata={}) for seed in seeds)
