@@ -1,5 +1,8 @@
 """Switches networks to channels_last: activations keep their channels innermost, as fast GPU convolutions need."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
@@ -27,6 +30,22 @@ def use_channels_last(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d | ResnetBlock2D):
             module.register_forward_pre_hook(_turn_input)
+
+
+@contextmanager
+def contiguous_weights(network: nn.Module) -> Iterator[None]:
+    """In the block every weight is contiguous: DeepSpeed views the weights that it broadcasts as bytes.
+
+    Afterwards frozen weights have their layout again. Those that train keep what the block gave them: ZeRO has made
+    them views of flat buffers.
+    """
+    layouts = {weight: _LAYOUTS[weight.dim()] for weight in network.parameters() if not weight.is_contiguous()}
+    for weight in layouts:
+        weight.data = weight.data.contiguous()
+    yield
+    for weight, layout in layouts.items():
+        if not weight.requires_grad:
+            weight.data = weight.data.contiguous(memory_format=layout)
 
 
 def _turn_input(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -23,6 +23,7 @@ from deepspeed.utils import groups
 
 from dreamdance.errors import RecipeError
 from dreamdance.models.autoencoding import keep_in_float32
+from dreamdance.models.channels_last import contiguous_weights
 from dreamdance.recipe.batch_arithmetic import accumulation_steps
 from dreamdance.recipe.schema import TrainingRecipe
 from dreamdance.runtime.ranks import Ranks
@@ -124,7 +125,7 @@ class Engine:
         os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed requires the variable
         if groups._WORLD_GROUP is None:  # DeepSpeed's own group would have the backend's default time-out
             groups._WORLD_GROUP = dist.new_group(timeout=timedelta(seconds=recipe.cluster.collective_timeout_seconds))
-        with keep_in_float32(objective):  # autoencoders keep their precision
+        with keep_in_float32(objective), contiguous_weights(objective):  # autoencoders keep their precision
             self._engine, *_ = deepspeed.initialize(model=objective, optimizer=self._adamw, config=config)
         if exact:
             self._set_masters(exact)

@@ -6,6 +6,9 @@ from support.recipes import perturb, tiny_clip_batch, tiny_stage1_recipe, tiny_s
 from torch import nn
 
 from dreamdance.models.fused_group_norm import FusedGroupNorm
+from dreamdance.runtime.process_group import process_group
+from dreamdance.runtime.ranks import Ranks
+from dreamdance.training.engine import Engine
 from dreamdance.training.networks.build import exportable
 from dreamdance.training.stages.training_stage import stage_of
 
@@ -58,6 +61,37 @@ def test_every_fused_norm_sees_channels_innermost_even_where_sharding_has_flatte
     objective(tiny_clip_batch(num_clips=2, num_frames=4))
     assert layouts
     assert [name for name, innermost in layouts.items() if not innermost] == []
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    ("stage", "zero_stage", "precision"),
+    [("stage 1", 2, "fp32"), ("stage 1", 2, "bf16"), ("stage 2", 1, "fp32"), ("stage 2", 0, "fp32")],
+)
+def test_deepspeed_trains_as_without(stage, zero_stage, precision):
+    changes = {"precision": precision, "sharding.zero_stage": zero_stage, "batch_size": 2, "micro_batch_size": 2}
+    changes |= {} if stage == "stage 1" else {"model.unfreeze": "none"}
+    batch, losses = tiny_clip_batch(num_clips=2, num_frames=4), {}
+    for channels_last in (False, True):
+        recipe = RECIPES[stage](changes | {"model.channels_last": channels_last})
+        objective = perturb(stage_of(recipe).build())
+        stage_of(recipe).set_trainable(objective)
+        with process_group(Ranks(), timeout_seconds=60):
+            engine = Engine(objective, recipe, Ranks(), deterministic=False)
+            frozen = [
+                weight for weight in objective.unet.parameters() if weight.dim() == 4 and not weight.requires_grad
+            ]
+            assert frozen
+            if channels_last:
+                assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in frozen)
+            losses[channels_last] = []
+            for _ in range(3):
+                output = engine.forward(batch)
+                engine.backward(output.loss)
+                assert engine.update(1e-3).applied
+                losses[channels_last].append(output.loss.item())
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4 if precision == "fp32" else 2e-2)
+    assert losses[True][2] < losses[True][0]
 
 
 def test_names_of_weights_do_not_change():
