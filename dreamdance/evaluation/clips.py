@@ -108,12 +108,14 @@ class Result:
         prediction: frames and maps.
         fps: frames per second.
         reference_frame: number of the reference frame in the clip; None if the manifest did not contain it.
+        window_starts: the frames with which the windows of stage 2 began; empty if the result does not name them.
     """
 
     id: str
     prediction: Prediction
     fps: float
     reference_frame: int | None
+    window_starts: tuple[int, ...] = ()
 
     @property
     def num_frames(self) -> int:
@@ -179,13 +181,16 @@ def read_result(folder: Path) -> Result:
         reference_frame = details.get("reference_frame")
         if reference_frame is not None and (type(reference_frame) is not int or reference_frame < 0):
             raise ValueError(f"reference_frame {reference_frame!r} is not the number of a frame")
+        starts = details.get("window_starts", [])
+        if not isinstance(starts, list) or not all(type(start) is int for start in starts):
+            raise ValueError(f"window_starts {starts!r} are not numbers of frames")
         fps = details.get("fps")
         if type(fps) not in (int, float) or not 0 < fps < math.inf:
             raise ValueError(f"fps {fps!r} is not a positive number")
     except (OSError, ValueError, KeyError, AttributeError, RecursionError, zipfile.BadZipFile, zlib.error) as error:
         raise ResultError(f"result {folder} is damaged ({error}); delete it and run animate again") from error
     prediction = Prediction(frames, maps.get("normals"), maps.get("depths"))
-    return Result(folder.name, prediction, float(fps), reference_frame)
+    return Result(folder.name, prediction, float(fps), reference_frame, tuple(starts))
 
 
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:

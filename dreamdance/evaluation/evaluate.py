@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,15 @@ from dreamdance.evaluation.clips import (
     read_truth,
 )
 from dreamdance.evaluation.measured import EvaluatedClip, MeasuredClips, note_table, read_result_states
+from dreamdance.evaluation.measures import Measures, describe_measures, measure_clip, sum_costs
+from dreamdance.evaluation.network_metrics import frechet_scores, open_networks
 from dreamdance.evaluation.report_page import PAGE_FILE, SHOWN_FOLDER, write_report_page
-from dreamdance.evaluation.scores import Scores, as_bytes, mean_scores, score
+from dreamdance.evaluation.scores import Scores, as_bytes, mean_scores
 from dreamdance.evaluation.shown_clip import is_shown, show_clip
 from dreamdance.evaluation.side_by_side import check_comparable, join_rows
+from dreamdance.evaluation.split import read_split
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table, describe_missing
-from dreamdance.evaluation.times import pair_frames
+from dreamdance.evaluation.times import find_runs, pair_frames
 from dreamdance.evaluation.trivial import FRAMES_PER_TRAINING_CLIP, TrainingMean, average_training_set, trivial_answers
 from dreamdance.media.grids import GridRow, draw_grid
 from dreamdance.recipe.schema import EvaluateRecipe
@@ -88,9 +91,14 @@ def evaluate(recipe: EvaluateRecipe, run_folder: Path) -> None:
                 map_size=first.map_size,
                 before_clip=partial(queue.watchdog.enter, "averaging the training set"),
             )
-        measured = MeasuredClips(run_folder / MEASURED_FOLDER, recipe)
+        queue.watchdog.enter("loading networks", recipe.metrics.weights)
+        measures = Measures(
+            recipe.metrics, open_networks(recipe.metrics), partial(queue.watchdog.enter, "measuring by networks")
+        )
+        hashes = [str(file.sha256) for files in measures.networks.files.values() for file in files]
+        measured = MeasuredClips(run_folder / MEASURED_FOLDER, recipe, networks=hashes)
         requested = [read_requested_ids(Path(folder)) for folder in (recipe.results, *recipe.compare.values())]
-        comparison = Comparison(recipe, results, set().union(*requested), firsts, training_mean)
+        comparison = Comparison(recipe, results, set().union(*requested), firsts, training_mean, measures)
         found, missing = measure_clips(comparison, measured, queue, progress, run_folder / SHOWN_FOLDER)
 
         def write_table() -> None:
@@ -127,6 +135,7 @@ class Comparison:
         entries: ids of all clips that `animate` was asked for, while some of them have no result.
         firsts: the first result of each row; all others must have its sizes.
         training_mean: mean pictures of the training set; None if the recipe names no training set.
+        measures: what is measured.
     """
 
     recipe: EvaluateRecipe
@@ -134,6 +143,7 @@ class Comparison:
     entries: set[str]
     firsts: dict[str, Result]
     training_mean: TrainingMean | None
+    measures: Measures = field(default_factory=Measures)
 
     @property
     def first(self) -> Result:
@@ -154,6 +164,7 @@ def measure_clips(
         ResultError: a result is damaged, or does not match the other results or the truth.
     """
     recipe, results = comparison.recipe, comparison.results
+    split = None if recipe.split is None else read_split(Path(recipe.split))
     clips = open_clips(recipe.truth, before_shard=partial(queue.watchdog.enter, "checking a shard"))
     share = queue.share("measure", [str(number) for number in range(len(clips))])
 
@@ -166,6 +177,9 @@ def measure_clips(
             continue
         queue.watchdog.enter("measuring a clip", f"{item} of the truth")  # not measured: clips differ in length
         clip = clips.clip(int(item))
+        if split is not None and clip.clip_id not in split:
+            share.finish(item, "")
+            continue
         if not all(clip.clip_id in found for found in results.values()):
             share.finish(item, json.dumps({"missing": clip.clip_id}) if clip.clip_id in comparison.entries else "")
             continue
@@ -185,7 +199,7 @@ def measure_clips(
         others = "".join(f", and a result in {folder}" for folder in recipe.compare.values())
         raise MissingInputError(
             f"none of the {len(folders)} results in {recipe.results} has a clip with its id in {recipe.truth.local}"
-            f"{others} (the first result is '{next(iter(folders))}'; keys: results, truth.local, compare)"
+            f"{others} (the first result is '{next(iter(folders))}'; keys: results, truth.local, compare, split)"
         )
     return measured_ids, [outcome["missing"] for outcome in outcomes if "missing" in outcome]
 
@@ -193,7 +207,10 @@ def measure_clips(
 def _measure(comparison: Comparison, row: str, folder: Path, clip: StoredClip) -> EvaluatedClip:
     files, result = read_result_states(folder), read_result(folder)
     _check_sizes(result, comparison.firsts[row])
-    evaluated = evaluate_clip(result, clip, comparison.training_mean, map_size=comparison.first.map_size)
+    if result.reference_frame is None:
+        result = replace(result, reference_frame=comparison.recipe.reference_frame)
+    size, measures = comparison.first.map_size, comparison.measures
+    evaluated = evaluate_clip(result, clip, comparison.training_mean, map_size=size, measures=measures)
     return replace(evaluated, files=files)
 
 
@@ -204,22 +221,33 @@ def tabulate(
     for other in sorted(set().union(*comparison.results.values()) - set(evaluated)):
         lacking = [row for row, found in comparison.results.items() if other not in found]
         reason = f"{lacking} lack it" if lacking else f"no clip in {comparison.recipe.truth.local} has its id"
+        reason += f", or it is not in {comparison.recipe.split}" if comparison.recipe.split and not lacking else ""
         logger.warning("result '%s' is left out: %s", other, reason)
+    videos, windows = frechet_scores([clip.features for clip in evaluated.values()], truth_row=TRUTH_ROW)
+    rows = _mean_rows(evaluated)
+    protocol = describe_protocol(comparison.recipe, comparison.first, evaluated, comparison.training_mean)
+    costs = sum_costs([clip.costs for clip in evaluated.values()])
     table = Table(
-        rows=_mean_rows(evaluated),
+        rows={name: scores | videos.get(name, {}) for name, scores in rows.items()},
         clips={name: clip.scores for name, clip in evaluated.items()},
-        protocol=describe_protocol(comparison.recipe, comparison.first, evaluated, comparison.training_mean),
+        protocol=protocol | describe_measures(comparison.measures, costs, windows),
         missing=missing,
         compared=list(comparison.recipe.compare),
+        windows=windows,
     )
     write_report(table, evaluated, run_folder)
     write_report_page(table, run_folder)
-    note_table(comparison.recipe, evaluated.values(), run_folder)
+    note_table(comparison.recipe, evaluated.values(), run_folder, watched=comparison.measures.networks.watched)
     logger.info("%s\n\n%s", run_folder / TABLE_MARKDOWN, table.as_markdown())
 
 
 def evaluate_clip(
-    result: Result, clip: StoredClip, training_mean: TrainingMean | None, *, map_size: Size | None = None
+    result: Result,
+    clip: StoredClip,
+    training_mean: TrainingMean | None,
+    *,
+    map_size: Size | None = None,
+    measures: Measures | None = None,
 ) -> EvaluatedClip:
     """Scores the result, the trivial answers and the truth itself, on all frames except the reference frame.
 
@@ -230,6 +258,7 @@ def evaluate_clip(
         clip: the true clip.
         training_mean: of the training set, or None.
         map_size: size of the truth's maps; by default that of the result's.
+        measures: what is measured beside the scores that need no network.
 
     Raises:
         ResultError: no frame of the result can be compared.
@@ -255,15 +284,12 @@ def evaluate_clip(
     truth = read(frames=compared)
     reference = read(frames=[chosen.number], subject=chosen.subject)
     prediction = result.prediction.at([frame for frame, _ in pairs])
-    answers = {
-        RESULT_ROW: prediction,
-        **trivial_answers(reference, len(compared), training_mean),
-        TRUTH_ROW: Prediction(normals=truth.pictures.normals, disparity=truth.pictures.disparity),
-    }
-    scores = {name: score(answer, truth) for name, answer in answers.items()}
-    # The truth's other scores are perfect. Its consistency is not: the maps are sampled at this size.
-    scores[TRUTH_ROW] = {key: value for key, value in scores[TRUTH_ROW].items() if key == "consistency_angle"}
-    return EvaluatedClip(scores, _overview_row(result.id, prediction, truth, reference), compared)
+    answers = {RESULT_ROW: prediction, **trivial_answers(reference, len(compared), training_mean)}
+    seams = [place for place, (frame, _) in enumerate(pairs) if frame > 0 and frame in result.window_starts]
+    measures = measures or Measures()
+    found = measure_clip(answers, truth, truth_row=TRUTH_ROW, runs=find_runs(pairs), seams=seams, measures=measures)
+    row = _overview_row(result.id, prediction, truth, reference)
+    return EvaluatedClip(found.scores, row, compared, features=found.features, costs=found.costs)
 
 
 def describe_protocol(
@@ -277,7 +303,9 @@ def describe_protocol(
         "truth": recipe.truth.local,
         "clips": f"{len(evaluated)}, mean over clips; {sum(clip.num_frames for clip in evaluated.values())} frames",
         "frames": f"{width}x{height} pixels, compared at equal times, without the reference frame; truth resized "
-        "with antialiasing",
+        "with antialiasing"
+        + f"; both then at {recipe.metrics.width}x{recipe.metrics.height}"
+        * bool(recipe.metrics.width),
         "L1, PSNR, SSIM": "for values in [0, 1]; PSNR is the mean over frames; SSIM has the defaults of scikit-image",
     }
     names = {name for clip in evaluated.values() for name in clip.scores[RESULT_ROW]}
@@ -287,21 +315,23 @@ def describe_protocol(
         protocol["body"] = (
             "not measured: the clips have no body mask; scores of whole frames include the still background"
         )
-    if "angular_error_mean" not in names:
-        protocol["geometry"] = "not measured: results and true clips need normals and depth, and true clips a body mask"
+    if "angular_error_mean_frame" in names:
+        protocol["geometry"] = "over whole frames, background included: the true clips have no body mask"
+    elif "angular_error_mean" not in names:
+        protocol["geometry"] = "not measured: results and true clips need normals and depth"
     if first.prediction.normals is not None:
         protocol |= {
             "maps": f"{map_width}x{map_height} pixels, stage 1's size",
             "depth": "disparity aligned to the truth by one scale and shift per clip, fitted to whole frames, clamped "
             "to the clip's farthest point, inverted, measured inside the body; for the body's relief fitted inside it",
             "normals to depth": "angle between predicted normals and the normals of predicted depth, with the true "
-            "camera and the true range of disparity; at least one pixel inside the outline",
+            "camera and the true range of disparity; at least one pixel inside the outline. With the camera unknown: "
+            "in parallel projection, the relief scaled to the normals' steepness; compare it with the truth's own",
         }
     if training_mean is not None:
         protocol["training set's mean"] = (
             f"over {training_mean.num_clips} clips, up to {FRAMES_PER_TRAINING_CLIP} frames each"
         )
-    protocol["not measured"] = "LPIPS, FID-VID, FVD: this version does not compute them"
     return protocol
 
 
@@ -319,7 +349,8 @@ def write_report(table: Table, evaluated: dict[str, EvaluatedClip], run_folder: 
 
 def _mean_rows(evaluated: dict[str, EvaluatedClip]) -> dict[str, Scores]:
     names = dict.fromkeys(name for clip in evaluated.values() for name in clip.scores)
-    rows = {name: mean_scores([clip.scores.get(name, {}) for clip in evaluated.values()]) for name in names}
+    num_frames = [clip.num_frames for clip in evaluated.values()]
+    rows = {name: mean_scores([clip.scores.get(name, {}) for clip in evaluated.values()], num_frames) for name in names}
     return {name: scores for name, scores in rows.items() if scores}
 
 

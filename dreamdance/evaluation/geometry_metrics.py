@@ -1,16 +1,21 @@
 """Errors of predicted normals and depth against the truth.
 
 Normals are unit vectors in camera space, x right, y up, z towards the camera. Predicted depth is a disparity (near is
-large), known up to scale and shift. All errors are measured inside a mask, the body.
+large), known up to scale and shift. Errors are measured inside a mask, the body, or over whole
+frames.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from dreamdance.annotators.axes import geometry_consistency
+from dreamdance.annotators.protocols import Depths
 from dreamdance.media.surfaces import FloatArray, MaskArray, align_disparity, angles, check_shapes
 
 DELTA_THRESHOLD = 1.25
+# The consistency without a camera is measured on frames with about this many pixels in all, evenly chosen: memory.
+MAX_CONSISTENCY_PIXELS = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -86,3 +91,32 @@ def depth_error(
     true = np.asarray(truth[mask], dtype=np.float64)
     ratio = np.maximum(aligned / true, true / aligned)
     return DepthError(float(np.abs(true / aligned - 1.0).mean()), float((ratio < DELTA_THRESHOLD).mean()))
+
+
+def disparity_error(prediction: FloatArray, truth: FloatArray) -> float:
+    """Mean absolute error of disparity over whole frames, after one scale and shift for the clip.
+
+    For clips whose disparity has no unit: AbsRel of depth does not exist there.
+
+    Args:
+        prediction: `f H W` disparity up to scale and shift.
+        truth: `f H W` disparity, normalised over the clip to [0, 1].
+    """
+    scale, shift = align_disparity(prediction, truth)
+    return float(np.abs(scale * np.asarray(prediction, dtype=np.float64) + shift - truth).mean())
+
+
+def parallel_consistency(normals: FloatArray, disparity: FloatArray, mask: MaskArray) -> float:
+    """Mean angle in degrees between normals and the normals of disparity, where neither camera nor scale is known.
+
+    The measure of `prepare`'s score `consistency` (`geometry_consistency`): seen in parallel projection, with the
+    relief scaled to the normals' steepness. The truth's own value shows how much that costs.
+
+    Args:
+        normals: `f H W 3`.
+        disparity: `f H W`.
+        mask: `f H W`, where it is measured.
+    """
+    stride = max(1, round(mask.size / MAX_CONSISTENCY_PIXELS))
+    depths = Depths(np.asarray(disparity[::stride], dtype=np.float32), kind="disparity")
+    return geometry_consistency(normals[::stride], depths, mask[::stride])

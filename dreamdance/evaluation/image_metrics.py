@@ -76,6 +76,16 @@ def l1_disco(prediction: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:
     return float(np.abs(_as_float64(prediction) - _as_float64(truth)).mean() / (height * width))
 
 
+def psnr_disco(prediction: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:
+    """DisCo's PSNR since it was repaired ("PSNR*" in newer papers): that of bytes in float64, the mean over frames.
+
+    Args:
+        prediction, truth: `f H W c` uint8.
+    """
+    _check_bytes(prediction, truth)
+    return psnr(_as_float64(prediction) / 255.0, _as_float64(truth) / 255.0)
+
+
 def psnr_disco_overflow(prediction: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:
     """DisCo's first "PSNR": differences and squares wrap around in uint8, so that different frames get about 30 dB.
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from dreamdance.data.shards.index import read_index
 from dreamdance.evaluation.clips import ResultError
+from dreamdance.evaluation.network_metrics import Cost, Features
 from dreamdance.evaluation.scores import Scores
 from dreamdance.evaluation.table import listed
 from dreamdance.media.grids import GridRow
@@ -38,12 +39,16 @@ class EvaluatedClip:
         row: the clip's line in the overview picture.
         frames: numbers of the compared frames in the clip.
         files: absolute path -> state of each file of the result when it was read.
+        features: row of the table -> metric -> features of the clip's windows, for distances over all clips.
+        costs: metric -> what its network cost.
     """
 
     scores: dict[str, Scores]
     row: GridRow
     frames: Sequence[int]
     files: dict[Path, FileState] = field(default_factory=dict)
+    features: Features = field(default_factory=dict)
+    costs: dict[str, Cost] = field(default_factory=dict)
 
     @property
     def num_frames(self) -> int:
@@ -56,9 +61,19 @@ def read_result_states(result: Path, known: Mapping[Path, FileState] = MappingPr
     return {path: state for path in paths if (state := read_state(path, known.get(path))) is not None}
 
 
-def note_table(recipe: EvaluateRecipe, evaluated: Iterable[EvaluatedClip], run_folder: Path) -> None:
-    """Records the files that the table was made from, so that the launcher does not start the same work again."""
+def note_table(
+    recipe: EvaluateRecipe, evaluated: Iterable[EvaluatedClip], run_folder: Path, *, watched: Sequence[Path] = ()
+) -> None:
+    """Records the files that the table was made from, so that the launcher does not start the same work again.
+
+    Args:
+        recipe: of this evaluation.
+        evaluated: the measured clips.
+        run_folder: gets the note.
+        watched: folders of weights: where one has changed, a network may be there that was absent.
+    """
     files = {path: of_content(state) for clip in evaluated for path, state in clip.files.items()}
+    files |= {path: of_times(path) for path in watched}
     for shards in (recipe.truth, recipe.training_set):
         if shards is None or (state := read_state(Path(shards.local) / INDEX_FILE)) is None:
             continue
@@ -78,14 +93,15 @@ class MeasuredClips:
     file. The file contains the hashes of the result's files.
     """
 
-    def __init__(self, folder: Path, recipe: EvaluateRecipe) -> None:
+    def __init__(self, folder: Path, recipe: EvaluateRecipe, *, networks: Sequence[str] = ()) -> None:
         """Reads the indexes of the truth and of the training set.
 
         Args:
             folder: a folder inside the run folder; `write` creates it, `close` deletes it.
             recipe: the recipe of this evaluation.
+            networks: hashes of the weights of its networks.
         """
-        self.folder = folder
+        self.folder, self._networks = folder, list(networks)
         self._recipe = result_json(recipe)
         truths = [recipe.truth, *([recipe.training_set] if recipe.training_set else [])]
         indexes = [Path(truth.local) / INDEX_FILE for truth in truths]
@@ -93,7 +109,7 @@ class MeasuredClips:
 
     def path(self, result: Path) -> Path:
         """The file of a result's measurement."""
-        content = [self._recipe, *self._truth, str(result)]
+        content = [self._recipe, *self._truth, *self._networks, str(result)]
         return self.folder / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()}.npz"
 
     def holds(self, result: Path) -> bool:
@@ -114,18 +130,30 @@ class MeasuredClips:
         pictures = {f"picture_{number}": picture for number, picture in enumerate(clip.row.pictures)}
         files = {str(path): state.to_json() for path, state in clip.files.items()}
         content = {"scores": clip.scores, "frames": list(clip.frames), "label": clip.row.label, "files": files}
+        features = [(row, key, values) for row, found in clip.features.items() for key, values in found.items()]
+        content["features"] = [(row, key) for row, key, _ in features]
+        content["costs"] = {key: [cost.seconds, cost.frames] for key, cost in clip.costs.items()}
         text = json.dumps(content)
         with replace_atomically(target) as temporary, temporary.open("wb") as file:
             np.savez(
-                file, text=np.asarray(text), **{name: value for name, value in pictures.items() if value is not None}
+                file,
+                text=np.asarray(text),
+                **{name: value for name, value in pictures.items() if value is not None},
+                **{f"features_{number}": values for number, (_, _, values) in enumerate(features)},
             )
 
     def read(self, result: Path) -> EvaluatedClip:
         """Reads the measurement of a result."""
         with np.load(self.path(result), allow_pickle=False) as stored:
             text = json.loads(str(stored["text"]))
-            pictures = [stored[f"picture_{number}"] for number in range(len(stored.files) - 1)]
-        return EvaluatedClip(text["scores"], GridRow(text["label"], pictures), text["frames"], _files(text))
+            num_pictures = len(stored.files) - 1 - len(text["features"])
+            pictures = [stored[f"picture_{number}"] for number in range(num_pictures)]
+            features: Features = {}
+            for number, (row, key) in enumerate(text["features"]):
+                features.setdefault(row, {})[key] = stored[f"features_{number}"]
+        costs = {key: Cost(*values) for key, values in text["costs"].items()}
+        row_of_grid = GridRow(text["label"], pictures)
+        return EvaluatedClip(text["scores"], row_of_grid, text["frames"], _files(text), features, costs)
 
     def check(self, results: Sequence[Path], before_result: Callable[[str], None]) -> None:
         """Checks that no result has changed since it was measured; to be called when all are measured.

@@ -4,13 +4,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dreamdance.evaluation.frechet import MIN_WINDOWS
 from dreamdance.evaluation.paired_differences import PAIR_HEADER, pair_lines, pairs_as_json
 from dreamdance.evaluation.scores import (
-    BODY_METRICS,
-    FRAME_METRICS,
-    GEOMETRY_METRICS,
     IMPROVEMENT_KEYS,
     METRICS,
+    TABLES,
     Metric,
     Scores,
 )
@@ -50,6 +49,7 @@ class Table:
         protocol: how the scores were measured: title -> text or values.
         missing: ids of the clips that `animate` was asked for, and that have no result.
         compared: names of the rows of the recipe's further results.
+        windows: number of windows of the distances between sets of videos.
     """
 
     rows: Mapping[str, Scores]
@@ -57,6 +57,7 @@ class Table:
     protocol: Mapping[str, Any] = field(default_factory=dict)
     missing: Sequence[str] = ()
     compared: Sequence[str] = ()
+    windows: Mapping[str, int] = field(default_factory=dict)
 
     def improvements(self) -> dict[str, Improvement]:
         """The result's improvement over the best trivial answer, for each of `IMPROVEMENT_KEYS`."""
@@ -76,6 +77,7 @@ class Table:
         return {
             "missing": list(self.missing),
             "protocol": dict(self.protocol),
+            "windows": dict(self.windows),
             "rows": {name: _without_nan(scores) for name, scores in self.rows.items()},
             "improvements": improvements,
             "compared": {name: pairs_as_json(self.clips, RESULT_ROW, name) for name in self.compared},
@@ -87,11 +89,7 @@ class Table:
     def as_markdown(self) -> str:
         """Missing clips, tables (geometry, frames inside the body, whole frames), improvements, clips, protocol."""
         parts = [describe_missing(self.missing, len(self.clips))] if self.missing else []
-        for title, metrics in (
-            ("Geometry inside the body", GEOMETRY_METRICS),
-            ("Frames inside the body", BODY_METRICS),
-            ("Whole frames", FRAME_METRICS),
-        ):
+        for title, metrics in TABLES.items():
             shown = [metric for metric in metrics if any(metric.key in scores for scores in self.rows.values())]
             if shown:
                 parts.append(f"## {title}\n\n{self._rows_as_markdown(shown)}")
@@ -106,9 +104,13 @@ class Table:
         return "\n\n".join([*parts, f"## How it was measured\n\n{notes}"]) + "\n"
 
     def _rows_as_markdown(self, metrics: list[Metric]) -> str:
-        lines = [[name, *(_formatted(scores.get(metric.key), metric) for metric in metrics)] for name, scores in
+        lines = [[name, *(self._cell(scores, metric) for metric in metrics)] for name, scores in
                  self.rows.items() if any(metric.key in scores for metric in metrics)]  # fmt: skip
         return _markdown(["", *(_arrowed(metric) for metric in metrics)], lines)
+
+    def _cell(self, scores: Scores, metric: Metric) -> str:
+        is_few = metric.key in scores and self.windows.get(metric.key, MIN_WINDOWS) < MIN_WINDOWS
+        return _formatted(scores.get(metric.key), metric) + " (too few)" * is_few
 
     def _clips_as_markdown(self) -> str:
         """L1 and PSNR of each clip and of its best trivial answer; inside the body if there are masks."""

@@ -1,6 +1,8 @@
 """Pairs the frames of a result with the frames of its true clip that show the same moment; only these are compared."""
 
 import logging
+from collections.abc import Sequence
+from itertools import pairwise
 
 from dreamdance.evaluation.clips import Result, ResultError
 
@@ -10,6 +12,22 @@ logger = logging.getLogger(__name__)
 SAME_RATE_FRAMES = 0.5
 # Two frames show the same moment if their times differ by at most this fraction of a frame of the clip.
 TOLERANCE_FRAMES = 0.1
+
+
+def find_runs(pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Places in `pairs` of frames that follow one another; the reference frame, which is left out, makes a gap.
+
+    Args:
+        pairs: as `pair_frames` returns them, some left out.
+    """
+    steps = [(after[0] - before[0], after[1] - before[1]) for before, after in pairwise(pairs)]
+    usual = min(steps, default=(1, 1))
+    runs: list[list[int]] = [[0]] if pairs else []
+    for place, step in enumerate(steps, start=1):
+        if step != usual:
+            runs.append([])
+        runs[-1].append(place)
+    return runs
 
 
 def pair_frames(result: Result, *, num_frames: int, fps: float) -> list[tuple[int, int]]:

@@ -189,6 +189,9 @@ def animate_entry(
         "files": {name: {"path": str(path), **states[name].to_json()} for name, path in entry.files.items()},
         "exports": stages.exports,
         "reference_frame": entry.reference_frame,
+        "window_starts": stages.animation.window_starts(
+            len(result.frames), recipe.animation.window_frames, recipe.animation.window_overlap
+        ),
         "seconds": round(time.monotonic() - started, 3),
         "part_seconds": parts.take(),
         "device": str(stages.animation.device),

@@ -214,6 +214,11 @@ class AnimationPipeline(SamplingPipeline):
         height, width = self.size_of_result(height, width, reference)
         return resize_images(cut_to_aspect(reference, height, width), height, width)
 
+    def window_starts(self, num_frames: int, window_frames: int, overlap: int) -> list[int]:
+        """The frames, without the reference, with which the windows over `num_frames` frames begin."""
+        windows = plan_windows(num_frames, window_frames, overlap, reference_first=self.reference_first)
+        return [window.start - int(self.reference_first) for window in windows]
+
     def _plan_windows(self, maps: dict[str, Tensor], window_frames: int, overlap: int) -> list[SamplingWindow]:
         num_frames = next(iter(maps.values())).shape[1]
         windows = plan_windows(num_frames, window_frames, overlap, reference_first=self.reference_first)

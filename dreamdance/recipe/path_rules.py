@@ -18,7 +18,7 @@ _EXPANDABLE = re.compile(r"^~$|^~[\w.-]*/|(^|/)\$(\w+|\{\w+\})(/|$)")
 _PATH_KEYS = frozenset(
     [
         *("animation_from", "folder", "geometry_from", "list", "local", "manifest", "output", "path", "results"),
-        *("side_files", "weights"),
+        *("side_files", "split", "weights"),
     ]
 )
 

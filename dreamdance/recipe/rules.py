@@ -11,6 +11,7 @@ from dreamdance.recipe.schema import (
     AnimationSampling,
     AutoencoderSource,
     EncodeRecipe,
+    EvaluateRecipe,
     GeometrySampling,
     ImageEncoderSource,
     NetworkSource,
@@ -75,6 +76,8 @@ def problems(recipe: Recipe, known_keys: Collection[str] = ()) -> list[Problem]:
                 checks += [lambda: _networks(recipe)]
             if recipe.geometry_from is not None:
                 checks.append(lambda: _windows(recipe.geometry, "geometry"))
+        case EvaluateRecipe():
+            checks.append(lambda: _metrics(recipe))
         case AnimateRecipe():
             checks += [lambda: _windows(recipe.geometry, "geometry"), lambda: _windows(recipe.animation, "animation")]
             checks.append(lambda: _aspects(recipe))
@@ -130,6 +133,11 @@ def _slurm_arguments(cluster: Cluster) -> Iterator[Problem]:
         if advice is not None:
             asked = f"{name} {value}".rstrip()
             yield Problem.at(f"cluster.{place}", f"cluster.{place}: '{asked}' is not accepted here; {advice}")
+
+
+def _metrics(recipe: EvaluateRecipe) -> Iterator[Problem]:
+    if (recipe.metrics.width is None) != (recipe.metrics.height is None):
+        yield Problem.at("metrics.width", "metrics.width and metrics.height go together; set both or none")
 
 
 def _batch(recipe: TrainingRecipe) -> Iterator[Problem]:

@@ -13,6 +13,7 @@ from dreamdance.recipe.annotator_section import DrivingAnnotators
 from dreamdance.recipe.batch_arithmetic import accumulation_steps
 from dreamdance.recipe.encode_recipe import EncodeRecipe
 from dreamdance.recipe.every_recipe import TASK, Recipe
+from dreamdance.recipe.metric_section import MetricSettings
 from dreamdance.recipe.model_sections import (
     AnimationModel,
     AutoencoderSource,
@@ -361,6 +362,20 @@ class EvaluateRecipe(Recipe):
             "Shards of the training set. The mean picture of up to 256 clips is one of the trivial answers; without "
             "this key, that row is missing."
         ),
+    )
+    split: str | None = Field(
+        default=None,
+        description="Text file with the ids of the clips to compare, one in each line. Without it: all of truth.",
+    )
+    reference_frame: NonNegative | None = Field(
+        default=None,
+        description=(
+            "Number of the reference frame in the clip, for results that do not name theirs; 0 on TikTok's benchmark. "
+            "Without it: the reference that prepare gives with the clip."
+        ),
+    )
+    metrics: MetricSettings = Field(
+        default=MetricSettings(), description="Metrics of pretrained networks, and further protocols."
     )
 
 

@@ -137,7 +137,7 @@ def test_all_rows_are_there_and_the_best_trivial_answer_is_chosen(tmp_path, data
     table = run(tmp_path, data, training_set=True)
     rows = table["rows"]
     assert list(rows) == [RESULT_ROW, REPEATED_REFERENCE, MEAN_COLOUR, MEAN_OF_TRAINING, TRUTH_ROW]
-    assert set(rows[TRUTH_ROW]) == {"consistency_angle"}
+    assert set(rows[TRUTH_ROW]) == {"consistency_angle", "flicker", "colour_drift"}
     assert rows[TRUTH_ROW]["consistency_angle"] == pytest.approx(rows[RESULT_ROW]["consistency_angle"], abs=0.5)
     assert "angular_error_mean" not in rows[MEAN_COLOUR]
     improvement = table["improvements"]["angular_error_mean"]
@@ -159,7 +159,12 @@ def test_the_table_is_logged_and_saved_and_the_overview_is_large_enough_to_look_
         run(tmp_path, data)
     markdown = (tmp_path / "run" / "table.md").read_text()
     assert markdown in caplog.text
-    for expected in ("depth: AbsRel ↓", "PSNR (DisCo, overflow) ↑", "one scale and shift per clip", "FID-VID, FVD"):
+    for expected in (
+        "depth: AbsRel ↓",
+        "colour drift (of 255) ↓",
+        "one scale and shift per clip",
+        "fvd, fid_vid: metrics.networks",
+    ):
         assert expected in markdown
     overview = Image.open(tmp_path / "run" / "overview.png")
     assert overview.height >= 3 * 192
@@ -184,7 +189,7 @@ def test_footage_without_mask_or_maps_is_measured_over_whole_frames():
     result = Result("video", Prediction(frames=frames.astype(np.float32) / 255), fps=8.0, reference_frame=0)
     scores = evaluate_clip(result, clip, None).scores
     assert scores[RESULT_ROW]["psnr"] == 100
-    assert set(scores[RESULT_ROW]) == {"l1", "psnr", "ssim", "l1_disco", "psnr_disco_overflow", "ssim_disco"}
+    assert set(scores[RESULT_ROW]) == {"l1", "psnr", "ssim", "flicker", "colour_drift"}
     assert list(scores) == [RESULT_ROW, REPEATED_REFERENCE, MEAN_COLOUR_OF_FRAME, TRUTH_ROW]
     assert scores[MEAN_COLOUR_OF_FRAME]["l1"] < scores[REPEATED_REFERENCE]["l1"]
 

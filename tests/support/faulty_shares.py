@@ -65,9 +65,9 @@ def work(ranks: Ranks, *, recipe: str, run_folder: str, fault: FaultInShare | No
     module = import_module(caller)
     do, num_done = getattr(module, piece_of_work), 0
 
-    def do_with_fault(*arguments: Any) -> Any:
+    def do_with_fault(*arguments: Any, **options: Any) -> Any:
         nonlocal num_done
-        result = do(*arguments)
+        result = do(*arguments, **options)
         num_done += 1
         time.sleep(pause)
         if fault is not None and (fault.rank, fault.piece) == (ranks.rank, num_done):

@@ -10,7 +10,18 @@ import pytest
 
 from dreamdance.errors import MissingInputError
 from dreamdance.evaluation.clips import Prediction, Result, ResultError, Truth, find_results, read_result
-from dreamdance.evaluation.scores import IMPROVEMENT_KEYS, METRICS, as_bytes, mean_scores, score
+from dreamdance.evaluation.scores import (
+    BODY_METRICS,
+    DISCO_METRICS,
+    GEOMETRY_METRICS,
+    IMPROVEMENT_KEYS,
+    METRICS,
+    TABLES,
+    as_bytes,
+    mean_scores,
+    score,
+    score_disco,
+)
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table, compare_with_trivial
 from dreamdance.evaluation.times import pair_frames
 from dreamdance.evaluation.trivial import (
@@ -91,7 +102,7 @@ def test_markdown_tables_are_rectangular_with_arrows_and_their_own_digits() -> N
     clips = {"clip_1": rows, "clip_2": rows}
     text = Table(rows, clips, {"frames": "few", "sizes": [1, 2]}).as_markdown()
     blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
-    assert len(blocks) == 5
+    assert len(blocks) == len(TABLES) + 2
     for block in blocks:
         assert len({len(line) for line in block}) == 1
         assert set(block[1]) <= set("|- ")
@@ -100,7 +111,7 @@ def test_markdown_tables_are_rectangular_with_arrows_and_their_own_digits() -> N
         assert f"{metric.title} {arrow}" in text
     assert "0.1235" in blocks[0][2]
     assert "0.12 " in blocks[0][2]
-    assert "1.23e-01" in blocks[2][2]
+    assert "1.23e-01" in blocks[list(TABLES.values()).index(DISCO_METRICS)][2]
     assert text.endswith("* frames: few\n* sizes: 1, 2\n")
 
 
@@ -116,18 +127,24 @@ def test_a_mean_is_over_the_clips_that_have_the_number() -> None:
     clips = [{"l1": 0.1, "psnr_body": math.nan}, {"l1": 0.3, "psnr_body": 30.0}, {"l1": 0.5}]
     assert mean_scores(clips) == {"l1": pytest.approx(0.3), "psnr_body": 30.0}
     assert mean_scores([{"psnr_body": math.nan}]) == {}
+    disco = [{"l1_disco": 0.7, "l1": 0.7}, {"l1_disco": 0.9, "l1": 0.9}, {"l1": 0.1}]
+    assert mean_scores(disco[:2], [64, 20]) == {"l1": pytest.approx(0.8), "l1_disco": pytest.approx(62.8 / 84)}
+    assert mean_scores(disco, [64, 20, 9])["l1_disco"] == pytest.approx(62.8 / 84)
     assert list(mean_scores([{"ssim": 1.0, "l1": 0.0, "abs_rel": 0.5}])) == ["abs_rel", "l1", "ssim"]
 
 
 def test_the_truth_scores_perfectly_against_itself_in_every_metric_there_is() -> None:
     truth = random_truth()
     scores = score(truth.pictures, truth)
-    assert set(scores) == {metric.key for metric in METRICS} - {"consistency_angle"}  # that needs a camera
+    expected = {metric.key for metric in (*GEOMETRY_METRICS, *BODY_METRICS)} - {"consistency_angle"}  # needs a camera
+    assert set(scores) == expected | {"l1", "psnr", "ssim"}
+    bytes_of_truth = as_bytes(truth.pictures.frames)
+    scores |= score_disco(bytes_of_truth, bytes_of_truth)
     for key in ("l1", "l1_body", "l1_disco", "abs_rel", "abs_rel_aligned_in_body"):
         assert scores[key] == pytest.approx(0.0, abs=1e-6), key
     for key in ("ssim", "ssim_body", "ssim_disco", "delta_1.25"):
         assert scores[key] == pytest.approx(1.0, abs=1e-6), key
-    assert scores["psnr"] == scores["psnr_body"] == 100
+    assert scores["psnr"] == scores["psnr_body"] == scores["psnr_disco"] == 100
     assert scores["angular_error_mean"] < 0.1
 
 
@@ -144,10 +161,23 @@ def test_body_scores_look_inside_the_body_alone() -> None:
 def test_metrics_of_maps_that_the_shards_lack_are_not_measured() -> None:
     truth = random_truth()
     blind = Truth(Prediction(frames=truth.pictures.frames), None, None, None, None)
-    assert set(score(truth.pictures, blind)) == {
-        "l1", "psnr", "ssim", "l1_disco", "psnr_disco_overflow", "ssim_disco"
-    }  # fmt: skip
+    assert set(score(truth.pictures, blind)) == {"l1", "psnr", "ssim", "consistency_parallel_frame"}
     assert blind.metric_disparity is None
+
+
+@pytest.mark.parametrize("depth_range", [(0.2, 0.7), None])
+def test_maps_of_a_clip_without_a_mask_are_measured_over_whole_frames(depth_range) -> None:
+    """Real clips: no body mask, and often a disparity without a unit."""
+    masked = random_truth()
+    truth = Truth(masked.pictures, None, None, depth_range, None)
+    scores = score(truth.pictures, truth)
+    depth = "abs_rel_frame" if depth_range else "disparity_l1_frame"
+    whole = {"angular_error_mean_frame", "angular_error_median_frame", depth, "consistency_parallel_frame"}
+    assert set(scores) == {"l1", "psnr", "ssim", *whole}
+    assert scores[depth] == pytest.approx(0.0, abs=1e-6)
+    turned = Prediction(normals=-truth.pictures.normals, disparity=truth.pictures.disparity[:, ::-1])
+    assert score(turned, truth)["angular_error_mean_frame"] == pytest.approx(180.0, abs=0.1)
+    assert score(turned, truth)[depth] > 0.1
 
 
 def test_bytes_round_and_clamp() -> None:

@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from dreamdance.evaluation.geometry_metrics import angular_error, depth_error
+from dreamdance.evaluation.geometry_metrics import (
+    angular_error,
+    depth_error,
+    disparity_error,
+    parallel_consistency,
+)
 
 
 def tilted(degrees_x: float, degrees_y: float) -> np.ndarray:
@@ -97,3 +102,23 @@ def test_disparity_that_is_no_disparity_is_refused():
         depth_error(maps + 1, maps + 1, mask, min_disparity=0.0)
     with pytest.raises(ValueError, match="both maps must be"):
         depth_error(maps[:, :2], maps, mask, min_disparity=0.1)
+
+
+def test_disparity_without_a_unit_is_compared_over_whole_frames_up_to_scale_and_shift():
+    truth = np.random.default_rng(4).uniform(0.0, 1.0, (3, 8, 6))
+    assert disparity_error(3 * truth - 2, truth) == pytest.approx(0.0, abs=1e-12)
+    flat = np.full_like(truth, 0.7)
+    assert disparity_error(flat, truth) == pytest.approx(np.abs(truth - truth.mean()).mean())
+
+
+def test_normals_agree_with_the_relief_that_they_belong_to_without_a_camera():
+    rows, columns = np.mgrid[:48, :48] / 24.0 - 1
+    inside = (rows**2 + columns**2 < 0.8)[None]
+    height = np.sqrt(np.maximum(1 - rows**2 - columns**2, 0))[None]
+    sphere = np.stack([columns, -rows, height[0]], axis=-1)[None]
+    mask = inside & (height > 0.5)
+    disparity = 0.3 + 0.1 * height
+    assert parallel_consistency(sphere, disparity, mask) < 1.0
+    assert parallel_consistency(sphere, 1 - disparity, mask) > 20, "near and far exchanged"
+    many = [np.repeat(part, 2000, axis=0) for part in (sphere, disparity, mask)]
+    assert parallel_consistency(*many) == pytest.approx(parallel_consistency(sphere, disparity, mask), rel=1e-3)

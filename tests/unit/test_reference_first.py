@@ -192,6 +192,14 @@ def anchored(pipeline: AnimationPipeline) -> AnimationPipeline:
     return pipeline
 
 
+def test_a_pipeline_names_the_frames_with_which_its_windows_begin():
+    """In frames of the result, which does not contain the reference."""
+    pipeline = tiny_animation_pipeline()
+    assert pipeline.window_starts(20, 8, 2) == [0, 6, 12]
+    assert anchored(pipeline).window_starts(20, 8, 2) == [0, 5, 10, 13]
+    assert pipeline.window_starts(5, 8, 2) == [0]
+
+
 def still_and_clip(num_frames: int) -> tuple[dict, dict]:
     names = ("pose", "depth", "normal")
     return (

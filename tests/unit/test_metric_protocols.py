@@ -1,0 +1,210 @@
+"""How frames and clips are prepared by each protocol, and what becomes of networks' answers over all clips."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from support.networks import require_weights
+
+from dreamdance.errors import MissingInputError, RecipeError
+from dreamdance.evaluation.clips import Prediction, Truth
+from dreamdance.evaluation.measured import EvaluatedClip, MeasuredClips
+from dreamdance.evaluation.measures import Measures, describe_measures, measure_clip
+from dreamdance.evaluation.network_metrics import Cost, NetworkMetrics, frechet_scores, open_networks
+from dreamdance.evaluation.networks.i3d import I3D
+from dreamdance.evaluation.networks.lpips import Lpips
+from dreamdance.evaluation.networks.resnet3d import ResNet3D
+from dreamdance.evaluation.protocols import clip_frames, disco_frames, network_input, resize_frames
+from dreamdance.evaluation.split import read_split
+from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table
+from dreamdance.evaluation.times import find_runs
+from dreamdance.media.grids import GridRow
+from dreamdance.recipe.metric_section import MetricSettings
+from dreamdance.recipe.parse import load_recipe
+
+
+def pictures(num_frames: int = 18, height: int = 40, width: int = 32, seed: int = 0) -> np.ndarray:
+    """Smooth moving pictures in [0, 1]."""
+    coarse = np.random.default_rng(seed).uniform(size=(num_frames, 5, 4, 3)).astype(np.float32)
+    return resize_frames(coarse, (height, width))
+
+
+def test_disco_frames_are_those_of_opencvs_linear_resize():
+    frames = pictures(3, 384, 512)
+    as_opencv = [cv2.resize(np.rint(frame * 255).astype(np.uint8), (256, 256)) for frame in frames]
+    found = disco_frames(frames)
+    assert found.dtype == np.uint8
+    assert np.abs(found.astype(int) - np.stack(as_opencv)).max() <= 1
+    square = pictures(2, 256, 256)
+    np.testing.assert_array_equal(disco_frames(square), np.rint(square * 255).astype(np.uint8))
+
+
+def test_true_clips_lie_side_by_side_and_discos_begin_at_every_frame_but_the_last():
+    run = list(range(3, 40))
+    assert clip_frames([run], "true") == [list(range(3, 19)), list(range(19, 35))]
+    assert [clip[0] for clip in clip_frames([run], "disco")] == list(range(3, 24))
+    assert clip_frames([run], "disco") == clip_frames([run], "disco_gif")
+    assert clip_frames([list(range(15)), list(range(16, 40))], "true") == [list(range(16, 32))]
+    assert clip_frames([list(range(16))], "disco") == []
+
+
+def test_frames_beside_the_reference_are_two_runs():
+    assert find_runs([(0, 0), (1, 1), (3, 3), (4, 4)]) == [[0, 1], [2, 3]]
+    assert find_runs([(1, 1), (2, 2), (3, 3)]) == [[0, 1, 2]]
+    assert find_runs([(0, 0), (1, 2), (2, 4), (4, 8), (5, 10)]) == [[0, 1, 2], [3, 4]]
+    assert find_runs([(7, 7)]) == [[0]]
+    assert find_runs([]) == []
+
+
+def test_inputs_of_video_networks_keep_channels_and_time_and_gifs_repeat_frames_eight_times():
+    clip = np.zeros((16, 40, 32, 3), dtype=np.float32)
+    clip[..., 0] = np.arange(16)[:, None, None] / 15
+    true = network_input(clip, 24, "true")
+    assert true.shape == (3, 16, 24, 24)
+    np.testing.assert_allclose(true[0, :, 5, 7], np.arange(16) * 17, atol=1e-3)
+    assert true[1:].abs().max() == 0
+    small = np.rint(clip * 255).astype(np.uint8)
+    disco, gif = network_input(small, 24, "disco"), network_input(small, 24, "disco_gif")
+    np.testing.assert_allclose(disco[0, :, 5, 7], np.arange(16) * 17, atol=1e-3)
+    assert gif.shape == (3, 128, 24, 24)
+    assert torch.equal(gif[:, 8:16], gif[:, 8:9].expand(-1, 8, -1, -1))
+    edge = np.zeros((16, 40, 32, 3), dtype=np.uint8)
+    edge[:, :, 16:] = 255
+    assert network_input(edge, 24, "disco").max() > 255, "bicubic overshoots, and is not rounded"
+
+
+def random_networks(*names: str) -> NetworkMetrics:
+    torch.manual_seed(0)
+    makers = {"lpips_alex": lambda: Lpips("alex"), "lpips_vgg": lambda: Lpips("vgg"), "fvd": I3D, "fid_vid": ResNet3D}
+    return NetworkMetrics({name: makers[name]().eval() for name in names}, {}, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """A truth that is its own result, and an answer that stands still, by random video networks and two protocols."""
+    truth = pictures()
+    answers = {RESULT_ROW: Prediction(truth), "still": Prediction(np.repeat(1 - truth[:1], len(truth), axis=0))}
+    settings = MetricSettings(networks=["fvd", "fid_vid"], protocols=["disco"])
+    beats: list[str] = []
+    measures = Measures(settings, random_networks("fvd", "fid_vid"), beats.append)
+    runs = [list(range(len(truth)))]
+    whole = Truth(Prediction(truth), None, None, None, None)
+    found = measure_clip(answers, whole, truth_row=TRUTH_ROW, runs=runs, measures=measures)
+    return found, measures, beats
+
+
+def test_lpips_has_a_key_for_each_protocol_and_equal_frames_are_at_no_distance():
+    truth = pictures(2, 64, 48)
+    still = np.repeat(1 - truth[:1], 2, axis=0)
+    answers, beats = {RESULT_ROW: truth, "other": 1 - truth, "still": still}, []
+    networks = random_networks("lpips_alex", "lpips_vgg")
+    scores, costs = networks.lpips(answers, truth, disco=False, beat=beats.append)
+    in_bytes = {row: np.rint(frames * 255).astype(np.uint8) for row, frames in answers.items()}
+    true_bytes = np.rint(truth * 255).astype(np.uint8)
+    disco, _ = networks.lpips(in_bytes, true_bytes, disco=True, beat=beats.append)
+    assert set(scores["other"]) == {"lpips_alex", "lpips_vgg"}
+    assert set(disco["other"]) == {"lpips_disco"}
+    assert set(scores[RESULT_ROW].values()) == set(disco[RESULT_ROW].values()) == {0.0}
+    assert disco["other"]["lpips_disco"] != pytest.approx(scores["other"]["lpips_vgg"], rel=0.01)
+    assert costs["lpips_alex"].frames == 2 + 2 + 2 + 1, "what stands still is described once"
+    assert len(beats) == 3 * 2, "every frame is a sign of life"
+    of_frames = [networks.lpips({"a": 1 - truth[i : i + 1]}, truth[i : i + 1], disco=False, beat=str) for i in (0, 1)]
+    mean = np.mean([found["a"]["lpips_vgg"] for found, _ in of_frames])
+    assert scores["other"]["lpips_vgg"] == pytest.approx(mean, rel=1e-5)
+
+
+def test_every_protocol_has_keys_of_its_own_and_a_clip_that_stands_still_is_described_once(measured):
+    found, _, beats = measured
+    disco = {"l1_disco", "psnr_disco", "psnr_disco_overflow", "ssim_disco"}
+    assert set(found.scores[RESULT_ROW]) == {*disco, "l1", "psnr", "ssim", "flicker", "colour_drift"}
+    shapes = {key: values.shape for key, values in found.features["still"].items()}
+    assert shapes == {"fvd": (1, 400), "fid_vid": (1, 2048), "fvd_disco": (2, 400), "fid_vid_disco": (2, 2048)}
+    assert set(found.features) == {RESULT_ROW, "still", TRUTH_ROW}
+    assert found.costs["fvd_disco"].frames == 16 * (2 + 2 + 1)
+    assert all(cost.seconds > 0 for cost in found.costs.values())
+    assert len(beats) == 2 * 3 * (1 + 2), "every pass is a sign of life"
+
+
+def test_distances_over_all_clips_are_zero_for_the_truth_and_say_that_there_are_too_few(measured, tmp_path):
+    found, measures, _ = measured
+    videos, windows = frechet_scores([found.features, found.features, {}], truth_row=TRUTH_ROW)
+    assert windows == {"fvd": 2, "fid_vid": 2, "fvd_disco": 4, "fid_vid_disco": 4}
+    assert videos[RESULT_ROW]["fvd_disco"] == pytest.approx(0.0, abs=1e-6)
+    assert videos["still"]["fvd_disco"] > 0
+    table = Table({row: found.scores[row] | videos.get(row, {}) for row in found.scores}, windows=windows)
+    text = table.as_markdown()
+    assert text.count("(too few)") == 2 * 4
+    assert table.as_json()["windows"] == windows
+    lines = describe_measures(measures, found.costs, windows)
+    assert "2 clips of 16 frames, too few (below 400)" in lines["fvd"]
+    assert "s per 16 frames" in lines["fid_vid"]
+    many = describe_measures(measures, found.costs, dict.fromkeys(windows, 400))
+    assert "too few" not in " ".join(many.values())
+    assert "(too few)" not in Table(table.rows, windows=dict.fromkeys(windows, 400)).as_markdown()
+
+
+def test_features_and_costs_are_kept_with_the_measurement(measured, tmp_path):
+    found, _, _ = measured
+    recipe = load_recipe(write_recipe(tmp_path))
+    folders = [MeasuredClips(tmp_path / "measured", recipe, networks=hashes) for hashes in ((), ("1",))]
+    clip = EvaluatedClip(found.scores, GridRow("clip", []), [1, 2], {}, found.features, found.costs)
+    folders[0].write(tmp_path / "clip", clip)
+    kept = folders[0].read(tmp_path / "clip")
+    assert kept.costs == found.costs
+    for row, features in found.features.items():
+        for key, values in features.items():
+            np.testing.assert_array_equal(kept.features[row][key], values)
+    assert not folders[1].holds(tmp_path / "clip"), "other weights are another measurement"
+
+
+def test_absent_networks_are_left_out_by_name_with_the_file_to_get(tmp_path):
+    settings = MetricSettings(networks=["lpips_vgg", "fid_vid"], weights=str(tmp_path))
+    networks = open_networks(settings)
+    assert networks.networks == {}
+    lines = describe_measures(Measures(settings, networks), {}, {})
+    assert lines["lpips_vgg"].startswith("not measured: ")
+    assert "bash tools/networks.sh" in lines["lpips_vgg"]
+    assert "resnet3d/resnet-50-kinetics.pth" in lines["fid_vid"]
+    assert "lpips_alex, fvd: metrics.networks does not name them" in lines["not measured"]
+    assert networks.watched == [tmp_path]
+
+
+def test_fetched_networks_are_named_with_file_and_hash():
+    settings = MetricSettings(networks=["lpips_alex"], weights=str(require_weights("lpips/alexnet.ckpt")))
+    networks = open_networks(settings)
+    line = describe_measures(Measures(settings, networks), {"lpips_alex": Cost(2.0, 64)}, {})["lpips_alex"]
+    assert line == "lpips/alexnet.ckpt, SHA-256 443c5bc35326b81e; lpips_alex: 0.5 s per 16 frames"
+
+
+def test_frames_and_masks_are_compared_at_the_size_of_the_recipe():
+    truth, mask = pictures(2, 20, 16), np.zeros((2, 20, 16), dtype=bool)
+    mask[:, :10] = True
+    frames = truth.copy()
+    frames[:, :10] += 0.25
+    whole = Truth(Prediction(truth), mask, None, None, None)
+    measures = Measures(MetricSettings(width=8, height=10))
+    found = measure_clip({"a": Prediction(frames)}, whole, truth_row=TRUTH_ROW, runs=[[0, 1]], measures=measures)
+    assert found.scores["a"]["l1_body"] == pytest.approx(0.25, abs=0.03)
+    assert found.scores["a"]["l1"] == pytest.approx(0.125, abs=1e-3)
+
+
+def write_recipe(folder, *lines: str):
+    path = folder / "evaluate.yaml"
+    path.write_text("\n".join(["task: evaluate", "name: some", "results: r", "truth: {local: t}", *lines]) + "\n")
+    return path
+
+
+def test_width_goes_with_height(tmp_path):
+    with pytest.raises(RecipeError, match=r"metrics\.width and metrics\.height go together"):
+        load_recipe(write_recipe(tmp_path, "metrics: {width: 256}"))
+
+
+def test_a_split_file_has_one_id_in_each_line(tmp_path):
+    path = tmp_path / "split.txt"
+    path.write_text("# ten videos\nfirst\n\n second \n")
+    assert read_split(path) == {"first", "second"}
+    path.write_text("# none\n")
+    with pytest.raises(MissingInputError, match=r"names no clip.*key: split"):
+        read_split(path)
+    with pytest.raises(MissingInputError, match="cannot be read"):
+        read_split(tmp_path / "absent.txt")
