@@ -36,7 +36,8 @@ from dreamdance.inference.results import (
 from dreamdance.inference.stages import Stages, before_each_computation, load_stages
 from dreamdance.media.transforms import encode_normals, resize_images
 from dreamdance.modalities import GIVEN_CONTROLS
-from dreamdance.pipelines import GeometryPipeline
+from dreamdance.pipelines import AnimationPipeline, GeometryPipeline
+from dreamdance.pipelines.drawing_sizes import drawings_are_checked
 from dreamdance.recipe.schema import AnimateRecipe
 from dreamdance.runs.array_member import sharing
 from dreamdance.runs.file_states import FileState
@@ -179,11 +180,15 @@ def animate_entry(
     frame_size = Size(recipe.width, recipe.height)
     map_size = Size(recipe.geometry_width, recipe.geometry_height)
     given = [name for name in GIVEN_CONTROLS if name in stages.animation.controls]
-    inputs = load_inputs(entry, aspect=frame_size, pose_sizes={frame_size, map_size}, maps=given, finder=finder)
+    trained = _trained_size(stages.animation)
+    inputs = load_inputs(
+        entry, aspect=frame_size, pose_sizes={frame_size, map_size}, maps=given, finder=finder, trained=trained
+    )
     if read_entry_states(entry, {entry.files[name].absolute(): state for name, state in states.items()}) != states:
         raise EntryError("one of the entry's files was replaced while they were read")
     parts.take()  # an entry that failed may have left some
-    result = run_stages(entry, inputs, recipe, stages, parts)
+    with drawings_are_checked():
+        result = run_stages(entry, inputs, recipe, stages, parts)
     details = {
         "id": entry.id,
         "files": {name: {"path": str(path), **states[name].to_json()} for name, path in entry.files.items()},
@@ -203,6 +208,11 @@ def animate_entry(
     write_result(folder, result, request=request, details=details)
     logger.info("animated '%s': %d frames in %.1f s", entry.id, len(result.frames), details["seconds"])
     return True
+
+
+def _trained_size(pipeline: AnimationPipeline) -> Size | None:
+    height, width = pipeline.trained_size
+    return None if height is None or width is None else Size(width, height)
 
 
 def describe_request(

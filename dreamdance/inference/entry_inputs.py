@@ -26,14 +26,13 @@ from dreamdance.media.pose_drawing import draw_pose
 from dreamdance.media.transforms import pictures_to_tensor, resize_images, resize_map
 from dreamdance.media.video import VideoInfo, iterate_frames, probe_video
 from dreamdance.modalities import MODALITIES
+from dreamdance.pipelines.drawing_sizes import describe_drawing_size
 from dreamdance.runs.file_states import FileState, read_state
 from dreamdance.runtime.available_memory import available_memory
 
 logger = logging.getLogger(__name__)
 
 MAX_FRAMES = 50_000
-# Drawings that are this many times larger or smaller than the frames give a warning.
-MAX_DRAWING_SCALE = 1.5
 _Value = TypeVar("_Value")
 
 
@@ -104,6 +103,7 @@ def load_inputs(
     pose_sizes: set[Size],
     maps: Sequence[str] = (),
     finder: KeypointFinder | None = None,
+    trained: Size | None = None,
 ) -> EntryInputs:
     """Loads an entry. Pictures of another aspect are cropped around their centre, as in training.
 
@@ -113,6 +113,7 @@ def load_inputs(
         pose_sizes: the sizes of the pose drawings; each is resized from the original drawing.
         maps: control maps that the entry must give as videos.
         finder: finds the key points of a driving video; needed for entries that name one.
+        trained: the size at which stage 2 was trained, of which drawings should be; None if its export lacks it.
 
     Raises:
         UserError: a file is missing, damaged or too large, the frames exceed the free memory, nobody is found in a
@@ -126,7 +127,7 @@ def load_inputs(
     if entry.pose is not None:
         drawings, num_frames, fps = _decode(entry.pose)
         check_memory(num_frames)
-        drawings = _warning_of_size(drawings, entry, aspect)
+        drawings = _warning_of_size(drawings, entry, aspect, trained)
     else:
         if video is not None:
             check_memory(len(choose_frames(video, entry.fps)))  # before a long search
@@ -250,28 +251,19 @@ def _decode(path: Path) -> tuple[Iterator[NDArray[np.uint8]], int, float]:
 
 
 def _warning_of_size(
-    drawings: Iterator[NDArray[np.uint8]], entry: ManifestEntry, size: Size
+    drawings: Iterator[NDArray[np.uint8]], entry: ManifestEntry, size: Size, trained: Size | None
 ) -> Iterator[NDArray[np.uint8]]:
-    """The drawings; warns if they are much larger or smaller than the frames, at whose size the networks were trained.
-
-    DWPose's own program draws limbs 4 pixels wide at any size; ours are relative to the picture, as if at 512 pixels.
-    """
+    """The drawings; warns if they are much larger or smaller than the pictures of the training."""
     for number, drawing in enumerate(drawings):
-        scale = _cut(drawing, size).shape[1] / size.width
-        if number == 0 and not 1 / MAX_DRAWING_SCALE < scale < MAX_DRAWING_SCALE:
-            logger.warning(
-                "'%s': the drawings of %s have %dx%d pixels, for frames of %dx%d. Limbs that a program draws with a "
-                "constant width in pixels, as DWPose's does, are then %.1f times %s than in drawings of that size, and "
-                "the networks may not know them. Give 'keypoints', or draw at the size of the frames",
-                entry.id,
-                entry.pose,
-                drawing.shape[1],
-                drawing.shape[0],
-                size.width,
-                size.height,
-                max(scale, 1 / scale),
-                "thinner" if scale > 1 else "thicker",
+        if number == 0:
+            problem = describe_drawing_size(
+                f"the drawings of {entry.pose}",
+                (drawing.shape[1], drawing.shape[0]),
+                shown=(size.width, size.height),
+                trained=None if trained is None else (trained.width, trained.height),
             )
+            if problem is not None:
+                logger.warning("'%s': %s", entry.id, problem)
         yield drawing
 
 

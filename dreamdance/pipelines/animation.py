@@ -18,7 +18,8 @@ from dreamdance.models.equal_rewrites import apply_equal_rewrites
 from dreamdance.models.image_embedding import ImageEncoder, embed_images
 from dreamdance.models.svd_unet import run_svd_unet
 from dreamdance.pipelines.control_maps import fit_control_maps, put_reference_first
-from dreamdance.pipelines.inputs import Clips, Images, cut_to_aspect, image_tensor
+from dreamdance.pipelines.drawing_sizes import warn_of_drawing_size
+from dreamdance.pipelines.inputs import Clips, Images, clip_tensor, cut_to_aspect, image_tensor
 from dreamdance.pipelines.outputs import AnimationOutput, Frames, check_output_type, frames_output
 from dreamdance.pipelines.sampling import (
     Generators,
@@ -189,7 +190,7 @@ class AnimationPipeline(SamplingPipeline):
         check_output_type(output_type)
         reference = self._fitted_reference(image, height, width)
         given = {"pose": poses, "normal": normals, "depth": depths, **(maps or {})}
-        controls = fit_control_maps(self.controls, given, *reference.shape[-2:])
+        controls = self._fitted_maps(given, reference)
         self._check_inputs(reference, controls, guidance_scale)
         windows = self._plan_windows(controls, window_frames, window_overlap)
         controls = put_reference_first(controls, reference_maps, is_needed=self.reference_first)
@@ -218,6 +219,14 @@ class AnimationPipeline(SamplingPipeline):
         """The frames, without the reference, with which the windows over `num_frames` frames begin."""
         windows = plan_windows(num_frames, window_frames, overlap, reference_first=self.reference_first)
         return [window.start - int(self.reference_first) for window in windows]
+
+    def _fitted_maps(self, given: dict[str, Clips | None], reference: Tensor) -> dict[str, Tensor]:
+        """The maps that the controller reads, in the size of the reference; warns of drawings of another resolution."""
+        size = reference.shape[-2:]
+        if "pose" in self.controls and given["pose"] is not None:
+            given["pose"] = drawings = clip_tensor(given["pose"], "poses")
+            warn_of_drawing_size(drawings.shape[-2:], shown=size, trained=self.trained_size, stacklevel=5)
+        return fit_control_maps(self.controls, given, *size)
 
     def _plan_windows(self, maps: dict[str, Tensor], window_frames: int, overlap: int) -> list[SamplingWindow]:
         num_frames = next(iter(maps.values())).shape[1]

@@ -18,6 +18,7 @@ from dreamdance.models import (
 from dreamdance.models.autoencoding import Autoencoder
 from dreamdance.models.image_embedding import ImageEncoder
 from dreamdance.pipelines.animation import AnimationPipeline
+from dreamdance.pipelines.drawing_sizes import drawings_are_checked, warn_of_drawing_size
 from dreamdance.pipelines.geometry import GeometryPipeline
 from dreamdance.pipelines.inputs import (
     Clips,
@@ -171,6 +172,7 @@ class DreamDancePipeline(SamplingPipeline):
         check_output_type(output_type, accepted=("pil", "np", "pt"))
         reference, drawings = image_tensor(image), clip_tensor(poses, "poses")
         size, map_size = self._sizes(reference, (height, width), (geometry_height, geometry_width))
+        warn_of_drawing_size(drawings.shape[-2:], shown=(size["height"], size["width"]), trained=self.trained_size)
         reference, drawings = (cut_to_aspect(pictures, **size) for pictures in (reference, drawings))
         own_pose = self._own_pose(reference_pose, size)
         shared: dict[str, Any] = {"window_frames": window_frames, "window_overlap": window_overlap}
@@ -190,9 +192,10 @@ class DreamDancePipeline(SamplingPipeline):
             }
             own_maps["pose"] = own_pose[:, 0]
         stage2 |= {"maps": {**(maps or {}), **made}, "reference_maps": own_maps or None}
-        result = self.animation(
-            reference, drawings, **stage2, control_scales=control_scales, output_type="pt", return_dict=False
-        )
+        with drawings_are_checked():
+            result = self.animation(
+                reference, drawings, **stage2, control_scales=control_scales, output_type="pt", return_dict=False
+            )
         frames = frames_output(cast(Tensor, result[0]), output_type)
         geometry = normals_output(normals, output_type), frames_output(made["depth"], output_type)
         return DreamDanceOutput(frames, *geometry) if return_dict else (frames, *geometry)
@@ -202,16 +205,15 @@ class DreamDancePipeline(SamplingPipeline):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Stage 1 on poses `b f 3 H W`: unit normals, and the maps as stage 2 reads them."""
         size = {"height": settings["height"], "width": settings["width"]}
-        normals, depths, _ = cast(
-            tuple[Tensor, Tensor, Tensor],
-            self.geometry(
+        with drawings_are_checked():
+            maps = self.geometry(
                 resize_images(reference, **size),
                 resize_images(poses, **size),
                 **settings,
                 output_type="pt",
                 return_dict=False,
-            ),
-        )
+            )
+        normals, depths, _ = cast(tuple[Tensor, Tensor, Tensor], maps)
         return normals, {"normal": encode_normals(normals), "depth": depths}
 
     def _own_pose(self, drawing: Images | None, size: Mapping[str, int]) -> Tensor | None:

@@ -15,6 +15,7 @@ from dreamdance.models import GeometryUNetModel, PoseEncoderModel, ReferenceUNet
 from dreamdance.models.autoencoding import Autoencoder, decode_latents, downscale_factor, encode_latents
 from dreamdance.models.equal_rewrites import apply_equal_rewrites
 from dreamdance.models.image_embedding import ImageEncoder, embed_images
+from dreamdance.pipelines.drawing_sizes import warn_of_drawing_size
 from dreamdance.pipelines.inputs import Clips, Images, clip_tensor, cut_to_aspect, image_tensor
 from dreamdance.pipelines.outputs import Frames, GeometryOutput, check_output_type, frames_output, normals_output
 from dreamdance.pipelines.sampling import (
@@ -136,7 +137,9 @@ class GeometryPipeline(SamplingPipeline):
         """
         check_output_type(output_type)
         reference, drawings = image_tensor(image), clip_tensor(poses, "poses")
-        height, width = self.size_of_result(height, width, reference)
+        height, width = size = self.size_of_result(height, width, reference)
+        # Training reduces drawings of stage 2's size, so larger ones are usual.
+        warn_of_drawing_size(drawings.shape[-2:], shown=size, trained=self.trained_size, larger_too=False)
         reference, drawings = (cut_to_aspect(pictures, height, width) for pictures in (reference, drawings))
         self._check_inputs(reference, drawings, guidance_scales, window_frames)
         windows = plan_windows(drawings.shape[1], window_frames, window_overlap)

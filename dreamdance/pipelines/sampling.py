@@ -86,6 +86,11 @@ class SamplingPipeline(DiffusionPipeline):
         check_size(height, width, downscale_factor(self.vae))
         return height, width
 
+    @property
+    def trained_size(self) -> tuple[int | None, int | None]:
+        """Height and width at which the networks were trained; None in older exports."""
+        return self.config.default_height, self.config.default_width
+
     def _denoise_windows(
         self,
         latents: Tensor,

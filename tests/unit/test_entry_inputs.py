@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -57,14 +58,47 @@ def test_margins_go_evenly_and_only_the_proportion_of_the_aspect_counts(entry: M
 
 
 @pytest.mark.parametrize(
-    ("drawn", "words"), [((40, 60), "2.0 times thinner"), ((20, 30), None), ((12, 18), "1.7 times thicker")]
+    ("drawn", "trained", "words"),
+    [
+        (
+            (40, 60),
+            Size(20, 30),
+            "have 40x60 pixels, and {} were trained at 20x30. {} 2.0 times thinner {} Draw at 20x30",
+        ),
+        (
+            (12, 18),
+            Size(20, 30),
+            "have 12x18 pixels, and {} were trained at 20x30. {} 1.7 times thicker {} Draw at 20x30",
+        ),
+        ((20, 30), Size(20, 30), None),
+        ((40, 60), Size(40, 60), None),  # the size of the frames does not count
+        (
+            (20, 30),
+            Size(40, 60),
+            "have 20x30 pixels, and {} were trained at 40x60. {} 2.0 times thicker {} Draw at 40x60",
+        ),
+        # the short side of the part that is shown counts
+        (
+            (90, 60),
+            Size(30, 20),
+            "have 90x60 pixels, of which 40x60 are shown, and {} 2.0 times thinner {} Draw at 45x30",
+        ),
+        ((40, 60), None, "the frames have 20x30 (the export is older and lacks {} 2.0 times thinner {} at 20x30"),
+        ((20, 30), None, None),
+    ],
 )
-def test_drawings_much_larger_or_smaller_than_the_frames_give_a_warning(entry, tmp_path, caplog, drawn, words) -> None:
+def test_drawings_much_larger_or_smaller_than_those_of_the_training_give_a_warning(
+    entry, tmp_path, caplog, drawn, trained, words
+) -> None:
     """Limbs of 4 pixels on a picture of 40 that is reduced to 20 are 2 pixels wide: half of those drawn at 20."""
     write_video(tmp_path / "pose.mkv", np.zeros((2, drawn[1], drawn[0], 3), np.uint8), fps=8.0, lossless=True)
-    load_inputs(changed(entry, keypoints=None, pose=tmp_path / "pose.mkv"), aspect=Size(20, 30), pose_sizes={SQUARE})
-    assert [words in message for message in caplog.messages] == ([True] if words else [])
-    load_inputs(entry, aspect=Size(10, 15), pose_sizes={SQUARE})  # key points are drawn to scale
+    options = {"aspect": Size(20, 30), "pose_sizes": {SQUARE}, "trained": trained}
+    load_inputs(changed(entry, keypoints=None, pose=tmp_path / "pose.mkv"), **options)
+    assert len(caplog.messages) == (words is not None)
+    if words is not None:
+        assert caplog.messages[0].startswith(f"'a': the drawings of {tmp_path / 'pose.mkv'} have ")
+        assert re.search(".*".join(map(re.escape, words.split(" {} "))), caplog.messages[0])
+    load_inputs(entry, **{**options, "aspect": Size(10, 15)})  # key points are drawn to scale
     assert len(caplog.messages) == (words is not None)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import warnings
 
 import diffusers
 import numpy as np
@@ -19,6 +20,7 @@ from dreamdance.inference.manifest import ManifestEntry
 from dreamdance.media.keypoints import NUM_KEYPOINTS, KeypointSequence, write_keypoint_file
 from dreamdance.media.transforms import encode_normals, resize_images, resize_normals
 from dreamdance.pipelines import AnimationPipeline, DreamDancePipeline, GeometryPipeline
+from dreamdance.pipelines.drawing_sizes import DrawingSizeWarning
 from dreamdance.pipelines.inputs import clip_tensor, cut_to_aspect, image_tensor
 from dreamdance.runs.exports import find_export
 
@@ -237,6 +239,39 @@ def test_a_recorded_size_that_is_no_number_is_refused_as_a_component_would_be(ex
     (tmp_path / "model_index.json").write_text(json.dumps({**index, "default_height": ["os", "system"]}))
     with pytest.raises(CheckpointError, match=r"geometry_from: .* takes 'default_height' from \['os', 'system'\]"):
         find_export(str(tmp_path), tmp_path, GeometryPipeline, key="geometry_from")
+
+
+def test_pose_drawings_of_another_resolution_than_the_training_s_give_one_warning(exports):
+    geometry = GeometryPipeline.from_pretrained(exports[GeometryPipeline])
+    animation = AnimationPipeline.from_pretrained(exports[AnimationPipeline])
+    joined = DreamDancePipeline.from_stages(geometry, animation)
+    image, maps = random_pictures(3, HEIGHT, WIDTH, seed=1), random_pictures(2, 3, HEIGHT, WIDTH, seed=2)
+
+    def warnings_of(pipeline, drawn_height, drawn_width, *others, **size) -> list[str]:
+        poses = random_pictures(2, 3, drawn_height, drawn_width, seed=3)
+        with warnings.catch_warnings(record=True) as given:
+            warnings.simplefilter("always")
+            pipeline(image, poses, *others, num_inference_steps=1, output_type="pt", **size)
+        own = [entry for entry in given if entry.category is DrawingSizeWarning]
+        assert all(entry.filename == __file__ for entry in own), "the warning is one of the user's line"
+        return [str(entry.message) for entry in own]
+
+    expected = (
+        "the pose drawings have 32x48 pixels, and the networks were trained at 16x24. Limbs that a program draws with "
+        "a constant width in pixels, as DWPose's does, are then 2.0 times thinner than in drawings of that size, and "
+        "the networks may not know them. Draw at 16x24 pixels, or let this project draw key points ('keypoints' of a "
+        "manifest, or `dreamdance.media.pose_drawing.draw_poses`)"
+    )
+    assert warnings_of(animation, 48, 32, maps, maps) == warnings_of(joined, 48, 32) == [expected]
+    # the size of the result does not count
+    assert warnings_of(animation, 48, 32, maps, maps, height=48, width=32) == [expected]
+    for pipeline, others in [(animation, (maps, maps)), (geometry, ()), (joined, ())]:
+        assert warnings_of(pipeline, HEIGHT, WIDTH, *others) == []
+        (smaller,) = warnings_of(pipeline, 12, 8, *others)
+        assert smaller == expected.replace("32x48", "8x12").replace("thinner", "thicker")
+    assert warnings_of(geometry, 48, 32) == []  # stage 1 was trained on drawings of stage 2's size, reduced
+    animation.register_to_config(default_height=None, default_width=None)
+    assert warnings_of(animation, 48, 32, maps, maps, height=HEIGHT, width=WIDTH) == []  # an older export
 
 
 def test_an_image_encoder_whose_file_is_of_half_precision_is_in_float32_by_default(tmp_path):
