@@ -6,11 +6,12 @@
 
 The plain trainer (`tools/plain_trainer.py`) is shown with gradient checkpointing, as public repositories train, and
 with its best settings: without, and with frozen weights in channels_last. Networks, weights, clips, noise and the
-parameters that train are the same, and so is the first loss (float32: an error if not). Clips come from memory
-(`tools/measure_loading.py` measures reading them), as pictures, which all encode in each step; ours is also shown from
-stored latents (`task: encode`). The plain data set has resized, blurred and drawn everything before the clock starts;
-ours does so within. One rank, ZeRO-2, one micro batch, latents at the mode of their distribution, clips' own frame
-rate. In bf16 the plain trainer's autoencoder is bf16 too, as usual, which is faster than our float32.
+parameters that train are the same, and so is the first loss (float32: an error if not; `Contestant.tolerance` says how
+far). Clips come from memory (`tools/measure_loading.py` measures reading them), as pictures, which all encode in each
+step; ours is also shown from stored latents (`task: encode`). The plain data set has resized, blurred and drawn
+everything before the clock starts; ours does so within. One rank, ZeRO-2, one micro batch, latents at the mode of their
+distribution, clips' own frame rate. In bf16 the plain trainer's autoencoder is bf16 too, as usual, which is faster than
+our float32.
 
 Each contestant is a process. On a CPU ours and up to four others take a step in turn, so that what else the machine
 does hits all alike, and seconds are CPU time of one thread; memory is the whole process's. On a GPU they run one after
@@ -50,8 +51,6 @@ LAST_START_SECONDS, KERNEL_SHARE = 60.0, 0.3
 MOST_BESIDE = 4
 # An answer that takes longer will not come.
 LONGEST_WAIT_SECONDS = 3600.0
-# First losses in float32 may differ by this much of ours.
-TOLERANCE = 1e-4
 COLUMNS = (
     *("date", "commit", "machine", "versions", "size", "stage", "contestant"),
     *("seconds median", "seconds min", "seconds max", "peak GiB", "TF", "operators", "MFU", "loss"),
@@ -257,15 +256,16 @@ def measure_group(running: Sequence[Process], rounds: int) -> tuple[dict[str, di
     return found, problems
 
 
-def differs(loss: float, of_ours: float) -> bool:
-    """Whether a first loss is another than ours, beyond rounding."""
-    return not abs(loss - of_ours) <= TOLERANCE * abs(of_ours)
+def differs(loss: float, of_ours: float, tolerance: float) -> bool:
+    """Whether a first loss is another than ours, by more than this share of ours."""
+    return not abs(loss - of_ours) <= tolerance * abs(of_ours)
 
 
 def other_losses(rows: Sequence[Row], of_ours: float) -> Iterator[str]:
     """A text for each row in float32 whose first loss differs from ours."""
     for row in rows:
-        if not on_gpu() and differs(float(row["loss"]), of_ours):
+        contestant = (CONTESTANTS | GAINS)[row["contestant"]]
+        if not on_gpu() and differs(float(row["loss"]), of_ours, contestant.tolerance):
             yield f"{row['stage']}, {row['contestant']}: first loss {row['loss']}, ours {of_ours:.8g}"
 
 

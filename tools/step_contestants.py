@@ -40,12 +40,14 @@ class Contestant:
         overrides: words of the recipe.
         without: the equal rewrite that is left out, or `"prepared inputs"`, or `"pictures"`: latents are stored.
         checkpointing: of `plain`.
+        tolerance: how far its first loss in float32 may be from ours, as a share of ours.
     """
 
     kind: str = "now"
     overrides: tuple[str, ...] = ()
     without: str = ""
     checkpointing: bool = False
+    tolerance: float = 1e-4
 
     @property
     def is_countable(self) -> bool:
@@ -60,7 +62,9 @@ CONTESTANTS: dict[str, Contestant] = {
     "plain, gradient checkpointing": Contestant("plain", checkpointing=True),
     "plain, best settings": Contestant("plain"),
     # It takes no bucket with an odd number of elements, such as all that train at a reduced width.
-    "ours at 5194bb1": Contestant("before", overrides=("sharding.reduce_bucket_elements=10000000",)),
+    # In stage 2 it resized pictures for CLIP as stage 1 does, and not as SVD was trained: with that resizing, today's
+    # first loss is the same to the last digit, and else 8e-4 away.
+    "ours at 5194bb1": Contestant("before", overrides=("sharding.reduce_bucket_elements=10000000",), tolerance=2e-3),
 }
 # Ours with one gain switched off, or with one setting that the recipes leave off.
 GAINS: dict[str, Contestant] = {
@@ -74,7 +78,8 @@ GAINS: dict[str, Contestant] = {
     "ours, blocks computed again": Contestant(overrides=("sharding.gradient_checkpointing=blocks",)),
     "ours, plain attention": Contestant(overrides=("model.attention_backend=reference",)),
     "ours, ZeRO-1": Contestant(overrides=("sharding.zero_stage=1",)),
-    "ours, channels_last": Contestant(overrides=("model.channels_last=true",)),
+    # Torch's group norm of a CPU loses digits in channels_last: 1.5e-4 in stage 2, and nothing with contiguous inputs.
+    "ours, channels_last": Contestant(overrides=("model.channels_last=true",), tolerance=1e-3),
     "ours, compiled blocks": Contestant(overrides=("model.compile=blocks",)),
 }
 
