@@ -61,7 +61,7 @@ def measure_clip(
     """Measures all answers.
 
     Args:
-        answers: row of the table -> prediction.
+        answers: row of the table -> prediction; the first is the result, the others were made without windows.
         truth: the true clip.
         truth_row: the row of the truth itself, without the scores that are perfect there.
         runs: frames that follow one another without a gap.
@@ -80,7 +80,7 @@ def measure_clip(
     for row, those in {**frames, truth_row: true_frames}.items():
         scores[row]["flicker"] = flicker(those, true_frames, truth.frame_mask, runs=runs)
         scores[row]["colour_drift"] = colour_drift(those)
-        if row != truth_row and seams:
+        if seams and row == next(iter(answers)):
             scores[row]["seam_ratio"] = seam_ratio(those, true_frames, runs=runs, seams=seams)
     measured = Measured(scores, {}, {})
     _add_networks(measured, frames, true_frames, ("true",), truth_row=truth_row, runs=runs, measures=measures)

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from support.fault_log import record_fault
 from support.faulty_shares import STEP_TIMEOUT_SECONDS, FaultInShare, fail_and_start_again, start_task
+from support.networks import require_weights
 from support.random_shards import stored_clip
 from support.results import prepare_dancers, read_truths
 from support.results import write_result as write_any_result
@@ -62,19 +63,20 @@ def truths(data):
 write_result = partial(write_any_result, reference_frame=NUM_FRAMES - 1, fps=FPS)
 
 
-def make_recipe(tmp_path, data, *, training_set: bool = False) -> EvaluateRecipe:
+def make_recipe(tmp_path, data, *, training_set: bool = False, **more) -> EvaluateRecipe:
     values = {
         "task": "evaluate",
         "name": "tiny_evaluate",
         "results": str(tmp_path / "results"),
         "truth": {"local": str(data / "validation")},
         "training_set": {"local": str(data / "train")} if training_set else None,
+        **more,
     }
     return EvaluateRecipe.model_validate_json(json.dumps(values))
 
 
-def run(tmp_path, data, *, training_set: bool = False) -> dict:
-    evaluate(make_recipe(tmp_path, data, training_set=training_set), tmp_path / "run")
+def run(tmp_path, data, *, training_set: bool = False, **more) -> dict:
+    evaluate(make_recipe(tmp_path, data, training_set=training_set, **more), tmp_path / "run")
     return json.loads((tmp_path / "run" / "table.json").read_text())
 
 
@@ -169,6 +171,32 @@ def test_the_table_is_logged_and_saved_and_the_overview_is_large_enough_to_look_
     overview = Image.open(tmp_path / "run" / "overview.png")
     assert overview.height >= 3 * 192
     assert overview.width >= 7 * 128
+
+
+def test_networks_protocols_a_split_and_the_first_frame_as_reference_make_the_table_of_a_benchmark(
+    tmp_path, data, truths
+):
+    weights = require_weights("lpips/alexnet.ckpt", "i3d/i3d-kinetics-400.ckpt")
+    for name, truth in truths.items():
+        write_result(tmp_path / "results", name, 0.5 * truth.pictures.frames, reference_frame=None)
+    (tmp_path / "split.txt").write_text("\n".join(list(truths)[:2]))
+    networks = ["lpips_alex", "fvd", "fid_vid"]
+    metrics = {"networks": networks, "protocols": ["disco"], "weights": str(weights), "width": 40, "height": 64}
+    table = run(tmp_path, data, split=str(tmp_path / "split.txt"), reference_frame=0, metrics=metrics)
+    assert list(table["clips"]) == list(truths)[:2]
+    row, repeated = table["rows"][RESULT_ROW], table["rows"][REPEATED_REFERENCE]
+    expected = np.mean([0.5 * truth.pictures.frames[1:].mean() for truth in list(truths.values())[:2]])
+    assert row["l1"] == pytest.approx(expected, rel=0.01), "all frames but the first"
+    assert row["lpips_alex"] > 0
+    assert repeated["lpips_alex"] > 0
+    assert row["l1_disco"] == pytest.approx(expected * 255 / 256**2, rel=0.02)
+    assert "flicker" in table["rows"][TRUTH_ROW]
+    protocol = table["protocol"]
+    assert protocol["frames"].endswith("both then at 40x64")
+    assert protocol["fvd"].endswith("not measured: no clip has 16 frames that follow one another")
+    assert "SHA-256 443c5bc35326b81e" in protocol["lpips_alex"]
+    if not (weights / "resnet3d").is_dir():
+        assert "resnet-50-kinetics.pth: the weights of 3D ResNet-50 (FID-VID) are missing" in protocol["fid_vid"]
 
 
 def test_frames_without_maps_are_measured_as_frames(tmp_path, data, truths):
