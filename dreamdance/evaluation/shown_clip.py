@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dreamdance.data.loading.stored_clip import ReferenceFrame, StoredClip, fixed_reference, own_frame
-from dreamdance.evaluation.clips import Prediction, Result, Size, Truth, read_result, read_truth
-from dreamdance.evaluation.frame_curves import frame_curves
+from dreamdance.evaluation.clips import Prediction, Result, ResultError, Size, Truth, read_result, read_truth
+from dreamdance.evaluation.frame_curves import CURVES, frame_curves
 from dreamdance.evaluation.scores import as_bytes
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW
 from dreamdance.evaluation.times import pair_frames
@@ -39,22 +39,27 @@ class Cell:
     Attributes:
         row: `RESULT_ROW`, the name of another result, or `TRUTH_ROW`; empty for the reference and the pose.
         kind: `reference`, `pose`, `normals`, `depth` or `frames`.
-        pictures: `f h w 3` or `f h w`: uint8, or floats in [0, 1] (normals in [-1, 1]). One frame stands for all.
+        pictures: `f h w 3` or `f h w`, uint8, no larger than they are shown. One frame stands for all.
     """
 
     row: str
     kind: str
-    pictures: NDArray[Any]
+    pictures: NDArray[np.uint8]
+
+    @classmethod
+    def of(cls, row: str, kind: str, pictures: NDArray[Any], size: Size) -> "Cell":
+        """A cell of pictures of any size: uint8, or floats in [0, 1], normals in [-1, 1].
+
+        They become bytes, and are reduced to `size`, at once: of several results of a long clip, one is in memory.
+        """
+        return cls(row, kind, np.stack([_reduced(picture, kind, size) for picture in pictures]))
 
     def draw(self, frame: int, size: Size) -> NDArray[np.uint8]:
-        """A frame in colours, of a size in pixels."""
+        """A frame in colours, enlarged to a size in pixels."""
         picture = self.pictures[frame if len(self.pictures) > 1 else 0]
-        if picture.dtype != np.uint8:
-            picture = as_bytes((picture + 1) / 2 if self.kind == "normals" else picture)
         if picture.ndim == 2:
             picture = np.repeat(picture[..., None], 3, axis=-1)
-        how = cv2.INTER_AREA if size[0] < picture.shape[0] else cv2.INTER_NEAREST
-        return np.asarray(cv2.resize(picture, (size[1], size[0]), interpolation=how), dtype=np.uint8)
+        return np.asarray(cv2.resize(picture, size[::-1], interpolation=cv2.INTER_NEAREST), dtype=np.uint8)
 
 
 class CellFrames(Sequence[NDArray[np.uint8]]):
@@ -108,28 +113,29 @@ def show_clip(folder: Path, clip: StoredClip, results: Mapping[str, Path], *, ma
         map_size: size of the maps.
 
     Raises:
-        ResultError: a result is damaged.
+        ResultError: a result is damaged, or lacks frames that the own one has.
         VideoError: the video cannot be written, such as on a full disk.
     """
-    read = {row: read_result(path) for row, path in results.items()}
-    own = read[RESULT_ROW]
-    pairs = {row: _by_true_frame(result, clip) for row, result in read.items()}
-    shown = [number for number in pairs[RESULT_ROW] if all(number in paired for paired in pairs.values())]
+    own = read_result(results[RESULT_ROW])
+    pairs = pair_frames(own, num_frames=clip.num_frames, fps=clip.fps)
+    shown, size = [true_frame for _, true_frame in pairs], cell_size(own.frame_size)
     truth = read_truth(clip, frame_size=own.frame_size, map_size=map_size, frames=shown)
     chosen = fixed_reference(clip) if own.reference_frame is None else ReferenceFrame(own.reference_frame)
     sizes = {"frame_size": own.frame_size, "map_size": map_size}
     reference = read_truth(clip, frames=[chosen.number], subject=chosen.subject, **sizes)
-    predictions = {row: result.prediction.at([pairs[row][number] for number in shown]) for row, result in read.items()}
-    pose_path = results[RESULT_ROW] / POSE_VIDEO
-    pose = _read_pose(pose_path, [pairs[RESULT_ROW][number] for number in shown])
-    poses = clip.frames("pose", shown) if pose is None and clip.has("pose") else pose
-    cells = [Cell("", "reference", _given(reference.pictures.frames))]
-    cells += [] if poses is None else [Cell("", "pose", poses)]
-    for row, prediction in [*predictions.items(), (TRUTH_ROW, truth.pictures)]:
-        cells += _cells_of(row, prediction)
-    size = _cell_size(own.frame_size)
-    repeated = trivial_answers(reference, len(shown), None)[REPEATED_REFERENCE]
     skipped = shown.index(same) if (same := own_frame(clip, chosen)) in shown else None
+    pose = _read_pose(results[RESULT_ROW] / POSE_VIDEO, [frame for frame, _ in pairs])
+    poses = clip.frames("pose", shown) if pose is None and clip.has("pose") else pose
+    cells = [Cell.of("", "reference", _given(reference.pictures.frames), size)]
+    cells += [] if poses is None else [Cell.of("", "pose", poses, size)]
+    repeated = trivial_answers(reference, len(shown), None)[REPEATED_REFERENCE]
+    curves = {REPEATED_REFERENCE: _curves(repeated, truth, skipped=skipped)}
+    for row, path in results.items():
+        result = own if row == RESULT_ROW else read_result(path)
+        prediction = result.prediction.at(_frames_at(shown, result, row, clip))
+        cells += _cells_of(row, prediction, size)
+        curves[row] = _curves(prediction, truth, skipped=skipped)
+    cells += _cells_of(TRUTH_ROW, truth.pictures, size)
     frames = CellFrames(cells, len(shown), size)
     write_video(folder / f"{clip.clip_id}.mp4", frames, fps=own.fps, crf=_VIDEO_CRF)
     content = {
@@ -142,14 +148,20 @@ def show_clip(folder: Path, clip: StoredClip, results: Mapping[str, Path], *, ma
         "frames": shown,
         "reference": skipped,
         "pose_is_true": pose is None,
-        "curves": _curves({**predictions, REPEATED_REFERENCE: repeated}, truth, skipped=skipped),
+        "curves": {key: {row: of_row[key] for row, of_row in curves.items() if key in of_row} for key in CURVES},
     }
     write_atomically(folder / f"{clip.clip_id}.json", json.dumps(content, allow_nan=False))
 
 
-def _by_true_frame(result: Result, clip: StoredClip) -> dict[int, int]:
-    """Number of a frame of the clip -> number of the result's frame of the same moment."""
-    return {true: own for own, true in pair_frames(result, num_frames=clip.num_frames, fps=clip.fps)}
+def _frames_at(shown: Sequence[int], result: Result, row: str, clip: StoredClip) -> list[int]:
+    """The numbers of the result's frames that show the same moments as frames of the clip."""
+    by_time = {true: own for own, true in pair_frames(result, num_frames=clip.num_frames, fps=clip.fps)}
+    if missing := [number for number in shown if number not in by_time]:
+        raise ResultError(
+            f"result '{clip.clip_id}' of '{row}' lacks {len(missing)} of the {len(shown)} frames that the one of "
+            "`results` has: they cannot be compared (key: compare)"
+        )
+    return [by_time[number] for number in shown]
 
 
 def _read_pose(path: Path, frames: Sequence[int]) -> NDArray[np.uint8] | None:
@@ -157,12 +169,20 @@ def _read_pose(path: Path, frames: Sequence[int]) -> NDArray[np.uint8] | None:
     return read_frames(probe_video(path), frames) if path.is_file() else None
 
 
-def _cells_of(row: str, pictures: Prediction) -> list[Cell]:
+def _reduced(picture: NDArray[Any], kind: str, size: Size) -> NDArray[np.uint8]:
+    if picture.dtype != np.uint8:
+        picture = as_bytes((picture + 1) / 2 if kind == "normals" else picture)
+    if size[0] < picture.shape[0]:
+        picture = cv2.resize(picture, size[::-1], interpolation=cv2.INTER_AREA)
+    return np.asarray(picture, dtype=np.uint8)
+
+
+def _cells_of(row: str, pictures: Prediction, size: Size) -> list[Cell]:
     parts = {"normals": pictures.normals, "depth": pictures.disparity, "frames": pictures.frames}
-    return [Cell(row, kind, part) for kind, part in parts.items() if part is not None]
+    return [Cell.of(row, kind, part, size) for kind, part in parts.items() if part is not None]
 
 
-def _cell_size(frame_size: Size) -> Size:
+def cell_size(frame_size: Size) -> Size:
     """Height and width of a cell in the video, both even."""
     height, width = frame_size
     factor = float(max(1, math.ceil(SMALLEST_WIDTH / width)))
@@ -171,18 +191,15 @@ def _cell_size(frame_size: Size) -> Size:
     return 2 * round(height * factor / 2), 2 * round(width * factor / 2)
 
 
-def _curves(
-    predictions: Mapping[str, Prediction], truth: Truth, *, skipped: int | None
-) -> dict[str, dict[str, list[float | None]]]:
-    """Curve -> row -> a value for each shown frame; None for the reference itself, which is not compared."""
-    curves: dict[str, dict[str, list[float | None]]] = {}
+def _curves(prediction: Prediction, truth: Truth, *, skipped: int | None) -> dict[str, list[float | None]]:
+    """Curve -> a value for each shown frame; None for the reference itself, which is not compared."""
     num_frames = len(_given(truth.pictures.frames))
     compared = [number for number in range(num_frames) if number != skipped]
-    for row, prediction in predictions.items():
-        for key, values in frame_curves(prediction.at(compared), truth.at(compared)).items():
-            by_frame = dict(zip(compared, values, strict=True))
-            curve = [by_frame.get(number, math.nan) for number in range(num_frames)]
-            curves.setdefault(key, {})[row] = [None if math.isnan(value) else float(f"{value:.5g}") for value in curve]
+    curves = {}
+    for key, values in frame_curves(prediction.at(compared), truth.at(compared)).items():
+        by_frame = dict(zip(compared, values, strict=True))
+        curve = [by_frame.get(number, math.nan) for number in range(num_frames)]
+        curves[key] = [None if math.isnan(value) else float(f"{value:.5g}") for value in curve]
     return curves
 
 

@@ -14,9 +14,10 @@ from support.browser import Browser, require_chromium
 from support.results import prepare_dancers, read_truths
 from support.results import write_result as write_any_result
 
-from dreamdance.evaluation.clips import open_clips
+from dreamdance.evaluation.clips import ResultError, open_clips
 from dreamdance.evaluation.evaluate import PartialTableError, evaluate
 from dreamdance.evaluation.report_page import PAGE_FILE, SHOWN_FOLDER, write_report_page
+from dreamdance.evaluation.shown_clip import Cell, cell_size
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table
 from dreamdance.inference.results import ClipResult
 from dreamdance.inference.results import write_result as write_clip_result
@@ -251,3 +252,21 @@ def test_a_restarted_evaluation_makes_a_lost_video_again(data, truths, tmp_path)
     evaluate(recipe_of(tmp_path, data), tmp_path / "run")
     assert video.read_bytes() == before
     assert "This table is partial" not in (tmp_path / "run" / PAGE_FILE).read_text()
+
+
+def test_a_large_frame_is_reduced_and_a_small_one_enlarged_by_a_whole_factor():
+    """Larger than the limit, a cell is the mean of the pixels that it covers; sizes stay even, as H.264 wants."""
+    assert [cell_size(size) for size in ((96, 64), (768, 512), (384, 256), (45, 33))] == [
+        (192, 128), (384, 256), (384, 256), (180, 132),
+    ]  # fmt: skip
+    ramp = np.linspace(0, 1, 12 * 8 * 3, dtype=np.float32).reshape(1, 12, 8, 3)
+    drawn = Cell.of("", "frames", ramp, (6, 4)).draw(0, (6, 4))
+    assert np.abs(drawn - 255 * ramp.reshape(6, 2, 4, 2, 3).mean(axis=(1, 3))).max() <= 1
+
+
+def test_a_result_that_lacks_frames_is_refused_by_name(data, truths, tmp_path):
+    name, truth = next(iter(truths.items()))
+    write_result(tmp_path / "results", name, truth.pictures.frames)
+    write_result(tmp_path / "short", name, truth.pictures.frames[:4])
+    with pytest.raises(ResultError, match=f"result '{name}' of 'short' lacks 2 of the 6 frames"):
+        evaluate(recipe_of(tmp_path, data, short=str(tmp_path / "short")), tmp_path / "run")
