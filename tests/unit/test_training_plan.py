@@ -139,11 +139,11 @@ def test_a_process_without_a_gpu_also_holds_its_programs_and_the_copy_that_it_sa
     on_cpu, trainable = parts()
     assert on_cpu["copy for checkpoints"] == trainable * 4 * 4  # master, two moments, average
     assert on_cpu["programs"] > 0
-    assert on_cpu["kernels of the CPU"] == on_cpu["activations"] // 2
+    assert on_cpu["beside these tensors"] == on_cpu["activations"] // 2
     without_copy, _ = parts("checkpoint.copy_in_memory=false")
     assert "copy for checkpoints" not in without_copy
     on_gpu, _ = parts("cluster.gpus_per_node=1", "cluster.memory_gib=64")
-    assert on_cpu.keys() - on_gpu.keys() == {"programs", "kernels of the CPU", "copy for checkpoints"}
+    assert on_cpu.keys() - on_gpu.keys() == {"programs", "beside these tensors", "copy for checkpoints"}
 
 
 @pytest.mark.slow
