@@ -62,9 +62,9 @@ CONTESTANTS: dict[str, Contestant] = {
     "plain, gradient checkpointing": Contestant("plain", checkpointing=True),
     "plain, best settings": Contestant("plain"),
     # It takes no bucket with an odd number of elements, such as all that train at a reduced width.
-    # In stage 2 it resized pictures for CLIP as stage 1 does, and not as SVD was trained: with that resizing, today's
-    # first loss is the same to the last digit, and else 8e-4 away.
-    "ours at 5194bb1": Contestant("before", overrides=("sharding.reduce_bucket_elements=10000000",), tolerance=2e-3),
+    # In stage 2 it resized pictures for CLIP as stage 1 does, and not as SVD was trained. With that resizing today's
+    # first loss is the same to the last digit; without, it is 8e-4 away at the reduced size and 2e-2 at the tiny one.
+    "ours at 5194bb1": Contestant("before", overrides=("sharding.reduce_bucket_elements=10000000",), tolerance=3e-2),
 }
 # Ours with one gain switched off, or with one setting that the recipes leave off.
 GAINS: dict[str, Contestant] = {
