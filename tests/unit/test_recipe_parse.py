@@ -204,7 +204,7 @@ def test_missing_keys_are_named_at_their_section(write):
 def test_a_choice_that_does_not_exist_lists_those_that_do(write):
     (problem,) = problems_of(write(STAGE1), "train=domain")
     assert problem == (
-        "command line: 'train' is the text 'domain', but must be one of domains, geometry, temporal; "
+        "command line: 'train' is the text 'domain', but must be one of image, domains, geometry, temporal; "
         "did you mean 'domains'?"
     )
 
