@@ -135,16 +135,13 @@ def _score_frames(prediction: Prediction, truth: Truth) -> Scores:
     frames, true_frames = prediction.frames, truth.pictures.frames
     if frames is None or true_frames is None:
         return {}
-    scores = {
-        "l1": image_metrics.l1(frames, true_frames),
-        "psnr": image_metrics.psnr(frames, true_frames),
-        "ssim": image_metrics.ssim(frames, true_frames),
-    }
-    mask = truth.frame_mask
-    if mask is not None:
-        scores["l1_body"] = image_metrics.l1(frames, true_frames, mask)
-        scores["psnr_body"] = image_metrics.psnr(frames, true_frames, mask)
-        scores["ssim_body"] = image_metrics.ssim(frames, true_frames, mask)
+    masks = {"": None} if truth.frame_mask is None else {"": None, "_body": truth.frame_mask}
+    similarities = image_metrics.ssim_inside(frames, true_frames, list(masks.values()))
+    scores = {}
+    for (suffix, mask), similarity in zip(masks.items(), similarities, strict=True):
+        scores[f"l1{suffix}"] = image_metrics.l1(frames, true_frames, mask)
+        scores[f"psnr{suffix}"] = image_metrics.psnr(frames, true_frames, mask)
+        scores[f"ssim{suffix}"] = similarity
     return scores
 
 
