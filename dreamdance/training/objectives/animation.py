@@ -228,6 +228,7 @@ class AnimationObjective(Objective):
         dtype, batch, draws = self.unet.dtype, prepared.clips, prepared.draws
         num_frames = noisy.shape[1]
         _, _, c_in, timestep = edm_preconditioning(sigmas)
+        assert encoded.reference is not None
         conditioning, embeddings, augmentation = encoded.reference, encoded.embeddings, draws["augmentation"]
         if "kept latents" in draws:
             conditioning = conditioning * rearrange(draws["kept latents"], "b -> b 1 1 1").to(conditioning)

@@ -234,12 +234,13 @@ class GeometryObjective(Objective):
         assert prepared.encoder_pictures is not None
         return EncodedClips(
             targets=self.encode_targets(_of_domains(batch.maps, draws["domains"]), draws),
-            reference=encode_latents(self.vae, batch.reference),
+            reference=None if self.step == "image" else encode_latents(self.vae, batch.reference),
             embeddings=embed_prepared(self.image_encoder, prepared.encoder_pictures),
         )
 
     def _reference_features(self, encoded: EncodedClips, kept: Tensor, embeddings: Tensor) -> dict[str, Tensor]:
         """Features of the references, given their embeddings; a dropped one enters the network as zeros."""
+        assert encoded.reference is not None
         latents = encoded.reference * rearrange(kept, "b -> b 1 1 1")
         with no_grad_if_frozen(self.reference_unet):
             features: dict[str, Tensor] = self.reference_unet(

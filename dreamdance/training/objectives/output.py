@@ -50,12 +50,12 @@ class EncodedClips:
 
     Attributes:
         targets: `(b k) c h w`, the latents to denoise, float32.
-        reference: `b c h w`, the latents of the reference.
+        reference: `b c h w`, the latents of the reference; None in a step that does not read them.
         embeddings: `b 1 c`, its image embedding.
     """
 
     targets: Tensor
-    reference: Tensor
+    reference: Tensor | None
     embeddings: Tensor
 
 
