@@ -28,7 +28,7 @@ from dreamdance.evaluation.clips import (
 )
 from dreamdance.evaluation.measured import EvaluatedClip, MeasuredClips, note_table, read_result_states
 from dreamdance.evaluation.measures import Measures, describe_measures, measure_clip, sum_costs
-from dreamdance.evaluation.network_metrics import frechet_scores, open_networks
+from dreamdance.evaluation.network_metrics import describe_costs, frechet_scores, open_networks
 from dreamdance.evaluation.report_page import PAGE_FILE, SHOWN_FOLDER, write_report_page
 from dreamdance.evaluation.scores import Scores, as_bytes, mean_scores
 from dreamdance.evaluation.shown_clip import is_shown, show_clip
@@ -210,7 +210,9 @@ def _measure(comparison: Comparison, row: str, folder: Path, clip: StoredClip) -
     if result.reference_frame is None:
         result = replace(result, reference_frame=comparison.recipe.reference_frame)
     size, measures = comparison.first.map_size, comparison.measures
-    evaluated = evaluate_clip(result, clip, comparison.training_mean, map_size=size, measures=measures)
+    # the trivial answers are those of the clip: measured once, beside its first result
+    beside = comparison.training_mean, folder == comparison.results[RESULT_ROW][clip.clip_id]
+    evaluated = evaluate_clip(result, clip, *beside, map_size=size, measures=measures)
     return replace(evaluated, files=files)
 
 
@@ -239,12 +241,15 @@ def tabulate(
     write_report_page(table, run_folder)
     note_table(comparison.recipe, evaluated.values(), run_folder, watched=comparison.measures.networks.watched)
     logger.info("%s\n\n%s", run_folder / TABLE_MARKDOWN, table.as_markdown())
+    if costs:
+        logger.info("networks, for 16 frames: %s", describe_costs(costs))
 
 
 def evaluate_clip(
     result: Result,
     clip: StoredClip,
     training_mean: TrainingMean | None,
+    has_trivial: bool = True,
     *,
     map_size: Size | None = None,
     measures: Measures | None = None,
@@ -257,6 +262,7 @@ def evaluate_clip(
         result: of an `animate` run.
         clip: the true clip.
         training_mean: of the training set, or None.
+        has_trivial: whether the trivial answers are scored too.
         map_size: size of the truth's maps; by default that of the result's.
         measures: what is measured beside the scores that need no network.
 
@@ -284,7 +290,8 @@ def evaluate_clip(
     truth = read(frames=compared)
     reference = read(frames=[chosen.number], subject=chosen.subject)
     prediction = result.prediction.at([frame for frame, _ in pairs])
-    answers = {RESULT_ROW: prediction, **trivial_answers(reference, len(compared), training_mean)}
+    trivial = trivial_answers(reference, len(compared), training_mean) if has_trivial else {}
+    answers = {RESULT_ROW: prediction, **trivial}
     seams = [place for place, (frame, _) in enumerate(pairs) if frame > 0 and frame in result.window_starts]
     measures = measures or Measures()
     found = measure_clip(answers, truth, truth_row=TRUTH_ROW, runs=find_runs(pairs), seams=seams, measures=measures)

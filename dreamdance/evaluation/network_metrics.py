@@ -196,18 +196,23 @@ def frechet_scores(clips: Sequence[Features], *, truth_row: str) -> tuple[dict[s
 def describe_networks(
     networks: NetworkMetrics, costs: Mapping[str, Cost], windows: Mapping[str, int]
 ) -> dict[str, str]:
-    """Lines for the table: files with their hashes, numbers of clips, what each metric cost, and what is absent."""
+    """Lines for the table: files with their hashes, numbers of clips, and what is absent.
+
+    They hold no seconds: two evaluations of the same results give the same table.
+    """
     lines = {}
     for name, files in networks.files.items():
         parts = [f"{file.file}, SHA-256 {str(file.sha256)[:_DIGITS]}" for file in files]
         for key in costs:
             if key == name or key.startswith(f"{name}_") or (key, name) == ("lpips_disco", "lpips_vgg"):
-                cost = costs[key]
-                parts.append(f"{key}: {CLIP_FRAMES * cost.seconds / cost.frames:.2g} s per 16 frames")
-                if key in windows:
-                    few = f", too few (below {MIN_WINDOWS})" if windows[key] < MIN_WINDOWS else ""
-                    parts.append(f"{windows[key]} clips of {CLIP_FRAMES} frames{few}")
+                few = f", too few (below {MIN_WINDOWS})" if key in windows and windows[key] < MIN_WINDOWS else ""
+                parts.append(f"{key}: {windows[key]} clips of {CLIP_FRAMES} frames{few}" if key in windows else key)
         if not any(key == name or key.startswith(name) for key in costs) and name in ("fvd", "fid_vid"):
             parts.append(f"not measured: no clip has {CLIP_FRAMES} frames that follow one another")
         lines[name] = "; ".join(parts)
     return lines | {name: f"not measured: {reason}" for name, reason in networks.absent.items()}
+
+
+def describe_costs(costs: Mapping[str, Cost]) -> str:
+    """What each metric cost, for the log."""
+    return ", ".join(f"{key} {CLIP_FRAMES * cost.seconds / cost.frames:.2g} s" for key, cost in costs.items())

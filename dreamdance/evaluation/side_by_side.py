@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from dreamdance.evaluation.clips import Result, ResultError
 from dreamdance.evaluation.measured import EvaluatedClip
-from dreamdance.evaluation.network_metrics import Cost
+from dreamdance.evaluation.measures import sum_costs
 from dreamdance.evaluation.table import RESULT_ROW
 
 
@@ -46,8 +46,5 @@ def join_rows(clip_id: str, rows: Mapping[str, EvaluatedClip]) -> EvaluatedClip:
     scores = {RESULT_ROW: own.scores[RESULT_ROW], **{name: clip.scores[RESULT_ROW] for name, clip in others.items()}}
     files = {path: state for clip in rows.values() for path, state in clip.files.items()}
     features = {name: clip.features.get(RESULT_ROW, {}) for name, clip in others.items()}
-    costs: dict[str, Cost] = {}
-    for clip in rows.values():
-        for key, cost in clip.costs.items():
-            costs.setdefault(key, Cost()).add(cost)
+    costs = sum_costs([clip.costs for clip in rows.values()])
     return replace(own, scores=scores | own.scores, files=files, features=own.features | features, costs=costs)

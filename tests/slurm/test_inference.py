@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from support.animated_frames import frames
 from support.fault_log import record_fault
+from support.networks import require_weights
 from support.slurm_jobs import ROOT, Cluster, Run, wait_until
 from support.tiny_pipelines import tiny_animation_pipeline, tiny_geometry_pipeline
 
@@ -85,8 +86,11 @@ def measured(folder: Path) -> Measured:
         f"{key}.local={folder / 'data' / 'demo' / name}"
         for key, name in (("truth", "validation"), ("training_set", "train"))
     ]
-    # without networks: the table says how many seconds they took
-    words = [f"results={folder / 'results' / 'whole'}", *data, "metrics.networks=[]"]
+    words = [
+        f"results={folder / 'results' / 'whole'}",
+        *data,
+        f"metrics.weights={require_weights('lpips/alexnet.ckpt')}",
+    ]
     evaluate(load_recipe(DEMO / "evaluate.yaml", words), folder / "scored_whole")
     return Measured(tuple(words), table(folder / "scored_whole"))
 

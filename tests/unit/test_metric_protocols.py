@@ -10,7 +10,7 @@ from dreamdance.errors import MissingInputError, RecipeError
 from dreamdance.evaluation.clips import Prediction, Truth
 from dreamdance.evaluation.measured import EvaluatedClip, MeasuredClips
 from dreamdance.evaluation.measures import Measures, describe_measures, measure_clip
-from dreamdance.evaluation.network_metrics import Cost, NetworkMetrics, frechet_scores, open_networks
+from dreamdance.evaluation.network_metrics import Cost, NetworkMetrics, describe_costs, frechet_scores, open_networks
 from dreamdance.evaluation.networks.i3d import I3D
 from dreamdance.evaluation.networks.lpips import Lpips
 from dreamdance.evaluation.networks.resnet3d import ResNet3D
@@ -137,7 +137,7 @@ def test_distances_over_all_clips_are_zero_for_the_truth_and_say_that_there_are_
     assert table.as_json()["windows"] == windows
     lines = describe_measures(measures, found.costs, windows)
     assert "2 clips of 16 frames, too few (below 400)" in lines["fvd"]
-    assert "s per 16 frames" in lines["fid_vid"]
+    assert "fid_vid: 2 clips of 16 frames" in lines["fid_vid"]
     many = describe_measures(measures, found.costs, dict.fromkeys(windows, 400))
     assert "too few" not in " ".join(many.values())
     assert "(too few)" not in Table(table.rows, windows=dict.fromkeys(windows, 400)).as_markdown()
@@ -173,7 +173,8 @@ def test_fetched_networks_are_named_with_file_and_hash():
     settings = MetricSettings(networks=["lpips_alex"], weights=str(require_weights("lpips/alexnet.ckpt")))
     networks = open_networks(settings)
     line = describe_measures(Measures(settings, networks), {"lpips_alex": Cost(2.0, 64)}, {})["lpips_alex"]
-    assert line == "lpips/alexnet.ckpt, SHA-256 443c5bc35326b81e; lpips_alex: 0.5 s per 16 frames"
+    assert line == "lpips/alexnet.ckpt, SHA-256 443c5bc35326b81e; lpips_alex"
+    assert describe_costs({"lpips_alex": Cost(2.0, 64)}) == "lpips_alex 0.5 s"
 
 
 def test_frames_and_masks_are_compared_at_the_size_of_the_recipe():
