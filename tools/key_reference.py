@@ -22,10 +22,10 @@ A recipe is one YAML file that describes a run completely. `task` decides which 
 
 | task | what it does | recipes |
 |---|---|---|
-| `prepare` | makes streaming shards of videos or of rendered dancers | `prepare.yaml`, `footage/`, `demo/` |
+| `prepare` | makes streaming shards of videos or of rendered dancers | `prepare.yaml`, `footage/`, `demo/`, `base/` |
 | `encode` | stores latents of shards, or maps of a trained stage 1, from which stages train | `encode*.yaml`, `demo/` |
-| `stage1` | trains the geometry model, in three steps (`train`) | `stage1_*.yaml`, `ablations/`, `demo/` |
-| `stage2` | trains the SVD-ControlNet and its controller | `stage2.yaml`, `ablations/`, `footage/`, `demo/` |
+| `stage1` | trains the geometry model, in three steps (`train`) | `stage1_*.yaml`, `ablations/`, `demo/`, `base/` |
+| `stage2` | trains the SVD-ControlNet and its controller | `stage2.yaml`, `ablations/`, `footage/`, `demo/`, `base/` |
 | `animate` | animates a manifest of reference pictures and poses | `animate.yaml`, `footage/`, `demo/` |
 | `evaluate` | scores the results of an animate run | `evaluate.yaml`, `footage/`, `demo/` |
 
