@@ -1,4 +1,4 @@
-"""Distances between predicted and true frames: L1, PSNR and SSIM, over the whole frame or inside a mask.
+"""Distances between predicted and true frames (L1, PSNR, SSIM), over the whole frame or inside a mask; their grain.
 
 The correct metrics have plain names. Papers on the TikTok benchmark report numbers of DisCo's code
 (dreamdance/README.md, "The metric trap"): a function that repeats that code exactly has `disco` in its name, and does
@@ -14,11 +14,15 @@ import torch.nn.functional as functional
 from einops import rearrange, reduce
 from numpy.typing import NDArray
 
+from dreamdance.media.surfaces import erode
+
 FloatArray = NDArray[np.floating[Any]]
 MaskArray = NDArray[np.bool_]
 
 # PSNR of two identical frames, in decibel.
 IDENTICAL_FRAMES_PSNR = 100.0
+# A truth with less detail than this is flat: a root mean square in grey levels of 255.
+MIN_DETAIL_LEVELS = 0.25
 SSIM_WINDOW = 7
 _SSIM_K1, _SSIM_K2 = 0.01, 0.03
 
@@ -176,6 +180,35 @@ def _ssim_map(prediction: NDArray[np.float64], truth: NDArray[np.float64], *, da
         (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
     )
     return rearrange(similarity, "c H W -> H W c").numpy()
+
+
+def grain(frames: FloatArray, truth: FloatArray, mask: MaskArray | None = None) -> float:
+    """Energy of the background's finest detail, relative to the truth's: more than 1 is noise, less is blur.
+
+    The detail of a pixel is its Laplacian, the sum of the differences to its four neighbours. A pixel counts if it and
+    all its eight neighbours lie inside the frame and outside of the body.
+
+    Args:
+        frames, truth: `f H W c` in [0, 1].
+        mask: `f H W`, the true body; None counts whole frames.
+
+    Returns:
+        The ratio of the sums of squared Laplacians; NaN if no pixel counts, or if the truth has no detail there.
+    """
+    _check_frames(frames, truth, mask)
+    counted = erode(np.ones(truth.shape[:3], dtype=np.bool_) if mask is None else ~mask)[:, 1:-1, 1:-1]
+    if not counted.any():
+        return float("nan")
+    of_frames, of_truth = (float((_laplacian(part)[counted] ** 2).mean()) for part in (frames, truth))
+    return of_frames / of_truth if of_truth > (MIN_DETAIL_LEVELS / 255) ** 2 else float("nan")
+
+
+def _laplacian(frames: FloatArray) -> NDArray[np.float64]:
+    """`f H-2 W-2 c`."""
+    x = _as_float64(frames)
+    around = x[:, :-2, 1:-1] + x[:, 2:, 1:-1] + x[:, 1:-1, :-2] + x[:, 1:-1, 2:]
+    laplacian: NDArray[np.float64] = around - 4.0 * x[:, 1:-1, 1:-1]
+    return laplacian
 
 
 def _check_frames(prediction: FloatArray, truth: FloatArray, mask: MaskArray | None) -> None:

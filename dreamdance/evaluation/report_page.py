@@ -49,6 +49,8 @@ def write_report_page(table: Table, run_folder: Path) -> Path:
                 "digits": metric.digits,
                 "scientific": metric.scientific,
                 "higher_is_better": metric.higher_is_better,
+                "is_relative": metric.is_relative,
+                "arrow": metric.arrow,
             }
             for metric in METRICS
             if metric.key in measured

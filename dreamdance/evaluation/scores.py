@@ -28,6 +28,7 @@ class Metric:
         digits: number of digits after the decimal point.
         higher_is_better: whether a larger value is the better one.
         scientific: whether to print as 1.23e-4.
+        is_relative: whether 1 is the best value, being the truth's own.
         is_pooled: whether means are over the frames of all clips, as in DisCo's code, and not over clips.
     """
 
@@ -36,7 +37,15 @@ class Metric:
     digits: int
     higher_is_better: bool = False
     scientific: bool = False
+    is_relative: bool = False
     is_pooled: bool = False
+
+    @property
+    def arrow(self) -> str:
+        """Where better values are."""
+        if self.is_relative:
+            return "→ 1"
+        return "↑" if self.higher_is_better else "↓"
 
 
 GEOMETRY_METRICS = (
@@ -67,6 +76,7 @@ FRAME_METRICS = (
     Metric("ssim", "SSIM", 4, higher_is_better=True),
     Metric("lpips_alex", "LPIPS (AlexNet)", 4),
     Metric("lpips_vgg", "LPIPS (VGG16)", 4),
+    Metric("grain", "detail of the background, relative", 3, is_relative=True),
 )
 VIDEO_METRICS = (
     Metric("fvd", "FVD", 1),
@@ -75,7 +85,7 @@ VIDEO_METRICS = (
 TEMPORAL_METRICS = (
     Metric("flicker", "flicker where the truth stands still (of 255)", 3),
     Metric("colour_drift", "colour drift (of 255)", 2),
-    Metric("seam_ratio", "change at the windows' seams, relative", 3),
+    Metric("seam_ratio", "change at the windows' seams, relative", 3, is_relative=True),
 )
 DISCO_METRICS = (
     Metric("l1_disco", "L1 (DisCo)", 2, scientific=True, is_pooled=True),
@@ -142,6 +152,7 @@ def _score_frames(prediction: Prediction, truth: Truth) -> Scores:
         scores[f"l1{suffix}"] = image_metrics.l1(frames, true_frames, mask)
         scores[f"psnr{suffix}"] = image_metrics.psnr(frames, true_frames, mask)
         scores[f"ssim{suffix}"] = similarity
+    scores["grain"] = image_metrics.grain(frames, true_frames, truth.frame_mask)
     return scores
 
 

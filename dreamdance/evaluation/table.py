@@ -191,7 +191,7 @@ def _markdown(header: list[str], lines: Iterable[list[str]]) -> str:
 
 
 def _arrowed(metric: Metric) -> str:
-    return f"{metric.title} {'↑' if metric.higher_is_better else '↓'}"
+    return f"{metric.title} {metric.arrow}"
 
 
 def _formatted(value: float | None, metric: Metric) -> str:

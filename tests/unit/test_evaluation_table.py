@@ -107,8 +107,12 @@ def test_markdown_tables_are_rectangular_with_arrows_and_their_own_digits() -> N
         assert len({len(line) for line in block}) == 1
         assert set(block[1]) <= set("|- ")
     for metric in METRICS:
-        arrow = "↑" if metric.higher_is_better else "↓"
-        assert f"{metric.title} {arrow}" in text
+        assert f"{metric.title} {metric.arrow}" in text
+    assert {metric.key: metric.arrow for metric in METRICS if metric.key in ("l1", "psnr", "grain")} == {
+        "l1": "↓",
+        "psnr": "↑",
+        "grain": "→ 1",
+    }
     assert "0.1235" in blocks[0][2]
     assert "0.12 " in blocks[0][2]
     assert "1.23e-01" in blocks[list(TABLES.values()).index(DISCO_METRICS)][2]
@@ -137,12 +141,12 @@ def test_the_truth_scores_perfectly_against_itself_in_every_metric_there_is() ->
     truth = random_truth()
     scores = score(truth.pictures, truth)
     expected = {metric.key for metric in (*GEOMETRY_METRICS, *BODY_METRICS)} - {"consistency_angle"}  # needs a camera
-    assert set(scores) == expected | {"l1", "psnr", "ssim"}
+    assert set(scores) == expected | {"l1", "psnr", "ssim", "grain"}
     bytes_of_truth = as_bytes(truth.pictures.frames)
     scores |= score_disco(bytes_of_truth, bytes_of_truth)
     for key in ("l1", "l1_body", "l1_disco", "abs_rel", "abs_rel_aligned_in_body"):
         assert scores[key] == pytest.approx(0.0, abs=1e-6), key
-    for key in ("ssim", "ssim_body", "ssim_disco", "delta_1.25"):
+    for key in ("ssim", "ssim_body", "ssim_disco", "delta_1.25", "grain"):
         assert scores[key] == pytest.approx(1.0, abs=1e-6), key
     assert scores["psnr"] == scores["psnr_body"] == scores["psnr_disco"] == 100
     assert scores["angular_error_mean"] < 0.1
@@ -161,7 +165,7 @@ def test_body_scores_look_inside_the_body_alone() -> None:
 def test_metrics_of_maps_that_the_shards_lack_are_not_measured() -> None:
     truth = random_truth()
     blind = Truth(Prediction(frames=truth.pictures.frames), None, None, None, None)
-    assert set(score(truth.pictures, blind)) == {"l1", "psnr", "ssim", "consistency_parallel_frame"}
+    assert set(score(truth.pictures, blind)) == {"l1", "psnr", "ssim", "grain", "consistency_parallel_frame"}
     assert blind.metric_disparity is None
 
 
@@ -173,7 +177,7 @@ def test_maps_of_a_clip_without_a_mask_are_measured_over_whole_frames(depth_rang
     scores = score(truth.pictures, truth)
     depth = "abs_rel_frame" if depth_range else "disparity_l1_frame"
     whole = {"angular_error_mean_frame", "angular_error_median_frame", depth, "consistency_parallel_frame"}
-    assert set(scores) == {"l1", "psnr", "ssim", *whole}
+    assert set(scores) == {"l1", "psnr", "ssim", "grain", *whole}
     assert scores[depth] == pytest.approx(0.0, abs=1e-6)
     turned = Prediction(normals=-truth.pictures.normals, disparity=truth.pictures.disparity[:, ::-1])
     assert score(turned, truth)["angular_error_mean_frame"] == pytest.approx(180.0, abs=0.1)

@@ -6,6 +6,7 @@ import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from dreamdance.evaluation.image_metrics import (
+    grain,
     l1,
     l1_disco,
     mean_colour,
@@ -155,3 +156,36 @@ def test_the_mean_colour_is_that_of_the_body():
     mask[:, :2] = True
     np.testing.assert_allclose(mean_colour(frames, mask), [0.2, 0.4, 0.6])
     np.testing.assert_allclose(mean_colour(frames), [0.1, 0.2, 0.3])
+
+
+def test_grain_is_the_energy_of_opencvs_laplacian_relative_to_the_truths(pair):
+    prediction, truth = (as_floats(part) for part in pair)
+    energies = [
+        np.mean([cv2.Laplacian(frame.astype(np.float64), cv2.CV_64F)[1:-1, 1:-1] ** 2 for frame in part])
+        for part in (prediction, truth)
+    ]
+    assert grain(prediction, truth) == pytest.approx(energies[0] / energies[1], rel=1e-9)
+    assert grain(truth, truth) == 1.0
+
+
+def test_grain_grows_by_the_energy_of_noise_and_falls_by_blur():
+    generator = np.random.default_rng(3)
+    truth = generator.uniform(0.2, 0.8, (2, 200, 200, 3))
+    noise = generator.normal(0, 0.05, truth.shape)
+    # white noise of variance v has a Laplacian of variance (4 + 16) v, a uniform value that of its width^2 / 12
+    assert grain(truth + noise, truth) == pytest.approx(1 + 0.05**2 / (0.6**2 / 12), rel=0.02)
+    blurred = np.stack([cv2.blur(frame, (3, 3)) for frame in truth])
+    assert grain(blurred, truth) < 0.2
+
+
+def test_grain_leaves_out_the_body_and_its_rim_and_needs_detail_in_the_truth():
+    truth = np.random.default_rng(4).uniform(0.2, 0.8, (2, 20, 20, 3)).astype(np.float32)
+    mask = np.zeros(truth.shape[:3], dtype=np.bool_)
+    mask[:, 6:12, 6:12] = True
+    changed = truth.copy()
+    changed[:, 7:11:2, 7:11:2] = 9.0
+    assert grain(changed, truth, mask) == 1.0
+    assert grain(changed, truth) > 2.0
+    assert np.isnan(grain(truth, truth, np.ones_like(mask)))
+    flat = np.full_like(truth, 0.5)
+    assert np.isnan(grain(truth, flat))

@@ -116,7 +116,7 @@ def test_lpips_has_a_key_for_each_protocol_and_equal_frames_are_at_no_distance()
 def test_every_protocol_has_keys_of_its_own_and_a_clip_that_stands_still_is_described_once(measured):
     found, _, beats = measured
     disco = {"l1_disco", "psnr_disco", "psnr_disco_overflow", "ssim_disco"}
-    assert set(found.scores[RESULT_ROW]) == {*disco, "l1", "psnr", "ssim", "flicker", "colour_drift"}
+    assert set(found.scores[RESULT_ROW]) == {*disco, "l1", "psnr", "ssim", "grain", "flicker", "colour_drift"}
     shapes = {key: values.shape for key, values in found.features["still"].items()}
     assert shapes == {"fvd": (1, 400), "fid_vid": (1, 2048), "fvd_disco": (2, 400), "fid_vid_disco": (2, 2048)}
     assert set(found.features) == {RESULT_ROW, "still", TRUTH_ROW}
