@@ -192,9 +192,39 @@ def edm_preconditioning(sigmas: Tensor) -> EdmPreconditioning:
     )
 
 
-def edm_weight(sigmas: Tensor) -> Tensor:
-    """Weight (s^2 + 1) / s^2 of the denoised latents' squared error; the network output's error then has weight 1."""
-    return (sigmas.square() + 1) / sigmas.square()
+def edm_denoised(output: Tensor, noisy: Tensor, sigmas: Tensor, prediction_type: str) -> Tensor:
+    """The clean latents that a network's output means.
+
+    Args:
+        output: what the network computed from `c_in * noisy`, float32.
+        noisy: as `output`.
+        sigmas: they broadcast against `noisy`.
+        prediction_type: `"v_prediction"`, SVD's, or `"sample"`: the output itself.
+    """
+    if prediction_type == "sample":
+        return output
+    c_skip, c_out, _, _ = edm_preconditioning(sigmas)
+    return c_skip * noisy + c_out * output
+
+
+def edm_weight(sigmas: Tensor, prediction_type: str = "v_prediction") -> Tensor:
+    """Weight of the denoised latents' squared error: the network output's error then has weight 1.
+
+    For velocities it is (s^2 + 1) / s^2, for samples 1.
+    """
+    return torch.ones_like(sigmas) if prediction_type == "sample" else (sigmas.square() + 1) / sigmas.square()
+
+
+def edm_velocity(sample: Tensor, scaled: Tensor, timestep: Tensor) -> Tensor:
+    """The velocity that a predicted sample means: (sqrt(s^2 + 1) sample - scaled) / -s, for SVD's sampler.
+
+    Args:
+        sample: predicted clean latents, float32.
+        scaled: the network's input, noisy latents times `c_in`.
+        timestep: ln(s) / 4, a scalar.
+    """
+    sigma = (4 * timestep.float()).exp().to(sample)
+    return (scaled - (sigma.square() + 1).sqrt() * sample) / sigma
 
 
 def make_svd_scheduler() -> EulerDiscreteScheduler:

@@ -1,7 +1,7 @@
 """The SVD ControlNet: a trainable copy of Stable Video Diffusion's encoder half, linked by zero convolutions."""
 
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
@@ -10,7 +10,12 @@ from torch import Tensor, nn
 from dreamdance.models.svd_unet import run_encoder_half
 
 # The facts about its training that a ControlNet's config records, with their values in configs that lack them.
-TRAINING_FACTS: dict[str, Any] = {"trained_frames": None, "reference_first": False, "trained_fps": None}
+TRAINING_FACTS: dict[str, Any] = {
+    "trained_frames": None,
+    "reference_first": False,
+    "trained_fps": None,
+    "prediction_type": "v_prediction",
+}
 
 
 class ControlResiduals(NamedTuple):
@@ -34,6 +39,7 @@ class SpatioTemporalControlNetModel(UNetSpatioTemporalConditionModel):
     * `trained_frames`: number of frames that the networks saw at once in training; None if it is not recorded.
     * `reference_first`: whether the first of them was the reference.
     * `trained_fps`: the constant frame rate that conditioned SVD; None if it was that of each clip.
+    * `prediction_type`: what the UNet predicts, `"v_prediction"` as SVD or `"sample"`.
 
     Gradient checkpointing is diffusers' own (`enable_gradient_checkpointing`).
     """
@@ -69,13 +75,14 @@ class SpatioTemporalControlNetModel(UNetSpatioTemporalConditionModel):
         trained_frames: int | None = None,
         reference_first: bool = False,
         trained_fps: float | None = None,
+        prediction_type: Literal["v_prediction", "sample"] = "v_prediction",
     ) -> "SpatioTemporalControlNetModel":
         """Copies the encoder half of `unet`; the zero convolutions start at zero, so that SVD's output does not
         change.
 
         Args:
             unet: an SVD UNet. It is not changed and shares no weight with the copy, which has its device and type.
-            trained_frames, reference_first, trained_fps: facts of the coming training, see the class.
+            trained_frames, reference_first, trained_fps, prediction_type: facts of the coming training, see the class.
 
         Raises:
             ValueError: the UNet's weights do not fit its config (a key is missing or left over).
@@ -83,7 +90,11 @@ class SpatioTemporalControlNetModel(UNetSpatioTemporalConditionModel):
         # built on the meta device first, so that the base network's up blocks are never allocated
         with torch.device("meta"):
             controlnet = cls.from_config(
-                unet.config, trained_frames=trained_frames, reference_first=reference_first, trained_fps=trained_fps
+                unet.config,
+                trained_frames=trained_frames,
+                reference_first=reference_first,
+                trained_fps=trained_fps,
+                prediction_type=prediction_type,
             )
         copied = {
             name: weight.detach().clone()

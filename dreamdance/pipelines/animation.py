@@ -11,6 +11,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from dreamdance.diffusion.guidance import classifier_free_guidance
+from dreamdance.diffusion.noise import edm_velocity
 from dreamdance.media.transforms import resize_images
 from dreamdance.models import CrossDomainControllerModel, SpatioTemporalControlNetModel
 from dreamdance.models.autoencoding import Autoencoder, decode_latents, downscale_factor, encode_latents
@@ -308,7 +309,7 @@ class AnimationPipeline(SamplingPipeline):
         *,
         sequential: bool,
     ) -> Tensor:
-        """The guided prediction for one window: `b f c h w` -> `b f c h w` float32."""
+        """The guided prediction for one window, as SVD's sampler reads it: `b f c h w` -> `b f c h w` float32."""
         predictions = predict_for_each(
             conditions,
             lambda noisy, features, condition: self._denoise(noisy, timestep, features, condition, conditioning_scale),
@@ -317,10 +318,13 @@ class AnimationPipeline(SamplingPipeline):
             merge=AnimationCondition.merged,
             sequential=sequential,
         )
-        if len(predictions) == 1:
-            return predictions[0]
-        unconditional, conditional = predictions
-        return classifier_free_guidance(conditional, unconditional, guidance_scale)
+        prediction = predictions[0]
+        if len(predictions) > 1:
+            unconditional, conditional = predictions
+            prediction = classifier_free_guidance(conditional, unconditional, guidance_scale)
+        if self.controlnet.config.prediction_type == "sample":
+            return edm_velocity(prediction, scaled, timestep)
+        return prediction
 
     def _denoise(
         self,

@@ -157,6 +157,14 @@ class GeometryObjectiveSettings(Section):
 class AnimationObjectiveSettings(Section):
     """The EDM noise of stage 2, as Stable Video Diffusion (SVD) was trained, and what training leaves out at random."""
 
+    prediction_type: Literal["v_prediction", "sample"] = Field(
+        default="v_prediction",
+        description=(
+            "What the video model predicts: the velocity, with EDM's preconditioning, as SVD does; or the clean "
+            "latents. It is a property of the base model: take sample only for one that was trained so, such as the "
+            "demo's. A small model that predicts velocities must reproduce noise, and leaves grain."
+        ),
+    )
     sigma_log_mean: float = Field(
         default=0.7,
         description=(

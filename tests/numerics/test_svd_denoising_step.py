@@ -4,16 +4,24 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableVideoDiffusionPipeline
+from diffusers import EulerDiscreteScheduler, StableVideoDiffusionPipeline
 from einops import rearrange, repeat
+from support.recipes import tiny_clip_batch, tiny_stage2_recipe
 from support.tiny_svd import assert_close_to_rounding, tiny_svd_pipeline
 from torch import Tensor, nn
 
 from dreamdance.diffusion.guidance import classifier_free_guidance
-from dreamdance.diffusion.noise import edm_preconditioning, edm_weight, make_svd_scheduler
+from dreamdance.diffusion.noise import (
+    edm_denoised,
+    edm_preconditioning,
+    edm_velocity,
+    edm_weight,
+    make_svd_scheduler,
+)
 from dreamdance.models import run_svd_unet
 from dreamdance.models.autoencoding import decode_latents, encode_latents
 from dreamdance.models.image_embedding import embed_images
+from dreamdance.training.stages.training_stage import stage_of
 
 SIZE, NUM_FRAMES, NUM_STEPS = 32, 3, 4
 FPS, MOTION_BUCKET, NOISE_AUGMENTATION = 8, 100, 0.1
@@ -179,3 +187,45 @@ def test_a_network_that_meets_the_training_target_denoises_in_one_euler_step():
     torch.testing.assert_close(error, torch.full_like(error, 0.01))
     found = scheduler.step(target, scheduler.timesteps[0], noisy).prev_sample
     torch.testing.assert_close(found.double(), clean, rtol=0, atol=700 * 1e-6)
+
+
+def test_a_predicted_sample_takes_the_steps_that_diffusers_takes_with_it():
+    """diffusers' Euler scheduler knows sample prediction; SVD's continuous timesteps it has for velocities alone."""
+    scheduler = make_svd_scheduler()
+    other = EulerDiscreteScheduler.from_config(scheduler.config, prediction_type="sample")
+    scheduler.set_timesteps(10)
+    other.set_timesteps(10)
+    other.set_begin_index(0)  # several of its integer timesteps are equal
+    torch.testing.assert_close(other.sigmas, scheduler.sigmas)
+    generator = torch.Generator().manual_seed(5)
+    clean, noise, sample = (torch.randn(2, 3, 4, 4, generator=generator) for _ in range(3))
+    for number, sigma in enumerate(scheduler.sigmas[:-1]):
+        noisy = clean + sigma * noise
+        timestep, of_other = scheduler.timesteps[number], other.timesteps[number]
+        velocity = edm_velocity(sample, scheduler.scale_model_input(noisy, timestep), timestep)
+        found = scheduler.step(velocity, timestep, noisy).prev_sample
+        other.scale_model_input(noisy, of_other)
+        assert_close_to_rounding(found, other.step(sample, of_other, noisy).prev_sample)
+        assert_close_to_rounding(edm_denoised(velocity, noisy, sigma, "v_prediction"), sample)
+        assert torch.equal(edm_denoised(sample, noisy, sigma, "sample"), sample)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 10])
+def test_with_sample_prediction_the_loss_is_of_the_output_and_the_pipeline_ends_at_it(num_steps):
+    recipe = tiny_stage2_recipe()
+    recipe = recipe.model_copy(update={"objective": recipe.objective.model_copy(update={"prediction_type": "sample"})})
+    objective = stage_of(recipe).build().eval()
+    with torch.no_grad():
+        objective.unet.conv_out.weight.zero_()
+        objective.unet.conv_out.bias.copy_(torch.linspace(-1, 1, len(objective.unet.conv_out.bias)))
+    batch = tiny_clip_batch(num_clips=2, num_frames=4)
+    latents = encode_latents(objective.vae, rearrange(batch.rgb, "b f c h w -> (b f) c h w"))
+    output = rearrange(objective.unet.conv_out.bias, "c -> 1 c 1 1")
+    torch.testing.assert_close(objective(batch).loss, (latents - output).square().mean(), rtol=1e-5, atol=0)
+    pipeline = objective.make_pipeline()
+    assert pipeline.controlnet.config.prediction_type == "sample"
+    maps = {name: batch.maps[name][:1] for name in pipeline.controls}
+    frames = pipeline(
+        batch.reference[:1], maps=maps, num_inference_steps=num_steps, guidance_scale=1.0, output_type="latent"
+    ).frames
+    torch.testing.assert_close(frames, output.expand_as(frames[0])[None], rtol=0, atol=1e-3)

@@ -126,7 +126,8 @@ def test_older_exports_load_and_unknown_numbers_of_frames_are_reported(exports, 
 def test_a_controlnet_has_the_config_of_its_unet_and_the_number_of_trained_frames():
     objective = stage_of(tiny_stage2_recipe()).build()
     own, base = dict(objective.controlnet.config), dict(objective.unet.config)
-    assert [own.pop(name) for name in ("trained_frames", "reference_first", "trained_fps")] == [4, False, None]
+    facts = ("trained_frames", "reference_first", "trained_fps", "prediction_type")
+    assert [own.pop(name) for name in facts] == [4, False, None, "v_prediction"]
     hidden = ("_class_name", "_diffusers_version", "_use_default_values")
     assert {k: v for k, v in own.items() if k not in hidden} == {k: v for k, v in base.items() if k not in hidden}
     assert SpatioTemporalControlNetModel.from_unet(objective.unet).config.trained_frames is None

@@ -17,6 +17,7 @@ from dreamdance.diffusion.condition_dropout import blank_controls, draw_kept_con
 from dreamdance.diffusion.noise import (
     draw_log_normal,
     draw_noise,
+    edm_denoised,
     edm_preconditioning,
     edm_weight,
     log_normal_at,
@@ -190,11 +191,10 @@ class AnimationObjective(Objective):
             mid_residual=residuals.mid,
             encoder_without_grad=is_encoder_half_frozen(self.unet),
         )
-        c_skip, c_out, _, _ = edm_preconditioning(sigmas)
-        denoised = c_skip * noisy + c_out * output.float()
+        denoised = edm_denoised(output.float(), noisy, sigmas, self.settings.prediction_type)
 
         # 3. loss
-        squared_error = edm_weight(sigmas) * (denoised - latents).square()
+        squared_error = edm_weight(sigmas, self.settings.prediction_type) * (denoised - latents).square()
         if self.training and self.settings.region_weights.is_active and batch.regions.numel():
             height, width = squared_error.shape[-2:]
             weights = region_weights(batch.regions, self.settings.region_weights, height=height, width=width)

@@ -97,6 +97,7 @@ class AnimationStage:
                     trained_frames=self.recipe.data.num_frames,
                     reference_first=self.reference_first,
                     trained_fps=None if self.recipe.objective.fps == "clip" else self.recipe.objective.fps,
+                    prediction_type=self.recipe.objective.prediction_type,
                 ),
                 controller,
                 vae,
