@@ -2,8 +2,8 @@
 
     python tools/moving_picture.py .media/demo.webp results/demo/*/side_by_side.mp4
 
-The videos must have equal sizes; the longest sets the length, shorter ones keep their last frame. The file repeats for
-ever. Exit codes: 0 done, 1 error, such as a file above --max-kilobytes (nothing is written then).
+The videos must have equal sizes and frame rates; the longest sets the length, shorter ones keep their last frame. The
+file repeats for ever. Exit codes: 0 done, 1 error, such as a file above --max-kilobytes (nothing is written then).
 """
 
 import argparse
@@ -25,15 +25,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="the file to write, *.webp")
     parser.add_argument("videos", type=Path, nargs="+", help="videos of equal size")
-    parser.add_argument("--quality", type=int, default=80, help="of WebP, 1..100 (80)")
+    parser.add_argument("--quality", type=int, default=80, choices=range(1, 101), metavar="1..100", help="of WebP (80)")
     parser.add_argument("--max-kilobytes", type=int, default=1500, help="refuse to write a larger file (1500)")
     options = parser.parse_args(arguments)
     try:
-        content = encode(
-            stack([read_frames(path) for path in options.videos]),
-            fps=float(probe_video(options.videos[0]).fps),
-            quality=options.quality,
-        )
+        rates = {float(probe_video(path).fps) for path in options.videos}
+        if len(rates) > 1:
+            raise UserError(f"the videos have different frame rates: {sorted(rates)}; give videos of one rate")
+        frames = stack([read_frames(path) for path in options.videos])
+        content = encode(frames, fps=rates.pop(), quality=options.quality)
         if len(content) > 1000 * options.max_kilobytes:
             raise UserError(
                 f"the picture would have {len(content) / 1000:.0f} kB, more than --max-kilobytes "

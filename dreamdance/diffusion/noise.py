@@ -193,12 +193,12 @@ def edm_preconditioning(sigmas: Tensor) -> EdmPreconditioning:
 
 
 def edm_denoised(output: Tensor, noisy: Tensor, sigmas: Tensor, prediction_type: str) -> Tensor:
-    """The clean latents that a network's output means.
+    """The clean latents that a network's output means, of the shape of `noisy`.
 
     Args:
-        output: what the network computed from `c_in * noisy`, float32.
-        noisy: as `output`.
-        sigmas: they broadcast against `noisy`.
+        output: `b f c h w` float32, what the network computed from `c_in * noisy`.
+        noisy: `b f c h w` float32.
+        sigmas: positive float32 that broadcast against `noisy`.
         prediction_type: `"v_prediction"`, SVD's, or `"sample"`: the output itself.
     """
     if prediction_type == "sample":
@@ -211,6 +211,10 @@ def edm_weight(sigmas: Tensor, prediction_type: str = "v_prediction") -> Tensor:
     """Weight of the denoised latents' squared error: the network output's error then has weight 1.
 
     For velocities it is (s^2 + 1) / s^2, for samples 1.
+
+    Args:
+        sigmas: positive float32 of any shape.
+        prediction_type: as in `edm_denoised`.
     """
     return torch.ones_like(sigmas) if prediction_type == "sample" else (sigmas.square() + 1) / sigmas.square()
 
@@ -219,9 +223,12 @@ def edm_velocity(sample: Tensor, scaled: Tensor, timestep: Tensor) -> Tensor:
     """The velocity that a predicted sample means: (sqrt(s^2 + 1) sample - scaled) / -s, for SVD's sampler.
 
     Args:
-        sample: predicted clean latents, float32.
-        scaled: the network's input, noisy latents times `c_in`.
+        sample: `b f c h w` float32, predicted clean latents.
+        scaled: `b f c h w` float32, noisy latents times `c_in`, the network's input.
         timestep: ln(s) / 4, a scalar.
+
+    Returns:
+        `b f c h w`: `edm_denoised` makes the sample of it again.
     """
     sigma = (4 * timestep.float()).exp().to(sample)
     return (scaled - (sigma.square() + 1).sqrt() * sample) / sigma

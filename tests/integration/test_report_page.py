@@ -200,6 +200,12 @@ def test_the_page_sorts_by_any_score_and_difference_and_names_what_is_absent(run
             choose(browser, metric=metric, of=json.dumps([RESULT_ROW, "bare"], separators=(",", ":")))
             gaps = {name: rows[RESULT_ROW][metric] - rows["bare"][metric] for name, rows in table["clips"].items()}
             assert browser.evaluate(NAMES) == sorted(gaps, key=lambda name: sign * gaps[name])
+        choose(browser, metric="grain", of=json.dumps([RESULT_ROW, None], separators=(",", ":")))
+        off = {name: abs(np.log(rows[RESULT_ROW]["grain"])) for name, rows in table["clips"].items()}
+        assert browser.evaluate(NAMES) == sorted(off, key=lambda name: -off[name]), "1 is the best value"
+        assert browser.evaluate("[0.5, 1.2, 1].map((value) => loss({ is_relative: true }, value))") == pytest.approx(
+            [np.log(2), np.log(1.2), 0.0]
+        )
         cells = browser.evaluate(
             "[...document.querySelectorAll('#tables table')[0].rows[1].cells].map((c) => c.textContent)"
         )

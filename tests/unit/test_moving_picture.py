@@ -44,4 +44,7 @@ def test_a_file_above_the_limit_or_other_sizes_are_refused(videos, tmp_path, cap
     write_video(other, [np.zeros((64, 48, 3), np.uint8)] * 2, fps=8.0)
     assert tool.main([str(tmp_path / "out.webp"), str(videos[0]), str(other)]) == 1
     assert "[(32, 48), (64, 48)]" in capsys.readouterr().err
+    write_video(other, [np.zeros((32, 48, 3), np.uint8)] * 2, fps=10.0)
+    assert tool.main([str(tmp_path / "out.webp"), str(videos[0]), str(other)]) == 1
+    assert "different frame rates: [8.0, 10.0]" in capsys.readouterr().err
     assert not (tmp_path / "out.webp").exists()
