@@ -211,8 +211,9 @@ def _measure(comparison: Comparison, row: str, folder: Path, clip: StoredClip) -
         result = replace(result, reference_frame=comparison.recipe.reference_frame)
     size, measures = comparison.first.map_size, comparison.measures
     # the trivial answers are those of the clip: measured once, beside its first result
-    beside = comparison.training_mean, folder == comparison.results[RESULT_ROW][clip.clip_id]
-    evaluated = evaluate_clip(result, clip, *beside, map_size=size, measures=measures)
+    has_trivial = folder == comparison.results[RESULT_ROW][clip.clip_id]
+    mean = comparison.training_mean
+    evaluated = evaluate_clip(result, clip, mean, has_trivial=has_trivial, map_size=size, measures=measures)
     return replace(evaluated, files=files)
 
 
@@ -249,8 +250,8 @@ def evaluate_clip(
     result: Result,
     clip: StoredClip,
     training_mean: TrainingMean | None,
-    has_trivial: bool = True,
     *,
+    has_trivial: bool = True,
     map_size: Size | None = None,
     measures: Measures | None = None,
 ) -> EvaluatedClip:

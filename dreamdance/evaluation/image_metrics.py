@@ -8,6 +8,7 @@ not measure quality.
 from collections.abc import Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as functional
@@ -196,19 +197,16 @@ def grain(frames: FloatArray, truth: FloatArray, mask: MaskArray | None = None) 
         The ratio of the sums of squared Laplacians; NaN if no pixel counts, or if the truth has no detail there.
     """
     _check_frames(frames, truth, mask)
-    counted = erode(np.ones(truth.shape[:3], dtype=np.bool_) if mask is None else ~mask)[:, 1:-1, 1:-1]
+    counted = erode(np.ones(truth.shape[:3], dtype=np.bool_) if mask is None else ~mask)
     if not counted.any():
         return float("nan")
-    of_frames, of_truth = (float((_laplacian(part)[counted] ** 2).mean()) for part in (frames, truth))
+    of_frames, of_truth = (_detail(_as_float64(part), counted) for part in (frames, truth))
     return of_frames / of_truth if of_truth > (MIN_DETAIL_LEVELS / 255) ** 2 else float("nan")
 
 
-def _laplacian(frames: FloatArray) -> NDArray[np.float64]:
-    """`f H-2 W-2 c`."""
-    x = _as_float64(frames)
-    around = x[:, :-2, 1:-1] + x[:, 2:, 1:-1] + x[:, 1:-1, :-2] + x[:, 1:-1, 2:]
-    laplacian: NDArray[np.float64] = around - 4.0 * x[:, 1:-1, 1:-1]
-    return laplacian
+def _detail(frames: NDArray[np.float64], counted: MaskArray) -> float:
+    laplacians = np.stack([cv2.Laplacian(frame, cv2.CV_64F) for frame in frames])
+    return float((laplacians[counted] ** 2).mean())
 
 
 def _check_frames(prediction: FloatArray, truth: FloatArray, mask: MaskArray | None) -> None:

@@ -161,8 +161,8 @@ class AnimationObjectiveSettings(Section):
         default="v_prediction",
         description=(
             "What the video model predicts: the velocity, with EDM's preconditioning, as SVD does; or the clean "
-            "latents. It is a property of the base model: take sample only for one that was trained so, such as the "
-            "demo's. A small model that predicts velocities must reproduce noise, and leaves grain."
+            "latents. It is a property of the base model: take sample only for one that was trained so, such as that "
+            "of recipes/base/video.yaml. A small model that predicts velocities must reproduce noise, and leaves grain."
         ),
     )
     sigma_log_mean: float = Field(

@@ -217,7 +217,7 @@ def test_footage_without_mask_or_maps_is_measured_over_whole_frames():
     result = Result("video", Prediction(frames=frames.astype(np.float32) / 255), fps=8.0, reference_frame=0)
     scores = evaluate_clip(result, clip, None).scores
     without_trivial = {row: scores[row] for row in (RESULT_ROW, TRUTH_ROW)}  # compared as text: a flicker is NaN here
-    assert repr(evaluate_clip(result, clip, None, False).scores) == repr(without_trivial)
+    assert repr(evaluate_clip(result, clip, None, has_trivial=False).scores) == repr(without_trivial)
     assert scores[RESULT_ROW]["psnr"] == 100
     assert set(scores[RESULT_ROW]) == {"l1", "psnr", "ssim", "grain", "flicker", "colour_drift"}
     assert list(scores) == [RESULT_ROW, REPEATED_REFERENCE, MEAN_COLOUR_OF_FRAME, TRUTH_ROW]
