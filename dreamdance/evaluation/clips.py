@@ -58,6 +58,12 @@ class Prediction:
     normals: NDArray[np.float32] | None = None
     disparity: NDArray[np.float32] | None = None
 
+    @property
+    def given_frames(self) -> NDArray[np.float32]:
+        """The frames `f H W 3` in [0, 1] of a result or of a stored clip, which always have them."""
+        assert self.frames is not None
+        return self.frames
+
     def at(self, indices: list[int]) -> "Prediction":
         """Returns the frames with these numbers."""
         parts = (self.frames, self.normals, self.disparity)

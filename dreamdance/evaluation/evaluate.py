@@ -372,9 +372,9 @@ def _check_sizes(result: Result, first: Result) -> None:
 
 def _overview_row(name: str, prediction: Prediction, truth: Truth, reference: Truth) -> GridRow:
     """The reference, and the middle frame of the truth and of the prediction, for each kind of picture."""
-    middle = len(_not_none(truth.pictures.frames)) // 2
-    pictures = [_not_none(reference.pictures.frames)[0]]
-    pictures += [_not_none(truth.pictures.frames)[middle], _not_none(prediction.frames)[middle]]
+    middle = len(truth.pictures.given_frames) // 2
+    pictures = [reference.pictures.given_frames[0]]
+    pictures += [truth.pictures.given_frames[middle], prediction.given_frames[middle]]
     if prediction.normals is not None and truth.pictures.normals is not None:
         pictures += [(maps[middle] + 1) / 2 for maps in (truth.pictures.normals, prediction.normals)]
     if prediction.disparity is not None and truth.pictures.disparity is not None:
@@ -387,8 +387,3 @@ def _overview_row(name: str, prediction: Prediction, truth: Truth, reference: Tr
 def _enlarged(picture: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
     """Enlarges a map to the frames' size without interpolation, so that every pixel is visible."""
     return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST))
-
-
-def _not_none(part: NDArray[np.float32] | None) -> NDArray[np.float32]:
-    assert part is not None, "results and stored clips always have frames"
-    return part

@@ -75,7 +75,7 @@ def measure_clip(
     itself = Prediction(normals=truth.pictures.normals, disparity=truth.pictures.disparity)
     scores = {row: score(answer, truth) for row, answer in answers.items()}
     scores[truth_row] = {key: value for key, value in score(itself, truth).items() if key in TRUTH_KEYS}
-    true_frames = _frames(truth.pictures)
+    true_frames = truth.pictures.given_frames
     frames = {row: answer.frames for row, answer in answers.items() if answer.frames is not None}
     for row, those in {**frames, truth_row: true_frames}.items():
         scores[row]["flicker"] = flicker(those, true_frames, truth.frame_mask, runs=runs)
@@ -125,6 +125,8 @@ def describe_measures(measures: Measures, costs: Mapping[str, Cost], windows: Ma
         "over time": f"flicker: change from frame to frame of pixels that change by at most {STILL_LEVELS:g} of 255 in "
         f"the truth, outside of the body if there is a mask; drift: mean colour of the last {100 * LAST_SHARE:g} % "
         "of the frames against that of the first; seams: frames with which a window of stage 2 begins, 1 is no jump",
+        "detail of the background": "energy of the Laplacian outside of the body, or of the whole frame if there is no "
+        "mask, relative to the truth's: above 1 is grain, below 1 is blur",
     }
     if measures.settings.networks:
         lines["protocol true"] = (
@@ -172,8 +174,3 @@ def _resize_mask(mask: NDArray[np.bool_], size: Size) -> NDArray[np.bool_]:
     resize = partial(resize_map, height=size[0], width=size[1], kind="region")
     resized: NDArray[np.bool_] = resize(torch.from_numpy(mask)[:, None].float())[:, 0].bool().numpy()
     return resized
-
-
-def _frames(prediction: Prediction) -> NDArray[np.float32]:
-    assert prediction.frames is not None, "every stored clip has rgb"
-    return prediction.frames

@@ -126,7 +126,7 @@ def show_clip(folder: Path, clip: StoredClip, results: Mapping[str, Path], *, ma
     skipped = shown.index(same) if (same := own_frame(clip, chosen)) in shown else None
     pose = _read_pose(results[RESULT_ROW] / POSE_VIDEO, [frame for frame, _ in pairs])
     poses = clip.frames("pose", shown) if pose is None and clip.has("pose") else pose
-    cells = [Cell.of("", "reference", _given(reference.pictures.frames), size)]
+    cells = [Cell.of("", "reference", reference.pictures.given_frames, size)]
     cells += [] if poses is None else [Cell.of("", "pose", poses, size)]
     repeated = trivial_answers(reference, len(shown), None)[REPEATED_REFERENCE]
     curves = {REPEATED_REFERENCE: _curves(repeated, truth, skipped=skipped)}
@@ -193,7 +193,7 @@ def cell_size(frame_size: Size) -> Size:
 
 def _curves(prediction: Prediction, truth: Truth, *, skipped: int | None) -> dict[str, list[float | None]]:
     """Curve -> a value for each shown frame; None for the reference itself, which is not compared."""
-    num_frames = len(_given(truth.pictures.frames))
+    num_frames = len(truth.pictures.given_frames)
     compared = [number for number in range(num_frames) if number != skipped]
     curves = {}
     for key, values in frame_curves(prediction.at(compared), truth.at(compared)).items():
@@ -201,8 +201,3 @@ def _curves(prediction: Prediction, truth: Truth, *, skipped: int | None) -> dic
         curve = [by_frame.get(number, math.nan) for number in range(num_frames)]
         curves[key] = [None if math.isnan(value) else float(f"{value:.5g}") for value in curve]
     return curves
-
-
-def _given(part: NDArray[np.float32] | None) -> NDArray[np.float32]:
-    assert part is not None, "results and stored clips always have frames"
-    return part
