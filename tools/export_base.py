@@ -6,7 +6,8 @@
 OUT becomes a folder with config.json and one file of weights, which `model.unet.path` and diffusers' own classes read:
 `UNet2DConditionModel.from_pretrained(OUT, variant="fp16")` for stage 1, `UNetSpatioTemporalConditionModel` for stage 2.
 What this project added to the UNet of stage 1 (the domain embedding) stays behind; a UNet with geometry or temporal
-attention is refused, because it computes something else without them. Exit codes: 0 done, 1 error.
+attention is refused, because it computes something else without them. The config.json of a video model says what it
+predicts (`_prediction_type`): training refuses to freeze it for another prediction. Exit codes: 0 done, 1 error.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from diffusers import ModelMixin, UNet2DConditionModel, UNetSpatioTemporalCondit
 
 from dreamdance.errors import MissingInputError, UserError
 from dreamdance.models import GeometryUNetModel
+from dreamdance.models.svd_unet import PREDICTION_TYPE
 from dreamdance.runs.files import follow_umask, replace_atomically
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
@@ -53,7 +55,10 @@ def read_base(export: Path) -> ModelMixin:
             f"{file} is not there: give a folder of a run's exports/, such as exports/step_00010000"
         )
     if json.loads(file.read_text(encoding="utf-8"))["_class_name"] != GeometryUNetModel.__name__:
-        return UNetSpatioTemporalConditionModel.from_pretrained(export / "unet", local_files_only=True)
+        video = UNetSpatioTemporalConditionModel.from_pretrained(export / "unet", local_files_only=True)
+        controlnet = json.loads((export / "controlnet" / "config.json").read_text(encoding="utf-8"))
+        video.register_to_config(**{PREDICTION_TYPE: controlnet.get("prediction_type", "v_prediction")})
+        return video
     unet = GeometryUNetModel.from_pretrained(export / "unet", local_files_only=True)
     for name in ("geometry_attention", "temporal_attention"):
         if unet.config[name]:
@@ -68,6 +73,7 @@ def read_base(export: Path) -> ModelMixin:
 def write(unet: ModelMixin, out: Path, dtype: str) -> None:
     """Writes `out` with config.json and one file of weights, in place of what was there."""
     out.parent.mkdir(parents=True, exist_ok=True)
+    unet.register_to_config(_name_or_path="")
     with replace_atomically(out) as temporary:
         unet.to(DTYPES[dtype]).save_pretrained(temporary, variant="fp16" if dtype == "fp16" else None)
         follow_umask(temporary)

@@ -192,19 +192,39 @@ def edm_preconditioning(sigmas: Tensor) -> EdmPreconditioning:
     )
 
 
-def edm_denoised(output: Tensor, noisy: Tensor, sigmas: Tensor, prediction_type: str) -> Tensor:
+def edm_denoised(
+    output: Tensor, noisy: Tensor, sigmas: Tensor, prediction_type: str, reference: Tensor | None = None
+) -> Tensor:
     """The clean latents that a network's output means, of the shape of `noisy`.
 
     Args:
-        output: `b f c h w` float32, what the network computed from `c_in * noisy`.
+        output: `b f c h w` float32, what the network computed from `c_in * noisy`; to blend, with one channel more.
         noisy: `b f c h w` float32.
         sigmas: positive float32 that broadcast against `noisy`.
-        prediction_type: `"v_prediction"`, SVD's, or `"sample"`: the output itself.
+        prediction_type: `"v_prediction"`, SVD's; `"sample"`: the output itself; `"blend"`: see `blend_reference`.
+        reference: scaled latents of the reference, with the noise that the network saw; needed to blend.
     """
     if prediction_type == "sample":
         return output
+    if prediction_type == "blend":
+        assert reference is not None
+        return blend_reference(output, reference)
     c_skip, c_out, _, _ = edm_preconditioning(sigmas)
     return c_skip * noisy + c_out * output
+
+
+def blend_reference(output: Tensor, reference: Tensor) -> Tensor:
+    """What stands still from the reference, the rest from the network: `s * reference + (1 - s) * own`.
+
+    Args:
+        output: `... c+1 h w` float32: the network's own clean latents, then the logit of the share s, any number.
+        reference: `... c h w` float32, its scaled latents; they broadcast against the own ones.
+
+    Returns:
+        Clean latents `... c h w`.
+    """
+    own, logit = output[..., :-1, :, :], output[..., -1:, :, :]
+    return own + logit.sigmoid() * (reference - own)
 
 
 def edm_weight(sigmas: Tensor, prediction_type: str = "v_prediction") -> Tensor:
@@ -216,7 +236,7 @@ def edm_weight(sigmas: Tensor, prediction_type: str = "v_prediction") -> Tensor:
         sigmas: positive float32 of any shape.
         prediction_type: as in `edm_denoised`.
     """
-    return torch.ones_like(sigmas) if prediction_type == "sample" else (sigmas.square() + 1) / sigmas.square()
+    return (sigmas.square() + 1) / sigmas.square() if prediction_type == "v_prediction" else torch.ones_like(sigmas)
 
 
 def edm_velocity(sample: Tensor, scaled: Tensor, timestep: Tensor) -> Tensor:

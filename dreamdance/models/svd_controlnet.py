@@ -39,7 +39,7 @@ class SpatioTemporalControlNetModel(UNetSpatioTemporalConditionModel):
     * `trained_frames`: number of frames that the networks saw at once in training; None if it is not recorded.
     * `reference_first`: whether the first of them was the reference.
     * `trained_fps`: the constant frame rate that conditioned SVD; None if it was that of each clip.
-    * `prediction_type`: what the UNet predicts, `"v_prediction"` as SVD or `"sample"`.
+    * `prediction_type`: what the UNet predicts, `"v_prediction"` as SVD, `"sample"` or `"blend"`.
 
     Gradient checkpointing is diffusers' own (`enable_gradient_checkpointing`).
     """
@@ -75,7 +75,7 @@ class SpatioTemporalControlNetModel(UNetSpatioTemporalConditionModel):
         trained_frames: int | None = None,
         reference_first: bool = False,
         trained_fps: float | None = None,
-        prediction_type: Literal["v_prediction", "sample"] = "v_prediction",
+        prediction_type: Literal["v_prediction", "sample", "blend"] = "v_prediction",
     ) -> "SpatioTemporalControlNetModel":
         """Copies the encoder half of `unet`; the zero convolutions start at zero, so that SVD's output does not
         change.

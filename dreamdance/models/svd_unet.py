@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 ENCODER_HALF = ("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block")
 DECODER_HALF = ("up_blocks", "conv_norm_out", "conv_out")
+# The key of a UNet's config that says what it was trained to predict; without it velocities, as SVD. diffusers keeps a
+# key that begins with an underscore when it loads and saves, and does not pass it to the class.
+PREDICTION_TYPE = "_prediction_type"
 
 
 class EncoderHalf(NamedTuple):

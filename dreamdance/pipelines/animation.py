@@ -11,7 +11,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from dreamdance.diffusion.guidance import classifier_free_guidance
-from dreamdance.diffusion.noise import edm_velocity
+from dreamdance.diffusion.noise import blend_reference, edm_velocity
 from dreamdance.media.transforms import resize_images
 from dreamdance.models import CrossDomainControllerModel, SpatioTemporalControlNetModel
 from dreamdance.models.autoencoding import Autoencoder, decode_latents, downscale_factor, encode_latents
@@ -288,7 +288,7 @@ class AnimationPipeline(SamplingPipeline):
     ) -> Tensor:
         """Unit noise `b f c h w` for the whole sequence, drawn unless it is given."""
         factor, (height, width) = downscale_factor(self.vae), reference.shape[-2:]
-        per_frame = (self.unet.config.out_channels, height // factor, width // factor)
+        per_frame = (self.vae.config.latent_channels, height // factor, width // factor)
         shape = (len(reference), windows[-1].stop, *per_frame)
         if given is not None:
             return checked_latents(given, shape)
@@ -322,9 +322,9 @@ class AnimationPipeline(SamplingPipeline):
         if len(predictions) > 1:
             unconditional, conditional = predictions
             prediction = classifier_free_guidance(conditional, unconditional, guidance_scale)
-        if self.controlnet.config.prediction_type == "sample":
-            return edm_velocity(prediction, scaled, timestep)
-        return prediction
+        if self.controlnet.config.prediction_type == "v_prediction":
+            return prediction
+        return edm_velocity(prediction, scaled, timestep)
 
     def _denoise(
         self,
@@ -344,6 +344,8 @@ class AnimationPipeline(SamplingPipeline):
         if conditioning_scale != 1:
             down, mid = [conditioning_scale * residual for residual in down], conditioning_scale * mid
         prediction = run_svd_unet(self.unet, *inputs, down_residuals=down, mid_residual=mid, encoder_without_grad=False)
+        if self.controlnet.config.prediction_type == "blend":
+            return blend_reference(prediction.float(), self.vae.config.scaling_factor * conditioning)
         return prediction.float()
 
     def _decode(self, latents: Tensor, chunk_size: int, output_type: str) -> Frames:

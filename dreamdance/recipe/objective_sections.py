@@ -157,12 +157,15 @@ class GeometryObjectiveSettings(Section):
 class AnimationObjectiveSettings(Section):
     """The EDM noise of stage 2, as Stable Video Diffusion (SVD) was trained, and what training leaves out at random."""
 
-    prediction_type: Literal["v_prediction", "sample"] = Field(
+    prediction_type: Literal["v_prediction", "sample", "blend"] = Field(
         default="v_prediction",
         description=(
-            "What the video model predicts: the velocity, with EDM's preconditioning, as SVD does; or the clean "
-            "latents. It is a property of the base model: take sample only for one that was trained so, such as that "
-            "of recipes/base/video.yaml. A small model that predicts velocities must reproduce noise, and leaves grain."
+            "What the video model predicts: the velocity, with EDM's preconditioning, as SVD does; the clean latents; "
+            "or both them and, in one more output channel, which share of the reference's latents stays. It is a "
+            "property of the base model: take another than SVD's only for one that was trained so, such as the "
+            "demo's. A small model that predicts velocities leaves grain; one that predicts samples blurs what stands "
+            "still. What stays keeps the noise of the reference (augmentation_log_mean, and noise_augmentation in "
+            "sampling): let it be small."
         ),
     )
     sigma_log_mean: float = Field(

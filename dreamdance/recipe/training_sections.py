@@ -153,8 +153,8 @@ class Optimizer(Section):
     lr: PositiveFloat = Field(
         description=(
             "Highest learning rate of AdamW. The paper states none. The full recipes take 5e-5 where only geometry "
-            "attention trains, 1e-4 where only temporal attention does, and 1e-5 elsewhere; the tiny random networks "
-            "of the demo take 1e-3 to 2e-3."
+            "attention trains, 1e-4 where only temporal attention does, and 1e-5 elsewhere; the small networks of "
+            "the demo take 1e-3 to 5e-3."
         )
     )
     lr_scales: dict[str, PositiveFloat] = Field(

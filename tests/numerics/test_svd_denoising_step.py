@@ -1,5 +1,6 @@
 """Steps of diffusers' own StableVideoDiffusionPipeline, repeated with the parts of stage 2."""
 
+import math
 from typing import Any
 
 import pytest
@@ -210,22 +211,39 @@ def test_a_predicted_sample_takes_the_steps_that_diffusers_takes_with_it():
         assert torch.equal(edm_denoised(sample, noisy, sigma, "sample"), sample)
 
 
-@pytest.mark.parametrize("num_steps", [1, 3, 10])
-def test_with_sample_prediction_the_loss_is_of_the_output_and_the_pipeline_ends_at_it(num_steps):
-    recipe = tiny_stage2_recipe()
-    recipe = recipe.model_copy(update={"objective": recipe.objective.model_copy(update={"prediction_type": "sample"})})
+@pytest.mark.parametrize(
+    ("prediction_type", "num_steps", "guidance_scale"),
+    [*(("sample", steps, 1.0) for steps in (1, 3, 10)), ("blend", 3, 1.0), ("blend", 3, 2.0)],
+)
+def test_with_sample_prediction_the_loss_is_of_the_output_and_the_pipeline_ends_at_it(
+    prediction_type, num_steps, guidance_scale
+):
+    """A network whose share is 3/4 everywhere ends at three quarters of the reference's latents, which are scaled."""
+    recipe, fixed = tiny_stage2_recipe(), {"prediction_type": prediction_type, "augmentation_log_mean": -20.0}
+    recipe = recipe.model_copy(update={"objective": recipe.objective.model_copy(update=fixed)})
+    if prediction_type == "blend":
+        recipe.model.unet.config["out_channels"] += 1
     objective = stage_of(recipe).build().eval()
-    with torch.no_grad():
-        objective.unet.conv_out.weight.zero_()
-        objective.unet.conv_out.bias.copy_(torch.linspace(-1, 1, len(objective.unet.conv_out.bias)))
     batch = tiny_clip_batch(num_clips=2, num_frames=4)
     latents = encode_latents(objective.vae, rearrange(batch.rgb, "b f c h w -> (b f) c h w"))
-    output = rearrange(objective.unet.conv_out.bias, "c -> 1 c 1 1")
-    torch.testing.assert_close(objective(batch).loss, (latents - output).square().mean(), rtol=1e-5, atol=0)
+    own = torch.linspace(-1, 1, latents.shape[1])
+    sample = rearrange(own, "c -> 1 1 c 1 1").expand(2, 4, -1, *latents.shape[2:])
+    if prediction_type == "blend":
+        own = torch.cat([own, torch.tensor([math.log(3)])])
+        unguided = 0.25 * sample  # SVD guides away from a reference of zeros
+        sample = unguided + 0.75 * encode_latents(objective.vae, batch.reference)[:, None]
+    with torch.no_grad():
+        objective.unet.conv_out.weight.zero_()
+        objective.unet.conv_out.bias.copy_(own)
+    error = (latents - sample.flatten(0, 1)).square().mean()
+    torch.testing.assert_close(objective(batch).loss, error, rtol=1e-5, atol=0)
     pipeline = objective.make_pipeline()
-    assert pipeline.controlnet.config.prediction_type == "sample"
+    assert pipeline.controlnet.config.prediction_type == prediction_type
     maps = {name: batch.maps[name][:1] for name in pipeline.controls}
+    conditions = {"guidance_scale": guidance_scale, "noise_augmentation": 0.0}
+    if guidance_scale > 1:
+        sample = unguided + guidance_scale * (sample - unguided)
     frames = pipeline(
-        batch.reference[:1], maps=maps, num_inference_steps=num_steps, guidance_scale=1.0, output_type="latent"
+        batch.reference[:1], maps=maps, num_inference_steps=num_steps, output_type="latent", **conditions
     ).frames
-    torch.testing.assert_close(frames, output.expand_as(frames[0])[None], rtol=0, atol=1e-3)
+    torch.testing.assert_close(frames, sample[:1], rtol=0, atol=1e-3)

@@ -1,16 +1,27 @@
 """Base models: a plain UNet that learns pictures alone, and exports that diffusers' own classes read."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNetSpatioTemporalConditionModel
 from einops import rearrange
-from support.recipes import perturb, record_inputs, tiny_clip_batch, tiny_stage1_recipe, tiny_stage2_recipe
+from support.recipes import (
+    perturb,
+    record_inputs,
+    tiny_clip_batch,
+    tiny_stage1_recipe,
+    tiny_stage2_recipe,
+    tiny_svd_config,
+)
 from support.tool_modules import load_tool
 
+from dreamdance.errors import RecipeError
 from dreamdance.models.autoencoding import decode_latents, encode_latents
 from dreamdance.models.image_embedding import embed_images
+from dreamdance.models.svd_unet import PREDICTION_TYPE
+from dreamdance.recipe.model_sections import NetworkSource
 from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe
 from dreamdance.runtime.sample_random import sample_generator
 from dreamdance.training.export import write_pipeline
@@ -47,6 +58,41 @@ def test_the_image_step_is_a_plain_unet_on_pictures_and_their_embedding(tmp_path
     torch.testing.assert_close(output.loss, (prediction - latents).square().mean(), rtol=1e-5, atol=0)
     torch.testing.assert_close(embeddings, embed_images(objective.image_encoder, batch.reference), **FLOAT32)
     assert output.domain_counts.tolist() == [3, 0, 0], "rgb alone"
+
+
+def test_a_frozen_video_model_keeps_what_it_was_trained_to_predict(tmp_path):
+    """The note of a base model decides; one without a note, such as SVD, predicts velocities."""
+
+    def recipe(**changes) -> Stage2Recipe:
+        own = tiny_stage2_recipe()
+        objective = own.objective.model_copy(update={"prediction_type": changes.pop("prediction_type")})
+        model = own.model.model_copy(update={"unfreeze": "none", **changes})
+        return own.model_copy(update={"objective": objective, "model": model})
+
+    trained = stage_of(recipe(prediction_type="sample", unfreeze="all")).build()
+    base = exported(trained, tmp_path)
+    config = tiny_svd_config()
+    source = NetworkSource(config={**config, "out_channels": config["out_channels"] + 1})
+    blend = exported(stage_of(recipe(prediction_type="blend", unet=source, unfreeze="all")).build(), tmp_path / "more")
+    unmarked = shutil.copytree(base, tmp_path / "unmarked")
+    config = json.loads((unmarked / "config.json").read_text())
+    assert config.pop(PREDICTION_TYPE) == "sample"
+    (unmarked / "config.json").write_text(json.dumps(config))
+    for folder, right, wrong in (
+        (base, "sample", "v_prediction"),
+        (unmarked, "v_prediction", "sample"),
+        (blend, "blend", "sample"),
+    ):
+        source = NetworkSource(path=str(folder))
+        assert stage_of(recipe(prediction_type=right, unet=source)).build().unet.config[PREDICTION_TYPE] == right
+        for device in ("cpu", "meta"):
+            with pytest.raises(RecipeError, match=rf"objective.prediction_type is {wrong}.*predicts? {right}"):
+                stage_of(recipe(prediction_type=wrong, unet=source)).build(device=device)
+        assert stage_of(recipe(prediction_type=right, unet=source)).build(device="meta")
+        if folder == blend:
+            continue  # no other prediction has as many channels
+        unfrozen = stage_of(recipe(prediction_type=wrong, unet=source, unfreeze="all")).build()
+        assert unfrozen.controlnet.config.prediction_type == wrong
 
 
 def test_the_image_step_trains_what_a_plain_unet_has():

@@ -11,7 +11,9 @@ from dreamdance.models.autoencoding import Autoencoder, downscale_factor
 from dreamdance.models.channels_last import use_channels_last
 from dreamdance.models.equal_rewrites import EQUAL_REWRITES, apply_equal_rewrites
 from dreamdance.models.gradient_checkpointing import set_checkpointing_level
+from dreamdance.recipe.model_sections import NetworkSource
 from dreamdance.recipe.training_sections import Sharding, TrainingData
+from dreamdance.training.networks.sources import require_weights
 from dreamdance.training.objectives.output import Objective
 
 _FROZEN_COMPONENTS = ("vae", "image_encoder")
@@ -63,17 +65,36 @@ def exportable(objective: Objective) -> dict[str, ModelMixin]:
     }
 
 
-def check_fit(unet: ModelMixin, vae: Autoencoder, token_width: int, data: TrainingData, *, latent_inputs: int) -> None:
+def check_fit(
+    unet: ModelMixin,
+    source: NetworkSource,
+    vae: Autoencoder,
+    token_width: int,
+    data: TrainingData,
+    *,
+    latent_inputs: int,
+    further_outputs: int = 0,
+) -> None:
     """Checks that channels, widths and picture sizes of a recipe's networks fit together.
+
+    Args:
+        unet: the base network.
+        source: where it comes from.
+        vae: the autoencoder.
+        token_width: width of the image encoder's embedding.
+        data: the pictures' size.
+        latent_inputs: how many latents the UNet reads side by side.
+        further_outputs: channels that it predicts beside those of the latents.
 
     Raises:
         RecipeError: they do not; the text lists every key that must change.
+        MissingInputError: they do not, and a published shape stands for weights that are not there.
     """
     channels = vae.config.latent_channels
     factor = downscale_factor(vae)
     wanted = {
         "in_channels": channels * latent_inputs,
-        "out_channels": channels,
+        "out_channels": channels + further_outputs,
         "cross_attention_dim": token_width,
     }
     problems = [
@@ -81,10 +102,13 @@ def check_fit(unet: ModelMixin, vae: Autoencoder, token_width: int, data: Traini
         for key, value in wanted.items()
         if unet.config[key] != value
     ]
+    if further_outputs and unet.config["out_channels"] != wanted["out_channels"]:
+        problems.append("objective.prediction_type=blend needs one output channel more than the latents have")
     problems += [
         f"data.{side} is {pixels}, but the autoencoder needs a multiple of {factor}"
         for side, pixels in (("width", data.width), ("height", data.height))
         if pixels % factor
     ]
     if problems:
+        require_weights(source)
         raise RecipeError("; ".join(problems))

@@ -76,9 +76,19 @@ def open_unet(
         return _build(network_class, source.config or {}, key=f"{key}.config")
     folder = _folder(source.path, source.subfolder)
     if device == "meta":
-        return _build(network_class, _shape_of(network_class, folder, published), key=f"{key}.path")
+        return _build_without_weights(network_class, folder, published, key=f"{key}.path")
     _require_weights(folder, key)
     return _load_diffusers(network_class, folder, key)
+
+
+def require_weights(source: NetworkSource) -> None:
+    """Checks that the folder of `model.unet` holds a network; a random network needs none.
+
+    Raises:
+        MissingInputError: the folder or its weights are not there.
+    """
+    if source.path is not None:
+        _require_weights(_folder(source.path, source.subfolder), "model.unet")
 
 
 def open_autoencoder(source: AutoencoderSource, *, temporal: bool, device: str) -> nn.Module:
@@ -97,7 +107,7 @@ def open_autoencoder(source: AutoencoderSource, *, temporal: bool, device: str) 
     folder = _folder(source.path, source.subfolder)
     if device == "meta":
         published = _STABLE_VIDEO_DIFFUSION_VAE if temporal else _STABLE_DIFFUSION_VAE
-        return _build(network_class, _shape_of(network_class, folder, published), key=f"{key}.path")
+        return _build_without_weights(network_class, folder, published, key=f"{key}.path")
     _require_weights(folder, key)
     return _load_diffusers(network_class, folder, key).eval()
 
@@ -237,12 +247,15 @@ def _require_weights(folder: Path, key: str) -> None:
         )
 
 
-def _shape_of(network_class: type[ModelMixin], folder: Path, published: dict[str, Any]) -> dict[str, Any]:
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        return published
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    return {name: value for name, value in config.items() if not name.startswith("_")}
+def _build_without_weights(
+    network_class: type[ModelMixin], folder: Path, published: dict[str, Any], *, key: str
+) -> ModelMixin:
+    """The network that the folder's config describes, or the published one; it has what the config notes beside."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else published
+    network = _build(network_class, {name: value for name, value in config.items() if name[0] != "_"}, key=key)
+    network.register_to_config(**{name: value for name, value in config.items() if name[0] == "_"})
+    return network
 
 
 def _build(network_class: type[ModelMixin], config: dict[str, Any], *, key: str) -> ModelMixin:

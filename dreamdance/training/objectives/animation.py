@@ -52,6 +52,7 @@ class DenoiserInput:
         embeddings: `b 1 c`, the image embedding of the clean reference.
         added_time_ids: `b 3`, frames per second - 1, motion bucket, noise augmentation.
         control_features: `(b f) c h w`, the controller's output.
+        reference: `b f c h w` float32, the conditioning latents, scaled as the targets are.
     """
 
     sample: Tensor
@@ -59,6 +60,7 @@ class DenoiserInput:
     embeddings: Tensor
     added_time_ids: Tensor
     control_features: Tensor
+    reference: Tensor
 
 
 class AnimationObjective(Objective):
@@ -191,7 +193,7 @@ class AnimationObjective(Objective):
             mid_residual=residuals.mid,
             encoder_without_grad=is_encoder_half_frozen(self.unet),
         )
-        denoised = edm_denoised(output.float(), noisy, sigmas, self.settings.prediction_type)
+        denoised = edm_denoised(output.float(), noisy, sigmas, self.settings.prediction_type, inputs.reference)
 
         # 3. loss
         squared_error = edm_weight(sigmas, self.settings.prediction_type) * (denoised - latents).square()
@@ -244,6 +246,7 @@ class AnimationObjective(Objective):
             embeddings=embeddings.to(dtype),
             added_time_ids=torch.stack([fps - 1, motion_bucket, augmentation], dim=1),
             control_features=control_features,
+            reference=self.vae.config.scaling_factor * conditioning,
         )
 
     def _encode_reference_pixels(self, reference: Tensor, draws: Mapping[str, Tensor]) -> Tensor:

@@ -8,13 +8,14 @@ from diffusers import UNetSpatioTemporalConditionModel
 
 from dreamdance.data.loading.batch import ClipBatch
 from dreamdance.data.shards.latents import EMBEDDING
+from dreamdance.errors import RecipeError
 from dreamdance.modalities import MODALITIES, OPTIONAL
 from dreamdance.models import CrossDomainControllerModel, SpatioTemporalControlNetModel
 from dreamdance.models.autoencoding import downscale_factor
 from dreamdance.models.base_configs import STABLE_VIDEO_DIFFUSION_UNET
 from dreamdance.models.equal_rewrites import EQUAL_REWRITES
 from dreamdance.models.image_embedding import embedding_width
-from dreamdance.models.svd_unet import DECODER_HALF
+from dreamdance.models.svd_unet import DECODER_HALF, PREDICTION_TYPE
 from dreamdance.pipelines.sampling import StepCallback
 from dreamdance.recipe.model_sections import AutoencoderSource, ImageEncoderSource, NetworkSource
 from dreamdance.recipe.schema import Stage2Recipe
@@ -73,6 +74,24 @@ class AnimationStage:
         """None: stage 2 draws no domain."""
         return
 
+    def _record_prediction_type(self, unet: UNetSpatioTemporalConditionModel) -> None:
+        """Notes in the UNet's config what it is trained to predict; a base model without a note predicts velocities.
+
+        Raises:
+            RecipeError: a frozen base model predicts something else.
+        """
+        own, model = self.recipe.objective.prediction_type, self.recipe.model
+        noted = unet.config.get(PREDICTION_TYPE)
+        stored = noted or "v_prediction"
+        if model.unet.path is not None and model.unfreeze != "all" and stored != own:
+            known = f"was trained to predict {noted}" if noted else "has no note in its config.json, so it predicts "
+            known += "" if noted else "v_prediction, as SVD"
+            raise RecipeError(
+                f"objective.prediction_type is {own}, but the video model in '{model.unet.path}' {known}: set "
+                f"objective.prediction_type={stored}, or train all of it (model.unfreeze=all)"
+            )
+        unet.register_to_config(**{PREDICTION_TYPE: own})
+
     def build(self, *, device: str = "cpu", rewrites: Collection[str] = EQUAL_REWRITES) -> AnimationObjective:
         """See `TrainingStage`."""
         model, published = self.recipe.model, STABLE_VIDEO_DIFFUSION_UNET
@@ -80,7 +99,16 @@ class AnimationStage:
             vae = open_autoencoder(model.autoencoder, temporal=True, device=device)
             image_encoder = open_image_encoder(model.image_encoder, huge=True, device=device)
             unet = open_unet(model.unet, UNetSpatioTemporalConditionModel, published=published, device=device)
-            check_fit(unet, vae, embedding_width(image_encoder), self.recipe.data, latent_inputs=2)
+            self._record_prediction_type(unet)
+            check_fit(
+                unet,
+                model.unet,
+                vae,
+                embedding_width(image_encoder),
+                self.recipe.data,
+                latent_inputs=2,
+                further_outputs=int(self.recipe.objective.prediction_type == "blend"),
+            )
             controller = CrossDomainControllerModel(
                 controls=model.controls,
                 out_channels=unet.config.block_out_channels[0],

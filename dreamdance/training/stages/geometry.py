@@ -67,7 +67,9 @@ class GeometryStage:
             vae = open_autoencoder(model.autoencoder, temporal=False, device=device)
             image_encoder = open_image_encoder(model.image_encoder, huge=False, device=device)
             base = open_unet(model.unet, UNet2DConditionModel, published=STABLE_DIFFUSION_1_5_UNET, device=device)
-            check_fit(base, vae, embedding_width(image_encoder), self.recipe.data, latent_inputs=1)
+            check_fit(
+                base, self.recipe.model.unet, vae, embedding_width(image_encoder), self.recipe.data, latent_inputs=1
+            )
             unet = GeometryUNetModel.from_unet2d(
                 base,
                 geometry_attention=model.geometry_attention,
