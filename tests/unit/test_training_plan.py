@@ -127,7 +127,8 @@ def test_a_simulated_step_needs_the_memory_of_a_real_one():
     batch = ClipBatch(maps=maps, reference=reference, fps=torch.ones(1), keys=keys, clip_ids=["a"])
     with LiveBytes(beside=(*objective.parameters(), *objective.buffers())) as live:
         objective(batch).loss.backward()
-    assert activations(recipe) == pytest.approx(live.peak, rel=0.02)
+    pictures = 3 * maps["rgb"].nbytes  # the plan counts as many as there are domains; here they lie outside
+    assert activations(recipe) == pytest.approx(live.peak + pictures, rel=0.002)
 
 
 def test_a_process_without_a_gpu_also_holds_its_programs_and_the_copy_that_it_saves():
