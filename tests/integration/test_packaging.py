@@ -190,7 +190,7 @@ query = torch.ones(3, 4, 16)
 assert torch.equal(geometry_attention(query, query, query, num_domains=3, num_heads=2), query)
 if importlib.util.find_spec("triton") is None:
     assert available_backends()["triton"] == "the package triton is not installed"
-sys.argv = ["dreamdance", "{ROOT}/recipes/demo/stage2.yaml", "--dry-run"]
+sys.argv = ["dreamdance", "{ROOT}/recipes/demo/stage2.yaml", "--dry-run", "model.unet.path={ROOT}/recipes/base/video"]
 sys.exit(main())
 """
     done = run(base, "-c", program, cwd=tmp_path)

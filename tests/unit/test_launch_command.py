@@ -125,14 +125,14 @@ def test_a_dry_run_of_a_task_that_trains_nothing_has_no_plan_of_networks(monkeyp
 
 
 def test_a_sweep_is_one_run_for_each_combination_with_names_of_their_own(command):
-    words = ["--sweep", "optimizer.lr=1e-4,3e-4", "--sweep", "model.pose_channels=[8,16],[16,32]"]
+    words = ["--sweep", "optimizer.lr=1e-4,3e-4", "--sweep", "model.pose_channels=[8,16,32],[16,32,64]"]
     _, output, _ = command(STAGE1, "--dry-run", *words)
     names = [line.removeprefix("name: ").split()[0] for line in output.splitlines() if line.startswith("name: ")]
     assert names == [
-        "demo_stage1_domains_lr_1e_4_pose_channels_8_16",
-        "demo_stage1_domains_lr_1e_4_pose_channels_16_32",
-        "demo_stage1_domains_lr_3e_4_pose_channels_8_16",
-        "demo_stage1_domains_lr_3e_4_pose_channels_16_32",
+        "demo_stage1_domains_lr_1e_4_pose_channels_8_16_32",
+        "demo_stage1_domains_lr_1e_4_pose_channels_16_32_64",
+        "demo_stage1_domains_lr_3e_4_pose_channels_8_16_32",
+        "demo_stage1_domains_lr_3e_4_pose_channels_16_32_64",
     ]
 
 

@@ -59,7 +59,7 @@ def test_the_arithmetic_multiplies_to_the_batch_and_counts_in_the_singular() -> 
     processes, batch, training = batch_arithmetic(recipe, "slurm").splitlines()
     assert processes == "processes: 2 nodes x 2 = 4, cluster: slurm"
     assert batch == "batch: 2 (micro batch) x 2 (accumulation) x 4 (processes) = 16 samples per optimizer step"
-    assert training == "training: 5,000 steps = 80,000 samples of 8 frames at 32x48"
+    assert training == "training: 5,000 steps = 80,000 samples of 8 frames at 64x96"
     single = loaded("stage1_domains.yaml")
     assert "samples of 1 frame at 256x384" in batch_arithmetic(single, "local")
     assert batch_arithmetic(single, "local").startswith("processes: 1 node x 8 = 8, cluster: local")
