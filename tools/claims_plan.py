@@ -1,0 +1,343 @@
+"""What tools/claims.py trains, animates and evaluates: tasks that claims share, and what is compared with what.
+
+Nothing here runs anything. A task is a call of the launcher, or clips of one stage alone (tools/claims_animate.py); its
+name is the run's name, and equal names are one task, so that claims share trainings.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from claims_animate import Job
+from claims_tasks import Plan, Settings, Task, Variant
+
+from dreamdance.recipe import TrainingRecipe, load_recipe
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "recipes/demo"
+# In the issue's order, which is the order of work.
+CLAIMS = ("c", "a", "b", "d", "f", "e", "g")
+# Most steps of a training, so that three seeds take 4 hours.
+MOST_STEPS = {"stage2": 450}
+# Seconds on two idle cores: of a step of each training, of a start, of one clip of a stage, of one row of a table.
+STEP_SECONDS = {"stage1_domains": 0.27, "stage1_geometry": 0.25, "stage1_temporal": 0.3, "stage2": 0.6}
+START_SECONDS, CLIP_SECONDS, ROW_SECONDS = 20.0, {"geometry": 0.6, "animation": 0.7}, 3.0
+# Scales of Eq. 6 that are swept, of all domains together and of each alone.
+SCALES = (0.0, 0.5, 1.0, 2.5)
+DOMAINS = {"rgb": "l1", "normal": "angular_error_mean", "depth": "abs_rel"}
+# How much of stage 1's error the maps have.
+MAP_ERRORS = {"_error_0": 0.0, "_error_half": 0.5, "_error_1": 1.0, "_error_2": 2.0}
+WINDOW = 8
+FRAME_METRICS = ("l1_body", "psnr_body", "ssim_body", "l1", "psnr", "ssim", "lpips_alex")
+MAP_METRICS = ("consistency_angle", "angular_error_mean", "abs_rel", "l1")
+
+
+@cache
+def training_recipe(name: str) -> TrainingRecipe:
+    """A training of the demo as its file describes it."""
+    recipe = load_recipe(DEMO / f"{name}.yaml")
+    assert isinstance(recipe, TrainingRecipe)
+    return recipe
+
+
+def usual_steps(name: str) -> int:
+    """Steps of a training: its recipe's, up to a limit."""
+    return min(training_recipe(name).max_steps, MOST_STEPS.get(name, sys.maxsize))
+
+
+def make_plan(settings: Settings, claims: Sequence[str], seeds: Sequence[int]) -> Plan:
+    """The plan of some claims: claim after claim, and within a claim seed after seed."""
+    plan = Plan(settings)
+    for claim in (name for name in CLAIMS if name in claims):
+        for seed in seeds:
+            builder = Builder(plan, claim, seed)
+            plan.units[claim, seed] = [*getattr(builder, f"claim_{claim}")()]
+            plan.variants[claim, seed] = builder.variants
+    return plan
+
+
+class Builder:
+    """Adds what a claim needs for one seed. Each `claim_x` returns the tasks that its table needs."""
+
+    def __init__(self, plan: Plan, claim: str, seed: int) -> None:
+        self.plan, self.settings, self.claim, self.seed = plan, plan.settings, claim, seed
+        self.out, self.variants = plan.settings.out, list[Variant]()
+
+    # Data and trainings
+
+    def data(self, *, pairs: bool = False) -> str:
+        """The rendered dancers; with `pairs` each held-out motion on another held-out body too."""
+        name = "claims_pairs" if pairs else "claims_dancers"
+        training_clips = 1 if pairs else self.settings.training_clips
+        words = [f"output={self.out}/{name}", f"dancers.num_validation_clips={self.settings.clips}"]
+        words += [f"dancers.num_train_clips={training_clips}", *(["dancers.pairs=true"] if pairs else [])]
+        return self.plan.add(Task(name, ("prepare", f"name={name}", *words), seconds=30.0))
+
+    def train(self, recipe: str, label: str, *words: str, init: str | None = None, needs: tuple[str, ...] = ()) -> str:
+        """A training of this seed on the rendered dancers; `max_steps` may be among the words."""
+        data, name = self.data(), f"claims_s{self.seed}_{label}"
+        given = [int(word.removeprefix("max_steps=")) for word in words if word.startswith("max_steps=")]
+        steps = self.settings.steps or (given or [usual_steps(recipe)])[0]
+        of_stage = self.settings.stage2 if recipe == "stage2" else self.settings.stage1
+        before = () if init is None else (init,)
+        replaced = ("max_steps=", "optimizer.warmup_steps=") if self.settings.steps else ("max_steps=",)
+        command = (
+            recipe,
+            f"name={name}",
+            f"seed={self.seed}",
+            f"data.train.local={self.out}/{data}/train",
+            f"data.validation.local={self.out}/{data}/validation",
+            # Held-out losses and samples at the last step alone.
+            f"validation.loss_every_steps={steps}",
+            f"validation.sample_every_steps={steps}",
+            "checkpoint.keep_last=2",
+            *(word for word in words if not word.startswith(replaced)),
+            f"max_steps={steps}",
+            *((f"init_from={init}",) if init else ()),
+            *(("optimizer.warmup_steps=0",) if self.settings.steps else ()),
+            *of_stage,
+        )
+        frames = 3 if "data.num_frames=3" in words else 2
+        seconds = START_SECONDS + steps * STEP_SECONDS[recipe] * frames / 2
+        chain = "+".join([*(self.plan.tasks[one].steps for one in before), str(steps)])
+        return self.plan.add(Task(name, command, (), (data, *before, *needs), seconds, chain))
+
+    def domains(self) -> str:
+        return self.train("stage1_domains", "domains")
+
+    def geometry(self) -> str:
+        return self.train("stage1_geometry", "geometry", init=self.domains())
+
+    def temporal(self) -> str:
+        return self.train("stage1_temporal", "temporal", init=self.geometry())
+
+    def domains_longer(self) -> str:
+        """As many further steps as step 2 has, with as many pictures and its learning rate, without the attention."""
+        step2 = training_recipe("stage1_geometry")
+        words = [f"optimizer.lr={step2.optimizer.lr:g}", f"optimizer.warmup_steps={step2.optimizer.warmup_steps}"]
+        words += ["data.num_frames=3", f"max_steps={step2.max_steps}"]
+        return self.train("stage1_domains", "domains_longer", *words, init=self.domains())
+
+    def stage2(self, label: str = "stage2", *words: str, needs: tuple[str, ...] = ()) -> str:
+        return self.train("stage2", label, *words, needs=needs)
+
+    # Clips and tables
+
+    def job(self, stage: str, variant: str, model: str, *words: str, data: str | None = None, **fields: Any) -> Job:
+        """Clips of a model, in the folder of this claim, seed and variant."""
+        data = data or self.data()
+        manifest = "pairs.jsonl" if data == "claims_pairs" else "manifest.jsonl"
+        overrides = (
+            f"manifest={self.out}/{data}/{manifest}",
+            f"output={self.folder(variant)}",
+            f"seed={self.seed}",
+            f"{stage}_from={model}",
+            *words,
+        )
+        return Job(stage, overrides, f"{self.out}/{data}/validation", **fields)
+
+    def folder(self, variant: str) -> str:
+        return f"{self.out}/results/{self.claim}_s{self.seed}_{variant}"
+
+    def maps(self, *, data: str | None = None, align: str | None = None) -> tuple[str, str]:
+        """Stage 1's maps of this seed, that stage 2 gets: the task and the folder."""
+        label = "maps" if align is None else f"maps_{align}"
+        folder, model = f"{self.out}/results/s{self.seed}_{label}", self.temporal()
+        overrides = [f"output={folder}" if word.startswith("output=") else word
+                     for word in self.job("geometry", label, model, data=data).overrides]  # fmt: skip
+        job = Job("geometry", tuple(overrides), f"{self.out}/{data or self.data()}/validation", align=align)
+        return self.animate(f"s{self.seed}_{label}", [job], needs=(model, data or self.data())), folder
+
+    def animate(self, label: str, jobs: Sequence[Job], *, needs: Iterable[str], scales_from: str | None = None) -> str:
+        passes = [1 + any("guidance_scales" in word for word in job.overrides) for job in jobs]
+        clips = sum(CLIP_SECONDS[job.stage] * count for job, count in zip(jobs, passes, strict=True))
+        task = Task(
+            f"claims_{label}_clips",
+            jobs=tuple(jobs),
+            needs=tuple(dict.fromkeys(needs)),
+            seconds=START_SECONDS + self.settings.clips * clips,
+            scales_from=scales_from,
+        )
+        return self.plan.add(task)
+
+    def evaluate(
+        self,
+        label: str,
+        rows: Mapping[str, str],
+        *,
+        needs: Sequence[str],
+        metrics: tuple[str, ...],
+        data: str | None = None,
+        truth: str | None = None,
+        trivial: bool = False,
+    ) -> str:
+        """One table of several results.
+
+        Args:
+            label: part of the name.
+            rows: variant -> task of the model that it shows.
+            needs: the tasks that make the results.
+            metrics: what the CSV file gets.
+            data: `claims_pairs`, or the dancers.
+            truth: name under which the truth's own row enters the CSV file.
+            trivial: whether the repeated reference enters it too.
+        """
+        name, (first, *others) = f"claims_{label}_evaluate", rows
+        data = data or self.data()
+        compare = {variant: self.folder(variant) for variant in others}
+        words = [
+            "evaluate",
+            f"name={name}",
+            f"results={self.folder(first)}",
+            f"truth.local={self.out}/{data}/validation",
+        ]
+        words += ["training_set=null", f"compare={json.dumps(compare)}"]
+        words += [] if "lpips_alex" in metrics else ["metrics.networks=[]"]
+        seconds = START_SECONDS + ROW_SECONDS * len(rows) * self.settings.clips / 12
+        for variant, model in rows.items():
+            row = "this run" if variant == first else variant
+            self.variants.append(Variant(variant, name, row, self.plan.tasks[model].steps, metrics))
+        self.variants += [Variant(truth, name, "truth itself", "", metrics)] if truth else []
+        self.variants += [Variant("reference_repeated", name, "reference repeated", "", metrics)] if trivial else []
+        return self.plan.add(Task(name, tuple(words), (), tuple(needs), seconds))
+
+    def stage2_table(
+        self,
+        models: Mapping[str, str],
+        map_errors: Mapping[str, float],
+        *,
+        words: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> list[str]:
+        """Clips of several stage 2 with maps of several errors, and their table."""
+        maps, folder = self.maps() if any(map_errors.values()) else (self.data(), None)
+        jobs, rows = [], {}
+        for ending, error in map_errors.items():
+            for variant, model in models.items():
+                name = f"{variant}{ending}"
+                of_model = (words or {}).get(variant, ())
+                jobs.append(
+                    self.job("animation", name, model, *of_model, maps=folder if error else None, map_error=error)
+                )
+                rows[name] = model
+        clips = self.animate(self.label, jobs, needs=(self.data(), *models.values(), maps))
+        return [self.evaluate(self.label, rows, needs=[clips], metrics=FRAME_METRICS, trivial=True)]
+
+    @cached_property
+    def label(self) -> str:
+        return f"{self.claim}_s{self.seed}"
+
+    # The claims
+
+    def claim_c(self) -> list[str]:
+        """Pose, depth and normal against each one left out (Table 3a), on true maps and on stage 1's."""
+        controls = {
+            "all_three": None,
+            "no_pose": "depth, normal",
+            "no_depth": "pose, normal",
+            "no_normal": "pose, depth",
+        }
+        models = {
+            name: self.stage2() if kept is None else self.stage2(f"stage2_{name}", f"model.controls=[{kept}]")
+            for name, kept in controls.items()
+        }
+        return self.stage2_table(models, {"": 0.0, "_made": 1.0})
+
+    def claim_a(self) -> list[str]:
+        """Geometry attention against none, after as many steps (Fig. 8)."""
+        models = {"with_geometry": self.geometry(), "without_geometry": self.domains_longer(), "step_1": self.domains()}
+        return self._stage1_table(models, MAP_METRICS, truth="truth")
+
+    def claim_f(self) -> list[str]:
+        """Temporal attention against none: stage 1's own pictures."""
+        models = {"with_temporal": self.temporal(), "without_temporal": self.geometry()}
+        return self._stage1_table(models, ("flicker", *MAP_METRICS), truth="truth")
+
+    def _stage1_table(self, models: Mapping[str, str], metrics: tuple[str, ...], *, truth: str) -> list[str]:
+        jobs = [self.job("geometry", variant, model) for variant, model in models.items()]
+        clips = self.animate(self.label, jobs, needs=(self.data(), *models.values()))
+        return [self.evaluate(self.label, models, needs=[clips], metrics=metrics, truth=truth)]
+
+    def claim_b(self) -> list[str]:
+        """Scales of Eq. 6: one for all domains, and each domain's alone; then each domain's own best one together."""
+        model, data = self.temporal(), self.data()
+        swept = {scaled("one", scale): dict.fromkeys(DOMAINS, scale) for scale in SCALES}
+        swept |= {
+            scaled(domain, scale): {**dict.fromkeys(DOMAINS, 0.0), domain: scale}
+            for domain in DOMAINS
+            for scale in SCALES[1:]
+        }
+        jobs = [self.job("geometry", name, model, guidance_words(scales)) for name, scales in swept.items()]
+        clips = self.animate(self.label, jobs, needs=(data, model))
+        rows = dict.fromkeys(swept, model)
+        sweep = self.evaluate(self.label, rows, needs=[clips], metrics=MAP_METRICS)
+        own = self.animate(
+            f"{self.label}_own",
+            [self.job("geometry", "own_scales", model)],
+            needs=(data, model, sweep),
+            scales_from=sweep,
+        )
+        measured = len(self.variants)
+        table = self.evaluate(f"{self.label}_own", {"own_scales": model}, needs=[own], metrics=MAP_METRICS)
+        del self.variants[measured:]  # on the clips that did not choose the scales
+        steps = self.plan.tasks[model].steps
+        self.variants.append(Variant("own_scales", table, "this run", steps, MAP_METRICS, is_last_half=True))
+        self.variants.append(Variant("best_one_scale", sweep, "", steps, MAP_METRICS, is_last_half=True))
+        return [sweep, table]
+
+    def claim_d(self) -> list[str]:
+        """The controller's geometry attention against the mean of the maps' features alone (Table 3b)."""
+        models = {"attention": self.stage2(), "sum": self.stage2("stage2_sum", "model.geometry_attention=false")}
+        return self.stage2_table(models, {"": 0.0, "_made": 1.0})
+
+    def claim_e(self) -> list[str]:
+        """Maps left out at random in training against all maps always, as the maps' error grows."""
+        off = ("objective.frame_control_dropout=0", "objective.modality_control_dropout=0")
+        models = {"robust": self.stage2(), "plain": self.stage2("stage2_plain", *off)}
+        return self.stage2_table(models, MAP_ERRORS)
+
+    def claim_g(self) -> list[str]:
+        """The reference among the frames; training on stage 1's maps; bones fitted to another person's body."""
+        frames = WINDOW + 1
+        first = self.stage2("stage2_first", "objective.reference_first=true", f"data.num_frames={frames}")
+        on_made = self.stage2(
+            "stage2_made", f"data.maps.local={self.out}/claims_s{self.seed}_maps", needs=(self._encoded(),)
+        )
+        models = {"as_demo": self.stage2(), "reference_first": first, "trained_on_made": on_made}
+        table = self.stage2_table(
+            models, {"": 0.0, "_made": 1.0}, words={"reference_first": (f"animation.window_frames={frames}",)}
+        )
+        model, data, jobs, needs = self.stage2(), self.data(pairs=True), [], list[str]()
+        for align in ("bones", "none"):
+            maps, folder = self.maps(data=data, align=align)
+            needs.append(maps)
+            jobs.append(
+                self.job("animation", f"align_{align}", model, data=data, maps=folder, map_error=1.0, align=align)
+            )
+        clips = self.animate(f"{self.label}_pairs", jobs, needs=(data, model, *needs))
+        rows = {"align_bones": model, "align_none": model}
+        pairs = self.evaluate(f"{self.label}_pairs", rows, needs=[clips], metrics=FRAME_METRICS, data=data)
+        self.variants.append(Variant("pairs_reference_repeated", pairs, "reference repeated", "", FRAME_METRICS))
+        return [*table, pairs]
+
+    def _encoded(self) -> str:
+        """Stage 1's maps of the training clips."""
+        data, model, name = self.data(), self.temporal(), f"claims_s{self.seed}_encode_maps"
+        words = (f"name={name}", f"shards.local={self.out}/{data}/train", f"output={self.out}/claims_s{self.seed}_maps")
+        seconds = START_SECONDS + CLIP_SECONDS["geometry"] * self.settings.training_clips
+        task = Task(
+            name, ("encode_maps", *words, f"geometry_from={model}", f"seed={self.seed}"), (), (data, model), seconds
+        )
+        return self.plan.add(task)
+
+
+def scaled(domain: str, scale: float) -> str:
+    """The name of a variant with one guidance scale, such as `normal_scale_0p5`; `one` for all domains."""
+    return f"{domain}_scale_{scale:g}".replace(".", "p")
+
+
+def guidance_words(scales: Mapping[str, float]) -> str:
+    """The override of stage 1's guidance scales."""
+    return f"geometry.guidance_scales={json.dumps(dict(scales))}"
