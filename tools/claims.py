@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     claims = options.claims or list(CLAIMS)
     plan = make_plan(settings, claims, options.seeds)
     runner = Runner(plan, hours=options.hours)
-    print(describe(plan, runner), flush=True)
+    print(describe(plan, runner, with_parts=options.list), flush=True)
     if options.list:
         return 0
     code = 0
@@ -89,8 +89,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def describe(plan: Plan, runner: "Runner") -> str:
-    """What is left to do for each claim, with the seconds that it should take."""
+def describe(plan: Plan, runner: "Runner", *, with_parts: bool) -> str:
+    """What is left to do for each claim, or for each part too, with the time that it should take."""
     lines, seen, total = list[str](), set[str](), 0.0
     for (claim, seed), names in plan.units.items():
         new = [name for name in plan.with_needs(names) if name not in seen]
@@ -99,8 +99,9 @@ def describe(plan: Plan, runner: "Runner") -> str:
         seconds = sum(task.seconds for task in left)
         total += seconds
         lines.append(f"{TITLES[claim]}, seed {seed}: {len(left)} parts to do, about {duration(seconds)}")
-        lines += [f"    {task.name}: {f'{task.steps} steps, ' if task.steps else ''}about {duration(task.seconds)}"
-                  for task in left]  # fmt: skip
+        for task in left if with_parts else []:
+            steps = f"{task.steps} steps, " if task.steps else ""
+            lines.append(f"    {task.name}: {steps}about {duration(task.seconds)}")
     return "\n".join([*lines, f"In all about {duration(total)} on two idle cores."])
 
 

@@ -2,7 +2,8 @@
 
 The rule for a sentence, over the seeds' paired differences (positive where the claim is right): it holds if all are
 positive and their mean is more than two standard errors above zero; it does not hold at this size if their mean is zero
-or negative; otherwise, or with one seed, it is not decided. What has no numbers reads "not measured".
+or negative; otherwise, or with one seed, it is not decided. What has no numbers reads "not measured". A claim of
+several comparisons holds if all of them hold; those marked "also" do not count.
 """
 
 import csv
@@ -208,6 +209,15 @@ def verdict(differences: Sequence[float]) -> str:
     return "holds" if min(differences) > 0 and mean > 2 * error else "not decided"
 
 
+def overall(rows: Sequence[Row], claim: str) -> str:
+    """The verdict on a claim: that of its comparisons if they agree; the weakest of them otherwise."""
+    compared = [comparison for comparison in COMPARISONS if comparison.claim == claim and not comparison.is_extra]
+    found = [verdict([*gains(rows, comparison).values()]) for comparison in compared]
+    weakest = min(found, key=("does not hold at this size", "not measured", "not decided", "holds").index)
+    count = f" ({found.count('holds')} of {len(found)} comparisons hold)" if len(found) > 1 else ""
+    return f"**Claim ({claim}): {weakest}**{count}"
+
+
 def sentence(rows: Sequence[Row], comparison: Comparison) -> str:
     """One comparison in words."""
     found = gains(rows, comparison)
@@ -237,7 +247,9 @@ def markdown(rows: Sequence[Row], claims: Sequence[str]) -> str:
         compared = [comparison for comparison in COMPARISONS if comparison.claim == claim]
         lines = [f"- {'also: ' if comparison.is_extra else ''}{sentence(rows, comparison)}" for comparison in compared]
         table = _table(rows, claim, variants) if variants else ""
-        parts.append("\n\n".join(part for part in (f"## {TITLES[claim]}", table, "\n".join(lines)) if part))
+        parts.append(
+            "\n\n".join(part for part in (f"## {TITLES[claim]}", table, overall(rows, claim), "\n".join(lines)) if part)
+        )
     return "\n\n".join(parts) + "\n"
 
 

@@ -161,6 +161,19 @@ def test_a_sentence_pairs_seeds_and_knows_which_way_is_better() -> None:
     assert tables.sentence(rows, replace(lower, own="absent")).endswith(": not measured.")
 
 
+def test_a_claim_holds_only_if_all_its_comparisons_hold() -> None:
+    rows = [row(name, seed, value + 0.001 * seed, claim="c") for seed in range(3) for name, value in
+            {"all_three": 0.1, "no_pose": 0.2, "no_depth": 0.2}.items()]  # fmt: skip
+    assert tables.overall(rows, "c") == "**Claim (c): not measured** (2 of 3 comparisons hold)"
+    rows += [row("no_normal", seed, 0.05, claim="c") for seed in range(3)]
+    assert tables.overall(rows, "c").startswith("**Claim (c): does not hold at this size** (2 of 3")
+    rows = [replace(one, value=0.3) if one.variant == "no_normal" else one for one in rows]
+    assert tables.overall(rows, "c").startswith("**Claim (c): holds** (3 of 3")
+    rows += [row("all_three_made", seed, 9.0, claim="c") for seed in range(3)]
+    rows += [row("no_pose_made", seed, 1.0, claim="c") for seed in range(3)]
+    assert tables.overall(rows, "c").startswith("**Claim (c): holds**"), "stage 1's maps do not count"
+
+
 def test_the_csv_file_keeps_what_was_not_measured_again(tmp_path: Path) -> None:
     path = tmp_path / "claims.csv"
     tables.merge(path, [row("sum", 0, 0.5), row("sum", 1, 0.25)])
