@@ -12,12 +12,13 @@ import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from diffusers.utils.logging import disable_progress_bar
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,12 +26,14 @@ from dreamdance.data.loading.stored_clips import StoredClips
 from dreamdance.evaluation.clips import open_clips, read_result, read_truth
 from dreamdance.inference.entry_inputs import EntryInputs, Size, load_inputs, read_entry_states
 from dreamdance.inference.manifest import ManifestEntry, read_entries
-from dreamdance.inference.results import ClipResult, is_done, write_result
-from dreamdance.media.transforms import encode_normals, resize_images
+from dreamdance.inference.results import ClipResult, is_done
+from dreamdance.media.transforms import encode_normals, resize_images, tensor_to_pictures
 from dreamdance.pipelines import AnimationPipeline, GeometryPipeline
 from dreamdance.recipe import AnimateRecipe, load_recipe
 from dreamdance.recipe.sections import Shards
 from dreamdance.runs.exports import SAFE_LOADING, find_export, hash_export, read_export
+from dreamdance.runs.files import replace_atomically
+from dreamdance.runs.layout import ARRAYS_FILE, RESULT_FILE
 from dreamdance.runtime.sample_random import sample_generator
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +60,7 @@ class Job:
     map_error: float = 0.0
     align: str | None = None
 
-    @property
+    @cached_property
     def recipe(self) -> AnimateRecipe:
         """The recipe with this job's words.
 
@@ -72,6 +75,7 @@ class Job:
 def main(arguments: list[str]) -> int:
     """Runs every job of a file, or a part of each job's clips."""
     logging.disable(logging.INFO)
+    disable_progress_bar()
     file, part = json.loads(Path(arguments[0]).read_text(encoding="utf-8")), (arguments[1:] or ["0/1"])[0]
     first, step = (int(number) for number in part.split("/"))
     for values in file["jobs"]:
@@ -112,8 +116,24 @@ def run(job: Job, entry: ManifestEntry, runs: Path) -> bool:
         window = recipe.animation.window_frames, recipe.animation.window_overlap
         starts = pipeline.window_starts(len(result.frames), *window)
     details = {"id": entry.id, "reference_frame": entry.reference_frame, "window_starts": starts}
-    write_result(folder, result, request=request, details=details)
+    write(folder, result, {"request": request, "num_frames": len(result.frames), "fps": result.fps, **details})
     return True
+
+
+def write(folder: Path, result: ClipResult, content: dict[str, Any]) -> None:
+    """Writes what `evaluate` reads, and no videos, which take as long as a stage; a result is complete or not there."""
+    assert result.normals is not None, "both stages have maps"
+    assert result.depths is not None, "both stages have maps"
+    with replace_atomically(folder, is_only_writer=True) as temporary:
+        temporary.mkdir(parents=True)
+        np.savez_compressed(
+            temporary / ARRAYS_FILE,
+            frames=tensor_to_pictures(result.frames),
+            normals=np.moveaxis(result.normals.numpy(), 1, -1).astype(np.float16),
+            depths=result.depths[:, 0].numpy().astype(np.float16),
+        )
+        sizes = {ARRAYS_FILE: (temporary / ARRAYS_FILE).stat().st_size}
+        (temporary / RESULT_FILE).write_text(json.dumps({**content, "sizes": sizes}) + "\n", encoding="utf-8")
 
 
 def load_stage(stage: str, recipe: AnimateRecipe, runs: Path) -> tuple[GeometryPipeline | AnimationPipeline, str]:

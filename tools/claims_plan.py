@@ -21,10 +21,10 @@ DEMO = ROOT / "recipes/demo"
 # In the issue's order, which is the order of work.
 CLAIMS = ("c", "a", "b", "d", "f", "e", "g")
 # Most steps of a training, so that three seeds take 4 hours.
-MOST_STEPS = {"stage2": 450}
+MOST_STEPS = {"stage2": 400}
 # Seconds on two idle cores: of a step of each training, of a start, of one clip of a stage, of one row of a table.
 STEP_SECONDS = {"stage1_domains": 0.27, "stage1_geometry": 0.25, "stage1_temporal": 0.3, "stage2": 0.6}
-START_SECONDS, CLIP_SECONDS, ROW_SECONDS = 20.0, {"geometry": 0.6, "animation": 0.7}, 3.0
+START_SECONDS, CLIP_SECONDS, ROW_SECONDS = 20.0, {"geometry": 0.6, "animation": 1.4}, 3.0
 # Scales of Eq. 6 that are swept, of all domains together and of each alone.
 SCALES = (0.0, 0.5, 1.0, 2.5)
 DOMAINS = {"rgb": "l1", "normal": "angular_error_mean", "depth": "abs_rel"}
@@ -64,7 +64,7 @@ class Builder:
 
     def __init__(self, plan: Plan, claim: str, seed: int) -> None:
         self.plan, self.settings, self.claim, self.seed = plan, plan.settings, claim, seed
-        self.out, self.variants = plan.settings.out, list[Variant]()
+        self.out, self.variants, self._folders = plan.settings.out, list[Variant](), dict[str, str]()
 
     # Data and trainings
 
@@ -127,33 +127,30 @@ class Builder:
     # Clips and tables
 
     def job(self, stage: str, variant: str, model: str, *words: str, data: str | None = None, **fields: Any) -> Job:
-        """Clips of a model, in the folder of this claim, seed and variant."""
+        """Clips of a model. Their folder depends on what they are alone, so that claims share them."""
         data = data or self.data()
-        manifest = "pairs.jsonl" if data == "claims_pairs" else "manifest.jsonl"
+        of_data, manifest = ("_pairs", "pairs.jsonl") if data == "claims_pairs" else ("", "manifest.jsonl")
+        kind = "".join(f"_{name}_{value}" for name, value in fields.items() if name != "maps")
+        kind += f"_{variant}" if any("guidance_scales" in word for word in words) or variant == "own_scales" else ""
+        self._folders[variant] = f"{self.out}/results/{model.removeprefix('claims_')}{of_data}{kind}"
         overrides = (
             f"manifest={self.out}/{data}/{manifest}",
-            f"output={self.folder(variant)}",
+            f"output={self._folders[variant]}",
             f"seed={self.seed}",
             f"{stage}_from={model}",
             *words,
         )
         return Job(stage, overrides, f"{self.out}/{data}/validation", **fields)
 
-    def folder(self, variant: str) -> str:
-        return f"{self.out}/results/{self.claim}_s{self.seed}_{variant}"
-
     def maps(self, *, data: str | None = None, align: str | None = None) -> tuple[str, str]:
         """Stage 1's maps of this seed, that stage 2 gets: the task and the folder."""
-        label = "maps" if align is None else f"maps_{align}"
-        folder, model = f"{self.out}/results/s{self.seed}_{label}", self.temporal()
-        overrides = [f"output={folder}" if word.startswith("output=") else word
-                     for word in self.job("geometry", label, model, data=data).overrides]  # fmt: skip
-        job = Job("geometry", tuple(overrides), f"{self.out}/{data or self.data()}/validation", align=align)
-        return self.animate(f"s{self.seed}_{label}", [job], needs=(model, data or self.data())), folder
+        label, model = "maps" if align is None else f"maps_{align}", self.temporal()
+        job = self.job("geometry", label, model, data=data, **({} if align is None else {"align": align}))
+        return self.animate(f"s{self.seed}_{label}", [job], needs=(model, data or self.data())), self._folders[label]
 
     def animate(self, label: str, jobs: Sequence[Job], *, needs: Iterable[str], scales_from: str | None = None) -> str:
-        passes = [1 + any("guidance_scales" in word for word in job.overrides) for job in jobs]
-        clips = sum(CLIP_SECONDS[job.stage] * count for job, count in zip(jobs, passes, strict=True))
+        clips = sum(CLIP_SECONDS[job.stage] * (1 + _is_guided(job)) for job in jobs if job not in self.plan.jobs)
+        self.plan.jobs |= {*jobs}
         task = Task(
             f"claims_{label}_clips",
             jobs=tuple(jobs),
@@ -187,11 +184,11 @@ class Builder:
         """
         name, (first, *others) = f"claims_{label}_evaluate", rows
         data = data or self.data()
-        compare = {variant: self.folder(variant) for variant in others}
+        compare = {variant: self._folders[variant] for variant in others}
         words = [
             "evaluate",
             f"name={name}",
-            f"results={self.folder(first)}",
+            f"results={self._folders[first]}",
             f"truth.local={self.out}/{data}/validation",
         ]
         words += ["training_set=null", f"compare={json.dumps(compare)}"]
@@ -218,9 +215,8 @@ class Builder:
             for variant, model in models.items():
                 name = f"{variant}{ending}"
                 of_model = (words or {}).get(variant, ())
-                jobs.append(
-                    self.job("animation", name, model, *of_model, maps=folder if error else None, map_error=error)
-                )
+                given: dict[str, Any] = {"maps": folder if error else None, "map_error": error}
+                jobs.append(self.job("animation", name, model, *of_model, **given))
                 rows[name] = model
         clips = self.animate(self.label, jobs, needs=(self.data(), *models.values(), maps))
         return [self.evaluate(self.label, rows, needs=[clips], metrics=FRAME_METRICS, trivial=True)]
@@ -269,7 +265,8 @@ class Builder:
             for domain in DOMAINS
             for scale in SCALES[1:]
         }
-        jobs = [self.job("geometry", name, model, guidance_words(scales)) for name, scales in swept.items()]
+        words = {name: [guidance_words(scales)] if any(scales.values()) else [] for name, scales in swept.items()}
+        jobs = [self.job("geometry", name, model, *words[name]) for name in swept]
         clips = self.animate(self.label, jobs, needs=(data, model))
         rows = dict.fromkeys(swept, model)
         sweep = self.evaluate(self.label, rows, needs=[clips], metrics=MAP_METRICS)
@@ -336,6 +333,11 @@ class Builder:
 def scaled(domain: str, scale: float) -> str:
     """The name of a variant with one guidance scale, such as `normal_scale_0p5`; `one` for all domains."""
     return f"{domain}_scale_{scale:g}".replace(".", "p")
+
+
+def _is_guided(job: Job) -> bool:
+    """Whether each step takes a second, unconditional pass."""
+    return any("guidance_scales" in word or word.endswith("_own_scales") for word in job.overrides)
 
 
 def guidance_words(scales: Mapping[str, float]) -> str:

@@ -45,7 +45,7 @@ class Task:
     words: tuple[str, ...] = ()
     jobs: tuple[Job, ...] = ()
     needs: tuple[str, ...] = ()
-    seconds: float = 0.0
+    seconds: float = field(default=0.0, compare=False)
     steps: str = ""
     scales_from: str | None = None
 
@@ -64,10 +64,11 @@ class Variant:
 
 @dataclass
 class Plan:
-    """Tasks in their order, and per claim and seed the rows that they give."""
+    """Tasks in their order, all clips that they make, and per claim and seed the tasks of its table and its rows."""
 
     settings: Settings
     tasks: dict[str, Task] = field(default_factory=dict)
+    jobs: set[Job] = field(default_factory=set)
     units: dict[tuple[str, int], list[str]] = field(default_factory=dict)
     variants: dict[tuple[str, int], list[Variant]] = field(default_factory=dict)
 
