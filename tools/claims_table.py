@@ -60,8 +60,15 @@ COMPARISONS = (
     ),
     Comparison("a", "with_geometry", "without_geometry", "consistency_angle",
                "geometry attention brings normals and depth into agreement"),
+    Comparison("a", "with_geometry", "without_geometry", "angular_error_mean",
+               "geometry attention lowers the normals' error", True),
     Comparison("b", "own_scales", "best_one_scale", "angular_error_mean",
                "a guidance scale for each domain lowers the normals' error against the best one for all"),
+    *(
+        Comparison("b", "own_scales", "best_one_scale", metric,
+                   f"a guidance scale for each domain lowers the {domain} error against the best one for all", True)
+        for domain, metric in DOMAINS.items() if domain != "normal"
+    ),
     *(
         Comparison("d", f"attention{ending}", f"sum{ending}", "l1_body",
                    f"the controller's geometry attention beats a sum of the maps' features, on {maps}", bool(ending))

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from support.tool_modules import load_tool
 
+from dreamdance.evaluation.clips import read_result
+from dreamdance.inference.results import ClipResult, is_done
 from dreamdance.launch.run_folder import differences
 from dreamdance.recipe import AnimateRecipe, Stage1Recipe, Stage2Recipe, load_recipe
 
@@ -221,3 +224,21 @@ def test_maps_of_no_error_are_true_and_of_the_whole_error_those_that_were_made()
     # half of the way lies on the bisector
     np.testing.assert_allclose((half * true).sum(-1), (half * made).sum(-1), atol=1e-6)
     np.testing.assert_array_equal(clips.mix_normals(true, -true, 0.5), true)
+
+
+def test_a_result_is_complete_for_its_request_alone_and_is_what_evaluate_reads(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    frames, depths = (torch.rand(3, channels, 6, 4, generator=generator) for channels in (3, 1))
+    normals = torch.nn.functional.normalize(torch.randn(3, 3, 6, 4, generator=generator), dim=1)
+    made = ClipResult(frames[0], frames, frames, normals, depths, fps=8.0)
+    content = {"request": {"seed": 1}, "fps": 8.0, "reference_frame": 2, "window_starts": [0]}
+    clips.write(tmp_path / "clip", made, content)
+    assert is_done(tmp_path / "clip", {"seed": 1})
+    assert not is_done(tmp_path / "clip", {"seed": 2})
+    found = read_result(tmp_path / "clip")
+    assert (found.reference_frame, found.fps, found.window_starts) == (2, 8.0, (0,))
+    np.testing.assert_allclose(found.frames, frames.movedim(1, -1), atol=0.5 / 255 + 1e-6)
+    assert found.prediction.normals is not None
+    np.testing.assert_allclose(found.prediction.normals, normals.movedim(1, -1), atol=1e-3)
+    (tmp_path / "clip" / "arrays.npz").write_bytes(b"")
+    assert not is_done(tmp_path / "clip", {"seed": 1}), "a damaged file"
