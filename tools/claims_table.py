@@ -207,11 +207,11 @@ def verdict(differences: Sequence[float]) -> str:
     """By the rule at the head of this file."""
     if not differences:
         return "not measured"
+    if len(differences) < 2:
+        return "not decided"
     mean = statistics.fmean(differences)
     if mean <= 0:
         return "does not hold at this size"
-    if len(differences) < 2:
-        return "not decided"
     error = statistics.stdev(differences) / len(differences) ** 0.5
     return "holds" if min(differences) > 0 and mean > 2 * error else "not decided"
 
