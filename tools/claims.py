@@ -4,32 +4,39 @@
     python tools/claims.py c a --seeds 0 --list    # only what they would train, and how long that takes
 
 Called by tools/claims.sh. Every training is a recipe of recipes/demo with a few words changed, by the launcher; claims
-share trainings. What is complete is not run again, and a training that was killed continues. The numbers are those of
-`evaluate`'s table.json. All seeds start from the same base models (recipes/base), which decide much of the result. Exit
-codes: 0 done, 1 a part failed, 3 the hours are up: the same command continues.
+share trainings. What is complete is not run again, and a training that was killed continues; what another recipe or
+base model made is neither continued nor counted. The numbers are those of `evaluate`'s table.json. Trainings start from
+what recipes/demo names: where that is a base model, all seeds share it, and it decides much of the result. Relative
+paths lie in the project's folder. Exit codes: 0 done, 1 a part failed, 3 the hours are up: the same command continues.
 """
 
 import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
+from claims_animate import Job
+from claims_comparisons import TITLES
 from claims_plan import CLAIMS, guidance_words, make_plan
 from claims_plot import draw
-from claims_table import TITLES, best_scales, collect, markdown, merge
-from claims_tasks import Plan, Settings, Task
+from claims_table import best_scales, collect, markdown, merge
+from claims_tasks import ROOT, Plan, Settings, Task
 
+from dreamdance.recipe import EvaluateRecipe
 from dreamdance.runs.durations import duration
+from dreamdance.runs.files import write_atomically
 
-ROOT = Path(__file__).parents[1]
 PROCESSES = 2
+# The committed numbers, without the suffixes of their files. A trial does not write them.
+COMMITTED = ROOT / "tools/claims"
 
 
 class FailedError(Exception):
@@ -43,11 +50,8 @@ class OutOfTimeError(Exception):
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     options = parse(arguments)
-    settings = Settings(
-        options.out, options.clips, options.training_clips, options.steps, tuple(options.stage1), tuple(options.stage2)
-    )
     claims = options.claims or list(CLAIMS)
-    plan = make_plan(settings, claims, options.seeds)
+    plan = make_plan(options.settings, claims, options.seeds)
     runner = Runner(plan, hours=options.hours)
     print(describe(plan, runner, with_parts=options.list), flush=True)
     if options.list:
@@ -56,11 +60,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for unit in plan.units:
             runner.run_unit(unit)
-            merge(options.table, collect(plan))
+            merge(options.table, collect(plan, runner.is_done))
     except (FailedError, OutOfTimeError) as reason:
         print(f"\nclaims: {reason}", file=sys.stderr)
         code = 3 if isinstance(reason, OutOfTimeError) else 1
-    rows = merge(options.table, collect(plan))
+    rows = merge(options.table, collect(plan, runner.is_done))
     options.table.with_suffix(".svg").write_text(draw(rows), encoding="utf-8")
     print(f"\n{markdown(rows, claims)}\n{runner.times()}")
     print(f"\nnumbers: {options.table}, plot: {options.table.with_suffix('.svg')}")
@@ -68,15 +72,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """The command line, and the settings that it makes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("claims", nargs="*", metavar="CLAIM", help=f"{', '.join(CLAIMS)}; all of them by default")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
     parser.add_argument("--out", type=Path, default=Path("runs/claims"), help="data, runs, results (runs/claims)")
     parser.add_argument(
-        "--table", type=Path, default=Path("tools/claims.csv"), help="CSV file; the plot lies beside it"
+        "--table",
+        type=Path,
+        help=f"CSV file; the plot lies beside it (tools/{COMMITTED.name}.csv; claims.csv in --out for a trial: with "
+        "another number of clips or steps, or with further words)",
     )
-    parser.add_argument("--hours", type=float, default=4.0, help="no part begins that would end later (4)")
+    parser.add_argument(
+        "--hours", type=float, default=4.0, help="no part begins that would end later; each call counts anew (4)"
+    )
     parser.add_argument("--clips", type=int, default=12, help="held-out dancers (12)")
     parser.add_argument("--training-clips", type=int, default=240, help="clips to train on (240)")
     parser.add_argument("--steps", type=int, help="steps of every training, to try the command")
@@ -86,6 +95,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)
     if unknown := set(options.claims) - set(CLAIMS):
         parser.error(f"no claim is named {', '.join(sorted(unknown))}; they are {', '.join(CLAIMS)}")
+    options.out = ROOT / options.out
+    options.settings = Settings(
+        options.out, options.clips, options.training_clips, options.steps, tuple(options.stage1), tuple(options.stage2)
+    )
+    is_trial = options.settings != Settings(options.out)
+    default = options.out / "claims.csv" if is_trial else COMMITTED.with_suffix(".csv")
+    options.table = default if options.table is None else ROOT / options.table
+    if is_trial and options.table.resolve().with_suffix("") == COMMITTED.resolve():
+        parser.error(f"{options.table} has the numbers of the whole plan; a trial needs another --table")
     return options
 
 
@@ -110,7 +128,7 @@ class Runner:
 
     def __init__(self, plan: Plan, *, hours: float) -> None:
         self.plan, self.out, self.hours = plan, plan.settings.out, hours
-        self.started = time.monotonic()
+        self.started, self._keys = time.monotonic(), dict[str, str]()
 
     def run_unit(self, unit: tuple[str, int]) -> None:
         """All tasks of one claim and seed.
@@ -132,8 +150,14 @@ class Runner:
             self.run(task)
 
     def run(self, task: Task) -> None:
-        """Runs one task to its end and notes it."""
-        begun = time.monotonic()
+        """Runs one task to its end, and notes first that it began, then that it is done.
+
+        Raises:
+            FailedError: it failed, or another recipe, base model or need has left a part of it.
+        """
+        begun, note = time.monotonic(), {"key": self.key(task), "commit": commit(), "date": f"{date.today()}"}
+        self._leave_nothing_of_others(task)
+        self._write_note(task, note)
         print(f"\n== {task.name} (budget {duration(task.seconds)})", flush=True)
         if task.words:
             self._launch(task)
@@ -142,10 +166,26 @@ class Runner:
         seconds = time.monotonic() - begun
         told = f"{duration(seconds)}, {duration(time.monotonic() - self.started)} in all"
         print(f"== {task.name}: {told}", flush=True)
-        stamp = self.stamp(task)
-        stamp.parent.mkdir(parents=True, exist_ok=True)
-        noted = {"key": self.key(task), "seconds": round(seconds, 1), "commit": commit(), "date": f"{date.today()}"}
-        stamp.write_text(json.dumps(noted) + "\n", encoding="utf-8")
+        self._write_note(task, {**note, "seconds": round(seconds, 1)})
+
+    def _leave_nothing_of_others(self, task: Task) -> None:
+        """Removes the table of an evaluation that was another one; asks to remove what takes long to make again."""
+        other = self.noted(task).get("key")
+        if not task.words or other in (None, self.key(task)):
+            return  # a clip knows itself what it was made from
+        made = {self.out / f"runs/{task.name}", Path(getattr(task.recipe, "output", self.out / f"runs/{task.name}"))}
+        found = sorted(str(folder) for folder in made if folder.exists())
+        if isinstance(task.recipe, EvaluateRecipe):
+            shutil.rmtree(self.out / f"runs/{task.name}", ignore_errors=True)
+        elif found:
+            raise FailedError(
+                f"{task.name} was begun with another recipe, base model or data: remove {' and '.join(found)}, or give "
+                "another --out"
+            )
+
+    def _write_note(self, task: Task, note: dict[str, Any]) -> None:
+        self.stamp(task).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.stamp(task), json.dumps(note) + "\n")
 
     def _launch(self, task: Task) -> None:
         command = launcher_command(task, self.out / "runs")
@@ -154,12 +194,7 @@ class Runner:
 
     def _animate(self, task: Task) -> None:
         """Two processes, each with half of the clips."""
-        jobs = list(task.jobs)
-        if task.scales_from is not None:
-            table = json.loads((self.out / f"runs/{task.scales_from}/table.json").read_text(encoding="utf-8"))
-            scales, one = best_scales(table)
-            print(f"own scales {scales}, best scale for all: {one}", flush=True)
-            jobs = [replace(job, overrides=(*job.overrides, guidance_words(scales))) for job in jobs]
+        jobs = self.jobs_of(task)
         file = self.out / f"jobs/{task.name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         content = {"runs": str(self.out / "runs"), "jobs": [asdict(job) for job in jobs]}
@@ -178,30 +213,47 @@ class Runner:
         if any(codes):
             raise FailedError(f"{task.name} ended with exit codes {codes}")
 
+    def jobs_of(self, task: Task) -> list[Job]:
+        """A task's jobs; where an evaluation decides their guidance scales, with these."""
+        if task.scales_from is None:
+            return list(task.jobs)
+        table = json.loads((self.out / f"runs/{task.scales_from}/table.json").read_text(encoding="utf-8"))
+        chosen = best_scales(table)
+        one = f"one for all: {chosen.one_best_for_normals} for normals, {chosen.one_best_on_average} on average"
+        print(f"own scales {chosen.own}; {one}", flush=True)
+        return [replace(job, overrides=(*job.overrides, guidance_words(chosen.own))) for job in task.jobs]
+
     def is_done(self, task: Task) -> bool:
         """Whether the same work is noted as done."""
+        noted = self.noted(task)
+        return "seconds" in noted and noted.get("key") == self.key(task)
+
+    def noted(self, task: Task) -> dict[str, Any]:
+        """The note of a task that began or is done; empty if there is none, or a damaged one."""
         try:
-            noted = json.loads(self.stamp(task).read_text(encoding="utf-8"))
+            found = json.loads(self.stamp(task).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return False
-        return bool(noted["key"] == self.key(task))
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def stamp(self, task: Task) -> Path:
-        """The note of a task that is done."""
+        """The file of a task's note."""
         return self.out / f"done/{task.name}.json"
 
     def key(self, task: Task) -> str:
-        """Differs if the task, or one that it needs, is another one."""
-        needs = [self.key(self.plan.tasks[name]) for name in task.needs]
-        content = json.dumps([asdict(replace(task, seconds=0.0)), needs], default=str)
-        return hashlib.sha256(content.encode()).hexdigest()
+        """Differs if the task, or one that it needs, is another one: see `Task.identity`."""
+        if task.name not in self._keys:
+            needs = [self.key(self.plan.tasks[name]) for name in task.needs]
+            content = json.dumps([task.identity, needs])
+            self._keys[task.name] = hashlib.sha256(content.encode()).hexdigest()
+        return self._keys[task.name]
 
     def times(self) -> str:
         """What each part took, and all of them together."""
         lines, total = ["| part | took | budget |", "|---|--:|--:|"], 0.0
         for task in self.plan.tasks.values():
             if self.is_done(task):
-                seconds = json.loads(self.stamp(task).read_text(encoding="utf-8"))["seconds"]
+                seconds = self.noted(task)["seconds"]
                 total += seconds
                 lines.append(f"| {task.name} | {duration(seconds)} | {duration(task.seconds)} |")
         return "\n".join([*lines, f"| all | {duration(total)} | |"])
@@ -214,10 +266,16 @@ def launcher_command(task: Task, runs: Path) -> list[str]:
     return [*launcher, "--cluster", "local", "--follow", "--runs", str(runs), *overrides]
 
 
-def commit() -> str:
-    """The commit of this checkout."""
-    command: Sequence[str] = ("git", "rev-parse", "--short=12", "HEAD")
-    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True).stdout.strip()
+def commit(root: Path = ROOT) -> str:
+    """The commit of a checkout, with `-dirty` if a file under version control differs: any but the claims' own."""
+
+    def git(*words: str) -> str:
+        command = ("git", "-C", str(root), *words)
+        return subprocess.run(command, text=True, capture_output=True, check=True).stdout.strip()
+
+    own = (f":(exclude)tools/{COMMITTED.name}{suffix}" for suffix in (".csv", ".svg"))
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", *own)
+    return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changes else "")
 
 
 if __name__ == "__main__":

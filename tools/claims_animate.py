@@ -32,7 +32,8 @@ from dreamdance.pipelines import AnimationPipeline, GeometryPipeline
 from dreamdance.recipe import AnimateRecipe, load_recipe
 from dreamdance.recipe.sections import Shards
 from dreamdance.runs.exports import SAFE_LOADING, find_export, hash_export, read_export
-from dreamdance.runs.files import replace_atomically
+from dreamdance.runs.files import hash_file, replace_atomically
+from dreamdance.runs.finished_clips import INDEX_FILE
 from dreamdance.runs.layout import ARRAYS_FILE, RESULT_FILE
 from dreamdance.runtime.sample_random import sample_generator
 
@@ -94,14 +95,7 @@ def run(job: Job, entry: ManifestEntry, runs: Path) -> bool:
     pipeline, weights = load_stage(job.stage, recipe, runs)
     if isinstance(pipeline, AnimationPipeline) and pipeline.reference_first:
         entry = replace(entry, needs_reference_pose=True)
-    states = read_entry_states(entry)
-    request = {
-        "stage": job.stage,
-        "weights": weights,
-        "inputs": {name: state.sha256 for name, state in states.items()},
-        "settings": recipe.model_dump(mode="json", include={"seed", "geometry", "animation", "width", "height"}),
-        "maps": [job.maps, job.map_error, entry.align],
-    }
+    request = describe_request(job, entry, weights)
     folder = Path(recipe.output) / entry.id
     if is_done(folder, request):
         return False
@@ -118,6 +112,34 @@ def run(job: Job, entry: ManifestEntry, runs: Path) -> bool:
     details = {"id": entry.id, "reference_frame": entry.reference_frame, "window_starts": starts}
     write(folder, result, {"request": request, "num_frames": len(result.frames), "fps": result.fps, **details})
     return True
+
+
+def describe_request(job: Job, entry: ManifestEntry, weights: str) -> dict[str, Any]:
+    """Everything that a clip depends on, except for the code: equal requests have equal results.
+
+    Args:
+        job: what is made.
+        entry: the clip, aligned as the job says.
+        weights: hash of the stage's export.
+
+    Raises:
+        EntryError: a file of the entry cannot be read.
+        OSError: the truth, or stage 1's maps that the job names, are missing.
+    """
+    sizes = {"width", "height", "geometry_width", "geometry_height"}
+    maps = None
+    if job.stage == "animation":
+        made = hash_file(Path(cast(str, job.maps)) / entry.id / ARRAYS_FILE) if job.map_error else None
+        # the index has the hashes of the true clips' shards
+        maps = {"truth": hash_file(Path(job.truth) / INDEX_FILE), "made": made, "error": job.map_error}
+    return {
+        "stage": job.stage,
+        "weights": weights,
+        "inputs": {name: state.sha256 for name, state in read_entry_states(entry).items()},
+        "entry": [entry.line, entry.seed, entry.fps, entry.reference_frame, entry.align],
+        "settings": job.recipe.model_dump(mode="json", include={"seed", "geometry", "animation", *sizes}),
+        "maps": maps,
+    }
 
 
 def write(folder: Path, result: ClipResult, content: dict[str, Any]) -> None:

@@ -1,14 +1,26 @@
-"""Draws the CSV file of tools/claims.py as one SVG picture: a panel per claim, a line per variant, a dot per seed."""
+"""Draws the CSV file of tools/claims.py as one SVG picture: a panel per claim, a line per variant, a dot per seed.
+
+Below the panel of guidance by domain lies its sweep: error against scale.
+"""
 
 import statistics
 from collections.abc import Sequence
 from html import escape
 
-from claims_plan import CLAIMS
-from claims_table import COMPARISONS, HIGHER_IS_BETTER, TITLES, Row, values_of
+from claims_comparisons import COMPARISONS, TITLES
+from claims_plan import CLAIMS, DOMAINS, SCALES, scaled
+from claims_table import HIGHER_IS_BETTER, Row, values_of
 
 WIDTH, LEFT, RIGHT = 860, 230, 90
 LINE, HEAD, FOOT = 20, 46, 30
+# Of the sweep: the height of its curves, and what each of them varies.
+SWEEP_HEIGHT = 130
+CURVES = {
+    "one": ("one scale for all domains", "#333333"),
+    "rgb": ("that of rgb alone", "#b3261e"),
+    "normal": ("that of normals alone", "#1f5fa8"),
+    "depth": ("that of depth alone", "#2e7d32"),
+}
 
 
 def draw(rows: Sequence[Row]) -> str:
@@ -22,6 +34,10 @@ def draw(rows: Sequence[Row]) -> str:
         panel, height = _panel(TITLES[claim], metric, {name: [*values.values()] for name, values in found.items()})
         parts.append(f'<g transform="translate(0 {top})">{panel}</g>')
         top += height
+        if claim == "b":
+            panel, height = _sweep(rows)
+            parts.append(f'<g transform="translate(0 {top})">{panel}</g>')
+            top += height
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{top}" viewBox="0 0 {WIDTH} {top}" '
         'font-family="sans-serif" font-size="12">\n'
@@ -68,3 +84,59 @@ def _panel(title: str, metric: str, variants: dict[str, list[float]]) -> tuple[s
         ]
         parts.append(f'<text x="{WIDTH - RIGHT + 10}" y="{y + 4:.1f}">{mean:.4g}</text>')
     return "".join(parts), bottom + FOOT
+
+
+def _sweep(rows: Sequence[Row]) -> tuple[str, int]:
+    """Error against guidance scale, a graph per domain's error, and their height; every clip counts here."""
+    title = "sweep of the guidance scales, all clips; the domains that a curve does not name have scale 0"
+    parts = [f'<text x="12" y="16" fill="#555">{escape(title)}</text>']
+    width = (WIDTH - 24) / len(DOMAINS)
+    graphs = [_graph(rows, metric, width) for metric in DOMAINS.values()]
+    if not any(graphs):
+        return "".join([*parts, f'<text x="{LEFT}" y="36" fill="#555">not measured</text>']), HEAD
+    for number, graph in enumerate(graphs):
+        parts.append(f'<g transform="translate({12 + number * width:.1f} 26)">{graph}</g>')
+    bottom = SWEEP_HEIGHT + 76
+    for number, (label, colour) in enumerate(CURVES.values()):
+        x = 24 + number * (WIDTH - 24) / len(CURVES)
+        parts.append(f'<line x1="{x:.1f}" x2="{x + 22:.1f}" y1="{bottom}" y2="{bottom}" stroke="{colour}"/>')
+        parts.append(f'<text x="{x + 28:.1f}" y="{bottom + 4}">{escape(label)}</text>')
+    return "".join(parts), bottom + FOOT
+
+
+def _graph(rows: Sequence[Row], metric: str, width: float) -> str:
+    """One error against the scale: a curve through the seeds' means, a dot per seed; empty without numbers."""
+    curves = {
+        varied: {
+            scale: [*values_of(rows, "b", scaled(varied if scale else "one", scale), metric).values()]
+            for scale in SCALES
+        }
+        for varied in CURVES
+    }
+    values = [value for curve in curves.values() for found in curve.values() for value in found]
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
+    low, high, left, right = low - margin, high + margin, 52.0, width - 14
+
+    def place(scale: float, value: float) -> tuple[float, float]:
+        return left + (right - left) * scale / max(SCALES), 16 + SWEEP_HEIGHT * (high - value) / (high - low)
+
+    parts = [f'<text x="{left:.1f}" y="8">{escape(metric)}</text>']
+    for number in range(4):
+        value = low + (high - low) * number / 3
+        y = place(0.0, value)[1]
+        parts.append(f'<line x1="{left:.1f}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 6:.1f}" y="{y + 4:.1f}" text-anchor="end" fill="#555">{value:.4g}</text>')
+    for scale in SCALES:
+        x = place(scale, low)[0]
+        parts.append(f'<text x="{x:.1f}" y="{SWEEP_HEIGHT + 31}" text-anchor="middle" fill="#555">{scale:g}</text>')
+    for varied, curve in curves.items():
+        colour = CURVES[varied][1]
+        means = [place(scale, statistics.fmean(found)) for scale, found in curve.items() if found]
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in means)
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        dots = [place(scale, value) for scale, found in curve.items() for value in found]
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour}" fill-opacity="0.6"/>' for x, y in dots]
+    return "".join(parts)

@@ -1,96 +1,54 @@
 """The numbers of tools/claims.py: from tables of `evaluate` to a CSV file, means, spread, and one sentence per claim.
 
 The rule for a sentence, over the seeds' paired differences (positive where the claim is right): it holds if all are
-positive and their mean is more than two standard errors above zero; it does not hold at this size if their mean is zero
-or negative; otherwise, or with one seed, it is not decided. What has no numbers reads "not measured". A claim of
-several comparisons holds if all of them hold; those marked "also" do not count.
+positive and Student's t says that their mean is above zero (one-sided, 5 %); it does not hold at this size if their
+mean is zero or negative; otherwise, or with fewer than three seeds, it is not decided. What has no numbers reads "not
+measured". A claim of several comparisons holds if all of them hold; those marked "also" do not count.
 """
 
 import csv
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from claims_plan import CLAIMS, DOMAINS, MAP_ERRORS, SCALES, scaled
-from claims_tasks import Plan, Variant
+from claims_comparisons import COMPARISONS, DECIDES, SHOWN, TITLES, Comparison
+from claims_plan import CLAIMS, DOMAINS, SCALES, scaled
+from claims_tasks import Plan, Task, Variant
+from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 from dreamdance.evaluation.scores import METRICS
 
 HIGHER_IS_BETTER = {metric.key: metric.higher_is_better for metric in METRICS}
 DIGITS = {metric.key: metric.digits for metric in METRICS}
-TITLES = {
-    "c": "(c) pose, depth and normal, and each one left out (Table 3a)",
-    "a": "(a) geometry attention: agreement of normals and depth (Fig. 8)",
-    "b": "(b) multi-domain guidance (Eq. 6)",
-    "d": "(d) the controller's geometry attention (Table 3b)",
-    "f": "(f) temporal attention",
-    "e": "(e) robust conditioning, by the maps' error",
-    "g": "(g) reference first, training on stage 1's maps, fitted bones",
-}
-# What a table shows beside the metric of its comparisons.
-SHOWN = {
-    **dict.fromkeys("cdeg", ("l1_body", "psnr_body", "ssim_body", "l1", "lpips_alex")),
-    **dict.fromkeys("ab", ("consistency_angle", "angular_error_mean", "abs_rel", "l1")),
-    "f": ("flicker", "angular_error_mean", "abs_rel"),
-}
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A claim in numbers: `own` is better than `other` in `metric`. `says` completes the sentence."""
-
-    claim: str
-    own: str
-    other: str
-    metric: str
-    says: str
-    is_extra: bool = False
-
-
-COMPARISONS = (
-    *(
-        Comparison("c", f"all_three{ending}", f"no_{left_out}{ending}", "l1_body",
-                   f"stage 2 with pose, depth and normal beats stage 2 without {left_out}, on {maps}", bool(ending))
-        for ending, maps in (("", "true maps"), ("_made", "stage 1's maps"))
-        for left_out in ("pose", "depth", "normal")
-    ),
-    Comparison("a", "with_geometry", "without_geometry", "consistency_angle",
-               "geometry attention brings normals and depth into agreement"),
-    Comparison("a", "with_geometry", "without_geometry", "angular_error_mean",
-               "geometry attention lowers the normals' error", True),
-    Comparison("b", "own_scales", "best_one_scale", "angular_error_mean",
-               "a guidance scale for each domain lowers the normals' error against the best one for all"),
-    *(
-        Comparison("b", "own_scales", "best_one_scale", metric,
-                   f"a guidance scale for each domain lowers the {domain} error against the best one for all", True)
-        for domain, metric in DOMAINS.items() if domain != "normal"
-    ),
-    *(
-        Comparison("d", f"attention{ending}", f"sum{ending}", "l1_body",
-                   f"the controller's geometry attention beats a sum of the maps' features, on {maps}", bool(ending))
-        for ending, maps in (("", "true maps"), ("_made", "stage 1's maps"))
-    ),
-    Comparison("f", "with_temporal", "without_temporal", "flicker", "temporal attention lowers the flicker of stage 1"),
-    *(
-        Comparison("e", f"robust{ending}", f"plain{ending}", "l1_body",
-                   f"robust conditioning helps with maps of {error:g} times stage 1's error", error != 1.0)
-        for ending, error in MAP_ERRORS.items()
-    ),
-    Comparison("g", "reference_first", "as_demo", "l1_body", "the reference among the frames helps, on true maps"),
-    Comparison("g", "trained_on_made_made", "as_demo_made", "l1_body",
-               "training on stage 1's maps helps on stage 1's maps"),
-    Comparison("g", "align_bones", "align_none", "l1_body",
-               "fitting the driving bones to the reference's body helps when another person drives"),
-)  # fmt: skip
+LEAST_SEEDS, LEVEL = 3, 0.05
+RULE = (
+    "Tables show mean +- standard deviation over seeds. A comparison holds if every seed's difference is right and "
+    "their mean is above zero by Student's t (one-sided, 5 %; all seeds judge the same {clips}clips, so the spread is "
+    "that of training and sampling, not of people). It does not hold at this size if the mean is zero or below. "
+    "Otherwise, and with fewer than three seeds, it is not decided."
+)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the CSV file."""
+    """A line of the CSV file.
+
+    Attributes:
+        claim: its letter.
+        variant: what was compared.
+        seed: of training and sampling.
+        metric: a key of `table.json`.
+        value: the mean over the clips.
+        clips: how many.
+        steps: optimizer steps of the model's trainings, one after the other.
+        commit: the checkout's when the evaluation began, with `-dirty` if files differed from it; the trainings and
+            clips that it shows may be of earlier commits, which `done/*.json` in the output folder name.
+        date: of the evaluation.
+    """
 
     claim: str
     variant: str
@@ -103,20 +61,25 @@ class Row:
     date: str
 
 
-def collect(plan: Plan) -> list[Row]:
-    """All numbers that the plan's finished evaluations have."""
+def collect(plan: Plan, is_done: Callable[[Task], bool]) -> list[Row]:
+    """All numbers that the plan's finished evaluations have.
+
+    Args:
+        plan: what is measured.
+        is_done: whether a task's note fits the plan (`Runner.is_done`): tables of other settings are left out.
+    """
     rows = []
     for (claim, seed), variants in plan.variants.items():
         for variant in variants:
             stamp, table = (
                 plan.settings.out / name for name in (f"done/{variant.evaluation}.json", table_path(variant))
             )
-            if not stamp.is_file() or not table.is_file():
+            if not is_done(plan.tasks[variant.evaluation]) or not table.is_file():
                 continue
             done, content = (json.loads(path.read_text(encoding="utf-8")) for path in (stamp, table))
-            name, clips = variant.row, sorted(content["clips"])
+            name, clips = variant.row or getattr(best_scales(content), variant.name), sorted(content["clips"])
             if variant.is_last_half:
-                name, clips = name or best_scales(content)[1], last_half(clips)
+                clips = last_half(clips)
             for metric in variant.metrics:
                 value = mean_of(content, name, metric, clips)
                 if value is not None:
@@ -140,12 +103,24 @@ def mean_of(table: Mapping[str, Any], row: str, metric: str, clips: Sequence[str
     return statistics.fmean(found) if found else None
 
 
-def best_scales(table: Mapping[str, Any]) -> tuple[dict[str, float], str]:
-    """Each domain's own best guidance scale, and the row of the best scale for all, by the first half of the clips.
+@dataclass(frozen=True)
+class BestScales:
+    """The guidance scales that the first half of the clips chooses.
 
-    A domain's own scale has its least error while the others are not guided; the one for all has the least mean over
-    the domains of their errors, relative to no guidance.
+    Attributes:
+        own: each domain's own: the one of its least error while the others are not guided.
+        one_best_for_normals: the row of the one scale for all domains with the least error of normals.
+        one_best_on_average: the row of the one with the least mean over the domains of their errors, relative to no
+            guidance.
     """
+
+    own: dict[str, float]
+    one_best_for_normals: str
+    one_best_on_average: str
+
+
+def best_scales(table: Mapping[str, Any]) -> BestScales:
+    """Chooses the scales from the table of the sweep."""
     clips = sorted(table["clips"])
     clips = clips[: len(clips) // 2] or clips
 
@@ -161,11 +136,12 @@ def best_scales(table: Mapping[str, Any]) -> tuple[dict[str, float], str]:
         return error(scaled(domain, scale) if scale else unguided, DOMAINS[domain])
 
     own = {domain: min(SCALES, key=partial(own_error, domain)) for domain in DOMAINS}
-    relative = {
-        scale: statistics.fmean(error(row, metric) / error(unguided, metric) for metric in DOMAINS.values())
-        for scale, row in rows.items()
-    }
-    return own, rows[min(relative, key=lambda scale: relative[scale])]
+
+    def mean_error(row: str) -> float:
+        return statistics.fmean(error(row, metric) / error(unguided, metric) for metric in DOMAINS.values())
+
+    for_normals = min(rows.values(), key=lambda row: error(row, DOMAINS["normal"]))
+    return BestScales(own, for_normals, min(rows.values(), key=mean_error))
 
 
 def merge(path: Path, new: Iterable[Row]) -> list[Row]:
@@ -195,78 +171,123 @@ def values_of(rows: Iterable[Row], claim: str, variant: str, metric: str) -> dic
     return {row.seed: row.value for row in rows if (row.claim, row.variant, row.metric) == (claim, variant, metric)}
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """The rows of a comparison, paired by seed.
+
+    Attributes:
+        values: seed -> the value of `own` and that of `other`.
+        refused: seed -> why its two rows must not be compared.
+    """
+
+    values: dict[int, tuple[float, float]]
+    refused: dict[int, str]
+
+
+def pair(rows: Sequence[Row], comparison: Comparison) -> Pairs:
+    """The seeds that have both rows; a pair of other clips, steps or commits is refused."""
+
+    def by_seed(variant: str) -> dict[int, Row]:
+        wanted = (comparison.claim, variant, comparison.metric)
+        return {row.seed: row for row in rows if (row.claim, row.variant, row.metric) == wanted}
+
+    own, other = by_seed(comparison.own), by_seed(comparison.other)
+    pairs = Pairs({}, {})
+    for seed in sorted(own.keys() & other.keys()):
+        one, two = own[seed], other[seed]
+        fits = {name: getattr(one, name) == getattr(two, name) for name in ("clips", "steps", "commit")}
+        if comparison.goes_on:
+            fits["steps"] = one.steps.startswith(f"{two.steps}+")
+        reasons = [f"{name} {getattr(one, name)} and {getattr(two, name)}" for name, fit in fits.items() if not fit]
+        if reasons:
+            pairs.refused[seed] = f"its rows have {'; '.join(reasons)}"
+        else:
+            pairs.values[seed] = one.value, two.value
+    return pairs
+
+
 def gains(rows: Sequence[Row], comparison: Comparison) -> dict[int, float]:
-    """Seed -> difference, positive where the claim is right, for the seeds that have both."""
-    own = values_of(rows, comparison.claim, comparison.own, comparison.metric)
-    other = values_of(rows, comparison.claim, comparison.other, comparison.metric)
+    """Seed -> difference, positive where the claim is right, for the seeds whose rows may be compared."""
     sign = 1 if HIGHER_IS_BETTER[comparison.metric] else -1
-    return {seed: sign * (own[seed] - other[seed]) for seed in sorted(own.keys() & other.keys())}
+    return {seed: sign * (own - other) for seed, (own, other) in pair(rows, comparison).values.items()}
 
 
 def verdict(differences: Sequence[float]) -> str:
     """By the rule at the head of this file."""
     if not differences:
         return "not measured"
-    if len(differences) < 2:
+    if len(differences) < LEAST_SEEDS:
         return "not decided"
     mean = statistics.fmean(differences)
     if mean <= 0:
         return "does not hold at this size"
     error = statistics.stdev(differences) / len(differences) ** 0.5
-    return "holds" if min(differences) > 0 and mean > 2 * error else "not decided"
+    quantile = float(stdtrit(len(differences) - 1, 1 - LEVEL))  # of Student's t
+    return "holds" if min(differences) > 0 and mean > quantile * error else "not decided"
 
 
 def overall(rows: Sequence[Row], claim: str) -> str:
-    """The verdict on a claim: that of its comparisons if they agree; the weakest of them otherwise."""
+    """The verdict on a claim, that of its weakest comparison, and which of its comparisons decide."""
     compared = [comparison for comparison in COMPARISONS if comparison.claim == claim and not comparison.is_extra]
     found = [verdict([*gains(rows, comparison).values()]) for comparison in compared]
     weakest = min(found, key=("does not hold at this size", "not measured", "not decided", "holds").index)
     count = f" ({found.count('holds')} of {len(found)} comparisons hold)" if len(found) > 1 else ""
-    return f"**Claim ({claim}): {weakest}**{count}"
+    return f"**Claim ({claim}): {weakest}**{count}; {DECIDES[claim]}."
 
 
 def sentence(rows: Sequence[Row], comparison: Comparison) -> str:
     """One comparison in words."""
-    found = gains(rows, comparison)
+    found, pairs = gains(rows, comparison), pair(rows, comparison)
     start = f"{comparison.says[0].upper()}{comparison.says[1:]}: {verdict([*found.values()])}"
+    refused = "".join(f" Seed {seed} is left out: {reason}." for seed, reason in pairs.refused.items())
     if not found:
-        return f"{start}."
-    own, other = (
-        values_of(rows, comparison.claim, variant, comparison.metric) for variant in (comparison.own, comparison.other)
-    )
+        return f"{start}.{refused}"
     digits, mean = DIGITS[comparison.metric] + 1, statistics.fmean(found.values())
-    base = statistics.fmean(other[seed] for seed in found)
+    own, base = (statistics.fmean(values) for values in zip(*pairs.values.values(), strict=True))
     share = f", {100 * mean / abs(base):+.1f} %" if base else ""
-    numbers = f"{statistics.fmean(own[seed] for seed in found):.{digits}f} against {base:.{digits}f}"
+    numbers = f"{own:.{digits}f} against {base:.{digits}f}"
     seeds = " ".join(f"{gain:+.{digits}f}" for gain in found.values())
     right = sum(gain > 0 for gain in found.values())
     return (
         f"{start}. {comparison.metric} {numbers}; gain {mean:+.{digits}f}{share}, by seed {seeds}, "
-        f"right in {right} of {len(found)}."
+        f"right in {right} of {len(found)}.{refused}"
     )
 
 
 def markdown(rows: Sequence[Row], claims: Sequence[str]) -> str:
-    """A table and the sentences for each claim."""
-    parts = []
+    """The rule, then a table and the sentences for each claim."""
+    most = max((row.clips for row in rows), default=0)
+    parts = [RULE.format(clips=f"{most} " if most else "")]
     for claim in (name for name in CLAIMS if name in claims):
-        variants = list(dict.fromkeys(row.variant for row in rows if row.claim == claim))
         compared = [comparison for comparison in COMPARISONS if comparison.claim == claim]
         lines = [f"- {'also: ' if comparison.is_extra else ''}{sentence(rows, comparison)}" for comparison in compared]
-        table = _table(rows, claim, variants) if variants else ""
+        table = _tables([row for row in rows if row.claim == claim])
         parts.append(
             "\n\n".join(part for part in (f"## {TITLES[claim]}", table, overall(rows, claim), "\n".join(lines)) if part)
         )
     return "\n\n".join(parts) + "\n"
 
 
-def _table(rows: Sequence[Row], claim: str, variants: Sequence[str]) -> str:
+def _tables(rows: Sequence[Row]) -> str:
+    """A table of the rows of one claim, or one for each number of clips, which then stands above it."""
+    numbers = sorted({row.clips for row in rows}, reverse=True)
+    if len(numbers) < 2:
+        return _table(rows) if rows else ""
+    tables = {number: _table([row for row in rows if row.clips == number]) for number in numbers}
+    return "\n\n".join(
+        f"Of {number} clips, not to be compared with rows of other clips:\n\n{table}"
+        for number, table in tables.items()
+    )
+
+
+def _table(rows: Sequence[Row]) -> str:
     """Mean and standard deviation over seeds; beside each the number of clips and steps."""
-    metrics = [name for name in SHOWN[claim] if any(row.claim == claim and row.metric == name for row in rows)]
+    claim, variants = rows[0].claim, dict.fromkeys(row.variant for row in rows)
+    metrics = [name for name in SHOWN[claim] if any(row.metric == name for row in rows)]
     arrows = [f"{name} {'↑' if HIGHER_IS_BETTER[name] else '↓'}" for name in metrics]
     lines = [["variant", *arrows, "seeds", "clips", "steps"]]
     for variant in variants:
-        own = [row for row in rows if row.claim == claim and row.variant == variant]
+        own = [row for row in rows if row.variant == variant]
         cells = [spread([*values_of(own, claim, variant, name).values()], DIGITS[name]) for name in metrics]
         clips, steps = (", ".join(sorted({str(getattr(row, name)) for row in own})) for name in ("clips", "steps"))
         lines.append([variant, *cells, str(len({row.seed for row in own})), clips, steps])

@@ -1,10 +1,20 @@
 """The words of tools/claims.py's plan: settings, tasks, the rows that they give, and the plan that holds them."""
 
+import hashlib
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
 
 from claims_animate import Job
+
+from dreamdance.recipe import Recipe, load_recipe
+from dreamdance.runs.file_states import FileStamp
+from dreamdance.runs.files import hash_file
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "recipes/demo"
 
 
 @dataclass(frozen=True)
@@ -49,10 +59,64 @@ class Task:
     steps: str = ""
     scales_from: str | None = None
 
+    @cached_property
+    def recipe(self) -> Recipe | None:
+        """What the launcher runs; None for clips.
+
+        Raises:
+            RecipeError: a word is refused.
+        """
+        return load_recipe(DEMO / f"{self.words[0]}.yaml", list(self.words[1:])) if self.words else None
+
+    @cached_property
+    def identity(self) -> str:
+        """Differs if anything differs that is known before it runs, except for what it needs and for the code.
+
+        That is: the task, its recipes with all their values, and the files of the base models that they name.
+        """
+        recipes: list[Recipe] = [job.recipe for job in self.jobs] if self.recipe is None else [self.recipe]
+        resolved = [recipe.model_dump(mode="json") for recipe in recipes]
+        base = [base_weights(recipe) for recipe in recipes]
+        content = json.dumps([asdict(replace(self, seconds=0.0)), resolved, base], default=str)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def base_weights(recipe: Recipe, root: Path = ROOT) -> list[tuple[str, str]]:
+    """Name and SHA-256 of the weights and settings in each folder that a recipe's `model` names; its card is no part.
+
+    Args:
+        recipe: any recipe; those without a model have no base weights.
+        root: the project's folder, in which relative paths lie.
+    """
+    model, found = getattr(recipe, "model", None), list[tuple[str, str]]()
+    for network in ("unet", "autoencoder", "image_encoder"):
+        source = getattr(model, network, None)
+        if source is None or source.path is None:
+            continue
+        folder = root / source.path / (source.subfolder or "")
+        files = sorted(file for file in folder.rglob("*") if file.suffix in (".safetensors", ".json"))
+        found += [(f"{network}: {file.relative_to(folder)}", _hash(file, FileStamp.of(file))) for file in files]
+    return found
+
+
+@cache
+def _hash(file: Path, stamp: FileStamp) -> str:
+    """Read once for all tasks, and again if it was replaced."""
+    return hash_file(file)
+
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of an evaluation's table, under the name that it has in the CSV file."""
+    """A row of an evaluation's table, under the name that it has in the CSV file.
+
+    Attributes:
+        name: in the CSV file.
+        evaluation: the task whose table has the row.
+        row: its name there; empty for the row that `best_scales` chooses under the variant's name.
+        steps: of its model.
+        metrics: what the CSV file gets.
+        is_last_half: whether only the clips count that did not choose the guidance scales.
+    """
 
     name: str
     evaluation: str

@@ -1,6 +1,7 @@
-"""What `tools/claims.py` would do for hours: its plan, what it resumes, its rule, and maps of a chosen error."""
+"""What `tools/claims.py` would do for hours: its plan, what it resumes, and maps of a chosen error."""
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,38 +11,32 @@ import torch
 from support.tool_modules import load_tool
 
 from dreamdance.evaluation.clips import read_result
+from dreamdance.inference.manifest import ManifestEntry
 from dreamdance.inference.results import ClipResult, is_done
 from dreamdance.launch.run_folder import differences
-from dreamdance.recipe import AnimateRecipe, Stage1Recipe, Stage2Recipe, load_recipe
+from dreamdance.recipe import AnimateRecipe, Stage1Recipe, Stage2Recipe
 
 ROOT = Path(__file__).parents[2]
 
-tasks, plans, tables, plots, tool, clips = (
-    load_tool(name)
-    for name in ("claims_tasks", "claims_plan", "claims_table", "claims_plot", "claims", "claims_animate")
-)
+clips, tasks, plans, tool = (load_tool(f"claims{name}") for name in ("_animate", "_tasks", "_plan", ""))
 SETTINGS = tasks.Settings(Path("runs/claims"))
 
 
-def whole_plan(seeds: tuple[int, ...] = (0, 1, 2)) -> "tasks.Plan":
-    return plans.make_plan(SETTINGS, plans.CLAIMS, seeds)
+@pytest.fixture(scope="module")
+def plan() -> "tasks.Plan":
+    """The whole plan; tests do not change it."""
+    return plans.make_plan(SETTINGS, plans.CLAIMS, (0, 1, 2))
 
 
-def recipe_of(name: str, seed: int = 0):
-    task = whole_plan().tasks[f"claims_s{seed}_{name}"]
-    return load_recipe(ROOT / f"recipes/demo/{task.words[0]}.yaml", list(task.words[1:]))
+def of_first_seed(plan: "tasks.Plan") -> "list[tasks.Task]":
+    return [task for task in plan.tasks.values() if not {"s1", "s2"} & {*task.name.split("_")}]
 
 
-def row(variant: str, seed: int, value: float, *, claim: str = "d", metric: str = "l1_body") -> "tables.Row":
-    return tables.Row(claim, variant, seed, metric, value, 12, "600", "abc", "2026-11-29")
-
-
-def test_claims_come_in_their_order_and_share_their_trainings() -> None:
-    plan = whole_plan()
+def test_claims_come_in_their_order_and_share_their_trainings(plan: "tasks.Plan") -> None:
     assert [claim for claim, _ in plan.units] == [claim for claim in "cabdfeg" for _ in range(3)]
     trainings = [task for task in plan.tasks.values() if task.steps]
     # of each seed: stage 1's three steps, step 1 longer, and stage 2 whole, three times with a map left out, with a
-    # sum, without dropouts of maps, with the reference first, on stage 1's maps
+    # mean, without dropouts of maps, with the reference first, on stage 1's maps
     assert len(trainings) == 3 * (3 + 1 + 8)
     for claim in "cdeg":
         assert "claims_s0_stage2" in plan.with_needs(plan.units[claim, 0]), claim
@@ -54,26 +49,38 @@ def test_claims_come_in_their_order_and_share_their_trainings() -> None:
     assert all(places[need] < places[name] for name in ordered for need in plan.tasks[name].needs)
 
 
-def test_a_second_task_of_the_same_name_is_refused() -> None:
-    plan = whole_plan((0,))
+def test_a_second_task_of_the_same_name_is_refused(plan: "tasks.Plan") -> None:
     with pytest.raises(ValueError, match="two tasks are named claims_s0_stage2"):
         plan.add(replace(plan.tasks["claims_s0_stage2"], words=("stage2",)))
 
 
-def test_every_word_of_the_plan_is_accepted_by_its_recipe() -> None:
-    for task in whole_plan().tasks.values():
-        if task.words:
-            recipe = load_recipe(ROOT / f"recipes/demo/{task.words[0]}.yaml", list(task.words[1:]))
-            assert recipe.name == task.name
+def test_every_word_of_the_plan_is_accepted_by_its_recipe(plan: "tasks.Plan") -> None:
+    for task in of_first_seed(plan):
+        assert task.recipe is None or task.recipe.name == task.name
+        assert (task.recipe is None) == bool(task.jobs)
         for job in task.jobs:
             assert isinstance(job.recipe, AnimateRecipe)
 
 
-def test_three_seeds_are_meant_to_take_at_most_four_hours() -> None:
-    assert sum(task.seconds for task in whole_plan().tasks.values()) < 4 * 3600
+def test_the_demo_decides_what_trainings_predict_at_which_noise(plan: "tasks.Plan") -> None:
+    """A base model fits one parametrisation, which the demo's recipes name."""
+    trainings = [task for task in of_first_seed(plan) if task.steps]
+    assert len(trainings) == 12
+    for task in trainings:
+        changed = {word.split("=")[0] for word in task.words if word.startswith(("model.", "objective."))}
+        assert changed <= {
+            "model.controls", "model.geometry_attention", "objective.reference_first",
+            "objective.frame_control_dropout", "objective.modality_control_dropout"}, task.name  # fmt: skip
 
 
-def test_what_is_compared_differs_in_nothing_but_the_claim() -> None:
+def test_three_seeds_are_meant_to_take_at_most_four_hours(plan: "tasks.Plan") -> None:
+    assert sum(task.seconds for task in plan.tasks.values()) < 4 * 3600
+
+
+def test_what_is_compared_differs_in_nothing_but_the_claim(plan: "tasks.Plan") -> None:
+    def recipe_of(name: str):
+        return plan.tasks[f"claims_s0_{name}"].recipe
+
     def changed(one: str, other: str) -> set[str]:
         return {*differences(*(recipe_of(name).model_dump(mode="json") for name in (one, other)))} - {"name"}
 
@@ -83,21 +90,23 @@ def test_what_is_compared_differs_in_nothing_but_the_claim() -> None:
     for left_out in ("pose", "depth", "normal"):
         assert changed("stage2", f"stage2_no_{left_out}") == {"model.controls"}
         assert set(whole.model.controls) - set(recipe_of(f"stage2_no_{left_out}").model.controls) == {left_out}
-    assert changed("stage2", "stage2_sum") == {"model.geometry_attention"}
+    assert changed("stage2", "stage2_mean") == {"model.geometry_attention"}
     assert changed("stage2", "stage2_plain") == {f"objective.{kind}_control_dropout" for kind in ("frame", "modality")}
     assert changed("stage2", "stage2_first") == {"objective.reference_first", "data.num_frames"}
+    assert (whole.data.num_frames, recipe_of("stage2_first").data.num_frames) == (8, 9)
     assert {key.split(".")[1] for key in changed("stage2", "stage2_made")} == {"maps"}
     step2, longer = recipe_of("geometry"), recipe_of("domains_longer")
     assert isinstance(step2, Stage1Recipe)
     assert isinstance(longer, Stage1Recipe)
     assert (longer.init_from, longer.max_steps, longer.optimizer.lr) == (
         step2.init_from, step2.max_steps, step2.optimizer.lr)  # fmt: skip
-    assert longer.batch_size * longer.data.num_frames == 3 * step2.batch_size * step2.data.num_frames
+    assert longer.batch_size == step2.batch_size
+    assert (step2.train, step2.data.num_frames, longer.train, longer.data.num_frames) == ("geometry", 1, "domains", 3)
 
 
-def test_seeds_change_training_and_sampling() -> None:
-    assert [recipe_of("stage2", seed).seed for seed in (0, 2)] == [0, 2]
-    jobs = [whole_plan().tasks[f"claims_c_s{seed}_clips"].jobs[0].recipe for seed in (0, 2)]
+def test_seeds_change_training_and_sampling(plan: "tasks.Plan") -> None:
+    assert [plan.tasks[f"claims_s{seed}_stage2"].recipe.seed for seed in (0, 2)] == [0, 2]
+    jobs = [plan.tasks[f"claims_c_s{seed}_clips"].jobs[0].recipe for seed in (0, 2)]
     assert [job.seed for job in jobs] == [0, 2]
     assert jobs[0].animation_from != jobs[1].animation_from
     assert jobs[0].output != jobs[1].output
@@ -123,6 +132,107 @@ def test_what_is_noted_as_done_is_not_run_again_unless_it_or_what_it_needs_has_c
         "claims_c_s0_clips", "claims_c_s0_evaluate"}  # fmt: skip
     before.stamp(before.plan.tasks["claims_s0_temporal"]).write_text("{", encoding="utf-8")
     assert "claims_s0_temporal" not in noted(before), "a damaged note"
+    kept = before.stamp(before.plan.tasks["claims_dancers"])
+    kept.write_text(json.dumps({"key": before.key(before.plan.tasks["claims_dancers"])}), encoding="utf-8")
+    assert "claims_dancers" not in noted(before), "it began, and was killed"
+
+
+def test_a_changed_recipe_or_base_model_makes_another_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stage2.yaml", "animate.yaml"):
+        (tmp_path / name).write_bytes((plans.DEMO / name).read_bytes())
+    monkeypatch.setattr(tasks, "DEMO", tmp_path)
+    monkeypatch.setattr(clips, "RECIPE", tmp_path / "animate.yaml")
+    folder = tmp_path / "video"
+    for name, content in (("unet/config.json", "{}"), ("unet/a.safetensors", "1"), ("README.md", "a card")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
+
+    def training() -> str:
+        words = ("stage2", f"model.unet={{path: {folder}, subfolder: unet}}")
+        return tasks.Task("training", words).identity
+
+    def made() -> str:
+        return tasks.Task("made", jobs=(clips.Job("animation", ("seed=1",), "truth"),)).identity
+
+    found = {training()}
+    assert {training()} == found
+    assert tasks.base_weights(tasks.Task("t", ("stage2", f"model.unet={{path: {folder}}}")).recipe) == [
+        ("unet: unet/a.safetensors", "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"),  # of "1"
+        ("unet: unet/config.json", "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"),  # of "{}"
+    ]
+    (folder / "README.md").write_text("another card", encoding="utf-8")
+    (tmp_path / "stage2.yaml").write_text(f"# More words.\n{(tmp_path / 'stage2.yaml').read_text()}", encoding="utf-8")
+    assert {training()} == found, "words for people decide nothing"
+    (folder / "unet/a.safetensors").write_text("22", encoding="utf-8")
+    found |= {training()}
+    assert len(found) == 2
+    text = (tmp_path / "stage2.yaml").read_text(encoding="utf-8")
+    (tmp_path / "stage2.yaml").write_text(text.replace("warmup_steps: 30", "warmup_steps: 31"), encoding="utf-8")
+    assert len(found | {training()}) == 3
+    before, text = made(), (tmp_path / "animate.yaml").read_text(encoding="utf-8")
+    assert made() == before
+    (tmp_path / "animate.yaml").write_text(text.replace("window_overlap: 2", "window_overlap: 3"), encoding="utf-8")
+    assert made() != before
+
+
+def test_a_run_that_another_recipe_began_is_not_continued(tmp_path: Path) -> None:
+    plan = plans.make_plan(tasks.Settings(tmp_path), ["c"], [0])
+    runner = tool.Runner(plan, hours=4.0)
+    names = ("claims_s0_stage2", "claims_dancers", "claims_c_s0_evaluate")
+    for name in names:
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        runner.stamp(plan.tasks[name]).parent.mkdir(exist_ok=True)
+        runner.stamp(plan.tasks[name]).write_text('{"key": "another"}', encoding="utf-8")
+    (tmp_path / "claims_dancers").mkdir()
+    training, data, evaluation = (plan.tasks[name] for name in names)
+    with pytest.raises(tool.FailedError, match=f"remove {tmp_path}/runs/claims_s0_stage2, or give another --out"):
+        runner.run(training)
+    with pytest.raises(tool.FailedError, match=f"remove {tmp_path}/claims_dancers and {tmp_path}/runs/claims_dancers"):
+        runner.run(data)
+    runner._leave_nothing_of_others(evaluation)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["claims_dancers", "claims_s0_stage2"]
+    (tmp_path / "runs/claims_s0_stage2").rmdir()
+    runner._leave_nothing_of_others(training)  # nothing is left of the other one
+
+
+def test_the_commit_says_whether_files_differ_from_it(tmp_path: Path) -> None:
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org", *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    (tmp_path / "tools").mkdir()
+    for name in ("code.py", "tools/claims.csv", "tools/claims.svg"):
+        (tmp_path / name).write_text("old", encoding="utf-8")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "A commit")
+    clean = git("rev-parse", "--short=12", "HEAD")
+    (tmp_path / "tools/claims.csv").write_text("new", encoding="utf-8")  # which the command itself writes
+    assert tool.commit(tmp_path) == clean
+    (tmp_path / "code.py").write_text("new", encoding="utf-8")
+    assert tool.commit(tmp_path) == f"{clean}-dirty"
+
+
+def test_a_trial_never_writes_the_committed_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    committed = ROOT / "tools/claims.csv"
+    assert tool.parse([]).table == committed
+    assert tool.parse(["c", "--seeds", "0", "--out", "elsewhere"]).table == committed
+    words = (["--steps", "3"], ["--clips", "2"], ["--training-clips", "6"], ["--stage1", "batch_size=4"],
+             ["--stage2", "batch_size=4"])  # fmt: skip
+    for trial in words:
+        assert tool.parse([*trial, "--out", str(tmp_path)]).table == tmp_path / "claims.csv"
+        with pytest.raises(SystemExit):
+            tool.parse([*trial, "--table", "tools/claims.csv"])
+        assert "a trial needs another --table" in capsys.readouterr().err
+
+
+def test_relative_folders_lie_in_the_project_wherever_the_command_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = tool.parse(["--out", "some/folder", "--table", "some/numbers.csv"])
+    assert (options.out, options.settings.out) == (ROOT / "some/folder",) * 2
+    assert options.table == ROOT / "some/numbers.csv"
 
 
 def test_nothing_begins_that_would_end_after_the_hours(tmp_path: Path) -> None:
@@ -130,87 +240,6 @@ def test_nothing_begins_that_would_end_after_the_hours(tmp_path: Path) -> None:
     with pytest.raises(tool.OutOfTimeError, match="claims_dancers takes about 30s"):
         tool.Runner(plan, hours=0.001).run_unit(("c", 0))
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("differences", "said"),
-    [
-        ([], "not measured"),
-        ([0.1], "not decided"),
-        ([0.10, 0.11, 0.12], "holds"),
-        ([0.01, 0.30, 0.02], "not decided"),  # all positive, mean .11, standard error .095
-        ([-0.01, 0.2, 0.2], "not decided"),
-        ([0.0, 0.0, 0.0], "does not hold at this size"),
-        ([-0.1, -0.2, 0.1], "does not hold at this size"),
-        ([-0.1], "not decided"),
-    ],
-)
-def test_the_rule_of_a_sentence(differences: list[float], said: str) -> None:
-    assert tables.verdict(differences) == said
-
-
-def test_a_sentence_pairs_seeds_and_knows_which_way_is_better() -> None:
-    lower = next(one for one in tables.COMPARISONS if one.claim == "d")
-    rows = [row(name, seed, value) for name, values in {"attention": (0.10, 0.20), "sum": (0.11, 0.212)}.items()
-            for seed, value in enumerate(values)]  # fmt: skip
-    rows.append(row("sum", 2, 0.5))  # whose partner is not measured
-    assert tables.gains(rows, lower) == pytest.approx({0: 0.01, 1: 0.012})
-    said = tables.sentence(rows, lower)
-    assert "on true maps: holds. l1_body 0.15000 against 0.16100; gain +0.01100, +6.8 %" in said
-    assert "right in 2 of 2" in said
-    higher = replace(lower, metric="psnr_body")
-    swapped = [replace(one, metric="psnr_body") for one in rows]
-    assert tables.gains(swapped, higher) == pytest.approx({0: -0.01, 1: -0.012})
-    assert tables.sentence(rows, replace(lower, own="absent")).endswith(": not measured.")
-
-
-def test_a_claim_holds_only_if_all_its_comparisons_hold() -> None:
-    rows = [row(name, seed, value + 0.001 * seed, claim="c") for seed in range(3) for name, value in
-            {"all_three": 0.1, "no_pose": 0.2, "no_depth": 0.2}.items()]  # fmt: skip
-    assert tables.overall(rows, "c") == "**Claim (c): not measured** (2 of 3 comparisons hold)"
-    rows += [row("no_normal", seed, 0.05, claim="c") for seed in range(3)]
-    assert tables.overall(rows, "c").startswith("**Claim (c): does not hold at this size** (2 of 3")
-    rows = [replace(one, value=0.3) if one.variant == "no_normal" else one for one in rows]
-    assert tables.overall(rows, "c").startswith("**Claim (c): holds** (3 of 3")
-    rows += [row("all_three_made", seed, 9.0, claim="c") for seed in range(3)]
-    rows += [row("no_pose_made", seed, 1.0, claim="c") for seed in range(3)]
-    assert tables.overall(rows, "c").startswith("**Claim (c): holds**"), "stage 1's maps do not count"
-
-
-def test_the_csv_file_keeps_what_was_not_measured_again(tmp_path: Path) -> None:
-    path = tmp_path / "claims.csv"
-    tables.merge(path, [row("sum", 0, 0.5), row("sum", 1, 0.25)])
-    merged = tables.merge(path, [row("sum", 0, 0.125), row("all_three", 0, 1.0, claim="c")])
-    assert [(one.claim, one.variant, one.seed, one.value) for one in merged] == [
-        ("c", "all_three", 0, 1.0), ("d", "sum", 0, 0.125), ("d", "sum", 1, 0.25)]  # fmt: skip
-    assert tables.read(path) == merged
-
-
-def test_guidance_scales_are_chosen_on_clips_that_do_not_judge_them() -> None:
-    def scores(rgb: float, normal: float, depth: float) -> dict[str, float]:
-        return {"l1": rgb, "angular_error_mean": normal, "abs_rel": depth}
-
-    rows = {"this run": scores(1.0, 1.0, 1.0)}
-    for domain in plans.DOMAINS:
-        for scale in plans.SCALES[1:]:
-            rows[plans.scaled(domain, scale)] = scores(2.0, 2.0, 2.0)
-    rows |= {plans.scaled("one", scale): scores(1.5, 0.9, 1.5) for scale in plans.SCALES[1:]}
-    rows["rgb_scale_1"], rows["normal_scale_0p5"] = scores(0.5, 9.0, 9.0), scores(9.0, 0.5, 9.0)
-    rows["one_scale_2p5"] = scores(0.5, 1.0, 1.0)
-    worse = {name: scores(0.0, 0.0, 0.0) for name in rows}  # the second half would choose something else
-    table = {"clips": {"a": rows, "b": rows, "c": worse, "d": worse}}
-    assert tables.best_scales(table) == ({"rgb": 1.0, "normal": 0.5, "depth": 0.0}, "one_scale_2p5")
-    assert tables.mean_of(table, "rgb_scale_1", "l1", tables.last_half(["a", "b", "c", "d"])) == 0.0
-
-
-def test_the_tables_and_the_picture_say_what_was_not_measured() -> None:
-    rows = [row("attention", seed, 0.1 + 0.01 * seed) for seed in range(3)]
-    text = tables.markdown(rows, ["d", "a"])
-    assert "| attention | 0.1100 +- 0.0100 | 3 | 12 | 600 |" in text
-    assert "Geometry attention brings normals and depth into agreement: not measured." in text
-    picture = plots.draw(rows)
-    assert picture.count("<circle") == 3
-    assert picture.count("not measured") == 3 + 6  # lines of this claim, and the other claims
 
 
 def test_maps_of_no_error_are_true_and_of_the_whole_error_those_that_were_made() -> None:
@@ -224,6 +253,32 @@ def test_maps_of_no_error_are_true_and_of_the_whole_error_those_that_were_made()
     # half of the way lies on the bisector
     np.testing.assert_allclose((half * true).sum(-1), (half * made).sum(-1), atol=1e-6)
     np.testing.assert_array_equal(clips.mix_normals(true, -true, 0.5), true)
+
+
+def test_a_clip_is_made_again_from_other_maps_other_truth_or_in_another_size(tmp_path: Path) -> None:
+    entry = ManifestEntry("clip", tmp_path / "reference.png", keypoints=tmp_path / "keypoints.json", line=1)
+    files = ("reference.png", "keypoints.json", "made/clip/arrays.npz", "truth/index.json")
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"old")
+
+    def request(stage: str, error: float = 1.0, *words: str, weights: str = "w") -> str:
+        job = clips.Job(stage, ("seed=1", *words), str(tmp_path / "truth"), str(tmp_path / "made"), error)
+        return json.dumps(clips.describe_request(job, entry, weights))
+
+    def all_requests() -> list[str]:
+        return [request("animation"), request("animation", 0.0), request("geometry")]
+
+    before = all_requests()
+    assert all_requests() == before
+    assert len({*before, request("animation", 0.5), request("animation", weights="v")}) == 5
+    assert request("animation", 1.0, "geometry_width=128", "geometry_height=192") not in before
+    # which of the three kinds of clips a file is a part of: with stage 1's maps, with true maps alone, stage 1's own
+    for name, used in zip(files, ([1, 1, 1], [1, 1, 1], [1, 0, 0], [1, 1, 0]), strict=True):
+        (tmp_path / name).write_bytes(b"newer")
+        after = all_requests()
+        assert [int(one != other) for one, other in zip(before, after, strict=True)] == used, name
+        before = after
 
 
 def test_a_result_is_complete_for_its_request_alone_and_is_what_evaluate_reads(tmp_path: Path) -> None:
