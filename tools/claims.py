@@ -1,6 +1,7 @@
-"""Measures the paper's claims on rendered dancers with exact truth.
+"""Measures the demo's aims and the paper's claims on rendered dancers with exact truth.
 
-    python tools/claims.py                         # all claims, three seeds, at most 4 hours on two cores
+    python tools/claims.py                         # all of them, three seeds, at most 4 hours on two cores
+    python tools/claims.py demo                    # only the demo's aims: what it trains is shared with the claims
     python tools/claims.py c a --seeds 0 --list    # only what they would train, and how long that takes
 
 Called by tools/claims.sh. Every training is a recipe of recipes/demo with a few words changed, by the launcher; claims
@@ -25,9 +26,10 @@ from typing import Any
 
 from claims_animate import Job
 from claims_comparisons import TITLES
+from claims_markdown import markdown
 from claims_plan import CLAIMS, guidance_words, make_plan
 from claims_plot import draw
-from claims_table import best_scales, collect, markdown, merge
+from claims_table import best_scales, collect, merge
 from claims_tasks import ROOT, Plan, Settings, Task
 
 from dreamdance.recipe import EvaluateRecipe

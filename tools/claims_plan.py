@@ -1,48 +1,45 @@
-"""What tools/claims.py trains, animates and evaluates: tasks that claims share, and what is compared with what.
+"""What tools/claims.py trains, animates and evaluates: tasks that parts share, and what is compared with what.
 
 Nothing here runs anything. A task is a call of the launcher, or clips of one stage alone (tools/claims_animate.py); its
 name is the run's name, and equal names are one task, so that claims share trainings.
 """
 
 import json
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache, cached_property
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from claims_animate import Job
-from claims_tasks import DEMO, Plan, Settings, Task, Variant
+from claims_costs import (
+    DENOISING_WORD,
+    GEOMETRY_SECONDS,
+    ROW_SECONDS,
+    START_SECONDS,
+    STEP_SECONDS,
+    clip_seconds,
+    demo_steps,
+    denoising_steps,
+    training_recipe,
+    usual_steps,
+)
+from claims_tasks import Plan, Settings, Task, Variant
 
-from dreamdance.recipe import TrainingRecipe, load_recipe
+from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW
+from dreamdance.evaluation.trivial import MEAN_COLOUR, MEAN_OF_TRAINING, REPEATED_REFERENCE
 
-# In the issue's order, which is the order of work.
-CLAIMS = ("c", "a", "b", "d", "f", "e", "g")
-# Most steps of a training, so that three seeds take 4 hours.
-MOST_STEPS = {"stage2": 400}
-# Seconds on two idle cores: of a step of each training, of a start, of one clip of a stage, of one row of a table.
-STEP_SECONDS = {"stage1_domains": 0.27, "stage1_geometry": 0.25, "stage1_temporal": 0.3, "stage2": 0.6}
-START_SECONDS, CLIP_SECONDS, ROW_SECONDS = 20.0, {"geometry": 0.6, "animation": 1.4}, 3.0
+# In the order of work: the demo's aims, then the claims.
+CLAIMS = ("demo", "c", "a", "b", "d", "f", "e", "g")
 # Scales of Eq. 6 that are swept, of all domains together and of each alone.
 SCALES = (0.0, 0.5, 1.0, 2.5)
 DOMAINS = {"rgb": "l1", "normal": "angular_error_mean", "depth": "abs_rel"}
 # How much of stage 1's error the maps have.
 MAP_ERRORS = {"_error_0": 0.0, "_error_half": 0.5, "_error_1": 1.0, "_error_2": 2.0}
 WINDOW = 8
-FRAME_METRICS = ("l1_body", "psnr_body", "ssim_body", "l1", "psnr", "ssim", "lpips_alex")
+FRAME_METRICS = ("l1_body", "psnr_body", "ssim_body", "l1", "psnr", "ssim", "lpips_alex", "grain")
 MAP_METRICS = ("consistency_angle", "angular_error_mean", "abs_rel", "l1")
-
-
-@cache
-def training_recipe(name: str) -> TrainingRecipe:
-    """A training of the demo as its file describes it."""
-    recipe = load_recipe(DEMO / f"{name}.yaml")
-    assert isinstance(recipe, TrainingRecipe)
-    return recipe
-
-
-def usual_steps(name: str) -> int:
-    """Steps of a training: its recipe's, up to a limit."""
-    return min(training_recipe(name).max_steps, MOST_STEPS.get(name, sys.maxsize))
+# The trivial answers, under the names that they have in the CSV file.
+TRIVIAL = {"reference_repeated": REPEATED_REFERENCE, "mean_colour": MEAN_COLOUR, "training_mean": MEAN_OF_TRAINING}
 
 
 def make_plan(settings: Settings, claims: Sequence[str], seeds: Sequence[int]) -> Plan:
@@ -129,6 +126,7 @@ class Builder:
         of_data, manifest = ("_pairs", "pairs.jsonl") if data == "claims_pairs" else ("", "manifest.jsonl")
         kind = "".join(f"_{name}_{value}" for name, value in fields.items() if name != "maps")
         kind += f"_{variant}" if any("guidance_scales" in word for word in words) or variant == "own_scales" else ""
+        kind += "".join(f"_steps_{word.removeprefix(DENOISING_WORD)}" for word in words if DENOISING_WORD in word)
         self._folders[variant] = f"{self.out}/results/{model.removeprefix('claims_')}{of_data}{kind}"
         overrides = (
             f"manifest={self.out}/{data}/{manifest}",
@@ -146,7 +144,7 @@ class Builder:
         return self.animate(f"s{self.seed}_{label}", [job], needs=(model, data or self.data())), self._folders[label]
 
     def animate(self, label: str, jobs: Sequence[Job], *, needs: Iterable[str], scales_from: str | None = None) -> str:
-        clips = sum(CLIP_SECONDS[job.stage] * (1 + _is_guided(job)) for job in jobs if job not in self.plan.jobs)
+        clips = sum(clip_seconds(job) for job in jobs if job not in self.plan.jobs)
         self.plan.jobs |= {*jobs}
         task = Task(
             f"claims_{label}_clips",
@@ -166,7 +164,7 @@ class Builder:
         metrics: tuple[str, ...],
         data: str | None = None,
         truth: str | None = None,
-        trivial: bool = False,
+        trivial: Collection[str] = (),
     ) -> str:
         """One table of several results.
 
@@ -177,7 +175,7 @@ class Builder:
             metrics: what the CSV file gets.
             data: `claims_pairs`, or the dancers.
             truth: name under which the truth's own row enters the CSV file.
-            trivial: whether the repeated reference enters it too.
+            trivial: names of the trivial answers that enter it too.
         """
         name, (first, *others) = f"claims_{label}_evaluate", rows
         data = data or self.data()
@@ -188,14 +186,15 @@ class Builder:
             f"results={self._folders[first]}",
             f"truth.local={self.out}/{data}/validation",
         ]
-        words += ["training_set=null", f"compare={json.dumps(compare)}"]
+        training_set = f".local={self.out}/{data}/train" if "training_mean" in trivial else "=null"
+        words += [f"training_set{training_set}", f"compare={json.dumps(compare)}"]
         words += [] if "lpips_alex" in metrics else ["metrics.networks=[]"]
         seconds = START_SECONDS + ROW_SECONDS * len(rows) * self.settings.clips / 12
         for variant, model in rows.items():
-            row = "this run" if variant == first else variant
+            row = RESULT_ROW if variant == first else variant
             self.variants.append(Variant(variant, name, row, self.plan.tasks[model].steps, metrics))
-        self.variants += [Variant(truth, name, "truth itself", "", metrics)] if truth else []
-        self.variants += [Variant("reference_repeated", name, "reference repeated", "", metrics)] if trivial else []
+        self.variants += [Variant(truth, name, TRUTH_ROW, "", metrics)] if truth else []
+        self.variants += [Variant(answer, name, TRIVIAL[answer], "", metrics) for answer in trivial]
         return self.plan.add(Task(name, tuple(words), (), tuple(needs), seconds))
 
     def stage2_table(
@@ -204,25 +203,52 @@ class Builder:
         map_errors: Mapping[str, float],
         *,
         words: Mapping[str, tuple[str, ...]] | None = None,
+        metrics: tuple[str, ...] = FRAME_METRICS,
+        trivial: Collection[str] = ("reference_repeated",),
     ) -> list[str]:
-        """Clips of several stage 2 with maps of several errors, and their table."""
+        """Clips of several stage 2 with maps of several errors, and their table.
+
+        Args:
+            models: start of a variant's name -> its training.
+            map_errors: end of a variant's name -> how much of stage 1's error its maps have.
+            words: a start or an end of names -> further words for their clips.
+            metrics, trivial: see `evaluate`.
+        """
         maps, folder = self.maps() if any(map_errors.values()) else (self.data(), None)
-        jobs, rows = [], {}
+        jobs, rows, words = [], {}, words or {}
         for ending, error in map_errors.items():
             for variant, model in models.items():
                 name = f"{variant}{ending}"
-                of_model = (words or {}).get(variant, ())
+                own = (*words.get(variant, ()), *words.get(ending, ()))
                 given: dict[str, Any] = {"maps": folder if error else None, "map_error": error}
-                jobs.append(self.job("animation", name, model, *of_model, **given))
+                jobs.append(self.job("animation", name, model, *own, **given))
                 rows[name] = model
         clips = self.animate(self.label, jobs, needs=(self.data(), *models.values(), maps))
-        return [self.evaluate(self.label, rows, needs=[clips], metrics=FRAME_METRICS, trivial=True)]
+        return [self.evaluate(self.label, rows, needs=[clips], metrics=metrics, trivial=trivial)]
 
     @cached_property
     def label(self) -> str:
         return f"{self.claim}_s{self.seed}"
 
-    # The claims
+    # The demo and the claims
+
+    def claim_demo(self) -> list[str]:
+        """What the demo makes, and the same with true maps, at several numbers of denoising steps.
+
+        Clips of as many steps as the demo takes are those of claim c.
+        """
+        errors, words = dict[str, float](), {}
+        for maps, error in (("made", 1.0), ("true", 0.0)):
+            for steps in denoising_steps():
+                errors[f"_{maps}_{steps}"] = error
+                words[f"_{maps}_{steps}"] = () if steps == demo_steps() else (f"{DENOISING_WORD}{steps}",)
+        metrics = ("angular_error_mean", "abs_rel", *FRAME_METRICS)
+        table = self.stage2_table({"maps": self.stage2()}, errors, words=words, metrics=metrics, trivial=TRIVIAL)
+        self.variants = [
+            replace(variant, metrics=FRAME_METRICS) if variant.name.startswith("maps_true_") else variant
+            for variant in self.variants
+        ]
+        return table
 
     def claim_c(self) -> list[str]:
         """Pose, depth and normal against each one left out (Table 3a), on true maps, which decide, and stage 1's."""
@@ -253,9 +279,11 @@ class Builder:
         A frozen or blurred answer has little flicker too: the maps' errors and the repeated reference show it.
         """
         models = {"with_temporal": self.temporal(), "without_temporal": self.geometry()}
-        return self._stage1_table(models, ("flicker", *MAP_METRICS), trivial=True)
+        return self._stage1_table(models, ("flicker", *MAP_METRICS), trivial=["reference_repeated"])
 
-    def _stage1_table(self, models: Mapping[str, str], metrics: tuple[str, ...], *, trivial: bool = False) -> list[str]:
+    def _stage1_table(
+        self, models: Mapping[str, str], metrics: tuple[str, ...], *, trivial: Collection[str] = ()
+    ) -> list[str]:
         jobs = [self.job("geometry", variant, model) for variant, model in models.items()]
         clips = self.animate(self.label, jobs, needs=(self.data(), *models.values()))
         return [self.evaluate(self.label, models, needs=[clips], metrics=metrics, truth="truth", trivial=trivial)]
@@ -288,7 +316,7 @@ class Builder:
         table = self.evaluate(f"{self.label}_own", {"own_scales": model}, needs=[own], metrics=MAP_METRICS)
         del self.variants[measured:]  # on the clips that did not choose the scales
         steps = self.plan.tasks[model].steps
-        self.variants.append(Variant("own_scales", table, "this run", steps, MAP_METRICS, is_last_half=True))
+        self.variants.append(Variant("own_scales", table, RESULT_ROW, steps, MAP_METRICS, is_last_half=True))
         for chosen in ("one_best_for_normals", "one_best_on_average"):
             self.variants.append(Variant(chosen, sweep, "", steps, MAP_METRICS, is_last_half=True))
         return [sweep, table]
@@ -331,14 +359,14 @@ class Builder:
         clips = self.animate(f"{self.label}_pairs", jobs, needs=(data, model, *needs))
         rows = {"align_bones": model, "align_none": model}
         pairs = self.evaluate(f"{self.label}_pairs", rows, needs=[clips], metrics=FRAME_METRICS, data=data)
-        self.variants.append(Variant("pairs_reference_repeated", pairs, "reference repeated", "", FRAME_METRICS))
+        self.variants.append(Variant("pairs_reference_repeated", pairs, REPEATED_REFERENCE, "", FRAME_METRICS))
         return [*table, pairs]
 
     def _encoded(self) -> str:
         """Stage 1's maps of the training clips."""
         data, model, name = self.data(), self.temporal(), f"claims_s{self.seed}_encode_maps"
         words = (f"name={name}", f"shards.local={self.out}/{data}/train", f"output={self.out}/claims_s{self.seed}_maps")
-        seconds = START_SECONDS + CLIP_SECONDS["geometry"] * self.settings.training_clips
+        seconds = START_SECONDS + GEOMETRY_SECONDS * self.settings.training_clips
         task = Task(
             name, ("encode_maps", *words, f"geometry_from={model}", f"seed={self.seed}"), (), (data, model), seconds
         )
@@ -348,11 +376,6 @@ class Builder:
 def scaled(domain: str, scale: float) -> str:
     """The name of a variant with one guidance scale, such as `normal_scale_0p5`; `one` for all domains."""
     return f"{domain}_scale_{scale:g}".replace(".", "p")
-
-
-def _is_guided(job: Job) -> bool:
-    """Whether each step takes a second, unconditional pass."""
-    return any("guidance_scales" in word or word.endswith("_own_scales") for word in job.overrides)
 
 
 def guidance_words(scales: Mapping[str, float]) -> str:

@@ -7,7 +7,9 @@ import statistics
 from collections.abc import Sequence
 from html import escape
 
+from claims_aims import BEST, MADE, TRUE
 from claims_comparisons import COMPARISONS, TITLES
+from claims_costs import denoising_steps
 from claims_plan import CLAIMS, DOMAINS, SCALES, scaled
 from claims_table import HIGHER_IS_BETTER, Row, values_of
 
@@ -28,8 +30,10 @@ def draw(rows: Sequence[Row]) -> str:
     parts, top = list[str](), 10
     for claim in CLAIMS:
         compared = [comparison for comparison in COMPARISONS if comparison.claim == claim]
-        metric = compared[0].metric
+        metric = "l1_body" if claim == "demo" else compared[0].metric
         named = dict.fromkeys(name for one in compared for name in (one.own, one.other))
+        if claim == "demo":
+            named = dict.fromkeys([*(f"{maps}_{steps}" for maps in (MADE, TRUE) for steps in denoising_steps()), *BEST])
         found = {name: values_of(rows, claim, name, metric) for name in named}
         panel, height = _panel(TITLES[claim], metric, {name: [*values.values()] for name, values in found.items()})
         parts.append(f'<g transform="translate(0 {top})">{panel}</g>')

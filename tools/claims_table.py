@@ -15,22 +15,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from claims_comparisons import COMPARISONS, DECIDES, SHOWN, TITLES, Comparison
+from claims_comparisons import COMPARISONS, DECIDES, Comparison
 from claims_plan import CLAIMS, DOMAINS, SCALES, scaled
 from claims_tasks import Plan, Task, Variant
 from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 from dreamdance.evaluation.scores import METRICS
+from dreamdance.evaluation.table import RESULT_ROW
 
 HIGHER_IS_BETTER = {metric.key: metric.higher_is_better for metric in METRICS}
+IS_RELATIVE = {metric.key: metric.is_relative for metric in METRICS}
 DIGITS = {metric.key: metric.digits for metric in METRICS}
 LEAST_SEEDS, LEVEL = 3, 0.05
-RULE = (
-    "Tables show mean +- standard deviation over seeds. A comparison holds if every seed's difference is right and "
-    "their mean is above zero by Student's t (one-sided, 5 %; all seeds judge the same {clips}clips, so the spread is "
-    "that of training and sampling, not of people). It does not hold at this size if the mean is zero or below. "
-    "Otherwise, and with fewer than three seeds, it is not decided."
-)
 
 
 @dataclass(frozen=True)
@@ -38,7 +34,7 @@ class Row:
     """A line of the CSV file.
 
     Attributes:
-        claim: its letter.
+        claim: its letter, or `demo`.
         variant: what was compared.
         seed: of training and sampling.
         metric: a key of `table.json`.
@@ -128,7 +124,7 @@ def best_scales(table: Mapping[str, Any]) -> BestScales:
         value = mean_of(table, row, metric, clips)
         return float("inf") if value is None else value
 
-    unguided = "this run"
+    unguided = RESULT_ROW
     rows = {scale: scaled("one", scale) for scale in SCALES}
     rows[0.0] = unguided
 
@@ -252,52 +248,3 @@ def sentence(rows: Sequence[Row], comparison: Comparison) -> str:
         f"{start}. {comparison.metric} {numbers}; gain {mean:+.{digits}f}{share}, by seed {seeds}, "
         f"right in {right} of {len(found)}.{refused}"
     )
-
-
-def markdown(rows: Sequence[Row], claims: Sequence[str]) -> str:
-    """The rule, then a table and the sentences for each claim."""
-    most = max((row.clips for row in rows), default=0)
-    parts = [RULE.format(clips=f"{most} " if most else "")]
-    for claim in (name for name in CLAIMS if name in claims):
-        compared = [comparison for comparison in COMPARISONS if comparison.claim == claim]
-        lines = [f"- {'also: ' if comparison.is_extra else ''}{sentence(rows, comparison)}" for comparison in compared]
-        table = _tables([row for row in rows if row.claim == claim])
-        parts.append(
-            "\n\n".join(part for part in (f"## {TITLES[claim]}", table, overall(rows, claim), "\n".join(lines)) if part)
-        )
-    return "\n\n".join(parts) + "\n"
-
-
-def _tables(rows: Sequence[Row]) -> str:
-    """A table of the rows of one claim, or one for each number of clips, which then stands above it."""
-    numbers = sorted({row.clips for row in rows}, reverse=True)
-    if len(numbers) < 2:
-        return _table(rows) if rows else ""
-    tables = {number: _table([row for row in rows if row.clips == number]) for number in numbers}
-    return "\n\n".join(
-        f"Of {number} clips, not to be compared with rows of other clips:\n\n{table}"
-        for number, table in tables.items()
-    )
-
-
-def _table(rows: Sequence[Row]) -> str:
-    """Mean and standard deviation over seeds; beside each the number of clips and steps."""
-    claim, variants = rows[0].claim, dict.fromkeys(row.variant for row in rows)
-    metrics = [name for name in SHOWN[claim] if any(row.metric == name for row in rows)]
-    arrows = [f"{name} {'↑' if HIGHER_IS_BETTER[name] else '↓'}" for name in metrics]
-    lines = [["variant", *arrows, "seeds", "clips", "steps"]]
-    for variant in variants:
-        own = [row for row in rows if row.variant == variant]
-        cells = [spread([*values_of(own, claim, variant, name).values()], DIGITS[name]) for name in metrics]
-        clips, steps = (", ".join(sorted({str(getattr(row, name)) for row in own})) for name in ("clips", "steps"))
-        lines.append([variant, *cells, str(len({row.seed for row in own})), clips, steps])
-    lines.insert(1, ["---", *["--:"] * len(metrics), "--:", "--:", "---"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    """`mean +- standard deviation`, the mean alone for one seed, `-` for none."""
-    if not values:
-        return "-"
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return f"{mean} +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean

@@ -32,13 +32,13 @@ def of_first_seed(plan: "tasks.Plan") -> "list[tasks.Task]":
     return [task for task in plan.tasks.values() if not {"s1", "s2"} & {*task.name.split("_")}]
 
 
-def test_claims_come_in_their_order_and_share_their_trainings(plan: "tasks.Plan") -> None:
-    assert [claim for claim, _ in plan.units] == [claim for claim in "cabdfeg" for _ in range(3)]
+def test_the_demo_and_the_claims_come_in_their_order_and_share_their_trainings(plan: "tasks.Plan") -> None:
+    assert [claim for claim, _ in plan.units] == [part for part in ("demo", *"cabdfeg") for _ in range(3)]
     trainings = [task for task in plan.tasks.values() if task.steps]
     # of each seed: stage 1's three steps, step 1 longer, and stage 2 whole, three times with a map left out, with a
     # mean, without dropouts of maps, with the reference first, on stage 1's maps
     assert len(trainings) == 3 * (3 + 1 + 8)
-    for claim in "cdeg":
+    for claim in ("demo", *"cdeg"):
         assert "claims_s0_stage2" in plan.with_needs(plan.units[claim, 0]), claim
     for claim in "abf":
         assert not {"stage2"} & {plan.tasks[name].words[0] for name in plan.with_needs(plan.units[claim, 0])
@@ -139,7 +139,7 @@ def test_what_is_noted_as_done_is_not_run_again_unless_it_or_what_it_needs_has_c
 
 def test_a_changed_recipe_or_base_model_makes_another_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("stage2.yaml", "animate.yaml"):
-        (tmp_path / name).write_bytes((plans.DEMO / name).read_bytes())
+        (tmp_path / name).write_bytes((tasks.DEMO / name).read_bytes())
     monkeypatch.setattr(tasks, "DEMO", tmp_path)
     monkeypatch.setattr(clips, "RECIPE", tmp_path / "animate.yaml")
     folder = tmp_path / "video"

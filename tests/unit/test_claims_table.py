@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from support.tool_modules import load_tool
 
-tasks, plans, compared, tables, plots, tool = (
-    load_tool(f"claims{name}") for name in ("_tasks", "_plan", "_comparisons", "_table", "_plot", "")
+tasks, plans, compared, tables, texts, plots, tool = (
+    load_tool(f"claims{name}") for name in ("_tasks", "_plan", "_comparisons", "_table", "_markdown", "_plot", "")
 )
 
 
@@ -111,7 +111,7 @@ def test_less_flicker_is_not_the_only_number_of_temporal_attention(plan: "tasks.
               for metric, *values in scores
               for name, steps, value in zip(("with_temporal", "without_temporal"), ("1+1", "1"), values, strict=True)
               for seed in range(3)]  # fmt: skip
-    text = tables.markdown(frozen, ["f"])
+    text = texts.markdown(frozen, ["f"])
     assert "**Claim (f): holds**" in text
     assert "a frozen or blurred answer has little flicker too" in text
     assert text.count("a guard against frozen and blurred answers: does not hold at this size.") == 2
@@ -200,21 +200,21 @@ def test_own_scales_reach_the_clips_and_only_tables_of_this_plan_are_collected(t
     assert (found["one_best_for_normals", normals].value, found["one_best_for_normals", normals].clips) == (8.0, 2)
     assert (found["one_scale_1", normals].value, found["one_scale_1", normals].clips) == (pytest.approx(4.4), 4)
     assert collected(runner_of(clips=4)) == {}, "tables of other settings"
-    text = tables.markdown([*found.values()], ["b"])
+    text = texts.markdown([*found.values()], ["b"])
     assert text.index("Of 4 clips, not") < text.index("| one_scale_1 |") < text.index("Of 2 clips, not")
     assert text.index("Of 2 clips, not") < text.index("| own_scales |")
 
 
 def test_the_tables_and_the_picture_say_what_was_not_measured_and_by_which_rule() -> None:
     rows = [row("attention", seed, 0.1 + 0.01 * seed) for seed in range(3)]
-    text = tables.markdown(rows, ["d", "a"])
+    text = texts.markdown(rows, ["d", "a"])
     assert "| attention | 0.1100 +- 0.0100 | 3 | 12 | 600 |" in text
     assert "mean +- standard deviation over seeds" in text
     assert "one-sided, 5 %; all seeds judge the same 12 clips" in text
     assert "on 3 frames x 1 drawn domain): not measured." in text
     picture = plots.draw(rows)
     assert picture.count("<circle") == 3
-    assert picture.count("not measured") == 3 + 6 + 1  # lines of this claim, the other claims, and the sweep
+    assert picture.count("not measured") == 3 + 6 + 2  # lines of this claim, the other claims, the demo, and the sweep
 
 
 def test_the_picture_has_a_curve_for_each_domain_that_is_swept_and_one_for_all() -> None:

@@ -1,0 +1,183 @@
+"""The demo's aims in numbers, and which of them the rows of tools/claims.py reach.
+
+An aim is judged by the mean over at least three seeds, of equal steps, on at least twelve held-out clips; otherwise it
+reads "not measured". That more denoising steps never make the frames worse is judged by the worst seed.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from claims_costs import demo_animation, demo_steps, denoising_steps
+from claims_plan import TRIVIAL
+from claims_table import DIGITS, HIGHER_IS_BETTER, IS_RELATIVE, LEAST_SEEDS, Row
+
+CLIPS = 12
+BEST = tuple(TRIVIAL)
+REFERENCE = ("reference_repeated",)
+MADE, TRUE = "maps_made", "maps_true"
+DEMO = f"{MADE}_{demo_steps()}"
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a row of the demo's table should reach.
+
+    Attributes:
+        says: the aim, at the head of its sentence.
+        metric: a key of `table.json`.
+        needed: with `against` the share by which the row must be better, where 0 means better at all; otherwise the
+            least value, or the most distance from 1 of a metric whose best value is 1.
+        against: trivial answers, of which the best counts; none for the value itself.
+        row: a variant.
+    """
+
+    says: str
+    metric: str
+    needed: float
+    against: tuple[str, ...] = ()
+    row: str = DEMO
+
+
+@dataclass(frozen=True)
+class StepsAim:
+    """More denoising steps never make a metric worse.
+
+    Attributes:
+        maps: the variants' name without their number of steps.
+        metric: a key of `table.json`.
+        says: which maps these are.
+    """
+
+    maps: str
+    metric: str
+    says: str
+
+    @property
+    def tolerance(self) -> float:
+        """What is not called worse: a difference of one in the last digit of the table."""
+        return float(f"1e-{DIGITS[self.metric]}")
+
+
+AIMS = (
+    Aim("Normals' mean angle at least 40 % below the best trivial answer's", "angular_error_mean", 0.40, BEST),
+    Aim("Depth's AbsRel at least 55 % below the best trivial answer's", "abs_rel", 0.55, BEST),
+    Aim("Whole frames' L1 below the repeated reference's", "l1", 0.0, REFERENCE),
+    Aim("L1 inside the body at least 25 % below the best trivial answer's", "l1_body", 0.25, BEST),
+    Aim("PSNR inside the body at least 19 dB", "psnr_body", 19.0),
+    Aim("LPIPS below the repeated reference's", "lpips_alex", 0.0, REFERENCE),
+    Aim("No grain: the background's detail within 20 % of the truth's", "grain", 0.20),
+)
+STEPS_AIMS = tuple(
+    StepsAim(maps, metric, says)
+    for maps, says in ((MADE, "stage 1's maps"), (TRUE, "true maps"))
+    for metric in ("l1", "l1_body", "lpips_alex")
+)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One aim: what it is, whether it is reached, and the numbers that say so."""
+
+    says: str
+    verdict: str
+    numbers: str = ""
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.says}: {self.verdict}.{f' {self.numbers}.' if self.numbers else ''}"
+
+
+def aims_text(rows: Sequence[Row]) -> str:
+    """How many aims are reached, then a sentence for each."""
+    judged = [*(judge(rows, aim) for aim in AIMS), *(judge_steps(rows, aim) for aim in STEPS_AIMS)]
+    reached = sum(one.verdict == "reached" for one in judged)
+    recipe = demo_animation()
+    head = (
+        f"**{reached} of {len(judged)} aims are reached** at {recipe.width}x{recipe.height}. The demo's own row is "
+        f"{DEMO}: with the maps of its stage 1, in {demo_steps()} denoising steps."
+    )
+    return "\n\n".join([head, "\n".join(f"- {one.sentence}" for one in judged)])
+
+
+def judge(rows: Sequence[Row], aim: Aim) -> Judged:
+    """One aim, by the mean over the seeds."""
+    own, digits = _by_seed(rows, aim.row, aim.metric), DIGITS[aim.metric]
+    if not aim.against:
+        values = [row.value for row in own.values()]
+        if IS_RELATIVE[aim.metric]:
+            is_reached = _mean([abs(value - 1) for value in values]) <= aim.needed
+        else:
+            is_reached = _mean(values) >= aim.needed
+        text = f"{aim.metric} {_mean(values):.{digits}f}, by seed {_listed(values, f'.{digits}f')}" if own else ""
+        return Judged(aim.says, _verdict(own, is_reached), text)
+    best = {seed: found for seed, row in own.items() if (found := _best_rival(rows, aim, row)) is not None}
+    own = {seed: own[seed] for seed in best}
+    sign = 1 if HIGHER_IS_BETTER[aim.metric] else -1
+    gains = [100 * sign * (own[seed].value / rival.value - 1) for seed, rival in best.items()]
+    is_reached = _mean(gains) >= 100 * aim.needed if aim.needed else _mean(gains) > 0
+    mean, rival = (_mean([row.value for row in found.values()]) for found in (own, best))
+    text = (
+        f"{aim.metric} {mean:.{digits}f} against {rival:.{digits}f} "
+        f"({', '.join(dict.fromkeys(row.variant for row in best.values()))}); {abs(_mean(gains)):.1f} % "
+        f"{'better' if _mean(gains) >= 0 else 'worse'}, by seed {_listed(gains, '+.1f')}"
+    )
+    return Judged(aim.says, _verdict(own, is_reached), text if own else "")
+
+
+def judge_steps(rows: Sequence[Row], aim: StepsAim) -> Judged:
+    """Each number of steps against the one before it, by the worst seed of those that have all of them."""
+    says = f"More denoising steps never make {aim.metric} worse, on {aim.says}"
+    steps, digits, sign = denoising_steps(), DIGITS[aim.metric], -1 if HIGHER_IS_BETTER[aim.metric] else 1
+    found = [_by_seed(rows, f"{aim.maps}_{number}", aim.metric) for number in steps]
+    own = {seed: row for seed, row in found[0].items() if all(_is_same_work(one.get(seed), row) for one in found)}
+    if not own:
+        return Judged(says, _verdict(own, False))
+    values = {number: [one[seed].value for seed in own] for number, one in zip(steps, found, strict=True)}
+    means = [f"{_mean(of_steps):.{digits}f} at {number}" for number, of_steps in values.items()]
+    worse = {
+        f"{more} against {fewer}": [sign * (b - a) for a, b in zip(values[fewer], values[more], strict=True)]
+        for fewer, more in pairwise(steps)
+    }
+    changes = "; ".join(f"{pair} {_listed(found, f'+.{digits + 1}f')}" for pair, found in worse.items())
+    is_reached = max(change for found in worse.values() for change in found) <= aim.tolerance
+    text = f"{aim.metric} {', '.join(means)} steps; by seed, {changes} (worse above {aim.tolerance:g})"
+    return Judged(says, _verdict(own, is_reached), text)
+
+
+def _by_seed(rows: Sequence[Row], variant: str, metric: str) -> dict[int, Row]:
+    return {row.seed: row for row in rows if (row.claim, row.variant, row.metric) == ("demo", variant, metric)}
+
+
+def _is_same_work(one: Row | None, other: Row) -> bool:
+    """Whether two rows may be compared: they have the same clips and commit."""
+    return one is not None and (one.clips, one.commit) == (other.clips, other.commit)
+
+
+def _best_rival(rows: Sequence[Row], aim: Aim, own: Row) -> Row | None:
+    """The best of the trivial answers in this seed."""
+    found = [_by_seed(rows, variant, aim.metric).get(own.seed) for variant in aim.against]
+    rivals = [row for row in found if row is not None and _is_same_work(row, own)]
+    choose = max if HIGHER_IS_BETTER[aim.metric] else min
+    return choose(rivals, key=lambda row: row.value) if rivals else None
+
+
+def _verdict(own: Mapping[int, Row], is_reached: bool) -> str:
+    """The rule at the head of this file; `own` are the demo's rows by seed."""
+    if not own:
+        return "not measured"
+    if len({(row.clips, row.steps) for row in own.values()}) > 1:
+        return "not measured (its seeds differ in clips or steps of training)"
+    clips = min(row.clips for row in own.values())
+    if len(own) < LEAST_SEEDS or clips < CLIPS:
+        return f"not measured ({len(own)} of {LEAST_SEEDS} seeds, {clips} of {CLIPS} clips)"
+    return "reached" if is_reached else "not reached"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else float("nan")
+
+
+def _listed(values: Sequence[float], form: str) -> str:
+    return " ".join(f"{value:{form}}" for value in values)
