@@ -7,8 +7,10 @@
 Called by tools/claims.sh. Every training is a recipe of recipes/demo with a few words changed, by the launcher; claims
 share trainings. What is complete is not run again, and a training that was killed continues; what another recipe or
 base model made is neither continued nor counted. The numbers are those of `evaluate`'s table.json. Trainings start from
-what recipes/demo names: where that is a base model, all seeds share it, and it decides much of the result. Relative
-paths lie in the project's folder. Exit codes: 0 done, 1 a part failed, 3 the hours are up: the same command continues.
+what recipes/demo names: where that is a base model, all seeds share it, and it decides much of the result. LPIPS needs
+the weights that `bash tools/networks.sh` fetches; without them nothing begins that would need them. Relative paths lie
+in the project's folder. Exit codes: 0 done, 1 a part failed or weights are missing, 3 the hours are up: the same
+command continues.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
@@ -32,6 +35,7 @@ from claims_plot import draw
 from claims_table import best_scales, collect, merge
 from claims_tasks import ROOT, Plan, Settings, Task
 
+from dreamdance.evaluation.network_metrics import open_networks
 from dreamdance.recipe import EvaluateRecipe
 from dreamdance.runs.durations import duration
 from dreamdance.runs.files import write_atomically
@@ -58,6 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(describe(plan, runner, with_parts=options.list), flush=True)
     if options.list:
         return 0
+    if absent := absent_networks(plan, runner.is_done, ROOT):
+        print(f"\nclaims: run bash tools/networks.sh first: {'; '.join(absent)}", file=sys.stderr)
+        return 1
     code = 0
     try:
         for unit in plan.units:
@@ -67,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\nclaims: {reason}", file=sys.stderr)
         code = 3 if isinstance(reason, OutOfTimeError) else 1
     rows = merge(options.table, collect(plan, runner.is_done))
-    options.table.with_suffix(".svg").write_text(draw(rows), encoding="utf-8")
+    write_atomically(options.table.with_suffix(".svg"), draw(rows))
     print(f"\n{markdown(rows, claims)}\n{runner.times()}")
     print(f"\nnumbers: {options.table}, plot: {options.table.with_suffix('.svg')}")
     return code
@@ -123,6 +130,26 @@ def describe(plan: Plan, runner: "Runner", *, with_parts: bool) -> str:
             steps = f"{task.steps} steps, " if task.steps else ""
             lines.append(f"    {task.name}: {steps}about {duration(task.seconds)}")
     return "\n".join([*lines, f"In all about {duration(total)} on two idle cores."])
+
+
+def absent_networks(plan: Plan, is_done: Callable[[Task], bool], root: Path) -> list[str]:
+    """What the evaluations to do would leave out of their tables, because weights are missing or damaged.
+
+    Args:
+        plan: what is measured.
+        is_done: whether a task is done (`Runner.is_done`).
+        root: the project's folder, in which relative paths lie.
+
+    Returns:
+        A reason for each network, as `evaluate` gives it; empty if all are there, or none is needed.
+    """
+    reasons = dict[str, None]()
+    for task in plan.tasks.values():
+        if isinstance(task.recipe, EvaluateRecipe) and not is_done(task):
+            settings = task.recipe.metrics
+            found = open_networks(settings.model_copy(update={"weights": str(root / settings.weights)}))
+            reasons |= dict.fromkeys(found.absent.values())
+    return list(reasons)
 
 
 class Runner:

@@ -7,7 +7,7 @@ reads "not measured". That more denoising steps never make the frames worse is j
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations
 
 from claims_costs import demo_animation, demo_steps, denoising_steps
 from claims_plan import TRIVIAL
@@ -127,7 +127,7 @@ def judge(rows: Sequence[Row], aim: Aim) -> Judged:
 
 
 def judge_steps(rows: Sequence[Row], aim: StepsAim) -> Judged:
-    """Each number of steps against the one before it, by the worst seed of those that have all of them."""
+    """Each number of steps against each smaller one, by the worst seed of those that have all of them."""
     says = f"More denoising steps never make {aim.metric} worse, on {aim.says}"
     steps, digits, sign = denoising_steps(), DIGITS[aim.metric], -1 if HIGHER_IS_BETTER[aim.metric] else 1
     found = [_by_seed(rows, f"{aim.maps}_{number}", aim.metric) for number in steps]
@@ -138,7 +138,7 @@ def judge_steps(rows: Sequence[Row], aim: StepsAim) -> Judged:
     means = [f"{_mean(of_steps):.{digits}f} at {number}" for number, of_steps in values.items()]
     worse = {
         f"{more} against {fewer}": [sign * (b - a) for a, b in zip(values[fewer], values[more], strict=True)]
-        for fewer, more in pairwise(steps)
+        for fewer, more in combinations(steps, 2)
     }
     changes = "; ".join(f"{pair} {_listed(found, f'+.{digits + 1}f')}" for pair, found in worse.items())
     is_reached = max(change for found in worse.values() for change in found) <= aim.tolerance

@@ -65,8 +65,8 @@ _OWN_SCALES = "a guidance scale for each domain lowers"
 _FOR_NORMALS = "the one scale for all domains that is best for normals"
 _ON_AVERAGE = "the one scale for all domains that is best on average over the domains"
 _TRAININGS_OF_A = (
-    "(step 2 trains the attention alone, on 1 frame x 3 domains; its rival trains all weights of step 1 for as many "
-    "steps, on 3 frames x 1 drawn domain)"
+    "(step 2 trains the attention alone, at a learning rate of its own, on 1 frame x 3 domains; its rival trains all "
+    "weights of step 1 for as many steps, at step 1's learning rate with step 2's warmup, on 3 frames x 1 drawn domain)"
 )
 _WITHOUT_TEMPORAL = "(its rival is the same model before step 3, without temporal attention)"
 COMPARISONS = (

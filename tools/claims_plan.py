@@ -109,9 +109,12 @@ class Builder:
         return self.train("stage1_temporal", "temporal", init=self.geometry())
 
     def domains_longer(self) -> str:
-        """As many further steps as step 2 has, with as many pictures and its learning rate, without the attention."""
+        """As many further steps as step 2 has, on as many pictures and with its warmup, without the attention.
+
+        The learning rate stays that of step 1: step 2's is one for a new attention alone, not for trained weights.
+        """
         step2 = training_recipe("stage1_geometry")
-        words = [f"optimizer.lr={step2.optimizer.lr:g}", f"optimizer.warmup_steps={step2.optimizer.warmup_steps}"]
+        words = [f"optimizer.warmup_steps={step2.optimizer.warmup_steps}"]
         words += ["data.num_frames=3", f"max_steps={step2.max_steps}"]
         return self.train("stage1_domains", "domains_longer", *words, init=self.domains())
 
@@ -268,7 +271,7 @@ class Builder:
         """Geometry attention against none, after as many steps (Fig. 8).
 
         They differ in more than the attention: step 2 trains the attention alone, on 1 frame x 3 domains; its rival
-        trains all weights of step 1, on 3 frames x 1 drawn domain.
+        trains all weights of step 1, at step 1's learning rate, on 3 frames x 1 drawn domain.
         """
         models = {"with_geometry": self.geometry(), "without_geometry": self.domains_longer(), "step_1": self.domains()}
         return self._stage1_table(models, MAP_METRICS)

@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 from dreamdance.evaluation.scores import METRICS
 from dreamdance.evaluation.table import RESULT_ROW
+from dreamdance.runs.files import write_atomically
 
 HIGHER_IS_BETTER = {metric.key: metric.higher_is_better for metric in METRICS}
 IS_RELATIVE = {metric.key: metric.is_relative for metric in METRICS}
@@ -141,14 +143,15 @@ def best_scales(table: Mapping[str, Any]) -> BestScales:
 
 
 def merge(path: Path, new: Iterable[Row]) -> list[Row]:
-    """Rewrites the CSV file with new rows in place of those of the same claim, variant, seed and metric."""
+    """Replaces the CSV file by one with new rows in place of those of the same claim, variant, seed and metric."""
     merged = {(row.claim, row.variant, row.seed, row.metric): row for row in [*read(path), *new]}
     rows = sorted(merged.values(), key=lambda row: CLAIMS.index(row.claim))  # stable: otherwise in the order of work
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**asdict(row), "value": f"{row.value:.6g}"} for row in rows)
+    text = StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**asdict(row), "value": f"{row.value:.6g}"} for row in rows)
+    write_atomically(path, text.getvalue())
     return rows
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.networks import require_weights
 from support.tool_modules import load_tool
 
 from dreamdance.evaluation.clips import read_result
@@ -98,8 +99,11 @@ def test_what_is_compared_differs_in_nothing_but_the_claim(plan: "tasks.Plan") -
     step2, longer = recipe_of("geometry"), recipe_of("domains_longer")
     assert isinstance(step2, Stage1Recipe)
     assert isinstance(longer, Stage1Recipe)
-    assert (longer.init_from, longer.max_steps, longer.optimizer.lr) == (
-        step2.init_from, step2.max_steps, step2.optimizer.lr)  # fmt: skip
+    assert (longer.init_from, longer.max_steps, longer.optimizer.warmup_steps) == (
+        step2.init_from, step2.max_steps, step2.optimizer.warmup_steps)  # fmt: skip
+    # above all, the learning rate stays step 1's
+    assert {key for key in changed("domains", "domains_longer") if not key.startswith("validation.")} == {
+        "init_from", "max_steps", "optimizer.warmup_steps", "data.num_frames"}  # fmt: skip
     assert longer.batch_size == step2.batch_size
     assert (step2.train, step2.data.num_frames, longer.train, longer.data.num_frames) == ("geometry", 1, "domains", 3)
 
@@ -240,6 +244,31 @@ def test_nothing_begins_that_would_end_after_the_hours(tmp_path: Path) -> None:
     with pytest.raises(tool.OutOfTimeError, match="claims_dancers takes about 30s"):
         tool.Runner(plan, hours=0.001).run_unit(("c", 0))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_begins_whose_table_would_lack_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tool, "ROOT", tmp_path)  # without weights
+    words = ["c", "--seeds", "0", "--hours", "0", "--out", "some", "--table", "numbers.csv"]
+    assert tool.main(words) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"claims: run bash tools/networks.sh first: {tmp_path}/weights/networks/lpips/alexnet.ckpt")
+    assert list(tmp_path.iterdir()) == []
+    assert tool.main([*words, "--list"]) == 0
+    plan = plans.make_plan(SETTINGS, ["a", "b", "f"], [0])
+    assert tool.absent_networks(plan, lambda task: False, tmp_path) == [], "tables of stage 1 have no LPIPS"
+    plan = plans.make_plan(SETTINGS, ["c"], [0])
+    assert tool.absent_networks(plan, lambda task: "evaluate" in task.name, tmp_path) == [], "done before"
+
+
+def test_with_the_network_the_work_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = require_weights("lpips/alexnet.ckpt")
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/networks").symlink_to(weights.absolute())
+    words = ["c", "--seeds", "0", "--hours", "0", "--out", "some", "--table", "numbers.csv"]
+    assert tool.main(words) == 3, "of no hours"
 
 
 def test_maps_of_no_error_are_true_and_of_the_whole_error_those_that_were_made() -> None:

@@ -130,11 +130,13 @@ def test_more_steps_are_judged_by_the_worst_seed(monkeypatch: pytest.MonkeyPatch
     within = rows_of("l1", {**values, "maps_made_25": (0.03, 0.05009, 0.05)})
     assert aims.judge_steps(within, aim).sentence == (
         "More denoising steps never make l1 worse, on stage 1's maps: reached. l1 0.0533 at 3, 0.0467 at 10, 0.0434 at "
-        "25 steps; by seed, 10 against 3 -0.01000 +0.00000 -0.01000; 25 against 10 -0.01000 +0.00009 +0.00000 "
-        "(worse above 0.0001).")  # fmt: skip
+        "25 steps; by seed, 10 against 3 -0.01000 +0.00000 -0.01000; 25 against 3 -0.02000 +0.00009 -0.01000; "
+        "25 against 10 -0.01000 +0.00009 +0.00000 (worse above 0.0001).")  # fmt: skip
     assert (
         aims.judge_steps(rows_of("l1", {**values, "maps_made_25": (0.03, 0.0502, 0.05)}), aim).verdict == "not reached"
     )
+    slowly = {"maps_made_3": (0.05,) * 3, "maps_made_10": (0.05009,) * 3, "maps_made_25": (0.05018,) * 3}
+    assert aims.judge_steps(rows_of("l1", slowly), aim).verdict == "not reached", "twice within the tolerance"
     assert aims.judge_steps(rows_of("l1", values), aim).verdict == "not measured"
     one_seed = [row for row in within if row.seed == 0]
     assert aims.judge_steps(one_seed, aim).verdict.startswith("not measured (1 of 3 seeds")

@@ -135,10 +135,13 @@ def test_a_claim_holds_only_if_all_its_comparisons_hold() -> None:
 def test_the_csv_file_keeps_what_was_not_measured_again(tmp_path: Path) -> None:
     path = tmp_path / "claims.csv"
     tables.merge(path, [row("mean", 0, 0.5), row("mean", 1, 0.25)])
+    (tmp_path / "old.csv").hardlink_to(path)
     merged = tables.merge(path, [row("mean", 0, 0.125), row("all_three", 0, 1.0, claim="c")])
     assert [(one.claim, one.variant, one.seed, one.value) for one in merged] == [
         ("c", "all_three", 0, 1.0), ("d", "mean", 0, 0.125), ("d", "mean", 1, 0.25)]  # fmt: skip
     assert tables.read(path) == merged
+    assert [one.value for one in tables.read(tmp_path / "old.csv")] == [0.5, 0.25], "a new file replaces the old one"
+    assert len([*tmp_path.iterdir()]) == 2
 
 
 def sweep_table(judging: Sequence[float] = (0.0, 0.0, 0.0)) -> dict[str, object]:
