@@ -1,6 +1,5 @@
 """The sizes of tools/claims.py's work: steps of the demo's recipes, and how many seconds each part should take."""
 
-import sys
 from functools import cache
 
 from claims_animate import RECIPE, Job
@@ -8,8 +7,6 @@ from claims_tasks import DEMO
 
 from dreamdance.recipe import AnimateRecipe, TrainingRecipe, load_recipe
 
-# Most steps of a training, so that three seeds take 4 hours.
-MOST_STEPS = {"stage2": 400}
 # Seconds on two idle cores: of a step of each training, of a start, of a row of a table.
 STEP_SECONDS = {"stage1_domains": 0.25, "stage1_geometry": 0.25, "stage1_temporal": 0.4, "stage2": 0.6}
 START_SECONDS, ROW_SECONDS = 20.0, 3.0
@@ -35,11 +32,6 @@ def demo_animation() -> AnimateRecipe:
     recipe = load_recipe(RECIPE)
     assert isinstance(recipe, AnimateRecipe)
     return recipe
-
-
-def usual_steps(name: str) -> int:
-    """Steps of a training: its recipe's, up to a limit."""
-    return min(training_recipe(name).max_steps, MOST_STEPS.get(name, sys.maxsize))
 
 
 def demo_steps() -> int:

@@ -21,7 +21,6 @@ from claims_costs import (
     demo_steps,
     denoising_steps,
     training_recipe,
-    usual_steps,
 )
 from claims_tasks import Plan, Settings, Task, Variant
 
@@ -74,7 +73,7 @@ class Builder:
         """A training of this seed on the rendered dancers; `max_steps` may be among the words."""
         data, name = self.data(), f"claims_s{self.seed}_{label}"
         given = [int(word.removeprefix("max_steps=")) for word in words if word.startswith("max_steps=")]
-        steps = self.settings.steps or (given or [usual_steps(recipe)])[0]
+        steps = self.settings.steps or (given or [training_recipe(recipe).max_steps])[0]
         of_stage = self.settings.stage2 if recipe == "stage2" else self.settings.stage1
         before = () if init is None else (init,)
         replaced = ("max_steps=", "optimizer.warmup_steps=") if self.settings.steps else ("max_steps=",)
