@@ -95,6 +95,14 @@ def test_a_frozen_video_model_keeps_what_it_was_trained_to_predict(tmp_path):
         assert unfrozen.controlnet.config.prediction_type == wrong
 
 
+def test_a_dry_run_without_the_base_model_names_its_folder(tmp_path):
+    recipe = tiny_stage2_recipe()
+    source = NetworkSource(path=str(tmp_path / "nowhere"))
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"unet": source})})
+    with pytest.raises(RecipeError, match=f"in_channels is 8.* no network in '{source.path}', so the published one's"):
+        stage_of(recipe).build(device="meta")
+
+
 def test_the_image_step_trains_what_a_plain_unet_has():
     objective = stage_of(tiny_stage1_recipe("image")).build()
     names = stage_of(tiny_stage1_recipe("image")).set_trainable(objective)

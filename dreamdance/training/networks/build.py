@@ -13,7 +13,7 @@ from dreamdance.models.equal_rewrites import EQUAL_REWRITES, apply_equal_rewrite
 from dreamdance.models.gradient_checkpointing import set_checkpointing_level
 from dreamdance.recipe.model_sections import NetworkSource
 from dreamdance.recipe.training_sections import Sharding, TrainingData
-from dreamdance.training.networks.sources import require_weights
+from dreamdance.training.networks.sources import absent_folder
 from dreamdance.training.objectives.output import Objective
 
 _FROZEN_COMPONENTS = ("vae", "image_encoder")
@@ -88,7 +88,6 @@ def check_fit(
 
     Raises:
         RecipeError: they do not; the text lists every key that must change.
-        MissingInputError: they do not, and a published shape stands for weights that are not there.
     """
     channels = vae.config.latent_channels
     factor = downscale_factor(vae)
@@ -110,5 +109,6 @@ def check_fit(
         if pixels % factor
     ]
     if problems:
-        require_weights(source)
+        if (folder := absent_folder(source)) is not None:
+            problems.append(f"there is no network in '{folder}', so the published one's shape was taken")
         raise RecipeError("; ".join(problems))

@@ -81,14 +81,12 @@ def open_unet(
     return _load_diffusers(network_class, folder, key)
 
 
-def require_weights(source: NetworkSource) -> None:
-    """Checks that the folder of `model.unet` holds a network; a random network needs none.
-
-    Raises:
-        MissingInputError: the folder or its weights are not there.
-    """
-    if source.path is not None:
-        _require_weights(_folder(source.path, source.subfolder), "model.unet")
+def absent_folder(source: NetworkSource) -> Path | None:
+    """The folder that a recipe names for a network, if there is none in it; only a dry run goes on then."""
+    if source.path is None:
+        return None
+    folder = _folder(source.path, source.subfolder).absolute()
+    return None if (folder / "config.json").is_file() else folder
 
 
 def open_autoencoder(source: AutoencoderSource, *, temporal: bool, device: str) -> nn.Module:

@@ -20,7 +20,7 @@ from dreamdance.pipelines.sampling import StepCallback
 from dreamdance.recipe.model_sections import AutoencoderSource, ImageEncoderSource, NetworkSource
 from dreamdance.recipe.schema import Stage2Recipe
 from dreamdance.training.networks.build import check_fit, prepare_networks, seeded_networks
-from dreamdance.training.networks.sources import open_autoencoder, open_image_encoder, open_unet
+from dreamdance.training.networks.sources import absent_folder, open_autoencoder, open_image_encoder, open_unet
 from dreamdance.training.networks.trainability import names_with_gradient, train_only
 from dreamdance.training.objectives.animation import AnimationObjective
 from dreamdance.training.sample_pictures import Predictions, Samples, blur_maps, sample_animation, show
@@ -83,7 +83,8 @@ class AnimationStage:
         own, model = self.recipe.objective.prediction_type, self.recipe.model
         noted = unet.config.get(PREDICTION_TYPE)
         stored = noted or "v_prediction"
-        if model.unet.path is not None and model.unfreeze != "all" and stored != own:
+        is_there = model.unet.path is not None and absent_folder(model.unet) is None
+        if is_there and model.unfreeze != "all" and stored != own:
             known = f"was trained to predict {noted}" if noted else "has no note in its config.json, so it predicts "
             known += "" if noted else "v_prediction, as SVD"
             raise RecipeError(
