@@ -73,7 +73,8 @@ def create_or_check(recipe: Recipe, run_folder: Path, argv: Sequence[str]) -> No
     A run of `prepare` that has not finished a clip takes any other recipe of `prepare`.
 
     Raises:
-        DifferentRecipeError: the folder belongs to another recipe; the text names the keys that differ, old -> new.
+        DifferentRecipeError: the folder belongs to another recipe, or was begun with other base weights; the text names
+            the keys that differ, old -> new, or the file.
         OSError: the folder cannot be written; this shows before the first save.
     """
     stored = run_folder / RECIPE_FILE
@@ -88,6 +89,7 @@ def create_or_check(recipe: Recipe, run_folder: Path, argv: Sequence[str]) -> No
     starts = json.loads(provenance.read_text(encoding="utf-8"))["starts"] if provenance.is_file() else []
     known = starts[-1]["base_weights"] if starts else {}
     starts.append(_this_start(recipe, argv, known))
+    _refuse_other_weights(recipe, run_folder, known, starts[-1]["base_weights"])
     write_atomically(provenance, json.dumps({"starts": starts}, indent=2) + "\n")
     write_atomically(stored, dump_recipe(recipe))
 
@@ -256,6 +258,19 @@ def _base_weights(recipe: Recipe, known: dict[str, Any]) -> dict[str, Any]:
             if state is not None:
                 found[str(file)] = state.to_json()
     return found
+
+
+def _refuse_other_weights(recipe: Recipe, run_folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises DifferentRecipeError if a file of weights has other contents than at the run's last start."""
+    permitted = recipe.checkpoint.allow_changed if isinstance(recipe, TrainingRecipe) else []
+    other = [path for path in before.keys() & now.keys() if before[path].get("sha256") != now[path]["sha256"]]
+    for key, source in weight_sources(recipe).items():
+        changed = sorted(path for path in other if Path(path).is_relative_to(source.path))
+        if changed and not _covered(f"{key}.path", permitted):
+            remedy = "put the former file back, give this run another name (name=...), or remove that folder"
+            if isinstance(recipe, TrainingRecipe):
+                remedy += f"; checkpoint.allow_changed=[{key}] continues with the new weights"
+            raise DifferentRecipeError(f"{run_folder} began with another {changed[0]} ({key}): {remedy}")
 
 
 def weight_sources(recipe: Recipe) -> dict[str, Any]:

@@ -106,7 +106,9 @@ def test_a_lowered_max_steps_is_a_difference(run_folder):
 def test_permission_for_one_key_does_not_cover_another_with_the_same_beginning(run_folder):
     create_or_check(recipe(), run_folder, [])
     with pytest.raises(DifferentRecipeError, match=r"model\.pose_channels"):
-        create_or_check(recipe("model.pose_channels=[8, 16]", "checkpoint.allow_changed=[model.unet]"), run_folder, [])
+        create_or_check(
+            recipe("model.pose_channels=[8, 16, 32]", "checkpoint.allow_changed=[model.unet]"), run_folder, []
+        )
 
 
 def test_a_key_that_the_stored_recipe_lacks_has_its_default(run_folder):
@@ -196,7 +198,7 @@ def test_recipes_of_another_task_differ(run_folder):
     assert changed["max_steps"] == ("2000", "(not set)")
 
 
-def test_base_weights_are_hashed_once_and_again_only_when_they_change(run_folder, tmp_path, monkeypatch):
+def test_base_weights_are_hashed_once_and_others_do_not_continue_a_run(run_folder, tmp_path, monkeypatch):
     weights = tmp_path / "weights" / "unet"
     weights.mkdir(parents=True)
     file = weights / "model.safetensors"
@@ -204,8 +206,8 @@ def test_base_weights_are_hashed_once_and_again_only_when_they_change(run_folder
     words = ["model.unet.config=null", f"model.unet.path={weights.parent}", "model.unet.subfolder=unet"]
     words += ["data.height=64"]
 
-    def digest():
-        create_or_check(recipe(*words), run_folder, [])
+    def digest(*permitted):
+        create_or_check(recipe(*words, *permitted), run_folder, [])
         return json.loads((run_folder / "provenance.json").read_text())["starts"][-1]["base_weights"][str(file)][
             "sha256"
         ]
@@ -217,7 +219,11 @@ def test_base_weights_are_hashed_once_and_again_only_when_they_change(run_folder
     stamp = file.stat().st_mtime_ns
     file.write_bytes(b"other")
     os.utime(file, ns=(stamp, stamp))
-    assert digest() == hashlib.sha256(b"other").hexdigest(), "the same size and time, but written to"
+    for _ in range(2):  # a refused start is not recorded
+        with pytest.raises(DifferentRecipeError, match=r"began with another .*model.safetensors \(model.unet\): put"):
+            digest()
+    permitted = "checkpoint.allow_changed=[model.unet]"
+    assert digest(permitted) == hashlib.sha256(b"other").hexdigest(), "the same size and time, but written to"
 
 
 def test_two_launchers_cannot_start_one_run_at_the_same_moment(run_folder):
