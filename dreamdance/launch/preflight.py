@@ -60,7 +60,7 @@ class Missing:
 def missing(recipe: Recipe, recipe_file: Path, runs: Path, *, check_gpu: bool) -> list[Missing]:
     """Everything that the recipe needs and that is missing; empty if the run can start."""
     found = [
-        *_weights(recipe),
+        *_weights(recipe, recipe_file),
         *_data(recipe, recipe_file, runs),
         *_runs(recipe, recipe_file, runs),
         *_packages(recipe),
@@ -94,8 +94,11 @@ def report(recipe: Recipe, recipe_file: Path, runs: Path, problems: list[Missing
     return "\n".join(lines)
 
 
-def _weights(recipe: Recipe) -> Iterator[Missing]:
-    """One entry for each folder of weights, however many networks it contains."""
+def _weights(recipe: Recipe, recipe_file: Path) -> Iterator[Missing]:
+    """One entry for each folder of weights, however many networks it contains.
+
+    Weights that lie in the repository of the recipe are missing where the command runs in another folder.
+    """
     absent: dict[str, dict[str, Path]] = {}
     for key, source in weight_sources(recipe).items():
         folder = Path(source.path) / (source.subfolder or "")
@@ -104,6 +107,9 @@ def _weights(recipe: Recipe) -> Iterator[Missing]:
     for path, folders in absent.items():
         repository = DOWNLOADS.get(Path(path).name)
         remedy = f"hf download {repository} --local-dir {path}" if repository else "put the weights into that folder"
+        beside = [parent / path for parent in recipe_file.absolute().parents if (parent / path).is_dir()]
+        if beside:
+            remedy = " ".join(f"{key}.path={beside[0]}" for key in folders)
         if repository and "stable-video" in repository:
             remedy += " (first accept the licence on huggingface.co and run `hf auth login`)"
         looked = ", ".join(str(folder) for folder in folders.values())

@@ -31,7 +31,7 @@ ENDLESS = [
 ]
 ENDLESS += ["checkpoint.every_steps=5", "validation.loss_every_steps=100000", "validation.sample_every_steps=100000"]
 ENDLESS += ["validation.num_loss_clips=2", "validation.num_sample_clips=1", "cluster.tasks_per_node=2"]
-ENDLESS += ["cluster.gpus_per_node=0", "precision=fp32"]
+ENDLESS += ["cluster.gpus_per_node=0", "precision=fp32", f"model.unet.path={ROOT / 'recipes/base/image'}"]
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -25,6 +25,9 @@ from dreamdance.runs.layout import DONE_FOLDER, read_done
 DEMO = ROOT / "recipes" / "demo"
 NUM_CLIPS = 12
 STEP_TIMEOUT_SECONDS = 8
+# Smaller than the demo's, so that a clip takes seconds.
+SMALL = ("dancers.width=32", "dancers.height=48")
+SMALL_RESULTS = ("width=32", "height=48", "geometry_width=32", "geometry_height=48", "geometry.num_inference_steps=4")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Measured:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder with held-out clips and two trained stages."""
     folder = tmp_path_factory.mktemp("work")
-    words = [f"output={folder / 'data' / 'demo'}", "dancers.num_train_clips=2", "num_workers=1"]
+    words = [f"output={folder / 'data' / 'demo'}", "dancers.num_train_clips=2", "num_workers=1", *SMALL]
     prepare(
         load_recipe(DEMO / "prepare.yaml", [*words, f"dancers.num_validation_clips={NUM_CLIPS}"]), folder / "prepared"
     )
@@ -50,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_lost_ranks_clips_are_animated_by_the_next_attempt(cluster: Cluster, folder: Path):
     words = ("geometry_from=stage1", "animation_from=stage2", "cluster.nodes=2", "cluster.tasks_per_node=1")
-    words = (*words, f"output={folder / 'results' / 'faulty'}")
+    words = (*words, *SMALL_RESULTS, f"output={folder / 'results' / 'faulty'}")
     run = Run(cluster, folder, DEMO / "animate.yaml", "animated", *words, "animation.num_inference_steps=8")
     submitted = run.launch()
     assert submitted.returncode == 0, submitted.stderr
@@ -81,6 +84,7 @@ def measured(folder: Path) -> Measured:
     """All clips, animated and measured by one undisturbed process."""
     words = [f"output={folder / 'results' / 'whole'}", f"manifest={folder / 'data' / 'demo' / 'manifest.jsonl'}"]
     words += [f"{stage}_from={folder / name}" for stage, name in (("geometry", "stage1"), ("animation", "stage2"))]
+    words += SMALL_RESULTS
     animate(load_recipe(DEMO / "animate.yaml", words), folder / "animated_whole")
     data = [
         f"{key}.local={folder / 'data' / 'demo' / name}"
@@ -155,7 +159,7 @@ def test_the_jobs_of_an_array_share_the_clips_to_animate_and_to_measure(
 ):
     resources = ("cluster.array=2", "cluster.nodes=1", "cluster.tasks_per_node=1")
     output = folder / "results" / "array"
-    words = ("geometry_from=stage1", "animation_from=stage2", f"output={output}", *resources)
+    words = ("geometry_from=stage1", "animation_from=stage2", f"output={output}", *SMALL_RESULTS, *resources)
     run_array(Run(cluster, folder, DEMO / "animate.yaml", "animated_array", *words))
     found, whole = frames(output), frames(folder / "results" / "whole")
     assert set(found) == set(whole)
@@ -167,7 +171,7 @@ def test_the_jobs_of_an_array_share_the_clips_to_animate_and_to_measure(
 
 def test_the_parts_of_a_stopped_rank_are_prepared_by_the_other(cluster: Cluster, folder: Path):
     clips = ("dancers.num_train_clips=20", "dancers.num_validation_clips=2", "clips_per_part=2", "num_workers=1")
-    clips += ("dancers.num_frames=48",)  # seconds of work, so that the fault comes in the middle
+    clips += (*SMALL, "dancers.num_frames=48")  # seconds of work, so that the fault comes in the middle
     alone = load_recipe(DEMO / "prepare.yaml", [*clips, f"output={folder / 'data' / 'alone'}"])
     prepare(alone, folder / "prepared_alone")
     output = folder / "data" / "shared"

@@ -46,6 +46,16 @@ def test_stage_2_names_weights_data_and_gpus_with_the_way_to_each_and_the_demo()
     assert report.endswith("python launchers/slurm.py recipes/demo/stage2.yaml --follow")
 
 
+def test_a_base_model_of_the_repository_is_named_where_the_command_runs_elsewhere(monkeypatch):
+    """The demo's: its recipes name it from the repository's folder."""
+    elsewhere = Path("elsewhere")
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    name = ROOT / "recipes/demo/stage2.yaml"
+    problems = preflight.missing(load_recipe(name), name, Path("runs"), check_gpu=False)
+    assert f"model.unet.path={ROOT / 'recipes/base/video'}" in str(problems[0])
+
+
 @pytest.mark.parametrize(
     ("name", "what"),
     [
