@@ -93,7 +93,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "another number of clips or steps, or with further words)",
     )
     parser.add_argument(
-        "--hours", type=float, default=4.0, help="no part begins that would end later; each call counts anew (4)"
+        "--hours", type=float, default=4.0, help="no part begins that would end later; each call has all its hours (4)"
     )
     parser.add_argument("--clips", type=int, default=12, help="held-out dancers (12)")
     parser.add_argument("--training-clips", type=int, default=240, help="clips to train on (240)")
@@ -193,8 +193,8 @@ class Runner:
         else:
             self._animate(task)
         seconds = time.monotonic() - begun
-        told = f"{duration(seconds)}, {duration(time.monotonic() - self.started)} in all"
-        print(f"== {task.name}: {told}", flush=True)
+        took = f"{duration(seconds)}, {duration(time.monotonic() - self.started)} in all"
+        print(f"== {task.name}: {took}", flush=True)
         self._write_note(task, {**note, "seconds": round(seconds, 1)})
 
     def _leave_nothing_of_others(self, task: Task) -> None:

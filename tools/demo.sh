@@ -115,5 +115,5 @@ if [[ -z $image ]]; then
     exit
 fi
 
-step animate 250 'Animate your photo with your video' name=own_animate "manifest=$runs/own.jsonl" output=results/own
+step animate 300 'Animate your photo with your video' name=own_animate "manifest=$runs/own.jsonl" output=results/own
 printf '\nLook at results/own/%s/side_by_side.mp4. It is a toy: these networks have seen rendered people only.\n' "$own"

@@ -265,7 +265,8 @@ def _refuse_other_weights(recipe: Recipe, run_folder: Path, before: dict[str, An
     permitted = recipe.checkpoint.allow_changed if isinstance(recipe, TrainingRecipe) else []
     other = [path for path in before.keys() & now.keys() if before[path].get("sha256") != now[path]["sha256"]]
     for key, source in weight_sources(recipe).items():
-        changed = sorted(path for path in other if Path(path).is_relative_to(source.path))
+        folder = Path(source.path) / (source.subfolder or "")
+        changed = sorted(path for path in other if Path(path).parent == folder)
         if changed and not _covered(f"{key}.path", permitted):
             remedy = "put the former file back, give this run another name (name=...), or remove that folder"
             if isinstance(recipe, TrainingRecipe):

@@ -204,7 +204,11 @@ def test_base_weights_are_hashed_once_and_others_do_not_continue_a_run(run_folde
     file = weights / "model.safetensors"
     file.write_bytes(b"first")
     words = ["model.unet.config=null", f"model.unet.path={weights.parent}", "model.unet.subfolder=unet"]
-    words += ["data.height=64"]
+    beside = weights.parent / "vae" / "model.safetensors"  # another network of the same folder
+    beside.parent.mkdir()
+    beside.write_bytes(b"first")
+    words += ["model.autoencoder.patch_size=null", f"model.autoencoder.path={weights.parent}"]
+    words += ["model.autoencoder.subfolder=vae", "model.pose_channels=[8, 8, 16, 16]", "data.height=64"]
 
     def digest(*permitted):
         create_or_check(recipe(*words, *permitted), run_folder, [])
@@ -224,6 +228,9 @@ def test_base_weights_are_hashed_once_and_others_do_not_continue_a_run(run_folde
             digest()
     permitted = "checkpoint.allow_changed=[model.unet]"
     assert digest(permitted) == hashlib.sha256(b"other").hexdigest(), "the same size and time, but written to"
+    beside.write_bytes(b"second")
+    with pytest.raises(DifferentRecipeError, match=r"vae/model.safetensors \(model.autoencoder\): put"):
+        digest(permitted)
 
 
 def test_two_launchers_cannot_start_one_run_at_the_same_moment(run_folder):

@@ -52,7 +52,7 @@ class DenoiserInput:
         embeddings: `b 1 c`, the image embedding of the clean reference.
         added_time_ids: `b 3`, frames per second - 1, motion bucket, noise augmentation.
         control_features: `(b f) c h w`, the controller's output.
-        reference: `b f c h w` float32, the conditioning latents, scaled as the targets are.
+        conditioning: `b f c h w` float32, the conditioning latents in full precision, not scaled.
     """
 
     sample: Tensor
@@ -60,7 +60,7 @@ class DenoiserInput:
     embeddings: Tensor
     added_time_ids: Tensor
     control_features: Tensor
-    reference: Tensor
+    conditioning: Tensor
 
 
 class AnimationObjective(Objective):
@@ -193,10 +193,12 @@ class AnimationObjective(Objective):
             mid_residual=residuals.mid,
             encoder_without_grad=is_encoder_half_frozen(self.unet),
         )
-        denoised = edm_denoised(output.float(), noisy, sigmas, self.settings.prediction_type, inputs.reference)
+        prediction_type = self.settings.prediction_type
+        reference = self.vae.config.scaling_factor * inputs.conditioning if prediction_type == "blend" else None
+        denoised = edm_denoised(output.float(), noisy, sigmas, prediction_type, reference)
 
         # 3. loss
-        squared_error = edm_weight(sigmas, self.settings.prediction_type) * (denoised - latents).square()
+        squared_error = edm_weight(sigmas, prediction_type) * (denoised - latents).square()
         if self.training and self.settings.region_weights.is_active and batch.regions.numel():
             height, width = squared_error.shape[-2:]
             weights = region_weights(batch.regions, self.settings.region_weights, height=height, width=width)
@@ -246,7 +248,7 @@ class AnimationObjective(Objective):
             embeddings=embeddings.to(dtype),
             added_time_ids=torch.stack([fps - 1, motion_bucket, augmentation], dim=1),
             control_features=control_features,
-            reference=self.vae.config.scaling_factor * conditioning,
+            conditioning=conditioning,
         )
 
     def _encode_reference_pixels(self, reference: Tensor, draws: Mapping[str, Tensor]) -> Tensor:
