@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from claims_costs import demo_animation, demo_steps, denoising_steps
-from claims_plan import TRIVIAL
+from claims_plan import FACTORS, TRIVIAL
 from claims_table import DIGITS, HIGHER_IS_BETTER, IS_RELATIVE, LEAST_SEEDS, Row
 
 CLIPS = 12
@@ -99,6 +99,37 @@ def aims_text(rows: Sequence[Row]) -> str:
         f"{DEMO}: with the maps of its stage 1, in {demo_steps()} denoising steps."
     )
     return "\n\n".join([head, "\n".join(f"- {one.sentence}" for one in judged)])
+
+
+def curve_text(rows: Sequence[Row]) -> str:
+    """A sentence for each aim: its metric after more steps of all trainings, and the value that it takes."""
+    times = ", ".join(f"{factor}" for factor in FACTORS)
+    head = (
+        f"Each training of the demo has {times} times its steps; one seed, so that differences as small as those "
+        "between the demo's seeds mean nothing."
+    )
+    lines = list[str]()
+    for aim in AIMS:
+        digits = DIGITS[aim.metric]
+        found = {(row.variant, row.metric): row.value for row in rows if row.claim == "curve"}
+        values = [found.get((f"{MADE}_x{factor}", aim.metric)) for factor in FACTORS]
+        shown = ", ".join("not measured" if value is None else f"{value:.{digits}f}" for value in values)
+        rivals = [value for name in aim.against if (value := found.get((name, aim.metric))) is not None]
+        lines.append(f"- {aim.says}: {aim.metric} {shown} after {times} times the steps{_aimed_at(aim, rivals)}.")
+    return "\n\n".join([head, "\n".join(lines)])
+
+
+def _aimed_at(aim: Aim, rivals: Sequence[float]) -> str:
+    """The value that an aim takes, in words; empty if its trivial answers are not measured."""
+    digits, is_higher = DIGITS[aim.metric], HIGHER_IS_BETTER[aim.metric]
+    if IS_RELATIVE[aim.metric]:
+        return f"; the aim is {1 - aim.needed:.{digits}f} to {1 + aim.needed:.{digits}f}"
+    if not aim.against:
+        return f"; the aim is {aim.needed:.{digits}f}"
+    if not rivals:
+        return ""
+    value = max(rivals) * (1 + aim.needed) if is_higher else min(rivals) * (1 - aim.needed)
+    return f"; the aim is {value:.{digits}f}"
 
 
 def judge(rows: Sequence[Row], aim: Aim) -> Judged:

@@ -6,6 +6,7 @@ from claims_plan import DOMAINS, MAP_ERRORS
 
 TITLES = {
     "demo": "(demo) the demo's aims",
+    "curve": "(curve) the demo after more steps of training",
     "c": "(c) pose, depth and normal, and each one left out (Table 3a)",
     "a": "(a) geometry attention: agreement of normals and depth (Fig. 8)",
     "b": "(b) multi-domain guidance (Eq. 6)",
@@ -32,7 +33,10 @@ DECIDES = {
 }
 # What a table shows beside the metric of its comparisons.
 SHOWN = {
-    "demo": ("angular_error_mean", "abs_rel", "l1", "l1_body", "psnr_body", "ssim_body", "lpips_alex", "grain"),
+    **dict.fromkeys(
+        ("demo", "curve"),
+        ("angular_error_mean", "abs_rel", "l1", "l1_body", "psnr_body", "ssim_body", "lpips_alex", "grain"),
+    ),
     **dict.fromkeys("cdeg", ("l1_body", "psnr_body", "ssim_body", "l1", "lpips_alex")),
     **dict.fromkeys("ab", ("consistency_angle", "angular_error_mean", "abs_rel", "l1")),
     "f": ("flicker", "angular_error_mean", "abs_rel", "l1"),

@@ -8,7 +8,7 @@ from claims_tasks import DEMO
 from dreamdance.recipe import AnimateRecipe, TrainingRecipe, load_recipe
 
 # Seconds on two idle cores: of a step of each training, of a start, of a row of a table.
-STEP_SECONDS = {"stage1_domains": 0.25, "stage1_geometry": 0.25, "stage1_temporal": 0.4, "stage2": 0.6}
+STEP_SECONDS = {"stage1_domains": 0.27, "stage1_geometry": 0.24, "stage1_temporal": 0.42, "stage2": 0.58}
 START_SECONDS, ROW_SECONDS = 20.0, 3.0
 # Of one clip of stage 1; of one clip of stage 2 beside denoising, and of each denoising step.
 GEOMETRY_SECONDS, ANIMATION_SECONDS, DENOISING_SECONDS = 0.6, 0.3, 0.16

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
-from claims_aims import CLIPS, aims_text
+from claims_aims import CLIPS, aims_text, curve_text
 from claims_comparisons import COMPARISONS, SHOWN, TITLES
 from claims_plan import CLAIMS
 from claims_table import DIGITS, LEAST_SEEDS, Row, overall, sentence, values_of
@@ -11,6 +11,8 @@ from claims_table import DIGITS, LEAST_SEEDS, Row, overall, sentence, values_of
 from dreamdance.evaluation.scores import METRICS
 
 ARROWS = {metric.key: metric.arrow for metric in METRICS}
+# Of the parts that are no claims of the paper.
+AIMS_TEXTS = {"demo": aims_text, "curve": curve_text}
 RULE = (
     "Tables show mean +- standard deviation over seeds. A comparison holds if every seed's difference is right and "
     "their mean is above zero by Student's t (one-sided, 5 %; all seeds judge the same {clips}clips, so the spread is "
@@ -28,7 +30,10 @@ def markdown(rows: Sequence[Row], claims: Sequence[str]) -> str:
         compared = [comparison for comparison in COMPARISONS if comparison.claim == claim]
         lines = [f"- {'also: ' if comparison.is_extra else ''}{sentence(rows, comparison)}" for comparison in compared]
         table = _tables([row for row in rows if row.claim == claim])
-        said = [aims_text(rows)] if claim == "demo" else [overall(rows, claim), "\n".join(lines)]
+        if claim in AIMS_TEXTS:
+            said = [AIMS_TEXTS[claim](rows)]
+        else:
+            said = [overall(rows, claim), "\n".join(lines)]
         parts.append("\n\n".join(part for part in (f"## {TITLES[claim]}", table, *said) if part))
     return "\n\n".join(parts) + "\n"
 

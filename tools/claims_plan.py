@@ -7,7 +7,6 @@ name is the run's name, and equal names are one task, so that claims share train
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 from claims_animate import Job
@@ -28,7 +27,9 @@ from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW
 from dreamdance.evaluation.trivial import MEAN_COLOUR, MEAN_OF_TRAINING, REPEATED_REFERENCE
 
 # In the order of work: the demo's aims, then the claims.
-CLAIMS = ("demo", "c", "a", "b", "d", "f", "e", "g")
+CLAIMS = ("demo", "curve", "c", "a", "b", "d", "f", "e", "g")
+# How many times as many steps as the demo's each of its trainings has, for the curve.
+FACTORS = (1, 2, 4)
 # Scales of Eq. 6 that are swept, of all domains together and of each alone.
 SCALES = (0.0, 0.5, 1.0, 2.5)
 DOMAINS = {"rgb": "l1", "normal": "angular_error_mean", "depth": "abs_rel"}
@@ -42,10 +43,10 @@ TRIVIAL = {"reference_repeated": REPEATED_REFERENCE, "mean_colour": MEAN_COLOUR,
 
 
 def make_plan(settings: Settings, claims: Sequence[str], seeds: Sequence[int]) -> Plan:
-    """The plan of some claims: claim after claim, and within a claim seed after seed."""
+    """The plan of some claims: claim after claim, and within a claim seed after seed; the curve has the first alone."""
     plan = Plan(settings)
     for claim in (name for name in CLAIMS if name in claims):
-        for seed in seeds:
+        for seed in seeds[:1] if claim == "curve" else seeds:
             builder = Builder(plan, claim, seed)
             plan.units[claim, seed] = [*getattr(builder, f"claim_{claim}")()]
             plan.variants[claim, seed] = builder.variants
@@ -58,6 +59,8 @@ class Builder:
     def __init__(self, plan: Plan, claim: str, seed: int) -> None:
         self.plan, self.settings, self.claim, self.seed = plan, plan.settings, claim, seed
         self.out, self.variants, self._folders = plan.settings.out, list[Variant](), dict[str, str]()
+        # Every training has so many times its steps, and a name of its own.
+        self.factor = 1
 
     # Data and trainings
 
@@ -71,9 +74,10 @@ class Builder:
 
     def train(self, recipe: str, label: str, *words: str, init: str | None = None, needs: tuple[str, ...] = ()) -> str:
         """A training of this seed on the rendered dancers; `max_steps` may be among the words."""
-        data, name = self.data(), f"claims_s{self.seed}_{label}"
+        data, name = self.data(), f"claims_s{self.seed}_{label}{self._times}"
         given = [int(word.removeprefix("max_steps=")) for word in words if word.startswith("max_steps=")]
         steps = self.settings.steps or (given or [training_recipe(recipe).max_steps])[0]
+        steps *= self.factor
         of_stage = self.settings.stage2 if recipe == "stage2" else self.settings.stage1
         before = () if init is None else (init,)
         replaced = ("max_steps=", "optimizer.warmup_steps=") if self.settings.steps else ("max_steps=",)
@@ -143,7 +147,9 @@ class Builder:
         """Stage 1's maps of this seed, that stage 2 gets: the task and the folder."""
         label, model = "maps" if align is None else f"maps_{align}", self.temporal()
         job = self.job("geometry", label, model, data=data, **({} if align is None else {"align": align}))
-        return self.animate(f"s{self.seed}_{label}", [job], needs=(model, data or self.data())), self._folders[label]
+        return self.animate(
+            f"s{self.seed}_{label}{self._times}", [job], needs=(model, data or self.data())
+        ), self._folders[label]
 
     def animate(self, label: str, jobs: Sequence[Job], *, needs: Iterable[str], scales_from: str | None = None) -> str:
         clips = sum(clip_seconds(job) for job in jobs if job not in self.plan.jobs)
@@ -228,9 +234,13 @@ class Builder:
         clips = self.animate(self.label, jobs, needs=(self.data(), *models.values(), maps))
         return [self.evaluate(self.label, rows, needs=[clips], metrics=metrics, trivial=trivial)]
 
-    @cached_property
+    @property
     def label(self) -> str:
-        return f"{self.claim}_s{self.seed}"
+        return f"{self.claim}_s{self.seed}{self._times}"
+
+    @property
+    def _times(self) -> str:
+        return "" if self.factor == 1 else f"_x{self.factor}"
 
     # The demo and the claims
 
@@ -246,11 +256,26 @@ class Builder:
                 words[f"_{maps}_{steps}"] = () if steps == demo_steps() else (f"{DENOISING_WORD}{steps}",)
         metrics = ("angular_error_mean", "abs_rel", *FRAME_METRICS)
         table = self.stage2_table({"maps": self.stage2()}, errors, words=words, metrics=metrics, trivial=TRIVIAL)
+        self._leave_out_given_maps()
+        return table
+
+    def claim_curve(self) -> list[str]:
+        """What the demo makes after more steps of all its trainings: what an aim that it does not reach would take."""
+        tables = list[str]()
+        metrics = ("angular_error_mean", "abs_rel", *FRAME_METRICS)
+        for self.factor in FACTORS:
+            errors = {f"_made_x{self.factor}": 1.0, f"_true_x{self.factor}": 0.0}
+            trivial = TRIVIAL if self.factor == FACTORS[0] else ()
+            tables += self.stage2_table({"maps": self.stage2()}, errors, metrics=metrics, trivial=trivial)
+        self._leave_out_given_maps()
+        return tables
+
+    def _leave_out_given_maps(self) -> None:
+        """True maps that were given are no result."""
         self.variants = [
             replace(variant, metrics=FRAME_METRICS) if variant.name.startswith("maps_true_") else variant
             for variant in self.variants
         ]
-        return table
 
     def claim_c(self) -> list[str]:
         """Pose, depth and normal against each one left out (Table 3a), on true maps, which decide, and stage 1's."""

@@ -10,11 +10,13 @@ from html import escape
 from claims_aims import BEST, MADE, TRUE
 from claims_comparisons import COMPARISONS, TITLES
 from claims_costs import denoising_steps
-from claims_plan import CLAIMS, DOMAINS, SCALES, scaled
+from claims_plan import CLAIMS, DOMAINS, FACTORS, SCALES, scaled
 from claims_table import HIGHER_IS_BETTER, Row, values_of
 
 WIDTH, LEFT, RIGHT = 860, 230, 90
 LINE, HEAD, FOOT = 20, 46, 30
+# What follows the kind of maps in the variants of the parts that are no claims of the paper.
+ENDINGS: dict[str, Sequence[int | str]] = {"demo": denoising_steps(), "curve": [f"x{factor}" for factor in FACTORS]}
 # Of the sweep: the height of its curves, and what each of them varies.
 SWEEP_HEIGHT = 130
 CURVES = {
@@ -30,11 +32,11 @@ def draw(rows: Sequence[Row]) -> str:
     parts, top = list[str](), 10
     for claim in CLAIMS:
         compared = [comparison for comparison in COMPARISONS if comparison.claim == claim]
-        metric = "l1_body" if claim == "demo" else compared[0].metric
-        named = dict.fromkeys(name for one in compared for name in (one.own, one.other))
-        if claim == "demo":
-            named = dict.fromkeys([*(f"{maps}_{steps}" for maps in (MADE, TRUE) for steps in denoising_steps()), *BEST])
-        found = {name: values_of(rows, claim, name, metric) for name in named}
+        if endings := ENDINGS.get(claim):
+            metric, named = "l1_body", [*(f"{maps}_{ending}" for maps in (MADE, TRUE) for ending in endings), *BEST]
+        else:
+            metric, named = compared[0].metric, [name for one in compared for name in (one.own, one.other)]
+        found = {name: values_of(rows, claim, name, metric) for name in dict.fromkeys(named)}
         panel, height = _panel(TITLES[claim], metric, {name: [*values.values()] for name, values in found.items()})
         parts.append(f'<g transform="translate(0 {top})">{panel}</g>')
         top += height

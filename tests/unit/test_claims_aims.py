@@ -68,6 +68,35 @@ def test_every_aim_has_its_rows_in_the_plan_and_fits_its_metric(plan: "tasks.Pla
     assert "abs_rel" not in variants["maps_true_3"].metrics, "true maps are no result"
 
 
+def test_the_curve_lengthens_every_training_of_one_seed(plan: "tasks.Plan") -> None:
+    curve = plans.make_plan(plan.settings, ["curve"], (1, 2))
+    assert [*curve.units] == [("curve", 1)]
+    for label, recipe in (("domains", "stage1_domains"), ("geometry", "stage1_geometry"),
+                          ("temporal", "stage1_temporal"), ("stage2", "stage2")):  # fmt: skip
+        steps = costs.training_recipe(recipe).max_steps
+        longer = {times: curve.tasks[f"claims_s1_{label}{ending}"].recipe
+                  for times, ending in ((1, ""), (2, "_x2"), (4, "_x4"))}  # fmt: skip
+        assert {times: one.max_steps for times, one in longer.items()} == {1: steps, 2: 2 * steps, 4: 4 * steps}
+        if label in ("geometry", "temporal"):
+            assert longer[4].init_from.endswith("_x4"), "each goes on from the step before, of equal length"
+    rows = {variant.name: variant for variant in curve.variants["curve", 1]}
+    assert rows.keys() == {f"maps_{maps}_x{times}" for maps in ("made", "true") for times in (1, 2, 4)} | {*aims.BEST}
+    assert rows["maps_made_x4"].steps == curve.tasks["claims_s1_stage2_x4"].steps
+    outputs = [job.recipe.output for job in curve.jobs]
+    assert len(outputs) == len({*outputs}) == 9, "of each length maps, frames from them, and frames from true maps"
+    assert {job.maps for job in curve.jobs if job.map_error} == {
+        f"runs/claims/results/s1_temporal{ending}" for ending in ("", "_x2", "_x4")}  # fmt: skip
+
+
+def test_the_curve_says_what_each_aim_takes() -> None:
+    values = {"maps_made_x1": (0.12,), "maps_made_x2": (0.11,), "mean_colour": (0.16,), "training_mean": (0.2,)}
+    rows = [replace(row, claim="curve") for row in rows_of("l1_body", values)]
+    text = aims.curve_text(rows)
+    assert "l1_body 0.1200, 0.1100, not measured after 1, 2, 4 times the steps; the aim is 0.1200." in text  # 25 % off
+    assert "psnr_body not measured, not measured, not measured after 1, 2, 4 times the steps; the aim is 19.00." in text
+    assert "the aim is 0.800 to 1.200." in text
+
+
 def test_shares_are_against_the_best_trivial_answer_of_each_seed_or_the_named_one() -> None:
     # 1 - 24/40, 1 - 23/40, 1 - 22/38 are 40.0, 42.5 and 42.1 %
     trivial = {"reference_repeated": (50.0, 40.0, 38.0), "training_mean": (40.0, 44.0, 44.0)}

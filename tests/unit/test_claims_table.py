@@ -217,7 +217,9 @@ def test_the_tables_and_the_picture_say_what_was_not_measured_and_by_which_rule(
     assert "on 3 frames x 1 drawn domain): not measured." in text
     picture = plots.draw(rows)
     assert picture.count("<circle") == 3
-    assert picture.count("not measured") == 3 + 6 + 2  # lines of this claim, the other claims, the demo, and the sweep
+    assert (
+        picture.count("not measured") == 3 + 6 + 3
+    )  # lines of this claim, the other claims, the demo, its curve, and the sweep
 
 
 def test_the_picture_has_a_curve_for_each_domain_that_is_swept_and_one_for_all() -> None:
