@@ -24,10 +24,11 @@ from torch import Tensor
 
 from dreamdance.data.loading.stored_clips import StoredClips
 from dreamdance.evaluation.clips import open_clips, read_result, read_truth
+from dreamdance.inference.animate import run_geometry
 from dreamdance.inference.entry_inputs import EntryInputs, Size, load_inputs, read_entry_states
 from dreamdance.inference.manifest import ManifestEntry, read_entries
 from dreamdance.inference.results import ClipResult, is_done
-from dreamdance.media.transforms import encode_normals, resize_images, tensor_to_pictures
+from dreamdance.media.transforms import encode_normals, tensor_to_pictures
 from dreamdance.pipelines import AnimationPipeline, GeometryPipeline
 from dreamdance.recipe import AnimateRecipe, load_recipe
 from dreamdance.recipe.sections import Shards
@@ -181,22 +182,9 @@ def _geometry(
     pipeline: GeometryPipeline, inputs: EntryInputs, recipe: AnimateRecipe, generator: torch.Generator
 ) -> ClipResult:
     """Stage 1's maps, with its own pictures as the frames."""
-    size = Size(recipe.geometry_width, recipe.geometry_height)
-    normals, depths, images = cast(
-        tuple[Tensor, Tensor, Tensor],
-        pipeline(
-            resize_images(inputs.reference, size.height, size.width),
-            inputs.poses[size],
-            height=size.height,
-            width=size.width,
-            guidance_scales=recipe.geometry.guidance_scales.in_order,
-            **recipe.geometry.model_dump(exclude={"guidance_scales"}),
-            generator=generator,
-            output_type="pt",
-            return_dict=False,
-        ),
-    )
-    return ClipResult(inputs.reference, inputs.poses[size], images[0], normals[0], depths[0], inputs.fps)
+    poses = inputs.poses[Size(recipe.geometry_width, recipe.geometry_height)]
+    normals, depths, images = run_geometry(pipeline, inputs.reference, poses, recipe, generator)
+    return ClipResult(inputs.reference, poses, images[0], normals[0], depths[0], inputs.fps)
 
 
 def _animation(

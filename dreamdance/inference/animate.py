@@ -248,14 +248,14 @@ def run_stages(
     normals = depths = None
     if stages.geometry is not None:
         with parts.of_stage("geometry"):
-            normals, depths = _run_geometry(stages.geometry, inputs.reference, drawn, recipe, generator)
+            normals, depths, _ = run_geometry(stages.geometry, inputs.reference, drawn, recipe, generator)
         maps |= {"normal": encode_normals(normals), "depth": depths}
     if stages.animation.reference_first:
         of_reference["pose"] = inputs.reference_poses[Size(recipe.width, recipe.height)]
         if stages.geometry is not None:  # a clip of one frame, whose pose is that of the reference itself
             own = inputs.reference_poses[Size(recipe.geometry_width, recipe.geometry_height)][None]
             with parts.of_stage("geometry"):
-                own_normals, own_depths = _run_geometry(stages.geometry, inputs.reference, own, recipe, generator)
+                own_normals, own_depths, _ = run_geometry(stages.geometry, inputs.reference, own, recipe, generator)
             of_reference |= {"normal": encode_normals(own_normals)[:, 0], "depth": own_depths[:, 0]}
     with parts.of_stage("animation"):
         (frames,) = cast(
@@ -285,11 +285,15 @@ def run_stages(
     )
 
 
-def _run_geometry(
+def run_geometry(
     geometry: GeometryPipeline, reference: Tensor, poses: Tensor, recipe: AnimateRecipe, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Stage 1 on a reference `3 H W` and poses `f 3 h w` of its size: unit normals and depths `1 f c h w`."""
-    normals, depths, _ = cast(
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Stage 1 on a reference `3 H W` and poses `f 3 h w` of its size.
+
+    Returns:
+        Unit normals `1 f 3 h w`, depths `1 f 1 h w` and pictures `1 f 3 h w`, both in [0,1].
+    """
+    return cast(
         tuple[Tensor, Tensor, Tensor],
         geometry(
             # The same part of the picture as stage 2 gets, even if the aspects of the two sizes differ a little.
@@ -304,7 +308,6 @@ def _run_geometry(
             return_dict=False,
         ),
     )
-    return normals, depths
 
 
 def _without_later_keys(animation: dict[str, Any]) -> dict[str, Any]:
