@@ -112,7 +112,7 @@ COMPARISONS = (
         for ending, error in MAP_ERRORS.items()
     ),
     Comparison("g", "reference_first", "as_demo", "l1_body",
-               "the reference among the frames helps, on true maps (it trains with 9 frames, its rival with 8)"),
+               "the reference among the frames helps, on true maps (with it a window has one frame more)"),
     Comparison("g", "trained_on_made_made", "as_demo_made", "l1_body",
                "training on stage 1's maps helps on stage 1's maps"),
     Comparison("g", "align_bones", "align_none", "l1_body",

@@ -17,6 +17,7 @@ from claims_costs import (
     START_SECONDS,
     STEP_SECONDS,
     clip_seconds,
+    demo_animation,
     demo_steps,
     denoising_steps,
     training_recipe,
@@ -35,7 +36,6 @@ SCALES = (0.0, 0.5, 1.0, 2.5)
 DOMAINS = {"rgb": "l1", "normal": "angular_error_mean", "depth": "abs_rel"}
 # How much of stage 1's error the maps have.
 MAP_ERRORS = {"_error_0": 0.0, "_error_half": 0.5, "_error_1": 1.0, "_error_2": 2.0}
-WINDOW = 8
 FRAME_METRICS = ("l1_body", "psnr_body", "ssim_body", "l1", "psnr", "ssim", "lpips_alex", "grain")
 MAP_METRICS = ("consistency_angle", "angular_error_mean", "abs_rel", "l1")
 # The trivial answers, under the names that they have in the CSV file.
@@ -365,16 +365,16 @@ class Builder:
     def claim_g(self) -> list[str]:
         """The reference among the frames; training on stage 1's maps; bones fitted to another person's body.
 
-        With the reference among them, stage 2 trains with 9 frames; its rival trains with 8.
+        With the reference among them, stage 2 trains and animates with one frame more in each window than its rival.
         """
-        frames = WINDOW + 1
+        frames, window = training_recipe("stage2").data.num_frames + 1, demo_animation().animation.window_frames + 1
         first = self.stage2("stage2_first", "objective.reference_first=true", f"data.num_frames={frames}")
         on_made = self.stage2(
             "stage2_made", f"data.maps.local={self.out}/claims_s{self.seed}_maps", needs=(self._encoded(),)
         )
         models = {"as_demo": self.stage2(), "reference_first": first, "trained_on_made": on_made}
         table = self.stage2_table(
-            models, {"": 0.0, "_made": 1.0}, words={"reference_first": (f"animation.window_frames={frames}",)}
+            models, {"": 0.0, "_made": 1.0}, words={"reference_first": (f"animation.window_frames={window}",)}
         )
         model, data, jobs, needs = self.stage2(), self.data(pairs=True), [], list[str]()
         for align in ("bones", "none"):

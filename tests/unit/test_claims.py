@@ -96,7 +96,7 @@ def test_what_is_compared_differs_in_nothing_but_the_claim(plan: "tasks.Plan") -
     assert changed("stage2", "stage2_mean") == {"model.geometry_attention"}
     assert changed("stage2", "stage2_plain") == {f"objective.{kind}_control_dropout" for kind in ("frame", "modality")}
     assert changed("stage2", "stage2_first") == {"objective.reference_first", "data.num_frames"}
-    assert (whole.data.num_frames, recipe_of("stage2_first").data.num_frames) == (8, 9)
+    assert recipe_of("stage2_first").data.num_frames == whole.data.num_frames + 1
     assert {key.split(".")[1] for key in changed("stage2", "stage2_made")} == {"maps"}
     step2, longer = recipe_of("geometry"), recipe_of("domains_longer")
     assert isinstance(step2, Stage1Recipe)
