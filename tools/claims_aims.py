@@ -7,11 +7,12 @@ reads "not measured". That more denoising steps never make the frames worse is j
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 from claims_costs import demo_animation, demo_steps, denoising_steps
 from claims_plan import FACTORS, TRIVIAL
-from claims_table import DIGITS, HIGHER_IS_BETTER, IS_RELATIVE, LEAST_SEEDS, Row
+from claims_table import DIGITS, HIGHER_IS_BETTER, IS_RELATIVE, LEAST_SEEDS, Row, values_of
 
 CLIPS = 12
 BEST = tuple(TRIVIAL)
@@ -104,19 +105,20 @@ def aims_text(rows: Sequence[Row]) -> str:
 def curve_text(rows: Sequence[Row]) -> str:
     """A sentence for each aim: its metric after more steps of all trainings, and the value that it takes."""
     times = ", ".join(f"{factor}" for factor in FACTORS)
-    head = (
-        f"Each training of the demo has {times} times its steps; one seed, so that differences as small as those "
-        "between the demo's seeds mean nothing."
-    )
-    lines = list[str]()
+    seeds = len({row.seed for row in rows if row.claim == "curve"})
+    lines = [
+        f"Each training of the demo has {times} times its steps; {seeds} seed{'' if seeds == 1 else 's'}, so that "
+        "differences as small as those between the demo's seeds mean nothing.",
+        "",
+    ]
     for aim in AIMS:
-        digits = DIGITS[aim.metric]
-        found = {(row.variant, row.metric): row.value for row in rows if row.claim == "curve"}
-        values = [found.get((f"{MADE}_x{factor}", aim.metric)) for factor in FACTORS]
-        shown = ", ".join("not measured" if value is None else f"{value:.{digits}f}" for value in values)
-        rivals = [value for name in aim.against if (value := found.get((name, aim.metric))) is not None]
+        found = partial(values_of, rows, "curve", metric=aim.metric)
+        values = [[*found(variant=f"{MADE}_x{factor}").values()] for factor in FACTORS]
+        shown = ", ".join(f"{_mean(of_factor):.{DIGITS[aim.metric]}f}" if of_factor else "not measured"
+                          for of_factor in values)  # fmt: skip
+        rivals = [_mean([*of_answer.values()]) for name in aim.against if (of_answer := found(variant=name))]
         lines.append(f"- {aim.says}: {aim.metric} {shown} after {times} times the steps{_aimed_at(aim, rivals)}.")
-    return "\n\n".join([head, "\n".join(lines)])
+    return "\n".join(lines)
 
 
 def _aimed_at(aim: Aim, rivals: Sequence[float]) -> str:
