@@ -30,10 +30,10 @@ from typing import Any
 from claims_animate import Job
 from claims_comparisons import TITLES
 from claims_markdown import markdown
-from claims_plan import CLAIMS, guidance_words, make_plan
+from claims_plan import CLAIMS, make_plan
 from claims_plot import draw
 from claims_table import best_scales, collect, merge
-from claims_tasks import ROOT, Plan, Settings, Task
+from claims_tasks import ROOT, Plan, Settings, Task, guidance_words
 
 from dreamdance.evaluation.network_metrics import open_networks
 from dreamdance.recipe import EvaluateRecipe

@@ -22,7 +22,7 @@ from claims_costs import (
     denoising_steps,
     training_recipe,
 )
-from claims_tasks import Plan, Settings, Task, Variant
+from claims_tasks import Plan, Settings, Task, Variant, guidance_words, scaled
 
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW
 from dreamdance.evaluation.trivial import MEAN_COLOUR, MEAN_OF_TRAINING, REPEATED_REFERENCE
@@ -398,13 +398,3 @@ class Builder:
             name, ("encode_maps", *words, f"geometry_from={model}", f"seed={self.seed}"), (), (data, model), seconds
         )
         return self.plan.add(task)
-
-
-def scaled(domain: str, scale: float) -> str:
-    """The name of a variant with one guidance scale, such as `normal_scale_0p5`; `one` for all domains."""
-    return f"{domain}_scale_{scale:g}".replace(".", "p")
-
-
-def guidance_words(scales: Mapping[str, float]) -> str:
-    """The override of stage 1's guidance scales."""
-    return f"geometry.guidance_scales={json.dumps(dict(scales))}"

@@ -10,8 +10,9 @@ from html import escape
 from claims_aims import BEST, MADE, TRUE
 from claims_comparisons import COMPARISONS, TITLES
 from claims_costs import denoising_steps
-from claims_plan import CLAIMS, DOMAINS, FACTORS, SCALES, scaled
+from claims_plan import CLAIMS, DOMAINS, FACTORS, SCALES
 from claims_table import HIGHER_IS_BETTER, Row, values_of
+from claims_tasks import scaled
 
 WIDTH, LEFT, RIGHT = 860, 230, 90
 LINE, HEAD, FOOT = 20, 46, 30

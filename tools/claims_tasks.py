@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -158,3 +158,13 @@ class Plan:
         for name in names:
             visit(name)
         return list(found)
+
+
+def scaled(domain: str, scale: float) -> str:
+    """The name of a variant with one guidance scale, such as `normal_scale_0p5`; `one` for all domains."""
+    return f"{domain}_scale_{scale:g}".replace(".", "p")
+
+
+def guidance_words(scales: Mapping[str, float]) -> str:
+    """The override of stage 1's guidance scales."""
+    return f"geometry.guidance_scales={json.dumps(dict(scales))}"

@@ -46,7 +46,8 @@ The comment at the head of each recipe describes the run, how to launch it, and 
   `data.mixed_backgrounds`, `compression`, `videos.on_error`, `videos.list` and a raised `max_steps`. Other changes are
   refused with a list (exit code 3), unless `checkpoint.allow_changed` names their keys.
 * **Starting from another run.** `init_from: stage1_domains` takes the averaged weights of that run under `--runs`:
-  module weights only, no optimizer state. The run must be finished, unless `init_step` names one of its steps.
+  module weights only, no optimizer state. The run must be finished, unless `init_step` names one of its steps. Steps
+  that leave those weights as they are keep its `objective.prediction_type` and `objective.zero_terminal_snr`.
 * **Relative paths** start at the folder where the command is called.
 
 ## What is refused

@@ -153,8 +153,8 @@ def sweep_table(judging: Sequence[float] = (0.0, 0.0, 0.0)) -> dict[str, object]
     rows = {"this run": scores(1.0, 1.0, 1.0)}
     for domain in plans.DOMAINS:
         for scale in plans.SCALES[1:]:
-            rows[plans.scaled(domain, scale)] = scores(2.0, 2.0, 2.0)
-    rows |= {plans.scaled("one", scale): scores(1.5, 0.9, 1.5) for scale in plans.SCALES[1:]}
+            rows[tasks.scaled(domain, scale)] = scores(2.0, 2.0, 2.0)
+    rows |= {tasks.scaled("one", scale): scores(1.5, 0.9, 1.5) for scale in plans.SCALES[1:]}
     rows["rgb_scale_1"], rows["normal_scale_0p5"] = scores(0.5, 9.0, 9.0), scores(9.0, 0.5, 9.0)
     rows["one_scale_1"], rows["one_scale_2p5"] = scores(1.5, 0.8, 1.5), scores(0.5, 1.0, 1.0)
     judges = {name: scores(*judging) for name in rows}
@@ -224,7 +224,7 @@ def test_the_tables_and_the_picture_say_what_was_not_measured_and_by_which_rule(
 
 def test_the_picture_has_a_curve_for_each_domain_that_is_swept_and_one_for_all() -> None:
     errors = {("one", 0.0): 4.0, ("one", 1.0): 2.0, ("normal", 1.0): 1.0}
-    rows = [row(plans.scaled(*varied), seed, value + seed, claim="b", metric="angular_error_mean")
+    rows = [row(tasks.scaled(*varied), seed, value + seed, claim="b", metric="angular_error_mean")
             for varied, value in errors.items() for seed in range(2)]  # fmt: skip
     picture = plots.draw(rows)
     lines = re.findall(r'<polyline points="([^"]*)"[^>]*stroke="([^"]*)"', picture)
