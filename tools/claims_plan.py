@@ -37,6 +37,7 @@ DOMAINS = {"rgb": "l1", "normal": "angular_error_mean", "depth": "abs_rel"}
 # How much of stage 1's error the maps have.
 MAP_ERRORS = {"_error_0": 0.0, "_error_half": 0.5, "_error_1": 1.0, "_error_2": 2.0}
 FRAME_METRICS = ("l1_body", "psnr_body", "ssim_body", "l1", "psnr", "ssim", "lpips_alex", "grain")
+DEMO_METRICS = ("angular_error_mean", "abs_rel", *FRAME_METRICS)
 MAP_METRICS = ("consistency_angle", "angular_error_mean", "abs_rel", "l1")
 # The trivial answers, under the names that they have in the CSV file.
 TRIVIAL = {"reference_repeated": REPEATED_REFERENCE, "mean_colour": MEAN_COLOUR, "training_mean": MEAN_OF_TRAINING}
@@ -147,9 +148,8 @@ class Builder:
         """Stage 1's maps of this seed, that stage 2 gets: the task and the folder."""
         label, model = "maps" if align is None else f"maps_{align}", self.temporal()
         job = self.job("geometry", label, model, data=data, **({} if align is None else {"align": align}))
-        return self.animate(
-            f"s{self.seed}_{label}{self._times}", [job], needs=(model, data or self.data())
-        ), self._folders[label]
+        task = self.animate(f"s{self.seed}_{label}{self._times}", [job], needs=(model, data or self.data()))
+        return task, self._folders[label]
 
     def animate(self, label: str, jobs: Sequence[Job], *, needs: Iterable[str], scales_from: str | None = None) -> str:
         clips = sum(clip_seconds(job) for job in jobs if job not in self.plan.jobs)
@@ -220,10 +220,10 @@ class Builder:
             models: start of a variant's name -> its training.
             map_errors: end of a variant's name -> how much of stage 1's error its maps have.
             words: a start or an end of names -> further words for their clips.
-            metrics, trivial: see `evaluate`.
+            metrics, trivial: see `evaluate`; rows of true maps get FRAME_METRICS alone.
         """
         maps, folder = self.maps() if any(map_errors.values()) else (self.data(), None)
-        jobs, rows, words = [], {}, words or {}
+        jobs, rows, words = list[Job](), dict[str, str](), words or {}
         for ending, error in map_errors.items():
             for variant, model in models.items():
                 name = f"{variant}{ending}"
@@ -232,7 +232,13 @@ class Builder:
                 jobs.append(self.job("animation", name, model, *own, **given))
                 rows[name] = model
         clips = self.animate(self.label, jobs, needs=(self.data(), *models.values(), maps))
-        return [self.evaluate(self.label, rows, needs=[clips], metrics=metrics, trivial=trivial)]
+        table = self.evaluate(self.label, rows, needs=[clips], metrics=metrics, trivial=trivial)
+        # true maps that were given are no result
+        of_true_maps = {f"{variant}{ending}" for ending, error in map_errors.items() if not error for variant in models}
+        self.variants = [
+            replace(one, metrics=FRAME_METRICS) if one.name in of_true_maps else one for one in self.variants
+        ]
+        return [table]
 
     @property
     def label(self) -> str:
@@ -254,28 +260,16 @@ class Builder:
             for steps in denoising_steps():
                 errors[f"_{maps}_{steps}"] = error
                 words[f"_{maps}_{steps}"] = () if steps == demo_steps() else (f"{DENOISING_WORD}{steps}",)
-        metrics = ("angular_error_mean", "abs_rel", *FRAME_METRICS)
-        table = self.stage2_table({"maps": self.stage2()}, errors, words=words, metrics=metrics, trivial=TRIVIAL)
-        self._leave_out_given_maps()
-        return table
+        return self.stage2_table({"maps": self.stage2()}, errors, words=words, metrics=DEMO_METRICS, trivial=TRIVIAL)
 
     def claim_curve(self) -> list[str]:
         """What the demo makes after more steps of all its trainings: what an aim that it does not reach would take."""
         tables = list[str]()
-        metrics = ("angular_error_mean", "abs_rel", *FRAME_METRICS)
         for self.factor in FACTORS:
             errors = {f"_made_x{self.factor}": 1.0, f"_true_x{self.factor}": 0.0}
             trivial = TRIVIAL if self.factor == FACTORS[0] else ()
-            tables += self.stage2_table({"maps": self.stage2()}, errors, metrics=metrics, trivial=trivial)
-        self._leave_out_given_maps()
+            tables += self.stage2_table({"maps": self.stage2()}, errors, metrics=DEMO_METRICS, trivial=trivial)
         return tables
-
-    def _leave_out_given_maps(self) -> None:
-        """True maps that were given are no result."""
-        self.variants = [
-            replace(variant, metrics=FRAME_METRICS) if variant.name.startswith("maps_true_") else variant
-            for variant in self.variants
-        ]
 
     def claim_c(self) -> list[str]:
         """Pose, depth and normal against each one left out (Table 3a), on true maps, which decide, and stage 1's."""
