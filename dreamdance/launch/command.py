@@ -20,6 +20,7 @@ from dreamdance.launch import dry_run, preflight, status, submission
 from dreamdance.launch.explain import explanation
 from dreamdance.launch.finished import is_finished
 from dreamdance.launch.follow import explain_failure, follow
+from dreamdance.launch.initial_run import require_same_prediction
 from dreamdance.launch.job import Job
 from dreamdance.launch.local.heartbeat import Heartbeat
 from dreamdance.launch.prepared_output import describe_output
@@ -298,6 +299,7 @@ def _check(loaded: LoadedRecipe, cluster: submission.ClusterName, runs: Path) ->
     """Raises UserError if the run cannot start."""
     recipe = loaded.recipe
     _refuse_nodes_on_one_machine(recipe, cluster)
+    require_same_prediction(recipe, runs)
     missing = preflight.missing(recipe, loaded.file, runs, check_gpu=cluster != "slurm")
     if missing:
         raise UserError(preflight.report(recipe, loaded.file, runs, missing))
@@ -320,6 +322,7 @@ def _show_plan(
 ) -> None:
     recipe, run_folder = loaded.recipe, _run_folder(loaded, options.runs)
     _refuse_nodes_on_one_machine(recipe, cluster)
+    require_same_prediction(recipe, options.runs)
     missing = preflight.missing(recipe, loaded.file, options.runs, check_gpu=cluster != "slurm")
     gpu = GPUS[options.gpu] if options.gpu else preflight.gpu_at_hand() or GPUS[DEFAULT_GPU]
     _show(dry_run.pages(loaded, run_folder, cluster, plan(recipe, preflight.gpu_memory_gib(), gpu)))

@@ -44,7 +44,7 @@ from dreamdance.training.export import export_average
 from dreamdance.training.guard import StepGuard
 from dreamdance.training.metrics import Metrics
 from dreamdance.training.networks.build import exportable
-from dreamdance.training.networks.initial_weights import load_initial_weights, require_same_prediction
+from dreamdance.training.networks.initial_weights import load_initial_weights
 from dreamdance.training.planning.checkpointing_level import choose_level
 from dreamdance.training.planning.step_cost import count_recipe
 from dreamdance.training.same_start import require_same, require_same_start, weights_digests
@@ -103,7 +103,6 @@ def build_trainer(
     """Builds all parts of a run and loads its newest checkpoint. Collective, within `process_group`."""
     recipe = stage.recipe
     require_same_start(recipe)
-    require_same_prediction(recipe, run_folder.parent)
     _seed_global_generators(recipe.seed)
     on_shard = partial(watchdog.enter, "checking a shard")
     if recipe.data.verify == "hash":

@@ -8,11 +8,11 @@ import yaml
 from support.dancer_shards import write_dancer_shards
 from support.recipes import tiny_stage1_recipe
 
-from dreamdance.errors import MissingInputError, RecipeError
+from dreamdance.errors import MissingInputError
 from dreamdance.recipe.schema import Stage1Recipe
 from dreamdance.runs.layout import FINISHED_FILE, RECIPE_FILE, checkpoint_folder
 from dreamdance.training.checkpointing.checkpointer import read_checkpoint_weights
-from dreamdance.training.networks.initial_weights import load_initial_weights, require_same_prediction
+from dreamdance.training.networks.initial_weights import load_initial_weights
 from dreamdance.training.objectives.output import Objective
 from dreamdance.training.stages.training_stage import stage_of
 from dreamdance.training.train import train
@@ -117,23 +117,3 @@ def test_a_run_a_step_or_an_export_that_is_not_there_is_named(runs):
         initialised(make_recipe(shards, "geometry", init_from="nobody"), runs)
     with pytest.raises(MissingInputError, match="neither an export nor a checkpoint of step 77"):
         initialised(make_recipe(shards, "geometry", init_from="first", init_step=77), runs)
-
-
-@pytest.mark.parametrize(
-    ("changes", "refused"),
-    [
-        ({"objective.prediction_type": "v_prediction"}, "objective.prediction_type is v_prediction, but run 'first'"),
-        ({"objective.zero_terminal_snr": False}, "objective.zero_terminal_snr is false, but run 'first'"),
-        ({}, None),
-    ],
-)
-def test_frozen_weights_keep_what_they_were_trained_to_predict(runs, changes, refused):
-    """Trained for another prediction, a branch alone would learn to bend a wrong one, and its loss would still fall."""
-    attention = make_recipe(runs / "shards", "geometry", init_from="first", **changes)
-    if refused is None:
-        require_same_prediction(attention, runs)
-    else:
-        with pytest.raises(RecipeError, match=refused):
-            train(attention, runs / "refused")
-    require_same_prediction(make_recipe(runs / "shards", "domains", init_from="first", **changes), runs)
-    require_same_prediction(attention.model_copy(update={"init_from": "nobody"}), runs)

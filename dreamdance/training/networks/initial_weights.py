@@ -9,9 +9,7 @@ from torch import nn
 
 from dreamdance.errors import CheckpointError, MissingInputError, RecipeError
 from dreamdance.models import GeometryUNetModel
-from dreamdance.recipe import load_stored_recipe
-from dreamdance.recipe.schema import Stage1Recipe, Stage2Recipe, TrainingRecipe
-from dreamdance.recipe.yaml_text import read_yaml
+from dreamdance.recipe import TrainingRecipe, load_stored_recipe
 from dreamdance.runs.layout import RECIPE_FILE, checkpoint_folder, export_folder, final_export
 from dreamdance.training.checkpointing.checkpointer import read_checkpoint_weights
 from dreamdance.training.networks.build import exportable
@@ -19,9 +17,6 @@ from dreamdance.training.networks.sources import read_weights
 from dreamdance.training.objectives.output import Objective
 
 logger = logging.getLogger(__name__)
-
-# Of `objective`: what frozen weights were trained for.
-PREDICTION_KEYS = {"prediction_type", "zero_terminal_snr"}
 
 
 def load_initial_weights(objective: Objective, runs: Path, *, init_from: str | None, init_step: int | None) -> None:
@@ -69,42 +64,6 @@ def load_initial_weights(objective: Objective, runs: Path, *, init_from: str | N
         raise RecipeError(f"init_from: run '{run.name}' does not train anything")
     load_initial_weights(objective, runs, init_from=source.init_from, init_step=source.init_step)
     _overlay(objective, checkpoint)
-
-
-def require_same_prediction(recipe: TrainingRecipe, runs: Path) -> None:
-    """Refuses to build on frozen weights that were trained for another prediction or another noise schedule.
-
-    A training of all weights may change both; one of a branch alone cannot.
-
-    Args:
-        recipe: the run's.
-        runs: the folder of all runs.
-
-    Raises:
-        RecipeError: the run that `init_from` names differs in `objective.prediction_type` or in
-            `objective.zero_terminal_snr`, and this one leaves its weights as they are.
-    """
-    stored = None if recipe.init_from is None else runs / recipe.init_from / RECIPE_FILE
-    if stored is None or not stored.is_file() or _trains_all(recipe):
-        return
-    values = read_yaml(stored.read_text(encoding="utf-8")).value
-    trained = values.get("objective") if isinstance(values, dict) else None
-    if not isinstance(trained, dict):
-        return
-    own = recipe.model_dump(include={"objective"})["objective"]
-    for name in sorted(PREDICTION_KEYS & own.keys()):
-        given, before = (str(value).lower() for value in (own[name], trained.get(name, own[name])))
-        if given != before:
-            raise RecipeError(
-                f"objective.{name} is {given}, but run '{recipe.init_from}' (init_from), whose weights stay as they "
-                f"are, was trained with {before}: set objective.{name}={before}"
-            )
-
-
-def _trains_all(recipe: TrainingRecipe) -> bool:
-    if isinstance(recipe, Stage2Recipe):
-        return recipe.model.unfreeze == "all"
-    return not isinstance(recipe, Stage1Recipe) or recipe.train in ("image", "domains")
 
 
 def load_networks(objective: Objective, export: Path) -> None:
