@@ -34,14 +34,14 @@ def of_first_seed(plan: "tasks.Plan") -> "list[tasks.Task]":
 
 
 def test_the_demo_and_the_claims_come_in_their_order_and_share_their_trainings(plan: "tasks.Plan") -> None:
-    times = {claim: 1 if claim == "curve" else 3 for claim in ("demo", "curve", *"cabdfeg")}
+    times = {claim: 1 if claim == "curve" else 3 for claim in ("demo", "curve", *"cabd", "pairs", *"feg")}
     assert [claim for claim, _ in plan.units] == [claim for claim, seeds in times.items() for _ in range(seeds)]
     trainings = [task for task in plan.tasks.values() if task.steps]
     # of each seed: stage 1's three steps, step 1 longer, and stage 2 whole, three times with a map left out, with a
     # mean, without dropouts of maps, with the reference first, on stage 1's maps; of the first seed, the demo's four
     # with 2 and 4 times their steps
     assert len(trainings) == 3 * (3 + 1 + 8) + 2 * 4
-    for claim in ("demo", *"cdeg"):
+    for claim in ("demo", *"cdeg", "pairs"):
         assert "claims_s0_stage2" in plan.with_needs(plan.units[claim, 0]), claim
     for claim in "abf":
         assert not {"stage2"} & {plan.tasks[name].words[0] for name in plan.with_needs(plan.units[claim, 0])

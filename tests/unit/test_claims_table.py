@@ -218,7 +218,7 @@ def test_the_tables_and_the_picture_say_what_was_not_measured_and_by_which_rule(
     picture = plots.draw(rows)
     assert picture.count("<circle") == 3
     assert (
-        picture.count("not measured") == 3 + 6 + 3
+        picture.count("not measured") == 3 + 7 + 3
     )  # lines of this claim, the other claims, the demo, its curve, and the sweep
 
 
