@@ -162,6 +162,7 @@ def test_the_end_reports_seconds_per_frame_of_each_part_and_the_machine(job, cap
     assert all(line.endswith(f"{NUM_FRAMES} frames on {result['machine']}") for line in lines)
 
 
+@pytest.mark.slow
 def test_finished_entries_are_skipped_and_changed_ones_are_done_again(job, runs):
     job.add("a")
     job.add("b", seed=1)
@@ -182,6 +183,7 @@ def test_finished_entries_are_skipped_and_changed_ones_are_done_again(job, runs)
     assert not list((job.folder / "results").glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_replaced_input_and_a_removed_result_are_detected_by_launcher_and_run(job):
     """A replaced file has the name, size and time of the old one; the result of a file that was only copied is kept."""
     for number, name in enumerate("abc"):

@@ -98,6 +98,7 @@ def test_every_import_is_declared() -> None:
     assert distributions(others).keys() - of_the_library - names(dev) - beside_tests == set()
 
 
+@pytest.mark.slow
 def test_every_declared_package_is_imported() -> None:
     files = {file for folder in ("dreamdance", "kernels", "tests") for file in (ROOT / folder).rglob("*.py")}
     tools = {"pytest-timeout", "pytest-xdist", "ruff", "mypy", "import-linter", "types-pyyaml"}
@@ -178,6 +179,7 @@ def test_the_wheel_holds_the_packages_whole_and_nothing_else(wheel: Path) -> Non
     }
 
 
+@pytest.mark.slow
 def test_an_installation_without_extras_has_pipelines_attention_and_plans(base: Path, tmp_path: Path) -> None:
     program = f"""
 import importlib.util, sys, torch, dreamdance.pipelines
@@ -260,6 +262,7 @@ def prepared(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
+@pytest.mark.slow
 def test_a_job_runs_from_any_folder_with_a_safe_path_and_both_commands_know_it(prepared: Path, tmp_path: Path) -> None:
     words = [ROOT / "recipes/demo/prepare.yaml", "--cluster=local", "--follow", "cluster.tasks_per_node=1"]
     words += ["dancers.num_train_clips=1", "dancers.num_validation_clips=1"]

@@ -295,6 +295,7 @@ class Block(nn.Module):
         return hidden_states + self.temporal(hidden_states, num_frames=4, num_domains=3, backend=self.backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [None, "sdpa", "triton"])
 def test_a_block_compiles_into_one_graph_with_the_same_outputs_and_gradients(backend):
     """Captured and differentiated ahead of time; code is not generated, which would need a C++ compiler."""
@@ -308,6 +309,7 @@ def test_a_block_compiles_into_one_graph_with_the_same_outputs_and_gradients(bac
     torch.testing.assert_close(results[1], results[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [None, "triton"])
 def test_a_graph_compiled_for_one_length_accepts_others(backend):
     """torch replaces a changing length by a symbol, and the choice of a backend looks lengths up."""

@@ -63,6 +63,10 @@ SIZES = [
     Sizes(outer=1, inner=1, queries=17, keys=63, shared=1, head_width=24),
     Sizes(outer=1, inner=2, queries=17, keys=17, shared=0, head_width=8),
 ]
+# The same; the gradients of the larger ones take seconds in the interpreter.
+SIZES_BY_COST = [
+    sizes if sizes.queries * sizes.head_width < 1000 else pytest.param(sizes, marks=pytest.mark.slow) for sizes in SIZES
+]
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +161,7 @@ def test_forward_is_as_exact_as_plain_torch(sizes, dtype):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES_BY_COST, ids=str)
 def test_every_gradient_is_as_exact_as_plain_torch(sizes, dtype, deterministic):
     operands = random_operands(sizes, dtype)
     grad_output = random_gradient(operands)
@@ -172,7 +176,7 @@ def test_every_gradient_is_as_exact_as_plain_torch(sizes, dtype, deterministic):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES_BY_COST, ids=str)
 def test_without_the_shared_segments_gradient_the_others_stay_the_same(sizes, dtype, deterministic):
     operands = random_operands(sizes, dtype)
     grad_output = random_gradient(operands)
@@ -187,6 +191,7 @@ def test_without_the_shared_segments_gradient_the_others_stay_the_same(sizes, dt
         assert_as_exact_as(plain_gradients(operands, grad_output)[0], ours=ours[0], exact=exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_no_program_computes_a_shared_gradient_that_nobody_needs(deterministic, monkeypatch):
     launch, programs = long_backward.launch, {}
@@ -221,6 +226,7 @@ def gradients_in_both_orders(request, *, deterministic: bool) -> list[tuple[Tens
     return list(zip(in_order, our_gradients(operands, grad_output, deterministic=deterministic), strict=True))
 
 
+@pytest.mark.slow
 def test_deterministic_backward_is_the_same_to_the_bit_whichever_program_runs_first(request):
     assert all(torch.equal(one, other) for one, other in gradients_in_both_orders(request, deterministic=True))
 
@@ -270,6 +276,7 @@ def test_domains_of_a_packed_projection_are_merged_without_a_copy(num_domains):
     )
 
 
+@pytest.mark.slow
 def test_frames_behind_tokens_are_read_and_written_in_place():
     packed = torch.randn(2 * 33, 3, 3 * HEADS * 40, generator=torch.Generator().manual_seed(3)).half()
     chunks = packed.chunk(3, dim=-1)
@@ -300,6 +307,7 @@ def assert_views_are_as_exact_as_plain_torch(
         assert_as_exact_as(plain_one, ours=back(one), exact=exact_one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_width", [40, 160])
 def test_the_table_s_tiles_span_several_blocks_too(head_width):
     operands = random_operands(Sizes(1, 1, 200, 150, 70, head_width), torch.float16)

@@ -85,6 +85,7 @@ def content_of(engine: Engine, ema: ShardedEma) -> RankFile:
     return RankFile.of(pieces, average_updates=ema.num_updates, generators=generator_states())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 0), ("fp32", 2), ("bf16", 1), ("bf16", 2)])
 def test_a_converted_checkpoint_equals_a_newly_saved_one_byte_for_byte(precision, zero_stage, steps, tmp_path):

@@ -336,6 +336,7 @@ def test_a_changed_file_of_the_base_model_is_refused_if_frozen_and_logged_if_tra
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 2), ("bf16", 2), ("bf16", 1), ("fp32", 0)])
 def test_a_gradient_that_is_not_finite_under_a_finite_loss_skips_the_update(precision, zero_stage, shards, tmp_path):
     changes = {"precision": precision, "sharding.zero_stage": zero_stage}

@@ -19,6 +19,7 @@ def test_a_plan_fits_if_15_percent_and_3_gib_more_would_too():
     assert not fits(sixty, 71.999)
 
 
+@pytest.mark.slow
 def test_auto_takes_the_fastest_level_that_fits():
     plans = {level: make_plan(stage_of(recipe_with(level))) for level in ("none", "blocks", "transformers")}
     gib = {level: plan.total_bytes / 2**30 for level, plan in plans.items()}

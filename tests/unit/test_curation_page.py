@@ -153,10 +153,12 @@ def test_the_controls_of_a_player_cover_nothing_of_its_picture(tmp_path, clips):
     with Browser(tmp_path / "profile") as browser:
         browser.open(page)
         video = "document.querySelector('video')"
+        note = "(_, frame) => { window.shown = Math.round(frame.mediaTime * 8); watch(); }"
+        browser.evaluate(f"(function watch() {{ {video}.requestVideoFrameCallback({note}); }})()")
         browser.wait_for(f"{video}.currentTime > 0")
         browser.evaluate(f"{video}.pause()")
         browser.evaluate(f"{video}.currentTime = 0.3")
-        browser.wait_for(f"!{video}.seeking")
+        browser.wait_for("window.shown === 2")
         rectangle = browser.evaluate(f"(() => {{ const r = {video}.getBoundingClientRect(); return [r.x, r.y]; }})()")
         left, top = map(round, rectangle)
         browser.move_mouse(left + 320, top + 96)

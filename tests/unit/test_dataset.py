@@ -280,6 +280,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_that_held_a_dataset_does_not_block_the_next_start(shards, tmp_path):
     local = tmp_path / "cache"
     arguments = [sys.executable, "-c", HOLD, str(local), shards.local]

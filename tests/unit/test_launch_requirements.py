@@ -95,6 +95,7 @@ def test_a_gpu_node_without_a_compiler_does_not_offer_triton(
     assert available_backends()["triton"] is None
 
 
+@pytest.mark.slow
 def test_a_backend_that_cannot_run_here_is_found_before_submission(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     recipe = stage2("model.attention_backend=triton")
@@ -106,6 +107,7 @@ def test_a_backend_that_cannot_run_here_is_found_before_submission(monkeypatch: 
     assert not any("attention backend" in str(problem) for problem in on_slurm)
 
 
+@pytest.mark.slow
 def test_the_environment_of_the_recipe_counts_when_a_backend_is_requested() -> None:
     interpreted = stage2("model.attention_backend=triton", "cluster.environment={TRITON_INTERPRET: '1'}")
     assert why_backend_cannot_run_in_a_job(interpreted, "triton") == ""
@@ -121,6 +123,7 @@ def on_gpus(*overrides: str) -> Recipe:
     return stage2("model.channels_last=true", "cluster.tasks_per_node=1", "cluster.gpus_per_node=1", *overrides)
 
 
+@pytest.mark.slow
 def test_channels_last_on_gpus_without_a_compiler_is_found_before_submission(path: Path) -> None:
     def found(recipe: Recipe) -> list[str]:
         problems = preflight.missing(recipe, STAGE2, Path("runs"), check_gpu=True)
@@ -142,6 +145,7 @@ def test_a_job_refuses_channels_last_on_gpus_without_a_compiler(path: Path, head
     refuse_missing(on_gpus())
 
 
+@pytest.mark.slow
 def test_compiled_blocks_without_a_compiler_are_found_before_submission_and_refused_by_a_job(
     path: Path, headers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,7 @@ def leave(path: Path) -> None:
     os.chown(path, ANOTHER_USER, ANOTHER_USER)
 
 
+@pytest.mark.slow
 def test_leftovers_of_another_user_are_replaced_or_named_with_the_way_around_them(tmp_path):
     remote = tmp_path / "remote"
     write_random_shards(remote, CLIPS)

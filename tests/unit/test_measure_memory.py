@@ -36,6 +36,7 @@ def test_each_phase_has_its_largest_sample():
     assert tool.peaks(samples, progress) == {"starting": 5, "first step": 9, "saving": 12}
 
 
+@pytest.mark.slow
 def test_the_trainings_are_accepted_and_the_wider_one_has_more_parameters():
     for width in tool.WIDTHS:
         load_recipe(ROOT / "recipes/demo/stage1_domains.yaml", [*tool.TRAINING, tool.unet(width), *tool.LEAST])

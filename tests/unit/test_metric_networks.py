@@ -68,6 +68,7 @@ def test_lpips_is_zero_for_equal_pictures_and_grows_with_noise_and_knows_the_ord
     assert together.tolist() == pytest.approx([distance(network, *both)] * 2, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_i3d_sees_a_dance_in_a_real_clip_of_one_if_its_channels_are_in_order():
     if not CLIPS.is_dir():
         pytest.skip(f"no folder of real clips at {CLIPS}; name one by DREAMDANCE_CLIPS")
@@ -94,6 +95,7 @@ def test_official_state_dicts_give_the_same_as_the_package(tmp_path):
     assert len(str(official.files[0].sha256)) == 64
 
 
+@pytest.mark.slow
 def test_the_resnet_reads_the_file_of_its_authors_and_has_the_size_of_a_resnet_50(tmp_path):
     """In that file all names begin with `module.`, there is a classifier, and counters of batches are absent."""
     torch.manual_seed(0)

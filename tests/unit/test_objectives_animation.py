@@ -253,6 +253,7 @@ def test_a_missing_control_is_refused_by_name(batch):
         make_objective()(lacking)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unfreeze", ["none", "all"])
 def test_gradients_are_the_same_at_every_level_of_checkpointing(batch, unfreeze):
     gradients, kept = [], {}

@@ -199,6 +199,7 @@ def test_a_given_map_with_a_turned_axis_is_a_problem_of_that_video(job):
     assert "the given file of normal" in (job.folder / "data" / "damaged_videos.tsv").read_text()
 
 
+@pytest.mark.slow
 def test_the_same_footage_stays_on_one_side_of_the_split(job, caplog):
     """Copies of `a` in other qualities; each seed draws others, and never divides them."""
     caplog.set_level("INFO")

@@ -141,6 +141,7 @@ def test_a_truncated_shard_is_written_again(folder):
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_video_replaced_while_the_output_is_incomplete_is_cut_again(folder, caplog):
     shutil.rmtree("data")
     whole = Path("videos/b.rgb.mp4").read_bytes()

@@ -116,6 +116,7 @@ def test_a_removed_damaged_video_no_longer_stops_the_work(tmp_path, videos):
     assert names(tmp_path / "data", "train", "validation") == set("acd")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split_by", ["clip", "time"])
 def test_damaged_videos_are_skipped_as_a_whole_and_added_when_they_are_repaired(tmp_path, videos, split_by, caplog):
     """The damage is in the last fifth, which is validation where videos are split by time."""
@@ -169,6 +170,7 @@ def test_skipping_all_videos_is_an_error(tmp_path):
     assert not (tmp_path / "data" / "train" / "index.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packet", [None, 12], ids=["its header shows it", "decoding shows it"])
 def test_validation_may_be_left_without_clips_until_its_videos_are_repaired(tmp_path, videos, packet, caplog):
     output, untouched = tmp_path / "data", tmp_path / "untouched"

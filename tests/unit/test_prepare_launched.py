@@ -48,6 +48,7 @@ def names(*splits: str) -> set[str]:
     return {clip.clip_id[0] for split in splits for clip in stored_clips(Path("out"), split)}
 
 
+@pytest.mark.slow
 def test_a_damaged_video_stops_a_run_is_skipped_by_it_then_repaired_and_then_replaced(folder, capsys):
     path = folder / "take #2" / "b.rgb.mp4"
     whole = path.read_bytes()

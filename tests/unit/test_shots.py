@@ -52,6 +52,7 @@ def cut_frames(detector: CutDetector, frames: np.ndarray) -> list[int]:
     return [shot.end - 1 for shot in shots[:-1]]
 
 
+@pytest.mark.slow
 def test_cuts_between_dancers_are_found_at_their_frames(detector, dances):
     beats: list[None] = []
     with heartbeats_to(lambda: beats.append(None)):

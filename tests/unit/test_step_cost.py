@@ -93,6 +93,7 @@ def test_attention_counts_the_same_through_each_backend(backend):
     assert work["backward"].total_flops == (2 if backend == "reference" else 2.5) * forward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
     [
@@ -123,6 +124,7 @@ def test_a_backend_that_needs_a_gpu_is_counted_without_one(backend):
     assert count_recipe(tiny_stage1_recipe("geometry", changes)) == count_recipe(tiny_stage1_recipe("geometry"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", ["domains", "geometry"])
 def test_stored_latents_save_the_encoders_and_nothing_else(train):
     changes = {
@@ -141,6 +143,7 @@ def test_stored_latents_save_the_encoders_and_nothing_else(train):
         assert latents.work[phase].total_flops == pictures.work[phase].total_flops
 
 
+@pytest.mark.slow
 def test_checkpointing_costs_operations_and_saves_memory():
     plain, repeated = (
         count_recipe(tiny_stage2_recipe({"sharding.gradient_checkpointing": value})) for value in (False, True)

@@ -97,6 +97,7 @@ def test_reading_waits_for_storage_that_is_gone_for_a_while(fault, folder, short
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_storage_that_stays_away_is_a_transient_error(fault, num_workers, folder, short_pauses):

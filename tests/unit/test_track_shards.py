@@ -63,6 +63,7 @@ def grainy_clip(num_frames: int, width: int, height: int) -> ClipRecord:
     return ClipRecord("grainy", 25.0, maps, keypoints)
 
 
+@pytest.mark.slow
 def test_a_single_frame_reads_little_and_a_window_hardly_more_than_its_own_bytes(tmp_path):
     record = grainy_clip(16, 512, 768)
     shards = write_records(tmp_path / "shards", [record], rgb_format="jpeg")

@@ -93,6 +93,7 @@ def peak_beside_weights(recipe):
     return peak["Total"] - peak["_MemRefType.PARAM"] - peak["_MemRefType.BUFFER"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
     [
@@ -131,6 +132,7 @@ def test_a_simulated_step_needs_the_memory_of_a_real_one():
     assert activations(recipe) == pytest.approx(live.peak + pictures, rel=0.002)
 
 
+@pytest.mark.slow
 def test_a_process_without_a_gpu_also_holds_its_programs_and_the_copy_that_it_saves():
     def parts(*overrides):
         recipe = load_recipe(RECIPES / "demo/stage1_geometry.yaml", ["cluster.tasks_per_node=1", *overrides])

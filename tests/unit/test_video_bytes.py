@@ -36,6 +36,7 @@ write_video(sys.argv[1], Frames(), fps=8, lossless=sys.argv[1].endswith("mkv"))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_processes_write_equal_files(tmp_path, suffix):
     files = [tmp_path / f"{number}{suffix}" for number in range(4)]

@@ -50,6 +50,7 @@ def test_a_slow_first_step_and_slow_steps_like_those_before_do_not_end_it():
     assert "through" in output, errors
 
 
+@pytest.mark.slow
 def test_a_process_that_was_suspended_as_a_whole_continues():
     process = started(4, 4, 1.5)
     assert process.stdout is not None
