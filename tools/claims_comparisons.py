@@ -12,8 +12,8 @@ TITLES = {
     "b": "(b) multi-domain guidance (Eq. 6)",
     "d": "(d) the controller's geometry attention (Table 3b)",
     "pairs": "(pairs) a person moved by another one's poses (5.3); fitted bones",
-    "f": "(f) temporal attention",
     "e": "(e) robust conditioning, by the maps' error",
+    "f": "(f) temporal attention",
     "g": "(g) reference first, training on stage 1's maps",
 }
 # Which comparisons decide; the others are marked "also".

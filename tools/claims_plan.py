@@ -28,7 +28,7 @@ from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW
 from dreamdance.evaluation.trivial import MEAN_COLOUR, MEAN_OF_TRAINING, REPEATED_REFERENCE
 
 # In the order of work: the demo's aims, then the claims.
-CLAIMS = ("demo", "curve", "c", "a", "b", "d", "pairs", "f", "e", "g")
+CLAIMS = ("demo", "curve", "c", "a", "b", "d", "pairs", "e", "f", "g")
 # How many times as many steps as the demo's each of its trainings has, for the curve.
 FACTORS = (1, 2, 4)
 # Scales of Eq. 6 that are swept, of all domains together and of each alone.
@@ -65,13 +65,19 @@ class Builder:
 
     # Data and trainings
 
-    def data(self, *, pairs: bool = False) -> str:
-        """The rendered dancers; with `pairs` each held-out motion on another held-out body too."""
-        name = "claims_pairs" if pairs else "claims_dancers"
-        training_clips = 1 if pairs else self.settings.training_clips
-        words = [f"output={self.out}/{name}", f"dancers.num_validation_clips={self.settings.clips}"]
-        words += [f"dancers.num_train_clips={training_clips}", *(["dancers.pairs=true"] if pairs else [])]
-        return self.plan.add(Task(name, ("prepare", f"name={name}", *words), seconds=30.0))
+    def data(self) -> str:
+        """The dancers to train on, and those whose held-out loss a training logs."""
+        return self._dancers("claims_dancers", self.settings.training_clips)
+
+    def people(self, *, pairs: bool = False) -> str:
+        """The dancers that are judged, none of whom decided a setting; with `pairs` each motion on another body too."""
+        words = (f"dancers.skip_validation_clips={self.settings.clips}", *(["dancers.pairs=true"] if pairs else []))
+        return self._dancers("claims_pairs" if pairs else "claims_people", 1, *words)
+
+    def _dancers(self, name: str, training_clips: int, *words: str) -> str:
+        numbers = (f"dancers.num_validation_clips={self.settings.clips}", f"dancers.num_train_clips={training_clips}")
+        command = ("prepare", f"name={name}", f"output={self.out}/{name}", *numbers, *words)
+        return self.plan.add(Task(name, command, seconds=30.0))
 
     def train(self, recipe: str, label: str, *words: str, init: str | None = None, needs: tuple[str, ...] = ()) -> str:
         """A training of this seed on the rendered dancers; `max_steps` may be among the words."""
@@ -129,7 +135,7 @@ class Builder:
 
     def job(self, stage: str, variant: str, model: str, *words: str, data: str | None = None, **fields: Any) -> Job:
         """Clips of a model. Their folder depends on what they are alone, so that claims share them."""
-        data = data or self.data()
+        data = data or self.people()
         of_data, manifest = ("_pairs", "pairs.jsonl") if data == "claims_pairs" else ("", "manifest.jsonl")
         kind = "".join(f"_{name}_{value}" for name, value in fields.items() if name != "maps")
         kind += f"_{variant}" if any("guidance_scales" in word for word in words) or variant == "own_scales" else ""
@@ -148,7 +154,7 @@ class Builder:
         """Stage 1's maps of this seed, that stage 2 gets: the task and the folder."""
         label, model = "maps" if align is None else f"maps_{align}", self.temporal()
         job = self.job("geometry", label, model, data=data, **({} if align is None else {"align": align}))
-        task = self.animate(f"s{self.seed}_{label}{self._times}", [job], needs=(model, data or self.data()))
+        task = self.animate(f"s{self.seed}_{label}{self._times}", [job], needs=(model, data or self.people()))
         return task, self._folders[label]
 
     def animate(self, label: str, jobs: Sequence[Job], *, needs: Iterable[str], scales_from: str | None = None) -> str:
@@ -181,12 +187,12 @@ class Builder:
             rows: variant -> task of the model that it shows.
             needs: the tasks that make the results.
             metrics: what the CSV file gets.
-            data: `claims_pairs`, or the dancers.
+            data: `claims_pairs`, or the people.
             truth: name under which the truth's own row enters the CSV file.
             trivial: names of the trivial answers that enter it too.
         """
         name, (first, *others) = f"claims_{label}_evaluate", rows
-        data = data or self.data()
+        data = data or self.people()
         compare = {variant: self._folders[variant] for variant in others}
         words = [
             "evaluate",
@@ -194,7 +200,7 @@ class Builder:
             f"results={self._folders[first]}",
             f"truth.local={self.out}/{data}/validation",
         ]
-        training_set = f".local={self.out}/{data}/train" if "training_mean" in trivial else "=null"
+        training_set = f".local={self.out}/{self.data()}/train" if "training_mean" in trivial else "=null"
         words += [f"training_set{training_set}", f"compare={json.dumps(compare)}"]
         words += [] if "lpips_alex" in metrics else ["metrics.networks=[]"]
         seconds = START_SECONDS + ROW_SECONDS * len(rows) * self.settings.clips / 12
@@ -222,7 +228,7 @@ class Builder:
             words: a start or an end of names -> further words for their clips.
             metrics, trivial: see `evaluate`; rows of true maps get FRAME_METRICS alone.
         """
-        maps, folder = self.maps() if any(map_errors.values()) else (self.data(), None)
+        maps, folder = self.maps() if any(map_errors.values()) else (self.people(), None)
         jobs, rows, words = list[Job](), dict[str, str](), words or {}
         for ending, error in map_errors.items():
             for variant, model in models.items():
@@ -231,7 +237,7 @@ class Builder:
                 given: dict[str, Any] = {"maps": folder if error else None, "map_error": error}
                 jobs.append(self.job("animation", name, model, *own, **given))
                 rows[name] = model
-        clips = self.animate(self.label, jobs, needs=(self.data(), *models.values(), maps))
+        clips = self.animate(self.label, jobs, needs=(self.people(), *models.values(), maps))
         table = self.evaluate(self.label, rows, needs=[clips], metrics=metrics, trivial=trivial)
         # true maps that were given are no result
         of_true_maps = {f"{variant}{ending}" for ending, error in map_errors.items() if not error for variant in models}
@@ -306,7 +312,7 @@ class Builder:
         self, models: Mapping[str, str], metrics: tuple[str, ...], *, trivial: Collection[str] = ()
     ) -> list[str]:
         jobs = [self.job("geometry", variant, model) for variant, model in models.items()]
-        clips = self.animate(self.label, jobs, needs=(self.data(), *models.values()))
+        clips = self.animate(self.label, jobs, needs=(self.people(), *models.values()))
         return [self.evaluate(self.label, models, needs=[clips], metrics=metrics, truth="truth", trivial=trivial)]
 
     def claim_b(self) -> list[str]:
@@ -315,7 +321,7 @@ class Builder:
         One half of the clips chooses the scales, the other half judges each domain's own against two choices of one
         scale for all: the best for normals, and the best on average over the domains.
         """
-        model, data = self.temporal(), self.data()
+        model, data = self.temporal(), self.people()
         swept = {scaled("one", scale): dict.fromkeys(DOMAINS, scale) for scale in SCALES}
         swept |= {
             scaled(domain, scale): {**dict.fromkeys(DOMAINS, 0.0), domain: scale}
@@ -363,9 +369,8 @@ class Builder:
         """
         frames, window = training_recipe("stage2").data.num_frames + 1, demo_animation().animation.window_frames + 1
         first = self.stage2("stage2_first", "objective.reference_first=true", f"data.num_frames={frames}")
-        on_made = self.stage2(
-            "stage2_made", f"data.maps.local={self.out}/claims_s{self.seed}_maps", needs=(self._encoded(),)
-        )
+        made = f"data.maps.local={self.out}/claims_s{self.seed}_maps"
+        on_made = self.stage2("stage2_made", made, needs=(self._encoded(),))
         models = {"as_demo": self.stage2(), "reference_first": first, "trained_on_made": on_made}
         return self.stage2_table(
             models, {"": 0.0, "_made": 1.0}, words={"reference_first": (f"animation.window_frames={window}",)}
@@ -373,17 +378,16 @@ class Builder:
 
     def claim_pairs(self) -> list[str]:
         """A person moved by another one's poses (5.3), with the truth; bones fitted to the person's body, or not."""
-        model, data, jobs, needs = self.stage2(), self.data(pairs=True), [], list[str]()
+        model, data, jobs, needs = self.stage2(), self.people(pairs=True), [], list[str]()
         for align in ("bones", "none"):
             maps, folder = self.maps(data=data, align=align)
             needs.append(maps)
-            jobs.append(
-                self.job("animation", f"align_{align}", model, data=data, maps=folder, map_error=1.0, align=align)
-            )
+            given: dict[str, Any] = {"data": data, "maps": folder, "map_error": 1.0, "align": align}
+            jobs.append(self.job("animation", f"align_{align}", model, **given))
         clips = self.animate(self.label, jobs, needs=(data, model, *needs))
         rows = {"align_bones": model, "align_none": model}
-        answers = ("reference_repeated", "mean_colour")
-        return [self.evaluate(self.label, rows, needs=[clips], metrics=DEMO_METRICS, data=data, trivial=answers)]
+        given = {"metrics": DEMO_METRICS, "data": data, "trivial": ("reference_repeated", "mean_colour")}
+        return [self.evaluate(self.label, rows, needs=[clips], **given)]
 
     def _encoded(self) -> str:
         """Stage 1's maps of the training clips."""

@@ -116,9 +116,10 @@ def plan_dancers(source: DancersSource, clips_per_part: int) -> dict[Split, list
     With `source.pairs`, the parts of all held-out dancers are followed by those of the pairs: the motion of each on the
     next one, that of the last on the first.
     """
+    first = source.skip_validation_clips
     seeds: dict[Split, range] = {
         "train": TRAINING_SEEDS[: source.num_train_clips],
-        "validation": HELD_OUT_SEEDS[: source.num_validation_clips],
+        "validation": HELD_OUT_SEEDS[first : first + source.num_validation_clips],
     }
     work: dict[Split, list[DancerPart | PairPart]] = {
         split: [DancerPart(source, chosen[start : start + clips_per_part])

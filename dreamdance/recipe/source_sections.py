@@ -27,6 +27,13 @@ class DancersSource(Section):
     num_validation_clips: Clips = Field(
         description="Number of dancers rendered for validation; none of them is a training dancer.",
     )
+    skip_validation_clips: NonNegative = Field(
+        default=0,
+        description=(
+            "Held-out dancers that are left out before the first one of validation. With 12, the thirteenth is the "
+            "first: settings that were chosen on twelve people are measured on others."
+        ),
+    )
     num_frames: Frames = Field(
         default=16,
         description="Frames of each rendered clip, at least as many as a training window has.",

@@ -1,5 +1,6 @@
 """`gradient_checkpointing: auto` takes the fastest level whose plan fits, and says which; old values keep working."""
 
+import pytest
 from support.recipes import tiny_stage1_recipe
 
 from dreamdance.recipe.same_run import result_json

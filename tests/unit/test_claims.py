@@ -15,7 +15,7 @@ from dreamdance.evaluation.clips import read_result
 from dreamdance.inference.manifest import ManifestEntry
 from dreamdance.inference.results import ClipResult, is_done
 from dreamdance.launch.run_folder import differences
-from dreamdance.recipe import AnimateRecipe, Stage1Recipe, Stage2Recipe
+from dreamdance.recipe import AnimateRecipe, EvaluateRecipe, Stage1Recipe, Stage2Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +34,7 @@ def of_first_seed(plan: "tasks.Plan") -> "list[tasks.Task]":
 
 
 def test_the_demo_and_the_claims_come_in_their_order_and_share_their_trainings(plan: "tasks.Plan") -> None:
-    times = {claim: 1 if claim == "curve" else 3 for claim in ("demo", "curve", *"cabd", "pairs", *"feg")}
+    times = {claim: 1 if claim == "curve" else 3 for claim in ("demo", "curve", *"cabd", "pairs", *"efg")}
     assert [claim for claim, _ in plan.units] == [claim for claim, seeds in times.items() for _ in range(seeds)]
     trainings = [task for task in plan.tasks.values() if task.steps]
     # of each seed: stage 1's three steps, step 1 longer, and stage 2 whole, three times with a map left out, with a
@@ -110,6 +110,19 @@ def test_what_is_compared_differs_in_nothing_but_the_claim(plan: "tasks.Plan") -
     assert (step2.train, step2.data.num_frames, longer.train, longer.data.num_frames) == ("geometry", 1, "domains", 3)
 
 
+def test_nobody_who_is_judged_decided_a_setting_or_stopped_a_training(plan: "tasks.Plan") -> None:
+    """The demo's settings were chosen on the first twelve held-out dancers, whose losses the trainings log too."""
+    demo = load_recipe(ROOT / "recipes/demo/prepare.yaml").dancers
+    for name in ("claims_people", "claims_pairs"):
+        judged = plan.tasks[name].recipe.dancers
+        assert (judged.skip_validation_clips, judged.num_validation_clips) == (12, 12)
+    assert (demo.skip_validation_clips, demo.num_validation_clips) == (0, 12)
+    jobs = [job for task in plan.tasks.values() for job in task.jobs]
+    assert {Path(job.truth).parent.name for job in jobs} == {"claims_people", "claims_pairs"}
+    tables = [task.recipe for task in plan.tasks.values() if isinstance(task.recipe, EvaluateRecipe)]
+    assert {Path(table.truth.local).parent.name for table in tables} == {"claims_people", "claims_pairs"}
+
+
 def test_seeds_change_training_and_sampling(plan: "tasks.Plan") -> None:
     assert [plan.tasks[f"claims_s{seed}_stage2"].recipe.seed for seed in (0, 2)] == [0, 2]
     jobs = [plan.tasks[f"claims_c_s{seed}_clips"].jobs[0].recipe for seed in (0, 2)]
@@ -132,7 +145,7 @@ def test_what_is_noted_as_done_is_not_run_again_unless_it_or_what_it_needs_has_c
         before.stamp(task).parent.mkdir(parents=True, exist_ok=True)
         before.stamp(task).write_text(json.dumps({"key": before.key(task), "seconds": 1.0}), encoding="utf-8")
     assert noted(runner()) == {*before.plan.tasks}
-    assert "| all | 11s | |" in runner().times()
+    assert "| all | 12s | |" in runner().times()
     changed = runner(stage2=("optimizer.lr=1e-3",))
     assert {name for name in changed.plan.tasks if "stage2" not in name} - noted(changed) == {
         "claims_c_s0_clips", "claims_c_s0_evaluate"}  # fmt: skip
@@ -243,7 +256,7 @@ def test_relative_folders_lie_in_the_project_wherever_the_command_is_called(
 
 def test_nothing_begins_that_would_end_after_the_hours(tmp_path: Path) -> None:
     plan = plans.make_plan(tasks.Settings(tmp_path), ["c"], [0])
-    with pytest.raises(tool.OutOfTimeError, match="claims_dancers takes about 30s"):
+    with pytest.raises(tool.OutOfTimeError, match="claims_people takes about 30s"):
         tool.Runner(plan, hours=0.001).run_unit(("c", 0))
     assert list(tmp_path.iterdir()) == []
 

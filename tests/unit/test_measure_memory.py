@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 from support.tool_modules import load_tool
 
 from dreamdance.recipe import load_recipe

@@ -13,6 +13,7 @@ from support.video_folders import stored_clips, videos_recipe, write_videos
 
 from dreamdance.dancers.render import HELD_OUT_SEEDS, TRAINING_SEEDS, render_clip
 from dreamdance.data.loading.fixed_clips import fixed_clips
+from dreamdance.data.planning import plan_dancers
 from dreamdance.data.prepare import choose_format, prepare
 from dreamdance.data.shards.columns import FIRST_MODALITIES, metric_disparity
 from dreamdance.data.writing.dancer_clips import render_record
@@ -41,6 +42,17 @@ def dancers(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("dancers") / "data"
     prepare(dancers_recipe(output), output.parent / "run")
     return output
+
+
+def test_held_out_dancers_that_are_skipped_are_followed_by_others_and_training_stays():
+    sizes = {"num_train_clips": 3, "num_validation_clips": 2, "pairs": True}
+    first, other = (plan_dancers(DancersSource(skip_validation_clips=skip, **sizes), 4) for skip in (0, 12))
+    assert [part.make for part in first["train"]] != [part.make for part in other["train"]]  # their sources differ
+    assert [list(part.make.seeds) for part in other["train"]] == [list(part.make.seeds) for part in first["train"]]
+    assert [list(part.make.seeds) for part in first["validation"][:-1]] == [list(HELD_OUT_SEEDS[:2])]
+    assert [list(part.make.seeds) for part in other["validation"][:-1]] == [list(HELD_OUT_SEEDS[12:14])]
+    twelve, thirteen = HELD_OUT_SEEDS[12:14]
+    assert other["validation"][-1].make.pairs == ((twelve, thirteen), (thirteen, twelve))
 
 
 def test_dancers_are_stored_as_they_are_rendered(dancers):
