@@ -32,7 +32,7 @@ from claims_comparisons import TITLES
 from claims_markdown import markdown
 from claims_plan import CLAIMS, make_plan
 from claims_plot import draw
-from claims_table import best_scales, collect, merge
+from claims_table import best_scales, collect, how_measured, merge
 from claims_tasks import ROOT, Plan, Settings, Task, guidance_words
 
 from dreamdance.evaluation.network_metrics import open_networks
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         code = 3 if isinstance(reason, OutOfTimeError) else 1
     rows = merge(options.table, collect(plan, runner.is_done))
     write_atomically(options.table.with_suffix(".svg"), draw(rows))
-    print(f"\n{markdown(rows, claims)}\n{runner.times()}")
+    print(f"\n{markdown(rows, claims)}\n{how_measured(plan, runner.is_done)}\n\n{runner.times()}")
     print(f"\nnumbers: {options.table}, plot: {options.table.with_suffix('.svg')}")
     return code
 

@@ -29,6 +29,8 @@ HIGHER_IS_BETTER = {metric.key: metric.higher_is_better for metric in METRICS}
 IS_RELATIVE = {metric.key: metric.is_relative for metric in METRICS}
 DIGITS = {metric.key: metric.digits for metric in METRICS}
 LEAST_SEEDS, LEVEL = 3, 0.05
+# Of the protocol of `table.json`: what a reader needs to compare numbers.
+PROTOCOL_KEYS = ("clips", "frames", "maps", "lpips_alex")
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,17 @@ def collect(plan: Plan, is_done: Callable[[Task], bool]) -> list[Row]:
                     about = (len(clips), variant.steps, done["commit"], done["date"])
                     rows.append(Row(claim, variant.name, seed, metric, value, *about))
     return rows
+
+
+def how_measured(plan: Plan, is_done: Callable[[Task], bool]) -> str:
+    """Clips, sizes and networks as the finished evaluations name them, each different line once."""
+    found = dict[str, None]()
+    for name in dict.fromkeys(variant.evaluation for variants in plan.variants.values() for variant in variants):
+        table = plan.settings.out / f"runs/{name}/table.json"
+        if is_done(plan.tasks[name]) and table.is_file():
+            protocol = json.loads(table.read_text(encoding="utf-8"))["protocol"]
+            found |= dict.fromkeys(f"- {key}: {protocol[key]}" for key in PROTOCOL_KEYS if key in protocol)
+    return "\n".join(sorted(found))
 
 
 def table_path(variant: Variant) -> str:

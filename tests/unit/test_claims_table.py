@@ -178,9 +178,11 @@ def test_own_scales_reach_the_clips_and_only_tables_of_this_plan_are_collected(t
         "claims_b_s0_evaluate": sweep_table((7.0, 8.0, 9.0)),
         "claims_b_s0_own_evaluate": {"clips": {clip: {"this run": judged} for clip in "abcd"}},
     }
+    protocol = {"clips": "4, mean over clips; 60 frames", "truth": "a folder", "frames": "64x96 pixels"}
     for name, table in content.items():
         (tmp_path / "runs" / name).mkdir(parents=True)
-        (tmp_path / f"runs/{name}/table.json").write_text(json.dumps(table), encoding="utf-8")
+        text = json.dumps({**table, "protocol": protocol})
+        (tmp_path / f"runs/{name}/table.json").write_text(text, encoding="utf-8")
 
     jobs = runner.jobs_of(runner.plan.tasks["claims_b_s0_own_clips"])
     assert [job.recipe.geometry.guidance_scales.model_dump() for job in jobs] == [
@@ -192,6 +194,7 @@ def test_own_scales_reach_the_clips_and_only_tables_of_this_plan_are_collected(t
         return {(found.variant, found.metric): found for found in tables.collect(one.plan, one.is_done)}
 
     assert collected(runner) == {}, "tables without a note"
+    assert tables.how_measured(runner.plan, runner.is_done) == ""
     note = {"seconds": 1.0, "commit": "abc", "date": "2026-11-30"}
     for name in content:
         runner._write_note(runner.plan.tasks[name], {"key": runner.key(runner.plan.tasks[name]), **note})
@@ -203,6 +206,8 @@ def test_own_scales_reach_the_clips_and_only_tables_of_this_plan_are_collected(t
     assert (found["one_best_for_normals", normals].value, found["one_best_for_normals", normals].clips) == (8.0, 2)
     assert (found["one_scale_1", normals].value, found["one_scale_1", normals].clips) == (pytest.approx(4.4), 4)
     assert collected(runner_of(clips=4)) == {}, "tables of other settings"
+    how = tables.how_measured(runner.plan, runner.is_done)
+    assert how == "- clips: 4, mean over clips; 60 frames\n- frames: 64x96 pixels"
     text = texts.markdown([*found.values()], ["b"])
     assert text.index("Of 4 clips, not") < text.index("| one_scale_1 |") < text.index("Of 2 clips, not")
     assert text.index("Of 2 clips, not") < text.index("| own_scales |")
