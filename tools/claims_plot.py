@@ -11,7 +11,7 @@ from claims_aims import BEST, MADE, TRUE
 from claims_comparisons import COMPARISONS, TITLES
 from claims_costs import denoising_steps
 from claims_plan import CLAIMS, DOMAINS, FACTORS, SCALES
-from claims_table import HIGHER_IS_BETTER, Row, values_of
+from claims_table import DIGITS, HIGHER_IS_BETTER, Row, values_of
 from claims_tasks import scaled
 
 WIDTH, LEFT, RIGHT = 860, 230, 90
@@ -74,7 +74,9 @@ def _panel(title: str, metric: str, variants: dict[str, list[float]]) -> tuple[s
         value = low + (high - low) * number / 4
         x = place(value)
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{HEAD}" y2="{bottom}" stroke="#ddd"/>')
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 14}" text-anchor="middle" fill="#555">{value:.4g}</text>')
+        parts.append(
+            f'<text x="{x:.1f}" y="{bottom + 14}" text-anchor="middle" fill="#555">{value:.{DIGITS[metric]}f}</text>'
+        )
     for number, (name, found) in enumerate(variants.items()):
         y = HEAD + LINE * (number + 0.5)
         parts.append(f'<text x="{LEFT - 12}" y="{y + 4:.1f}" text-anchor="end">{escape(name)}</text>')
@@ -89,7 +91,7 @@ def _panel(title: str, metric: str, variants: dict[str, list[float]]) -> tuple[s
         parts += [
             f'<circle cx="{place(value):.1f}" cy="{y:.1f}" r="4" fill="#1f5fa8" fill-opacity="0.7"/>' for value in found
         ]
-        parts.append(f'<text x="{WIDTH - RIGHT + 10}" y="{y + 4:.1f}">{mean:.4g}</text>')
+        parts.append(f'<text x="{WIDTH - RIGHT + 10}" y="{y + 4:.1f}">{mean:.{DIGITS[metric]}f}</text>')
     return "".join(parts), bottom + FOOT
 
 
@@ -135,7 +137,9 @@ def _graph(rows: Sequence[Row], metric: str, width: float) -> str:
         value = low + (high - low) * number / 3
         y = place(0.0, value)[1]
         parts.append(f'<line x1="{left:.1f}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 6:.1f}" y="{y + 4:.1f}" text-anchor="end" fill="#555">{value:.4g}</text>')
+        parts.append(
+            f'<text x="{left - 6:.1f}" y="{y + 4:.1f}" text-anchor="end" fill="#555">{value:.{DIGITS[metric]}f}</text>'
+        )
     for scale in SCALES:
         x = place(scale, low)[0]
         parts.append(f'<text x="{x:.1f}" y="{SWEEP_HEIGHT + 31}" text-anchor="middle" fill="#555">{scale:g}</text>')
