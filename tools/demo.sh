@@ -82,14 +82,15 @@ fi
 
 started=$SECONDS parts=()
 step() { # RECIPE BUDGET WHAT [OVERRIDE...]: the budget in seconds on two idle cores
-    local recipe=$1 budget=$2 what=$3 begun=$SECONDS took
+    local recipe=$1 budget=$2 what=$3 begun=$SECONDS took over=''
     shift 3
     printf '\n== %s (budget %d s)\n' "$what" "$budget"
     .venv/bin/python launchers/slurm.py "recipes/demo/$recipe.yaml" --cluster local --follow --runs "$runs" \
         "$@" "${overrides[@]}"
     took=$((SECONDS - begun))
-    parts+=("$(printf '%5d s of %3d s  %s' "$took" "$budget" "$what")")
-    printf '== %s: %d s, %d s in all\n' "$what" "$took" $((SECONDS - started))
+    ((took <= budget)) || over='  over its budget'
+    parts+=("$(printf '%5d s of %3d s  %s%s' "$took" "$budget" "$what" "$over")")
+    printf '== %s: %d s%s, %d s in all\n' "$what" "$took" "$over" $((SECONDS - started))
 }
 
 step prepare 35 'Render dancers into streaming shards'
@@ -111,7 +112,8 @@ printf '  the table           %s\n' "$runs/demo_evaluate/table.md"
 printf '  the curves          .venv/bin/tensorboard --logdir %s\n' "$runs"
 if [[ -z $image ]]; then
     again=$(printf ' %q' bash tools/demo.sh "${given[@]}")
-    printf 'Next, your own:       bash tools/networks.sh &&%s --image photo.jpg --video dance.mp4\n' "$again"
+    printf 'Next, your own (a toy: these networks know rendered people only):\n'
+    printf '  bash tools/networks.sh &&%s --image photo.jpg --video dance.mp4\n' "$again"
     exit
 fi
 
