@@ -1,6 +1,8 @@
 """The base models in recipes/base: small, plain diffusers of the recipes' shapes, trained on training dancers alone."""
 
+import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,14 @@ def test_a_base_is_small_plain_fp16_diffusers_of_its_recipes_shape(name):
     assert not any(loaded[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     own = {key: value for key, value in fresh.config.items() if not key.startswith("_")}
     assert own == {key: base.config[key] for key in own}
+
+
+def test_the_card_names_the_hashes_of_both_files():
+    (line,) = re.findall(
+        r"^\| SHA-256 of the file \|.*$", (BASES / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    files = [file for name in NETWORKS for file in (BASES / name).glob("*.safetensors")]
+    assert re.findall(r"`(\w+)`", line) == [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 
 def test_the_bases_saw_training_dancers_and_the_demo_asks_for_others():

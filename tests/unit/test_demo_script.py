@@ -1,8 +1,8 @@
 """`tools/demo.sh`: what it refuses, the commands that it starts and their budgets, and what it says.
 
 The script runs as it is, by a link, in a folder that has little else. Where `tools/setup.sh` is missing there, a
-command that is not refused ends before anything is made. Elsewhere a file in the launcher's place writes the commands down,
-and the real recipes read their words: the trainings themselves take minutes (`tools/claims.sh demo` runs them).
+command that is not refused ends before anything is made. Elsewhere a file in the launcher's place writes the commands
+down, and the real recipes read their words: the trainings themselves take minutes (`tools/claims.sh demo` runs them).
 """
 
 import json
