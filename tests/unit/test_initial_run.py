@@ -9,6 +9,7 @@ from support.recipes import tiny_stage1_recipe, tiny_stage2_recipe
 from dreamdance.errors import RecipeError
 from dreamdance.launch.command import BAD_RECIPE, main
 from dreamdance.launch.initial_run import require_same_prediction
+from dreamdance.recipe import TrainingRecipe
 from dreamdance.runs.layout import RECIPE_FILE
 
 ROOT = Path(__file__).parents[2]
@@ -32,29 +33,39 @@ def runs(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def refusal(recipe: TrainingRecipe, runs: Path) -> str:
+    """The text of the error; empty if the recipe is accepted."""
+    try:
+        require_same_prediction(recipe, runs)
+    except RecipeError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize("branch", ["geometry", "temporal"])
 @pytest.mark.parametrize(("changes", "remedy"), OTHER)
 def test_another_prediction_or_noise_schedule_is_refused_with_the_word_that_cures_it(runs, branch, changes, remedy):
     """The branch would learn to bend a wrong prediction, and its loss would still fall."""
-    with pytest.raises(RecipeError, match=rf"run 'first' \(init_from\), whose weights stay .* set {remedy}$"):
-        require_same_prediction(tiny_stage1_recipe(branch, {"init_from": "first", **changes}), runs)
+    text = refusal(tiny_stage1_recipe(branch, {"init_from": "first", **changes}), runs)
+    assert "run 'first' (init_from), whose weights stay as they are" in text
+    assert text.endswith(f"set {remedy}")
 
 
 @pytest.mark.parametrize("source", ["first", "unreadable", "without_objective", "nobody", None])
 def test_the_same_prediction_and_runs_that_name_none_are_accepted(runs, source):
-    require_same_prediction(tiny_stage1_recipe("geometry", {"init_from": source}), runs)
+    assert refusal(tiny_stage1_recipe("geometry", {"init_from": source}), runs) == ""
 
 
 @pytest.mark.parametrize("changes", [changes for changes, _ in OTHER])
 def test_a_training_of_all_weights_may_change_both(runs, changes):
-    require_same_prediction(tiny_stage1_recipe("domains", {"init_from": "first", **changes}), runs)
+    assert refusal(tiny_stage1_recipe("domains", {"init_from": "first", **changes}), runs) == ""
 
 
 def test_stage_2_may_change_its_prediction_where_it_trains_all_weights_alone(runs):
     changed = {"init_from": "of_stage_2", "objective.prediction_type": "sample"}
-    require_same_prediction(tiny_stage2_recipe({**changed, "model.unfreeze": "all"}), runs)
-    with pytest.raises(RecipeError, match=r"objective\.prediction_type is sample"):
-        require_same_prediction(tiny_stage2_recipe({**changed, "model.unfreeze": "none"}), runs)
+    assert refusal(tiny_stage2_recipe({**changed, "model.unfreeze": "all"}), runs) == ""
+    text = refusal(tiny_stage2_recipe({**changed, "model.unfreeze": "none"}), runs)
+    assert text.startswith("objective.prediction_type is sample")
 
 
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])
