@@ -18,6 +18,8 @@ class NetworkFile:
         source: where to get the file.
         sha256: the hash that the file must have; None if its authors publish none. After `find_network_file` it is
             the hash that the file has.
+        is_pinned: after `find_network_file`, whether the file had to have that hash; if not, any file of that name is
+            taken.
     """
 
     network: str
@@ -25,6 +27,7 @@ class NetworkFile:
     licence: str
     source: str
     sha256: str | None = None
+    is_pinned: bool = False
 
 
 def find_network_file(folder: Path | str, wanted: NetworkFile) -> tuple[Path, NetworkFile]:
@@ -35,7 +38,7 @@ def find_network_file(folder: Path | str, wanted: NetworkFile) -> tuple[Path, Ne
         wanted: the file.
 
     Returns:
-        Its path, and `wanted` with the file's hash.
+        Its path, and `wanted` with the file's hash, and whether that was known before.
 
     Raises:
         MissingInputError: there is no such file, or it has another hash; the error says where to get it.
@@ -53,4 +56,4 @@ def find_network_file(folder: Path | str, wanted: NetworkFile) -> tuple[Path, Ne
             f"{path}: SHA-256 {found}, but the weights of {wanted.network} have {wanted.sha256}; the file is damaged "
             f"or of another version, get it from {wanted.source}"
         )
-    return path, replace(wanted, sha256=found)
+    return path, replace(wanted, sha256=found, is_pinned=wanted.sha256 is not None)

@@ -120,7 +120,13 @@ def _add_networks(
 
 
 def describe_measures(measures: Measures, costs: Mapping[str, Cost], windows: Mapping[str, int]) -> dict[str, str]:
-    """Lines for the table: protocols, networks with their hashes and costs, and what is absent."""
+    """Lines for the table: protocols, networks with their hashes and numbers of clips, and what is absent.
+
+    Args:
+        measures: what was measured.
+        costs: metrics that were measured, by key; their seconds are for the log (`describe_costs`).
+        windows: numbers of windows of the distances between sets.
+    """
     lines = {
         "over time": f"flicker: change from frame to frame of pixels that change by at most {STILL_LEVELS:g} of 255 in "
         f"the truth, outside of the body if there is a mask; drift: mean colour of the last {100 * LAST_SHARE:g} % "

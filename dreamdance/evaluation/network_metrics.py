@@ -202,7 +202,10 @@ def describe_networks(
     """
     lines = {}
     for name, files in networks.files.items():
-        parts = [f"{file.file}, SHA-256 {str(file.sha256)[:_DIGITS]}" for file in files]
+        parts = [
+            f"{file.file}, SHA-256 {str(file.sha256)[:_DIGITS]}{'' if file.is_pinned else ' (not pinned)'}"
+            for file in files
+        ]
         for key in costs:
             if key == name or key.startswith(f"{name}_") or (key, name) == ("lpips_disco", "lpips_vgg"):
                 few = f", too few (below {MIN_WINDOWS})" if key in windows and windows[key] < MIN_WINDOWS else ""

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from dreamdance.data.curation.page import fill_page
 from dreamdance.evaluation.frame_curves import CURVES
-from dreamdance.evaluation.scores import BODY_METRICS, METRICS, Metric
+from dreamdance.evaluation.scores import BODY_METRICS, TABLES, Metric
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table, describe_missing
 from dreamdance.evaluation.trivial import REPEATED_REFERENCE
 from dreamdance.runs.files import write_atomically
@@ -51,8 +51,10 @@ def write_report_page(table: Table, run_folder: Path) -> Path:
                 "higher_is_better": metric.higher_is_better,
                 "is_relative": metric.is_relative,
                 "arrow": metric.arrow,
+                "table": title,
             }
-            for metric in METRICS
+            for title, metrics in TABLES.items()
+            for metric in metrics
             if metric.key in measured
         ],
         "sorted_by": next((key for key in _FIRST_KEYS if key in measured), None),

@@ -17,6 +17,7 @@ from support.results import write_result as write_any_result
 from dreamdance.evaluation.clips import ResultError, open_clips
 from dreamdance.evaluation.evaluate import PartialTableError, evaluate
 from dreamdance.evaluation.report_page import PAGE_FILE, SHOWN_FOLDER, write_report_page
+from dreamdance.evaluation.scores import TABLES
 from dreamdance.evaluation.shown_clip import Cell, cell_size
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table
 from dreamdance.inference.results import ClipResult
@@ -81,6 +82,7 @@ def as_clip(pictures) -> torch.Tensor:
 
 def recipe_of(folder: Path, data: Path, **compare: str) -> EvaluateRecipe:
     values = {"task": "evaluate", "name": "page", "results": str(folder / "results"), "compare": compare}
+    values["metrics"] = {"protocols": ["disco"]}
     return EvaluateRecipe.model_validate_json(json.dumps({**values, "truth": {"local": str(data / "validation")}}))
 
 
@@ -213,6 +215,30 @@ def test_the_page_sorts_by_any_score_and_difference_and_names_what_is_absent(run
         curves = "cards[0].article.querySelectorAll('svg').length"
         assert browser.evaluate(curves) == 4
         assert browser.errors == []
+
+
+def test_all_scores_of_a_clip_stand_under_the_heading_of_their_own_table(run, tmp_path):
+    """L1 of the true protocol and that of DisCo's are not rows of one group."""
+    require_chromium()
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(run / PAGE_FILE)
+        rows = browser.evaluate(
+            "[...cards[0].article.querySelectorAll('.every tr')].map((row) => [...row.cells].map((c) => c.textContent))"
+        )
+    groups: dict[str, list[str]] = {}
+    heading = "none"
+    for first, *others in rows[1:]:
+        if others:
+            groups[heading].append(first)
+        else:
+            heading = first
+            assert groups.setdefault(heading, []) == [], "every heading stands once"
+    titles = {title: [f"{metric.title} {metric.arrow}" for metric in metrics] for title, metrics in TABLES.items()}
+    disco = "DisCo's protocol: bytes at 256x256, over the frames of all clips"
+    assert groups[disco] == titles[disco][:4], "those that need no network"
+    assert groups["Over time"] == titles["Over time"][:2]
+    assert groups["Whole frames"][0] == "L1 of whole frames ↓"
+    assert list(groups) == [title for title in TABLES if title in groups]
 
 
 def test_a_page_of_a_hundred_clips_holds_few_videos_at_a_time_and_names_a_lost_one(run, tmp_path):

