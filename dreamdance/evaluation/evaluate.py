@@ -14,6 +14,7 @@ from PIL import Image
 
 from dreamdance.data.loading.stored_clip import ReferenceFrame, StoredClip, fixed_reference, own_frame
 from dreamdance.errors import MissingInputError, UserError
+from dreamdance.evaluation.clip_frames import ClipFrames, describe_references
 from dreamdance.evaluation.clips import (
     Prediction,
     Result,
@@ -233,7 +234,8 @@ def tabulate(
     table = Table(
         rows={name: scores | videos.get(name, {}) for name, scores in rows.items()},
         clips={name: clip.scores for name, clip in evaluated.items()},
-        protocol=protocol | describe_measures(comparison.measures, costs, windows),
+        protocol=protocol
+        | describe_measures(comparison.measures, costs, windows, [clip.place for clip in evaluated.values()]),
         missing=missing,
         compared=list(comparison.recipe.compare),
         windows=windows,
@@ -297,7 +299,8 @@ def evaluate_clip(
     measures = measures or Measures()
     found = measure_clip(answers, truth, truth_row=TRUTH_ROW, runs=find_runs(pairs), seams=seams, measures=measures)
     row = _overview_row(result.id, prediction, truth, reference)
-    return EvaluatedClip(found.scores, row, compared, features=found.features, costs=found.costs)
+    place = ClipFrames(compared[0], own_frame(clip, chosen), clip.num_frames)
+    return EvaluatedClip(found.scores, row, compared, place, features=found.features, costs=found.costs)
 
 
 def describe_protocol(
@@ -310,6 +313,7 @@ def describe_protocol(
         **{f"results of {name}": folder for name, folder in recipe.compare.items()},
         "truth": recipe.truth.local,
         "clips": f"{len(evaluated)}, mean over clips; {sum(clip.num_frames for clip in evaluated.values())} frames",
+        "reference": describe_references([clip.place for clip in evaluated.values()]),
         "frames": f"{width}x{height} pixels, compared at equal times, without the reference frame; truth resized "
         "with antialiasing"
         + f"; both then at {recipe.metrics.width}x{recipe.metrics.height}"

@@ -1,10 +1,14 @@
-"""Scores of single frames of a clip, for curves over time. The scores of the table are their means, but for SSIM."""
+"""Scores of single frames of a clip, for curves over time.
+
+The scores of the table are their means, but for SSIM and colour drift.
+"""
 
 import numpy as np
 
 from dreamdance.evaluation import image_metrics
 from dreamdance.evaluation.clips import Prediction, Truth
 from dreamdance.evaluation.geometry_metrics import angular_error
+from dreamdance.evaluation.temporal_metrics import colour_drift_curve
 from dreamdance.media.surfaces import align_disparity
 
 # Key of a curve -> its title; a curve inside the body is absent without masks.
@@ -13,6 +17,7 @@ CURVES = {
     "l1": "L1 of the whole frame",
     "angular_error_mean": "normals: angle inside the body (deg)",
     "abs_rel": "depth: AbsRel inside the body",
+    "colour_drift": "colour drift from the first frame (of 255)",
 }
 
 
@@ -31,6 +36,7 @@ def frame_curves(prediction: Prediction, truth: Truth) -> dict[str, list[float]]
             mask = truth.frame_mask
             curves["l1_body"] = [image_metrics.l1(frames[one], true_frames[one], mask[one]) for one in numbers]
         curves["l1"] = [image_metrics.l1(frames[one], true_frames[one]) for one in numbers]
+        curves["colour_drift"] = colour_drift_curve(frames).tolist()
     normals, true_normals = prediction.normals, truth.pictures.normals
     if truth.map_mask is None or normals is None or true_normals is None:
         return curves
@@ -41,6 +47,11 @@ def frame_curves(prediction: Prediction, truth: Truth) -> dict[str, list[float]]
     if (errors := _relative_depth_errors(prediction, truth)) is not None:
         curves["abs_rel"] = errors
     return curves
+
+
+def truth_curves(truth: Truth) -> dict[str, list[float]]:
+    """The curves of the truth itself that say something: its others are perfect."""
+    return {"colour_drift": colour_drift_curve(truth.pictures.given_frames).tolist()}
 
 
 def _relative_depth_errors(prediction: Prediction, truth: Truth) -> list[float] | None:

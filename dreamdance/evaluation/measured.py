@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dreamdance.data.shards.index import read_index
+from dreamdance.evaluation.clip_frames import ClipFrames
 from dreamdance.evaluation.clips import ResultError
 from dreamdance.evaluation.network_metrics import Cost, Features
 from dreamdance.evaluation.scores import Scores
@@ -38,6 +39,7 @@ class EvaluatedClip:
         scores: name of the table's row -> scores.
         row: the clip's line in the overview picture.
         frames: numbers of the compared frames in the clip.
+        place: the first of them, and the reference.
         files: absolute path -> state of each file of the result when it was read.
         features: row of the table -> metric -> features of the clip's windows, for distances over all clips.
         costs: metric -> what its network cost.
@@ -46,6 +48,7 @@ class EvaluatedClip:
     scores: dict[str, Scores]
     row: GridRow
     frames: Sequence[int]
+    place: ClipFrames
     files: dict[Path, FileState] = field(default_factory=dict)
     features: Features = field(default_factory=dict)
     costs: dict[str, Cost] = field(default_factory=dict)
@@ -109,7 +112,8 @@ class MeasuredClips:
 
     def path(self, result: Path) -> Path:
         """The file of a result's measurement."""
-        content = [self._recipe, *self._truth, *self._networks, str(result)]
+        of_version = [part.name for part in fields(EvaluatedClip)]  # a file of another version is not read
+        content = [self._recipe, *self._truth, *self._networks, *of_version, str(result)]
         return self.folder / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()}.npz"
 
     def holds(self, result: Path) -> bool:
@@ -130,6 +134,7 @@ class MeasuredClips:
         pictures = {f"picture_{number}": picture for number, picture in enumerate(clip.row.pictures)}
         files = {str(path): state.to_json() for path, state in clip.files.items()}
         content = {"scores": clip.scores, "frames": list(clip.frames), "label": clip.row.label, "files": files}
+        content["place"] = astuple(clip.place)
         features = [(row, key, values) for row, found in clip.features.items() for key, values in found.items()]
         content["features"] = [(row, key) for row, key, _ in features]
         content["costs"] = {key: [cost.seconds, cost.frames] for key, cost in clip.costs.items()}
@@ -153,7 +158,8 @@ class MeasuredClips:
                 features.setdefault(row, {})[key] = stored[f"features_{number}"]
         costs = {key: Cost(*values) for key, values in text["costs"].items()}
         row_of_grid = GridRow(text["label"], pictures)
-        return EvaluatedClip(text["scores"], row_of_grid, text["frames"], _files(text), features, costs)
+        place = ClipFrames(*text["place"])
+        return EvaluatedClip(text["scores"], row_of_grid, text["frames"], place, _files(text), features, costs)
 
     def check(self, results: Sequence[Path], before_result: Callable[[str], None]) -> None:
         """Checks that no result has changed since it was measured; to be called when all are measured.

@@ -1,6 +1,6 @@
 """All scores of one clip: maps and frames, over time, by networks, and by DisCo's protocol where it is asked for."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dreamdance.evaluation.clip_frames import ClipFrames, describe_first, is_papers_reference
 from dreamdance.evaluation.clips import Prediction, Size, Truth
 from dreamdance.evaluation.frechet import MIN_WINDOWS
 from dreamdance.evaluation.network_metrics import Cost, Features, NetworkMetrics, describe_networks
@@ -119,18 +120,22 @@ def _add_networks(
             _add_costs(measured.costs, costs)
 
 
-def describe_measures(measures: Measures, costs: Mapping[str, Cost], windows: Mapping[str, int]) -> dict[str, str]:
+def describe_measures(
+    measures: Measures, costs: Mapping[str, Cost], windows: Mapping[str, int], clips: Collection[ClipFrames]
+) -> dict[str, str]:
     """Lines for the table: protocols, networks with their hashes and numbers of clips, and what is absent.
 
     Args:
         measures: what was measured.
         costs: metrics that were measured, by key; their seconds are for the log (`describe_costs`).
         windows: numbers of windows of the distances between sets.
+        clips: which frames were compared.
     """
     lines = {
         "over time": f"flicker: change from frame to frame of pixels that change by at most {STILL_LEVELS:g} of 255 in "
         f"the truth, outside of the body if there is a mask; drift: mean colour of the last {100 * LAST_SHARE:g} % "
-        "of the frames against that of the first; seams: frames with which a window of stage 2 begins, 1 is no jump",
+        f"of the frames against that of {describe_first(clips)}; seams: frames with which a window of "
+        "stage 2 begins, 1 is no jump",
         "detail of the background": "energy of the Laplacian outside of the body, or of the whole frame if there is no "
         "mask, relative to the truth's: above 1 is grain, below 1 is blur",
     }
@@ -145,6 +150,8 @@ def describe_measures(measures: Measures, costs: Mapping[str, Cost], windows: Ma
             f"frames of all clips; LPIPS (VGG16) is fed with [0, 1]; windows of {CLIP_FRAMES} frames from every frame "
             "on but the last possible one"
         )
+        if not is_papers_reference(clips):
+            lines["protocol disco"] += "; the papers take the first frame as the reference, these results do not"
     if "disco_gif" in measures.settings.protocols:
         lines["protocol disco_gif"] = "the same windows in 256 colours for each frame, each frame 8 times"
     lines |= describe_networks(measures.networks, costs, windows)

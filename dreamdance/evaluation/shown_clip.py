@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dreamdance.data.loading.stored_clip import ReferenceFrame, StoredClip, fixed_reference, own_frame
-from dreamdance.evaluation.clips import Prediction, Result, ResultError, Size, Truth, read_result, read_truth
-from dreamdance.evaluation.frame_curves import CURVES, frame_curves
+from dreamdance.evaluation.clips import Prediction, Result, ResultError, Size, read_result, read_truth
+from dreamdance.evaluation.frame_curves import CURVES, frame_curves, truth_curves
 from dreamdance.evaluation.scores import as_bytes
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW
 from dreamdance.evaluation.times import pair_frames
@@ -129,13 +129,20 @@ def show_clip(folder: Path, clip: StoredClip, results: Mapping[str, Path], *, ma
     cells = [Cell.of("", "reference", reference.pictures.given_frames, size)]
     cells += [] if poses is None else [Cell.of("", "pose", poses, size)]
     repeated = trivial_answers(reference, len(shown), None)[REPEATED_REFERENCE]
-    curves = {REPEATED_REFERENCE: _curves(repeated, truth, skipped=skipped)}
+    compared = [number for number in range(len(shown)) if number != skipped]
+    true_part = truth.at(compared)
+
+    def curves_of(prediction: Prediction) -> dict[str, list[float | None]]:
+        return _by_frame(frame_curves(prediction.at(compared), true_part), compared, len(shown))
+
+    curves = {REPEATED_REFERENCE: curves_of(repeated)}
     for row, path in results.items():
         result = own if row == RESULT_ROW else read_result(path)
         prediction = result.prediction.at(_frames_at(shown, result, row, clip))
         cells += _cells_of(row, prediction, size)
-        curves[row] = _curves(prediction, truth, skipped=skipped)
+        curves[row] = curves_of(prediction)
     cells += _cells_of(TRUTH_ROW, truth.pictures, size)
+    curves[TRUTH_ROW] = _by_frame(truth_curves(true_part), compared, len(shown))
     frames = CellFrames(cells, len(shown), size)
     write_video(folder / f"{clip.clip_id}.mp4", frames, fps=own.fps, crf=_VIDEO_CRF)
     content = {
@@ -191,13 +198,13 @@ def cell_size(frame_size: Size) -> Size:
     return 2 * round(height * factor / 2), 2 * round(width * factor / 2)
 
 
-def _curves(prediction: Prediction, truth: Truth, *, skipped: int | None) -> dict[str, list[float | None]]:
+def _by_frame(
+    curves: Mapping[str, Sequence[float]], compared: Sequence[int], num_frames: int
+) -> dict[str, list[float | None]]:
     """Curve -> a value for each shown frame; None for the reference itself, which is not compared."""
-    num_frames = len(truth.pictures.given_frames)
-    compared = [number for number in range(num_frames) if number != skipped]
-    curves = {}
-    for key, values in frame_curves(prediction.at(compared), truth.at(compared)).items():
+    placed = {}
+    for key, values in curves.items():
         by_frame = dict(zip(compared, values, strict=True))
         curve = [by_frame.get(number, math.nan) for number in range(num_frames)]
-        curves[key] = [None if math.isnan(value) else float(f"{value:.5g}") for value in curve]
-    return curves
+        placed[key] = [None if math.isnan(value) else float(f"{value:.5g}") for value in curve]
+    return placed

@@ -24,6 +24,7 @@ from support.results import write_result as write_any_result
 
 from dreamdance.data.writing.clip_record import ClipRecord
 from dreamdance.errors import MissingInputError
+from dreamdance.evaluation.clip_frames import ClipFrames
 from dreamdance.evaluation.clips import Prediction, Result, ResultError, open_clips, read_result
 from dreamdance.evaluation.evaluate import PartialTableError, evaluate, evaluate_clip
 from dreamdance.evaluation.measured import EvaluatedClip, MeasuredClips, read_result_states
@@ -165,6 +166,8 @@ def test_the_table_is_logged_and_saved_and_the_overview_is_large_enough_to_look_
         "depth: AbsRel ↓",
         "colour drift (of 255) ↓",
         "one scale and shift per clip",
+        "* reference: frame 4 of each clip, its last",
+        "against that of frame 0 of each clip",
         "fvd, fid_vid: metrics.networks",
     ):
         assert expected in markdown
@@ -193,6 +196,9 @@ def test_networks_protocols_a_split_and_the_first_frame_as_reference_make_the_ta
     assert "flicker" in table["rows"][TRUTH_ROW]
     protocol = table["protocol"]
     assert protocol["frames"].endswith("both then at 40x64")
+    assert protocol["reference"] == "frame 0 of each clip, its first"
+    assert "against that of frame 1 of each clip, since frame 0 is the reference" in protocol["over time"]
+    assert "papers" not in protocol["protocol disco"]
     assert protocol["fvd"].endswith("not measured: no clip has 16 frames that follow one another")
     assert "SHA-256 443c5bc35326b81e" in protocol["lpips_alex"]
     if not (weights / "resnet3d").is_dir():
@@ -276,7 +282,10 @@ def test_a_measured_result_is_known_by_its_content_and_one_that_changed_meanwhil
         write_result(path.parent, path.name, np.zeros((2, 4, 4, 3)))
         assert not measured.holds(path)
         measured.write(
-            path, EvaluatedClip({RESULT_ROW: {"l1": 0.5}}, GridRow(path.name, []), [0, 1], read_result_states(path))
+            path,
+            EvaluatedClip(
+                {RESULT_ROW: {"l1": 0.5}}, GridRow(path.name, []), [0, 1], ClipFrames(0, 1, 2), read_result_states(path)
+            ),
         )
         (path / "arrays.npz").chmod(0o640)
         os.link(path / "result.json", tmp_path / f"{path.name}.json")

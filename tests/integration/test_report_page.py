@@ -136,6 +136,12 @@ def test_curves_are_the_scores_of_the_table_frame_by_frame(run, truths):
             for row, curve in curves[key].items():
                 assert curve[-1] is None, "the reference is not compared"
                 assert np.average(curve[:-1], weights=weight) == pytest.approx(scores[row][key], rel=1e-4), (key, row)
+        drift, means = curves["colour_drift"], 255 * truth.pictures.frames[:-1].mean(axis=(1, 2), dtype=np.float64)
+        expected = np.abs(means - means[0]).mean(axis=-1)
+        np.testing.assert_allclose(drift[TRUTH_ROW][:-1], expected, rtol=1e-4, atol=1e-4)
+        # mixed with white, colours are nearer to each other; the result is stored as bytes
+        np.testing.assert_allclose(drift[RESULT_ROW][:-1], (1 - BRIGHTER[name]) * expected, atol=0.1)
+        assert set(drift["reference repeated"]) == {0.0, None}
     assert set(curves["abs_rel"]) == {RESULT_ROW, "reference repeated"}
 
 
@@ -213,7 +219,8 @@ def test_the_page_sorts_by_any_score_and_difference_and_names_what_is_absent(run
         )
         assert cells[:2] == [RESULT_ROW, f"{table['rows'][RESULT_ROW]['angular_error_mean']:.2f}"]
         curves = "cards[0].article.querySelectorAll('svg').length"
-        assert browser.evaluate(curves) == 4
+        assert browser.evaluate(curves) == 5
+        assert browser.evaluate("cards[0].article.querySelectorAll('path.truth').length") == 1, "only drift has one"
         assert browser.errors == []
 
 

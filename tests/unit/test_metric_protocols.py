@@ -8,6 +8,7 @@ from PIL import Image
 from support.networks import require_weights
 
 from dreamdance.errors import MissingInputError, RecipeError
+from dreamdance.evaluation.clip_frames import ClipFrames, describe_first, describe_references
 from dreamdance.evaluation.clips import Prediction, Truth
 from dreamdance.evaluation.measured import EvaluatedClip, MeasuredClips
 from dreamdance.evaluation.measures import Measures, describe_measures, measure_clip
@@ -22,6 +23,9 @@ from dreamdance.evaluation.times import find_runs
 from dreamdance.media.grids import GridRow
 from dreamdance.recipe.metric_section import MetricSettings
 from dreamdance.recipe.parse import load_recipe
+
+# A clip whose frames 1 and 2 were compared, and whose first frame was the reference.
+FRAMES = ClipFrames(1, 0, 3)
 
 
 def pictures(num_frames: int = 18, height: int = 40, width: int = 32, seed: int = 0) -> np.ndarray:
@@ -175,10 +179,10 @@ def test_distances_over_all_clips_are_zero_for_the_truth_and_say_that_there_are_
     text = table.as_markdown()
     assert text.count("(too few)") == 2 * 4
     assert table.as_json()["windows"] == windows
-    lines = describe_measures(measures, found.costs, windows)
+    lines = describe_measures(measures, found.costs, windows, [FRAMES])
     assert "2 clips of 16 frames, too few (below 400)" in lines["fvd"]
     assert "fid_vid: 2 clips of 16 frames" in lines["fid_vid"]
-    many = describe_measures(measures, found.costs, dict.fromkeys(windows, 400))
+    many = describe_measures(measures, found.costs, dict.fromkeys(windows, 400), [FRAMES])
     assert "too few" not in " ".join(many.values())
     assert "(too few)" not in Table(table.rows, windows=dict.fromkeys(windows, 400)).as_markdown()
 
@@ -187,10 +191,10 @@ def test_features_and_costs_are_kept_with_the_measurement(measured, tmp_path):
     found, _, _ = measured
     recipe = load_recipe(write_recipe(tmp_path))
     folders = [MeasuredClips(tmp_path / "measured", recipe, networks=hashes) for hashes in ((), ("1",))]
-    clip = EvaluatedClip(found.scores, GridRow("clip", []), [1, 2], {}, found.features, found.costs)
+    clip = EvaluatedClip(found.scores, GridRow("clip", []), [1, 2], FRAMES, {}, found.features, found.costs)
     folders[0].write(tmp_path / "clip", clip)
     kept = folders[0].read(tmp_path / "clip")
-    assert kept.costs == found.costs
+    assert (kept.costs, kept.place) == (found.costs, FRAMES)
     for row, features in found.features.items():
         for key, values in features.items():
             np.testing.assert_array_equal(kept.features[row][key], values)
@@ -201,7 +205,7 @@ def test_absent_networks_are_left_out_by_name_with_the_file_to_get(tmp_path):
     settings = MetricSettings(networks=["lpips_vgg", "fid_vid"], weights=str(tmp_path))
     networks = open_networks(settings)
     assert networks.networks == {}
-    lines = describe_measures(Measures(settings, networks), {}, {})
+    lines = describe_measures(Measures(settings, networks), {}, {}, [FRAMES])
     assert lines["lpips_vgg"].startswith("not measured: ")
     assert "bash tools/networks.sh" in lines["lpips_vgg"]
     assert "resnet3d/resnet-50-kinetics.pth" in lines["fid_vid"]
@@ -212,9 +216,36 @@ def test_absent_networks_are_left_out_by_name_with_the_file_to_get(tmp_path):
 def test_fetched_networks_are_named_with_file_and_hash():
     settings = MetricSettings(networks=["lpips_alex"], weights=str(require_weights("lpips/alexnet.ckpt")))
     networks = open_networks(settings)
-    line = describe_measures(Measures(settings, networks), {"lpips_alex": Cost(2.0, 64)}, {})["lpips_alex"]
+    line = describe_measures(Measures(settings, networks), {"lpips_alex": Cost(2.0, 64)}, {}, [FRAMES])["lpips_alex"]
     assert line == "lpips/alexnet.ckpt, SHA-256 443c5bc35326b81e; lpips_alex"
     assert describe_costs({"lpips_alex": Cost(2.0, 64)}) == "lpips_alex 0.5 s"
+
+
+def test_the_table_names_the_reference_and_the_frame_against_which_colours_drift():
+    first, last, longer = FRAMES, ClipFrames(0, 2, 3), ClipFrames(0, 5, 6)
+    apart, middle = ClipFrames(0, None, 3), ClipFrames(0, 1, 3)
+    references = {
+        (first, first): "frame 0 of each clip, its first",
+        (last, last): "frame 2 of each clip, its last",
+        (last, longer): "the last frame of each clip",
+        (middle, longer): "each result's own, frames 1 to 5 of the clips",
+        (apart, apart): "a picture that is stored with each clip and is none of its frames",
+        (middle,): "frame 1 of each clip",
+    }
+    assert {clips: describe_references(clips) for clips in references} == references
+    mixed = describe_references([middle, last, apart])
+    assert mixed.endswith("frames 1 to 2 of the clips; in 1 of 3 clips a picture that is none of its frames")
+    assert describe_first([first, first]) == "frame 1 of each clip, since frame 0 is the reference"
+    assert describe_first([last, apart]) == "frame 0 of each clip"
+    assert describe_first([ClipFrames(2, 5, 6)]) == "frame 2 of each clip, the first that was compared"
+    assert describe_first([first, last]) == "the first compared frame of each clip"
+    measures = Measures(MetricSettings(protocols=["disco"]))
+    lines = {clip: describe_measures(measures, {}, {}, [first, clip]) for clip in (first, last)}
+    assert "against that of frame 1 of each clip" in lines[first]["over time"]
+    assert "papers" not in lines[first]["protocol disco"]
+    assert lines[last]["protocol disco"].endswith(
+        "; the papers take the first frame as the reference, these results do not"
+    )
 
 
 def test_frames_and_masks_are_compared_at_the_size_of_the_recipe():
