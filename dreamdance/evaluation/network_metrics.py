@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dreamdance.annotators.weights import NetworkFile
 from dreamdance.errors import MissingInputError
+from dreamdance.evaluation.clips import ResultError
 from dreamdance.evaluation.frechet import MIN_WINDOWS, frechet_distance
 from dreamdance.evaluation.networks.i3d import I3D, I3D_SIZE
 from dreamdance.evaluation.networks.lpips import Lpips
@@ -71,6 +72,9 @@ class NetworkMetrics:
             truth: the true frames.
             disco: feeds VGG16 with [0, 1] as DisCo does (`lpips_disco`), not with [-1, 1].
             beat: called before each frame.
+
+        Raises:
+            ResultError: the frames are too small for a network.
         """
         wanted = {"lpips_vgg": "lpips_disco"} if disco else {name: name for name in ("lpips_alex", "lpips_vgg")}
         scores: dict[str, Scores] = {row: {} for row in answers}
@@ -79,6 +83,12 @@ class NetworkMetrics:
             network = self.networks.get(name)
             if not isinstance(network, Lpips):
                 continue
+            height, width = truth.shape[1:3]
+            if min(height, width) < network.least_size:
+                raise ResultError(
+                    f"frames of {width}x{height} pixels are too small for {name}, which needs {network.least_size} in "
+                    "both directions: set metrics.width and metrics.height, or leave it out of metrics.networks"
+                )
             started, count = self._now(), 0
             described: dict[str, tuple[NDArray[Any], list[Tensor]]] = {}
             sums = dict.fromkeys(answers, 0.0)

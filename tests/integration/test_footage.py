@@ -4,6 +4,7 @@ A short run of recipes/footage, small enough for a test; those recipes state the
 videos is kept: everything is written to the folder of the test.
 """
 
+import hashlib
 import json
 import os
 import subprocess
@@ -72,7 +73,9 @@ def folder(tmp_path_factory):
     (folder / "photo.jsonl").write_text(json.dumps(photo) + "\n")
     words = ["name=photo", "manifest=photo.jsonl", "output=results/photo", f"annotators.weights={weights}"]
     launch_both(folder, ("animate", [*size, alone]), ("animate", [*words, *size, alone]))
-    launch(folder, "evaluate")
+    # Not VGG16, which takes a minute. AlexNet needs larger frames than these.
+    metrics = ["networks=[lpips_alex,fvd]", f"width={2 * WIDTH}", f"height={2 * HEIGHT}", f"weights={weights}"]
+    launch(folder, "evaluate", *(f"metrics.{word}" for word in metrics))
     return folder
 
 
@@ -215,6 +218,22 @@ def test_the_table_measures_body_and_whole_frames(folder):
     assert {RESULT_ROW, REPEATED_REFERENCE, MEAN_COLOUR, MEAN_OF_TRAINING} <= set(found["rows"])
     assert {"l1", "l1_body", "angular_error_mean", "abs_rel"} <= set(found["rows"][RESULT_ROW])
     assert set(found["clips"]) == {result.name for result in results(folder)}
+
+
+def test_lpips_and_fvd_are_measured_where_their_networks_are_and_the_windows_are_too_few(folder):
+    names = {"lpips_alex": "lpips/alexnet.ckpt", "fvd": "i3d/i3d-kinetics-400.ckpt"}
+    weights = require_weights(*names.values())
+    found = table(folder)
+    for row in (RESULT_ROW, REPEATED_REFERENCE):
+        scores = found["rows"][row]
+        assert 0 < scores["lpips_alex"] < 2
+        assert all(0 < scores[key] < 1e5 for key in ("fvd", "fvd_disco"))
+    for name, file in names.items():
+        digest = hashlib.sha256((weights / file).read_bytes()).hexdigest()
+        assert f"{file}, SHA-256 {digest[:16]}" in found["protocol"][name]
+    text = (folder / "runs" / "footage_evaluate" / "table.md").read_text()
+    assert f"{found['rows'][RESULT_ROW]['fvd_disco']:.1f} (too few)" in text
+    assert "the papers take the first frame as the reference" in found["protocol"]["protocol disco"]
 
 
 def test_a_minute_of_training_is_better_than_trivial_answers(folder):

@@ -9,7 +9,7 @@ from support.networks import require_weights
 
 from dreamdance.errors import MissingInputError, RecipeError
 from dreamdance.evaluation.clip_frames import ClipFrames, describe_first, describe_references
-from dreamdance.evaluation.clips import Prediction, Truth
+from dreamdance.evaluation.clips import Prediction, ResultError, Truth
 from dreamdance.evaluation.measured import EvaluatedClip, MeasuredClips
 from dreamdance.evaluation.measures import Measures, describe_measures, measure_clip
 from dreamdance.evaluation.network_metrics import Cost, NetworkMetrics, describe_costs, frechet_scores, open_networks
@@ -116,6 +116,18 @@ def test_lpips_has_a_key_for_each_protocol_and_equal_frames_are_at_no_distance()
     of_frames = [networks.lpips({"a": 1 - truth[i : i + 1]}, truth[i : i + 1], disco=False, beat=str) for i in (0, 1)]
     mean = np.mean([found["a"]["lpips_vgg"] for found, _ in of_frames])
     assert scores["other"]["lpips_vgg"] == pytest.approx(mean, rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "least"), [("lpips_alex", 31), ("lpips_vgg", 16)])
+def test_frames_that_are_too_small_for_lpips_are_refused_with_the_keys_to_set(name, least):
+    networks = random_networks(name)
+    for height, width in ((least, least + 9), (least + 9, least)):
+        truth = pictures(1, height, width)
+        assert np.isfinite(networks.lpips({"a": 1 - truth}, truth, disco=False, beat=str)[0]["a"][name])
+    for height, width in ((least - 1, least + 9), (least + 9, least - 1)):
+        truth = pictures(1, height, width)
+        with pytest.raises(ResultError, match=rf"{width}x{height} .* too small for {name}.* set metrics\.width"):
+            networks.lpips({"a": truth}, truth, disco=False, beat=str)
 
 
 def test_every_protocol_has_keys_of_its_own_and_a_clip_that_stands_still_is_described_once(measured):

@@ -37,6 +37,8 @@ _ALEX: list[Layer] = [
     *((64, 11, 4, 2), "out", "pool", (192, 5, 1, 2), "out", "pool"),
     *((384, 3, 1, 1), "out", (256, 3, 1, 1), "out", (256, 3, 1, 1), "out"),
 ]
+# Smaller pictures leave nothing behind the last pooling.
+_LEAST_SIZE = {"vgg": 16, "alex": 31}
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
@@ -45,11 +47,13 @@ class Lpips(nn.Module):
 
     Attributes:
         files: the files of weights, with their hashes.
+        least_size: the least height and width of pictures, in pixels.
     """
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self._backbone: Backbone = backbone
+        self.least_size = _LEAST_SIZE[backbone]
         self._pool = 2 if backbone == "vgg" else 3
         self.features = nn.ModuleDict()
         self._plan: list[int | str] = []  # a convolution's name is its number among all layers, as in torchvision
