@@ -17,6 +17,8 @@ from dreamdance.inference.animate import animate
 from dreamdance.media.video import read_frames
 from dreamdance.recipe.schema import AnimateRecipe, EvaluateRecipe
 
+pytestmark = pytest.mark.slow
+
 NUM_FRAMES = 5
 SIZES = {"num_frames": NUM_FRAMES, "width": 2 * WIDTH, "height": 2 * HEIGHT, "fps": 8.0}
 DRIVERS = HELD_OUT_SEEDS[:2]
