@@ -14,7 +14,6 @@ from PIL import Image
 
 from dreamdance.data.loading.stored_clip import ReferenceFrame, StoredClip, fixed_reference, own_frame
 from dreamdance.errors import MissingInputError, UserError
-from dreamdance.evaluation.clip_frames import ClipFrames, describe_references
 from dreamdance.evaluation.clips import (
     Prediction,
     Result,
@@ -27,6 +26,7 @@ from dreamdance.evaluation.clips import (
     read_result,
     read_truth,
 )
+from dreamdance.evaluation.compared_frames import ComparedFrames, describe_references
 from dreamdance.evaluation.measured import EvaluatedClip, MeasuredClips, note_table, read_result_states
 from dreamdance.evaluation.measures import Measures, describe_measures, measure_clip, sum_costs
 from dreamdance.evaluation.network_metrics import describe_costs, frechet_scores, open_networks
@@ -299,7 +299,7 @@ def evaluate_clip(
     measures = measures or Measures()
     found = measure_clip(answers, truth, truth_row=TRUTH_ROW, runs=find_runs(pairs), seams=seams, measures=measures)
     row = _overview_row(result.id, prediction, truth, reference)
-    place = ClipFrames(compared[0], own_frame(clip, chosen), clip.num_frames)
+    place = ComparedFrames(compared[0], own_frame(clip, chosen), clip.num_frames)
     return EvaluatedClip(found.scores, row, compared, place, features=found.features, costs=found.costs)
 
 

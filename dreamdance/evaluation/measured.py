@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from dreamdance.data.shards.index import read_index
-from dreamdance.evaluation.clip_frames import ClipFrames
 from dreamdance.evaluation.clips import ResultError
+from dreamdance.evaluation.compared_frames import ComparedFrames
 from dreamdance.evaluation.network_metrics import Cost, Features
 from dreamdance.evaluation.scores import Scores
 from dreamdance.evaluation.table import listed
@@ -48,7 +48,7 @@ class EvaluatedClip:
     scores: dict[str, Scores]
     row: GridRow
     frames: Sequence[int]
-    place: ClipFrames
+    place: ComparedFrames
     files: dict[Path, FileState] = field(default_factory=dict)
     features: Features = field(default_factory=dict)
     costs: dict[str, Cost] = field(default_factory=dict)
@@ -158,7 +158,7 @@ class MeasuredClips:
                 features.setdefault(row, {})[key] = stored[f"features_{number}"]
         costs = {key: Cost(*values) for key, values in text["costs"].items()}
         row_of_grid = GridRow(text["label"], pictures)
-        place = ClipFrames(*text["place"])
+        place = ComparedFrames(*text["place"])
         return EvaluatedClip(text["scores"], row_of_grid, text["frames"], place, _files(text), features, costs)
 
     def check(self, results: Sequence[Path], before_result: Callable[[str], None]) -> None:

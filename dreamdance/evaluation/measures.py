@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dreamdance.evaluation.clip_frames import ClipFrames, describe_first, is_papers_reference
 from dreamdance.evaluation.clips import Prediction, Size, Truth
+from dreamdance.evaluation.compared_frames import ComparedFrames, describe_first, is_papers_reference
 from dreamdance.evaluation.frechet import MIN_WINDOWS
 from dreamdance.evaluation.network_metrics import Cost, Features, NetworkMetrics, describe_networks
 from dreamdance.evaluation.protocols import CLIP_FRAMES, Protocol, disco_frames, resize_frames
@@ -121,7 +121,7 @@ def _add_networks(
 
 
 def describe_measures(
-    measures: Measures, costs: Mapping[str, Cost], windows: Mapping[str, int], clips: Collection[ClipFrames]
+    measures: Measures, costs: Mapping[str, Cost], windows: Mapping[str, int], clips: Collection[ComparedFrames]
 ) -> dict[str, str]:
     """Lines for the table: protocols, networks with their hashes and numbers of clips, and what is absent.
 

@@ -24,8 +24,8 @@ from support.results import write_result as write_any_result
 
 from dreamdance.data.writing.clip_record import ClipRecord
 from dreamdance.errors import MissingInputError
-from dreamdance.evaluation.clip_frames import ClipFrames
 from dreamdance.evaluation.clips import Prediction, Result, ResultError, open_clips, read_result
+from dreamdance.evaluation.compared_frames import ComparedFrames
 from dreamdance.evaluation.evaluate import PartialTableError, evaluate, evaluate_clip
 from dreamdance.evaluation.measured import EvaluatedClip, MeasuredClips, read_result_states
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table
@@ -284,7 +284,11 @@ def test_a_measured_result_is_known_by_its_content_and_one_that_changed_meanwhil
         measured.write(
             path,
             EvaluatedClip(
-                {RESULT_ROW: {"l1": 0.5}}, GridRow(path.name, []), [0, 1], ClipFrames(0, 1, 2), read_result_states(path)
+                {RESULT_ROW: {"l1": 0.5}},
+                GridRow(path.name, []),
+                [0, 1],
+                ComparedFrames(0, 1, 2),
+                read_result_states(path),
             ),
         )
         (path / "arrays.npz").chmod(0o640)

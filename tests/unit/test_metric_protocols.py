@@ -8,8 +8,8 @@ from PIL import Image
 from support.networks import require_weights
 
 from dreamdance.errors import MissingInputError, RecipeError
-from dreamdance.evaluation.clip_frames import ClipFrames, describe_first, describe_references
 from dreamdance.evaluation.clips import Prediction, ResultError, Truth
+from dreamdance.evaluation.compared_frames import ComparedFrames, describe_first, describe_references
 from dreamdance.evaluation.measured import EvaluatedClip, MeasuredClips
 from dreamdance.evaluation.measures import Measures, describe_measures, measure_clip
 from dreamdance.evaluation.network_metrics import Cost, NetworkMetrics, describe_costs, frechet_scores, open_networks
@@ -25,7 +25,7 @@ from dreamdance.recipe.metric_section import MetricSettings
 from dreamdance.recipe.parse import load_recipe
 
 # A clip whose frames 1 and 2 were compared, and whose first frame was the reference.
-FRAMES = ClipFrames(1, 0, 3)
+FRAMES = ComparedFrames(1, 0, 3)
 
 
 def pictures(num_frames: int = 18, height: int = 40, width: int = 32, seed: int = 0) -> np.ndarray:
@@ -234,8 +234,8 @@ def test_fetched_networks_are_named_with_file_and_hash():
 
 
 def test_the_table_names_the_reference_and_the_frame_against_which_colours_drift():
-    first, last, longer = FRAMES, ClipFrames(0, 2, 3), ClipFrames(0, 5, 6)
-    apart, middle = ClipFrames(0, None, 3), ClipFrames(0, 1, 3)
+    first, last, longer = FRAMES, ComparedFrames(0, 2, 3), ComparedFrames(0, 5, 6)
+    apart, middle = ComparedFrames(0, None, 3), ComparedFrames(0, 1, 3)
     references = {
         (first, first): "frame 0 of each clip, its first",
         (last, last): "frame 2 of each clip, its last",
@@ -249,7 +249,7 @@ def test_the_table_names_the_reference_and_the_frame_against_which_colours_drift
     assert mixed.endswith("frames 1 to 2 of the clips; in 1 of 3 clips a picture that is none of its frames")
     assert describe_first([first, first]) == "frame 1 of each clip, since frame 0 is the reference"
     assert describe_first([last, apart]) == "frame 0 of each clip"
-    assert describe_first([ClipFrames(2, 5, 6)]) == "frame 2 of each clip, the first that was compared"
+    assert describe_first([ComparedFrames(2, 5, 6)]) == "frame 2 of each clip, the first that was compared"
     assert describe_first([first, last]) == "the first compared frame of each clip"
     measures = Measures(MetricSettings(protocols=["disco"]))
     lines = {clip: describe_measures(measures, {}, {}, [first, clip]) for clip in (first, last)}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class ClipFrames:
+class ComparedFrames:
     """What was compared of one clip.
 
     Attributes:
@@ -19,7 +19,7 @@ class ClipFrames:
     num_frames: int
 
 
-def describe_references(clips: Collection[ClipFrames]) -> str:
+def describe_references(clips: Collection[ComparedFrames]) -> str:
     """Which frame of the clips was the reference of the results."""
     frames = {clip.reference for clip in clips}
     are_last = all(clip.reference == clip.num_frames - 1 for clip in clips)
@@ -37,7 +37,7 @@ def describe_references(clips: Collection[ClipFrames]) -> str:
     return text + f"; in {others} of {len(clips)} clips a picture that is none of its frames" * bool(others)
 
 
-def describe_first(clips: Collection[ClipFrames]) -> str:
+def describe_first(clips: Collection[ComparedFrames]) -> str:
     """Against which frame of the clips colour drift is measured."""
     frames = {clip.first for clip in clips}
     if len(frames) != 1:
@@ -48,6 +48,6 @@ def describe_first(clips: Collection[ClipFrames]) -> str:
     return f"frame {first} of each clip{reason * bool(first)}"
 
 
-def is_papers_reference(clips: Collection[ClipFrames]) -> bool:
+def is_papers_reference(clips: Collection[ComparedFrames]) -> bool:
     """Whether the reference of every clip is its first frame, as in the papers' tables."""
     return all(clip.reference == 0 for clip in clips)
