@@ -32,7 +32,8 @@ def describe_references(clips: Collection[ComparedFrames]) -> str:
     if are_last:
         return "the last frame of each clip"
     known = [clip.reference for clip in clips if clip.reference is not None]
-    text = f"each result's own, frames {min(known)} to {max(known)} of the clips"
+    low, high = min(known), max(known)
+    text = f"each result's own, {f'frame {low}' if low == high else f'frames {low} to {high}'} of the clips"
     others = len(clips) - len(known)
     return text + f"; in {others} of {len(clips)} clips a picture that is none of its frames" * bool(others)
 

@@ -247,6 +247,9 @@ def test_the_table_names_the_reference_and_the_frame_against_which_colours_drift
     assert {clips: describe_references(clips) for clips in references} == references
     mixed = describe_references([middle, last, apart])
     assert mixed.endswith("frames 1 to 2 of the clips; in 1 of 3 clips a picture that is none of its frames")
+    assert describe_references([apart, middle]) == (
+        "each result's own, frame 1 of the clips; in 1 of 2 clips a picture that is none of its frames"
+    )
     assert describe_first([first, first]) == "frame 1 of each clip, since frame 0 is the reference"
     assert describe_first([last, apart]) == "frame 0 of each clip"
     assert describe_first([ComparedFrames(2, 5, 6)]) == "frame 2 of each clip, the first that was compared"
