@@ -176,7 +176,7 @@ def test_gifs_have_keys_and_a_table_of_their_own_and_the_resnet_averages_their_e
     header, _, row = (line.split("|") for line in table.split("\n\n")[1].splitlines())
     assert [title.strip() for title in header[2:-1]] == ["FVD (DisCo, GIF) ↓", "FID-VID (DisCo, GIF) ↓"]
     assert [value.strip() for value in row[2:-1]] == ["100.0 (too few)", "512.00 (too few)"], "0.25 for each feature"
-    lines = describe_measures(measures, found.costs, windows)
+    lines = describe_measures(measures, found.costs, windows, [ComparedFrames(0, 0, 16)])
     assert "fvd_disco_gif: 2 clips of 16 frames" in lines["fvd"]
     assert "each frame 8 times" in lines["protocol disco_gif"]
 
