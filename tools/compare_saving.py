@@ -71,7 +71,8 @@ def measure(folder: Path, millions: float, num_ranks: int, rounds: int) -> list[
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    # A spawned process tears its interpreter down, under which a thread of gloo may abort it; these end without that.
+    context = multiprocessing.get_context("forkserver")
     processes = [
         context.Process(target=run_rank, args=(rank, num_ranks, port, folder, millions, rounds))
         for rank in range(num_ranks)
