@@ -9,14 +9,19 @@ class ComparedFrames:
     """What was compared of one clip.
 
     Attributes:
-        first: number of the first frame that was compared; colour drift is measured against it.
+        numbers: of the compared frames, in their order.
         reference: number of the clip's frame that was the reference; None if it was a picture that the clip lacks.
         num_frames: length of the clip.
     """
 
-    first: int
+    numbers: tuple[int, ...]
     reference: int | None
     num_frames: int
+
+    @property
+    def first(self) -> int:
+        """Colour drift is measured against this frame."""
+        return self.numbers[0]
 
 
 def describe_references(clips: Collection[ComparedFrames]) -> str:

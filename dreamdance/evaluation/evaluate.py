@@ -235,7 +235,7 @@ def tabulate(
         rows={name: scores | videos.get(name, {}) for name, scores in rows.items()},
         clips={name: clip.scores for name, clip in evaluated.items()},
         protocol=protocol
-        | describe_measures(comparison.measures, costs, windows, [clip.place for clip in evaluated.values()]),
+        | describe_measures(comparison.measures, costs, windows, [clip.compared for clip in evaluated.values()]),
         missing=missing,
         compared=list(comparison.recipe.compare),
         windows=windows,
@@ -299,8 +299,8 @@ def evaluate_clip(
     measures = measures or Measures()
     found = measure_clip(answers, truth, truth_row=TRUTH_ROW, runs=find_runs(pairs), seams=seams, measures=measures)
     row = _overview_row(result.id, prediction, truth, reference)
-    place = ComparedFrames(compared[0], own_frame(clip, chosen), clip.num_frames)
-    return EvaluatedClip(found.scores, row, compared, place, features=found.features, costs=found.costs)
+    of_clip = ComparedFrames(tuple(compared), own_frame(clip, chosen), clip.num_frames)
+    return EvaluatedClip(found.scores, row, of_clip, features=found.features, costs=found.costs)
 
 
 def describe_protocol(
@@ -313,7 +313,7 @@ def describe_protocol(
         **{f"results of {name}": folder for name, folder in recipe.compare.items()},
         "truth": recipe.truth.local,
         "clips": f"{len(evaluated)}, mean over clips; {sum(clip.num_frames for clip in evaluated.values())} frames",
-        "reference": describe_references([clip.place for clip in evaluated.values()]),
+        "reference": describe_references([clip.compared for clip in evaluated.values()]),
         "frames": f"{width}x{height} pixels, compared at equal times, without the reference frame; truth resized "
         "with antialiasing"
         + f"; both then at {recipe.metrics.width}x{recipe.metrics.height}"

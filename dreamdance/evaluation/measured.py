@@ -38,8 +38,7 @@ class EvaluatedClip:
     Attributes:
         scores: name of the table's row -> scores.
         row: the clip's line in the overview picture.
-        frames: numbers of the compared frames in the clip.
-        place: the first of them, and the reference.
+        compared: which frames were compared, and which was the reference.
         files: absolute path -> state of each file of the result when it was read.
         features: row of the table -> metric -> features of the clip's windows, for distances over all clips.
         costs: metric -> what its network cost.
@@ -47,15 +46,14 @@ class EvaluatedClip:
 
     scores: dict[str, Scores]
     row: GridRow
-    frames: Sequence[int]
-    place: ComparedFrames
+    compared: ComparedFrames
     files: dict[Path, FileState] = field(default_factory=dict)
     features: Features = field(default_factory=dict)
     costs: dict[str, Cost] = field(default_factory=dict)
 
     @property
     def num_frames(self) -> int:
-        return len(self.frames)
+        return len(self.compared.numbers)
 
 
 def read_result_states(result: Path, known: Mapping[Path, FileState] = MappingProxyType({})) -> dict[Path, FileState]:
@@ -133,8 +131,7 @@ class MeasuredClips:
         self.folder.mkdir(parents=True, exist_ok=True)
         pictures = {f"picture_{number}": picture for number, picture in enumerate(clip.row.pictures)}
         files = {str(path): state.to_json() for path, state in clip.files.items()}
-        content = {"scores": clip.scores, "frames": list(clip.frames), "label": clip.row.label, "files": files}
-        content["place"] = astuple(clip.place)
+        content = {"scores": clip.scores, "compared": astuple(clip.compared), "label": clip.row.label, "files": files}
         features = [(row, key, values) for row, found in clip.features.items() for key, values in found.items()]
         content["features"] = [(row, key) for row, key, _ in features]
         content["costs"] = {key: [cost.seconds, cost.frames] for key, cost in clip.costs.items()}
@@ -158,8 +155,9 @@ class MeasuredClips:
                 features.setdefault(row, {})[key] = stored[f"features_{number}"]
         costs = {key: Cost(*values) for key, values in text["costs"].items()}
         row_of_grid = GridRow(text["label"], pictures)
-        place = ComparedFrames(*text["place"])
-        return EvaluatedClip(text["scores"], row_of_grid, text["frames"], place, _files(text), features, costs)
+        numbers, *others = text["compared"]
+        compared = ComparedFrames(tuple(numbers), *others)
+        return EvaluatedClip(text["scores"], row_of_grid, compared, _files(text), features, costs)
 
     def check(self, results: Sequence[Path], before_result: Callable[[str], None]) -> None:
         """Checks that no result has changed since it was measured; to be called when all are measured.

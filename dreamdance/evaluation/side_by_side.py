@@ -38,7 +38,7 @@ def join_rows(clip_id: str, rows: Mapping[str, EvaluatedClip]) -> EvaluatedClip:
     own = rows[RESULT_ROW]
     others = {name: clip for name, clip in rows.items() if name != RESULT_ROW}
     for name, other in others.items():
-        if other.frames != own.frames:
+        if other.compared.numbers != own.compared.numbers:
             raise ResultError(
                 f"result '{clip_id}' of '{name}' has other frames, or another reference, than that of `results`: "
                 "their scores cannot be compared (key: compare)"

@@ -286,8 +286,7 @@ def test_a_measured_result_is_known_by_its_content_and_one_that_changed_meanwhil
             EvaluatedClip(
                 {RESULT_ROW: {"l1": 0.5}},
                 GridRow(path.name, []),
-                [0, 1],
-                ComparedFrames(0, 1, 2),
+                ComparedFrames((0, 1), None, 2),
                 read_result_states(path),
             ),
         )

@@ -25,7 +25,7 @@ from dreamdance.recipe.metric_section import MetricSettings
 from dreamdance.recipe.parse import load_recipe
 
 # A clip whose frames 1 and 2 were compared, and whose first frame was the reference.
-FRAMES = ComparedFrames(1, 0, 3)
+FRAMES = ComparedFrames((1, 2), 0, 3)
 
 
 def pictures(num_frames: int = 18, height: int = 40, width: int = 32, seed: int = 0) -> np.ndarray:
@@ -176,7 +176,7 @@ def test_gifs_have_keys_and_a_table_of_their_own_and_the_resnet_averages_their_e
     header, _, row = (line.split("|") for line in table.split("\n\n")[1].splitlines())
     assert [title.strip() for title in header[2:-1]] == ["FVD (DisCo, GIF) ↓", "FID-VID (DisCo, GIF) ↓"]
     assert [value.strip() for value in row[2:-1]] == ["100.0 (too few)", "512.00 (too few)"], "0.25 for each feature"
-    lines = describe_measures(measures, found.costs, windows, [ComparedFrames(0, 0, 16)])
+    lines = describe_measures(measures, found.costs, windows, [ComparedFrames(tuple(range(17)), None, 17)])
     assert "fvd_disco_gif: 2 clips of 16 frames" in lines["fvd"]
     assert "each frame 8 times" in lines["protocol disco_gif"]
 
@@ -203,10 +203,10 @@ def test_features_and_costs_are_kept_with_the_measurement(measured, tmp_path):
     found, _, _ = measured
     recipe = load_recipe(write_recipe(tmp_path))
     folders = [MeasuredClips(tmp_path / "measured", recipe, networks=hashes) for hashes in ((), ("1",))]
-    clip = EvaluatedClip(found.scores, GridRow("clip", []), [1, 2], FRAMES, {}, found.features, found.costs)
+    clip = EvaluatedClip(found.scores, GridRow("clip", []), FRAMES, {}, found.features, found.costs)
     folders[0].write(tmp_path / "clip", clip)
     kept = folders[0].read(tmp_path / "clip")
-    assert (kept.costs, kept.place) == (found.costs, FRAMES)
+    assert (kept.costs, kept.compared) == (found.costs, FRAMES)
     for row, features in found.features.items():
         for key, values in features.items():
             np.testing.assert_array_equal(kept.features[row][key], values)
@@ -234,8 +234,8 @@ def test_fetched_networks_are_named_with_file_and_hash():
 
 
 def test_the_table_names_the_reference_and_the_frame_against_which_colours_drift():
-    first, last, longer = FRAMES, ComparedFrames(0, 2, 3), ComparedFrames(0, 5, 6)
-    apart, middle = ComparedFrames(0, None, 3), ComparedFrames(0, 1, 3)
+    first, last, longer = FRAMES, ComparedFrames((0, 1), 2, 3), ComparedFrames((0, 1, 2, 3, 4), 5, 6)
+    apart, middle = ComparedFrames((0, 1, 2), None, 3), ComparedFrames((0, 2), 1, 3)
     references = {
         (first, first): "frame 0 of each clip, its first",
         (last, last): "frame 2 of each clip, its last",
@@ -252,7 +252,7 @@ def test_the_table_names_the_reference_and_the_frame_against_which_colours_drift
     )
     assert describe_first([first, first]) == "frame 1 of each clip, since frame 0 is the reference"
     assert describe_first([last, apart]) == "frame 0 of each clip"
-    assert describe_first([ComparedFrames(2, 5, 6)]) == "frame 2 of each clip, the first that was compared"
+    assert describe_first([ComparedFrames((2, 3, 4), 5, 6)]) == "frame 2 of each clip, the first that was compared"
     assert describe_first([first, last]) == "the first compared frame of each clip"
     measures = Measures(MetricSettings(protocols=["disco"]))
     lines = {clip: describe_measures(measures, {}, {}, [first, clip]) for clip in (first, last)}
