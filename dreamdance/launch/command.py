@@ -297,12 +297,15 @@ def _show_finished(loaded: LoadedRecipe, runs: Path) -> bool:
 
 def _check(loaded: LoadedRecipe, cluster: submission.ClusterName, runs: Path) -> None:
     """Raises UserError if the run cannot start."""
-    recipe = loaded.recipe
-    _refuse_nodes_on_one_machine(recipe, cluster)
-    require_same_prediction(recipe, runs)
-    missing = preflight.missing(recipe, loaded.file, runs, check_gpu=cluster != "slurm")
-    if missing:
-        raise UserError(preflight.report(recipe, loaded.file, runs, missing))
+    if missing := _missing(loaded, cluster, runs):
+        raise UserError(preflight.report(loaded.recipe, loaded.file, runs, missing))
+
+
+def _missing(loaded: LoadedRecipe, cluster: submission.ClusterName, runs: Path) -> list[preflight.Missing]:
+    """What the run needs and lacks here; raises UserError for what no file or package would cure."""
+    _refuse_nodes_on_one_machine(loaded.recipe, cluster)
+    require_same_prediction(loaded.recipe, runs)
+    return preflight.missing(loaded.recipe, loaded.file, runs, check_gpu=cluster != "slurm")
 
 
 def _refuse_nodes_on_one_machine(recipe: Recipe, cluster: submission.ClusterName) -> None:
@@ -321,9 +324,7 @@ def _show_plan(
     loaded: LoadedRecipe, options: argparse.Namespace, cluster: submission.ClusterName, plan: Planner
 ) -> None:
     recipe, run_folder = loaded.recipe, _run_folder(loaded, options.runs)
-    _refuse_nodes_on_one_machine(recipe, cluster)
-    require_same_prediction(recipe, options.runs)
-    missing = preflight.missing(recipe, loaded.file, options.runs, check_gpu=cluster != "slurm")
+    missing = _missing(loaded, cluster, options.runs)
     gpu = GPUS[options.gpu] if options.gpu else preflight.gpu_at_hand() or GPUS[DEFAULT_GPU]
     _show(dry_run.pages(loaded, run_folder, cluster, plan(recipe, preflight.gpu_memory_gib(), gpu)))
     warnings = [preflight.oversize(recipe)] if cluster != "slurm" else []
