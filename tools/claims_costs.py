@@ -5,7 +5,7 @@ from functools import cache
 from claims_animate import RECIPE, Job
 from claims_tasks import DEMO
 
-from dreamdance.recipe import AnimateRecipe, TrainingRecipe, load_recipe
+from dreamdance.recipe import AnimateRecipe, PrepareRecipe, TrainingRecipe, load_recipe
 
 # Seconds on two idle cores: of a step of each training, of a start, of a row of a table.
 STEP_SECONDS = {"stage1_domains": 0.27, "stage1_geometry": 0.24, "stage1_temporal": 0.42, "stage2": 0.58}
@@ -37,6 +37,15 @@ def demo_animation() -> AnimateRecipe:
 def demo_steps() -> int:
     """Denoising steps of stage 2 in the demo."""
     return demo_animation().animation.num_inference_steps
+
+
+@cache
+def demo_people() -> int:
+    """Held-out dancers of the demo, on whom its settings were chosen."""
+    recipe = load_recipe(DEMO / "prepare.yaml")
+    assert isinstance(recipe, PrepareRecipe)
+    assert recipe.dancers is not None
+    return recipe.dancers.num_validation_clips
 
 
 def denoising_steps() -> list[int]:

@@ -18,6 +18,7 @@ from claims_costs import (
     STEP_SECONDS,
     clip_seconds,
     demo_animation,
+    demo_people,
     demo_steps,
     denoising_steps,
     training_recipe,
@@ -70,9 +71,9 @@ class Builder:
         return self._dancers("claims_dancers", self.settings.training_clips)
 
     def people(self, *, pairs: bool = False) -> str:
-        """The dancers that are judged, none of whom decided a setting; with `pairs` each motion on another body too."""
-        words = (f"dancers.skip_validation_clips={self.settings.clips}", *(["dancers.pairs=true"] if pairs else []))
-        return self._dancers("claims_pairs" if pairs else "claims_people", 1, *words)
+        """The dancers that are judged, who decided no setting; with `pairs` each motion on another body too."""
+        skip = f"dancers.skip_validation_clips={max(demo_people(), self.settings.clips)}"
+        return self._dancers("claims_pairs" if pairs else "claims_people", 1, skip, *["dancers.pairs=true"] * pairs)
 
     def _dancers(self, name: str, training_clips: int, *words: str) -> str:
         numbers = (f"dancers.num_validation_clips={self.settings.clips}", f"dancers.num_train_clips={training_clips}")
@@ -385,9 +386,8 @@ class Builder:
             given: dict[str, Any] = {"data": data, "maps": folder, "map_error": 1.0, "align": align}
             jobs.append(self.job("animation", f"align_{align}", model, **given))
         clips = self.animate(self.label, jobs, needs=(data, model, *needs))
-        rows = {"align_bones": model, "align_none": model}
-        given = {"metrics": DEMO_METRICS, "data": data, "trivial": ("reference_repeated", "mean_colour")}
-        return [self.evaluate(self.label, rows, needs=[clips], **given)]
+        rows, trivial = dict.fromkeys(("align_bones", "align_none"), model), ("reference_repeated", "mean_colour")
+        return [self.evaluate(self.label, rows, needs=[clips], metrics=DEMO_METRICS, data=data, trivial=trivial)]
 
     def _encoded(self) -> str:
         """Stage 1's maps of the training clips."""

@@ -117,6 +117,9 @@ def test_nobody_who_is_judged_decided_a_setting_or_stopped_a_training(plan: "tas
         judged = plan.tasks[name].recipe.dancers
         assert (judged.skip_validation_clips, judged.num_validation_clips) == (12, 12)
     assert (demo.skip_validation_clips, demo.num_validation_clips) == (0, 12)
+    for clips, skipped in ((4, 12), (20, 20)):
+        trial = plans.make_plan(replace(SETTINGS, clips=clips), ["demo"], [0]).tasks["claims_people"].recipe.dancers
+        assert (trial.skip_validation_clips, trial.num_validation_clips) == (skipped, clips), "a trial too"
     jobs = [job for task in plan.tasks.values() for job in task.jobs]
     assert {Path(job.truth).parent.name for job in jobs} == {"claims_people", "claims_pairs"}
     tables = [task.recipe for task in plan.tasks.values() if isinstance(task.recipe, EvaluateRecipe)]
