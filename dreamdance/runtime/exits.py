@@ -1,5 +1,6 @@
-"""Ends this process at once, even if other threads hang; logs one line first if possible."""
+"""Ends of processes that neither hang nor abort: at once after a last line, or as usual without Python's teardown."""
 
+import atexit
 import contextlib
 import faulthandler
 import logging
@@ -55,3 +56,45 @@ def exit_process(
     if with_stacks:
         faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
     os._exit(exit_code)
+
+
+@contextlib.contextmanager
+def process_without_teardown(ending_seconds: float) -> Iterator[None]:
+    """After the block, this process ends as usual, with all exit handlers, but the interpreter is not torn down.
+
+    During the teardown, a thread that needs the interpreter aborts the process after all its work: one of gloo's that
+    releases a tensor ("terminate called without an active exception"). The exit code is that which Python gives:
+    0, that of SystemExit, 1 after another error; 130 after Ctrl-C; 120 if the output could not be written.
+
+    Exit handlers run in the reverse order of their registration. So what registers one must be imported within the
+    block; a handler from before it does not run (that of `logging` alone is made up for).
+
+    Args:
+        ending_seconds: how long the end may take; then the kernel ends the process by SIGALRM, e.g. because a thread
+            is stuck in I/O.
+    """
+    exit_code = 1
+
+    def end() -> None:
+        logging.shutdown()
+        lost = False
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                if not stream.closed:
+                    stream.flush()
+            except OSError:
+                lost = True
+        os._exit(120 if lost else exit_code)
+
+    atexit.register(end)
+    try:
+        yield
+        exit_code = 0
+    except SystemExit as ending:
+        exit_code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+        raise
+    except KeyboardInterrupt:
+        exit_code = 128 + signal.SIGINT
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, ending_seconds)
