@@ -5,8 +5,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# FVD and FID-VID of fewer windows say little: with fewer windows than I3D has logits the covariance is singular.
-MIN_WINDOWS = 400
+# The features of a window by metric: I3D's logits and what the 3D ResNet-50 pools. With fewer windows than features the
+# covariance is singular, and the distance says little.
+_NUM_FEATURES = {"fvd": 400, "fid_vid": 2048}
+
+
+def min_windows(metric: str) -> int:
+    """The least number of windows for a distance that compares with other tables; 0 for other metrics.
+
+    Args:
+        metric: a key of the table, such as `fvd` or `fid_vid_disco`.
+    """
+    return next((number for name, number in _NUM_FEATURES.items() if metric.startswith(name)), 0)
 
 
 def frechet_distance(first: NDArray[np.floating[Any]], second: NDArray[np.floating[Any]]) -> float:

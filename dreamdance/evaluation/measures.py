@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dreamdance.evaluation.clips import Prediction, Size, Truth
 from dreamdance.evaluation.compared_frames import ComparedFrames, describe_first, is_papers_reference
-from dreamdance.evaluation.frechet import MIN_WINDOWS
+from dreamdance.evaluation.frechet import min_windows
 from dreamdance.evaluation.network_metrics import Cost, Features, NetworkMetrics, describe_networks
 from dreamdance.evaluation.protocols import CLIP_FRAMES, Protocol, disco_frames, resize_frames
 from dreamdance.evaluation.scores import TRUTH_KEYS, Scores, score, score_disco
@@ -69,6 +69,7 @@ def measure_clip(
         seams: frames with which a window of the sampling begins, except the first.
         measures: what is measured.
     """
+    as_given, true_as_given = answers, truth.pictures.given_frames
     if measures.size is not None:
         answers = {row: _resized(answer, measures.size) for row, answer in answers.items()}
         mask = None if truth.frame_mask is None else _resize_mask(truth.frame_mask, measures.size)
@@ -85,9 +86,9 @@ def measure_clip(
             scores[row]["seam_ratio"] = seam_ratio(those, true_frames, runs=runs, seams=seams)
     measured = Measured(scores, {}, {})
     _add_networks(measured, frames, true_frames, ("true",), truth_row=truth_row, runs=runs, measures=measures)
-    if measures.settings.protocols:
-        small = {row: disco_frames(those) for row, those in frames.items()}
-        true_small = disco_frames(true_frames)
+    if measures.settings.protocols:  # DisCo's has a size of its own
+        small = {row: disco_frames(answer.frames) for row, answer in as_given.items() if answer.frames is not None}
+        true_small = disco_frames(true_as_given)
         if "disco" in measures.settings.protocols:
             for row, those_bytes in small.items():
                 scores[row] |= score_disco(those_bytes, true_small)
@@ -155,8 +156,11 @@ def describe_measures(
     if "disco_gif" in measures.settings.protocols:
         lines["protocol disco_gif"] = "the same windows in 256 colours for each frame, each frame 8 times"
     lines |= describe_networks(measures.networks, costs, windows)
-    if any(count < MIN_WINDOWS for count in windows.values()):
-        lines["too few"] = f"distances of sets with fewer than {MIN_WINDOWS} windows do not compare with other tables"
+    if few := {f"{min_windows(key)} for {key}" for key, count in windows.items() if count < min_windows(key)}:
+        lines["too few"] = (
+            f"distances of sets with fewer windows than features ({', '.join(sorted(few))}) do not compare with other "
+            "tables"
+        )
     left_out = [
         name for name in ("lpips_alex", "lpips_vgg", "fvd", "fid_vid") if name not in measures.settings.networks
     ]

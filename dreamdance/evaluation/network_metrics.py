@@ -15,7 +15,7 @@ from torch import Tensor
 from dreamdance.annotators.weights import NetworkFile
 from dreamdance.errors import MissingInputError
 from dreamdance.evaluation.clips import ResultError
-from dreamdance.evaluation.frechet import MIN_WINDOWS, frechet_distance
+from dreamdance.evaluation.frechet import frechet_distance, min_windows
 from dreamdance.evaluation.networks.i3d import I3D, I3D_SIZE
 from dreamdance.evaluation.networks.lpips import Lpips
 from dreamdance.evaluation.networks.resnet3d import RESNET_MEAN, RESNET_SIZE, ResNet3D
@@ -218,7 +218,8 @@ def describe_networks(
         ]
         for key in costs:
             if key == name or key.startswith(f"{name}_") or (key, name) == ("lpips_disco", "lpips_vgg"):
-                few = f", too few (below {MIN_WINDOWS})" if key in windows and windows[key] < MIN_WINDOWS else ""
+                least = min_windows(key)
+                few = f", too few (below {least})" if key in windows and windows[key] < least else ""
                 parts.append(f"{key}: {windows[key]} clips of {CLIP_FRAMES} frames{few}" if key in windows else key)
         if not any(key == name or key.startswith(name) for key in costs) and name in ("fvd", "fid_vid"):
             parts.append(f"not measured: no clip has {CLIP_FRAMES} frames that follow one another")

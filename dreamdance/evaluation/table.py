@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dreamdance.evaluation.frechet import MIN_WINDOWS
+from dreamdance.evaluation.frechet import min_windows
 from dreamdance.evaluation.paired_differences import PAIR_HEADER, pair_lines, pairs_as_json
 from dreamdance.evaluation.scores import (
     IMPROVEMENT_KEYS,
@@ -109,7 +109,8 @@ class Table:
         return _markdown(["", *(_arrowed(metric) for metric in metrics)], lines)
 
     def _cell(self, scores: Scores, metric: Metric) -> str:
-        is_few = metric.key in scores and self.windows.get(metric.key, MIN_WINDOWS) < MIN_WINDOWS
+        least = min_windows(metric.key)
+        is_few = metric.key in scores and self.windows.get(metric.key, least) < least
         return _formatted(scores.get(metric.key), metric) + " (too few)" * is_few
 
     def _clips_as_markdown(self) -> str:

@@ -15,6 +15,7 @@ REPEATED_REFERENCE = "reference repeated"
 MEAN_COLOUR = "reference's mean body colour"
 MEAN_COLOUR_OF_FRAME = "reference's mean colour"
 MEAN_OF_TRAINING = "training set's mean"
+FACING_CAMERA = "normals that face the camera"
 
 # The training set's mean is taken over about this many clips, and up to this many frames of each.
 MAX_TRAINING_CLIPS = 256
@@ -47,6 +48,10 @@ def trivial_answers(reference: Truth, num_frames: int, training_mean: TrainingMe
         REPEATED_REFERENCE: _repeated(reference.pictures, num_frames),
         colour_name: Prediction(frames=_colour_frames(reference, num_frames)),
     }
+    normals = reference.pictures.normals
+    if normals is not None:
+        facing = np.asarray((0.0, 0.0, 1.0), np.float32)
+        answers[FACING_CAMERA] = Prediction(normals=np.broadcast_to(facing, (num_frames, *normals.shape[1:])))
     if training_mean is not None:
         answers[MEAN_OF_TRAINING] = _repeated(training_mean.pictures, num_frames)
     return answers

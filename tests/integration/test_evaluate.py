@@ -30,6 +30,7 @@ from dreamdance.evaluation.evaluate import PartialTableError, evaluate, evaluate
 from dreamdance.evaluation.measured import EvaluatedClip, MeasuredClips, read_result_states
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table
 from dreamdance.evaluation.trivial import (
+    FACING_CAMERA,
     MEAN_COLOUR,
     MEAN_COLOUR_OF_FRAME,
     MEAN_OF_TRAINING,
@@ -139,14 +140,16 @@ def test_all_rows_are_there_and_the_best_trivial_answer_is_chosen(tmp_path, data
         write_result(tmp_path / "results", name, pictures.frames, pictures.normals, pictures.disparity)
     table = run(tmp_path, data, training_set=True)
     rows = table["rows"]
-    assert list(rows) == [RESULT_ROW, REPEATED_REFERENCE, MEAN_COLOUR, MEAN_OF_TRAINING, TRUTH_ROW]
+    trivial = [REPEATED_REFERENCE, MEAN_COLOUR, FACING_CAMERA, MEAN_OF_TRAINING]
+    assert list(rows) == [RESULT_ROW, *trivial, TRUTH_ROW]
     assert set(rows[TRUTH_ROW]) == {"consistency_angle", "flicker", "colour_drift"}
     assert rows[TRUTH_ROW]["consistency_angle"] == pytest.approx(rows[RESULT_ROW]["consistency_angle"], abs=0.5)
     assert "angular_error_mean" not in rows[MEAN_COLOUR]
     improvement = table["improvements"]["angular_error_mean"]
     assert improvement["best_trivial"] == min(
-        rows[name]["angular_error_mean"] for name in (REPEATED_REFERENCE, MEAN_OF_TRAINING)
+        rows[name]["angular_error_mean"] for name in (REPEATED_REFERENCE, FACING_CAMERA, MEAN_OF_TRAINING)
     )
+    assert set(rows[FACING_CAMERA]) == {key for key in rows[RESULT_ROW] if key.startswith("angular_error")}
     assert improvement["relative_improvement"] > 0.99
     assert table["improvements"]["psnr_body"]["best_trivial"] == max(
         rows[name]["psnr_body"] for name in (REPEATED_REFERENCE, MEAN_COLOUR, MEAN_OF_TRAINING)

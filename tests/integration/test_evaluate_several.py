@@ -14,7 +14,7 @@ from dreamdance.evaluation.clips import ResultError
 from dreamdance.evaluation.evaluate import PartialTableError, evaluate
 from dreamdance.evaluation.paired_differences import paired_differences
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW
-from dreamdance.evaluation.trivial import MEAN_COLOUR, REPEATED_REFERENCE
+from dreamdance.evaluation.trivial import FACING_CAMERA, MEAN_COLOUR, REPEATED_REFERENCE
 from dreamdance.launch.finished import digest_inputs, is_finished, mark_finished
 from dreamdance.recipe.schema import EvaluateRecipe
 
@@ -64,7 +64,8 @@ def test_each_result_has_the_row_that_it_has_alone(tmp_path, data, truths):
     write_brighter(tmp_path / "new", truths, [0.1, 0.3, 0.2])
     write_brighter(tmp_path / "old", truths, [0.2, 0.2, 0.4])
     table = run(tmp_path, data, old="old", same="new")
-    assert list(table["rows"]) == [RESULT_ROW, "old", "same", REPEATED_REFERENCE, MEAN_COLOUR, TRUTH_ROW]
+    trivial = [REPEATED_REFERENCE, MEAN_COLOUR, FACING_CAMERA]
+    assert list(table["rows"]) == [RESULT_ROW, "old", "same", *trivial, TRUTH_ROW]
     assert table["rows"]["same"] == table["rows"][RESULT_ROW]
     (tmp_path / "new").rename(tmp_path / "kept")
     (tmp_path / "old").rename(tmp_path / "new")

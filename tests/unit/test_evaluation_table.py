@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dreamdance.errors import MissingInputError
 from dreamdance.evaluation.clips import Prediction, Result, ResultError, Truth, find_results, read_result
@@ -25,12 +26,14 @@ from dreamdance.evaluation.scores import (
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW, Table, compare_with_trivial
 from dreamdance.evaluation.times import pair_frames
 from dreamdance.evaluation.trivial import (
+    FACING_CAMERA,
     MEAN_COLOUR,
     MEAN_OF_TRAINING,
     REPEATED_REFERENCE,
     TrainingMean,
     trivial_answers,
 )
+from dreamdance.media.transforms import decode_normals
 
 NUM_FRAMES, HEIGHT, WIDTH = 3, 16, 12
 
@@ -214,7 +217,7 @@ def test_choosing_frames_selects_from_every_array() -> None:
 def test_trivial_answers_look_at_the_reference_or_at_nothing() -> None:
     reference = random_truth(num_frames=1)
     answers = trivial_answers(reference, 4, None)
-    assert set(answers) == {REPEATED_REFERENCE, MEAN_COLOUR}
+    assert list(answers) == [REPEATED_REFERENCE, MEAN_COLOUR, FACING_CAMERA]
     repeated = answers[REPEATED_REFERENCE]
     for part, one in (
         (repeated.frames, reference.pictures.frames),
@@ -228,6 +231,11 @@ def test_trivial_answers_look_at_the_reference_or_at_nothing() -> None:
     np.testing.assert_allclose(colours[3, 0, 0], body.mean(axis=0), rtol=1e-5)
     assert (colours == colours[0, 0, 0]).all()
     assert answers[MEAN_COLOUR].normals is None
+    facing = answers[FACING_CAMERA]
+    assert facing.normals.shape == repeated.normals.shape
+    assert (facing.normals == decode_normals(torch.full((3, 1, 1), 0.5)).view(3).numpy()).all()
+    assert facing.frames is None
+    assert facing.disparity is None
     mean = TrainingMean(random_truth(seed=1, num_frames=1).pictures, 7)
     assert np.array_equal(trivial_answers(reference, 4, mean)[MEAN_OF_TRAINING].frames[2], mean.pictures.frames[0])
 

@@ -193,10 +193,20 @@ def test_distances_over_all_clips_are_zero_for_the_truth_and_say_that_there_are_
     assert table.as_json()["windows"] == windows
     lines = describe_measures(measures, found.costs, windows, [FRAMES])
     assert "2 clips of 16 frames, too few (below 400)" in lines["fvd"]
-    assert "fid_vid: 2 clips of 16 frames" in lines["fid_vid"]
-    many = describe_measures(measures, found.costs, dict.fromkeys(windows, 400), [FRAMES])
-    assert "too few" not in " ".join(many.values())
-    assert "(too few)" not in Table(table.rows, windows=dict.fromkeys(windows, 400)).as_markdown()
+    assert "fid_vid: 2 clips of 16 frames, too few (below 2048)" in lines["fid_vid"]
+    assert "(2048 for fid_vid, 2048 for fid_vid_disco, 400 for fvd, 400 for fvd_disco)" in lines["too few"]
+
+
+@pytest.mark.parametrize(("number", "few"), [(399, {"fvd", "fid_vid"}), (400, {"fid_vid"}), (2048, set())])
+def test_a_distance_needs_as_many_windows_as_its_network_has_features(measured, number, few):
+    found, measures, _ = measured
+    windows = dict.fromkeys(found.features[TRUTH_ROW], number)
+    videos, _ = frechet_scores([found.features, found.features], truth_row=TRUTH_ROW)
+    lines = describe_measures(measures, found.costs, windows, [FRAMES])
+    assert {name for name in ("fvd", "fid_vid") if "too few" in lines[name]} == few
+    assert ("too few" in lines) == bool(few)
+    text = Table(videos, windows=windows).as_markdown()
+    assert text.count("(too few)") == 2 * len(few) * len({row for row in videos if row != TRUTH_ROW})
 
 
 def test_features_and_costs_are_kept_with_the_measurement(measured, tmp_path):
@@ -273,6 +283,19 @@ def test_frames_and_masks_are_compared_at_the_size_of_the_recipe():
     found = measure_clip({"a": Prediction(frames)}, whole, truth_row=TRUTH_ROW, runs=[[0, 1]], measures=measures)
     assert found.scores["a"]["l1_body"] == pytest.approx(0.25, abs=0.03)
     assert found.scores["a"]["l1"] == pytest.approx(0.125, abs=1e-3)
+
+
+def test_the_size_of_the_recipe_does_not_change_what_discos_protocol_sees():
+    truth = pictures(2, 40, 32)
+    whole = Truth(Prediction(truth), None, None, None, None)
+    answers = {"a": Prediction(np.roll(truth, 3, axis=2)), "maps alone": Prediction()}
+    found = []
+    for size in ({}, {"width": 8, "height": 10}):
+        measures = Measures(MetricSettings(protocols=["disco"], **size))
+        scores = measure_clip(answers, whole, truth_row=TRUTH_ROW, runs=[[0, 1]], measures=measures).scores["a"]
+        found.append(scores)
+    for key, value in found[0].items():
+        assert (found[1][key] == value) == key.endswith(("_disco", "_overflow")), key
 
 
 def write_recipe(folder, *lines: str):
