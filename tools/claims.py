@@ -30,7 +30,8 @@ from typing import Any
 from claims_animate import Job
 from claims_comparisons import TITLES
 from claims_markdown import markdown
-from claims_plan import CLAIMS, make_plan
+from claims_names import CLAIMS
+from claims_plan import make_plan
 from claims_plot import draw
 from claims_table import best_scales, collect, how_measured, merge
 from claims_tasks import ROOT, Plan, Settings, Task, guidance_words

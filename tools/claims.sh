@@ -5,7 +5,7 @@
 # killed, the same command continues, and has all its hours again. LPIPS needs the networks of tools/networks.sh: run it
 # first, else nothing begins.
 #   bash tools/claims.sh [PART...] [--seeds 0 1 2] [--out FOLDER]
-#     PART is demo, curve, c, a, b, d, pairs, e, f or g; all of them, in this order, by default
+#     PART is demo, c, a, b, d, pairs, curve, e, f or g; all of them, in this order, by default
 #   bash tools/claims.sh demo      only the demo's aims; the claims share its trainings
 #   bash tools/claims.sh curve     the same after 2 and 4 times the steps of every training, one seed
 #   bash tools/claims.sh --list    only what would be trained, and how long it takes

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from claims_plan import DOMAINS, MAP_ERRORS
+from claims_names import DOMAINS, MAP_ERRORS
 
 TITLES = {
     "demo": "(demo) the demo's aims",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from claims_aims import CLIPS, aims_text, curve_text
 from claims_comparisons import COMPARISONS, SHOWN, TITLES
-from claims_plan import CLAIMS
+from claims_names import CLAIMS
 from claims_table import DIGITS, LEAST_SEEDS, Row, overall, sentence, values_of
 
 from dreamdance.evaluation.scores import METRICS

@@ -23,25 +23,20 @@ from claims_costs import (
     denoising_steps,
     training_recipe,
 )
+from claims_names import (
+    CLAIMS,
+    DEMO_METRICS,
+    DOMAINS,
+    FACTORS,
+    FRAME_METRICS,
+    MAP_ERRORS,
+    SCALES,
+    STAGE1_METRICS,
+    TRIVIAL,
+)
 from claims_tasks import Plan, Settings, Task, Variant, guidance_words, scaled
 
 from dreamdance.evaluation.table import RESULT_ROW, TRUTH_ROW
-from dreamdance.evaluation.trivial import MEAN_COLOUR, MEAN_OF_TRAINING, REPEATED_REFERENCE
-
-# In the order of work: the demo's aims, then the claims.
-CLAIMS = ("demo", "curve", "c", "a", "b", "d", "pairs", "e", "f", "g")
-# How many times as many steps as the demo's each of its trainings has, for the curve.
-FACTORS = (1, 2, 4)
-# Scales of Eq. 6 that are swept, of all domains together and of each alone.
-SCALES = (0.0, 0.5, 1.0, 2.5)
-DOMAINS = {"rgb": "l1", "normal": "angular_error_mean", "depth": "abs_rel"}
-# How much of stage 1's error the maps have.
-MAP_ERRORS = {"_error_0": 0.0, "_error_half": 0.5, "_error_1": 1.0, "_error_2": 2.0}
-FRAME_METRICS = ("l1_body", "psnr_body", "ssim_body", "l1", "psnr", "ssim", "lpips_alex", "grain")
-DEMO_METRICS = ("angular_error_mean", "abs_rel", *FRAME_METRICS)
-MAP_METRICS = ("consistency_angle", "angular_error_mean", "abs_rel", "l1")
-# The trivial answers, under the names that they have in the CSV file.
-TRIVIAL = {"reference_repeated": REPEATED_REFERENCE, "mean_colour": MEAN_COLOUR, "training_mean": MEAN_OF_TRAINING}
 
 
 def make_plan(settings: Settings, claims: Sequence[str], seeds: Sequence[int]) -> Plan:
@@ -299,7 +294,7 @@ class Builder:
         trains all weights of step 1, at step 1's learning rate, on 3 frames x 1 drawn domain.
         """
         models = {"with_geometry": self.geometry(), "without_geometry": self.domains_longer(), "step_1": self.domains()}
-        return self._stage1_table(models, MAP_METRICS)
+        return self._stage1_table(models, STAGE1_METRICS)
 
     def claim_f(self) -> list[str]:
         """Temporal attention against none: stage 1's own pictures.
@@ -307,7 +302,7 @@ class Builder:
         A frozen or blurred answer has little flicker too: the maps' errors and the repeated reference show it.
         """
         models = {"with_temporal": self.temporal(), "without_temporal": self.geometry()}
-        return self._stage1_table(models, ("flicker", *MAP_METRICS), trivial=["reference_repeated"])
+        return self._stage1_table(models, ("flicker", *STAGE1_METRICS), trivial=["reference_repeated", "facing_camera"])
 
     def _stage1_table(
         self, models: Mapping[str, str], metrics: tuple[str, ...], *, trivial: Collection[str] = ()
@@ -333,7 +328,7 @@ class Builder:
         jobs = [self.job("geometry", name, model, *words[name]) for name in swept]
         clips = self.animate(self.label, jobs, needs=(data, model))
         rows = dict.fromkeys(swept, model)
-        sweep = self.evaluate(self.label, rows, needs=[clips], metrics=MAP_METRICS)
+        sweep = self.evaluate(self.label, rows, needs=[clips], metrics=STAGE1_METRICS)
         own = self.animate(
             f"{self.label}_own",
             [self.job("geometry", "own_scales", model)],
@@ -341,12 +336,12 @@ class Builder:
             scales_from=sweep,
         )
         measured = len(self.variants)
-        table = self.evaluate(f"{self.label}_own", {"own_scales": model}, needs=[own], metrics=MAP_METRICS)
+        table = self.evaluate(f"{self.label}_own", {"own_scales": model}, needs=[own], metrics=STAGE1_METRICS)
         del self.variants[measured:]  # on the clips that did not choose the scales
         steps = self.plan.tasks[model].steps
-        self.variants.append(Variant("own_scales", table, RESULT_ROW, steps, MAP_METRICS, is_last_half=True))
+        self.variants.append(Variant("own_scales", table, RESULT_ROW, steps, STAGE1_METRICS, is_last_half=True))
         for chosen in ("one_best_for_normals", "one_best_on_average"):
-            self.variants.append(Variant(chosen, sweep, "", steps, MAP_METRICS, is_last_half=True))
+            self.variants.append(Variant(chosen, sweep, "", steps, STAGE1_METRICS, is_last_half=True))
         return [sweep, table]
 
     def claim_d(self) -> list[str]:

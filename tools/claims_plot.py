@@ -7,10 +7,10 @@ import statistics
 from collections.abc import Sequence
 from html import escape
 
-from claims_aims import BEST, MADE, TRUE
+from claims_aims import MADE, TRUE
 from claims_comparisons import COMPARISONS, TITLES
 from claims_costs import denoising_steps
-from claims_plan import CLAIMS, DOMAINS, FACTORS, SCALES
+from claims_names import CLAIMS, DOMAINS, FACTORS, SCALES, trivial_with
 from claims_table import DIGITS, HIGHER_IS_BETTER, Row, values_of
 from claims_tasks import scaled
 
@@ -34,7 +34,8 @@ def draw(rows: Sequence[Row]) -> str:
     for claim in CLAIMS:
         compared = [comparison for comparison in COMPARISONS if comparison.claim == claim]
         if endings := ENDINGS.get(claim):
-            metric, named = "l1_body", [*(f"{maps}_{ending}" for maps in (MADE, TRUE) for ending in endings), *BEST]
+            metric, made = "l1_body", [f"{maps}_{ending}" for maps in (MADE, TRUE) for ending in endings]
+            named = [*made, *trivial_with(metric)]
         else:
             metric, named = compared[0].metric, [name for one in compared for name in (one.own, one.other)]
         found = {name: values_of(rows, claim, name, metric) for name in dict.fromkeys(named)}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from claims_comparisons import COMPARISONS, DECIDES, Comparison
-from claims_plan import CLAIMS, DOMAINS, SCALES
+from claims_names import CLAIMS, DOMAINS, SCALES
 from claims_tasks import Plan, Task, Variant, scaled
 from scipy.special import stdtrit  # type: ignore[import-untyped]
 

@@ -19,14 +19,16 @@ from dreamdance.recipe import AnimateRecipe, EvaluateRecipe, Stage1Recipe, Stage
 
 ROOT = Path(__file__).parents[2]
 
-clips, tasks, plans, tool = (load_tool(f"claims{name}") for name in ("_animate", "_tasks", "_plan", ""))
+clips, names, tasks, plans, tool = (
+    load_tool(f"claims{name}") for name in ("_animate", "_names", "_tasks", "_plan", "")
+)
 SETTINGS = tasks.Settings(Path("runs/claims"))
 
 
 @pytest.fixture(scope="module")
 def plan() -> "tasks.Plan":
     """The whole plan; tests do not change it."""
-    return plans.make_plan(SETTINGS, plans.CLAIMS, (0, 1, 2))
+    return plans.make_plan(SETTINGS, names.CLAIMS, (0, 1, 2))
 
 
 def of_first_seed(plan: "tasks.Plan") -> "list[tasks.Task]":
@@ -34,7 +36,7 @@ def of_first_seed(plan: "tasks.Plan") -> "list[tasks.Task]":
 
 
 def test_the_demo_and_the_claims_come_in_their_order_and_share_their_trainings(plan: "tasks.Plan") -> None:
-    times = {claim: 1 if claim == "curve" else 3 for claim in ("demo", "curve", *"cabd", "pairs", *"efg")}
+    times = {claim: 1 if claim == "curve" else 3 for claim in ("demo", *"cabd", "pairs", "curve", *"efg")}
     assert [claim for claim, _ in plan.units] == [claim for claim, seeds in times.items() for _ in range(seeds)]
     trainings = [task for task in plan.tasks.values() if task.steps]
     # of each seed: stage 1's three steps, step 1 longer, and stage 2 whole, three times with a map left out, with a
@@ -200,13 +202,13 @@ def test_a_changed_recipe_or_base_model_makes_another_task(tmp_path: Path, monke
 def test_a_run_that_another_recipe_began_is_not_continued(tmp_path: Path) -> None:
     plan = plans.make_plan(tasks.Settings(tmp_path), ["c"], [0])
     runner = tool.Runner(plan, hours=4.0)
-    names = ("claims_s0_stage2", "claims_dancers", "claims_c_s0_evaluate")
-    for name in names:
+    begun = ("claims_s0_stage2", "claims_dancers", "claims_c_s0_evaluate")
+    for name in begun:
         (tmp_path / "runs" / name).mkdir(parents=True)
         runner.stamp(plan.tasks[name]).parent.mkdir(exist_ok=True)
         runner.stamp(plan.tasks[name]).write_text('{"key": "another"}', encoding="utf-8")
     (tmp_path / "claims_dancers").mkdir()
-    training, data, evaluation = (plan.tasks[name] for name in names)
+    training, data, evaluation = (plan.tasks[name] for name in begun)
     with pytest.raises(tool.FailedError, match=f"remove {tmp_path}/runs/claims_s0_stage2, or give another --out"):
         runner.run(training)
     with pytest.raises(tool.FailedError, match=f"remove {tmp_path}/claims_dancers and {tmp_path}/runs/claims_dancers"):

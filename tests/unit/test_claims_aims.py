@@ -9,8 +9,8 @@ from support.tool_modules import load_tool
 
 from dreamdance.evaluation.table import RESULT_ROW, compare_with_trivial
 
-tasks, costs, plans, tables, aims = (
-    load_tool(f"claims_{name}") for name in ("tasks", "costs", "plan", "table", "aims")
+names, tasks, costs, plans, tables, aims = (
+    load_tool(f"claims_{name}") for name in ("names", "tasks", "costs", "plan", "table", "aims")
 )
 
 
@@ -40,7 +40,7 @@ def judge(metric: str, values: Mapping[str, Sequence[float]], clips: int = 12) -
 def test_the_demo_is_measured_at_all_steps_with_both_maps_and_costs_claim_c_nothing(plan: "tasks.Plan") -> None:
     variants = {variant.name: variant for variant in plan.variants["demo", 0]}
     named = {f"maps_{maps}_{steps}" for maps in ("made", "true") for steps in costs.denoising_steps()}
-    assert variants.keys() == named | {"reference_repeated", "mean_colour", "training_mean"}
+    assert variants.keys() == named | {"reference_repeated", "mean_colour", "training_mean", "facing_camera"}
     assert {3, 10, 25} <= {*costs.denoising_steps()}
     own, alone = (plans.make_plan(plan.settings, claims, (0,)) for claims in (["demo"], ["c"]))
     trainings = {name for name, task in own.tasks.items() if task.steps}
@@ -80,7 +80,9 @@ def test_the_curve_lengthens_every_training_of_one_seed(plan: "tasks.Plan") -> N
         if label in ("geometry", "temporal"):
             assert longer[4].init_from.endswith("_x4"), "each goes on from the step before, of equal length"
     rows = {variant.name: variant for variant in curve.variants["curve", 1]}
-    assert rows.keys() == {f"maps_{maps}_x{times}" for maps in ("made", "true") for times in (1, 2, 4)} | {*aims.BEST}
+    assert rows.keys() == {f"maps_{maps}_x{times}" for maps in ("made", "true") for times in (1, 2, 4)} | {
+        *names.TRIVIAL
+    }
     assert rows["maps_made_x4"].steps == curve.tasks["claims_s1_stage2_x4"].steps
     outputs = [job.recipe.output for job in curve.jobs]
     assert len(outputs) == len({*outputs}) == 9, "of each length maps, frames from them, and frames from true maps"
@@ -99,7 +101,8 @@ def test_the_curve_says_what_each_aim_takes() -> None:
 
 def test_shares_are_against_the_best_trivial_answer_of_each_seed_or_the_named_one() -> None:
     # 1 - 24/40, 1 - 23/40, 1 - 22/38 are 40.0, 42.5 and 42.1 %
-    trivial = {"reference_repeated": (50.0, 40.0, 38.0), "training_mean": (40.0, 44.0, 44.0)}
+    trivial = {"reference_repeated": (50.0, 40.0, 38.0), "training_mean": (40.0, 44.0, 44.0),
+               "facing_camera": (45.0, 45.0, 45.0)}  # fmt: skip
     found = judge("angular_error_mean", {"demo": (24.0, 23.0, 22.0), **trivial})
     assert found.verdict == "reached"
     assert found.numbers == (
@@ -117,6 +120,30 @@ def test_shares_are_against_the_best_trivial_answer_of_each_seed_or_the_named_on
     assert judge("l1", {"demo": (0.25,) * 3, **others}).verdict == "not reached"
     worse = judge("l1", {"demo": (0.30, 0.375, 0.24), **others})
     assert worse.sentence.endswith("(reference_repeated); 22.0 % worse, by seed -20.0 -50.0 +4.0.")
+
+
+def test_a_trivial_answer_counts_where_it_has_the_metric_and_must_be_measured_there() -> None:
+    """Normals that face the camera have neither depth nor frames; a colour has no maps."""
+    assert names.trivial_with("angular_error_mean") == ("reference_repeated", "training_mean", "facing_camera")
+    assert names.trivial_with("abs_rel") == names.trivial_with("consistency_angle") == (
+        "reference_repeated", "training_mean")  # fmt: skip
+    assert names.trivial_with("l1_body") == ("reference_repeated", "mean_colour", "training_mean")
+    repeated = {"reference_repeated": (40.0,) * 3, "training_mean": (44.0,) * 3}
+    facing = {"facing_camera": (38.0,) * 3}
+    found = judge("angular_error_mean", {"demo": (23.5,) * 3, **repeated, **facing})
+    assert found.verdict == "not reached", "41 % better than the repeated reference, 38 % than the new answer"
+    assert found.numbers.startswith("angular_error_mean 23.50 against 38.00 (facing_camera); 38.2 % better")
+    without = judge("angular_error_mean", {"demo": (23.5,) * 3, **repeated})
+    assert without.verdict == "not measured (without facing_camera)"
+    assert "against 40.00 (reference_repeated; facing_camera not measured)" in without.numbers
+    rows = rows_of("angular_error_mean", {aims.DEMO: (23.0,) * 3, **repeated, **facing})
+    rows = [replace(row, commit="def") if row.variant == "facing_camera" and row.seed == 2 else row for row in rows]
+    mixed = aims.judge(rows, aim_of("angular_error_mean"))
+    assert mixed.verdict == without.verdict, "39.5, 39.5 and 42.5 % better, the last against the weaker answer"
+    failed = judge("angular_error_mean", {"demo": (30.0,) * 3, **repeated})
+    assert failed.verdict == "not reached", "a further answer cannot change that"
+    depth = {"reference_repeated": (0.4,) * 3, "training_mean": (0.5,) * 3}
+    assert judge("abs_rel", {"demo": (0.1,) * 3, **depth}).verdict == "reached"
 
 
 @pytest.mark.parametrize(
@@ -146,7 +173,7 @@ def test_too_few_seeds_or_clips_and_rivals_of_other_work_decide_nothing() -> Non
     assert (
         aims.judge(rows, aim_of("psnr_body")).verdict == "not measured (its seeds differ in clips or steps of training)"
     )
-    rows = rows_of("l1_body", {aims.DEMO: (0.1,) * 3, "mean_colour": (0.2,) * 3})
+    rows = rows_of("l1_body", dict.fromkeys(names.trivial_with("l1_body"), (0.2,) * 3) | {aims.DEMO: (0.1,) * 3})
     assert aims.judge(rows, aim_of("l1_body")).verdict == "reached"
     rows = [replace(row, commit="def") if row.variant == aims.DEMO and row.seed == 1 else row for row in rows]
     assert aims.judge(rows, aim_of("l1_body")).verdict == "not measured (2 of 3 seeds, 12 of 12 clips)"

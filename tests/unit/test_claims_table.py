@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 from support.tool_modules import load_tool
 
-tasks, plans, compared, tables, texts, plots, tool = (
-    load_tool(f"claims{name}") for name in ("_tasks", "_plan", "_comparisons", "_table", "_markdown", "_plot", "")
+names, tasks, plans, compared, tables, texts, plots, tool = (
+    load_tool(f"claims{name}")
+    for name in ("_names", "_tasks", "_plan", "_comparisons", "_table", "_markdown", "_plot", "")
 )
 
 
 @pytest.fixture(scope="module")
 def plan() -> "tasks.Plan":
     """The whole plan; tests do not change it."""
-    return plans.make_plan(tasks.Settings(Path("runs/claims")), plans.CLAIMS, (0,))
+    return plans.make_plan(tasks.Settings(Path("runs/claims")), names.CLAIMS, (0,))
 
 
 def row(variant: str, seed: int, value: float, *, claim: str = "d", metric: str = "l1_body") -> "tables.Row":
@@ -151,10 +152,10 @@ def sweep_table(judging: Sequence[float] = (0.0, 0.0, 0.0)) -> dict[str, object]
         return {"l1": rgb, "angular_error_mean": normal, "abs_rel": depth}
 
     rows = {"this run": scores(1.0, 1.0, 1.0)}
-    for domain in plans.DOMAINS:
-        for scale in plans.SCALES[1:]:
+    for domain in names.DOMAINS:
+        for scale in names.SCALES[1:]:
             rows[tasks.scaled(domain, scale)] = scores(2.0, 2.0, 2.0)
-    rows |= {tasks.scaled("one", scale): scores(1.5, 0.9, 1.5) for scale in plans.SCALES[1:]}
+    rows |= {tasks.scaled("one", scale): scores(1.5, 0.9, 1.5) for scale in names.SCALES[1:]}
     rows["rgb_scale_1"], rows["normal_scale_0p5"] = scores(0.5, 9.0, 9.0), scores(9.0, 0.5, 9.0)
     rows["one_scale_1"], rows["one_scale_2p5"] = scores(1.5, 0.8, 1.5), scores(0.5, 1.0, 1.0)
     judges = {name: scores(*judging) for name in rows}
