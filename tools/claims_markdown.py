@@ -16,9 +16,10 @@ AIMS_TEXTS = {"demo": aims_text, "curve": curve_text}
 RULE = (
     "Tables show mean +- standard deviation over seeds. A comparison holds if every seed's difference is right and "
     "their mean is above zero by Student's t (one-sided, 5 %; all seeds judge the same {clips}clips, so the spread is "
-    "that of training and sampling, not of people). It does not hold at this size if the mean is zero or below. "
-    "Otherwise, and with fewer than three seeds, it is not decided. The demo's aims are judged by the "
-    f"mean over at least {LEAST_SEEDS} seeds on at least {CLIPS} clips; that more steps never harm, by the worst seed."
+    "that of training and sampling, not of people). It does not hold at this size if no seed's difference is right and "
+    "their mean is below zero by the same test, or if all are exactly equal. Otherwise, and with fewer than three "
+    "seeds, it is not decided. The demo's aims are judged by the mean over at least "
+    f"{LEAST_SEEDS} seeds on at least {CLIPS} clips; that more steps never harm, by the worst seed."
 )
 
 

@@ -1,9 +1,10 @@
 """The numbers of tools/claims.py: from tables of `evaluate` to a CSV file, means, spread, and one sentence per claim.
 
 The rule for a sentence, over the seeds' paired differences (positive where the claim is right): it holds if all are
-positive and Student's t says that their mean is above zero (one-sided, 5 %); it does not hold at this size if their
-mean is zero or negative; otherwise, or with fewer than three seeds, it is not decided. What has no numbers reads "not
-measured". A claim of several comparisons holds if all of them hold; those marked "also" do not count.
+positive and Student's t says that their mean is above zero (one-sided, 5 %); it does not hold at this size if none is
+positive and Student's t says that their mean is below zero, or if all are exactly zero; otherwise, or with fewer than
+three seeds, it is not decided. What has no numbers reads "not measured". A claim of several comparisons has the weakest
+of their verdicts, so that it holds if all of them hold; those marked "also" do not count.
 """
 
 import csv
@@ -231,18 +232,25 @@ def verdict(differences: Sequence[float]) -> str:
     if len(differences) < LEAST_SEEDS:
         return "not decided"
     mean = statistics.fmean(differences)
-    if mean <= 0:
-        return "does not hold at this size"
     error = statistics.stdev(differences) / len(differences) ** 0.5
     quantile = float(stdtrit(len(differences) - 1, 1 - LEVEL))  # of Student's t
-    return "holds" if min(differences) > 0 and mean > quantile * error else "not decided"
+    if min(differences) > 0 and mean > quantile * error:
+        return "holds"
+    if max(differences) <= 0 and (-mean > quantile * error or not any(differences)):
+        return "does not hold at this size"
+    return "not decided"
+
+
+# From the weakest. One comparison that does not hold refutes a claim, whatever the others are; short of that, what was
+# never measured says less than what the seeds left open.
+VERDICTS = ("does not hold at this size", "not measured", "not decided", "holds")
 
 
 def overall(rows: Sequence[Row], claim: str) -> str:
     """The verdict on a claim, that of its weakest comparison, and which of its comparisons decide."""
     compared = [comparison for comparison in COMPARISONS if comparison.claim == claim and not comparison.is_extra]
     found = [verdict([*gains(rows, comparison).values()]) for comparison in compared]
-    weakest = min(found, key=("does not hold at this size", "not measured", "not decided", "holds").index)
+    weakest = min(found, key=VERDICTS.index)
     count = f" ({found.count('holds')} of {len(found)} comparisons hold)" if len(found) > 1 else ""
     return f"**Claim ({claim}): {weakest}**{count}; {DECIDES[claim]}."
 

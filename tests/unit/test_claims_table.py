@@ -46,8 +46,16 @@ def comparison_of(claim: str, **fields: object) -> "compared.Comparison":
         ([0.0220, 0.0220, 0.150, 0.150], "not decided"),
         ([0.0236, 0.0236, 0.150, 0.150], "holds"),
         ([-0.01, 0.2, 0.2], "not decided"),
-        ([0.0, 0.0, 0.0], "does not hold at this size"),
-        ([-0.1, -0.2, 0.1], "does not hold at this size"),
+        ([0.0, 0.0, 0.0], "does not hold at this size"),  # equal rows
+        # the same t on the other side
+        ([-0.10, -0.11, -0.12], "does not hold at this size"),
+        ([-0.020, -0.050, -0.080], "not decided"),
+        ([-0.0205, -0.050, -0.0795], "does not hold at this size"),
+        ([0.0, -0.11, -0.11], "not decided"),  # t = 2
+        ([0.0, -0.11, -0.11, -0.11], "does not hold at this size"),  # t = 3
+        ([0.0, 0.11, 0.11, 0.11], "not decided"),  # no seed may be without a gain
+        ([-0.1, -0.2, 0.1], "not decided"),
+        ([-0.1, -0.1, 0.001, -0.1], "not decided"),  # t = 2.96, one seed is right
         ([-0.1], "not decided"),
     ],
 )
@@ -126,6 +134,13 @@ def test_a_claim_holds_only_if_all_its_comparisons_hold() -> None:
     assert "on true maps decide" in tables.overall(rows, "c")
     rows += [row("no_normal", seed, 0.05, claim="c") for seed in range(3)]
     assert tables.overall(rows, "c").startswith("**Claim (c): does not hold at this size** (2 of 3")
+    undecided = [replace(one, value=0.1) if one.variant == "no_normal" else one for one in rows]
+    undecided[0] = replace(undecided[0], value=0.09)
+    assert tables.overall(undecided, "c").startswith("**Claim (c): not decided** (2 of 3")
+    unmeasured = [one for one in undecided if one.variant != "no_pose"]
+    assert tables.overall(unmeasured, "c").startswith("**Claim (c): not measured** (1 of 3"), "less is known"
+    refuted = [one for one in rows if one.variant != "no_pose"]
+    assert tables.overall(refuted, "c").startswith("**Claim (c): does not hold at this size** (1 of 3"), "anyway"
     rows = [replace(one, value=0.3) if one.variant == "no_normal" else one for one in rows]
     assert tables.overall(rows, "c").startswith("**Claim (c): holds** (3 of 3")
     rows += [row("all_three_made", seed, 9.0, claim="c") for seed in range(3)]
