@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from claims_names import DOMAINS, MAP_ERRORS
+from claims_names import DOMAINS, MAP_ERRORS, trivial_with
 
 TITLES = {
     "demo": "(demo) the demo's aims",
@@ -11,24 +11,31 @@ TITLES = {
     "a": "(a) geometry attention: agreement of normals and depth (Fig. 8)",
     "b": "(b) multi-domain guidance (Eq. 6)",
     "d": "(d) the controller's geometry attention (Table 3b)",
-    "pairs": "(pairs) a person moved by another one's poses (5.3); fitted bones",
+    "pairs": "(pairs) fitted bones, across identities (5.3)",
     "e": "(e) robust conditioning, by the maps' error",
-    "f": "(f) temporal attention",
+    "f": "(f) temporal attention: flicker of stage 1's own pictures",
     "g": "(g) reference first, training on stage 1's maps",
 }
 # Which comparisons decide; the others are marked "also".
 DECIDES = {
     "c": "the comparisons on true maps decide; those on stage 1's maps are marked 'also'",
-    "a": "the agreement of normals and depth decides; the normals' own error is marked 'also'",
+    "a": (
+        "the agreement of normals and depth decides: a gain says nothing of how far both are from the truth, which "
+        "stands beside it; the normals' own error is marked 'also'"
+    ),
     "b": (
         "one half of the clips chooses all scales, the other half judges them; the normals' error against the one "
         "scale that is best for normals decides"
     ),
     "d": "the comparison on true maps decides; the one on stage 1's maps is marked 'also'",
-    "pairs": "the one comparison decides",
+    "pairs": (
+        "the one comparison decides, and it is about the fitting of bones alone: whether frames across identities are "
+        "any good is what they are beside the trivial answers"
+    ),
     "f": (
-        "the flicker decides, but a frozen or blurred answer has little flicker too (see the repeated reference): read "
-        "it with the normals' angle and L1, marked 'also'"
+        "the flicker decides, which is that of the background in stage 1's own pictures, and Eq. 2 drops these: stage "
+        "2 gets the maps alone. A frozen or blurred answer has little flicker too (see the repeated reference), so "
+        "that the normals' angle and the pictures' L1 decide with it"
     ),
     "e": "maps with stage 1's own error decide; other errors are marked 'also'",
     "g": "each of the two decides",
@@ -56,6 +63,8 @@ class Comparison:
         says: completes the sentence.
         is_extra: an "also", which does not decide.
         goes_on: whether the training of `own` goes on where that of `other` ends; otherwise both have equal steps.
+        beside: variants that need no model, or the truth, beside which the better of both is put.
+        order: how its place is said, where it is better than one of them and where it is not.
     """
 
     claim: str
@@ -65,6 +74,8 @@ class Comparison:
     says: str
     is_extra: bool = False
     goes_on: bool = False
+    beside: tuple[str, ...] = ()
+    order: tuple[str, str] = ("is better than", "is no better than")
 
 
 _OWN_SCALES = "a guidance scale for each domain lowers"
@@ -83,9 +94,12 @@ COMPARISONS = (
         for left_out in ("pose", "depth", "normal")
     ),
     Comparison("a", "with_geometry", "without_geometry", "consistency_angle",
-               f"geometry attention brings normals and depth into agreement {_TRAININGS_OF_A}"),
+               f"geometry attention brings normals and depth into agreement {_TRAININGS_OF_A}",
+               beside=("truth", *trivial_with("consistency_angle")),
+               order=("has maps that agree more than", "has maps that agree less than")),
     Comparison("a", "with_geometry", "without_geometry", "angular_error_mean",
-               "geometry attention lowers the normals' error, after the same trainings", True),
+               "geometry attention lowers the normals' error, after the same trainings", True,
+               beside=trivial_with("angular_error_mean")),
     Comparison("b", "own_scales", "one_best_for_normals", "angular_error_mean",
                f"{_OWN_SCALES} the normals' error against {_FOR_NORMALS}"),
     Comparison("b", "own_scales", "one_best_on_average", "angular_error_mean",
@@ -102,11 +116,12 @@ COMPARISONS = (
         for ending, maps in (("", "true maps"), ("_made", "stage 1's maps"))
     ),
     Comparison("f", "with_temporal", "without_temporal", "flicker",
-               f"temporal attention lowers the flicker of stage 1 {_WITHOUT_TEMPORAL}", goes_on=True),
+               "temporal attention lowers the flicker of the background in stage 1's own pictures, which Eq. 2 drops "
+               f"{_WITHOUT_TEMPORAL}", goes_on=True),
     *(
         Comparison("f", "with_temporal", "without_temporal", metric,
-                   f"temporal attention lowers {name} too, a guard against frozen and blurred answers", True, True)
-        for metric, name in (("angular_error_mean", "the normals' error"), ("l1", "L1"))
+                   f"temporal attention lowers {name} too, a guard against frozen and blurred answers", goes_on=True)
+        for metric, name in (("angular_error_mean", "the normals' error"), ("l1", "the L1 of these pictures"))
     ),
     *(
         Comparison("e", f"robust{ending}", f"plain{ending}", "l1_body",
@@ -118,5 +133,6 @@ COMPARISONS = (
     Comparison("g", "trained_on_made_made", "as_demo_made", "l1_body",
                "training on stage 1's maps helps on stage 1's maps"),
     Comparison("pairs", "align_bones", "align_none", "l1_body",
-               "fitting the driving bones to the reference's body helps when another person drives"),
+               "fitting the driving bones to the reference's body helps when another person drives",
+               beside=("reference_repeated", "mean_colour")),
 )  # fmt: skip

@@ -23,6 +23,14 @@ TRIVIAL = {
     "training_mean": MEAN_OF_TRAINING,
     "facing_camera": FACING_CAMERA,
 }
+# How sentences call these answers and the truth.
+SPOKEN = {
+    "truth": "the truth",
+    "reference_repeated": "the repeated reference",
+    "mean_colour": "the reference's mean colour",
+    "training_mean": "the training set's mean",
+    "facing_camera": "normals that face the camera",
+}
 
 
 def trivial_with(metric: str) -> tuple[str, ...]:

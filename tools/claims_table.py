@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from claims_comparisons import COMPARISONS, DECIDES, Comparison
-from claims_names import CLAIMS, DOMAINS, SCALES
+from claims_names import CLAIMS, DOMAINS, SCALES, SPOKEN
 from claims_tasks import Plan, Task, Variant, scaled
 from scipy.special import stdtrit  # type: ignore[import-untyped]
 
@@ -270,5 +270,35 @@ def sentence(rows: Sequence[Row], comparison: Comparison) -> str:
     right = sum(gain > 0 for gain in found.values())
     return (
         f"{start}. {comparison.metric} {numbers}; gain {mean:+.{digits}f}{share}, by seed {seeds}, "
-        f"right in {right} of {len(found)}.{refused}"
+        f"right in {right} of {len(found)}.{refused}{_beside(rows, comparison, pairs)}"
     )
+
+
+def _beside(rows: Sequence[Row], comparison: Comparison, pairs: Pairs) -> str:
+    """Where the better of both stands beside the truth and the trivial answers of its own tables, from the best on.
+
+    A comparison says which of two is better, and not whether any of them is good.
+    """
+    if not comparison.beside:
+        return ""
+    metric, digits = comparison.metric, DIGITS[comparison.metric] + 1
+    sign = 1 if HIGHER_IS_BETTER[metric] else -1
+    means = [statistics.fmean(values) for values in zip(*pairs.values.values(), strict=True)]
+    value, name = max(zip(means, (comparison.own, comparison.other), strict=True), key=lambda one: sign * one[0])
+    work = {row.seed: (row.clips, row.commit) for row in rows
+            if (row.claim, row.variant, row.metric) == (comparison.claim, comparison.own, metric)}  # fmt: skip
+    found = dict[str, float]()
+    for variant in comparison.beside:
+        values = {row.seed: row.value for row in rows
+                  if (row.claim, row.variant, row.metric) == (comparison.claim, variant, metric)
+                  and (row.clips, row.commit) == work.get(row.seed)}  # fmt: skip
+        if pairs.values.keys() <= values.keys():
+            found[variant] = statistics.fmean(values[seed] for seed in pairs.values)
+    places = []
+    for variant in sorted(found, key=lambda one: -sign * found[one]):
+        other = found[variant]
+        order = comparison.order[0 if sign * value > sign * other else 1]
+        share = f", {100 * (value / other - 1):+.1f} %" if other else ""
+        places.append(f"{order} {SPOKEN[variant]} ({other:.{digits}f}{share})")
+    places += [f"{SPOKEN[variant]}: not measured" for variant in comparison.beside if variant not in found]
+    return f" The better of both, {name} with {value:.{digits}f}, {'; '.join(places)}."
