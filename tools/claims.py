@@ -33,7 +33,8 @@ from claims_markdown import markdown
 from claims_names import CLAIMS
 from claims_plan import make_plan
 from claims_plot import draw
-from claims_table import best_scales, collect, how_measured, merge
+from claims_provenance import how_measured
+from claims_table import best_scales, collect, merge
 from claims_tasks import ROOT, Plan, Settings, Task, guidance_words
 
 from dreamdance.evaluation.network_metrics import open_networks

@@ -12,8 +12,8 @@ from functools import partial
 from itertools import combinations
 
 from claims_costs import demo_animation, demo_steps, denoising_steps
-from claims_names import FACTORS, trivial_with
-from claims_table import DIGITS, HIGHER_IS_BETTER, IS_RELATIVE, LEAST_SEEDS, Row, values_of
+from claims_names import FACTORS, GRAIN_DISTANCE, trivial_with
+from claims_table import DIGITS, HIGHER_IS_BETTER, LEAST_SEEDS, Row, values_of
 
 CLIPS = 12
 REFERENCE = ("reference_repeated",)
@@ -27,9 +27,9 @@ class Aim:
 
     Attributes:
         says: the aim, at the head of its sentence.
-        metric: a key of `table.json`.
+        metric: a metric of the CSV file.
         needed: with `against` the share by which the row must be better, where 0 means better at all; otherwise the
-            least value, or the most distance from 1 of a metric whose best value is 1.
+            least value, or the most where less is better.
         against: trivial answers that have the metric, of which the best counts; none for the value itself.
         row: a variant.
     """
@@ -69,7 +69,11 @@ AIMS = (
     Aim("L1 inside the body at least 25 % below the best trivial answer's", _BODY, 0.25, trivial_with(_BODY)),
     Aim("PSNR inside the body at least 19 dB", "psnr_body", 19.0),
     Aim("LPIPS below the repeated reference's", "lpips_alex", 0.0, REFERENCE),
-    Aim("No grain: the background's detail within 20 % of the truth's", "grain", 0.20),
+    Aim(
+        "No grain: the background's detail within 20 % of the truth's, by each clip's own distance",
+        GRAIN_DISTANCE,
+        0.20,
+    ),
 )
 STEPS_AIMS = tuple(
     StepsAim(maps, metric, says)
@@ -125,8 +129,6 @@ def curve_text(rows: Sequence[Row]) -> str:
 def _aimed_at(aim: Aim, rivals: Sequence[float]) -> str:
     """The value that an aim takes, in words; empty if its trivial answers are not measured."""
     digits, is_higher = DIGITS[aim.metric], HIGHER_IS_BETTER[aim.metric]
-    if IS_RELATIVE[aim.metric]:
-        return f"; the aim is {1 - aim.needed:.{digits}f} to {1 + aim.needed:.{digits}f}"
     if not aim.against:
         return f"; the aim is {aim.needed:.{digits}f}"
     if not rivals:
@@ -140,10 +142,7 @@ def judge(rows: Sequence[Row], aim: Aim) -> Judged:
     own, digits = _by_seed(rows, aim.row, aim.metric), DIGITS[aim.metric]
     if not aim.against:
         values = [row.value for row in own.values()]
-        if IS_RELATIVE[aim.metric]:
-            is_reached = _mean([abs(value - 1) for value in values]) <= aim.needed
-        else:
-            is_reached = _mean(values) >= aim.needed
+        is_reached = _mean(values) >= aim.needed if HIGHER_IS_BETTER[aim.metric] else _mean(values) <= aim.needed
         text = f"{aim.metric} {_mean(values):.{digits}f}, by seed {_listed(values, f'.{digits}f')}" if own else ""
         return Judged(aim.says, _verdict(own, is_reached), text)
     best = {seed: found for seed, row in own.items() if (found := _best_rival(rows, aim, row)) is not None}

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from claims_names import DOMAINS, MAP_ERRORS, trivial_with
+from claims_names import DOMAINS, GRAIN_DISTANCE, MAP_ERRORS, trivial_with
 
 TITLES = {
     "demo": "(demo) the demo's aims",
@@ -44,7 +44,17 @@ DECIDES = {
 SHOWN = {
     **dict.fromkeys(
         ("demo", "curve", "pairs"),
-        ("angular_error_mean", "abs_rel", "l1", "l1_body", "psnr_body", "ssim_body", "lpips_alex", "grain"),
+        (
+            "angular_error_mean",
+            "abs_rel",
+            "l1",
+            "l1_body",
+            "psnr_body",
+            "ssim_body",
+            "lpips_alex",
+            "grain",
+            GRAIN_DISTANCE,
+        ),
     ),
     **dict.fromkeys("cdeg", ("l1_body", "psnr_body", "ssim_body", "l1", "lpips_alex")),
     **dict.fromkeys("ab", ("consistency_angle", "angular_error_mean", "abs_rel", "l1")),

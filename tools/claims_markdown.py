@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 from claims_aims import CLIPS, aims_text, curve_text
 from claims_comparisons import COMPARISONS, SHOWN, TITLES
-from claims_names import CLAIMS
+from claims_names import CLAIMS, GRAIN_DISTANCE, METRICS_OF_MAPS
 from claims_table import DIGITS, LEAST_SEEDS, Row, overall, sentence, values_of
 
 from dreamdance.evaluation.scores import METRICS
 
-ARROWS = {metric.key: metric.arrow for metric in METRICS}
+ARROWS = {metric.key: metric.arrow for metric in METRICS} | {GRAIN_DISTANCE: "↓"}
 # Of the parts that are no claims of the paper.
 AIMS_TEXTS = {"demo": aims_text, "curve": curve_text}
 RULE = (
@@ -60,10 +60,19 @@ def _table(rows: Sequence[Row]) -> str:
     for variant in variants:
         own = [row for row in rows if row.variant == variant]
         cells = [spread([*values_of(own, claim, variant, name).values()], DIGITS[name]) for name in metrics]
-        clips, steps = (", ".join(sorted({str(getattr(row, name)) for row in own})) for name in ("clips", "steps"))
-        lines.append([variant, *cells, str(len({row.seed for row in own})), clips, steps])
+        clips = ", ".join(sorted({str(row.clips) for row in own}))
+        lines.append([variant, *cells, str(len({row.seed for row in own})), clips, _steps(own)])
     lines.insert(1, ["---", *["--:"] * len(metrics), "--:", "--:", "---"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _steps(rows: Sequence[Row]) -> str:
+    """The steps of training behind some rows; those of their maps apart, if another model made them."""
+    maps, others = (sorted({row.steps for row in rows if (row.metric in METRICS_OF_MAPS) == is_map})
+                    for is_map in (True, False))  # fmt: skip
+    if not others or not maps or maps == others:
+        return ", ".join(others or maps)
+    return f"{', '.join(others)}; maps {', '.join(maps)}"
 
 
 def spread(values: Sequence[float], digits: int) -> str:

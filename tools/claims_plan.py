@@ -175,6 +175,7 @@ class Builder:
         data: str | None = None,
         truth: str | None = None,
         trivial: Collection[str] = (),
+        maps_from: str | None = None,
     ) -> str:
         """One table of several results.
 
@@ -186,6 +187,7 @@ class Builder:
             data: `claims_pairs`, or the people.
             truth: name under which the truth's own row enters the CSV file.
             trivial: names of the trivial answers that enter it too.
+            maps_from: task of the model that made the results' maps, if it is another one.
         """
         name, (first, *others) = f"claims_{label}_evaluate", rows
         data = data or self.people()
@@ -200,9 +202,10 @@ class Builder:
         words += [f"training_set{training_set}", f"compare={json.dumps(compare)}"]
         words += [] if "lpips_alex" in metrics else ["metrics.networks=[]"]
         seconds = START_SECONDS + ROW_SECONDS * len(rows) * self.settings.clips / 12
+        map_steps = "" if maps_from is None else self.plan.tasks[maps_from].steps
         for variant, model in rows.items():
-            row = RESULT_ROW if variant == first else variant
-            self.variants.append(Variant(variant, name, row, self.plan.tasks[model].steps, metrics))
+            row, steps = RESULT_ROW if variant == first else variant, self.plan.tasks[model].steps
+            self.variants.append(Variant(variant, name, row, steps, metrics, map_steps=map_steps))
         self.variants += [Variant(truth, name, TRUTH_ROW, "", metrics)] if truth else []
         self.variants += [Variant(answer, name, TRIVIAL[answer], "", metrics) for answer in trivial]
         return self.plan.add(Task(name, tuple(words), (), tuple(needs), seconds))
@@ -234,7 +237,8 @@ class Builder:
                 jobs.append(self.job("animation", name, model, *own, **given))
                 rows[name] = model
         clips = self.animate(self.label, jobs, needs=(self.people(), *models.values(), maps))
-        table = self.evaluate(self.label, rows, needs=[clips], metrics=metrics, trivial=trivial)
+        made = {"maps_from": self.temporal()} if folder else {}
+        table = self.evaluate(self.label, rows, needs=[clips], metrics=metrics, trivial=trivial, **made)
         # true maps that were given are no result
         of_true_maps = {f"{variant}{ending}" for ending, error in map_errors.items() if not error for variant in models}
         self.variants = [
@@ -384,14 +388,13 @@ class Builder:
         clips = self.animate(self.label, jobs, needs=(data, model, *needs))
         rows = dict.fromkeys(("align_bones", "align_none"), model)
         trivial = ("reference_repeated", "mean_colour", "facing_camera")
-        return [self.evaluate(self.label, rows, needs=[clips], metrics=DEMO_METRICS, data=data, trivial=trivial)]
+        known: dict[str, Any] = {"data": data, "trivial": trivial, "maps_from": self.temporal()}
+        return [self.evaluate(self.label, rows, needs=[clips], metrics=DEMO_METRICS, **known)]
 
     def _encoded(self) -> str:
         """Stage 1's maps of the training clips."""
         data, model, name = self.data(), self.temporal(), f"claims_s{self.seed}_encode_maps"
-        words = (f"name={name}", f"shards.local={self.out}/{data}/train", f"output={self.out}/claims_s{self.seed}_maps")
+        folders = (f"shards.local={self.out}/{data}/train", f"output={self.out}/claims_s{self.seed}_maps")
+        words = ("encode_maps", f"name={name}", *folders, f"geometry_from={model}", f"seed={self.seed}")
         seconds = START_SECONDS + GEOMETRY_SECONDS * self.settings.training_clips
-        task = Task(
-            name, ("encode_maps", *words, f"geometry_from={model}", f"seed={self.seed}"), (), (data, model), seconds
-        )
-        return self.plan.add(task)
+        return self.plan.add(Task(name, words, (), (data, model), seconds))

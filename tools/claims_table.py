@@ -10,7 +10,7 @@ of their verdicts, so that it holds if all of them hold; those marked "also" do 
 import csv
 import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from io import StringIO
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from claims_comparisons import COMPARISONS, DECIDES, Comparison
-from claims_names import CLAIMS, DOMAINS, SCALES, SPOKEN
+from claims_names import CLAIMS, DOMAINS, GRAIN_DISTANCE, SCALES, SPOKEN
 from claims_tasks import Plan, Task, Variant, scaled
 from scipy.special import stdtrit  # type: ignore[import-untyped]
 
@@ -26,12 +26,10 @@ from dreamdance.evaluation.scores import METRICS
 from dreamdance.evaluation.table import RESULT_ROW
 from dreamdance.runs.files import write_atomically
 
-HIGHER_IS_BETTER = {metric.key: metric.higher_is_better for metric in METRICS}
-IS_RELATIVE = {metric.key: metric.is_relative for metric in METRICS}
+HIGHER_IS_BETTER = {metric.key: metric.higher_is_better for metric in METRICS} | {GRAIN_DISTANCE: False}
 DIGITS = {metric.key: metric.digits for metric in METRICS}
+DIGITS[GRAIN_DISTANCE] = DIGITS["grain"]
 LEAST_SEEDS, LEVEL = 3, 0.05
-# Of the protocol of `table.json`: what a reader needs to compare numbers.
-PROTOCOL_KEYS = ("clips", "frames", "maps", "lpips_alex")
 
 
 @dataclass(frozen=True)
@@ -42,10 +40,11 @@ class Row:
         claim: its letter, or `demo`.
         variant: what was compared.
         seed: of training and sampling.
-        metric: a key of `table.json`.
+        metric: a key of `table.json`, or `grain_distance`.
         value: the mean over the clips.
         clips: how many.
-        steps: optimizer steps of the model's trainings, one after the other.
+        steps: optimizer steps of the trainings that decide the metric, one after the other: of stage 1 for the maps
+            that stage 2 was given.
         commit: the checkout's when the evaluation began, with `-dirty` if files differed from it; the trainings and
             clips that it shows may be of earlier commits, which `done/*.json` in the output folder name.
         date: of the evaluation.
@@ -62,14 +61,31 @@ class Row:
     date: str
 
 
-def collect(plan: Plan, is_done: Callable[[Task], bool]) -> list[Row]:
-    """All numbers that the plan's finished evaluations have.
+@dataclass(frozen=True)
+class Measured:
+    """What one variant scored in a finished evaluation.
+
+    Attributes:
+        claim, seed, variant: of the plan.
+        scores: clip -> metric -> value, for the clips that count.
+        commit, date: of the evaluation.
+    """
+
+    claim: str
+    seed: int
+    variant: Variant
+    scores: Mapping[str, Mapping[str, float]]
+    commit: str
+    date: str
+
+
+def read_tables(plan: Plan, is_done: Callable[[Task], bool]) -> Iterator[Measured]:
+    """The rows of the plan's finished evaluations.
 
     Args:
         plan: what is measured.
         is_done: whether a task's note fits the plan (`Runner.is_done`): tables of other settings are left out.
     """
-    rows = []
     for (claim, seed), variants in plan.variants.items():
         for variant in variants:
             stamp, table = (
@@ -81,23 +97,27 @@ def collect(plan: Plan, is_done: Callable[[Task], bool]) -> list[Row]:
             name, clips = variant.row or getattr(best_scales(content), variant.name), sorted(content["clips"])
             if variant.is_last_half:
                 clips = last_half(clips)
-            for metric in variant.metrics:
-                value = mean_of(content, name, metric, clips)
-                if value is not None:
-                    about = (len(clips), variant.steps, done["commit"], done["date"])
-                    rows.append(Row(claim, variant.name, seed, metric, value, *about))
+            scores = {clip: content["clips"][clip].get(name, {}) for clip in clips}
+            yield Measured(claim, seed, variant, scores, done["commit"], done["date"])
+
+
+def collect(plan: Plan, is_done: Callable[[Task], bool]) -> list[Row]:
+    """All numbers that the plan's finished evaluations have; see `read_tables`."""
+    rows = []
+    for one in read_tables(plan, is_done):
+        for metric in one.variant.metrics:
+            values = [value for scores in one.scores.values() if (value := score(scores, metric)) is not None]
+            if values:
+                about = (len(one.scores), one.variant.steps_of(metric), one.commit, one.date)
+                rows.append(Row(one.claim, one.variant.name, one.seed, metric, statistics.fmean(values), *about))
     return rows
 
 
-def how_measured(plan: Plan, is_done: Callable[[Task], bool]) -> str:
-    """Clips, sizes and networks as the finished evaluations name them, each different line once."""
-    found = dict[str, None]()
-    for name in dict.fromkeys(variant.evaluation for variants in plan.variants.values() for variant in variants):
-        table = plan.settings.out / f"runs/{name}/table.json"
-        if is_done(plan.tasks[name]) and table.is_file():
-            protocol = json.loads(table.read_text(encoding="utf-8"))["protocol"]
-            found |= dict.fromkeys(f"- {key}: {protocol[key]}" for key in PROTOCOL_KEYS if key in protocol)
-    return "\n".join(sorted(found))
+def score(scores: Mapping[str, float], metric: str) -> float | None:
+    """A metric of one clip; None if it has none. The distance of its detail from the truth's is not in `table.json`."""
+    if metric == GRAIN_DISTANCE:
+        return abs(scores["grain"] - 1) if "grain" in scores else None
+    return scores.get(metric)
 
 
 def table_path(variant: Variant) -> str:

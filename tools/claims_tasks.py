@@ -8,6 +8,7 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from claims_animate import Job
+from claims_names import METRICS_OF_MAPS
 
 from dreamdance.recipe import Recipe, load_recipe
 from dreamdance.runs.file_states import FileStamp
@@ -116,6 +117,7 @@ class Variant:
         steps: of its model.
         metrics: what the CSV file gets.
         is_last_half: whether only the clips count that did not choose the guidance scales.
+        map_steps: of the model that made its maps, if that is another one.
     """
 
     name: str
@@ -124,6 +126,11 @@ class Variant:
     steps: str
     metrics: tuple[str, ...]
     is_last_half: bool = False
+    map_steps: str = ""
+
+    def steps_of(self, metric: str) -> str:
+        """Steps of the trainings that decide a metric."""
+        return self.map_steps if self.map_steps and metric in METRICS_OF_MAPS else self.steps
 
 
 @dataclass

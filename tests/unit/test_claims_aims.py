@@ -1,5 +1,6 @@
 """The demo's aims in `tools/claims.py`: what they are judged by, against values computed by hand."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -61,11 +62,44 @@ def test_every_aim_has_its_rows_in_the_plan_and_fits_its_metric(plan: "tasks.Pla
     variants = {variant.name: variant for variant in plan.variants["demo", 0]}
     for aim in aims.AIMS:
         assert all(aim.metric in variants[name].metrics for name in (aim.row, *aim.against)), aim
-        if not aim.against:
-            assert tables.IS_RELATIVE[aim.metric] or tables.HIGHER_IS_BETTER[aim.metric], aim
+        assert aim.against or aim.metric in ("psnr_body", "grain_distance"), aim
     for aim in aims.STEPS_AIMS:
         assert aim.metric in variants[f"{aim.maps}_25"].metrics
     assert "abs_rel" not in variants["maps_true_3"].metrics, "true maps are no result"
+
+
+def test_a_metric_of_maps_has_the_steps_of_the_trainings_that_made_them(plan: "tasks.Plan") -> None:
+    stage1, stage2 = (plan.tasks[f"claims_s0_{name}"].steps for name in ("temporal", "stage2"))
+    assert stage1.count("+") == 2
+    variants = {variant.name: variant for variant in plan.variants["demo", 0]}
+    steps = {metric: variants[aims.DEMO].steps_of(metric) for metric in names.DEMO_METRICS}
+    assert {metric for metric, found in steps.items() if found == stage1} == {"angular_error_mean", "abs_rel"}
+    assert {*steps.values()} == {stage1, stage2}
+    assert variants["training_mean"].steps_of("abs_rel") == ""
+    alone = plans.make_plan(plan.settings, ["a", "pairs"], (0,))
+    found = {variant.name: variant.steps_of("angular_error_mean") for variants in alone.variants.values()
+             for variant in variants}  # fmt: skip
+    assert found["align_bones"] == stage1
+    assert found["with_geometry"] == alone.tasks["claims_s0_geometry"].steps
+    longer = plans.make_plan(plan.settings, ["curve"], (0,))
+    doubled = next(variant for variant in longer.variants["curve", 0] if variant.name == "maps_made_x2")
+    assert doubled.steps_of("abs_rel") == longer.tasks["claims_s0_temporal_x2"].steps
+
+
+def test_detail_is_judged_clip_by_clip(tmp_path: Path) -> None:
+    """A blurred and a grainy clip, whose mean detail is the truth's."""
+    made = plans.make_plan(tasks.Settings(tmp_path), ["demo"], [0])
+    folder, note = tmp_path / "runs/claims_demo_s0_evaluate", tmp_path / "done/claims_demo_s0_evaluate.json"
+    for path in (folder, note.parent):
+        path.mkdir(parents=True)
+    note.write_text('{"commit": "abc", "date": "2026-11-30"}', encoding="utf-8")
+    clips = {clip: {RESULT_ROW: {"grain": grain, "l1": 0.1}} for clip, grain in {"a": 0.5, "b": 1.5}.items()}
+    clips["c"] = {RESULT_ROW: {"l1": 0.1}}  # without a background
+    (folder / "table.json").write_text(json.dumps({"clips": clips}), encoding="utf-8")
+    found = {row.metric: row for row in tables.collect(made, lambda task: True)}
+    assert (found["grain"].value, found["grain_distance"].value) == (1.0, 0.5)
+    assert found["grain_distance"].clips == 3
+    assert "psnr" not in found
 
 
 def test_the_curve_lengthens_every_training_of_one_seed(plan: "tasks.Plan") -> None:
@@ -96,7 +130,8 @@ def test_the_curve_says_what_each_aim_takes() -> None:
     text = aims.curve_text(rows)
     assert "l1_body 0.1200, 0.1100, not measured after 1, 2, 4 times the steps; the aim is 0.1200." in text  # 25 % off
     assert "psnr_body not measured, not measured, not measured after 1, 2, 4 times the steps; the aim is 19.00." in text
-    assert "the aim is 0.800 to 1.200." in text
+    assert "grain_distance not measured, " in text
+    assert "the aim is 0.200." in text
 
 
 def test_shares_are_against_the_best_trivial_answer_of_each_seed_or_the_named_one() -> None:
@@ -151,9 +186,9 @@ def test_a_trivial_answer_counts_where_it_has_the_metric_and_must_be_measured_th
     [
         ("psnr_body", (18.5, 19.0, 19.5), "reached"),
         ("psnr_body", (18.5, 19.0, 19.4), "not reached"),
-        ("grain", (0.75, 1.15, 1.15), "reached"),  # .25, .15 and .15 away from 1
-        ("grain", (0.7, 1.3, 1.0), "not reached"),  # whose mean is 1
-        ("grain", (45.0, 45.0, 45.0), "not reached"),
+        ("grain_distance", (0.25, 0.15, 0.15), "reached"),
+        ("grain_distance", (0.25, 0.25, 0.15), "not reached"),
+        ("grain_distance", (44.0, 44.0, 44.0), "not reached"),
     ],
 )
 def test_values_of_their_own(metric: str, values: Sequence[float], verdict: str) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from support.tool_modules import load_tool
 
-names, tasks, plans, compared, tables, texts, plots, tool = (
+names, tasks, plans, compared, tables, provenance, texts, plots, tool = (
     load_tool(f"claims{name}")
-    for name in ("_names", "_tasks", "_plan", "_comparisons", "_table", "_markdown", "_plot", "")
+    for name in ("_names", "_tasks", "_plan", "_comparisons", "_table", "_provenance", "_markdown", "_plot", "")
 )
 
 
@@ -256,7 +256,7 @@ def test_own_scales_reach_the_clips_and_only_tables_of_this_plan_are_collected(t
         return {(found.variant, found.metric): found for found in tables.collect(one.plan, one.is_done)}
 
     assert collected(runner) == {}, "tables without a note"
-    assert tables.how_measured(runner.plan, runner.is_done) == ""
+    assert provenance.how_measured(runner.plan, runner.is_done) == ""
     note = {"seconds": 1.0, "commit": "abc", "date": "2026-11-30"}
     for name in content:
         runner._write_note(runner.plan.tasks[name], {"key": runner.key(runner.plan.tasks[name]), **note})
@@ -268,11 +268,28 @@ def test_own_scales_reach_the_clips_and_only_tables_of_this_plan_are_collected(t
     assert (found["one_best_for_normals", normals].value, found["one_best_for_normals", normals].clips) == (8.0, 2)
     assert (found["one_scale_1", normals].value, found["one_scale_1", normals].clips) == (pytest.approx(4.4), 4)
     assert collected(runner_of(clips=4)) == {}, "tables of other settings"
-    how = tables.how_measured(runner.plan, runner.is_done)
-    assert how == "- clips: 4, mean over clips; 60 frames\n- frames: 64x96 pixels"
+    how = provenance.how_measured(runner.plan, runner.is_done)
+    assert how.splitlines() == [
+        "- clips: 4, mean over clips; 60 frames", "- frames: 64x96 pixels",
+        "- (b) denoising steps: stage 1 2. Commits: trainings not noted; clips not noted"]  # fmt: skip
+    for name, commit in (("claims_s0_domains", "old"), ("claims_s0_temporal", "abc"), ("claims_b_s0_clips", "def")):
+        task = runner.plan.tasks[name]
+        runner._write_note(task, {"key": runner.key(task), **note, "commit": commit})
+    how = provenance.how_measured(runner.plan, runner.is_done)
+    assert how.endswith("stage 1 2. Commits: trainings at abc, old; clips at def")
+    both = provenance.made_from(plans.make_plan(tasks.Settings(tmp_path), ["demo"], [0]), runner.is_done, "demo")
+    assert both.startswith("- (demo) denoising steps: stage 1 2; stage 2 3, 10, 25. Commits: trainings at abc, old")
     text = texts.markdown([*found.values()], ["b"])
     assert text.index("Of 4 clips, not") < text.index("| one_scale_1 |") < text.index("Of 2 clips, not")
     assert text.index("Of 2 clips, not") < text.index("| own_scales |")
+
+
+def test_a_table_names_the_steps_of_maps_apart() -> None:
+    rows = [row("maps_made_3", 0, 0.1, claim="demo"), row("maps_made_3", 0, 0.1, claim="demo", metric="abs_rel")]
+    rows[1] = replace(rows[1], steps="7+8")
+    assert "| 1 | 12 | 600; maps 7+8 |" in texts.markdown(rows, ["demo"])
+    assert "| 1 | 12 | 600 |" in texts.markdown([rows[0], replace(rows[1], steps="600")], ["demo"])
+    assert "| 1 | 12 | 7+8 |" in texts.markdown(rows[1:], ["demo"])
 
 
 def test_the_tables_and_the_picture_say_what_was_not_measured_and_by_which_rule() -> None:
