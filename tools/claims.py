@@ -31,6 +31,7 @@ from claims_animate import Job
 from claims_comparisons import TITLES
 from claims_markdown import markdown
 from claims_names import CLAIMS
+from claims_people import people_of_aims
 from claims_plan import make_plan
 from claims_plot import draw
 from claims_provenance import how_measured
@@ -77,7 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
         code = 3 if isinstance(reason, OutOfTimeError) else 1
     rows = merge(options.table, collect(plan, runner.is_done))
     write_atomically(options.table.with_suffix(".svg"), draw(rows))
-    print(f"\n{markdown(rows, claims)}\n{how_measured(plan, runner.is_done)}\n\n{runner.times()}")
+    people = people_of_aims(plan, runner.is_done, rows)
+    print(f"\n{markdown(rows, claims, people)}\n{how_measured(plan, runner.is_done)}\n\n{runner.times()}")
     print(f"\nnumbers: {options.table}, plot: {options.table.with_suffix('.svg')}")
     return code
 

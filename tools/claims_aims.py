@@ -7,7 +7,7 @@ steps never make the frames worse is judged by the worst seed.
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 
@@ -84,27 +84,44 @@ STEPS_AIMS = tuple(
 
 @dataclass(frozen=True)
 class Judged:
-    """One aim: what it is, whether it is reached, and the numbers that say so."""
+    """One aim: what it is, whether it is reached, the numbers that say so, and how people differ in them."""
 
     says: str
     verdict: str
     numbers: str = ""
+    people: str = ""
 
     @property
     def sentence(self) -> str:
-        return f"{self.says}: {self.verdict}.{f' {self.numbers}.' if self.numbers else ''}"
+        numbers = "; ".join(part for part in (self.numbers, self.people) if part)
+        return f"{self.says}: {self.verdict}.{f' {numbers}.' if numbers else ''}"
 
 
-def aims_text(rows: Sequence[Row]) -> str:
-    """How many aims are reached, then a sentence for each."""
-    judged = [*(judge(rows, aim) for aim in AIMS), *(judge_steps(rows, aim) for aim in STEPS_AIMS)]
+# Below the aims, where their sentences say how people differ.
+PEOPLE_RULE = (
+    "Over people: a person is one clip and counts with the mean over the seeds, paired with the same clip of the same "
+    "trivial answer. It decides no aim. An aim that is reached by less than about two standard errors over people may "
+    "be missed on others."
+)
+
+
+def aims_text(rows: Sequence[Row], people: Mapping[str, str]) -> str:
+    """How many aims are reached, then a sentence for each.
+
+    Args:
+        rows: of the CSV file.
+        people: an aim's text -> its spread over people (tools/claims_people.py).
+    """
+    judged = [judge(rows, aim) for aim in AIMS]
+    judged = [replace(one, people=people.get(one.says, "")) for one in judged]
+    judged += [judge_steps(rows, aim) for aim in STEPS_AIMS]
     reached = sum(one.verdict == "reached" for one in judged)
     recipe = demo_animation()
     head = (
         f"**{reached} of {len(judged)} aims are reached** at {recipe.width}x{recipe.height}. The demo's own row is "
         f"{DEMO}: with the maps of its stage 1, in {demo_steps()} denoising steps."
     )
-    return "\n\n".join([head, "\n".join(f"- {one.sentence}" for one in judged)])
+    return "\n\n".join([head, "\n".join(f"- {one.sentence}" for one in judged), *[PEOPLE_RULE] * bool(people)])
 
 
 def curve_text(rows: Sequence[Row]) -> str:
@@ -145,7 +162,7 @@ def judge(rows: Sequence[Row], aim: Aim) -> Judged:
         is_reached = _mean(values) >= aim.needed if HIGHER_IS_BETTER[aim.metric] else _mean(values) <= aim.needed
         text = f"{aim.metric} {_mean(values):.{digits}f}, by seed {_listed(values, f'.{digits}f')}" if own else ""
         return Judged(aim.says, _verdict(own, is_reached), text)
-    best = {seed: found for seed, row in own.items() if (found := _best_rival(rows, aim, row)) is not None}
+    best = best_rivals(rows, aim)
     own = {seed: own[seed] for seed in best}
     sign = 1 if HIGHER_IS_BETTER[aim.metric] else -1
     gains = [100 * sign * (own[seed].value / rival.value - 1) for seed, rival in best.items()]
@@ -195,12 +212,16 @@ def _is_same_work(one: Row | None, other: Row) -> bool:
     return one is not None and (one.clips, one.commit) == (other.clips, other.commit)
 
 
-def _best_rival(rows: Sequence[Row], aim: Aim, own: Row) -> Row | None:
-    """The best of the trivial answers in this seed."""
-    found = [_by_seed(rows, variant, aim.metric).get(own.seed) for variant in aim.against]
-    rivals = [row for row in found if row is not None and _is_same_work(row, own)]
+def best_rivals(rows: Sequence[Row], aim: Aim) -> dict[int, Row]:
+    """Seed -> the best of the trivial answers, where one was measured beside the demo's row."""
+    found = dict[int, Row]()
     choose = max if HIGHER_IS_BETTER[aim.metric] else min
-    return choose(rivals, key=lambda row: row.value) if rivals else None
+    for seed, own in _by_seed(rows, aim.row, aim.metric).items():
+        answers = [_by_seed(rows, variant, aim.metric).get(seed) for variant in aim.against]
+        rivals = [row for row in answers if row is not None and _is_same_work(row, own)]
+        if rivals:
+            found[seed] = choose(rivals, key=lambda row: row.value)
+    return found
 
 
 def _verdict(own: Mapping[int, Row], is_reached: bool) -> str:

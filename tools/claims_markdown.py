@@ -1,7 +1,7 @@
 """What tools/claims.py prints of its numbers: a table and sentences for the demo's aims and for each claim."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from claims_aims import CLIPS, aims_text, curve_text
 from claims_comparisons import COMPARISONS, SHOWN, TITLES
@@ -11,8 +11,6 @@ from claims_table import DIGITS, LEAST_SEEDS, Row, overall, sentence, values_of
 from dreamdance.evaluation.scores import METRICS
 
 ARROWS = {metric.key: metric.arrow for metric in METRICS} | {GRAIN_DISTANCE: "↓"}
-# Of the parts that are no claims of the paper.
-AIMS_TEXTS = {"demo": aims_text, "curve": curve_text}
 RULE = (
     "Tables show mean +- standard deviation over seeds. A comparison holds if every seed's difference is right and "
     "their mean is above zero by Student's t (one-sided, 5 %; all seeds judge the same {clips}clips, so the spread is "
@@ -23,18 +21,24 @@ RULE = (
 )
 
 
-def markdown(rows: Sequence[Row], claims: Sequence[str]) -> str:
-    """The rule, then a table and the sentences for each claim."""
+def markdown(rows: Sequence[Row], claims: Sequence[str], people: Mapping[str, str] | None = None) -> str:
+    """The rule, then a table and the sentences for each claim.
+
+    Args:
+        rows: of the CSV file.
+        claims: what is printed.
+        people: an aim's text -> its spread over people (tools/claims_people.py).
+    """
     most = max((row.clips for row in rows), default=0)
     parts = [RULE.format(clips=f"{most} " if most else "")]
     for claim in (name for name in CLAIMS if name in claims):
         compared = [comparison for comparison in COMPARISONS if comparison.claim == claim]
         lines = [f"- {'also: ' if comparison.is_extra else ''}{sentence(rows, comparison)}" for comparison in compared]
         table = _tables([row for row in rows if row.claim == claim])
-        if claim in AIMS_TEXTS:
-            said = [AIMS_TEXTS[claim](rows)]
+        if claim == "demo":
+            said = [aims_text(rows, people or {})]
         else:
-            said = [overall(rows, claim), "\n".join(lines)]
+            said = [curve_text(rows)] if claim == "curve" else [overall(rows, claim), "\n".join(lines)]
         parts.append("\n\n".join(part for part in (f"## {TITLES[claim]}", table, *said) if part))
     return "\n\n".join(parts) + "\n"
 

@@ -235,6 +235,6 @@ def test_more_steps_are_judged_by_the_worst_seed(monkeypatch: pytest.MonkeyPatch
 
 def test_the_text_counts_what_is_reached() -> None:
     rows = rows_of("psnr_body", {aims.DEMO: (20.0, 20.0, 20.0)})
-    text = aims.aims_text(rows)
+    text = aims.aims_text(rows, {})
     assert text.startswith("**1 of 13 aims are reached** at ")
     assert text.count(": not measured.") == 12
