@@ -34,7 +34,7 @@ from claims_names import CLAIMS
 from claims_people import people_of_aims
 from claims_plan import make_plan
 from claims_plot import draw
-from claims_provenance import how_measured
+from claims_provenance import how_measured, seconds_of_starts
 from claims_table import best_scales, collect, merge
 from claims_tasks import ROOT, Plan, Settings, Task, guidance_words
 
@@ -191,12 +191,13 @@ class Runner:
         begun, note = time.monotonic(), {"key": self.key(task), "commit": commit(), "date": f"{date.today()}"}
         self._leave_nothing_of_others(task)
         self._write_note(task, note)
+        before = self._seconds_of_starts(task)
         print(f"\n== {task.name} (budget {duration(task.seconds)})", flush=True)
         if task.words:
             self._launch(task)
         else:
             self._animate(task)
-        seconds = time.monotonic() - begun
+        seconds = before + time.monotonic() - begun
         took = f"{duration(seconds)}, {duration(time.monotonic() - self.started)} in all"
         print(f"== {task.name}: {took}", flush=True)
         self._write_note(task, {**note, "seconds": round(seconds, 1)})
@@ -215,6 +216,9 @@ class Runner:
                 f"{task.name} was begun with another recipe, base model or data: remove {' and '.join(found)}, or give "
                 "another --out"
             )
+
+    def _seconds_of_starts(self, task: Task) -> float:
+        return seconds_of_starts(self.out / f"runs/{task.name}") if task.steps else 0.0
 
     def _write_note(self, task: Task, note: dict[str, Any]) -> None:
         self.stamp(task).parent.mkdir(parents=True, exist_ok=True)
@@ -282,14 +286,20 @@ class Runner:
         return self._keys[task.name]
 
     def times(self) -> str:
-        """What each part took, and all of them together."""
+        """What each part took, and all of them together.
+
+        A training that was killed has the time of all its starts; other parts have that of the last one.
+        """
         lines, total = ["| part | took | budget |", "|---|--:|--:|"], 0.0
         for task in self.plan.tasks.values():
             if self.is_done(task):
-                seconds = self.noted(task)["seconds"]
+                seconds = max(self.noted(task)["seconds"], self._seconds_of_starts(task))  # a note may lack a start
                 total += seconds
                 lines.append(f"| {task.name} | {duration(seconds)} | {duration(task.seconds)} |")
-        return "\n".join([*lines, f"| all | {duration(total)} | |"])
+        rule = (
+            "A training's time is that of all its starts, a killed one up to its last logged step; others' of the last."
+        )
+        return "\n".join([*lines, f"| all | {duration(total)} | |", "", rule])
 
 
 def launcher_command(task: Task, runs: Path) -> list[str]:

@@ -1,11 +1,17 @@
-"""What tools/claims.py says of its numbers beside the numbers: how they were measured, and by which commits."""
+"""What tools/claims.py says beside its numbers: how they were measured, by which commits, and what trainings took."""
 
 import json
 from collections.abc import Callable
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
 
 from claims_names import CLAIMS
 from claims_table import table_path
 from claims_tasks import Plan, Task
+
+from dreamdance.launch.run_folder import TIME_FORMAT
+from dreamdance.runs.layout import PROVENANCE_FILE, progress_file
 
 # Of the protocol of `table.json`: what a reader needs to compare numbers.
 PROTOCOL_KEYS = ("clips", "frames", "maps", "lpips_alex")
@@ -52,3 +58,28 @@ def made_from(plan: Plan, is_done: Callable[[Task], bool], claim: str) -> str:
     made = [commits("trainings", [task for task in tasks if task.steps])]
     made += [commits("clips", [task for task in tasks if task.jobs])]
     return f"- ({claim}) denoising steps: {'; '.join(denoising)}. Commits: {'; '.join(made)}"
+
+
+def seconds_of_starts(run: Path) -> float:
+    """What all starts of a run took so far, each up to its last logged step, which is all that a killed one leaves.
+
+    Args:
+        run: its folder; a run that never began took no time.
+    """
+    provenance, progress = run / PROVENANCE_FILE, progress_file(run)
+    if not provenance.is_file() or not progress.is_file():
+        return 0.0
+    starts = json.loads(provenance.read_text(encoding="utf-8"))["starts"]
+    begun = [datetime.strptime(start["time"], TIME_FORMAT).timestamp() for start in starts]
+    reports = [time for line in progress.read_bytes().splitlines() if (time := _time_of(line)) is not None]
+    ends = [max((time for time in reports if begin <= time < after), default=begin)
+            for begin, after in pairwise([*begun, float("inf")])]  # fmt: skip
+    return sum(end - begin for begin, end in zip(begun, ends, strict=True))
+
+
+def _time_of(line: bytes) -> float | None:
+    """The time of a report; None for one that a killed process left incomplete."""
+    try:
+        return float(json.loads(line)["time"])
+    except (ValueError, KeyError, TypeError):
+        return None

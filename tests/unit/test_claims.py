@@ -2,6 +2,8 @@
 
 import json
 import subprocess
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +16,13 @@ from support.tool_modules import load_tool
 from dreamdance.evaluation.clips import read_result
 from dreamdance.inference.manifest import ManifestEntry
 from dreamdance.inference.results import ClipResult, is_done
-from dreamdance.launch.run_folder import differences
+from dreamdance.launch.run_folder import TIME_FORMAT, differences
 from dreamdance.recipe import AnimateRecipe, EvaluateRecipe, Stage1Recipe, Stage2Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
 
-clips, names, tasks, plans, tool = (
-    load_tool(f"claims{name}") for name in ("_animate", "_names", "_tasks", "_plan", "")
+clips, names, tasks, plans, provenance, tool = (
+    load_tool(f"claims{name}") for name in ("_animate", "_names", "_tasks", "_plan", "_provenance", "")
 )
 SETTINGS = tasks.Settings(Path("runs/claims"))
 
@@ -136,6 +138,25 @@ def test_seeds_change_training_and_sampling(plan: "tasks.Plan") -> None:
     assert jobs[0].output != jobs[1].output
 
 
+def write_starts(run: Path, *, starts: Sequence[float], reports: Sequence[float]) -> None:
+    """What a run folder says of its starts and steps, at seconds of the epoch."""
+    (run / "logs").mkdir(parents=True, exist_ok=True)
+    begun = [time.strftime(TIME_FORMAT, time.localtime(second)) for second in starts]
+    content = {"starts": [{"time": one} for one in begun]}
+    (run / "provenance.json").write_text(json.dumps(content), encoding="utf-8")
+    lines = [json.dumps({"time": second + 0.125, "done": 1}) for second in reports]
+    (run / "logs/progress.jsonl").write_text("\n".join([*lines, '{"time": 99']), encoding="utf-8")
+
+
+def test_the_time_of_a_training_is_that_of_all_its_starts(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert provenance.seconds_of_starts(run) == 0.0
+    write_starts(run, starts=(100,), reports=(160, 200))  # its last line is incomplete, as after a kill
+    assert provenance.seconds_of_starts(run) == 100.125
+    write_starts(run, starts=(100, 500, 900), reports=(160, 200, 560))
+    assert provenance.seconds_of_starts(run) == 100.125 + 60.125, "the third had no step"
+
+
 def test_what_is_noted_as_done_is_not_run_again_unless_it_or_what_it_needs_has_changed(tmp_path: Path) -> None:
     def runner(**settings: object) -> "tool.Runner":
         made = plans.make_plan(tasks.Settings(tmp_path, **settings), ["c"], [0])
@@ -151,6 +172,10 @@ def test_what_is_noted_as_done_is_not_run_again_unless_it_or_what_it_needs_has_c
         before.stamp(task).write_text(json.dumps({"key": before.key(task), "seconds": 1.0}), encoding="utf-8")
     assert noted(runner()) == {*before.plan.tasks}
     assert "| all | 12s | |" in runner().times()
+    assert "others' of the last." in runner().times()
+    write_starts(tmp_path / "runs/claims_s0_stage2", starts=(100, 500), reports=(160, 200, 560))
+    assert "| claims_s0_stage2 | 2m 40s |" in runner().times(), "its note has the second start alone"
+    assert "| all | 2m 51s | |" in runner().times()
     changed = runner(stage2=("optimizer.lr=1e-3",))
     assert {name for name in changed.plan.tasks if "stage2" not in name} - noted(changed) == {
         "claims_c_s0_clips", "claims_c_s0_evaluate"}  # fmt: skip
