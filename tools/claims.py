@@ -1,6 +1,6 @@
 """Measures the demo's aims and the paper's claims on rendered dancers with exact truth.
 
-    python tools/claims.py                         # all of them, three seeds, at most 4 hours on two cores
+    python tools/claims.py                         # all of them, three seeds, at most 4 hours a call on two cores
     python tools/claims.py demo                    # only the demo's aims: what it trains is shared with the claims
     python tools/claims.py c a --seeds 0 --list    # only what they would train, and how long that takes
 

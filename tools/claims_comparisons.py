@@ -29,8 +29,8 @@ DECIDES = {
     ),
     "d": "the comparison on true maps decides; the one on stage 1's maps is marked 'also'",
     "pairs": (
-        "the one comparison decides, and it is about the fitting of bones alone: whether frames across identities are "
-        "any good is what they are beside the trivial answers"
+        "the one comparison decides, and it is about the fitting of bones alone; how good frames across identities are "
+        "is said by the trivial answers beside it"
     ),
     "f": (
         "the flicker decides, which is that of the background in stage 1's own pictures, and Eq. 2 drops these: stage "
