@@ -57,6 +57,19 @@ fetch_networks() {
     export DREAMDANCE_NETWORKS_REQUIRED=1  # from here on, a test without them is a failure
 }
 
+# A disk that fills up in the middle ends pytest with an error of its own, after many false ones.
+require_space() { # GB
+    local folder free
+    for folder in . "${TMPDIR:-/tmp}"; do
+        free=$(df -Pk "$folder" | awk 'NR == 2 {print $4}')
+        ((free >= $1 * 1000000)) || {
+            echo "test: $((free / 1000)) MB are free at $(realpath "$folder"); the tests need $1 GB there" \
+                "(another folder for what they write: TMPDIR=FOLDER)" >&2
+            exit 1
+        }
+    done
+}
+
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 python=.venv/bin/python
 
@@ -67,6 +80,7 @@ all)
     install_chromium
     install_compiler
     fetch_networks
+    require_space 2
     bash tools/check.sh
     # First tests that start no processes, on both cores; then tests that start processes, one after the other.
     "$python" -m pytest -n 2 --dist loadfile -m "not distributed"
