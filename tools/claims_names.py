@@ -37,7 +37,5 @@ SPOKEN = {
 
 def trivial_with(metric: str) -> tuple[str, ...]:
     """The trivial answers that have a metric: one has no maps, another has normals alone."""
-    lacking = {"mean_colour"} if metric in METRICS_OF_MAPS else {"facing_camera"}
-    if metric != "angular_error_mean":
-        lacking.add("facing_camera")
-    return tuple(name for name in TRIVIAL if name not in lacking)
+    has = {"mean_colour": metric not in METRICS_OF_MAPS, "facing_camera": metric == "angular_error_mean"}
+    return tuple(name for name in TRIVIAL if has.get(name, True))

@@ -80,7 +80,7 @@ def process_without_teardown(ending_seconds: float) -> Iterator[None]:
         lost = False
         for stream in (sys.stdout, sys.stderr):
             try:
-                if not stream.closed:
+                if stream is not None and not stream.closed:  # None: it was closed when the process began
                     stream.flush()
             except OSError:
                 lost = True
