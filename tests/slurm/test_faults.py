@@ -154,8 +154,7 @@ def test_a_lost_node_is_replaced_by_another(run, cluster):
     assert lost not in run.run_verb("status").partition("nodes")[2].splitlines()[0]
     assert_resumed_without_a_difference(run, recovery)
     record("node lost", "all processes of the batch host's node killed", "requeued on other nodes", recovery)
-    cluster.control("start-node", lost.removeprefix("node"))
-    wait_until(lambda: cluster.node_states()[lost] != "down", "the node's return", 30)
+    bring_back(cluster, lost)
 
 
 def test_a_lost_daemon_is_handled_like_a_lost_node(run, cluster):
@@ -163,8 +162,7 @@ def test_a_lost_daemon_is_handled_like_a_lost_node(run, cluster):
     recovery = measure_recovery(run, lambda: cluster.control("kill-daemon", lost.removeprefix("node")))
     assert_resumed_without_a_difference(run, recovery)
     record("slurmd lost", "SIGKILL to the slurmd of the batch host", "requeued", recovery)
-    cluster.control("start-node", lost.removeprefix("node"))
-    wait_until(lambda: cluster.node_states()[lost] != "down", "the node's return", 30)
+    bring_back(cluster, lost)
 
 
 @pytest.mark.parametrize("verb", ["kill-node", "kill-daemon"])
@@ -172,17 +170,22 @@ def test_a_lost_node_without_the_first_rank_ends_the_job_which_resumes(run, clus
     """The batch script runs on the first node, and must not requeue a job that Slurm has requeued already."""
     lost, restarts, newest = other_node(run), run.restarts(), run.complete_steps()[-1]
     recovery = measure_recovery(run, lambda: cluster.control(verb, lost.removeprefix("node")))
+    restarted = run.restarts() - restarts
+    bring_back(cluster, lost)  # before what may fail: later tests need all nodes
     assert recovery.first_step > newest, "no step before the checkpoint is done again"
     assert_resumed_without_a_difference(run, recovery)
-    assert run.restarts() == restarts + 1
+    assert restarted == 1, run.logs()
     record(
         f"{'node' if verb == 'kill-node' else 'slurmd'} lost that is not the batch host",
         "all processes of rank 1's node killed" if verb == "kill-node" else "SIGKILL to the slurmd under rank 1",
         "requeued once, on other nodes",
         recovery,
     )
-    cluster.control("start-node", lost.removeprefix("node"))
-    wait_until(lambda: cluster.node_states()[lost] != "down", "the node's return", 30)
+
+
+def bring_back(cluster: Cluster, node: str) -> None:
+    cluster.control("start-node", node.removeprefix("node"))
+    wait_until(lambda: cluster.node_states()[node] != "down", "the node's return", 30)
 
 
 def other_node(run: Run) -> str:
