@@ -191,13 +191,12 @@ class Runner:
         begun, note = time.monotonic(), {"key": self.key(task), "commit": commit(), "date": f"{date.today()}"}
         self._leave_nothing_of_others(task)
         self._write_note(task, note)
-        before = self._seconds_of_starts(task)
         print(f"\n== {task.name} (budget {duration(task.seconds)})", flush=True)
         if task.words:
             self._launch(task)
         else:
             self._animate(task)
-        seconds = before + time.monotonic() - begun
+        seconds = time.monotonic() - begun
         took = f"{duration(seconds)}, {duration(time.monotonic() - self.started)} in all"
         print(f"== {task.name}: {took}", flush=True)
         self._write_note(task, {**note, "seconds": round(seconds, 1)})
@@ -293,7 +292,8 @@ class Runner:
         lines, total = ["| part | took | budget |", "|---|--:|--:|"], 0.0
         for task in self.plan.tasks.values():
             if self.is_done(task):
-                seconds = max(self.noted(task)["seconds"], self._seconds_of_starts(task))  # a note may lack a start
+                # The note has the last start alone.
+                seconds = max(self.noted(task)["seconds"], self._seconds_of_starts(task))
                 total += seconds
                 lines.append(f"| {task.name} | {duration(seconds)} | {duration(task.seconds)} |")
         rule = (

@@ -150,31 +150,27 @@ def test_a_job_of_a_higher_partition_preempts_the_run_which_resumes_later(run, c
 
 def test_a_lost_node_is_replaced_by_another(run, cluster):
     lost = cluster.show(run.job.job_id)["BatchHost"]
-    recovery = measure_recovery(run, lambda: cluster.control("kill-node", lost.removeprefix("node")))
+    recovery = lose(run, cluster, "kill-node", lost)
     assert lost not in run.run_verb("status").partition("nodes")[2].splitlines()[0]
     assert_resumed_without_a_difference(run, recovery)
     record("node lost", "all processes of the batch host's node killed", "requeued on other nodes", recovery)
-    bring_back(cluster, lost)
 
 
 def test_a_lost_daemon_is_handled_like_a_lost_node(run, cluster):
     lost = cluster.show(run.job.job_id)["BatchHost"]
-    recovery = measure_recovery(run, lambda: cluster.control("kill-daemon", lost.removeprefix("node")))
+    recovery = lose(run, cluster, "kill-daemon", lost)
     assert_resumed_without_a_difference(run, recovery)
     record("slurmd lost", "SIGKILL to the slurmd of the batch host", "requeued", recovery)
-    bring_back(cluster, lost)
 
 
 @pytest.mark.parametrize("verb", ["kill-node", "kill-daemon"])
 def test_a_lost_node_without_the_first_rank_ends_the_job_which_resumes(run, cluster, verb):
     """The batch script runs on the first node, and must not requeue a job that Slurm has requeued already."""
     lost, restarts, newest = other_node(run), run.restarts(), run.complete_steps()[-1]
-    recovery = measure_recovery(run, lambda: cluster.control(verb, lost.removeprefix("node")))
-    restarted = run.restarts() - restarts
-    bring_back(cluster, lost)  # before what may fail: later tests need all nodes
+    recovery = lose(run, cluster, verb, lost)
     assert recovery.first_step > newest, "no step before the checkpoint is done again"
     assert_resumed_without_a_difference(run, recovery)
-    assert restarted == 1, run.logs()
+    assert run.restarts() == restarts + 1, run.logs()
     record(
         f"{'node' if verb == 'kill-node' else 'slurmd'} lost that is not the batch host",
         "all processes of rank 1's node killed" if verb == "kill-node" else "SIGKILL to the slurmd under rank 1",
@@ -183,9 +179,14 @@ def test_a_lost_node_without_the_first_rank_ends_the_job_which_resumes(run, clus
     )
 
 
-def bring_back(cluster: Cluster, node: str) -> None:
-    cluster.control("start-node", node.removeprefix("node"))
-    wait_until(lambda: cluster.node_states()[node] != "down", "the node's return", 30)
+def lose(run: Run, cluster: Cluster, verb: str, node: str) -> Recovery:
+    """Loses a node, and brings it back whatever the run does: later tests need all nodes."""
+    number = node.removeprefix("node")
+    try:
+        return measure_recovery(run, lambda: cluster.control(verb, number))
+    finally:
+        cluster.control("start-node", number)
+        wait_until(lambda: cluster.node_states()[node] != "down", "the node's return", 30)
 
 
 def other_node(run: Run) -> str:
