@@ -58,7 +58,8 @@ def follow(
         lines, offset = _new_lines(progress_file(run_folder), offset)
         for line in lines:
             screen.message(line.get("message"))
-            screen.progress(progress_line(line))
+        if lines:
+            screen.progress(progress_line(lines[-1]))
         if status.state in ("finished", "failed", "cancelled"):
             screen.close()
             return status

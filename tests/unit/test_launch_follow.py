@@ -49,22 +49,25 @@ def test_plain_output_holds_messages_and_the_last_line_and_ends_with_the_job(run
     out = io.StringIO()
     assert follow(JOB, RECIPE, run_folder, 0, out).state == "finished"
     lines = out.getvalue().splitlines()
-    assert lines[0] == "resuming from part 0"
-    assert lines.count("writing") == 1, "a repeated message is shown once"
-    assert lines[-1].startswith("part 3/3")
+    assert lines[:-1] == ["resuming from part 0", "writing"], "a repeated message is shown once"
+    assert lines[-1].startswith("part 3/3"), "of the lines between two looks, the newest is shown"
 
 
 def test_a_terminal_gets_one_redrawn_line_with_messages_above_it(run_folder):
+    screen = _Screen(out := Terminal())
+    screen.progress("step 1/3")
+    screen.message("saved step_00000001")
+    screen.progress("step 2/3")
+    screen.close()
+    clear = "\r\x1b[2K"
+    assert out.getvalue() == f"step 1/3{clear}saved step_00000001\nstep 1/3{clear}step 2/3\n"
     log = ProgressLog(run_folder)
-    log.write(done=1, total=3, unit="steps")
-    log.write(done=2, total=3, unit="steps", message="saved step_00000002")
+    log.write(done=1, total=3, unit="steps", message="saved step_00000001")
+    log.write(done=2, total=3, unit="steps")
     end(run_folder)
-    out = Terminal()
-    follow(JOB, RECIPE, run_folder, 0, out)
-    text = out.getvalue()
-    assert text.count("\n") == 2
-    assert "\r\x1b[2Ksaved step_00000002\n" in text
-    assert text.rstrip("\n").rpartition("\x1b[2K")[2].startswith("step 2/3")
+    follow(JOB, RECIPE, run_folder, 0, out := Terminal())
+    message, line, rest = out.getvalue().split("\n")
+    assert (message, line.partition("  ")[0], rest) == ("saved step_00000001", "step 2/3", "")
 
 
 def test_lines_of_an_earlier_job_and_half_lines_are_not_shown(run_folder):
@@ -142,8 +145,8 @@ def test_the_list_of_a_warning_is_shown_up_to_its_tenth_line_and_messages_are_no
     follow(JOB, RECIPE, run_folder, 0, out)
     lines = out.getvalue().splitlines()
     assert lines[:11] == [head, *listed[:9], "  ... (see the log)"]
-    assert lines[11:14] == [error, "writing", "part 1/3"]
-    assert lines[14].startswith("part 2/3  eta ")
+    assert lines[11:13] == [error, "writing"]
+    assert lines[13].startswith("part 2/3  eta ")
     screen = _Screen(out := io.StringIO())
     for show, text in ((screen.message, "writing"), (screen.write_line, head), (screen.message, "writing")):
         show(text)
