@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from claims_names import DOMAINS, GRAIN_DISTANCE, MAP_ERRORS, trivial_with
+from claims_names import DOMAINS, MAP_ERRORS, trivial_with
 
 TITLES = {
     "demo": "(demo) the demo's aims",
@@ -53,7 +53,7 @@ SHOWN = {
             "ssim_body",
             "lpips_alex",
             "grain",
-            GRAIN_DISTANCE,
+            "grain_distance",
         ),
     ),
     **dict.fromkeys("cdeg", ("l1_body", "psnr_body", "ssim_body", "l1", "lpips_alex")),

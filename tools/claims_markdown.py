@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 
 from claims_aims import CLIPS, aims_text, curve_text
 from claims_comparisons import COMPARISONS, SHOWN, TITLES
-from claims_names import CLAIMS, GRAIN_DISTANCE, METRICS_OF_MAPS
+from claims_names import CLAIMS, METRICS_OF_MAPS
 from claims_table import DIGITS, LEAST_SEEDS, Row, overall, sentence, values_of
 
 from dreamdance.evaluation.scores import METRICS
 
-ARROWS = {metric.key: metric.arrow for metric in METRICS} | {GRAIN_DISTANCE: "↓"}
+ARROWS = {metric.key: metric.arrow for metric in METRICS}
 RULE = (
     "Tables show mean +- standard deviation over seeds. A comparison holds if every seed's difference is right and "
     "their mean is above zero by Student's t (one-sided, 5 %; all seeds judge the same {clips}clips, so the spread is "

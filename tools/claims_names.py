@@ -14,9 +14,7 @@ MAP_ERRORS = {"_error_0": 0.0, "_error_half": 0.5, "_error_1": 1.0, "_error_2": 
 # Of maps alone: the trainings of stage 1 decide them, even where the frames are stage 2's.
 METRICS_OF_MAPS = ("consistency_angle", "angular_error_mean", "abs_rel")
 STAGE1_METRICS = (*METRICS_OF_MAPS, "l1")
-# Mean over the clips of |grain - 1|: in the mean of the detail itself, a blurred clip and a grainy one cancel.
-GRAIN_DISTANCE = "grain_distance"
-FRAME_METRICS = ("l1_body", "psnr_body", "ssim_body", "l1", "psnr", "ssim", "lpips_alex", "grain", GRAIN_DISTANCE)
+FRAME_METRICS = ("l1_body", "psnr_body", "ssim_body", "l1", "psnr", "ssim", "lpips_alex", "grain", "grain_distance")
 DEMO_METRICS = ("angular_error_mean", "abs_rel", *FRAME_METRICS)
 # The trivial answers, under the names that they have in the CSV file.
 TRIVIAL = {

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from claims_aims import AIMS, Aim, best_rivals
-from claims_table import DIGITS, HIGHER_IS_BETTER, Measured, Row, read_tables, score
+from claims_table import DIGITS, HIGHER_IS_BETTER, Measured, Row, read_tables
 from claims_tasks import Plan, Task
 
 
@@ -62,7 +62,7 @@ def people_text(measured: Iterable[Measured], rows: Sequence[Row], aim: Aim) -> 
 
 def _values(scores: Mapping[str, Mapping[str, float]], metric: str) -> dict[str, float]:
     """Clip -> value, of the clips that have the metric."""
-    return {clip: value for clip, found in scores.items() if (value := score(found, metric)) is not None}
+    return {clip: found[metric] for clip, found in scores.items() if metric in found}
 
 
 def _standard_error(values: Sequence[float]) -> float:

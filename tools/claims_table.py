@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from claims_comparisons import COMPARISONS, DECIDES, Comparison
-from claims_names import CLAIMS, DOMAINS, GRAIN_DISTANCE, SCALES, SPOKEN
+from claims_names import CLAIMS, DOMAINS, SCALES, SPOKEN
 from claims_tasks import Plan, Task, Variant, scaled
 from scipy.special import stdtrit  # type: ignore[import-untyped]
 
@@ -26,9 +26,8 @@ from dreamdance.evaluation.scores import METRICS
 from dreamdance.evaluation.table import RESULT_ROW
 from dreamdance.runs.files import write_atomically
 
-HIGHER_IS_BETTER = {metric.key: metric.higher_is_better for metric in METRICS} | {GRAIN_DISTANCE: False}
+HIGHER_IS_BETTER = {metric.key: metric.higher_is_better for metric in METRICS}
 DIGITS = {metric.key: metric.digits for metric in METRICS}
-DIGITS[GRAIN_DISTANCE] = DIGITS["grain"]
 LEAST_SEEDS, LEVEL = 3, 0.05
 
 
@@ -40,7 +39,7 @@ class Row:
         claim: its letter, or `demo`.
         variant: what was compared.
         seed: of training and sampling.
-        metric: a key of `table.json`, or `grain_distance`.
+        metric: a key of `table.json`.
         value: the mean over the clips.
         clips: how many.
         steps: optimizer steps of the trainings that decide the metric, one after the other: of stage 1 for the maps
@@ -106,18 +105,11 @@ def collect(plan: Plan, is_done: Callable[[Task], bool]) -> list[Row]:
     rows = []
     for one in read_tables(plan, is_done):
         for metric in one.variant.metrics:
-            values = [value for scores in one.scores.values() if (value := score(scores, metric)) is not None]
+            values = [scores[metric] for scores in one.scores.values() if metric in scores]
             if values:
                 about = (len(one.scores), one.variant.steps_of(metric), one.commit, one.date)
                 rows.append(Row(one.claim, one.variant.name, one.seed, metric, statistics.fmean(values), *about))
     return rows
-
-
-def score(scores: Mapping[str, float], metric: str) -> float | None:
-    """A metric of one clip; None if it has none. The distance of its detail from the truth's is not in `table.json`."""
-    if metric == GRAIN_DISTANCE:
-        return abs(scores["grain"] - 1) if "grain" in scores else None
-    return scores.get(metric)
 
 
 def table_path(variant: Variant) -> str:

@@ -77,6 +77,7 @@ FRAME_METRICS = (
     Metric("lpips_alex", "LPIPS (AlexNet)", 4),
     Metric("lpips_vgg", "LPIPS (VGG16)", 4),
     Metric("grain", "detail of the background, relative", 3, is_relative=True),
+    Metric("grain_distance", "mean distance of a clip's detail from 1", 3),
 )
 VIDEO_METRICS = (
     Metric("fvd", "FVD", 1),
@@ -153,6 +154,7 @@ def _score_frames(prediction: Prediction, truth: Truth) -> Scores:
         scores[f"psnr{suffix}"] = image_metrics.psnr(frames, true_frames, mask)
         scores[f"ssim{suffix}"] = similarity
     scores["grain"] = image_metrics.grain(frames, true_frames, truth.frame_mask)
+    scores["grain_distance"] = abs(scores["grain"] - 1)
     return scores
 
 

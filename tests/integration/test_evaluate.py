@@ -228,7 +228,7 @@ def test_footage_without_mask_or_maps_is_measured_over_whole_frames():
     without_trivial = {row: scores[row] for row in (RESULT_ROW, TRUTH_ROW)}  # compared as text: a flicker is NaN here
     assert repr(evaluate_clip(result, clip, None, has_trivial=False).scores) == repr(without_trivial)
     assert scores[RESULT_ROW]["psnr"] == 100
-    assert set(scores[RESULT_ROW]) == {"l1", "psnr", "ssim", "grain", "flicker", "colour_drift"}
+    assert set(scores[RESULT_ROW]) == {"l1", "psnr", "ssim", "grain", "grain_distance", "flicker", "colour_drift"}
     assert list(scores) == [RESULT_ROW, REPEATED_REFERENCE, MEAN_COLOUR_OF_FRAME, TRUTH_ROW]
     assert scores[MEAN_COLOUR_OF_FRAME]["l1"] < scores[REPEATED_REFERENCE]["l1"]
 

@@ -87,17 +87,17 @@ def test_a_metric_of_maps_has_the_steps_of_the_trainings_that_made_them(plan: "t
 
 
 def test_detail_is_judged_clip_by_clip(tmp_path: Path) -> None:
-    """A blurred and a grainy clip, whose mean detail is the truth's."""
+    """A clip without a background has no detail to judge."""
     made = plans.make_plan(tasks.Settings(tmp_path), ["demo"], [0])
     folder, note = tmp_path / "runs/claims_demo_s0_evaluate", tmp_path / "done/claims_demo_s0_evaluate.json"
     for path in (folder, note.parent):
         path.mkdir(parents=True)
     note.write_text('{"commit": "abc", "date": "2026-11-30"}', encoding="utf-8")
-    clips = {clip: {RESULT_ROW: {"grain": grain, "l1": 0.1}} for clip, grain in {"a": 0.5, "b": 1.5}.items()}
-    clips["c"] = {RESULT_ROW: {"l1": 0.1}}  # without a background
+    clips = {clip: {RESULT_ROW: {"grain_distance": distance}} for clip, distance in {"a": 0.25, "b": 0.75}.items()}
+    clips["c"] = {RESULT_ROW: {"l1": 0.1}}
     (folder / "table.json").write_text(json.dumps({"clips": clips}), encoding="utf-8")
     found = {row.metric: row for row in tables.collect(made, lambda task: True)}
-    assert (found["grain"].value, found["grain_distance"].value) == (1.0, 0.5)
+    assert found["grain_distance"].value == 0.5
     assert found["grain_distance"].clips == 3
     assert "psnr" not in found
 

@@ -144,15 +144,24 @@ def test_the_truth_scores_perfectly_against_itself_in_every_metric_there_is() ->
     truth = random_truth()
     scores = score(truth.pictures, truth)
     expected = {metric.key for metric in (*GEOMETRY_METRICS, *BODY_METRICS)} - {"consistency_angle"}  # needs a camera
-    assert set(scores) == expected | {"l1", "psnr", "ssim", "grain"}
+    assert set(scores) == expected | {"l1", "psnr", "ssim", "grain", "grain_distance"}
     bytes_of_truth = as_bytes(truth.pictures.frames)
     scores |= score_disco(bytes_of_truth, bytes_of_truth)
-    for key in ("l1", "l1_body", "l1_disco", "abs_rel", "abs_rel_aligned_in_body"):
+    for key in ("l1", "l1_body", "l1_disco", "abs_rel", "abs_rel_aligned_in_body", "grain_distance"):
         assert scores[key] == pytest.approx(0.0, abs=1e-6), key
     for key in ("ssim", "ssim_body", "ssim_disco", "delta_1.25", "grain"):
         assert scores[key] == pytest.approx(1.0, abs=1e-6), key
     assert scores["psnr"] == scores["psnr_body"] == scores["psnr_disco"] == 100
     assert scores["angular_error_mean"] < 0.1
+
+
+def test_blur_in_one_clip_and_grain_in_another_do_not_cancel_in_the_distance_of_detail() -> None:
+    truth = random_truth()
+    middle, detail = 0.5, truth.pictures.frames - 0.5
+    clips = [score(Prediction(frames=middle + factor * detail), truth) for factor in (np.sqrt(0.5), np.sqrt(1.5))]
+    means = mean_scores(clips)
+    assert means["grain"] == pytest.approx(1.0, abs=1e-6)
+    assert means["grain_distance"] == pytest.approx(0.5, abs=1e-6)
 
 
 def test_body_scores_look_inside_the_body_alone() -> None:
@@ -168,7 +177,8 @@ def test_body_scores_look_inside_the_body_alone() -> None:
 def test_metrics_of_maps_that_the_shards_lack_are_not_measured() -> None:
     truth = random_truth()
     blind = Truth(Prediction(frames=truth.pictures.frames), None, None, None, None)
-    assert set(score(truth.pictures, blind)) == {"l1", "psnr", "ssim", "grain", "consistency_parallel_frame"}
+    of_frames = {"l1", "psnr", "ssim", "grain", "grain_distance"}
+    assert set(score(truth.pictures, blind)) == {*of_frames, "consistency_parallel_frame"}
     assert blind.metric_disparity is None
 
 
@@ -180,7 +190,7 @@ def test_maps_of_a_clip_without_a_mask_are_measured_over_whole_frames(depth_rang
     scores = score(truth.pictures, truth)
     depth = "abs_rel_frame" if depth_range else "disparity_l1_frame"
     whole = {"angular_error_mean_frame", "angular_error_median_frame", depth, "consistency_parallel_frame"}
-    assert set(scores) == {"l1", "psnr", "ssim", "grain", *whole}
+    assert set(scores) == {"l1", "psnr", "ssim", "grain", "grain_distance", *whole}
     assert scores[depth] == pytest.approx(0.0, abs=1e-6)
     turned = Prediction(normals=-truth.pictures.normals, disparity=truth.pictures.disparity[:, ::-1])
     assert score(turned, truth)["angular_error_mean_frame"] == pytest.approx(180.0, abs=0.1)

@@ -133,7 +133,8 @@ def test_frames_that_are_too_small_for_lpips_are_refused_with_the_keys_to_set(na
 def test_every_protocol_has_keys_of_its_own_and_a_clip_that_stands_still_is_described_once(measured):
     found, _, beats = measured
     disco = {"l1_disco", "psnr_disco", "psnr_disco_overflow", "ssim_disco"}
-    assert set(found.scores[RESULT_ROW]) == {*disco, "l1", "psnr", "ssim", "grain", "flicker", "colour_drift"}
+    of_frames = {"l1", "psnr", "ssim", "grain", "grain_distance", "flicker", "colour_drift"}
+    assert set(found.scores[RESULT_ROW]) == disco | of_frames
     shapes = {key: values.shape for key, values in found.features["still"].items()}
     assert shapes == {"fvd": (1, 400), "fid_vid": (1, 2048), "fvd_disco": (2, 400), "fid_vid_disco": (2, 2048)}
     assert set(found.features) == {RESULT_ROW, "still", TRUTH_ROW}
