@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.networks import require_weights
+from support.real_clips import CLIPS, needs_clips
 from support.tool_modules import load_tool
 
 from dreamdance.data.loading.stored_clips import StoredClips
@@ -30,7 +31,6 @@ from dreamdance.runs.layout import newest_export, progress_file
 ROOT = Path(__file__).parents[2]
 LAUNCHER = (sys.executable, ROOT / "launchers" / "slurm.py")
 RECIPES = ROOT / "recipes" / "footage"
-CLIPS = Path(os.environ.get("DREAMDANCE_CLIPS", ROOT.parent / "shared" / "clips"))
 NAMES = ("dance_01", "dance_02", "dance_03")
 WIDTH, HEIGHT, CLIP_FRAMES, STRIDE = 24, 40, 20, 2
 # Only the beginning of each video is read.
@@ -41,10 +41,7 @@ pytestmark = [
     pytest.mark.clips,
     pytest.mark.slow,
     pytest.mark.distributed,
-    pytest.mark.skipif(
-        not all((CLIPS / f"{name}.rgb.mp4").is_file() for name in NAMES),
-        reason=f"no dance_01 to dance_03 in {CLIPS}; name their folder by DREAMDANCE_CLIPS",
-    ),
+    needs_clips(*NAMES),
 ]
 
 

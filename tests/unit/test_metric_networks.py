@@ -3,13 +3,13 @@
 import hashlib
 import os
 import pickle
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from support.networks import require_weights
+from support.real_clips import CLIPS, needs_clips
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -29,7 +29,6 @@ HEADS_SHA256 = {
     "alex": "718a8b40b0d22f96192d34ab93c0db5c7943558ff6c2407f44812dce2f29b5f4",
     "vgg": "9153a2043dccf3b525d4f13db916e93ef040548ea923b6f2100de5ebac141a78",
 }
-CLIPS = Path(os.environ.get("DREAMDANCE_CLIPS", Path(__file__).parents[2].parent / "shared" / "clips"))
 # By torchvision's list of the classes: belly, break, country line, ballet, charleston, gangnam style, macarena,
 # jumpstyle, krumping, robot, salsa, swing, tango and tap dancing, zumba.
 KINETICS_DANCES = {18, 34, 75, 84, 85, 86, 87, 173, 179, 277, 283, 342, 348, 349, 399}
@@ -91,10 +90,10 @@ def test_a_batch_of_pictures_has_the_distances_of_each():
     assert together.tolist() == pytest.approx(torch.cat(each).tolist(), rel=1e-4)
 
 
+@pytest.mark.clips
 @pytest.mark.slow
+@needs_clips("dance_02")
 def test_i3d_sees_a_dance_in_a_real_clip_of_one_if_its_channels_are_in_order():
-    if not CLIPS.is_dir():
-        pytest.skip(f"no folder of real clips at {CLIPS}; name one by DREAMDANCE_CLIPS")
     network, found = i3d(), []
     for start in (0, 120):
         frames = torch.from_numpy(read_frames(CLIPS / "dance_02.rgb.mp4", range(start, start + 16))).movedim(-1, 1)

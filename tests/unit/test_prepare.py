@@ -2,13 +2,13 @@
 
 import json
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from support.random_shards import write_random_shards
+from support.real_clips import CLIPS, needs_clips
 from support.video_folders import stored_clips, videos_recipe, write_videos
 
 from dreamdance.dancers.render import HELD_OUT_SEEDS, TRAINING_SEEDS, render_clip
@@ -265,12 +265,9 @@ def test_centred_crops_have_the_aspect_asked_for():
     assert centred_crop(512, 768, to_width=256, to_height=384) == Crop(left=0, top=0, width=512, height=768)
 
 
-CLIPS = Path(os.environ.get("DREAMDANCE_CLIPS", Path(__file__).parents[2].parent / "shared" / "clips"))
-
-
 @pytest.mark.clips
 @pytest.mark.slow
-@pytest.mark.skipif(not CLIPS.is_dir(), reason=f"no folder of real clips at {CLIPS}; name one by DREAMDANCE_CLIPS")
+@needs_clips("dance_01")
 def test_real_dance_videos_are_cropped_and_their_poses_stay_aligned(tmp_path):
     for path in CLIPS.glob("dance_01.*.mp4"):
         (tmp_path / path.name).symlink_to(path)
