@@ -24,6 +24,9 @@ CLAIMS = (
     ("b", "angular_error_mean", "own_scales", "one_best_for_normals"),
     ("d", "l1_body", "attention", "mean"),
     ("f", "flicker", "with_temporal", "without_temporal"),
+    *(("e", "l1_body", f"robust_error_{error}", f"plain_error_{error}") for error in ("1", "0", "half", "2")),
+    ("g", "l1_body", "reference_first", "as_demo"),
+    ("g", "l1_body", "trained_on_made_made", "as_demo_made"),
     ("pairs", "l1_body", "align_bones", "align_none"),
 )  # fmt: skip
 DEMO = ("angular_error_mean", "abs_rel", "l1_body", "psnr_body", "l1", "lpips_alex", "grain_distance", "grain")
